@@ -1,0 +1,262 @@
+"""The plain loop over two levels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor
+from tqdm.auto import trange
+
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimate import estimate, like
+from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.hypergradients.vector import Vector
+from hyperopt_peft.problem import Evaluation, Problem, Step
+from hyperopt_peft.random_state import RandomState
+
+Record = dict[str, Any]
+
+
+class Engine:
+    """Trains two levels: ``lower_steps`` steps of the lower one, then one of the upper one.
+
+    Args:
+        upper, lower: the levels; both need an optimizer, and they may not own the same tensor.
+        hypergradient: an estimator or its name, with options (``"cg:steps=20"``).
+        lower_steps: lower steps before each upper step.
+        warmup_steps: further lower steps before the very first upper step.
+        seed: of the upper loss's random numbers (dropout), which are a function of it and
+            the step, so that the upper level does not disturb the lower one's.
+        non_finite: ``"raise"`` on a NaN or infinite loss, gradient or curvature, or
+            ``"skip"`` the step and count it in ``skipped``.
+        callbacks: called as ``callback(engine, record)`` after each upper step; ``stop()``
+            ends the run.
+        progress: whether to show a bar.
+
+    ``history`` has one record an upper step: ``step``, ``upper_loss``, ``lower_loss``,
+    ``lower_gradient_norm``, ``hypergradient_norm``, ``implicit_ratio`` (‖implicit‖/‖direct‖),
+    ``residual`` and ``solver_steps`` (None where the estimator has none), ``note``, and each
+    level's own metrics as ``upper_…`` and ``lower_…``.
+
+    Raises:
+        ProblemError: a level without optimizer, a tensor owned by both, an unknown
+            estimator or option, or (at the first step) a variable that no loss reads.
+    """
+
+    def __init__(
+        self,
+        upper: Problem,
+        lower: Problem,
+        hypergradient: str | Estimator = "cg",
+        *,
+        lower_steps: int = 1,
+        warmup_steps: int = 0,
+        seed: int = 0,
+        non_finite: Literal["raise", "skip"] = "raise",
+        callbacks: Sequence[Callable[[Engine, Record], object]] = (),
+        progress: bool = True,
+    ) -> None:
+        check_ownership(upper, lower)
+        for level in (upper, lower):
+            if level.optimizer is None:
+                raise ProblemError(f"{level.name}: give the level an optimizer to train it")
+        if lower_steps < 1 or warmup_steps < 0:
+            raise ProblemError(
+                "Engine needs lower_steps ≥ 1 and warmup_steps ≥ 0, "
+                f"got {lower_steps} and {warmup_steps}"
+            )
+        if non_finite not in ("raise", "skip"):
+            raise ProblemError(f'non_finite must be "raise" or "skip", got {non_finite!r}')
+        self.upper, self.lower = upper, lower
+        self.estimator = get_estimator(hypergradient)
+        if self.estimator.history > lower_steps:
+            raise ProblemError(
+                f"{self.estimator.name} looks back on {self.estimator.history} lower steps, but "
+                f"only lower_steps={lower_steps} come between upper steps; raise lower_steps"
+            )
+        self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
+        self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
+        self.history: list[Record] = []
+        self.step = self.lower_step = self.skipped = 0
+        self._devices = list(dict.fromkeys((*upper.devices, *lower.devices)))
+        self._recent: deque[Step] = deque(maxlen=max(1, self.estimator.history))
+        self._evaluation: Evaluation | None = None
+        self._lower_norm = float("nan")
+        self._unread: set[str] = set()  # upper variables that f does not read
+        self._stopped = False
+
+    def run(self, steps: int) -> list[Record]:
+        """Do ``steps`` more upper steps; returns their records.
+
+        Raises:
+            NonFiniteError: see ``non_finite``; the message names the step.
+            ProblemError: at the first step, a variable that no loss reads.
+        """
+        self._stopped = False
+        begin = len(self.history)
+        with trange(steps, disable=not self.progress, desc="upper steps") as bar:
+            if self.lower_step == 0:
+                for _ in range(self.warmup_steps):
+                    self._step_lower()
+            for _ in bar:
+                self._recent.clear()
+                for _ in range(self.lower_steps):
+                    self._step_lower()
+                record = self._step_upper()
+                if record is not None:
+                    bar.set_postfix(
+                        upper=f"{record['upper_loss']:.4f}", lower=f"{record['lower_loss']:.4f}"
+                    )
+                    for callback in self.callbacks:
+                        callback(self, record)
+                if self._stopped:
+                    break
+        return self.history[begin:]
+
+    def stop(self) -> None:
+        """End the current ``run`` after this upper step."""
+        self._stopped = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-identical continuation needs, as tensors and plain values."""
+        return {
+            "settings": self._settings(),
+            "step": self.step,
+            "lower_step": self.lower_step,
+            "skipped": self.skipped,
+            "upper": self.upper.state_dict(),
+            "lower": self.lower.state_dict(),
+            "random": dict(RandomState.capture(self._devices).states),
+            "history": [dict(record) for record in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Return to ``state``; nothing is changed where it does not fit.
+
+        Raises:
+            ProblemError: ``state`` is incomplete, of other levels or of other settings.
+        """
+        expected = {"settings", "step", "lower_step", "skipped", "upper", "lower", "random"}
+        expected |= {"history"}
+        if not isinstance(state, Mapping) or not expected <= state.keys():
+            missing = sorted(expected - (state.keys() if isinstance(state, Mapping) else set()))
+            raise ProblemError(f"this is not an Engine's state: it lacks {missing}")
+        for key, value in self._settings().items():
+            if state["settings"].get(key) != value:
+                raise ProblemError(
+                    f"the state was made with {key}={state['settings'].get(key)!r}, "
+                    f"this Engine has {value!r}"
+                )
+        self.upper.check_state(state["upper"])
+        self.lower.check_state(state["lower"])
+        self.upper.load_state_dict(state["upper"])
+        self.lower.load_state_dict(state["lower"])
+        self.step, self.lower_step = state["step"], state["lower_step"]
+        self.skipped = state["skipped"]
+        self.history = [dict(record) for record in state["history"]]
+        RandomState(state["random"]).restore()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "hypergradient": repr(self.estimator),
+            "lower_steps": self.lower_steps,
+            "warmup_steps": self.warmup_steps,
+            "seed": self.seed,
+        }
+
+    def _step_lower(self) -> None:
+        first = self.lower_step == 0
+        w, u = self.lower.variables, self.upper.variables
+        batch = self.lower.next_batch()
+        random_state = RandomState.capture(self._devices)
+        self.lower_step += 1
+        both = self.estimator.reuses_lower_gradient or first
+        with self._counted(f"lower step {self.lower_step}"):
+            self._evaluation = self.lower.gradient(batch, (*w, *u) if both else w)
+            gradient = self._evaluation.gradient
+            if first:
+                _require_read(self.lower, gradient[: len(w)])
+                self._unread = {
+                    n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None
+                }
+            step = Step(batch, random_state)
+            if self.estimator.history:
+                unroll = self.estimator.needs_optimizer_state
+                step = Step(
+                    batch,
+                    random_state,
+                    variables=tuple(variable.detach().clone() for variable in w),
+                    # Copies, since the optimizer's clipping scales the gradient in place.
+                    gradient=Vector.of(gradient[: len(w)], w).copy().parts if unroll else (),
+                    upper_gradient=gradient[len(w) :] if both else None,
+                    optimizer=self.lower.optimizer_snapshot(with_state=unroll),
+                )
+            self._lower_norm = self.lower.step(gradient[: len(w)])
+            self._recent.append(step)
+
+    def _step_upper(self) -> Record | None:
+        upper_batch = self.upper.next_batch()
+        self.step += 1
+        with self._counted(f"upper step {self.step}"):
+            if not self._recent:
+                raise NonFiniteError("no lower step was possible since the last upper step")
+            last = self._recent[-1]
+            oracle = Oracle(
+                self.upper,
+                self.lower,
+                upper_batch,
+                last.batch,
+                upper_random=RandomState.seeded(self._devices, self.seed, self.step),
+                lower_random=last.random_state,
+                history=list(self._recent) if self.estimator.history else (),
+            )
+            result = estimate(oracle, self.estimator)
+            if self.step == 1:
+                direct = oracle.upper_gradient.evaluation.gradient[: len(self.upper.variables)]
+                _require_read(self.upper, direct, besides=self._unread)
+            norm = self.upper.step(like(result.hypergradient, self.upper.variables))
+            assert self._evaluation is not None
+            above, below = oracle.upper_gradient.evaluation, self._evaluation
+            record = {
+                "step": self.step,
+                "upper_loss": above.loss,
+                "lower_loss": below.loss,
+                "lower_gradient_norm": self._lower_norm,
+                "hypergradient_norm": norm,
+                "implicit_ratio": result.implicit_ratio,
+                "residual": result.residual,
+                "solver_steps": result.steps,
+                "note": result.note,
+                **{f"upper_{key}": value for key, value in above.metrics.items()},
+                **{f"lower_{key}": value for key, value in below.metrics.items()},
+            }
+            self.history.append(record)
+            return record
+        return None
+
+    @contextmanager
+    def _counted(self, where: str) -> Iterator[None]:
+        """Name the step in a NonFiniteError, or count it and go on."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if self.non_finite == "raise":
+                raise NonFiniteError(f"{where}: {error}") from error
+            self.skipped += 1
+
+
+def _require_read(
+    level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
+) -> None:
+    """Raise ProblemError for a variable without gradient, of ``besides`` only if given."""
+    for name, part in zip(level.names, gradient, strict=True):
+        if part is None and (besides is None or name in besides):
+            raise ProblemError(
+                f"{level.name}: no loss reads the variable {name!r}; use it in the loss, or do "
+                "not give it to the level"
+            )

@@ -1,0 +1,42 @@
+"""Hypergradient estimators: one a file, a registry, and the products they share."""
+
+from hyperopt_peft.hypergradients.cg import ConjugateGradient
+from hyperopt_peft.hypergradients.compare import Comparison, compare_hypergradients
+from hyperopt_peft.hypergradients.darts import DARTS
+from hyperopt_peft.hypergradients.direct import Direct
+from hyperopt_peft.hypergradients.estimate import hypergradient
+from hyperopt_peft.hypergradients.estimator import Estimate, Estimator, Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.exact import Exact
+from hyperopt_peft.hypergradients.minres import MINRES
+from hyperopt_peft.hypergradients.neumann import Neumann
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.products import Product
+from hyperopt_peft.hypergradients.registry import get_estimator, register, registered
+from hyperopt_peft.hypergradients.unrolled import Unrolled
+from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
+
+__all__ = [
+    "DARTS",
+    "MINRES",
+    "Comparison",
+    "ConjugateGradient",
+    "Direct",
+    "Estimate",
+    "Estimator",
+    "Exact",
+    "Matvec",
+    "Neumann",
+    "Oracle",
+    "Product",
+    "Solution",
+    "Solver",
+    "Unrolled",
+    "Vector",
+    "compare_hypergradients",
+    "dot",
+    "get_estimator",
+    "hypergradient",
+    "register",
+    "registered",
+    "zeros_like",
+]

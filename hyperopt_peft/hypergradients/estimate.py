@@ -1,0 +1,101 @@
+"""The hypergradient of two levels at the current point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.problem import Problem
+from hyperopt_peft.random_state import RandomState, replay
+
+_NEXT: Any = object()
+
+
+def open_oracle(
+    upper: Problem,
+    lower: Problem,
+    *,
+    upper_batch: Any = _NEXT,
+    lower_batch: Any = _NEXT,
+    seed: int | None = None,
+) -> Oracle:
+    """The two levels at the current point, outside training.
+
+    A batch that is not given is the one the level's data will give next; it stays the next
+    one. The random numbers of both losses continue from the current random state, or are a
+    function of ``seed``.
+
+    Raises:
+        ProblemError: both levels own the same tensor.
+    """
+    check_ownership(upper, lower)
+    devices = list(dict.fromkeys((*upper.devices, *lower.devices)))
+    current = RandomState.capture(devices)
+
+    def state(level: str) -> RandomState:
+        return current if seed is None else RandomState.seeded(devices, seed, level)
+
+    with replay(current):  # a shuffled loader draws its order from the random state
+        upper_batch = upper.peek_batch() if upper_batch is _NEXT else upper_batch
+        lower_batch = lower.peek_batch() if lower_batch is _NEXT else lower_batch
+    return Oracle(upper, lower, upper_batch, lower_batch, state("upper"), state("lower"))
+
+
+def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
+    """``method``'s estimate at the oracle's point; afterwards everything is as it was before.
+
+    Raises:
+        NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
+    """
+    estimator = get_estimator(method)
+    with oracle.open():
+        result = estimator.estimate(oracle)
+    if not result.hypergradient.isfinite():
+        raise NonFiniteError(
+            f"{estimator.name}: the hypergradient is not finite (residual {result.residual})"
+        )
+    return result
+
+
+def hypergradient(
+    upper: Problem,
+    lower: Problem,
+    method: str | Estimator = "cg",
+    *,
+    upper_batch: Any = _NEXT,
+    lower_batch: Any = _NEXT,
+    seed: int | None = None,
+) -> tuple[Tensor, ...]:
+    """dF/du at the current point, a tensor for each of ``upper.variables``, alike in shape and dtype.
+
+        dF/du = ∂F/∂u − ∂²f/∂u∂w · [∂²f/∂w²]⁻¹ · ∂F/∂w
+
+    Nothing is trained and nothing changes: parameters, buffers, gradients, optimizers, data
+    and random states are bit-identical afterwards, also where an exception is raised.
+
+    Args:
+        upper: the upper level, with loss F.
+        lower: the lower level, with loss f, at (or near) its minimum for the current u.
+        method: an estimator or its name, with options: ``"cg:steps=40"``.
+        upper_batch, lower_batch: what the losses are given; by default what each level's
+            data will give next, None for a level without data.
+        seed: makes dropout a function of the seed rather than of the current random state.
+
+    Raises:
+        ProblemError: unknown method or option, the levels share a tensor, a bad loss.
+        NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
+    """
+    oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
+    result = estimate(oracle, method).hypergradient
+    return like(result, upper.variables)
+
+
+def like(vector: Sequence[Tensor] | Any, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The parts of ``vector`` in the dtypes of ``variables``."""
+    return tuple(part.to(variable.dtype) for part, variable in zip(vector, variables, strict=True))

@@ -1,0 +1,163 @@
+"""What an estimator is: an implicit one is a `Solver` times a product."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.hypergradients.vector import Vector, zeros_like
+
+Matvec = Callable[[Vector], Vector]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """v ≈ H⁻¹b, and how it was reached.
+
+    ``residual`` is ‖b − Hv‖/‖b‖ (None where the solver does not know it), ``steps`` the
+    iterations done, ``note`` anything the user should know, such as negative curvature.
+    """
+
+    v: Vector
+    residual: float | None = None
+    steps: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient: ``direct`` is ∂F/∂u, ``implicit`` the second term with its sign."""
+
+    direct: Vector
+    implicit: Vector
+    residual: float | None = None
+    steps: int | None = None
+    note: str = ""
+
+    @property
+    def hypergradient(self) -> Vector:
+        """dF/du = direct + implicit, shaped like the upper variables."""
+        return self.direct + self.implicit
+
+    @property
+    def implicit_ratio(self) -> float:
+        """‖implicit‖/‖direct‖; infinite where F does not read u itself."""
+        direct, implicit = self.direct.norm(), self.implicit.norm()
+        return implicit / direct if direct else (float("inf") if implicit else 0.0)
+
+
+class Estimator(ABC):
+    """A way to estimate dF/du; a subclass is a frozen dataclass whose fields are its options.
+
+    Options are checked against their type hints at construction, then by ``check``.
+
+    Raises:
+        ProblemError: an option of the wrong type or out of range.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for option in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, option.name)
+            if not _matches(value, hints[option.name]):
+                self.require(False, f"{option.name} must be {_spelt(hints[option.name])}, got {value!r}")
+        self.check()
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise ProblemError with ``message`` under the estimator's name unless ``condition``."""
+        if not condition:
+            raise ProblemError(f"{self.name or type(self).__name__}: {message}")
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+
+    @property
+    def history(self) -> int:
+        """How many of the last lower steps the estimator looks back on."""
+        return 0
+
+    @property
+    def reuses_lower_gradient(self) -> bool:
+        """Whether ∂f/∂u, taken in the lower step's own backward pass, saves a pass later."""
+        return False
+
+    @property
+    def needs_optimizer_state(self) -> bool:
+        """Whether the lower steps it looks back on must hold the optimizer's state."""
+        return False
+
+    @abstractmethod
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+
+
+@dataclass(frozen=True)
+class Solver(Estimator):
+    """dF/du = ∂F/∂u − ∂²f/∂u∂w · v, where ``solve`` finds v ≈ [∂²f/∂w²]⁻¹ ∂F/∂w.
+
+    ``product`` chooses how second derivatives are taken: ``"exact"`` by double backward, or
+    ``"difference"`` with first-order passes only and a step of length ``radius`` (None:
+    chosen from the precision and ‖w‖). Where ∂F/∂w is zero the result is ∂F/∂u.
+    """
+
+    product: ProductKind = field(default="exact", kw_only=True)
+    radius: float | None = field(default=None, kw_only=True)
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        self.require(self.radius is None or self.radius > 0, "radius must be positive")
+
+    @abstractmethod
+    def solve(self, matvec: Matvec, b: Vector) -> Solution:
+        """v ≈ H⁻¹ b, where ``matvec(v)`` is Hv and b is not zero."""
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        if b.norm() == 0:
+            return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero")
+        with oracle.product(self.product, radius=self.radius) as product:
+            solution = self.solve(self._finite(product.hessian), b)
+            implicit = -product.mixed(solution.v)
+        return Estimate(direct, implicit, solution.residual, solution.steps, solution.note)
+
+    def _finite(self, matvec: Matvec) -> Matvec:
+        def checked(v: Vector) -> Vector:
+            result = matvec(v)
+            if not result.isfinite():
+                raise NonFiniteError(
+                    f"{self.name}: a Hessian-vector product is not finite; lower the learning "
+                    "rate, or bound the solver by fewer steps or by damping"
+                )
+            return result
+
+        return checked
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_matches(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def _spelt(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_spelt(choice) for choice in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

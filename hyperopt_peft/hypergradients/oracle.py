@@ -1,0 +1,120 @@
+"""What an estimator may ask about a pair of levels at the current point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.precision import single_precision
+from hyperopt_peft.hypergradients.products import (
+    DifferenceProduct,
+    ExactProduct,
+    Objective,
+    Passes,
+    Product,
+    ProductKind,
+)
+from hyperopt_peft.hypergradients.purity import Witness, displaced, unchanged
+from hyperopt_peft.hypergradients.vector import Vector
+from hyperopt_peft.problem import Evaluation, Problem, Step
+from hyperopt_peft.random_state import RandomState, replay
+
+
+@dataclass(frozen=True)
+class UpperGradient:
+    """∂F/∂u (``direct``) and ∂F/∂w (``b``), zero where F does not read a variable."""
+
+    direct: Vector
+    b: Vector
+    evaluation: Evaluation
+
+
+@dataclass
+class Oracle:
+    """First- and second-order information on F and f, batches and random numbers fixed.
+
+    All evaluations of one objective see the same dropout masks: those of ``upper_random``
+    for F and of ``lower_random`` for f. ``history`` holds the lower steps that led to the
+    current point since the last upper step, oldest first; it is empty where the estimate
+    is asked for out of training.
+    """
+
+    upper: Problem
+    lower: Problem
+    upper_batch: Any
+    lower_batch: Any
+    upper_random: RandomState
+    lower_random: RandomState
+    history: Sequence[Step] = ()
+    passes: Passes = field(default_factory=Passes)
+    witness: Witness = field(default_factory=Witness)
+
+    @contextmanager
+    def open(self) -> Iterator[Oracle]:
+        """Answer questions in the body; afterwards everything is as it was before."""
+        variables = (*self.upper.variables, *self.lower.variables)
+        devices = list(dict.fromkeys((*self.upper.devices, *self.lower.devices)))
+        with unchanged(variables, devices) as self.witness:
+            yield self
+
+    @cached_property
+    def upper_gradient(self) -> UpperGradient:
+        """∂F/∂u and ∂F/∂w, by one forward+backward."""
+        self.passes.gradients += 1
+        u, w = self.upper.variables, self.lower.variables
+        with replay(self.upper_random):
+            evaluation = self.upper.gradient(self.upper_batch, (*u, *w))
+        direct, b = evaluation.gradient[: len(u)], evaluation.gradient[len(u) :]
+        return UpperGradient(Vector.of(direct, u), Vector.of(b, w), evaluation)
+
+    def lower_gradient(self) -> Vector:
+        """∂f/∂w where the lower variables are now, by one forward+backward."""
+        return self._objective(None).gradient(self.lower.variables)
+
+    @contextmanager
+    def product(
+        self,
+        kind: ProductKind,
+        *,
+        at: Step | None = None,
+        radius: float | None = None,
+        sides: int = 2,
+    ) -> Iterator[Product]:
+        """Second-derivative products of f at the current point, or at the start of step ``at``.
+
+        A one-sided difference takes ∂f/∂u from the step where the step has recorded it.
+        """
+        objective = self._objective(at)
+        known = None
+        if at is not None and at.upper_gradient is not None and not self.witness.half:
+            known = Vector.of(at.upper_gradient, self.upper.variables)
+        with ExitStack() as stack:
+            if at is not None:
+                stack.enter_context(displaced(self.lower.variables, at.variables))
+            if self.witness.half:
+                variables = (*self.upper.variables, *self.lower.variables)
+                stack.enter_context(single_precision(variables))
+            if kind == "exact":
+                yield ExactProduct(objective)
+            else:
+                yield DifferenceProduct(objective, radius, sides, known)
+
+    def _objective(self, at: Step | None) -> Objective:
+        batch = self.lower_batch if at is None else at.batch
+        random_state = self.lower_random if at is None else at.random_state
+        return Objective(self.lower, self.upper, batch, random_state, self.passes)
+
+
+def check_ownership(upper: Problem, lower: Problem) -> None:
+    """Raise ProblemError where both levels own the same tensor, or the same memory."""
+    owned = {v.data_ptr(): n for n, v in zip(lower.names, lower.variables) if v.numel()}
+    for name, variable in zip(upper.names, upper.variables, strict=True):
+        if variable.numel() and variable.data_ptr() in owned:
+            raise ProblemError(
+                f"{upper.name} and {lower.name} own the same tensor ({name}, which the lower "
+                f"level calls {owned[variable.data_ptr()]}); give it to one level"
+            )

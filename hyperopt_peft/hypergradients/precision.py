@@ -1,0 +1,73 @@
+"""Passes in single precision over a model that is held or run in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from hyperopt_peft.hypergradients.vector import widened
+
+HALF = (torch.bfloat16, torch.float16)
+_CASTS: dict[Any, Callable[..., Tensor]] = {
+    torch.Tensor.bfloat16: torch.Tensor.float,
+    torch.Tensor.half: torch.Tensor.float,
+}
+
+
+class SinglePrecision(TorchFunctionMode):
+    """Runs every operation in float32 that would run in bfloat16 or float16.
+
+    A finite difference divides by its step: the eight bits of a bfloat16 activation, weight
+    or autocast matrix product would leave nothing but rounding. Half-precision arguments
+    are widened, casts to half precision become casts to float32, and autocast is off.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        # An in-place operation must reach the tensor itself, an attribute the real one.
+        if name == "__set__" or (name.endswith("_") and not name.endswith("__")):
+            args, kept = args[1:], args[:1]
+        else:
+            kept = ()
+        args, kwargs = tree_map(_widened, (args, kwargs))
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return _CASTS.get(func, func)(*kept, *args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return widened(value)
+    return torch.float32 if value in HALF else value
+
+
+@contextmanager
+def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
+    """Hold half-precision ``variables`` in float32, and run in single precision.
+
+    The tensors get their own data back at the end, bit for bit.
+    """
+    narrow = [(variable, variable.data) for variable in variables if variable.dtype in HALF]
+    try:
+        for variable, data in narrow:
+            variable.data = data.float()
+        with SinglePrecision():
+            yield
+    finally:
+        for variable, data in narrow:
+            variable.data = data

@@ -1,0 +1,175 @@
+"""Second-derivative products of the lower objective f at one point.
+
+A product is ``hessian(v) = ∂²f/∂w² v`` and ``mixed(v) = ∂²f/∂u∂w v``, on one batch and one
+random state. `ExactProduct` differentiates ∂f/∂w once more; `DifferenceProduct` needs
+first-order passes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.purity import displaced
+from hyperopt_peft.hypergradients.vector import Vector
+from hyperopt_peft.problem import Problem
+from hyperopt_peft.random_state import RandomState, replay
+
+ProductKind = Literal["exact", "difference"]
+
+
+@dataclass
+class Passes:
+    """What an estimate cost: ``gradients`` are forward+backward passes, ``products`` second
+    backward passes over a kept graph."""
+
+    gradients: int = 0
+    products: int = 0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The lower objective on one batch, with the random numbers of every evaluation fixed."""
+
+    lower: Problem
+    upper: Problem
+    batch: Any
+    random_state: RandomState
+    passes: Passes
+
+    def gradient(self, variables: tuple[Tensor, ...]) -> Vector:
+        """∂f/∂variables at the current point, by one forward+backward."""
+        self.passes.gradients += 1
+        with replay(self.random_state):
+            gradient = self.lower.gradient(self.batch, variables).gradient
+        return Vector.of(gradient, variables)
+
+
+class Product(Protocol):
+    """Second-derivative products at a fixed point."""
+
+    def hessian(self, v: Vector) -> Vector:
+        """∂²f/∂w² v, shaped like the lower variables."""
+
+    def mixed(self, v: Vector) -> Vector:
+        """∂²f/∂u∂w v, shaped like the upper variables."""
+
+
+class ExactProduct:
+    """Products by double backward on one kept graph (Pearlmutter 1994).
+
+    Attention runs in its math kernel, the only one with a second derivative.
+
+    Raises:
+        ProblemError: an operation of the loss has no second derivative.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        objective.passes.gradients += 1
+        with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH):
+            loss, _ = objective.lower.evaluate(objective.batch)
+        with _explained():
+            self.gradient = torch.autograd.grad(
+                loss, objective.lower.variables, create_graph=True, materialize_grads=True
+            )
+
+    def hessian(self, v: Vector) -> Vector:
+        """∂²f/∂w² v = ∂⟨∂f/∂w, v⟩/∂w."""
+        return self._derivative(self.objective.lower.variables, v)
+
+    def mixed(self, v: Vector) -> Vector:
+        """∂²f/∂u∂w v = ∂⟨∂f/∂w, v⟩/∂u."""
+        return self._derivative(self.objective.upper.variables, v)
+
+    def _derivative(self, variables: tuple[Tensor, ...], v: Vector) -> Vector:
+        self.objective.passes.products += 1
+        pairs = [(g, x.to(g)) for g, x in zip(self.gradient, v) if g.requires_grad]
+        if not pairs:  # f is linear in w
+            return Vector.of([None] * len(variables), variables)
+        outputs, cotangents = zip(*pairs, strict=True)
+        with _explained():
+            result = torch.autograd.grad(
+                outputs, variables, cotangents, retain_graph=True, allow_unused=True
+            )
+        return Vector.of(result, variables)
+
+
+@dataclass
+class DifferenceProduct:
+    """Products by finite differences of ∂f/∂w and ∂f/∂u along v, ε = radius/‖v‖.
+
+    Two-sided: (g(w+εv) − g(w−εv))/2ε, error O(ε²). One-sided: (g(w+εv) − g(w))/ε, error
+    O(ε), and g(w) is evaluated once, or not at all where ``upper_gradient``, ∂f/∂u as the
+    lower step has already computed it, is given. ``radius`` is a length in the space of w;
+    see `default_radius`. DARTS, arXiv:1806.09055 Eq. 8.
+    """
+
+    objective: Objective
+    radius: float | None = None
+    sides: int = 2
+    upper_gradient: Vector | None = None
+    _point: Vector = field(init=False)
+    _unmoved: dict[str, Vector] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._point = Vector(v.detach().clone() for v in self.objective.lower.variables)
+        if self.upper_gradient is not None:
+            self._unmoved["upper"] = self.upper_gradient
+
+    def hessian(self, v: Vector) -> Vector:
+        """∂²f/∂w² v, by differences of ∂f/∂w."""
+        return self._difference("lower", self.objective.lower.variables, v)
+
+    def mixed(self, v: Vector) -> Vector:
+        """∂²f/∂u∂w v, by differences of ∂f/∂u."""
+        return self._difference("upper", self.objective.upper.variables, v)
+
+    def _difference(self, level: str, variables: tuple[Tensor, ...], v: Vector) -> Vector:
+        length = v.norm()
+        if length == 0:
+            return Vector.of([None] * len(variables), variables)
+        radius = self.radius or default_radius(self._point, self.sides)
+        epsilon = radius / length
+
+        def gradient(shift: float) -> Vector:
+            with displaced(self.objective.lower.variables, (self._point + shift * v).parts):
+                return self.objective.gradient(variables)
+
+        if self.sides == 2:
+            return (gradient(epsilon) - gradient(-epsilon)) / (2 * epsilon)
+        if level not in self._unmoved:
+            self._unmoved[level] = self.objective.gradient(variables)
+        return (gradient(epsilon) - self._unmoved[level]) / epsilon
+
+
+def default_radius(point: Vector, sides: int) -> float:
+    """δ^(1/(1+sides))·(1 + ‖w‖), δ the machine epsilon of the coarsest part.
+
+    It balances the truncation error, O(ε^sides), and the rounding error, O(δ/ε), of a
+    difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3).
+    """
+    delta = max(torch.finfo(part.dtype).eps for part in point)
+    return float(delta ** (1 / (1 + sides)) * (1 + point.norm()))
+
+
+class _explained:
+    """Turn autograd's complaint about a missing second derivative into advice."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _trace: object) -> None:
+        text = str(error)
+        if isinstance(error, RuntimeError) and ("not implemented" in text or "double" in text):
+            raise ProblemError(
+                f"an operation of the lower loss has no second derivative ({text}); "
+                'choose product="difference", which needs first-order passes only'
+            ) from error
+
+

@@ -1,0 +1,104 @@
+"""Estimators by short name: ``"cg"``, ``"neumann:terms=20"``, or an instance."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.estimator import Estimator
+
+Kind = Literal["direct", "identity", "implicit", "unrolled"]
+E = TypeVar("E", bound=type[Estimator])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered estimator: its class, its kind, and how close it must come.
+
+    ``kind``: ``"direct"`` leaves out the implicit term, ``"identity"`` takes H⁻¹ = ξI,
+    ``"implicit"`` solves with H (scaling f changes nothing), ``"unrolled"`` differentiates
+    the optimizer's steps. ``tolerance`` is the largest relative error, with default options
+    in float64, on a quadratic program whose Hessian has condition number 10; None for an
+    estimator that is biased by construction. The test-suite holds every entry to them.
+    """
+
+    estimator: type[Estimator]
+    kind: Kind
+    tolerance: float | None
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callable[[E], E]:
+    """Class decorator that makes an estimator known as ``name``.
+
+    Raises:
+        ProblemError: the name is taken or not a plain word, the kind unknown, or an
+            implicit estimator declares no tolerance.
+    """
+
+    def decorate(estimator: E) -> E:
+        if not name.isidentifier():
+            raise ProblemError(f"an estimator's name must be a plain word, got {name!r}")
+        if name in _ENTRIES:
+            raise ProblemError(f"an estimator called {name!r} is already registered")
+        if kind not in get_args(Kind):
+            raise ProblemError(f"{name}: kind must be one of {get_args(Kind)}, got {kind!r}")
+        if kind == "implicit" and tolerance is None:
+            raise ProblemError(f"{name}: an implicit estimator must declare its tolerance")
+        estimator.name = name
+        _ENTRIES[name] = Entry(estimator, kind, tolerance)
+        return estimator
+
+    return decorate
+
+
+def registered() -> dict[str, Entry]:
+    """All registered estimators by name."""
+    return dict(_ENTRIES)
+
+
+def get_estimator(method: str | Estimator) -> Estimator:
+    """The estimator that ``method`` names: ``"cg"``, ``"cg:steps=40,damping=0.1"``, or itself.
+
+    Raises:
+        ProblemError: an unknown name or option (with the nearest known one), or a bad value.
+    """
+    if isinstance(method, Estimator):
+        return method
+    if not isinstance(method, str):
+        raise ProblemError(
+            f"a hypergradient method is a name or an Estimator, got {type(method).__name__}"
+        )
+    name, _, text = method.partition(":")
+    if name not in _ENTRIES:
+        raise ProblemError(f"unknown estimator {name!r}{_nearest(name, list(_ENTRIES))}")
+    estimator = _ENTRIES[name].estimator
+    known = [option.name for option in dataclasses.fields(estimator)]  # type: ignore[arg-type]
+    options = {}
+    for part in filter(None, text.split(",")):
+        option, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ProblemError(f"{name}: write options as option=value, got {part!r}")
+        if option not in known:
+            raise ProblemError(f"{name}: unknown option {option!r}{_nearest(option, known)}")
+        options[option] = _literal(value)
+    return estimator(**options)
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known) or 'none'}"

@@ -1,0 +1,96 @@
+"""Vectors over several tensors, with the arithmetic that a linear solver needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Vector:
+    """A point of the product space of some tensors: one part for each.
+
+    Parts keep their shape and device; half-precision parts are widened to float32, since a
+    solver's recurrences lose their meaning at eight bits. Parts are never changed in place.
+    """
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Iterable[Tensor]) -> None:
+        self.parts = tuple(widened(part.detach()) for part in parts)
+
+    @classmethod
+    def of(cls, gradient: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
+        """``gradient`` with zeros where it is None."""
+        return cls(
+            torch.zeros_like(tensor) if part is None else part
+            for part, tensor in zip(gradient, like, strict=True)
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __add__(self, other: Vector) -> Vector:
+        return Vector(a + b for a, b in zip(self.parts, other.parts, strict=True))
+
+    def __sub__(self, other: Vector) -> Vector:
+        return Vector(a - b for a, b in zip(self.parts, other.parts, strict=True))
+
+    def __mul__(self, factor: float | Tensor) -> Vector:
+        return Vector(part * factor for part in self.parts)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> Vector:
+        return Vector(part / divisor for part in self.parts)
+
+    def __neg__(self) -> Vector:
+        return Vector(-part for part in self.parts)
+
+    def copy(self) -> Vector:
+        """The same point in memory of its own."""
+        return Vector(part.clone() for part in self.parts)
+
+    def norm(self) -> float:
+        """The 2-norm."""
+        return dot(self, self) ** 0.5
+
+    def numel(self) -> int:
+        """The dimension of the space."""
+        return sum(part.numel() for part in self.parts)
+
+    def flat(self) -> Tensor:
+        """All parts as one ``(numel,)`` tensor on the first part's device."""
+        device = self.parts[0].device
+        return torch.cat([part.reshape(-1).to(device) for part in self.parts])
+
+    def with_entries(self, flat: Tensor) -> Vector:
+        """A vector of this shape with the entries of ``flat``, a ``(numel,)`` tensor."""
+        chunks = flat.split([part.numel() for part in self.parts])
+        return Vector(
+            chunk.reshape(part.shape).to(part) for chunk, part in zip(chunks, self.parts)
+        )
+
+    def isfinite(self) -> bool:
+        """Whether no entry is NaN or infinite."""
+        return all(bool(torch.isfinite(part).all()) for part in self.parts)
+
+
+def dot(a: Vector, b: Vector) -> float:
+    """⟨a, b⟩, a Python float: the recurrences' scalars are kept in double precision."""
+    products = (torch.vdot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a.parts, b.parts))
+    return sum(float(product) for product in products)
+
+
+def zeros_like(vector: Vector) -> Vector:
+    """The zero of the vector's space."""
+    return Vector(torch.zeros_like(part) for part in vector.parts)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32 where it is in half precision, itself otherwise."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

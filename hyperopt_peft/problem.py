@@ -1,0 +1,298 @@
+"""A `Problem` is one level of a bilevel program: its variables, loss, data and optimizer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from hyperopt_peft.batches import Batches
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.random_state import RandomState
+
+Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss at one point, and its gradient.
+
+    ``gradient`` has one entry for each tensor that was asked for, in that tensor's shape and
+    dtype; None where the loss does not read the tensor.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    gradient: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a level, as an estimator may look back on it.
+
+    ``variables`` are copies from before the step, ``gradient`` is ∂f/∂w before clipping,
+    ``upper_gradient`` is ∂f/∂u from the same backward pass (None where it was not asked
+    for), ``optimizer`` what `Problem.optimizer_snapshot` returned before it.
+    """
+
+    batch: Any
+    random_state: RandomState
+    variables: tuple[Tensor, ...] = ()
+    gradient: tuple[Tensor, ...] = ()
+    upper_gradient: tuple[Tensor | None, ...] | None = None
+    optimizer: Mapping[str, Any] | None = None
+
+
+class Problem:
+    """One level: it owns ``variables`` and minimises ``loss`` over them.
+
+    Subclass it and define ``loss``. The two levels of a program are two Problems, usually
+    over the same modules: a level *owns* some tensors and may *read* any.
+
+    Args:
+        variables: what the level owns: tensors or ``(name, tensor)`` pairs, leaves that
+            require a gradient, for example ``model.named_parameters()``.
+        data: any re-iterable of batches, a shuffled DataLoader for example; it is cycled.
+            Without data, ``loss`` is given None.
+        optimizer: used as given, never rebuilt; it must hold exactly ``variables``.
+        scheduler: stepped after each step of the optimizer.
+        max_grad_norm: the gradient is scaled down to this 2-norm before each step.
+        name: what error messages and logs call the level; the class's name by default.
+
+    Raises:
+        ProblemError: no variables, one that is not a leaf or needs no gradient, one that is
+            given twice, or an optimizer that does not hold exactly the variables.
+        ValueError: ``data`` is empty or cannot be read twice.
+    """
+
+    def __init__(
+        self,
+        variables: Variables,
+        *,
+        data: Iterable[Any] | None = None,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        max_grad_norm: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or type(self).__name__
+        self.names, self.variables = _named(variables, self.name)
+        self.batches = None if data is None else Batches(data, self.name)
+        self.optimizer, self.scheduler = optimizer, scheduler
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ProblemError(f"{self.name}: max_grad_norm must be positive, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        if optimizer is not None:
+            self._check_optimizer(optimizer)
+        if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
+            raise ProblemError(f"{self.name}: the scheduler drives another optimizer")
+
+    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
+        """The level's objective on ``batch``.
+
+        Returns a scalar tensor, or a mapping with the scalar under ``"loss"`` and metrics
+        to log under any other keys.
+        """
+        raise ProblemError(f"{self.name}: define loss(self, batch)")
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices that hold the variables."""
+        return list(dict.fromkeys(variable.device for variable in self.variables))
+
+    def next_batch(self) -> Any:
+        """The next batch of the level's data; None where it has none."""
+        return None if self.batches is None else self.batches.next()
+
+    def peek_batch(self) -> Any:
+        """The batch that ``next_batch`` will return; it stays the next one."""
+        return None if self.batches is None else self.batches.peek()
+
+    def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
+        """The loss with its graph, checked, and the metrics.
+
+        ``batch`` is moved to the device of the first variable: tensors, mappings, tuples,
+        lists and ``BatchEncoding`` alike.
+
+        Raises:
+            ProblemError: the loss is not a scalar tensor, or depends on nothing that
+                requires a gradient.
+            NonFiniteError: the loss is NaN or infinite.
+        """
+        result = self.loss(send_to_device(batch, self.variables[0].device))
+        metrics: dict[str, float] = {}
+        if isinstance(result, Mapping):
+            if "loss" not in result:
+                raise ProblemError(
+                    f'{self.name}: loss returned a mapping without "loss", only {sorted(result)}'
+                )
+            metrics = {key: float(value) for key, value in result.items() if key != "loss"}
+            result = result["loss"]
+        if not isinstance(result, Tensor) or result.numel() != 1:
+            shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ProblemError(f"{self.name}: loss must be a scalar tensor, got {shape}")
+        if not result.requires_grad:
+            raise ProblemError(
+                f"{self.name}: the loss does not depend on any tensor that requires a gradient; "
+                "look for detach(), .item(), torch.no_grad() or frozen variables"
+            )
+        if not torch.isfinite(result):
+            raise NonFiniteError(f"{self.name}: the loss is {result.item()}")
+        return result.reshape(()), metrics
+
+    def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+        """The loss on ``batch`` and its gradient with respect to ``variables``.
+
+        Taken by ``loss.backward`` and read from ``.grad``, so that the hooks of a wrapped
+        model fire; every ``.grad`` is afterwards as it was.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite.
+        """
+        held = [variable.grad for variable in variables]
+        for variable in variables:
+            variable.grad = None
+        try:
+            loss, metrics = self.evaluate(batch)
+            loss.backward(inputs=list(variables))  # type: ignore[no-untyped-call]
+            gradient = tuple(variable.grad for variable in variables)
+        finally:
+            for variable, grad in zip(variables, held, strict=True):
+                variable.grad = grad
+        for part in gradient:
+            if part is not None and not torch.isfinite(part).all():
+                raise NonFiniteError(
+                    f"{self.name}: the gradient is not finite at loss {loss.item():.6g}"
+                )
+        return Evaluation(loss.item(), metrics, gradient)
+
+    def step(self, gradient: Sequence[Tensor | None]) -> float:
+        """One step of the optimizer, and of the scheduler, along ``gradient``.
+
+        A variable whose part is None is left alone. Returns the 2-norm before clipping.
+        """
+        if self.optimizer is None:
+            raise ProblemError(f"{self.name}: give the level an optimizer to train it")
+        for variable, part in zip(self.variables, gradient, strict=True):
+            variable.grad = None if part is None else part.to(variable.dtype)
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.variables, limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return float(norm)
+
+    def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
+        """The optimizer's options and, if asked for, copies of its state.
+
+        ``"groups"``: each parameter group's options, with ``"variables"``, the positions of
+        its tensors among the level's variables. ``"state"``: by position, the tensors that
+        the optimizer keeps for that variable.
+        """
+        if self.optimizer is None:
+            return {"groups": [], "state": {}}
+        position = {id(variable): index for index, variable in enumerate(self.variables)}
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            | {"variables": [position[id(tensor)] for tensor in group["params"]]}
+            for group in self.optimizer.param_groups
+        ]
+        kept = self.optimizer.state.items() if with_state else ()
+        return {
+            "groups": groups,
+            "state": {position[id(tensor)]: deepcopy(state) for tensor, state in kept},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the variables, and the states of optimizer, scheduler and data."""
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "batches": self.batches}
+        return {
+            "variables": {
+                name: variable.detach().clone()
+                for name, variable in zip(self.names, self.variables, strict=True)
+            },
+            **{key: deepcopy(part.state_dict()) for key, part in parts.items() if part is not None},
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ProblemError where ``state`` is not that of a level like this one."""
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "batches": self.batches}
+        expected = {"variables", *(key for key, part in parts.items() if part is not None)}
+        if not isinstance(state, Mapping) or set(state) != expected:
+            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ProblemError(
+                f"{self.name}: the state must have {sorted(expected)}, it has {found}"
+            )
+        shapes = {name: tuple(v.shape) for name, v in zip(self.names, self.variables, strict=True)}
+        for name in shapes.keys() ^ state["variables"].keys():
+            raise ProblemError(f"{self.name}: variable {name!r} is only in one of level and state")
+        for name, shape in shapes.items():
+            if tuple(state["variables"][name].shape) != shape:
+                raise ProblemError(
+                    f"{self.name}: variable {name!r} has shape {shape}, "
+                    f"the state {tuple(state['variables'][name].shape)}"
+                )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Return to ``state``; nothing is changed where it does not fit (ProblemError)."""
+        self.check_state(state)
+        with torch.no_grad():
+            for name, variable in zip(self.names, self.variables, strict=True):
+                variable.copy_(state["variables"][name])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(deepcopy(state["scheduler"]))
+        if self.batches is not None:
+            self.batches.load_state_dict(state["batches"])
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        names = {id(variable): name for name, variable in zip(self.names, self.variables)}
+        held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        foreign = [tuple(tensor.shape) for tensor in held if id(tensor) not in names]
+        missing = [name for key, name in names.items() if key not in {id(t) for t in held}]
+        if missing or foreign:
+            raise ProblemError(
+                f"{self.name}: the optimizer must hold exactly the level's variables; "
+                f"it lacks {missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
+            )
+
+
+def _named(variables: Variables, level: str) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    """Names and tensors of ``variables``, checked."""
+    if isinstance(variables, Tensor):
+        raise ProblemError(f"{level}: variables must be a list of tensors; write [tensor]")
+    if isinstance(variables, Mapping):
+        variables = variables.items()
+    pairs: list[tuple[str, Tensor]] = []
+    for index, item in enumerate(variables):
+        name, tensor = item if isinstance(item, tuple) else (f"variable {index}", item)
+        if not isinstance(tensor, Tensor):
+            raise ProblemError(f"{level}: {name} is a {type(tensor).__name__}, not a tensor")
+        if not tensor.requires_grad:
+            raise ProblemError(f"{level}: {name} does not require a gradient; it cannot be learnt")
+        if not tensor.is_leaf:
+            raise ProblemError(
+                f"{level}: {name} is computed from other tensors; own the leaf it is computed from"
+            )
+        pairs.append((str(name), tensor))
+    if not pairs:
+        raise ProblemError(f"{level}: the level has no variables")
+    names, tensors = zip(*pairs, strict=True)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ProblemError(f"{level}: two variables are called {name!r}")
+    first: dict[int, str] = {}
+    for name, tensor in pairs:
+        if first.setdefault(id(tensor), name) != name:
+            raise ProblemError(f"{level}: {first[id(tensor)]} and {name} are the same tensor")
+    return names, tensors
