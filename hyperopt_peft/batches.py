@@ -94,7 +94,7 @@ class Batches:
 
     def _generators(self) -> dict[str, torch.Generator]:
         """The generators that decide the order, of the loader, its samplers and its dataset."""
-        owners = {"loader": self.data}
+        owners: dict[str, Any] = {"loader": self.data}
         owners |= {key: getattr(self.data, key, None) for key in ("sampler", "batch_sampler")}
         owners["inner_sampler"] = getattr(owners["batch_sampler"], "sampler", None)
         found = {key: getattr(owner, "generator", None) for key, owner in owners.items()}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 from tqdm.auto import trange
@@ -20,6 +19,7 @@ from hyperopt_peft.problem import Evaluation, Problem, Step
 from hyperopt_peft.random_state import RandomState
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 class Engine:
@@ -101,17 +101,14 @@ class Engine:
         begin = len(self.history)
         with trange(steps, disable=not self.progress, desc="upper steps") as bar:
             if self.lower_step == 0:
-                for _ in range(self.warmup_steps):
-                    self._step_lower()
+                self._lower_steps(self.warmup_steps)
             for _ in bar:
                 self._recent.clear()
-                for _ in range(self.lower_steps):
-                    self._step_lower()
-                record = self._step_upper()
+                self._lower_steps(self.lower_steps)
+                record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
                 if record is not None:
-                    bar.set_postfix(
-                        upper=f"{record['upper_loss']:.4f}", lower=f"{record['lower_loss']:.4f}"
-                    )
+                    losses = {key: f"{record[f'{key}_loss']:.4f}" for key in ("upper", "lower")}
+                    bar.set_postfix(losses, refresh=False)
                     for callback in self.callbacks:
                         callback(self, record)
                 if self._stopped:
@@ -169,6 +166,10 @@ class Engine:
             "seed": self.seed,
         }
 
+    def _lower_steps(self, steps: int) -> None:
+        for _ in range(steps):
+            self._guarded(self._step_lower, f"lower step {self.lower_step + 1}")
+
     def _step_lower(self) -> None:
         first = self.lower_step == 0
         w, u = self.lower.variables, self.upper.variables
@@ -176,78 +177,73 @@ class Engine:
         random_state = RandomState.capture(self._devices)
         self.lower_step += 1
         both = self.estimator.reuses_lower_gradient or first
-        with self._counted(f"lower step {self.lower_step}"):
-            self._evaluation = self.lower.gradient(batch, (*w, *u) if both else w)
-            gradient = self._evaluation.gradient
-            if first:
-                _require_read(self.lower, gradient[: len(w)])
-                self._unread = {
-                    n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None
-                }
-            step = Step(batch, random_state)
-            if self.estimator.history:
-                unroll = self.estimator.needs_optimizer_state
-                step = Step(
-                    batch,
-                    random_state,
-                    variables=tuple(variable.detach().clone() for variable in w),
-                    # Copies, since the optimizer's clipping scales the gradient in place.
-                    gradient=Vector.of(gradient[: len(w)], w).copy().parts if unroll else (),
-                    upper_gradient=gradient[len(w) :] if both else None,
-                    optimizer=self.lower.optimizer_snapshot(with_state=unroll),
-                )
-            self._lower_norm = self.lower.step(gradient[: len(w)])
-            self._recent.append(step)
+        self._evaluation = self.lower.gradient(batch, (*w, *u) if both else w)
+        gradient = self._evaluation.gradient
+        if first:
+            _require_read(self.lower, gradient[: len(w)])
+            self._unread = {n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None}
+        step = Step(batch, random_state)
+        if self.estimator.history:
+            unroll = self.estimator.needs_optimizer_state
+            step = Step(
+                batch,
+                random_state,
+                variables=tuple(variable.detach().clone() for variable in w),
+                # Copies, since the optimizer's clipping scales the gradient in place.
+                gradient=Vector.of(gradient[: len(w)], w).copy().parts if unroll else (),
+                upper_gradient=gradient[len(w) :] if both else None,
+                optimizer=self.lower.optimizer_snapshot(with_state=unroll),
+            )
+        self._lower_norm = self.lower.step(gradient[: len(w)])
+        self._recent.append(step)
 
-    def _step_upper(self) -> Record | None:
+    def _step_upper(self) -> Record:
         upper_batch = self.upper.next_batch()
         self.step += 1
-        with self._counted(f"upper step {self.step}"):
-            if not self._recent:
-                raise NonFiniteError("no lower step was possible since the last upper step")
-            last = self._recent[-1]
-            oracle = Oracle(
-                self.upper,
-                self.lower,
-                upper_batch,
-                last.batch,
-                upper_random=RandomState.seeded(self._devices, self.seed, self.step),
-                lower_random=last.random_state,
-                history=list(self._recent) if self.estimator.history else (),
-            )
-            result = estimate(oracle, self.estimator)
-            if self.step == 1:
-                direct = oracle.upper_gradient.evaluation.gradient[: len(self.upper.variables)]
-                _require_read(self.upper, direct, besides=self._unread)
-            norm = self.upper.step(like(result.hypergradient, self.upper.variables))
-            assert self._evaluation is not None
-            above, below = oracle.upper_gradient.evaluation, self._evaluation
-            record = {
-                "step": self.step,
-                "upper_loss": above.loss,
-                "lower_loss": below.loss,
-                "lower_gradient_norm": self._lower_norm,
-                "hypergradient_norm": norm,
-                "implicit_ratio": result.implicit_ratio,
-                "residual": result.residual,
-                "solver_steps": result.steps,
-                "note": result.note,
-                **{f"upper_{key}": value for key, value in above.metrics.items()},
-                **{f"lower_{key}": value for key, value in below.metrics.items()},
-            }
-            self.history.append(record)
-            return record
-        return None
+        if not self._recent:
+            raise NonFiniteError("no lower step was possible since the last upper step")
+        last = self._recent[-1]
+        oracle = Oracle(
+            self.upper,
+            self.lower,
+            upper_batch,
+            last.batch,
+            upper_random=RandomState.seeded(self._devices, self.seed, self.step),
+            lower_random=last.random_state,
+            history=list(self._recent) if self.estimator.history else (),
+        )
+        result = estimate(oracle, self.estimator)
+        if self.step == 1:
+            direct = oracle.upper_gradient.evaluation.gradient[: len(self.upper.variables)]
+            _require_read(self.upper, direct, besides=self._unread)
+        norm = self.upper.step(like(result.hypergradient, self.upper.variables))
+        assert self._evaluation is not None
+        above, below = oracle.upper_gradient.evaluation, self._evaluation
+        record = {
+            "step": self.step,
+            "upper_loss": above.loss,
+            "lower_loss": below.loss,
+            "lower_gradient_norm": self._lower_norm,
+            "hypergradient_norm": norm,
+            "implicit_ratio": result.implicit_ratio,
+            "residual": result.residual,
+            "solver_steps": result.steps,
+            "note": result.note,
+            **{f"upper_{key}": value for key, value in above.metrics.items()},
+            **{f"lower_{key}": value for key, value in below.metrics.items()},
+        }
+        self.history.append(record)
+        return record
 
-    @contextmanager
-    def _counted(self, where: str) -> Iterator[None]:
-        """Name the step in a NonFiniteError, or count it and go on."""
+    def _guarded(self, step: Callable[[], T], where: str) -> T | None:
+        """Do ``step``; name it in a NonFiniteError, or count it where steps may be skipped."""
         try:
-            yield
+            return step()
         except NonFiniteError as error:
             if self.non_finite == "raise":
                 raise NonFiniteError(f"{where}: {error}") from error
             self.skipped += 1
+            return None
 
 
 def _require_read(

@@ -37,7 +37,7 @@ def fit(
             record = {"step": step + 1, "loss": evaluation.loss, "gradient_norm": norm}
             record |= evaluation.metrics
             history.append(record)
-            bar.set_postfix(loss=f"{evaluation.loss:.4f}")
+            bar.set_postfix(loss=f"{evaluation.loss:.4f}", refresh=False)
             for callback in callbacks:
                 callback(record)
     return history

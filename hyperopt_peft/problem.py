@@ -162,7 +162,7 @@ class Problem:
             variable.grad = None
         try:
             loss, metrics = self.evaluate(batch)
-            loss.backward(inputs=list(variables))  # type: ignore[no-untyped-call]
+            loss.backward(inputs=list(variables))
             gradient = tuple(variable.grad for variable in variables)
         finally:
             for variable, grad in zip(variables, held, strict=True):

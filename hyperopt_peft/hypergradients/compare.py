@@ -56,7 +56,7 @@ class Comparison:
 
     def __str__(self) -> str:
         head = ("method", "cosine", "rel. error", "norm ratio", "spread", "fwd+bwd", "products")
-        table = [(*head, "seconds", "MB")]
+        table: list[tuple[str, ...]] = [(*head, "seconds", "MB")]
         for row in self.rows:
             numbers = (f"{row.cosine:.4f}", f"{row.relative_error:.2g}", f"{row.norm_ratio:.3f}")
             cost = (str(row.gradients), str(row.products), f"{row.seconds:.3g}")
@@ -105,7 +105,9 @@ def compare_hypergradients(
     truth = get_estimator(reference)
     truths = [_run(upper, lower, truth, seed + k).hypergradient for k in range(repeats)]
     rows = [_record(upper, lower, name, estimator, truths, seed) for name, estimator in chosen]
-    return Comparison(reference if isinstance(reference, str) else repr(truth), repeats, tuple(rows))
+    return Comparison(
+        reference if isinstance(reference, str) else repr(truth), repeats, tuple(rows)
+    )
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ class Estimator(ABC):
         for option in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
             if not _matches(value, hints[option.name]):
-                self.require(False, f"{option.name} must be {_spelt(hints[option.name])}, got {value!r}")
+                self.require(
+                    False, f"{option.name} must be {_spelt(hints[option.name])}, got {value!r}"
+                )
         self.check()
 
     def require(self, condition: bool, message: str) -> None:

@@ -141,7 +141,9 @@ class FunctionalOptimizer:
             if any(i in step.optimizer["state"] for i in indices):
                 # TorchOpt's momentum skips decay and dampening in its first call, as torch does
                 # where a buffer is new; these are not.
-                transformation.update(tuple(map(torch.zeros_like, grads)), state, params=params, inplace=False)
+                transformation.update(
+                    tuple(map(torch.zeros_like, grads)), state, params=params, inplace=False
+                )
             held = [[moments[i * width + k] for i in indices] for k in range(width)]
             counts = [torch.tensor(self._count(step, i), dtype=torch.float64) for i in indices]
             state = tuple(_filled(part, held, counts) for part in state)
@@ -156,7 +158,9 @@ class FunctionalOptimizer:
     def _clipped(self, gradient: list[Tensor]) -> list[Tensor]:
         if self.max_grad_norm is None:
             return gradient
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient]))
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(g) for g in gradient])
+        )
         factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
         return [g * factor for g in gradient]
 

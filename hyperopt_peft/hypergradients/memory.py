@@ -20,12 +20,12 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = int(torch.cuda.memory_allocated(device))
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.max_memory_allocated(device)) - before
     with _StorageCount() as count:
         run()
-    return count.peak
+    return int(count.peak)
 
 
 class _StorageCount(TorchDispatchMode):
@@ -60,4 +60,4 @@ class _StorageCount(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -52,6 +52,8 @@ def largest_eigenvalue(matvec: Matvec, start: Vector, steps: int) -> float:
         v = matvec(v)
         norm = v.norm()
         if norm == 0:
-            raise ProblemError("neumann: the Hessian is zero along ∂F/∂w; regularise the lower loss")
+            raise ProblemError(
+                "neumann: the Hessian is zero along ∂F/∂w; regularise the lower loss"
+            )
         v = v / norm
     return norm

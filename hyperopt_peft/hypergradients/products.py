@@ -171,5 +171,3 @@ class _explained:
                 f"an operation of the lower loss has no second derivative ({text}); "
                 'choose product="difference", which needs first-order passes only'
             ) from error
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -57,7 +58,7 @@ class Vector:
 
     def norm(self) -> float:
         """The 2-norm."""
-        return dot(self, self) ** 0.5
+        return math.sqrt(dot(self, self))
 
     def numel(self) -> int:
         """The dimension of the space."""
@@ -71,9 +72,7 @@ class Vector:
     def with_entries(self, flat: Tensor) -> Vector:
         """A vector of this shape with the entries of ``flat``, a ``(numel,)`` tensor."""
         chunks = flat.split([part.numel() for part in self.parts])
-        return Vector(
-            chunk.reshape(part.shape).to(part) for chunk, part in zip(chunks, self.parts)
-        )
+        return Vector(chunk.reshape(part.shape).to(part) for chunk, part in zip(chunks, self.parts))
 
     def isfinite(self) -> bool:
         """Whether no entry is NaN or infinite."""

@@ -1,0 +1,1 @@
+"""Bilevel programs, ready to run and to copy."""

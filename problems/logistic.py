@@ -1,0 +1,57 @@
+"""Logistic regression with a penalty per feature (breast cancer).
+
+upper: min over l   mean softplus(−y_val X_val w*)
+lower: w*(l) = argmin over w   mean softplus(−y X w) + ½ Σ_j exp(l_j) w_j²
+"""
+
+from __future__ import annotations
+
+import torch
+from sklearn.datasets import load_breast_cancer
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from hyperopt_peft.problem import Problem
+from hyperopt_peft.problems.ridge import standardised
+
+
+class Logistic(Problem):
+    """Lower level: the weights w ``(d,)``, fitted to the training rows under the penalty exp l."""
+
+    def __init__(self, w: Tensor, log_penalty: Tensor, x: Tensor, y: Tensor) -> None:
+        self.w, self.log_penalty, self.x, self.y = w, log_penalty, x, y
+        super().__init__([("w", w)], optimizer=torch.optim.SGD([w], lr=1.0))
+
+    def loss(self, batch: None) -> Tensor:
+        """Mean softplus(−y Xw) + ½ Σ_j exp(l_j) w_j²."""
+        penalty = self.log_penalty.exp() @ self.w.square()
+        return softplus(-self.y * (self.x @ self.w)).mean() + penalty / 2
+
+
+class Validation(Problem):
+    """Upper level: the logarithms l ``(d,)`` of the penalties, fitted to the validation rows."""
+
+    def __init__(self, log_penalty: Tensor, w: Tensor, x: Tensor, y: Tensor) -> None:
+        self.w, self.x, self.y = w, x, y
+        optimizer = torch.optim.Adam([log_penalty], lr=0.1)
+        super().__init__([("log_penalty", log_penalty)], optimizer=optimizer)
+
+    def loss(self, batch: None) -> Tensor:
+        """Mean softplus(−y_val X_val w)."""
+        return softplus(-self.y * (self.x @ self.w)).mean()
+
+
+def breast_cancer(log_penalty: float = -2.0) -> tuple[Validation, Logistic]:
+    """The two levels on scikit-learn's breast cancer data, float64, split 60/40, labels ±1.
+
+    w starts at zero, every l_j at ``log_penalty``.
+    """
+    x, y = load_breast_cancer(return_X_y=True)
+    x, x_val, y, y_val = (
+        torch.from_numpy(a).double() for a in train_test_split(x, y, test_size=0.4, random_state=0)
+    )
+    x, x_val = standardised(x, x_val)
+    w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
+    penalties = torch.full_like(w, log_penalty, requires_grad=True)
+    return Validation(penalties, w, x_val, 2 * y_val - 1), Logistic(w, penalties, x, 2 * y - 1)
