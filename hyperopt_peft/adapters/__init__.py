@@ -1,0 +1,29 @@
+"""Everything that touches PEFT: parameter ownership, DoRA's gradient, penalties, analysis."""
+
+from hyperopt_peft.adapters.decomposition import (
+    LineFit,
+    ModuleChange,
+    decompose,
+    fit_line,
+    plot_decomposition,
+)
+from hyperopt_peft.adapters.layers import direction, dora_layers, lora_layers
+from hyperopt_peft.adapters.norm_grad import set_norm_grad
+from hyperopt_peft.adapters.ownership import ParameterSplit, split_parameters
+from hyperopt_peft.adapters.regularizers import gram, gram_penalty
+
+__all__ = [
+    "LineFit",
+    "ModuleChange",
+    "ParameterSplit",
+    "decompose",
+    "direction",
+    "dora_layers",
+    "fit_line",
+    "gram",
+    "gram_penalty",
+    "lora_layers",
+    "plot_decomposition",
+    "set_norm_grad",
+    "split_parameters",
+]

@@ -1,0 +1,196 @@
+"""How training moved magnitude and direction apart (arXiv:2402.09353, §3.2).
+
+Full fine-tuning changes one where it changes the other less; LoRA changes both together. The
+paper reads this off the line through the points (ΔD, ΔM) of the adapted modules.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from hyperopt_peft.adapters.layers import (
+    base_weight,
+    direction,
+    lora_layers,
+    magnitude,
+    require_plain,
+    resolve_adapter,
+    row_norm,
+)
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """The change of one adapted weight since initialisation.
+
+    Attributes:
+        module: its name in ``peft_model.named_modules()``.
+        delta_magnitude: ΔM, the mean over rows of |m − m0|.
+        delta_direction: ΔD, the mean over rows of 1 − cos(V, W0).
+    """
+
+    module: str
+    delta_magnitude: float
+    delta_direction: float
+
+
+@dataclass(frozen=True)
+class LineFit:
+    """The least-squares line ΔM = intercept + slope·ΔD with its uncertainty.
+
+    Attributes:
+        slope: what some papers call the correlation; its unit is ΔM per ΔD.
+        intercept: ΔM at ΔD = 0.
+        pearson_r: correlation coefficient; NaN where ΔM is constant.
+        slope_interval: from Student's t with n − 2 degrees of freedom.
+        pearson_interval: from Fisher's z; [−1, 1] for three points.
+        n: number of points.
+        confidence: level of both intervals.
+    """
+
+    slope: float
+    intercept: float
+    pearson_r: float
+    slope_interval: tuple[float, float]
+    pearson_interval: tuple[float, float]
+    n: int
+    confidence: float
+
+
+@torch.no_grad()
+def decompose(peft_model: PeftModel, adapter_name: str | None = None) -> list[ModuleChange]:
+    """ΔM and ΔD of every adapted module (arXiv:2402.09353, Eq. 3 and 4), in model order.
+
+    m0 are the row norms of W0. For LoRA without a magnitude, m are the row norms of V.
+
+    Args:
+        adapter_name: the active adapter by default.
+
+    Raises:
+        ValueError: as :func:`~hyperopt_peft.adapters.lora_layers`, or a layer whose weight
+            cannot be read (quantised and the like).
+    """
+    adapter = resolve_adapter(peft_model, adapter_name)
+    changes = []
+    for name, layer in lora_layers(peft_model, adapter):
+        require_plain(layer, adapter, name)
+        w0, v = _float64(base_weight(layer)), _float64(direction(layer, adapter))
+        m0, n = row_norm(w0), row_norm(v)
+        m_start, m = m0, n
+        if adapter in layer.lora_magnitude_vector:
+            # PEFT starts from norms rounded to the dtype of W0; left there, m has not moved.
+            m_start = _float64(row_norm(base_weight(layer)))
+            m = _float64(magnitude(layer, adapter))
+        # 1 − cos(V_j, W0_j) without the cancellation of a cosine near one
+        one_minus_cos = (v / n[:, None] - w0 / m0[:, None]).square().sum(dim=1) / 2
+        changes.append(
+            ModuleChange(name, (m - m_start).abs().mean().item(), one_minus_cos.mean().item())
+        )
+    return changes
+
+
+def fit_line(changes: Sequence[ModuleChange], confidence: float = 0.95) -> LineFit:
+    """Least-squares line of ΔM on ΔD and Pearson's r, each with a confidence interval.
+
+    Raises:
+        ValueError: fewer than three points, constant ΔD, or a confidence outside (0, 1).
+    """
+    # Imported here because training never needs it.
+    from scipy import stats
+
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
+    if len(changes) < 3:
+        raise ValueError(
+            f"A line with an interval needs at least 3 modules, got {len(changes)}; "
+            "pass the changes of more modules or of several checkpoints."
+        )
+    x = [change.delta_direction for change in changes]
+    y = [change.delta_magnitude for change in changes]
+    if min(x) == max(x):
+        raise ValueError(
+            f"delta_direction is {x[0]} for every module, so no line is defined; "
+            "decompose an adapter that has been trained."
+        )
+    if min(y) == max(y):
+        # A frozen magnitude: the line is flat and exact, the correlation undefined.
+        undefined = (math.nan, math.nan)
+        return LineFit(0.0, y[0], math.nan, (0.0, 0.0), undefined, len(x), confidence)
+
+    line = stats.linregress(x, y)
+    margin = stats.t.ppf((1 + confidence) / 2, df=len(x) - 2) * line.stderr
+    r = stats.pearsonr(x, y)
+    interval = r.confidence_interval(confidence)
+    return LineFit(
+        slope=float(line.slope),
+        intercept=float(line.intercept),
+        pearson_r=float(r.statistic),
+        slope_interval=(float(line.slope - margin), float(line.slope + margin)),
+        pearson_interval=(float(interval.low), float(interval.high)),
+        n=len(x),
+        confidence=confidence,
+    )
+
+
+def plot_decomposition(
+    changes_by_method: Mapping[str, Sequence[ModuleChange]], path: str | Path
+) -> dict[str, LineFit]:
+    """Draw ΔM against ΔD, a colour and a fitted line per method, and save it to ``path``.
+
+    The legend gives each slope and r with its 95 % interval.
+
+    Returns:
+        The fitted line of each method.
+
+    Raises:
+        ValueError: no method, or as :func:`fit_line`, with the method's name.
+    """
+    # Figure, not pyplot: no global state, no display.
+    from matplotlib.figure import Figure
+
+    if not changes_by_method:
+        raise ValueError("changes_by_method is empty; pass the changes of at least one method.")
+    fits = {}
+    for method, changes in changes_by_method.items():
+        try:
+            fits[method] = fit_line(changes)
+        except ValueError as error:
+            raise ValueError(f"{method}: {error}") from error
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (method, changes) in enumerate(changes_by_method.items()):
+        fit, colour = fits[method], f"C{index % 10}"
+        x = [change.delta_direction for change in changes]
+        y = [change.delta_magnitude for change in changes]
+        ends = [min(x), max(x)]
+        axes.scatter(x, y, s=22, color=colour, alpha=0.7, edgecolors="none")
+        line = [fit.intercept + fit.slope * end for end in ends]
+        axes.plot(ends, line, color=colour, label=f"{method}: {_legend(fit)}")
+    axes.set_xlabel("ΔD: mean over rows of 1 − cos(V, W0)")
+    axes.set_ylabel("ΔM: mean over rows of |m − m0|")
+    axes.ticklabel_format(style="sci", scilimits=(-3, 3), useMathText=True)
+    axes.grid(alpha=0.25)
+    title = "least-squares line and correlation, 95 % intervals"
+    figure.legend(loc="outside upper left", title=title, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    return fits
+
+
+def _legend(fit: LineFit) -> str:
+    slope = f"slope {fit.slope:.3g} [{fit.slope_interval[0]:.3g}, {fit.slope_interval[1]:.3g}]"
+    if math.isnan(fit.pearson_r):
+        return f"{slope}, r undefined"
+    low, high = fit.pearson_interval
+    return f"{slope}, r {fit.pearson_r:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    # On the CPU, because some accelerators have no float64; contiguous, because the order of a sum
+    # follows the strides, and equal weights must have equal norms.
+    return tensor.detach().to("cpu", torch.float64).contiguous()

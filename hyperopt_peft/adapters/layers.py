@@ -1,0 +1,207 @@
+"""PEFT's LoRA layers, read as matrices.
+
+For a frozen weight W0 of shape (out, in), factors B (out, r) and A (r, in) and a scale s:
+
+    V  = W0 + s·B·A         direction, before normalisation
+    n  = ‖V_j‖ for row j    row norm
+    W' = m ⊙ V / n          effective weight; m: magnitude, one entry per row
+
+This is DoRA (arXiv:2402.09353, Eq. 5) with one magnitude per output row, as PEFT has it. Every
+layer type is laid out so that an entry of m belongs to a row of V:
+
+    layer             rows of V                columns of V
+    Linear, Conv1D    output features          input features
+    Conv1d, 2d, 3d    output channels          input channels × kernel
+    Embedding         embedding dimensions     vocabulary
+"""
+
+from functools import reduce
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+READABLE_LAYERS = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d)
+
+
+def resolve_adapter(peft_model: PeftModel, adapter_name: str | None = None) -> str:
+    """The name of the adapter to work on: ``adapter_name``, or the active one.
+
+    Raises:
+        ValueError: ``peft_model`` is no PeftModel, the adapter is unknown, or none is named and
+            not exactly one is active.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise ValueError(
+            f"Expected a PeftModel, got {type(peft_model).__name__}; wrap the model with "
+            "peft.get_peft_model first."
+        )
+    if adapter_name is None:
+        active: list[str] = list(peft_model.active_adapters)
+        if len(active) != 1:
+            raise ValueError(
+                f"Expected one active adapter, found {active}; choose one with adapter_name."
+            )
+        return active[0]
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(
+            f"Unknown adapter {adapter_name!r}; the model has {sorted(peft_model.peft_config)}."
+        )
+    return adapter_name
+
+
+def lora_layers(
+    peft_model: PeftModel, adapter_name: str | None = None
+) -> list[tuple[str, lora.LoraLayer]]:
+    """Every LoRA layer of an adapter with its module name, in model order.
+
+    Raises:
+        ValueError: as :func:`resolve_adapter`; the adapter has no LoRA layer; a layer is merged,
+            so that its base weight is no longer W0.
+    """
+    adapter = resolve_adapter(peft_model, adapter_name)
+    found = [
+        (name, module)
+        for name, module in peft_model.named_modules()
+        if isinstance(module, lora.LoraLayer)
+        and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+    ]
+    if not found:
+        raise ValueError(f"Adapter {adapter!r} has no LoRA layer; create it from a LoraConfig.")
+    for name, layer in found:
+        if layer.merged:
+            raise ValueError(
+                f"{name} has merged adapters {layer.merged_adapters}; call unmerge_adapter() first."
+            )
+    return found
+
+
+def dora_layers(
+    peft_model: PeftModel, adapter_name: str | None = None
+) -> list[tuple[str, lora.LoraLayer]]:
+    """As :func:`lora_layers`, for an adapter whose every layer has a magnitude.
+
+    Raises:
+        ValueError: as :func:`lora_layers`; a layer has no magnitude.
+    """
+    adapter = resolve_adapter(peft_model, adapter_name)
+    layers = lora_layers(peft_model, adapter)
+    for name, layer in layers:
+        if adapter not in layer.lora_magnitude_vector:
+            raise ValueError(
+                f"{name} has no magnitude for adapter {adapter!r}; "
+                "create the adapter with LoraConfig(use_dora=True)."
+            )
+    return layers
+
+
+def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = None) -> None:
+    """Check that ``layer`` computes with V = W0 + s·B·A and that W0 can be read.
+
+    Args:
+        name: what an error calls the layer; its class by default.
+
+    Raises:
+        ValueError: the layer type is unknown, its base layer is quantised or computes something
+            of its own, its convolution is grouped, dilated or not zero-padded, or the adapter
+            uses a LoRA variant other than DoRA.
+    """
+    name = name or f"lora.{type(layer).__name__}"
+    base: Any = layer.get_base_layer()
+    if not isinstance(layer, READABLE_LAYERS) or not _is_plain(layer, base):
+        raise ValueError(
+            f"{name} adapts a {type(base).__name__}, whose weight cannot be read as W0; only "
+            "unquantised nn.Linear, Conv1D, nn.Embedding and nn.Conv layers are supported: "
+            "load the model unquantised or leave this module out of target_modules."
+        )
+    # PEFT builds lora_A without groups, dilation or padding mode, so what it computes there is
+    # not a convolution with W0 + s·B·A.
+    if isinstance(base, CONVOLUTIONS) and (
+        base.groups != 1 or any(step != 1 for step in base.dilation) or base.padding_mode != "zeros"
+    ):
+        raise ValueError(
+            f"{name} adapts a convolution with groups={base.groups}, dilation={base.dilation}, "
+            f"padding_mode={base.padding_mode!r}; only groups=1, dilation=1 and zero padding are "
+            "supported: leave this module out of target_modules."
+        )
+    variant = layer.lora_variant.get(adapter_name)
+    if variant is not None and adapter_name not in layer.lora_magnitude_vector:
+        raise ValueError(
+            f"{name} uses {type(variant).__name__} for adapter {adapter_name!r}; only plain LoRA "
+            "and DoRA are supported."
+        )
+
+
+def base_weight(layer: lora.LoraLayer) -> Tensor:
+    """W0 of shape (out, in), in its own dtype; a view of the frozen weight."""
+    base: Any = layer.get_base_layer()
+    weight: Tensor = base.weight
+    if isinstance(layer, lora.Embedding) or getattr(layer, "fan_in_fan_out", False):
+        return weight.T
+    return weight.flatten(1)
+
+
+def embed_scale(layer: Any) -> Tensor | None:
+    """The fixed factor by which some embeddings (Gemma's) multiply their rows, or None."""
+    scale: Tensor | None = layer._get_embed_scale()
+    return scale
+
+
+def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
+    """V = W0 + s·B·A of shape (out, in), differentiable in A and B (arXiv:2402.09353, Eq. 5).
+
+    Computed in float32 at least, under autocast too.
+
+    Raises:
+        ValueError: as :func:`require_plain`.
+    """
+    require_plain(layer, adapter_name)
+    w0, (a, b) = base_weight(layer), _factors(layer, adapter_name)
+    dtype = reduce(torch.promote_types, (w0.dtype, a.dtype, b.dtype, torch.float32))
+    s = layer.scaling[adapter_name]
+    with torch.autocast(w0.device.type, enabled=False):
+        return torch.addmm(w0.to(dtype), b.to(dtype), a.to(dtype), alpha=s)
+
+
+def magnitude(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
+    """m of shape (out,): a view of the trainable magnitude."""
+    owner: Any = layer.lora_magnitude_vector[adapter_name]
+    vector: Tensor = owner.weight
+    return vector.flatten()
+
+
+def row_norm(matrix: Tensor) -> Tensor:
+    """Euclidean norm of every row: (out, in) to (out,)."""
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    return norm
+
+
+def _factors(layer: lora.LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A of shape (r, in) and B of shape (out, r)."""
+    if isinstance(layer, lora.Embedding):
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    a: Any = layer.lora_A[adapter_name]
+    b: Any = layer.lora_B[adapter_name]
+    return a.weight.flatten(1), b.weight.flatten(1)
+
+
+def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
+    """Whether ``base`` computes with its ``weight`` exactly as a module of PLAIN_MODULES does."""
+    plain = next((kind for kind in PLAIN_MODULES if isinstance(base, kind)), None)
+    if plain is None:
+        return False
+    # A quantised or rescaled layer is often a subclass with a forward of its own. PEFT knows one
+    # of them, the embedding with a fixed scale, and applies the scale to the adapter as well.
+    scaled = isinstance(layer, lora.Embedding) and embed_scale(layer) is not None
+    if type(base).forward is not plain.forward and not scaled:
+        return False
+    weight = base.weight
+    # Quantised tensor types report a floating dtype but live outside torch.
+    is_torch = type(weight).__module__.split(".")[0] == "torch"
+    return isinstance(weight, Tensor) and is_torch and weight.dtype in PLAIN_DTYPES

@@ -1,0 +1,163 @@
+"""DoRA layers that differentiate through the row norm.
+
+PEFT treats n = ‖W0 + s·B·A‖ in W' = m ⊙ V / n as a constant of the backward pass (arXiv:2402.09353,
+§4.3). That is cheaper, but a bilevel method differentiates the lower gradient once more, and a
+constant n removes a term from the mixed second derivative. With V̂ = V / n and G = ∂L/∂W', row j:
+
+    full      ∂L/∂V_j = (m_j / n_j) (G_j − ⟨G_j, V̂_j⟩ V̂_j)
+    detach    ∂L/∂V_j = (m_j / n_j) G_j
+
+The variants below replace the forward pass of PEFT's and nothing else: parameters, names,
+initialisation, saving and merging stay PEFT's own.
+"""
+
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora import variants
+from torch import Tensor, nn
+
+from hyperopt_peft.adapters.layers import (
+    base_weight,
+    direction,
+    dora_layers,
+    embed_scale,
+    magnitude,
+    require_plain,
+    resolve_adapter,
+    row_norm,
+)
+
+NormGrad = Literal["full", "detach"]
+
+
+def set_norm_grad(
+    peft_model: PeftModel, norm_grad: NormGrad = "full", adapter_name: str | None = None
+) -> PeftModel:
+    """Choose whether the DoRA layers of an adapter differentiate through the row norm.
+
+    Outputs are the same either way; gradients of A and B differ. ``"full"`` supports double
+    backward; ``"detach"`` restores PEFT's own forward pass.
+
+    Args:
+        adapter_name: the active adapter by default.
+
+    Returns:
+        ``peft_model`` itself.
+
+    Raises:
+        ValueError: ``norm_grad`` is neither; as :func:`~hyperopt_peft.adapters.dora_layers`;
+            with ``"full"``, a layer whose weight cannot be read (quantised, grouped convolution
+            and the like). No layer is changed then.
+    """
+    if norm_grad not in ("full", "detach"):
+        raise ValueError(f"norm_grad must be 'full' or 'detach', got {norm_grad!r}.")
+    adapter = resolve_adapter(peft_model, adapter_name)
+    layers = dora_layers(peft_model, adapter)
+    if norm_grad == "full":
+        for name, layer in layers:
+            require_plain(layer, adapter, name)
+    for _, layer in layers:
+        for kind, (detached, full) in VARIANTS.items():
+            if isinstance(layer, kind):
+                layer.lora_variant[adapter] = full() if norm_grad == "full" else detached()
+    return peft_model
+
+
+def gain(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
+    """g = m / n of shape (out,), differentiable in m, A and B; float32 at least."""
+    return magnitude(layer, adapter_name) / row_norm(direction(layer, adapter_name))
+
+
+def adapted(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    """The output of a linear or convolution layer: result + (g − 1)·W0 x + g·s·B A x.
+
+    Dropout acts on the x of both corrections, in one mask, as in PEFT.
+
+    Args:
+        module: a ``lora.Linear``, ``lora.Conv1d``, ``lora.Conv2d`` or ``lora.Conv3d``.
+        x: input, (..., in) or (batch, in, ...).
+        result: output of the base layer, (..., out) or (batch, out, ...).
+    """
+    base = module.get_base_layer()
+    dropout = module.lora_dropout[active_adapter]
+    # (out,) against the last axis of a linear output, (out, 1, …) against a convolution's second
+    per_row = (-1,) + (1,) * (base.weight.dim() - 2)
+    g = gain(module, active_adapter).view(per_row)
+    s: float = module.scaling[active_adapter]
+
+    if module.training and not isinstance(dropout, nn.Identity):
+        x = dropout(x)
+        w0_x: Tensor = _without_bias(module, x)
+    else:
+        w0_x = result if base.bias is None else result - base.bias.view(per_row)
+    ba_x: Tensor = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+    return result + (g - 1) * w0_x + (s * g) * ba_x
+
+
+def adapted_embedding(
+    module: lora.Embedding, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+) -> Tensor:
+    """The output of an embedding layer: g·(W0 row + s·(B A) row), with one g per dimension.
+
+    PEFT applies no dropout here.
+
+    Args:
+        x: token ids, (...).
+        result: output of the base layer, (..., dim).
+    """
+    a, b = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
+    ba_x: Tensor = module.scaling[active_adapter] * (module._embed(x, a.T) @ b.T)
+    scale = embed_scale(module)
+    if scale is not None:
+        ba_x = ba_x * scale.to(ba_x.dtype)
+    return gain(module, active_adapter) * (result + ba_x)
+
+
+def _without_bias(layer: Any, x: Tensor) -> Tensor:
+    if isinstance(layer, lora.Linear):
+        return F.linear(x, base_weight(layer).to(x.dtype))
+    base = layer.get_base_layer()
+    output: Tensor = layer.conv_fn(x, base.weight.to(x.dtype), None, base.stride, base.padding)
+    return output
+
+
+class FullNormLinear(variants.DoraLinearVariant):
+    """DoRA on a linear layer, with the row norm in the graph."""
+
+    forward = staticmethod(adapted)
+
+
+class FullNormEmbedding(variants.DoraEmbeddingVariant):
+    """DoRA on an embedding, with the row norm in the graph."""
+
+    forward = staticmethod(adapted_embedding)
+
+
+class FullNormConv1d(variants.DoraConv1dVariant):
+    """DoRA on a 1-d convolution, with the row norm in the graph."""
+
+    forward = staticmethod(adapted)
+
+
+class FullNormConv2d(variants.DoraConv2dVariant):
+    """DoRA on a 2-d convolution, with the row norm in the graph."""
+
+    forward = staticmethod(adapted)
+
+
+class FullNormConv3d(variants.DoraConv3dVariant):
+    """DoRA on a 3-d convolution, with the row norm in the graph."""
+
+    forward = staticmethod(adapted)
+
+
+VARIANTS: dict[type[lora.LoraLayer], tuple[type[lora.LoraVariant], type[lora.LoraVariant]]] = {
+    lora.Linear: (variants.DoraLinearVariant, FullNormLinear),
+    lora.Embedding: (variants.DoraEmbeddingVariant, FullNormEmbedding),
+    lora.Conv1d: (variants.DoraConv1dVariant, FullNormConv1d),
+    lora.Conv2d: (variants.DoraConv2dVariant, FullNormConv2d),
+    lora.Conv3d: (variants.DoraConv3dVariant, FullNormConv3d),
+}

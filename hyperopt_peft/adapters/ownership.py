@@ -1,0 +1,105 @@
+"""Which level owns which parameter of a DoRA adapter."""
+
+from collections import defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from hyperopt_peft.adapters.layers import dora_layers, resolve_adapter
+
+
+@dataclass(frozen=True)
+class ParameterSplit:
+    """The trainable parameters of a PeftModel in three groups, each in model order.
+
+    Names are those of ``peft_model.named_parameters()``.
+
+    Attributes:
+        magnitudes: m of every DoRA layer.
+        directions: the low-rank factors A and B of every DoRA layer.
+        rest: every other trainable parameter, such as a task head in ``modules_to_save``.
+    """
+
+    magnitudes: dict[str, nn.Parameter]
+    directions: dict[str, nn.Parameter]
+    rest: dict[str, nn.Parameter]
+
+
+def split_parameters(peft_model: PeftModel, adapter_name: str | None = None) -> ParameterSplit:
+    """Split the trainable parameters into magnitudes, directions and the rest.
+
+    The split of BiDoRA (arXiv:2410.09758): magnitudes at the upper level, directions and the
+    rest at the lower. Works for every layer type that PEFT has DoRA for.
+
+    Args:
+        adapter_name: the active adapter by default.
+
+    Raises:
+        ValueError: as :func:`~hyperopt_peft.adapters.dora_layers`; a magnitude or a direction is
+            frozen; a target shares its weight with another module.
+    """
+    adapter = resolve_adapter(peft_model, adapter_name)
+    layers = dora_layers(peft_model, adapter)
+    _require_untied(peft_model, layers)
+
+    magnitude_ids = {id(p) for _, layer in layers for p in _magnitude_parameters(layer, adapter)}
+    direction_ids = {id(p) for _, layer in layers for p in _direction_parameters(layer, adapter)}
+    split = ParameterSplit({}, {}, {})
+    for name, parameter in peft_model.named_parameters():
+        if id(parameter) in magnitude_ids:
+            split.magnitudes[name] = parameter
+        elif id(parameter) in direction_ids:
+            split.directions[name] = parameter
+        elif parameter.requires_grad:
+            split.rest[name] = parameter
+
+    for name, parameter in (split.magnitudes | split.directions).items():
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"{name} is frozen; load adapter {adapter!r} with "
+                "PeftModel.from_pretrained(..., is_trainable=True) or activate it with set_adapter."
+            )
+    return split
+
+
+def _magnitude_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
+    return list(layer.lora_magnitude_vector[adapter].parameters())
+
+
+def _direction_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
+    if adapter in layer.lora_embedding_A:
+        return [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
+    return [*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()]
+
+
+def _require_untied(peft_model: PeftModel, layers: list[tuple[str, LoraLayer]]) -> None:
+    """Merging rewrites the base weight in place: a second reader of it would change as well."""
+    readers: dict[Hashable, list[str]] = defaultdict(list)
+    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
+        readers[_memory(parameter)].append(name.rpartition(".")[0])
+    # A layer that is registered twice reads its weight under two names and is still one layer.
+    aliases: dict[int, list[str]] = defaultdict(list)
+    for name, module in peft_model.named_modules(remove_duplicate=False):
+        aliases[id(module)].append(name)
+
+    for name, layer in layers:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is None:
+            continue
+        own = tuple(f"{alias}." for alias in aliases[id(layer)])
+        for reader in readers[_memory(weight)]:
+            if not f"{reader}.".startswith(own):
+                raise ValueError(
+                    f"{name} shares its weight with {reader}, so merging the adapter would change "
+                    "both; untie them (tie_word_embeddings=False) or take it out of target_modules."
+                )
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    """A key that two tensors share when they are, or start at, the same memory."""
+    address = tensor.data_ptr()
+    # Tensors without storage (meta, sharded) all report address 0.
+    return (tensor.device, address) if address else id(tensor)

@@ -1,0 +1,52 @@
+"""The orthogonality penalty of BiDoRA's lower level (arXiv:2410.09758)."""
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from hyperopt_peft.adapters.layers import direction, lora_layers, require_plain, resolve_adapter
+
+
+def gram_penalty(peft_model: PeftModel, adapter_name: str | None = None) -> Tensor:
+    """Mean over the adapted modules of ‖DᵀD − I‖_F, D the column-normalised direction V.
+
+    A scalar, differentiable (twice) in A and B. Multiply by the γ of the recipe, 1e-5 in the
+    paper's code.
+
+    Args:
+        adapter_name: the active adapter by default.
+
+    Raises:
+        ValueError: as :func:`~hyperopt_peft.adapters.lora_layers`, or a layer whose weight
+            cannot be read (quantised and the like).
+    """
+    adapter = resolve_adapter(peft_model, adapter_name)
+    penalties = []
+    for name, layer in lora_layers(peft_model, adapter):
+        require_plain(layer, adapter, name)
+        penalties.append(gram(direction(layer, adapter)))
+    device = penalties[0].device
+    return torch.stack([penalty.to(device) for penalty in penalties]).mean()
+
+
+def gram(v: Tensor) -> Tensor:
+    """‖DᵀD − I‖_F for V of shape (out, in), D = V with unit columns; a scalar.
+
+    Builds the smaller of the two Gram matrices: for out < in,
+
+        ‖DᵀD − I‖² = ‖DDᵀ‖² − 2·tr(DᵀD) + in,
+
+    which does not cancel: DᵀD has rank at most out, so the value is at least in − out ≥ 1.
+    A zero column stays zero and has zero gradient.
+    """
+    out_features, in_features = v.shape
+    # Squares and a guarded root, because a norm has no second derivative at a zero column.
+    squares = v.square().sum(dim=0)
+    d = v * torch.where(squares > 0, squares, 1).rsqrt()
+    if out_features < in_features:
+        penalty = (d @ d.T).square().sum() - 2 * d.square().sum() + in_features
+    else:
+        identity = torch.eye(in_features, dtype=v.dtype, device=v.device)
+        penalty = (d.T @ d - identity).square().sum()
+    positive = penalty > 0
+    return torch.where(positive, torch.where(positive, penalty, 1).sqrt(), 0)

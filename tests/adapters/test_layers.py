@@ -1,0 +1,198 @@
+import pytest
+import torch
+from peft import IA3Config, get_peft_model
+from torch import nn
+
+from hyperopt_peft.adapters import direction, dora_layers, gram_penalty, lora_layers
+from hyperopt_peft.adapters.layers import base_weight, magnitude, require_plain, row_norm
+
+from .models import (
+    KINDS,
+    Single,
+    adapted_layer,
+    base_layer,
+    bert,
+    dora_bert,
+    gpt2,
+    randomise,
+    single,
+    token_ids,
+    wrap,
+)
+
+
+def rows(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    return weight.T if kind in ("conv1d_gpt2", "embedding") else weight.flatten(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_magnitudes_start_as_the_row_norms(kind: str) -> None:
+    layer = adapted_layer(single(kind))
+    w0 = rows(base_layer(kind).weight.double(), kind)
+    assert torch.equal(base_weight(layer), w0)
+    torch.testing.assert_close(direction(layer, "default"), w0, rtol=0, atol=0)
+    torch.testing.assert_close(magnitude(layer, "default"), row_norm(w0))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_merges_the_weight_that_the_direction_defines(kind: str, use_rslora: bool) -> None:
+    model = randomise(single(kind, use_rslora=use_rslora))
+    layer = adapted_layer(model)
+    v, m = direction(layer, "default"), magnitude(layer, "default")
+    expected = m[:, None] * v / row_norm(v)[:, None]
+    assert expected.shape[0] == {"embedding": 4}.get(kind, 5)
+
+    merged = rows(model.merge_and_unload().layer.weight, kind)
+    torch.testing.assert_close(merged, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_direction_has_the_gradients_of_a_product(kind: str) -> None:
+    """∂⟨G, V⟩/∂B = s·G·Aᵀ and ∂⟨G, V⟩/∂A = s·Bᵀ·G."""
+    layer = adapted_layer(randomise(single(kind)))
+    if kind == "embedding":
+        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    else:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    v = direction(layer, "default")
+    g = torch.randn(v.shape, dtype=v.dtype, generator=torch.Generator().manual_seed(0))
+    grad_a, grad_b = torch.autograd.grad((g * v).sum(), (a, b))
+
+    s = 3 / 2
+    torch.testing.assert_close(grad_b.flatten(1), s * g @ a.flatten(1).T)
+    torch.testing.assert_close(grad_a.flatten(1), s * b.flatten(1).T @ g)
+
+
+def test_direction_is_float32_on_a_bfloat16_base_and_under_autocast() -> None:
+    model = randomise(single(dtype=torch.bfloat16))
+    layer = adapted_layer(model)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = layer.get_base_layer().weight.double() + 1.5 * b.double() @ a.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        v = direction(layer, "default")
+    assert v.dtype == torch.float32
+    torch.testing.assert_close(v.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_come_in_model_order_with_their_module_names() -> None:
+    model = dora_bert()
+    names = [name for name, _ in dora_layers(model)]
+    prefix = "base_model.model.bert.encoder.layer"
+    assert names == [
+        f"{prefix}.{i}.attention.self.{target}" for i in (0, 1) for target in ("query", "value")
+    ]
+    assert all(model.get_submodule(name) is layer for name, layer in dora_layers(model))
+
+
+def test_an_adapter_can_be_named() -> None:
+    model = dora_bert()
+    model.add_adapter("other", model.peft_config["default"].__class__(target_modules=["key"]))
+    assert len(dora_layers(model, "default")) == 4
+    assert [name.rpartition(".")[2] for name, _ in lora_layers(model, "other")] == ["key", "key"]
+
+
+def test_errors_about_the_model_and_the_adapter() -> None:
+    with pytest.raises(ValueError, match=r"Expected a PeftModel, got BertFor.*get_peft_model"):
+        lora_layers(bert())
+
+    model = dora_bert()
+    with pytest.raises(ValueError, match=r"Unknown adapter 'other'; the model has \['default'\]"):
+        lora_layers(model, "other")
+
+    model = single()
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"one active adapter, found \['default', 'other'\]"):
+        lora_layers(model)
+    assert len(lora_layers(model, "other")) == 1
+
+    ia3 = get_peft_model(bert(), IA3Config(target_modules=["key"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="'default' has no LoRA layer"):
+        lora_layers(ia3)
+
+
+def test_error_when_merged_until_unmerged() -> None:
+    model = dora_bert()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"query has merged adapters \['default'\].*unmerge"):
+        lora_layers(model)
+    model.unmerge_adapter()
+    assert len(lora_layers(model)) == 4
+
+
+def test_error_without_a_magnitude_even_if_only_one_layer_lacks_it() -> None:
+    with pytest.raises(ValueError, match=r"layer\.0.*query has no magnitude.*use_dora=True"):
+        dora_layers(dora_bert(use_dora=False))
+
+    model = dora_bert()
+    lacking = model.base_model.model.bert.encoder.layer[1].attention.self.value
+    del lacking.lora_magnitude_vector["default"]
+    with pytest.raises(ValueError, match=r"layer\.1\.attention\.self\.value has no magnitude"):
+        dora_layers(model)
+
+
+class QuantisedLinear(nn.Linear):
+    """Stands for the many quantised layers that subclass nn.Linear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class PackedTensor(torch.Tensor):
+    """Stands for torchao's tensors, which report a floating dtype."""
+
+
+def test_error_where_the_base_weight_cannot_be_read() -> None:
+    layer = adapted_layer(wrap(Single(QuantisedLinear(4, 5))))
+    with pytest.raises(ValueError, match=r"lora\.Linear adapts a QuantisedLinear.*unquantised"):
+        direction(layer, "default")
+
+    layer = adapted_layer(single())
+    weight = layer.get_base_layer().weight
+    layer.get_base_layer().weight = nn.Parameter(weight.data.as_subclass(PackedTensor))
+    with pytest.raises(ValueError, match="cannot be read as W0"):
+        direction(layer, "default")
+
+    layer.get_base_layer().weight = nn.Parameter(weight.to(torch.float8_e4m3fn), False)
+    with pytest.raises(ValueError, match="cannot be read as W0"):
+        direction(layer, "default")
+
+    layer.get_base_layer().weight = weight
+    assert direction(layer, "default").shape == (5, 4)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 2}, "groups=2"),
+        ({"dilation": 2}, r"dilation=\(2, 2\)"),
+        ({"padding_mode": "circular", "padding": 1}, "padding_mode='circular'"),
+    ],
+)
+def test_error_for_convolutions_that_peft_does_not_adapt_faithfully(
+    options: dict[str, object], message: str
+) -> None:
+    layer = adapted_layer(wrap(Single(nn.Conv2d(4, 6, 3, **options))))
+    with pytest.raises(ValueError, match=f"{message}.*leave this module out"):
+        direction(layer, "default")
+
+
+def test_error_for_other_lora_layers_and_variants() -> None:
+    attention = wrap(Single(nn.MultiheadAttention(4, 2)), use_dora=False)
+    with pytest.raises(ValueError, match=r"model\.layer adapts a MultiheadAttention"):
+        gram_penalty(attention)
+
+    mica = wrap(Single(nn.Linear(4, 5)), use_dora=False, init_lora_weights="mica")
+    with pytest.raises(ValueError, match="here uses MiCALinearVariant for adapter 'default'"):
+        require_plain(adapted_layer(mica), "default", "here")
+
+
+def test_gpt2_layers_have_out_by_in_directions() -> None:
+    model = wrap(gpt2(), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    shapes = {
+        name.rpartition("h.0.")[2]: direction(x, "default").shape for name, x in dora_layers(model)
+    }
+    assert shapes == {"attn.c_attn": (24, 8), "attn.c_proj": (8, 8), "mlp.c_proj": (8, 32)}
+    model(token_ids())

