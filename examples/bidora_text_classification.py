@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from text_data import TextData, load_data, load_model
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_linear_schedule_with_warmup, set_seed
+from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import Problem, compare_hypergradients, fit
 from hyperopt_peft.adapters import decompose, plot_decomposition
@@ -33,30 +34,39 @@ from hyperopt_peft.hypergradients import Comparison
 from hyperopt_peft.problems.bidora import BiDoRAConfig, bidora, search, split
 
 
-def _option(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class Arguments:
     """What to train, on what, and where to write."""
 
-    model: str = _option("minilm", "minilm (from its package), a local folder, or a hub name")
-    dataset: str = _option("tweets", "tweets (from its package), a local folder, or a hub name")
-    methods: list[str] = _option(["lora", "dora", "bidora"], "which of lora, dora, bidora to train")
-    train_size: int = _option(1000, "training examples, for both levels together")
-    test_size: int = _option(4000, "test examples at most")
-    batch_size: int = _option(16, "examples a batch, at each level")
-    max_length: int = _option(64, "tokens an example")
-    rank: int = _option(8, "rank r of B·A")
-    alpha: int = _option(16, "LoRA's alpha; the scale of B·A is alpha / r")
-    dropout: float = _option(0.1, "dropout on the adapter's input")
-    target_modules: list[str] = _option(["query", "value"], "modules to adapt, or all-linear")
-    modules_to_save: list[str] = _option(["pooler", "classifier"], "modules trained in full")
-    quick: bool = _option(False, "a small run: 300 examples, 60 steps, 1,000 test examples")
-    output_dir: str = _option("outputs/bidora", "where results, adapter and pictures are written")
+    model: str = HfArg(
+        default="minilm", help="minilm (from its package), a local folder, or a hub name"
+    )
+    dataset: str = HfArg(
+        default="tweets", help="tweets (from its package), a local folder, or a hub name"
+    )
+    methods: list[str] = HfArg(
+        default_factory=lambda: ["lora", "dora", "bidora"],
+        help="which of lora, dora, bidora to train",
+    )
+    train_size: int = HfArg(default=1000, help="training examples, for both levels together")
+    test_size: int = HfArg(default=4000, help="test examples at most")
+    batch_size: int = HfArg(default=16, help="examples a batch, at each level")
+    max_length: int = HfArg(default=64, help="tokens an example")
+    rank: int = HfArg(default=8, help="rank r of B·A")
+    alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / r")
+    dropout: float = HfArg(default=0.1, help="dropout on the adapter's input")
+    target_modules: list[str] = HfArg(
+        default_factory=lambda: ["query", "value"], help="modules to adapt, or all-linear"
+    )
+    modules_to_save: list[str] = HfArg(
+        default_factory=lambda: ["pooler", "classifier"], help="modules trained in full"
+    )
+    quick: bool = HfArg(
+        default=False, help="a small run: 300 examples, 60 steps, 1,000 test examples"
+    )
+    output_dir: str = HfArg(
+        default="outputs/bidora", help="where results, adapter and pictures are written"
+    )
 
 
 @dataclass
@@ -149,7 +159,7 @@ def train(
 
 
 @torch.no_grad()
-def test_logits(model: Any, data: TextData, limit: int | None = None) -> torch.Tensor:
+def logits_of(model: Any, data: TextData, limit: int | None = None) -> torch.Tensor:
     """Logits ``(n, classes)`` of the (first ``limit``) test examples, in order."""
     part = data.test if limit is None else data.test.select(range(min(limit, len(data.test))))
     was_training = model.training
@@ -165,7 +175,7 @@ def reloads(model: Any, arguments: Arguments, data: TextData, folder: Path) -> f
     model.save_pretrained(folder)
     base = load_model(arguments.model, data.label_names)
     again = PeftModel.from_pretrained(base, folder)
-    return float((test_logits(model, data, 64) - test_logits(again, data, 64)).abs().max())
+    return float((logits_of(model, data, 64) - logits_of(again, data, 64)).abs().max())
 
 
 def compare(model: Any, arguments: Arguments, config: BiDoRAConfig, data: TextData) -> Comparison:
@@ -231,7 +241,7 @@ def main() -> None:
     results, curves, changes = [], {}, {}
     for method in arguments.methods:
         model, result = train(method, arguments, config, data)
-        predicted, true = test_logits(model, data).argmax(1), data.test["labels"]
+        predicted, true = logits_of(model, data).argmax(1), data.test["labels"]
         result.test_accuracy = float(accuracy_score(true, predicted))
         result.macro_f1 = float(f1_score(true, predicted, average="macro"))
         results.append(result)

@@ -2,7 +2,7 @@
 
 from hyperopt_peft.engine import Engine
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.fit import fit
+from hyperopt_peft.fit import fit, minimise
 from hyperopt_peft.hypergradients import (
     Estimator,
     Solver,
@@ -22,5 +22,6 @@ __all__ = [
     "compare_hypergradients",
     "fit",
     "hypergradient",
+    "minimise",
     "register",
 ]

@@ -11,7 +11,7 @@ arXiv:2410.09758.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
+from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
 from hyperopt_peft.engine import Engine
@@ -75,43 +76,48 @@ class Magnitude(Problem):
         return task + self.decay / 2 * sum((m - m0).square().sum() for m, m0 in moved)
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class BiDoRAConfig:
     """The settings of search and retraining; every length is in lower optimizer steps."""
 
-    hypergradient: str = _option(
-        "darts:sides=1", "hypergradient estimator, with options: cg:steps=5,damping=1.0"
+    hypergradient: str = HfArg(
+        default="darts:sides=1",
+        help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
-    xi: float | None = _option(
-        None,
-        "ξ of darts, its scale option: the published code has 1, the DARTS formula the "
+    xi: float | None = HfArg(
+        default=None,
+        help="ξ of darts, its scale option: the published code has 1, the DARTS formula the "
         "lower learning rate",
     )
-    search_steps: int = _option(300, "lower steps of the bilevel search")
-    lower_steps: int = _option(1, "lower steps before each upper step")
-    lower_learning_rate: float = _option(1e-3, "peak learning rate of directions and head")
-    upper_learning_rate: float = _option(1e-3, "peak learning rate of the magnitudes")
-    lower_weight_decay: float = _option(0.0, "AdamW's weight decay of directions and head")
-    magnitude_decay: float = _option(0.0, "weight of ½‖m − m0‖² in the upper loss")
-    gamma: float = _option(0.0, "weight of the Gram regulariser; the published recipes have 1e-5")
-    upper_fraction: float = _option(0.2, "share of the training set that the upper level gets")
-    warmup_ratio: float = _option(0.1, "share of the steps in which learning rates rise")
-    max_grad_norm: float | None = _option(1.0, "gradient norm limit at each level")
-    norm_grad: Literal["full", "detach"] = _option(
-        "full", "whether the row norm is in the graph; detach is PEFT's approximation"
+    search_steps: int = HfArg(default=300, help="lower steps of the bilevel search")
+    lower_steps: int = HfArg(default=1, help="lower steps before each upper step")
+    lower_learning_rate: float = HfArg(
+        default=1e-3, help="peak learning rate of directions and head"
     )
-    retrain: Literal["none", "warm", "scratch"] = _option(
-        "none",
-        "afterwards, train directions and head with m frozen on the whole training set: not at "
-        "all, from where the search ended, or from their initial values",
+    upper_learning_rate: float = HfArg(default=1e-3, help="peak learning rate of the magnitudes")
+    lower_weight_decay: float = HfArg(
+        default=0.0, help="AdamW's weight decay of directions and head"
     )
-    retrain_steps: int = _option(300, "lower steps of the retraining")
-    retrain_learning_rate: float = _option(1e-3, "peak learning rate of the retraining")
-    seed: int = _option(0, "seed of the split and of the upper level's dropout")
+    magnitude_decay: float = HfArg(default=0.0, help="weight of ½‖m − m0‖² in the upper loss")
+    gamma: float = HfArg(
+        default=0.0, help="weight of the Gram regulariser; the published recipes have 1e-5"
+    )
+    upper_fraction: float = HfArg(
+        default=0.2, help="share of the training set that the upper level gets"
+    )
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps in which learning rates rise")
+    max_grad_norm: float | None = HfArg(default=1.0, help="gradient norm limit at each level")
+    norm_grad: Literal["full", "detach"] = HfArg(
+        default="full", help="whether the row norm is in the graph; detach is PEFT's approximation"
+    )
+    retrain: Literal["none", "warm", "scratch"] = HfArg(
+        default="none",
+        help="afterwards, train directions and head with m frozen on the whole training set: not "
+        "at all, from where the search ended, or from their initial values",
+    )
+    retrain_steps: int = HfArg(default=300, help="lower steps of the retraining")
+    retrain_learning_rate: float = HfArg(default=1e-3, help="peak learning rate of the retraining")
+    seed: int = HfArg(default=0, help="seed of the split and of the upper level's dropout")
 
     def estimator(self) -> Estimator:
         """The estimator that ``hypergradient`` and ``xi`` name.

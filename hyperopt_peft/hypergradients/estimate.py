@@ -72,7 +72,7 @@ def hypergradient(
     lower_batch: Any = _NEXT,
     seed: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """dF/du at the current point, a tensor for each of ``upper.variables``, alike in shape and dtype.
+    """dF/du at the current point: a tensor for each upper variable, alike in shape and dtype.
 
         dF/du = ∂F/∂u − ∂²f/∂u∂w · [∂²f/∂w²]⁻¹ · ∂F/∂w
 

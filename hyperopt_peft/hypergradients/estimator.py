@@ -79,7 +79,7 @@ class Estimator(ABC):
         if not condition:
             raise ProblemError(f"{self.name or type(self).__name__}: {message}")
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - an estimator without options has no ranges
         """Check the ranges of the options."""
 
     @property

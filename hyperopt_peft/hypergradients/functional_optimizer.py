@@ -29,7 +29,7 @@ def _sgd(group: Mapping[str, Any]) -> Any:
 
 def _adam(group: Mapping[str, Any]) -> Any:
     # The square root has no derivative at 0, and Adam's second moment is 0 where a gradient has
-    # always been 0 (lora_A's, at B = 0). 1e-36 keeps the derivative finite and is nothing beside eps².
+    # always been 0 (lora_A's, at B = 0). 1e-36 keeps the derivative finite, and is far below eps².
     make = torchopt.adamw if group.get("decoupled_weight_decay") else torchopt.adam
     return make(
         float(group["lr"]),

@@ -20,7 +20,7 @@ from hyperopt_peft.problem import Step
 @register("unrolled", kind="unrolled")
 @dataclass(frozen=True)
 class Unrolled(Estimator):
-    """dF/du = ∂F/∂u + (dw_K/du)ᵀ ∂F/∂w, where w_K = Φ(…Φ(w_0, u)…, u) are K = ``steps`` lower steps.
+    """dF/du = ∂F/∂u + (dw_K/du)ᵀ ∂F/∂w, where w_K = Φ(…Φ(w_0, u)…, u) after K = ``steps`` steps.
 
     Φ is the lower optimizer's own step (SGD, Adam, AdamW: learning rate, momentum, weight
     decay, bias correction and clipping included) in TorchOpt's functional form. The adjoint
