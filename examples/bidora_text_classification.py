@@ -61,8 +61,11 @@ class Arguments:
     modules_to_save: list[str] = HfArg(
         default_factory=lambda: ["pooler", "classifier"], help="modules trained in full"
     )
+    reference_steps: int = HfArg(
+        default=40, help="MINRES steps of the reference in the comparison of estimators"
+    )
     quick: bool = HfArg(
-        default=False, help="a small run: 300 examples, 60 steps, 1,000 test examples"
+        default=False, help="a small run: 300 training and 600 test examples, 40 steps"
     )
     output_dir: str = HfArg(
         default="outputs/bidora", help="where results, adapter and pictures are written"
@@ -191,7 +194,7 @@ def compare(model: Any, arguments: Arguments, config: BiDoRAConfig, data: TextDa
         data.batches(upper, arguments.batch_size, shuffle=True),
         config,
     )
-    damping, steps = "damping=1.0", 15 if arguments.quick else 40
+    damping = "damping=1.0"
     methods = [
         "direct",
         "darts:sides=1",
@@ -201,7 +204,7 @@ def compare(model: Any, arguments: Arguments, config: BiDoRAConfig, data: TextDa
         f"minres:steps=5,{damping},product=difference",
         "neumann:terms=5",
     ]
-    reference = f"minres:steps={steps},{damping}"
+    reference = f"minres:steps={arguments.reference_steps},{damping}"
     return compare_hypergradients(engine.upper, engine.lower, methods, reference, repeats=1)
 
 
@@ -227,8 +230,8 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown methods {sorted(unknown)}; known are lora, dora, bidora")
     if arguments.quick:
-        arguments = replace(arguments, train_size=300, test_size=1000)
-        config = replace(config, search_steps=60, retrain_steps=60)
+        arguments = replace(arguments, train_size=300, test_size=600, reference_steps=12)
+        config = replace(config, search_steps=20, retrain_steps=20)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

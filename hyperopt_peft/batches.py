@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_peft.errors import ProblemError
+
 
 class Batches:
     """Cycles through ``data`` for ever and can return to any position.
@@ -18,22 +20,22 @@ class Batches:
     epoch again and skips to the position.
 
     Raises:
-        ValueError: ``data`` is empty, or an iterator that can be read only once.
+        ProblemError: ``data`` is empty, or an iterator that can be read only once.
     """
 
     def __init__(self, data: Iterable[Any], name: str) -> None:
         if not isinstance(data, Iterable):
-            raise ValueError(
+            raise ProblemError(
                 f"{name}: data must be an iterable of batches, got {type(data).__name__}"
             )
         if isinstance(data, Iterator):
-            raise ValueError(
+            raise ProblemError(
                 f"{name}: data is an iterator that can be read only once; give a re-iterable "
                 "such as a DataLoader or a list of batches"
             )
         self.data, self.name = data, name
         if isinstance(data, Sized) and len(data) == 0:
-            raise ValueError(self._empty())
+            raise ProblemError(self._empty())
         self._iterator: Iterator[Any] | None = None
         self._epoch_state: dict[str, Tensor] = {}
         self._position = 0
@@ -87,7 +89,7 @@ class Batches:
             else:
                 self._position += 1
                 return batch
-        raise ValueError(self._empty())
+        raise ProblemError(self._empty())
 
     def _empty(self) -> str:
         return f"{self.name}: data has no batch; the split is empty or smaller than one batch"

@@ -69,8 +69,8 @@ class Problem:
 
     Raises:
         ProblemError: no variables, one that is not a leaf or needs no gradient, one that is
-            given twice, or an optimizer that does not hold exactly the variables.
-        ValueError: ``data`` is empty or cannot be read twice.
+            given twice, an optimizer that does not hold exactly the variables, or data that
+            are empty or cannot be read twice.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Problem:
                 raise ProblemError(
                     f'{self.name}: loss returned a mapping without "loss", only {sorted(result)}'
                 )
-            metrics = {key: float(value) for key, value in result.items() if key != "loss"}
+            metrics = {key: _plain(value) for key, value in result.items() if key != "loss"}
             result = result["loss"]
         if not isinstance(result, Tensor) or result.numel() != 1:
             shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -296,3 +296,7 @@ def _named(variables: Variables, level: str) -> tuple[tuple[str, ...], tuple[Ten
         if first.setdefault(id(tensor), name) != name:
             raise ProblemError(f"{level}: {first[id(tensor)]} and {name} are the same tensor")
     return names, tensors
+
+
+def _plain(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
