@@ -34,7 +34,7 @@ def learning_curves(curves: Mapping[str, Sequence[float]], path: Path) -> None:
 
 def estimators(comparison: Comparison, path: Path) -> None:
     """Cosine to the reference against cost, in seconds, an estimator a point."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
     rows = [row for row in comparison.rows if not row.problem and np.isfinite(row.cosine)]
     for index, row in enumerate(rows):
@@ -42,8 +42,11 @@ def estimators(comparison: Comparison, path: Path) -> None:
         axes.scatter(row.seconds, row.cosine, s=60, color=f"C{index}", zorder=3)
         axes.plot([], [], "o", color=f"C{index}", label=f"{row.method} ({passes})")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("seconds for one hypergradient")
-    axes.set_ylabel(f"cosine to {comparison.reference}")
+    axes.set_ylabel("cosine to the reference")
+    axes.set_title(f"reference: {comparison.reference}", fontsize="medium")
     axes.grid(alpha=0.25)
     figure.legend(
         title="estimator (forward+backward + second backward passes)",

@@ -24,8 +24,8 @@ class Record:
     """How one estimator did, medians over the repeats.
 
     ``cosine``, ``relative_error`` and ``norm_ratio`` are against the reference on the same
-    batches and random numbers; ``spread`` is the standard deviation of the estimate over the
-    repeats, relative to its mean; ``gradients`` and ``products`` count forward+backward
+    batches and random numbers; ``residual`` is the solver's own, ‖b − Hv‖/‖b‖; ``spread`` is
+    the standard deviation of the estimate over the repeats, relative to its mean; ``gradients`` and ``products`` count forward+backward
     passes and second backward passes; ``peak_memory`` is in bytes, above what was held
     before. ``problem`` says why an estimator gave no number.
     """
@@ -34,6 +34,7 @@ class Record:
     cosine: float = float("nan")
     relative_error: float = float("nan")
     norm_ratio: float = float("nan")
+    residual: float | None = None
     spread: float = float("nan")
     gradients: int = 0
     products: int = 0
@@ -44,9 +45,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of `Record`s; ``print`` it, or take ``records()``."""
+    """A table of `Record`s; ``print`` it, or take ``records()``.
+
+    ``reference_residual`` says how far the reference itself can be trusted: it is the largest
+    residual of its solves, None where it has none.
+    """
 
     reference: str
+    reference_residual: float | None
     repeats: int
     rows: tuple[Record, ...]
 
@@ -55,15 +61,16 @@ class Comparison:
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        head = ("method", "cosine", "rel. error", "norm ratio", "spread", "fwd+bwd", "products")
-        table: list[tuple[str, ...]] = [(*head, "seconds", "MB")]
+        head = ("method", "cosine", "rel. error", "norm ratio", "residual", "spread")
+        table: list[tuple[str, ...]] = [(*head, "fwd+bwd", "products", "seconds", "MB")]
         for row in self.rows:
             numbers = (f"{row.cosine:.4f}", f"{row.relative_error:.2g}", f"{row.norm_ratio:.3f}")
             cost = (str(row.gradients), str(row.products), f"{row.seconds:.3g}")
             memory = f"{row.peak_memory / 2**20:.1f}"
-            cells = (*numbers, f"{row.spread:.2g}", *cost, memory)
+            residual = "–" if row.residual is None else f"{row.residual:.2g}"
+            cells = (*numbers, residual, f"{row.spread:.2g}", *cost, memory)
             table.append((row.method, *cells) if not row.problem else (row.method, row.problem))
-        widths = [max(len(r[i]) for r in table if len(r) == 9) for i in range(9)]
+        widths = [max(len(row[i]) for row in table if len(row) > 2) for i in range(len(table[0]))]
         widths[0] = max(len(r[0]) for r in table)
         lines = [
             "  ".join(
@@ -72,7 +79,10 @@ class Comparison:
             ).rstrip()
             for row in table
         ]
-        return "\n".join([*lines, f"against {self.reference}, {self.repeats} repeats"])
+        known = self.reference_residual
+        accuracy = "" if known is None else f" (residual {known:.1g})"
+        lines.append(f"against {self.reference}{accuracy}; {self.repeats} repeats")
+        return "\n".join(lines)
 
 
 def compare_hypergradients(
@@ -103,16 +113,17 @@ def compare_hypergradients(
     if not chosen or repeats < 1:
         raise ProblemError("compare_hypergradients needs at least one method and one repeat")
     truth = get_estimator(reference)
-    truths = [_run(upper, lower, truth, seed + k).hypergradient for k in range(repeats)]
+    exact = [_run(upper, lower, truth, seed + k) for k in range(repeats)]
+    truths = [run.hypergradient for run in exact]
     rows = [_record(upper, lower, name, estimator, truths, seed) for name, estimator in chosen]
-    return Comparison(
-        reference if isinstance(reference, str) else repr(truth), repeats, tuple(rows)
-    )
+    name = reference if isinstance(reference, str) else repr(truth)
+    return Comparison(name, _largest_residual(exact), repeats, tuple(rows))
 
 
 @dataclass(frozen=True)
 class _Run:
     hypergradient: Vector
+    residual: float | None
     gradients: int
     products: int
     seconds: float
@@ -127,7 +138,8 @@ def _run(upper: Problem, lower: Problem, estimator: Estimator, seed: int) -> _Ru
             torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begin
     passes = oracle.passes
-    return _Run(result.hypergradient, passes.gradients, passes.products, seconds)
+    counts = passes.gradients, passes.products
+    return _Run(result.hypergradient, result.residual, *counts, seconds)
 
 
 def _record(
@@ -155,12 +167,17 @@ def _record(
         cosine=median(lambda h, t: _ratio(dot(h, t), h.norm() * t.norm())),
         relative_error=median(lambda h, t: _ratio((h - t).norm(), t.norm())),
         norm_ratio=median(lambda h, t: _ratio(h.norm(), t.norm())),
+        residual=_largest_residual(runs),
         spread=_ratio(variance**0.5, mean.norm()),
         gradients=runs[0].gradients,
         products=runs[0].products,
         seconds=statistics.median(run.seconds for run in runs),
         peak_memory=memory,
     )
+
+
+def _largest_residual(runs: Sequence[_Run]) -> float | None:
+    return max((run.residual for run in runs if run.residual is not None), default=None)
 
 
 def _ratio(numerator: float, denominator: float) -> float:
