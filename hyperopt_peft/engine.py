@@ -14,7 +14,6 @@ from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.hypergradients.vector import Vector
 from hyperopt_peft.problem import Evaluation, Problem, Step
 from hyperopt_peft.random_state import RandomState
 
@@ -65,11 +64,8 @@ class Engine:
         for level in (upper, lower):
             if level.optimizer is None:
                 raise ProblemError(f"{level.name}: give the level an optimizer to train it")
-        if lower_steps < 1 or warmup_steps < 0:
-            raise ProblemError(
-                "Engine needs lower_steps ≥ 1 and warmup_steps ≥ 0, "
-                f"got {lower_steps} and {warmup_steps}"
-            )
+        _require_count("lower_steps", lower_steps, least=1)
+        _require_count("warmup_steps", warmup_steps, least=0)
         if non_finite not in ("raise", "skip"):
             raise ProblemError(f'non_finite must be "raise" or "skip", got {non_finite!r}')
         self.upper, self.lower = upper, lower
@@ -87,6 +83,7 @@ class Engine:
         self._recent: deque[Step] = deque(maxlen=max(1, self.estimator.history))
         self._evaluation: Evaluation | None = None
         self._lower_norm = float("nan")
+        self._lower_read = self._upper_read = False  # whether it was checked that losses read all
         self._unread: set[str] = set()  # upper variables that f does not read
         self._stopped = False
 
@@ -97,6 +94,7 @@ class Engine:
             NonFiniteError: see ``non_finite``; the message names the step.
             ProblemError: at the first step, a variable that no loss reads.
         """
+        _require_count("steps", steps, least=0)
         self._stopped = False
         begin = len(self.history)
         with trange(steps, disable=not self.progress, desc="upper steps") as bar:
@@ -171,7 +169,7 @@ class Engine:
             self._guarded(self._step_lower, f"lower step {self.lower_step + 1}")
 
     def _step_lower(self) -> None:
-        first = self.lower_step == 0
+        first = not self._lower_read
         w, u = self.lower.variables, self.upper.variables
         batch = self.lower.next_batch()
         random_state = RandomState.capture(self._devices)
@@ -182,6 +180,7 @@ class Engine:
         if first:
             _require_read(self.lower, gradient[: len(w)])
             self._unread = {n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None}
+            self._lower_read = True
         step = Step(batch, random_state)
         if self.estimator.history:
             unroll = self.estimator.needs_optimizer_state
@@ -189,8 +188,7 @@ class Engine:
                 batch,
                 random_state,
                 variables=tuple(variable.detach().clone() for variable in w),
-                # Copies, since the optimizer's clipping scales the gradient in place.
-                gradient=Vector.of(gradient[: len(w)], w).copy().parts if unroll else (),
+                gradient=gradient[: len(w)] if unroll else (),
                 upper_gradient=gradient[len(w) :] if both else None,
                 optimizer=self.lower.optimizer_snapshot(with_state=unroll),
             )
@@ -213,13 +211,14 @@ class Engine:
             history=list(self._recent) if self.estimator.history else (),
         )
         result = estimate(oracle, self.estimator)
-        if self.step == 1:
+        if not self._upper_read:
             direct = oracle.upper_gradient.evaluation.gradient[: len(self.upper.variables)]
             _require_read(self.upper, direct, besides=self._unread)
+            self._upper_read = True
         norm = self.upper.step(like(result.hypergradient, self.upper.variables))
         assert self._evaluation is not None
         above, below = oracle.upper_gradient.evaluation, self._evaluation
-        record = {
+        record: Record = {
             "step": self.step,
             "upper_loss": above.loss,
             "lower_loss": below.loss,
@@ -229,9 +228,10 @@ class Engine:
             "residual": result.residual,
             "solver_steps": result.steps,
             "note": result.note,
-            **{f"upper_{key}": value for key, value in above.metrics.items()},
-            **{f"lower_{key}": value for key, value in below.metrics.items()},
         }
+        for level, metrics in (("upper", above.metrics), ("lower", below.metrics)):
+            for key, value in metrics.items():
+                record.setdefault(f"{level}_{key}", value)
         self.history.append(record)
         return record
 
@@ -256,3 +256,8 @@ def _require_read(
                 f"{level.name}: no loss reads the variable {name!r}; use it in the loss, or do "
                 "not give it to the level"
             )
+
+
+def _require_count(name: str, value: Any, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ProblemError(f"{name} must be a whole number from {least}, got {value!r}")

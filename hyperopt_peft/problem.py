@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.graph import graph_nodes, is_half
 from hyperopt_peft.random_state import RandomState
-
-Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+from hyperopt_peft.variables import Variables, named_variables
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Evaluation:
 class Step:
     """One step of a level, as an estimator may look back on it.
 
-    ``variables`` are copies from before the step, ``gradient`` is ∂f/∂w before clipping,
+    ``variables`` are copies from before the step, ``gradient`` is ∂f/∂w before clipping
+    (None where the batch's loss did not read the variable, which the step then left alone),
     ``upper_gradient`` is ∂f/∂u from the same backward pass (None where it was not asked
     for), ``optimizer`` what `Problem.optimizer_snapshot` returned before it.
     """
@@ -46,7 +47,7 @@ class Step:
     batch: Any
     random_state: RandomState
     variables: tuple[Tensor, ...] = ()
-    gradient: tuple[Tensor, ...] = ()
+    gradient: tuple[Tensor | None, ...] = ()
     upper_gradient: tuple[Tensor | None, ...] | None = None
     optimizer: Mapping[str, Any] | None = None
 
@@ -84,16 +85,18 @@ class Problem:
         name: str | None = None,
     ) -> None:
         self.name = name or type(self).__name__
-        self.names, self.variables = _named(variables, self.name)
+        self.names, self.variables = named_variables(variables, self.name)
         self.batches = None if data is None else Batches(data, self.name)
         self.optimizer, self.scheduler = optimizer, scheduler
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
             raise ProblemError(f"{self.name}: max_grad_norm must be positive, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
+        #: Whether the loss runs in half precision; None until it is first evaluated.
+        self.half: bool | None = None
         if optimizer is not None:
             self._check_optimizer(optimizer)
-        if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
-            raise ProblemError(f"{self.name}: the scheduler drives another optimizer")
+        if scheduler is not None:
+            self._check_scheduler(scheduler)
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """The level's objective on ``batch``.
@@ -134,11 +137,15 @@ class Problem:
                 raise ProblemError(
                     f'{self.name}: loss returned a mapping without "loss", only {sorted(result)}'
                 )
-            metrics = {key: _plain(value) for key, value in result.items() if key != "loss"}
+            metrics = {
+                key: _metric(self.name, key, value)
+                for key, value in result.items()
+                if key != "loss"
+            }
             result = result["loss"]
-        if not isinstance(result, Tensor) or result.numel() != 1:
+        if not isinstance(result, Tensor) or result.numel() != 1 or result.is_complex():
             shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise ProblemError(f"{self.name}: loss must be a scalar tensor, got {shape}")
+            raise ProblemError(f"{self.name}: loss must be a real scalar tensor, got {shape}")
         if not result.requires_grad:
             raise ProblemError(
                 f"{self.name}: the loss does not depend on any tensor that requires a gradient; "
@@ -146,6 +153,14 @@ class Problem:
             )
         if not torch.isfinite(result):
             raise NonFiniteError(f"{self.name}: the loss is {result.item()}")
+        if self.half is None:
+            nodes = list(graph_nodes([result]))
+            if any("CheckpointFunction" in node.name() for node in nodes):
+                raise ProblemError(
+                    f"{self.name}: reentrant gradient checkpointing hides variables from the "
+                    'loss; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+            self.half = any(is_half(node) for node in nodes)
         return result.reshape(()), metrics
 
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
@@ -162,7 +177,9 @@ class Problem:
             variable.grad = None
         try:
             loss, metrics = self.evaluate(batch)
-            loss.backward(inputs=list(variables))
+            # Not loss.backward, which would suspend a function mode that recomputed
+            # (checkpointed) parts must run in.
+            torch.autograd.backward(loss, inputs=list(variables))
             gradient = tuple(variable.grad for variable in variables)
         finally:
             for variable, grad in zip(variables, held, strict=True):
@@ -178,18 +195,28 @@ class Problem:
         """One step of the optimizer, and of the scheduler, along ``gradient``.
 
         A variable whose part is None is left alone. Returns the 2-norm before clipping.
+
+        Raises:
+            NonFiniteError: the norm is NaN or infinite; nothing has moved.
         """
         if self.optimizer is None:
             raise ProblemError(f"{self.name}: give the level an optimizer to train it")
+        # In float64: the squares of a half-precision gradient overflow its own type.
+        parts = [g for g in gradient if g is not None]
+        norm = math.hypot(*(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in parts))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
+        limit = self.max_grad_norm
+        scale = None if limit is None or norm <= limit else limit / (norm + 1e-6)
         for variable, part in zip(self.variables, gradient, strict=True):
+            if part is not None and scale is not None:
+                part = part * scale
             variable.grad = None if part is None else part.to(variable.dtype)
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.variables, limit)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
-        return float(norm)
+        return norm
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
         """The optimizer's options and, if asked for, copies of its state.
@@ -202,7 +229,7 @@ class Problem:
             return {"groups": [], "state": {}}
         position = {id(variable): index for index, variable in enumerate(self.variables)}
         groups = [
-            {key: value for key, value in group.items() if key != "params"}
+            {key: deepcopy(value) for key, value in group.items() if key != "params"}
             | {"variables": [position[id(tensor)] for tensor in group["params"]]}
             for group in self.optimizer.param_groups
         ]
@@ -226,12 +253,20 @@ class Problem:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``state`` is not that of a level like this one."""
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "batches": self.batches}
-        expected = {"variables", *(key for key, part in parts.items() if part is not None)}
+        expected = {"variables"} | {k for k, part in parts.items() if part is not None}
         if not isinstance(state, Mapping) or set(state) != expected:
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise ProblemError(
                 f"{self.name}: the state must have {sorted(expected)}, it has {found}"
             )
+        for key, part in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            if part is not None and _form(state[key]) != _form(part.state_dict()):
+                raise ProblemError(
+                    f"{self.name}: the state is that of another {key} than the level's "
+                    f"{type(part).__name__}, or has other parameter groups"
+                )
+        if self.batches is not None:
+            self.batches.check_state(state["batches"])
         shapes = {name: tuple(v.shape) for name, v in zip(self.names, self.variables, strict=True)}
         for name in shapes.keys() ^ state["variables"].keys():
             raise ProblemError(f"{self.name}: variable {name!r} is only in one of level and state")
@@ -255,7 +290,21 @@ class Problem:
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
 
+    def _check_scheduler(self, scheduler: LRScheduler) -> None:
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            raise ProblemError(
+                f"{self.name}: scheduler must be a learning rate schedule that steps without a "
+                f"metric, got {type(scheduler).__name__}"
+            )
+        if scheduler.optimizer is not self.optimizer:
+            raise ProblemError(f"{self.name}: the scheduler drives another optimizer")
+
     def _check_optimizer(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise ProblemError(
+                f"{self.name}: optimizer must be a torch.optim.Optimizer over the level's "
+                f"variables, got {optimizer!r}"
+            )
         names = {id(variable): name for name, variable in zip(self.names, self.variables)}
         held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         foreign = [tuple(tensor.shape) for tensor in held if id(tensor) not in names]
@@ -267,36 +316,18 @@ class Problem:
             )
 
 
-def _named(variables: Variables, level: str) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """Names and tensors of ``variables``, checked."""
-    if isinstance(variables, Tensor):
-        raise ProblemError(f"{level}: variables must be a list of tensors; write [tensor]")
-    if isinstance(variables, Mapping):
-        variables = variables.items()
-    pairs: list[tuple[str, Tensor]] = []
-    for index, item in enumerate(variables):
-        name, tensor = item if isinstance(item, tuple) else (f"variable {index}", item)
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(f"{level}: {name} is a {type(tensor).__name__}, not a tensor")
-        if not tensor.requires_grad:
-            raise ProblemError(f"{level}: {name} does not require a gradient; it cannot be learnt")
-        if not tensor.is_leaf:
-            raise ProblemError(
-                f"{level}: {name} is computed from other tensors; own the leaf it is computed from"
-            )
-        pairs.append((str(name), tensor))
-    if not pairs:
-        raise ProblemError(f"{level}: the level has no variables")
-    names, tensors = zip(*pairs, strict=True)
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ProblemError(f"{level}: two variables are called {name!r}")
-    first: dict[int, str] = {}
-    for name, tensor in pairs:
-        if first.setdefault(id(tensor), name) != name:
-            raise ProblemError(f"{level}: {first[id(tensor)]} and {name} are the same tensor")
-    return names, tensors
+def _form(state: Mapping[str, Any]) -> Any:
+    """What two states of one kind of optimizer or scheduler have in common."""
+    groups = state.get("param_groups", [])
+    return set(state), [(len(group["params"]), set(group) - {"params"}) for group in groups]
 
 
-def _plain(value: Any) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _metric(level: str, key: str, value: Any) -> float:
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ProblemError(f"{level}: metric {key!r} must be one number, got {value!r}") from error

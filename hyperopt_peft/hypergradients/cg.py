@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
+from hyperopt_peft.hypergradients.vector import Vector, dot, machine_epsilon, zeros_like
 
 
 @register("cg", kind="implicit", tolerance=1e-2)
@@ -14,10 +14,10 @@ from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
 class ConjugateGradient(Solver):
     """v ≈ (H + damping·I)⁻¹ b by at most ``steps`` conjugate-gradient steps.
 
-    Ends at relative residual ``tolerance``. At negative curvature the iterate reached so far
-    is returned, zero where it is met at once, and the note says so. One Hessian-vector
-    product a step. Hestenes & Stiefel 1952; as a hypergradient: Pedregosa 2016
-    (arXiv:1602.02355).
+    Ends at relative residual ``tolerance``, or at a curvature that is not positive beyond
+    rounding, which the note then says. The iterate of least residual is returned: zero where
+    the curvature is negative at once. One Hessian-vector product a step. Hestenes & Stiefel
+    1952, doi:10.6028/jres.049.044; as a hypergradient: Pedregosa 2016, arXiv:1602.02355.
     """
 
     steps: int = 10
@@ -34,17 +34,19 @@ class ConjugateGradient(Solver):
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""
         v, r, p = zeros_like(b), b, b
-        rho = start = dot(b, b)
-        for step in range(self.steps):
-            if rho <= self.tolerance**2 * start:
-                return Solution(v, (rho / start) ** 0.5, step)
+        rho = start = least = dot(b, b)
+        best, largest, note, step = v, 0.0, "", 0
+        while step < self.steps and rho > self.tolerance**2 * start:
             q = matvec(p) + self.damping * p
-            curvature = dot(p, q)
-            if curvature <= 0:
-                note = f"negative curvature {curvature / dot(p, p):.3g} at step {step + 1}"
-                return Solution(v, (rho / start) ** 0.5, step, note)
-            alpha = rho / curvature
+            curvature = dot(p, q) / dot(p, p)
+            largest = max(largest, abs(curvature))
+            if curvature <= 10 * machine_epsilon(b) * largest:
+                note = f"curvature {curvature:.3g}, not positive, at step {step + 1}"
+                break
+            alpha = rho / (curvature * dot(p, p))
             v, r = v + alpha * p, r - alpha * q
-            rho, previous = dot(r, r), rho
+            rho, previous, step = dot(r, r), rho, step + 1
             p = r + (rho / previous) * p
-        return Solution(v, (rho / start) ** 0.5, self.steps)
+            if rho < least:
+                best, least = v, rho
+        return Solution(best, (least / start) ** 0.5, step, note)

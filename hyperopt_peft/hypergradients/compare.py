@@ -48,11 +48,12 @@ class Comparison:
     """A table of `Record`s; ``print`` it, or take ``records()``.
 
     ``reference_residual`` says how far the reference itself can be trusted: it is the largest
-    residual of its solves, None where it has none.
+    residual of its solves, None where it has none; ``reference_note`` is what its solver noted.
     """
 
     reference: str
     reference_residual: float | None
+    reference_note: str
     repeats: int
     rows: tuple[Record, ...]
 
@@ -81,7 +82,8 @@ class Comparison:
         ]
         known = self.reference_residual
         accuracy = "" if known is None else f" (residual {known:.1g})"
-        lines.append(f"against {self.reference}{accuracy}; {self.repeats} repeats")
+        note = f" ({self.reference_note})" if self.reference_note else ""
+        lines.append(f"against {self.reference}{accuracy}{note}; {self.repeats} repeats")
         return "\n".join(lines)
 
 
@@ -117,13 +119,15 @@ def compare_hypergradients(
     truths = [run.hypergradient for run in exact]
     rows = [_record(upper, lower, name, estimator, truths, seed) for name, estimator in chosen]
     name = reference if isinstance(reference, str) else repr(truth)
-    return Comparison(name, _largest_residual(exact), repeats, tuple(rows))
+    note = next((run.note for run in exact if run.note), "")
+    return Comparison(name, _largest_residual(exact), note, repeats, tuple(rows))
 
 
 @dataclass(frozen=True)
 class _Run:
     hypergradient: Vector
     residual: float | None
+    note: str
     gradients: int
     products: int
     seconds: float
@@ -139,7 +143,7 @@ def _run(upper: Problem, lower: Problem, estimator: Estimator, seed: int) -> _Ru
     seconds = time.perf_counter() - begin
     passes = oracle.passes
     counts = passes.gradients, passes.products
-    return _Run(result.hypergradient, result.residual, *counts, seconds)
+    return _Run(result.hypergradient, result.residual, result.note, *counts, seconds)
 
 
 def _record(

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.problem import Problem
-from hyperopt_peft.random_state import RandomState, replay
+from hyperopt_peft.random_state import RandomState
 
 _NEXT: Any = object()
 
@@ -41,9 +41,8 @@ def open_oracle(
     def state(level: str) -> RandomState:
         return current if seed is None else RandomState.seeded(devices, seed, level)
 
-    with replay(current):  # a shuffled loader draws its order from the random state
-        upper_batch = upper.peek_batch() if upper_batch is _NEXT else upper_batch
-        lower_batch = lower.peek_batch() if lower_batch is _NEXT else lower_batch
+    upper_batch = upper.peek_batch() if upper_batch is _NEXT else upper_batch
+    lower_batch = lower.peek_batch() if lower_batch is _NEXT else lower_batch
     return Oracle(upper, lower, upper_batch, lower_batch, state("upper"), state("lower"))
 
 
@@ -54,8 +53,15 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
     """
     estimator = get_estimator(method)
-    with oracle.open():
-        result = estimator.estimate(oracle)
+    try:
+        with oracle.open():
+            result = estimator.estimate(oracle)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{estimator.name}: {error}") from error
+    if not isinstance(result, Estimate):
+        raise ProblemError(
+            f"{estimator.name}: estimate must return an Estimate, got {type(result).__name__}"
+        )
     if not result.hypergradient.isfinite():
         raise NonFiniteError(
             f"{estimator.name}: the hypergradient is not finite (residual {result.residual})"

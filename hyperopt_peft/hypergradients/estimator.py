@@ -137,7 +137,7 @@ class Solver(Estimator):
             result = matvec(v)
             if not result.isfinite():
                 raise NonFiniteError(
-                    f"{self.name}: a Hessian-vector product is not finite; lower the learning "
+                    "a Hessian-vector product is not finite; lower the learning "
                     "rate, or bound the solver by fewer steps or by damping"
                 )
             return result

@@ -9,22 +9,23 @@ import torch
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.vector import Vector
+from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon
 
 
 @register("exact", kind="implicit", tolerance=1e-9)
 @dataclass(frozen=True)
 class Exact(Solver):
-    """v = (H + damping·I)⁻¹ b by an LU solve with the dense Hessian.
+    """v = (H + damping·I)⁻¹ b from the eigenvalues of the dense Hessian.
 
     The Hessian is built from one Hessian-vector product for each of the n lower unknowns,
-    symmetrised, and solved in float64 (``float64=False``: in the variables' precision).
+    symmetrised, and decomposed in float64 (``float64=False``: in the variables' precision).
+    Where it is singular and ∂F/∂w has no part in its null space, v has none either.
     More than ``max_size`` unknowns are refused: time grows as n products, memory as n².
     The textbook form of the implicit function theorem (Bengio 2000,
     doi:10.1162/089976600300015187).
 
     Raises:
-        ProblemError: n exceeds ``max_size``, or the Hessian is singular.
+        ProblemError: n exceeds ``max_size``, or the Hessian is singular along ∂F/∂w.
     """
 
     damping: float = 0.0
@@ -35,6 +36,7 @@ class Exact(Solver):
         """Check the ranges of the options."""
         super().check()
         self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
+        self.require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v = (H + damping·I)⁻¹ b."""
@@ -50,11 +52,16 @@ class Exact(Solver):
         if self.float64:
             hessian, rhs = hessian.double(), rhs.double()
         hessian.diagonal().add_(self.damping)
-        solution, info = torch.linalg.solve_ex(hessian, rhs)
-        if info or not torch.isfinite(solution).all():
+        values, vectors = torch.linalg.eigh(hessian)
+        rhs = vectors.T @ rhs
+        noise = machine_epsilon(b)
+        null = values.abs() <= n * noise * values.abs().max()
+        if rhs[null].norm() > noise**0.5 * rhs.norm():
             raise ProblemError(
-                "exact: the lower Hessian is singular; regularise the lower loss, add damping, "
-                "or look for a lower variable that the loss does not read"
+                "exact: the lower Hessian is singular along ∂F/∂w; regularise the lower loss, add "
+                "damping, or look for a lower variable that the loss does not read"
             )
-        residual = (rhs - hessian @ solution).norm() / rhs.norm()
-        return Solution(b.with_entries(solution), float(residual), n)
+        solution = torch.where(null, 0, rhs / values.where(~null, torch.ones_like(values)))
+        residual = (rhs - values * solution).norm() / rhs.norm()
+        note = f"the Hessian has rank {n - int(null.sum())} of {n}" if null.any() else ""
+        return Solution(b.with_entries(vectors @ solution), float(residual), n, note)

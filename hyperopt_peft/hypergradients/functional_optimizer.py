@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ def _sgd(group: Mapping[str, Any]) -> Any:
     )
 
 
-def _adam(group: Mapping[str, Any]) -> Any:
+def _adam(group: Mapping[str, Any], *, decoupled: bool = False) -> Any:
     # The square root has no derivative at 0, and Adam's second moment is 0 where a gradient has
     # always been 0 (lora_A's, at B = 0). 1e-36 keeps the derivative finite, and is far below eps².
-    make = torchopt.adamw if group.get("decoupled_weight_decay") else torchopt.adam
+    make = torchopt.adamw if decoupled else torchopt.adam
     return make(
         float(group["lr"]),
         betas=tuple(map(float, group["betas"])),
@@ -51,7 +52,7 @@ class _Form:
 _FORMS: dict[type, _Form] = {
     torch.optim.SGD: _Form(_sgd, ("momentum_buffer",)),
     torch.optim.Adam: _Form(_adam, ("exp_avg", "exp_avg_sq")),
-    torch.optim.AdamW: _Form(_adam, ("exp_avg", "exp_avg_sq")),
+    torch.optim.AdamW: _Form(partial(_adam, decoupled=True), ("exp_avg", "exp_avg_sq")),
 }
 
 
@@ -119,7 +120,8 @@ class FunctionalOptimizer:
             state = step.optimizer["state"].get(i, {})
             held = [state.get(name) for name in self.form.moments]
             moments += [torch.zeros_like(variable) if m is None else m for m in held]
-        return point, _copies(step.gradient), _copies(moments)
+        gradient = Vector.of(step.gradient, point)
+        return point, _copies(gradient), _copies(moments)
 
     def _count(self, step: Step, index: int) -> float:
         assert step.optimizer is not None
@@ -133,7 +135,10 @@ class FunctionalOptimizer:
         after, moments_after = list(point), list(moments)
         width = len(self.form.moments)
         for group in step.optimizer["groups"]:
-            indices = group["variables"]
+            # A variable that the loss did not read has no gradient, and torch leaves it alone.
+            indices = [i for i in group["variables"] if step.gradient[i] is not None]
+            if not indices:
+                continue
             transformation = self.form.make(group)
             params = tuple(point[i] for i in indices)
             grads = tuple(gradient[i] for i in indices)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
+from hyperopt_peft.hypergradients.vector import Vector, dot, machine_epsilon, zeros_like
 
 
 @register("minres", kind="implicit", tolerance=1e-2)
@@ -16,7 +16,8 @@ class MINRES(Solver):
     """v ≈ (H + damping·I)⁻¹ b, the v of least residual in a Krylov space of ``steps`` dimensions.
 
     H may be indefinite, as it is away from a minimum of f: the residual never grows. Ends at
-    relative residual ``tolerance``. One Hessian-vector product a step.
+    relative residual ``tolerance``, or where H is singular and no v has a smaller one, which
+    the note then says. One Hessian-vector product a step.
     Lanczos tridiagonalisation and a QR factorisation by rotations (c, s), updated step by
     step: Paige & Saunders 1975, doi:10.1137/0712047.
     """
@@ -37,7 +38,8 @@ class MINRES(Solver):
         start = b.norm()
         v, residual = zeros_like(b), start
         lanczos, previous = b / start, zeros_like(b)  # orthonormal q_k, q_{k-1}
-        beta = 0.0
+        beta = largest = 0.0
+        noise = 10 * machine_epsilon(b)
         direction, older = zeros_like(b), zeros_like(b)  # columns of Q R⁻¹
         (c, s), (c_older, s_older) = (1.0, 0.0), (1.0, 0.0)
         for step in range(self.steps):
@@ -48,14 +50,18 @@ class MINRES(Solver):
             # The new column (beta_old, alpha, beta) of the tridiagonal, rotated twice.
             epsilon, entry = s_older * beta_old, c_older * beta_old
             delta, gamma = c * entry + s * alpha, c * alpha - s * entry
+            largest = max(largest, math.hypot(alpha, beta, beta_old))
             rho = math.hypot(gamma, beta)
-            if rho <= 1e-14 * max(abs(alpha), beta_old, abs(delta)) or rho == 0:
-                return Solution(v, residual / start, step, "the Hessian is singular on this space")
+            # ‖Hr‖/‖r‖ of the residual so far is hypot(γ, cβ): zero where no v does better.
+            stationary = math.hypot(gamma, c * beta) <= max(self.tolerance, noise) * largest
+            if stationary or rho <= noise * largest:
+                note = "the Hessian is singular: least-squares solution"
+                return Solution(v, abs(residual) / start, step, note)
             direction, older = (lanczos - delta * direction - epsilon * older) / rho, direction
             (c, s), (c_older, s_older) = (gamma / rho, beta / rho), (c, s)
             v = v + (c * residual) * direction
             residual = -s * residual
-            if beta <= 1e-14 * abs(alpha) or abs(residual) <= self.tolerance * start:
+            if beta <= noise * largest or abs(residual) <= self.tolerance * start:
                 return Solution(v, abs(residual) / start, step + 1)
             previous, lanczos = lanczos, q / beta
         return Solution(v, abs(residual) / start, self.steps)

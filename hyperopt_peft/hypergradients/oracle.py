@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.precision import single_precision
+from hyperopt_peft.graph import HALF
+from hyperopt_peft.hypergradients.precision import autocast_enabled, single_precision
 from hyperopt_peft.hypergradients.products import (
     DifferenceProduct,
     ExactProduct,
@@ -18,10 +19,11 @@ from hyperopt_peft.hypergradients.products import (
     Product,
     ProductKind,
 )
-from hyperopt_peft.hypergradients.purity import Witness, displaced, unchanged
+from hyperopt_peft.hypergradients.purity import Buffers, displaced, unchanged
 from hyperopt_peft.hypergradients.vector import Vector
 from hyperopt_peft.problem import Evaluation, Problem, Step
 from hyperopt_peft.random_state import RandomState, replay
+from hyperopt_peft.variables import shared_memory
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ class Oracle:
     lower_random: RandomState
     history: Sequence[Step] = ()
     passes: Passes = field(default_factory=Passes)
-    witness: Witness = field(default_factory=Witness)
+    buffers: Buffers = field(default_factory=Buffers)
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:
         """Answer questions in the body; afterwards everything is as it was before."""
         variables = (*self.upper.variables, *self.lower.variables)
         devices = list(dict.fromkeys((*self.upper.devices, *self.lower.devices)))
-        with unchanged(variables, devices) as self.witness:
+        with unchanged(variables, devices) as self.buffers:
             yield self
 
     @cached_property
@@ -68,6 +70,7 @@ class Oracle:
         u, w = self.upper.variables, self.lower.variables
         with replay(self.upper_random):
             evaluation = self.upper.gradient(self.upper_batch, (*u, *w))
+        self.buffers.restore()
         direct, b = evaluation.gradient[: len(u)], evaluation.gradient[len(u) :]
         return UpperGradient(Vector.of(direct, u), Vector.of(b, w), evaluation)
 
@@ -89,13 +92,13 @@ class Oracle:
         A one-sided difference takes ∂f/∂u from the step where the step has recorded it.
         """
         objective = self._objective(at)
-        known = None
-        if at is not None and at.upper_gradient is not None and not self.witness.half:
+        half, known = self._half(objective), None
+        if at is not None and at.upper_gradient is not None and not half:
             known = Vector.of(at.upper_gradient, self.upper.variables)
         with ExitStack() as stack:
             if at is not None:
                 stack.enter_context(displaced(self.lower.variables, at.variables))
-            if self.witness.half:
+            if half:
                 variables = (*self.upper.variables, *self.lower.variables)
                 stack.enter_context(single_precision(variables))
             if kind == "exact":
@@ -103,18 +106,35 @@ class Oracle:
             else:
                 yield DifferenceProduct(objective, radius, sides, known)
 
+    def _half(self, objective: Objective) -> bool:
+        """Whether f or its variables are in half precision."""
+        variables = (*self.upper.variables, *self.lower.variables)
+        if autocast_enabled() or any(variable.dtype in HALF for variable in variables):
+            return True
+        if self.lower.half is None:  # f has never been evaluated
+            with replay(objective.random_state):
+                self.lower.evaluate(objective.batch)
+            self.buffers.restore()
+        return bool(self.lower.half)
+
     def _objective(self, at: Step | None) -> Objective:
         batch = self.lower_batch if at is None else at.batch
         random_state = self.lower_random if at is None else at.random_state
-        return Objective(self.lower, self.upper, batch, random_state, self.passes)
+        return Objective(self.lower, self.upper, batch, random_state, self.passes, self.buffers)
 
 
 def check_ownership(upper: Problem, lower: Problem) -> None:
-    """Raise ProblemError where both levels own the same tensor, or the same memory."""
-    owned = {v.data_ptr(): n for n, v in zip(lower.names, lower.variables) if v.numel()}
-    for name, variable in zip(upper.names, upper.variables, strict=True):
-        if variable.numel() and variable.data_ptr() in owned:
-            raise ProblemError(
-                f"{upper.name} and {lower.name} own the same tensor ({name}, which the lower "
-                f"level calls {owned[variable.data_ptr()]}); give it to one level"
-            )
+    """Raise ProblemError where both levels own the same memory, or one of them is no level."""
+    for level in (upper, lower):
+        if not isinstance(level, Problem):
+            raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
+    named = [
+        (f"{level.name}'s {name}", variable)
+        for level in (upper, lower)
+        for name, variable in zip(level.names, level.variables, strict=True)
+    ]
+    shared = shared_memory(named)
+    if shared is not None:
+        raise ProblemError(
+            f"both levels own the same tensor: {shared[0]} is {shared[1]}; give it to one level"
+        )

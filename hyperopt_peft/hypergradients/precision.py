@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from hyperopt_peft.graph import HALF
 from hyperopt_peft.hypergradients.vector import widened
 
-HALF = (torch.bfloat16, torch.float16)
 _CASTS: dict[Any, Callable[..., Tensor]] = {
     torch.Tensor.bfloat16: torch.Tensor.float,
     torch.Tensor.half: torch.Tensor.float,
@@ -36,24 +36,38 @@ class SinglePrecision(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        # An in-place operation must reach the tensor itself, an attribute the real one.
-        if name == "__set__" or (name.endswith("_") and not name.endswith("__")):
-            args, kept = args[1:], args[:1]
-        else:
-            kept = ()
+        # What is written to must be the tensor itself, not a widened copy.
+        written = 1 if _writes(getattr(func, "__name__", "")) else 0
+        kept, args = args[:written], args[written:]
         args, kwargs = tree_map(_widened, (args, kwargs))
         with ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            for device in _autocast_devices():
+                stack.enter_context(torch.autocast(device, enabled=False))
             return _CASTS.get(func, func)(*kept, *args, **kwargs)
 
 
 def _widened(value: Any) -> Any:
     if isinstance(value, Tensor):
         return widened(value)
-    return torch.float32 if value in HALF else value
+    return torch.float32 if isinstance(value, torch.dtype) and value in HALF else value
+
+
+def _writes(name: str) -> bool:
+    """Whether a tensor function of this name changes its first argument."""
+    if name.startswith("__") and name.endswith("__"):
+        return name in ("__set__", "__setitem__") or (
+            name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")
+        )
+    return name.endswith("_")
+
+
+def _autocast_devices() -> list[str]:
+    return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+
+
+def autocast_enabled() -> bool:
+    """Whether operations are being cast to half precision now, on any device."""
+    return bool(_autocast_devices())
 
 
 @contextmanager

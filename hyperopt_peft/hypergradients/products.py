@@ -7,6 +7,8 @@ first-order passes only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -15,8 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.purity import displaced
-from hyperopt_peft.hypergradients.vector import Vector
+from hyperopt_peft.graph import graph_nodes
+from hyperopt_peft.hypergradients.purity import Buffers, displaced
+from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon
 from hyperopt_peft.problem import Problem
 from hyperopt_peft.random_state import RandomState, replay
 
@@ -41,12 +44,14 @@ class Objective:
     batch: Any
     random_state: RandomState
     passes: Passes
+    buffers: Buffers
 
     def gradient(self, variables: tuple[Tensor, ...]) -> Vector:
         """∂f/∂variables at the current point, by one forward+backward."""
         self.passes.gradients += 1
         with replay(self.random_state):
             gradient = self.lower.gradient(self.batch, variables).gradient
+        self.buffers.restore()  # so that the next evaluation is of the same function
         return Vector.of(gradient, variables)
 
 
@@ -74,10 +79,13 @@ class ExactProduct:
         objective.passes.gradients += 1
         with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH):
             loss, _ = objective.lower.evaluate(objective.batch)
-        with _explained():
+        with _second_derivatives():
             self.gradient = torch.autograd.grad(
                 loss, objective.lower.variables, create_graph=True, materialize_grads=True
             )
+            # autograd never reaches a once_differentiable function's error: it leads nowhere.
+            if any("Error" in node.name() for node in graph_nodes(self.gradient)):
+                raise RuntimeError("a function was marked with once_differentiable, not twice")
 
     def hessian(self, v: Vector) -> Vector:
         """∂²f/∂w² v = ∂⟨∂f/∂w, v⟩/∂w."""
@@ -93,7 +101,7 @@ class ExactProduct:
         if not pairs:  # f is linear in w
             return Vector.of([None] * len(variables), variables)
         outputs, cotangents = zip(*pairs, strict=True)
-        with _explained():
+        with _second_derivatives():
             result = torch.autograd.grad(
                 outputs, variables, cotangents, retain_graph=True, allow_unused=True
             )
@@ -149,24 +157,28 @@ class DifferenceProduct:
 
 
 def default_radius(point: Vector, sides: int) -> float:
-    """δ^(1/(1+sides))·(1 + ‖w‖), δ the machine epsilon of the coarsest part.
+    """(δ·(1 + ‖w‖))^(1/(1+sides)), δ the machine epsilon of the coarsest part.
 
     It balances the truncation error, O(ε^sides), and the rounding error, O(δ/ε), of a
     difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3).
     """
-    delta = max(torch.finfo(part.dtype).eps for part in point)
-    return float(delta ** (1 / (1 + sides)) * (1 + point.norm()))
+    return float((machine_epsilon(point) * (1 + point.norm())) ** (1 / (1 + sides)))
 
 
-class _explained:
-    """Turn autograd's complaint about a missing second derivative into advice."""
+@contextmanager
+def _second_derivatives() -> Iterator[None]:
+    """Backward passes of an exact product, with advice where an operation refuses them.
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _trace: object) -> None:
+    Checkpointed parts of the loss run again in them, so the attention kernel is chosen here too.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
         text = str(error)
-        if isinstance(error, RuntimeError) and ("not implemented" in text or "double" in text):
-            raise ProblemError(
-                f"an operation of the lower loss has no second derivative ({text}); "
-                'choose product="difference", which needs first-order passes only'
-            ) from error
+        if not any(word in text for word in ("not implemented", "double", "twice", "same dtype")):
+            raise
+        raise ProblemError(
+            f"the lower loss has no second derivative ({text}); "
+            'choose product="difference", which needs first-order passes only'
+        ) from error

@@ -4,60 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.hypergradients.precision import HALF
 from hyperopt_peft.random_state import RandomState
 
 
-@dataclass
-class Witness:
-    """What the modules that ran during a hypergradient were seen to be.
+class Buffers:
+    """The buffers of the modules that run, as they were before they ran."""
 
-    ``half`` is True once one of them held half-precision parameters or ran under autocast.
-    """
-
-    half: bool = False
-    buffers: dict[int, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
 
     def see(self, module: nn.Module, _inputs: object) -> None:
         """Forward pre-hook: remember the module's buffers before it can change them."""
-        for buffer in module._buffers.values():
-            if buffer is not None and id(buffer) not in self.buffers:
-                self.buffers[id(buffer)] = (buffer, buffer.detach().clone(), buffer._version)
-        parameters = module._parameters.values()
-        self.half = (
-            self.half
-            or any(parameter is not None and parameter.dtype in HALF for parameter in parameters)
-            or torch.is_autocast_enabled("cpu")
-            or torch.is_autocast_enabled("cuda")
-        )
+        for name, buffer in module._buffers.items():
+            key = id(module), name
+            if buffer is not None and key not in self._seen:
+                self._seen[key] = (module, buffer, buffer.detach().clone())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back, changed in place or replaced."""
+        for (_, name), (module, buffer, before) in self._seen.items():
+            buffer.copy_(before)
+            module._buffers[name] = buffer
 
 
 @contextmanager
-def unchanged(variables: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterator[Witness]:
+def unchanged(variables: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterator[Buffers]:
     """Run the body and put back ``.grad``s, buffers and random states, exceptions included.
 
     Buffers (BatchNorm's statistics) are found by watching which modules run, so a loss may
     reach its modules in any way.
     """
-    witness = Witness(half=any(variable.dtype in HALF for variable in variables))
+    buffers = Buffers()
     random_state = RandomState.capture(devices)
     grads = [variable.grad for variable in variables]
     for variable in variables:
         variable.grad = None
-    hook = nn.modules.module.register_module_forward_pre_hook(witness.see)
+    hook = nn.modules.module.register_module_forward_pre_hook(buffers.see)
     try:
-        yield witness
+        yield buffers
     finally:
         hook.remove()
-        with torch.no_grad():
-            for buffer, before, version in witness.buffers.values():
-                if buffer._version != version:
-                    buffer.copy_(before)
+        buffers.restore()
         for variable, grad in zip(variables, grads, strict=True):
             variable.grad = grad
         random_state.restore()

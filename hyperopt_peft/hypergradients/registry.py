@@ -36,7 +36,7 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callable[[E], E]:
-    """Class decorator that makes an estimator known as ``name``.
+    """Class decorator that makes an estimator known as ``name``; its fields are its options.
 
     Raises:
         ProblemError: the name is taken or not a plain word, the kind unknown, or an
@@ -46,17 +46,25 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
     def decorate(estimator: E) -> E:
         if not name.isidentifier():
             raise ProblemError(f"an estimator's name must be a plain word, got {name!r}")
-        if name in _ENTRIES:
+        known = _ENTRIES.get(name)
+        if known is not None and _path(known.estimator) != _path(estimator):
             raise ProblemError(f"an estimator called {name!r} is already registered")
         if kind not in get_args(Kind):
             raise ProblemError(f"{name}: kind must be one of {get_args(Kind)}, got {kind!r}")
         if kind == "implicit" and tolerance is None:
             raise ProblemError(f"{name}: an implicit estimator must declare its tolerance")
+        if "__dataclass_params__" not in vars(estimator):
+            dataclass(frozen=True)(estimator)  # in place
         estimator.name = name
         _ENTRIES[name] = Entry(estimator, kind, tolerance)
         return estimator
 
     return decorate
+
+
+def _path(estimator: type) -> tuple[str, str]:
+    """What stays the same where a notebook's cell defines an estimator anew."""
+    return estimator.__module__, estimator.__qualname__
 
 
 def registered() -> dict[str, Entry]:
@@ -88,6 +96,8 @@ def get_estimator(method: str | Estimator) -> Estimator:
             raise ProblemError(f"{name}: write options as option=value, got {part!r}")
         if option not in known:
             raise ProblemError(f"{name}: unknown option {option!r}{_nearest(option, known)}")
+        if option in options:
+            raise ProblemError(f"{name}: option {option!r} is given twice")
         options[option] = _literal(value)
     return estimator(**options)
 

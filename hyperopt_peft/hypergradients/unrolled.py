@@ -29,7 +29,8 @@ class Unrolled(Estimator):
         ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
         dF/du += ∂²f/∂u∂w · ḡ_k;   λ_k += ∂²f/∂w² · ḡ_k
 
-    so each step costs one forward+backward and two products, and no graph spans two steps.
+    so each step costs one forward+backward and two products (the first step one), and no graph
+    spans two steps.
     In training these are the last K steps since the last upper step, on their own batches and
     dropout masks. Outside training K steps from the current point are simulated, and F is
     differentiated at the current point. Franceschi et al. 2017 (arXiv:1703.01785, Alg. 1);
@@ -66,7 +67,8 @@ class Unrolled(Estimator):
             w_bar, g_bar, moment_adjoint = optimizer.vjp(step, adjoint, moment_adjoint)
             with oracle.product(self.product, at=step, radius=self.radius) as product:
                 implicit = implicit + product.mixed(g_bar)
-                adjoint = w_bar + product.hessian(g_bar)
+                if step is not steps[0]:
+                    adjoint = w_bar + product.hessian(g_bar)
         return Estimate(direct, implicit, steps=len(steps))
 
     def _simulated(self, oracle: Oracle, optimizer: FunctionalOptimizer) -> Sequence[Step]:

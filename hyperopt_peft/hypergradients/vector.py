@@ -80,9 +80,14 @@ class Vector:
 
 
 def dot(a: Vector, b: Vector) -> float:
-    """⟨a, b⟩, a Python float: the recurrences' scalars are kept in double precision."""
-    products = (torch.vdot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a.parts, b.parts))
-    return sum(float(product) for product in products)
+    """⟨a, b⟩, accumulated in float64: the scalars of a recurrence decide where it stops."""
+    pairs = zip(a.parts, b.parts, strict=True)
+    return sum(float(torch.vdot(x.double().reshape(-1), y.double().reshape(-1))) for x, y in pairs)
+
+
+def machine_epsilon(vector: Vector) -> float:
+    """The relative rounding error of the vector's coarsest part."""
+    return max(float(torch.finfo(part.dtype).eps) for part in vector)
 
 
 def zeros_like(vector: Vector) -> Vector:

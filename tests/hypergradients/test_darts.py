@@ -1,0 +1,91 @@
+"""DARTS: its scale, its radius, and where and with which learning rate it is taken."""
+
+import pytest
+import torch
+from quadratic import flat, program
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ExponentialLR
+
+from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+
+from .by_hand import f, make_levels, start, upper_f
+
+
+def test_a_scale_of_zero_leaves_the_direct_term() -> None:
+    quadratic = program(0)
+    found = flat(hypergradient(*quadratic.levels(), "darts:scale=0"))
+    torch.testing.assert_close(found, quadratic.direct)
+
+
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)])
+def test_the_scale_can_be_the_learning_rate_of_the_lower_optimizer(lr: float | Tensor) -> None:
+    quadratic = program(0)
+    upper, lower = quadratic.levels()
+    assert lower.optimizer is not None
+    lower.optimizer.param_groups[0]["lr"] = lr
+    found = flat(hypergradient(upper, lower, "darts:scale=lr"))
+    expected = quadratic.direct + quadratic.implicit(0.05 * quadratic.b)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_learning_rate_must_be_one() -> None:
+    w, u = start()
+    groups = [{"params": [w[0]], "lr": 0.1}, {"params": [w[1]], "lr": 0.2}]
+    upper, lower = make_levels(SGD(groups), w, u)
+    with pytest.raises(ProblemError, match=r"darts: scale=\"lr\" needs one learning rate, .*0.2"):
+        hypergradient(upper, lower, "darts:scale=lr")
+    lower.optimizer = None
+    with pytest.raises(ProblemError, match='darts: scale="lr" needs an optimizer'):
+        hypergradient(upper, lower, "darts:scale=lr")
+
+
+def test_in_training_the_product_is_taken_where_the_last_lower_step_began() -> None:
+    """−ξ·∂²f/∂u∂w(w₀) · ∂F/∂w(w₁), with the learning rate of that step for ξ."""
+    w, u = start()
+    optimizer = SGD(w, lr=0.4)
+    upper, lower = make_levels(optimizer, w, u, scheduler=ExponentialLR(optimizer, 0.5))
+    before = flat(u).detach()
+    Engine(upper, lower, "darts:scale=lr,product=exact", warmup_steps=1, progress=False).run(1)
+    found = before - flat(u).detach()
+
+    def gradient(step: int, w: list[Tensor], u: list[Tensor]) -> tuple[Tensor, ...]:
+        batch = lower.batches.data[step]
+        return torch.autograd.grad(f(w, u, batch), w, create_graph=True)
+
+    w, u = start()
+    w = [x.detach() - 0.4 * g.detach() for x, g in zip(w, gradient(0, w, u))]
+    w = [x.requires_grad_() for x in w]
+    at_start = gradient(1, w, u)
+    w = [(x - 0.2 * g).detach().requires_grad_() for x, g in zip(w, at_start)]
+    direct = torch.autograd.grad(upper_f(w, u), u, materialize_grads=True)
+    b = torch.autograd.grad(upper_f(w, u), w)
+    mixed = torch.autograd.grad(at_start, u, b)
+    torch.testing.assert_close(found, flat(direct) - 0.2 * flat(mixed), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("sides", "order"), [(1, 1), (2, 2)])
+def test_the_error_of_a_difference_has_the_order_of_its_sides(sides: int, order: int) -> None:
+    def error(radius: float) -> float:
+        w, u = start()
+        levels: tuple[Problem, Problem] = make_levels(SGD(w, lr=0.1), w, u)
+        exact = flat(hypergradient(*levels, "darts:product=exact"))
+        found = flat(hypergradient(*levels, f"darts:sides={sides},radius={radius}"))
+        return float((found - exact).norm())
+
+    assert error(1e-2) / error(1e-3) == pytest.approx(10**order, rel=0.1)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_the_default_radius_is_close_to_the_best(sides: int) -> None:
+    """Ten times larger the truncation grows, a thousand times smaller the rounding."""
+
+    def error(radius: str) -> float:
+        w, u = start()
+        levels: tuple[Problem, Problem] = make_levels(SGD(w, lr=0.1), w, u)
+        exact = flat(hypergradient(*levels, "darts:product=exact"))
+        found = flat(hypergradient(*levels, f"darts:sides={sides},radius={radius}"))
+        return float((found - exact).norm() / exact.norm())
+
+    assert error("none") < min(error("0.1"), error("1e-12"))
+    assert error("none") < {1: 1e-6, 2: 1e-8}[sides]

@@ -1,0 +1,110 @@
+"""The functional form of an optimizer is the optimizer, and has a derivative everywhere."""
+
+from typing import Any
+
+import pytest
+import torch
+from quadratic import FunctionLevel, flat
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from hyperopt_peft import Engine, ProblemError, hypergradient
+from hyperopt_peft.hypergradients import Estimate, Oracle
+from hyperopt_peft.hypergradients.estimate import estimate
+from hyperopt_peft.hypergradients.functional_optimizer import FunctionalOptimizer
+
+from .by_hand import OPTIMIZERS, make_levels, start
+
+Points = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> Points:
+    """Where each lower step of an Engine's run led, in functional form and in truth."""
+    points: Points = []
+
+    def spy(oracle: Oracle, method: Any) -> Estimate:
+        functional = FunctionalOptimizer(oracle.lower)
+        truths = [step.variables for step in oracle.history[1:]] + [oracle.lower.variables]
+        for step, truth in zip(oracle.history, truths, strict=True):
+            points.append((flat(functional.advance(step)[0]), flat(truth).detach().clone()))
+        return estimate(oracle, method)
+
+    monkeypatch.setattr("hyperopt_peft.engine.estimate", spy)
+    return points
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_functional_optimizer_replays_the_real_one(optimizer: str, replayed: Points) -> None:
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    made = kind([{"params": [w[1]]}, {"params": [w[0]], "lr": 0.01}], **options)
+    levels = make_levels(made, w, u, max_grad_norm=0.3)
+    Engine(*levels, "unrolled:steps=3", lower_steps=3, progress=False).run(4)
+    assert len(replayed) == 12
+    for found, truth in replayed:
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_variables_that_a_batch_does_not_read_are_left_alone(
+    optimizer: str, replayed: Points
+) -> None:
+    """The real optimizer passes over them: it neither decays them nor moves them on."""
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+
+    def loss(reads_both: bool) -> Tensor:
+        first = (w[0] * u[0][:, None]).square().sum()
+        return first + (w[1] * u[1]).square() if reads_both else first
+
+    upper = FunctionLevel(lambda _: w[0].sum() * w[1], u, optimizer=SGD(u, lr=0.0))
+    lower = FunctionLevel(loss, w, data=[True, False], optimizer=kind(w, **options))
+    Engine(upper, lower, "unrolled:steps=2", lower_steps=2, progress=False).run(1)
+    for found, truth in replayed:
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_gradient_that_is_exactly_zero_gives_no_nan(
+    kind: type[Optimizer], max_grad_norm: float | None
+) -> None:
+    """Square roots and norms have no derivative at 0, where ∂f/∂w is here."""
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    u = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    lower = FunctionLevel(
+        lambda _: (w - u).square().sum() / 2,
+        [w],
+        optimizer=kind([w], lr=0.1),
+        max_grad_norm=max_grad_norm,
+    )
+    upper = FunctionLevel(lambda _: (w - 1).square().sum() / 2, [u])
+    (h,) = hypergradient(upper, lower, "unrolled:steps=2")
+    assert torch.isfinite(h).all() and (h != 0).all()
+
+
+def test_the_first_step_of_adam_at_a_zero_gradient_has_slope_one_over_eps() -> None:
+    """The first update is −lr·g/(|g| + eps)."""
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    u = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = Adam([w], lr=0.1, eps=1e-3)
+    lower = FunctionLevel(lambda _: (w - u).square().sum() / 2, [w], optimizer=optimizer)
+    upper = FunctionLevel(lambda _: -w.sum(), [u])
+    (h,) = hypergradient(upper, lower, "unrolled:steps=1")
+    torch.testing.assert_close(h, torch.full_like(h, -0.1 / 1e-3), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda w: None, "unrolling needs the level's optimizer"),
+        (lambda w: torch.optim.RMSprop(w), "RMSprop cannot be unrolled; use one of SGD, Adam"),
+        (lambda w: Adam(w, amsgrad=True), "amsgrad cannot be unrolled"),
+        (lambda w: SGD(w, maximize=True), "maximize cannot be unrolled"),
+    ],
+)
+def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str) -> None:
+    w, u = start()
+    with pytest.raises(ProblemError, match=f"FunctionLevel: .*{message}"):
+        hypergradient(*make_levels(make(w), w, u), "unrolled")

@@ -1,0 +1,189 @@
+"""Half precision: perturbations and products happen in float32, and nothing drifts."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import differences
+from peft import PeftModel
+from quadratic import FunctionLevel, Program, flat, program
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from hyperopt_peft import Problem, hypergradient
+from hyperopt_peft.hypergradients import Vector
+from hyperopt_peft.hypergradients.precision import SinglePrecision
+from hyperopt_peft.hypergradients.products import default_radius
+
+from .minilm import cosine, levels, minilm
+
+METHODS = ("darts:sides=1", "darts:sides=2", "darts:product=exact")
+
+
+def narrowed(model: PeftModel, *, adapter: bool) -> PeftModel:
+    """In bfloat16; without ``adapter`` PEFT's way: the adapter stays in float32."""
+    for name, parameter in model.named_parameters():
+        if adapter or "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+HALF: dict[str, Callable[[], tuple[PeftModel, bool]]] = {
+    "all in bfloat16": lambda: (narrowed(minilm(), adapter=True), False),
+    "base in bfloat16": lambda: (narrowed(minilm(), adapter=False), False),
+    "autocast": lambda: (minilm(), True),
+}
+
+
+@pytest.mark.parametrize("way", HALF)
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_models_have_the_hypergradient_of_single_precision(
+    way: str, method: str
+) -> None:
+    """The reference is the float32 model at the same, rounded, parameters and masks."""
+    model, autocast = HALF[way]()
+    reference = minilm()
+    with torch.no_grad():
+        for wide, narrow in zip(reference.parameters(), model.parameters(), strict=True):
+            wide.copy_(narrow)
+    before = [(p.dtype, p.data_ptr(), p.detach().clone()) for p in model.parameters()]
+
+    half = levels(model, autocast=autocast)
+    single = levels(reference)
+    direct = flat(hypergradient(*half, "direct", seed=0)).float()
+    found = hypergradient(*half, method, seed=0)
+    exact = hypergradient(*single, "darts:product=exact", seed=0)
+    assert cosine(found, exact) >= 0.999
+    implicit = flat(exact) - flat(hypergradient(*single, "direct", seed=0))
+    assert cosine([flat(found).float() - direct], [implicit]) >= 0.999
+
+    assert [h.dtype for h in found] == [v.dtype for v in half[0].variables]
+    assert not differences(
+        before, [(p.dtype, p.data_ptr(), p.detach().clone()) for p in model.parameters()]
+    )
+
+
+def test_a_hundred_hypergradients_move_no_weight() -> None:
+    """Adding and subtracting a perturbation would walk away by rounding."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(50).bfloat16())
+    u = nn.Parameter(torch.randn(50).bfloat16())
+    upper = FunctionLevel(lambda _: w.square().sum(), [u])
+    lower = FunctionLevel(lambda _: ((w - u) ** 4).sum(), [w])
+    before = w.detach().clone()
+    for _ in range(100):
+        hypergradient(upper, lower, "darts")
+    assert torch.equal(w, before)
+
+
+X, Y = (torch.randn(64, n, generator=torch.Generator().manual_seed(n)) for n in (32, 8))
+
+
+def two_layers(autocast: tuple[bool, bool], *, modules: bool) -> tuple[Problem, Problem]:
+    """A network whose upper and lower loss run in bfloat16 or not, through modules or not."""
+    torch.manual_seed(1)
+    first, head, u = nn.Linear(32, 16), nn.Linear(16, 8), nn.Parameter(torch.ones(32))
+
+    def net(x: Tensor) -> Tensor:
+        if modules:
+            return head(torch.tanh(first(x)))
+        hidden = torch.tanh(linear(x, first.weight, first.bias))
+        return linear(hidden, head.weight, head.bias)
+
+    def loss(x: Tensor, half: bool) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            out = net(x)
+        return (out.float() - Y).square().mean()
+
+    w = [*first.parameters(), *head.parameters()]
+    return (
+        FunctionLevel(lambda _: loss(X + 1, autocast[0]), [u]),
+        FunctionLevel(lambda _: loss(X * u, autocast[1]), w),
+    )
+
+
+@pytest.mark.parametrize("modules", [False, True])
+@pytest.mark.parametrize("autocast", [(True, True), (False, True)])
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_is_seen_wherever_the_lower_loss_uses_it(
+    modules: bool, autocast: tuple[bool, bool], method: str
+) -> None:
+    exact = hypergradient(*two_layers((False, False), modules=modules), "darts:product=exact")
+    found = hypergradient(*two_layers(autocast, modules=modules), method)
+    assert cosine(found, exact) >= 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_the_radius_fits_the_precision_and_the_size_of_the_point(
+    dtype: torch.dtype, size: float, sides: int
+) -> None:
+    """On w ↦ Σ u·size·sin(w/size), which varies over lengths of ``size``."""
+    torch.manual_seed(0)
+    w = (size * torch.randn(20, dtype=dtype)).requires_grad_()
+    u = torch.randn(20, dtype=dtype, requires_grad=True)
+    upper = FunctionLevel(lambda _: w.square().sum() / size + u.sum(), [u])
+    lower = FunctionLevel(lambda _: (u * size * torch.sin(w / size)).sum(), [w])
+    exact = flat(hypergradient(upper, lower, "darts:product=exact"))
+    found = flat(hypergradient(upper, lower, f"darts:sides={sides}"))
+    error = float((found - exact).norm() / exact.norm())
+    # The radius grows as a root of the point's length: too long a step for a function that varies
+    # over shorter lengths, a little short for one that varies over longer ones.
+    scale = max((1 / size) ** sides, size ** (sides / (1 + sides)))
+    assert error < 30 * torch.finfo(dtype).eps ** (sides / (1 + sides)) * scale
+
+
+def test_the_radius_follows_the_coarsest_part() -> None:
+    wide, narrow = torch.ones(3, dtype=torch.float64), torch.ones(3)
+    assert default_radius(Vector([wide, narrow]), 2) == pytest.approx(
+        (torch.finfo(torch.float32).eps * (1 + 6**0.5)) ** (1 / 3)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["cg", "minres", "exact", "neumann", "unrolled:steps=3"])
+def test_solvers_run_in_single_precision_on_half_precision_variables(
+    dtype: torch.dtype, method: str
+) -> None:
+    """A recurrence at eight bits would end far from the solution."""
+
+    def cast(program: Program, dtype: torch.dtype) -> Program:
+        parts = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
+        owned = {
+            key: [v.detach().to(dtype).requires_grad_() for v in parts.pop(key)] for key in "wu"
+        }
+        return Program(**owned, **{key: matrix.to(dtype) for key, matrix in parts.items()})
+
+    narrow = cast(program(0), dtype)
+    found = hypergradient(*narrow.levels(), method)
+    assert [h.dtype for h in found] == [dtype] * len(narrow.u)
+    expected = flat(hypergradient(*cast(narrow, torch.float64).levels(), method))
+    assert (flat(found) - expected).norm() / expected.norm() < 2 * torch.finfo(dtype).eps
+
+
+def assign(x: Tensor) -> None:
+    x[0] = 5
+
+
+def add(x: Tensor) -> None:
+    x += 1
+
+
+@pytest.mark.parametrize("change", [assign, add, lambda x: x.mul_(3)])
+def test_operations_in_place_reach_the_tensor_itself(change: Callable[[Tensor], object]) -> None:
+    """A half-precision mask or cache that a loss writes to is not a widened copy."""
+    found, expected = torch.ones(3).bfloat16(), torch.ones(3).bfloat16()
+    change(expected)
+    with SinglePrecision():
+        change(found)
+    assert torch.equal(found, expected)
+
+
+def test_single_precision_leaves_the_random_numbers_as_they_were() -> None:
+    """The same masks in bfloat16 and in float32, or the products would be of another loss."""
+    model, _ = HALF["all in bfloat16"]()
+    found = [hypergradient(*levels(model), "darts", seed=k) for k in (0, 0, 1)]
+    assert not differences(found[0], found[1])
+    assert cosine(found[0], found[2]) < 0.99

@@ -1,0 +1,245 @@
+"""What every registered estimator is held to, on quadratic programs with a closed form.
+
+The estimators are taken from the registry, so a new one is held to the properties of its kind
+as soon as it is registered.
+"""
+
+import dataclasses
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quadratic import Level, Program, flat, leaves, program, programs
+from torch import Tensor
+
+from hyperopt_peft import Estimator, hypergradient
+from hyperopt_peft.hypergradients import registered
+from hyperopt_peft.hypergradients.products import ProductKind
+
+EXAMPLES = settings(max_examples=20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A registered estimator with one kind of product."""
+
+    estimator: Estimator
+    kind: str
+    tolerance: float
+
+    @property
+    def rounding(self) -> float:
+        """A relative error that is rounding: a difference quotient keeps fewer digits."""
+        return 1e-7 if getattr(self.estimator, "product", "exact") == "difference" else 1e-11
+
+
+def cases(*kinds: str) -> Any:
+    """Parametrises over the registered estimators of ``kinds``, and their kinds of product."""
+    found = []
+    for name, entry in registered().items():
+        options = {field.name for field in dataclasses.fields(entry.estimator)}
+        for product in get_args(ProductKind) if "product" in options else (None,):
+            estimator = entry.estimator(**({} if product is None else {"product": product}))
+            case = Case(estimator, entry.kind, entry.tolerance or 0.0)
+            if not kinds or entry.kind in kinds:
+                label = name if product is None else f"{name}-{product}"
+                found.append(pytest.param(case, id=label))
+    return pytest.mark.parametrize("case", found)
+
+
+def estimate(case: Case, program: Program, **options: float) -> Tensor:
+    return flat(hypergradient(*program.levels(**options), case.estimator))
+
+
+def assert_close(found: Tensor, expected: Tensor, scale: Tensor, tolerance: float) -> None:
+    """The distance is at most ``tolerance`` of the size of ``scale``."""
+    error = float((found - expected).norm() / scale.norm())
+    assert error <= tolerance, f"relative error {error:.3g} > {tolerance:.3g}"
+
+
+def test_every_kind_is_registered() -> None:
+    """The properties below must not become empty."""
+    names = {"direct", "darts", "neumann", "cg", "minres", "exact", "unrolled"}
+    assert names <= registered().keys()
+    assert {entry.kind for entry in registered().values()} == {
+        "direct",
+        "identity",
+        "implicit",
+        "unrolled",
+    }
+
+
+@cases("implicit")
+@given(program=programs())
+@EXAMPLES
+def test_implicit_estimators_reach_their_tolerance(case: Case, program: Program) -> None:
+    exact = program.exact_implicit
+    tolerance = max(case.tolerance, case.rounding)
+    assert_close(estimate(case, program), program.direct + exact, exact, tolerance)
+
+
+@cases("identity")
+@given(program=programs())
+@EXAMPLES
+def test_identity_estimators_replace_the_inverse_hessian_by_a_number(
+    case: Case, program: Program
+) -> None:
+    implicit = program.implicit(getattr(case.estimator, "scale", 1.0) * program.b)
+    assert_close(estimate(case, program), program.direct + implicit, implicit, case.rounding)
+
+
+@cases("unrolled")
+@given(program=programs(), steps=st.integers(1, 6), lr=st.floats(0.01, 0.15))
+@EXAMPLES
+def test_unrolled_estimators_sum_the_series_of_gradient_descent(
+    case: Case, program: Program, steps: int, lr: float
+) -> None:
+    """dw_K/du = −lr Σ_{k<K} (I − lr·H)^k C."""
+    estimator = dataclasses.replace(case.estimator, steps=steps)
+    term, v = program.b, torch.zeros_like(program.b)
+    for _ in range(steps):
+        v = v + lr * term
+        term = term - lr * program.h @ term
+    implicit = program.implicit(v)
+    found = flat(hypergradient(*program.levels(lr=lr), estimator))
+    assert_close(found, program.direct + implicit, implicit, case.rounding)
+
+
+@cases("direct")
+@given(program=programs())
+@EXAMPLES
+def test_direct_estimators_return_the_partial_derivative(case: Case, program: Program) -> None:
+    assert_close(estimate(case, program), program.direct, program.direct, case.rounding)
+
+
+@cases("implicit")
+@given(program=programs(), scale=st.floats(1e-3, 1e3))
+@EXAMPLES
+def test_scaling_f_leaves_implicit_estimators_unchanged(
+    case: Case, program: Program, scale: float
+) -> None:
+    plain, scaled = estimate(case, program), estimate(case, program, scale=scale)
+    assert_close(scaled, plain, program.exact_implicit, 10 * case.rounding)
+
+
+@cases("identity")
+@given(program=programs(), scale=st.floats(1e-3, 1e3))
+@EXAMPLES
+def test_scaling_f_scales_the_implicit_term_of_identity_estimators(
+    case: Case, program: Program, scale: float
+) -> None:
+    plain = estimate(case, program) - program.direct
+    scaled = estimate(case, program, scale=scale) - program.direct
+    assert_close(scaled, scale * plain, scale * plain, 10 * case.rounding)
+
+
+@cases()
+@given(seed=st.integers(0, 10**6), data=st.data())
+@EXAMPLES
+def test_the_order_of_the_variables_does_not_matter(
+    case: Case, seed: int, data: st.DataObject
+) -> None:
+    quadratic = program(seed)
+    order_w = data.draw(st.permutations(range(len(quadratic.w))))
+    order_u = data.draw(st.permutations(range(len(quadratic.u))))
+    upper, lower = quadratic.levels()
+    plain = hypergradient(upper, lower, case.estimator)
+    upper = Level(upper.objective, [quadratic.u[i] for i in order_u], quadratic.w, quadratic.u)
+    lower = Level(lower.objective, [quadratic.w[i] for i in order_w], quadratic.w, quadratic.u)
+    permuted = hypergradient(upper, lower, case.estimator)
+    expected = flat([plain[i] for i in order_u])
+    assert_close(flat(permuted), expected, expected, 10 * case.rounding)
+
+
+@cases()
+@pytest.mark.parametrize("seed", range(3))
+def test_many_leaves_equal_one_flat_vector(case: Case, seed: int) -> None:
+    """A solver that treats each leaf on its own keeps the diagonal blocks of H only."""
+    many = program(seed)
+    n = len(many.h)
+    one = dataclasses.replace(
+        many, w=leaves(flat(many.w).detach(), [(n,)]), u=leaves(flat(many.u).detach(), [(n,)])
+    )
+    expected = estimate(case, one)
+    assert_close(estimate(case, many), expected, expected, 10 * case.rounding)
+
+
+@cases()
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1, 3)])
+def test_shapes_and_dtypes_are_those_of_the_variables(case: Case, shape: tuple[int, ...]) -> None:
+    w = torch.ones(shape, requires_grad=True)
+    scalar = torch.ones((), dtype=torch.float64, requires_grad=True)
+    u = [torch.ones(shape, requires_grad=True), scalar]
+
+    def f(w: Tensor, u: Tensor) -> Tensor:
+        return (w - u[: len(w)]).square().sum() + w.sum() * u[-1]
+
+    def upper_f(w: Tensor, u: Tensor) -> Tensor:
+        return w.square().sum() + u.sum()
+
+    h = hypergradient(Level(upper_f, u, [w], u), Level(f, [w], [w], u), case.estimator)
+    assert [(x.shape, x.dtype) for x in h] == [(x.shape, x.dtype) for x in u]
+
+
+@cases()
+def test_an_upper_loss_without_w_gives_the_direct_term(case: Case) -> None:
+    quadratic = program(0)
+    _, lower = quadratic.levels()
+    upper = Level(lambda w, u: u.square().sum(), quadratic.u, quadratic.w, quadratic.u)
+    found = flat(hypergradient(upper, lower, case.estimator))
+    assert torch.equal(found, 2 * flat(quadratic.u))
+
+
+@cases()
+def test_a_stationary_upper_loss_gives_the_direct_term(case: Case) -> None:
+    """∂F/∂w is exactly 0 here: a solver that divides by its norm would return NaN."""
+    quadratic = program(0)
+    _, lower = quadratic.levels()
+    here = flat(quadratic.w).detach()
+    upper = Level(
+        lambda w, u: (w - here).square().sum() + u.square().sum(),
+        quadratic.u,
+        quadratic.w,
+        quadratic.u,
+    )
+    found = flat(hypergradient(upper, lower, case.estimator))
+    assert torch.equal(found, 2 * flat(quadratic.u))
+
+
+@cases()
+def test_a_lower_loss_without_u_gives_the_direct_term(case: Case) -> None:
+    quadratic = program(0)
+    upper, _ = quadratic.levels()
+    lower = Level(
+        lambda w, u: w @ quadratic.h @ w / 2 + quadratic.c @ w,
+        quadratic.w,
+        quadratic.w,
+        quadratic.u,
+    )
+    found = flat(hypergradient(upper, lower, case.estimator))
+    assert_close(found, quadratic.direct, quadratic.direct, 1e-14)
+
+
+@cases()
+def test_tensors_that_no_level_owns_are_constants(case: Case) -> None:
+    """Neither frozen tensors nor trainable ones of nobody change the result or get a gradient."""
+    quadratic = program(0)
+    upper, lower = quadratic.levels()
+    expected = estimate(case, quadratic)
+    frozen = torch.zeros((), dtype=torch.float64)
+    nobodys = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def with_others(level: Level) -> Level:
+        owned = level.variables
+        return Level(
+            lambda w, u: level.objective(w + nobodys + frozen, u + nobodys * frozen),
+            owned,
+            quadratic.w,
+            quadratic.u,
+        )
+
+    found = flat(hypergradient(with_others(upper), with_others(lower), case.estimator))
+    assert_close(found, expected, expected, case.rounding)
+    assert nobodys.grad is None and frozen.grad is None

@@ -1,0 +1,192 @@
+"""Estimators by name: specifications, options and their types, and estimators of the user."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+from quadratic import flat, program
+
+from hyperopt_peft import Engine, Estimator, ProblemError, Solver, hypergradient, register
+from hyperopt_peft.hypergradients import (
+    DARTS,
+    MINRES,
+    ConjugateGradient,
+    Direct,
+    Estimate,
+    Exact,
+    Matvec,
+    Neumann,
+    Oracle,
+    Solution,
+    Unrolled,
+    Vector,
+    get_estimator,
+    registered,
+    registry,
+    zeros_like,
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten afterwards."""
+    monkeypatch.setattr(registry, "_ENTRIES", registered())
+
+
+@pytest.mark.parametrize(
+    ("method", "estimator"),
+    [
+        ("direct", Direct()),
+        ("cg", ConjugateGradient()),
+        ("cg:", ConjugateGradient()),
+        ("cg:steps=40,damping=0.1", ConjugateGradient(steps=40, damping=0.1)),
+        (" steps = 3 ".join(["minres:", ""]), MINRES(steps=3)),
+        ("cg:tolerance=1e-8", ConjugateGradient(tolerance=1e-8)),
+        ("cg:product=difference,radius=.01", ConjugateGradient(product="difference", radius=0.01)),
+        ("neumann:terms=20,step=None", Neumann(terms=20)),
+        ("exact:float64=False,max_size=7", Exact(float64=False, max_size=7)),
+        ("exact:float64=false", Exact(float64=False)),
+        ("darts:scale=lr,sides=1", DARTS(scale="lr", sides=1)),
+        ("darts:scale='lr'", DARTS(scale="lr")),
+        ("darts:scale=2", DARTS(scale=2)),
+        ("unrolled:steps=5", Unrolled(steps=5)),
+        (MINRES(steps=2), MINRES(steps=2)),
+    ],
+)
+def test_specifications_name_an_estimator_with_options(method: Any, estimator: Estimator) -> None:
+    found = get_estimator(method)
+    assert found == estimator and type(found) is type(estimator)
+
+
+@pytest.mark.parametrize("name", registered())
+def test_an_estimator_knows_its_name_and_its_repr_builds_it_again(name: str) -> None:
+    estimator = get_estimator(name)
+    assert estimator.name == name
+    names = {entry.estimator.__name__: entry.estimator for entry in registered().values()}
+    assert eval(repr(estimator), names) == estimator
+
+
+@pytest.mark.parametrize("name", registered())
+def test_estimators_do_not_change(name: str) -> None:
+    estimator = get_estimator(name)
+    for option in dataclasses.fields(estimator):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(estimator, option.name, 1)
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (lambda: get_estimator("cgg"), "unknown estimator 'cgg'; did you mean 'cg'"),
+        (lambda: get_estimator("neuman:terms=3"), "unknown estimator 'neuman'.*'neumann'"),
+        (lambda: get_estimator("xyzzy"), "unknown estimator 'xyzzy'; known are cg, darts, direct"),
+        (lambda: get_estimator("cg:step=4"), "cg: unknown option 'step'; did you mean 'steps'"),
+        (lambda: get_estimator("direct:steps=4"), "direct: unknown option 'steps'; known are none"),
+        (lambda: get_estimator("cg:40"), "cg: write options as option=value, got '40'"),
+        (lambda: get_estimator(3), "a name or an Estimator, got int"),
+        (lambda: get_estimator("cg:steps=0"), "cg: steps must be at least 1, got 0"),
+        (lambda: get_estimator("cg:steps=2.5"), "cg: steps must be int, got 2.5"),
+        (lambda: get_estimator("cg:steps=True"), "cg: steps must be int, got True"),
+        (lambda: get_estimator("cg:damping=-1"), "cg: damping must not be negative, got -1"),
+        (lambda: get_estimator("cg:damping=high"), "cg: damping must be float, got 'high'"),
+        (lambda: get_estimator("minres:tolerance=1"), r"tolerance must be in \[0, 1\), got 1"),
+        (lambda: get_estimator("minres:steps=-3"), "minres: steps must be at least 1"),
+        (lambda: get_estimator("neumann:terms=-1"), "neumann: terms must not be negative"),
+        (lambda: get_estimator("neumann:step=0"), "neumann: step must be positive"),
+        (lambda: get_estimator("neumann:power_steps=0"), "neumann: power_steps must be ≥ 1"),
+        (
+            lambda: get_estimator("cg:product=finite"),
+            "cg: product must be 'exact' or 'difference', got 'finite'",
+        ),
+        (lambda: get_estimator("cg:radius=0"), "cg: radius must be positive"),
+        (lambda: get_estimator("darts:scale=-1"), "darts: scale must not be negative"),
+        (lambda: get_estimator("darts:scale=rl"), "darts: scale must be float or 'lr', got 'rl'"),
+        (lambda: get_estimator("darts:sides=3"), "darts: sides must be 1 or 2, got 3"),
+        (lambda: DARTS(radius=0.0), "darts: radius must be positive"),
+        (lambda: DARTS(scale=float("nan")), "darts: scale must not be negative"),
+        (lambda: get_estimator("unrolled:steps=0"), "unrolled: steps must be at least 1"),
+        (lambda: get_estimator("exact:float64=1"), "exact: float64 must be bool, got 1"),
+        (lambda: register("two words", kind="direct")(Direct), "a plain word, got 'two words'"),
+        (lambda: register("cg", kind="direct")(Direct), "called 'cg' is already registered"),
+        (
+            lambda: register("new", kind="best")(Direct),
+            "new: kind must be one of .*'implicit'.* got 'best'",
+        ),
+        (
+            lambda: register("new", kind="implicit")(Direct),
+            "new: an implicit estimator must declare its tolerance",
+        ),
+    ],
+)
+def test_mistakes_are_named(construct: Callable[[], object], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        construct()
+
+
+def test_a_refused_estimator_is_not_registered() -> None:
+    before = registered()
+    with pytest.raises(ProblemError):
+        register("new", kind="implicit")(Direct)
+    assert registered() == before
+
+
+def test_a_solver_of_the_user_is_a_few_lines() -> None:
+    @register("richardson", kind="implicit", tolerance=1e-3)
+    @dataclass(frozen=True)
+    class Richardson(Solver):
+        steps: int = 200
+        rate: float = 0.1
+
+        def solve(self, matvec: Matvec, b: Vector) -> Solution:
+            v = zeros_like(b)
+            for _ in range(self.steps):
+                v = v + self.rate * (b - matvec(v))
+            return Solution(v, steps=self.steps)
+
+    quadratic = program(0)
+    levels = quadratic.levels()
+    exact = flat(hypergradient(*levels, "exact"))
+    for method in ("richardson", "richardson:steps=300,product=difference", Richardson()):
+        error = flat(hypergradient(*levels, method)) - exact
+        assert error.norm() < 1e-3 * exact.norm()
+    assert Engine(*levels, "richardson:steps=20", progress=False).run(1)[0]["solver_steps"] == 20
+    with pytest.raises(ProblemError, match=r"richardson: unknown option 'rates'.*'rate'"):
+        get_estimator("richardson:rates=1")
+
+
+def test_an_estimator_of_the_user_is_a_class_with_one_method() -> None:
+    """Without options it need not be a dataclass."""
+
+    @register("twice", kind="direct")
+    class Twice(Estimator):
+        def estimate(self, oracle: Oracle) -> Estimate:
+            direct = oracle.upper_gradient.direct
+            return Estimate(2 * direct, zeros_like(direct))
+
+    quadratic = program(0)
+    for method in ("twice", Twice()):
+        found = flat(hypergradient(*quadratic.levels(), method))
+        torch.testing.assert_close(found, 2 * quadratic.direct)
+    with pytest.raises(ProblemError, match="twice: unknown option 'steps'"):
+        get_estimator("twice:steps=3")
+    assert repr(Twice()) == repr(Twice())
+
+
+def test_options_of_the_user_are_checked_against_their_types() -> None:
+    @dataclass(frozen=True)
+    class Custom(Direct):
+        mode: Literal["fast", "slow"] = "fast"
+        count: int | None = None
+        label: str = ""
+
+    Custom(mode="slow", count=3)
+    for options, message in (
+        ({"mode": "medium"}, "mode must be 'fast' or 'slow', got 'medium'"),
+        ({"count": 1.0}, "count must be int or None, got 1.0"),
+        ({"label": 3}, "label must be str, got 3"),
+    ):
+        with pytest.raises(ProblemError, match=message):
+            Custom(**options)

@@ -1,0 +1,192 @@
+"""The roots of trust: differences of the value function, and figures known from elsewhere.
+
+The value function is u ↦ F(w*(u), u). It is evaluated here without any code of the estimators:
+Newton's method finds w*(u), and its fourth-order central difference is the hypergradient.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from quadratic import flat
+from torch import Tensor
+
+from hyperopt_peft import Engine, Problem, fit, hypergradient
+from hyperopt_peft.problems import hypercleaning, logistic, ridge
+
+STEP = 3e-3
+NOISES = {0.5: 0.868, 0.7: 0.745, 0.9: 0.338}  # noise: test accuracy without cleaning
+
+
+def derivatives(lower: Problem) -> tuple[Tensor, Tensor]:
+    """∂f/∂w and ∂²f/∂w², dense."""
+    (w,) = lower.variables
+    loss, _ = lower.evaluate(None)
+    gradient = torch.autograd.grad(loss, w, create_graph=True)[0].reshape(-1)
+    unit = torch.eye(w.numel(), dtype=w.dtype)
+    hessian = torch.autograd.grad(gradient, w, unit, is_grads_batched=True)[0]
+    return gradient.detach(), hessian.reshape(len(unit), -1)
+
+
+def minimise(lower: Problem, hessian: Tensor | None = None) -> Tensor:
+    """Newton's method to rounding; a ``hessian`` of a close point is used throughout."""
+    (w,) = lower.variables
+    for _ in range(30):
+        if hessian is None:
+            gradient, newest = derivatives(lower)
+        else:
+            (part,) = lower.gradient(None, [w]).gradient
+            assert part is not None
+            gradient, newest = part.reshape(-1), hessian
+        if gradient.norm() < 1e-13:
+            return newest
+        with torch.no_grad():
+            w -= torch.linalg.solve(newest, gradient).reshape(w.shape)
+    raise AssertionError(f"Newton's method ends at a gradient of norm {gradient.norm():.3g}")
+
+
+def central_difference(
+    upper: Problem, solve: Callable[[], object], coordinates: list[int]
+) -> Tensor:
+    """d/du_i of F(w*(u), u), where ``solve`` moves w to w*(u)."""
+    (u,) = upper.variables
+    start = u.detach().clone()
+
+    def value(coordinate: int, shift: float) -> float:
+        with torch.no_grad():
+            u[coordinate] += shift
+        solve()
+        loss = upper.evaluate(None)[0].item()
+        with torch.no_grad():
+            u.copy_(start)
+        return loss
+
+    def slope(i: int) -> float:
+        near = value(i, STEP) - value(i, -STEP)
+        far = value(i, 2 * STEP) - value(i, -2 * STEP)
+        return (8 * near - far) / (12 * STEP)
+
+    result = torch.tensor([slope(i) for i in coordinates], dtype=start.dtype)
+    solve()
+    return result
+
+
+@pytest.fixture(scope="module")
+def cleaning() -> tuple[Problem, Problem, Tensor]:
+    """Problem B at the lower optimum for x = 0, and the lower Hessian there."""
+    upper, lower = hypercleaning.digits()
+    fit(lower, 300, progress=False)
+    return upper, lower, minimise(lower)
+
+
+@pytest.fixture
+def cancer() -> tuple[Problem, Problem]:
+    """Problem A at the lower optimum for l = −2."""
+    upper, lower = logistic.breast_cancer()
+    minimise(lower)
+    return upper, lower
+
+
+def test_exact_is_the_slope_of_the_value_function_of_the_logistic_regression(
+    cancer: tuple[Problem, Problem],
+) -> None:
+    upper, lower = cancer
+    (h,) = hypergradient(upper, lower, "exact")
+    slopes = central_difference(upper, lambda: minimise(lower), list(range(len(h))))
+    torch.testing.assert_close(h, slopes, rtol=0, atol=1e-9 * float(h.norm()) + 1e-12)
+
+
+def test_exact_is_the_slope_of_the_value_function_of_hypercleaning(
+    cleaning: tuple[Problem, Problem, Tensor],
+) -> None:
+    upper, lower, hessian = cleaning
+    (h,) = hypergradient(upper, lower, "exact")
+    coordinates = [*h.abs().topk(2).indices.tolist(), 0, 799]
+    slopes = central_difference(upper, lambda: minimise(lower, hessian), coordinates)
+    torch.testing.assert_close(h[coordinates], slopes, rtol=1e-6, atol=1e-10)
+
+
+def test_exact_is_the_slope_of_the_value_function_of_the_ridge_regression() -> None:
+    upper, lower = ridge.diabetes()
+    lower.solve()
+    (h,) = hypergradient(upper, lower, "exact")
+    slopes = central_difference(upper, lower.solve, list(range(len(h))))
+    torch.testing.assert_close(h, slopes, rtol=0, atol=1e-8 * float(h.norm()))
+
+
+def test_the_closed_form_of_the_ridge_regression_is_its_minimum() -> None:
+    _, lower = ridge.diabetes(0.5)
+    lower.solve()
+    (gradient,) = lower.gradient(None, lower.variables).gradient
+    assert gradient is not None and gradient.norm() < 1e-14
+
+
+def test_the_figures_of_the_logistic_regression(cancer: tuple[Problem, Problem]) -> None:
+    upper, lower = cancer
+    assert upper.evaluate(None)[0].item() == pytest.approx(0.164355, abs=5e-7)
+    (h,) = hypergradient(upper, lower, "exact")
+    assert h.norm().item() == pytest.approx(0.014535140, abs=5e-10)
+
+
+def test_the_figures_of_the_ridge_regression() -> None:
+    upper, lower = ridge.diabetes()
+    lower.solve()
+    assert upper.evaluate(None)[0].item() == pytest.approx(0.246694, abs=5e-7)
+    (h,) = hypergradient(upper, lower, "exact")
+    assert h.norm().item() == pytest.approx(0.003416, abs=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("method", "on_cancer", "on_digits"),
+    [
+        ("neumann:terms=20", 0.009, 0.024),
+        ("cg:steps=10", 1e-6, 0.003),
+        ("minres:steps=10", 1e-6, 0.0025),
+        ("unrolled:steps=10", 0.06, None),
+    ],
+)
+def test_errors_are_no_larger_than_measured_elsewhere(
+    cancer: tuple[Problem, Problem],
+    cleaning: tuple[Problem, Problem, Tensor],
+    method: str,
+    on_cancer: float,
+    on_digits: float | None,
+) -> None:
+    for (upper, lower), limit in ((cancer, on_cancer), (cleaning[:2], on_digits)):
+        if limit is not None:
+            exact = flat(hypergradient(upper, lower, "exact"))
+            found = flat(hypergradient(upper, lower, method))
+            assert (found - exact).norm() / exact.norm() <= limit
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_accuracy_without_cleaning(noise: float) -> None:
+    upper, lower = hypercleaning.digits(noise)
+    fit(lower, 300, progress=False)
+    assert upper.test_accuracy() == pytest.approx(NOISES[noise], abs=5e-4)
+
+
+@pytest.mark.parametrize("method", ["cg", "cg:product=difference", "minres", "neumann:terms=10"])
+def test_cleaning_improves_the_test_accuracy(method: str) -> None:
+    """And the images whose labels were redrawn are those whose weights fall below ½.
+
+    One in ten of the redrawn labels is right by chance, so the F1 score cannot reach 1.
+    """
+    upper, lower = hypercleaning.digits()
+    Engine(upper, lower, method, lower_steps=2, warmup_steps=60, progress=False).run(60)
+    assert upper.test_accuracy() >= 0.915
+    light, redrawn = upper.variables[0] < 0, lower.data.redrawn
+    f1 = 2 * (light & redrawn).sum() / (light.sum() + redrawn.sum())
+    assert f1 > 0.88
+
+
+def test_without_upper_steps_nothing_improves() -> None:
+    """The control: a hypergradient that moved the lower variables would train on clean data."""
+    upper, lower = hypercleaning.digits()
+    assert upper.optimizer is not None
+    upper.optimizer.param_groups[0]["lr"] = 0.0
+    Engine(upper, lower, "cg", lower_steps=2, warmup_steps=60, progress=False).run(100)
+    assert upper.test_accuracy() == pytest.approx(NOISES[0.5], abs=0.002)
+    twin = hypercleaning.digits()[1]
+    fit(twin, 260, progress=False)
+    assert torch.equal(lower.variables[0], twin.variables[0])

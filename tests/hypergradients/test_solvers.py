@@ -1,0 +1,257 @@
+"""The linear solvers against the optimality conditions that define their iterates."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quadratic import Level, flat, leaves, positive, program, symmetric
+from torch import Tensor
+
+from hyperopt_peft import NonFiniteError, ProblemError, Solver, hypergradient
+from hyperopt_peft.hypergradients import (
+    MINRES,
+    ConjugateGradient,
+    Exact,
+    Matvec,
+    Neumann,
+    Vector,
+    registered,
+)
+
+EXAMPLES = settings(max_examples=25)
+SOLVERS = {
+    name: entry.estimator()
+    for name, entry in registered().items()
+    if issubclass(entry.estimator, Solver)
+}
+each_solver = pytest.mark.parametrize("solver", [pytest.param(s, id=n) for n, s in SOLVERS.items()])
+krylov_solver = pytest.mark.parametrize("kind", [ConjugateGradient, MINRES])
+
+
+def system(h: Tensor, seed: int = 0) -> tuple[Matvec, Vector, Tensor]:
+    """Matrix-vector product and right-hand side of two leaves, and the latter flat."""
+    generator = torch.Generator().manual_seed(seed)
+    b = torch.randn(len(h), dtype=h.dtype, generator=generator)
+    vector = Vector(leaves(b, [(len(h) - 1,), ()] if len(h) > 1 else [()]))
+    return lambda v: v.with_entries(h @ v.flat()), vector, b
+
+
+def residual(h: Tensor, v: Vector, b: Tensor) -> float:
+    return float((b - h @ flat(v)).norm() / b.norm())
+
+
+def indefinite(n: int, seed: int) -> Tensor:
+    """Eigenvalues of both signs, of modulus 1 to 10."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.ones(n, dtype=torch.float64)
+    signs[::2] = -1
+    return symmetric(signs * torch.linspace(1, 10, n, dtype=torch.float64), generator)
+
+
+def krylov(h: Tensor, b: Tensor, steps: int) -> Tensor:
+    """An orthonormal basis of span(b, Hb, …, H^(steps−1) b)."""
+    basis = [b / b.norm()]
+    for _ in range(steps - 1):
+        q = h @ basis[-1]
+        for _ in range(2):  # once more, for orthogonality to rounding
+            q = q - sum((q @ p) * p for p in basis)
+        basis.append(q / q.norm())
+    return torch.stack(basis, 1)
+
+
+@krylov_solver
+@given(n=st.integers(1, 12), seed=st.integers(0, 10**6))
+@EXAMPLES
+def test_krylov_solvers_reach_the_solution_in_n_steps(
+    kind: Callable[..., Solver], n: int, seed: int
+) -> None:
+    h = positive(n, torch.Generator().manual_seed(seed))
+    matvec, vector, b = system(h, seed)
+    solution = kind(steps=n, tolerance=0.0).solve(matvec, vector)
+    expected = torch.linalg.solve(h, b)
+    torch.testing.assert_close(flat(solution.v), expected, rtol=1e-9, atol=1e-9)
+
+
+@krylov_solver
+@pytest.mark.parametrize("steps", [1, 5])
+def test_krylov_solvers_solve_the_identity_in_one_step(
+    kind: Callable[..., Solver], steps: int
+) -> None:
+    matvec, vector, b = system(torch.eye(6, dtype=torch.float64))
+    solution = kind(steps=steps).solve(matvec, vector)
+    torch.testing.assert_close(flat(solution.v), b, rtol=1e-14, atol=1e-14)
+    assert solution.steps == 1
+
+
+def test_minres_passes_over_a_step_without_curvature() -> None:
+    """bᵀHb is 0 here: the first Krylov space holds nothing, the second the solution."""
+    h = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    b = Vector([torch.tensor([1.0, 0.0], dtype=torch.float64)])
+    first, second = (MINRES(steps=k).solve(lambda v: Vector([h @ v.parts[0]]), b) for k in (1, 2))
+    assert first.v.norm() == 0 and first.residual == 1
+    torch.testing.assert_close(second.v.flat(), torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+@given(steps=st.integers(1, 9), seed=st.integers(0, 10**6))
+@EXAMPLES
+def test_minres_has_the_least_residual_of_its_krylov_space(steps: int, seed: int) -> None:
+    h = indefinite(9, seed)
+    matvec, vector, b = system(h, seed)
+    basis = krylov(h, b, steps)
+    best = basis @ torch.linalg.lstsq(h @ basis, b[:, None]).solution[:, 0]
+    solution = MINRES(steps=steps, tolerance=0.0).solve(matvec, vector)
+    torch.testing.assert_close(flat(solution.v), best, rtol=1e-7, atol=1e-7)
+
+
+@given(steps=st.integers(1, 9), seed=st.integers(0, 10**6))
+@EXAMPLES
+def test_the_residual_of_conjugate_gradients_is_orthogonal_to_its_krylov_space(
+    steps: int, seed: int
+) -> None:
+    h = positive(9, torch.Generator().manual_seed(seed))
+    matvec, vector, b = system(h, seed)
+    solution = ConjugateGradient(steps=steps, tolerance=0.0).solve(matvec, vector)
+    basis = krylov(h, b, steps)
+    v = basis @ torch.linalg.solve(basis.T @ h @ basis, basis.T @ b)
+    torch.testing.assert_close(flat(solution.v), v, rtol=1e-7, atol=1e-7)
+
+
+@given(seed=st.integers(0, 10**6))
+@EXAMPLES
+def test_minres_solves_indefinite_systems_and_its_residual_never_grows(seed: int) -> None:
+    h = indefinite(9, seed)
+    matvec, vector, b = system(h, seed)
+    solutions = [MINRES(steps=k, tolerance=0.0).solve(matvec, vector) for k in range(1, 10)]
+    residuals = [residual(h, solution.v, b) for solution in solutions]
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(residuals))
+    assert residuals[0] < 1 and residuals[-1] < 1e-9
+
+
+def test_minres_stops_where_the_hessian_is_singular() -> None:
+    """b has a part outside H's range: the least residual is that part, √½ of b."""
+    h = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    vector = Vector([torch.ones(2, dtype=torch.float64)])
+    solution = MINRES().solve(lambda v: v.with_entries(h @ v.flat()), vector)
+    assert "singular" in solution.note
+    assert solution.residual == pytest.approx(0.5**0.5)
+
+
+@given(seed=st.integers(0, 10**6))
+@EXAMPLES
+def test_conjugate_gradients_stop_at_negative_curvature_and_say_so(seed: int) -> None:
+    """They return the iterate from before the step that met it."""
+    h = indefinite(9, seed)
+    matvec, vector, _ = system(h, seed)
+    solution = ConjugateGradient(steps=50).solve(matvec, vector)
+    assert "negative curvature" in solution.note and solution.steps is not None
+    assert solution.v.isfinite()
+    if solution.steps == 0:
+        assert solution.v.norm() == 0
+    else:
+        before = ConjugateGradient(steps=solution.steps).solve(matvec, vector)
+        assert not before.note
+        assert torch.equal(flat(before.v), flat(solution.v))
+
+
+def test_negative_curvature_at_once_leaves_the_direct_term() -> None:
+    quadratic = program(0)
+    upper, _ = quadratic.levels()
+    lower = Level(lambda w, u: -w @ w + w @ u, quadratic.w, quadratic.w, quadratic.u)
+    torch.testing.assert_close(flat(hypergradient(upper, lower, "cg")), quadratic.direct)
+
+
+@each_solver
+@pytest.mark.parametrize("seed", range(4))
+def test_the_reported_residual_is_that_of_the_solution(solver: Solver, seed: int) -> None:
+    h = positive(15, torch.Generator().manual_seed(seed))
+    matvec, vector, b = system(h, seed)
+    solution = solver.solve(matvec, vector)
+    if solution.residual is not None:
+        found = pytest.approx(residual(h, solution.v, b), rel=1e-6, abs=1e-13)
+        assert solution.residual == found
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient, MINRES, Exact])
+def test_damping_adds_to_the_diagonal(solver: Callable[..., Solver]) -> None:
+    h = positive(7, torch.Generator().manual_seed(0))
+    matvec, vector, b = system(h)
+    found = flat(solver(damping=3.0).solve(matvec, vector).v)
+    expected = torch.linalg.solve(h + 3 * torch.eye(7, dtype=torch.float64), b)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@krylov_solver
+def test_krylov_solvers_stop_at_their_tolerance(kind: Callable[..., Solver]) -> None:
+    h = positive(40, torch.Generator().manual_seed(0))
+    matvec, vector, b = system(h)
+    solution = kind(steps=40, tolerance=1e-3).solve(matvec, vector)
+    assert solution.steps is not None and 1 < solution.steps < 40
+    assert residual(h, solution.v, b) <= 1e-3
+    one_less = kind(steps=solution.steps - 1, tolerance=1e-3).solve(matvec, vector)
+    assert residual(h, one_less.v, b) > 1e-3
+
+
+@given(terms=st.integers(0, 8), eta=st.floats(0.01, 0.15), seed=st.integers(0, 10**6))
+@EXAMPLES
+def test_neumann_sums_its_series(terms: int, eta: float, seed: int) -> None:
+    h = positive(6, torch.Generator().manual_seed(seed))
+    matvec, vector, b = system(h, seed)
+    contraction = torch.eye(6, dtype=torch.float64) - eta * h
+    series = eta * sum(torch.linalg.matrix_power(contraction, k) @ b for k in range(terms + 1))
+    solution = Neumann(terms=terms, step=eta).solve(matvec, vector)
+    torch.testing.assert_close(flat(solution.v), series, rtol=1e-12, atol=1e-12)
+    assert not solution.note
+
+
+def test_neumann_says_where_its_series_diverges() -> None:
+    matvec, vector, _ = system(positive(6, torch.Generator().manual_seed(0)))
+    assert "diverges" in Neumann(step=1.0).solve(matvec, vector).note
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_neumann_finds_a_step_that_converges(scale: float) -> None:
+    """A step of 1 diverges as soon as an eigenvalue exceeds 2."""
+    h = scale * positive(8, torch.Generator().manual_seed(0))
+    matvec, vector, b = system(h)
+    solution = Neumann(terms=400).solve(matvec, vector)
+    torch.testing.assert_close(flat(solution.v), torch.linalg.solve(h, b), rtol=1e-9, atol=1e-9)
+
+
+def test_a_divergence_to_infinity_is_an_error_that_names_the_estimator() -> None:
+    upper, lower = program(0).levels()
+    with pytest.raises(NonFiniteError, match="neumann"):
+        hypergradient(upper, lower, "neumann:step=1e9,terms=200")
+
+
+@pytest.mark.parametrize("method", ["exact", "neumann"])
+def test_a_hessian_that_cannot_be_inverted_is_an_error(method: str) -> None:
+    quadratic = program(0)
+    upper, _ = quadratic.levels()
+    linear = Level(lambda w, u: w @ u, quadratic.w, quadratic.w, quadratic.u)
+    with pytest.raises(ProblemError, match=rf"{method}: .*Hessian is (singular|zero)"):
+        hypergradient(upper, linear, method)
+
+
+def test_exact_refuses_more_unknowns_than_its_size() -> None:
+    upper, lower = program(0).levels()
+    with pytest.raises(ProblemError, match=r"12 unknowns, more than max_size=11.*cg"):
+        hypergradient(upper, lower, "exact:max_size=11")
+    hypergradient(upper, lower, "exact:max_size=12")
+
+
+def test_exact_solves_in_double_precision() -> None:
+    """A Hilbert matrix has condition number 5e5 at n = 5: float32 would keep no digit."""
+    n = 5
+    hilbert = torch.tensor([[1.0 / (i + j + 1) for j in range(n)] for i in range(n)])
+    ones = torch.ones(n, dtype=torch.float64)
+    b = Vector([(hilbert.double() @ ones).float()])
+    expected = torch.linalg.solve(hilbert.double(), b.parts[0].double())
+
+    def error(solver: Exact) -> float:
+        v = solver.solve(lambda v: v.with_entries(hilbert @ v.flat()), b).v.flat().double()
+        return float((v - expected).norm() / expected.norm())
+
+    assert error(Exact()) < 1e-6 < error(Exact(float64=False))

@@ -1,0 +1,193 @@
+"""Dropout: all evaluations of one objective inside one hypergradient see the same masks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import Network, differences, loader, owned
+from quadratic import FunctionLevel, flat
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+from hyperopt_peft.hypergradients import Vector
+
+from .minilm import cosine, levels, minilm
+
+
+@pytest.fixture(scope="module")
+def language_model() -> tuple[Problem, Problem]:
+    return levels(minilm())
+
+
+def implicit(upper: Problem, lower: Problem, method: str) -> Tensor:
+    """The implicit term alone: it is the part that depends on the masks agreeing."""
+    total = flat(hypergradient(upper, lower, method, seed=3))
+    return total - flat(hypergradient(upper, lower, "direct", seed=3))
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_differences_under_dropout_agree_with_double_backward(
+    language_model: tuple[Problem, Problem], sides: int
+) -> None:
+    found = implicit(*language_model, f"darts:sides={sides}")
+    exact = implicit(*language_model, "darts:product=exact")
+    assert cosine([found], [exact]) >= 0.9999
+    assert found.norm() / exact.norm() == pytest.approx(1, abs=0.01)
+
+
+def test_independent_masks_would_not_agree(language_model: tuple[Problem, Problem]) -> None:
+    """The control: the same difference, with new masks in each of the two passes."""
+    upper, lower = language_model
+    b = Vector.of(upper.gradient(upper.peek_batch(), lower.variables).gradient, lower.variables)
+    epsilon = 0.01 / b.norm()
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for w, v in zip(lower.variables, b):
+                w += sign * epsilon * v
+        gradient = lower.gradient(lower.peek_batch(), upper.variables).gradient
+        sides.append(Vector.of(gradient, upper.variables))
+        with torch.no_grad():
+            for w, v in zip(lower.variables, b):
+                w -= sign * epsilon * v
+    found = -1 * (sides[0] - sides[1]) / (2 * epsilon)
+    assert cosine(found, [implicit(upper, lower, "darts:product=exact")]) < 0.5
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_a_hypergradient_is_a_function_of_the_random_state(
+    language_model: tuple[Problem, Problem], seed: int | None
+) -> None:
+    """Of the current state, or of ``seed`` alone where one is given."""
+    torch.manual_seed(1)
+    first = hypergradient(*language_model, "darts", seed=seed)
+    again = hypergradient(*language_model, "darts", seed=seed)
+    torch.manual_seed(2)
+    elsewhere = hypergradient(*language_model, "darts", seed=seed)
+    assert not differences(first, again)
+    assert bool(differences(first, elsewhere)) == (seed is None)
+
+
+def test_double_backward_works_where_the_fast_attention_has_none(
+    language_model: tuple[Problem, Problem],
+) -> None:
+    """Without dropout CPU attention runs in a kernel that has no second derivative."""
+    upper, lower = levels(minilm().eval())
+    found = hypergradient(upper, lower, "darts")
+    assert cosine(found, hypergradient(upper, lower, "darts:product=exact")) >= 0.9999
+
+
+class Once(torch.autograd.Function):
+    """Squares; its backward pass is not differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def flash(w: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(w, w, w)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pytest.param(flash, id="flash attention"),
+        pytest.param(Once.apply, id="once differentiable"),
+    ],
+)
+@pytest.mark.parametrize("method", ["darts", "cg"])
+def test_operations_without_second_derivative_are_refused_with_advice(
+    operation: Callable[[Tensor], Tensor], method: str
+) -> None:
+    """Never a gradient that silently lacks its implicit term; the difference works."""
+    w = torch.randn(1, 2, 3, 4, requires_grad=True)
+    u = torch.randn(1, 2, 3, 4, requires_grad=True)
+    upper = FunctionLevel(lambda _: w.square().sum() + u.sum(), [u])
+    lower = FunctionLevel(lambda _: (operation(w) * u).sum() + w.square().sum(), [w])
+    hypergradient(upper, lower, f"{method}:product=difference")
+    with pytest.raises(ProblemError, match=r'no second derivative.*product="difference"'):
+        hypergradient(upper, lower, f"{method}:product=exact")
+
+
+def double_precision_levels(lr: float = 0.1) -> tuple[Problem, Problem, Network]:
+    """The network in float64 with dropout, gradient descent at the lower level."""
+    torch.manual_seed(0)
+    net = Network().double()
+
+    def loss(batch: Any) -> Tensor:
+        return cross_entropy(net(batch[0].double()), batch[1])
+
+    above, below = owned(net)
+    descents = [torch.optim.SGD([v for _, v in pairs], lr=lr) for pairs in (above, below)]
+    upper = FunctionLevel(loss, above, data=loader(14), optimizer=descents[0])
+    return upper, FunctionLevel(loss, below, data=loader(18), optimizer=descents[1]), net
+
+
+def after_training(method: str) -> Tensor:
+    """The upper variables after three upper steps from the same start and random state."""
+    upper, lower, _ = double_precision_levels()
+    torch.manual_seed(5)
+    Engine(upper, lower, method, lower_steps=2, progress=False).run(3)
+    return flat(upper.variables).detach()
+
+
+@pytest.mark.parametrize(("sides", "order"), [(1, 1), (2, 2)])
+def test_differences_in_training_converge_to_one_unrolled_step(sides: int, order: int) -> None:
+    """At the order of their number of sides; a mask that differed would leave O(1/ε)."""
+    exact = after_training("unrolled:steps=1")
+    errors = [
+        float((after_training(f"darts:scale=lr,sides={sides},radius={radius}") - exact).norm())
+        for radius in (1e-2, 1e-3)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(10**order, rel=0.2)
+    assert errors[1] < 1e-2 * float((after_training("direct") - exact).norm())
+
+
+def test_one_sided_differences_reuse_the_lower_step_on_a_language_model() -> None:
+    """The reused ∂f/∂u is that of the lower step: its batch, its masks, its point."""
+    found = []
+    for method in ("darts:scale=lr,sides=1", "darts:scale=lr,sides=2", "unrolled:steps=1"):
+        upper, lower = levels(minilm())
+        torch.manual_seed(5)
+        before = flat(upper.variables).detach()
+        Engine(upper, lower, method, progress=False).run(1)
+        found.append(flat(upper.variables).detach() - before)
+    assert cosine([found[0]], [found[2]]) >= 0.9999
+    assert cosine([found[1]], [found[2]]) >= 0.9999
+
+
+@pytest.mark.parametrize("method", ["darts", "cg:damping=5"])
+@pytest.mark.parametrize("product", ["exact", "difference"])
+def test_variables_that_a_loss_does_not_read_have_a_gradient_of_zero(
+    method: str, product: str
+) -> None:
+    """Upper ones that only one loss reads, lower ones that neither does."""
+    upper, lower, _ = double_precision_levels()
+    options: Any = {
+        "method": f"{method}{',' if ':' in method else ':'}product={product}",
+        "upper_batch": upper.peek_batch(),
+        "lower_batch": lower.peek_batch(),
+        "seed": 0,
+    }
+    unread_below = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    read_above, unread = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    above = FunctionLevel(
+        lambda b: upper.loss(b) + read_above.square().sum(), [*upper.variables, read_above, unread]
+    )
+    below = FunctionLevel(lower.loss, [*lower.variables, unread_below])
+    *found, of_read, of_unread = hypergradient(above, below, **options)
+    assert torch.equal(of_read, 2 * read_above) and torch.equal(of_unread, 0 * unread)
+    expected = hypergradient(upper, lower, **options)
+    torch.testing.assert_close(tuple(found), expected, rtol=1e-6, atol=1e-9)

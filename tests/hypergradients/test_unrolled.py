@@ -1,0 +1,147 @@
+"""Unrolling against autograd through the same optimizer steps, written out by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from quadratic import flat
+from torch import Tensor
+from torch.optim import SGD
+
+from hyperopt_peft import Engine, hypergradient
+
+from .by_hand import BATCHES, OPTIMIZERS, ByHand, make_levels, start, upper_f
+
+each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def trained_by_hand(hand: ByHand, warmup: int, steps: int) -> Tensor:
+    """The hypergradient through the last ``steps`` steps."""
+    w, u = start()
+    w = [x.detach().requires_grad_() for x in hand.run(warmup, w, u, BATCHES)]
+    hand.forget_the_graph()
+    shift = warmup % len(BATCHES)
+    after = hand.run(steps, w, u, BATCHES[shift:] + BATCHES[:shift])
+    return flat(torch.autograd.grad(upper_f(after, u), u))
+
+
+def trained(levels: Any, warmup: int, lower_steps: int, method: str) -> Tensor:
+    """The hypergradient that the Engine's first upper step takes."""
+    upper, lower = levels
+    before = flat(upper.variables).detach()
+    engine = Engine(
+        upper, lower, method, lower_steps=lower_steps, warmup_steps=warmup, progress=False
+    )
+    engine.run(1)
+    return before - flat(upper.variables).detach()
+
+
+def check(hand: ByHand, levels: Any, warmup: int = 2, steps: int = 3) -> None:
+    expected = trained_by_hand(hand, warmup, steps)
+    found = trained(levels, warmup, steps, f"unrolled:steps={steps}")
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+@each_optimizer
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_training_is_differentiated_like_the_steps_by_hand(
+    optimizer: str, warmup: int, steps: int
+) -> None:
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    made = kind(w, **options)
+    check(ByHand(kind, [options] * 2), make_levels(made, w, u), warmup, steps)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_clipping_is_part_of_the_step(optimizer: str) -> None:
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
+    hand.max_norm = 0.05
+    check(hand, make_levels(made, w, u, max_grad_norm=0.05))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_parameter_groups_keep_their_own_options(optimizer: str) -> None:
+    """The groups are in the reverse order of the variables."""
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    faster = options | {"lr": 3 * options["lr"], "weight_decay": 0.2}
+    made = kind([{"params": [w[1]], **faster}, {"params": [w[0]]}], **options)
+    check(ByHand(kind, [options, faster]), make_levels(made, w, u))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_the_learning_rate_is_that_of_each_step(optimizer: str) -> None:
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
+    hand.gamma = 0.7
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(made, 0.7)
+    check(hand, make_levels(made, w, u, scheduler=scheduler))
+
+
+def test_each_step_sees_its_own_dropout_mask() -> None:
+    kind, options = OPTIMIZERS["momentum"]
+    w, u = start()
+    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
+    hand.dropout = 0.5
+    torch.manual_seed(3)
+    expected = trained_by_hand(hand, 2, 3)
+    torch.manual_seed(3)
+    found = trained(make_levels(made, w, u, dropout=0.5), 2, 3, "unrolled:steps=3")
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_fewer_steps_than_were_done_truncate_the_unrolling() -> None:
+    kind, options = OPTIMIZERS["momentum"]
+    w, u = start()
+    made = kind(w, **options)
+    found = trained(make_levels(made, w, u), 1, 4, "unrolled:steps=2")
+    expected = trained_by_hand(ByHand(kind, [options] * 2), warmup=3, steps=2)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+@each_optimizer
+def test_outside_training_steps_are_simulated_from_the_current_point(optimizer: str) -> None:
+    """F is differentiated at the current point, on which the optimizer's state depends."""
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
+    upper, lower = make_levels(made, w, u)
+    hand.run(2, w, u, BATCHES)
+    for _ in range(2):
+        lower.step(lower.gradient(lower.next_batch(), w).gradient)
+    hand.forget_the_graph()
+    direct = flat(torch.autograd.grad(upper_f(w, u), u, materialize_grads=True))
+    adjoint = torch.autograd.grad(upper_f(w, u), w)
+    after = hand.run(3, w, u, [BATCHES[2]])
+    implicit = flat(torch.autograd.grad(after, u, adjoint))
+    found = flat(hypergradient(upper, lower, "unrolled:steps=3"))
+    torch.testing.assert_close(found, direct + implicit, rtol=1e-7, atol=1e-10)
+    assert implicit.norm() > 0.01 * direct.norm()
+
+
+@each_optimizer
+def test_differences_agree_with_double_backward(optimizer: str) -> None:
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    levels = make_levels(kind(w, **options), w, u)
+    exact = flat(hypergradient(*levels, "unrolled:steps=3"))
+    differences = flat(hypergradient(*levels, "unrolled:steps=3,product=difference"))
+    torch.testing.assert_close(differences, exact, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_step_of_gradient_descent_is_darts(training: bool) -> None:
+    found = []
+    for method in ("unrolled:steps=1", "darts:scale=lr,product=exact"):
+        w, u = start()
+        levels = make_levels(SGD(w, lr=0.3), w, u)
+        if training:
+            found.append(trained(levels, 1, 2, method))
+        else:
+            found.append(flat(hypergradient(*levels, method)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)

@@ -1,0 +1,90 @@
+"""A small classifier that remembers, drops and normalises, as two levels over one network."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from hyperopt_peft import Problem
+
+
+class Network(nn.Module):
+    """Linear, batch normalisation, a gate, dropout, linear; ``bias`` of the first is frozen."""
+
+    def __init__(self, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4)
+        self.first.bias.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(4)
+        self.gate = nn.Parameter(torch.ones(4))
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.drop(torch.tanh(self.norm(self.first(x))) * self.gate)
+        return self.head(hidden) * self.temperature
+
+
+class Classify(Problem):
+    """Cross-entropy of the network on a batch, and a pull of the variables towards zero."""
+
+    def __init__(self, net: Network, variables: Iterable[Any], **options: Any) -> None:
+        self.net = net
+        super().__init__(variables, **options)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Mapping[str, Any]:
+        x, y = batch
+        logits = self.net(x)
+        pull = sum(v.square().sum() for v in self.net.parameters() if v.requires_grad)
+        accuracy = (logits.argmax(1) == y).double().mean()
+        return {"loss": cross_entropy(logits, y) + 0.05 * pull, "accuracy": accuracy}
+
+
+def loader(size: int, generator: torch.Generator | None = None) -> DataLoader[Any]:
+    """A shuffled loader over ``size`` points, 4 a batch, the last one smaller."""
+    source = torch.Generator().manual_seed(size)
+    x = torch.randn(size, 5, generator=source)
+    y = torch.randint(0, 3, (size,), generator=source)
+    return DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True, generator=generator)
+
+
+def owned(net: Network) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """The upper variables, gate and temperature, and the lower ones: all that are left."""
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    upper = [pair for pair in named if pair[0] in ("gate", "temperature")]
+    return upper, [pair for pair in named if pair[0] not in ("gate", "temperature")]
+
+
+def network_levels(
+    *, dropout: float = 0.3, generators: bool = False, lr: float = 0.05, upper_lr: float = 0.05
+) -> tuple[Classify, Classify]:
+    """Upper and lower level over one network, equal at every call.
+
+    ``generators`` gives each loader a generator of its own.
+    """
+    torch.manual_seed(0)
+    net = Network(dropout)
+    upper, lower = owned(net)
+    own = [torch.Generator().manual_seed(k) if generators else None for k in range(2)]
+    adam = torch.optim.Adam([v for _, v in upper], lr=upper_lr)
+    momentum = torch.optim.SGD([v for _, v in lower], lr=lr, momentum=0.9)
+    return (
+        Classify(net, upper, data=loader(14, own[0]), optimizer=adam, name="upper"),
+        Classify(net, lower, data=loader(18, own[1]), optimizer=momentum, name="lower"),
+    )
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two structures of tensors and plain values are not equal bit by bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
+        return [d for key in a for d in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for k, (x, y) in pairs for d in differences(x, y, f"{where}/{k}")]
+    return [] if type(a) is type(b) and (a == b or (a != a and b != b)) else [where]
