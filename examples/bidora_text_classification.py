@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft import Problem, compare_hypergradients, fit
 from hyperopt_peft.adapters import decompose, plot_decomposition
 from hyperopt_peft.hypergradients import Comparison
-from hyperopt_peft.problems.bidora import BiDoRAConfig, bidora, search, split
+from hyperopt_peft.problems.bidora import BiDoRAConfig, bidora, search, split_dataset
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Arguments:
         help="which of lora, dora, bidora to train",
     )
     train_size: int = HfArg(default=1000, help="training examples, for both levels together")
-    test_size: int = HfArg(default=4000, help="test examples at most")
+    test_size: int = HfArg(default=3000, help="test examples at most")
     batch_size: int = HfArg(default=16, help="examples a batch, at each level")
     max_length: int = HfArg(default=64, help="tokens an example")
     rank: int = HfArg(default=8, help="rank r of B·A")
@@ -65,7 +65,8 @@ class Arguments:
         default=40, help="MINRES steps of the reference in the comparison of estimators"
     )
     quick: bool = HfArg(
-        default=False, help="a small run: 300 training and 600 test examples, 40 steps"
+        default=False,
+        help="a small run: 300 training and 600 test examples, 40 steps, whatever else is said",
     )
     output_dir: str = HfArg(
         default="outputs/bidora", help="where results, adapter and pictures are written"
@@ -126,7 +127,7 @@ def train(
     everything = data.batches(data.train, size, shuffle=True)
     ratio = None
     if method == "bidora":
-        lower, upper = split(data.train, config.upper_fraction, config.seed, label="labels")
+        lower, upper = split_dataset(data.train, config.upper_fraction, config.seed, label="labels")
         history = bidora(
             model,
             lower_data=data.batches(lower, size, shuffle=True),
@@ -154,7 +155,6 @@ def train(
             optimizer=optimizer,
             scheduler=get_linear_schedule_with_warmup(optimizer, warmup, steps),
             max_grad_norm=config.max_grad_norm,
-            name=method,
         )
         losses = {"": [record["loss"] for record in fit(level, steps)]}
     seconds = time.perf_counter() - begin
@@ -187,7 +187,7 @@ def compare(model: Any, arguments: Arguments, config: BiDoRAConfig, data: TextDa
     The lower Hessian has tens of thousands of rows and is indefinite, so the reference is a long
     damped MINRES instead of a dense solve, and every solver gets the same damping.
     """
-    lower, upper = split(data.train, config.upper_fraction, config.seed, label="labels")
+    lower, upper = split_dataset(data.train, config.upper_fraction, config.seed, label="labels")
     engine = search(
         model,
         data.batches(lower, arguments.batch_size, shuffle=True),
@@ -231,7 +231,8 @@ def main() -> None:
         raise SystemExit(f"unknown methods {sorted(unknown)}; known are lora, dora, bidora")
     if arguments.quick:
         arguments = replace(arguments, train_size=300, test_size=600, reference_steps=12)
-        config = replace(config, search_steps=20, retrain_steps=20)
+        steps = 20 if config.retrain != "none" else 40
+        config = replace(config, search_steps=steps, retrain_steps=20)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -54,7 +54,9 @@ def load_model(name: str, label_names: list[str]) -> Any:
     config.num_labels = len(label_names)
     config.id2label = dict(enumerate(label_names))
     config.label2id = {label: index for index, label in config.id2label.items()}
-    return AutoModelForSequenceClassification.from_pretrained(model_path(name), config=config)
+    return AutoModelForSequenceClassification.from_pretrained(
+        model_path(name), config=config, ignore_mismatched_sizes=True
+    )
 
 
 def tweets(minimum_confidence: float = 0.9) -> Dataset:

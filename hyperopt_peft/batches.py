@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,10 +17,10 @@ class Batches:
     """Cycles through ``data`` for ever and can return to any position.
 
     What ``data`` draws from PyTorch's CPU generator (the order of a shuffled DataLoader) comes
-    from a stream of the level's own, seeded from the generator at construction, so neither
-    looking at a batch nor the other level changes what training draws. Generators that ``data``
-    carries, a loader's or its sampler's, are used as they are. An epoch is a function of the
-    states at which it began; ``state_dict`` keeps these and the position.
+    from a stream of the level's own, a function of the generator's state at construction and the
+    level's name, so neither looking at a batch nor the other level changes what training draws.
+    Generators that ``data`` carries, a loader's or its sampler's, are used as they are. An epoch
+    is a function of the states at which it began; ``state_dict`` keeps these and the position.
 
     Raises:
         ProblemError: ``data`` is empty, or cannot be iterated twice.
@@ -39,7 +40,8 @@ class Batches:
         self.data, self.name = data, name
         if _length(data) == 0:
             raise ProblemError(self._empty())
-        self._random = RandomState.seeded([], int(torch.randint(2**62, ()))).states["cpu"]
+        current = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        self._random = RandomState.seeded([], current, name).states["cpu"]
         self._iterator: Iterator[Any] | None = None
         self._epoch_state: dict[str, Tensor] = {}
         self._position = 0

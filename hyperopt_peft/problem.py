@@ -101,8 +101,8 @@ class Problem:
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """The level's objective on ``batch``.
 
-        Returns a scalar tensor, or a mapping with the scalar under ``"loss"`` and metrics
-        to log under any other keys.
+        Returns a scalar tensor, or a mapping with the scalar under ``"loss"``, a Hugging Face
+        ``ModelOutput`` for example. Its other entries that are single numbers are logged.
         """
         raise ProblemError(f"{self.name}: define loss(self, batch)")
 
@@ -137,11 +137,7 @@ class Problem:
                 raise ProblemError(
                     f'{self.name}: loss returned a mapping without "loss", only {sorted(result)}'
                 )
-            metrics = {
-                key: _metric(self.name, key, value)
-                for key, value in result.items()
-                if key != "loss"
-            }
+            metrics = {k: _plain(v) for k, v in result.items() if k != "loss" and _is_number(v)}
             result = result["loss"]
         if not isinstance(result, Tensor) or result.numel() != 1 or result.is_complex():
             shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -323,11 +319,10 @@ def _form(state: Mapping[str, Any]) -> Any:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _metric(level: str, key: str, value: Any) -> float:
-    try:
-        return float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{level}: metric {key!r} must be one number, got {value!r}") from error
+def _plain(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

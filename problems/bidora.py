@@ -89,10 +89,10 @@ class BiDoRAConfig:
         help="ξ of darts, its scale option: the published code has 1, the DARTS formula the "
         "lower learning rate",
     )
-    search_steps: int = HfArg(default=300, help="lower steps of the bilevel search")
-    lower_steps: int = HfArg(default=1, help="lower steps before each upper step")
+    search_steps: int = HfArg(default=120, help="lower steps of the bilevel search")
+    lower_steps: int = HfArg(default=2, help="lower steps before each upper step")
     lower_learning_rate: float = HfArg(
-        default=1e-3, help="peak learning rate of directions and head"
+        default=2e-3, help="peak learning rate of directions and head"
     )
     upper_learning_rate: float = HfArg(default=1e-3, help="peak learning rate of the magnitudes")
     lower_weight_decay: float = HfArg(
@@ -111,12 +111,12 @@ class BiDoRAConfig:
         default="full", help="whether the row norm is in the graph; detach is PEFT's approximation"
     )
     retrain: Literal["none", "warm", "scratch"] = HfArg(
-        default="none",
+        default="warm",
         help="afterwards, train directions and head with m frozen on the whole training set: not "
         "at all, from where the search ended, or from their initial values",
     )
-    retrain_steps: int = HfArg(default=300, help="lower steps of the retraining")
-    retrain_learning_rate: float = HfArg(default=1e-3, help="peak learning rate of the retraining")
+    retrain_steps: int = HfArg(default=120, help="lower steps of the retraining")
+    retrain_learning_rate: float = HfArg(default=2e-3, help="peak learning rate of the retraining")
     seed: int = HfArg(default=0, help="seed of the split and of the upper level's dropout")
 
     def estimator(self) -> Estimator:
@@ -138,10 +138,12 @@ class BiDoRAConfig:
             raise ProblemError(f"upper_fraction must be in (0, 1), got {self.upper_fraction}")
         if self.retrain not in ("none", "warm", "scratch"):
             raise ProblemError(f'retrain must be "none", "warm" or "scratch", got {self.retrain!r}')
-        if self.search_steps < self.lower_steps:
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ProblemError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
+        if not 1 <= self.lower_steps <= self.search_steps:
             raise ProblemError(
                 f"search_steps={self.search_steps} leaves no upper step with "
-                f"lower_steps={self.lower_steps}"
+                f"lower_steps={self.lower_steps}; give at least one lower step for each"
             )
 
 
@@ -155,13 +157,13 @@ def bidora(
     progress: bool = True,
     callbacks: Iterable[Any] = (),
 ) -> dict[str, list[dict[str, Any]]]:
-    """Search, then retrain if the config says so; ``model`` is trained in place.
+    """Search, then retrain if the config says so; ``model`` is trained in place, in train mode.
 
     Args:
         model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``; it stays a
             plain PEFT adapter, to save with ``save_pretrained``.
         lower_data, upper_data: batches (mappings that the model's forward takes) of D_train
-            and D_val; `split` divides a training set.
+            and D_val; `split_dataset` divides a training set.
         all_data: batches of D_train ∪ D_val, for the retraining.
         config: the settings.
         progress: whether to show bars.
@@ -178,6 +180,7 @@ def bidora(
     if config.retrain != "none" and all_data is None:
         raise ProblemError(f'retrain="{config.retrain}" needs all_data')
     set_norm_grad(model, config.norm_grad)
+    model.train()  # from_pretrained leaves dropout off
     engine = search(model, lower_data, upper_data, config)
     initial = [w.detach().clone() for w in engine.lower.variables]
     engine.callbacks, engine.progress = list(callbacks), progress
@@ -231,7 +234,7 @@ def direction_level(
     )
 
 
-def split(
+def split_dataset(
     train: Dataset, upper_fraction: float, seed: int, label: str = "label"
 ) -> tuple[Dataset, Dataset]:
     """D_train and D_val: a seeded split of the training set, stratified where labels are classes.

@@ -121,10 +121,22 @@ def test_a_gradient_whose_squares_overflow_keeps_its_norm(
     """Scaling by limit/∞ would make a finite gradient NaN, or nothing."""
     w = torch.ones(4, dtype=dtype, requires_grad=True)
     sgd = SGD([w], lr=1.0 if limit else 1 / size)
-    level = FunctionLevel(lambda _: (w * size).sum(), [w], optimizer=sgd, max_grad_norm=limit)
+    level = FunctionLevel(
+        lambda _: (w.double() * size).sum(), [w], optimizer=sgd, max_grad_norm=limit
+    )
     (record,) = fit(level, 1, progress=False)
     assert record["gradient_norm"] == pytest.approx(2 * size, rel=1e-3)
-    torch.testing.assert_close(w.detach(), torch.full_like(w, 0.5 if limit else 0.0))
+    torch.testing.assert_close(
+        w.detach(), torch.full_like(w, 0.5 if limit else 0.0), atol=1e-3, rtol=0
+    )
+
+
+def test_a_gradient_whose_norm_is_not_finite_moves_nothing() -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    level = Problem([w], optimizer=SGD([w], lr=0.1), name="fit")
+    with pytest.raises(NonFiniteError, match="fit: the gradient's norm is inf"):
+        level.step([torch.full_like(w, 1e300)])
+    assert torch.equal(w, torch.ones_like(w)) and w.grad is None
 
 
 @pytest.mark.parametrize(

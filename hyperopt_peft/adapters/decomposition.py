@@ -22,6 +22,7 @@ from hyperopt_peft.adapters.layers import (
     resolve_adapter,
     row_norm,
 )
+from hyperopt_peft.errors import ProblemError
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def decompose(peft_model: PeftModel, adapter_name: str | None = None) -> list[Mo
         adapter_name: the active adapter by default.
 
     Raises:
-        ValueError: as :func:`~hyperopt_peft.adapters.lora_layers`, or a layer whose weight
+        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`, or a layer whose weight
             cannot be read (quantised and the like).
     """
     adapter = resolve_adapter(peft_model, adapter_name)
@@ -98,22 +99,22 @@ def fit_line(changes: Sequence[ModuleChange], confidence: float = 0.95) -> LineF
     """Least-squares line of ΔM on ΔD and Pearson's r, each with a confidence interval.
 
     Raises:
-        ValueError: fewer than three points, constant ΔD, or a confidence outside (0, 1).
+        ProblemError: fewer than three points, constant ΔD, or a confidence outside (0, 1).
     """
     # Imported here because training never needs it.
     from scipy import stats
 
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
+        raise ProblemError(f"confidence must lie between 0 and 1, got {confidence}.")
     if len(changes) < 3:
-        raise ValueError(
+        raise ProblemError(
             f"A line with an interval needs at least 3 modules, got {len(changes)}; "
             "pass the changes of more modules or of several checkpoints."
         )
     x = [change.delta_direction for change in changes]
     y = [change.delta_magnitude for change in changes]
     if min(x) == max(x):
-        raise ValueError(
+        raise ProblemError(
             f"delta_direction is {x[0]} for every module, so no line is defined; "
             "decompose an adapter that has been trained."
         )
@@ -148,19 +149,19 @@ def plot_decomposition(
         The fitted line of each method.
 
     Raises:
-        ValueError: no method, or as :func:`fit_line`, with the method's name.
+        ProblemError: no method, or as :func:`fit_line`, with the method's name.
     """
     # Figure, not pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
     if not changes_by_method:
-        raise ValueError("changes_by_method is empty; pass the changes of at least one method.")
+        raise ProblemError("changes_by_method is empty; pass the changes of at least one method.")
     fits = {}
     for method, changes in changes_by_method.items():
         try:
             fits[method] = fit_line(changes)
-        except ValueError as error:
-            raise ValueError(f"{method}: {error}") from error
+        except ProblemError as error:
+            raise ProblemError(f"{method}: {error}") from error
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()

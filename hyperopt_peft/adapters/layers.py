@@ -24,6 +24,8 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hyperopt_peft.errors import ProblemError
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,23 +36,23 @@ def resolve_adapter(peft_model: PeftModel, adapter_name: str | None = None) -> s
     """The name of the adapter to work on: ``adapter_name``, or the active one.
 
     Raises:
-        ValueError: ``peft_model`` is no PeftModel, the adapter is unknown, or none is named and
+        ProblemError: ``peft_model`` is no PeftModel, the adapter is unknown, or none is named and
             not exactly one is active.
     """
     if not isinstance(peft_model, PeftModel):
-        raise ValueError(
+        raise ProblemError(
             f"Expected a PeftModel, got {type(peft_model).__name__}; wrap the model with "
             "peft.get_peft_model first."
         )
     if adapter_name is None:
         active: list[str] = list(peft_model.active_adapters)
         if len(active) != 1:
-            raise ValueError(
+            raise ProblemError(
                 f"Expected one active adapter, found {active}; choose one with adapter_name."
             )
         return active[0]
     if adapter_name not in peft_model.peft_config:
-        raise ValueError(
+        raise ProblemError(
             f"Unknown adapter {adapter_name!r}; the model has {sorted(peft_model.peft_config)}."
         )
     return adapter_name
@@ -62,7 +64,7 @@ def lora_layers(
     """Every LoRA layer of an adapter with its module name, in model order.
 
     Raises:
-        ValueError: as :func:`resolve_adapter`; the adapter has no LoRA layer; a layer is merged,
+        ProblemError: as :func:`resolve_adapter`; the adapter has no LoRA layer; a layer is merged,
             so that its base weight is no longer W0.
     """
     adapter = resolve_adapter(peft_model, adapter_name)
@@ -73,10 +75,10 @@ def lora_layers(
         and (adapter in module.lora_A or adapter in module.lora_embedding_A)
     ]
     if not found:
-        raise ValueError(f"Adapter {adapter!r} has no LoRA layer; create it from a LoraConfig.")
+        raise ProblemError(f"Adapter {adapter!r} has no LoRA layer; create it from a LoraConfig.")
     for name, layer in found:
         if layer.merged:
-            raise ValueError(
+            raise ProblemError(
                 f"{name} has merged adapters {layer.merged_adapters}; call unmerge_adapter() first."
             )
     return found
@@ -88,13 +90,13 @@ def dora_layers(
     """As :func:`lora_layers`, for an adapter whose every layer has a magnitude.
 
     Raises:
-        ValueError: as :func:`lora_layers`; a layer has no magnitude.
+        ProblemError: as :func:`lora_layers`; a layer has no magnitude.
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter)
     for name, layer in layers:
         if adapter not in layer.lora_magnitude_vector:
-            raise ValueError(
+            raise ProblemError(
                 f"{name} has no magnitude for adapter {adapter!r}; "
                 "create the adapter with LoraConfig(use_dora=True)."
             )
@@ -108,14 +110,14 @@ def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = N
         name: what an error calls the layer; its class by default.
 
     Raises:
-        ValueError: the layer type is unknown, its base layer is quantised or computes something
+        ProblemError: the layer type is unknown, its base layer is quantised or computes something
             of its own, its convolution is grouped, dilated or not zero-padded, or the adapter
             uses a LoRA variant other than DoRA.
     """
     name = name or f"lora.{type(layer).__name__}"
     base: Any = layer.get_base_layer()
     if not isinstance(layer, READABLE_LAYERS) or not _is_plain(layer, base):
-        raise ValueError(
+        raise ProblemError(
             f"{name} adapts a {type(base).__name__}, whose weight cannot be read as W0; only "
             "unquantised nn.Linear, Conv1D, nn.Embedding and nn.Conv layers are supported: "
             "load the model unquantised or leave this module out of target_modules."
@@ -125,14 +127,14 @@ def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = N
     if isinstance(base, CONVOLUTIONS) and (
         base.groups != 1 or any(step != 1 for step in base.dilation) or base.padding_mode != "zeros"
     ):
-        raise ValueError(
+        raise ProblemError(
             f"{name} adapts a convolution with groups={base.groups}, dilation={base.dilation}, "
             f"padding_mode={base.padding_mode!r}; only groups=1, dilation=1 and zero padding are "
             "supported: leave this module out of target_modules."
         )
     variant = layer.lora_variant.get(adapter_name)
     if variant is not None and adapter_name not in layer.lora_magnitude_vector:
-        raise ValueError(
+        raise ProblemError(
             f"{name} uses {type(variant).__name__} for adapter {adapter_name!r}; only plain LoRA "
             "and DoRA are supported."
         )
@@ -159,7 +161,7 @@ def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
     Computed in float32 at least, under autocast too.
 
     Raises:
-        ValueError: as :func:`require_plain`.
+        ProblemError: as :func:`require_plain`.
     """
     require_plain(layer, adapter_name)
     w0, (a, b) = base_weight(layer), _factors(layer, adapter_name)

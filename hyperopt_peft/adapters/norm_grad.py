@@ -29,6 +29,7 @@ from hyperopt_peft.adapters.layers import (
     resolve_adapter,
     row_norm,
 )
+from hyperopt_peft.errors import ProblemError
 
 NormGrad = Literal["full", "detach"]
 
@@ -48,12 +49,12 @@ def set_norm_grad(
         ``peft_model`` itself.
 
     Raises:
-        ValueError: ``norm_grad`` is neither; as :func:`~hyperopt_peft.adapters.dora_layers`;
+        ProblemError: ``norm_grad`` is neither; as :func:`~hyperopt_peft.adapters.dora_layers`;
             with ``"full"``, a layer whose weight cannot be read (quantised, grouped convolution
             and the like). No layer is changed then.
     """
     if norm_grad not in ("full", "detach"):
-        raise ValueError(f"norm_grad must be 'full' or 'detach', got {norm_grad!r}.")
+        raise ProblemError(f"norm_grad must be 'full' or 'detach', got {norm_grad!r}.")
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = dora_layers(peft_model, adapter)
     if norm_grad == "full":

@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from hyperopt_peft.adapters.layers import dora_layers, resolve_adapter
+from hyperopt_peft.errors import ProblemError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def split_parameters(peft_model: PeftModel, adapter_name: str | None = None) -> 
         adapter_name: the active adapter by default.
 
     Raises:
-        ValueError: as :func:`~hyperopt_peft.adapters.dora_layers`; a magnitude or a direction is
+        ProblemError: as :func:`~hyperopt_peft.adapters.dora_layers`; a magnitude or a direction is
             frozen; a target shares its weight with another module.
     """
     adapter = resolve_adapter(peft_model, adapter_name)
@@ -58,7 +59,7 @@ def split_parameters(peft_model: PeftModel, adapter_name: str | None = None) -> 
 
     for name, parameter in (split.magnitudes | split.directions).items():
         if not parameter.requires_grad:
-            raise ValueError(
+            raise ProblemError(
                 f"{name} is frozen; load adapter {adapter!r} with "
                 "PeftModel.from_pretrained(..., is_trainable=True) or activate it with set_adapter."
             )
@@ -92,7 +93,7 @@ def _require_untied(peft_model: PeftModel, layers: list[tuple[str, LoraLayer]]) 
         own = tuple(f"{alias}." for alias in aliases[id(layer)])
         for reader in readers[_memory(weight)]:
             if not f"{reader}.".startswith(own):
-                raise ValueError(
+                raise ProblemError(
                     f"{name} shares its weight with {reader}, so merging the adapter would change "
                     "both; untie them (tie_word_embeddings=False) or take it out of target_modules."
                 )

@@ -41,7 +41,8 @@ class ConjugateGradient(Solver):
             curvature = dot(p, q) / dot(p, p)
             largest = max(largest, abs(curvature))
             if curvature <= 10 * machine_epsilon(b) * largest:
-                note = f"curvature {curvature:.3g}, not positive, at step {step + 1}"
+                kind = "negative" if curvature < 0 else "zero"
+                note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
                 break
             alpha = rho / (curvature * dot(p, p))
             v, r = v + alpha * p, r - alpha * q

@@ -14,8 +14,8 @@ from hyperopt_peft.hypergradients.vector import Vector, zeros_like
 class Neumann(Solver):
     """v = η Σ_{k=0}^{terms} (I − ηH)^k b, the series of H⁻¹ b cut after the power ``terms``.
 
-    Its relative error is (1 − ημ)^(terms+1) for the smallest eigenvalue μ; the residual that
-    it reports is that of one power less, which needs no further product. It converges for
+    Its relative error is (1 − ημ)^(terms+1) for the smallest eigenvalue μ; its residual
+    would need a product of its own and is not reported. It converges for
     η < 2/λmax only; ``step`` is η, and None sets it to 1/λmax, with λmax from
     ``power_steps`` steps of power iteration. One Hessian-vector product a term, and one a
     power step. Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590 Eq. 8–9.
@@ -40,13 +40,12 @@ class Neumann(Solver):
             if largest == 0:
                 return Solution(zeros_like(b), 1.0, 0, "the Hessian is zero along ∂F/∂w")
             eta = 1 / largest
-        p = total = b  # p = (I − ηH)^k b is also the residual of the k terms before it
+        p = total = b  # p = (I − ηH)^k b is also the residual of the sum before it
         for _ in range(self.terms):
             p = p - eta * matvec(p)
             total = total + p
-        residual = p.norm() / b.norm()
-        note = f"the series diverges at step {eta:.3g}" if residual > 1 else ""
-        return Solution(eta * total, residual, self.terms, note)
+        note = f"the series diverges at step {eta:.3g}" if p.norm() > b.norm() else ""
+        return Solution(eta * total, None, self.terms, note)
 
 
 def largest_eigenvalue(matvec: Matvec, start: Vector, steps: int) -> float:

@@ -143,17 +143,17 @@ class DifferenceProduct:
         if length == 0:
             return Vector.of([None] * len(variables), variables)
         radius = self.radius or default_radius(self._point, self.sides)
-        epsilon = radius / length
+        unit = v / length
 
         def gradient(shift: float) -> Vector:
-            with displaced(self.objective.lower.variables, (self._point + shift * v).parts):
+            with displaced(self.objective.lower.variables, (self._point + shift * unit).parts):
                 return self.objective.gradient(variables)
 
         if self.sides == 2:
-            return (gradient(epsilon) - gradient(-epsilon)) / (2 * epsilon)
+            return (gradient(radius) - gradient(-radius)) * (length / (2 * radius))
         if level not in self._unmoved:
             self._unmoved[level] = self.objective.gradient(variables)
-        return (gradient(epsilon) - self._unmoved[level]) / epsilon
+        return (gradient(radius) - self._unmoved[level]) * (length / radius)
 
 
 def default_radius(point: Vector, sides: int) -> float:

@@ -11,7 +11,7 @@ from quadratic import FunctionLevel, Program, flat, program
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from hyperopt_peft import Problem, hypergradient
+from hyperopt_peft import Engine, Problem, hypergradient
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.precision import SinglePrecision
 from hyperopt_peft.hypergradients.products import default_radius
@@ -62,6 +62,31 @@ def test_half_precision_models_have_the_hypergradient_of_single_precision(
     assert not differences(
         before, [(p.dtype, p.data_ptr(), p.detach().clone()) for p in model.parameters()]
     )
+
+
+@pytest.mark.parametrize("way", ["all in bfloat16", "autocast"])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, sides: int) -> None:
+    """The lower step's own ∂f/∂u, of eight bits, is no term of a quotient with a small step."""
+    model, autocast = HALF[way]()
+    reference = minilm()
+    with torch.no_grad():
+        for wide, narrow in zip(reference.parameters(), model.parameters(), strict=True):
+            wide.copy_(narrow)
+    found = []
+    for net, half, method in (
+        (model, autocast, f"darts:sides={sides}"),
+        (reference, False, "darts:product=exact"),
+    ):
+        upper, lower = levels(net, autocast=half)
+        assert upper.optimizer is not None and lower.optimizer is not None
+        lower.optimizer.param_groups[0]["lr"] = 0.0
+        taken: list[tuple[Tensor, ...]] = []
+        upper.step = lambda gradient, into=taken: into.append(gradient) or 0.0
+        torch.manual_seed(5)
+        Engine(upper, lower, method, progress=False).run(1)
+        found.append(taken[0])
+    assert cosine(*found) >= 0.999
 
 
 def test_a_hundred_hypergradients_move_no_weight() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from hyperopt_peft import Engine, Problem, compare_hypergradients, fit, hypergradient
+from hyperopt_peft.hypergradients import ConjugateGradient, Matvec, Solution, Vector
 
 from .test_properties import Case, cases
 
@@ -133,6 +134,20 @@ def test_training_goes_on_as_if_nothing_had_been_asked(ask: str, generators: boo
         return list(lower.variables)
 
     assert not differences(train(asked=False), train(asked=True))
+
+
+def test_random_numbers_of_an_estimator_are_its_own() -> None:
+    """A solver may draw probes: training goes on from the state that it found."""
+
+    class Probing(ConjugateGradient):
+        def solve(self, matvec: Matvec, b: Vector) -> Solution:
+            torch.rand(5)
+            return super().solve(matvec, b)
+
+    upper, lower = trained_levels()
+    before = torch.get_rng_state()
+    hypergradient(upper, lower, Probing())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @cases()

@@ -15,9 +15,18 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hyperopt_peft import Engine, ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
-from hyperopt_peft.problems.bidora import BiDoRAConfig, Direction, Magnitude, bidora, search, split
+from hyperopt_peft.problems.bidora import (
+    BiDoRAConfig,
+    Direction,
+    Magnitude,
+    bidora,
+    search,
+    split_dataset,
+)
 
-CONFIG = BiDoRAConfig(search_steps=6, lower_steps=2, lower_learning_rate=1e-2, warmup_ratio=0.0)
+CONFIG = BiDoRAConfig(
+    search_steps=6, lower_steps=2, lower_learning_rate=1e-2, warmup_ratio=0.0, retrain="none"
+)
 SHAPE = BertConfig(
     vocab_size=50,
     hidden_size=8,
@@ -280,6 +289,13 @@ def test_stock_peft_loads_and_merges_the_adapter_in_a_fresh_process(tmp_path):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_training_is_in_train_mode():
+    """A model fresh from ``from_pretrained`` is in evaluation mode, without dropout."""
+    model = dora_model().eval()
+    train(model)
+    assert model.training
+
+
 def test_one_seed_is_one_result():
     runs = []
     for _ in range(2):
@@ -297,11 +313,11 @@ def labelled(counts):
 
 
 def test_split_is_stratified_disjoint_and_complete():
-    lower, upper = split(labelled([50, 30, 20]), 0.2, seed=3)
+    lower, upper = split_dataset(labelled([50, 30, 20]), 0.2, seed=3)
     assert [upper["label"].count(k) for k in range(3)] == [10, 6, 4]
     assert sorted([*lower["row"], *upper["row"]]) == list(range(100))
-    assert split(labelled([50, 30, 20]), 0.2, seed=3)[1]["row"] == upper["row"]
-    assert split(labelled([50, 30, 20]), 0.2, seed=4)[1]["row"] != upper["row"]
+    assert split_dataset(labelled([50, 30, 20]), 0.2, seed=3)[1]["row"] == upper["row"]
+    assert split_dataset(labelled([50, 30, 20]), 0.2, seed=4)[1]["row"] != upper["row"]
 
 
 @pytest.mark.parametrize(
@@ -309,13 +325,15 @@ def test_split_is_stratified_disjoint_and_complete():
     [
         (lambda: BiDoRAConfig(upper_fraction=1.0), "upper_fraction"),
         (lambda: BiDoRAConfig(retrain="cold"), "retrain"),
+        (lambda: BiDoRAConfig(lower_steps=0), "at least one lower step"),
+        (lambda: BiDoRAConfig(warmup_ratio=2.0), "warmup_ratio"),
         (lambda: BiDoRAConfig(search_steps=2, lower_steps=3), "no upper step"),
         (lambda: BiDoRAConfig(hypergradient="dart"), "did you mean 'darts'"),
         (lambda: BiDoRAConfig(hypergradient="cg", xi=1.0), "xi is an option of darts"),
         (lambda: BiDoRAConfig(xi=-1.0), "scale must not be negative"),
         (lambda: train(base_model()), "PeftModel"),
-        (lambda: split(labelled([5, 1]), 0.4, 0), "upper level"),
-        (lambda: split(labelled([1]), 0.4, 0), "upper level"),
+        (lambda: split_dataset(labelled([5, 1]), 0.4, 0), "upper level"),
+        (lambda: split_dataset(labelled([1]), 0.4, 0), "upper level"),
         (
             lambda: train(
                 dora_model(),
@@ -330,6 +348,5 @@ def test_split_is_stratified_disjoint_and_complete():
     ],
 )
 def test_bad_input_is_named(wrong, said):
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ProblemError, match=said):
         wrong()
-    assert isinstance(caught.value, ProblemError) or "PeftModel" in said
