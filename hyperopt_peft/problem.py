@@ -173,9 +173,7 @@ class Problem:
             variable.grad = None
         try:
             loss, metrics = self.evaluate(batch)
-            # Not loss.backward, which would suspend a function mode that recomputed
-            # (checkpointed) parts must run in.
-            torch.autograd.backward(loss, inputs=list(variables))
+            loss.backward(inputs=list(variables))
             gradient = tuple(variable.grad for variable in variables)
         finally:
             for variable, grad in zip(variables, held, strict=True):

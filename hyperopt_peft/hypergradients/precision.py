@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.graph import HALF
 from hyperopt_peft.hypergradients.vector import widened
 
@@ -75,6 +76,9 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
     """Hold half-precision ``variables`` in float32, and run in single precision.
 
     The tensors get their own data back at the end, bit for bit.
+
+    Raises:
+        ProblemError: a part of the loss is computed again in the backward pass, out of reach.
     """
     narrow = [(variable, variable.data) for variable in variables if variable.dtype in HALF]
     try:
@@ -82,6 +86,13 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
             variable.data = data.float()
         with SinglePrecision():
             yield
+    except RuntimeError as error:
+        if "same dtype" not in str(error):
+            raise
+        raise ProblemError(
+            "gradient checkpointing computes half-precision parts of the loss again where they "
+            "cannot be held in float32; turn it off, or load the model in float32"
+        ) from error
     finally:
         for variable, data in narrow:
             variable.data = data

@@ -10,8 +10,9 @@ from peft import PeftModel
 from quadratic import FunctionLevel, Program, flat, program
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
-from hyperopt_peft import Engine, Problem, hypergradient
+from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.precision import SinglePrecision
 from hyperopt_peft.hypergradients.products import default_radius
@@ -212,3 +213,29 @@ def test_single_precision_leaves_the_random_numbers_as_they_were() -> None:
     found = [hypergradient(*levels(model), "darts", seed=k) for k in (0, 0, 1)]
     assert not differences(found[0], found[1])
     assert cosine(found[0], found[2]) < 0.99
+
+
+class Recomputed(nn.Module):
+    """Two linear layers in bfloat16, the first of them checkpointed, and a float32 gate."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4).bfloat16()
+        self.gate, self.reentrant = nn.Parameter(torch.ones(4)), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.first, x * self.gate.bfloat16(), use_reentrant=self.reentrant)
+        return self.second(x).float().square().mean()
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "said"), [(True, "use_reentrant"), (False, "load the model in float32")]
+)
+def test_checkpointing_that_would_be_wrong_is_refused(reentrant: bool, said: str) -> None:
+    net = Recomputed(reentrant=reentrant)
+    x = torch.randn(3, 4).bfloat16()
+    lower = FunctionLevel(lambda _: net(x), [net.second.weight])
+    upper = FunctionLevel(lambda _: net(x + 1), [net.gate])
+    with pytest.raises(ProblemError, match=said):
+        hypergradient(upper, lower, "darts")
+    assert net.second.weight.dtype == torch.bfloat16
