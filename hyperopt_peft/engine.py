@@ -15,7 +15,7 @@ from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.problem import Evaluation, Problem, Step
-from hyperopt_peft.random_state import RandomState
+from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -127,6 +127,7 @@ class Engine:
             "upper": self.upper.state_dict(),
             "lower": self.lower.state_dict(),
             "random": dict(RandomState.capture(self._devices).states),
+            "host_random": host_random_state(),
             "history": [dict(record) for record in self.history],
         }
 
@@ -137,7 +138,7 @@ class Engine:
             ProblemError: ``state`` is incomplete, of other levels or of other settings.
         """
         expected = {"settings", "step", "lower_step", "skipped", "upper", "lower", "random"}
-        expected |= {"history"}
+        expected |= {"host_random", "history"}
         if not isinstance(state, Mapping) or not expected <= state.keys():
             missing = sorted(expected - (state.keys() if isinstance(state, Mapping) else set()))
             raise ProblemError(f"this is not an Engine's state: it lacks {missing}")
@@ -155,6 +156,7 @@ class Engine:
         self.skipped = state["skipped"]
         self.history = [dict(record) for record in state["history"]]
         RandomState(state["random"]).restore()
+        restore_host_random_state(state["host_random"])
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -6,7 +6,9 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +46,23 @@ class RandomState:
                 torch.set_rng_state(state)
             else:
                 torch.get_device_module(torch.device(name)).set_rng_state(state, name)
+
+
+def host_random_state() -> dict[str, Any]:
+    """The states of Python's and NumPy's own generators, which a data set may draw from.
+
+    Plain values and a tensor, so that ``torch.load(..., weights_only=True)`` reads them.
+    """
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    words = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+    return {"python": random.getstate(), "numpy": (kind, words, *rest)}
+
+
+def restore_host_random_state(state: Mapping[str, Any]) -> None:
+    """Make ``state``, of `host_random_state`, the current one."""
+    random.setstate(state["python"])
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
 
 
 @contextmanager

@@ -1,9 +1,17 @@
 """Random states that are captured, replayed and seeded."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
-from hyperopt_peft.random_state import RandomState, replay
+from hyperopt_peft.random_state import (
+    RandomState,
+    host_random_state,
+    replay,
+    restore_host_random_state,
+)
 
 CPU = [torch.device("cpu")]
 
@@ -50,3 +58,12 @@ def test_seeded_states_are_functions_of_the_whole_key() -> None:
             assert torch.equal(torch.rand(4), draws[-1])
     distinct = {tuple(draw.tolist()) for draw in draws}
     assert len(distinct) == len(keys)
+
+
+def test_the_states_of_python_and_numpy_come_back() -> None:
+    """A data set may draw from them: they belong to a resumed run."""
+    np.random.normal()  # leaves a second normal number cached
+    state = host_random_state()
+    drawn = random.random(), np.random.normal(), np.random.randint(10**6)
+    restore_host_random_state(state)
+    assert (random.random(), np.random.normal(), np.random.randint(10**6)) == drawn
