@@ -40,8 +40,8 @@ class Direction(Problem):
 
     def __init__(self, model: Any, *, gamma: float = 0.0, **level: Any) -> None:
         self.model, self.gamma = model, gamma
-        split = split_parameters(model)
-        super().__init__([*split.directions.items(), *split.rest.items()], **level)
+        parts = split_parameters(model)
+        super().__init__([*parts.directions.items(), *parts.rest.items()], **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
         """L(A, B, m) + γ·R; the two are logged apart."""
@@ -201,18 +201,12 @@ def search(
     model: Any, lower_data: Iterable[Any], upper_data: Iterable[Any], config: BiDoRAConfig
 ) -> Engine:
     """The Engine of the bilevel phase, ready to ``run``: AdamW and a linear schedule a level."""
-    rate, upper_steps = config.lower_learning_rate, config.search_steps // config.lower_steps
+    rate = config.lower_learning_rate
     lower = direction_level(model, lower_data, rate, config.search_steps, config)
-    magnitudes = list(split_parameters(model).magnitudes.values())
-    optimizer = AdamW(magnitudes, lr=config.upper_learning_rate, weight_decay=0.0)
-    upper = Magnitude(
-        model,
-        decay=config.magnitude_decay,
-        data=upper_data,
-        optimizer=optimizer,
-        scheduler=_linear(optimizer, upper_steps, config.warmup_ratio),
-        max_grad_norm=config.max_grad_norm,
-    )
+    magnitudes = split_parameters(model).magnitudes.values()
+    upper_steps = config.search_steps // config.lower_steps
+    training = _training(magnitudes, config.upper_learning_rate, 0.0, upper_steps, config)
+    upper = Magnitude(model, decay=config.magnitude_decay, data=upper_data, **training)
     steps = config.lower_steps
     return Engine(upper, lower, config.estimator(), lower_steps=steps, seed=config.seed)
 
@@ -221,17 +215,23 @@ def direction_level(
     model: Any, data: Iterable[Any], learning_rate: float, steps: int, config: BiDoRAConfig
 ) -> Direction:
     """The lower level with AdamW and a linear schedule of ``steps`` steps."""
-    split = split_parameters(model)
-    owned = [*split.directions.values(), *split.rest.values()]
-    optimizer = AdamW(owned, lr=learning_rate, weight_decay=config.lower_weight_decay)
-    return Direction(
-        model,
-        gamma=config.gamma,
-        data=data,
-        optimizer=optimizer,
-        scheduler=_linear(optimizer, steps, config.warmup_ratio),
-        max_grad_norm=config.max_grad_norm,
-    )
+    parts = split_parameters(model)
+    owned = [*parts.directions.values(), *parts.rest.values()]
+    training = _training(owned, learning_rate, config.lower_weight_decay, steps, config)
+    return Direction(model, gamma=config.gamma, data=data, **training)
+
+
+def _training(
+    variables: Iterable[Tensor], rate: float, weight_decay: float, steps: int, config: BiDoRAConfig
+) -> dict[str, Any]:
+    """AdamW with a linear schedule, and the gradient norm limit, as a Problem takes them."""
+    optimizer = AdamW(variables, lr=rate, weight_decay=weight_decay)
+    warmup = int(config.warmup_ratio * steps)
+    return {
+        "optimizer": optimizer,
+        "scheduler": get_linear_schedule_with_warmup(optimizer, warmup, steps),
+        "max_grad_norm": config.max_grad_norm,
+    }
 
 
 def split_dataset(
@@ -253,7 +253,3 @@ def split_dataset(
             f"level: {error}"
         ) from error
     return parts["train"], parts["test"]
-
-
-def _linear(optimizer: AdamW, steps: int, warmup_ratio: float) -> Any:
-    return get_linear_schedule_with_warmup(optimizer, int(warmup_ratio * steps), steps)
