@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from figures import estimators, learning_curves
+from figures import Curve, estimators, learning_curves
 from peft import LoraConfig, PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score
 from text_data import TextData, load_data, load_model
@@ -83,7 +83,7 @@ class Result:
     trainable_parameters: int
     seconds: float
     implicit_ratio: float | None
-    losses: dict[str, list[float]]
+    losses: dict[str, Curve]
 
 
 class Supervised(Problem):
@@ -137,11 +137,14 @@ def train(
         )
         ratio = statistics.median(record["implicit_ratio"] for record in history["search"])
         losses = {
-            f"{level} level": [record[f"{level}_loss"] for record in history["search"]]
+            f"{level} level": Curve(
+                [record[f"{level}_loss"] for record in history["search"]], 0, config.lower_steps
+            )
             for level in ("lower", "upper")
         }
         if history["retrain"]:
-            losses["retraining"] = [record["loss"] for record in history["retrain"]]
+            retrained = [record["loss"] for record in history["retrain"]]
+            losses["retraining"] = Curve(retrained, config.search_steps)
     else:
         steps = config.search_steps + (config.retrain_steps if config.retrain != "none" else 0)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -156,7 +159,7 @@ def train(
             scheduler=get_linear_schedule_with_warmup(optimizer, warmup, steps),
             max_grad_norm=config.max_grad_norm,
         )
-        losses = {"": [record["loss"] for record in fit(level, steps)]}
+        losses = {"": Curve([record["loss"] for record in fit(level, steps)])}
     seconds = time.perf_counter() - begin
     return model, Result(method, 0.0, 0.0, trainable, seconds, ratio, losses)
 

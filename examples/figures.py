@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +12,23 @@ from matplotlib.figure import Figure
 from hyperopt_peft.hypergradients import Comparison
 
 
-def learning_curves(curves: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Losses of training batches against the lower step, smoothed over a tenth of the run.
+@dataclass(frozen=True)
+class Curve:
+    """Losses of training batches; the first at step ``start``, then one every ``stride`` steps."""
 
-    ``curves`` maps a legend entry to one loss a step; shorter curves (an upper level that steps
-    more rarely) are stretched over the same axis.
-    """
+    losses: Sequence[float]
+    start: int = 0
+    stride: int = 1
+
+
+def learning_curves(curves: Mapping[str, Curve], path: Path) -> None:
+    """Losses against the steps of adapter and head, smoothed over a tenth of each curve."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    longest = max(len(curve) for curve in curves.values())
     for name, curve in curves.items():
-        width = max(1, len(curve) // 10)
-        smooth = np.convolve(curve, np.ones(width) / width, mode="valid")
-        steps = (np.arange(len(smooth)) + width) * longest / len(curve)
+        width = max(1, len(curve.losses) // 10)
+        smooth = np.convolve(curve.losses, np.ones(width) / width, mode="valid")
+        steps = curve.start + curve.stride * (np.arange(len(smooth)) + width)
         axes.plot(steps, smooth, "--" if "upper" in name else "-", label=name)
     axes.set_xlabel("optimizer step of adapter and head")
     axes.set_ylabel("loss on training batches")

@@ -150,7 +150,9 @@ def test_minres_stops_where_the_hessian_is_singular() -> None:
 @EXAMPLES
 def test_conjugate_gradients_stop_at_negative_curvature_and_say_so(seed: int) -> None:
     """They return the iterate of least residual from before the step that met it."""
-    h = indefinite(9, seed)
+    eigenvalues = torch.linspace(1, 10, 9, dtype=torch.float64)
+    eigenvalues[0] = -0.3
+    h = symmetric(eigenvalues, torch.Generator().manual_seed(seed))
     matvec, vector, b = system(h, seed)
     solution = ConjugateGradient(steps=50).solve(matvec, vector)
     assert "negative curvature" in solution.note and solution.steps is not None
