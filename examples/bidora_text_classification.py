@@ -11,11 +11,16 @@ adapter on batches of the same size; BiDoRA gives a part of the examples to its 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+# Read when torch is imported: threads that spin while they wait make a step ten times slower
+# as soon as another program wants one of two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import datasets
 import torch
