@@ -15,9 +15,10 @@ class ConjugateGradient(Solver):
     """v ≈ (H + damping·I)⁻¹ b by at most ``steps`` conjugate-gradient steps.
 
     Ends at relative residual ``tolerance``, or at a curvature that is not positive beyond
-    rounding, which the note then says. The iterate of least residual is returned: zero where
-    the curvature is negative at once. One Hessian-vector product a step. Hestenes & Stiefel
-    1952, doi:10.6028/jres.049.044; as a hypergradient: Pedregosa 2016, arXiv:1602.02355.
+    rounding: the note then says so, and the iterate of least residual is returned, zero where
+    it is met at once. (On a positive definite system the last iterate is the best.) One
+    Hessian-vector product a step. Hestenes & Stiefel 1952, doi:10.6028/jres.049.044; as a
+    hypergradient: Pedregosa 2016, arXiv:1602.02355.
     """
 
     steps: int = 10
@@ -35,19 +36,21 @@ class ConjugateGradient(Solver):
         """v ≈ (H + damping·I)⁻¹ b."""
         v, r, p = zeros_like(b), b, b
         rho = start = least = dot(b, b)
-        best, largest, note, step = v, 0.0, "", 0
-        while step < self.steps and rho > self.tolerance**2 * start:
+        best, largest = v, 0.0
+        for step in range(self.steps):
+            if rho <= self.tolerance**2 * start:
+                return Solution(v, (rho / start) ** 0.5, step)
             q = matvec(p) + self.damping * p
             curvature = dot(p, q) / dot(p, p)
             largest = max(largest, abs(curvature))
             if curvature <= 10 * machine_epsilon(b) * largest:
                 kind = "negative" if curvature < 0 else "zero"
                 note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
-                break
+                return Solution(best, (least / start) ** 0.5, step, note)
             alpha = rho / (curvature * dot(p, p))
             v, r = v + alpha * p, r - alpha * q
-            rho, previous, step = dot(r, r), rho, step + 1
+            rho, previous = dot(r, r), rho
             p = r + (rho / previous) * p
             if rho < least:
                 best, least = v, rho
-        return Solution(best, (least / start) ** 0.5, step, note)
+        return Solution(v, (rho / start) ** 0.5, self.steps)
