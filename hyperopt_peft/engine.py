@@ -118,7 +118,11 @@ class Engine:
         self._stopped = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-identical continuation needs, as tensors and plain values."""
+        """What a bit-identical continuation needs, as tensors and plain values.
+
+        Not what neither level owns: a model's buffers (BatchNorm's statistics) and frozen
+        weights belong into the model's own checkpoint.
+        """
         return {
             "settings": self._settings(),
             "step": self.step,

@@ -7,7 +7,8 @@ import torch
 from quadratic import FunctionLevel, program
 from torch.optim import SGD
 
-from hyperopt_peft import Engine, NonFiniteError, ProblemError
+from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
+from hyperopt_peft.hypergradients import Direct, Estimate, Oracle
 
 
 def non_finite_levels(bad: set[tuple[str, int]]) -> tuple[FunctionLevel, FunctionLevel]:
@@ -73,3 +74,22 @@ def test_a_skipped_first_step_does_not_hide_a_variable_that_no_loss_reads(owner:
     engine = Engine(**levels, hypergradient="direct", non_finite="skip", progress=False)
     with pytest.raises(ProblemError, match="no loss reads the variable 'variable 1'"):
         engine.run(3)
+
+
+def test_the_count_of_skipped_steps_is_part_of_the_state() -> None:
+    engine = Engine(*non_finite_levels({("upper", 2)}), non_finite="skip", progress=False)
+    engine.run(3)
+    resumed = Engine(*non_finite_levels(set()), non_finite="skip", progress=False)
+    resumed.load_state_dict(engine.state_dict())
+    assert (resumed.skipped, resumed.step, resumed.lower_step) == (1, 3, 3)
+    assert resumed.history == engine.history
+
+
+def test_an_estimate_that_is_not_finite_names_its_estimator() -> None:
+    class Overflowing(Direct):
+        def estimate(self, oracle: Oracle) -> Estimate:
+            result = super().estimate(oracle)
+            return Estimate(result.direct / 0.0, result.implicit)
+
+    with pytest.raises(NonFiniteError, match="direct: the hypergradient is not finite"):
+        hypergradient(*program(0).levels(), Overflowing())

@@ -267,11 +267,13 @@ def test_a_variable_without_gradient_is_left_alone() -> None:
     assert torch.equal(v, before) and w.item() < before.item()
 
 
-def test_clipping_bounds_the_step_and_reports_the_norm_before() -> None:
+@pytest.mark.parametrize("limit", [0.5, 2.9, 3.1])
+def test_clipping_bounds_the_step_and_reports_the_norm_before(limit: float) -> None:
     w, v = leaf(0.0, 0.0), leaf(0.0)
-    level = Problem([w, v], optimizer=SGD([w, v], lr=1.0), max_grad_norm=0.5)
+    level = Problem([w, v], optimizer=SGD([w, v], lr=1.0), max_grad_norm=limit)
     assert level.step([torch.tensor([2.0, 1.0]), torch.tensor([2.0])]) == pytest.approx(3)
-    torch.testing.assert_close(torch.cat([w, v]), -0.5 * torch.tensor([2, 1, 2]) / 3)
+    bounded = -min(limit, 3.0) * torch.tensor([2, 1, 2]) / 3
+    torch.testing.assert_close(torch.cat([w, v]).detach(), bounded)
 
 
 def test_a_snapshot_tells_groups_and_states_by_position() -> None:

@@ -49,7 +49,17 @@ def test_a_captured_state_is_a_copy() -> None:
 
 def test_seeded_states_are_functions_of_the_whole_key() -> None:
     """Neighbouring steps and seeds may not share their masks."""
-    keys = [(0, 1), (1, 0), (0, 11), (1, 1), (0, "1", "upper"), (0, 1, "lower"), (12,)]
+    keys = [
+        (0, 1),
+        (1, 0),
+        (0, 11),
+        (1, 1),
+        (0, "1", "upper"),
+        (0, 1, "lower"),
+        (12,),
+        (0, 1, 1),
+        (11,),
+    ]
     draws = []
     for key in keys:
         with replay(RandomState.seeded(CPU, *key)):

@@ -24,8 +24,8 @@ class Record:
     """How one estimator did, medians over the repeats.
 
     ``cosine``, ``relative_error`` and ``norm_ratio`` are against the reference on the same
-    batches and random numbers; ``residual`` is the solver's own, ‖b − Hv‖/‖b‖; ``spread`` is
-    the standard deviation of the estimate over the repeats, relative to its mean;
+    batches and random numbers; ``residual`` is the largest of the solver's own, ‖b − Hv‖/‖b‖;
+    ``spread`` is the standard deviation of the estimate over the repeats, relative to its mean;
     ``gradients`` and ``products`` count forward+backward passes and second backward passes;
     ``peak_memory`` is in bytes, above what was held before. ``problem``
     says why an estimator gave no number.

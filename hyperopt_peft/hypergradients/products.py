@@ -68,7 +68,9 @@ class Product(Protocol):
 class ExactProduct:
     """Products by double backward on one kept graph (Pearlmutter 1994).
 
-    Attention runs in its math kernel, the only one with a second derivative.
+    Attention runs in its math kernel, the only one with a second derivative. A custom
+    ``autograd.Function`` must have a differentiable backward, or be marked
+    ``once_differentiable``, which is noticed.
 
     Raises:
         ProblemError: an operation of the loss has no second derivative.

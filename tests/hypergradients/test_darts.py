@@ -40,10 +40,14 @@ def test_the_learning_rate_must_be_one() -> None:
         hypergradient(upper, lower, "darts:scale=lr")
 
 
-def test_in_training_the_product_is_taken_where_the_last_lower_step_began() -> None:
-    """−ξ·∂²f/∂u∂w(w₀) · ∂F/∂w(w₁), with the learning rate of that step for ξ."""
+@pytest.mark.parametrize("tensor", [False, True])
+def test_in_training_the_product_is_taken_where_the_last_lower_step_began(tensor: bool) -> None:
+    """−ξ·∂²f/∂u∂w(w₀) · ∂F/∂w(w₁), with the learning rate of that step for ξ.
+
+    A schedule changes a learning rate that is a ``tensor`` in place.
+    """
     w, u = start()
-    optimizer = SGD(w, lr=0.4)
+    optimizer = SGD(w, lr=torch.tensor(0.4, dtype=torch.float64) if tensor else 0.4)
     upper, lower = make_levels(optimizer, w, u, scheduler=ExponentialLR(optimizer, 0.5))
     before = flat(u).detach()
     Engine(upper, lower, "darts:scale=lr,product=exact", warmup_steps=1, progress=False).run(1)

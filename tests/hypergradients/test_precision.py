@@ -207,6 +207,24 @@ def test_operations_in_place_reach_the_tensor_itself(change: Callable[[Tensor], 
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, dtype: x.bfloat16() if dtype is torch.bfloat16 else x.half(),
+        lambda x, dtype: x.to(dtype),
+        lambda x, dtype: x.to(dtype=dtype),
+        lambda x, dtype: x.type(dtype),
+        lambda x, dtype: torch.zeros(2, dtype=dtype),
+        lambda x, dtype: torch.softmax(x, 0, dtype=dtype),
+    ],
+)
+def test_nothing_becomes_half_precision(make: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    assert make(torch.ones(2), dtype).dtype is dtype
+    with SinglePrecision():
+        assert make(torch.ones(2), dtype).dtype is torch.float32
+
+
 def test_single_precision_leaves_the_random_numbers_as_they_were() -> None:
     """The same masks in bfloat16 and in float32, or the products would be of another loss."""
     model, _ = HALF["all in bfloat16"]()

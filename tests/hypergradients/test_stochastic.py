@@ -155,6 +155,24 @@ def test_differences_in_training_converge_to_one_unrolled_step(sides: int, order
     assert errors[1] < 1e-2 * float((after_training("direct") - exact).norm())
 
 
+@pytest.mark.parametrize("method", ["darts", "cg:damping=5", "unrolled:steps=1"])
+def test_a_hypergradient_in_training_sees_the_masks_of_the_last_lower_step(method: str) -> None:
+    """The lower step does not move, so outside training the same state gives the same result."""
+    found = []
+    for training in (True, False):
+        upper, lower, _ = double_precision_levels(lr=0.0)
+        above = FunctionLevel(lambda _, w=lower.variables: flat(w).square().sum(), upper.variables)
+        above.optimizer = torch.optim.SGD(above.variables, lr=1.0)
+        before = flat(above.variables).detach()
+        torch.manual_seed(5)
+        if training:
+            Engine(above, lower, method, progress=False).run(1)
+            found.append(before - flat(above.variables).detach())
+        else:
+            found.append(flat(hypergradient(above, lower, method)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
 def test_one_sided_differences_reuse_the_lower_step_on_a_language_model() -> None:
     """The reused ∂f/∂u is that of the lower step: its batch, its masks, its point."""
     found = []

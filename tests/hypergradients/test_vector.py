@@ -1,0 +1,70 @@
+"""Vectors over several tensors: their arithmetic is that of the flat vector."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperopt_peft.hypergradients import Vector, dot, zeros_like
+
+SHAPES = ((2, 3), (), (4,))
+
+
+def vector(seed: int, dtype: torch.dtype = torch.float64) -> Vector:
+    generator = torch.Generator().manual_seed(seed)
+    return Vector(torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES)
+
+
+@given(seed=st.integers(0, 1000), factor=st.floats(-10, 10))
+def test_arithmetic_is_that_of_the_flat_vector(seed: int, factor: float) -> None:
+    a, b = vector(seed), vector(seed + 1)
+    x, y = a.flat(), b.flat()
+    assert x.shape == (a.numel(),) == (11,) and len(a) == 3
+    pairs = [(a + b, x + y), (a - b, x - y), (factor * a, factor * x), (a * factor, factor * x)]
+    pairs += [(a / 3, x / 3), (-a, -x), (zeros_like(a), 0 * x)]
+    for found, expected in pairs:
+        assert torch.equal(found.flat(), expected)
+        assert [part.shape for part in found] == [part.shape for part in a]
+    assert dot(a, b) == pytest.approx(float(x @ y), abs=1e-12)
+    assert a.norm() == pytest.approx(float(x.norm()))
+
+
+def test_entries_go_back_where_they_came_from() -> None:
+    a, b = vector(0), vector(1)
+    assert torch.equal(a.with_entries(b.flat()).flat(), b.flat())
+    assert [part.shape for part in a.with_entries(b.flat())] == [part.shape for part in a]
+
+
+def test_copies_have_memory_of_their_own_and_operations_change_nothing() -> None:
+    a = vector(0)
+    before = a.flat().clone()
+    copy = a.copy()
+    copy.parts[0].zero_()
+    _ = a + copy, 2 * a, -a
+    assert torch.equal(a.flat(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parts_are_widened(dtype: torch.dtype) -> None:
+    a = vector(0, dtype)
+    assert {part.dtype for part in a} == {torch.float32}
+    assert torch.equal(a.flat().to(dtype).float(), a.flat())
+
+
+def test_scalar_products_are_summed_in_double_precision() -> None:
+    """In float32 the small entries would be lost beside the large one."""
+    a = Vector([torch.tensor([1e4, *[1.0] * 1000])])
+    assert dot(a, a) == 1e8 + 1000
+
+
+def test_none_stands_for_zeros_and_graphs_are_left_behind() -> None:
+    w = torch.ones(2, 2, requires_grad=True)
+    a = Vector.of([None, 2 * w], [torch.ones(3), w])
+    assert torch.equal(a.flat(), torch.tensor([0.0, 0, 0, 2, 2, 2, 2]))
+    assert not a.flat().requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_entries_that_are_not_finite_are_seen(value: float) -> None:
+    assert vector(0).isfinite()
+    assert not Vector([torch.ones(2), torch.tensor(value)]).isfinite()
