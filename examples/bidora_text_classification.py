@@ -71,7 +71,7 @@ class Arguments:
     )
     quick: bool = HfArg(
         default=False,
-        help="a small run: 300 training and 600 test examples, 40 steps, whatever else is said",
+        help="a small run: 300 training and 400 test examples, 24 steps, whatever else is said",
     )
     output_dir: str = HfArg(
         default="outputs/bidora", help="where results, adapter and pictures are written"
@@ -238,9 +238,9 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown methods {sorted(unknown)}; known are lora, dora, bidora")
     if arguments.quick:
-        arguments = replace(arguments, train_size=300, test_size=600, reference_steps=12)
-        steps = 20 if config.retrain != "none" else 40
-        config = replace(config, search_steps=steps, retrain_steps=20)
+        arguments = replace(arguments, train_size=300, test_size=400, reference_steps=6)
+        steps = 12 if config.retrain != "none" else 24
+        config = replace(config, search_steps=steps, retrain_steps=12)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
