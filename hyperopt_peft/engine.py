@@ -14,7 +14,7 @@ from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.problem import Evaluation, Problem, Step
+from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
 
 Record = dict[str, Any]
@@ -79,7 +79,7 @@ class Engine:
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
         self.history: list[Record] = []
         self.step = self.lower_step = self.skipped = 0
-        self._devices = list(dict.fromkeys((*upper.devices, *lower.devices)))
+        self._devices = devices_of(upper, lower)
         self._recent: deque[Step] = deque(maxlen=max(1, self.estimator.history))
         self._evaluation: Evaluation | None = None
         self._lower_norm = float("nan")

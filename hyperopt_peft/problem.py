@@ -310,6 +310,11 @@ class Problem:
             )
 
 
+def devices_of(*levels: Problem) -> list[torch.device]:
+    """The devices that hold the variables of ``levels``, each once."""
+    return list(dict.fromkeys(device for level in levels for device in level.devices))
+
+
 def _form(state: Mapping[str, Any]) -> Any:
     """What two states of one kind of optimizer or scheduler have in common."""
     groups = state.get("param_groups", [])

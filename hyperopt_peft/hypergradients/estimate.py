@@ -11,7 +11,7 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.problem import Problem
+from hyperopt_peft.problem import Problem, devices_of
 from hyperopt_peft.random_state import RandomState
 
 _NEXT: Any = object()
@@ -35,7 +35,7 @@ def open_oracle(
         ProblemError: both levels own the same tensor.
     """
     check_ownership(upper, lower)
-    devices = list(dict.fromkeys((*upper.devices, *lower.devices)))
+    devices = devices_of(upper, lower)
     current = RandomState.capture(devices)
 
     def state(level: str) -> RandomState:

@@ -21,7 +21,7 @@ from hyperopt_peft.hypergradients.products import (
 )
 from hyperopt_peft.hypergradients.purity import Buffers, displaced, unchanged
 from hyperopt_peft.hypergradients.vector import Vector
-from hyperopt_peft.problem import Evaluation, Problem, Step
+from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of
 from hyperopt_peft.random_state import RandomState, replay
 from hyperopt_peft.variables import shared_memory
 
@@ -59,8 +59,7 @@ class Oracle:
     def open(self) -> Iterator[Oracle]:
         """Answer questions in the body; afterwards everything is as it was before."""
         variables = (*self.upper.variables, *self.lower.variables)
-        devices = list(dict.fromkeys((*self.upper.devices, *self.lower.devices)))
-        with unchanged(variables, devices) as self.buffers:
+        with unchanged(variables, devices_of(self.upper, self.lower)) as self.buffers:
             yield self
 
     @cached_property

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hyperopt_peft.graph import HALF
+
 
 class Vector:
     """A point of the product space of some tensors: one part for each.
@@ -97,4 +99,4 @@ def zeros_like(vector: Vector) -> Vector:
 
 def widened(tensor: Tensor) -> Tensor:
     """``tensor`` in float32 where it is in half precision, itself otherwise."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
