@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 from tqdm.auto import trange
 
+from hyperopt_peft import versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
@@ -97,7 +98,8 @@ class Engine:
         _require_count("steps", steps, least=0)
         self._stopped = False
         begin = len(self.history)
-        with trange(steps, disable=not self.progress, desc="upper steps") as bar:
+        progress = trange(steps, disable=not self.progress, desc="upper steps")
+        with progress as bar, versions.counted():
             if self.lower_step == 0:
                 self._lower_steps(self.warmup_steps)
             for _ in bar:
@@ -109,6 +111,7 @@ class Engine:
                     bar.set_postfix(losses, refresh=False)
                     for callback in self.callbacks:
                         callback(self, record)
+                        versions.wrote((*self.upper.variables, *self.lower.variables))
                 if self._stopped:
                     break
         return self.history[begin:]

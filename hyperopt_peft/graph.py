@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -26,3 +29,33 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
 def is_half(node: Any) -> bool:
     """Whether the node's result is in bfloat16 or float16."""
     return any(output.dtype in HALF for output in getattr(node, "_input_metadata", ()))
+
+
+def needed_inputs(node: Any, count: int) -> tuple[bool, ...]:
+    """For each of the first ``count`` inputs of a running custom backward, whether it is asked for.
+
+    ``needs_input_grad`` says what requires a gradient; a pass over some of the variables
+    (``backward(inputs=…)``) needs fewer. All ``count`` inputs of the function must be tensors.
+    """
+
+    def asked(index: int) -> bool:
+        if not node.needs_input_grad[index]:
+            return False
+        try:
+            return bool(torch._C._will_engine_execute_node(node.next_functions[index][0]))
+        except RuntimeError:  # a leaf that autograd.grad has been asked for
+            return True
+
+    return tuple(asked(index) for index in range(count))
+
+
+def without_autocast(function: F) -> F:
+    """A static method of a custom autograd function that runs in the dtypes of its arguments."""
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        kind = next((x.device.type for x in arguments if isinstance(x, Tensor)), "cpu")
+        with torch.autocast(kind, enabled=False):
+            return function(*arguments)
+
+    return run  # type: ignore[return-value]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from hyperopt_peft import versions
 from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.graph import graph_nodes, is_half
@@ -207,6 +208,7 @@ class Problem:
                 part = part * scale
             variable.grad = None if part is None else part.to(variable.dtype)
         self.optimizer.step()
+        versions.wrote(self.variables)  # kernels of 8-bit optimizers leave no trace
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()

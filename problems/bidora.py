@@ -21,7 +21,12 @@ from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
+from hyperopt_peft.adapters import (
+    gram_penalty,
+    set_norm_grad,
+    split_parameters,
+    use_fast_dora,
+)
 from hyperopt_peft.engine import Engine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.fit import fit
@@ -110,6 +115,9 @@ class BiDoRAConfig:
     norm_grad: Literal["full", "detach"] = HfArg(
         default="full", help="whether the row norm is in the graph; detach is PEFT's approximation"
     )
+    fast_dora: bool = HfArg(
+        default=True, help="whether linear layers run the fast forward pass instead of PEFT's"
+    )
     retrain: Literal["none", "warm", "scratch"] = HfArg(
         default="warm",
         help="afterwards, train directions and head with m frozen on the whole training set: not "
@@ -179,7 +187,7 @@ def bidora(
     config = config or BiDoRAConfig()
     if config.retrain != "none" and all_data is None:
         raise ProblemError(f'retrain="{config.retrain}" needs all_data')
-    set_norm_grad(model, config.norm_grad)
+    (use_fast_dora if config.fast_dora else set_norm_grad)(model, config.norm_grad)
     model.train()  # from_pretrained leaves dropout off
     engine = search(model, lower_data, upper_data, config)
     initial = [w.detach().clone() for w in engine.lower.variables]

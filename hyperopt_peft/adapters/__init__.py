@@ -7,6 +7,7 @@ from hyperopt_peft.adapters.decomposition import (
     fit_line,
     plot_decomposition,
 )
+from hyperopt_peft.adapters.fast_dora import use_fast_dora
 from hyperopt_peft.adapters.layers import direction, dora_layers, lora_layers
 from hyperopt_peft.adapters.norm_grad import set_norm_grad
 from hyperopt_peft.adapters.ownership import ParameterSplit, split_parameters
@@ -26,4 +27,5 @@ __all__ = [
     "plot_decomposition",
     "set_norm_grad",
     "split_parameters",
+    "use_fast_dora",
 ]

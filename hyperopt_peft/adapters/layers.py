@@ -164,7 +164,7 @@ def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
         ProblemError: as :func:`require_plain`.
     """
     require_plain(layer, adapter_name)
-    w0, (a, b) = base_weight(layer), _factors(layer, adapter_name)
+    w0, (a, b) = base_weight(layer), factors(layer, adapter_name)
     dtype = reduce(torch.promote_types, (w0.dtype, a.dtype, b.dtype, torch.float32))
     s = layer.scaling[adapter_name]
     with torch.autocast(w0.device.type, enabled=False):
@@ -184,7 +184,7 @@ def row_norm(matrix: Tensor) -> Tensor:
     return norm
 
 
-def _factors(layer: lora.LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+def factors(layer: lora.LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A of shape (r, in) and B of shape (out, r)."""
     if isinstance(layer, lora.Embedding):
         return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]

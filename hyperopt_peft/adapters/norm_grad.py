@@ -53,18 +53,31 @@ def set_norm_grad(
             with ``"full"``, a layer whose weight cannot be read (quantised, grouped convolution
             and the like). No layer is changed then.
     """
-    if norm_grad not in ("full", "detach"):
-        raise ProblemError(f"norm_grad must be 'full' or 'detach', got {norm_grad!r}.")
+    require_norm_grad(norm_grad)
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = dora_layers(peft_model, adapter)
     if norm_grad == "full":
         for name, layer in layers:
             require_plain(layer, adapter, name)
     for _, layer in layers:
-        for kind, (detached, full) in VARIANTS.items():
-            if isinstance(layer, kind):
-                layer.lora_variant[adapter] = full() if norm_grad == "full" else detached()
+        variant = variant_of(layer, norm_grad)
+        if variant is not None:
+            layer.lora_variant[adapter] = variant
     return peft_model
+
+
+def require_norm_grad(norm_grad: str) -> None:
+    """Raise ProblemError unless ``norm_grad`` is one of the two."""
+    if norm_grad not in ("full", "detach"):
+        raise ProblemError(f"norm_grad must be 'full' or 'detach', got {norm_grad!r}.")
+
+
+def variant_of(layer: lora.LoraLayer, norm_grad: NormGrad) -> lora.LoraVariant | None:
+    """The forward pass for ``layer``; None for a layer type of PEFT's that is not known here."""
+    for kind, (detached, full) in VARIANTS.items():
+        if isinstance(layer, kind):
+            return full() if norm_grad == "full" else detached()
+    return None
 
 
 def gain(layer: lora.LoraLayer, adapter_name: str) -> Tensor:

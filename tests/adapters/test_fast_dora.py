@@ -1,0 +1,518 @@
+"""The fast layer against PEFT's, the closed form and autograd."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import variants
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+from hyperopt_peft import versions
+from hyperopt_peft.adapters import direction, dora_layers, set_norm_grad, use_fast_dora
+from hyperopt_peft.adapters.fast_dora import FastDora
+from hyperopt_peft.adapters.layers import row_norm
+from hyperopt_peft.adapters.row_norms import RowNormCache
+
+from .models import (
+    KINDS,
+    Single,
+    adapted_layer,
+    adapter_parameters,
+    base_layer,
+    bert,
+    dora_bert,
+    gpt2,
+    layer_input,
+    randomise,
+    single,
+    token_ids,
+    wrap,
+)
+
+LINEAR = ("linear", "conv1d_gpt2")
+MODES: tuple[Any, ...] = ("full", "detach")
+
+
+def tokens(count: int, features: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, count, features, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def output_and_gradients(model: PeftModel, x: Tensor, autocast: bool = False) -> dict[str, Tensor]:
+    """The output, and the gradients of a loss that weighs every output differently."""
+    x = x.clone().requires_grad_(x.is_floating_point())
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = model(x)
+    y = y if isinstance(y, Tensor) else y.logits
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+    model.zero_grad()
+    (weights * y.sin()).sum().backward()
+    found = {name: p.grad.clone() for name, p in adapter_parameters(model) if p.grad is not None}
+    return {"output": y.detach()} | found | ({"input": x.grad} if x.requires_grad else {})
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (actual[name].double() - tensor.double()).norm() / tensor.double().norm()
+        assert error <= tolerance, (name, float(error))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("count", [1, 3, 40])  # tokens below and above where g ∘ V is formed
+@pytest.mark.parametrize("norm_grad", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_layer_it_stands_for(
+    kind: str, norm_grad: Any, count: int, dropout: float, training: bool
+) -> None:
+    model = randomise(single(kind, lora_dropout=dropout)).train(training)
+    x = tokens(count) if kind in LINEAR else layer_input(kind)
+    expected = output_and_gradients(set_norm_grad(model, norm_grad), x)
+    state = torch.get_rng_state()
+    actual = output_and_gradients(use_fast_dora(model, norm_grad), x)
+    assert_same(actual, expected, 1e-12)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert isinstance(adapted_layer(model).lora_variant["default"], FastDora) == (kind in LINEAR)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (6, 4), (2, 1, 3, 4), (0, 4)])
+def test_any_input_shape(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    model = randomise(wrap(Single(nn.Linear(4, 5, bias=bias).double())))
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = model(x).view(*shape[:-1], 5)  # PEFT adds an axis to a single vector
+    torch.testing.assert_close(use_fast_dora(model)(x), expected, rtol=1e-12, atol=1e-12)
+    assert use_fast_dora(model)(x.mT.contiguous().mT if x.dim() > 1 else x).shape == expected.shape
+
+
+@pytest.mark.parametrize("norm_grad", MODES)
+def test_gradients_have_their_closed_forms(norm_grad: Any) -> None:
+    """With G = ∂L/∂W' = Σ_t dy_t x_tᵀ, as in `norm_grad`'s docstring."""
+    model = use_fast_dora(randomise(single()), norm_grad)
+    layer, x = adapted_layer(model), tokens(20).flatten(0, 1)
+    y = model(x)
+    dy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    (y * dy).sum().backward()
+
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    m = layer.lora_magnitude_vector["default"].weight
+    with torch.no_grad():
+        grad, v, s = dy.T @ x, direction(layer, "default"), 3 / 2
+        n = row_norm(v)
+        unit = v / n[:, None]
+        along = (grad * unit).sum(dim=1)
+        removed = along[:, None] * unit if norm_grad == "full" else 0
+        grad_v = (m / n)[:, None] * (grad - removed)
+    torch.testing.assert_close(m.grad, along)
+    torch.testing.assert_close(b.grad, s * grad_v @ a.T)
+    torch.testing.assert_close(a.grad, s * b.T @ grad_v)
+
+
+def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """The output as a function of A, B, m, the base layer's bias and x."""
+    trained = dict(adapter_parameters(model))
+    bias = "base_model.model.layer.base_layer.bias"
+    trained[bias] = dict(model.named_parameters())[bias].requires_grad_()
+    leaves = [p.detach().clone().requires_grad_() for p in (*trained.values(), x)]
+
+    def function(*values: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return functional_call(model, dict(zip(trained, values, strict=False)), (values[-1],))
+
+    return function, tuple(leaves)
+
+
+@pytest.mark.parametrize("crossing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize("kind", LINEAR)
+def test_first_and_second_derivatives(
+    kind: str, count: int, dropout: float, crossing: bool
+) -> None:
+    model = use_fast_dora(randomise(single(kind, lora_dropout=dropout))).train()
+    if crossing:
+        with torch.no_grad():
+            adapted_layer(model).lora_magnitude_vector["default"].weight[:3].copy_(
+                torch.tensor([0.0, 1e-9, -0.4])
+            )
+    function, inputs = as_function(model, tokens(count))
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, 6),) * 4),
+    scale=st.floats(0.1, 10),
+    seed=st.integers(0, 1000),
+)
+def test_any_size(shape: tuple[int, int, int, int], scale: float, seed: int) -> None:
+    rank, columns, rows, count = shape
+    torch.manual_seed(seed)
+    model = wrap(Single(nn.Linear(columns, rows).double()), r=rank, lora_alpha=scale)
+    x = torch.randn(count, columns, dtype=torch.float64)
+    expected = output_and_gradients(set_norm_grad(randomise(model, seed)), x)
+    actual = output_and_gradients(use_fast_dora(model), x)
+    for name, tensor in expected.items():
+        size = max(float(e.norm()) for e in expected.values())
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-11 * size)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-300, 1e-12, -1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_magnitude_that_crosses_zero_keeps_its_gradient(dtype: torch.dtype, value: float) -> None:
+    model = randomise(single(dtype=dtype))
+    with torch.no_grad():
+        adapted_layer(model).lora_magnitude_vector["default"].weight[2] = value
+    expected = output_and_gradients(set_norm_grad(model), tokens(30, dtype=dtype))
+    actual = output_and_gradients(use_fast_dora(model), tokens(30, dtype=dtype))
+    assert_same(actual, expected, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("left", [1.0, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("norm_grad", MODES)
+def test_rows_that_nearly_cancel(norm_grad: Any, left: float) -> None:
+    """W0 + s·B·A keeps a share `left` of one row of W0; float32 against float64."""
+    model = single(r=4, lora_alpha=4)
+    layer = adapted_layer(randomise(model))
+    with torch.no_grad():
+        w0 = layer.get_base_layer().weight
+        layer.lora_A["default"].weight.copy_(torch.eye(4))
+        layer.lora_B["default"].weight[1] = (left - 1) * w0[1] + left * torch.randn(4).double()
+    single_precision = copy.deepcopy(model).float()
+    for name, p in model.named_parameters():  # the same numbers in both precisions
+        p.data = dict(single_precision.named_parameters())[name].data.double()
+    exact = output_and_gradients(set_norm_grad(model, norm_grad), tokens(20))
+    x = tokens(20, dtype=torch.float32)
+    peft = output_and_gradients(set_norm_grad(single_precision, norm_grad), x)
+    fast = output_and_gradients(use_fast_dora(single_precision, norm_grad), x)
+    for name, truth in exact.items():
+        error, least = ((run[name].double() - truth).norm() for run in (fast, peft))
+        assert error <= 8 * least + 1e-5 * truth.norm(), name
+
+
+def test_the_norm_of_a_row_that_is_zero_is_not_a_division_by_zero() -> None:
+    model = single()
+    with torch.no_grad():
+        adapted_layer(model).get_base_layer().weight[1] = 0
+        adapted_layer(model).lora_magnitude_vector["default"].weight[1] = 0
+    values = output_and_gradients(use_fast_dora(model), tokens(20))
+    bias = adapted_layer(model).get_base_layer().bias
+    torch.testing.assert_close(values["output"][..., 1], bias[1].expand(2, 20))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("norm_grad", MODES)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_is_as_exact_as_peft(
+    adapter_dtype: torch.dtype, norm_grad: Any, dropout: float
+) -> None:
+    torch.manual_seed(0)
+    module = Single(nn.Linear(64, 48).bfloat16())
+    model = wrap(module, lora_dropout=dropout).train()
+    for _, p in adapter_parameters(model):
+        p.data = p.data.to(adapter_dtype)
+    randomise(model)
+    x = tokens(100, 64, torch.bfloat16)
+    compare_in_low_precision(model, x, norm_grad, autocast=False)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("norm_grad", MODES)
+def test_autocast_is_as_exact_as_peft(norm_grad: Any, dropout: float) -> None:
+    torch.manual_seed(0)
+    model = randomise(wrap(Single(nn.Linear(64, 48)), lora_dropout=dropout)).train()
+    x = tokens(100, 64, torch.float32)
+    compare_in_low_precision(model, x, norm_grad, autocast=True)
+
+
+def compare_in_low_precision(model: PeftModel, x: Tensor, norm_grad: Any, autocast: bool) -> None:
+    exact = output_and_gradients(
+        set_norm_grad(copy.deepcopy(model).double(), norm_grad), x.double()
+    )
+    peft = output_and_gradients(set_norm_grad(model, norm_grad), x, autocast)
+    fast = output_and_gradients(use_fast_dora(model, norm_grad), x, autocast)
+    dropped = any(
+        not isinstance(d, nn.Identity) for d in adapted_layer(model).lora_dropout.values()
+    )
+    for name, truth in exact.items():
+        assert fast[name].dtype == peft[name].dtype
+        if dropped:  # float64 draws other masks: only the two of equal precision are comparable
+            truth = peft[name].double()
+            assert (fast[name].double() - truth).norm() <= 2e-2 * truth.norm(), name
+        else:
+            error, least = ((run[name].double() - truth).norm() for run in (fast, peft))
+            assert error <= 1.5 * least + 2e-3 * truth.norm(), name
+
+
+def test_a_model_with_checkpointing() -> None:
+    model = randomise(dora_bert(target_modules="all-linear", lora_dropout=0.2)).train()
+    use_fast_dora(model)
+    expected = output_and_gradients(model, token_ids())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(output_and_gradients(model, token_ids()), expected, 1e-12)
+
+
+@pytest.mark.parametrize("norm_grad", MODES)
+def test_whole_models(norm_grad: Any) -> None:
+    transformer = gpt2()
+    generator = wrap(transformer, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    encoder = dora_bert(lora_dropout=0.2, target_modules="all-linear").train()
+    for model in (randomise(generator), randomise(encoder)):
+        expected = output_and_gradients(set_norm_grad(model, norm_grad), token_ids())
+        actual = output_and_gradients(use_fast_dora(model, norm_grad), token_ids())
+        assert_same(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("kind", LINEAR)
+def test_merging_and_unmerging(kind: str, safe_merge: bool) -> None:
+    model, x = use_fast_dora(randomise(single(kind))), tokens(3)
+    expected, w0 = model(x), adapted_layer(model).get_base_layer().weight.clone()
+    model.merge_adapter(safe_merge=safe_merge)
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+    model.unmerge_adapter()
+    torch.testing.assert_close(adapted_layer(model).get_base_layer().weight, w0)
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_saving_loading_and_unloading(tmp_path: Path) -> None:
+    model = use_fast_dora(randomise(dora_bert())).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path).eval()
+    kinds = {type(layer.lora_variant["default"]) for _, layer in dora_layers(loaded)}
+    assert kinds == {variants.DoraLinearVariant}
+    expected = model(token_ids()).logits
+    torch.testing.assert_close(loaded(token_ids()).logits, expected, rtol=1e-12, atol=1e-12)
+    merged = model.merge_and_unload()(token_ids()).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_switching_and_disabling_adapters() -> None:
+    model, x = randomise(single()), tokens(3)
+    model.add_adapter("other", model.peft_config["default"])
+    randomise(model, seed=9)
+    expected = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected[name] = model(x)
+    use_fast_dora(model, adapter_name="default")
+    use_fast_dora(model, adapter_name="other")
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(x), expected[name], rtol=1e-12, atol=1e-12)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base_layer("linear").double()(x))
+
+
+def test_adapters_together() -> None:
+    model, x = randomise(single()), tokens(3)
+    model.add_adapter("other", model.peft_config["default"])
+    randomise(model, seed=9)
+    model.base_model.set_adapter(["default", "other"])
+    expected = model(x)
+    for name in ("default", "other"):
+        use_fast_dora(model, adapter_name=name)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_trained_base_weight_gets_its_gradient() -> None:
+    model, x = randomise(single()), tokens(20)
+    weight = adapted_layer(model).get_base_layer().weight.requires_grad_()
+    gradients = []
+    for prepare in (set_norm_grad, use_fast_dora):
+        prepare(model)
+        gradients.append(torch.autograd.grad(model(x).sin().sum(), weight)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_trained_bias_gets_its_gradient() -> None:
+    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), bias="all")), tokens(20)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 4
+    gradients = []
+    for prepare in (set_norm_grad, use_fast_dora):
+        prepare(model)
+        gradients.append(torch.autograd.grad(model(x).sin().sum(), trained))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-11, atol=1e-11)
+
+
+def test_a_hook_on_the_base_layer_is_honoured() -> None:
+    model, x = randomise(single()), tokens(3)
+    seen = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        seen.append((output, output.clone()))
+        return output * 2
+
+    adapted_layer(model).get_base_layer().register_forward_hook(keep)
+    expected = set_norm_grad(model)(x)
+    torch.testing.assert_close(use_fast_dora(model)(x), expected)
+    assert all(torch.equal(output, copied) for output, copied in seen)
+
+
+class Quantised(nn.Linear):
+    """What a quantised layer looks like: a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_an_unreadable_layer_keeps_the_forward_of_peft_and_says_so_once() -> None:
+    torch.manual_seed(0)
+    model = randomise(wrap(Single(Quantised(4, 5).double())))
+    expected = output_and_gradients(model, tokens(3))
+    with pytest.warns(UserWarning, match=r"base_model\.model\.layer cannot be read") as caught:
+        use_fast_dora(model)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(output_and_gradients(model, tokens(3)), expected, 0)
+
+
+def test_weights_that_are_elsewhere_at_the_time_keep_the_forward_of_peft() -> None:
+    model = use_fast_dora(randomise(single())).eval()
+    layer, x = adapted_layer(model), tokens(3)
+    expected = model(x)
+
+    class Sharded(Tensor):
+        """A weight that is of another kind than a plain tensor."""
+
+    weight = layer.get_base_layer().weight
+    layer.get_base_layer()._parameters["weight"] = weight.detach().as_subclass(Sharded)
+    with pytest.warns(UserWarning, match=r"lora\.Linear cannot be read as W0"):
+        torch.testing.assert_close(model(x).as_subclass(Tensor), expected)
+
+
+def test_an_error_for_an_unknown_choice_and_without_dora() -> None:
+    choice: Any = "none"
+    with pytest.raises(ValueError, match="norm_grad must be 'full' or 'detach', got 'none'"):
+        use_fast_dora(single(), choice)
+    with pytest.raises(ValueError, match=r"model\.layer has no magnitude.*use_dora=True"):
+        use_fast_dora(single(use_dora=False))
+
+
+def test_nothing_is_kept_from_an_optimizer_that_leaves_no_trace() -> None:
+    """8-bit optimizers write behind autograd's back: the version does not move."""
+    model, x = use_fast_dora(randomise(single())), tokens(3)
+    model(x)
+    adapted_layer(model).lora_B["default"].weight.data.mul_(2)
+    actual = model(x)
+    torch.testing.assert_close(actual, set_norm_grad(model)(x), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_are_kept_while_writes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyperopt_peft.adapters import row_norms
+
+    measured = []
+    measure = row_norms.measure
+    monkeypatch.setattr(row_norms, "measure", lambda *a: measured.append(1) or measure(*a))
+    model, x = use_fast_dora(randomise(single())), tokens(3)
+    b = adapted_layer(model).lora_B["default"].weight
+    m = adapted_layer(model).lora_magnitude_vector["default"].weight
+    with versions.counted():
+        model(x)
+        with torch.no_grad():
+            m.mul_(2)
+        model(x)
+        assert len(measured) == 1
+        with torch.no_grad():
+            b.mul_(2)
+        model(x)
+        assert len(measured) == 2
+        b.data.mul_(2)
+        versions.wrote([b])
+        kept = model(x)
+        assert len(measured) == 3
+    torch.testing.assert_close(model(x), kept)
+    model(x)
+    assert len(measured) == 5
+    torch.testing.assert_close(set_norm_grad(model)(x), kept, rtol=1e-12, atol=1e-12)
+
+
+def test_a_copied_model_has_norms_of_its_own() -> None:
+    with versions.counted():
+        model, x = use_fast_dora(randomise(single())), tokens(3)
+        model(x)
+        other = randomise(copy.deepcopy(model), seed=8)
+        torch.testing.assert_close(other(x), set_norm_grad(copy.deepcopy(other))(x))
+
+
+def test_gradients_flow_through_kept_norms() -> None:
+    cache, model = RowNormCache(), use_fast_dora(randomise(single()))
+    assert cache is not adapted_layer(model).lora_variant["default"].cache
+    x = tokens(3)
+    expected = output_and_gradients(model, x)
+    with versions.counted():
+        for _ in range(2):
+            assert_same(output_and_gradients(model, x), expected, 0)
+
+
+def kept_tensors(model: PeftModel, x: Tensor) -> list[tuple[int, ...]]:
+    """The shapes of what a forward pass keeps, parameters and repetitions apart."""
+    known = {p.data_ptr() for p in model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in known:
+            found[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model(x)
+    assert y.requires_grad
+    return sorted(tuple(t.shape) for t in found.values() if t.numel() >= x.shape[-2])
+
+
+def test_the_layer_keeps_its_input_and_output_only() -> None:
+    count, columns, rows, rank = 50, 6, 7, 2
+    torch.manual_seed(0)
+    x = torch.randn(count, columns, requires_grad=True)
+    for dropout, more in ((0.0, []), (0.5, [(count, columns)])):
+        model = wrap(Single(nn.Linear(columns, rows)), lora_dropout=dropout).train()
+        kept = kept_tensors(use_fast_dora(model), x)
+        expected = [(rank, count), (count, columns), (count, rows), *more]
+        assert kept == sorted(expected)
+
+
+def test_a_pass_over_magnitudes_computes_no_gradient_of_the_factors() -> None:
+    """Products with dy: ∂L/∂x alone, then two more for A and one more for B."""
+    model, x = use_fast_dora(randomise(single()), "detach"), tokens(40).requires_grad_()
+    layer = adapted_layer(model)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    m = layer.lora_magnitude_vector["default"].weight
+
+    def products(wanted: list[Tensor]) -> int:
+        loss = model(x).sin().sum()
+        with torch.profiler.profile() as profile:
+            loss.backward(inputs=wanted)
+        names = [event.name for event in profile.events()]
+        return names.count("aten::mm") + names.count("aten::addmm")
+
+    assert products([m]) == 0
+    assert products([b]) == 1
+    assert products([a]) == 2
+    assert products([a, b, m]) == 3
+
+
+def test_the_configuration_is_untouched() -> None:
+    config = LoraConfig(r=2, use_dora=True, target_modules=["layer"])
+    model = wrap(Single(nn.Linear(4, 5)), use_dora=True)
+    names = list(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        use_fast_dora(model)
+    assert list(model.state_dict()) == names and config.use_dora
