@@ -14,22 +14,22 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-_COUNTED: ContextVar[bool] = ContextVar("counted", default=False)
+_SPAN: ContextVar[object | None] = ContextVar("span", default=None)
 
 
 @contextmanager
 def counted() -> Iterator[None]:
     """Promise that every write to a parameter in the body moves its version; see `wrote`."""
-    token = _COUNTED.set(True)
+    token = _SPAN.set(_SPAN.get() or object())
     try:
         yield
     finally:
-        _COUNTED.reset(token)
+        _SPAN.reset(token)
 
 
-def are_counted() -> bool:
-    """Whether a `counted` body is running."""
-    return _COUNTED.get()
+def span() -> object | None:
+    """What identifies the `counted` body that is running, None where none is."""
+    return _SPAN.get()
 
 
 def wrote(tensors: Iterable[Tensor]) -> None:

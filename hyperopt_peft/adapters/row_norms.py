@@ -43,12 +43,13 @@ class RowNormCache:
     @torch.no_grad()
     def norms(self, w0: Tensor, a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> RowNorms:
         """The norms for W0 (out, in), A (r, in), B (out, r), in ``dtype``."""
-        key = versions.state_of(w0, a, b), s, dtype
-        if self._norms is not None and self._norms[0] == key and versions.are_counted():
+        span = versions.span()
+        key = span, versions.state_of(w0, a, b), s, dtype
+        if span is not None and self._norms is not None and self._norms[0] == key:
             return self._norms[1]
         with torch.autocast(w0.device.type, enabled=False):
             norms = measure(w0, a.to(dtype), b.to(dtype), s, self._base_squares(w0, dtype))
-        self._norms = (key, norms) if versions.are_counted() else None
+        self._norms = (key, norms) if span is not None else None
         return norms
 
     def _base_squares(self, w0: Tensor, dtype: torch.dtype) -> Tensor:

@@ -443,6 +443,16 @@ def test_norms_are_kept_while_writes_are_counted(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(set_norm_grad(model)(x), kept, rtol=1e-12, atol=1e-12)
 
 
+def test_norms_are_not_kept_from_one_span_to_the_next() -> None:
+    model, x = use_fast_dora(randomise(single())), tokens(3)
+    with versions.counted():
+        model(x)
+    adapted_layer(model).lora_B["default"].weight.data.mul_(2)
+    with versions.counted():
+        actual = model(x)
+    torch.testing.assert_close(actual, set_norm_grad(model)(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_copied_model_has_norms_of_its_own() -> None:
     with versions.counted():
         model, x = use_fast_dora(randomise(single())), tokens(3)
