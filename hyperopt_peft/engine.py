@@ -14,6 +14,7 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
@@ -82,6 +83,7 @@ class Engine:
         self.step = self.lower_step = self.skipped = 0
         self._devices = devices_of(upper, lower)
         self._recent: deque[Step] = deque(maxlen=max(1, self.estimator.history))
+        self._copies = Copies()
         self._evaluation: Evaluation | None = None
         self._lower_norm = float("nan")
         self._lower_read = self._upper_read = False  # whether it was checked that losses read all
@@ -103,7 +105,8 @@ class Engine:
             if self.lower_step == 0:
                 self._lower_steps(self.warmup_steps)
             for _ in bar:
-                self._recent.clear()
+                while self._recent:
+                    self._forget()
                 self._lower_steps(self.lower_steps)
                 record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
                 if record is not None:
@@ -196,13 +199,21 @@ class Engine:
             step = Step(
                 batch,
                 random_state,
-                variables=tuple(variable.detach().clone() for variable in w),
+                variables=self._copies.take(w),
                 gradient=gradient[: len(w)] if unroll else (),
                 upper_gradient=gradient[len(w) :] if both else None,
                 optimizer=self.lower.optimizer_snapshot(with_state=unroll),
             )
         self._lower_norm = self.lower.step(gradient[: len(w)])
+        if len(self._recent) == self._recent.maxlen:
+            self._forget()
         self._recent.append(step)
+
+    def _forget(self) -> None:
+        """Drop the oldest of the recent lower steps."""
+        step = self._recent.popleft()
+        if step.variables:
+            self._copies.give_back(step.variables)
 
     def _step_upper(self) -> Record:
         upper_batch = self.upper.next_batch()
@@ -218,6 +229,7 @@ class Engine:
             upper_random=RandomState.seeded(self._devices, self.seed, self.step),
             lower_random=last.random_state,
             history=list(self._recent) if self.estimator.history else (),
+            copies=self._copies,
         )
         result = estimate(oracle, self.estimator)
         if not self._upper_read:

@@ -19,6 +19,8 @@ from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.graph import graph_nodes, is_half
 from hyperopt_peft.random_state import RandomState
+from hyperopt_peft.reductions import norm as norm_of
+from hyperopt_peft.reductions import read, sums
 from hyperopt_peft.variables import Variables, named_variables
 
 
@@ -131,6 +133,13 @@ class Problem:
                 requires a gradient.
             NonFiniteError: the loss is NaN or infinite.
         """
+        loss, metrics = self._evaluate(batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"{self.name}: the loss is {loss.item()}")
+        return loss, metrics
+
+    def _evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
+        """As `evaluate`, without waiting for the value of the loss."""
         result = self.loss(send_to_device(batch, self.variables[0].device))
         metrics: dict[str, float] = {}
         if isinstance(result, Mapping):
@@ -148,8 +157,6 @@ class Problem:
                 f"{self.name}: the loss does not depend on any tensor that requires a gradient; "
                 "look for detach(), .item(), torch.no_grad() or frozen variables"
             )
-        if not torch.isfinite(result):
-            raise NonFiniteError(f"{self.name}: the loss is {result.item()}")
         if self.half is None:
             nodes = list(graph_nodes([result]))
             if any("CheckpointFunction" in node.name() for node in nodes):
@@ -173,18 +180,18 @@ class Problem:
         for variable in variables:
             variable.grad = None
         try:
-            loss, metrics = self.evaluate(batch)
+            loss, metrics = self._evaluate(batch)
             loss.backward(inputs=list(variables))
             gradient = tuple(variable.grad for variable in variables)
         finally:
             for variable, grad in zip(variables, held, strict=True):
                 variable.grad = grad
-        for part in gradient:
-            if part is not None and not torch.isfinite(part).all():
-                raise NonFiniteError(
-                    f"{self.name}: the gradient is not finite at loss {loss.item():.6g}"
-                )
-        return Evaluation(loss.item(), metrics, gradient)
+        value, *totals = read([loss, *sums(part for part in gradient if part is not None)])
+        if not math.isfinite(value):
+            raise NonFiniteError(f"{self.name}: the loss is {value}")
+        if not all(map(math.isfinite, totals)):
+            raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
+        return Evaluation(value, metrics, gradient)
 
     def step(self, gradient: Sequence[Tensor | None]) -> float:
         """One step of the optimizer, and of the scheduler, along ``gradient``.
@@ -196,9 +203,7 @@ class Problem:
         """
         if self.optimizer is None:
             raise ProblemError(f"{self.name}: give the level an optimizer to train it")
-        # In float64: the squares of a half-precision gradient overflow its own type.
-        parts = [g for g in gradient if g is not None]
-        norm = math.hypot(*(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in parts))
+        norm = norm_of(part for part in gradient if part is not None)
         if not math.isfinite(norm):
             raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
         limit = self.max_grad_norm

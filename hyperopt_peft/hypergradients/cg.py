@@ -34,23 +34,25 @@ class ConjugateGradient(Solver):
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""
-        v, r, p = zeros_like(b), b, b
+        v, r, p, best = zeros_like(b), b.copy(), b.copy(), zeros_like(b)
         rho = start = least = dot(b, b)
-        best, largest = v, 0.0
+        largest = 0.0
         for step in range(self.steps):
             if rho <= self.tolerance**2 * start:
                 return Solution(v, (rho / start) ** 0.5, step)
-            q = matvec(p) + self.damping * p
-            curvature = dot(p, q) / dot(p, p)
+            q, length = matvec(p), dot(p, p)
+            curvature = dot(p, q) / length + self.damping
             largest = max(largest, abs(curvature))
             if curvature <= 10 * machine_epsilon(b) * largest:
                 kind = "negative" if curvature < 0 else "zero"
                 note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
                 return Solution(best, (least / start) ** 0.5, step, note)
-            alpha = rho / (curvature * dot(p, p))
-            v, r = v + alpha * p, r - alpha * q
+            alpha = rho / (curvature * length)
+            v.add_(p, alpha)
+            r.add_(q, -alpha).add_(p, -alpha * self.damping)
             rho, previous = dot(r, r), rho
-            p = r + (rho / previous) * p
+            p.mul_(rho / previous).add_(r)
             if rho < least:
-                best, least = v, rho
+                best.copy_(v)
+                least = rho
         return Solution(v, (rho / start) ** 0.5, self.steps)

@@ -54,7 +54,7 @@ class DARTS(Estimator):
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         scale = self._learning_rate(oracle) if self.scale == "lr" else self.scale
-        if scale == 0 or b.norm() == 0:
+        if scale == 0:
             return Estimate(direct, zeros_like(direct))
         last = oracle.history[-1] if oracle.history else None
         with oracle.product(self.product, at=last, radius=self.radius, sides=self.sides) as product:

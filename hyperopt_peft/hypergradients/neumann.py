@@ -40,12 +40,11 @@ class Neumann(Solver):
             if largest == 0:
                 return Solution(zeros_like(b), 1.0, 0, "the Hessian is zero along ∂F/∂w")
             eta = 1 / largest
-        p = total = b  # p = (I − ηH)^k b is also the residual of the sum before it
+        p, total = b.copy(), b.copy()  # p = (I − ηH)^k b: the residual of the sum before it
         for _ in range(self.terms):
-            p = p - eta * matvec(p)
-            total = total + p
+            total.add_(p.add_(matvec(p), -eta))
         note = f"the series diverges at step {eta:.3g}" if p.norm() > b.norm() else ""
-        return Solution(eta * total, None, self.terms, note)
+        return Solution(total.mul_(eta), None, self.terms, note)
 
 
 def largest_eigenvalue(matvec: Matvec, start: Vector, steps: int) -> float:

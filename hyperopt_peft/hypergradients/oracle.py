@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.graph import HALF
 from hyperopt_peft.hypergradients.precision import autocast_enabled, single_precision
@@ -19,7 +21,7 @@ from hyperopt_peft.hypergradients.products import (
     Product,
     ProductKind,
 )
-from hyperopt_peft.hypergradients.purity import Buffers, displaced, unchanged
+from hyperopt_peft.hypergradients.purity import Buffers, Copies, assign, displaced, unchanged
 from hyperopt_peft.hypergradients.vector import Vector
 from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of
 from hyperopt_peft.random_state import RandomState, replay
@@ -42,7 +44,7 @@ class Oracle:
     All evaluations of one objective see the same dropout masks: those of ``upper_random``
     for F and of ``lower_random`` for f. ``history`` holds the lower steps that led to the
     current point since the last upper step, oldest first; it is empty where the estimate
-    is asked for out of training.
+    is asked for out of training. ``copies`` holds copies of the lower variables.
     """
 
     upper: Problem
@@ -52,6 +54,7 @@ class Oracle:
     upper_random: RandomState
     lower_random: RandomState
     history: Sequence[Step] = ()
+    copies: Copies | None = None
     passes: Passes = field(default_factory=Passes)
     buffers: Buffers = field(default_factory=Buffers)
 
@@ -94,16 +97,22 @@ class Oracle:
         half, known = self._half(objective), None
         if at is not None and at.upper_gradient is not None and not half:
             known = Vector.of(at.upper_gradient, self.upper.variables)
+        variables = self.lower.variables
         with ExitStack() as stack:
-            if at is not None:
-                stack.enter_context(displaced(self.lower.variables, at.variables))
             if half:
-                variables = (*self.upper.variables, *self.lower.variables)
-                stack.enter_context(single_precision(variables))
-            if kind == "exact":
-                yield ExactProduct(objective)
+                stack.enter_context(single_precision((*self.upper.variables, *variables)))
+            point: Sequence[Tensor] = ()
+            if at is not None or kind == "difference":
+                copies = None if half else self.copies  # in half precision the copies are not
+                point = stack.enter_context(displaced(variables, copies))
+            if at is not None:
+                point = at.variables
+            if kind == "difference":
+                yield DifferenceProduct(objective, point, radius, sides, known)
             else:
-                yield DifferenceProduct(objective, radius, sides, known)
+                if at is not None:
+                    assign(variables, point)
+                yield ExactProduct(objective)
 
     def _half(self, objective: Objective) -> bool:
         """Whether f or its variables are in half precision."""

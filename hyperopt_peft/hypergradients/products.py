@@ -7,7 +7,7 @@ first-order passes only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.graph import graph_nodes
-from hyperopt_peft.hypergradients.purity import Buffers, displaced
+from hyperopt_peft.hypergradients.purity import Buffers, assign
 from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon
 from hyperopt_peft.problem import Problem
 from hyperopt_peft.random_state import RandomState, replay
@@ -118,17 +118,19 @@ class DifferenceProduct:
     O(ε), and g(w) is evaluated once, or not at all where ``upper_gradient``, ∂f/∂u as the
     lower step has already computed it, is given. ``radius`` is a length in the space of w;
     see `default_radius`. DARTS, arXiv:1806.09055 Eq. 8.
+
+    ``point`` is w, in memory of its own; the lower variables are left anywhere, and whoever
+    makes the product puts them back.
     """
 
     objective: Objective
+    point: Sequence[Tensor]
     radius: float | None = None
     sides: int = 2
     upper_gradient: Vector | None = None
-    _point: Vector = field(init=False)
     _unmoved: dict[str, Vector] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._point = Vector(v.detach().clone() for v in self.objective.lower.variables)
         if self.upper_gradient is not None:
             self._unmoved["upper"] = self.upper_gradient
 
@@ -144,17 +146,19 @@ class DifferenceProduct:
         length = v.norm()
         if length == 0:
             return Vector.of([None] * len(variables), variables)
-        radius = self.radius or default_radius(self._point, self.sides)
-        unit = v / length
+        radius = self.radius or default_radius(Vector(self.point), self.sides)
+        # The factor 1/length would leave the range of float32 where v is tiny.
+        along, scale = (v, length) if length > 1e-30 else (v / length, 1.0)
 
         def gradient(shift: float) -> Vector:
-            with displaced(self.objective.lower.variables, (self._point + shift * unit).parts):
-                return self.objective.gradient(variables)
+            w = self.objective.lower.variables
+            assign(w, self.point, along.parts, shift / scale)
+            return self.objective.gradient(variables)
 
         if self.sides == 2:
             return (gradient(radius) - gradient(-radius)) * (length / (2 * radius))
         if level not in self._unmoved:
-            self._unmoved[level] = self.objective.gradient(variables)
+            self._unmoved[level] = gradient(0.0)
         return (gradient(radius) - self._unmoved[level]) * (length / radius)
 
 

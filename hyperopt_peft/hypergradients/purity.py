@@ -55,18 +55,51 @@ def unchanged(variables: Sequence[Tensor], devices: Sequence[torch.device]) -> I
         random_state.restore()
 
 
+class Copies:
+    """Copies of some variables, in memory that is used again: fresh pages cost more than a copy."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[Tensor, ...]] = []
+
+    def take(self, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A copy of ``variables``, the same ones each time."""
+        if self._free:
+            copies = self._free.pop()
+        else:
+            copies = tuple(torch.empty_like(x, requires_grad=False) for x in variables)
+        assign(copies, variables)
+        return copies
+
+    def give_back(self, copies: tuple[Tensor, ...]) -> None:
+        """Allow the memory of ``copies``, which `take` gave, to be used for others."""
+        self._free.append(copies)
+
+
 @contextmanager
-def displaced(variables: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """Hold ``variables`` at ``values``; afterwards they are restored by copy, bit for bit."""
-    saved = [variable.detach().clone() for variable in variables]
+def displaced(
+    variables: Sequence[Tensor], copies: Copies | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Let the body move ``variables``, with `assign`; then put them back by copy, bit for bit.
+
+    Yields copies of where they were.
+    """
+    copies = copies or Copies()
+    saved = copies.take(variables)
     try:
-        _assign(variables, values)
-        yield
+        yield saved
     finally:
-        _assign(variables, saved)
+        assign(variables, saved)
+        copies.give_back(saved)
 
 
 @torch.no_grad()
-def _assign(variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.copy_(value)
+def assign(
+    variables: Sequence[Tensor],
+    values: Sequence[Tensor],
+    direction: Sequence[Tensor] = (),
+    length: float = 0.0,
+) -> None:
+    """Move ``variables`` in place to values + length·direction."""
+    torch._foreach_copy_(tuple(variables), tuple(values))
+    if direction:
+        torch._foreach_add_(tuple(variables), tuple(direction), alpha=length)

@@ -11,7 +11,7 @@ from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.functional_optimizer import FunctionalOptimizer
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
-from hyperopt_peft.hypergradients.purity import displaced
+from hyperopt_peft.hypergradients.purity import assign, displaced
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import zeros_like
 from hyperopt_peft.problem import Step
@@ -77,7 +77,8 @@ class Unrolled(Estimator):
         point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
         state = oracle.lower.optimizer_snapshot(with_state=True)
         for _ in range(self.steps):
-            with displaced(oracle.lower.variables, point):
+            with displaced(oracle.lower.variables):
+                assign(oracle.lower.variables, point)
                 gradient = oracle.lower_gradient()
             step = Step(oracle.lower_batch, oracle.lower_random, point, gradient.parts, None, state)
             steps.append(step)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from hyperopt_peft import reductions
 from hyperopt_peft.graph import HALF
 
 
@@ -15,7 +15,8 @@ class Vector:
     """A point of the product space of some tensors: one part for each.
 
     Parts keep their shape and device; half-precision parts are widened to float32, since a
-    solver's recurrences lose their meaning at eight bits. Parts are never changed in place.
+    solver's recurrences lose their meaning at eight bits. Operators give new vectors; methods that
+    end in an underscore change this one, which must own its memory (`copy`, `zeros_like`).
     """
 
     __slots__ = ("parts",)
@@ -58,9 +59,24 @@ class Vector:
         """The same point in memory of its own."""
         return Vector(part.clone() for part in self.parts)
 
+    def add_(self, other: Vector, factor: float = 1.0) -> Vector:
+        """This vector becomes self + factor·other."""
+        torch._foreach_add_(self.parts, other.parts, alpha=factor)
+        return self
+
+    def mul_(self, factor: float) -> Vector:
+        """This vector becomes factor·self."""
+        torch._foreach_mul_(self.parts, factor)
+        return self
+
+    def copy_(self, other: Vector) -> Vector:
+        """This vector becomes equal to ``other``."""
+        torch._foreach_copy_(self.parts, other.parts)
+        return self
+
     def norm(self) -> float:
         """The 2-norm."""
-        return math.sqrt(dot(self, self))
+        return reductions.norm(self.parts)
 
     def numel(self) -> int:
         """The dimension of the space."""
@@ -78,13 +94,12 @@ class Vector:
 
     def isfinite(self) -> bool:
         """Whether no entry is NaN or infinite."""
-        return all(bool(torch.isfinite(part).all()) for part in self.parts)
+        return reductions.finite(self.parts)
 
 
 def dot(a: Vector, b: Vector) -> float:
-    """⟨a, b⟩, accumulated in float64: the scalars of a recurrence decide where it stops."""
-    pairs = zip(a.parts, b.parts, strict=True)
-    return sum(float(torch.vdot(x.double().reshape(-1), y.double().reshape(-1))) for x, y in pairs)
+    """⟨a, b⟩; the parts' sums are added in float64."""
+    return reductions.dot(a.parts, b.parts)
 
 
 def machine_epsilon(vector: Vector) -> float:

@@ -51,10 +51,27 @@ def test_half_precision_parts_are_widened(dtype: torch.dtype) -> None:
     assert torch.equal(a.flat().to(dtype).float(), a.flat())
 
 
-def test_scalar_products_are_summed_in_double_precision() -> None:
-    """In float32 the small entries would be lost beside the large one."""
-    a = Vector([torch.tensor([1e4, *[1.0] * 1000])])
+def test_the_parts_of_a_scalar_product_are_summed_in_double_precision() -> None:
+    """In float32 the small parts would be lost beside the large one."""
+    a = Vector([torch.tensor([1e4]), *[torch.ones(1)] * 1000])
     assert dot(a, a) == 1e8 + 1000
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_norms_are_those_of_double_precision(scale: float) -> None:
+    """The squares of the first and the last leave the range of float32."""
+    parts = [scale * torch.randn(70_000), scale * torch.randn(3, 5)]
+    expected = torch.cat([part.double().flatten() for part in parts]).norm()
+    assert Vector(parts).norm() == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_arithmetic_in_place_is_that_of_new_vectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (Vector([torch.randn(3, generator=generator), torch.randn(2, 2)]) for _ in range(2))
+    changed = a.copy()
+    assert changed.add_(b, -0.5) is changed and torch.equal(changed.flat(), (a - 0.5 * b).flat())
+    assert torch.equal(changed.copy_(a).flat(), a.flat())
+    assert torch.equal(changed.mul_(3.0).flat(), (3.0 * a).flat())
 
 
 def test_none_stands_for_zeros_and_graphs_are_left_behind() -> None:
