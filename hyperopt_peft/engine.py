@@ -16,7 +16,7 @@ from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of
+from hyperopt_peft.problem import Problem, Step, devices_of
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
 
 Record = dict[str, Any]
@@ -84,8 +84,8 @@ class Engine:
         self._devices = devices_of(upper, lower)
         self._recent: deque[Step] = deque(maxlen=max(1, self.estimator.history))
         self._copies = Copies()
-        self._evaluation: Evaluation | None = None
-        self._lower_norm = float("nan")
+        self._lower_loss = self._lower_norm = float("nan")
+        self._lower_metrics: dict[str, float] = {}
         self._lower_read = self._upper_read = False  # whether it was checked that losses read all
         self._unread: set[str] = set()  # upper variables that f does not read
         self._stopped = False
@@ -187,8 +187,8 @@ class Engine:
         random_state = RandomState.capture(self._devices)
         self.lower_step += 1
         both = self.estimator.reuses_lower_gradient or first
-        self._evaluation = self.lower.gradient(batch, (*w, *u) if both else w)
-        gradient = self._evaluation.gradient
+        evaluation = self.lower.gradient(batch, (*w, *u) if both else w)
+        gradient = evaluation.gradient
         if first:
             _require_read(self.lower, gradient[: len(w)])
             self._unread = {n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None}
@@ -205,6 +205,7 @@ class Engine:
                 optimizer=self.lower.optimizer_snapshot(with_state=unroll),
             )
         self._lower_norm = self.lower.step(gradient[: len(w)])
+        self._lower_loss, self._lower_metrics = evaluation.loss, evaluation.metrics
         if len(self._recent) == self._recent.maxlen:
             self._forget()
         self._recent.append(step)
@@ -237,12 +238,11 @@ class Engine:
             _require_read(self.upper, direct, besides=self._unread)
             self._upper_read = True
         norm = self.upper.step(like(result.hypergradient, self.upper.variables))
-        assert self._evaluation is not None
-        above, below = oracle.upper_gradient.evaluation, self._evaluation
+        above = oracle.upper_gradient.evaluation
         record: Record = {
             "step": self.step,
             "upper_loss": above.loss,
-            "lower_loss": below.loss,
+            "lower_loss": self._lower_loss,
             "lower_gradient_norm": self._lower_norm,
             "hypergradient_norm": norm,
             "implicit_ratio": result.implicit_ratio,
@@ -250,7 +250,7 @@ class Engine:
             "solver_steps": result.steps,
             "note": result.note,
         }
-        for level, metrics in (("upper", above.metrics), ("lower", below.metrics)):
+        for level, metrics in (("upper", above.metrics), ("lower", self._lower_metrics)):
             for key, value in metrics.items():
                 record.setdefault(f"{level}_{key}", value)
         self.history.append(record)

@@ -1,0 +1,149 @@
+"""What the benchmarks share: interleaved timing, kept memory, targets, tables and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PACKAGES = ("torch", "transformers", "peft", "hyperopt-peft", "betty-ml", "torchopt")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number to reach: ``value`` at most ``target``, or at least where ``at_least``."""
+
+    name: str
+    value: float
+    target: float
+    at_least: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """The entry in a JSON file's ``targets``."""
+        met = self.value >= self.target if self.at_least else self.value <= self.target
+        return {"name": self.name, "value": self.value, "target": self.target, "met": bool(met)}
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """``--json FILE``, ``--quick``, ``--threads N`` and ``--device``; sets the threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    parser.add_argument("--quick", action="store_true", help="under a minute, for a first look")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each run, ``repeats`` rounds of all of them in turn, after ``warmup`` rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-warmup, repeats):
+        for name, run in runs.items():
+            _wait(device)
+            begin = time.perf_counter()
+            run()
+            _wait(device)
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, unit: str) -> float:
+    """The median, over the rounds, of the time of ``name`` in times of ``unit``."""
+    pairs = zip(seconds[name], seconds[unit], strict=True)
+    return statistics.median(one / other for one, other in pairs)
+
+
+def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
+    """Bytes that a forward pass keeps for its backward pass, each storage once.
+
+    The module's own parameters and buffers do not count.
+    """
+    owned = {x.untyped_storage()._cdata for x in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    total = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in owned)
+    del result
+    return total
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of rows with the same keys."""
+    heads = list(rows[0])
+    cells = [[_cell(row[head]) for head in heads] for row in rows]
+    widths = [max(len(head), *(len(line[i]) for line in cells)) for i, head in enumerate(heads)]
+    lines = [heads, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def report(
+    given: argparse.Namespace,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    targets: Sequence[Target],
+    details: Mapping[str, Any],
+) -> None:
+    """Print the tables and the targets; write them with versions and machine where asked for."""
+    for title, rows in tables.items():
+        print(f"\n{title}\n\n{table(rows)}")
+    records = [target.record() for target in targets]
+    if records:
+        print(f"\nTargets\n\n{table(records)}")
+    if given.json is not None:
+        content = {
+            "targets": records,
+            "tables": {title: list(rows) for title, rows in tables.items()},
+            "details": dict(details),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "device": given.device,
+                "name": torch.cuda.get_device_name() if given.device != "cpu" else None,
+                "python": platform.python_version(),
+            },
+            "quick": given.quick,
+        }
+        given.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

