@@ -6,15 +6,16 @@ MiniLM with DoRA on query and value as in BiDoRA: magnitudes above, A, B and hea
 estimator's implicit term (the hypergradient less ∂F/∂u, which would hide the error) is held against
 the exact mixed product, ``darts:product=exact``, in float32 with the same dropout masks.
 
-All estimators start from the same ∂F/∂w, of the same masks, so that only the product is judged. In
-bfloat16 (autocast) ∂F/∂w is itself rounded: the row ``darts:product=exact`` is what that alone costs.
+All estimators start from the same ∂F/∂w, of the same masks, so that only the product is judged.
+In bfloat16 (autocast) ∂F/∂w itself is rounded; the row ``darts:product=exact`` has no other error.
 
-Spreads are standard deviations over draws of masks in units of the norm of the exact terms' mean. (The
-mean of estimates that are mostly noise is no unit: in it no spread of n draws exceeds about √n.)
+A spread is the standard deviation over the draws of masks, in units of the norm of the mean of the
+exact terms. (In units of its own mean, an estimate that is nothing but noise would show √n.)
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def mean(estimates: Sequence[Vector]) -> Vector:
 def deviation(estimates: Sequence[Vector]) -> float:
     """The standard deviation over the draws of masks, a length."""
     centre = mean(estimates)
-    return statistics.fmean((h - centre).norm() ** 2 for h in estimates) ** 0.5
+    return math.sqrt(statistics.fmean((h - centre).norm() ** 2 for h in estimates))
 
 
 def measure(dropout: float, draws: int) -> tuple[list[Row], list[Row]]:
@@ -159,11 +160,12 @@ def measure(dropout: float, draws: int) -> tuple[list[Row], list[Row]]:
             pairs = list(zip(found, exact, strict=True))
             cosines = [dot(h, t) / (h.norm() * t.norm()) for h, t in pairs]
             errors = [(h - t).norm() / t.norm() for h, t in pairs]
-            row = {"precision": precision, "dropout": dropout, "method": name}
+            row: Row = {"precision": precision, "dropout": dropout, "method": name}
             details.append(row | {"cosines": cosines, "relative errors": errors})
-            medians = map(statistics.median, (cosines, errors))
-            row |= zip(("cosine", "relative error"), medians)
-            row |= {"spread": deviation(found) / unit, "exact term's": deviation(exact) / unit}
+            row["cosine"] = statistics.median(cosines)
+            row["relative error"] = statistics.median(errors)
+            row["spread"] = deviation(found) / unit
+            row["spread of the exact terms"] = deviation(exact) / unit
             rows.append(row)
     return rows, details
 

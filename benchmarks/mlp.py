@@ -1,0 +1,74 @@
+"""The problem of benchmarks/estimators.py: an MLP whose samples are weighed by a second network.
+
+    lower: min over w   mean_i σ_u(CE_i(w))·CE_i(w)      MLP 784-512-512-10, a batch of 128
+    upper: min over u   mean CE(w) on a clean batch       σ_u: 1-100-1 with a sigmoid
+
+(Shu et al. 2019, arXiv:1902.07379); random data, since only cost is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hyperopt_peft import Engine, Problem
+
+Batch = tuple[Tensor, Tensor]
+
+
+def networks(device: str = "cpu") -> tuple[nn.Module, nn.Module]:
+    """The MLP and the network that weighs its samples; the same ones each time."""
+    torch.manual_seed(0)
+    hidden = nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    weigher = nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid()
+    return nn.Sequential(*hidden).to(device), nn.Sequential(*weigher).to(device)
+
+
+def batch(seed: int, device: str = "cpu") -> Batch:
+    """128 images and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(128, 784, generator=generator)
+    return x.to(device), torch.randint(0, 10, (128,), generator=generator).to(device)
+
+
+def weighted_loss(logits: Tensor, y: Tensor, weigher: nn.Module) -> Tensor:
+    """f: the weights are a function of the samples' losses, taken as constants."""
+    losses = cross_entropy(logits, y, reduction="none")[:, None]
+    return (weigher(losses.detach()) * losses).mean()
+
+
+class Weighted(Problem):
+    """Lower level."""
+
+    def __init__(self, net: nn.Module, weigher: nn.Module, data: Sequence[Batch]) -> None:
+        self.net, self.weigher = net, weigher
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        super().__init__(net.named_parameters(), data=data, optimizer=optimizer)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted loss."""
+        return weighted_loss(self.net(batch[0]), batch[1], self.weigher)
+
+
+class Clean(Problem):
+    """Upper level."""
+
+    def __init__(self, net: nn.Module, weigher: nn.Module, data: Sequence[Batch]) -> None:
+        self.net = net
+        optimizer = torch.optim.SGD(weigher.parameters(), lr=0.01)
+        super().__init__(weigher.named_parameters(), data=data, optimizer=optimizer)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The plain loss."""
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+
+def engine(estimator: str, device: str = "cpu") -> Engine:
+    """Ready to run, one lower step an upper step."""
+    net, weigher = networks(device)
+    lower = Weighted(net, weigher, [batch(0, device)])
+    upper = Clean(net, weigher, [batch(1, device)])
+    return Engine(upper, lower, estimator, progress=False)
