@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 SCRIPTS = ("dora_layer", "step_cost", "estimators", "fidelity", "scaling")
 INTRODUCTION = """# Benchmarks
 
-What the library's claims rest on. Each script prints its tables and, with `--json FILE`, writes them with
-versions, machine and its targets; each takes under 10 minutes, and under one with `--quick`. Everything
-that is compared runs interleaved in one process; times are medians, ratios are medians of the
+What the library's claims rest on. Each script prints its tables and, with `--json FILE`, writes
+them with versions, machine and targets; each takes under 10 minutes, and under one with `--quick`.
+All that is compared runs interleaved in one process; times are medians, ratios are medians of the
 ratios within each round. Other libraries are measured where they are installed:
 
 ```sh
@@ -30,7 +30,7 @@ done
 python benchmarks/write_results.py  # this file and its figure
 ```
 
-`python benchmarks/estimator_table.py --write README.md` writes the table of estimators in the main README.
+`python benchmarks/estimator_table.py --write README.md` writes the main README's table.
 """
 
 
@@ -56,7 +56,8 @@ def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     return (
-        f"Measured on {machine['cores']} shared cores of a virtual machine ({machine['processor']}), "
+        f"Measured on {machine['cores']} shared cores of a virtual machine "
+        f"({machine['processor']}), "
         f"{machine['threads']} threads, no GPU, Python {machine['python']}; {versions}.\n"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
@@ -38,6 +39,8 @@ class Engine:
         callbacks: called as ``callback(engine, record)`` after each upper step; ``stop()``
             ends the run.
         progress: whether to show a bar.
+
+    A loss must not write to parameters through ``.data``, which autograd does not see.
 
     ``history`` has one record an upper step: ``step``, ``upper_loss``, ``lower_loss``,
     ``lower_gradient_norm``, ``hypergradient_norm``, ``implicit_ratio`` (‖implicit‖/‖direct‖),
@@ -101,20 +104,22 @@ class Engine:
         self._stopped = False
         begin = len(self.history)
         progress = trange(steps, disable=not self.progress, desc="upper steps")
-        with progress as bar, versions.counted():
+        # Callbacks may write to parameters in any way.
+        whole_run = nullcontext() if self.callbacks else versions.tracked()
+        with progress as bar, whole_run:
             if self.lower_step == 0:
                 self._lower_steps(self.warmup_steps)
             for _ in bar:
                 while self._recent:
                     self._forget()
-                self._lower_steps(self.lower_steps)
-                record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
+                with versions.tracked():
+                    self._lower_steps(self.lower_steps)
+                    record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
                 if record is not None:
                     losses = {key: f"{record[f'{key}_loss']:.4f}" for key in ("upper", "lower")}
                     bar.set_postfix(losses, refresh=False)
                     for callback in self.callbacks:
                         callback(self, record)
-                        versions.wrote((*self.upper.variables, *self.lower.variables))
                 if self._stopped:
                     break
         return self.history[begin:]

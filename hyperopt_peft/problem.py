@@ -19,8 +19,8 @@ from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.graph import graph_nodes, is_half
 from hyperopt_peft.random_state import RandomState
+from hyperopt_peft.reductions import finite, read, sums
 from hyperopt_peft.reductions import norm as norm_of
-from hyperopt_peft.reductions import read, sums
 from hyperopt_peft.variables import Variables, named_variables
 
 
@@ -189,7 +189,7 @@ class Problem:
         value, *totals = read([loss, *sums(part for part in gradient if part is not None)])
         if not math.isfinite(value):
             raise NonFiniteError(f"{self.name}: the loss is {value}")
-        if not all(map(math.isfinite, totals)):
+        if not all(map(math.isfinite, totals)) and not finite(p for p in gradient if p is not None):
             raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
         return Evaluation(value, metrics, gradient)
 
@@ -213,7 +213,7 @@ class Problem:
                 part = part * scale
             variable.grad = None if part is None else part.to(variable.dtype)
         self.optimizer.step()
-        versions.wrote(self.variables)  # kernels of 8-bit optimizers leave no trace
+        versions.bump(self.variables)  # kernels of 8-bit optimizers leave no trace
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()

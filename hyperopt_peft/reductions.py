@@ -24,30 +24,39 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
 def sums(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The sum of each tensor, in float32 at least.
 
-    It is finite if all entries are and it does not overflow, NaN or infinite if one of them is:
-    far cheaper than a test of each entry.
+    It is NaN or infinite if an entry is, and otherwise only where it overflows: a test far
+    cheaper than that of each entry.
     """
     return [x.detach().sum(dtype=_wide(x)) for x in tensors]
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no entry is NaN or infinite; see `sums`."""
-    return all(map(math.isfinite, read(sums(tensors))))
+    """Whether no entry is NaN or infinite."""
+    tensors = list(tensors)
+    totals = read(sums(tensors))
+    return all(map(math.isfinite, totals)) or all(bool(x.isfinite().all()) for x in tensors)
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Σ ⟨a_k, b_k⟩, each in float32 at least, their sum in float64."""
-    return math.fsum(read([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]))
+    """Σ ⟨a_k, b_k⟩, in blocks of float32 at least whose sums are added in float64."""
+    pairs = [(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]
+    blocks = (pair for x, y in pairs for pair in zip(_blocks(x), _blocks(y), strict=True))
+    total = math.fsum(read([torch.dot(x, y) for x, y in blocks]))
+    if 1e-24 < abs(total) < 1e24:
+        return total
+    # The products may have left the range of float32; this is ten times slower.
+    return math.fsum(read([torch.dot(x.double(), y.double()) for x, y in pairs]))
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """The 2-norm of all entries."""
     parts = [x.detach().to(_wide(x)) for x in tensors]
-    squares = dot(parts, parts)
-    if 1e-24 < squares < 1e24:
-        return math.sqrt(squares)
-    # Squares of float32 may have left its range; this is ten times slower.
-    return math.hypot(*read([torch.linalg.vector_norm(x, dtype=torch.float64) for x in parts]))
+    return math.sqrt(dot(parts, parts))
+
+
+def _blocks(vector: Tensor) -> Sequence[Tensor]:
+    """Parts short enough for a CPU's float32 sum; a GPU sums in a tree."""
+    return vector.split(2**16) if vector.device.type == "cpu" else (vector,)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

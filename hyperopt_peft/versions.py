@@ -2,7 +2,7 @@
 
 Autograd counts the in-place writes to a tensor in ``_version``, but a write through ``.data`` or
 by an optimizer's own kernel (8-bit optimizers) leaves no trace there. So nothing is kept unless
-every write of a span of time is known to be counted: inside `counted`.
+every write of a span of time is known to move a version: inside `tracked`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _SPAN: ContextVar[object | None] = ContextVar("span", default=None)
 
 
 @contextmanager
-def counted() -> Iterator[None]:
-    """Promise that every write to a parameter in the body moves its version; see `wrote`."""
+def tracked() -> Iterator[None]:
+    """Promise that every write to a parameter in the body moves its version; see `bump`."""
     token = _SPAN.set(_SPAN.get() or object())
     try:
         yield
@@ -28,16 +28,28 @@ def counted() -> Iterator[None]:
 
 
 def span() -> object | None:
-    """What identifies the `counted` body that is running, None where none is."""
+    """What identifies the `tracked` body that is running, None where none is."""
     return _SPAN.get()
 
 
-def wrote(tensors: Iterable[Tensor]) -> None:
+def bump(tensors: Iterable[Tensor]) -> None:
     """Move the versions of ``tensors``, after a write that may not have done so."""
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)
 
 
-def state_of(*tensors: Tensor) -> tuple[tuple[int, int, torch.dtype], ...]:
-    """What changes whenever a counted write changes a tensor, or its memory is replaced."""
-    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+class Snapshot:
+    """Recognises tensors that are, and hold, what they were and held when it was taken.
+
+    It keeps their memory alive, so that no other tensor can be mistaken for one of them.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._seen = tuple((x.detach(), x._version) for x in tensors)
+
+    def matches(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether ``tensors`` are the same memory in the same dtype, at the same versions."""
+        return all(
+            x.data_ptr() == seen.data_ptr() and x.dtype == seen.dtype and x._version == version
+            for x, (seen, version) in zip(tensors, self._seen, strict=True)
+        )

@@ -77,13 +77,11 @@ class DoraLinear(torch.autograd.Function):
         need = needed_inputs(ctx, 4)
         products = _product_gradients(dy, x, a, b, g, w0, a_x, ctx.s, need, of_base=g)
         dg = dbias = None
-        if bias is not None and (need[3] or ctx.needs_input_grad[6]):
-            dbias = _matrix(dy).sum(0, dtype=g.dtype)
         if need[3]:
-            along = _sum_of_products(dy, y, g.dtype)
-            along = along if bias is None else along - bias * dbias
+            along = _sum_of_products(dy, y, g.dtype, bias)
             dg = _divided(along, dy, x, a, b, g, w0, ctx.s)
-        dbias = None if dbias is None else dbias.to(bias.dtype)
+        if bias is not None and ctx.needs_input_grad[6]:
+            dbias = _matrix(dy).sum(0, dtype=g.dtype).to(bias.dtype)
         return *products, dg, None, None, dbias, None
 
 
@@ -188,7 +186,7 @@ def _divided(
     """along / g, and where g is close to zero Σ_t dy ∘ V x, to which it is equal; reads g back.
 
     The division enlarges the rounding error ε of y. With the rows below ε^¼ computed again, what
-    remains is under ε^¾.
+    remains of it is under ε^¾ of |y|.
     """
     near_zero = g.abs() <= torch.finfo(dy.dtype).eps ** 0.25
     dg = along / g.masked_fill(near_zero, 1)
@@ -200,12 +198,15 @@ def _divided(
     return dg
 
 
-def _sum_of_products(dy: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ_t dy ∘ y of shape (out,), on a CPU in blocks of tokens whose product stays in its cache."""
+def _sum_of_products(
+    dy: Tensor, y: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """Σ_t dy ∘ (y − b), (out,), on a CPU in blocks of tokens whose product stays in its cache."""
     dy, y = _matrix(dy), _matrix(y)
     block = max(1, 2**18 // y.shape[1]) if y.device.type == "cpu" else max(1, len(y))
     pairs = zip(dy.split(block), y.split(block), strict=True)
-    return torch.stack([(p.to(dtype) * q).sum(0) for p, q in pairs]).sum(0)
+    shift = 0 if bias is None else bias.to(dtype)
+    return torch.stack([(p.to(dtype) * (q - shift)).sum(0) for p, q in pairs]).sum(0)
 
 
 def _matrix(tensor: Tensor) -> Tensor:

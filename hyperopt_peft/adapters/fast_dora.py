@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora import variants
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from hyperopt_peft.adapters.dora_function import DoraDropoutLinear, DoraLinear
 from hyperopt_peft.adapters.layers import (
@@ -30,6 +31,8 @@ from hyperopt_peft.adapters.norm_grad import NormGrad, require_norm_grad, varian
 from hyperopt_peft.adapters.row_norms import RowNorm, RowNormCache
 from hyperopt_peft.errors import ProblemError
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def use_fast_dora(
     peft_model: PeftModel, norm_grad: NormGrad = "full", adapter_name: str | None = None
@@ -41,9 +44,13 @@ def use_fast_dora(
     Parameters, names, dropout, saving, merging and switching stay PEFT's own.
 
     Embeddings and convolutions get what :func:`~hyperopt_peft.adapters.set_norm_grad` gives them,
-    and so do linear layers whose base weight is trained, that have hooks, or where several adapters
-    are active at once. A layer that cannot be read (quantised, sharded) keeps PEFT's own forward
-    pass, with a constant row norm; a warning names those. ``set_norm_grad`` undoes this function.
+    and so do linear layers whose base weight is trained, whose parts have hooks, or where several
+    adapters are active at once, and all inside ``torch.func`` transforms. A layer that cannot be
+    read (quantised, sharded) keeps PEFT's own forward pass, with a constant row norm; a warning
+    names those. ``set_norm_grad`` undoes this function.
+
+    The backward pass needs the layer's output, so autograd refuses an operation that changes it in
+    place, such as ``nn.ReLU(inplace=True)`` directly after the layer.
 
     Args:
         adapter_name: the active adapter by default.
@@ -104,7 +111,7 @@ class FastDora(variants.DoraLinearVariant):
         a, b = factors(module, active_adapter)
         w0, m = base_weight(module), magnitude(module, active_adapter)
         s: float = module.scaling[active_adapter]
-        wide = reduce(torch.promote_types, (m.dtype, a.dtype, torch.float32))
+        wide = reduce(torch.promote_types, (w0.dtype, m.dtype, a.dtype, torch.float32))
         norms = self.cache.norms(w0, a, b, s, wide)
         n = norms.norm
         if self.norm_grad == "full":
@@ -144,11 +151,12 @@ def _is_alone(module: lora.Linear, adapter: str) -> bool:
     """Whether the layer is W0 x + b with W0 fixed, and B A x, and nothing else."""
     base = module.get_base_layer()
     parts = base, module.lora_A[adapter], module.lora_B[adapter]
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    hooked = global_hooks._global_forward_hooks or any(vars(p)[h] for p in parts for h in HOOKS)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
     # accelerate replaces the forward of a module that it has placed on a device
     replaced = "forward" in vars(base) and not hasattr(base, "_hf_hook")
     active = [name for name in module.active_adapters if name in module.lora_A]
-    return not (hooked or replaced or base.weight.requires_grad or len(active) > 1)
+    return not (hooked or transformed or replaced or base.weight.requires_grad or len(active) > 1)
 
 
 def _warn_peft(names: list[str]) -> None:

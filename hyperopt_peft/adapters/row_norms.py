@@ -30,42 +30,34 @@ class RowNorms:
 
 
 class RowNormCache:
-    """The row norms of one layer, kept while its tensors stand still.
-
-    ‖W0_j‖² is kept as long as W0's version: frozen weights are not trained. What depends on A and
-    B is kept inside `versions.counted` only.
-    """
+    """The row norms of one layer, kept inside `versions.tracked` while its tensors stand still."""
 
     def __init__(self) -> None:
-        self._squares: tuple[Any, Tensor] | None = None
-        self._norms: tuple[Any, RowNorms] | None = None
+        self._kept: tuple[Any, versions.Snapshot, RowNorms] | None = None
 
     @torch.no_grad()
     def norms(self, w0: Tensor, a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> RowNorms:
         """The norms for W0 (out, in), A (r, in), B (out, r), in ``dtype``."""
-        span = versions.span()
-        key = span, versions.state_of(w0, a, b), s, dtype
-        if span is not None and self._norms is not None and self._norms[0] == key:
-            return self._norms[1]
+        tensors, key = (w0, a, b), (versions.span(), s, dtype)
+        # Tensors of inference mode have no versions, and may not enter a graph later.
+        inference = torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors)
+        keep = key[0] is not None and not inference
+        if keep and self._kept and self._kept[0] == key and self._kept[1].matches(tensors):
+            return self._kept[2]
         with torch.autocast(w0.device.type, enabled=False):
-            norms = measure(w0, a.to(dtype), b.to(dtype), s, self._base_squares(w0, dtype))
-        self._norms = (key, norms) if span is not None else None
+            norms = measure(w0, a.to(dtype), b.to(dtype), s)
+        self._kept = (key, versions.Snapshot(tensors), norms) if keep else None
         return norms
 
-    def _base_squares(self, w0: Tensor, dtype: torch.dtype) -> Tensor:
-        key = versions.state_of(w0), dtype
-        if self._squares is None or self._squares[0] != key:
-            self._squares = key, torch.linalg.vector_norm(w0, dim=1, dtype=dtype).square()
-        return self._squares[1]
 
-
-def measure(w0: Tensor, a: Tensor, b: Tensor, s: float, base_squares: Tensor) -> RowNorms:
-    """n and V Aᵀ, given ‖W0_j‖² of shape (out,); reads back whether a row cancels."""
+def measure(w0: Tensor, a: Tensor, b: Tensor, s: float) -> RowNorms:
+    """n and V Aᵀ, in the dtype of A and B; reads back whether a row cancels."""
     w0_a = (a @ w0.to(a.dtype).T).T
     v_a = _v_a(w0_a, a, b, s)
-    squares = base_squares + s * ((w0_a + v_a) * b).sum(1)
+    base = torch.linalg.vector_norm(w0, dim=1, dtype=a.dtype).square()
+    squares = base + s * ((w0_a + v_a) * b).sum(1)
     norm = squares.clamp_min(0).sqrt()
-    rows = (squares < CANCELLED * base_squares).nonzero()[:, 0]
+    rows = (squares < CANCELLED * base).nonzero()[:, 0]
     if len(rows):
         v = torch.addmm(w0[rows].to(a.dtype), b[rows], a, alpha=s)
         norm[rows] = torch.linalg.vector_norm(v, dim=1)

@@ -103,7 +103,7 @@ class Oracle:
                 stack.enter_context(single_precision((*self.upper.variables, *variables)))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
-                copies = None if half else self.copies  # in half precision the copies are not
+                copies = None if half else self.copies  # the variables are float32 now
                 point = stack.enter_context(displaced(variables, copies))
             if at is not None:
                 point = at.variables

@@ -63,9 +63,8 @@ class Copies:
 
     def take(self, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A copy of ``variables``, the same ones each time."""
-        if self._free:
-            copies = self._free.pop()
-        else:
+        copies = self._free.pop() if self._free else ()
+        if [(x.dtype, x.device) for x in copies] != [(x.dtype, x.device) for x in variables]:
             copies = tuple(torch.empty_like(x, requires_grad=False) for x in variables)
         assign(copies, variables)
         return copies

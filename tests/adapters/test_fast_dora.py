@@ -423,7 +423,7 @@ def test_norms_are_kept_while_writes_are_counted(monkeypatch: pytest.MonkeyPatch
     model, x = use_fast_dora(randomise(single())), tokens(3)
     b = adapted_layer(model).lora_B["default"].weight
     m = adapted_layer(model).lora_magnitude_vector["default"].weight
-    with versions.counted():
+    with versions.tracked():
         model(x)
         with torch.no_grad():
             m.mul_(2)
@@ -434,7 +434,7 @@ def test_norms_are_kept_while_writes_are_counted(monkeypatch: pytest.MonkeyPatch
         model(x)
         assert len(measured) == 2
         b.data.mul_(2)
-        versions.wrote([b])
+        versions.bump([b])
         kept = model(x)
         assert len(measured) == 3
     torch.testing.assert_close(model(x), kept)
@@ -445,16 +445,16 @@ def test_norms_are_kept_while_writes_are_counted(monkeypatch: pytest.MonkeyPatch
 
 def test_norms_are_not_kept_from_one_span_to_the_next() -> None:
     model, x = use_fast_dora(randomise(single())), tokens(3)
-    with versions.counted():
+    with versions.tracked():
         model(x)
     adapted_layer(model).lora_B["default"].weight.data.mul_(2)
-    with versions.counted():
+    with versions.tracked():
         actual = model(x)
     torch.testing.assert_close(actual, set_norm_grad(model)(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_copied_model_has_norms_of_its_own() -> None:
-    with versions.counted():
+    with versions.tracked():
         model, x = use_fast_dora(randomise(single())), tokens(3)
         model(x)
         other = randomise(copy.deepcopy(model), seed=8)
@@ -466,7 +466,7 @@ def test_gradients_flow_through_kept_norms() -> None:
     assert cache is not adapted_layer(model).lora_variant["default"].cache
     x = tokens(3)
     expected = output_and_gradients(model, x)
-    with versions.counted():
+    with versions.tracked():
         for _ in range(2):
             assert_same(output_and_gradients(model, x), expected, 0)
 
