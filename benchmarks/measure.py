@@ -94,15 +94,17 @@ def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
     The module's own parameters and buffers do not count.
     """
     owned = {x.untyped_storage()._cdata for x in (*module.parameters(), *module.buffers())}
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
+        # Detached: a node that kept its own output with its graph would never be freed.
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()
-    total = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in owned)
+    total = sum(size for key, size in kept.items() if key not in owned)
     del result
     return total
 

@@ -131,3 +131,29 @@ def gpt2(**config: Any) -> PreTrainedModel:
 def token_ids() -> Tensor:
     torch.manual_seed(4)
     return torch.randint(3, 30, (3, 6))
+
+
+def tokens(count: int, features: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, count, features, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def output_and_gradients(model: PeftModel, x: Tensor, autocast: bool = False) -> dict[str, Tensor]:
+    """The output, and the gradients of a loss that weighs every output differently."""
+    x = x.clone().requires_grad_(x.is_floating_point())
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = model(x)
+    y = y if isinstance(y, Tensor) else y.logits
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+    model.zero_grad()
+    (weights * y.sin()).sum().backward()
+    found = {name: p.grad.clone() for name, p in adapter_parameters(model) if p.grad is not None}
+    return {"output": y.detach()} | found | ({"input": x.grad} if x.requires_grad else {})
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (actual[name].double() - tensor.double()).norm() / tensor.double().norm()
+        assert error <= tolerance, (name, float(error))

@@ -16,56 +16,31 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from hyperopt_peft import versions
 from hyperopt_peft.adapters import direction, dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.fast_dora import FastDora
 from hyperopt_peft.adapters.layers import row_norm
-from hyperopt_peft.adapters.row_norms import RowNormCache
 
 from .models import (
     KINDS,
     Single,
     adapted_layer,
     adapter_parameters,
+    assert_same,
     base_layer,
     bert,
     dora_bert,
     gpt2,
     layer_input,
+    output_and_gradients,
     randomise,
     single,
     token_ids,
+    tokens,
     wrap,
 )
 
 LINEAR = ("linear", "conv1d_gpt2")
 MODES: tuple[Any, ...] = ("full", "detach")
-
-
-def tokens(count: int, features: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, count, features, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def output_and_gradients(model: PeftModel, x: Tensor, autocast: bool = False) -> dict[str, Tensor]:
-    """The output, and the gradients of a loss that weighs every output differently."""
-    x = x.clone().requires_grad_(x.is_floating_point())
-    torch.manual_seed(5)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y = model(x)
-    y = y if isinstance(y, Tensor) else y.logits
-    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
-    model.zero_grad()
-    (weights * y.sin()).sum().backward()
-    found = {name: p.grad.clone() for name, p in adapter_parameters(model) if p.grad is not None}
-    return {"output": y.detach()} | found | ({"input": x.grad} if x.requires_grad else {})
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        error = (actual[name].double() - tensor.double()).norm() / tensor.double().norm()
-        assert error <= tolerance, (name, float(error))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -329,146 +304,12 @@ def test_adapters_together() -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_trained_base_weight_gets_its_gradient() -> None:
-    model, x = randomise(single()), tokens(20)
-    weight = adapted_layer(model).get_base_layer().weight.requires_grad_()
-    gradients = []
-    for prepare in (set_norm_grad, use_fast_dora):
-        prepare(model)
-        gradients.append(torch.autograd.grad(model(x).sin().sum(), weight)[0])
-    torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_a_trained_bias_gets_its_gradient() -> None:
-    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), bias="all")), tokens(20)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(trained) == 4
-    gradients = []
-    for prepare in (set_norm_grad, use_fast_dora):
-        prepare(model)
-        gradients.append(torch.autograd.grad(model(x).sin().sum(), trained))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-11, atol=1e-11)
-
-
-def test_a_hook_on_the_base_layer_is_honoured() -> None:
-    model, x = randomise(single()), tokens(3)
-    seen = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        seen.append((output, output.clone()))
-        return output * 2
-
-    adapted_layer(model).get_base_layer().register_forward_hook(keep)
-    expected = set_norm_grad(model)(x)
-    torch.testing.assert_close(use_fast_dora(model)(x), expected)
-    assert all(torch.equal(output, copied) for output, copied in seen)
-
-
-class Quantised(nn.Linear):
-    """What a quantised layer looks like: a forward of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-def test_an_unreadable_layer_keeps_the_forward_of_peft_and_says_so_once() -> None:
-    torch.manual_seed(0)
-    model = randomise(wrap(Single(Quantised(4, 5).double())))
-    expected = output_and_gradients(model, tokens(3))
-    with pytest.warns(UserWarning, match=r"base_model\.model\.layer cannot be read") as caught:
-        use_fast_dora(model)
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same(output_and_gradients(model, tokens(3)), expected, 0)
-
-
-def test_weights_that_are_elsewhere_at_the_time_keep_the_forward_of_peft() -> None:
-    model = use_fast_dora(randomise(single())).eval()
-    layer, x = adapted_layer(model), tokens(3)
-    expected = model(x)
-
-    class Sharded(Tensor):
-        """A weight that is of another kind than a plain tensor."""
-
-    weight = layer.get_base_layer().weight
-    layer.get_base_layer()._parameters["weight"] = weight.detach().as_subclass(Sharded)
-    with pytest.warns(UserWarning, match=r"lora\.Linear cannot be read as W0"):
-        torch.testing.assert_close(model(x).as_subclass(Tensor), expected)
-
-
 def test_an_error_for_an_unknown_choice_and_without_dora() -> None:
     choice: Any = "none"
     with pytest.raises(ValueError, match="norm_grad must be 'full' or 'detach', got 'none'"):
         use_fast_dora(single(), choice)
     with pytest.raises(ValueError, match=r"model\.layer has no magnitude.*use_dora=True"):
         use_fast_dora(single(use_dora=False))
-
-
-def test_nothing_is_kept_from_an_optimizer_that_leaves_no_trace() -> None:
-    """8-bit optimizers write behind autograd's back: the version does not move."""
-    model, x = use_fast_dora(randomise(single())), tokens(3)
-    model(x)
-    adapted_layer(model).lora_B["default"].weight.data.mul_(2)
-    actual = model(x)
-    torch.testing.assert_close(actual, set_norm_grad(model)(x), rtol=1e-12, atol=1e-12)
-
-
-def test_norms_are_kept_while_writes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hyperopt_peft.adapters import row_norms
-
-    measured = []
-    measure = row_norms.measure
-    monkeypatch.setattr(row_norms, "measure", lambda *a: measured.append(1) or measure(*a))
-    model, x = use_fast_dora(randomise(single())), tokens(3)
-    b = adapted_layer(model).lora_B["default"].weight
-    m = adapted_layer(model).lora_magnitude_vector["default"].weight
-    with versions.tracked():
-        model(x)
-        with torch.no_grad():
-            m.mul_(2)
-        model(x)
-        assert len(measured) == 1
-        with torch.no_grad():
-            b.mul_(2)
-        model(x)
-        assert len(measured) == 2
-        b.data.mul_(2)
-        versions.bump([b])
-        kept = model(x)
-        assert len(measured) == 3
-    torch.testing.assert_close(model(x), kept)
-    model(x)
-    assert len(measured) == 5
-    torch.testing.assert_close(set_norm_grad(model)(x), kept, rtol=1e-12, atol=1e-12)
-
-
-def test_norms_are_not_kept_from_one_span_to_the_next() -> None:
-    model, x = use_fast_dora(randomise(single())), tokens(3)
-    with versions.tracked():
-        model(x)
-    adapted_layer(model).lora_B["default"].weight.data.mul_(2)
-    with versions.tracked():
-        actual = model(x)
-    torch.testing.assert_close(actual, set_norm_grad(model)(x), rtol=1e-12, atol=1e-12)
-
-
-def test_a_copied_model_has_norms_of_its_own() -> None:
-    with versions.tracked():
-        model, x = use_fast_dora(randomise(single())), tokens(3)
-        model(x)
-        other = randomise(copy.deepcopy(model), seed=8)
-        torch.testing.assert_close(other(x), set_norm_grad(copy.deepcopy(other))(x))
-
-
-def test_gradients_flow_through_kept_norms() -> None:
-    cache, model = RowNormCache(), use_fast_dora(randomise(single()))
-    assert cache is not adapted_layer(model).lora_variant["default"].cache
-    x = tokens(3)
-    expected = output_and_gradients(model, x)
-    with versions.tracked():
-        for _ in range(2):
-            assert_same(output_and_gradients(model, x), expected, 0)
 
 
 def kept_tensors(model: PeftModel, x: Tensor) -> list[tuple[int, ...]]:

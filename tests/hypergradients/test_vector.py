@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperopt_peft.hypergradients import Vector, dot, zeros_like
+from hyperopt_peft.hypergradients import ConjugateGradient, Vector, dot, zeros_like
+from hyperopt_peft.hypergradients.purity import Copies
 
 SHAPES = ((2, 3), (), (4,))
 
@@ -85,3 +86,31 @@ def test_none_stands_for_zeros_and_graphs_are_left_behind() -> None:
 def test_entries_that_are_not_finite_are_seen(value: float) -> None:
     assert vector(0).isfinite()
     assert not Vector([torch.ones(2), torch.tensor(value)]).isfinite()
+
+
+def test_large_entries_whose_sum_overflows_are_finite() -> None:
+    large = torch.full((100,), 1e38)
+    assert Vector([large]).isfinite()
+    large[3] = float("nan")
+    assert not Vector([large]).isfinite()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e12, 1e20])
+def test_conjugate_gradients_at_any_scale(scale: float) -> None:
+    """Squares of such entries leave the range of float32."""
+    diagonal, b = torch.linspace(1, 3, 4), scale * torch.tensor([1.0, -2, 3, 4])
+    solver = ConjugateGradient(steps=4)
+    solution = solver.solve(lambda v: Vector([diagonal * v.parts[0]]), Vector([b]))
+    torch.testing.assert_close(solution.v.flat() / scale, b / diagonal / scale)
+
+
+def test_copies_fit_what_they_copy() -> None:
+    copies, w = Copies(), (torch.ones(2), torch.ones(3))
+    first = copies.take(w)
+    memory = [x.data_ptr() for x in first]
+    copies.give_back(first)
+    again = copies.take([2 * x for x in w])
+    assert [x.data_ptr() for x in again] == memory and torch.equal(again[0], 2 * w[0])
+    copies.give_back(again)
+    wide = copies.take([x.double() / 3 for x in w])
+    assert torch.equal(wide[0], w[0].double() / 3)

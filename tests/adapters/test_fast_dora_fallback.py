@@ -1,0 +1,153 @@
+"""Where the fast layer is not the layer it stands for, that one is used."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+
+from .models import (
+    Single,
+    adapted_layer,
+    assert_same,
+    output_and_gradients,
+    randomise,
+    single,
+    tokens,
+    wrap,
+)
+
+
+def test_a_trained_base_weight_gets_its_gradient() -> None:
+    model, x = randomise(single()), tokens(20)
+    weight = adapted_layer(model).get_base_layer().weight.requires_grad_()
+    gradients = []
+    for prepare in (set_norm_grad, use_fast_dora):
+        prepare(model)
+        gradients.append(torch.autograd.grad(model(x).sin().sum(), weight)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_trained_bias_gets_its_gradient() -> None:
+    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), bias="all")), tokens(20)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 4
+    gradients = []
+    for prepare in (set_norm_grad, use_fast_dora):
+        prepare(model)
+        gradients.append(torch.autograd.grad(model(x).sin().sum(), trained))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-11, atol=1e-11)
+
+
+def test_a_hook_on_the_base_layer_is_honoured() -> None:
+    model, x = randomise(single()), tokens(3)
+    seen = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        seen.append((output, output.clone()))
+        return output * 2
+
+    adapted_layer(model).get_base_layer().register_forward_hook(keep)
+    expected = set_norm_grad(model)(x)
+    torch.testing.assert_close(use_fast_dora(model)(x), expected)
+    assert all(torch.equal(output, copied) for output, copied in seen)
+
+
+class Quantised(nn.Linear):
+    """What a quantised layer looks like: a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_an_unreadable_layer_keeps_the_forward_of_peft_and_says_so_once() -> None:
+    torch.manual_seed(0)
+    model = randomise(wrap(Single(Quantised(4, 5).double())))
+    expected = output_and_gradients(model, tokens(3))
+    with pytest.warns(UserWarning, match=r"base_model\.model\.layer cannot be read") as caught:
+        use_fast_dora(model)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(output_and_gradients(model, tokens(3)), expected, 0)
+
+
+def test_weights_that_are_elsewhere_at_the_time_keep_the_forward_of_peft() -> None:
+    model = use_fast_dora(randomise(single())).eval()
+    layer, x = adapted_layer(model), tokens(3)
+    expected = model(x)
+
+    class Sharded(Tensor):
+        """A weight that is of another kind than a plain tensor."""
+
+    weight = layer.get_base_layer().weight
+    layer.get_base_layer()._parameters["weight"] = weight.detach().as_subclass(Sharded)
+    with pytest.warns(UserWarning, match=r"lora\.Linear cannot be read as W0"):
+        torch.testing.assert_close(model(x).as_subclass(Tensor), expected)
+
+
+def test_a_backward_hook_on_the_base_layer_is_honoured() -> None:
+    model, x = randomise(single()), tokens(20)
+    layer = adapted_layer(model).get_base_layer()
+    seen: list[Tensor] = []
+    layer.register_full_backward_hook(lambda _module, _in, out: seen.append(out[0].clone()))
+    gradients = []
+    for prepare in (set_norm_grad, use_fast_dora):
+        prepare(model)
+        model(x.clone().requires_grad_()).sin().sum().backward()
+        gradients.append(seen.pop())
+        assert not seen
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_global_hook_is_honoured() -> None:
+    model, x = randomise(single()), tokens(3)
+
+    def double(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        return 2 * output if module is adapted_layer(model).get_base_layer() else None
+
+    with nn.modules.module.register_module_forward_hook(double):
+        expected = set_norm_grad(model)(x)
+        torch.testing.assert_close(use_fast_dora(model)(x), expected)
+
+
+def test_transforms_of_functions() -> None:
+    model, x = randomise(single()), tokens(3)[0]
+    b = {"base_model.model.layer.lora_B.default.weight": adapted_layer(model).lora_B.default.weight}
+    (name,) = (n for n, p in model.named_parameters() if p is next(iter(b.values())))
+    assert name in b
+
+    def outputs(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, values, (x,))
+
+    found = []
+    for prepare in (set_norm_grad, use_fast_dora):
+        prepare(model)
+        found.append(torch.func.jacrev(outputs)(b, x)[name])
+        found.append(torch.func.vmap(outputs, (None, 0))(b, x))
+    torch.testing.assert_close(found[2:], found[:2])
+
+
+def two_precisions() -> PeftModel:
+    """W0 in float64 and the adapter in float32."""
+    model = randomise(single())
+    for p in (p for n, p in model.named_parameters() if "lora_" in n):
+        p.data = p.data.float()
+    return model
+
+
+def test_a_base_weight_that_is_wider_than_the_adapter() -> None:
+    model = two_precisions()
+    reference = randomise(single())
+    with torch.no_grad():
+        for p, q in zip(reference.parameters(), model.parameters(), strict=True):
+            p.copy_(q)
+    x = tokens(5)
+    actual = use_fast_dora(model)(x)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, set_norm_grad(reference)(x), rtol=1e-5, atol=1e-5)
