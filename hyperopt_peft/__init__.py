@@ -11,8 +11,13 @@ from hyperopt_peft.hypergradients import (
     register,
 )
 from hyperopt_peft.problem import Problem
+from hyperopt_peft.trainer import BilevelTrainer
+from hyperopt_peft.training_arguments import BilevelTrainingArguments
+from hyperopt_peft.upper_data import split_dataset
 
 __all__ = [
+    "BilevelTrainer",
+    "BilevelTrainingArguments",
     "Engine",
     "Estimator",
     "NonFiniteError",
@@ -24,4 +29,5 @@ __all__ = [
     "hypergradient",
     "minimise",
     "register",
+    "split_dataset",
 ]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
-from torch import Tensor
 from tqdm.auto import trange
 
-from hyperopt_peft import versions
+from hyperopt_peft import processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.problem import Problem, Step, devices_of
+from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
 
 Record = dict[str, Any]
@@ -195,7 +194,7 @@ class Engine:
         evaluation = self.lower.gradient(batch, (*w, *u) if both else w)
         gradient = evaluation.gradient
         if first:
-            _require_read(self.lower, gradient[: len(w)])
+            require_read(self.lower, gradient[: len(w)])
             self._unread = {n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None}
             self._lower_read = True
         step = Step(batch, random_state)
@@ -232,7 +231,7 @@ class Engine:
             self.lower,
             upper_batch,
             last.batch,
-            upper_random=RandomState.seeded(self._devices, self.seed, self.step),
+            upper_random=RandomState.seeded(self._devices, self.seed, self.step, *processes.own()),
             lower_random=last.random_state,
             history=list(self._recent) if self.estimator.history else (),
             copies=self._copies,
@@ -240,7 +239,7 @@ class Engine:
         result = estimate(oracle, self.estimator)
         if not self._upper_read:
             direct = oracle.upper_gradient.evaluation.gradient[: len(self.upper.variables)]
-            _require_read(self.upper, direct, besides=self._unread)
+            require_read(self.upper, direct, besides=self._unread)
             self._upper_read = True
         norm = self.upper.step(like(result.hypergradient, self.upper.variables))
         above = oracle.upper_gradient.evaluation
@@ -270,18 +269,6 @@ class Engine:
                 raise NonFiniteError(f"{where}: {error}") from error
             self.skipped += 1
             return None
-
-
-def _require_read(
-    level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
-) -> None:
-    """Raise ProblemError for a variable without gradient, of ``besides`` only if given."""
-    for name, part in zip(level.names, gradient, strict=True):
-        if part is None and (besides is None or name in besides):
-            raise ProblemError(
-                f"{level.name}: no loss reads the variable {name!r}; use it in the loss, or do "
-                "not give it to the level"
-            )
 
 
 def _require_count(name: str, value: Any, *, least: int) -> None:

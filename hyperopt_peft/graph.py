@@ -26,6 +26,12 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
             waiting += [parent for parent, _ in node.next_functions]
 
 
+def graph_leaves(tensor: Tensor) -> list[Tensor]:
+    """The tensors that ``tensor.backward()`` leaves a gradient in."""
+    found = (getattr(node, "variable", None) for node in graph_nodes([tensor]))
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
 def is_half(node: Any) -> bool:
     """Whether the node's result is in bfloat16 or float16."""
     return any(output.dtype in HALF for output in getattr(node, "_input_metadata", ()))

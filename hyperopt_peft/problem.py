@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from hyperopt_peft import versions
+from hyperopt_peft import processes, versions
 from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.graph import graph_nodes, is_half
+from hyperopt_peft.graph import graph_leaves, graph_nodes, is_half
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.reductions import finite, read, sums
 from hyperopt_peft.reductions import norm as norm_of
@@ -123,7 +123,7 @@ class Problem:
         return None if self.batches is None else self.batches.peek()
 
     def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        """The loss with its graph, checked, and the metrics.
+        """The loss with its graph, on this process, and the metrics; its value is not looked at.
 
         ``batch`` is moved to the device of the first variable: tensors, mappings, tuples,
         lists and ``BatchEncoding`` alike.
@@ -131,15 +131,7 @@ class Problem:
         Raises:
             ProblemError: the loss is not a scalar tensor, or depends on nothing that
                 requires a gradient.
-            NonFiniteError: the loss is NaN or infinite.
         """
-        loss, metrics = self._evaluate(batch)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"{self.name}: the loss is {loss.item()}")
-        return loss, metrics
-
-    def _evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        """As `evaluate`, without waiting for the value of the loss."""
         result = self.loss(send_to_device(batch, self.variables[0].device))
         metrics: dict[str, float] = {}
         if isinstance(result, Mapping):
@@ -171,27 +163,47 @@ class Problem:
         """The loss on ``batch`` and its gradient with respect to ``variables``.
 
         Taken by ``loss.backward`` and read from ``.grad``, so that the hooks of a wrapped
-        model fire; every ``.grad`` is afterwards as it was.
+        model fire; every ``.grad`` is afterwards as it was. In a distributed run, loss and
+        gradient are averages over the processes, each with its own part of the batch.
 
         Raises:
-            NonFiniteError: the loss or a gradient is NaN or infinite.
+            NonFiniteError: the loss or a gradient is NaN or infinite, on any process.
         """
-        held = [variable.grad for variable in variables]
-        for variable in variables:
-            variable.grad = None
+        loss, metrics, gradient = self.backward(batch, variables)
+        gradient = processes.mean(gradient, variables)
+        (loss,) = processes.mean([loss])  # type: ignore[assignment]
+        return Evaluation(self.require_finite(loss, gradient), metrics, gradient)
+
+    def backward(
+        self, batch: Any, variables: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
+        """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes."""
+        loss, metrics = self.evaluate(batch)
+        # The reducer of a DistributedDataParallel model waits for all of its parameters.
+        reached = list(variables) if processes.count() == 1 else graph_leaves(loss)
+        touched = list({id(x): x for x in (*variables, *reached)}.values())
+        held = [tensor.grad for tensor in touched]
+        for tensor in touched:
+            tensor.grad = None
         try:
-            loss, metrics = self._evaluate(batch)
-            loss.backward(inputs=list(variables))
-            gradient = tuple(variable.grad for variable in variables)
+            loss.backward(inputs=reached if processes.count() == 1 else None)
+            return loss.detach(), metrics, tuple(variable.grad for variable in variables)
         finally:
-            for variable, grad in zip(variables, held, strict=True):
-                variable.grad = grad
+            for tensor, grad in zip(touched, held, strict=True):
+                tensor.grad = grad
+
+    def require_finite(self, loss: Tensor, gradient: Sequence[Tensor | None]) -> float:
+        """The value of ``loss``.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite, or an entry of ``gradient`` is.
+        """
         value, *totals = read([loss, *sums(part for part in gradient if part is not None)])
         if not math.isfinite(value):
             raise NonFiniteError(f"{self.name}: the loss is {value}")
         if not all(map(math.isfinite, totals)) and not finite(p for p in gradient if p is not None):
             raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
-        return Evaluation(value, metrics, gradient)
+        return value
 
     def step(self, gradient: Sequence[Tensor | None]) -> float:
         """One step of the optimizer, and of the scheduler, along ``gradient``.
@@ -314,6 +326,18 @@ class Problem:
             raise ProblemError(
                 f"{self.name}: the optimizer must hold exactly the level's variables; "
                 f"it lacks {missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
+            )
+
+
+def require_read(
+    level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
+) -> None:
+    """Raise ProblemError for a variable without gradient, of ``besides`` only if given."""
+    for name, part in zip(level.names, gradient, strict=True):
+        if part is None and (besides is None or name in besides):
+            raise ProblemError(
+                f"{level.name}: no loss reads the variable {name!r}; use it in the loss, or do "
+                "not give it to the level"
             )
 
 

@@ -10,12 +10,11 @@ arXiv:2410.09758.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from datasets import ClassLabel, Dataset
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
@@ -33,6 +32,22 @@ from hyperopt_peft.fit import fit
 from hyperopt_peft.hypergradients import DARTS, Estimator, get_estimator
 from hyperopt_peft.problem import Problem
 
+TaskLoss = Callable[[Any], Tensor]
+
+
+class Adapter(Problem):
+    """One level alone, all trainable parameters: LoRA, or DoRA, the controls.
+
+    Args:
+        model: a PeftModel whose forward returns ``.loss``.
+        task_loss: L as a function of the batch, in place of the model's own.
+        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+    """
+
+    def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
+        self.loss = task_loss or own_loss(model)  # type: ignore[method-assign]
+        super().__init__([(n, p) for n, p in model.named_parameters() if p.requires_grad], **level)
+
 
 class Direction(Problem):
     """Lower level: all A and B, and the task head, on D_train; m is read and never moved.
@@ -40,17 +55,21 @@ class Direction(Problem):
     Args:
         model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
         gamma: γ, the weight of the Gram regulariser; 0 leaves it out.
+        task_loss: L as a function of the batch, in place of the model's own.
         level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
     """
 
-    def __init__(self, model: Any, *, gamma: float = 0.0, **level: Any) -> None:
+    def __init__(
+        self, model: Any, *, gamma: float = 0.0, task_loss: TaskLoss | None = None, **level: Any
+    ) -> None:
         self.model, self.gamma = model, gamma
+        self.task_loss = task_loss or own_loss(model)
         parts = split_parameters(model)
         super().__init__([*parts.directions.items(), *parts.rest.items()], **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
         """L(A, B, m) + γ·R; the two are logged apart."""
-        task: Tensor = self.model(**batch).loss
+        task = self.task_loss(batch)
         if self.gamma == 0:
             return task
         penalty = gram_penalty(self.model)
@@ -64,21 +83,34 @@ class Magnitude(Problem):
         model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
         decay: the weight of ½‖m − m0‖², m0 being m as it is now; decay towards zero, as an
             optimizer's weight decay would have it, shrinks the pretrained weights themselves.
+        task_loss: L as a function of the batch, in place of the model's own.
         level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
     """
 
-    def __init__(self, model: Any, *, decay: float = 0.0, **level: Any) -> None:
-        self.model, self.decay = model, decay
+    def __init__(
+        self, model: Any, *, decay: float = 0.0, task_loss: TaskLoss | None = None, **level: Any
+    ) -> None:
+        self.task_loss, self.decay = task_loss or own_loss(model), decay
         super().__init__(split_parameters(model).magnitudes.items(), **level)
         self.start = [m.detach().clone() for m in self.variables]
 
     def loss(self, batch: Any) -> Tensor:
         """L(A, B, m) + decay·½‖m − m0‖²."""
-        task: Tensor = self.model(**batch).loss
+        task = self.task_loss(batch)
         if self.decay == 0:
             return task
         moved = zip(self.variables, self.start, strict=True)
-        return task + self.decay / 2 * sum((m - m0).square().sum() for m, m0 in moved)
+        return task + self.decay / 2 * sum((m - m0.to(m)).square().sum() for m, m0 in moved)
+
+
+def own_loss(model: Any) -> TaskLoss:
+    """The loss that ``model``'s forward returns for a batch of its arguments."""
+
+    def loss(batch: Any) -> Tensor:
+        result: Tensor = model(**batch).loss
+        return result
+
+    return loss
 
 
 @dataclass
@@ -133,12 +165,7 @@ class BiDoRAConfig:
         Raises:
             ProblemError: an unknown estimator or option, or ``xi`` for one that has no ξ.
         """
-        estimator = get_estimator(self.hypergradient)
-        if self.xi is None:
-            return estimator
-        if not isinstance(estimator, DARTS):
-            raise ProblemError(f"xi is an option of darts, not of {self.hypergradient!r}")
-        return replace(estimator, scale=self.xi)
+        return with_xi(get_estimator(self.hypergradient), self.xi)
 
     def __post_init__(self) -> None:
         self.estimator()
@@ -153,6 +180,19 @@ class BiDoRAConfig:
                 f"search_steps={self.search_steps} leaves no upper step with "
                 f"lower_steps={self.lower_steps}; give at least one lower step for each"
             )
+
+
+def with_xi(estimator: Estimator, xi: float | None) -> Estimator:
+    """``estimator``, with ξ = ``xi`` where that is given.
+
+    Raises:
+        ProblemError: ``xi`` is given for an estimator that has no ξ.
+    """
+    if xi is None:
+        return estimator
+    if not isinstance(estimator, DARTS):
+        raise ProblemError(f"xi is an option of darts, not of {estimator.name}")
+    return replace(estimator, scale=xi)
 
 
 def bidora(
@@ -171,7 +211,7 @@ def bidora(
         model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``; it stays a
             plain PEFT adapter, to save with ``save_pretrained``.
         lower_data, upper_data: batches (mappings that the model's forward takes) of D_train
-            and D_val; `split_dataset` divides a training set.
+            and D_val; `~hyperopt_peft.split_dataset` divides a training set.
         all_data: batches of D_train ∪ D_val, for the retraining.
         config: the settings.
         progress: whether to show bars.
@@ -240,24 +280,3 @@ def _training(
         "scheduler": get_linear_schedule_with_warmup(optimizer, warmup, steps),
         "max_grad_norm": config.max_grad_norm,
     }
-
-
-def split_dataset(
-    train: Dataset, upper_fraction: float, seed: int, label: str = "label"
-) -> tuple[Dataset, Dataset]:
-    """D_train and D_val: a seeded split of the training set, stratified where labels are classes.
-
-    Raises:
-        ProblemError: the split would leave a level empty, or a class with a single example.
-    """
-    classes = isinstance(train.features.get(label), ClassLabel)
-    try:
-        parts = train.train_test_split(
-            test_size=upper_fraction, seed=seed, stratify_by_column=label if classes else None
-        )
-    except ValueError as error:
-        raise ProblemError(
-            f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper "
-            f"level: {error}"
-        ) from error
-    return parts["train"], parts["test"]

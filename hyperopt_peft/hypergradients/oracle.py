@@ -20,6 +20,7 @@ from hyperopt_peft.hypergradients.products import (
     Passes,
     Product,
     ProductKind,
+    without_reducers,
 )
 from hyperopt_peft.hypergradients.purity import Buffers, Copies, assign, displaced, unchanged
 from hyperopt_peft.hypergradients.vector import Vector
@@ -120,7 +121,7 @@ class Oracle:
         if autocast_enabled() or any(variable.dtype in HALF for variable in variables):
             return True
         if self.lower.half is None:  # f has never been evaluated
-            with replay(objective.random_state):
+            with replay(objective.random_state), without_reducers():
                 self.lower.evaluate(objective.batch)
             self.buffers.restore()
         return bool(self.lower.half)
@@ -131,14 +132,14 @@ class Oracle:
         return Objective(self.lower, self.upper, batch, random_state, self.passes, self.buffers)
 
 
-def check_ownership(upper: Problem, lower: Problem) -> None:
-    """Raise ProblemError where both levels own the same memory, or one of them is no level."""
-    for level in (upper, lower):
+def check_ownership(*levels: Problem) -> None:
+    """Raise ProblemError where two levels own the same memory, or one of them is no level."""
+    for level in levels:
         if not isinstance(level, Problem):
             raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
     named = [
         (f"{level.name}'s {name}", variable)
-        for level in (upper, lower)
+        for level in levels
         for name, variable in zip(level.names, level.variables, strict=True)
     ]
     shared = shared_memory(named)

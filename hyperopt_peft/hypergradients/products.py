@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
+from hyperopt_peft import processes
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.graph import graph_nodes
 from hyperopt_peft.hypergradients.purity import Buffers, assign
@@ -72,15 +74,19 @@ class ExactProduct:
     ``autograd.Function`` must have a differentiable backward, or be marked
     ``once_differentiable``, which is noticed.
 
+    In a distributed run a product is the average over the processes.
+
     Raises:
         ProblemError: an operation of the loss has no second derivative.
+        NonFiniteError: the loss is NaN or infinite.
     """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         objective.passes.gradients += 1
-        with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH):
+        with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), without_reducers():
             loss, _ = objective.lower.evaluate(objective.batch)
+        objective.lower.require_finite(*processes.mean([loss.detach()]), ())  # type: ignore[arg-type]
         with _second_derivatives():
             self.gradient = torch.autograd.grad(
                 loss, objective.lower.variables, create_graph=True, materialize_grads=True
@@ -107,7 +113,7 @@ class ExactProduct:
             result = torch.autograd.grad(
                 outputs, variables, cotangents, retain_graph=True, allow_unused=True
             )
-        return Vector.of(result, variables)
+        return Vector.of(processes.mean(result, variables), variables)
 
 
 @dataclass
@@ -169,6 +175,25 @@ def default_radius(point: Vector, sides: int) -> float:
     difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3).
     """
     return float((machine_epsilon(point) * (1 + point.norm())) ** (1 / (1 + sides)))
+
+
+@contextmanager
+def without_reducers() -> Iterator[None]:
+    """Forward passes after which DistributedDataParallel models expect no ``backward``."""
+    silenced = []
+
+    def silence(module: nn.Module, _inputs: object) -> None:
+        if isinstance(module, DistributedDataParallel) and module.require_backward_grad_sync:
+            module.require_backward_grad_sync = False
+            silenced.append(module)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(silence)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in silenced:
+            module.require_backward_grad_sync = True
 
 
 @contextmanager

@@ -1,0 +1,170 @@
+"""Checkpoints that are whole or are not used: sealed by their files' hashes, never executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import load as safe_load
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from hyperopt_peft.errors import ProblemError
+
+SEAL = "bilevel.json"
+PREFIX = "checkpoint-"
+logger = logging.get_logger(__name__)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Write the files of a checkpoint in the body; where that fails, ``folder`` is removed.
+
+    Raises:
+        ProblemError: a file could not be written, a full disk for example; names the last
+            whole checkpoint.
+    """
+    try:
+        yield
+    # torch.save and safetensors have errors of their own kinds for a disk that is full.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        whole = last_whole(folder.parent)
+        rest = f"the last whole one is {whole}" if whole else "there is no earlier one"
+        raise ProblemError(
+            f"could not write the checkpoint {folder} ({error}); make room and resume: {rest}"
+        ) from error
+
+
+def seal(folder: Path, record: Mapping[str, Any]) -> None:
+    """Declare ``folder`` whole: write the hashes of its files and ``record``, last and at once."""
+    files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
+    text = json.dumps({**record, "files": files}, indent=1)
+    temporary = folder / (SEAL + ".part")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / SEAL)
+
+
+def unseal(folder: Path) -> dict[str, Any]:
+    """The record of the checkpoint in ``folder``, whose files are what they were when sealed.
+
+    Raises:
+        ProblemError: no checkpoint there, one that is not whole, or one with a pickle that
+            holds more than tensors and plain values.
+    """
+    if not folder.is_dir():
+        raise ProblemError(f"there is no checkpoint {folder}")
+    if not (folder / SEAL).is_file():
+        raise ProblemError(
+            f"{folder} has no {SEAL}: writing it was interrupted, or another program wrote it; "
+            "resume from an earlier checkpoint"
+        )
+    try:
+        record = json.loads((folder / SEAL).read_text())
+        files = dict(record.pop("files"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ProblemError(f"{folder / SEAL} is damaged ({error})") from error
+    for name, digest in files.items():
+        path = folder / name
+        if folder.resolve() not in path.resolve().parents or not path.is_file():
+            raise ProblemError(f"{folder} lacks the file {name}; resume from an earlier checkpoint")
+        if _digest(path) != digest:
+            raise ProblemError(
+                f"{path} is not what was written (truncated or changed); resume from an earlier "
+                "checkpoint"
+            )
+        # The arguments are for people: nothing here loads them.
+        if path.suffix in (".pt", ".pth"):
+            read_state(path)
+    return dict(record)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The latest checkpoint in ``folder`` that `unseal` accepts; a warning names the others."""
+    for path in sorted(_numbered(folder), key=_number, reverse=True):
+        try:
+            unseal(path)
+        except ProblemError as error:
+            logger.warning("skipped %s: %s", path, error)
+        else:
+            return path
+    return None
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints in ``folder`` until ``limit`` are left; ``best`` stays."""
+    paths = sorted(_numbered(folder), key=_number)
+    if best is not None:
+        paths = [path for path in paths if path.resolve() != Path(best).resolve()]
+        limit = None if limit is None else max(1, limit - 1)
+    for path in paths[:-limit] if limit else []:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain values to the file ``path``, all or nothing.
+
+    Raises:
+        ProblemError: the file could not be written; what ``path`` held before is still there.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ProblemError(f"could not write {path} ({error}); make room for it") from error
+
+
+def read_state(path: Path) -> Any:
+    """What `write_state`, or a Trainer, wrote: tensors and plain values; nothing is executed.
+
+    Raises:
+        ProblemError: no file, a truncated one, or a pickle that would run code.
+    """
+    try:
+        return safe_load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ProblemError(f"there is no checkpoint {path}") from error
+    except pickle.UnpicklingError as error:
+        raise ProblemError(
+            f"{path} is truncated or asks to run code; it was not loaded. Use a checkpoint of your "
+            "own"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ProblemError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(SEAL))
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
+
+
+def _number(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

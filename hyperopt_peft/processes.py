@@ -1,0 +1,66 @@
+"""Averages over the processes of a distributed run; one process is a run of its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from hyperopt_peft.graph import HALF
+
+
+def count() -> int:
+    """How many processes share the work: 1 where ``torch.distributed`` is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def own() -> tuple[int, ...]:
+    """What tells this process's random numbers from the first one's: nothing in the first."""
+    return (rank(),) if rank() else ()
+
+
+@torch.no_grad()
+def mean(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor] | None = None
+) -> tuple[Tensor | None, ...]:
+    """Each part's average over the processes; ``parts`` as they are in a run of one.
+
+    A part that is None on some processes counts as zero there, and stays None where it is None
+    on all. ``like`` gives the shapes of parts that may be None. Every process must call this
+    with parts of the same shapes. One reduction a dtype, half precision in float32.
+    """
+    processes = count()
+    if processes == 1 or not parts:
+        return tuple(parts)
+    like = like or [part for part in parts if part is not None]
+    present = torch.tensor([part is not None for part in parts], device=like[0].device).int()
+    dist.all_reduce(present, dist.ReduceOp.MAX)
+    buckets: dict[tuple[torch.dtype, torch.device], list[int]] = defaultdict(list)
+    for index in present.nonzero().flatten().tolist():
+        dtype = torch.float32 if like[index].dtype in HALF else like[index].dtype
+        buckets[dtype, like[index].device].append(index)
+    result: list[Tensor | None] = [None] * len(parts)
+    for (dtype, _), indices in buckets.items():
+        filled = [parts[i] if parts[i] is not None else torch.zeros_like(like[i]) for i in indices]
+        flat = torch.cat([part.detach().reshape(-1).to(dtype) for part in filled])  # type: ignore[union-attr]
+        dist.all_reduce(flat)
+        chunks = flat.div_(processes).split([like[i].numel() for i in indices])
+        for index, chunk in zip(indices, chunks, strict=True):
+            result[index] = chunk.view(like[index].shape).to(like[index].dtype)
+    return tuple(result)
+
+
+@torch.no_grad()
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Give every process the first one's ``tensors``, in place."""
+    if count() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

@@ -1,0 +1,373 @@
+"""`BilevelTrainer`: two levels driven by `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from hyperopt_peft import checkpoint, processes, versions
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimate import estimate, like
+from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.purity import Copies
+from hyperopt_peft.micro_batches import Accumulated, MicroBatch
+from hyperopt_peft.problem import Problem, Step, devices_of, require_read
+from hyperopt_peft.random_state import RandomState
+from hyperopt_peft.sealed_trainer import SealedTrainer
+from hyperopt_peft.training_arguments import BilevelTrainingArguments
+from hyperopt_peft.upper_data import UpperBatches, require_apart, split_dataset
+
+
+class BilevelTrainer(SealedTrainer):
+    """`transformers.Trainer` for a lower and an upper level over one model.
+
+    Every optimizer step is one of the lower level; each ``lower_steps``-th moves the upper
+    level too, by the hypergradient at the same point, on the step's own lower batch (all of its
+    micro-batches and processes) and the upper level's next batch. One optimizer holds both, a
+    group or more each, so schedules, checkpoints and resuming are the Trainer's own.
+
+    The loss that is trained is the levels'; what is evaluated is the model's own.
+
+    Args:
+        model: what the Trainer saves, evaluates and moves to its device.
+        lower: the lower level, without data and optimizer: the Trainer has them.
+        upper: the upper level, likewise; None trains the lower level alone, as a baseline.
+        args: the settings.
+        train_dataset: the lower level's examples, or those of both levels, to be split by
+            ``args.upper_fraction``.
+        upper_dataset: the upper level's examples. Never ``eval_dataset``.
+        trainer: what else `transformers.Trainer` takes.
+
+    Logged beside the Trainer's own ``loss``, ``grad_norm``, ``learning_rate`` (the lower
+    level's): ``upper_loss``, ``upper_grad_norm`` (of the hypergradient before clipping),
+    ``upper_learning_rate``, ``implicit_ratio`` (‖implicit‖/‖direct‖), ``residual``, ``skipped``,
+    and the numbers that the levels' losses return, as ``upper_…`` and ``lower_…``; means since
+    the last log.
+
+    Raises:
+        ProblemError: levels that share a tensor or have data or an optimizer of their own, data
+            sets that overlap, an optimizer that does not hold exactly the levels' variables, or
+            a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP, threads
+            of ``DataParallel``).
+    """
+
+    args: BilevelTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lower: Problem,
+        upper: Problem | None,
+        args: BilevelTrainingArguments,
+        train_dataset: Any,
+        upper_dataset: Any = None,
+        **trainer: Any,
+    ) -> None:
+        _check_arguments(args, trainer)
+        levels = [lower] if upper is None else [lower, upper]
+        check_ownership(*levels)
+        for level in levels:
+            if level.batches is not None or level.optimizer is not None:
+                raise ProblemError(
+                    f"{level.name}: give data and optimizer to the trainer, not to the level"
+                )
+        if train_dataset is None:
+            raise ProblemError("give the trainer a train_dataset")
+        if upper is not None:
+            if upper_dataset is None:
+                seed = args.seed if args.data_seed is None else args.data_seed
+                train_dataset, upper_dataset = split_dataset(
+                    train_dataset, args.upper_fraction, seed
+                )
+                require_apart(None, upper_dataset, trainer.get("eval_dataset"))
+            else:
+                require_apart(train_dataset, upper_dataset, trainer.get("eval_dataset"))
+        elif upper_dataset is not None:
+            raise ProblemError("there is an upper_dataset, but no upper level")
+        self.lower, self.upper, self.upper_dataset = lower, upper, upper_dataset
+        super().__init__(model, args, train_dataset=train_dataset, **trainer)
+        if self.optimizer is not None:
+            self._check_optimizer(self.optimizer)
+        # A step's loss is the mean of its micro-batches' losses, at both levels.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self.estimator = args.estimator()
+        self.skipped = 0
+        self._accumulated = Accumulated(lower)
+        self._devices = devices_of(*levels)
+        self._copies = Copies()
+        self._micro: list[MicroBatch] = []
+        self._noted: dict[str, list[float]] = {}
+        self._losses: list[Tensor] = []
+        self._unread: set[str] | None = None  # upper variables that f does not read, once known
+        self._upper_read = False
+        self._window: Mapping[str, Any] | None = None  # what was not yet logged, of a checkpoint
+        self._upper_batches: UpperBatches | None = None
+        if upper is not None:
+            self._upper_batches = self._make_upper_batches()
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `transformers.Trainer.train`; ``True`` resumes from the last whole checkpoint.
+
+        Raises:
+            ProblemError: no whole checkpoint, a damaged one, or one of other settings.
+            NonFiniteError: see ``args.non_finite``; names step and batch.
+        """
+        folder = None
+        if resume_from_checkpoint is True:
+            folder = checkpoint.last_whole(Path(self.args.output_dir))
+            if folder is None:
+                raise ProblemError(f"there is no whole checkpoint in {self.args.output_dir}")
+        elif resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+        self._micro.clear()
+        self._losses.clear()
+        self._noted.clear()
+        if folder is not None:
+            self._resume(folder)
+        processes.broadcast([v for level in self._levels for v in level.variables])
+        return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """``args.optim`` over both levels, with groups of their own."""
+        if self.optimizer is None:
+            cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, self.model
+            )
+            takes_groups = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+            if not takes_groups or options.keys() & {"params", "model", "optimizer_dict"}:
+                raise ProblemError(
+                    f"optim={self.args.optim!r} chooses its own parameters; choose one that takes "
+                    "groups, such as adamw_torch"
+                )
+            self.optimizer = cls(self._groups(), **options)
+        return self.optimizer
+
+    def _groups(self) -> list[dict[str, Any]]:
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        known = {id(p) for p in named.values()}
+        decaying = {id(named[name]) for name in self.get_decay_parameter_names(self.model)}
+        owned = self.lower.variables
+        decay = [v for v in owned if id(v) in decaying or id(v) not in known]
+        plain = [v for v in owned if id(v) in known - decaying]
+        groups: list[dict[str, Any]] = [
+            {"params": decay, "weight_decay": self.args.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        if self.upper is not None:
+            twin = {
+                "lr": self.args.upper_learning_rate,
+                "weight_decay": self.args.upper_weight_decay,
+            }
+            groups.append({"params": list(self.upper.variables), **twin})
+        return [group for group in groups if group["params"]]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """In training the lower level's loss; otherwise the model's own."""
+        if return_outputs or not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, metrics = self.lower.evaluate(inputs)
+        self._note(**{f"lower_{key}": value for key, value in metrics.items()})
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
+        if self._window is not None:
+            self._tr_loss += self._window["loss"]
+            self._globalstep_last_logged = self._window["logged"]
+            self._noted = {key: list(values) for key, values in self._window["noted"].items()}
+            self._window = None
+        inputs = self._prepare_inputs(inputs)
+        self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
+        with versions.tracked():
+            (loss,) = processes.mean([super().training_step(model, inputs, *args, **kwargs)])
+            assert loss is not None
+            self._losses.append(loss)
+            if self.accelerator.sync_gradients:
+                try:
+                    self._set_gradients()
+                except NonFiniteError as error:
+                    self._non_finite(error)
+                finally:
+                    self._micro.clear()
+                    self._losses.clear()
+        return loss
+
+    def _set_gradients(self) -> None:
+        """Leave ∂f/∂w in the lower variables, and the hypergradient, or None, in the upper ones."""
+        w = self.lower.variables
+        u = () if self.upper is None else self.upper.variables
+        gradient = processes.mean([x.grad for x in (*w, *u)], (*w, *u))
+        below, of_upper = gradient[: len(w)], gradient[len(w) :]
+        for variable in u:
+            variable.grad = None
+        self.lower.require_finite(torch.stack(self._losses).sum(), below)
+        if self._unread is None:
+            require_read(self.lower, below)
+            names = () if self.upper is None else self.upper.names
+            self._unread = {n for n, part in zip(names, of_upper, strict=True) if part is None}
+        for variable, part in zip(w, below, strict=True):
+            variable.grad = part
+        if self.upper is not None and (self.state.global_step + 1) % self.args.lower_steps == 0:
+            self._set_hypergradient(self.upper, of_upper)
+
+    def _set_hypergradient(self, upper: Problem, of_upper: Sequence[Tensor | None]) -> None:
+        assert self._upper_batches is not None
+        step = self.state.global_step + 1
+        batch = self._prepare_inputs(self._upper_batches.batch(step // self.args.lower_steps - 1))
+        micro, start = list(self._micro), self._micro[0].random_state
+        history = []
+        if self.estimator.history:  # the step that is about to be taken, from where it starts
+            rates = [{"lr": group["lr"]} for group in self._own_groups(self.lower)]
+            history = [
+                Step(
+                    micro,
+                    start,
+                    variables=self._copies.take(self.lower.variables),
+                    upper_gradient=of_upper if self.estimator.reuses_lower_gradient else None,
+                    optimizer={"groups": rates},
+                )
+            ]
+        self._accumulated.half = self.lower.half
+        oracle = Oracle(
+            upper,
+            self._accumulated,
+            batch,
+            micro,
+            upper_random=RandomState.seeded(self._devices, self.args.seed, step, *processes.own()),
+            lower_random=start,
+            history=history,
+            copies=self._copies,
+        )
+        try:
+            with self.compute_loss_context_manager():
+                result = estimate(oracle, self.estimator)
+        finally:
+            for past in history:
+                self._copies.give_back(past.variables)
+        above = oracle.upper_gradient.evaluation
+        if not self._upper_read:
+            require_read(upper, above.gradient[: len(upper.variables)], besides=self._unread)
+            self._upper_read = True
+        for variable, part in zip(
+            upper.variables, like(result.hypergradient, upper.variables), strict=True
+        ):
+            variable.grad = part
+        limit = self.args.upper_max_grad_norm or float("inf")
+        norm = float(clip_grad_norm_(upper.variables, limit))
+        self._note(
+            upper_loss=above.loss,
+            upper_grad_norm=norm,
+            upper_learning_rate=self._own_groups(upper)[0]["lr"],
+            implicit_ratio=result.implicit_ratio,
+            residual=result.residual,
+            **{f"upper_{key}": value for key, value in above.metrics.items()},
+        )
+
+    def _non_finite(self, error: NonFiniteError) -> None:
+        """Skip the step and count it, or write a checkpoint of where it began and stop."""
+        for level in self._levels:
+            for variable in level.variables:
+                variable.grad = None
+        if self.args.non_finite == "skip":
+            self.skipped += 1
+            return
+        step = self.state.global_step + 1
+        where = f"step {step} (epoch {self.state.epoch or 0:.2f}, {len(self._micro)} micro-batches)"
+        self._micro[0].random_state.restore()
+        written = "no checkpoint could be written"
+        with suppress(ProblemError):
+            folder = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{step - 1}"
+            if not (folder / checkpoint.SEAL).exists():
+                self._save_checkpoint(self.model, None)
+            written = f"the state before it is in {folder}"
+        raise NonFiniteError(f"{where}: {error}; {written}") from error
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self.accelerator.clip_grad_norm_(self.lower.variables, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            grad_norm = self.accelerator.clip_grad_norm_(self.lower.variables, float("inf"))
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `transformers.Trainer.log`, with the levels' own numbers beside the loss."""
+        if "loss" in logs:
+            means = {key: sum(values) / len(values) for key, values in self._noted.items()}
+            if "upper_learning_rate" in self._noted:
+                means["upper_learning_rate"] = self._noted["upper_learning_rate"][-1]
+            if self.skipped:
+                means["skipped"] = self.skipped
+            logs.update({key: value for key, value in means.items() if key not in logs})
+            self._noted.clear()
+        super().log(logs, start_time)
+
+    def _note(self, **values: float | None) -> None:
+        for key, value in values.items():
+            # ‖implicit‖/‖direct‖ is infinite where F does not read u itself.
+            if value is not None and value != float("inf"):
+                self._noted.setdefault(key, []).append(value)
+
+    def _own_groups(self, level: Problem) -> list[dict[str, Any]]:
+        own = {id(variable) for variable in level.variables}
+        return [g for g in self.optimizer.param_groups if own & {id(p) for p in g["params"]}]
+
+    def _make_upper_batches(self) -> UpperBatches:
+        data, collate = self.upper_dataset, self.data_collator
+        if hasattr(data, "remove_columns"):
+            data = self._remove_unused_columns(data, description="upper")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="upper")
+        return UpperBatches(
+            data,
+            self.args.per_device_upper_batch_size or self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+            collate=collate,
+            rank=processes.rank(),
+            processes=processes.count(),
+        )
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        names = {id(v): n for level in self._levels for n, v in zip(level.names, level.variables)}
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        foreign = [tuple(p.shape) for p in held if id(p) not in names]
+        missing = [name for key, name in names.items() if key not in {id(p) for p in held}]
+        if missing or foreign:
+            raise ProblemError(
+                "the optimizer must hold exactly the variables of both levels; it lacks "
+                f"{missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
+            )
+        below = {id(group) for group in self._own_groups(self.lower)}
+        if self.upper is not None and below & {id(g) for g in self._own_groups(self.upper)}:
+            raise ProblemError(
+                "a group of the optimizer holds variables of both levels, which would share a "
+                "learning rate; give each level groups of its own"
+            )
+
+
+def _check_arguments(args: Any, trainer: Mapping[str, Any]) -> None:
+    """Refuse what would train, and train something else than a bilevel program."""
+    if not isinstance(args, BilevelTrainingArguments):
+        raise ProblemError(f"args must be BilevelTrainingArguments, got {type(args).__name__}")
+    refused = {
+        "fp16=True": (args.fp16, "its loss scale is part of the gradients; use bf16"),
+        "deepspeed": (args.deepspeed, "it keeps gradients to itself; use DDP"),
+        "fsdp": (args.fsdp, "its parameters are shards; use DDP"),
+        f"n_gpu={args.n_gpu}": (args.n_gpu > 1, "start one process a device, with torchrun"),
+        "model_init": (trainer.get("model_init"), "levels own the tensors of one model"),
+    }
+    for name, (given, reason) in refused.items():
+        if given:
+            raise ProblemError(f"{name} does not go with bilevel training: {reason}")

@@ -1,0 +1,92 @@
+"""The arguments of `BilevelTrainer`: those of `transformers.Trainer`, and their upper twins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients import Estimator, get_estimator
+
+
+@dataclass
+class BilevelTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, which keep their meaning for the lower level, and more.
+
+    Epochs and steps count optimizer steps of the lower level. The learning rate schedule
+    (``lr_scheduler_type``, ``warmup_steps``) is that of both levels, each with its own peak.
+
+    Raises:
+        ProblemError: an unknown estimator or option, or a value out of range.
+    """
+
+    hypergradient: str = HfArg(
+        default="darts:sides=1",
+        help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
+    )
+    lower_steps: int = HfArg(
+        default=1, help="optimizer steps from one update of the upper level to the next"
+    )
+    upper_learning_rate: float = HfArg(
+        default=1e-3, help="peak learning rate of the upper level's variables"
+    )
+    upper_weight_decay: float = HfArg(
+        default=0.0, help="the optimizer's weight decay of the upper level's variables"
+    )
+    upper_max_grad_norm: float = HfArg(
+        default=1.0, help="norm the hypergradient is clipped to; 0 for none"
+    )
+    per_device_upper_batch_size: int | None = HfArg(
+        default=None,
+        help="examples of the upper level a device; per_device_train_batch_size if not given",
+    )
+    upper_fraction: float = HfArg(
+        default=0.2,
+        help="share of train_dataset that the upper level gets where no upper_dataset is given",
+    )
+    non_finite: str = HfArg(
+        default="raise",
+        help="what a NaN or infinite loss, gradient or curvature does: raise (a checkpoint is "
+        "written first), or skip (the step is left out and counted)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.estimator()
+        positive: dict[str, Any] = {
+            "lower_steps": self.lower_steps,
+            "per_device_upper_batch_size": self.per_device_upper_batch_size,
+        }
+        for name, value in positive.items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ProblemError(f"{name} must be a whole number from 1, got {value!r}")
+        for name in ("upper_learning_rate", "upper_weight_decay", "upper_max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ProblemError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.upper_fraction < 1:
+            raise ProblemError(f"upper_fraction must be in (0, 1), got {self.upper_fraction}")
+        if self.non_finite not in ("raise", "skip"):
+            raise ProblemError(f'non_finite must be "raise" or "skip", got {self.non_finite!r}')
+
+    def estimator(self) -> Estimator:
+        """The estimator that ``hypergradient`` names.
+
+        Raises:
+            ProblemError: an unknown one, an unknown option, or one that differentiates through
+                the lower optimizer's own steps, which the Trainer takes together with the upper's.
+        """
+        estimator = get_estimator(self.hypergradient)
+        if estimator.needs_optimizer_state or estimator.history > 1:
+            raise ProblemError(
+                f"{estimator.name} differentiates the lower optimizer's steps, which only the "
+                "Engine can give it; choose darts, neumann, cg or minres"
+            )
+        return estimator
+
+    def bilevel_settings(self) -> dict[str, Any]:
+        """The fields of this class and its subclasses, without those of TrainingArguments."""
+        inherited = TrainingArguments.__dataclass_fields__
+        return {n: getattr(self, n) for n in self.__dataclass_fields__ if n not in inherited}

@@ -1,0 +1,235 @@
+"""`BiDoRATrainer`: BiDoRA, or LoRA or DoRA in the same harness, on `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import concatenate_datasets
+from torch import Tensor
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft import checkpoint
+from hyperopt_peft.adapters import dora_layers, lora_layers, set_norm_grad, use_fast_dora
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients import Estimator
+from hyperopt_peft.problem import Problem
+from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
+from hyperopt_peft.trainer import BilevelTrainer
+from hyperopt_peft.training_arguments import BilevelTrainingArguments
+
+INITIAL = "initial.pt"
+
+
+@dataclass
+class BiDoRATrainingArguments(BilevelTrainingArguments):
+    """`BilevelTrainingArguments` and BiDoRA's own: the search has the inherited ones.
+
+    Raises:
+        ProblemError: a value out of range, or ``xi`` for an estimator that has no ξ.
+    """
+
+    method: Literal["bidora", "dora", "lora"] = HfArg(
+        default="bidora",
+        help="bidora, or a control that trains all of the adapter on all of the data: dora, lora",
+    )
+    xi: float | None = HfArg(
+        default=None,
+        help="ξ of darts, its scale option: the published code has 1, the DARTS formula the "
+        "lower learning rate",
+    )
+    gamma: float = HfArg(
+        default=0.0, help="weight of the Gram regulariser; the published recipes have 1e-5"
+    )
+    magnitude_decay: float = HfArg(default=0.0, help="weight of ½‖m − m0‖² in the upper loss")
+    norm_grad: Literal["full", "detach"] = HfArg(
+        default="full",
+        help="whether bidora's row norm is in the graph; detach is PEFT's approximation, which the "
+        "dora control has",
+    )
+    fast_dora: bool = HfArg(
+        default=True, help="whether linear layers run the fast forward pass instead of PEFT's"
+    )
+    retrain: Literal["none", "warm", "scratch"] = HfArg(
+        default="warm",
+        help="after bidora's search, train directions and head with m frozen on the whole training "
+        "set: not at all, from where the search ended, or from their initial values",
+    )
+    retrain_learning_rate: float | None = HfArg(
+        default=None, help="peak learning rate of the retraining; learning_rate if not given"
+    )
+    retrain_epochs: float | None = HfArg(
+        default=None, help="epochs of the retraining; num_train_epochs if not given"
+    )
+    retrain_steps: int | None = HfArg(
+        default=None, help="steps of the retraining, in place of epochs; max_steps if not given"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (
+            ("method", ("bidora", "dora", "lora")),
+            ("norm_grad", ("full", "detach")),
+            ("retrain", ("none", "warm", "scratch")),
+        ):
+            if getattr(self, name) not in known:
+                raise ProblemError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        for name in ("gamma", "magnitude_decay"):
+            if getattr(self, name) < 0:
+                raise ProblemError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def estimator(self) -> Estimator:
+        """The estimator that ``hypergradient`` and ``xi`` name."""
+        return with_xi(super().estimator(), self.xi)
+
+    def for_retraining(self) -> BiDoRATrainingArguments:
+        """The arguments of the second phase; it writes to the folder ``retrain``."""
+        args = copy.copy(self)
+        args.output_dir = str(Path(self.output_dir) / "retrain")
+        args.push_to_hub = False
+        if self.retrain_learning_rate is not None:
+            args.learning_rate = self.retrain_learning_rate
+        if self.retrain_epochs is not None:
+            args.num_train_epochs, args.max_steps = self.retrain_epochs, -1
+        if self.retrain_steps is not None:
+            args.max_steps = self.retrain_steps
+        return args
+
+
+class BiDoRATrainer(BilevelTrainer):
+    """BiDoRA (arXiv:2410.09758) by `transformers.Trainer`: search, then retraining.
+
+    In place of ``Trainer(model, args, train_dataset=…)`` for a PeftModel with
+    ``use_dora=True``; ``compute_loss_func`` and ``label_smoothing_factor`` mean what they mean
+    there, at both levels. ``train`` leaves the adapter of the last phase in ``model``, a plain
+    PEFT adapter. The retraining is a trainer of its own, ``retrainer``, with its own
+    ``state.log_history``.
+
+    Args:
+        model: a PeftModel; for ``method="lora"`` without magnitudes.
+        args: the settings.
+        train_dataset: all training examples (split by ``args.upper_fraction``), or the lower
+            level's, where ``upper_dataset`` is given.
+        upper_dataset: the examples on which magnitudes are trained. Never ``eval_dataset``.
+        trainer: what else `transformers.Trainer` takes.
+
+    Raises:
+        ProblemError: as `BilevelTrainer`; a model that does not fit the method.
+    """
+
+    args: BiDoRATrainingArguments
+
+    def __init__(
+        self,
+        model: Any,
+        args: BiDoRATrainingArguments,
+        *,
+        train_dataset: Any,
+        upper_dataset: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        **trainer: Any,
+    ) -> None:
+        if not isinstance(args, BiDoRATrainingArguments):
+            raise ProblemError(f"args must be BiDoRATrainingArguments, got {type(args).__name__}")
+        if upper_dataset is None:
+            everything = train_dataset
+        elif args.method == "bidora":
+            everything = _joined(train_dataset, upper_dataset)
+        else:  # a control trains on all that bidora is given
+            everything, upper_dataset = _joined(train_dataset, upper_dataset), None
+            train_dataset = everything
+        lower, upper = self._make_levels(model, args)
+        # As they are now, before the search changes them: callbacks count.
+        again = [copy.copy(callback) for callback in callbacks or ()]
+        options = {**trainer, "train_dataset": everything, "callbacks": again}
+        self._retraining = options
+        self.retrainer: BilevelTrainer | None = None
+        self._start = [variable.detach().clone() for variable in lower.variables]
+        super().__init__(
+            model,
+            lower=lower,
+            upper=upper,
+            args=args,
+            train_dataset=train_dataset,
+            upper_dataset=upper_dataset,
+            callbacks=list(callbacks or ()),
+            **trainer,
+        )
+
+    def _make_levels(
+        self, model: Any, args: BiDoRATrainingArguments
+    ) -> tuple[Problem, Problem | None]:
+        loss = self._task_loss
+        if args.method == "lora":
+            lora_layers(model)
+            if any(layer.use_dora[a] for _, layer in lora_layers(model) for a in layer.use_dora):
+                raise ProblemError('method="lora" needs an adapter with use_dora=False')
+            return Adapter(model, task_loss=loss), None
+        dora_layers(model)
+        norm_grad = args.norm_grad if args.method == "bidora" else "detach"
+        (use_fast_dora if args.fast_dora else set_norm_grad)(model, norm_grad)
+        if args.method == "dora":
+            return Adapter(model, task_loss=loss), None
+        return (
+            Direction(model, gamma=args.gamma, task_loss=loss),
+            Magnitude(model, decay=args.magnitude_decay, task_loss=loss),
+        )
+
+    def _task_loss(self, batch: Any) -> Tensor:
+        """The Trainer's own loss of the model."""
+        loss: Tensor = super(BilevelTrainer, self).compute_loss(self.model, dict(batch))
+        return loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Search and retraining, or the control; what the last phase's ``Trainer.train`` returns.
+
+        ``True`` resumes from the last whole checkpoint of the phase that was reached, and a
+        folder from that checkpoint.
+        """
+        if self.args.method != "bidora" or self.args.retrain == "none":
+            return super().train(resume_from_checkpoint, **kwargs)
+        arguments = self.args.for_retraining()
+        folder = Path(arguments.output_dir)
+        reached: str | None = None  # a checkpoint of the retraining
+        if resume_from_checkpoint is True:
+            whole = checkpoint.last_whole(folder)
+            reached = None if whole is None else str(whole)
+        elif resume_from_checkpoint:
+            given = Path(resume_from_checkpoint)
+            reached = str(given) if given.resolve().parent == folder.resolve() else None
+        if not resume_from_checkpoint:
+            self._write_start()
+        if reached is None:
+            super().train(resume_from_checkpoint, **kwargs)
+            if self.args.retrain == "scratch":
+                self._return_to_start()
+        lower = Direction(self.model, gamma=self.args.gamma, task_loss=self._task_loss)
+        options = {**self._retraining, "optimizers": (None, None)}
+        self.retrainer = BilevelTrainer(
+            self.model, lower=lower, upper=None, args=arguments, **options
+        )
+        return self.retrainer.train(reached, **kwargs)
+
+    def _write_start(self) -> None:
+        if self.args.should_save and self.args.retrain == "scratch":
+            values = dict(zip(self.lower.names, self._start, strict=True))
+            checkpoint.write_state(Path(self.args.output_dir) / INITIAL, values)
+
+    @torch.no_grad()
+    def _return_to_start(self) -> None:
+        values = checkpoint.read_state(Path(self.args.output_dir) / INITIAL)
+        for name, variable in zip(self.lower.names, self.lower.variables, strict=True):
+            variable.copy_(values[name])
+
+
+def _joined(train: Any, upper: Any) -> Any:
+    try:
+        return concatenate_datasets([train, upper])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ProblemError(f"train_dataset and upper_dataset do not join: {error}") from error

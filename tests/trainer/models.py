@@ -1,0 +1,148 @@
+"""Small models and data that a Trainer takes, equal at every call."""
+
+import copy
+
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+
+CONFIG = BertConfig(
+    vocab_size=50,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    initializer_range=0.5,  # the default leaves a network of this size all but constant
+    num_labels=3,
+)
+LENGTH = 6
+
+
+def base_model(kind="classes", dropout=0.1, seed=0):
+    """An untrained model of the task."""
+    torch.manual_seed(seed)
+    config = copy.deepcopy(CONFIG)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    if kind == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
+    if kind == "tokens":
+        return BertForTokenClassification(config)
+    if kind == "causal":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=50,
+                hidden_size=8,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=12,
+                initializer_range=0.5,
+                tie_word_embeddings=False,
+                attention_dropout=dropout,
+            )
+        )
+    if kind == "seq2seq":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=50,
+                d_model=8,
+                d_kv=4,
+                d_ff=12,
+                num_layers=1,
+                num_heads=2,
+                dropout_rate=dropout,
+                decoder_start_token_id=0,
+                tie_word_embeddings=False,
+            )
+        )
+    return BertForSequenceClassification(config)
+
+
+TASKS = {
+    "classes": ("SEQ_CLS", ["query", "value", "intermediate.dense"]),
+    "regression": ("SEQ_CLS", ["query", "value"]),
+    "tokens": ("TOKEN_CLS", ["query", "value"]),
+    "causal": ("CAUSAL_LM", ["q_proj", "v_proj"]),
+    "seq2seq": ("SEQ_2_SEQ_LM", ["q", "v"]),
+}
+
+
+def peft_model(kind="classes", dropout=0.1, dora=True, **options):
+    """The model with an adapter whose B is not zero, so that A has a gradient."""
+    task, targets = TASKS[kind]
+    model = base_model(kind, dropout)
+    torch.manual_seed(1)
+    adapter = LoraConfig(
+        task_type=task,
+        r=2,
+        lora_alpha=4,
+        lora_dropout=dropout,
+        target_modules=targets,
+        use_dora=dora,
+        **options,
+    )
+    model = get_peft_model(model, adapter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def data(kind="classes", rows=24, seed=0):
+    """Rows of ``LENGTH`` tokens, every class a third of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 50, (rows, LENGTH), generator=generator)
+    features = {"input_ids": List(Value("int64")), "attention_mask": List(Value("int64"))}
+    columns = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    if kind == "classes":
+        features["labels"] = ClassLabel(names=["a", "b", "c"])
+        columns["labels"] = [row % 3 for row in range(rows)]
+    elif kind == "regression":
+        features["labels"] = Value("float32")
+        columns["labels"] = torch.randn(rows, generator=generator).tolist()
+    else:
+        features["labels"] = List(Value("int64"))
+        columns["labels"] = ((ids % 3) if kind == "tokens" else ids).tolist()
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def arguments(folder, **options):
+    """Six lower steps, an upper one after every second, on the CPU, without a bar."""
+    settings = {
+        "max_steps": 6,
+        "lower_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "upper_learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "retrain": "none",
+        "seed": 3,
+    }
+    return BiDoRATrainingArguments(output_dir=str(folder), **{**settings, **options})
+
+
+def trainer(folder, kind="classes", *, dropout=0.1, rows=24, model=None, options=None, **settings):
+    """A `BiDoRATrainer` of the task; ``settings`` are arguments, ``options`` the Trainer's."""
+    model = model or peft_model(kind, dropout, dora=settings.get("method") != "lora")
+    given = {"train_dataset": data(kind, rows), **(options or {})}
+    return BiDoRATrainer(model, arguments(folder, **settings), **given)
+
+
+def values(model):
+    """Copies of the trainable parameters by name."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
