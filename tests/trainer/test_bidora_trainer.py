@@ -1,0 +1,175 @@
+"""`BiDoRATrainer`: every task, both phases, the controls, and a plain PEFT adapter at the end."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+
+from hyperopt_peft.adapters import split_parameters
+
+from .models import TASKS, arguments, base_model, data, peft_model, trainer, values
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("method", ["bidora", "dora", "lora"])
+def test_every_task_and_method(tmp_path, kind, method):
+    """The loss on the training data falls, and stock PEFT loads what was saved."""
+    run = trainer(
+        tmp_path, kind, dropout=0.0, method=method, max_steps=60, learning_rate=3e-2, retrain="none"
+    )
+    before = run.evaluate(run.train_dataset)["eval_loss"]
+    run.train()
+    assert run.evaluate(run.train_dataset)["eval_loss"] < 0.9 * before
+    run.save_model()
+    again = PeftModel.from_pretrained(base_model(kind, 0.0), tmp_path).eval()
+    batch = run.data_collator([data(kind)[i] for i in range(3)])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(**batch).logits, run.model.eval()(**batch).logits, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_the_adapter_loads_with_this_library_absent(tmp_path):
+    run = trainer(tmp_path / "run")
+    run.train()
+    run.save_model(str(tmp_path / "adapter"))
+    base_model(dropout=0.0).save_pretrained(tmp_path / "base")
+    code = f"""
+import sys
+sys.modules["hyperopt_peft"] = None
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification as Auto
+base = Auto.from_pretrained({str(tmp_path / "base")!r})
+print(PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}).peft_type.value)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LORA" in done.stdout
+
+
+@pytest.mark.parametrize("retrain", ["warm", "scratch"])
+def test_retraining_moves_directions_on_all_data_with_magnitudes_as_the_search_left_them(
+    tmp_path, retrain
+):
+    model = peft_model()
+    start = values(model)
+    run = trainer(tmp_path, model=model, retrain=retrain, retrain_steps=0)
+    run.train()
+    parts = split_parameters(model)
+    searched = values(model)
+    returned = {n for n in (*parts.directions, *parts.rest) if torch.equal(start[n], searched[n])}
+    assert returned == ({*parts.directions, *parts.rest} if retrain == "scratch" else set())
+
+    model = peft_model()
+    run = trainer(tmp_path, model=model, retrain=retrain, retrain_steps=5)
+    run.train()
+    parts, end = split_parameters(model), values(model)
+    assert all(torch.equal(end[n], searched[n]) for n in parts.magnitudes)
+    assert not any(torch.equal(end[n], searched[n]) for n in parts.directions)
+    assert len(run.train_dataset) < len(run.retrainer.train_dataset) == 24
+    assert run.state.global_step == 6
+    assert run.retrainer.state.global_step == 5
+
+
+def test_retraining_has_its_own_length_and_rate(tmp_path):
+    run = trainer(tmp_path, retrain="warm", retrain_epochs=2, retrain_learning_rate=5e-4)
+    run.train()
+    assert run.retrainer.state.global_step == 2 * 6  # 24 examples in batches of 4
+    assert run.retrainer.state.log_history[0]["learning_rate"] == 5e-4
+    assert run.args.learning_rate == 1e-2
+
+
+def test_label_smoothing_and_loss_functions_keep_their_meaning(tmp_path):
+    def loss_function(outputs, labels, num_items_in_batch=None):
+        return 2 * torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+    for settings, options in (
+        ({"label_smoothing_factor": 0.3}, {}),
+        ({}, {"compute_loss_func": loss_function}),
+    ):
+        plain = Trainer(
+            peft_model(dropout=0.0),
+            TrainingArguments(
+                output_dir=str(tmp_path / "plain"),
+                max_steps=1,
+                per_device_train_batch_size=4,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                disable_tqdm=True,
+                seed=3,
+                **settings,
+            ),
+            train_dataset=data(),
+            **options,
+        )
+        plain.train()
+        run = trainer(
+            tmp_path / "ours", dropout=0.0, method="dora", max_steps=1, options=options, **settings
+        )
+        run.train()
+        expected = plain.state.log_history[0]["loss"]
+        assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+        bilevel = trainer(
+            tmp_path / "bilevel",
+            dropout=0.0,
+            lower_steps=1,
+            max_steps=1,
+            options=options,
+            **settings,
+        )
+        bilevel.train()
+        batch = bilevel._upper_batches.batch(0)
+        fresh = trainer(tmp_path / "fresh", dropout=0.0, options=options, **settings)
+        fresh.model.train()
+        expected = float(fresh.upper.loss(batch))
+        assert bilevel.state.log_history[0]["upper_loss"] == pytest.approx(expected, rel=1e-5)
+        plain_loss = float(fresh.model(**batch).loss)
+        assert expected != pytest.approx(plain_loss, rel=1e-3)
+
+
+def test_controls_get_all_of_the_data(tmp_path):
+    train, upper = data(rows=18), data(rows=6, seed=5)
+    for method, lower, above in (("bidora", 18, 6), ("dora", 24, 0)):
+        options = {"train_dataset": train, "upper_dataset": upper}
+        run = trainer(tmp_path, method=method, options=options)
+        assert len(run.train_dataset) == lower
+        assert len(run.upper_dataset or ()) == above
+        run.train()
+
+
+def test_the_magnitudes_start_is_where_decay_pulls_to(tmp_path):
+    model = peft_model(dropout=0.0)
+    start = {n: p.detach().clone() for n, p in split_parameters(model).magnitudes.items()}
+    ends = []
+    for decay in (0.0, 1e4):
+        model = peft_model(dropout=0.0)
+        run = trainer(
+            tmp_path, model=model, magnitude_decay=decay, max_steps=20, upper_learning_rate=1e-3
+        )
+        run.train()
+        moved = split_parameters(model).magnitudes
+        ends.append(max(float((moved[n] - start[n]).abs().max()) for n in start))
+    assert ends[1] < 0.5 * ends[0]
+
+
+def test_upper_split_is_stratified_and_seeded(tmp_path):
+    splits = [
+        trainer(tmp_path, data_seed=seed, rows=30).upper_dataset["labels"][:] for seed in (1, 1, 2)
+    ]
+    assert splits[0] == splits[1]
+    assert sorted(splits[0]) == sorted(splits[2]) == [0, 0, 1, 1, 2, 2]
+    inputs = [
+        trainer(tmp_path, data_seed=seed, rows=30).upper_dataset["input_ids"][:] for seed in (1, 2)
+    ]
+    assert inputs[0] != inputs[1]
+
+
+def test_arguments_of_the_retraining_leave_those_of_the_search_alone(tmp_path):
+    args = arguments(tmp_path, retrain="warm", retrain_learning_rate=1.0, retrain_epochs=3.0)
+    second = args.for_retraining()
+    assert (second.learning_rate, second.num_train_epochs, second.max_steps) == (1.0, 3.0, -1)
+    assert (args.learning_rate, args.max_steps) == (1e-2, 6)

@@ -1,0 +1,409 @@
+"""`BilevelTrainer`: what it moves the variables by, and that what it inherits keeps its meaning."""
+
+import math
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Problem, hypergradient
+from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.problems.bidora import Direction, Magnitude
+
+from .models import arguments, data, peft_model, trainer, values
+
+SGD = {"optim": "sgd", "max_grad_norm": 0.0, "upper_max_grad_norm": 0.0}
+
+
+def double(model):
+    return model.double()
+
+
+class Watch(TrainerCallback):
+    """Keeps gradients and variables as they are just before each optimizer step."""
+
+    def __init__(self):
+        self.gradients, self.points = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.points.append({n: p.detach().clone() for n, p in named})
+        self.gradients.append({n: None if p.grad is None else p.grad.clone() for n, p in named})
+
+
+def watched(folder, model, **settings):
+    watch = Watch()
+    run = trainer(
+        folder, model=model, dropout=0.0, options={"callbacks": [watch]}, **{**SGD, **settings}
+    )
+    return run, watch
+
+
+def batches_of(run, steps):
+    """The lower batches that ``run`` will train on, in order."""
+    loader = run.get_train_dataloader()
+    found = []
+    epoch = 0
+    while len(found) < steps:
+        loader.set_epoch(epoch)
+        found += list(loader)
+        epoch += 1
+    return found[:steps]
+
+
+@pytest.mark.parametrize(
+    "method", ["direct", "darts:sides=1", "darts", "darts:product=exact,scale=lr", "cg:steps=3"]
+)
+def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(tmp_path, method):
+    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), hypergradient=method)
+    lower_batches = batches_of(run, 6)
+    start = values(run.model)
+    run.train()
+    fresh = double(peft_model(dropout=0.0))
+    from hyperopt_peft.adapters import use_fast_dora
+
+    use_fast_dora(fresh, "full")
+    lower, upper = Direction(fresh), Magnitude(fresh)
+    named = dict(fresh.named_parameters())
+    assert all(torch.equal(start[n], watch.points[0][n]) for n in start)
+    for step in range(6):
+        with torch.no_grad():
+            for name, value in watch.points[step].items():
+                named[name].copy_(value)
+        expected = lower.gradient(lower_batches[step], lower.variables).gradient
+        for name, part in zip(lower.names, expected, strict=True):
+            torch.testing.assert_close(watch.gradients[step][name], part, rtol=1e-9, atol=1e-12)
+        if step % 2 == 0:
+            assert all(watch.gradients[step][name] is None for name in upper.names)
+            continue
+        rate = 1e-2 * (1 - step / 6)
+        lower.optimizer = torch.optim.SGD(lower.variables, lr=rate)
+        expected = hypergradient(
+            upper,
+            lower,
+            method,
+            upper_batch=run._upper_batches.batch((step + 1) // 2 - 1),
+            lower_batch=lower_batches[step],
+        )
+        lower.optimizer = None
+        for name, part in zip(upper.names, expected, strict=True):
+            torch.testing.assert_close(watch.gradients[step][name], part, rtol=1e-6, atol=1e-9)
+
+
+def test_both_levels_have_their_own_rate(tmp_path):
+    run, watch = watched(
+        tmp_path, double(peft_model(dropout=0.0)), max_steps=2, upper_learning_rate=0.3
+    )
+    run.train()
+    end = values(run.model)
+    below = split_parameters(run.model)
+    for name, before in watch.points[1].items():
+        # The linear schedule is at 1 in the first step and at 1/2 in the second one.
+        rate = 0.15 if name in below.magnitudes else 0.5e-2
+        moved = before - rate * watch.gradients[1][name]
+        torch.testing.assert_close(end[name], moved, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "method", ["darts:sides=1", "darts", "cg:steps=2", "cg:steps=2,product=difference"]
+)
+def test_accumulation_is_exact(tmp_path, method):
+    ends = []
+    for size, micro in ((4, 1), (2, 2), (1, 4)):
+        run, _ = watched(
+            tmp_path / str(size),
+            double(peft_model(dropout=0.0)),
+            hypergradient=method,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=micro,
+            per_device_upper_batch_size=4,
+            rows=25,  # 20 below: no micro-batch is smaller than the others
+        )
+        run.train()
+        ends.append((values(run.model), [r["loss"] for r in run.state.log_history if "loss" in r]))
+    for end, losses in ends[1:]:
+        assert losses == pytest.approx(ends[0][1], rel=1e-5)
+        for name, value in end.items():
+            torch.testing.assert_close(value, ends[0][0][name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_dropout_masks_are_those_of_the_lower_step(tmp_path, micro):
+    """A difference over other masks than ∂f/∂u's would be noise of size 1/ε."""
+    ends = {}
+    for method in ("darts:product=exact", "darts", "darts:sides=1"):
+        model = double(peft_model(dropout=0.2))
+        run = trainer(
+            tmp_path / method.replace(":", "-"),
+            model=model,
+            hypergradient=method,
+            gradient_accumulation_steps=micro,
+            **SGD,
+        )
+        run.train()
+        ends[method] = split_parameters(run.model).magnitudes
+    for method, tolerance in (("darts", 1e-7), ("darts:sides=1", 1e-5)):
+        for name, value in ends[method].items():
+            exact = ends["darts:product=exact"][name]
+            torch.testing.assert_close(value, exact, rtol=tolerance, atol=tolerance)
+
+
+def test_one_level_alone_is_the_trainer_itself(tmp_path):
+    """Same batches, masks, schedule, clipping and logs, bit by bit."""
+    settings = {
+        "max_steps": 7,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    plain = Trainer(
+        peft_model(),
+        TrainingArguments(output_dir=str(tmp_path / "plain"), **settings),
+        train_dataset=data(),
+    )
+    # The model's loss takes no num_items_in_batch into account where every micro-batch is full.
+    plain.model_accepts_loss_kwargs = False
+    plain.train()
+    run = trainer(tmp_path / "ours", method="dora", fast_dora=False, **settings)
+    run.train()
+    ours, theirs = values(run.model), values(plain.model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    keys = ("loss", "grad_norm", "learning_rate", "epoch", "step")
+    logs = [
+        [[record.get(key) for key in keys] for record in t.state.log_history if "loss" in record]
+        for t in (run, plain)
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 3
+
+
+def test_each_level_is_clipped_apart(tmp_path):
+    run, watch = watched(
+        tmp_path, peft_model(dropout=0.0), max_grad_norm=0.5, upper_max_grad_norm=0.01
+    )
+    run.train()
+    magnitudes = split_parameters(run.model).magnitudes
+    logged = [r["upper_grad_norm"] for r in run.state.log_history if "upper_grad_norm" in r]
+    assert len(logged) == 3
+    assert min(logged) > 0.01  # before clipping
+    for step, gradient in enumerate(watch.gradients):
+        below = [g.norm() for n, g in gradient.items() if n not in magnitudes]
+        above = [g.norm() for n, g in gradient.items() if n in magnitudes and g is not None]
+        assert torch.stack(below).norm() == pytest.approx(
+            min(0.5, run.state.log_history[step]["grad_norm"]), rel=1e-4
+        )
+        assert not above or torch.stack(above).norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_what_is_logged(tmp_path):
+    run = trainer(tmp_path, logging_steps=4, hypergradient="cg:steps=2,damping=1.0", gamma=1e-3)
+    run.train()
+    first = run.state.log_history[0]
+    expected = {"upper_loss", "upper_grad_norm", "upper_learning_rate", "implicit_ratio"}
+    expected |= {"loss", "grad_norm", "learning_rate", "residual", "epoch", "step"}
+    expected |= {"lower_task_loss", "lower_gram"}
+    assert set(first) == expected
+    assert all(math.isfinite(value) for value in first.values())
+    assert first["loss"] == pytest.approx(
+        first["lower_task_loss"] + 1e-3 * first["lower_gram"], rel=1e-5
+    )
+
+
+def test_frozen_parameters_and_magnitudes_at_rate_zero_do_not_move(tmp_path):
+    model = peft_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run = trainer(tmp_path, model=model, upper_learning_rate=0.0)
+    run.train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    parts = split_parameters(model)
+    assert moved == {*parts.directions, *parts.rest}
+
+
+def test_best_model_early_stopping_and_metrics(tmp_path):
+    seen = []
+
+    def accuracy(prediction):
+        # A metric that is best at the second evaluation, whatever the model.
+        seen.append((prediction.predictions.argmax(1) == prediction.label_ids).mean())
+        return {"score": [0.1, 0.9, 0.5, 0.4][len(seen) - 1]}
+
+    run = trainer(
+        tmp_path,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        options={
+            "eval_dataset": data(seed=9),
+            "compute_metrics": accuracy,
+            "callbacks": [EarlyStoppingCallback(early_stopping_patience=2)],
+        },
+    )
+    run.train()
+    assert len(seen) == 4
+    assert run.state.best_model_checkpoint.endswith("checkpoint-4")
+    from safetensors.torch import load_file
+
+    best = load_file(tmp_path / "checkpoint-4" / "levels.safetensors")
+    for name, value in run._named_variables().items():
+        assert torch.equal(value, best[name])
+
+
+def test_bfloat16_autocast(tmp_path):
+    ends = {}
+    for bf16 in (False, True):
+        run, watch = watched(
+            tmp_path / str(bf16), peft_model(dropout=0.0), max_steps=2, bf16=bf16, lower_steps=1
+        )
+        run.train()
+        magnitudes = split_parameters(run.model).magnitudes
+        ends[bf16] = torch.cat([watch.gradients[0][name].flatten() for name in magnitudes])
+        assert all(v.dtype == torch.float32 for v in values(run.model).values())
+    difference = (ends[True] - ends[False]).norm() / ends[False].norm()
+    assert 0 < difference < 0.1
+
+
+class Scaled(torch.nn.Module):
+    """A classifier of ten numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 3)
+
+    def forward(self, x, labels=None):
+        logits = self.linear(x)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+class Weighted(Problem):
+    """Cross-entropy with a weight for each class, which is the upper level's."""
+
+    def __init__(self, model, weight, **level):
+        self.model, self.weight = model, weight
+        super().__init__(model.named_parameters(), **level)
+
+    def loss(self, batch):
+        logits, labels = self.model(**batch)["logits"], batch["labels"]
+        each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        pull = sum(p.square().sum() for p in self.model.parameters())
+        return (3 * self.weight.softmax(0)[labels] * each).mean() + 0.1 * pull
+
+
+class Plain(Problem):
+    """The model's own loss, over the class weights."""
+
+    def __init__(self, model, weight, **level):
+        self.model = model
+        super().__init__([("weight", weight)], **level)
+
+    def loss(self, batch):
+        return self.model(**batch)["loss"]
+
+
+def rows(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 6, generator=generator)
+    return [{"x": x[i], "labels": int(x[i, :3].argmax())} for i in range(count)]
+
+
+def pair(folder, **settings):
+    """A program whose upper variable is no parameter of the model, over plain lists."""
+    torch.manual_seed(0)
+    model, weight = Scaled(), torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
+    given = {
+        "learning_rate": 0.1,
+        "upper_learning_rate": 0.1,
+        "per_device_train_batch_size": 8,
+        "max_steps": 40,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+        "hypergradient": "cg:steps=5",
+        **settings,
+    }
+    return BilevelTrainer(
+        model,
+        lower=Weighted(model, weight),
+        upper=Plain(model, weight),
+        args=BilevelTrainingArguments(output_dir=str(folder), **given),
+        train_dataset=rows(64, 0),
+        upper_dataset=rows(64, 1),
+    ), weight
+
+
+def test_an_upper_variable_outside_the_model(tmp_path):
+    run, weight = pair(tmp_path)
+    before = run.upper.evaluate(run._upper_batches.batch(0))[0].item()
+    run.train()
+    assert weight.max() - weight.min() < 1.5  # from 2: skewed classes cost the upper level
+    assert run.upper.evaluate(run._upper_batches.batch(0))[0].item() < before
+
+
+def test_levels_by_the_model_s_own_names_get_the_decay_of_the_trainer(tmp_path):
+    run, _ = pair(tmp_path, weight_decay=0.5, upper_weight_decay=0.25)
+    groups = run.create_optimizer().param_groups
+    decays = {tuple(p.shape): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {(3, 6): 0.5, (3,): 0.0} or decays == {(3, 6): 0.5, (3,): 0.25}
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.25]
+    assert [group["lr"] for group in groups] == [0.1, 0.1, 0.1]
+
+
+def test_a_user_s_optimizer_is_used_as_it_is(tmp_path):
+    model = peft_model()
+    parts = split_parameters(model)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [*parts.directions.values(), *parts.rest.values()], "lr": 1e-3},
+            {"params": list(parts.magnitudes.values()), "lr": 5e-3},
+        ]
+    )
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    run = trainer(tmp_path, model=model, options={"optimizers": (optimizer, schedule)})
+    run.train()
+    record = [r for r in run.state.log_history if "upper_learning_rate" in r][-1]
+    assert (record["learning_rate"], record["upper_learning_rate"]) == (1e-3, 5e-3)
+
+
+def test_settings_go_to_their_own_file_and_the_model_card(tmp_path):
+    run = trainer(tmp_path, hypergradient="cg:steps=2,damping=1.0")
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    import json
+
+    settings = json.loads((tmp_path / "bilevel_settings.json").read_text())
+    assert settings["hypergradient"] == "cg:steps=2,damping=1.0"
+    assert settings["method"] == "bidora"
+    assert "learning_rate" not in settings
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not settings.keys() & adapter.keys()
+    card = (tmp_path / "README.md").read_text()
+    assert "- hypergradient: cg:steps=2,damping=1.0" in card
+    assert "last upper_loss" in card
+
+
+def test_arguments_survive_their_own_parser(tmp_path):
+    from transformers import HfArgumentParser
+
+    from hyperopt_peft.problems import BiDoRATrainingArguments
+
+    (parsed,) = HfArgumentParser(BiDoRATrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--lower_steps", "3", "--xi", "0.1", "--retrain", "none"]
+    )
+    assert (parsed.lower_steps, parsed.xi, parsed.retrain) == (3, 0.1, "none")
+    assert parsed.estimator().scale == 0.1
+    assert arguments(tmp_path).bilevel_settings()["lower_steps"] == 2
