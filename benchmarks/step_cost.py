@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from measure import Target, arguments, interleaved, keep_memory, ratio, report
-from minilm import Method, batches, minilm
+from minilm import Method, batches, bidora, minilm
 from torch import Tensor
 
 from hyperopt_peft import Engine
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients.memory import peak_memory
-from hyperopt_peft.problems.bidora import BiDoRAConfig, search
 
 ESTIMATORS = (
     "direct",
@@ -66,16 +65,8 @@ def _twice(run: Run) -> Run:
 
 def bilevel(method: Method, estimator: str, lower_steps: int, data: Batches, device: str) -> Engine:
     """BiDoRA's search, ready to run."""
-    config = BiDoRAConfig(
-        hypergradient=estimator,
-        lower_steps=lower_steps,
-        search_steps=10**6,
-        lower_learning_rate=1e-4,
-        upper_learning_rate=1e-4,
-    )
-    engine = search(minilm(method, device=device), data, data[::-1], config)
-    engine.progress = False
-    return engine
+    model = minilm(method, device=device)
+    return bidora(model, data, data[::-1], estimator, lower_steps=lower_steps)
 
 
 def measure(

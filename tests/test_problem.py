@@ -103,7 +103,7 @@ def test_mistakes_are_named(construct: Callable[[], object], message: str) -> No
 def test_losses_that_are_not_finite_are_errors(value: float) -> None:
     level = FunctionLevel(lambda _: W.sum() * value, [W], name="fit")
     with pytest.raises(NonFiniteError, match=f"fit: the loss is {value}"):
-        level.evaluate(None)
+        level.gradient(None, [W])
 
 
 def test_gradients_that_are_not_finite_are_errors() -> None:

@@ -4,29 +4,18 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from hyperopt_peft import Engine, ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
-from hyperopt_peft.problems.bidora import (
-    BiDoRAConfig,
-    Direction,
-    Magnitude,
-    bidora,
-    search,
-    split_dataset,
-)
+from hyperopt_peft.hypergradients import DARTS, ConjugateGradient
+from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
 
-CONFIG = BiDoRAConfig(
-    search_steps=6, lower_steps=2, lower_learning_rate=1e-2, warmup_ratio=0.0, retrain="none"
-)
 SHAPE = BertConfig(
     vocab_size=50,
     hidden_size=8,
@@ -70,11 +59,20 @@ def batches(seed, count=3, size=8):
     ]
 
 
-DATA = {"lower_data": batches(1), "upper_data": batches(2), "all_data": batches(3)}
-
-
-def train(model, config=CONFIG, **data):
-    return bidora(model, config=config, progress=False, **(data or DATA))
+def engine(model, estimator="darts:sides=1"):
+    """Both levels with AdamW, on batches of their own."""
+    parts = split_parameters(model)
+    lower = Direction(
+        model,
+        data=batches(1),
+        optimizer=torch.optim.AdamW([*parts.directions.values(), *parts.rest.values()], lr=1e-2),
+    )
+    upper = Magnitude(
+        model,
+        data=batches(2),
+        optimizer=torch.optim.AdamW(parts.magnitudes.values(), lr=1e-3, weight_decay=0.0),
+    )
+    return Engine(upper, lower, estimator, lower_steps=2, progress=False)
 
 
 def values(parameters):
@@ -98,12 +96,12 @@ def test_levels_share_out_the_trainable_parameters():
 
 def test_training_starts_at_the_pretrained_model():
     model, batch = dora_model(dropout=0.0), batches(4)[0]
-    engine = search(model, **{k: DATA[k] for k in ("lower_data", "upper_data")}, config=CONFIG)
     expected = base_model(0.0).train()
     expected.classifier.load_state_dict(
         {"weight": model.classifier.weight, "bias": model.classifier.bias}
     )
-    torch.testing.assert_close(engine.lower.loss(batch), expected(**batch).loss)
+    for level in (Direction(model), Magnitude(model), Adapter(model)):
+        torch.testing.assert_close(level.loss(batch), expected(**batch).loss)
 
 
 def test_search_moves_both_levels_and_nothing_else():
@@ -111,39 +109,13 @@ def test_search_moves_both_levels_and_nothing_else():
     before = values(dict(model.named_parameters()))
     parts = split_parameters(model)
     owned = {*parts.magnitudes, *parts.directions, *parts.rest}
-    history = train(model)
-    assert len(history["search"]) == 3
-    assert history["retrain"] == []
+    engine(model).run(3)
     assert moved(before, values(dict(model.named_parameters()))) == owned
 
 
-@pytest.mark.parametrize("retrain", ["warm", "scratch"])
-def test_retraining_holds_the_magnitudes(retrain):
-    """With learning rate 0 it shows where it starts from, with another that it trains."""
+def test_the_control_owns_all_that_trains():
     model = dora_model()
-    initial = values(split_parameters(model).directions)
-    config = replace(CONFIG, retrain=retrain, retrain_steps=4, retrain_learning_rate=0.0)
-    history = train(model, config)
-    searched = dora_model()
-    train(searched)
-    parts, expected = split_parameters(model), split_parameters(searched)
-    assert len(history["retrain"]) == 4
-    assert not moved(values(parts.magnitudes), values(expected.magnitudes))
-    start = initial if retrain == "scratch" else values(expected.directions)
-    assert not moved(start, values(parts.directions))
-
-    model = dora_model()
-    train(model, replace(config, retrain_learning_rate=1e-2))
-    parts = split_parameters(model)
-    assert not moved(values(parts.magnitudes), values(expected.magnitudes))
-    assert moved(start, values(parts.directions)) == set(parts.directions)
-
-
-def test_control_without_upper_learning_rate_holds_the_magnitudes():
-    model = dora_model()
-    before = values(split_parameters(model).magnitudes)
-    train(model, replace(CONFIG, upper_learning_rate=0.0))
-    assert not moved(before, values(split_parameters(model).magnitudes))
+    assert set(Adapter(model).names) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_decay_pulls_magnitudes_to_where_they_started():
@@ -264,7 +236,7 @@ assert "hyperopt_peft" not in sys.modules
 
 def test_stock_peft_loads_and_merges_the_adapter_in_a_fresh_process(tmp_path):
     model = dora_model()
-    train(model, replace(CONFIG, retrain="warm", retrain_steps=3))
+    engine(model).run(3)
     model.save_pretrained(tmp_path / "adapter")
     plain = dora_model()
     plain.save_pretrained(tmp_path / "plain")
@@ -289,62 +261,22 @@ def test_stock_peft_loads_and_merges_the_adapter_in_a_fresh_process(tmp_path):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_training_is_in_train_mode():
-    """A model fresh from ``from_pretrained`` is in evaluation mode, without dropout."""
-    model = dora_model().eval()
-    train(model)
-    assert model.training
-
-
 def test_one_seed_is_one_result():
     runs = []
     for _ in range(2):
         model = dora_model()
         torch.manual_seed(5)
-        train(model)
+        engine(model).run(3)
         runs.append(values(dict(model.named_parameters())))
     assert not moved(*runs)
-
-
-def labelled(counts):
-    labels = [label for label, count in enumerate(counts) for _ in range(count)]
-    features = Features({"row": Value("int64"), "label": ClassLabel(num_classes=len(counts))})
-    return Dataset.from_dict({"row": range(len(labels)), "label": labels}, features=features)
-
-
-def test_split_is_stratified_disjoint_and_complete():
-    lower, upper = split_dataset(labelled([50, 30, 20]), 0.2, seed=3)
-    assert [upper["label"].count(k) for k in range(3)] == [10, 6, 4]
-    assert sorted([*lower["row"], *upper["row"]]) == list(range(100))
-    assert split_dataset(labelled([50, 30, 20]), 0.2, seed=3)[1]["row"] == upper["row"]
-    assert split_dataset(labelled([50, 30, 20]), 0.2, seed=4)[1]["row"] != upper["row"]
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: BiDoRAConfig(upper_fraction=1.0), "upper_fraction"),
-        (lambda: BiDoRAConfig(retrain="cold"), "retrain"),
-        (lambda: BiDoRAConfig(lower_steps=0), "at least one lower step"),
-        (lambda: BiDoRAConfig(warmup_ratio=2.0), "warmup_ratio"),
-        (lambda: BiDoRAConfig(search_steps=2, lower_steps=3), "no upper step"),
-        (lambda: BiDoRAConfig(hypergradient="dart"), "did you mean 'darts'"),
-        (lambda: BiDoRAConfig(hypergradient="cg", xi=1.0), "xi is an option of darts"),
-        (lambda: BiDoRAConfig(xi=-1.0), "scale must not be negative"),
-        (lambda: train(base_model()), "PeftModel"),
-        (lambda: split_dataset(labelled([5, 1]), 0.4, 0), "upper level"),
-        (lambda: split_dataset(labelled([1]), 0.4, 0), "upper level"),
-        (
-            lambda: train(
-                dora_model(),
-                replace(CONFIG, retrain="warm"),
-                lower_data=batches(1),
-                upper_data=batches(2),
-            ),
-            "needs all_data",
-        ),
-        (lambda: train(dora_model(), lower_data=[], upper_data=batches(2)), "no batch"),
-        (lambda: train(dora_model(), lower_data=batches(1), upper_data=iter([])), "only once"),
+        (lambda: Direction(base_model()), "PeftModel"),
+        (lambda: with_xi(ConjugateGradient(), 1.0), "xi is an option of darts, not of cg"),
+        (lambda: with_xi(DARTS(), -1.0), "scale must not be negative"),
     ],
 )
 def test_bad_input_is_named(wrong, said):
