@@ -171,8 +171,8 @@ class Problem:
         """
         loss, metrics, gradient = self.backward(batch, variables)
         gradient = processes.mean(gradient, variables)
-        (loss,) = processes.mean([loss])  # type: ignore[assignment]
-        return Evaluation(self.require_finite(loss, gradient), metrics, gradient)
+        value = self.require_finite(processes.average(loss), gradient)
+        return Evaluation(value, metrics, gradient)
 
     def backward(
         self, batch: Any, variables: Sequence[Tensor]

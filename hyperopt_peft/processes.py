@@ -59,6 +59,14 @@ def mean(
 
 
 @torch.no_grad()
+def average(tensor: Tensor) -> Tensor:
+    """The average of ``tensor``, detached, over the processes."""
+    (result,) = mean([tensor.detach()])
+    assert result is not None
+    return result
+
+
+@torch.no_grad()
 def broadcast(tensors: Sequence[Tensor]) -> None:
     """Give every process the first one's ``tensors``, in place."""
     if count() > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class BilevelTrainer(SealedTrainer):
     """
 
     args: BilevelTrainingArguments
+    optimizer: Any
 
     def __init__(
         self,
@@ -191,8 +192,7 @@ class BilevelTrainer(SealedTrainer):
         inputs = self._prepare_inputs(inputs)
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
         with versions.tracked():
-            (loss,) = processes.mean([super().training_step(model, inputs, *args, **kwargs)])
-            assert loss is not None
+            loss = processes.average(super().training_step(model, inputs, *args, **kwargs))
             self._losses.append(loss)
             if self.accelerator.sync_gradients:
                 try:
@@ -222,7 +222,7 @@ class BilevelTrainer(SealedTrainer):
         if self.upper is not None and (self.state.global_step + 1) % self.args.lower_steps == 0:
             self._set_hypergradient(self.upper, of_upper)
 
-    def _set_hypergradient(self, upper: Problem, of_upper: Sequence[Tensor | None]) -> None:
+    def _set_hypergradient(self, upper: Problem, of_upper: tuple[Tensor | None, ...]) -> None:
         assert self._upper_batches is not None
         step = self.state.global_step + 1
         batch = self._prepare_inputs(self._upper_batches.batch(step // self.args.lower_steps - 1))
@@ -295,7 +295,9 @@ class BilevelTrainer(SealedTrainer):
         raise NonFiniteError(f"{where}: {error}; {written}") from error
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return self.accelerator.clip_grad_norm_(self.lower.variables, self.args.max_grad_norm)
+        limit = self.args.max_grad_norm
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.lower.variables, limit)
+        return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:

@@ -89,8 +89,12 @@ class Adapter(Problem):
     """
 
     def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
-        self.loss = task_loss or own_loss(model)  # type: ignore[method-assign]
+        self.task_loss = task_loss or own_loss(model)
         super().__init__([(n, p) for n, p in model.named_parameters() if p.requires_grad], **level)
+
+    def loss(self, batch: Any) -> Tensor:
+        """L of the adapter."""
+        return self.task_loss(batch)
 
 
 def own_loss(model: Any) -> TaskLoss:

@@ -86,7 +86,7 @@ class ExactProduct:
         objective.passes.gradients += 1
         with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), without_reducers():
             loss, _ = objective.lower.evaluate(objective.batch)
-        objective.lower.require_finite(*processes.mean([loss.detach()]), ())  # type: ignore[arg-type]
+        objective.lower.require_finite(processes.average(loss), ())
         with _second_derivatives():
             self.gradient = torch.autograd.grad(
                 loss, objective.lower.variables, create_graph=True, materialize_grads=True
