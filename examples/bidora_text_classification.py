@@ -5,11 +5,13 @@
     python examples/bidora_text_classification.py --model roberta-base --dataset glue/cola
 
 Every method starts from the same head and the same A, and takes the same number of steps of the
-adapter on batches of the same size; BiDoRA gives a part of the examples to its upper level.
+adapter on batches of the same size; BiDoRA gives a part of the examples to its upper level. Each
+option of `BiDoRATrainingArguments`, `transformers.TrainingArguments` among them, is a flag.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
@@ -30,13 +32,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score
 from text_data import TextData, load_data, load_model
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, get_linear_schedule_with_warmup, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import Problem, compare_hypergradients, fit
+from hyperopt_peft import compare_hypergradients, split_dataset
 from hyperopt_peft.adapters import decompose, plot_decomposition
 from hyperopt_peft.hypergradients import Comparison
-from hyperopt_peft.problems.bidora import BiDoRAConfig, bidora, search, split_dataset
+from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems.bidora import Direction, Magnitude
 
 
 @dataclass
@@ -55,7 +58,6 @@ class Arguments:
     )
     train_size: int = HfArg(default=1000, help="training examples, for both levels together")
     test_size: int = HfArg(default=3000, help="test examples at most")
-    batch_size: int = HfArg(default=16, help="examples a batch, at each level")
     max_length: int = HfArg(default=64, help="tokens an example")
     rank: int = HfArg(default=8, help="rank r of B·A")
     alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / r")
@@ -73,9 +75,28 @@ class Arguments:
         default=False,
         help="a small run: 300 training and 400 test examples, 24 steps, whatever else is said",
     )
-    output_dir: str = HfArg(
+
+
+@dataclass
+class Training(BiDoRATrainingArguments):
+    """How to train: the defaults of this example."""
+
+    output_dir: str | None = HfArg(
         default="outputs/bidora", help="where results, adapter and pictures are written"
     )
+    max_steps: int = HfArg(default=120, help="steps of the search; the controls take both phases'")
+    retrain_steps: int | None = HfArg(default=120, help="steps of the retraining")
+    lower_steps: int = HfArg(default=2, help="lower steps from one upper step to the next")
+    learning_rate: float = HfArg(
+        default=2e-3, help="peak learning rate of the adapter, magnitudes of bidora apart"
+    )
+    warmup_steps: float = HfArg(default=0.1, help="share of the steps in which rates rise")
+    per_device_train_batch_size: int = HfArg(default=16, help="examples a batch, at each level")
+    logging_steps: float = HfArg(default=10, help="steps from one log to the next")
+    save_strategy: str = HfArg(default="no", help="when to write checkpoints")
+    report_to: str | None = HfArg(default="none", help="trackers, such as tensorboard")
+    seed: int = HfArg(default=0, help="of data, head, A, order and dropout")
+    dataloader_drop_last: bool = HfArg(default=True, help="leave out an epoch's smaller last batch")
 
 
 @dataclass
@@ -89,19 +110,6 @@ class Result:
     seconds: float
     implicit_ratio: float | None
     losses: dict[str, Curve]
-
-
-class Supervised(Problem):
-    """A single level: all trainable parameters on the whole training set (LoRA, DoRA)."""
-
-    def __init__(self, model: Any, **level: Any) -> None:
-        self.model = model
-        super().__init__([(n, p) for n, p in model.named_parameters() if p.requires_grad], **level)
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        """The model's own loss."""
-        loss: torch.Tensor = self.model(**batch).loss
-        return loss
 
 
 def adapted(arguments: Arguments, data: TextData, seed: int, *, dora: bool) -> Any:
@@ -123,49 +131,34 @@ def adapted(arguments: Arguments, data: TextData, seed: int, *, dora: bool) -> A
 
 
 def train(
-    method: str, arguments: Arguments, config: BiDoRAConfig, data: TextData
+    method: str, arguments: Arguments, training: Training, data: TextData
 ) -> tuple[Any, Result]:
     """The trained model, and its row without test scores."""
-    model = adapted(arguments, data, config.seed, dora=method != "lora")
+    model = adapted(arguments, data, training.seed, dora=method != "lora")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size, begin = arguments.batch_size, time.perf_counter()
-    everything = data.batches(data.train, size, shuffle=True)
-    ratio = None
-    if method == "bidora":
-        lower, upper = split_dataset(data.train, config.upper_fraction, config.seed, label="labels")
-        history = bidora(
-            model,
-            lower_data=data.batches(lower, size, shuffle=True),
-            upper_data=data.batches(upper, size, shuffle=True),
-            all_data=everything,
-            config=config,
-        )
-        ratio = statistics.median(record["implicit_ratio"] for record in history["search"])
-        losses = {
-            f"{level} level": Curve(
-                [record[f"{level}_loss"] for record in history["search"]], 0, config.lower_steps
-            )
-            for level in ("lower", "upper")
-        }
-        if history["retrain"]:
-            retrained = [record["loss"] for record in history["retrain"]]
-            losses["retraining"] = Curve(retrained, config.search_steps)
-    else:
-        steps = config.search_steps + (config.retrain_steps if config.retrain != "none" else 0)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=config.lower_learning_rate, weight_decay=config.lower_weight_decay
-        )
-        warmup = int(config.warmup_ratio * steps)
-        level = Supervised(
-            model,
-            data=everything,
-            optimizer=optimizer,
-            scheduler=get_linear_schedule_with_warmup(optimizer, warmup, steps),
-            max_grad_norm=config.max_grad_norm,
-        )
-        losses = {"": Curve([record["loss"] for record in fit(level, steps)])}
+    training = copy.copy(training)
+    training.method = method
+    training.output_dir = str(Path(training.output_dir or "") / method)
+    searching = training.max_steps
+    if method != "bidora" and training.retrain != "none":
+        training.max_steps += training.retrain_steps or training.max_steps
+    trainer = BiDoRATrainer(model, training, train_dataset=data.train, data_collator=data.collate)
+    begin = time.perf_counter()
+    trainer.train()
     seconds = time.perf_counter() - begin
+    logs, stride = trainer.state.log_history, int(training.logging_steps)
+
+    def curve(records: list[dict[str, Any]], key: str, start: int = 0) -> Curve:
+        return Curve([record[key] for record in records if key in record], start, stride)
+
+    if method != "bidora":
+        losses = {"": curve(logs, "loss")}
+        return model, Result(method, 0.0, 0.0, trainable, seconds, None, losses)
+    losses = {"lower level": curve(logs, "loss"), "upper level": curve(logs, "upper_loss")}
+    if trainer.retrainer is not None:
+        records = trainer.retrainer.state.log_history
+        losses["retraining"] = curve(records, "loss", searching)
+    ratio = statistics.median(r["implicit_ratio"] for r in logs if "implicit_ratio" in r)
     return model, Result(method, 0.0, 0.0, trainable, seconds, ratio, losses)
 
 
@@ -189,19 +182,17 @@ def reloads(model: Any, arguments: Arguments, data: TextData, folder: Path) -> f
     return float((logits_of(model, data, 64) - logits_of(again, data, 64)).abs().max())
 
 
-def compare(model: Any, arguments: Arguments, config: BiDoRAConfig, data: TextData) -> Comparison:
+def compare(model: Any, arguments: Arguments, training: Training, data: TextData) -> Comparison:
     """Every estimator at the trained point, on one batch a level.
 
     The lower Hessian has tens of thousands of rows and is indefinite, so the reference is a long
     damped MINRES instead of a dense solve, and every solver gets the same damping.
     """
-    lower, upper = split_dataset(data.train, config.upper_fraction, config.seed, label="labels")
-    engine = search(
-        model,
-        data.batches(lower, arguments.batch_size, shuffle=True),
-        data.batches(upper, arguments.batch_size, shuffle=True),
-        config,
-    )
+    parts = split_dataset(data.train, training.upper_fraction, training.seed)
+    size = training.per_device_train_batch_size
+    below, above = (data.batches(part, size, shuffle=True) for part in parts)
+    lower, upper = Direction(model, data=below), Magnitude(model, data=above)
+    model.train()
     damping = "damping=1.0"
     methods = [
         "direct",
@@ -213,7 +204,7 @@ def compare(model: Any, arguments: Arguments, config: BiDoRAConfig, data: TextDa
         "neumann:terms=5",
     ]
     reference = f"minres:steps={arguments.reference_steps},{damping}"
-    return compare_hypergradients(engine.upper, engine.lower, methods, reference, repeats=1)
+    return compare_hypergradients(upper, lower, methods, reference, repeats=1)
 
 
 def table(results: list[Result]) -> str:
@@ -233,26 +224,26 @@ def table(results: list[Result]) -> str:
 
 def main() -> None:
     """Train, compare, write."""
-    arguments, config = HfArgumentParser((Arguments, BiDoRAConfig)).parse_args_into_dataclasses()
+    arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
     unknown = set(arguments.methods) - {"lora", "dora", "bidora"}
     if unknown:
         raise SystemExit(f"unknown methods {sorted(unknown)}; known are lora, dora, bidora")
     if arguments.quick:
         arguments = replace(arguments, train_size=300, test_size=400, reference_steps=6)
-        steps = 12 if config.retrain != "none" else 24
-        config = replace(config, search_steps=steps, retrain_steps=12)
+        training.max_steps = 12 if training.retrain != "none" else 24
+        training.retrain_steps, training.logging_steps = 12, 4
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    output = Path(arguments.output_dir)
+    output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     sizes = arguments.train_size, arguments.test_size, arguments.max_length
-    data = load_data(arguments.dataset, arguments.model, *sizes, config.seed)
+    data = load_data(arguments.dataset, arguments.model, *sizes, training.seed)
     print(f"{len(data.train)} training and {len(data.test)} test examples, {data.label_names}")
 
     results, curves, changes = [], {}, {}
     for method in arguments.methods:
-        model, result = train(method, arguments, config, data)
+        model, result = train(method, arguments, training, data)
         predicted, true = logits_of(model, data).argmax(1), data.test["labels"]
         result.test_accuracy = float(accuracy_score(true, predicted))
         result.macro_f1 = float(f1_score(true, predicted, average="macro"))
@@ -264,14 +255,14 @@ def main() -> None:
             if not difference < 1e-4:
                 raise SystemExit(f"the reloaded adapter's logits differ by {difference}")
             print(f"stock PEFT loads {output / 'adapter'}: logits agree to {difference:.1e}")
-            comparison = compare(model, arguments, config, data)
+            comparison = compare(model, arguments, training, data)
             print(comparison)
             estimators(comparison, output / "estimators.png")
     learning_curves(curves, output / "learning_curves.png")
     plot_decomposition(changes, output / "decomposition.png")
     record = {
         "arguments": asdict(arguments),
-        "bidora": asdict(config),
+        "training": training.bilevel_settings() | {"learning_rate": training.learning_rate},
         "results": [asdict(result) for result in results],
         "estimators": comparison.records() if "bidora" in arguments.methods else [],
     }

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 SMALL = {
     "train_size": 60,
     "test_size": 60,
-    "batch_size": 8,
+    "per_device_train_batch_size": 8,
     "max_length": 16,
-    "search_steps": 4,
+    "max_steps": 4,
+    "logging_steps": 1,
     "lower_steps": 2,
     "retrain": "warm",
     "retrain_steps": 2,

