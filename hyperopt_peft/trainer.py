@@ -23,12 +23,19 @@ from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.sealed_trainer import SealedTrainer
 from hyperopt_peft.trainer_checks import (
     check_arguments,
+    check_batches,
     check_labels,
     check_levels,
     check_optimizer,
 )
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
-from hyperopt_peft.upper_data import UpperBatches, require_apart, require_examples, split_dataset
+from hyperopt_peft.upper_data import (
+    UpperBatches,
+    collating,
+    require_apart,
+    require_examples,
+    split_dataset,
+)
 
 
 class BilevelTrainer(SealedTrainer):
@@ -100,6 +107,7 @@ class BilevelTrainer(SealedTrainer):
         elif upper_dataset is not None:
             raise ProblemError("there is an upper_dataset, but no upper level")
         self.lower, self.upper, self.upper_dataset = lower, upper, upper_dataset
+        check_batches(args, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
         check_optimizer(self.optimizer, self.lr_scheduler, levels)
         self._used_columns(self.train_dataset, "train_dataset")
@@ -157,7 +165,10 @@ class BilevelTrainer(SealedTrainer):
                     f"the optimizer {getattr(cls, '__name__', cls)} chooses its own parameters; "
                     "choose one that takes groups, such as adamw_torch"
                 )
-            self.optimizer = cls(self._groups(), **options)
+            try:
+                self.optimizer = cls(self._groups(), **options)
+            except (TypeError, ValueError) as error:
+                raise ProblemError(f"{cls.__name__} does not take {options}: {error}") from error
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -187,6 +198,11 @@ class BilevelTrainer(SealedTrainer):
             }
             groups.append({"params": list(self.upper.variables), **twin})
         return [group for group in groups if group["params"]]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """A step's micro-batches, as `transformers.Trainer.get_batch_samples`."""
+        with collating("train_dataset"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any

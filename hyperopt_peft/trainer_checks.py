@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, Value
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
+from transformers.trainer_utils import has_length
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import check_ownership
@@ -103,6 +104,16 @@ def check_optimizer(optimizer: Any, scheduler: Any, levels: Sequence[Problem]) -
         raise ProblemError(
             "a group of the optimizer holds variables of both levels, which would share a "
             "learning rate; give each level groups of its own"
+        )
+
+
+def check_batches(args: BilevelTrainingArguments, data: Any) -> None:
+    """Refuse a training set that ``dataloader_drop_last`` leaves without a batch."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and has_length(data) and len(data) < batch:
+        raise ProblemError(
+            f"dataloader_drop_last=True leaves no batch of {batch} of the {len(data)} examples of "
+            "train_dataset; lower per_device_train_batch_size"
         )
 
 

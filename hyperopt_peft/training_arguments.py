@@ -58,20 +58,20 @@ class BilevelTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        rates = ("learning_rate", "weight_decay", "max_grad_norm")
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
         hints = get_type_hints(type(self))
-        for name in ("learning_rate", *self.bilevel_settings()):
+        for name in (*rates, *counts, *self.bilevel_settings()):
             value = getattr(self, name)
             if not matches(value, hints[name]):
                 raise ProblemError(f"{name} must be {spelt(hints[name])}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ProblemError(f"{name} must be finite, got {value}")
         self.estimator()
-        self._require(
-            "be at least 1", lambda n: n >= 1, "lower_steps", "per_device_upper_batch_size"
-        )
-        rates = ("learning_rate", "upper_learning_rate")
-        limits = ("upper_weight_decay", "upper_max_grad_norm")
-        self._require("not be negative", lambda x: x >= 0, *rates, *limits)
+        rates += ("upper_learning_rate", "upper_weight_decay", "upper_max_grad_norm")
+        counts += ("lower_steps", "per_device_upper_batch_size")
+        self._require("not be negative", lambda x: x >= 0, *rates)
+        self._require("be at least 1", lambda n: n >= 1, *counts)
         self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")
 
     def _require(self, words: str, rule: Callable[[Any], bool], *names: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,6 +94,19 @@ def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
         )
     if has_length(data) and len(data) == 0:
         raise ProblemError(f"{name} has no examples")
+
+
+@contextmanager
+def collating(name: str) -> Iterator[None]:
+    """Make one ProblemError of what a data collator says of the examples of ``name``."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError) as error:
+        raise ProblemError(
+            f"the data collator makes no batch of examples of {name} ({error}); tokens of "
+            "different length need a data_collator that pads, such as DataCollatorWithPadding, and "
+            "columns of text must be removed"
+        ) from error
 
 
 def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
@@ -186,4 +200,5 @@ class UpperBatches:
         order = torch.randperm(len(self.data), generator=generator)
         begin = (position * self.processes + self.rank) * self.size
         rows = order[begin : begin + self.size].tolist()
-        return self.collate([self.data[row] for row in rows])
+        with collating("upper_dataset"):
+            return self.collate([self.data[row] for row in rows])

@@ -1,5 +1,6 @@
 """Data that do not fit get one error that names them and says what to do, before training."""
 
+import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
@@ -159,5 +160,14 @@ def test_labels_that_a_collator_changes_are_left_to_it(tmp_path):
         return {**batch, "labels": batch["labels"] % 3}
 
     run = trainer(tmp_path, options={"train_dataset": table, "data_collator": folded})
+    run.train()
+    assert run.state.global_step == 6
+
+
+def test_no_batch_is_left(tmp_path):
+    """24 examples give the lower level 19: less than a batch of 20, which is then dropped."""
+    with pytest.raises(ProblemError, match="leaves no batch of 20 of the 19 examples of train_da"):
+        trainer(tmp_path, per_device_train_batch_size=20, dataloader_drop_last=True)
+    run = trainer(tmp_path, per_device_train_batch_size=19, dataloader_drop_last=True)
     run.train()
     assert run.state.global_step == 6

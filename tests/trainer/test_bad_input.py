@@ -3,8 +3,9 @@
 import pytest
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import TrainingArguments
 
-from hyperopt_peft import ProblemError
+from hyperopt_peft import BilevelTrainingArguments, ProblemError
 from hyperopt_peft.problems import BiDoRATrainer
 
 from .models import arguments, base_model, data, peft_model, trainer
@@ -33,6 +34,16 @@ ARGUMENTS = {
     ),
     "learning rate NaN": ({"learning_rate": NAN}, "learning_rate must be finite, got nan"),
     "learning rate as text": ({"learning_rate": "1"}, "learning_rate must be float, got '1'"),
+    "weight decay NaN": ({"weight_decay": NAN}, "weight_decay must be finite, got nan"),
+    "norm limit negative": ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
+    "batch size": (
+        {"per_device_train_batch_size": 0},
+        "per_device_train_batch_size must be at least 1, got 0",
+    ),
+    "micro-batches": (
+        {"gradient_accumulation_steps": 0},
+        "gradient_accumulation_steps must be at least 1, got 0",
+    ),
     "upper weight decay": ({"upper_weight_decay": -1.0}, "upper_weight_decay must not be negative"),
     "upper norm limit": ({"upper_max_grad_norm": -1.0}, "upper_max_grad_norm must not be negative"),
     "upper norm limit missing": (
@@ -218,3 +229,11 @@ def test_a_base_that_cannot_be_read_is_trained_by_first_order_products(method, t
     run = trainer(tmp_path, model=quantised(), hypergradient=method)
     run.train()
     assert run.state.global_step == 6
+
+
+@pytest.mark.parametrize("make", [BilevelTrainingArguments, TrainingArguments, dict])
+def test_arguments_of_another_trainer(make, tmp_path):
+    args = make(output_dir=str(tmp_path))
+    message = f"args must be BiDoRATrainingArguments, got {make.__name__}"
+    with pytest.raises(ProblemError, match=message):
+        BiDoRATrainer(peft_model(), args, train_dataset=data())

@@ -1,6 +1,7 @@
 """What shows only when training begins is refused before anything has moved."""
 
 import torch
+from datasets import Value
 from torch import nn
 
 from hyperopt_peft import BilevelTrainer, NonFiniteError, Problem, ProblemError
@@ -105,13 +106,19 @@ def layer_wise(model):
     """A function that makes an optimizer of a whole model."""
 
 
-def uncounted(model, folder):
-    table = relabelled(["a", "b", "c", "d"])
+def as_tensors(examples):
+    return {key: torch.tensor([row[key] for row in examples]) for key in examples[0]}
 
-    def collate(examples):
-        return {key: torch.tensor([row[key] for row in examples]) for key in examples[0]}
 
-    return trainer(folder, model=model, options={"train_dataset": table, "data_collator": collate})
+def ragged():
+    """Other examples than `data`'s, of two lengths."""
+    table = data(seed=4)
+    lengths = lambda row, index: {"input_ids": row["input_ids"][: 5 + index % 2]}  # noqa: E731
+    return table.map(lengths, with_indices=True)
+
+
+TEXT = data().add_column("text", ["a"] * 24)
+UNKNOWN = {"train_dataset": relabelled(["a", "b", "c", "d"]), "data_collator": as_tensors}
 
 
 TRAINING = {
@@ -121,9 +128,47 @@ TRAINING = {
         r"no loss for a batch of \['attention_mask', 'input_ids'\]: .* must have .*labels",
     ),
     "labels without an output": (
-        uncounted,
+        step(options=UNKNOWN),
         {},
         "the model has no loss for a batch of .*: Target 3 is out of bounds.*labels that it knows",
+    ),
+    "labels that are no classes": (
+        step(options={"train_dataset": data().cast_column("labels", Value("float32"))}),
+        {},
+        r"the model has no loss for a batch of .*: Target size \(torch.Size\(\[4\]\)\)",
+    ),
+    "tokens outside the vocabulary": (
+        step(options={"train_dataset": data().map(lambda row: {"input_ids": [50] * 6})}),
+        {},
+        "the model has no loss for a batch of .*: index out of range",
+    ),
+    "examples of different length": (
+        step(options={"train_dataset": ragged()}),
+        {},
+        "makes no batch of examples of train_dataset .* DataCollatorWithPadding",
+    ),
+    "text beside tokens": (
+        step(
+            options={"train_dataset": TEXT, "data_collator": as_tensors},
+            remove_unused_columns=False,
+        ),
+        {},
+        "makes no batch of examples of train_dataset .* columns of text must be removed",
+    ),
+    "an upper set of different length": (
+        step(options={**APART, "upper_dataset": ragged()}, lower_steps=1),
+        {},
+        "makes no batch of examples of upper_dataset .* DataCollatorWithPadding",
+    ),
+    "options of another optimizer": (
+        step(options={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"beta": 0.9})}),
+        {},
+        r"SGD does not take \{'beta': 0.9\}",
+    ),
+    "options out of the optimizer's range": (
+        step(adam_beta1=1.5),
+        {},
+        "AdamW does not take .*: Invalid beta parameter at index 0: 1.5",
     ),
     "more lower steps than steps": (
         step(max_steps=3, lower_steps=4),
