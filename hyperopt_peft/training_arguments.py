@@ -58,8 +58,8 @@ class BilevelTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rates = ("learning_rate", "weight_decay", "max_grad_norm")
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        rates = ["learning_rate", "weight_decay", "max_grad_norm"]
+        counts = ["per_device_train_batch_size", "gradient_accumulation_steps"]
         hints = get_type_hints(type(self))
         for name in (*rates, *counts, *self.bilevel_settings()):
             value = getattr(self, name)
@@ -68,8 +68,8 @@ class BilevelTrainingArguments(TrainingArguments):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ProblemError(f"{name} must be finite, got {value}")
         self.estimator()
-        rates += ("upper_learning_rate", "upper_weight_decay", "upper_max_grad_norm")
-        counts += ("lower_steps", "per_device_upper_batch_size")
+        rates += ["upper_learning_rate", "upper_weight_decay", "upper_max_grad_norm"]
+        counts += ["lower_steps", "per_device_upper_batch_size"]
         self._require("not be negative", lambda x: x >= 0, *rates)
         self._require("be at least 1", lambda n: n >= 1, *counts)
         self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")

@@ -22,8 +22,8 @@ def table(labels, feature=None, name="labels"):
 
 
 def classes(counts, **options):
-    """As many rows of each class as ``counts`` says, in turn."""
-    labels = [c for c, count in enumerate(counts) for _ in range(count)]
+    """As many rows of each class as ``counts`` says, the last class first."""
+    labels = [c for c, count in reversed(list(enumerate(counts))) for _ in range(count)]
     names = [f"class {c}" for c in range(len(counts))]
     return table(labels, ClassLabel(names=names), **options)
 
@@ -61,8 +61,9 @@ def test_whole_numbers_that_come_again_are_classes(name):
     labels = [(7, -3, 100)[row % 3] for row in range(N)]
     lower, upper = split_dataset(table(labels, name=name), 0.25, 0)
     named = table([(1, 0, 2)[row % 3] for row in range(N)], ClassLabel(names=["a", "b", "c"]))
-    expected = split_dataset(named, 0.25, 0)
-    assert [lower["row"][:], upper["row"][:]] == [part["row"][:] for part in expected]
+    expected = named.train_test_split(0.25, seed=0, stratify_by_column="labels")
+    assert lower["row"][:] == expected["train"]["row"][:]
+    assert upper["row"][:] == expected["test"]["row"][:]
 
 
 @pytest.mark.parametrize(
