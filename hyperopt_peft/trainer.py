@@ -68,7 +68,8 @@ class BilevelTrainer(SealedTrainer):
         ProblemError: levels that share a tensor or have data or an optimizer of their own, data
             sets that overlap, an optimizer that does not hold exactly the levels' variables, or
             a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP, threads
-            of ``DataParallel``).
+            of ``DataParallel``) or that the levels would ignore (a loss function, label
+            smoothing).
     """
 
     args: BilevelTrainingArguments
@@ -135,7 +136,9 @@ class BilevelTrainer(SealedTrainer):
         """As `transformers.Trainer.train`; ``True`` resumes from the last whole checkpoint.
 
         Raises:
-            ProblemError: no whole checkpoint, a damaged one, or one of other settings.
+            ProblemError: no whole checkpoint, a damaged one, or one of other settings; fewer
+                steps than ``lower_steps``; examples of which no batch can be made; a loss that
+                is no scalar, or a variable that no loss reads, at the level's first step.
             NonFiniteError: see ``args.non_finite``; names step and batch.
         """
         folder = None

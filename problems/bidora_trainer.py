@@ -113,7 +113,8 @@ class BiDoRATrainer(BilevelTrainer):
         trainer: what else `transformers.Trainer` takes.
 
     Raises:
-        ProblemError: as `BilevelTrainer`; a model that does not fit the method.
+        ProblemError: as `BilevelTrainer`; a model that does not fit the method; an exact product
+            over a quantised base; labels that the model has no output for.
     """
 
     args: BiDoRATrainingArguments
