@@ -8,20 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
-from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.sealed_trainer import SealedTrainer
+from hyperopt_peft.trainer_checks import (
+    check_arguments,
+    check_batches,
+    check_labels,
+    check_levels,
+    check_optimizer,
+)
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
-from hyperopt_peft.upper_data import UpperBatches, require_apart, split_dataset
+from hyperopt_peft.upper_data import (
+    UpperBatches,
+    collating,
+    require_apart,
+    require_examples,
+    split_dataset,
+)
 
 
 class BilevelTrainer(SealedTrainer):
@@ -54,11 +68,14 @@ class BilevelTrainer(SealedTrainer):
         ProblemError: levels that share a tensor or have data or an optimizer of their own, data
             sets that overlap, an optimizer that does not hold exactly the levels' variables, or
             a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP, threads
-            of ``DataParallel``).
+            of ``DataParallel``) or that the levels would ignore (a loss function, label
+            smoothing).
     """
 
     args: BilevelTrainingArguments
     optimizer: Any
+    #: Whether the levels' losses are the Trainer's own, label smoothing and all.
+    trainer_loss = False
 
     def __init__(
         self,
@@ -71,16 +88,13 @@ class BilevelTrainer(SealedTrainer):
         upper_dataset: Any = None,
         **trainer: Any,
     ) -> None:
-        _check_arguments(args, trainer)
+        check_arguments(args, model, trainer, trainer_loss=self.trainer_loss)
         levels = [lower] if upper is None else [lower, upper]
-        check_ownership(*levels)
-        for level in levels:
-            if level.batches is not None or level.optimizer is not None:
-                raise ProblemError(
-                    f"{level.name}: give data and optimizer to the trainer, not to the level"
-                )
-        if train_dataset is None:
-            raise ProblemError("give the trainer a train_dataset")
+        check_levels(levels)
+        require_examples("train_dataset", train_dataset)
+        if self.trainer_loss:
+            for data in (train_dataset, upper_dataset):
+                check_labels(model, data, trainer)
         if upper is not None:
             if upper_dataset is None:
                 seed = args.seed if args.data_seed is None else args.data_seed
@@ -89,13 +103,15 @@ class BilevelTrainer(SealedTrainer):
                 )
                 require_apart(None, upper_dataset, trainer.get("eval_dataset"))
             else:
+                require_examples("upper_dataset", upper_dataset, by_index=True)
                 require_apart(train_dataset, upper_dataset, trainer.get("eval_dataset"))
         elif upper_dataset is not None:
             raise ProblemError("there is an upper_dataset, but no upper level")
         self.lower, self.upper, self.upper_dataset = lower, upper, upper_dataset
+        check_batches(args, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
-        if self.optimizer is not None:
-            self._check_optimizer(self.optimizer)
+        check_optimizer(self.optimizer, self.lr_scheduler, levels)
+        self._used_columns(self.train_dataset, "train_dataset")
         # A step's loss is the mean of its micro-batches' losses, at both levels.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -120,7 +136,9 @@ class BilevelTrainer(SealedTrainer):
         """As `transformers.Trainer.train`; ``True`` resumes from the last whole checkpoint.
 
         Raises:
-            ProblemError: no whole checkpoint, a damaged one, or one of other settings.
+            ProblemError: no whole checkpoint, a damaged one, or one of other settings; fewer
+                steps than ``lower_steps``; examples of which no batch can be made; a loss that
+                is no scalar, or a variable that no loss reads, at the level's first step.
             NonFiniteError: see ``args.non_finite``; names step and batch.
         """
         folder = None
@@ -147,11 +165,23 @@ class BilevelTrainer(SealedTrainer):
             takes_groups = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
             if not takes_groups or options.keys() & {"params", "model", "optimizer_dict"}:
                 raise ProblemError(
-                    f"optim={self.args.optim!r} chooses its own parameters; choose one that takes "
-                    "groups, such as adamw_torch"
+                    f"the optimizer {getattr(cls, '__name__', cls)} chooses its own parameters; "
+                    "choose one that takes groups, such as adamw_torch"
                 )
-            self.optimizer = cls(self._groups(), **options)
+            try:
+                self.optimizer = cls(self._groups(), **options)
+            except (TypeError, ValueError) as error:
+                raise ProblemError(f"{cls.__name__} does not take {options}: {error}") from error
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `transformers.Trainer.create_scheduler`, for a run in which the upper level moves."""
+        if self.upper is not None and num_training_steps < self.args.lower_steps:
+            raise ProblemError(
+                f"lower_steps={self.args.lower_steps} leaves no upper step in a run of "
+                f"{num_training_steps} steps; train for longer or lower lower_steps"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _groups(self) -> list[dict[str, Any]]:
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -171,6 +201,11 @@ class BilevelTrainer(SealedTrainer):
             }
             groups.append({"params": list(self.upper.variables), **twin})
         return [group for group in groups if group["params"]]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """A step's micro-batches, as `transformers.Trainer.get_batch_samples`."""
+        with collating("train_dataset"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
@@ -327,10 +362,8 @@ class BilevelTrainer(SealedTrainer):
         return [g for g in self.optimizer.param_groups if own & {id(p) for p in g["params"]}]
 
     def _make_upper_batches(self) -> UpperBatches:
-        data, collate = self.upper_dataset, self.data_collator
-        if hasattr(data, "remove_columns"):
-            data = self._remove_unused_columns(data, description="upper")
-        else:
+        data, collate = self._used_columns(self.upper_dataset, "upper_dataset"), self.data_collator
+        if not isinstance(data, Dataset):
             collate = self._get_collator_with_removed_columns(collate, description="upper")
         return UpperBatches(
             data,
@@ -341,35 +374,11 @@ class BilevelTrainer(SealedTrainer):
             processes=processes.count(),
         )
 
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        names = {id(v): n for level in self._levels for n, v in zip(level.names, level.variables)}
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        foreign = [tuple(p.shape) for p in held if id(p) not in names]
-        missing = [name for key, name in names.items() if key not in {id(p) for p in held}]
-        if missing or foreign:
-            raise ProblemError(
-                "the optimizer must hold exactly the variables of both levels; it lacks "
-                f"{missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
-            )
-        below = {id(group) for group in self._own_groups(self.lower)}
-        if self.upper is not None and below & {id(g) for g in self._own_groups(self.upper)}:
-            raise ProblemError(
-                "a group of the optimizer holds variables of both levels, which would share a "
-                "learning rate; give each level groups of its own"
-            )
-
-
-def _check_arguments(args: Any, trainer: Mapping[str, Any]) -> None:
-    """Refuse what would train, and train something else than a bilevel program."""
-    if not isinstance(args, BilevelTrainingArguments):
-        raise ProblemError(f"args must be BilevelTrainingArguments, got {type(args).__name__}")
-    refused = {
-        "fp16=True": (args.fp16, "its loss scale is part of the gradients; use bf16"),
-        "deepspeed": (args.deepspeed, "it keeps gradients to itself; use DDP"),
-        "fsdp": (args.fsdp, "its parameters are shards; use DDP"),
-        f"n_gpu={args.n_gpu}": (args.n_gpu > 1, "start one process a device, with torchrun"),
-        "model_init": (trainer.get("model_init"), "levels own the tensors of one model"),
-    }
-    for name, (given, reason) in refused.items():
-        if given:
-            raise ProblemError(f"{name} does not go with bilevel training: {reason}")
+    def _used_columns(self, data: Any, name: str) -> Any:
+        """``data`` without the columns that the model's forward does not take."""
+        if not isinstance(data, Dataset):
+            return data
+        try:
+            return self._remove_unused_columns(data, description=name)
+        except ValueError as error:
+            raise ProblemError(f"{name}: {error}") from error

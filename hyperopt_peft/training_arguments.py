@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
+from hyperopt_peft.options import matches, spelt
 
 
 @dataclass
@@ -47,7 +50,7 @@ class BilevelTrainingArguments(TrainingArguments):
         default=0.2,
         help="share of train_dataset that the upper level gets where no upper_dataset is given",
     )
-    non_finite: str = HfArg(
+    non_finite: Literal["raise", "skip"] = HfArg(
         default="raise",
         help="what a NaN or infinite loss, gradient or curvature does: raise (a checkpoint is "
         "written first), or skip (the step is left out and counted)",
@@ -55,21 +58,27 @@ class BilevelTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        rates = ["learning_rate", "weight_decay", "max_grad_norm"]
+        counts = ["per_device_train_batch_size", "gradient_accumulation_steps"]
+        hints = get_type_hints(type(self))
+        for name in (*rates, *counts, *self.bilevel_settings()):
+            value = getattr(self, name)
+            if not matches(value, hints[name]):
+                raise ProblemError(f"{name} must be {spelt(hints[name])}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ProblemError(f"{name} must be finite, got {value}")
         self.estimator()
-        positive: dict[str, Any] = {
-            "lower_steps": self.lower_steps,
-            "per_device_upper_batch_size": self.per_device_upper_batch_size,
-        }
-        for name, value in positive.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ProblemError(f"{name} must be a whole number from 1, got {value!r}")
-        for name in ("upper_learning_rate", "upper_weight_decay", "upper_max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ProblemError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.upper_fraction < 1:
-            raise ProblemError(f"upper_fraction must be in (0, 1), got {self.upper_fraction}")
-        if self.non_finite not in ("raise", "skip"):
-            raise ProblemError(f'non_finite must be "raise" or "skip", got {self.non_finite!r}')
+        rates += ["upper_learning_rate", "upper_weight_decay", "upper_max_grad_norm"]
+        counts += ["lower_steps", "per_device_upper_batch_size"]
+        self._require("not be negative", lambda x: x >= 0, *rates)
+        self._require("be at least 1", lambda n: n >= 1, *counts)
+        self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")
+
+    def _require(self, words: str, rule: Callable[[Any], bool], *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not rule(value):
+                raise ProblemError(f"{name} must {words}, got {value}")
 
     def estimator(self) -> Estimator:
         """The estimator that ``hypergradient`` names.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Value
 from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from hyperopt_peft.errors import ProblemError
 
@@ -71,33 +73,89 @@ def _holds_classes(data: Dataset, column: str) -> bool:
     return whole and 3 * len(set(data[column][:])) <= len(data)
 
 
+def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
+    """Raise ProblemError where ``data``, the argument ``name``, is no data set or an empty one.
+
+    ``by_index``: nor one that is read in order, or has no length.
+    """
+    if data is None:
+        raise ProblemError(f"give the trainer a {name}")
+    if isinstance(data, str | Mapping):
+        raise ProblemError(
+            f"{name} must be one data set, got a {type(data).__name__}; give one part of it, "
+            f'such as {name}["train"]'
+        )
+    if by_index and (
+        isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and has_length(data))
+    ):
+        raise ProblemError(
+            f"{name} must have examples by index and a length, for batches that a resumed run "
+            f"finds again; got a {type(data).__name__}"
+        )
+    if has_length(data) and len(data) == 0:
+        raise ProblemError(f"{name} has no examples")
+
+
+@contextmanager
+def collating(name: str) -> Iterator[None]:
+    """Make one ProblemError of what a data collator says of the examples of ``name``."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError) as error:
+        raise ProblemError(
+            f"the data collator makes no batch of examples of {name} ({error}); tokens of "
+            "different length need a data_collator that pads, such as DataCollatorWithPadding, and "
+            "columns of text must be removed"
+        ) from error
+
+
 def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
-    """Raise ProblemError where two of the data sets are one, or the levels' share an example."""
-    sets = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
-    for held_out in sets:
-        if held_out is not None and (upper is held_out or _key(upper) == _key(held_out)):
+    """Raise ProblemError where two of the data sets are one, or the levels' share an example.
+
+    Without ``lower``, ``upper`` is a part of the training set, which may be evaluated on, too.
+    """
+    for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
+        if _same(upper, held_out) or (lower is not None and _shared(upper, held_out) == len(upper)):
             raise ProblemError(
                 "eval_dataset is given as the upper level's data: then it is trained on, and "
                 "measures nothing; give a part of the training set, or upper_fraction"
             )
-    if isinstance(lower, Dataset) and isinstance(upper, Dataset):
-        columns = [c for c in lower.column_names if c in upper.column_names]
-        if not columns:
-            raise ProblemError(
-                f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
-                f"and {upper.column_names}"
-            )
-        seen = {repr(row) for row in lower.select_columns(columns)}
-        common = sum(repr(row) in seen for row in upper.select_columns(columns))
-        if common:
-            raise ProblemError(
-                f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too: the "
-                "upper level must not judge on what the lower one fits; take them out of one"
-            )
+    if isinstance(lower, Dataset) and isinstance(upper, Dataset) and not _columns(lower, upper):
+        raise ProblemError(
+            f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
+            f"and {upper.column_names}"
+        )
+    common = len(upper) if _same(upper, lower) else _shared(upper, lower)
+    if common:
+        raise ProblemError(
+            f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too: the "
+            "upper level must not judge on what the lower one fits; take them out of one"
+        )
 
 
-def _key(data: Any) -> Any:
-    return getattr(data, "_fingerprint", None) or id(data)
+def _same(one: Any, other: Any) -> bool:
+    fingerprint = getattr(one, "_fingerprint", None)
+    return one is other or (
+        fingerprint is not None and fingerprint == getattr(other, "_fingerprint", None)
+    )
+
+
+def _columns(one: Dataset, other: Dataset) -> list[str]:
+    return [column for column in one.column_names if column in other.column_names]
+
+
+def _shared(data: Any, other: Any) -> int:
+    """How many examples of ``data`` are in ``other`` too; 0 where that cannot be told."""
+    if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
+        return 0
+    known = set(_digests(other, _columns(data, other)))
+    return sum(digest in known for digest in _digests(data, _columns(data, other)))
+
+
+def _digests(data: Dataset, columns: list[str]) -> Iterator[int]:
+    """A hash of each row as it is stored, whatever format it is read in."""
+    for table in data.select_columns(columns).with_format("arrow").iter(1000):
+        yield from map(hash, map(repr, table.select(columns).to_pylist()))
 
 
 class UpperBatches:
@@ -124,11 +182,7 @@ class UpperBatches:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
-            raise ProblemError(
-                "the upper level's data must have examples by index and a length, got "
-                f"{type(data).__name__}; give a map-style upper_dataset"
-            )
+        require_examples("upper_dataset", data, by_index=True)
         if len(data) < processes:
             raise ProblemError(
                 f"the upper level has {len(data)} examples for {processes} processes; raise "
@@ -146,4 +200,5 @@ class UpperBatches:
         order = torch.randperm(len(self.data), generator=generator)
         begin = (position * self.processes + self.rank) * self.size
         rows = order[begin : begin + self.size].tolist()
-        return self.collate([self.data[row] for row in rows])
+        with collating("upper_dataset"):
+            return self.collate([self.data[row] for row in rows])

@@ -90,7 +90,13 @@ class Adapter(Problem):
 
     def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
         self.task_loss = task_loss or own_loss(model)
-        super().__init__([(n, p) for n, p in model.named_parameters() if p.requires_grad], **level)
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not trained:
+            raise ProblemError(
+                "no parameter of the model is trainable; load the adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
+        super().__init__(trained, **level)
 
     def loss(self, batch: Any) -> Tensor:
         """L of the adapter."""

@@ -15,12 +15,14 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import checkpoint
 from hyperopt_peft.adapters import dora_layers, lora_layers, set_norm_grad, use_fast_dora
+from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problem import Problem
 from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
 from hyperopt_peft.trainer import BilevelTrainer
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
+from hyperopt_peft.upper_data import require_examples
 
 INITIAL = "initial.pt"
 
@@ -71,18 +73,9 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (
-            ("method", ("bidora", "dora", "lora")),
-            ("norm_grad", ("full", "detach")),
-            ("retrain", ("none", "warm", "scratch")),
-        ):
-            if getattr(self, name) not in known:
-                raise ProblemError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        for name in ("gamma", "magnitude_decay"):
-            if getattr(self, name) < 0:
-                raise ProblemError(f"{name} must not be negative, got {getattr(self, name)}")
+        self._require("not be negative", lambda x: x >= 0, "gamma", "magnitude_decay")
+        self._require("not be negative", lambda x: x >= 0, "retrain_learning_rate")
+        self._require("be positive", lambda x: x > 0, "retrain_epochs", "retrain_steps")
 
     def estimator(self) -> Estimator:
         """The estimator that ``hypergradient`` and ``xi`` name."""
@@ -120,10 +113,12 @@ class BiDoRATrainer(BilevelTrainer):
         trainer: what else `transformers.Trainer` takes.
 
     Raises:
-        ProblemError: as `BilevelTrainer`; a model that does not fit the method.
+        ProblemError: as `BilevelTrainer`; a model that does not fit the method; an exact product
+            over a quantised base; labels that the model has no output for.
     """
 
     args: BiDoRATrainingArguments
+    trainer_loss = True
 
     def __init__(
         self,
@@ -171,7 +166,8 @@ class BiDoRATrainer(BilevelTrainer):
             if any(layer.use_dora[a] for _, layer in lora_layers(model) for a in layer.use_dora):
                 raise ProblemError('method="lora" needs an adapter with use_dora=False')
             return Adapter(model, task_loss=loss), None
-        dora_layers(model)
+        if args.method == "bidora":
+            _check_product(model, args)
         norm_grad = args.norm_grad if args.method == "bidora" else "detach"
         (use_fast_dora if args.fast_dora else set_norm_grad)(model, norm_grad)
         if args.method == "dora":
@@ -183,7 +179,13 @@ class BiDoRATrainer(BilevelTrainer):
 
     def _task_loss(self, batch: Any) -> Tensor:
         """The Trainer's own loss of the model."""
-        loss: Tensor = super(BilevelTrainer, self).compute_loss(self.model, dict(batch))
+        try:
+            loss: Tensor = super(BilevelTrainer, self).compute_loss(self.model, dict(batch))
+        except (TypeError, ValueError, IndexError) as error:
+            raise ProblemError(
+                f"the model has no loss for a batch of {sorted(batch)}: {error}; the data must "
+                "have the columns that its forward takes, labels that it knows among them"
+            ) from error
         return loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -211,9 +213,7 @@ class BiDoRATrainer(BilevelTrainer):
                 self._return_to_start()
         lower = Direction(self.model, gamma=self.args.gamma, task_loss=self._task_loss)
         options = {**self._retraining, "optimizers": (None, None)}
-        self.retrainer = BilevelTrainer(
-            self.model, lower=lower, upper=None, args=arguments, **options
-        )
+        self.retrainer = Retrainer(self.model, lower=lower, upper=None, args=arguments, **options)
         return self.retrainer.train(reached, **kwargs)
 
     def _write_start(self) -> None:
@@ -228,7 +228,31 @@ class BiDoRATrainer(BilevelTrainer):
             variable.copy_(values[name])
 
 
+class Retrainer(BilevelTrainer):
+    """The second phase: directions and head alone, by the loss of the first phase."""
+
+    trainer_loss = True
+
+
+def _check_product(model: Any, args: BiDoRATrainingArguments) -> None:
+    """Refuse double backward through weights that are not there to be read."""
+    estimator = args.estimator()
+    if getattr(estimator, "product", None) != "exact":
+        return
+    adapter = resolve_adapter(model)
+    for name, layer in dora_layers(model, adapter):
+        try:
+            require_plain(layer, adapter, name)
+        except ProblemError as error:
+            raise ProblemError(
+                f"hypergradient={args.hypergradient!r} differentiates twice, which needs weights "
+                f"that can be read; choose product=difference, or darts ({error})"
+            ) from error
+
+
 def _joined(train: Any, upper: Any) -> Any:
+    require_examples("train_dataset", train)
+    require_examples("upper_dataset", upper)
     try:
         return concatenate_datasets([train, upper])
     except (ValueError, TypeError, AttributeError) as error:

@@ -6,13 +6,13 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import ClassVar, get_type_hints
 
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
+from hyperopt_peft.options import matches, spelt
 
 Matvec = Callable[[Vector], Vector]
 
@@ -68,9 +68,9 @@ class Estimator(ABC):
         hints = get_type_hints(type(self))
         for option in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
-            if not _matches(value, hints[option.name]):
+            if not matches(value, hints[option.name]):
                 self.require(
-                    False, f"{option.name} must be {_spelt(hints[option.name])}, got {value!r}"
+                    False, f"{option.name} must be {spelt(hints[option.name])}, got {value!r}"
                 )
         self.check()
 
@@ -143,23 +143,3 @@ class Solver(Estimator):
             return result
 
         return checked
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_matches(value, choice) for choice in get_args(hint))
-    if get_origin(hint) is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
-
-
-def _spelt(hint: Any) -> str:
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_spelt(choice) for choice in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(hint))
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

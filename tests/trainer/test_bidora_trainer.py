@@ -55,7 +55,8 @@ def test_retraining_moves_directions_on_all_data_with_magnitudes_as_the_search_l
 ):
     model = peft_model()
     start = values(model)
-    run = trainer(tmp_path, model=model, retrain=retrain, retrain_steps=0)
+    options = {"retrain": retrain, "retrain_steps": 1, "retrain_learning_rate": 0.0}
+    run = trainer(tmp_path, model=model, **options)
     run.train()
     parts = split_parameters(model)
     searched = values(model)

@@ -1,0 +1,28 @@
+"""Whether a value is of the type that an option's hint names."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether ``value`` fits ``hint``: a class, a Literal or a union; a whole number is a float."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(matches(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def spelt(hint: Any) -> str:
+    """``hint`` in the words of an error message."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(spelt(choice) for choice in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,189 @@
+"""What a `BilevelTrainer` refuses to be made of: settings, levels, data and optimizers."""
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+from hyperopt_peft import BilevelTrainer, Problem, ProblemError
+from hyperopt_peft.problems.bidora import Direction
+
+from .models import arguments, data, peft_model
+from .refusals import APART, cases, levels, plain, refuses, rows, stream
+
+
+class Unsized(torch.utils.data.Dataset):
+    """Examples by index, without a length."""
+
+    def __getitem__(self, index):
+        return data()[index]
+
+
+def groups(model, *rates):
+    parts = levels(model).values()
+    return [{"params": x.variables, "lr": rate} for x, rate in zip(parts, rates, strict=True)]
+
+
+def adamw(model):
+    return torch.optim.AdamW(groups(model, 1e-3, 1e-3))
+
+
+def with_argument(name, value):
+    """Arguments with a field that this machine would not let be set."""
+
+    def make(folder):
+        args = arguments(folder)
+        setattr(args, name, value)
+        return {"args": args}
+
+    return make
+
+
+LISTED = list(data())
+
+
+class Half(Problem):
+    """Owns what another level owns too."""
+
+
+PLAIN = {
+    "arguments of the Trainer": (
+        lambda m, f: {"args": TrainingArguments(str(f), report_to="none")},
+        "args must be BilevelTrainingArguments, got TrainingArguments",
+    ),
+    "arguments as a dict": (
+        lambda m, f: {"args": {"lower_steps": 2}},
+        "args must be BilevelTrainingArguments, got dict",
+    ),
+    "fp16": (lambda m, f: with_argument("fp16", True)(f), "fp16=True does not go .* use bf16"),
+    "deepspeed": (
+        lambda m, f: with_argument("deepspeed", "zero2.json")(f),
+        "deepspeed does not go .* use DDP",
+    ),
+    "fsdp": (lambda m, f: with_argument("fsdp", True)(f), "fsdp does not go .* use DDP"),
+    "threads of DataParallel": (
+        lambda m, f: with_argument("_n_gpu", 2)(f),
+        "n_gpu=2 does not go .* with torchrun",
+    ),
+    "batch size by trial": (
+        lambda m, f: with_argument("auto_find_batch_size", True)(f),
+        "auto_find_batch_size=True does not go .* give per_device_train_batch_size",
+    ),
+    "an optimizer that steps in hooks": (
+        lambda m, f: {"args": arguments(f, optim="galore_adamw_layerwise")},
+        "optim='galore_adamw_layerwise' does not go .* such as adamw_torch",
+    ),
+    "an optimizer that takes the model": (
+        lambda m, f: {"args": arguments(f, optim="lomo")},
+        "optim='lomo' does not go .* such as adamw_torch",
+    ),
+    "model_init": (lambda m, f: {"model_init": peft_model}, "model_init does not go"),
+    "compute_loss_func": (
+        lambda m, f: {"compute_loss_func": lambda *_, **__: 0},
+        "compute_loss_func does not go .*the levels have losses of their own",
+    ),
+    "label smoothing": (
+        lambda m, f: {"args": arguments(f, label_smoothing_factor=0.1)},
+        "label_smoothing_factor=0.1 does not go .*the levels have losses of their own",
+    ),
+    "no level": (lambda m, f: {"lower": None}, "a level must be a Problem, got NoneType"),
+    "a module as level": (lambda m, f: {"upper": m}, "a level must be a Problem, got PeftModel"),
+    "data of a level": (
+        lambda m, f: levels(m, data=[{}]),
+        "Direction: give data and optimizer to the trainer",
+    ),
+    "optimizer of a level": (
+        lambda m, f: levels(m, optimizer=torch.optim.SGD(Direction(m).variables, 0.1)),
+        "Direction: give data and optimizer to the trainer",
+    ),
+    "norm limit of a level": (
+        lambda m, f: levels(m, max_grad_norm=1.0),
+        "Direction: give the limit .* as the argument max_grad_norm or upper_max_grad_norm",
+    ),
+    "a tensor of both levels": (
+        lambda m, f: {"upper": Half(Direction(m).variables[:1], name="Half")},
+        "both levels own the same tensor: (Direction|Half)'s .* give it to one level",
+    ),
+    "upper data without upper level": (
+        lambda m, f: {"upper": None},
+        "there is an upper_dataset, but no upper level",
+    ),
+    "upper data that are a stream": (
+        lambda m, f: {"upper_dataset": stream()},
+        "upper_dataset must have examples by index .*; got a IterableDataset",
+    ),
+    "upper data without a length": (
+        lambda m, f: {"upper_dataset": Unsized()},
+        "upper_dataset must have examples by index and a length.*; got a Unsized",
+    ),
+    "upper data of another model": (
+        lambda m, f: {
+            "train_dataset": rows(0, 30).map(lambda row, i: {"i": i}, with_indices=True),
+            "upper_dataset": Dataset.from_dict({"i": list(range(100, 110))}),
+        },
+        "upper_dataset: No columns in the dataset match",
+    ),
+    "one list for both levels": (
+        lambda m, f: {"train_dataset": LISTED, "upper_dataset": LISTED},
+        "24 of 24 examples of upper_dataset are in train_dataset too",
+    ),
+    "an optimizer's class": (
+        lambda m, f: {"optimizers": (torch.optim.AdamW, None)},
+        "the optimizer must be a torch.optim.Optimizer, got <class",
+    ),
+    "an optimizer alone": (
+        lambda m, f: {"optimizers": adamw(m)},
+        r"optimizers must be \(optimizer, scheduler\), got AdamW",
+    ),
+    "an optimizer without a level": (
+        lambda m, f: {"optimizers": (torch.optim.AdamW(groups(m, 1e-3, 1e-3)[:1]), None)},
+        "must hold exactly the variables of both levels; it lacks .*magnitude.* shape none",
+    ),
+    "an optimizer with a foreign tensor": (
+        lambda m, f: {
+            "optimizers": (
+                torch.optim.AdamW([*groups(m, 1e-3, 1e-3), {"params": [torch.zeros(7)]}]),
+                None,
+            )
+        },
+        r"it lacks none and also holds tensors of shape \[\(7,\)\]",
+    ),
+    "an optimizer with a group of both levels": (
+        lambda m, f: (
+            {"optimizers": (torch.optim.AdamW(m.parameters()), None)}
+            if False
+            else {
+                "optimizers": (
+                    torch.optim.AdamW([v for x in levels(m).values() for v in x.variables]),
+                    None,
+                )
+            }
+        ),
+        "a group of the optimizer holds variables of both levels",
+    ),
+    "a scheduler without optimizer": (
+        lambda m, f: {"optimizers": (None, torch.optim.lr_scheduler.ConstantLR(adamw(m)))},
+        "there is a scheduler without an optimizer",
+    ),
+    "a scheduler of another optimizer": (
+        lambda m, f: {"optimizers": (adamw(m), torch.optim.lr_scheduler.ConstantLR(adamw(m)))},
+        "the scheduler drives another optimizer",
+    ),
+}
+
+
+@cases(PLAIN)
+def test_trainers(case, tmp_path):
+    make, message = case
+    model = peft_model()
+    refuses(ProblemError, message, model, lambda: plain(model, tmp_path, **make(model, tmp_path)))
+
+
+@pytest.mark.parametrize("model", [None, peft_model, nn.DataParallel(nn.Linear(2, 2))])
+def test_models_of_a_plain_trainer(model, tmp_path):
+    parts = levels(peft_model())
+    with pytest.raises(
+        ProblemError, match=r"must be a torch.nn.Module|DataParallel model does not"
+    ):
+        BilevelTrainer(model, **parts, args=arguments(tmp_path), **APART)

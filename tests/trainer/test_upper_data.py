@@ -1,0 +1,217 @@
+"""How the training set is divided, and the upper level's batches by number."""
+
+from collections import Counter
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyperopt_peft import ProblemError, split_dataset
+from hyperopt_peft.upper_data import UpperBatches, require_apart, require_examples
+
+N = 40
+
+
+def table(labels, feature=None, name="labels"):
+    """Rows that are told apart by ``row``."""
+    columns = {"row": list(range(len(labels))), name: labels}
+    features = Features({"row": Value("int64"), name: feature or Value("int64")})
+    return Dataset.from_dict(columns, features=features)
+
+
+def classes(counts, **options):
+    """As many rows of each class as ``counts`` says, the last class first."""
+    labels = [c for c, count in reversed(list(enumerate(counts))) for _ in range(count)]
+    names = [f"class {c}" for c in range(len(counts))]
+    return table(labels, ClassLabel(names=names), **options)
+
+
+COUNTS = st.lists(st.integers(10, 40), min_size=2, max_size=4)
+
+
+@given(counts=COUNTS, share=st.floats(0.2, 0.8), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+def test_classes_have_their_shares_in_both_parts(counts, share, seed):
+    """To one example a class; no row is lost or doubled."""
+    data = classes(counts)
+    lower, upper = split_dataset(data, share, seed)
+    assert sorted([*lower["row"], *upper["row"]]) == data["row"][:]
+    found = Counter(upper["labels"])
+    for c, count in enumerate(counts):
+        assert abs(found[c] - len(upper) * count / len(data)) < 1
+    assert len(upper) == -int(-share * len(data) // 1)
+
+
+@given(counts=COUNTS, seed=st.integers(0, 1000))
+@settings(max_examples=10)
+def test_a_split_is_that_of_datasets(counts, seed):
+    data = classes(counts)
+    lower, upper = split_dataset(data, 0.3, seed)
+    expected = data.train_test_split(0.3, seed=seed, stratify_by_column="labels")
+    assert lower["row"][:] == expected["train"]["row"][:]
+    assert upper["row"][:] == expected["test"]["row"][:]
+    assert lower.features == data.features
+
+
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_whole_numbers_that_come_again_are_classes(name):
+    """They are divided as the same classes with names, whatever the numbers."""
+    labels = [(7, -3, 100)[row % 3] for row in range(N)]
+    lower, upper = split_dataset(table(labels, name=name), 0.25, 0)
+    named = table([(1, 0, 2)[row % 3] for row in range(N)], ClassLabel(names=["a", "b", "c"]))
+    expected = named.train_test_split(0.25, seed=0, stratify_by_column="labels")
+    assert lower["row"][:] == expected["train"]["row"][:]
+    assert upper["row"][:] == expected["test"]["row"][:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        table([x / N for x in range(N)], Value("float32")),
+        table(list(range(N))),
+        table([x % 2 for x in range(N)], name="target"),
+        table(["ab"[x % 2] for x in range(N)], Value("string")),
+    ],
+    ids=["regression", "counts", "no label", "text"],
+)
+def test_what_holds_no_classes_is_shuffled(data):
+    lower, upper = split_dataset(data, 0.25, 3)
+    expected = data.train_test_split(0.25, seed=3)
+    assert lower["row"][:] == expected["train"]["row"][:]
+    assert upper["row"][:] == expected["test"]["row"][:]
+
+
+def test_the_label_can_be_named():
+    data = classes([30, 10], name="topic")
+    lower, upper = split_dataset(data, 0.5, 1, label="topic")
+    assert Counter(lower["topic"]) == Counter(upper["topic"]) == {0: 15, 1: 5}
+    with pytest.raises(ProblemError, match=r"no column 'tpic', only \['row', 'topic'\]"):
+        split_dataset(data, 0.5, 1, label="tpic")
+
+
+def test_a_split_is_a_function_of_the_seed():
+    data = classes([20, 20])
+    again = split_dataset(data, 0.2, 5)[1]["row"][:]
+    assert split_dataset(data, 0.2, 5)[1]["row"][:] == again
+    assert split_dataset(data, 0.2, 6)[1]["row"][:] != again
+
+
+def test_a_split_leaves_the_random_state_alone():
+    state = torch.get_rng_state()
+    split_dataset(classes([20, 20]), 0.2, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 3, float("nan")])
+def test_shares_that_leave_a_level_out(share):
+    with pytest.raises(ProblemError, match=r"upper_fraction must be in \(0, 1\)"):
+        split_dataset(classes([20, 20]), share, 0)
+
+
+@given(
+    rows=st.integers(1, 30),
+    begin=st.integers(0, 40),
+    kind=st.sampled_from([None, "torch", "numpy", "arrow"]),
+)
+@settings(max_examples=30)
+def test_examples_of_both_levels_are_counted(rows, begin, kind):
+    """In any format, and told apart by what the formats round."""
+    values = [[1 + x * 1e-9, 0.0] for x in range(60)]
+    data = Dataset.from_dict({"x": values, "id": list(range(60))})
+    lower = data.select(range(30)).with_format(kind)
+    upper = Dataset.from_dict({"x": values[begin : begin + rows]})
+    common = max(0, min(30, begin + rows) - begin)
+    rest = begin + rows <= 60
+    if common:
+        with pytest.raises(ProblemError, match=f"{common} of {len(upper)} examples"):
+            require_apart(lower, upper, None)
+    elif rest:
+        require_apart(lower, upper, None)
+
+
+def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart():
+    """Data sets repeat themselves: only an upper set that lies in the evaluation set is refused."""
+    data = table(list(range(N)))
+    lower, upper = data.select(range(20)), data.select(range(20, 30))
+    require_apart(lower, upper, data.select(range(21, N)))
+    with pytest.raises(ProblemError, match="eval_dataset is given as the upper level's data"):
+        require_apart(lower, upper, data.select(range(20, N)))
+
+
+@pytest.mark.parametrize(
+    "evaluation", [None, {}, {"a": None}, [1, 2], Dataset.from_dict({"y": [1, 2]})]
+)
+def test_other_evaluation_sets_are_apart(evaluation):
+    require_apart(table([1, 2]).select([0]), table([1, 2]).select([1]), evaluation)
+
+
+def test_a_stream_has_no_batches_by_number():
+    class Sized(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+        def __len__(self):
+            return 3
+
+    for data in (Sized(), iter([1]), {"a": 1}, "abc", None, []):
+        with pytest.raises(ProblemError, match="upper_dataset"):
+            UpperBatches(data, 1, seed=0, collate=list)
+    require_examples("train_dataset", Sized())
+
+
+SIZES = {"rows": st.integers(1, 25), "size": st.integers(1, 9), "seed": st.integers(0, 2**31)}
+
+
+@given(**SIZES, numbers=st.lists(st.integers(0, 200), min_size=1, max_size=6))
+@settings(max_examples=30)
+def test_a_batch_is_a_function_of_its_number(rows, size, seed, numbers):
+    """Asked for in any order, by any stream, whatever the random state; none is drawn from it."""
+    one = UpperBatches(range(rows), size, seed=seed, collate=list)
+    expected = {number: one.batch(number) for number in sorted(numbers)}
+    state = torch.get_rng_state()
+    torch.rand(3)
+    other = UpperBatches(range(rows), size, seed=seed, collate=list)
+    moved = torch.get_rng_state()
+    assert [other.batch(number) for number in numbers] == [expected[n] for n in numbers]
+    assert torch.equal(torch.get_rng_state(), moved)
+    torch.set_rng_state(state)
+
+
+@given(**SIZES, epoch=st.integers(0, 50))
+@settings(max_examples=30)
+def test_an_epoch_has_no_example_twice(rows, size, seed, epoch):
+    """Each once where the batches divide the examples; otherwise a smaller last one is left out."""
+    batches = UpperBatches(range(rows), size, seed=seed, collate=list)
+    count = batches.per_epoch
+    drawn = [x for number in range(count) for x in batches.batch(epoch * count + number)]
+    assert len(set(drawn)) == len(drawn) == count * min(size, rows)
+    assert len(drawn) > rows - size
+    if rows % size == 0:
+        assert sorted(drawn) == list(range(rows))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    def epoch(number, seed):
+        batches = UpperBatches(range(20), 20, seed=seed, collate=tuple)
+        return batches.batch(number)
+
+    assert len({epoch(number, seed) for number in range(4) for seed in range(4)}) == 16
+
+
+@given(**SIZES, processes=st.integers(1, 4), number=st.integers(0, 50))
+@settings(max_examples=30)
+def test_the_shares_of_processes_make_the_batch_of_one(rows, size, seed, processes, number):
+    if rows < processes:
+        with pytest.raises(ProblemError, match=f"{rows} examples for {processes} processes"):
+            UpperBatches(range(rows), size, seed=seed, collate=list, processes=processes)
+        return
+    shares = [
+        UpperBatches(range(rows), size, seed=seed, collate=list, rank=rank, processes=processes)
+        for rank in range(processes)
+    ]
+    assert len({len(share.batch(number)) for share in shares}) == 1
+    together = [x for share in shares for x in share.batch(number)]
+    whole = UpperBatches(range(rows), shares[0].size * processes, seed=seed, collate=list)
+    assert together == whole.batch(number)
