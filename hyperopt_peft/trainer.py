@@ -189,6 +189,8 @@ class BilevelTrainer(SealedTrainer):
             self._noted = {key: list(values) for key, values in self._window["noted"].items()}
             self._window = None
         inputs = self._prepare_inputs(inputs)
+        if not self._micro:
+            self._clear_gradients()  # the Trainer clears the model's, a variable may be outside it
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
         with versions.tracked():
             (loss,) = processes.mean([super().training_step(model, inputs, *args, **kwargs)])
@@ -277,9 +279,7 @@ class BilevelTrainer(SealedTrainer):
 
     def _non_finite(self, error: NonFiniteError) -> None:
         """Skip the step and count it, or write a checkpoint of where it began and stop."""
-        for level in self._levels:
-            for variable in level.variables:
-                variable.grad = None
+        self._clear_gradients()
         if self.args.non_finite == "skip":
             self.skipped += 1
             return
@@ -293,6 +293,11 @@ class BilevelTrainer(SealedTrainer):
                 self._save_checkpoint(self.model, None)
             written = f"the state before it is in {folder}"
         raise NonFiniteError(f"{where}: {error}; {written}") from error
+
+    def _clear_gradients(self) -> None:
+        for level in self._levels:
+            for variable in level.variables:
+                variable.grad = None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self.accelerator.clip_grad_norm_(self.lower.variables, self.args.max_grad_norm)
