@@ -185,6 +185,7 @@ class BilevelTrainer(SealedTrainer):
         """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
         if self._window is not None:
             self._tr_loss += self._window["loss"]
+            self._total_loss_scalar -= self._window["loss"]  # not of this run's own steps
             self._globalstep_last_logged = self._window["logged"]
             self._noted = {key: list(values) for key, values in self._window["noted"].items()}
             self._window = None
