@@ -16,6 +16,7 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.purity import Copies
+from hyperopt_peft.launch import check_launch
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState
@@ -93,6 +94,7 @@ class BilevelTrainer(SealedTrainer):
             raise ProblemError("there is an upper_dataset, but no upper level")
         self.lower, self.upper, self.upper_dataset = lower, upper, upper_dataset
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
+        check_launch(self)
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
         # A step's loss is the mean of its micro-batches' losses, at both levels.

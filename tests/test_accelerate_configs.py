@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from trainer.models import trainer
+
+from hyperopt_peft import ProblemError
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "examples/accelerate"
@@ -60,14 +63,19 @@ def test_accelerate_accepts_the_file(name):
     assert args.use_cpu == ("cpu" in name)
 
 
-def launched(name, folder, *options):
-    """Run ``SCRIPT`` with a config; the records of its processes by rank."""
-    (folder / "train.py").write_text(SCRIPT)
+def launch(name, script, folder):
+    """Run ``script`` with a config."""
+    (folder / "train.py").write_text(script)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(CONFIGS / name), *options, "train.py"]
+    command += ["--config_file", str(CONFIGS / name), "train.py"]
     path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def launched(name, folder):
+    """The records of the processes of ``SCRIPT``, by rank."""
+    run = launch(name, SCRIPT, folder)
     assert run.returncode == 0, run.stderr
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
 
@@ -86,3 +94,18 @@ def test_two_cpu_processes_train_one_model_and_save_it_once(tmp_path):
     assert (first["processes"], first["type"]) == (2, "MULTI_CPU")
     assert (first["backend"], first["device"]) == ("gloo", "cpu")
     assert (tmp_path / "outputs/adapter_model.safetensors").exists()
+
+
+def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path):
+    """Without ``use_cpu`` and a GPU, the Trainer takes each of them for the only one."""
+    script = SCRIPT.replace("max_steps=2", "use_cpu=False")
+    run = launch("two_cpu_processes.yaml", script, tmp_path)
+    assert run.returncode != 0
+    assert "there are 2 processes, but the Trainer counts 1" in run.stderr
+    assert not any((tmp_path / "outputs").iterdir())  # nothing was written
+
+
+def test_fp16_of_the_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ProblemError, match="fp16, chosen by the launcher"):
+        trainer(tmp_path)
