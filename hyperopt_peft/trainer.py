@@ -17,6 +17,7 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.purity import Copies
+from hyperopt_peft.launch import check_launch
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState
@@ -110,6 +111,7 @@ class BilevelTrainer(SealedTrainer):
         self.lower, self.upper, self.upper_dataset = lower, upper, upper_dataset
         check_batches(args, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
+        check_launch(self)
         check_optimizer(self.optimizer, self.lr_scheduler, levels)
         self._used_columns(self.train_dataset, "train_dataset")
         # A step's loss is the mean of its micro-batches' losses, at both levels.
@@ -221,10 +223,13 @@ class BilevelTrainer(SealedTrainer):
         """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
         if self._window is not None:
             self._tr_loss += self._window["loss"]
+            self._total_loss_scalar -= self._window["loss"]  # not of this run's own steps
             self._globalstep_last_logged = self._window["logged"]
             self._noted = {key: list(values) for key, values in self._window["noted"].items()}
             self._window = None
         inputs = self._prepare_inputs(inputs)
+        if not self._micro:
+            self._clear_gradients()  # the Trainer clears the model's, a variable may be outside it
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
         with versions.tracked():
             loss = processes.average(super().training_step(model, inputs, *args, **kwargs))
@@ -312,9 +317,7 @@ class BilevelTrainer(SealedTrainer):
 
     def _non_finite(self, error: NonFiniteError) -> None:
         """Skip the step and count it, or write a checkpoint of where it began and stop."""
-        for level in self._levels:
-            for variable in level.variables:
-                variable.grad = None
+        self._clear_gradients()
         if self.args.non_finite == "skip":
             self.skipped += 1
             return
@@ -328,6 +331,11 @@ class BilevelTrainer(SealedTrainer):
                 self._save_checkpoint(self.model, None)
             written = f"the state before it is in {folder}"
         raise NonFiniteError(f"{where}: {error}; {written}") from error
+
+    def _clear_gradients(self) -> None:
+        for level in self._levels:
+            for variable in level.variables:
+                variable.grad = None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         limit = self.args.max_grad_norm

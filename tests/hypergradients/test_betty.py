@@ -81,3 +81,14 @@ def test_neumann_is_that_of_betty_for_a_given_step(terms: int, step: float) -> N
     theirs = of_betty("neumann", {"neumann_iterations": terms, "neumann_alpha": step})
     found = ours(f"neumann:terms={terms},step={step}")
     torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_conjugate_gradients_are_those_of_betty_for_one_step_only() -> None:
+    """Betty's second direction is built from the first residual."""
+
+    def distance(steps: int) -> float:
+        theirs = of_betty("cg", {"cg_iterations": steps, "cg_alpha": 1.0})
+        return float((ours(f"cg:steps={steps},tolerance=0.0") - theirs).norm() / theirs.norm())
+
+    assert distance(1) < 1e-9
+    assert distance(2) > 0.01
