@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -94,19 +95,28 @@ def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
     The module's own parameters and buffers do not count.
     """
     owned = {x.untyped_storage()._cdata for x in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def keep(tensor: Tensor) -> Tensor:
-        # Detached: a node that kept its own output with its graph would never be freed.
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor.detach()
+    def keep(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         result = forward()
-    total = sum(size for key, size in kept.items() if key not in owned)
+    # What a part of the graph held that is gone by now (a norm that was detached) is not kept.
+    storages = [saved.tensor.untyped_storage() for saved in kept]
+    total = sum({x._cdata: x.nbytes() for x in storages if x._cdata not in owned}.values())
     del result
     return total
+
+
+class _Saved:
+    """A tensor for as long as autograd holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached: a node that kept its own output with its graph would never be freed.
+        self.tensor = tensor.detach()
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
