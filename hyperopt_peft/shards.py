@@ -1,0 +1,58 @@
+"""Tensors of which each process holds a part: `DTensor`, as FSDP2 (``fully_shard``) makes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+
+def is_sharded(*tensors: Tensor) -> bool:
+    """Whether any of ``tensors`` is spread over the processes."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+@torch.no_grad()
+def local(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """What this process holds of each tensor, in the tensor's own memory; all of a plain one."""
+    return tuple(x.to_local() if isinstance(x, DTensor) else x for x in tensors)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
+    """``whole`` in the dtype, on the device and with the shards of ``like``."""
+    if not isinstance(like, DTensor):
+        return whole.to(like)
+    whole = whole.to(like.device, like.dtype)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def total(values: Sequence[float], of: Sequence[Tensor]) -> float:
+    """Σ of ``values`` over all of the tensors ``of``, from values that describe their local parts.
+
+    A plain tensor is the same on every process and counts once, and so does a part that several
+    processes hold. Every process must call this with tensors of the same kinds.
+    """
+    result = sum(v for v, x in zip(values, of, strict=True) if not isinstance(x, DTensor))
+    parts = [v / _holders(x) for v, x in zip(values, of, strict=True) if isinstance(x, DTensor)]
+    if parts:
+        device = next(x.device for x in of if isinstance(x, DTensor))
+        here = torch.tensor(sum(parts), dtype=torch.float64, device=device)
+        dist.all_reduce(here)
+        result += float(here)
+    return result
+
+
+def _holders(tensor: DTensor) -> int:
+    """How many processes hold the same part of ``tensor``."""
+    mesh = tensor.device_mesh
+    sizes = (mesh.size(k) for k, p in enumerate(tensor.placements) if isinstance(p, Shard))
+    return dist.get_world_size() // math.prod(sizes)
