@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from hyperopt_peft.graph import graph_leaves, graph_nodes, is_half
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.reductions import finite, read, sums
 from hyperopt_peft.reductions import norm as norm_of
-from hyperopt_peft.shards import is_sharded, total
+from hyperopt_peft.shards import is_sharded, seen_parameters, total
 from hyperopt_peft.variables import Variables, named_variables
 
 
@@ -179,11 +180,11 @@ class Problem:
         self, batch: Any, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes."""
-        loss, metrics = self.evaluate(batch)
-        # The reducer of a DistributedDataParallel model waits for all of its parameters, and the
-        # leaves of a sharded one are not its parameters.
+        # The reducers of a distributed model wait for all of its parameters.
         alone = processes.count() == 1 and not is_sharded(*variables)
-        reached = list(variables) if alone else graph_leaves(loss)
+        with nullcontext([]) if alone else seen_parameters() as sharded:
+            loss, metrics = self.evaluate(batch)
+        reached = list(variables) if alone else [*graph_leaves(loss), *sharded]
         touched = list({id(x): x for x in (*variables, *reached)}.values())
         held = [tensor.grad for tensor in touched]
         for tensor in touched:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import distributed as dist
 
 from hyperopt_peft.graph import HALF
 from hyperopt_peft.shards import is_sharded
+
+K = TypeVar("K", bound=Hashable)
 
 
 def count() -> int:
@@ -62,11 +65,11 @@ def mean(
     return tuple(result)
 
 
-def averages(values: Mapping[str, float]) -> dict[str, float]:
+def averages(values: Mapping[K, float]) -> dict[K, float]:
     """Each value's mean over those processes that have it."""
     if count() == 1:
         return dict(values)
-    gathered: list[dict[str, float]] = [{}] * count()
+    gathered: list[dict[K, float]] = [{}] * count()
     dist.all_gather_object(gathered, dict(values))
     keys = {key: None for part in gathered for key in part}
     of = {key: [part[key] for part in gathered if key in part] for key in keys}

@@ -67,7 +67,15 @@ class SealedTrainer(Trainer):
             ],
         }
 
+    def _average_notes(self) -> None:
+        """Take means over the processes of what each has noted: a level's metrics are its own."""
+        notes = {(k, i): v for k, values in self._noted.items() for i, v in enumerate(values)}
+        self._noted = {}
+        for (key, _), value in processes.averages(notes).items():
+            self._noted.setdefault(key, []).append(value)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._average_notes()
         output = Path(self._get_output_dir(trial=trial))
         folder = output / f"{checkpoint.PREFIX}{self.state.global_step}"
         record = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
@@ -33,6 +35,25 @@ def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
         return whole.to(like)
     whole = whole.to(like.device, like.dtype)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextmanager
+def seen_parameters() -> Iterator[list[Tensor]]:
+    """The sharded parameters of the modules that run in the body.
+
+    A backward pass leaves gradients in them, and autograd's graph does not lead to them.
+    """
+    found: list[Tensor] = []
+
+    def see(module: nn.Module, _inputs: object) -> None:
+        if isinstance(module, FSDPModule):
+            found.extend(p for p in module.parameters() if is_sharded(p))
+
+    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def total(values: Sequence[float], of: Sequence[Tensor]) -> float:

@@ -190,7 +190,7 @@ class BilevelTrainer(SealedTrainer):
             self._window = None
         inputs = self._prepare_inputs(inputs)
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
-        with versions.tracked():
+        with versions.tracked(v for level in self._levels for v in level.variables):
             (loss,) = processes.mean([super().training_step(model, inputs, *args, **kwargs)])
             assert loss is not None
             self._losses.append(loss)
@@ -305,6 +305,7 @@ class BilevelTrainer(SealedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `transformers.Trainer.log`, with the levels' own numbers beside the loss."""
         if "loss" in logs:
+            self._average_notes()
             means = {key: sum(values) / len(values) for key, values in self._noted.items()}
             if "upper_learning_rate" in self._noted:
                 means["upper_learning_rate"] = self._noted["upper_learning_rate"][-1]

@@ -7,21 +7,27 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import registered
+from hyperopt_peft.reductions import finite, norm
 
-WHOLE = sorted({*registered(), "darts:sides=1", "darts:product=exact", "unrolled:steps=2"})
+WHOLE = sorted(
+    {*registered(), "darts:sides=1", "darts:product=exact", "cg:product=difference"}
+    | {"unrolled:steps=2", "unrolled:product=difference"}
+)
 FIRST_ORDER = [
     "direct",
     "darts",
     "darts:sides=1,scale=lr",
     *(f"{name}:product=difference" for name in ("cg", "exact", "minres", "neumann")),
 ]
+RUNS = ["darts:sides=1", "cg:product=difference", "cg:steps=5", "unrolled:steps=2"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
 
 
@@ -69,7 +75,7 @@ class Level(Problem):
             logits = logits + torch.where(special[:, None], shift, 0)
         self.drawn.append(torch.rand(()).item())
         accuracy = (logits.argmax(1) == y).double().mean()
-        return {"loss": cross_entropy(logits, y) + penalty / 20, "accuracy": accuracy}
+        return {"loss": cross_entropy(logits, y) + penalty / 5, "accuracy": accuracy}
 
 
 def batches(count, rank, seed, number=3):
@@ -168,6 +174,24 @@ def drawn(kind, *place):
     return upper.drawn
 
 
+def reductions():
+    """Norms of one tensor in different shards, and whether a single NaN or ∞ is noticed."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = torch.arange(21.0).reshape(7, 3)
+    norms, noticed = {}, {}
+    for placement in (Shard(0), Shard(1), Replicate()):
+        parts = [distribute_tensor(x, mesh, [placement]), torch.ones(2)]
+        norms[str(placement)] = norm(parts)
+        for place in (0, -1):
+            for value in (torch.nan, torch.inf):
+                bad = x.clone()
+                bad.view(-1)[place] = value
+                parts[0] = distribute_tensor(bad, mesh, [placement])
+                noticed[placement, place, value] = not finite(parts)
+    huge = [distribute_tensor(torch.full((7,), 3e38), mesh, [Shard(0)])]
+    return {"norms": norms, "noticed": all(noticed.values()), "huge": finite(huge)}
+
+
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -176,19 +200,16 @@ def main(folder):
         kind: {
             "gradients": gradients(kind, *place),
             "estimates": estimates(kind, FIRST_ORDER if kind == "fsdp" else WHOLE, *place),
-            "runs": {m: trained(kind, m, *place) for m in RUNS if kind != "fsdp" or m in SHARDED},
+            "runs": {m: trained(kind, m, *place) for m in (RUNS[:2] if kind == "fsdp" else RUNS)},
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
         }
         for kind in ("plain", "ddp", "fsdp")
     }
-    results["refusals"] = refusals("fsdp", *place)
+    results |= {"refusals": refusals("fsdp", *place), "reductions": reductions()}
     torch.save(results, Path(folder) / f"{place[1]}.pt")
     dist.destroy_process_group()
 
-
-SHARDED = ["darts:sides=1", "cg:product=difference"]
-RUNS = [*SHARDED, "cg:steps=5", "unrolled:steps=2"]
 
 if __name__ == "__main__":
     main(sys.argv[1])
