@@ -37,6 +37,16 @@ def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward pass has left gathered of ``model``.
+
+    Otherwise the next forward pass would not see what is written to the shards until then.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def seen_parameters() -> Iterator[list[Tensor]]:
     """The sharded parameters of the modules that run in the body.

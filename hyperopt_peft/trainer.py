@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.sealed_trainer import SealedTrainer
+from hyperopt_peft.shards import full, reshard
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 from hyperopt_peft.upper_data import UpperBatches, require_apart, split_dataset
 
@@ -53,8 +54,8 @@ class BilevelTrainer(SealedTrainer):
     Raises:
         ProblemError: levels that share a tensor or have data or an optimizer of their own, data
             sets that overlap, an optimizer that does not hold exactly the levels' variables, or
-            a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP, threads
-            of ``DataParallel``).
+            a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP1, FSDP2
+            with second-order products, threads of ``DataParallel``).
     """
 
     args: BilevelTrainingArguments
@@ -93,6 +94,7 @@ class BilevelTrainer(SealedTrainer):
             raise ProblemError("there is an upper_dataset, but no upper level")
         self.lower, self.upper, self.upper_dataset = lower, upper, upper_dataset
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
+        self._check_accelerator()
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
         # A step's loss is the mean of its micro-batches' losses, at both levels.
@@ -151,6 +153,23 @@ class BilevelTrainer(SealedTrainer):
                 )
             self.optimizer = cls(self._groups(), **options)
         return self.optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; FSDP2 puts shards in the variables' place, which the levels own then."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        reshard(self.model)
+        before = self._held(self.create_optimizer())
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        shard = dict(zip(map(id, before), self._held(self.optimizer), strict=True))
+        for level in self._levels:
+            level.variables = tuple(shard[id(variable)] for variable in level.variables)
+        self._accumulated, self._copies = Accumulated(self.lower), Copies()
+        return prepared
+
+    @staticmethod
+    def _held(optimizer: Any) -> list[Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def _groups(self) -> list[dict[str, Any]]:
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -265,7 +284,7 @@ class BilevelTrainer(SealedTrainer):
         ):
             variable.grad = part
         limit = self.args.upper_max_grad_norm or float("inf")
-        norm = float(clip_grad_norm_(upper.variables, limit))
+        norm = float(full(self.accelerator.clip_grad_norm_(upper.variables, limit)))
         self._note(
             upper_loss=above.loss,
             upper_grad_norm=norm,
@@ -340,6 +359,33 @@ class BilevelTrainer(SealedTrainer):
             processes=processes.count(),
         )
 
+    def _check_accelerator(self) -> None:
+        """Refuse what a configuration of ``accelerate launch`` may have chosen."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_deepspeed_enabled:
+            raise ProblemError("DeepSpeed keeps gradients to itself; use DDP or FSDP2")
+        if self.accelerator.mixed_precision == "fp16":
+            raise ProblemError("fp16's loss scale is part of the gradients; use bf16")
+        if plugin is None:
+            return
+        if plugin.fsdp_version != 2:
+            raise ProblemError("FSDP1 hides the parameters that a level owns; set fsdp_version: 2")
+        if self.accelerator.mixed_precision != "no":
+            raise ProblemError(
+                f"{self.accelerator.mixed_precision} does not go with FSDP2: differences of "
+                "gradients need parameters that are gathered in float32; turn mixed precision off"
+            )
+        if self.upper is not None and getattr(self.args.estimator(), "product", "") == "exact":
+            raise ProblemError(f"{self.args.hypergradient}: {SHARDED}")
+        of_model = {id(parameter) for parameter in self.model.parameters()}
+        for level in self._levels:
+            for name, variable in zip(level.names, level.variables, strict=True):
+                if id(variable) not in of_model:
+                    raise ProblemError(
+                        f"{level.name}: {name} is no parameter of the model, and FSDP2 shards "
+                        "those only; make it one"
+                    )
+
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         names = {id(v): n for level in self._levels for n, v in zip(level.names, level.variables)}
         held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -365,7 +411,6 @@ def _check_arguments(args: Any, trainer: Mapping[str, Any]) -> None:
     refused = {
         "fp16=True": (args.fp16, "its loss scale is part of the gradients; use bf16"),
         "deepspeed": (args.deepspeed, "it keeps gradients to itself; use DDP"),
-        "fsdp": (args.fsdp, "its parameters are shards; use DDP"),
         f"n_gpu={args.n_gpu}": (args.n_gpu > 1, "start one process a device, with torchrun"),
         "model_init": (trainer.get("model_init"), "levels own the tensors of one model"),
     }

@@ -19,6 +19,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problem import Problem
 from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
+from hyperopt_peft.shards import reshard, sharded_like
 from hyperopt_peft.trainer import BilevelTrainer
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
@@ -161,6 +162,11 @@ class BiDoRATrainer(BilevelTrainer):
             callbacks=list(callbacks or ()),
             **trainer,
         )
+        if self.is_fsdp_enabled and args.gamma + args.magnitude_decay > 0:
+            raise ProblemError(
+                "gamma and magnitude_decay read parameters outside of the model's forward pass, "
+                "where FSDP2 has shards only; set both to 0"
+            )
 
     def _make_levels(
         self, model: Any, args: BiDoRATrainingArguments
@@ -224,8 +230,9 @@ class BiDoRATrainer(BilevelTrainer):
     @torch.no_grad()
     def _return_to_start(self) -> None:
         values = checkpoint.read_state(Path(self.args.output_dir) / INITIAL)
+        reshard(self.model)
         for name, variable in zip(self.lower.names, self.lower.variables, strict=True):
-            variable.copy_(values[name])
+            variable.copy_(sharded_like(values[name], variable))
 
 
 def _joined(train: Any, upper: Any) -> Any:
