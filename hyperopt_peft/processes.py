@@ -77,9 +77,14 @@ def averages(values: Mapping[K, float]) -> dict[K, float]:
 
 
 @torch.no_grad()
-def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Give every process the first one's ``tensors``, in place; shards stay as they are."""
+def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Give every process the first one's ``tensors``, in place and by way of ``device``.
+
+    Shards stay as they are.
+    """
     if count() > 1:
         for tensor in tensors:
             if not is_sharded(tensor):
-                dist.broadcast(tensor, src=0)
+                sent = tensor.to(device)
+                dist.broadcast(sent, src=0)
+                tensor.copy_(sent)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_peft import checkpoint, processes, versions
+from hyperopt_peft.accelerator import check_accelerator
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
-from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
@@ -94,13 +94,13 @@ class BilevelTrainer(SealedTrainer):
             raise ProblemError("there is an upper_dataset, but no upper level")
         self.lower, self.upper, self.upper_dataset = lower, upper, upper_dataset
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
-        self._check_accelerator()
+        self.estimator = args.estimator()
+        check_accelerator(self)
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
         # A step's loss is the mean of its micro-batches' losses, at both levels.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self.estimator = args.estimator()
         self.skipped = 0
         self._accumulated = Accumulated(lower)
         self._devices = devices_of(*levels)
@@ -136,7 +136,8 @@ class BilevelTrainer(SealedTrainer):
         self._noted.clear()
         if folder is not None:
             self._resume(folder)
-        processes.broadcast([v for level in self._levels for v in level.variables])
+        variables = [v for level in self._levels for v in level.variables]
+        processes.broadcast(variables, self.args.device)
         return super().train(None if folder is None else str(folder), *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -155,7 +156,7 @@ class BilevelTrainer(SealedTrainer):
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; FSDP2 puts shards in the variables' place, which the levels own then."""
+        """As the Trainer's; FSDP2 puts shards in the variables' place, and the levels own them."""
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args, **kwargs)
         reshard(self.model)
@@ -164,6 +165,7 @@ class BilevelTrainer(SealedTrainer):
         shard = dict(zip(map(id, before), self._held(self.optimizer), strict=True))
         for level in self._levels:
             level.variables = tuple(shard[id(variable)] for variable in level.variables)
+        self._devices = devices_of(*self._levels)
         self._accumulated, self._copies = Accumulated(self.lower), Copies()
         return prepared
 
@@ -359,33 +361,6 @@ class BilevelTrainer(SealedTrainer):
             processes=processes.count(),
         )
 
-    def _check_accelerator(self) -> None:
-        """Refuse what a configuration of ``accelerate launch`` may have chosen."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.is_deepspeed_enabled:
-            raise ProblemError("DeepSpeed keeps gradients to itself; use DDP or FSDP2")
-        if self.accelerator.mixed_precision == "fp16":
-            raise ProblemError("fp16's loss scale is part of the gradients; use bf16")
-        if plugin is None:
-            return
-        if plugin.fsdp_version != 2:
-            raise ProblemError("FSDP1 hides the parameters that a level owns; set fsdp_version: 2")
-        if self.accelerator.mixed_precision != "no":
-            raise ProblemError(
-                f"{self.accelerator.mixed_precision} does not go with FSDP2: differences of "
-                "gradients need parameters that are gathered in float32; turn mixed precision off"
-            )
-        if self.upper is not None and getattr(self.args.estimator(), "product", "") == "exact":
-            raise ProblemError(f"{self.args.hypergradient}: {SHARDED}")
-        of_model = {id(parameter) for parameter in self.model.parameters()}
-        for level in self._levels:
-            for name, variable in zip(level.names, level.variables, strict=True):
-                if id(variable) not in of_model:
-                    raise ProblemError(
-                        f"{level.name}: {name} is no parameter of the model, and FSDP2 shards "
-                        "those only; make it one"
-                    )
-
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         names = {id(v): n for level in self._levels for n, v in zip(level.names, level.variables)}
         held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -411,6 +386,10 @@ def _check_arguments(args: Any, trainer: Mapping[str, Any]) -> None:
     refused = {
         "fp16=True": (args.fp16, "its loss scale is part of the gradients; use bf16"),
         "deepspeed": (args.deepspeed, "it keeps gradients to itself; use DDP"),
+        "fsdp": (
+            args.fsdp and processes.count() == 1,
+            "one process has nothing to shard; start several, or use DDP",
+        ),
         f"n_gpu={args.n_gpu}": (args.n_gpu > 1, "start one process a device, with torchrun"),
         "model_init": (trainer.get("model_init"), "levels own the tensors of one model"),
     }

@@ -21,5 +21,5 @@ def run(launcher, script, folder, *arguments):
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stderr[-20000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

@@ -1,12 +1,16 @@
 """A `BiDoRATrainer` in each of two processes; run as a script by one of them."""
 
+import os
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import distributed as dist
 
-from hyperopt_peft import NonFiniteError
+from hyperopt_peft import NonFiniteError, ProblemError
+from hyperopt_peft.shards import full
 from trainer import models
 
 OPTIONS = {"max_steps": 6, "upper_fraction": 1 / 3, "lower_steps": 2}
@@ -19,23 +23,49 @@ RUNS = {
     "retrain": {"retrain": "scratch", "retrain_steps": 3, "gradient_accumulation_steps": 2},
     "dora": {"method": "dora"},
 }
+SHARDED = ["darts", "minres", "retrain", "dora"]
+REFUSED = {
+    "cg": {"hypergradient": "cg"},
+    "gamma": {"gamma": 0.1},
+    "bf16": {"bf16": True},
+    "version": {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}},
+    "state": {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+}
 
 
 def make(folder, batch=4, **options):
     """A trainer of 16 lower and 8 upper rows in float64, without dropout."""
-    model = models.peft_model(dropout=0.0).double()
     settings = {**OPTIONS, "per_device_train_batch_size": batch, **options}
-    return models.trainer(folder, dropout=0.0, model=model, **settings)
+    arguments = models.arguments(folder, **settings)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        # accelerate shards over GPUs only; it does not look at what they are.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    model = models.peft_model(dropout=0.0).double()
+    return models.BiDoRATrainer(
+        model,
+        arguments,
+        train_dataset=models.data(rows=24),
+        eval_dataset=models.data(rows=8, seed=5),
+    )
 
 
 def train(folder, batch, resume=None, **options):
     """The logs of both phases, and the parameters at the end."""
     trainer = make(folder, batch, **options)
     trainer.train(resume)
+    trainer.save_model(str(folder / "adapter"))
     logs = list(trainer.state.log_history)
     if trainer.retrainer is not None:
         logs += trainer.retrainer.state.log_history
-    return logs, models.values(trainer.model)
+    return logs, {n: full(value) for n, value in models.values(trainer.model).items()}
+
+
+def refusal(folder, **options):
+    """What a trainer says that cannot be made."""
+    try:
+        make(folder, 2, **options)
+    except ProblemError as error:
+        return str(error)
 
 
 def stopped(folder, batch):
@@ -57,12 +87,17 @@ def stopped(folder, batch):
 def main(folder):
     torch.set_num_threads(1)
     folder = Path(folder)
-    results = {name: train(folder / name, 2, **options) for name, options in RUNS.items()}
-    saving = {"save_strategy": "steps", "save_steps": 2, **RUNS["cg"]}
+    sharded = "ACCELERATE_USE_FSDP" in os.environ
+    runs = SHARDED if sharded else RUNS
+    results = {name: train(folder / name, 2, **RUNS[name]) for name in runs}
+    saving = {"save_strategy": "steps", "save_steps": 2, **RUNS["retrain"], "retrain": "none"}
+    saving |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     results["saved"] = train(folder / "saved", 2, **saving)
     last = folder / "saved" / "checkpoint-4"
     results["resumed"] = train(folder / "saved", 2, str(last), **saving)
     results["stopped"] = stopped(folder / "stopped", 2)
+    if sharded:
+        results["refused"] = {n: refusal(folder / n, **options) for n, options in REFUSED.items()}
     torch.save(results, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
