@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +65,9 @@ class Problem:
 
     Args:
         variables: what the level owns: tensors or ``(name, tensor)`` pairs, leaves that
-            require a gradient, for example ``model.named_parameters()``.
+            require a gradient, for example ``model.named_parameters()``. Of a model that FSDP2
+            shards, the parameters after ``fully_shard``; the loss must then read them through
+            the model.
         data: any re-iterable of batches, a shuffled DataLoader for example; it is cycled.
             Without data, ``loss`` is given None.
         optimizer: used as given, never rebuilt; it must hold exactly ``variables``.
@@ -182,7 +184,9 @@ class Problem:
         """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes."""
         # The reducers of a distributed model wait for all of its parameters.
         alone = processes.count() == 1 and not is_sharded(*variables)
-        with nullcontext([]) if alone else seen_parameters() as sharded:
+        watch: AbstractContextManager[list[Tensor]]
+        watch = nullcontext([]) if alone else seen_parameters()
+        with watch as sharded:
             loss, metrics = self.evaluate(batch)
         reached = list(variables) if alone else [*graph_leaves(loss), *sharded]
         touched = list({id(x): x for x in (*variables, *reached)}.values())

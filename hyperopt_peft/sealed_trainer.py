@@ -16,7 +16,7 @@ from hyperopt_peft import checkpoint, processes
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problem import Problem
-from hyperopt_peft.shards import full, reshard, sharded_like
+from hyperopt_peft.shards import full, sharded_like
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
 SETTINGS = "bilevel_settings.json"
@@ -129,7 +129,6 @@ class SealedTrainer(Trainer):
     @torch.no_grad()
     def _load_levels(self, folder: Path) -> None:
         values = load_file(folder / LEVELS)
-        reshard(self.model)
         for name, variable in self._named_variables():
             variable.copy_(sharded_like(values[name], variable))
 

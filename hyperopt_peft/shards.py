@@ -40,7 +40,7 @@ def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Free what a forward pass without a backward pass has left gathered of ``model``.
 
-    Otherwise the next forward pass would not see what is written to the shards until then.
+    Until then the gathered tensors are its parameters, and what is written to shards unseen.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

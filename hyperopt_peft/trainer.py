@@ -35,6 +35,10 @@ class BilevelTrainer(SealedTrainer):
 
     The loss that is trained is the levels'; what is evaluated is the model's own.
 
+    Several processes that share each batch train as one with all of it does: with DDP for every
+    estimator, with accelerate's FSDP2 for those with first-order products, in float32. Under
+    FSDP2 a loss must read its variables through the model.
+
     Args:
         model: what the Trainer saves, evaluates and moves to its device.
         lower: the lower level, without data and optimizer: the Trainer has them.

@@ -213,6 +213,7 @@ class BiDoRATrainer(BilevelTrainer):
             self._write_start()
         if reached is None:
             super().train(resume_from_checkpoint, **kwargs)
+            reshard(self.model)
             if self.args.retrain == "scratch":
                 self._return_to_start()
         lower = Direction(self.model, gamma=self.args.gamma, task_loss=self._task_loss)
@@ -230,7 +231,6 @@ class BiDoRATrainer(BilevelTrainer):
     @torch.no_grad()
     def _return_to_start(self) -> None:
         values = checkpoint.read_state(Path(self.args.output_dir) / INITIAL)
-        reshard(self.model)
         for name, variable in zip(self.lower.names, self.lower.variables, strict=True):
             variable.copy_(sharded_like(values[name], variable))
 

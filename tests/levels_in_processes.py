@@ -145,11 +145,13 @@ def trained(kind, method, *place):
 
 
 def refusals(kind, *place):
-    """What each second-order method says where parameters are sharded."""
+    """What second-order methods, and differences in half precision, say of shards."""
     messages = {}
-    for method in SECOND_ORDER:
+    for method in [*SECOND_ORDER, "darts"]:
+        half = torch.autocast("cpu", torch.bfloat16, enabled=method == "darts")
         try:
-            hypergradient(*levels(kind, *place), method)
+            with half:
+                hypergradient(*levels(kind, *place), method)
         except ProblemError as error:
             messages[method] = str(error)
     return messages

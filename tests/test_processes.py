@@ -77,9 +77,11 @@ def test_the_upper_losses_draw_numbers_of_their_own(two, kind):
     assert len(set(drawn)) == len(drawn) == 6
 
 
-def test_second_derivatives_of_shards_are_refused(two):
+def test_second_derivatives_and_half_precision_of_shards_are_refused(two):
     """With the name of what works."""
     for result in two:
+        half = result["refusals"].pop("darts")
+        assert "turn mixed precision off" in half
         assert result["refusals"].keys() == set(levels.SECOND_ORDER)
         assert all('product="difference"' in text for text in result["refusals"].values())
 
