@@ -13,7 +13,7 @@ from datasets import concatenate_datasets
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import checkpoint
+from hyperopt_peft import checkpoint, processes
 from hyperopt_peft.adapters import dora_layers, lora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
@@ -172,8 +172,10 @@ class BiDoRATrainer(BilevelTrainer):
         self, model: Any, args: BiDoRATrainingArguments
     ) -> tuple[Problem, Problem | None]:
         loss = self._task_loss
+        lora_layers(model)
+        # Levels remember where they start: magnitude_decay's m0, scratch's initial values.
+        processes.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
         if args.method == "lora":
-            lora_layers(model)
             if any(layer.use_dora[a] for _, layer in lora_layers(model) for a in layer.use_dora):
                 raise ProblemError('method="lora" needs an adapter with use_dora=False')
             return Adapter(model, task_loss=loss), None
