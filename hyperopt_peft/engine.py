@@ -103,15 +103,16 @@ class Engine:
         self._stopped = False
         begin = len(self.history)
         progress = trange(steps, disable=not self.progress, desc="upper steps")
+        variables = (*self.upper.variables, *self.lower.variables)
         # Callbacks may write to parameters in any way.
-        whole_run = nullcontext() if self.callbacks else versions.tracked()
+        whole_run = nullcontext() if self.callbacks else versions.tracked(variables)
         with progress as bar, whole_run:
             if self.lower_step == 0:
                 self._lower_steps(self.warmup_steps)
             for _ in bar:
                 while self._recent:
                     self._forget()
-                with versions.tracked():
+                with versions.tracked(variables):
                     self._lower_steps(self.lower_steps)
                     record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
                 if record is not None:
@@ -254,9 +255,10 @@ class Engine:
             "solver_steps": result.steps,
             "note": result.note,
         }
-        for level, metrics in (("upper", above.metrics), ("lower", self._lower_metrics)):
-            for key, value in metrics.items():
-                record.setdefault(f"{level}_{key}", value)
+        metrics = {f"upper_{key}": value for key, value in above.metrics.items()}
+        metrics |= {f"lower_{key}": value for key, value in self._lower_metrics.items()}
+        for key, value in processes.averages(metrics).items():
+            record.setdefault(key, value)
         self.history.append(record)
         return record
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from hyperopt_peft.graph import graph_leaves, graph_nodes, is_half
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.reductions import finite, read, sums
 from hyperopt_peft.reductions import norm as norm_of
+from hyperopt_peft.shards import is_sharded, seen_parameters, total
 from hyperopt_peft.variables import Variables, named_variables
 
 
@@ -63,7 +65,9 @@ class Problem:
 
     Args:
         variables: what the level owns: tensors or ``(name, tensor)`` pairs, leaves that
-            require a gradient, for example ``model.named_parameters()``.
+            require a gradient, for example ``model.named_parameters()``. Of a model that FSDP2
+            shards, the parameters after ``fully_shard``; the loss must then read them through
+            the model.
         data: any re-iterable of batches, a shuffled DataLoader for example; it is cycled.
             Without data, ``loss`` is given None.
         optimizer: used as given, never rebuilt; it must hold exactly ``variables``.
@@ -178,15 +182,19 @@ class Problem:
         self, batch: Any, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes."""
-        loss, metrics = self.evaluate(batch)
-        # The reducer of a DistributedDataParallel model waits for all of its parameters.
-        reached = list(variables) if processes.count() == 1 else graph_leaves(loss)
+        # The reducers of a distributed model wait for all of its parameters.
+        alone = processes.count() == 1 and not is_sharded(*variables)
+        watch: AbstractContextManager[list[Tensor]]
+        watch = nullcontext([]) if alone else seen_parameters()
+        with watch as sharded:
+            loss, metrics = self.evaluate(batch)
+        reached = list(variables) if alone else [*graph_leaves(loss), *sharded]
         touched = list({id(x): x for x in (*variables, *reached)}.values())
         held = [tensor.grad for tensor in touched]
         for tensor in touched:
             tensor.grad = None
         try:
-            loss.backward(inputs=reached if processes.count() == 1 else None)
+            loss.backward(inputs=reached if alone else None)
             return loss.detach(), metrics, tuple(variable.grad for variable in variables)
         finally:
             for tensor, grad in zip(touched, held, strict=True):
@@ -198,10 +206,11 @@ class Problem:
         Raises:
             NonFiniteError: it is NaN or infinite, or an entry of ``gradient`` is.
         """
-        value, *totals = read([loss, *sums(part for part in gradient if part is not None)])
+        parts = [part for part in gradient if part is not None]
+        value, *summed = read([loss, *sums(parts)])
         if not math.isfinite(value):
             raise NonFiniteError(f"{self.name}: the loss is {value}")
-        if not all(map(math.isfinite, totals)) and not finite(p for p in gradient if p is not None):
+        if not math.isfinite(total(summed, parts)) and not finite(parts):
             raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
         return value
 

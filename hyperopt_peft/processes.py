@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from hyperopt_peft.graph import HALF
+from hyperopt_peft.shards import is_sharded
+
+K = TypeVar("K", bound=Hashable)
 
 
 def count() -> int:
@@ -34,20 +38,23 @@ def mean(
     """Each part's average over the processes; ``parts`` as they are in a run of one.
 
     A part that is None on some processes counts as zero there, and stays None where it is None
-    on all. ``like`` gives the shapes of parts that may be None. Every process must call this
-    with parts of the same shapes. One reduction a dtype, half precision in float32.
+    on all. A sharded part is an average already: FSDP2 reduces what it scatters. ``like`` gives
+    the shapes of parts that may be None. Every process must call this with parts of the same
+    shapes. One reduction a dtype, half precision in float32.
     """
     processes = count()
-    if processes == 1 or not parts:
-        return tuple(parts)
     like = like or [part for part in parts if part is not None]
-    present = torch.tensor([part is not None for part in parts], device=like[0].device).int()
+    plain = [index for index, tensor in enumerate(like) if not is_sharded(tensor)]
+    if processes == 1 or not plain:
+        return tuple(parts)
+    device = like[plain[0]].device
+    present = torch.tensor([parts[index] is not None for index in plain], device=device).int()
     dist.all_reduce(present, dist.ReduceOp.MAX)
     buckets: dict[tuple[torch.dtype, torch.device], list[int]] = defaultdict(list)
-    for index in present.nonzero().flatten().tolist():
+    for index in (plain[k] for k in present.nonzero().flatten().tolist()):
         dtype = torch.float32 if like[index].dtype in HALF else like[index].dtype
         buckets[dtype, like[index].device].append(index)
-    result: list[Tensor | None] = [None] * len(parts)
+    result = [part if is_sharded(tensor) else None for part, tensor in zip(parts, like)]
     for (dtype, _), indices in buckets.items():
         filled = [parts[i] if parts[i] is not None else torch.zeros_like(like[i]) for i in indices]
         flat = torch.cat([part.detach().reshape(-1).to(dtype) for part in filled])  # type: ignore[union-attr]
@@ -56,6 +63,17 @@ def mean(
         for index, chunk in zip(indices, chunks, strict=True):
             result[index] = chunk.view(like[index].shape).to(like[index].dtype)
     return tuple(result)
+
+
+def averages(values: Mapping[K, float]) -> dict[K, float]:
+    """Each value's mean over those processes that have it."""
+    if count() == 1:
+        return dict(values)
+    gathered: list[dict[K, float]] = [{}] * count()
+    dist.all_gather_object(gathered, dict(values))
+    keys = {key: None for part in gathered for key in part}
+    of = {key: [part[key] for part in gathered if key in part] for key in keys}
+    return {key: sum(parts) / len(parts) for key, parts in of.items()}
 
 
 @torch.no_grad()
@@ -67,8 +85,14 @@ def average(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Give every process the first one's ``tensors``, in place."""
+def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Give every process the first one's ``tensors``, in place and by way of ``device``.
+
+    Shards stay as they are.
+    """
     if count() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            if not is_sharded(tensor):
+                sent = tensor.to(device)
+                dist.broadcast(sent, src=0)
+                tensor.copy_(sent)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.graph import HALF
+from hyperopt_peft.shards import local, total
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:
@@ -22,30 +23,35 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def sums(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The sum of each tensor, in float32 at least.
+    """The sum of each tensor's local part, in float32 at least.
 
     It is NaN or infinite if an entry is, and otherwise only where it overflows: a test far
     cheaper than that of each entry.
     """
-    return [x.detach().sum(dtype=_wide(x)) for x in tensors]
+    return [x.detach().sum(dtype=_wide(x)) for x in local(tensors)]
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
     tensors = list(tensors)
-    totals = read(sums(tensors))
-    return all(map(math.isfinite, totals)) or all(bool(x.isfinite().all()) for x in tensors)
+    if math.isfinite(total(read(sums(tensors)), tensors)):
+        return True
+    return total(read([(~x.isfinite()).sum() for x in local(tensors)]), tensors) == 0
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Σ ⟨a_k, b_k⟩, in blocks of float32 at least whose sums are added in float64."""
-    pairs = [(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]
-    blocks = (pair for x, y in pairs for pair in zip(_blocks(x), _blocks(y), strict=True))
-    total = math.fsum(read([torch.dot(x, y) for x, y in blocks]))
-    if 1e-24 < abs(total) < 1e24:
-        return total
+    pairs = [(x.flatten(), y.flatten()) for x, y in zip(local(a), local(b), strict=True)]
+    blocks = [
+        (whole, x, y)
+        for whole, pair in zip(a, pairs)
+        for x, y in zip(*map(_blocks, pair), strict=True)
+    ]
+    result = total(read([torch.dot(x, y) for _, x, y in blocks]), [whole for whole, *_ in blocks])
+    if 1e-24 < abs(result) < 1e24:
+        return result
     # The products may have left the range of float32; this is ten times slower.
-    return math.fsum(read([torch.dot(x.double(), y.double()) for x, y in pairs]))
+    return total(read([torch.dot(x.double(), y.double()) for x, y in pairs]), a)
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

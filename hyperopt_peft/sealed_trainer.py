@@ -16,6 +16,7 @@ from hyperopt_peft import checkpoint, processes
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problem import Problem
+from hyperopt_peft.shards import full, sharded_like
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
 SETTINGS = "bilevel_settings.json"
@@ -67,7 +68,15 @@ class SealedTrainer(Trainer):
             ],
         }
 
+    def _average_notes(self) -> None:
+        """Take means over the processes of what each has noted: a level's metrics are its own."""
+        notes = {(k, i): v for k, values in self._noted.items() for i, v in enumerate(values)}
+        self._noted = {}
+        for (key, _), value in processes.averages(notes).items():
+            self._noted.setdefault(key, []).append(value)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._average_notes()
         output = Path(self._get_output_dir(trial=trial))
         folder = output / f"{checkpoint.PREFIX}{self.state.global_step}"
         record = {
@@ -87,8 +96,9 @@ class SealedTrainer(Trainer):
                     # A folder that is written again is not whole until it has been.
                     (folder / checkpoint.SEAL).unlink(missing_ok=True)
                 super()._save_checkpoint(model, trial)
+                values = {n: full(v.detach()).contiguous() for n, v in self._named_variables()}
                 if self.args.should_save:
-                    save_file(self._named_variables(), folder / LEVELS)
+                    save_file(values, folder / LEVELS)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     checkpoint.seal(folder, record)
@@ -97,12 +107,12 @@ class SealedTrainer(Trainer):
         if self.args.should_save:
             checkpoint.rotate(output, limit, self.state.best_model_checkpoint)
 
-    def _named_variables(self) -> dict[str, Tensor]:
-        return {
-            f"{key}.{name}": variable.detach().contiguous()
+    def _named_variables(self) -> list[tuple[str, Tensor]]:
+        return [
+            (f"{key}.{name}", variable)
             for key, level in zip(("lower", "upper"), self._levels)
             for name, variable in zip(level.names, level.variables, strict=True)
-        }
+        ]
 
     def _resume(self, folder: Path) -> None:
         record = checkpoint.unseal(folder)
@@ -119,8 +129,8 @@ class SealedTrainer(Trainer):
     @torch.no_grad()
     def _load_levels(self, folder: Path) -> None:
         values = load_file(folder / LEVELS)
-        for name, variable in self._named_variables().items():
-            variable.copy_(values[name])
+        for name, variable in self._named_variables():
+            variable.copy_(sharded_like(values[name], variable))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

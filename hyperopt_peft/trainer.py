@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from hyperopt_peft import checkpoint, processes, versions
+from hyperopt_peft.accelerator import check_accelerator
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.purity import Copies
-from hyperopt_peft.launch import check_launch
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.sealed_trainer import SealedTrainer
+from hyperopt_peft.shards import full, reshard
 from hyperopt_peft.trainer_checks import (
     check_arguments,
     check_batches,
@@ -49,6 +49,10 @@ class BilevelTrainer(SealedTrainer):
 
     The loss that is trained is the levels'; what is evaluated is the model's own.
 
+    Several processes that share each batch train as one with all of it does: with DDP for every
+    estimator, with accelerate's FSDP2 for those with first-order products, in float32. Under
+    FSDP2 a loss must read its variables through the model.
+
     Args:
         model: what the Trainer saves, evaluates and moves to its device.
         lower: the lower level, without data and optimizer: the Trainer has them.
@@ -68,9 +72,9 @@ class BilevelTrainer(SealedTrainer):
     Raises:
         ProblemError: levels that share a tensor or have data or an optimizer of their own, data
             sets that overlap, an optimizer that does not hold exactly the levels' variables, or
-            a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP, threads
-            of ``DataParallel``) or that the levels would ignore (a loss function, label
-            smoothing).
+            a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP1, FSDP2
+            with second-order products, threads of ``DataParallel``) or that the levels would
+            ignore (a loss function, label smoothing).
     """
 
     args: BilevelTrainingArguments
@@ -111,13 +115,13 @@ class BilevelTrainer(SealedTrainer):
         self.lower, self.upper, self.upper_dataset = lower, upper, upper_dataset
         check_batches(args, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
-        check_launch(self)
+        self.estimator = args.estimator()
+        check_accelerator(self)
         check_optimizer(self.optimizer, self.lr_scheduler, levels)
         self._used_columns(self.train_dataset, "train_dataset")
         # A step's loss is the mean of its micro-batches' losses, at both levels.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self.estimator = args.estimator()
         self.skipped = 0
         self._accumulated = Accumulated(lower)
         self._devices = devices_of(*levels)
@@ -155,7 +159,8 @@ class BilevelTrainer(SealedTrainer):
         self._noted.clear()
         if folder is not None:
             self._resume(folder)
-        processes.broadcast([v for level in self._levels for v in level.variables])
+        variables = [v for level in self._levels for v in level.variables]
+        processes.broadcast(variables, self.args.device)
         return super().train(None if folder is None else str(folder), *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -184,6 +189,24 @@ class BilevelTrainer(SealedTrainer):
                 f"{num_training_steps} steps; train for longer or lower lower_steps"
             )
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; FSDP2 puts shards in the variables' place, and the levels own them."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        reshard(self.model)
+        before = self._held(self.create_optimizer())
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        shard = dict(zip(map(id, before), self._held(self.optimizer), strict=True))
+        for level in self._levels:
+            level.variables = tuple(shard[id(variable)] for variable in level.variables)
+        self._devices = devices_of(*self._levels)
+        self._accumulated, self._copies = Accumulated(self.lower), Copies()
+        return prepared
+
+    @staticmethod
+    def _held(optimizer: Any) -> list[Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def _groups(self) -> list[dict[str, Any]]:
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -231,7 +254,7 @@ class BilevelTrainer(SealedTrainer):
         if not self._micro:
             self._clear_gradients()  # the Trainer clears the model's, a variable may be outside it
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
-        with versions.tracked():
+        with versions.tracked(v for level in self._levels for v in level.variables):
             loss = processes.average(super().training_step(model, inputs, *args, **kwargs))
             self._losses.append(loss)
             if self.accelerator.sync_gradients:
@@ -305,7 +328,7 @@ class BilevelTrainer(SealedTrainer):
         ):
             variable.grad = part
         limit = self.args.upper_max_grad_norm or float("inf")
-        norm = float(clip_grad_norm_(upper.variables, limit))
+        norm = float(full(self.accelerator.clip_grad_norm_(upper.variables, limit)))
         self._note(
             upper_loss=above.loss,
             upper_grad_norm=norm,
@@ -350,6 +373,7 @@ class BilevelTrainer(SealedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `transformers.Trainer.log`, with the levels' own numbers beside the loss."""
         if "loss" in logs:
+            self._average_notes()
             means = {key: sum(values) / len(values) for key, values in self._noted.items()}
             if "upper_learning_rate" in self._noted:
                 means["upper_learning_rate"] = self._noted["upper_learning_rate"][-1]

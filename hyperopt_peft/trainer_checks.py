@@ -11,6 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.trainer_utils import has_length
 
+from hyperopt_peft import processes
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.problem import Problem
@@ -41,7 +42,10 @@ def check_arguments(
     refused = {
         "fp16=True": (args.fp16, "its loss scale is part of the gradients; use bf16"),
         "deepspeed": (args.deepspeed, "it keeps gradients to itself; use DDP"),
-        "fsdp": (args.fsdp, "its parameters are shards; use DDP"),
+        "fsdp": (
+            args.fsdp and processes.count() == 1,
+            "one process has nothing to shard; start several, or use DDP",
+        ),
         f"n_gpu={args.n_gpu}": (args.n_gpu > 1, "start one process a device, with torchrun"),
         f"a {type(model).__name__} model": (wrapped, "give the model inside, and use torchrun"),
         "auto_find_batch_size=True": (

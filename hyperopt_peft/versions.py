@@ -14,13 +14,18 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from hyperopt_peft.shards import is_sharded
+
 _SPAN: ContextVar[object | None] = ContextVar("span", default=None)
 
 
 @contextmanager
-def tracked() -> Iterator[None]:
-    """Promise that every write to a parameter in the body moves its version; see `bump`."""
-    token = _SPAN.set(_SPAN.get() or object())
+def tracked(variables: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Promise that every write to a parameter in the body moves its version; see `bump`.
+
+    Nothing is promised where any of ``variables`` is sharded: gathering them again does not.
+    """
+    token = _SPAN.set(None if is_sharded(*variables) else _SPAN.get() or object())
     try:
         yield
     finally:

@@ -13,13 +13,14 @@ from datasets import concatenate_datasets
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import checkpoint
+from hyperopt_peft import checkpoint, processes
 from hyperopt_peft.adapters import dora_layers, lora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problem import Problem
 from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
+from hyperopt_peft.shards import reshard, sharded_like
 from hyperopt_peft.trainer import BilevelTrainer
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 from hyperopt_peft.upper_data import require_examples
@@ -156,13 +157,20 @@ class BiDoRATrainer(BilevelTrainer):
             callbacks=list(callbacks or ()),
             **trainer,
         )
+        if self.is_fsdp_enabled and args.gamma + args.magnitude_decay > 0:
+            raise ProblemError(
+                "gamma and magnitude_decay read parameters outside of the model's forward pass, "
+                "where FSDP2 has shards only; set both to 0"
+            )
 
     def _make_levels(
         self, model: Any, args: BiDoRATrainingArguments
     ) -> tuple[Problem, Problem | None]:
         loss = self._task_loss
+        lora_layers(model)
+        # Levels remember where they start: magnitude_decay's m0, scratch's initial values.
+        processes.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
         if args.method == "lora":
-            lora_layers(model)
             if any(layer.use_dora[a] for _, layer in lora_layers(model) for a in layer.use_dora):
                 raise ProblemError('method="lora" needs an adapter with use_dora=False')
             return Adapter(model, task_loss=loss), None
@@ -209,6 +217,7 @@ class BiDoRATrainer(BilevelTrainer):
             self._write_start()
         if reached is None:
             super().train(resume_from_checkpoint, **kwargs)
+            reshard(self.model)
             if self.args.retrain == "scratch":
                 self._return_to_start()
         lower = Direction(self.model, gamma=self.args.gamma, task_loss=self._task_loss)
@@ -225,7 +234,7 @@ class BiDoRATrainer(BilevelTrainer):
     def _return_to_start(self) -> None:
         values = checkpoint.read_state(Path(self.args.output_dir) / INITIAL)
         for name, variable in zip(self.lower.names, self.lower.variables, strict=True):
-            variable.copy_(values[name])
+            variable.copy_(sharded_like(values[name], variable))
 
 
 class Retrainer(BilevelTrainer):

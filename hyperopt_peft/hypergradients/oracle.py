@@ -14,18 +14,19 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.graph import HALF
 from hyperopt_peft.hypergradients.precision import autocast_enabled, single_precision
 from hyperopt_peft.hypergradients.products import (
+    SHARDED,
     DifferenceProduct,
     ExactProduct,
     Objective,
     Passes,
     Product,
     ProductKind,
-    without_reducers,
 )
 from hyperopt_peft.hypergradients.purity import Buffers, Copies, assign, displaced, unchanged
 from hyperopt_peft.hypergradients.vector import Vector
 from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of
 from hyperopt_peft.random_state import RandomState, replay
+from hyperopt_peft.shards import is_sharded
 from hyperopt_peft.variables import shared_memory
 
 
@@ -94,6 +95,9 @@ class Oracle:
 
         A one-sided difference takes ∂f/∂u from the step where the step has recorded it.
         """
+        sharded = is_sharded(*self.upper.variables, *self.lower.variables)
+        if sharded and kind == "exact":
+            raise ProblemError(SHARDED)
         objective = self._objective(at)
         half, known = self._half(objective), None
         if at is not None and at.upper_gradient is not None and not half:
@@ -101,6 +105,11 @@ class Oracle:
         variables = self.lower.variables
         with ExitStack() as stack:
             if half:
+                if sharded:
+                    raise ProblemError(
+                        "a difference of gradients needs single precision, which cannot be had "
+                        "over shards whose loss runs in half precision; turn mixed precision off"
+                    )
                 stack.enter_context(single_precision((*self.upper.variables, *variables)))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
@@ -121,8 +130,9 @@ class Oracle:
         if autocast_enabled() or any(variable.dtype in HALF for variable in variables):
             return True
         if self.lower.half is None:  # f has never been evaluated
-            with replay(objective.random_state), without_reducers():
-                self.lower.evaluate(objective.batch)
+            # With its backward pass, which the reducers of DDP and FSDP2 wait for.
+            with replay(objective.random_state):
+                self.lower.backward(objective.batch, variables)
             self.buffers.restore()
         return bool(self.lower.half)
 

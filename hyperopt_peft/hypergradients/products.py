@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +27,10 @@ from hyperopt_peft.problem import Problem
 from hyperopt_peft.random_state import RandomState, replay
 
 ProductKind = Literal["exact", "difference"]
+SHARDED = (
+    "an exact product differentiates twice, which FSDP's shards cannot do; choose "
+    'product="difference", which needs first-order passes only'
+)
 
 
 @dataclass
@@ -77,14 +82,14 @@ class ExactProduct:
     In a distributed run a product is the average over the processes.
 
     Raises:
-        ProblemError: an operation of the loss has no second derivative.
+        ProblemError: an operation of the loss has no second derivative, or a module is sharded.
         NonFiniteError: the loss is NaN or infinite.
     """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         objective.passes.gradients += 1
-        with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), without_reducers():
+        with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), _without_reducers():
             loss, _ = objective.lower.evaluate(objective.batch)
         objective.lower.require_finite(processes.average(loss), ())
         with _second_derivatives():
@@ -178,11 +183,17 @@ def default_radius(point: Vector, sides: int) -> float:
 
 
 @contextmanager
-def without_reducers() -> Iterator[None]:
-    """Forward passes after which DistributedDataParallel models expect no ``backward``."""
+def _without_reducers() -> Iterator[None]:
+    """Forward passes after which DistributedDataParallel models expect no ``backward``.
+
+    Raises:
+        ProblemError: a module's parameters are sharded.
+    """
     silenced = []
 
     def silence(module: nn.Module, _inputs: object) -> None:
+        if isinstance(module, FSDPModule):
+            raise ProblemError(SHARDED)
         if isinstance(module, DistributedDataParallel) and module.require_backward_grad_sync:
             module.require_backward_grad_sync = False
             silenced.append(module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_peft.random_state import RandomState
+from hyperopt_peft.shards import local
 
 
 class Buffers:
@@ -99,6 +100,6 @@ def assign(
     length: float = 0.0,
 ) -> None:
     """Move ``variables`` in place to values + length·direction."""
-    torch._foreach_copy_(tuple(variables), tuple(values))
+    torch._foreach_copy_(local(variables), local(values))
     if direction:
-        torch._foreach_add_(tuple(variables), tuple(direction), alpha=length)
+        torch._foreach_add_(local(variables), local(direction), alpha=length)

@@ -15,6 +15,7 @@ from hyperopt_peft.hypergradients.purity import assign, displaced
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import zeros_like
 from hyperopt_peft.problem import Step
+from hyperopt_peft.shards import is_sharded
 
 
 @register("unrolled", kind="unrolled")
@@ -58,6 +59,11 @@ class Unrolled(Estimator):
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
+        self.require(
+            not is_sharded(*oracle.upper.variables, *oracle.lower.variables),
+            "the optimizer's step on FSDP's shards cannot be differentiated; choose darts, or a "
+            'solver with product="difference"',
+        )
         direct, adjoint = oracle.upper_gradient.direct, oracle.upper_gradient.b
         optimizer = FunctionalOptimizer(oracle.lower)
         implicit = zeros_like(direct)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hyperopt_peft import reductions
 from hyperopt_peft.graph import HALF
+from hyperopt_peft.shards import full, local, sharded_like
 
 
 class Vector:
@@ -61,17 +62,17 @@ class Vector:
 
     def add_(self, other: Vector, factor: float = 1.0) -> Vector:
         """This vector becomes self + factor·other."""
-        torch._foreach_add_(self.parts, other.parts, alpha=factor)
+        torch._foreach_add_(local(self), local(other), alpha=factor)
         return self
 
     def mul_(self, factor: float) -> Vector:
         """This vector becomes factor·self."""
-        torch._foreach_mul_(self.parts, factor)
+        torch._foreach_mul_(local(self), factor)
         return self
 
     def copy_(self, other: Vector) -> Vector:
         """This vector becomes equal to ``other``."""
-        torch._foreach_copy_(self.parts, other.parts)
+        torch._foreach_copy_(local(self), local(other))
         return self
 
     def norm(self) -> float:
@@ -85,12 +86,12 @@ class Vector:
     def flat(self) -> Tensor:
         """All parts as one ``(numel,)`` tensor on the first part's device."""
         device = self.parts[0].device
-        return torch.cat([part.reshape(-1).to(device) for part in self.parts])
+        return torch.cat([full(part).reshape(-1).to(device) for part in self.parts])
 
     def with_entries(self, flat: Tensor) -> Vector:
         """A vector of this shape with the entries of ``flat``, a ``(numel,)`` tensor."""
         chunks = flat.split([part.numel() for part in self.parts])
-        return Vector(chunk.reshape(part.shape).to(part) for chunk, part in zip(chunks, self.parts))
+        return Vector(sharded_like(x.reshape(p.shape), p) for x, p in zip(chunks, self.parts))
 
     def isfinite(self) -> bool:
         """Whether no entry is NaN or infinite."""

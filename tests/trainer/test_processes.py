@@ -1,0 +1,113 @@
+"""`BiDoRATrainer` in two processes by ``accelerate launch`` (gloo, float64) is that in one process.
+
+Each of the two has half of every micro-batch, and the one twice as many examples a device. The
+processes are started with the configurations that are shipped, for DDP and for FSDP2.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from peft import PeftModel
+
+from trainer import in_processes, models
+
+CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
+# By method: the largest relative error; a one-sided difference divides rounding by 1e-8.
+ROUNDING = {"darts": 1e-6, "minres": 1e-9, "retrain": 1e-6}
+TIMES = ("runtime", "samples_per_second", "steps_per_second")
+KINDS = {"ddp": "two_cpu_processes.yaml", "fsdp": "fsdp2.yaml"}
+RUNS = [("ddp", name) for name in in_processes.RUNS]
+RUNS += [("fsdp", name) for name in in_processes.SHARDED]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def two(folders):
+    """What each process has of every run: one launch a kind for all of them."""
+    results = {}
+    for kind, file in KINDS.items():
+        launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / file)]
+        launcher += ["--num_processes", "2", "--main_process_port", "0"]
+        results[kind] = two_processes.run(launcher, "trainer/in_processes.py", folders[kind])
+    return results
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The logs and parameters of each method in one process."""
+    known = {}
+
+    def train(name):
+        if name not in known:
+            folder = tmp_path_factory.mktemp("one")
+            known[name] = in_processes.train(folder, 4, **in_processes.RUNS[name])
+        return known[name]
+
+    return train
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("kind", "name"), RUNS)
+def test_two_processes_train_as_one_does(two, one, kind, name):
+    """Losses, gradient norms, the levels' metrics, and every parameter at the end."""
+    expected_logs, expected = one(name)
+    tolerance = ROUNDING.get(name, 1e-12)
+    for result in two[kind]:
+        logs, values = result[name]
+        for key, value in expected.items():
+            assert (values[key] - value).norm() < tolerance * value.norm(), key
+        assert len(logs) == len(expected_logs)
+        for log, other in zip(logs, expected_logs, strict=True):
+            for key in [key for key in other if not key.endswith(TIMES)]:
+                assert log[key] == pytest.approx(other[key], rel=tolerance), key
+    assert same(two[kind][0][name][1], two[kind][1][name][1])
+
+
+@pytest.mark.parametrize(("kind", "name"), RUNS)
+def test_what_is_saved_is_a_plain_adapter(two, folders, kind, name):
+    """Whole, and once."""
+    plain = models.base_model(dropout=0.0).double()
+    loaded = PeftModel.from_pretrained(plain, folders[kind] / name / "adapter", is_trainable=True)
+    assert same(models.values(loaded), two[kind][0][name][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_resume_from_a_checkpoint_that_is_written_once(two, folders, kind):
+    """With the random states of both; the best model comes back at the end."""
+    for result in two[kind]:
+        (logs, values), (logs_resumed, values_resumed) = result["saved"], result["resumed"]
+        assert same(values, values_resumed)
+        assert [log for log in logs if "loss" in log] == [x for x in logs_resumed if "loss" in x]
+    files = [path.name for path in (folders[kind] / "saved" / "checkpoint-4").iterdir()]
+    assert {f for f in files if "rng" in f} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert not [f for f in files if f.endswith(".part")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_on_one_process_stops_both(two, folders, kind):
+    """After the state before the step was written."""
+    for result in two[kind]:
+        assert "step 4 (epoch 0.75, 1 micro-batches)" in result["stopped"]
+        assert "the loss is nan" in result["stopped"]
+        assert str(folders[kind] / "stopped" / "checkpoint-3") in result["stopped"]
+    assert (folders[kind] / "stopped" / "checkpoint-3" / "bilevel.json").is_file()
+
+
+def test_what_shards_cannot_do_is_refused(two):
+    """Before anything is trained."""
+    for result in two["fsdp"]:
+        refused = result["refused"]
+        assert 'choose product="difference"' in refused["cg"]
+        assert "gamma and magnitude_decay read parameters outside" in refused["gamma"]
+        assert "bf16 does not go with FSDP2" in refused["bf16"]
+        assert "fsdp_version: 2" in refused["version"]
+        assert "FULL_STATE_DICT" in refused["state"]

@@ -1,0 +1,25 @@
+"""Runs a script of this folder in two processes, as a user would, and reads what they wrote."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def run(launcher, script, folder, *arguments):
+    """What each of two processes wrote to ``folder``, by rank."""
+    paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(HERE / script), str(folder), *arguments],
+        env={**os.environ, **one_thread},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-20000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
