@@ -32,6 +32,7 @@ class GoOn(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Where a checkpoint is resumed, set what it had not yet logged."""
         if self.trainer._window is not None:
             self.trainer._set_unlogged(self.trainer._window)
             self.trainer._window = None
