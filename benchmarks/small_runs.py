@@ -183,7 +183,7 @@ class Classify(Problem):
 
 
 def small_engine(**options: Any) -> Engine:
-    """Two layers with dropout; the upper level owns the second one's bias, and the first one's too."""
+    """Two layers with dropout; the upper level owns both biases, the lower one the weights."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 3))
     named = dict(net.named_parameters())

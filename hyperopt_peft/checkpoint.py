@@ -167,7 +167,8 @@ def read_state(path: Path) -> Any:
             f"{path} is truncated or asks to run code; it was not loaded. Use a checkpoint of your "
             "own"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    # A damaged file ends the unpickler in errors of any kind.
+    except Exception as error:
         raise ProblemError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
 
 
