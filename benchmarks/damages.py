@@ -146,7 +146,7 @@ NUMBERS = {
     "the upper loss": not_finite("upper", 5),
     "the curvature": not_finite("lower", 15),
 }
-FULL = {f"{size} bytes of a file": full_disk(size) for size in (0, 1_000, 10_000, 30_000)}
+FULL = {f"{size} bytes of a file": full_disk(size) for size in (0, 1_000, 10_000, 15_000)}
 OTHER = {
     f"{key}={value}": resume_from("checkpoint-20", **{key: value})
     for key, value in {

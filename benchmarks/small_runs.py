@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -33,6 +34,9 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 logging.getLogger("hyperopt_peft").setLevel(logging.ERROR)  # a killed run's checkpoint is skipped
+
+# Every Trainer collects garbage; what was imported, a large part of its time, is none.
+gc.freeze()
 
 STATE = "engine.pt"
 Final = dict[str, Any]

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback
 from hyperopt_peft import checkpoint, processes
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
-from hyperopt_peft.problem import Problem
+from hyperopt_peft.problem import Problem, devices_of
+from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
 SETTINGS = "bilevel_settings.json"
@@ -26,7 +27,7 @@ FREE = ("non_finite", "upper_max_grad_norm", "upper_fraction", "per_device_upper
 
 
 class GoOn(TrainerCallback):  # type: ignore[misc]
-    """Restores what was not yet logged, after the Trainer has set it to zero."""
+    """Restores what was not yet logged, which the Trainer sets to zero; notes how epochs begin."""
 
     def __init__(self, trainer: SealedTrainer) -> None:
         self.trainer = trainer
@@ -36,6 +37,11 @@ class GoOn(TrainerCallback):  # type: ignore[misc]
         if self.trainer._window is not None:
             self.trainer._set_unlogged(self.trainer._window)
             self.trainer._window = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step and the random state."""
+        devices = devices_of(*self.trainer._levels)
+        self.trainer._epoch = state.global_step, RandomState.capture(devices)
 
 
 class SealedTrainer(Trainer):
@@ -52,6 +58,7 @@ class SealedTrainer(Trainer):
     estimator: Estimator
     skipped: int
     _noted: dict[str, list[float]]  # numbers since the last log
+    _epoch: tuple[int, RandomState]  # the step and the random state with which it began
     _window: Mapping[str, Any] | None  # what was not yet logged, of the checkpoint to go on from
 
     @property

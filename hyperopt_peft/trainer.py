@@ -187,6 +187,8 @@ class BilevelTrainer(SealedTrainer):
         """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
         if not self._micro:
             self._begun = self._unlogged(), self.current_flos, self.state.num_input_tokens_seen
+            # The Trainer empties the model's, and a level's variable may be outside it.
+            self._clear_gradients()
         inputs = self._prepare_inputs(inputs)
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
         with versions.tracked():
@@ -276,15 +278,17 @@ class BilevelTrainer(SealedTrainer):
 
     def _non_finite(self, error: NonFiniteError) -> None:
         """Skip the step and count it, or write a checkpoint of where it began and stop."""
-        for level in self._levels:
-            for variable in level.variables:
-                variable.grad = None
+        self._clear_gradients()
         if self.args.non_finite == "skip":
             self.skipped += 1
             return
         step = self.state.global_step + 1
         where = f"step {step} (epoch {self.state.epoch or 0:.2f}, {len(self._micro)} micro-batches)"
-        self._micro[0].random_state.restore()
+        # A run that resumes at an epoch's begin draws what the epoch's begin draws.
+        began, random_state = self._epoch
+        if began != self.state.global_step:
+            random_state = self._micro[0].random_state
+        random_state.restore()
         unlogged, self.current_flos, self.state.num_input_tokens_seen = self._begun
         self._set_unlogged(unlogged)
         written = "no checkpoint could be written"
@@ -294,6 +298,11 @@ class BilevelTrainer(SealedTrainer):
                 self._save_checkpoint(self.model, None)
             written = f"the state before it is in {folder}"
         raise NonFiniteError(f"{where}: {error}; {written}") from error
+
+    def _clear_gradients(self) -> None:
+        for level in self._levels:
+            for variable in level.variables:
+                variable.grad = None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self.accelerator.clip_grad_norm_(self.lower.variables, self.args.max_grad_norm)

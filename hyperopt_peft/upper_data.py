@@ -38,8 +38,9 @@ def split_dataset(
     classes = column is not None and _holds_classes(train, column)
     rows = Dataset.from_dict({"row": range(len(train))})
     if classes:
-        names = sorted(set(train[column][:]))
-        stratum = [names.index(value) for value in train[column][:]]
+        values = train.with_format(None)[column][:]
+        names = sorted(set(values))
+        stratum = [names.index(value) for value in values]
         rows = rows.add_column("class", stratum).cast_column(
             "class", ClassLabel(names=[str(name) for name in names])
         )
@@ -68,7 +69,7 @@ def _holds_classes(data: Dataset, column: str) -> bool:
         return True
     # Whole numbers are classes where each of them is found again and again, ratings or counts not.
     whole = isinstance(feature, Value) and "int" in feature.dtype
-    return whole and 3 * len(set(data[column][:])) <= len(data)
+    return whole and 3 * len(set(data.with_format(None)[column][:])) <= len(data)
 
 
 def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
@@ -87,8 +88,9 @@ def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
                 f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
                 f"and {upper.column_names}"
             )
-        seen = {repr(row) for row in lower.select_columns(columns)}
-        common = sum(repr(row) in seen for row in upper.select_columns(columns))
+        lower, upper = (part.select_columns(columns).with_format(None) for part in (lower, upper))
+        seen = {repr(row) for row in lower}
+        common = sum(repr(row) in seen for row in upper)
         if common:
             raise ProblemError(
                 f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too: the "
