@@ -21,7 +21,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,10 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if type(a) is type(b) and (a == b or (a != a and b != b)) else [where]
 
 
-def kills(total: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Runs of all kinds in turn, each killed up to three times, until ``total`` kills are done.
+def kills(
+    total: int, seed: int, runs: Sequence[Run] = RUNS, a_run: int = 3
+) -> tuple[list[Row], list[Row]]:
+    """Runs of all kinds, each killed up to ``a_run`` times, until ``total`` kills are done.
 
     Returns a row for each kind of run, and a record of each run.
     """
@@ -118,7 +120,7 @@ def kills(total: int, seed: int) -> tuple[list[Row], list[Row]]:
     records: list[Row] = []
     done = 0
     while done < total:
-        run = draw.choice(RUNS) if len(records) >= len(RUNS) else RUNS[len(records)]
+        run = runs[len(records)] if len(records) < len(runs) else draw.choice(runs)
         with tempfile.TemporaryDirectory() as name:
             if run.name not in expected:
                 folder = Path(name) / "alone"
@@ -129,7 +131,7 @@ def kills(total: int, seed: int) -> tuple[list[Row], list[Row]]:
             folder = Path(name) / "killed"
             folder.mkdir()
             record: Row = {"driver": run.driver, "run": run.name, "during a save": 0, "from": []}
-            for _ in range(min(draw.randint(1, 3), total - done)):
+            for _ in range(min(draw.randint(1, a_run), total - done)):
                 delay = draw.uniform(0, 0.9 * seconds[run.name])
                 into_save = draw.uniform(0, 0.02) if draw.random() < 0.5 else None
                 child = Child(run.train, folder)
@@ -140,7 +142,7 @@ def kills(total: int, seed: int) -> tuple[list[Row], list[Row]]:
                 record["from"].append(run.position(folder))
             record["different"] = differences(Child(run.train, folder).finish(), expected[run.name])
             records += [record] if record["from"] else []
-    return [_row(run, [r for r in records if r["run"] == run.name]) for run in RUNS], records
+    return [_row(run, [r for r in records if r["run"] == run.name]) for run in runs], records
 
 
 def _row(run: Run, records: list[Row]) -> Row:
@@ -152,7 +154,7 @@ def _row(run: Run, records: list[Row]) -> Row:
         "kills": len(positions),
         "during a save": sum(record["during a save"] for record in records),
         "begun anew": positions.count(None),
-        "resumed from, checkpoints": len({p for p in positions if p}),
+        "different checkpoints resumed": len({p for p in positions if p}),
         "identical": sum(not record["different"] for record in records),
     }
 

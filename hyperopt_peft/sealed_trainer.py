@@ -26,7 +26,7 @@ NEEDED = (LEVELS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 FREE = ("non_finite", "upper_max_grad_norm", "upper_fraction", "per_device_upper_batch_size")
 
 
-class GoOn(TrainerCallback):  # type: ignore[misc]
+class GoOn(TrainerCallback):
     """Restores what was not yet logged, which the Trainer sets to zero; notes how epochs begin."""
 
     def __init__(self, trainer: SealedTrainer) -> None:
@@ -57,6 +57,10 @@ class SealedTrainer(Trainer):
     upper_dataset: Any
     estimator: Estimator
     skipped: int
+    optimizer: Any
+    current_flos: float
+    _tr_loss: Tensor
+    _total_loss_scalar: float
     _noted: dict[str, list[float]]  # numbers since the last log
     _epoch: tuple[int, RandomState]  # the step and the random state with which it began
     _window: Mapping[str, Any] | None  # what was not yet logged, of the checkpoint to go on from

@@ -119,6 +119,9 @@ class BilevelTrainer(SealedTrainer):
     ) -> Any:
         """As `transformers.Trainer.train`; ``True`` resumes from the last whole checkpoint.
 
+        A resumed run ends bit by bit like one that was not interrupted. As with the Trainer, an
+        exception is a ``data_collator`` or data set that draws random numbers, such as masks.
+
         Raises:
             ProblemError: no whole checkpoint, a damaged one, or one of other settings.
             NonFiniteError: see ``args.non_finite``; names step and batch.

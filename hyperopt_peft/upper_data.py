@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Value
 from torch.utils.data import IterableDataset
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.random_state import RandomState, replay
 
 
 def split_dataset(
@@ -148,4 +149,6 @@ class UpperBatches:
         order = torch.randperm(len(self.data), generator=generator)
         begin = (position * self.processes + self.rank) * self.size
         rows = order[begin : begin + self.size].tolist()
-        return self.collate([self.data[row] for row in rows])
+        # Also where an example or the collator draws random numbers.
+        with replay(RandomState.seeded((), self.seed, number, self.rank)):
+            return self.collate([self.data[row] for row in rows])
