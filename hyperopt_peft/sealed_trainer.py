@@ -151,6 +151,8 @@ class SealedTrainer(Trainer):
 
     def _resume(self, folder: Path) -> None:
         record = checkpoint.unseal(folder)
+        if missing := {"settings", "skipped", "window"} - record.keys():
+            raise ProblemError(f"{folder / checkpoint.SEAL} is damaged: it lacks {sorted(missing)}")
         for name in NEEDED:
             if not (folder / name).is_file():
                 raise ProblemError(

@@ -120,6 +120,14 @@ def test_the_pickled_arguments_are_never_loaded(copied):
     assert not (folder / "executed").exists() and not differences(end(resumed), expected)
 
 
+@pytest.mark.parametrize("key", ["settings", "skipped", "window"])
+def test_a_seal_of_another_program_is_refused(copied, key):
+    last = copied[1]
+    seal(last, {k: v for k, v in unseal(last).items() if k != key})
+    with pytest.raises(ProblemError, match=rf"{SEAL} is damaged: it lacks \['{key}'\]"):
+        saving(copied[0]).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
     interrupted(tmp_path, (5,), save_only_model=True)
     with pytest.raises(ProblemError, match=r"without optimizer\.pt .save_only_model"):

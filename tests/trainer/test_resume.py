@@ -202,6 +202,20 @@ def test_upper_variables_outside_the_model_resume(tmp_path):
     assert resumed.upper.variables[0].abs().min() > 0.01
 
 
+def test_gradients_of_variables_outside_the_model_do_not_add_up(tmp_path):
+    """The Trainer empties those of its model alone; emptied by hand, nothing is different."""
+
+    class Empty(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            by_hand.upper.variables[0].grad = None
+
+    made = reweighting(tmp_path / "made")
+    made.train()
+    by_hand = reweighting(tmp_path / "by hand", [Empty()])
+    by_hand.train()
+    assert not differences(end(made), end(by_hand))
+
+
 BEST = {
     "eval_strategy": "steps",
     "save_strategy": "steps",
