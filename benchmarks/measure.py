@@ -37,13 +37,18 @@ class Target:
         return {"name": self.name, "value": self.value, "target": self.target, "met": bool(met)}
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """``--json FILE``, ``--quick``, ``--threads N`` and ``--device``; sets the threads."""
+def arguments(description: str, **numbers: int) -> argparse.Namespace:
+    """``--json FILE``, ``--quick``, ``--threads N`` and ``--device``; sets the threads.
+
+    ``numbers`` are further options, whole numbers, with their defaults.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--quick", action="store_true", help="under a minute, for a first look")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     return given

@@ -14,7 +14,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from measure import table
 
 HERE = Path(__file__).parent
-SCRIPTS = ("dora_layer", "step_cost", "estimators", "fidelity", "scaling")
+SCRIPTS = ("dora_layer", "step_cost", "estimators", "fidelity", "scaling", "faults")
 INTRODUCTION = """# Benchmarks
 
 What the library's claims rest on. Each script prints its tables and, with `--json FILE`, writes
@@ -25,7 +25,7 @@ ratios within each round. Other libraries are measured where they are installed:
 ```sh
 pip install -e ".[dev]"
 pip install --no-deps --ignore-requires-python betty-ml==0.2.1  # a peer, no dependency
-for name in dora_layer step_cost estimators fidelity scaling; do
+for name in dora_layer step_cost estimators fidelity scaling faults; do
     python benchmarks/$name.py --json benchmarks/results/$name.json
 done
 python benchmarks/write_results.py  # this file and its figure
@@ -82,6 +82,14 @@ rounded; Betty's difference is rounded as well, and off by 20 % without any drop
 Three passes, whatever the rank, the number of modules and the length; about three adapters of
 extra memory: a copy of w, ∂f/∂u and ∂F/∂w. A step of CG costs a product on the kept graph, about
 1.2 plain steps, and no more memory than the first.""",
+    "faults": """\
+Small models, so that a run is a second and many can be killed: what is tested is what is written
+and in which order, not how long it takes. A run begins anew where it was killed before its first
+checkpoint was whole. SIGKILL ends a process, not the machine: what the system had not yet written
+to the disk when its power fails is noticed by the hashes, and the checkpoint before is used. A full
+disk is here a limit on the size of files, at which the system refuses to go on in the middle of
+one. Not covered: several processes, GPUs, and collators that draw random numbers, which draw others
+after a resumption.""",
 }
 
 

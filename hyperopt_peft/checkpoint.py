@@ -7,8 +7,9 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def writing(folder: Path) -> Iterator[None]:
 def seal(folder: Path, record: Mapping[str, Any]) -> None:
     """Declare ``folder`` whole: write the hashes of its files and ``record``, last and at once."""
     files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
-    text = json.dumps({**record, "files": files}, indent=1)
+    text = json.dumps({**record, "written": time.time(), "files": files}, indent=1)
     temporary = folder / (SEAL + ".part")
     with temporary.open("w") as file:
         file.write(text)
@@ -58,6 +59,8 @@ def seal(folder: Path, record: Mapping[str, Any]) -> None:
 
 def unseal(folder: Path) -> dict[str, Any]:
     """The record of the checkpoint in ``folder``, whose files are what they were when sealed.
+
+    It has the time at which it was ``written``, in seconds.
 
     Raises:
         ProblemError: no checkpoint there, one that is not whole, or one with a pickle that
@@ -73,8 +76,11 @@ def unseal(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / SEAL).read_text())
         files = dict(record.pop("files"))
+        record["written"] = float(record["written"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ProblemError(f"{folder / SEAL} is damaged ({error})") from error
+        raise ProblemError(
+            f"{folder / SEAL} is damaged ({error}); resume from an earlier checkpoint"
+        ) from error
     for name, digest in files.items():
         path = folder / name
         if folder.resolve() not in path.resolve().parents or not path.is_file():
@@ -91,8 +97,11 @@ def unseal(folder: Path) -> dict[str, Any]:
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The latest checkpoint in ``folder`` that `unseal` accepts; a warning names the others."""
-    for path in sorted(_numbered(folder), key=_number, reverse=True):
+    """The last written checkpoint in ``folder`` that `unseal` accepts; a warning names others.
+
+    Not the one with the highest number, which a longer run may have left there before.
+    """
+    for path in reversed(_in_order(folder)):
         try:
             unseal(path)
         except ProblemError as error:
@@ -102,13 +111,24 @@ def last_whole(folder: Path) -> Path | None:
     return None
 
 
+def written(folder: Path) -> float:
+    """When the checkpoint in ``folder`` was sealed, in seconds; -∞ where that cannot be read."""
+    try:
+        return float(json.loads((folder / SEAL).read_text())["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("-inf")
+
+
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints in ``folder`` until ``limit`` are left; ``best`` stays."""
-    paths = sorted(_numbered(folder), key=_number)
-    if best is not None:
-        paths = [path for path in paths if path.resolve() != Path(best).resolve()]
-        limit = None if limit is None else max(1, limit - 1)
-    for path in paths[:-limit] if limit else []:
+    """Delete the first written checkpoints in ``folder`` until ``limit`` are left.
+
+    The last one and ``best`` stay. A folder without seal is neither counted nor deleted.
+    """
+    paths = [path for path in _in_order(folder) if (path / SEAL).is_file()]
+    kept = [path for path in paths if best and path.resolve() == Path(best).resolve()]
+    spare = [path for path in paths[:-1] if path not in kept]
+    surplus = len(paths) - limit if limit and limit > 0 else 0
+    for path in spare[: max(0, surplus)]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -127,7 +147,8 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise ProblemError(f"could not write {path} ({error}); make room for it") from error
 
 
@@ -146,7 +167,8 @@ def read_state(path: Path) -> Any:
             f"{path} is truncated or asks to run code; it was not loaded. Use a checkpoint of your "
             "own"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    # A damaged file ends the unpickler in errors of any kind.
+    except Exception as error:
         raise ProblemError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
 
 
@@ -154,12 +176,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(SEAL))
 
 
-def _numbered(folder: Path) -> list[Path]:
-    return [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
-
-
-def _number(path: Path) -> int:
-    return int(path.name[len(PREFIX) :])
+def _in_order(folder: Path) -> list[Path]:
+    """The checkpoints as they were written; those without a readable seal first."""
+    paths = [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
+    return sorted(paths, key=lambda path: (written(path), int(path.name[len(PREFIX) :])))
 
 
 def _digest(path: Path) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tqdm.auto import trange
 
-from hyperopt_peft import processes, versions
+from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
@@ -172,6 +173,23 @@ class Engine:
         self.history = [dict(record) for record in state["history"]]
         RandomState(state["random"]).restore()
         restore_host_random_state(state["host_random"])
+
+    def save(self, path: str | Path) -> None:
+        """Write ``state_dict()`` to the file ``path``, all or nothing, in a callback for example.
+
+        Raises:
+            ProblemError: it could not be written (a full disk); an older file is still whole.
+        """
+        checkpoint.write_state(Path(path), self.state_dict())
+
+    def load(self, path: str | Path) -> None:
+        """Continue from what ``save`` wrote, bit for bit; nothing in the file is executed.
+
+        Raises:
+            ProblemError: no such file, a damaged one, one with more than tensors and plain
+                values, or one that ``load_state_dict`` refuses. Nothing has changed then.
+        """
+        self.load_state_dict(checkpoint.read_state(Path(path)))
 
     def _settings(self) -> dict[str, Any]:
         return {

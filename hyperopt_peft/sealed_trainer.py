@@ -10,17 +10,39 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hyperopt_peft import checkpoint, processes
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
-from hyperopt_peft.problem import Problem
+from hyperopt_peft.problem import Problem, devices_of
+from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.shards import full, sharded_like
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
 SETTINGS = "bilevel_settings.json"
 LEVELS = "levels.safetensors"
+NEEDED = (LEVELS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+# These take effect at once when a run goes on; all others are part of what is being trained.
+FREE = ("non_finite", "upper_max_grad_norm", "upper_fraction", "per_device_upper_batch_size")
+
+
+class GoOn(TrainerCallback):
+    """Restores what was not yet logged, which the Trainer sets to zero; notes how epochs begin."""
+
+    def __init__(self, trainer: SealedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Where a checkpoint is resumed, set what it had not yet logged."""
+        if self.trainer._window is not None:
+            self.trainer._set_unlogged(self.trainer._window)
+            self.trainer._window = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step and the random state."""
+        devices = devices_of(*self.trainer._levels)
+        self.trainer._epoch = state.global_step, RandomState.capture(devices)
 
 
 class SealedTrainer(Trainer):
@@ -36,10 +58,13 @@ class SealedTrainer(Trainer):
     upper_dataset: Any
     estimator: Estimator
     skipped: int
+    optimizer: Any
+    current_flos: float
+    _tr_loss: Tensor
+    _total_loss_scalar: float
     _noted: dict[str, list[float]]  # numbers since the last log
-    _window: (
-        Mapping[str, Any] | None
-    )  # what a checkpoint had not yet logged, until training goes on
+    _epoch: tuple[int, RandomState]  # the step and the random state with which it began
+    _window: Mapping[str, Any] | None  # what was not yet logged, of the checkpoint to go on from
 
     @property
     def _levels(self) -> list[Problem]:
@@ -48,9 +73,12 @@ class SealedTrainer(Trainer):
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that resumes from it."""
         args = self.args
+        own = args.bilevel_settings().items()
         return {
+            **{k: v for k, v in own if k not in FREE and not k.startswith("retrain")},
             "hypergradient": repr(self.estimator) if self.upper is not None else None,
-            "lower_steps": args.lower_steps,
+            "learning_rate": args.learning_rate,
+            "weight_decay": args.weight_decay,
             "seed": args.seed,
             "optim": str(args.optim),
             "batch": [
@@ -82,11 +110,7 @@ class SealedTrainer(Trainer):
         record = {
             "settings": self.settings(),
             "skipped": self.skipped,
-            "window": {
-                "loss": float(self._tr_loss),
-                "logged": self._globalstep_last_logged,
-                "noted": self._noted,
-            },
+            "window": {**self._unlogged(), "loss": float(self._tr_loss)},
         }
         # Older checkpoints go when this one is whole, not before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -107,6 +131,27 @@ class SealedTrainer(Trainer):
         if self.args.should_save:
             checkpoint.rotate(output, limit, self.state.best_model_checkpoint)
 
+    def _unlogged(self) -> dict[str, Any]:
+        """What the next log is made of, and the last: copies."""
+        return {
+            "loss": self._tr_loss.clone(),
+            "total": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+            "noted": {key: list(values) for key, values in self._noted.items()},
+        }
+
+    def _set_unlogged(self, window: Mapping[str, Any]) -> None:
+        self._tr_loss = torch.zeros_like(self._tr_loss) + window["loss"]
+        self._total_loss_scalar = window["total"]
+        self._globalstep_last_logged = window["logged"]
+        self._noted = {key: list(values) for key, values in window["noted"].items()}
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed at its end, where the Trainer would take one more step
+            self.control.should_training_stop = True
+
     def _named_variables(self) -> list[tuple[str, Tensor]]:
         return [
             (f"{key}.{name}", variable)
@@ -116,6 +161,14 @@ class SealedTrainer(Trainer):
 
     def _resume(self, folder: Path) -> None:
         record = checkpoint.unseal(folder)
+        if missing := {"settings", "skipped", "window"} - record.keys():
+            raise ProblemError(f"{folder / checkpoint.SEAL} is damaged: it lacks {sorted(missing)}")
+        for name in NEEDED:
+            if not (folder / name).is_file():
+                raise ProblemError(
+                    f"{folder} was written without {name} (save_only_model?): there is nothing to "
+                    "resume from; use an earlier checkpoint, or start a new run"
+                )
         known, now = record["settings"], json.loads(json.dumps(self.settings()))
         for key, value in now.items():
             if known.get(key) != value:
@@ -133,9 +186,10 @@ class SealedTrainer(Trainer):
             variable.copy_(sharded_like(values[name], variable))
 
     def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        checkpoint.unseal(best)
         super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
-            self._load_levels(Path(self.state.best_model_checkpoint))
+        self._load_levels(best)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

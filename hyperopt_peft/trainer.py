@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState
-from hyperopt_peft.sealed_trainer import SealedTrainer
+from hyperopt_peft.sealed_trainer import GoOn, SealedTrainer
 from hyperopt_peft.shards import full, reshard
 from hyperopt_peft.trainer_checks import (
     check_arguments,
@@ -131,7 +130,8 @@ class BilevelTrainer(SealedTrainer):
         self._losses: list[Tensor] = []
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
         self._upper_read = False
-        self._window: Mapping[str, Any] | None = None  # what was not yet logged, of a checkpoint
+        self._window = None
+        self.add_callback(GoOn(self))
         self._upper_batches: UpperBatches | None = None
         if upper is not None:
             self._upper_batches = self._make_upper_batches()
@@ -140,6 +140,9 @@ class BilevelTrainer(SealedTrainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As `transformers.Trainer.train`; ``True`` resumes from the last whole checkpoint.
+
+        A resumed run ends bit by bit like one that was not interrupted. As with the Trainer, an
+        exception is a ``data_collator`` or data set that draws random numbers, such as masks.
 
         Raises:
             ProblemError: no whole checkpoint, a damaged one, or one of other settings; fewer
@@ -161,7 +164,8 @@ class BilevelTrainer(SealedTrainer):
             self._resume(folder)
         variables = [v for level in self._levels for v in level.variables]
         processes.broadcast(variables, self.args.device)
-        return super().train(None if folder is None else str(folder), *args, **kwargs)
+        output = super().train(None if folder is None else str(folder), *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """``args.optim`` over both levels, with groups of their own."""
@@ -244,15 +248,11 @@ class BilevelTrainer(SealedTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
-        if self._window is not None:
-            self._tr_loss += self._window["loss"]
-            self._total_loss_scalar -= self._window["loss"]  # not of this run's own steps
-            self._globalstep_last_logged = self._window["logged"]
-            self._noted = {key: list(values) for key, values in self._window["noted"].items()}
-            self._window = None
-        inputs = self._prepare_inputs(inputs)
         if not self._micro:
-            self._clear_gradients()  # the Trainer clears the model's, a variable may be outside it
+            self._begun = self._unlogged(), self.current_flos, self.state.num_input_tokens_seen
+            # The Trainer empties the model's, and a level's variable may be outside it.
+            self._clear_gradients()
+        inputs = self._prepare_inputs(inputs)
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
         with versions.tracked(v for level in self._levels for v in level.variables):
             loss = processes.average(super().training_step(model, inputs, *args, **kwargs))
@@ -346,7 +346,13 @@ class BilevelTrainer(SealedTrainer):
             return
         step = self.state.global_step + 1
         where = f"step {step} (epoch {self.state.epoch or 0:.2f}, {len(self._micro)} micro-batches)"
-        self._micro[0].random_state.restore()
+        # A run that resumes at an epoch's begin draws what the epoch's begin draws.
+        began, random_state = self._epoch
+        if began != self.state.global_step:
+            random_state = self._micro[0].random_state
+        random_state.restore()
+        unlogged, self.current_flos, self.state.num_input_tokens_seen = self._begun
+        self._set_unlogged(unlogged)
         written = "no checkpoint could be written"
         with suppress(ProblemError):
             folder = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{step - 1}"
@@ -381,6 +387,8 @@ class BilevelTrainer(SealedTrainer):
                 means["skipped"] = self.skipped
             logs.update({key: value for key, value in means.items() if key not in logs})
             self._noted.clear()
+        if "train_loss" in logs:  # of the whole run, wherever it was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def _note(self, **values: float | None) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.random_state import RandomState, replay
 
 
 def split_dataset(
@@ -40,8 +41,9 @@ def split_dataset(
     classes = column is not None and _holds_classes(train, column)
     rows = Dataset.from_dict({"row": range(len(train))})
     if classes:
-        names = sorted(set(train[column][:]))
-        stratum = [names.index(value) for value in train[column][:]]
+        values = train.with_format(None)[column][:]
+        names = sorted(set(values))
+        stratum = [names.index(value) for value in values]
         rows = rows.add_column("class", stratum).cast_column(
             "class", ClassLabel(names=[str(name) for name in names])
         )
@@ -70,7 +72,7 @@ def _holds_classes(data: Dataset, column: str) -> bool:
         return True
     # Whole numbers are classes where each of them is found again and again, ratings or counts not.
     whole = isinstance(feature, Value) and "int" in feature.dtype
-    return whole and 3 * len(set(data[column][:])) <= len(data)
+    return whole and 3 * len(set(data.with_format(None)[column][:])) <= len(data)
 
 
 def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
@@ -200,5 +202,7 @@ class UpperBatches:
         order = torch.randperm(len(self.data), generator=generator)
         begin = (position * self.processes + self.rank) * self.size
         rows = order[begin : begin + self.size].tolist()
-        with collating("upper_dataset"):
+        # Also where an example or the collator draws random numbers.
+        random_state = RandomState.seeded((), self.seed, number, self.rank)
+        with replay(random_state), collating("upper_dataset"):
             return self.collate([self.data[row] for row in rows])

@@ -208,13 +208,14 @@ class BiDoRATrainer(BilevelTrainer):
         folder = Path(arguments.output_dir)
         reached: str | None = None  # a checkpoint of the retraining
         if resume_from_checkpoint is True:
-            whole = checkpoint.last_whole(folder)
-            reached = None if whole is None else str(whole)
+            found = [checkpoint.last_whole(f) for f in (folder.parent, folder)]
+            last = max(filter(None, found), key=checkpoint.written, default=None)
+            reached = str(last) if last is not None and last == found[1] else None
         elif resume_from_checkpoint:
             given = Path(resume_from_checkpoint)
             reached = str(given) if given.resolve().parent == folder.resolve() else None
-        if not resume_from_checkpoint:
-            self._write_start()
+        if self.args.retrain == "scratch" and reached is None:
+            self._keep_start(bool(resume_from_checkpoint))
         if reached is None:
             super().train(resume_from_checkpoint, **kwargs)
             reshard(self.model)
@@ -225,16 +226,22 @@ class BiDoRATrainer(BilevelTrainer):
         self.retrainer = Retrainer(self.model, lower=lower, upper=None, args=arguments, **options)
         return self.retrainer.train(reached, **kwargs)
 
-    def _write_start(self) -> None:
-        if self.args.should_save and self.args.retrain == "scratch":
-            values = dict(zip(self.lower.names, self._start, strict=True))
-            checkpoint.write_state(Path(self.args.output_dir) / INITIAL, values)
+    def _keep_start(self, resumed: bool) -> None:
+        """Write the initial values to a file; a resumed run has those of the file."""
+        path = Path(self.args.output_dir) / INITIAL
+        values = dict(zip(self.lower.names, self._start, strict=True))
+        if resumed:
+            kept = checkpoint.read_state(path)
+            if {n: v.shape for n, v in kept.items()} != {n: v.shape for n, v in values.items()}:
+                raise ProblemError(f"{path} holds the initial values of another model")
+            self._start = [kept[name] for name in self.lower.names]
+        elif self.args.should_save:
+            checkpoint.write_state(path, values)
 
     @torch.no_grad()
     def _return_to_start(self) -> None:
-        values = checkpoint.read_state(Path(self.args.output_dir) / INITIAL)
-        for name, variable in zip(self.lower.names, self.lower.variables, strict=True):
-            variable.copy_(sharded_like(values[name], variable))
+        for variable, value in zip(self.lower.variables, self._start, strict=True):
+            variable.copy_(sharded_like(value, variable))
 
 
 class Retrainer(BilevelTrainer):

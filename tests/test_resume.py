@@ -1,8 +1,11 @@
 """Stopped and continued, a run is bit-identical to one that was never stopped."""
 
+import errno
 import io
+import os
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,6 +214,103 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
 def test_refusals_name_the_setting(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         engine(**options).load_state_dict(engine().state_dict())
+
+
+@pytest.mark.parametrize("method", ["darts:sides=1", "unrolled:steps=2"])
+def test_a_run_continues_from_its_file(method: str, tmp_path: Path) -> None:
+    """Saved in a callback, the file being replaced every second step, and left in the middle."""
+    whole = engine(method)
+    whole.run(STEPS)
+    path = tmp_path / "new" / "engine.pt"
+    buffers = {}
+
+    def save(run: Engine, record: dict[str, Any]) -> None:
+        if record["step"] % 2 == 0:
+            run.save(path)
+            buffers[run.step] = deepcopy(run.lower.net.state_dict())
+        if record["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine(method, callbacks=[save]).run(STEPS)
+    assert os.listdir(path.parent) == ["engine.pt"]
+
+    resumed = engine(method)
+    torch.manual_seed(99)
+    resumed.load(str(path))
+    assert resumed.step == len(resumed.history) == 6
+    resumed.lower.net.load_state_dict(buffers[6])
+    resumed.run(STEPS - resumed.step)
+    assert not differences(everything(resumed), everything(whole))
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "is damaged"),
+        ("emptied", "is damaged"),
+        ("missing", "there is no checkpoint"),
+        ("hostile", "asks to run code; it was not loaded"),
+        ("of a level", "not an Engine's state"),
+        ("of another Engine", "made with lower_steps=3, this Engine has 2"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_and_nothing_changes(
+    damage: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "engine.pt"
+    first = engine(lower_steps=3) if damage == "of another Engine" else engine()
+    first.run(2)
+    first.save(path)
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "hostile":
+        torch.save({**first.state_dict(), "history": Trap(tmp_path / "executed")}, path)
+    elif damage == "of a level":
+        torch.save(first.lower.state_dict(), path)
+    second = engine()
+    second.run(1)
+    before = everything(second)
+    with pytest.raises(ProblemError, match=message):
+        second.load(path)
+    assert not differences(everything(second), before)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_leaves_the_file_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "engine.pt"
+    run = engine()
+    run.run(2)
+    run.save(path)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run.run(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ProblemError, match=r"could not write .*engine\.pt .*No space left"):
+            run.save(path)
+    second = engine()
+    second.load(path)
+    assert second.step == 2 and os.listdir(tmp_path) == ["engine.pt"]
 
 
 def test_a_level_has_a_state_of_its_own() -> None:

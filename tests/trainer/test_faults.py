@@ -1,0 +1,370 @@
+"""Damaged checkpoints, a full disk, NaN: one clear error, nothing executed, and a way to go on."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from networks import differences
+from transformers import TrainerCallback
+
+from hyperopt_peft import NonFiniteError, ProblemError
+from hyperopt_peft.checkpoint import SEAL, last_whole, seal, unseal
+from trainer.models import peft_model
+from trainer.test_resume import Stop, StopAt, end, interrupted, saving
+
+FILES = (
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "bilevel_settings.json",
+    "levels.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A finished run's folder, with checkpoints 3, 6 and 9, and how it ended."""
+    folder = tmp_path_factory.mktemp("ended")
+    made = saving(folder)
+    made.train()
+    return folder, end(made)
+
+
+@pytest.fixture
+def copied(ended, tmp_path):
+    """A copy of the folder, its last checkpoint, and how the run ended."""
+    folder = tmp_path / "run"
+    shutil.copytree(ended[0], folder)
+    return folder, folder / "checkpoint-9", ended[1]
+
+
+def require_refused(folder, message, expected, **settings):
+    """The last checkpoint is refused; the run goes on from the one before, to the same end."""
+    made = saving(folder, **settings)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    with pytest.raises(ProblemError, match=message):
+        made.train(resume_from_checkpoint=str(folder / "checkpoint-9"))
+    assert not differences(dict(made.model.named_parameters()), before)
+    assert last_whole(folder) == folder / "checkpoint-6"
+    resumed = saving(folder)
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(end(resumed), expected)
+
+
+def test_these_are_the_files_of_a_checkpoint(copied):
+    assert set(json.loads((copied[1] / SEAL).read_text())["files"]) == set(FILES)
+
+
+@pytest.mark.parametrize("name", [*FILES, SEAL])
+def test_a_truncated_file_is_refused(copied, name):
+    folder, last, expected = copied
+    os.truncate(last / name, (last / name).stat().st_size * 2 // 3)
+    message = "is damaged" if name == SEAL else f"{name} is not what was written"
+    require_refused(folder, message, expected)
+
+
+@pytest.mark.parametrize("name", [*FILES, SEAL])
+def test_a_missing_file_is_refused(copied, name):
+    folder, last, expected = copied
+    (last / name).unlink()
+    message = f"has no {SEAL}" if name == SEAL else f"lacks the file {name}"
+    require_refused(folder, message, expected)
+
+
+def test_a_missing_folder_is_refused(copied):
+    folder, last, expected = copied
+    shutil.rmtree(last)
+    require_refused(folder, "there is no checkpoint .*checkpoint-9", expected)
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_that_runs_code_is_not_executed(copied, name):
+    """Its hash is that of the seal, so only the loading itself can refuse it."""
+    folder, last, expected = copied
+    record = unseal(last)
+    torch.save({"state": Trap(folder / "executed")}, last / name)
+    seal(last, record)
+    require_refused(folder, f"{name} is truncated or asks to run code", expected)
+    assert not (folder / "executed").exists()
+
+
+def test_the_pickled_arguments_are_never_loaded(copied):
+    folder, last, expected = copied
+    record = unseal(last)
+    torch.save(Trap(folder / "executed"), last / "training_args.bin")
+    seal(last, record)
+    resumed = saving(folder)
+    resumed.train(resume_from_checkpoint=True)
+    assert not (folder / "executed").exists() and not differences(end(resumed), expected)
+
+
+@pytest.mark.parametrize("key", ["settings", "skipped", "window"])
+def test_a_seal_of_another_program_is_refused(copied, key):
+    last = copied[1]
+    seal(last, {k: v for k, v in unseal(last).items() if k != key})
+    with pytest.raises(ProblemError, match=rf"{SEAL} is damaged: it lacks \['{key}'\]"):
+        saving(copied[0]).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
+    interrupted(tmp_path, (5,), save_only_model=True)
+    with pytest.raises(ProblemError, match=r"without optimizer\.pt .save_only_model"):
+        saving(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_there_must_be_a_checkpoint_to_resume(tmp_path):
+    with pytest.raises(ProblemError, match="there is no whole checkpoint in"):
+        saving(tmp_path).train(resume_from_checkpoint=True)
+
+
+OTHER = {
+    "hypergradient": {"hypergradient": "cg:steps=3"},
+    "lower_steps": {"lower_steps": 3},
+    "seed": {"seed": 4},
+    "optim": {"optim": "sgd"},
+    "batch": {"gradient_accumulation_steps": 2},
+    "examples": {"rows": 30},
+    "variables": {"model": lambda: peft_model(modules_to_save=["classifier", "pooler"])},
+    "learning_rate": {"learning_rate": 0.5},
+    "weight_decay": {"weight_decay": 0.5},
+    "upper_learning_rate": {"upper_learning_rate": 0.5},
+    "upper_weight_decay": {"upper_weight_decay": 0.5},
+    "method": {"method": "dora"},
+    "xi": {"xi": 0.5},
+    "gamma": {"gamma": 0.5},
+    "magnitude_decay": {"magnitude_decay": 0.5},
+    "norm_grad": {"norm_grad": "detach"},
+    "fast_dora": {"fast_dora": False},
+}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_checkpoint_of_another_configuration_is_refused(ended, key):
+    settings = {k: v() if k == "model" else v for k, v in OTHER[key].items()}
+    made = saving(ended[0], **settings)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    message = f"was made with {key}=.*, this run has .*; resume with the same settings"
+    if key in ("xi", "method"):  # which changes another setting too
+        message = "was made with "
+    with pytest.raises(ProblemError, match=message):
+        made.train(resume_from_checkpoint=True)
+    assert not differences(dict(made.model.named_parameters()), before)
+
+
+def test_every_setting_is_tested(ended):
+    assert set(OTHER) == saving(ended[0]).settings().keys()
+
+
+def test_what_takes_effect_at_once_may_change(ended, tmp_path):
+    shutil.copytree(ended[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    made = saving(tmp_path, non_finite="skip", upper_max_grad_norm=0.1, max_steps=4, save_steps=1)
+    made.train(resume_from_checkpoint=True)
+    assert made.state.global_step == 4
+
+
+def test_initial_values_that_are_lost_are_missed_before_the_search(tmp_path):
+    interrupted(tmp_path, (5,), retrain="scratch")
+    (tmp_path / "initial.pt").write_bytes(b"")
+    with pytest.raises(ProblemError, match=r"initial\.pt is damaged"):
+        saving(tmp_path, retrain="scratch").train(resume_from_checkpoint=True)
+    (tmp_path / "initial.pt").unlink()
+    with pytest.raises(ProblemError, match=r"there is no checkpoint .*initial\.pt"):
+        saving(tmp_path, retrain="scratch").train(resume_from_checkpoint=True)
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-3"
+
+
+class Full(TrainerCallback):
+    """From a step on the system writes no file beyond ``size`` bytes."""
+
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
+
+
+@pytest.mark.parametrize("size", [1_500, 4_500, 15_000])  # in an adapter, in a pickle
+def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(ended, tmp_path, size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    made = saving(tmp_path, [Full(6, size)], save_total_limit=1)
+    try:
+        with pytest.raises(ProblemError) as found:
+            made.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not write the checkpoint" in str(found.value)
+    assert f"make room and resume: the last whole one is {tmp_path}/checkpoint-3" in str(
+        found.value
+    )
+    assert not (tmp_path / "checkpoint-6").exists()
+    resumed = saving(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(end(resumed), ended[1])
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_seal_is_one_error(tmp_path, monkeypatch, function):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    made = saving(tmp_path)
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(ProblemError, match=r"No space left.*there is no earlier one"):
+        made.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def spoil(made, level, step, kind):
+    """Make the level's loss infinite, or its gradient NaN, at one evaluation in a step.
+
+    ``kind``: "loss", "gradient", or "curvature": only where the lower variables are displaced.
+    """
+    problem = getattr(made, level)
+    loss, start = problem.task_loss, []
+
+    def spoilt(batch):
+        value = loss(batch)
+        if made.state.global_step + 1 != step:
+            return value
+        now = [v.detach().clone() for v in made.lower.variables]
+        start.append(now)
+        displaced = any(not torch.equal(a, b) for a, b in zip(now, start[0]))
+        if kind == "curvature" and not displaced:
+            return value
+        if kind == "loss":
+            return value * float("inf")
+        # Of these alone is a derivative taken at the displaced point.
+        variable = (made.upper if kind == "curvature" else made.lower).variables[0]
+        return value + (variable * 0).sum().abs().sqrt()  # the root of 0 has no derivative
+
+    problem.task_loss = spoilt
+    return made
+
+
+FAULTS = {
+    "lower loss": ("lower", "loss", "Direction: the loss is inf"),
+    "lower gradient": ("lower", "gradient", "Direction: the gradient is not finite at loss"),
+    "upper loss": ("upper", "loss", "darts: Magnitude: the loss is inf"),
+    "upper gradient": ("upper", "gradient", "darts: Magnitude: the gradient is not finite at loss"),
+    "curvature": ("lower", "curvature", "darts: Direction: the gradient is not finite at loss"),
+}
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_finite_stops_with_a_checkpoint_of_the_step_before(tmp_path, fault, micro):
+    """From which the run goes on as if nothing had been, its logs included."""
+    level, kind, message = FAULTS[fault]
+    settings = {"gradient_accumulation_steps": micro, "gamma": 1e-3, "logging_steps": 3}
+    whole = saving(tmp_path / "whole", **settings)
+    whole.train()
+    made = spoil(saving(tmp_path / "spoilt", **settings), level, 8, kind)
+    where = rf"^step 8 \(epoch \d+\.\d\d, {micro} micro-batches\): {message}"
+    kept = f"the state before it is in {tmp_path}/spoilt/checkpoint-7$"
+    with pytest.raises(NonFiniteError, match=f"{where}.*{kept}"):
+        made.train()
+    assert last_whole(tmp_path / "spoilt").name == "checkpoint-7"
+    resumed = saving(tmp_path / "spoilt", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(end(resumed), end(whole))
+
+
+def test_what_is_not_finite_in_the_first_step_leaves_a_checkpoint_too(tmp_path):
+    require_goes_on_after(tmp_path, step=1)
+
+
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_what_is_not_finite_about_the_begin_of_an_epoch_leaves_a_checkpoint_too(tmp_path, step):
+    require_goes_on_after(tmp_path, step=step, rows=25)
+
+
+def require_goes_on_after(folder, step, **settings):
+    whole = saving(folder / "whole", **settings)
+    whole.train()
+    made = spoil(saving(folder / "spoilt", **settings), "lower", step, "loss")
+    with pytest.raises(NonFiniteError, match=rf"^step {step} .*checkpoint-{step - 1}$"):
+        made.train()
+    resumed = saving(folder / "spoilt", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(end(resumed), end(whole))
+
+
+def test_what_is_not_finite_on_a_full_disk_is_still_named(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    made = spoil(saving(tmp_path, [Full(7, 1_500)]), "lower", 8, "loss")
+    try:
+        with pytest.raises(NonFiniteError, match=r"^step 8.*no checkpoint could be written$"):
+            made.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-6"
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_finite_can_be_skipped_and_is_counted(tmp_path, fault, micro):
+    level, kind, _ = FAULTS[fault]
+    states = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            values = dict(made.model.named_parameters())
+            states[state.global_step] = {n: p.detach().clone() for n, p in values.items()}
+
+    settings = {"gradient_accumulation_steps": micro, "non_finite": "skip", "logging_steps": 1}
+    made = spoil(saving(tmp_path, [Keep()], **settings), level, 8, kind)
+    made.train()
+    assert made.skipped == 1 and made.state.global_step == 9
+    assert not differences(states[8], states[7])
+    assert differences(states[9], states[8]) and differences(states[7], states[6])
+    assert all(torch.isfinite(value).all() for value in states[9].values())
+    logs = {r["step"]: r.get("skipped") for r in made.state.log_history if "loss" in r}
+    assert logs == {**dict.fromkeys(range(1, 8)), 8: 1, 9: 1}
+
+
+def test_the_count_of_skipped_steps_is_resumed(tmp_path):
+    whole = spoil(saving(tmp_path / "whole", non_finite="skip"), "lower", 5, "loss")
+    whole.train()
+    made = spoil(saving(tmp_path / "broken", [StopAt(8)], non_finite="skip"), "lower", 5, "loss")
+    with pytest.raises(Stop):
+        made.train()
+    resumed = saving(tmp_path / "broken", non_finite="skip")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.skipped == 1 and not differences(end(resumed), end(whole))
+
+
+def test_runs_that_are_killed_end_as_if_left_alone():
+    """SIGKILL three times, by the benchmark, in a process of its own, since it forks."""
+    program = "import json, faults; print(json.dumps(faults.kills(3, 0, faults.RUNS[1:4], 1)[1]))"
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    folder = Path(__file__).parents[2] / "benchmarks"
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    records = json.loads(run.stdout)
+    assert sum(len(record["from"]) for record in records) == 3
+    assert {record["driver"] for record in records} == {"Trainer", "Engine"}
+    assert not [record["different"] for record in records if record["different"]]

@@ -1,0 +1,322 @@
+"""Interrupted and resumed, a Trainer's run is bit-identical to one that was left alone."""
+
+import pytest
+import torch
+from networks import differences
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PrinterCallback, TrainerCallback
+
+from hyperopt_peft import (
+    BilevelTrainer,
+    BilevelTrainingArguments,
+    Problem,
+    ProblemError,
+    checkpoint,
+)
+from hyperopt_peft.checkpoint import SEAL, last_whole, unseal
+from trainer.models import base_model, data, trainer
+
+TIMES = ("_runtime", "_per_second")
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(TrainerCallback):
+    """Raises in a step, before what it logs and saves, of the search or the retraining."""
+
+    def __init__(self, step, phase="search"):
+        self.step, self.phase = step, phase
+
+    def on_step_end(self, args, state, control, **kwargs):
+        phase = "retrain" if args.output_dir.endswith("retrain") else "search"
+        if (state.global_step, phase) == (self.step, self.phase):
+            raise Stop
+
+
+def saving(folder, callbacks=(), *, options=None, **settings):
+    """A trainer that logs every second step and saves every third."""
+    common = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    options = {"callbacks": list(callbacks), **(options or {})}
+    made = trainer(folder, options=options, **{**common, **settings})
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def interrupted(folder, stop, make=saving, **settings):
+    """Train until ``stop``, from the last whole checkpoint where there is one."""
+    made = make(folder, [StopAt(*stop)], **settings)
+    with pytest.raises(Stop):
+        made.train(resume_from_checkpoint=last_whole(folder) is not None)
+
+
+def end(made):
+    """All that should be the same."""
+    last = getattr(made, "retrainer", None) or made
+    logs = [
+        {key: value for key, value in record.items() if not key.endswith(TIMES)}
+        for record in last.state.log_history
+    ]
+    values = {
+        f"{level.name}.{name}": v.detach().clone()
+        for level in made._levels
+        for name, v in zip(level.names, level.variables)
+    }
+    return {
+        "values": {**values, **{n: p.detach().clone() for n, p in made.model.named_parameters()}},
+        "optimizer": last.optimizer.state_dict(),
+        "schedule": last.lr_scheduler.state_dict(),
+        "logs": logs,
+        "skipped": last.skipped,
+        "step": last.state.global_step,
+        "tokens and operations": [last.state.num_input_tokens_seen, last.state.total_flos],
+    }
+
+
+def require_same_end(folder, *stops, make=saving, resume=True, **settings):
+    whole = make(folder / "whole", **settings)
+    output = whole.train()
+    expected = end(whole)
+    for stop in stops:
+        interrupted(folder / "broken", stop, make, **settings)
+    resumed = make(folder / "broken", **settings)
+    found = resumed.train(resume_from_checkpoint=resume)
+    assert not differences(end(resumed), expected)
+    assert found.training_loss == output.training_loss
+    return whole, resumed
+
+
+RUNS = {
+    "plain": {},
+    "micro-batches": {"gradient_accumulation_steps": 2},
+    "micro-batches, a last step of one": {"gradient_accumulation_steps": 2, "rows": 26},
+    "one log at the end": {"logging_steps": 100},
+    "no log": {"logging_strategy": "no"},
+    "the regulariser's numbers": {"gamma": 1e-3, "lower_steps": 3, "logging_steps": 5},
+    "products": {"hypergradient": "cg:steps=2,damping=1.0"},
+    "PEFT's layer": {"fast_dora": False, "norm_grad": "detach"},
+    "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"},
+    "constant rate": {"lr_scheduler_type": "constant"},
+    "tokens counted": {"include_num_input_tokens_seen": "all"},
+    "evaluation": {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "options": {"eval_dataset": data(rows=9, seed=5)},
+    },
+    "dora": {"method": "dora"},
+    "lora": {"method": "lora"},
+    "the other tasks": {"kind": "causal"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_search_is_bit_identical(tmp_path, name):
+    """Stopped before a save, in between, and again after it was resumed."""
+    require_same_end(tmp_path, (4,), (6,), (8,), **RUNS[name])
+
+
+@pytest.mark.parametrize("stop", [4, 5, 6, 8])
+def test_epochs_begin_and_end_anywhere(tmp_path, stop):
+    """Five steps an epoch, saved at the end of each."""
+    require_same_end(tmp_path, (6,), rows=25, save_strategy="epoch", max_steps=11)
+    settings = {"rows": 20, "save_steps": 1, "max_steps": -1, "num_train_epochs": 2.25}
+    require_same_end(tmp_path / "steps", (stop,), **settings)
+
+
+@pytest.mark.parametrize("retrain", ["warm", "scratch"])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param([(7, "search")], id="in the search"),
+        pytest.param([(2, "retrain")], id="before the retraining's first checkpoint"),
+        pytest.param([(5, "retrain"), (7, "retrain")], id="in the retraining"),
+        pytest.param([(4, "search"), (1, "retrain"), (4, "retrain")], id="in both"),
+    ],
+)
+def test_both_phases_resume(tmp_path, retrain, stops):
+    settings = {"retrain_learning_rate": 5e-3, "gradient_accumulation_steps": 2, "rows": 30}
+    require_same_end(tmp_path, *stops, retrain=retrain, **settings)
+
+
+def test_a_finished_run_takes_no_step_more(tmp_path):
+    """Neither within an epoch, nor at its end, nor where the rate is not zero by then."""
+    for steps, rows in ((9, 25), (10, 25)):
+        settings = {"max_steps": steps, "rows": rows, "lr_scheduler_type": "constant"}
+        folder = tmp_path / str(steps)
+        require_same_end(folder, **settings, resume=None)
+        resumed = saving(folder / "whole", **settings)
+        resumed.train(resume_from_checkpoint=True)
+        again = saving(folder / "broken", **settings)
+        again.train(resume_from_checkpoint=str(folder / "broken" / f"checkpoint-{steps}"))
+        assert resumed.state.global_step == steps
+        assert not differences(end(resumed), end(again))
+
+
+class Weighted(Problem):
+    """Cross-entropy with a weight for each class, which no module holds."""
+
+    def __init__(self, model, weights, variables, *, weighted, name):
+        self.model, self.weights, self.weighted = model, weights, weighted
+        super().__init__(variables, name=name)
+
+    def loss(self, batch):
+        batch = dict(batch)
+        labels = batch.pop("labels")
+        losses = cross_entropy(self.model(**batch).logits, labels, reduction="none")
+        return (losses * self.weights[labels].exp()).mean() if self.weighted else losses.mean()
+
+
+def reweighting(folder, callbacks=(), **settings):
+    """The lower level trains a whole model, the upper one owns the classes' weights."""
+    model, weights = base_model(), nn.Parameter(torch.zeros(3))
+    lower = Weighted(model, weights, model.named_parameters(), weighted=True, name="below")
+    upper = Weighted(model, weights, [("classes", weights)], weighted=False, name="above")
+    options = {
+        "max_steps": 8,
+        "save_steps": 3,
+        "logging_steps": 2,
+        "upper_learning_rate": 0.1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    made = BilevelTrainer(
+        model,
+        lower=lower,
+        upper=upper,
+        args=BilevelTrainingArguments(output_dir=str(folder), **{**options, **settings}),
+        train_dataset=data().with_format("torch"),
+        callbacks=list(callbacks),
+        eval_dataset=data(rows=9, seed=5),
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def test_upper_variables_outside_the_model_resume(tmp_path):
+    _, resumed = require_same_end(tmp_path, (4,), (7,), make=reweighting)
+    assert resumed.upper.variables[0].abs().min() > 0.01
+
+
+def test_gradients_of_variables_outside_the_model_do_not_add_up(tmp_path):
+    """The Trainer empties those of its model alone; emptied by hand, nothing is different."""
+
+    class Empty(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            by_hand.upper.variables[0].grad = None
+
+    made = reweighting(tmp_path / "made")
+    made.train()
+    by_hand = reweighting(tmp_path / "by hand", [Empty()])
+    by_hand.train()
+    assert not differences(end(made), end(by_hand))
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "save_total_limit": 1,
+}
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    """Also where its checkpoint is older than the one that was resumed from."""
+    options = {"eval_dataset": data(rows=9, seed=5)}
+    settings = {**BEST, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+    whole, resumed = require_same_end(tmp_path, (4,), (7,), options=options, **settings)
+    best = whole.state.best_model_checkpoint
+    assert 0 < whole.state.best_global_step < 8
+    assert resumed.state.best_global_step == whole.state.best_global_step
+    assert best.rpartition("-")[2] == str(whole.state.best_global_step) and unseal(
+        tmp_path / "whole" / f"checkpoint-{whole.state.best_global_step}"
+    )
+
+
+def test_the_best_variables_outside_the_model_are_loaded_too(tmp_path):
+    weights = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights[state.global_step] = made.upper.variables[0].detach().clone()
+
+    made = reweighting(tmp_path, [Keep()], **BEST, learning_rate=0.1)
+    made.train()
+    best = made.state.best_global_step
+    assert best < 8 and torch.equal(made.upper.variables[0], weights[best])
+
+
+def test_a_damaged_best_model_is_one_error(tmp_path):
+    class Damage(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                path = tmp_path / f"checkpoint-{state.best_global_step}" / "levels.safetensors"
+                path.write_bytes(path.read_bytes()[:-1])
+
+    made = reweighting(tmp_path, [Damage()], **BEST, learning_rate=0.1)
+    with pytest.raises(ProblemError, match=r"levels\.safetensors is not what was written"):
+        made.train()
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    seen, seal = [], checkpoint.seal
+
+    def look(folder, record):
+        assert not (folder / SEAL).exists()
+        seen.append((last_whole(tmp_path), folder.name))
+        seal(folder, record)
+
+    monkeypatch.setattr(checkpoint, "seal", look)
+    saving(tmp_path, save_total_limit=1).train()
+    steps = ("checkpoint-3", "checkpoint-6", "checkpoint-9")
+    before = (None, tmp_path / "checkpoint-3", tmp_path / "checkpoint-6")
+    assert seen == list(zip(before, steps))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+def test_a_run_resumes_itself_and_not_a_longer_one_before_it(tmp_path):
+    expected = saving(tmp_path / "alone")
+    expected.train()
+    saving(tmp_path / "shared", max_steps=12, upper_learning_rate=0.5, retrain="warm").train()
+    made = saving(tmp_path / "shared", [StopAt(5)])
+    with pytest.raises(Stop):
+        made.train()
+    resumed = saving(tmp_path / "shared")
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(end(resumed), end(expected))
+
+
+def test_a_run_does_not_take_up_the_retraining_of_one_before_it(tmp_path):
+    expected = saving(tmp_path / "alone", retrain="warm")
+    expected.train()
+    saving(tmp_path / "shared", upper_learning_rate=0.5, retrain="warm").train()
+    made = saving(tmp_path / "shared", [StopAt(5)], retrain="warm")
+    with pytest.raises(Stop):
+        made.train()
+    resumed = saving(tmp_path / "shared", retrain="warm")
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(end(resumed), end(expected))
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-6"])
+def test_any_checkpoint_can_be_named(tmp_path, name):
+    expected = saving(tmp_path)
+    expected.train()
+    resumed = saving(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / name))
+    assert not differences(end(resumed), end(expected))
+
+
+def test_a_checkpoint_of_the_retraining_can_be_named(tmp_path):
+    expected = saving(tmp_path, retrain="warm")
+    expected.train()
+    resumed = saving(tmp_path, retrain="warm")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "retrain" / "checkpoint-3"))
+    assert not differences(end(resumed), end(expected))
+    assert "loss" not in str(resumed.state.log_history)  # the search was not run again
