@@ -91,7 +91,7 @@ def unseal(folder: Path) -> dict[str, Any]:
                 "checkpoint"
             )
         # The arguments are for people: nothing here loads them.
-        if path.suffix in (".pt", ".pth"):
+        if path.suffix in (".pt", ".pth") or path.name == "optimizer.bin":
             read_state(path)
     return dict(record)
 

@@ -22,7 +22,7 @@ from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
 SETTINGS = "bilevel_settings.json"
 LEVELS = "levels.safetensors"
-NEEDED = (LEVELS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+NEEDED = (LEVELS, "scheduler.pt", "trainer_state.json")  # FSDP has its own name for the optimizer
 # These take effect at once when a run goes on; all others are part of what is being trained.
 FREE = ("non_finite", "upper_max_grad_norm", "upper_fraction", "per_device_upper_batch_size")
 
