@@ -21,7 +21,8 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ class Child:
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.folder, self.started = folder, time.time()
+        (folder / FINAL).unlink(missing_ok=True)
         reader, writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(reader)
-            _work(job, folder, lambda: os.write(writer, b"."))
+            _work(job, folder, writer)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
             pipe.read(1)  # returns when the first step is near, or the child has ended
@@ -83,8 +85,13 @@ class Child:
         return not (self.folder / FINAL).exists()
 
 
-def _work(job: Job, folder: Path, ready: Callable[[], object]) -> None:
+def _work(job: Job, folder: Path, writer: int) -> None:
     """What a child does; it never returns."""
+
+    def ready() -> None:
+        with suppress(BrokenPipeError):  # nobody waits for the second phase
+            os.write(writer, b".")
+
     try:
         log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
@@ -187,7 +194,6 @@ def faults(quick: bool) -> tuple[list[Row], list[Row]]:
                 shutil.copytree(base, folder, ignore=shutil.ignore_patterns(FINAL))
                 change(folder / last.name)
             found = Child(job, folder).finish()
-            (folder / FINAL).unlink()
             different = differences(Child(trainer_run, folder).finish(), expected)
             record = {"fault": kind, "detail": detail, **found, "different": different}
             record["message"] = found["message"].replace(f"{folder}/", "")

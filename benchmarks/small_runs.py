@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import gc
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertConfig, BertForSequenceClassification, PrinterCallback
+from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
 
 from hyperopt_peft import Engine, Problem
 from hyperopt_peft.checkpoint import SEAL, last_whole, read_state, written
@@ -46,7 +46,7 @@ Final = dict[str, Any]
 class Run:
     """One way to train in a folder, from its last whole checkpoint or, without one, anew.
 
-    ``train(folder, ready)`` calls ``ready`` before its first step and returns all that should be
+    ``train(folder, ready)`` calls ``ready`` before its first steps and returns all that should be
     the same however often it was killed: variables, optimizers, schedules, logs.
     """
 
@@ -121,7 +121,20 @@ def small_data(rows: int, seed: int) -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def small_trainer(folder: Path, **settings: Any) -> BiDoRATrainer:
+class Begin(TrainerCallback):  # type: ignore[misc]
+    """Calls ``ready`` when a phase begins to train."""
+
+    def __init__(self, ready: Callable[[], object]) -> None:
+        self.ready = ready
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        self.ready()
+
+
+def small_trainer(
+    folder: Path, callbacks: Sequence[TrainerCallback] = (), **settings: Any
+) -> BiDoRATrainer:
     """A BiDoRA trainer that logs every 3 steps and saves every 4."""
     common = {
         "max_steps": 22,
@@ -140,17 +153,15 @@ def small_trainer(folder: Path, **settings: Any) -> BiDoRATrainer:
         "seed": 3,
     }
     args = BiDoRATrainingArguments(output_dir=str(folder), **{**common, **settings})
-    trainer = BiDoRATrainer(
-        small_model(), args, train_dataset=small_data(36, 0), eval_dataset=small_data(9, 1)
-    )
+    data = {"train_dataset": small_data(36, 0), "eval_dataset": small_data(9, 1)}
+    trainer = BiDoRATrainer(small_model(), args, callbacks=callbacks, **data)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def trainer_run(folder: Path, ready: Callable[[], object], **settings: Any) -> Final:
     """`small_trainer` to its end; the logs without what measures time."""
-    trainer = small_trainer(folder, **settings)
-    ready()
+    trainer = small_trainer(folder, [Begin(ready)], **settings)
     trainer.train(resume_from_checkpoint=last_whole(folder) is not None)
     last = trainer.retrainer or trainer
     search = last_whole(folder)
