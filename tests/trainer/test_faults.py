@@ -130,7 +130,7 @@ def test_a_seal_of_another_program_is_refused(copied, key):
 
 def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
     interrupted(tmp_path, (5,), save_only_model=True)
-    with pytest.raises(ProblemError, match=r"without optimizer\.pt .save_only_model"):
+    with pytest.raises(ProblemError, match=r"without scheduler\.pt .save_only_model"):
         saving(tmp_path).train(resume_from_checkpoint=True)
 
 

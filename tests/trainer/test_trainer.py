@@ -256,7 +256,7 @@ def test_best_model_early_stopping_and_metrics(tmp_path):
     from safetensors.torch import load_file
 
     best = load_file(tmp_path / "checkpoint-4" / "levels.safetensors")
-    for name, value in run._named_variables().items():
+    for name, value in run._named_variables():
         assert torch.equal(value, best[name])
 
 
