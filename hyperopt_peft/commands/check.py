@@ -89,7 +89,7 @@ def run(argv: Sequence[str]) -> None:
     args.save_strategy = type(args.save_strategy)("no")
     with tempfile.TemporaryDirectory() as folder:  # nothing of the training is kept
         args.output_dir = folder
-        model, _ = setup.model(args.seed, dora=True)
+        model = setup.model(args.seed, dora=True)
         trainer = setup.trainer(model, args)
         if own.steps:
             trainer.train()

@@ -139,7 +139,7 @@ def train(method: str, seed: int, args: BiDoRATrainingArguments, budget: int, se
     own.output_dir = str(Path(args.output_dir) / f"{method.replace(':', '-')}-seed{seed}")
     if own.method != "bidora":
         own.max_steps = budget
-    model, _ = setup.model(seed, dora=own.method != "lora")
+    model = setup.model(seed, dora=own.method != "lora")
     trainer = setup.trainer(model, own)
     begin = time.perf_counter()
     trainer.train()

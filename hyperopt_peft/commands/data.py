@@ -142,10 +142,13 @@ def _read_file(path: Path, option: str) -> Dataset:
         raise ProblemError(f"{option}: {path} is empty")
     options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     try:
-        data = load_dataset(kind, data_files=str(path), split="train", **options)
+        data = load_dataset(kind, data_files=str(path), **options).get("train")
     except (DatasetsError, ValueError, OSError) as error:
-        raise ProblemError(f"{option}: cannot read {path}: {error.__cause__ or error}") from error
-    if not len(data):
+        if "corresponds to no data" not in str(error):
+            reason = error.__cause__ or error
+            raise ProblemError(f"{option}: cannot read {path}: {reason}") from error
+        data = None
+    if not data:
         raise ProblemError(f"{option}: {path} is empty: it has no rows")
     return data
 

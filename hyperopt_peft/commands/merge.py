@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft.commands.models import load_base, load_config
 from hyperopt_peft.commands.options import parse
 from hyperopt_peft.commands.tasks import TASKS, Task
+from hyperopt_peft.commands.train import BASE_CONFIG
 from hyperopt_peft.errors import ProblemError
 
 # Relative to the largest logit; merged weights are rounded to the base model's precision.
@@ -70,9 +71,15 @@ def load(args: MergeArguments) -> Any:
     name = args.model or adapter.base_model_name_or_path
     if not name:
         raise ProblemError("the adapter does not name its base model; give it as model")
-    # Of a trained head the base model's own configuration does not know the labels.
-    config = load_config(str(folder if (folder / "config.json").is_file() else name))
-    base, _ = load_base(task_of(adapter), name, config, args.dtype)
+    saved = folder / BASE_CONFIG  # what train writes; it knows the labels of a new head
+    config = load_config(str(saved if saved.is_dir() else name))
+    base, new = load_base(task_of(adapter), name, config, args.dtype)
+    trained = set(adapter.modules_to_save or [])
+    if lacking := [weight for weight in new if not trained & set(weight.split("."))]:
+        raise ProblemError(
+            f"{name} is not the adapter's base model: it has no {lacking[0]} "
+            f"({len(lacking)} weights are missing)"
+        )
     try:
         return PeftModel.from_pretrained(base, args.adapter).eval()
     except (RuntimeError, ValueError) as error:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.hf_argparser import HfArg
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import PLAIN_MODULES
 from hyperopt_peft.commands.tasks import TASKS, Task, TaskName
@@ -87,8 +88,11 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
         ProblemError: no such tokenizer, one that does not go with the model or the task, or
             texts longer than the model reads.
     """
+    words = task == "token-classification"
+    # Byte-level tokenizers need it for words that come as lists.
+    options = {"add_prefix_space": True} if words else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=_words(task))
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ProblemError(f"cannot load the tokenizer {name!r}: {error}") from error
     limit = min(
@@ -105,14 +109,9 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
         if tokenizer.eos_token is None:
             raise ProblemError(f"the tokenizer {name!r} has no padding token and no end of text")
         tokenizer.pad_token = tokenizer.eos_token
-    if _words(task) and not tokenizer.is_fast:
+    if words and not tokenizer.is_fast:
         raise ProblemError(f"token-classification needs a fast tokenizer, which {name!r} is not")
     return tokenizer
-
-
-def _words(task: str) -> Any:
-    # Byte-level tokenizers need it for words that come as lists; None leaves the default.
-    return True if task == "token-classification" else None
 
 
 def load_base(task: Task, name: str, config: Any, dtype: str) -> tuple[Any, list[str]]:
@@ -121,6 +120,8 @@ def load_base(task: Task, name: str, config: Any, dtype: str) -> tuple[Any, list
     Raises:
         ProblemError: there is no such model, or none of it for the task.
     """
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report on a new head, forty lines long, is no news
     try:
         model, report = task.model.from_pretrained(
             name,
@@ -131,6 +132,8 @@ def load_base(task: Task, name: str, config: Any, dtype: str) -> tuple[Any, list
         )
     except (OSError, ValueError) as error:
         raise ProblemError(f"cannot load the model {name!r}: {error}") from error
+    finally:
+        logging.set_verbosity(level)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     return model, sorted({*report["missing_keys"], *mismatched})
 
@@ -205,3 +208,13 @@ def linear_layers(model: Any, besides: Sequence[str]) -> list[str]:
         and module is not output
         and not set(name.split(".")) & set(besides)
     ]
+
+
+def untrained(model: Any, new: Sequence[str]) -> list[str]:
+    """Of the base model's ``new`` weights those that the PeftModel ``model`` does not train."""
+    trained = [
+        name.replace(".modules_to_save.default", "")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    return [name for name in new if not any(own.endswith(f".{name}") for own in trained)]

@@ -23,7 +23,7 @@ def steps_of(args: BiDoRATrainingArguments, examples: int) -> int:
         return int(args.max_steps)
     size: int = args.train_batch_size * args.world_size
     batches = examples // size if args.dataloader_drop_last else math.ceil(examples / size)
-    an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    an_epoch: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     return math.ceil(float(args.num_train_epochs) * an_epoch)
 
 
@@ -40,14 +40,13 @@ def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[
     return search, again
 
 
-def plan(trainer: BiDoRATrainer, everything: int, evaluation: int, new: Iterable[str]) -> str:
+def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
     """The plan in lines; runs one forward pass, and trains nothing.
 
     Args:
         trainer: ready to train.
         everything: training examples of both levels.
         evaluation: evaluation examples.
-        new: names of weights that the base model did not have.
     """
     args, model = trainer.args, trainer.model
     lines = [f"method: {args.method}"]
@@ -62,11 +61,6 @@ def plan(trainer: BiDoRATrainer, everything: int, evaluation: int, new: Iterable
     else:
         lines.append(f"one level, all of the adapter: {_count(trainer.lower.variables)}")
     lines.append(f"frozen: {_count(p for p in model.parameters() if not p.requires_grad)}")
-    if untrained := _untrained(model, new):
-        lines.append(
-            f"warning: {', '.join(untrained)} are new, random and frozen; name their modules in "
-            "modules_to_save"
-        )
     if bilevel:
         assert trainer.upper_dataset is not None
         search, again = phases(args, lower, everything)
@@ -88,16 +82,6 @@ def plan(trainer: BiDoRATrainer, everything: int, evaluation: int, new: Iterable
 def _count(parameters: Iterable[Tensor]) -> str:
     sizes = [p.numel() for p in parameters]
     return f"{sum(sizes):,} parameters in {len(sizes)} tensors"
-
-
-def _untrained(model: Any, new: Iterable[str]) -> list[str]:
-    """Of the ``new`` weights of the base model those that are not trained."""
-    trained = [
-        n.replace(".modules_to_save.default", "")
-        for n, p in model.named_parameters()
-        if p.requires_grad
-    ]
-    return [name for name in new if not any(t.endswith(f".{name}") for t in trained)]
 
 
 def memory(trainer: BiDoRATrainer) -> str:

@@ -12,6 +12,7 @@ from transformers import (
     DataCollatorWithPadding,
     set_seed,
 )
+from transformers.utils import logging
 
 from hyperopt_peft.commands import models
 from hyperopt_peft.commands.data import DataArguments, hold_out, load, require_repeated
@@ -21,6 +22,7 @@ from hyperopt_peft.commands.tasks import TASKS, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
+logger = logging.get_logger(__name__)
 TYPES = (ModelArguments, DataArguments, BiDoRATrainingArguments)
 
 
@@ -44,13 +46,19 @@ class Setup:
     train: Dataset
     evaluation: Dataset | None
 
-    def model(self, seed: int, *, dora: bool) -> tuple[Any, list[str]]:
-        """A new PeftModel, for one ``seed`` always the same, and what is new in its base."""
+    def model(self, seed: int, *, dora: bool) -> Any:
+        """A new PeftModel, for one ``seed`` always the same; a warning names random weights."""
         set_seed(seed)
         base, new = models.load_base(self.task, self.args.model, self.config, self.args.dtype)
         if base.config.pad_token_id is None:
             base.config.pad_token_id = self.tokenizer.pad_token_id
-        return models.adapted(base, self.args, self.task, dora=dora), new
+        model = models.adapted(base, self.args, self.task, dora=dora)
+        if names := models.untrained(model, new):
+            logger.warning_once(
+                f"{', '.join(names)} are new, random and frozen; name their modules in "
+                "modules_to_save"
+            )
+        return model
 
     def trainer(self, model: Any, args: BiDoRATrainingArguments, **options: Any) -> BiDoRATrainer:
         """The trainer of ``model``.

@@ -15,6 +15,8 @@ from hyperopt_peft.commands.plan import plan
 from hyperopt_peft.commands.setup import TYPES, prepare
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
+BASE_CONFIG = "base_config"
+
 
 @dataclass
 class TrainArguments:
@@ -37,13 +39,13 @@ def run(argv: Sequence[str]) -> None:
     """
     own, model_args, data, args = parse("train", __doc__ or "", (TrainArguments, *TYPES), argv)
     setup = prepare(model_args, data)
-    model, new = setup.model(args.seed, dora=args.method != "lora")
+    model = setup.model(args.seed, dora=args.method != "lora")
     if own.dry_run:
         with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output_dir
             args.output_dir = folder
             trainer = setup.trainer(model, args)
             rows = 0 if setup.evaluation is None else len(setup.evaluation)
-            print(plan(trainer, len(setup.train), rows, new))
+            print(plan(trainer, len(setup.train), rows))
         return
     trainer = setup.trainer(model, args)
     result = trainer.train(_resume(args))
@@ -60,11 +62,12 @@ def _resume(args: BiDoRATrainingArguments) -> str | bool | None:
 
 
 def save(trainer: BiDoRATrainer, trained: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Write the adapter, the configuration with the labels, results and states."""
+    """Write the adapter, the base model's configuration, results and states."""
     trainer.save_model()
     if trainer.is_world_process_zero():
-        # PEFT does not save it, and merging needs the labels.
-        trainer.model.config.save_pretrained(trainer.args.output_dir)
+        # For the number and names of the labels. Not beside the adapter: Transformers takes a
+        # folder with a configuration for a whole model.
+        trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
     for split, values in (("train", trained), ("eval", metrics)):
         if values:
             trainer.log_metrics(split, values)

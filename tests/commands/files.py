@@ -2,7 +2,9 @@
 
 import json
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -11,6 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tests.trainer.models import base_model
+
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]
