@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a bad option, model or data set.
         NonFiniteError: a loss or the reference is not finite.
     """
-    own, model_args, data, args = parse("check", __doc__ or "", (CheckArguments, *TYPES), argv)
+    own, model_args, data, args = parse("check", __doc__, (CheckArguments, *TYPES), argv)
     setup = prepare(model_args, data)
     args.method, args.retrain, args.max_steps = "bidora", "none", own.steps
     args.save_strategy = type(args.save_strategy)("no")

@@ -15,7 +15,7 @@ from typing import Literal
 from matplotlib.figure import Figure
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import split_dataset
+from hyperopt_peft import processes, split_dataset
 from hyperopt_peft.commands.options import parse
 from hyperopt_peft.commands.plan import phases
 from hyperopt_peft.commands.setup import TYPES, Setup, prepare
@@ -78,7 +78,7 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a bad option, model or data set; no evaluation examples.
         NonFiniteError: see the option non_finite.
     """
-    own, model_args, data, args = parse("compare", __doc__ or "", (CompareArguments, *TYPES), argv)
+    own, model_args, data, args = parse("compare", __doc__, (CompareArguments, *TYPES), argv)
     chosen = {method: arguments_of(method, args) for method in own.methods}
     setup = prepare(model_args, data)
     if setup.evaluation is None:
@@ -92,12 +92,16 @@ def run(argv: Sequence[str]) -> None:
         budget = steps_in_all(args, setup, seed)
         for method, settings in chosen.items():
             runs.append(train(method, seed, settings, budget, setup))
+            if processes.rank():
+                continue
             print(f"{method}, seed {seed}: {metric} {runs[-1].metrics[metric]:.4f}", flush=True)
             # After each, so that an interruption loses one run and not all.
             record = {"metric": metric, "runs": [asdict(each) for each in runs]}
             rows = summarise(runs, metric)
             record["methods"] = [asdict(row) for row in rows]
             (output / "comparison.json").write_text(json.dumps(record, indent=1))
+    if processes.rank():
+        return
     table = markdown(rows, metric, len(own.seeds))
     (output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
     picture(runs, rows, metric, setup.task.lower_is_better, output / "comparison.png")

@@ -9,6 +9,7 @@ import datasets
 import transformers
 
 from hyperopt_peft.commands import check, compare, merge, train
+from hyperopt_peft.commands.options import summary
 from hyperopt_peft.errors import NonFiniteError, ProblemError, nearest
 
 COMMANDS = {"train": train, "compare": compare, "check": check, "merge": merge}
@@ -42,6 +43,5 @@ def usage() -> str:
     """The commands, each with the first line of its module."""
     lines = ["usage: hyperopt-peft COMMAND [config.yaml] [options]", ""]
     for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").splitlines()[0].partition(": ")[2]
-        lines.append(f"  {name:9}{summary}")
+        lines.append(f"  {name:9}{summary(module.__doc__)}")
     return "\n".join([*lines, "", "hyperopt-peft COMMAND --help lists the options of one."])

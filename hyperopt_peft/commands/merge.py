@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a folder that is not empty, an adapter that cannot be loaded onto the base
             model, or logits that differ by more than rounding: nothing is saved then.
     """
-    (args,) = parse("merge", __doc__ or "", (MergeArguments,), argv)
+    (args,) = parse("merge", __doc__, (MergeArguments,), argv)
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ProblemError(f"output_dir: {output} is not an empty folder; choose another")

@@ -162,7 +162,7 @@ def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
     )
     try:
         return get_peft_model(model, config).train()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ProblemError(f"cannot adapt the model: {error}") from error
 
 

@@ -30,12 +30,19 @@ class Parser(HfArgumentParser):
         return options
 
 
-def parse(command: str, description: str, types: Sequence[type], argv: Sequence[str]) -> Any:
+def summary(documentation: str | None) -> str:
+    """What a command does, from the first line of its module: ``"hyperopt-peft …: what"``."""
+    return (documentation or "").partition("\n")[0].partition(": ")[2]
+
+
+def parse(
+    command: str, documentation: str | None, types: Sequence[type], argv: Sequence[str]
+) -> Any:
     """One instance of each dataclass in ``types``.
 
     Args:
         command: the subcommand, for messages.
-        description: what ``--help`` says before the options.
+        documentation: the command's module's.
         types: dataclasses whose fields are the options.
         argv: a YAML file (optional, first), then flags.
 
@@ -47,9 +54,11 @@ def parse(command: str, description: str, types: Sequence[type], argv: Sequence[
         types,
         prog=f"hyperopt-peft {command}",
         usage="%(prog)s [config.yaml] [options]",
-        description=description,
+        description=summary(documentation),
         allow_abbrev=False,
     )
+    # The hundred arguments of the Trainer come last in the help.
+    parser._action_groups.sort(key=lambda group: group is parser._optionals)
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
         flags = [*flags_of(Path(flags.pop(0)), parser), *flags]

@@ -50,7 +50,7 @@ class Setup:
         """A new PeftModel, for one ``seed`` always the same; a warning names random weights."""
         set_seed(seed)
         base, new = models.load_base(self.task, self.args.model, self.config, self.args.dtype)
-        if base.config.pad_token_id is None:
+        if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.tokenizer.pad_token_id
         model = models.adapted(base, self.args, self.task, dora=dora)
         if names := models.untrained(model, new):

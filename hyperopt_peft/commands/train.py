@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a bad option, model or data set.
         NonFiniteError: see the option non_finite.
     """
-    own, model_args, data, args = parse("train", __doc__ or "", (TrainArguments, *TYPES), argv)
+    own, model_args, data, args = parse("train", __doc__, (TrainArguments, *TYPES), argv)
     setup = prepare(model_args, data)
     model = setup.model(args.seed, dora=args.method != "lora")
     if own.dry_run:

@@ -183,3 +183,18 @@ def test_a_tied_target_is_named(tmp_path, capsys):
     model.config.tie_word_embeddings = True
     model.save_pretrained(tmp_path / "model")
     assert "shares its weight with" in failure(capsys, "train", *flags(**options))
+
+
+def test_a_decoder_classifies_texts_of_different_lengths(tmp_path):
+    options = {**given(tmp_path, "causal-lm"), "task": "text-classification"}
+    short = [{**r, "text": r["text"][: 3 + 3 * (i % 5)]} for i, r in enumerate(rows())]
+    options["train_file"] = write(tmp_path / "train.csv", short)
+    options["eval_file"] = write(tmp_path / "eval.csv", rows(number=10, seed=1))
+    assert main(["train", *flags(**options)]) == 0
+    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    model, tokenizer = stock(tmp_path, "text-classification")
+    found = expected(model, tokenizer, "text-classification")
+    assert results["eval_accuracy"] == pytest.approx(found["accuracy"])
+    adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert adapter["modules_to_save"] == ["classifier", "score"]
+    assert not [name for name in adapter["target_modules"] if "score" in name]
