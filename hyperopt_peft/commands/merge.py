@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.commands.models import load_base, load_config
+from hyperopt_peft.commands.models import Dtype, load_base, load_config
 from hyperopt_peft.commands.options import parse
 from hyperopt_peft.commands.tasks import TASKS, Task
 from hyperopt_peft.commands.train import BASE_CONFIG
@@ -32,8 +32,8 @@ class MergeArguments:
     model: str | None = HfArg(
         default=None, help="the base model; the one that the adapter names if not given"
     )
-    dtype: str = HfArg(
-        default="float32", help="of the weights: float32, bfloat16, or auto, as saved"
+    dtype: Dtype = HfArg(
+        default="float32", help="of the merged weights; auto: as the base model's were saved"
     )
 
 
@@ -67,7 +67,10 @@ def load(args: MergeArguments) -> Any:
     folder = Path(args.adapter)
     if not (folder / "adapter_config.json").is_file():
         raise ProblemError(f"adapter: {folder} has no adapter_config.json")
-    adapter = PeftConfig.from_pretrained(args.adapter)
+    try:
+        adapter = PeftConfig.from_pretrained(args.adapter)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ProblemError(f"adapter: cannot read {folder}/adapter_config.json: {error}") from error
     name = args.model or adapter.base_model_name_or_path
     if not name:
         raise ProblemError("the adapter does not name its base model; give it as model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import PLAIN_MODULES
-from hyperopt_peft.commands.tasks import TASKS, Task, TaskName
+from hyperopt_peft.commands.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, nearest
 
 ALL_LINEAR = "all-linear"
+Dtype = Literal["float32", "bfloat16", "auto"]
 
 
 @dataclass
@@ -31,8 +32,8 @@ class ModelArguments:
     model: str = HfArg(help="the base model: a local folder or a hub name")
     task: TaskName = HfArg(help="what it is to learn")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
-    dtype: str = HfArg(
-        default="float32", help="of the base model's weights: float32, bfloat16, or auto, as saved"
+    dtype: Dtype = HfArg(
+        default="float32", help="of the base model's weights; auto: as they were saved"
     )
     rank: int = HfArg(default=8, help="rank r of B·A")
     alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
@@ -46,10 +47,6 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ProblemError(f"unknown task {self.task!r}{nearest(self.task, TASKS)}")
-        if self.dtype not in ("float32", "bfloat16", "auto"):
-            raise ProblemError(f"dtype must be float32, bfloat16 or auto, got {self.dtype!r}")
         for name in ("rank", "alpha"):
             if getattr(self, name) < 1:
                 raise ProblemError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -114,7 +111,7 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     return tokenizer
 
 
-def load_base(task: Task, name: str, config: Any, dtype: str) -> tuple[Any, list[str]]:
+def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, list[str]]:
     """The base model, and the names of its weights that are new, drawn from the current seed.
 
     Raises:

@@ -60,6 +60,12 @@ def test_bad_adapters_are_named(run, tmp_path, capsys):
     output = tmp_path / "merged"
     argv = flags(adapter=tmp_path, output_dir=output)
     assert "has no adapter_config.json" in failure(capsys, "merge", *argv)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/adapter_config.json").write_text("{")
+    argv = flags(adapter=tmp_path / "bad", output_dir=output)
+    assert "cannot read" in failure(capsys, "merge", *argv)
+    argv = flags(adapter=run / "out", output_dir=output, dtype="float8")
+    assert "argument --dtype: invalid choice" in failure(capsys, "merge", *argv)
     other = save_model(tmp_path / "other", "causal-lm")
     argv = flags(adapter=run / "out", output_dir=output, model=other)
     assert "other is not the adapter's base model: it has no bert" in failure(
