@@ -207,6 +207,6 @@ class SealedTrainer(Trainer):
             keys = ("step", "loss", "upper_loss", "implicit_ratio", "residual")
             last = {key: logs[-1][key] for key in keys if logs and key in logs[-1]}
             with (Path(self.args.output_dir) / "README.md").open("a") as file:
-                file.write("\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n")
+                file.write("\n\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n")
                 file.writelines(f"- {key}: {value}\n" for key, value in lines)
                 file.writelines(f"- last {key}: {value}\n" for key, value in last.items())

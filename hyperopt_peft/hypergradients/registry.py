@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import ProblemError, nearest
 from hyperopt_peft.hypergradients.estimator import Estimator
 
 Kind = Literal["direct", "identity", "implicit", "unrolled"]
@@ -86,7 +85,7 @@ def get_estimator(method: str | Estimator) -> Estimator:
         )
     name, _, text = method.partition(":")
     if name not in _ENTRIES:
-        raise ProblemError(f"unknown estimator {name!r}{_nearest(name, list(_ENTRIES))}")
+        raise ProblemError(f"unknown estimator {name!r}{nearest(name, list(_ENTRIES))}")
     estimator = _ENTRIES[name].estimator
     known = [option.name for option in dataclasses.fields(estimator)]  # type: ignore[arg-type]
     options = {}
@@ -95,7 +94,7 @@ def get_estimator(method: str | Estimator) -> Estimator:
         if not equals:
             raise ProblemError(f"{name}: write options as option=value, got {part!r}")
         if option not in known:
-            raise ProblemError(f"{name}: unknown option {option!r}{_nearest(option, known)}")
+            raise ProblemError(f"{name}: unknown option {option!r}{nearest(option, known)}")
         if option in options:
             raise ProblemError(f"{name}: option {option!r} is given twice")
         options[option] = _literal(value)
@@ -107,8 +106,3 @@ def _literal(text: str) -> object:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known) or 'none'}"

@@ -1,0 +1,7 @@
+"""``python -m hyperopt_peft``: the command line."""
+
+import sys
+
+from hyperopt_peft.commands.main import main
+
+sys.exit(main())

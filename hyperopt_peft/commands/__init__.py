@@ -1,0 +1,1 @@
+"""The command line ``hyperopt-peft``: a subcommand a file, and what they share."""

@@ -1,0 +1,148 @@
+"""What a run would do, without doing it: who owns what, how many steps, how much memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.hypergradients import Estimator
+from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+
+# Vectors of the lower level's size that an estimator holds at once, ∂F/∂w among them.
+VECTORS = {"direct": 1, "darts": 4, "neumann": 4, "cg": 6, "minres": 8}
+
+
+def steps_of(args: BiDoRATrainingArguments, examples: int) -> int:
+    """Optimizer steps of one phase on ``examples``, as `transformers.Trainer` counts them."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    size: int = args.train_batch_size * args.world_size
+    batches = examples // size if args.dataloader_drop_last else math.ceil(examples / size)
+    an_epoch: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(float(args.num_train_epochs) * an_epoch)
+
+
+def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[int, int]:
+    """Lower steps of bidora's search and of its retraining.
+
+    Args:
+        args: the settings.
+        lower: examples of the lower level.
+        everything: examples of both levels.
+    """
+    search = steps_of(args, lower)
+    again = 0 if args.retrain == "none" else steps_of(args.for_retraining(), everything)
+    return search, again
+
+
+def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
+    """The plan in lines; runs one forward pass, and trains nothing.
+
+    Args:
+        trainer: ready to train.
+        everything: training examples of both levels.
+        evaluation: evaluation examples.
+    """
+    args, model = trainer.args, trainer.model
+    lines = [f"method: {args.method}"]
+    lower, bilevel = len(trainer.train_dataset), trainer.upper is not None
+    if bilevel:
+        parts = split_parameters(model)
+        lines += [
+            f"upper level, magnitudes: {_count(parts.magnitudes.values())}",
+            f"lower level, directions: {_count(parts.directions.values())}",
+            f"lower level, head: {_count(parts.rest.values())}",
+        ]
+    else:
+        lines.append(f"one level, all of the adapter: {_count(trainer.lower.variables)}")
+    lines.append(f"frozen: {_count(p for p in model.parameters() if not p.requires_grad)}")
+    if bilevel:
+        assert trainer.upper_dataset is not None
+        search, again = phases(args, lower, everything)
+        lines += [
+            f"examples: {lower} lower level, {len(trainer.upper_dataset)} upper level, "
+            f"{everything if again else 0} retraining, {evaluation} evaluation",
+            f"steps: {search} lower in the search, {search // args.lower_steps} upper, "
+            f"{again} in the retraining",
+            f"estimator: {args.estimator()!r}",
+        ]
+    else:
+        lines += [
+            f"examples: {lower} training, {evaluation} evaluation",
+            f"steps: {steps_of(args, lower)}",
+        ]
+    return "\n".join([*lines, memory(trainer)])
+
+
+def _count(parameters: Iterable[Tensor]) -> str:
+    sizes = [p.numel() for p in parameters]
+    return f"{sum(sizes):,} parameters in {len(sizes)} tensors"
+
+
+def memory(trainer: BiDoRATrainer) -> str:
+    """An estimate of the memory that training takes, part by part, in words."""
+    lower, upper = trainer.lower.variables, () if trainer.upper is None else trainer.upper.variables
+    weights = sum(_bytes(trainer.model.parameters()))
+    trained = sum(_bytes([*lower, *upper]))
+    moments = 2 if "adam" in str(trainer.args.optim.value) else 0
+    batch, size = longest_batch(trainer)
+    with trainer.compute_loss_context_manager():
+        graph = kept_bytes(lambda: trainer.lower.evaluate(batch)[0], trainer.model.parameters())
+    vectors, graphs = 0, 1
+    if trainer.upper is not None:
+        estimator = trainer.args.estimator()
+        vectors, graphs = VECTORS.get(estimator.name, max(VECTORS.values())), _graphs(estimator)
+    held = vectors * sum(4 * v.numel() for v in lower)
+    total = weights + (1 + moments) * trained + graphs * graph + held
+    return (
+        f"memory: about {_size(total)} = weights {_size(weights)} + gradients of what is trained "
+        f"{_size(trained)} + AdamW's two moments {_size(moments * trained)} + activations "
+        f"{_size(graphs * graph)} (kept by a forward pass of the {size} longest examples, measured"
+        f"{', twice, as this estimator differentiates a gradient' if graphs > 1 else ''}) + "
+        f"{vectors} vectors of the hypergradient {_size(held)}; not counted: PyTorch itself, "
+        "what an operation holds while it runs, the data, evaluation"
+    )
+
+
+def _graphs(estimator: Estimator) -> int:
+    """How many graphs are alive at once: a double backward keeps that of the gradient as well."""
+    return 2 if getattr(estimator, "product", "difference") == "exact" else 1
+
+
+def longest_batch(trainer: BiDoRATrainer) -> tuple[Any, int]:
+    """A lower batch of the longest examples, and how many they are."""
+    data: Any = trainer.train_dataset
+    lengths = [len(ids) for ids in data["input_ids"]]
+    longest = sorted(range(len(data)), key=lambda row: -lengths[row])
+    rows = longest[: trainer.args.per_device_train_batch_size]
+    return trainer.data_collator([data[row] for row in rows]), len(rows)
+
+
+def kept_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that the graph of ``loss`` keeps for its backward pass, without ``parameters``."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = loss()  # alive, so that no address is used twice
+    del graph
+    return sum(kept.values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> list[int]:
+    return [t.numel() * t.element_size() for t in tensors]
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MB" if size >= 2**20 else f"{size / 2**10:,.1f} kB"

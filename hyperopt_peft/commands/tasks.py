@@ -1,0 +1,147 @@
+"""What can be trained: the model class and the evaluation metrics of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+TaskName = Literal[
+    "text-classification", "regression", "token-classification", "causal-lm", "seq2seq"
+]
+IGNORED = -100  # the label that the losses of Transformers leave out
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        model: the Auto class that loads its models.
+        peft: PEFT's name of it.
+        metric: the evaluation metric that methods are compared by.
+        lower_is_better: whether a small value of it is good.
+        classes: whether labels are classes, of examples or of tokens.
+        reduce: from logits and labels of a batch to what is kept for ``metrics``.
+        metrics: from all that was kept and all labels to named numbers.
+    """
+
+    model: Any
+    peft: str
+    metric: str
+    lower_is_better: bool
+    classes: bool
+    reduce: Callable[[Any, Tensor], Tensor]
+    metrics: Callable[[Any], dict[str, float]]
+
+
+def argmax(logits: Any, labels: Tensor) -> Tensor:
+    """The class of the largest logit, (…, classes) to (…)."""
+    return _first(logits).argmax(-1)
+
+
+def prediction(logits: Any, labels: Tensor) -> Tensor:
+    """The predicted number, (examples, 1) to (examples)."""
+    return _first(logits).squeeze(-1)
+
+
+def next_token_losses(logits: Any, labels: Tensor) -> Tensor:
+    """`token_losses` where the logits of a position predict the token after it."""
+    return token_losses(_first(logits)[:, :-1], labels[:, 1:])
+
+
+def token_losses(logits: Any, labels: Tensor) -> Tensor:
+    """Summed negative log-likelihood and number of tokens of each example, (examples, 2)."""
+    scores = _first(logits).float()
+    losses = cross_entropy(scores.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return torch.stack([losses.sum(1), (labels != IGNORED).sum(1).to(losses)], 1)
+
+
+def _first(logits: Any) -> Tensor:
+    """The logits, without what some models return beside them."""
+    result: Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return result
+
+
+def classification_metrics(result: Any) -> dict[str, float]:
+    """Accuracy and macro-F1 over all labels that are not ignored."""
+    labelled = result.label_ids != IGNORED
+    true, predicted = result.label_ids[labelled], result.predictions[labelled]
+    return {
+        "accuracy": float(accuracy_score(true, predicted)),
+        "macro_f1": float(f1_score(true, predicted, average="macro")),
+    }
+
+
+def regression_metrics(result: Any) -> dict[str, float]:
+    """Mean squared error, Pearson's and Spearman's correlation (NaN for constant numbers)."""
+    true, predicted = result.label_ids, result.predictions
+    varied = min(np.ptp(true), np.ptp(predicted)) > 0
+    return {
+        "mse": float(mean_squared_error(true, predicted)),
+        "pearson": float(pearsonr(true, predicted).statistic) if varied else float("nan"),
+        "spearman": float(spearmanr(true, predicted).statistic) if varied else float("nan"),
+    }
+
+
+def language_metrics(result: Any) -> dict[str, float]:
+    """Mean loss of a token, whatever the batches, and its exponential, the perplexity."""
+    total, tokens = result.predictions.sum(0)
+    return {"token_loss": float(total / tokens), "perplexity": float(np.exp(total / tokens))}
+
+
+TASKS: dict[str, Task] = {
+    "text-classification": Task(
+        transformers.AutoModelForSequenceClassification,
+        "SEQ_CLS",
+        "accuracy",
+        False,
+        True,
+        argmax,
+        classification_metrics,
+    ),
+    "regression": Task(
+        transformers.AutoModelForSequenceClassification,
+        "SEQ_CLS",
+        "mse",
+        True,
+        False,
+        prediction,
+        regression_metrics,
+    ),
+    "token-classification": Task(
+        transformers.AutoModelForTokenClassification,
+        "TOKEN_CLS",
+        "macro_f1",
+        False,
+        True,
+        argmax,
+        classification_metrics,
+    ),
+    "causal-lm": Task(
+        transformers.AutoModelForCausalLM,
+        "CAUSAL_LM",
+        "perplexity",
+        True,
+        False,
+        next_token_losses,
+        language_metrics,
+    ),
+    "seq2seq": Task(
+        transformers.AutoModelForSeq2SeqLM,
+        "SEQ_2_SEQ_LM",
+        "perplexity",
+        True,
+        False,
+        token_losses,
+        language_metrics,
+    ),
+}
