@@ -58,7 +58,7 @@ def test_accelerate_accepts_the_file(name):
     given = launch_command_parser().parse_args(["--config_file", str(CONFIGS / name), "train.py"])
     args, _, _ = _validate_launch_command(given)
     assert args.num_processes == config.num_processes
-    assert args.multi_gpu == (config.num_processes > 1)
+    assert (args.multi_gpu or args.use_fsdp) == (config.num_processes > 1)
     assert args.mixed_precision == "no"
     assert args.use_cpu == ("cpu" in name)
 
@@ -107,5 +107,5 @@ def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path):
 
 def test_fp16_of_the_launcher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ProblemError, match="fp16, chosen by the launcher"):
+    with pytest.raises(ProblemError, match="fp16's loss scale"):
         trainer(tmp_path)
