@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -16,13 +17,12 @@ from typing import Any
 import torch
 from accelerate.utils import load as safe_load
 from safetensors import SafetensorError
-from transformers.utils import logging
 
 from hyperopt_peft.errors import ProblemError
 
 SEAL = "bilevel.json"
 PREFIX = "checkpoint-"
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @contextmanager

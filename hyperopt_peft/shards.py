@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
@@ -42,6 +41,8 @@ def reshard(model: nn.Module) -> None:
 
     Until then the gathered tensors are its parameters, and what is written to shards unseen.
     """
+    from torch.distributed.fsdp import FSDPModule  # takes half a second, of use to few
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -53,6 +54,8 @@ def seen_parameters() -> Iterator[list[Tensor]]:
 
     A backward pass leaves gradients in them, and autograd's graph does not lead to them.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     found: list[Tensor] = []
 
     def see(module: nn.Module, _inputs: object) -> None:
