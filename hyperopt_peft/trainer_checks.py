@@ -16,6 +16,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.problem import Problem
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
+from hyperopt_peft.upper_data import label_column
 
 # They take the model in place of parameters, and some step in hooks of the backward pass.
 SELF_WILLED = ("galore", "apollo", "lomo", "adalomo")
@@ -134,7 +135,7 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
     changed = collator is not None and not collator.__module__.startswith("transformers.")
     if changed or options.get("compute_loss_func") or not isinstance(data, Dataset):
         return
-    column = next((c for c in ("label", "labels") if c in data.column_names), None)
+    column = label_column(data)
     if not (kind.endswith("Classification") and single and classes > 1 and column):
         return
     feature = data.features[column]

@@ -37,11 +37,10 @@ def split_dataset(
         raise ProblemError(f"upper_fraction must be in (0, 1), got {upper_fraction}")
     if label is not None and label not in train.column_names:
         raise ProblemError(f"the training set has no column {label!r}, only {train.column_names}")
-    column = label or next((c for c in ("label", "labels") if c in train.column_names), None)
-    classes = column is not None and _holds_classes(train, column)
+    values = _classes(train, label or label_column(train))
+    classes = values is not None
     rows = Dataset.from_dict({"row": range(len(train))})
-    if classes:
-        values = train.with_format(None)[column][:]
+    if values is not None:
         names = sorted(set(values))
         stratum = [names.index(value) for value in values]
         rows = rows.add_column("class", stratum).cast_column(
@@ -66,13 +65,20 @@ def split_dataset(
     return train.select(parts["train"]["row"][:]), train.select(parts["test"]["row"][:])
 
 
-def _holds_classes(data: Dataset, column: str) -> bool:
-    feature = data.features[column]
-    if isinstance(feature, ClassLabel):
-        return True
-    # Whole numbers are classes where each of them is found again and again, ratings or counts not.
+def label_column(data: Dataset) -> str | None:
+    """The column of ``data`` that Transformers' models and collators take for labels, if any."""
+    return next((column for column in ("label", "labels") if column in data.column_names), None)
+
+
+def _classes(data: Dataset, column: str | None) -> list[Any] | None:
+    """The entries of ``column`` where they are classes."""
+    feature = None if column is None else data.features[column]
     whole = isinstance(feature, Value) and "int" in feature.dtype
-    return whole and 3 * len(set(data.with_format(None)[column][:])) <= len(data)
+    if not whole and not isinstance(feature, ClassLabel):
+        return None
+    values: list[Any] = data.with_format(None)[column][:]
+    # Whole numbers are classes where each of them is found again and again, ratings or counts not.
+    return values if isinstance(feature, ClassLabel) or 3 * len(set(values)) <= len(data) else None
 
 
 def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:

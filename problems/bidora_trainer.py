@@ -167,11 +167,11 @@ class BiDoRATrainer(BilevelTrainer):
         self, model: Any, args: BiDoRATrainingArguments
     ) -> tuple[Problem, Problem | None]:
         loss = self._task_loss
-        lora_layers(model)
+        layers = lora_layers(model)
         # Levels remember where they start: magnitude_decay's m0, scratch's initial values.
         processes.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
         if args.method == "lora":
-            if any(layer.use_dora[a] for _, layer in lora_layers(model) for a in layer.use_dora):
+            if any(layer.use_dora[a] for _, layer in layers for a in layer.use_dora):
                 raise ProblemError('method="lora" needs an adapter with use_dora=False')
             return Adapter(model, task_loss=loss), None
         if args.method == "bidora":

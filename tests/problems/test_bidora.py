@@ -1,6 +1,5 @@
 """BiDoRA: who owns what, what moves in which phase, and that the result is a PEFT adapter."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -9,29 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from trainer.models import CONFIG as SHAPE
+from trainer.models import base_model
 
 from hyperopt_peft import Engine, ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
 from hyperopt_peft.hypergradients import DARTS, ConjugateGradient
 from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
-
-SHAPE = BertConfig(
-    vocab_size=50,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=12,
-    initializer_range=0.5,  # the default leaves a network of this size all but constant
-    num_labels=3,
-)
-
-
-def base_model(dropout=0.1):
-    torch.manual_seed(0)
-    config = copy.deepcopy(SHAPE)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    return BertForSequenceClassification(config)
 
 
 def dora_model(dropout=0.1, **options):
@@ -45,7 +28,7 @@ def dora_model(dropout=0.1, **options):
         use_dora=True,
         **options,
     )
-    return get_peft_model(base_model(dropout), adapter).train()
+    return get_peft_model(base_model(dropout=dropout), adapter).train()
 
 
 def batches(seed, count=3, size=8):
@@ -96,7 +79,7 @@ def test_levels_share_out_the_trainable_parameters():
 
 def test_training_starts_at_the_pretrained_model():
     model, batch = dora_model(dropout=0.0), batches(4)[0]
-    expected = base_model(0.0).train()
+    expected = base_model(dropout=0.0).train()
     expected.classifier.load_state_dict(
         {"weight": model.classifier.weight, "bias": model.classifier.bias}
     )
