@@ -48,6 +48,7 @@ record = {
     "written": written,
 }
 Path(f"rank_{trainer.args.process_index}.json").write_text(json.dumps(record))
+trainer.accelerator.end_training()
 """
 
 
