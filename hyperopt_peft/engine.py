@@ -14,9 +14,10 @@ from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.oracle import Oracle, State, check_ownership
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
 
@@ -87,6 +88,7 @@ class Engine:
         self._devices = devices_of(upper, lower)
         self._recent: deque[Step] = deque(maxlen=max(1, self.estimator.history))
         self._copies = Copies()
+        self._state: State = {}  # the estimator's own
         self._lower_loss = self._lower_norm = float("nan")
         self._lower_metrics: dict[str, float] = {}
         self._lower_read = self._upper_read = False  # whether it was checked that losses read all
@@ -142,6 +144,7 @@ class Engine:
             "skipped": self.skipped,
             "upper": self.upper.state_dict(),
             "lower": self.lower.state_dict(),
+            "estimator": packed(self._state),
             "random": dict(RandomState.capture(self._devices).states),
             "host_random": host_random_state(),
             "history": [dict(record) for record in self.history],
@@ -154,7 +157,7 @@ class Engine:
             ProblemError: ``state`` is incomplete, of other levels or of other settings.
         """
         expected = {"settings", "step", "lower_step", "skipped", "upper", "lower", "random"}
-        expected |= {"host_random", "history"}
+        expected |= {"host_random", "history", "estimator"}
         if not isinstance(state, Mapping) or not expected <= state.keys():
             missing = sorted(expected - (state.keys() if isinstance(state, Mapping) else set()))
             raise ProblemError(f"this is not an Engine's state: it lacks {missing}")
@@ -166,8 +169,10 @@ class Engine:
                 )
         self.upper.check_state(state["upper"])
         self.lower.check_state(state["lower"])
+        kept = unpacked(state["estimator"], self.lower.variables)
         self.upper.load_state_dict(state["upper"])
         self.lower.load_state_dict(state["lower"])
+        self._state = kept
         self.step, self.lower_step = state["step"], state["lower_step"]
         self.skipped = state["skipped"]
         self.history = [dict(record) for record in state["history"]]
@@ -254,8 +259,10 @@ class Engine:
             lower_random=last.random_state,
             history=list(self._recent) if self.estimator.history else (),
             copies=self._copies,
+            state=self._state,
         )
         result = estimate(oracle, self.estimator)
+        self._state = result.state
         if not self._upper_read:
             direct = oracle.upper_gradient.evaluation.gradient[: len(self.upper.variables)]
             require_read(self.upper, direct, besides=self._unread)

@@ -23,6 +23,7 @@ from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.reductions import finite, read, sums
 from hyperopt_peft.reductions import norm as norm_of
 from hyperopt_peft.shards import is_sharded, seen_parameters, total
+from hyperopt_peft.snapshots import snapshot
 from hyperopt_peft.variables import Variables, named_variables
 
 
@@ -241,25 +242,10 @@ class Problem:
         return norm
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
-        """The optimizer's options and, if asked for, copies of its state.
-
-        ``"groups"``: each parameter group's options, with ``"variables"``, the positions of
-        its tensors among the level's variables. ``"state"``: by position, the tensors that
-        the optimizer keeps for that variable.
-        """
+        """`snapshot` of the optimizer; of none where the level has none."""
         if self.optimizer is None:
-            return {"groups": [], "state": {}}
-        position = {id(variable): index for index, variable in enumerate(self.variables)}
-        groups = [
-            {key: deepcopy(value) for key, value in group.items() if key != "params"}
-            | {"variables": [position[id(tensor)] for tensor in group["params"]]}
-            for group in self.optimizer.param_groups
-        ]
-        kept = self.optimizer.state.items() if with_state else ()
-        return {
-            "groups": groups,
-            "state": {position[id(tensor)]: deepcopy(state) for tensor, state in kept},
-        }
+            return {"kind": None, "groups": [], "state": {}}
+        return snapshot(self.optimizer, self.variables, with_state=with_state)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the variables, and the states of optimizer, scheduler and data."""

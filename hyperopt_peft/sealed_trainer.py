@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback
 from hyperopt_peft import checkpoint, processes
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
+from hyperopt_peft.hypergradients.oracle import State
+from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.problem import Problem, devices_of
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.shards import full, sharded_like
@@ -22,7 +24,9 @@ from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
 SETTINGS = "bilevel_settings.json"
 LEVELS = "levels.safetensors"
-NEEDED = (LEVELS, "scheduler.pt", "trainer_state.json")  # FSDP has its own name for the optimizer
+ESTIMATOR = "estimator.pt"
+# Not the optimizer's, for which FSDP has a name of its own.
+NEEDED = (LEVELS, ESTIMATOR, "scheduler.pt", "trainer_state.json")
 # These take effect at once when a run goes on; all others are part of what is being trained.
 FREE = ("non_finite", "upper_max_grad_norm", "upper_fraction", "per_device_upper_batch_size")
 
@@ -63,6 +67,8 @@ class SealedTrainer(Trainer):
     _tr_loss: Tensor
     _total_loss_scalar: float
     _noted: dict[str, list[float]]  # numbers since the last log
+    _kept: State  # by the estimator, since the last upper step
+    _packed: Mapping[str, Any] | None  # the same in a checkpoint, until it is asked for
     _epoch: tuple[int, RandomState]  # the step and the random state with which it began
     _window: Mapping[str, Any] | None  # what was not yet logged, of the checkpoint to go on from
 
@@ -121,8 +127,10 @@ class SealedTrainer(Trainer):
                     (folder / checkpoint.SEAL).unlink(missing_ok=True)
                 super()._save_checkpoint(model, trial)
                 values = {n: full(v.detach()).contiguous() for n, v in self._named_variables()}
+                kept = packed(self._kept) if self._packed is None else self._packed
                 if self.args.should_save:
                     save_file(values, folder / LEVELS)
+                    checkpoint.write_state(folder / ESTIMATOR, kept)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     checkpoint.seal(folder, record)
@@ -177,7 +185,14 @@ class SealedTrainer(Trainer):
                     "resume with the same settings, or start a new run in another output_dir"
                 )
         self._load_levels(folder)
+        self._packed = checkpoint.read_state(folder / ESTIMATOR)
         self.skipped, self._window = record["skipped"], record["window"]
+
+    def _estimator_state(self) -> State:
+        if self._packed is not None:
+            self._kept = unpacked(self._packed, self.lower.variables)
+            self._packed = None
+        return self._kept
 
     @torch.no_grad()
     def _load_levels(self, folder: Path) -> None:

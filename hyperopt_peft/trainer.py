@@ -21,6 +21,7 @@ from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.sealed_trainer import GoOn, SealedTrainer
 from hyperopt_peft.shards import full, reshard
+from hyperopt_peft.snapshots import snapshot
 from hyperopt_peft.trainer_checks import (
     check_arguments,
     check_batches,
@@ -123,6 +124,7 @@ class BilevelTrainer(SealedTrainer):
         self.loss_is_scaled_for_ga = False
         self.skipped = 0
         self._accumulated = Accumulated(lower)
+        self._accumulated.max_grad_norm = args.max_grad_norm or None
         self._devices = devices_of(*levels)
         self._copies = Copies()
         self._micro: list[MicroBatch] = []
@@ -160,6 +162,7 @@ class BilevelTrainer(SealedTrainer):
         self._micro.clear()
         self._losses.clear()
         self._noted.clear()
+        self._kept, self._packed = {}, None
         if folder is not None:
             self._resume(folder)
         variables = [v for level in self._levels for v in level.variables]
@@ -206,6 +209,7 @@ class BilevelTrainer(SealedTrainer):
             level.variables = tuple(shard[id(variable)] for variable in level.variables)
         self._devices = devices_of(*self._levels)
         self._accumulated, self._copies = Accumulated(self.lower), Copies()
+        self._accumulated.max_grad_norm = self.args.max_grad_norm or None
         return prepared
 
     @staticmethod
@@ -292,14 +296,16 @@ class BilevelTrainer(SealedTrainer):
         micro, start = list(self._micro), self._micro[0].random_state
         history = []
         if self.estimator.history:  # the step that is about to be taken, from where it starts
-            rates = [{"lr": group["lr"]} for group in self._own_groups(self.lower)]
+            with_state = self.estimator.needs_optimizer_state
+            optimizer = snapshot(self.optimizer, self.lower.variables, with_state=with_state)
             history = [
                 Step(
                     micro,
                     start,
                     variables=self._copies.take(self.lower.variables),
+                    gradient=tuple(x.grad for x in self.lower.variables) if with_state else (),
                     upper_gradient=of_upper if self.estimator.reuses_lower_gradient else None,
-                    optimizer={"groups": rates},
+                    optimizer=optimizer,
                 )
             ]
         self._accumulated.half = self.lower.half
@@ -312,6 +318,7 @@ class BilevelTrainer(SealedTrainer):
             lower_random=start,
             history=history,
             copies=self._copies,
+            state=self._estimator_state(),
         )
         try:
             with self.compute_loss_context_manager():
@@ -319,6 +326,7 @@ class BilevelTrainer(SealedTrainer):
         finally:
             for past in history:
                 self._copies.give_back(past.variables)
+        self._kept, self._packed = result.state, None
         above = oracle.upper_gradient.evaluation
         if not self._upper_read:
             require_read(upper, above.gradient[: len(upper.variables)], besides=self._unread)

@@ -84,14 +84,14 @@ class BilevelTrainingArguments(TrainingArguments):
         """The estimator that ``hypergradient`` names.
 
         Raises:
-            ProblemError: an unknown one, an unknown option, or one that differentiates through
-                the lower optimizer's own steps, which the Trainer takes together with the upper's.
+            ProblemError: an unknown one, an unknown option, or one that looks back on more than
+                one lower step: the Trainer keeps one.
         """
         estimator = get_estimator(self.hypergradient)
-        if estimator.needs_optimizer_state or estimator.history > 1:
+        if estimator.history > 1:
             raise ProblemError(
-                f"{estimator.name} differentiates the lower optimizer's steps, which only the "
-                "Engine can give it; choose darts, neumann, cg or minres"
+                f"{estimator.name} looks back on {estimator.history} lower steps, which only the "
+                "Engine keeps; choose darts, neumann, cg or minres, or one step"
             )
         return estimator
 

@@ -287,7 +287,11 @@ def test_a_snapshot_tells_groups_and_states_by_position() -> None:
     buffers = {k: state["momentum_buffer"] for k, state in snapshot["state"].items()}
     assert not differences(buffers, {0: torch.ones(1), 1: torch.ones(2)})
     assert level.optimizer_snapshot(with_state=False)["state"] == {}
-    assert Problem([w]).optimizer_snapshot(with_state=True) == {"groups": [], "state": {}}
+    assert Problem([w]).optimizer_snapshot(with_state=True) == {
+        "kind": None,
+        "groups": [],
+        "state": {},
+    }
 
 
 def test_data_can_be_peeked_at_and_cycle() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, get_type_hints
 
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
 from hyperopt_peft.options import matches, spelt
@@ -33,13 +33,17 @@ class Solution:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A hypergradient: ``direct`` is ∂F/∂u, ``implicit`` the second term with its sign."""
+    """A hypergradient: ``direct`` is ∂F/∂u, ``implicit`` the second term with its sign.
+
+    ``state`` is what the estimator finds in the oracle at the next upper step of a run.
+    """
 
     direct: Vector
     implicit: Vector
     residual: float | None = None
     steps: int | None = None
     note: str = ""
+    state: State = field(default_factory=dict)
 
     @property
     def hypergradient(self) -> Vector:

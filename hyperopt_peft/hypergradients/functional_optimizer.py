@@ -59,23 +59,26 @@ _FORMS: dict[type, _Form] = {
 class FunctionalOptimizer:
     """Φ(w, g, moments) → (w', moments'), the step of a level's optimizer, clipping included.
 
+    ``snapshot`` is what `hyperopt_peft.snapshots.snapshot` returned for it.
+
     Raises:
         ProblemError: the level has no optimizer, or one that has no functional form here.
     """
 
-    def __init__(self, level: Problem) -> None:
-        if level.optimizer is None:
+    def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
+        kind = snapshot["kind"]
+        if kind is None:
             raise ProblemError(f"{level.name}: unrolling needs the level's optimizer; give it one")
-        if type(level.optimizer) not in _FORMS:
+        if kind not in _FORMS:
             raise ProblemError(
-                f"{level.name}: {type(level.optimizer).__name__} cannot be unrolled; use one of "
-                f"{', '.join(kind.__name__ for kind in _FORMS)}"
+                f"{level.name}: {kind.__name__} cannot be unrolled; use one of "
+                f"{', '.join(known.__name__ for known in _FORMS)}"
             )
-        for group in level.optimizer.param_groups:
+        for group in snapshot["groups"]:
             for flag in ("amsgrad", "maximize"):
                 if group.get(flag):
                     raise ProblemError(f"{level.name}: an optimizer with {flag} cannot be unrolled")
-        self.form = _FORMS[type(level.optimizer)]
+        self.form = _FORMS[kind]
         self.max_grad_norm = level.max_grad_norm
 
     def vjp(
@@ -109,7 +112,7 @@ class FunctionalOptimizer:
             }
             for i in range(len(point))
         }
-        return tuple(point), {"groups": step.optimizer["groups"], "state": state}
+        return tuple(point), {**step.optimizer, "state": state}
 
     def _inputs(self, step: Step) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Fresh copies of w, g and the moments, moments ordered by variable."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +29,9 @@ from hyperopt_peft.random_state import RandomState, replay
 from hyperopt_peft.shards import is_sharded
 from hyperopt_peft.variables import shared_memory
 
+#: What an estimator keeps between two upper steps: vectors shaped like w, and numbers.
+State = Mapping[str, Vector | float]
+
 
 @dataclass(frozen=True)
 class UpperGradient:
@@ -46,7 +49,8 @@ class Oracle:
     All evaluations of one objective see the same dropout masks: those of ``upper_random``
     for F and of ``lower_random`` for f. ``history`` holds the lower steps that led to the
     current point since the last upper step, oldest first; it is empty where the estimate
-    is asked for out of training. ``copies`` holds copies of the lower variables.
+    is asked for out of training. ``copies`` holds copies of the lower variables. ``state`` is
+    what the estimator kept at the last upper step; it is empty at the first, and out of training.
     """
 
     upper: Problem
@@ -57,6 +61,7 @@ class Oracle:
     lower_random: RandomState
     history: Sequence[Step] = ()
     copies: Copies | None = None
+    state: State = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
     buffers: Buffers = field(default_factory=Buffers)
 

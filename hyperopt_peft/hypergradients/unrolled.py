@@ -65,7 +65,9 @@ class Unrolled(Estimator):
             'solver with product="difference"',
         )
         direct, adjoint = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        optimizer = FunctionalOptimizer(oracle.lower)
+        last = oracle.history[-1].optimizer if oracle.history else None
+        snapshot = last or oracle.lower.optimizer_snapshot(with_state=True)
+        optimizer = FunctionalOptimizer(oracle.lower, snapshot)
         implicit = zeros_like(direct)
         moment_adjoint: list[Tensor] | None = None
         steps = oracle.history[-self.steps :] or self._simulated(oracle, optimizer)

@@ -24,7 +24,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Points:
     points: Points = []
 
     def spy(oracle: Oracle, method: Any) -> Estimate:
-        functional = FunctionalOptimizer(oracle.lower)
+        functional = FunctionalOptimizer(oracle.lower, oracle.history[-1].optimizer)
         truths = [step.variables for step in oracle.history[1:]] + [oracle.lower.variables]
         for step, truth in zip(oracle.history, truths, strict=True):
             points.append((flat(functional.advance(step)[0]), flat(truth).detach().clone()))

@@ -68,7 +68,10 @@ ARGUMENTS = {
         "neumann: terms must not be negative, got -1",
     ),
     "estimator of no known kind": ({"hypergradient": 3}, "hypergradient must be str, got 3"),
-    "unrolled": ({"hypergradient": "unrolled"}, "unrolled .* only the Engine .* choose darts"),
+    "unrolled": (
+        {"hypergradient": "unrolled:steps=2"},
+        "unrolled .* only the Engine .* choose darts",
+    ),
     "ξ of an estimator without": (
         {"hypergradient": "cg", "xi": 1.0},
         "xi is an option of darts, not of cg",
