@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,6 +212,17 @@ class SealedTrainer(Trainer):
         if self.args.should_save:
             text = json.dumps(self.args.bilevel_settings(), indent=1)
             (Path(output_dir or self.args.output_dir) / SETTINGS).write_text(text)
+
+    def end_training(self) -> None:
+        """Leave the other processes, after all else: the last line of a script.
+
+        A process that exits while threads of gloo hold its tensors is aborted; they end with the
+        process group, once DDP has let go of it.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+        gc.collect()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `transformers.Trainer.create_model_card`, with the bilevel settings and results."""

@@ -226,6 +226,12 @@ class BiDoRATrainer(BilevelTrainer):
         self.retrainer = Retrainer(self.model, lower=lower, upper=None, args=arguments, **options)
         return self.retrainer.train(reached, **kwargs)
 
+    def end_training(self) -> None:
+        """As `BilevelTrainer.end_training`, of both phases."""
+        if self.retrainer is not None:
+            self.retrainer.end_training()
+        super().end_training()
+
     def _keep_start(self, resumed: bool) -> None:
         """Write the initial values to a file; a resumed run has those of the file."""
         path = Path(self.args.output_dir) / INITIAL

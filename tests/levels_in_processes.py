@@ -1,5 +1,6 @@
 """Two levels over a small network, plain or distributed; run as a script, one of two processes."""
 
+import gc
 import sys
 from functools import partial
 from pathlib import Path
@@ -211,6 +212,7 @@ def main(folder):
     results |= {"refusals": refusals("fsdp", *place), "reductions": reductions()}
     torch.save(results, Path(folder) / f"{place[1]}.pt")
     dist.destroy_process_group()
+    gc.collect()  # models that hold the group: gloo's threads would abort the process's exit
 
 
 if __name__ == "__main__":

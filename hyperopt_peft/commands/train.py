@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
     save(trainer, result.metrics, metrics)
     names = data.train_file or [data.dataset]
     trainer.create_model_card(dataset=[Path(name).name for name in names])
-    trainer.accelerator.end_training()  # a process that exits with gloo's threads may abort
+    trainer.end_training()
 
 
 def _resume(args: BiDoRATrainingArguments) -> str | bool | None:

@@ -1,5 +1,6 @@
 """A `BiDoRATrainer` in each of two processes; run as a script by one of them."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -124,6 +125,7 @@ def main(folder):
         results["refused"] = {n: refusal(folder / n, **options) for n, options in REFUSED.items()}
     torch.save(results, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
+    gc.collect()  # models that hold the group: gloo's threads would abort the process's exit
 
 
 if __name__ == "__main__":
