@@ -168,7 +168,7 @@ def test_nothing_to_resume_from_is_said(tmp_path, capsys):
         ({"tokenizer": "no/such"}, "cannot load the tokenizer 'no/such'"),
         ({"upper_fraction": 0.01}, "cannot give 1% of 24 training examples to the upper level"),
         ({"fp16": True}, "fp16=True does not go with bilevel training"),
-        ({"hypergradient": "unrolled"}, "unrolled differentiates the lower optimizer's steps"),
+        ({"hypergradient": "unrolled:steps=2"}, "unrolled looks back on 2 lower steps"),
     ],
 )
 def test_bad_options_are_one_line(tmp_path, options, message, capsys):
