@@ -45,8 +45,9 @@ class Engine:
 
     ``history`` has one record an upper step: ``step``, ``upper_loss``, ``lower_loss``,
     ``lower_gradient_norm``, ``hypergradient_norm``, ``implicit_ratio`` (‖implicit‖/‖direct‖),
-    ``residual`` and ``solver_steps`` (None where the estimator has none), ``note``, and each
-    level's own metrics as ``upper_…`` and ``lower_…``.
+    ``residual`` and ``solver_steps`` (None where the estimator has none), ``gradients`` and
+    ``products`` (the hypergradient's forward+backward passes and second backward passes),
+    ``note``, and each level's own metrics as ``upper_…`` and ``lower_…``.
 
     Raises:
         ProblemError: a level without optimizer, a tensor owned by both, an unknown
@@ -278,6 +279,8 @@ class Engine:
             "implicit_ratio": result.implicit_ratio,
             "residual": result.residual,
             "solver_steps": result.steps,
+            "gradients": oracle.passes.gradients,
+            "products": oracle.passes.products,
             "note": result.note,
         }
         metrics = {f"upper_{key}": value for key, value in above.metrics.items()}

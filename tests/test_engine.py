@@ -104,6 +104,8 @@ def test_a_record_tells_the_step() -> None:
         "implicit_ratio": pytest.approx(implicit / direct),
         "residual": pytest.approx(0, abs=1e-6),
         "solver_steps": 1,
+        "gradients": 2,  # of F, and of f with its graph
+        "products": 2,  # a Hessian-vector and a mixed one
         "note": "",
         "upper_batch": 10.0,
         "lower_batch": 0.0,

@@ -1,0 +1,251 @@
+"""Every estimator on four problems: how right, how noisy, how dear, and what breaks it.
+
+    python benchmarks/comparison.py --json benchmarks/results/comparison.json
+    python benchmarks/comparison.py --write benchmarks/results/comparison.json
+
+The first measures; the second writes docs/comparison.md and the README's table from the file, and
+measures nothing. Problems: see comparison_levels.py. Other libraries: comparison_peers.py.
+
+Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
+solve). "100·f" is the error on A after f has been multiplied by 100, which moves neither w* nor
+dF/du. Spread: the standard deviation over 100 lower minibatches of 64 of B, relative to the exact
+hypergradient.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison_breaks import found, in_one_process
+from comparison_levels import METHODS, Levels, encoder_problem, small_problems
+from comparison_peers import Peer, peers
+from measure import arguments, report, table
+
+from hyperopt_peft import Problem, hypergradient
+from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
+from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients.memory import peak_memory
+from hyperopt_peft.problems.hypercleaning import Weighted
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- estimator table -->", "<!-- end of estimator table -->"
+REFERENCE = "minres:steps=200,tolerance=1e-6"
+Row = dict[str, Any]
+
+
+def against(truth: Vector, result: Vector | str) -> Row:
+    """Error and cosine of ``result``, or why there is none."""
+    if isinstance(result, str):
+        return {"error": result, "cosine": None}
+    length = result.norm()
+    cosine = dot(result, truth) / (length * truth.norm()) if length else None
+    return {"error": (result - truth).norm() / truth.norm(), "cosine": cosine}
+
+
+def small(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
+    """Errors and cosines on A, B and C."""
+    rows: dict[str, Row] = {name: {} for name in methods}
+    for key, levels in small_problems().items():
+        truth = Vector(hypergradient(*levels, "exact"))
+        for name, method in methods.items():
+            result = against(truth, found(method, levels))
+            rows[name] |= {f"{key}: {column}": value for column, value in result.items()}
+    return rows
+
+
+class Scaled(Problem):
+    """A level whose loss is ``factor`` times that of ``level``."""
+
+    def __init__(self, level: Problem, factor: float) -> None:
+        self.level, self.factor = level, factor
+        super().__init__(list(zip(level.names, level.variables)), optimizer=level.optimizer)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The scaled loss."""
+        return self.factor * self.level.evaluate(batch)[0]
+
+
+def scaled(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
+    """The error on A after f has been multiplied by 100."""
+    upper, lower = small_problems()["A"]
+    truth = Vector(hypergradient(upper, lower, "exact"))
+    levels = upper, Scaled(lower, 100.0)
+    return {
+        name: {"A, 100·f: error": against(truth, found(method, levels))["error"]}
+        for name, method in methods.items()
+    }
+
+
+class Minibatch(Weighted):
+    """Problem B's lower level on the rows ``batch``."""
+
+    def loss(self, batch: torch.Tensor | None) -> torch.Tensor:
+        """Mean σ(x_i) CE_i over the rows, + 0.02 ‖W‖²."""
+        if batch is None:
+            return super().loss(None)
+        each = torch.nn.functional.cross_entropy(
+            self.data.x[batch] @ self.w, self.data.y[batch], reduction="none"
+        )
+        weights = self.sample_logits[batch].sigmoid()
+        return (weights * each).mean() + 0.02 * self.w.square().sum()
+
+
+def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
+    """Spread and bias of the estimates of B over lower minibatches of 64."""
+    upper, whole = small_problems()["B"]
+    truth = Vector(hypergradient(upper, whole, "exact"))
+    lower = Minibatch(whole.w, whole.sample_logits, whole.data)  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randperm(800, generator=generator)[:64] for _ in range(draws)]
+    result: dict[str, Row] = {}
+    for name, method in methods.items():
+        if not isinstance(method, str):
+            result[name] = {"B, batch 64: spread": None, "B, batch 64: bias": None}
+            continue
+        try:
+            found_ = [Vector(hypergradient(upper, lower, method, lower_batch=b)) for b in rows]
+        except Exception as error:
+            result[name] = {"B, batch 64: spread": str(error)[:30], "B, batch 64: bias": None}
+            continue
+        mean = sum(found_[1:], start=found_[0]) / draws
+        variance = statistics.fmean((h - mean).norm() ** 2 for h in found_)
+        result[name] = {
+            "B, batch 64: spread": variance**0.5 / truth.norm(),
+            "B, batch 64: bias": (mean - truth).norm() / truth.norm(),
+        }
+    return result
+
+
+def encoder(levels: Levels, methods: Mapping[str, str | Peer], truth: Vector) -> dict[str, Row]:
+    """Error, cosine, passes, milliseconds and memory on MiniLM-BiDoRA."""
+    rows = {}
+    for name, method in methods.items():
+        if name == "exact":
+            rows[name] = {"BiDoRA: error": f"{levels[1].name} is too large", "BiDoRA: cosine": None}
+            continue
+        begin = time.perf_counter()
+        row = {f"BiDoRA: {k}": v for k, v in against(truth, found(method, levels)).items()}
+        row["ms"] = 1e3 * (time.perf_counter() - begin)
+        if isinstance(method, str):
+            oracle = open_oracle(*levels)
+            estimate(oracle, method)
+            row["passes"] = f"{oracle.passes.gradients} + {oracle.passes.products}"
+        row["MB"] = peak_memory(lambda m=method: found(m, levels), torch.device("cpu")) / 2**20
+        rows[name] = row
+    return rows
+
+
+def two_processes() -> dict[str, Row]:
+    """DDP and FSDP2 against one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        script = str(Path(__file__).parent / "comparison_breaks.py")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        subprocess.run([*launch, script, str(file)], check=True, timeout=500)
+        result: dict[str, Row] = json.loads(file.read_text())
+        return result
+
+
+def measured(quick: bool) -> tuple[list[Row], Row]:
+    """The rows of all methods, and what else is to be known."""
+    others, missing = peers()
+    methods: dict[str, str | Peer] = {**{method: method for method in METHODS}, **others}
+    parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 100)]
+    levels, norm = encoder_problem(steps=5 if quick else 300)
+    oracle = open_oracle(*levels)
+    reference = estimate(oracle, "minres:steps=5" if quick else REFERENCE)
+    parts.append(encoder(levels, methods, reference.hypergradient))
+    parts += [in_one_process(), two_processes()]
+    rows = []
+    for name in methods:
+        row: Row = {"estimator": name}
+        row["kind"] = registered()[get_estimator(name).name].kind if name in METHODS else "peer"
+        for part in parts:
+            row |= part[name]
+        rows.append(row)
+    return rows, {
+        "missing peers": missing,
+        "BiDoRA: lower gradient norm": norm,
+        "BiDoRA: reference": f"{REFERENCE}, residual {reference.residual:.1e}",
+    }
+
+
+SECTIONS: dict[str, tuple[str, list[str]]] = {
+    "Right at the lower minimum": (
+        "Relative error and cosine to the exact hypergradient on A, B and C; on BiDoRA to a long "
+        "solve, at a point that is close to the minimum but not at it.",
+        [f"{p}: {c}" for p in ("A", "B", "C", "BiDoRA") for c in ("error", "cosine")],
+    ),
+    "Scale, and minibatches": (
+        "A factor before f changes neither w* nor dF/du, and an implicit estimate does not notice "
+        "it. Spread and bias are over 100 lower minibatches of 64 of the 800 images of B, each "
+        "estimate starting from nothing, as out of training: there `warm` does not yet average.",
+        ["A, 100·f: error", "B, batch 64: spread", "B, batch 64: bias"],
+    ),
+    "Cost on MiniLM": (
+        "One hypergradient out of training: forward+backward passes + second backward passes, "
+        "milliseconds, and memory above what was held before.",
+        ["passes", "ms", "MB"],
+    ),
+    "What breaks it": (
+        "SDPA: stock attention against eager attention, on a small BERT without dropout (its "
+        "kernel has no second derivative). bf16: cosine of the estimate under autocast to that in "
+        "float32. DDP and FSDP2: two processes with half of each batch each, against one process, "
+        "float64. Refused: with an error that says what to use instead.",
+        ["SDPA: error", "bf16: cosine", "DDP: error", "FSDP2: error"],
+    ),
+}
+SHORT = ["A: error", "B: error", "B: cosine", "BiDoRA: error", "BiDoRA: cosine", "passes"]
+
+
+def _columns(rows: list[Row], columns: list[str]) -> str:
+    return table([{k: row.get(k) for k in ("estimator", "kind", *columns)} for row in rows])
+
+
+def _write(file: Path) -> None:
+    """docs/comparison.md, and the table of this library's estimators in README.md."""
+    content = json.loads(file.read_text())
+    (rows,), details, machine = content["tables"].values(), content["details"], content["machine"]
+    for row in rows:
+        row["estimator"] = f"`{row['estimator']}`" if row["kind"] != "peer" else row["estimator"]
+    words = "\n\n".join(
+        f"## {title}\n\n{text}\n\n{_columns(rows, columns)}"
+        for title, (text, columns) in SECTIONS.items()
+    )
+    versions = ", ".join(f"{name} {v}" for name, v in content["versions"].items() if v)
+    page = ROOT / "docs/comparison.md"
+    before = page.read_text().partition(BEGIN)[0]
+    page.write_text(
+        f"{before}{BEGIN}\n\n{words}\n\n"
+        f"BiDoRA's reference: {details['BiDoRA: reference']}; ‖∂f/∂w‖ = "
+        f"{details['BiDoRA: lower gradient norm']:.1e}. Measured on {machine['cores']} shared "
+        f"cores, {machine['threads']} threads, Python {machine['python']}; {versions}.\n\n{END}\n"
+    )
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    own = [row for row in rows if row["kind"] != "peer"]
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{BEGIN}\n{_columns(own, SHORT)}\n{END}{after}")
+
+
+def main() -> None:
+    """Measure and report; or write the pages from a file of measurements."""
+    if sys.argv[1:2] == ["--write"]:
+        _write(Path(sys.argv[2]))
+        return
+    given = arguments("every estimator on four problems")
+    rows, details = measured(given.quick)
+    report(given, {"Estimators": rows}, [], details)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What breaks an estimator: attention kernels, bfloat16, DDP, FSDP2; each cell from a run.
+
+    torchrun --nproc_per_node 2 benchmarks/comparison_breaks.py FILE
+
+writes the columns of two processes; `in_one_process` returns the others.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison_levels import METHODS, Levels
+from comparison_peers import Peer, peers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertForSequenceClassification
+
+from hyperopt_peft import Problem, ProblemError, hypergradient
+from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.hypergradients import Vector, dot
+from hyperopt_peft.shards import full
+
+
+class OnBatch(Problem):
+    """The loss of ``function(batch)``."""
+
+    def __init__(self, function: Any, variables: Any, **level: Any) -> None:
+        self.function = function
+        super().__init__(variables, **level)
+
+    def loss(self, batch: Any) -> Tensor:
+        """The function's value."""
+        result: Tensor = self.function(batch)
+        return result
+
+
+def small_bert(attention: str, *, autocast: bool = False) -> Levels:
+    """BiDoRA's two levels over a BERT of two layers, without dropout, float32."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.3,
+        attn_implementation=attention,
+    )
+    adapter = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], use_dora=True)
+    model = get_peft_model(BertForSequenceClassification(config), adapter).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    parts = split_parameters(model)
+    batches = [
+        {"input_ids": torch.randint(3, 60, (8, 6)), "labels": torch.randint(2, (8,))}
+        for _ in range(2)
+    ]
+
+    def loss(batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            result: Tensor = model(**batch).loss
+        return result
+
+    directions = parts.directions | parts.rest
+
+    def regularised(batch: Any) -> Tensor:  # so that the solvers have something to solve
+        return loss(batch) + 5 * sum(w.square().sum() for w in directions.values())
+
+    rate = torch.optim.AdamW(directions.values(), lr=1e-2, weight_decay=0.0)
+    lower = OnBatch(regularised, directions.items(), data=[batches[0]], optimizer=rate)
+    return OnBatch(loss, parts.magnitudes.items(), data=[batches[1]]), lower
+
+
+def network(kind: str, rank: int, processes: int) -> Levels:
+    """Two levels over a small network in float64; each process has its share of the batches."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    parameters = dict(model.named_parameters())
+    draw = torch.Generator().manual_seed(1)
+    batches = [
+        (
+            torch.randn(12, 6, dtype=torch.float64, generator=draw).chunk(processes)[rank],
+            torch.randint(3, (12,), generator=draw).chunk(processes)[rank],
+        )
+        for _ in range(2)
+    ]
+    if kind == "DDP":
+        model = DistributedDataParallel(model)
+    elif kind == "FSDP2":
+        fully_shard(model)
+        parameters = dict(model.named_parameters())
+    w = [pair for pair in parameters.items() if pair[0].startswith("0")]
+    u = [pair for pair in parameters.items() if pair[0].startswith("2")]
+
+    def loss(batch: Any) -> Tensor:
+        logits = model(batch[0])
+        return cross_entropy(logits, batch[1]) + logits.square().mean() / 5
+
+    rate = torch.optim.SGD([v for _, v in w], lr=0.1)
+    lower = OnBatch(loss, w, data=[batches[0]], optimizer=rate)
+    return OnBatch(loss, u, data=[batches[1]]), lower
+
+
+def found(method: str | Peer, levels: Levels) -> Vector | str:
+    """The hypergradient, or in a few words why there is none."""
+    try:
+        if isinstance(method, str):
+            return Vector(full(x) for x in hypergradient(*levels, method, seed=0))
+        return Vector(full(x) for x in method(*levels))
+    except ProblemError as error:
+        return "refused" if "FSDP" in str(error) else str(error)
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        return f"fails: {str(error).splitlines()[0][:40]}"
+
+
+def _error(result: Vector | str, truth: Vector | str) -> float | str:
+    if isinstance(result, str) or isinstance(truth, str):
+        return result if isinstance(result, str) else str(truth)
+    return (result - truth).norm() / truth.norm()
+
+
+def all_methods() -> dict[str, str | Peer]:
+    """Ours by their names, and the peers."""
+    return {**{method: method for method in METHODS}, **peers()[0]}
+
+
+def in_one_process() -> dict[str, dict[str, Any]]:
+    """By method: the error of stock attention, of eager attention's value, and bf16's cosine."""
+    rows = {}
+    for name, method in all_methods().items():
+        eager, stock = (found(method, small_bert(kind)) for kind in ("eager", "sdpa"))
+        half = found(method, small_bert("eager", autocast=True))
+        cosine: float | str = half if isinstance(half, str) else "–"
+        if isinstance(half, Vector) and isinstance(eager, Vector):
+            cosine = dot(half, eager) / (half.norm() * eager.norm())
+        rows[name] = {"SDPA: error": _error(stock, eager), "bf16: cosine": cosine}
+    return rows
+
+
+def in_two_processes(file: Path) -> None:
+    """By method: the errors of DDP and FSDP2, of one process with the whole batch."""
+    dist.init_process_group("gloo")
+    rows = {}
+    for name, method in all_methods().items():
+        truth = found(method, network("one", 0, 1))
+        rows[name] = {
+            f"{kind}: error": _error(found(method, network(kind, dist.get_rank(), 2)), truth)
+            for kind in ("DDP", "FSDP2")
+        }
+    if dist.get_rank() == 0:
+        file.write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    in_two_processes(Path(sys.argv[1]))

@@ -1,0 +1,122 @@
+"""The value function against oracle calls: how fast each estimator brings a bilevel program down.
+
+    python benchmarks/convergence.py --json benchmarks/results/convergence.json
+
+Problems A (penalties of a logistic regression, in the box [−12, 6]) and B (weights of noisy
+images), full batch, float64, the same two optimizers for every estimator: gradient descent below,
+Adam above. A call is a forward+backward pass or a second backward pass of either loss; the lower
+steps count. The value is F(u, w*(u)), with w* found by L-BFGS, which does not count.
+
+``--json`` also draws docs/convergence.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from measure import Target, arguments, report
+
+from hyperopt_peft import Engine, NonFiniteError, ProblemError, minimise
+from hyperopt_peft.hypergradients.purity import displaced
+from hyperopt_peft.problems import hypercleaning, logistic
+
+METHODS = [
+    "direct",
+    "darts:scale=1.0",
+    "darts:scale=lr",
+    "sama",
+    "unrolled:steps=10",
+    "forward:steps=10",
+    "neumann:terms=20",
+    "cg:steps=10",
+    "minres:steps=10",
+    "nystrom:rank=5,steps=5",
+    "warm",
+    "f2sa",
+    "penalty",
+]
+FIGURE = Path(__file__).parent.parent / "docs/convergence.png"
+
+
+def problem_a() -> tuple[Any, Any, Any]:
+    """Levels and what keeps the penalties in their box."""
+    upper, lower = logistic.breast_cancer()
+    (penalties,) = upper.variables
+
+    @torch.no_grad()
+    def box() -> None:
+        penalties.clamp_(-12, 6)
+
+    return upper, lower, box
+
+
+def problem_b() -> tuple[Any, Any, Any]:
+    """Levels; the weights are free."""
+    upper, lower = hypercleaning.digits()
+    return upper, lower, lambda: None
+
+
+def value(upper: Any, lower: Any) -> float:
+    """F(u, w*(u)); w is put back."""
+    with displaced(lower.variables):
+        minimise(lower, tolerance=1e-7)
+        return float(upper.evaluate(None)[0].detach())
+
+
+def curve(make: Any, method: str, calls: int) -> list[tuple[int, float]]:
+    """(oracle calls so far, value) about thirty times within ``calls``."""
+    upper, lower, project = make()
+    engine = Engine(upper, lower, method, lower_steps=10, progress=False)
+    points, spent = [(0, value(upper, lower))], 0
+    while spent < calls:
+        try:
+            (record,) = engine.run(1)
+        except (NonFiniteError, ProblemError):
+            break
+        project()
+        spent += engine.lower_steps + record["gradients"] + record["products"]
+        if spent - points[-1][0] >= calls / 30:
+            points.append((spent, value(upper, lower)))
+    return points
+
+
+def main() -> None:
+    """Run all, print the values, draw the figure."""
+    given = arguments("the value function against oracle calls", calls=20_000)
+    calls = 400 if given.quick else given.calls
+    problems = {"A": problem_a, "B": problem_b}
+    curves = {
+        key: {method: curve(make, method, calls) for method in METHODS}
+        for key, make in problems.items()
+    }
+    rows: list[dict[str, Any]] = [
+        {"estimator": m} | {f"{key}: value": curves[key][m][-1][1] for key in problems}
+        for m in METHODS
+    ]
+    best = {key: min(row[f"{key}: value"] for row in rows) for key in problems}
+    targets = [Target("A: optimum .031377 reached, best value", best["A"], 0.0316)]
+    report(given, {f"Value after {calls} oracle calls": rows}, targets, {"curves": curves})
+    if given.json is not None:
+        draw(curves, best)
+
+
+def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], best: dict[str, float]) -> None:
+    """One panel a problem: value above the best one that any reached."""
+    canvas, panels = plt.subplots(1, len(curves), figsize=(11, 4.5), layout="constrained")
+    styles = ["-", "--", ":"]
+    for panel, (key, lines) in zip(panels, curves.items()):
+        for index, (method, points) in enumerate(lines.items()):
+            x, y = zip(*points)
+            style = styles[index // 10]
+            panel.plot(x, y, style, color=f"C{index % 10}", label=method, linewidth=1.5)
+        panel.axhline(best[key], color="black", linewidth=0.6)
+        panel.set(title=f"Problem {key}", xlabel="oracle calls", ylabel="F(u, w*(u))", yscale="log")
+    panels[-1].legend(fontsize=7, loc="upper right")
+    canvas.savefig(FIGURE, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
