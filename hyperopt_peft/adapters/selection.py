@@ -102,9 +102,9 @@ def component_weights(
     Raises:
         ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; it was not called.
     """
-    found = {}
-    for name, layer in _layers(peft_model, adapter_name).items():
-        a: Any = dict(layer.lora_A).get(resolve_adapter(peft_model, adapter_name))
+    adapter, found = resolve_adapter(peft_model, adapter_name), {}
+    for name, layer in _layers(peft_model, adapter).items():
+        a: Any = dict(layer.lora_A).get(adapter)
         if not parametrize.is_parametrized(a, "weight"):
             raise ProblemError(f"{name} has no weights of its components; call add_selection first")
         found[name] = a.parametrizations.weight[0]

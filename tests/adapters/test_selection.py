@@ -21,6 +21,7 @@ from hyperopt_peft.adapters import (
     rank_config,
     selected_ranks,
     selected_state,
+    use_fast_dora,
 )
 from hyperopt_peft.adapters.selection import ComponentWeights
 
@@ -81,6 +82,20 @@ def test_each_component_is_multiplied_by_its_weight(kind, form):
     before = model(x)
     model.merge_adapter()
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_dora_layers_take_weights_too(fast):
+    model, ids = lora_bert(use_dora=True), token_ids()
+    expected = model(ids).logits
+    assert torch.equal(add_selection(model)(ids).logits, expected)
+    searched = uneven(model)
+    ranks = dict.fromkeys(LAYERS, 4)
+    stock_model = get_peft_model(bert(), rank_config(searched, ranks)).eval()
+    set_peft_model_state_dict(stock_model, selected_state(searched, ranks))
+    if fast:
+        use_fast_dora(searched)
+    torch.testing.assert_close(searched(ids).logits, stock_model(ids).logits, rtol=1e-9, atol=1e-9)
 
 
 def test_a_copied_model_has_weights_of_its_own():
