@@ -34,8 +34,8 @@ LAYERS = [Q.format(0), V.format(0), Q.format(1), V.format(1)]
 
 def lora_bert(**options):
     """BERT with LoRA of rank 4 on four layers, away from its start; the head is trained."""
-    options = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]} | options
-    return randomise(wrap(bert(), use_dora=False, r=4, lora_alpha=6, **options)).eval()
+    usual = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "use_dora": False}
+    return randomise(wrap(bert(), r=4, lora_alpha=6, **usual | options)).eval()
 
 
 def set_weights(model, alpha):
