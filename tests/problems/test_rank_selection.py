@@ -134,6 +134,37 @@ def test_hypergradients_are_those_of_autograd(form):
     torch.testing.assert_close(flat(close, beta), expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_at_the_lower_minimum_only_decay_makes_the_weights_count(decay):
+    _, upper, lower = program("softmax", 0, decay=decay)
+    w = lower.variables
+    with torch.no_grad():
+        for p in (*upper.variables, *w):
+            p += 0.3 * torch.randn_like(p)
+    optimizer = torch.optim.LBFGS(
+        w,
+        max_iter=2000,
+        history_size=50,
+        tolerance_grad=1e-9,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = lower.evaluate(lower.peek_batch())[0]
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    whole, direct = (
+        torch.cat([p.flatten() for p in hypergradient(upper, lower, method)]).norm()
+        for method in ("exact", "direct")
+    )
+    assert direct > 1e-3
+    assert whole < 1e-5 * direct if decay == 0 else whole > 0.1 * direct
+
+
 def search(form, seed, decay):
     model, upper, lower = program(form, seed, decay=decay)
     lower.optimizer = torch.optim.Adam(lower.variables, lr=0.02)
