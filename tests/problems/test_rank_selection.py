@@ -9,12 +9,11 @@ from networks import differences
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from torch.autograd import grad
-from trainer.models import base_model, data, peft_model, values
+from trainer.models import arguments, base_model, data, peft_model, values
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import (
     BilevelTrainer,
-    BilevelTrainingArguments,
     Engine,
     ProblemError,
     hypergradient,
@@ -183,23 +182,6 @@ def test_the_search_finds_the_ranks_of_the_true_update(seed):
 
 def test_a_softmax_finds_rank_one_and_never_none():
     assert selected_ranks(search("softmax", 0, decay=0.0)) == {"first": 1, "second": 1}
-
-
-def arguments(folder, **options):
-    settings = {
-        "max_steps": 6,
-        "lower_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "upper_learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    return BilevelTrainingArguments(output_dir=str(folder), **{**settings, **options})
 
 
 def collate(rows):
