@@ -1,4 +1,4 @@
-"""Everything that touches PEFT: parameter ownership, DoRA's gradient, penalties, analysis."""
+"""What touches PEFT: parameter ownership, DoRA's gradient, penalties, rank selection, analysis."""
 
 from hyperopt_peft.adapters.decomposition import (
     LineFit,
@@ -12,11 +12,20 @@ from hyperopt_peft.adapters.layers import direction, dora_layers, lora_layers
 from hyperopt_peft.adapters.norm_grad import set_norm_grad
 from hyperopt_peft.adapters.ownership import ParameterSplit, split_parameters
 from hyperopt_peft.adapters.regularizers import gram, gram_penalty
+from hyperopt_peft.adapters.selection import (
+    add_selection,
+    component_weights,
+    rank_config,
+    selected_ranks,
+    selected_state,
+)
 
 __all__ = [
     "LineFit",
     "ModuleChange",
     "ParameterSplit",
+    "add_selection",
+    "component_weights",
     "decompose",
     "direction",
     "dora_layers",
@@ -25,6 +34,9 @@ __all__ = [
     "gram_penalty",
     "lora_layers",
     "plot_decomposition",
+    "rank_config",
+    "selected_ranks",
+    "selected_state",
     "set_norm_grad",
     "split_parameters",
     "use_fast_dora",
