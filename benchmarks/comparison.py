@@ -208,15 +208,22 @@ SHORT = ["A: error", "B: error", "B: cosine", "BiDoRA: error", "BiDoRA: cosine",
 
 
 def _columns(rows: list[Row], columns: list[str]) -> str:
-    return table([{k: row.get(k) for k in ("estimator", "kind", *columns)} for row in rows])
+    named = [
+        row | {"estimator": row["estimator"] if row["kind"] == "peer" else f"`{row['estimator']}`"}
+        for row in rows
+    ]
+    return table([{k: row.get(k) for k in ("estimator", "kind", *columns)} for row in named])
+
+
+def short_table(rows: list[Row]) -> str:
+    """The README's table: this library's estimators."""
+    return _columns([row for row in rows if row["kind"] != "peer"], SHORT)
 
 
 def _write(file: Path) -> None:
     """docs/comparison.md, and the table of this library's estimators in README.md."""
     content = json.loads(file.read_text())
     (rows,), details, machine = content["tables"].values(), content["details"], content["machine"]
-    for row in rows:
-        row["estimator"] = f"`{row['estimator']}`" if row["kind"] != "peer" else row["estimator"]
     words = "\n\n".join(
         f"## {title}\n\n{text}\n\n{_columns(rows, columns)}"
         for title, (text, columns) in SECTIONS.items()
@@ -232,9 +239,7 @@ def _write(file: Path) -> None:
     )
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
-    own = [row for row in rows if row["kind"] != "peer"]
-    after = rest.partition(END)[2]
-    readme.write_text(f"{before}{BEGIN}\n{_columns(own, SHORT)}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{short_table(rows)}\n{END}{rest.partition(END)[2]}")
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ done
 python benchmarks/write_results.py  # this file and its figure
 ```
 
-`python benchmarks/estimator_table.py --write README.md` writes the main README's table.
+`comparison.py`, `convergence.py` and `noise.py` compare the estimators themselves:
+[docs/comparison.md](../docs/comparison.md).
 """
 
 
