@@ -11,6 +11,7 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_MARK = "torch.autograd.function"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -30,6 +31,16 @@ def graph_leaves(tensor: Tensor) -> list[Tensor]:
     """The tensors that ``tensor.backward()`` leaves a gradient in."""
     found = (getattr(node, "variable", None) for node in graph_nodes([tensor]))
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def once_differentiable_functions(tensor: Tensor) -> list[str]:
+    """The names of the custom functions in the graph of ``tensor`` that are marked as such."""
+    functions = {getattr(node, "_forward_cls", None) for node in graph_nodes([tensor])} - {None}
+
+    def marked(function: Any) -> bool:  # the mark is a wrapper, defined in torch's own module
+        return bool(getattr(function.backward, "__globals__", {}).get("__name__") == _MARK)
+
+    return sorted(function.__name__ for function in functions if marked(function))
 
 
 def is_half(node: Any) -> bool:
