@@ -11,7 +11,6 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_MARK = "torch.autograd.function"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -35,11 +34,12 @@ def graph_leaves(tensor: Tensor) -> list[Tensor]:
 
 def once_differentiable_functions(tensor: Tensor) -> list[str]:
     """The names of the custom functions in the graph of ``tensor`` that are marked as such."""
-    functions = {getattr(node, "_forward_cls", None) for node in graph_nodes([tensor])} - {None}
 
     def marked(function: Any) -> bool:  # the mark is a wrapper, defined in torch's own module
-        return bool(getattr(function.backward, "__globals__", {}).get("__name__") == _MARK)
+        backward = getattr(function, "backward", None)
+        return getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
 
+    functions: set[Any] = {getattr(node, "_forward_cls", None) for node in graph_nodes([tensor])}
     return sorted(function.__name__ for function in functions if marked(function))
 
 

@@ -30,7 +30,7 @@ class Buffers:
         return [
             f"{type(module).__name__}.{name}"
             for (_, name), (module, _, before) in self._seen.items()
-            if module._buffers[name] is None or not torch.equal(module._buffers[name], before)
+            if (now := module._buffers[name]) is None or not torch.equal(now, before)
         ]
 
     @torch.no_grad()
