@@ -82,12 +82,14 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
         before = after = _loss(oracle)
         for halvings in range(10):
             assign(w, start, newton.parts, -(0.5**halvings))
+            torch.clear_autocast_cache()  # it holds half-precision copies of where w was
             after = _loss(oracle)
             if after < before:
                 there = _hypergradient(oracle, product, steps)
                 break
         else:  # no step is short enough: this is a minimum, to rounding
             after, there = before, here
+    torch.clear_autocast_cache()
     size = max(e.direct.norm() + e.implicit.norm() for e in (here, there))
     moved = (there.hypergradient - here.hypergradient).norm()
     return Curvature(

@@ -337,6 +337,23 @@ def test_a_newton_step_that_would_raise_the_loss_is_shortened():
     assert after < before
 
 
+def test_inside_autocast_the_step_is_seen_and_half_precision_is_no_finding():
+    torch.manual_seed(0)
+    x, u = torch.randn(16, 4), torch.ones(4, requires_grad=True)
+    net = torch.nn.Linear(4, 1)
+
+    def f(_):
+        return (net(x) - 1).square().mean() + (u * net.weight.square()).sum()
+
+    lower = FunctionLevel(f, net.named_parameters())
+    upper = FunctionLevel(lambda _: net(x).square().mean(), [u])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check = examine(upper, lower)
+        assert float(f(None)) == pytest.approx(check.curvature.losses[0], rel=1e-6)
+    assert kinds(check, "error", "warning") == ["far from stationary"]
+    assert check.curvature.losses[1] < 0.5 * check.curvature.losses[0]
+
+
 def test_a_tensor_of_both_levels():
     pair = Pair()
     both = pair.level(pair.f, [("w", pair.w), ("mine", pair.u)], "below")
