@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_peft.check import check_problem
 from hyperopt_peft.engine import Engine
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.fit import fit, minimise
@@ -36,6 +37,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Solver",
+    "check_problem",
     "compare_hypergradients",
     "fit",
     "hypergradient",

@@ -32,6 +32,17 @@ def graph_leaves(tensor: Tensor) -> list[Tensor]:
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
+def once_differentiable_functions(tensor: Tensor) -> list[str]:
+    """The names of the custom functions in the graph of ``tensor`` that are marked as such."""
+
+    def marked(function: Any) -> bool:  # the mark is a wrapper, defined in torch's own module
+        backward = getattr(function, "backward", None)
+        return getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
+
+    functions: set[Any] = {getattr(node, "_forward_cls", None) for node in graph_nodes([tensor])}
+    return sorted(function.__name__ for function in functions if marked(function))
+
+
 def is_half(node: Any) -> bool:
     """Whether the node's result is in bfloat16 or float16."""
     return any(output.dtype in HALF for output in getattr(node, "_input_metadata", ()))

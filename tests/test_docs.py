@@ -2,7 +2,10 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from hyperopt_peft import BilevelTrainingArguments
+from hyperopt_peft.hypergradients import registered, registry
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +42,7 @@ def changes(diff):
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_ENTRIES", registered())  # a page may register its own
 
 
 # The program on the command line's page goes on from a run of its YAML file: see tests/commands.
@@ -49,6 +54,34 @@ def test_python_blocks_run_in_order(page):
     namespace = {}
     for block in blocks(PAGES[page], "python"):
         run(block, page, namespace)  # the blocks hold assertions of their own
+
+
+def test_a_method_and_an_estimator_take_as_few_lines_as_the_pages_say():
+    def lines(block):
+        return sum(bool(line.strip()) for line in block.splitlines())
+
+    *method, _ = blocks(PAGES["define-a-method.md"], "python")  # the last is on the Trainer
+    assert sum(map(lines, method)) < 80 and "save_pretrained" in method[-1]
+    assert lines(blocks(PAGES["define-an-estimator.md"], "python")[0]) < 40
+
+
+def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path):
+    page = PAGES["define-an-estimator.md"]
+    (tmp_path / "secant.py").write_text(blocks(page, "python")[0])
+    (command,) = re.findall(r"<!-- command: property tests -->\n```sh\n(.*?)\n```", page, re.S)
+    variables, _, arguments = command.partition(" python ")
+    assert variables == "PYTHONPATH=."
+    paths = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, *arguments.split(), "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 20
 
 
 def test_the_diff_turns_dora_into_bidora_in_three_lines(tmp_path, monkeypatch):

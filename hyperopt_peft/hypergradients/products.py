@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyperopt_peft import processes
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.graph import graph_nodes
+from hyperopt_peft.graph import graph_nodes, once_differentiable_functions
 from hyperopt_peft.hypergradients.purity import Buffers, assign
 from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon
 from hyperopt_peft.problem import Problem
@@ -96,9 +96,11 @@ class ExactProduct:
             self.gradient = torch.autograd.grad(
                 loss, objective.lower.variables, create_graph=True, materialize_grads=True
             )
-            # autograd never reaches a once_differentiable function's error: it leads nowhere.
-            if any("Error" in node.name() for node in graph_nodes(self.gradient)):
-                raise RuntimeError("a function was marked with once_differentiable, not twice")
+            # Autograd never reaches their error: it leads nowhere, or is not even in the graph.
+            marked = once_differentiable_functions(loss)
+            if marked or any("Error" in node.name() for node in graph_nodes(self.gradient)):
+                names = ", ".join(marked) or "a function"
+                raise RuntimeError(f"{names} is marked once_differentiable, not twice")
 
     def hessian(self, v: Vector) -> Vector:
         """∂²f/∂w² v = ∂⟨∂f/∂w, v⟩/∂w."""

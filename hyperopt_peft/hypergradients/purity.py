@@ -25,6 +25,14 @@ class Buffers:
             if buffer is not None and key not in self._seen:
                 self._seen[key] = (module, buffer, buffer.detach().clone())
 
+    def changed(self) -> list[str]:
+        """Those that are not as they were, as ``Module.buffer``."""
+        return [
+            f"{type(module).__name__}.{name}"
+            for (_, name), (module, _, before) in self._seen.items()
+            if (now := module._buffers[name]) is None or not torch.equal(now, before)
+        ]
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put them back, changed in place or replaced."""

@@ -121,6 +121,18 @@ def test_operations_without_second_derivative_are_refused_with_advice(
         hypergradient(upper, lower, f"{method}:product=exact")
 
 
+@pytest.mark.parametrize("method", ["darts", "cg"])
+def test_a_function_without_second_derivative_is_refused_where_it_ends_the_loss(
+    method: str,
+) -> None:
+    """What it is given does not depend on w, so autograd itself leaves no trace of an error."""
+    w, u = (torch.randn(3, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(lambda _: w.sum() + u.sum(), [u])
+    lower = FunctionLevel(lambda _: Once.apply(w - u).sum(), [w])
+    with pytest.raises(ProblemError, match="Once is marked once_differentiable"):
+        hypergradient(upper, lower, f"{method}:product=exact")
+
+
 def double_precision_levels(lr: float = 0.1) -> tuple[Problem, Problem, Network]:
     """The network in float64 with dropout, gradient descent at the lower level."""
     torch.manual_seed(0)
