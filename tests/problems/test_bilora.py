@@ -1,7 +1,9 @@
 """BiLoRA: the hypergradient, who moves what under either driver, and a plain PEFT adapter."""
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +265,30 @@ def test_stock_peft_loads_a_checkpoint_in_a_fresh_process(tmp_path):
     loaded, merged = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert torch.equal(loaded, expected)
     torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_example_trains_both_methods_for_as_many_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    example = importlib.import_module("bilora")
+    arguments = example.Arguments(train_size=30, test_size=20, max_length=12)
+    training = example.Training(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    tweets = example.load_data("tweets", "minilm", 30, 20, 12, 0)
+    for method in ("lora", "bilora"):
+        model, row = example.train(method, arguments, training, tweets)
+        assert len([record for record in row.log if "loss" in record]) == 4
+        assert len([r for r in row.log if "upper_loss" in r]) == (2 if method == "bilora" else 0)
+        assert 0 < row.test_accuracy < 1
+    assert all((v != 0).any() for v in pseudo_singular_values(model).values())
+    capsys.readouterr()
+    example.reload(model, arguments, tweets, tmp_path / "adapter")
+    assert "logits agree" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("level", [SingularVectors, SingularValues])
