@@ -164,7 +164,7 @@ def test_a_new_adapter_leaves_its_start():
     assert all((v != 0).all() for v in pseudo_singular_values(model).values())
 
 
-def bilevel_trainer(folder, model, **options):
+def bilevel_trainer(folder, model, upper_dataset=None, **options):
     settings = {
         "max_steps": 6,
         "lower_steps": 2,
@@ -182,7 +182,8 @@ def bilevel_trainer(folder, model, **options):
         lower=SingularVectors(model, gamma=GAMMA),
         upper=SingularValues(model),
         args=BilevelTrainingArguments(output_dir=str(folder), **{**settings, **options}),
-        train_dataset=data(),
+        train_dataset=data(rows=24 if upper_dataset is None else 3),
+        upper_dataset=upper_dataset,
     )
 
 
@@ -203,26 +204,21 @@ def test_the_trainer_moves_both_levels_and_resumes_bit_for_bit(tmp_path):
 
 def test_the_trainer_takes_the_hypergradient_of_the_problems(tmp_path):
     """One step with plain SGD: Λ has moved by −lr · hypergradient at the start."""
-    model = model_of(dropout=0.0)
-    rows = data(rows=6)
-    options = {"optim": "sgd", "lr_scheduler_type": "constant", "upper_max_grad_norm": 0.0}
+    model, above = model_of(dropout=0.0), data(rows=3, seed=1)
     trainer = bilevel_trainer(
         tmp_path,
         model,
+        above,
         max_steps=1,
         lower_steps=1,
-        per_device_train_batch_size=3,
-        per_device_upper_batch_size=3,
-        upper_fraction=0.5,
         hypergradient="darts:product=exact",
+        optim="sgd",
+        lr_scheduler_type="constant",
+        upper_max_grad_norm=0.0,
         save_strategy="no",
-        **options,
     )
-    trainer.train_dataset, trainer.upper_dataset = rows.select([0, 1, 2]), rows.select([3, 4, 5])
-    trainer._upper_batches = trainer._make_upper_batches()
-    batch = rows.with_format("torch")
-    lower = SingularVectors(model, gamma=GAMMA, data=[batch[:3]])
-    upper = SingularValues(model, data=[batch[3:]])
+    lower = SingularVectors(model, gamma=GAMMA, data=[data(rows=3).with_format("torch")[:]])
+    upper = SingularValues(model, data=[above.with_format("torch")[:]])
     before = [v.detach().clone() for v in upper.variables]
     expected = hypergradient(upper, lower, "darts:product=exact")
     trainer.train()
