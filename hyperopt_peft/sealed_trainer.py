@@ -201,6 +201,12 @@ class SealedTrainer(Trainer):
         for name, variable in self._named_variables():
             variable.copy_(sharded_like(values[name], variable))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # The model's files need not have the variables as they are, a product of two for example.
+        if not self.is_fsdp_enabled:
+            self._load_levels(Path(resume_from_checkpoint))
+
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         checkpoint.unseal(best)

@@ -11,6 +11,11 @@ from hyperopt_peft.adapters.fast_dora import use_fast_dora
 from hyperopt_peft.adapters.layers import direction, dora_layers, lora_layers
 from hyperopt_peft.adapters.norm_grad import set_norm_grad
 from hyperopt_peft.adapters.ownership import ParameterSplit, split_parameters
+from hyperopt_peft.adapters.pseudo_svd import (
+    orthogonality_penalty,
+    pseudo_singular_values,
+    use_pseudo_svd,
+)
 from hyperopt_peft.adapters.regularizers import gram, gram_penalty
 from hyperopt_peft.adapters.selection import (
     add_selection,
@@ -33,11 +38,14 @@ __all__ = [
     "gram",
     "gram_penalty",
     "lora_layers",
+    "orthogonality_penalty",
     "plot_decomposition",
+    "pseudo_singular_values",
     "rank_config",
     "selected_ranks",
     "selected_state",
     "set_norm_grad",
     "split_parameters",
     "use_fast_dora",
+    "use_pseudo_svd",
 ]

@@ -1,0 +1,186 @@
+"""LoRA's update as a pseudo singular value decomposition, in a plain PEFT adapter.
+
+    ΔW = s·P Λ Q      P (out, r), Q (r, in), Λ = diag(λ), λ (r,), s PEFT's scaling
+
+Q is PEFT's A, and P Λ a parametrization of PEFT's B: forward pass, dropout, merging and switching
+stay PEFT's own. State dicts have B = P Λ in place of P and λ, so that whatever is saved, a
+checkpoint of the Trainer too, is a LoRA adapter that loads without this library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hyperopt_peft.adapters.layers import factors, lora_layers, resolve_adapter
+from hyperopt_peft.errors import ProblemError
+
+P, VALUES = (f"parametrizations.weight.original{index}" for index in (0, 1))
+
+
+class ScaledColumns(nn.Module):
+    """B = P Λ; of a convolution B has shape (out, r, 1, …)."""
+
+    def forward(self, p: Tensor, values: Tensor) -> Tensor:
+        """B for P of B's shape and λ of shape (r,)."""
+        return p * values.view(-1, *(1,) * (p.dim() - 2))
+
+    def right_inverse(self, b: Tensor) -> tuple[Tensor, Tensor]:
+        """P with unit columns, and λ ≥ 0; a zero column of B gets λ = 0 and a random direction."""
+        columns = b.flatten(1)
+        values = torch.linalg.vector_norm(columns, dim=0)
+        zero = values == 0
+        p = columns / torch.where(zero, 1, values)
+        if zero.any():
+            p = torch.where(zero, _orthonormal(columns.shape).to(p), p)
+        return p.view_as(b), values
+
+
+def use_pseudo_svd(peft_model: PeftModel, adapter_name: str | None = None) -> PeftModel:
+    """Give every layer of a LoRA adapter P, Λ and Q in place of B and A; its outputs stay.
+
+    P Λ Q is the singular value decomposition of B·A. Where B = 0, as in a new adapter, λ = 0 and P
+    and Q are random with orthonormal columns and rows: the model starts at the pretrained one, the
+    penalty at its minimum, and the gradient in λ is not zero. (With P = 0 the penalty would be
+    far from its minimum and without a gradient.)
+
+    Linear and convolution layers, over a quantised base too. A saved adapter is read again by
+    ``PeftModel.from_pretrained(..., is_trainable=True)`` and this function.
+
+    Args:
+        adapter_name: the active adapter by default.
+
+    Returns:
+        ``peft_model`` itself.
+
+    Raises:
+        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; a layer with a variant of
+            LoRA, DoRA for example; an embedding or a bare parameter; a frozen adapter; a rank above
+            the size of the weight; an adapter that has P, Λ and Q already. Nothing has changed.
+    """
+    adapter = resolve_adapter(peft_model, adapter_name)
+    layers = lora_layers(peft_model, adapter)
+    for name, layer in layers:
+        _check(name, layer, adapter)
+    for _, layer in layers:
+        _decompose(*factors(layer, adapter))
+        lora_b: Any = layer.lora_B[adapter]
+        parametrize.register_parametrization(lora_b, "weight", ScaledColumns())
+        lora_b.register_state_dict_post_hook(_join)
+        lora_b.register_load_state_dict_pre_hook(_separate)
+    return peft_model
+
+
+def pseudo_singular_values(
+    peft_model: PeftModel, adapter_name: str | None = None
+) -> dict[str, nn.Parameter]:
+    """λ, of shape (r,), of every layer, by its name in ``peft_model.named_parameters()``.
+
+    Raises:
+        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; :func:`use_pseudo_svd` has
+            not been called for the adapter.
+    """
+    adapter = resolve_adapter(peft_model, adapter_name)
+    layers = _pseudo_layers(peft_model, adapter)
+    return {f"{n}.lora_B.{adapter}.{VALUES}": b.get_parameter(VALUES) for n, b, _ in layers}
+
+
+def orthogonality_penalty(peft_model: PeftModel, adapter_name: str | None = None) -> Tensor:
+    """Σ over layers of ‖PᵀP − I‖² + ‖QQᵀ − I‖² in Frobenius norms, a scalar in P and Q.
+
+    In float32 at least, under autocast too.
+
+    Raises:
+        ProblemError: as :func:`pseudo_singular_values`.
+    """
+    parts = []
+    for _, lora_b, q in _pseudo_layers(peft_model, resolve_adapter(peft_model, adapter_name)):
+        with torch.autocast(q.device.type, enabled=False):
+            parts += [_distance(lora_b.get_parameter(P).flatten(1).T), _distance(q)]
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+
+def _distance(rows: Tensor) -> Tensor:
+    """‖M Mᵀ − I‖² of M (r, n)."""
+    m = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return (m @ m.T - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().sum()
+
+
+def _pseudo_layers(peft_model: PeftModel, adapter: str) -> list[tuple[str, nn.Module, Tensor]]:
+    """Name, PEFT's module of B, and Q of every layer."""
+    found = []
+    for name, layer in lora_layers(peft_model, adapter):
+        if adapter not in layer.lora_B or not parametrize.is_parametrized(layer.lora_B[adapter]):
+            raise ProblemError(
+                f"{name} has no pseudo singular values for adapter {adapter!r}; call "
+                "use_pseudo_svd(model) first."
+            )
+        found.append((name, layer.lora_B[adapter], factors(layer, adapter)[0]))
+    return found
+
+
+def _check(name: str, layer: lora.LoraLayer, adapter: str) -> None:
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None:
+        raise ProblemError(
+            f"{name} uses {type(variant).__name__} for adapter {adapter!r}; a pseudo SVD needs "
+            "plain LoRA: create the adapter with use_dora=False and no other variant."
+        )
+    if adapter not in layer.lora_A or isinstance(layer, lora.ParamWrapper):
+        raise ProblemError(
+            f"{name} adapts {type(layer.get_base_layer()).__name__} as lora."
+            f"{type(layer).__name__}; a pseudo SVD needs linear or convolution layers: leave it "
+            "out of target_modules and target_parameters."
+        )
+    if parametrize.is_parametrized(layer.lora_B[adapter]):
+        raise ProblemError(f"{name} has a parametrized B already; call use_pseudo_svd once only.")
+    a, b = factors(layer, adapter)
+    rank, size = len(a), min(len(b), a.shape[1])
+    if rank > size:
+        raise ProblemError(
+            f"{name} has rank {rank}, its weight only {size}: P and Q cannot be orthonormal; "
+            f"give it a rank of at most {size}, with rank_pattern for example."
+        )
+    if not all(m[adapter].weight.requires_grad for m in (layer.lora_A, layer.lora_B)):
+        raise ProblemError(
+            f"{name} is frozen; load adapter {adapter!r} with "
+            "PeftModel.from_pretrained(..., is_trainable=True) or activate it with set_adapter."
+        )
+
+
+@torch.no_grad()
+def _decompose(a: Tensor, b: Tensor) -> None:
+    """Change A and B in place to Q and P Λ with the same product; a random Q where B = 0."""
+    if not b.any():
+        a.copy_(_orthonormal(a.T.shape).T)
+        return
+    left, r_left = torch.linalg.qr(b.to("cpu", torch.float64))
+    right, r_right = torch.linalg.qr(a.T.to("cpu", torch.float64))
+    u, values, vh = torch.linalg.svd(r_left @ r_right.T)
+    a.copy_(vh @ right.T)
+    b.copy_(left @ u * values)
+
+
+def _orthonormal(shape: tuple[int, ...]) -> Tensor:
+    """A random matrix with orthonormal columns."""
+    # On the CPU, because some accelerators have no float64.
+    return nn.init.orthogonal_(torch.empty(shape, dtype=torch.float64))
+
+
+def _join(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """P and λ of a state dict become B."""
+    if state.keys() >= {prefix + P, prefix + VALUES}:
+        p, values = state.pop(prefix + P), state.pop(prefix + VALUES)
+        state[f"{prefix}weight"] = ScaledColumns()(p, values)
+
+
+def _separate(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """B of a state dict becomes P and λ."""
+    if f"{prefix}weight" in state and parametrize.is_parametrized(module, "weight"):
+        b = state.pop(f"{prefix}weight")
+        state[prefix + P], state[prefix + VALUES] = ScaledColumns().right_inverse(b)
