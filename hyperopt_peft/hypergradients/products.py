@@ -32,6 +32,11 @@ SHARDED = (
     'product="difference", which needs first-order passes only'
 )
 
+NESTED = (
+    "the level stands on another, whose derivatives of second order would need a third; choose "
+    'product="difference", which needs first-order passes only'
+)
+
 
 @dataclass
 class Passes:

@@ -1,0 +1,297 @@
+"""A `Nested` level stands on a level of its own: chains of three levels and more.
+
+    min_u F(u, v*, w*),   v*(u) = argmin_v G(u, v, w*(u, v)),   w*(u, v) = argmin_w f(u, v, w)
+
+is ``Engine(top, Nested(middle, lower, "cg"), "cg:product=difference")``, and a chain of four
+``Nested(second, Nested(third, fourth))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft import processes
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
+from hyperopt_peft.hypergradients.estimator import Estimator, Solver
+from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.purity import Copies, assign, displaced
+from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.hypergradients.vector import Vector
+from hyperopt_peft.options import require_count
+from hyperopt_peft.problem import Evaluation, Problem, Step, require_read
+from hyperopt_peft.random_state import RandomState, replay
+
+
+class Nested(Problem):
+    """The level ``middle`` over the level ``lower``, whose variables w it sees as w*(u, v).
+
+    It is the level v of ``middle`` with the objective G̃(u, v) = G(u, v, w*(u, v)). Its
+    ``gradient`` is the total one, through w*, with respect to any x of u and v:
+
+        ∂G̃/∂x = ∂G/∂x − ∂²f/∂x∂w · [∂²f/∂w²]⁻¹ · ∂G/∂w
+
+    The level above needs no more than this gradient at displaced points, since ∂²G̃/∂u∂v is
+    symmetric: any estimator with ``product="difference"``. F, too, is a function of u and v
+    only: where it reads w, `gradient_of` takes the derivative through w*.
+
+    Where v is displaced, w follows by ``follow`` Newton steps on f, and is then put back:
+
+        w ← w − [∂²f/∂w²]⁻¹ (∂f/∂w − g),   g = ∂f/∂w where nothing is displaced
+
+    With g the point at which training has left w counts as w*, however far it has come. One
+    step is exact on a quadratic f, and elsewhere of the order of the difference itself; 0
+    leaves w where it is, which takes w for a constant in ∂²G̃.
+
+    In training each step of ``middle`` comes after ``lower_steps`` steps of ``lower``. The
+    batch and the random numbers of f are those of its last step; before the first step,
+    the batch that comes next, and numbers of their own. The records of `Engine` get the
+    level below as ``lower_below_loss`` and ``lower_below_gradient_norm``, and the inner
+    solve's ``lower_residual``.
+
+    Args:
+        middle: the level above ``lower``; its variables, optimizer and data are this level's.
+        lower: the level below, itself a `Nested` in a chain of four levels and more.
+        hypergradient: the estimator of ∂G̃ and its options. A difference divides its errors
+            by a small step, so they must be the same on both sides: a solver should run to the
+            end (a small ``tolerance``) or for a fixed number of steps.
+        lower_steps: steps of ``lower`` before each of ``middle``.
+        warmup_steps: further ones before the very first.
+        follow: Newton steps; by default 1, and 0 with an estimator that solves nothing (darts).
+
+    Raises:
+        ProblemError: the levels share a tensor, ``middle`` is itself nested, an estimator
+            that does not fit, or (at the first step) a variable of ``lower`` that f does not
+            read.
+    """
+
+    def __init__(
+        self,
+        middle: Problem,
+        lower: Problem,
+        hypergradient: str | Estimator = "cg:steps=20,tolerance=1e-12",
+        *,
+        lower_steps: int = 1,
+        warmup_steps: int = 0,
+        follow: int | None = None,
+    ) -> None:
+        check_ownership(middle, lower)
+        self.middle, self.lower = middle, lower
+        super().__init__(zip(middle.names, middle.variables, strict=True), name=middle.name)
+        self.batches, self.max_grad_norm = middle.batches, middle.max_grad_norm
+        self.optimizer, self.scheduler = middle.optimizer, middle.scheduler
+        require_count("lower_steps", lower_steps, least=1)
+        require_count("warmup_steps", warmup_steps, least=0)
+        self.lower_steps, self.warmup_steps = lower_steps, warmup_steps
+        self.estimator = get_estimator(hypergradient)
+        check_estimator(self.estimator, lower)
+        solver = self.estimator if isinstance(self.estimator, Solver) else None
+        self.follow = int(solver is not None) if follow is None else follow
+        require_count("follow", self.follow, least=0)
+        if self.follow and solver is None:
+            raise ProblemError(
+                f"{self.name}: {self.estimator.name} is no solver, so {lower.name} cannot follow; "
+                'choose one such as "cg", or follow=0'
+            )
+        self._solver = solver
+        self._prepared = 0  # how often the levels below were trained
+        self._last: Step | None = None  # the last step of the level below
+        self._below: dict[str, float] = {}  # how it went
+        self._rest: Vector | None = None  # ∂f/∂w where nothing is displaced, while `anchored`
+        self._copies = Copies()
+        self._read: dict[Tensor, bool] = {}  # whether the level below reads a variable
+
+    @property
+    def levels(self) -> tuple[Problem, ...]:
+        """This level and those below it."""
+        return (self, *self.lower.levels)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices that hold the variables of this level and of those below."""
+        return list(dict.fromkeys([*super().devices, *self.lower.devices]))
+
+    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
+        """G where w is now."""
+        return self.middle.loss(batch)
+
+    def next_batch(self) -> Any:
+        """The next batch of ``middle``'s data."""
+        return self.middle.next_batch()
+
+    def peek_batch(self) -> Any:
+        """The batch that ``next_batch`` will return."""
+        return self.middle.peek_batch()
+
+    def step(self, gradient: Sequence[Tensor | None]) -> float:
+        """One step of ``middle``'s optimizer and scheduler; see `Problem.step`."""
+        return self.middle.step(gradient)
+
+    def prepare(self) -> None:
+        """``lower_steps`` steps of the level below.
+
+        Raises:
+            ProblemError: no loss reads a variable of the level below, at the first step.
+            NonFiniteError: a loss or gradient of it is NaN or infinite.
+        """
+        w = self.lower.variables
+        for _ in range(self.lower_steps + (0 if self._prepared else self.warmup_steps)):
+            self.lower.prepare()
+            batch, random_state = self.lower.next_batch(), RandomState.capture(self.lower.devices)
+            evaluation = self.lower.gradient(batch, w)
+            if self._last is None:
+                require_read(self.lower, evaluation.gradient)
+            norm = self.lower.step(evaluation.gradient)
+            self._last = Step(batch, random_state)
+        self._prepared += 1
+        self._below = {"loss": evaluation.loss, "gradient_norm": norm, **evaluation.metrics}
+
+    def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+        """G and ∂G̃/∂variables; None where no loss from G downwards reads one.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
+        """
+        evaluation = self.gradient_of(self.middle, batch, variables)
+        below = {f"below_{key}": value for key, value in self._below.items()}
+        return Evaluation(evaluation.loss, evaluation.metrics | below, evaluation.gradient)
+
+    def gradient_of(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+        """The loss of ``level`` and its gradient, with w a function of all other variables.
+
+        Everything below this level is afterwards as it was before.
+        """
+        oracle = self._oracle(level, batch, variables)
+        try:
+            with self._following(oracle):
+                result = estimate(oracle, self.estimator)
+                evaluation = oracle.upper_gradient.evaluation
+                total = like(result.hypergradient, variables)
+                gradient = tuple(
+                    part if known is not None or self._reads_below(variable, oracle) else None
+                    for part, known, variable in zip(total, evaluation.gradient, variables)
+                )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.name} over {self.lower.name}: {error}") from error
+        self.half = bool(self.middle.half or self.lower.half)
+        residual = {} if result.residual is None else {"residual": result.residual}
+        return Evaluation(evaluation.loss, evaluation.metrics | residual, gradient)
+
+    @contextmanager
+    def anchored(self) -> Iterator[None]:
+        """Let the levels below follow in the body wherever the variables above are moved to.
+
+        Where they are now, nothing below moves. Within another such body this one is idle.
+        """
+        if self._rest is not None or not self.follow:
+            with self.lower.anchored():
+                yield
+            return
+        oracle = self._oracle(self.middle, None, self.variables)
+        with oracle.open():
+            self._rest = oracle.lower_gradient()
+        try:
+            with self.lower.anchored():
+                yield
+        finally:
+            self._rest = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """``middle``'s state, with that of the levels below as ``"below"``."""
+        return self.middle.state_dict() | {
+            "below": self.lower.state_dict(),
+            "prepared": self._prepared,
+            "settings": self._settings(),
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ProblemError where ``state`` is not that of a chain like this one."""
+        own = {"below", "prepared", "settings"}
+        if not isinstance(state, Mapping) or not own <= state.keys():
+            raise ProblemError(f"{self.name}: the state is not that of a level over others")
+        self.middle.check_state({key: state[key] for key in state.keys() - own})
+        for key, value in self._settings().items():
+            if state["settings"].get(key) != value:
+                raise ProblemError(
+                    f"{self.name}: the state was made with {key}={state['settings'].get(key)!r}, "
+                    f"this level has {value!r}"
+                )
+        self.lower.check_state(state["below"])
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Return to ``state``; nothing is changed where it does not fit (ProblemError)."""
+        self.check_state(state)
+        own = {"below", "prepared", "settings"}
+        self.middle.load_state_dict({key: state[key] for key in state.keys() - own})
+        self.lower.load_state_dict(state["below"])
+        self._prepared, self._last = state["prepared"], None
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("lower_steps", "warmup_steps", "follow")
+        return {name: getattr(self, name) for name in names} | {
+            "hypergradient": repr(self.estimator)
+        }
+
+    def _oracle(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Oracle:
+        """``level`` over the level below, with the random numbers of this moment for ``level``.
+
+        They are a function of the current random state, which is not used up, and of the
+        step: the training of the level below goes on as if nothing had been asked.
+        """
+        with replay(RandomState.capture()):
+            key = int(torch.randint(2**62, ()))
+        own = (self._prepared, *processes.own())
+        last = self._last or Step(
+            self.lower.peek_batch(), RandomState.seeded(self.devices, "below", *own)
+        )
+        return Oracle(
+            _Reading(level, variables),
+            self.lower,
+            batch,
+            last.batch,
+            upper_random=RandomState.seeded(self.devices, key, *own),
+            lower_random=last.random_state,
+            copies=self._copies,
+        )
+
+    @contextmanager
+    def _following(self, oracle: Oracle) -> Iterator[None]:
+        """Run the body where w has followed, if this level is `anchored`."""
+        if self._rest is None or self._solver is None:
+            yield
+            return
+        w = self.lower.variables
+        with displaced(w, self._copies):
+            with oracle.open():
+                for _ in range(self.follow):
+                    residual = oracle.lower_gradient() - self._rest
+                    if residual.norm() == 0:
+                        break
+                    with oracle.product(self._solver.product, radius=self._solver.radius) as product:
+                        newton = self._solver.solve(product.hessian, residual).v
+                    assign(w, w, newton.parts, -1.0)
+            yield
+
+    def _reads_below(self, variable: Tensor, oracle: Oracle) -> bool:
+        """Whether the level below reads ``variable``; asked once."""
+        if variable not in self._read:
+            with oracle.open(), replay(oracle.lower_random):
+                (part,) = self.lower.gradient(oracle.lower_batch, (variable,)).gradient
+            self._read[variable] = part is not None
+        return self._read[variable]
+
+
+class _Reading(Problem):
+    """The loss of ``level`` as a function of ``variables``, whoever owns them."""
+
+    def __init__(self, level: Problem, variables: Sequence[Tensor]) -> None:
+        self.level = level
+        super().__init__(variables, name=level.name)
+
+    def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+        return self.level.gradient(batch, variables)
