@@ -112,6 +112,12 @@ class Nested(Problem):
         return (self, *self.lower.levels)
 
     @property
+    def differences(self) -> int:
+        """How many finite differences, one of another, the gradient is made of."""
+        own = getattr(self.estimator, "product", None) == "difference"
+        return self.lower.differences + own
+
+    @property
     def devices(self) -> list[torch.device]:
         """The devices that hold the variables of this level and of those below."""
         return list(dict.fromkeys([*super().devices, *self.lower.devices]))

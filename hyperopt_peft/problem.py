@@ -119,6 +119,11 @@ class Problem:
         return (self,)
 
     @property
+    def differences(self) -> int:
+        """How many finite differences, one of another, the gradient is made of."""
+        return 0
+
+    @property
     def devices(self) -> list[torch.device]:
         """The devices that hold the variables."""
         return list(dict.fromkeys(variable.device for variable in self.variables))

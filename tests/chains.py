@@ -82,8 +82,8 @@ class Chain:
         return z.split([len(x) for x in self.blocks])
 
 
-def chain(levels, seed=0, sizes=SIZES):
-    """A random chain, no level of which is at its minimum."""
+def chain(levels, seed=0, sizes=SIZES, ridge=0.0):
+    """A random chain, no level of which is at its minimum; ``ridge`` makes it less coupled."""
     generator = torch.Generator().manual_seed(seed)
     sizes = sizes[:levels]
     n = sum(sizes)
@@ -92,18 +92,15 @@ def chain(levels, seed=0, sizes=SIZES):
         return torch.randn(size, dtype=torch.float64, generator=generator)
 
     return Chain(
-        [positive(n, generator) for _ in sizes],
+        [positive(n, generator) + ridge * torch.eye(n, dtype=torch.float64) for _ in sizes],
         [normal(n) for _ in sizes],
         [normal(size).requires_grad_() for size in sizes],
     )
 
 
-def nested(levels, method="exact", **options):
-    """The levels below the top one as one level, and the top one."""
-    top, *rest = levels
-    lower = rest.pop()
-    estimator = method
-    while rest:
-        lower = Nested(rest.pop(), lower, estimator, **options)
-        estimator = method if "product" in method else f"{method}:product=difference,radius=1.0"
+def nested(levels, lowest="exact", above="exact:product=difference,radius=1.0", **options):
+    """The top level, and those below it as one; ``lowest`` and ``above`` are their estimators."""
+    top, *middle, lower = levels
+    for level in reversed(middle):
+        lower = Nested(level, lower, above if len(lower.levels) > 1 else lowest, **options)
     return top, lower
