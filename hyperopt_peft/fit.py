@@ -21,7 +21,7 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Do ``steps`` optimizer steps of ``problem`` on its own; returns a record for each.
 
-    A record has ``step``, ``loss``, ``gradient_norm`` and the loss's metrics, and is given to
+    A `Nested` level trains those below it as well. A record has ``step``, ``loss``, ``gradient_norm`` and the loss's metrics, and is given to
     each of ``callbacks``.
 
     Raises:
@@ -53,7 +53,8 @@ def minimise(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
     the gradient exceeds ``tolerance``, and returns the loss.
 
     Raises:
-        ProblemError: a level over others, or the gradient is still above 1,000 × ``tolerance`` after ``max_steps``.
+        ProblemError: the gradient is still above 1,000 × ``tolerance`` after ``max_steps``, or the
+            level stands on others.
         NonFiniteError: the loss or the gradient is NaN or infinite.
     """
     if len(problem.levels) > 1:

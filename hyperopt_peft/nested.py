@@ -278,7 +278,9 @@ class Nested(Problem):
                     residual = oracle.lower_gradient() - self._rest
                     if residual.norm() == 0:
                         break
-                    with oracle.product(self._solver.product, radius=self._solver.radius) as product:
+                    with oracle.product(
+                        self._solver.product, radius=self._solver.radius
+                    ) as product:
                         newton = self._solver.solve(product.hessian, residual).v
                     assign(w, w, newton.parts, -1.0)
             yield

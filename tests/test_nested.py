@@ -1,7 +1,6 @@
 """Chains of three levels and more, against closed forms and against autograd."""
 
 from copy import deepcopy
-from itertools import product
 
 import pytest
 import torch
@@ -35,14 +34,12 @@ OUTER = {
     "exact": "exact:product=difference,radius=1.0",
     "cg": "cg:product=difference,radius=1.0,steps=30,tolerance=1e-14",
     "minres": "minres:product=difference,radius=1.0,steps=30,tolerance=1e-14",
-    "neumann": "neumann:product=difference,radius=1.0,terms=300",
 }
 
 
-@pytest.mark.parametrize(
-    ("method", "seed"), [*product(["exact", "cg", "minres"], range(3)), ("neumann", 0)]
-)
+@pytest.mark.parametrize("method", ["exact", "cg", "minres"])
 @pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize("seed", range(2))
 def test_three_levels_have_the_closed_form(seed, settled, method):
     """At any point: implicit differentiation takes each level for settled where it is."""
     program = chain(3, seed)
@@ -52,12 +49,18 @@ def test_three_levels_have_the_closed_form(seed, settled, method):
     assert relative_error(found, program.hypergradient()) < 1e-12
 
 
-@pytest.mark.parametrize("inner", ["cg:steps=30,tolerance=1e-14", "neumann:terms=300"])
-@pytest.mark.parametrize("kind", ["exact", "difference,radius=1.0"])
-def test_any_solver_will_do_within(inner, kind):
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [
+        ("cg:steps=30,tolerance=1e-14", OUTER["cg"]),
+        ("minres:steps=30,tolerance=1e-14,product=difference,radius=1.0", OUTER["exact"]),
+        ("neumann:terms=300", OUTER["exact"]),
+        ("exact:product=difference,radius=1.0", "neumann:product=difference,radius=1.0,terms=300"),
+    ],
+)
+def test_any_solver_will_do_at_either_place(inner, outer):
     program = chain(3, sizes=(2, 2, 3))
-    inner += f",product={kind}"
-    (found,) = hypergradient(*nested(program.levels(), inner), OUTER["cg"])
+    (found,) = hypergradient(*nested(program.levels(), inner), outer)
     assert relative_error(found, program.hypergradient()) < 1e-10
 
 
@@ -67,10 +70,9 @@ def test_four_levels_have_the_closed_form():
     assert relative_error(found, program.hypergradient()) < 1e-12
 
 
-@pytest.mark.parametrize("length", [4])
-def test_the_length_of_a_difference_grows_with_the_chain(length):
-    """Differences of differences: with one length for all the error would be a hundredth."""
-    program = chain(length, sizes=(1, 2, 1, 2, 1))
+def test_the_length_of_a_difference_grows_with_the_chain():
+    """Differences of differences: one length for all would be 80 times worse."""
+    program = chain(4, sizes=(1, 2, 1, 2))
     method = "exact:product=difference"
     (found,) = hypergradient(*nested(program.levels(), above=method), method)
     assert relative_error(found, program.hypergradient()) < 1e-7
@@ -231,8 +233,8 @@ def network_chain(dropout=0.3, generators=False, lr=(0.05, 0.05), **options):
     torch.manual_seed(0)
     net = Network(dropout)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    owned = [["temperature"], ["gate", "norm.weight"]]
-    owned.append([name for name in named if name not in sum(owned, [])])
+    above = [["temperature"], ["gate", "norm.weight"]]
+    owned = [*above, [name for name in named if name not in (*above[0], *above[1])]]
     levels = []
     for k, (names, size) in enumerate(zip(owned, (10, 14, 18), strict=True)):
         own = torch.Generator().manual_seed(k) if generators else None
