@@ -30,6 +30,7 @@ class Engine:
 
     Args:
         upper, lower: the levels; both need an optimizer, and they may not own the same tensor.
+            ``lower`` may stand on further levels: see `Nested`.
         hypergradient: an estimator or its name, with options (``"cg:steps=20"``).
         lower_steps: lower steps before each upper step.
         warmup_steps: further lower steps before the very first upper step.

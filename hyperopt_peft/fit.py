@@ -21,8 +21,8 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Do ``steps`` optimizer steps of ``problem`` on its own; returns a record for each.
 
-    A `Nested` level trains those below it as well. A record has ``step``, ``loss``, ``gradient_norm`` and the loss's metrics, and is given to
-    each of ``callbacks``.
+    A record has ``step``, ``loss``, ``gradient_norm`` and the loss's metrics, and is given to
+    each of ``callbacks``. A `Nested` level trains those below it as well.
 
     Raises:
         NonFiniteError: a NaN or infinite loss or gradient; the message names the step.

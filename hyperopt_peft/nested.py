@@ -2,14 +2,15 @@
 
     min_u F(u, v*, w*),   v*(u) = argmin_v G(u, v, w*(u, v)),   w*(u, v) = argmin_w f(u, v, w)
 
-is ``Engine(top, Nested(middle, lower, "cg"), "cg:product=difference")``, and a chain of four
-``Nested(second, Nested(third, fourth))``.
+is ``Engine(top, Nested(middle, lower), "cg:product=difference")``; below the top of a chain of
+four stands ``Nested(second, Nested(third, fourth))``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from hyperopt_peft import processes
 from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator, Solver
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.purity import Copies, assign, displaced
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.vector import Vector
@@ -31,50 +34,49 @@ from hyperopt_peft.random_state import RandomState, replay
 class Nested(Problem):
     """The level ``middle`` over the level ``lower``, whose variables w it sees as w*(u, v).
 
-    It is the level v of ``middle`` with the objective G̃(u, v) = G(u, v, w*(u, v)). Its
-    ``gradient`` is the total one, through w*, with respect to any x of u and v:
+    It owns v and minimises G̃(u, v) = G(u, v, w*(u, v)). Its ``gradient`` is the total one,
+    with respect to any x of u and v:
 
         ∂G̃/∂x = ∂G/∂x − ∂²f/∂x∂w · [∂²f/∂w²]⁻¹ · ∂G/∂w
 
     The level above needs no more than this gradient at displaced points, since ∂²G̃/∂u∂v is
-    symmetric: any estimator with ``product="difference"``. F, too, is a function of u and v
-    only: where it reads w, `gradient_of` takes the derivative through w*.
+    symmetric: any estimator with ``product="difference"`` will do. F is a function of u and v
+    too: where it reads w, `gradient_of` takes its derivatives through w*.
 
-    Where v is displaced, w follows by ``follow`` Newton steps on f, and is then put back:
+    Where v is displaced, w follows by Newton steps on f, and is put back bit for bit:
 
         w ← w − [∂²f/∂w²]⁻¹ (∂f/∂w − g),   g = ∂f/∂w where nothing is displaced
 
-    With g the point at which training has left w counts as w*, however far it has come. One
-    step is exact on a quadratic f, and elsewhere of the order of the difference itself; 0
-    leaves w where it is, which takes w for a constant in ∂²G̃.
+    With g, the w that training has reached counts as w*, however far it has come. One step is
+    exact on a quadratic f; on another, its error is that of the difference itself.
 
-    In training each step of ``middle`` comes after ``lower_steps`` steps of ``lower``. The
-    batch and the random numbers of f are those of its last step; before the first step,
-    the batch that comes next, and numbers of their own. The records of `Engine` get the
-    level below as ``lower_below_loss`` and ``lower_below_gradient_norm``, and the inner
-    solve's ``lower_residual``.
+    In training each step of ``middle`` comes after ``lower_steps`` of ``lower``. Derivatives of
+    f are taken on the batch and the random numbers of its last step; before the first one, on
+    the batch that comes next. `Engine`'s records get ``lower_below_loss`` and
+    ``lower_below_gradient_norm`` of the level below, and ``lower_residual`` and
+    ``upper_residual``, those of the inner solves for G̃ and for F.
 
     Args:
         middle: the level above ``lower``; its variables, optimizer and data are this level's.
         lower: the level below, itself a `Nested` in a chain of four levels and more.
-        hypergradient: the estimator of ∂G̃ and its options. A difference divides its errors
-            by a small step, so they must be the same on both sides: a solver should run to the
-            end (a small ``tolerance``) or for a fixed number of steps.
+        hypergradient: the estimator of the total derivatives. Their differences are divided by
+            a small step, so a solver should do a fixed number of steps or have a small
+            ``tolerance``: by default CG, 20 steps, 1e-12.
         lower_steps: steps of ``lower`` before each of ``middle``.
         warmup_steps: further ones before the very first.
-        follow: Newton steps; by default 1, and 0 with an estimator that solves nothing (darts).
+        follow: Newton steps of w. 1 by default; 0, the default of estimators that are no
+            solvers (darts), holds w where it is and so leaves a part of ∂²G̃ out.
 
     Raises:
-        ProblemError: the levels share a tensor, ``middle`` is itself nested, an estimator
-            that does not fit, or (at the first step) a variable of ``lower`` that f does not
-            read.
+        ProblemError: levels that share a tensor, a nested ``middle``, an estimator that does
+            not fit, or (at the first step) a variable of ``lower`` that no loss reads.
     """
 
     def __init__(
         self,
         middle: Problem,
         lower: Problem,
-        hypergradient: str | Estimator = "cg:steps=20,tolerance=1e-12",
+        hypergradient: str | Estimator | None = None,
         *,
         lower_steps: int = 1,
         warmup_steps: int = 0,
@@ -88,17 +90,18 @@ class Nested(Problem):
         require_count("lower_steps", lower_steps, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
         self.lower_steps, self.warmup_steps = lower_steps, warmup_steps
-        self.estimator = get_estimator(hypergradient)
+        product: ProductKind = "difference" if len(lower.levels) > 1 else "exact"
+        default = ConjugateGradient(steps=20, tolerance=1e-12, product=product)
+        self.estimator = get_estimator(hypergradient or default)
         check_estimator(self.estimator, lower)
-        solver = self.estimator if isinstance(self.estimator, Solver) else None
-        self.follow = int(solver is not None) if follow is None else follow
+        solves = isinstance(self.estimator, Solver)
+        self.follow = int(solves) if follow is None else follow
         require_count("follow", self.follow, least=0)
-        if self.follow and solver is None:
+        if self.follow and not solves:
             raise ProblemError(
                 f"{self.name}: {self.estimator.name} is no solver, so {lower.name} cannot follow; "
                 'choose one such as "cg", or follow=0'
             )
-        self._solver = solver
         self._prepared = 0  # how often the levels below were trained
         self._last: Step | None = None  # the last step of the level below
         self._below: dict[str, float] = {}  # how it went
@@ -155,7 +158,8 @@ class Nested(Problem):
             norm = self.lower.step(evaluation.gradient)
             self._last = Step(batch, random_state)
         self._prepared += 1
-        self._below = {"loss": evaluation.loss, "gradient_norm": norm, **evaluation.metrics}
+        below = {"loss": evaluation.loss, "gradient_norm": norm, **evaluation.metrics}
+        self._below = {f"below_{key}": value for key, value in below.items()}
 
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
         """G and ∂G̃/∂variables; None where no loss from G downwards reads one.
@@ -164,14 +168,10 @@ class Nested(Problem):
             NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
         """
         evaluation = self.gradient_of(self.middle, batch, variables)
-        below = {f"below_{key}": value for key, value in self._below.items()}
-        return Evaluation(evaluation.loss, evaluation.metrics | below, evaluation.gradient)
+        return replace(evaluation, metrics=evaluation.metrics | self._below)
 
     def gradient_of(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
-        """The loss of ``level`` and its gradient, with w a function of all other variables.
-
-        Everything below this level is afterwards as it was before.
-        """
+        """The loss of ``level`` and its gradient, with w a function of all other variables."""
         oracle = self._oracle(level, batch, variables)
         try:
             with self._following(oracle):
@@ -186,14 +186,11 @@ class Nested(Problem):
             raise NonFiniteError(f"{self.name} over {self.lower.name}: {error}") from error
         self.half = bool(self.middle.half or self.lower.half)
         residual = {} if result.residual is None else {"residual": result.residual}
-        return Evaluation(evaluation.loss, evaluation.metrics | residual, gradient)
+        return replace(evaluation, metrics=evaluation.metrics | residual, gradient=gradient)
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
-        """Let the levels below follow in the body wherever the variables above are moved to.
-
-        Where they are now, nothing below moves. Within another such body this one is idle.
-        """
+        """Let those below follow the levels above, from here; idle in another such body."""
         if self._rest is not None or not self.follow:
             with self.lower.anchored():
                 yield
@@ -208,8 +205,9 @@ class Nested(Problem):
             self._rest = None
 
     def state_dict(self) -> dict[str, Any]:
-        """``middle``'s state, with that of the levels below as ``"below"``."""
-        return self.middle.state_dict() | {
+        """The states of ``middle`` and of the levels below, and what they were trained with."""
+        return {
+            "middle": self.middle.state_dict(),
             "below": self.lower.state_dict(),
             "prepared": self._prepared,
             "settings": self._settings(),
@@ -217,31 +215,28 @@ class Nested(Problem):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``state`` is not that of a chain like this one."""
-        own = {"below", "prepared", "settings"}
-        if not isinstance(state, Mapping) or not own <= state.keys():
+        parts = {"middle", "below", "prepared", "settings"}
+        if not isinstance(state, Mapping) or state.keys() != parts:
             raise ProblemError(f"{self.name}: the state is not that of a level over others")
-        self.middle.check_state({key: state[key] for key in state.keys() - own})
         for key, value in self._settings().items():
             if state["settings"].get(key) != value:
                 raise ProblemError(
                     f"{self.name}: the state was made with {key}={state['settings'].get(key)!r}, "
                     f"this level has {value!r}"
                 )
+        self.middle.check_state(state["middle"])
         self.lower.check_state(state["below"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Return to ``state``; nothing is changed where it does not fit (ProblemError)."""
         self.check_state(state)
-        own = {"below", "prepared", "settings"}
-        self.middle.load_state_dict({key: state[key] for key in state.keys() - own})
+        self.middle.load_state_dict(state["middle"])
         self.lower.load_state_dict(state["below"])
         self._prepared, self._last = state["prepared"], None
 
     def _settings(self) -> dict[str, Any]:
-        names = ("lower_steps", "warmup_steps", "follow")
-        return {name: getattr(self, name) for name in names} | {
-            "hypergradient": repr(self.estimator)
-        }
+        settings = {key: getattr(self, key) for key in ("lower_steps", "warmup_steps", "follow")}
+        return {**settings, "hypergradient": repr(self.estimator)}
 
     def _oracle(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Oracle:
         """``level`` over the level below, with the random numbers of this moment for ``level``.
@@ -252,9 +247,9 @@ class Nested(Problem):
         with replay(RandomState.capture()):
             key = int(torch.randint(2**62, ()))
         own = (self._prepared, *processes.own())
-        last = self._last or Step(
-            self.lower.peek_batch(), RandomState.seeded(self.devices, "below", *own)
-        )
+        last = self._last
+        if last is None:
+            last = Step(self.lower.peek_batch(), RandomState.seeded(self.devices, "below", *own))
         return Oracle(
             _Reading(level, variables),
             self.lower,
@@ -268,20 +263,18 @@ class Nested(Problem):
     @contextmanager
     def _following(self, oracle: Oracle) -> Iterator[None]:
         """Run the body where w has followed, if this level is `anchored`."""
-        if self._rest is None or self._solver is None:
+        solver, w = self.estimator, self.lower.variables
+        if self._rest is None or not isinstance(solver, Solver):
             yield
             return
-        w = self.lower.variables
         with displaced(w, self._copies):
             with oracle.open():
                 for _ in range(self.follow):
                     residual = oracle.lower_gradient() - self._rest
                     if residual.norm() == 0:
                         break
-                    with oracle.product(
-                        self._solver.product, radius=self._solver.radius
-                    ) as product:
-                        newton = self._solver.solve(product.hessian, residual).v
+                    with oracle.product(solver.product, radius=solver.radius) as product:
+                        newton = solver.solve(product.hessian, residual).v
                     assign(w, w, newton.parts, -1.0)
             yield
 
