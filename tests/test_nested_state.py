@@ -191,3 +191,30 @@ def test_each_step_of_the_middle_draws_its_own_masks():
     # One mask a step, in all evaluations: in the step itself and in the hypergradient after it.
     steps = [k for k, mask in enumerate(seen) if k == 0 or not torch.equal(mask, seen[k - 1])]
     assert len(steps) == 3 and all(b - a > 2 for a, b in zip(steps, [*steps[1:], len(seen)]))
+
+
+def test_derivatives_of_the_level_below_are_on_its_last_batch_and_masks():
+    """In the middle's own gradient and in the hypergradient of the top alike."""
+    u, v, w = (torch.ones(3, requires_grad=True) for _ in range(3))
+    seen = []
+
+    def below(batch):
+        mask = torch.rand(3)
+        seen.append((batch, mask))
+        return batch * (w - mask * v).square().sum()
+
+    levels = (
+        FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1)),
+        FunctionLevel(lambda _: (w - u * v).square().sum(), [v], optimizer=SGD([v], lr=0.1)),
+        FunctionLevel(below, [w], optimizer=SGD([w], lr=0.01), data=[1, 2, 3, 4, 5, 6, 7]),
+    )
+    level = Nested(*levels[1:], lower_steps=2)
+    engine = Engine(levels[0], level, "cg:product=difference", lower_steps=2, progress=False)
+    engine.run(1)
+    numbers = [batch for batch, _ in seen]
+    assert sorted(numbers) == numbers and set(numbers) == {1, 2, 3, 4}
+    assert numbers.count(1) == numbers.count(3) == 1
+    assert numbers.count(2) >= 2 and numbers.count(4) > numbers.count(2)
+    for batch in (2, 4):
+        first, *others = [mask for number, mask in seen if number == batch]
+        assert all(torch.equal(mask, first) for mask in others)
