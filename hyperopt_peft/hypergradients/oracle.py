@@ -96,7 +96,7 @@ class Oracle:
 
         A one-sided difference takes ∂f/∂u from the step where the step has recorded it.
         """
-        sharded = is_sharded(*self.upper.variables, *self.lower.variables)
+        sharded = is_sharded(*owned(self.upper, self.lower))
         if sharded and kind == "exact":
             raise ProblemError(SHARDED)
         if len(self.lower.levels) > 1 and kind == "exact":
