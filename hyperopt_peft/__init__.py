@@ -14,6 +14,7 @@ from hyperopt_peft.hypergradients import (
     hypergradient,
     register,
 )
+from hyperopt_peft.nested import Nested
 from hyperopt_peft.problem import Problem
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "BilevelTrainingArguments",
     "Engine",
     "Estimator",
+    "Nested",
     "NonFiniteError",
     "Problem",
     "ProblemError",

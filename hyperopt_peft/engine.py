@@ -12,13 +12,14 @@ from tqdm.auto import trange
 
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import estimate, like
+from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State, check_ownership
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.state import packed, unpacked
-from hyperopt_peft.problem import Problem, Step, devices_of, require_read
+from hyperopt_peft.options import require_count
+from hyperopt_peft.problem import Problem, Step, devices_of, owned, require_read
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
 
 Record = dict[str, Any]
@@ -30,6 +31,7 @@ class Engine:
 
     Args:
         upper, lower: the levels; both need an optimizer, and they may not own the same tensor.
+            ``lower`` may stand on further levels: see `Nested`.
         hypergradient: an estimator or its name, with options (``"cg:steps=20"``).
         lower_steps: lower steps before each upper step.
         warmup_steps: further lower steps before the very first upper step.
@@ -68,15 +70,16 @@ class Engine:
         progress: bool = True,
     ) -> None:
         check_ownership(upper, lower)
-        for level in (upper, lower):
+        for level in (upper, *lower.levels):
             if level.optimizer is None:
                 raise ProblemError(f"{level.name}: give the level an optimizer to train it")
-        _require_count("lower_steps", lower_steps, least=1)
-        _require_count("warmup_steps", warmup_steps, least=0)
+        require_count("lower_steps", lower_steps, least=1)
+        require_count("warmup_steps", warmup_steps, least=0)
         if non_finite not in ("raise", "skip"):
             raise ProblemError(f'non_finite must be "raise" or "skip", got {non_finite!r}')
         self.upper, self.lower = upper, lower
         self.estimator = get_estimator(hypergradient)
+        check_estimator(self.estimator, lower)
         if self.estimator.history > lower_steps:
             raise ProblemError(
                 f"{self.estimator.name} looks back on {self.estimator.history} lower steps, but "
@@ -103,11 +106,11 @@ class Engine:
             NonFiniteError: see ``non_finite``; the message names the step.
             ProblemError: at the first step, a variable that no loss reads.
         """
-        _require_count("steps", steps, least=0)
+        require_count("steps", steps, least=0)
         self._stopped = False
         begin = len(self.history)
         progress = trange(steps, disable=not self.progress, desc="upper steps")
-        variables = (*self.upper.variables, *self.lower.variables)
+        variables = owned(self.upper, self.lower)
         # Callbacks may write to parameters in any way.
         whole_run = nullcontext() if self.callbacks else versions.tracked(variables)
         with progress as bar, whole_run:
@@ -210,6 +213,7 @@ class Engine:
             self._guarded(self._step_lower, f"lower step {self.lower_step + 1}")
 
     def _step_lower(self) -> None:
+        self.lower.prepare()
         first = not self._lower_read
         w, u = self.lower.variables, self.upper.variables
         batch = self.lower.next_batch()
@@ -299,8 +303,3 @@ class Engine:
                 raise NonFiniteError(f"{where}: {error}") from error
             self.skipped += 1
             return None
-
-
-def _require_count(name: str, value: Any, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ProblemError(f"{name} must be a whole number from {least}, got {value!r}")

@@ -22,7 +22,7 @@ def fit(
     """Do ``steps`` optimizer steps of ``problem`` on its own; returns a record for each.
 
     A record has ``step``, ``loss``, ``gradient_norm`` and the loss's metrics, and is given to
-    each of ``callbacks``.
+    each of ``callbacks``. A `Nested` level trains those below it as well.
 
     Raises:
         NonFiniteError: a NaN or infinite loss or gradient; the message names the step.
@@ -31,6 +31,7 @@ def fit(
     with trange(steps, disable=not progress, desc=problem.name) as bar:
         for step in bar:
             try:
+                problem.prepare()
                 evaluation = problem.gradient(problem.next_batch(), problem.variables)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step + 1}: {error}") from error
@@ -52,9 +53,12 @@ def minimise(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
     the gradient exceeds ``tolerance``, and returns the loss.
 
     Raises:
-        ProblemError: the gradient is still above 1,000 × ``tolerance`` after ``max_steps``.
+        ProblemError: the gradient is still above 1,000 × ``tolerance`` after ``max_steps``, or the
+            level stands on others.
         NonFiniteError: the loss or the gradient is NaN or infinite.
     """
+    if len(problem.levels) > 1:
+        raise ProblemError(f"{problem.name} stands on other levels; train it by fit")
     optimizer = torch.optim.LBFGS(
         problem.variables,
         max_iter=max_steps,

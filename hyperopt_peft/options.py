@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from hyperopt_peft.errors import ProblemError
+
 
 def matches(value: Any, hint: Any) -> bool:
     """Whether ``value`` fits ``hint``: a class, a Literal or a union; a whole number is a float."""
@@ -17,6 +19,12 @@ def matches(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
+
+
+def require_count(name: str, value: Any, *, least: int) -> None:
+    """Raise ProblemError unless ``value`` is a whole number from ``least``."""
+    if not matches(value, int) or value < least:
+        raise ProblemError(f"{name} must be a whole number from {least}, got {value!r}")
 
 
 def spelt(hint: Any) -> str:

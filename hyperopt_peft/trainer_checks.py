@@ -70,7 +70,12 @@ def check_arguments(
 
 
 def check_levels(levels: Sequence[Problem]) -> None:
-    """Refuse levels that share a tensor, or have of their own what the trainer has."""
+    """Refuse levels that share a tensor, stand on others, or have what the trainer has."""
+    for level in levels:
+        if isinstance(level, Problem) and len(level.levels) > 1:
+            raise ProblemError(
+                f"{level.name} stands on other levels, and a trainer has two; train it by Engine"
+            )
     check_ownership(*levels)
     for level in levels:
         if level.batches is not None or level.optimizer is not None or level.scheduler is not None:

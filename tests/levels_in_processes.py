@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
+from hyperopt_peft import Engine, Nested, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import registered
 from hyperopt_peft.reductions import finite, norm
 
@@ -145,6 +145,20 @@ def trained(kind, method, *place):
     return records, whole((*upper.variables, *lower.variables))
 
 
+def chained(kind, *place):
+    """The records of a short run of three levels, and all variables at its end."""
+    middle, lower = levels(kind, *place)
+    top, u, optimizer = middle.net, middle.variables[1:2], partial(torch.optim.SGD, lr=0.05)
+    v = [pair for pair in zip(middle.names, middle.variables) if pair[0] != "temperature"]
+    data = [partial(batches, *(place or (1, 0)))(seed) for seed in (1, 3)]
+    options = {"optimizer": optimizer([x for _, x in v]), "data": data[0], "name": "middle"}
+    middle = Level(top, middle.rare, v, **options)
+    top = Level(top, middle.rare, u, optimizer=optimizer(u), data=data[1], name="top")
+    level = Nested(middle, lower, "cg:product=difference,steps=6", lower_steps=2)
+    records = Engine(top, level, "cg:product=difference,steps=3", progress=False).run(3)
+    return records, whole((*top.variables, *middle.variables, *lower.variables))
+
+
 def refusals(kind, *place):
     """What second-order methods, and differences in half precision, say of shards."""
     messages = {}
@@ -204,6 +218,7 @@ def main(folder):
             "gradients": gradients(kind, *place),
             "estimates": estimates(kind, FIRST_ORDER if kind == "fsdp" else WHOLE, *place),
             "runs": {m: trained(kind, m, *place) for m in (RUNS[:2] if kind == "fsdp" else RUNS)},
+            "chained": chained(kind, *place),
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
         }

@@ -65,6 +65,15 @@ def test_training_is_that_of_one_process(two, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_three_levels_are_those_of_one_process(two, kind):
+    """Difference quotients of difference quotients: rounding counts for more."""
+    _, end = levels.chained("plain")
+    (_, first), (_, second) = (result[kind]["chained"] for result in two)
+    assert all(map(torch.equal, first, second))
+    assert distance(first, end) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_on_one_process_stops_both(two, kind):
     for result in two:
         assert result[kind]["poisoned"] == "lower step 1: lower: the loss is nan"

@@ -10,6 +10,7 @@ from torch import Tensor
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.products import NESTED
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.problem import Problem, devices_of
 from hyperopt_peft.random_state import RandomState
@@ -53,6 +54,7 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
     """
     estimator = get_estimator(method)
+    check_estimator(estimator, oracle.lower)
     try:
         with oracle.open():
             result = estimator.estimate(oracle)
@@ -67,6 +69,18 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
             f"{estimator.name}: the hypergradient is not finite (residual {result.residual})"
         )
     return result
+
+
+def check_estimator(estimator: Estimator, lower: Problem) -> None:
+    """Raise ProblemError where ``estimator`` asks a level over others for what it cannot tell."""
+    if len(lower.levels) > 1:
+        exact = getattr(estimator, "product", None) == "exact"
+        estimator.require(not exact, f"{lower.name}: {NESTED}")
+        estimator.require(
+            estimator.history <= 1,
+            f"it looks back on {estimator.history} steps of {lower.name}, and the levels below are "
+            "no longer where they were then; choose steps=1, or a solver",
+        )
 
 
 def hypergradient(

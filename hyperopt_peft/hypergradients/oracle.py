@@ -14,6 +14,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.graph import HALF
 from hyperopt_peft.hypergradients.precision import autocast_enabled, single_precision
 from hyperopt_peft.hypergradients.products import (
+    NESTED,
     SHARDED,
     DifferenceProduct,
     ExactProduct,
@@ -24,7 +25,7 @@ from hyperopt_peft.hypergradients.products import (
 )
 from hyperopt_peft.hypergradients.purity import Buffers, Copies, assign, displaced, unchanged
 from hyperopt_peft.hypergradients.vector import Vector
-from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of
+from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of, owned
 from hyperopt_peft.random_state import RandomState, replay
 from hyperopt_peft.shards import is_sharded
 from hyperopt_peft.variables import shared_memory
@@ -78,7 +79,7 @@ class Oracle:
         self.passes.gradients += 1
         u, w = self.upper.variables, self.lower.variables
         with replay(self.upper_random):
-            evaluation = self.upper.gradient(self.upper_batch, (*u, *w))
+            evaluation = self.lower.gradient_of(self.upper, self.upper_batch, (*u, *w))
         self.buffers.restore()
         direct, b = evaluation.gradient[: len(u)], evaluation.gradient[len(u) :]
         return UpperGradient(Vector.of(direct, u), Vector.of(b, w), evaluation)
@@ -100,9 +101,11 @@ class Oracle:
 
         A one-sided difference takes ∂f/∂u from the step where the step has recorded it.
         """
-        sharded = is_sharded(*self.upper.variables, *self.lower.variables)
+        sharded = is_sharded(*owned(self.upper, self.lower))
         if sharded and kind == "exact":
             raise ProblemError(SHARDED)
+        if len(self.lower.levels) > 1 and kind == "exact":
+            raise ProblemError(f"{self.lower.name}: {NESTED}")
         objective = self._objective(at)
         half, known = self._half(objective), None
         if at is not None and at.upper_gradient is not None and not half:
@@ -115,29 +118,29 @@ class Oracle:
                         "a difference of gradients needs single precision, which cannot be had "
                         "over shards whose loss runs in half precision; turn mixed precision off"
                     )
-                stack.enter_context(single_precision((*self.upper.variables, *variables)))
+                stack.enter_context(single_precision(owned(self.upper, self.lower)))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
                 copies = None if half else self.copies  # the variables are float32 now
                 point = stack.enter_context(displaced(variables, copies))
             if at is not None:
                 point = at.variables
+                assign(variables, point)
             if kind == "difference":
+                stack.enter_context(self.lower.anchored())
                 yield DifferenceProduct(objective, point, radius, sides, known)
             else:
-                if at is not None:
-                    assign(variables, point)
                 yield ExactProduct(objective)
 
     def _half(self, objective: Objective) -> bool:
         """Whether f or its variables are in half precision."""
-        variables = (*self.upper.variables, *self.lower.variables)
+        variables = owned(self.upper, self.lower)
         if autocast_enabled() or any(variable.dtype in HALF for variable in variables):
             return True
         if self.lower.half is None:  # f has never been evaluated
             # With its backward pass, which the reducers of DDP and FSDP2 wait for.
             with replay(objective.random_state):
-                self.lower.backward(objective.batch, variables)
+                self.lower.gradient(objective.batch, (*self.upper.variables, *self.lower.variables))
             self.buffers.restore()
         return bool(self.lower.half)
 
@@ -152,9 +155,15 @@ def check_ownership(*levels: Problem) -> None:
     for level in levels:
         if not isinstance(level, Problem):
             raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
+    for level in levels[:-1]:
+        if len(level.levels) > 1:
+            raise ProblemError(
+                f"{level.name} stands on other levels, so it must be the lowest of those given: "
+                "write a chain of four as Engine(first, Nested(second, Nested(third, fourth)))"
+            )
     named = [
         (f"{level.name}'s {name}", variable)
-        for level in levels
+        for level in (below for each in levels for below in each.levels)
         for name, variable in zip(level.names, level.variables, strict=True)
     ]
     shared = shared_memory(named)

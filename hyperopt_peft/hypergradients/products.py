@@ -32,6 +32,11 @@ SHARDED = (
     'product="difference", which needs first-order passes only'
 )
 
+NESTED = (
+    "the level stands on another, whose derivatives of second order would need a third; choose "
+    'product="difference", which needs first-order passes only'
+)
+
 
 @dataclass
 class Passes:
@@ -159,7 +164,9 @@ class DifferenceProduct:
         length = v.norm()
         if length == 0:
             return Vector.of([None] * len(variables), variables)
-        radius = self.radius or default_radius(Vector(self.point), self.sides)
+        radius = self.radius or default_radius(
+            Vector(self.point), self.sides, self.objective.lower.differences
+        )
         # The factor 1/length would leave the range of float32 where v is tiny.
         along, scale = (v, length) if length > 1e-30 else (v / length, 1.0)
 
@@ -175,13 +182,15 @@ class DifferenceProduct:
         return (gradient(radius) - self._unmoved[level]) * (length / radius)
 
 
-def default_radius(point: Vector, sides: int) -> float:
+def default_radius(point: Vector, sides: int, differences: int = 0) -> float:
     """(δ·(1 + ‖w‖))^(1/(1+sides)), δ the machine epsilon of the coarsest part.
 
     It balances the truncation error, O(ε^sides), and the rounding error, O(δ/ε), of a
-    difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3).
+    difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3). Balanced, they
+    are O(δ^(2/3)) for two sides: the δ of a gradient that is itself made of differences.
     """
-    return float((machine_epsilon(point) * (1 + point.norm())) ** (1 / (1 + sides)))
+    delta = machine_epsilon(point) ** ((2 / 3) ** differences)
+    return float((delta * (1 + point.norm())) ** (1 / (1 + sides)))
 
 
 @contextmanager
