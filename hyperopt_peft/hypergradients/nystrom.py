@@ -30,7 +30,7 @@ class Nystrom(Solver):
     formula (damping None: v = P⁻¹b). That is good where H is damping·I but for k directions, and
     poor where eigenvalues fall slowly. At k = n both are exact.
 
-    k Hessian-vector products, and one a step. Memory: 2k vectors. As a hypergradient: Hataya &
+    k Hessian-vector products, and one a step; up to 3k vectors. As a hypergradient: Hataya &
     Yamada 2023, arXiv:2302.09726; as a preconditioner: Frangella, Tropp & Udell 2021,
     arXiv:2110.02820.
     """

@@ -128,7 +128,7 @@ def step_slope(level: Problem, step: Step) -> Vector:
     factor = _clipping(level, step)
 
     def slope(form: _Form) -> Tensor:
-        return factor * form.slope() if form.moved else torch.zeros_like(form.g)
+        return form.slope().mul_(factor) if form.moved else torch.zeros_like(form.g)
 
     return _diagonal(level, step, factor, slope)
 
@@ -152,11 +152,9 @@ def last_step(oracle: Oracle) -> Step:
     """
     if oracle.history:
         return oracle.history[-1]
-    snapshot = oracle.lower.optimizer_snapshot(with_state=True)
-    _require_known(oracle.lower, snapshot)
-    gradient = oracle.lower_gradient().parts
-    variables = oracle.lower.variables
-    return Step(oracle.lower_batch, oracle.lower_random, variables, gradient, None, snapshot)
+    lower, gradient = oracle.lower, oracle.lower_gradient().parts
+    snapshot = lower.optimizer_snapshot(with_state=True)
+    return Step(oracle.lower_batch, oracle.lower_random, lower.variables, gradient, None, snapshot)
 
 
 def _diagonal(
@@ -170,7 +168,8 @@ def _diagonal(
         for group in snapshot["groups"]:
             for i in group["variables"]:
                 w, gradient = widened(step.variables[i].detach()), step.gradient[i]
-                g = torch.zeros_like(w) if gradient is None else factor * widened(gradient)
+                g = torch.zeros_like(w) if gradient is None else widened(gradient)
+                g = g if factor == 1 else factor * g
                 decay = group["weight_decay"]
                 # torch's AdamW is an Adam whose groups say so.
                 decoupled = snapshot["kind"] is AdamW or group.get("decoupled_weight_decay")

@@ -81,7 +81,7 @@ def test_it_is_preconditioned_conjugate_gradients(steps: int, damping: float | N
 
 
 def test_it_shortens_conjugate_gradients_where_few_eigenvalues_are_large() -> None:
-    """And costs as many products: five steps are left of the forty of CG."""
+    """By more than the products that the columns cost: 10 + 12 rather than 36."""
     eigenvalues = torch.cat([torch.logspace(2, 5, 8), torch.linspace(1, 2, 52)]).double()
     h = symmetric(eigenvalues, torch.Generator().manual_seed(1))
     matvec, vector, _ = system(h)
@@ -89,7 +89,7 @@ def test_it_shortens_conjugate_gradients_where_few_eigenvalues_are_large() -> No
     ours = Nystrom(rank=10, steps=200).solve(matvec, vector)
     assert ours.steps is not None and plain.steps is not None
     assert ours.residual is not None and ours.residual <= 1e-6
-    assert 10 + ours.steps < plain.steps
+    assert 10 + ours.steps < 0.7 * plain.steps
 
 
 def test_alone_it_is_poor_on_a_flat_spectrum() -> None:
