@@ -41,8 +41,8 @@ class _Form(ABC):
     def average(self, name: str, weight: float, of: Tensor) -> Tensor:
         """The running average that the optimizer keeps as ``name``, after the step."""
         kept = self.state.get(name)
-        kept = torch.zeros_like(self.g) if kept is None else widened(kept)
-        return weight * kept + (1 - weight) * of if self.moved else kept
+        before = torch.zeros_like(self.g) if kept is None else widened(kept)
+        return weight * before + (1 - weight) * of if self.moved else before
 
 
 class _Adam(_Form):
@@ -54,12 +54,12 @@ class _Adam(_Form):
         m, s, r = self.average("exp_avg", beta1, self.g), self._root(), self.metric()
         # Where v is 0 every gradient has been, and m is 0 as well.
         of_root = torch.where(s > 0, (1 - beta2) / (1 - beta2**self._count) * self.g / s, 0.0)
-        rate = float(self.group["lr"]) / (1 - beta1**self._count)
+        rate: float = float(self.group["lr"]) / (1 - beta1**self._count)
         return rate / r * ((1 - beta1) - m / r * of_root)
 
     def metric(self) -> Tensor:
         """s + eps."""
-        return self._root() + self.group["eps"]
+        return self._root() + float(self.group["eps"])
 
     @property
     def _count(self) -> float:
@@ -83,7 +83,7 @@ class _RMSprop(_Form):
 
     def metric(self) -> Tensor:
         """s + eps."""
-        return self._root() + self.group["eps"]
+        return self._root() + float(self.group["eps"])
 
     def _mean(self) -> Tensor:
         if not self.group["centered"]:

@@ -22,13 +22,13 @@ class SAMA(Estimator):
         D = lr·[(1−β1)/(c1(s+eps)) − (m/c1)(1−β2)g / (c2·s·(s+eps)²)]
 
     Also SGD (momentum, dampening, Nesterov), AdamW and RMSprop, with the options of each
-    parameter group. This is ``unrolled:steps=1`` for one or two passes fewer, but for clipping,
-    which is taken to be a constant factor: its change with g, a term along g, is left out.
+    parameter group. This is ``unrolled:steps=1`` by first-order passes, but for clipping, which
+    is taken to be a constant factor: its change with g, a term along g, is left out.
 
     In training the step is the recorded one, and the product is taken where it began; out of
     training it is the one that would be taken next, for one forward+backward more. ``radius``,
     ``sides`` and ``product`` are those of ``darts``, and so is the cost. Choe et al. 2023,
-    arXiv:2310.05674 (§3.2, without bias correction).
+    arXiv:2310.05674.
     """
 
     radius: float | None = None
