@@ -229,11 +229,13 @@ class Engine:
         step = Step(batch, random_state)
         if self.estimator.history:
             unroll = self.estimator.needs_optimizer_state
+            # torch's Nesterov step over many tensors at once writes to the gradient.
+            kept = [g if g is None else g.clone() for g in gradient[: len(w)] if unroll]
             step = Step(
                 batch,
                 random_state,
                 variables=self._copies.take(w),
-                gradient=gradient[: len(w)] if unroll else (),
+                gradient=tuple(kept),
                 upper_gradient=gradient[len(w) :] if both else None,
                 optimizer=self.lower.optimizer_snapshot(with_state=unroll),
             )

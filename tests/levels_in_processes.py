@@ -26,10 +26,15 @@ FIRST_ORDER = [
     "direct",
     "darts",
     "darts:sides=1,scale=lr",
-    *(f"{name}:product=difference" for name in ("cg", "exact", "minres", "neumann")),
+    "sama",
+    "sama:sides=1",
+    *(f"{name}:product=difference" for name in ("cg", "exact", "minres", "neumann", "nystrom")),
 ]
 RUNS = ["darts:sides=1", "cg:product=difference", "cg:steps=5", "unrolled:steps=2"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
+SECOND_ORDER += ["sama:product=exact", "nystrom"]
+ADAPTIVE = ["sama", "cg:damping=5,metric=optimizer,product=difference"]
+ADAPTIVE += ["sama:product=exact", "nystrom:damping=5,rank=3,metric=optimizer"]  # not over shards
 
 
 class Block(nn.Module):
@@ -159,6 +164,17 @@ def chained(kind, *place):
     return records, whole((*top.variables, *middle.variables, *lower.variables))
 
 
+def adaptive(kind, methods, *place):
+    """All variables after runs with estimators that read the state of an Adam below."""
+    result = {}
+    for method in methods:
+        upper, lower = levels(kind, *place)
+        lower.optimizer = torch.optim.Adam(lower.variables, lr=0.05, eps=1e-3)
+        Engine(upper, lower, method, lower_steps=2, progress=False).run(2)
+        result[method] = whole((*upper.variables, *lower.variables))
+    return result
+
+
 def refusals(kind, *place):
     """What second-order methods, and differences in half precision, say of shards."""
     messages = {}
@@ -219,6 +235,7 @@ def main(folder):
             "estimates": estimates(kind, FIRST_ORDER if kind == "fsdp" else WHOLE, *place),
             "runs": {m: trained(kind, m, *place) for m in (RUNS[:2] if kind == "fsdp" else RUNS)},
             "chained": chained(kind, *place),
+            "adaptive": adaptive(kind, ADAPTIVE[:2] if kind == "fsdp" else ADAPTIVE, *place),
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
         }

@@ -25,7 +25,8 @@ def distance(found, expected):
 
 
 def rounding(method):
-    by_difference = "difference" in method or (method.startswith("darts") and "exact" not in method)
+    of_one_step = method.startswith(("darts", "sama"))
+    by_difference = "difference" in method or (of_one_step and "exact" not in method)
     return 1e-7 if by_difference else 1e-12
 
 
@@ -71,6 +72,15 @@ def test_three_levels_are_those_of_one_process(two, kind):
     (_, first), (_, second) = (result[kind]["chained"] for result in two)
     assert all(map(torch.equal, first, second))
     assert distance(first, end) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_an_adam_below_is_read_where_it_is(two, kind):
+    """Its moments are sharded as the variables are."""
+    for method, variables in two[0][kind]["adaptive"].items():
+        assert all(map(torch.equal, variables, two[1][kind]["adaptive"][method])), method
+        expected = levels.adaptive("plain", [method])[method]
+        assert distance(variables, expected) < rounding(method), method
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,7 +53,7 @@ def everything(run: Engine) -> dict[str, Any]:
     return {**deepcopy(run.state_dict()), "buffers": buffers}
 
 
-@pytest.mark.parametrize("method", ["darts", "darts:sides=1", "cg", "unrolled:steps=2"])
+@pytest.mark.parametrize("method", ["darts", "darts:sides=1", "cg", "unrolled:steps=2", "sama"])
 @pytest.mark.parametrize("generators", [False, True])
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 6])
 def test_a_resumed_run_is_bit_identical(method: str, generators: bool, stop: int) -> None:

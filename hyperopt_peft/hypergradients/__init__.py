@@ -9,15 +9,18 @@ from hyperopt_peft.hypergradients.estimator import Estimate, Estimator, Matvec, 
 from hyperopt_peft.hypergradients.exact import Exact
 from hyperopt_peft.hypergradients.minres import MINRES
 from hyperopt_peft.hypergradients.neumann import Neumann
+from hyperopt_peft.hypergradients.nystrom import Nystrom
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Product
 from hyperopt_peft.hypergradients.registry import get_estimator, register, registered
+from hyperopt_peft.hypergradients.sama import SAMA
 from hyperopt_peft.hypergradients.unrolled import Unrolled
 from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
 
 __all__ = [
     "DARTS",
     "MINRES",
+    "SAMA",
     "Comparison",
     "ConjugateGradient",
     "Direct",
@@ -26,6 +29,7 @@ __all__ = [
     "Exact",
     "Matvec",
     "Neumann",
+    "Nystrom",
     "Oracle",
     "Product",
     "Solution",

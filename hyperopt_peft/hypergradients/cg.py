@@ -34,25 +34,43 @@ class ConjugateGradient(Solver):
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""
-        v, r, p, best = zeros_like(b), b.copy(), b.copy(), zeros_like(b)
-        rho = start = least = dot(b, b)
-        largest = 0.0
-        for step in range(self.steps):
-            if rho <= self.tolerance**2 * start:
-                return Solution(v, (rho / start) ** 0.5, step)
-            q, length = matvec(p), dot(p, p)
-            curvature = dot(p, q) / length + self.damping
-            largest = max(largest, abs(curvature))
-            if curvature <= 10 * machine_epsilon(b) * largest:
-                kind = "negative" if curvature < 0 else "zero"
-                note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
-                return Solution(best, (least / start) ** 0.5, step, note)
-            alpha = rho / (curvature * length)
-            v.add_(p, alpha)
-            r.add_(q, -alpha).add_(p, -alpha * self.damping)
-            rho, previous = dot(r, r), rho
-            p.mul_(rho / previous).add_(r)
-            if rho < least:
-                best.copy_(v)
-                least = rho
-        return Solution(v, (rho / start) ** 0.5, self.steps)
+        return conjugate_gradients(matvec, b, self.steps, self.damping, self.tolerance)
+
+
+def conjugate_gradients(
+    matvec: Matvec,
+    b: Vector,
+    steps: int,
+    damping: float,
+    tolerance: float,
+    *,
+    precondition: Matvec | None = None,
+) -> Solution:
+    """v ≈ (H + damping·I)⁻¹ b; ``precondition`` is a positive definite P⁻¹, None for I."""
+    v, r, best = zeros_like(b), b.copy(), zeros_like(b)
+    z = r if precondition is None else precondition(r)
+    p = z.copy()
+    square = start = least = dot(b, b)
+    rho = square if z is r else dot(r, z)
+    largest = 0.0
+    for step in range(steps):
+        if square <= tolerance**2 * start:
+            return Solution(v, (square / start) ** 0.5, step)
+        q, length = matvec(p), dot(p, p)
+        curvature = dot(p, q) / length + damping
+        largest = max(largest, abs(curvature))
+        if curvature <= 10 * machine_epsilon(b) * largest:
+            kind = "negative" if curvature < 0 else "zero"
+            note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
+            return Solution(best, (least / start) ** 0.5, step, note)
+        alpha = rho / (curvature * length)
+        v.add_(p, alpha)
+        r.add_(q, -alpha).add_(p, -alpha * damping)
+        z = r if precondition is None else precondition(r)
+        square = dot(r, r)
+        rho, previous = square if z is r else dot(r, z), rho
+        p.mul_(rho / previous).add_(z)
+        if square < least:
+            best.copy_(v)
+            least = square
+    return Solution(v, (square / start) ** 0.5, steps)

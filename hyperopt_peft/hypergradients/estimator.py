@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, get_type_hints
 
 from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, step_metric
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
@@ -113,14 +114,31 @@ class Solver(Estimator):
     ``product`` chooses how second derivatives are taken: ``"exact"`` by double backward, or
     ``"difference"`` with first-order passes only and a step of length ``radius`` (None:
     chosen from the precision and ‖w‖). Where ∂F/∂w is zero the result is ∂F/∂u.
+
+    ``metric`` chooses the variables of the solve. ``"optimizer"`` is the lower optimizer's own:
+    with M = diag(√v̂ + eps) of Adam, AdamW or RMSprop after the last step (out of training, the
+    one that would be taken next) and S = M^(−½), ``solve`` is given SHS and Sb and its answer is
+    multiplied by S. The solution is the same, its preconditioning by M and its damping are not:
+    (H + damping·M)v = b; residuals are of the scaled system. For SGD M is the identity.
     """
 
     product: ProductKind = field(default="exact", kw_only=True)
     radius: float | None = field(default=None, kw_only=True)
+    metric: Literal["identity", "optimizer"] = field(default="identity", kw_only=True)
 
     def check(self) -> None:
         """Check the ranges of the options."""
         self.require(self.radius is None or self.radius > 0, "radius must be positive")
+
+    @property
+    def history(self) -> int:
+        """The last lower step, for its optimizer's metric."""
+        return 1 if self.metric == "optimizer" else 0
+
+    @property
+    def needs_optimizer_state(self) -> bool:
+        """The optimizer's metric is in its state."""
+        return self.metric == "optimizer"
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
@@ -131,10 +149,22 @@ class Solver(Estimator):
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if b.norm() == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero")
+        root = self._root(oracle)
         with oracle.product(self.product, radius=self.radius) as product:
-            solution = self.solve(self._finite(product.hessian), b)
+            matvec = self._finite(product.hessian)
+            if root is None:
+                solution = self.solve(matvec, b)
+            else:
+                scaled = self.solve(lambda v: root * matvec(root * v), root * b)
+                solution = replace(scaled, v=root * scaled.v)
             implicit = -product.mixed(solution.v)
         return Estimate(direct, implicit, solution.residual, solution.steps, solution.note)
+
+    def _root(self, oracle: Oracle) -> Vector | None:
+        """The diagonal of S = M^(−½); None for the identity."""
+        if self.metric == "identity":
+            return None
+        return Vector(part.rsqrt() for part in step_metric(oracle.lower, last_step(oracle)))
 
     def _finite(self, matvec: Matvec) -> Matvec:
         def checked(v: Vector) -> Vector:

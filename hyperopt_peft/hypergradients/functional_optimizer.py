@@ -31,6 +31,7 @@ def _sgd(group: Mapping[str, Any]) -> Any:
 def _adam(group: Mapping[str, Any], *, decoupled: bool = False) -> Any:
     # The square root has no derivative at 0, and Adam's second moment is 0 where a gradient has
     # always been 0 (lora_A's, at B = 0). 1e-36 keeps the derivative finite, and is far below eps².
+    decoupled = decoupled or group.get("decoupled_weight_decay", False)
     make = torchopt.adamw if decoupled else torchopt.adam
     return make(
         float(group["lr"]),

@@ -45,7 +45,10 @@ class Vector:
     def __sub__(self, other: Vector) -> Vector:
         return Vector(a - b for a, b in zip(self.parts, other.parts, strict=True))
 
-    def __mul__(self, factor: float | Tensor) -> Vector:
+    def __mul__(self, factor: float | Tensor | Vector) -> Vector:
+        """With a number, or entry by entry with another vector."""
+        if isinstance(factor, Vector):
+            return Vector(a * b for a, b in zip(self.parts, factor.parts, strict=True))
         return Vector(part * factor for part in self.parts)
 
     __rmul__ = __mul__

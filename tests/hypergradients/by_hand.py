@@ -7,7 +7,7 @@ import torch
 from quadratic import FunctionLevel, flat
 from torch import Tensor
 from torch.nn.functional import dropout
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 Leaves = Sequence[Tensor]
 Options = dict[str, Any]
@@ -79,6 +79,16 @@ def adam_step(
     return w - o["lr"] * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
 
 
+def rmsprop_step(w: Tensor, g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
+    alpha, g = o.get("alpha", 0.99), g + o["weight_decay"] * w
+    v, a, buffer = state or [torch.zeros_like(g)] * 3
+    v, a = alpha * v + (1 - alpha) * g * g, alpha * a + (1 - alpha) * g
+    root = (v - a * a if o.get("centered") else v).sqrt()
+    buffer = o.get("momentum", 0.0) * buffer + g / (root + o.get("eps", 1e-8))
+    state[:] = [v, a, buffer]
+    return w - o["lr"] * buffer
+
+
 class ByHand:
     """Lower steps as a differentiable function of u; ``options`` has one entry a leaf."""
 
@@ -102,6 +112,8 @@ class ByHand:
             o = o | {"lr": o["lr"] * self.gamma ** (self.t - 1)}
             if self.kind is SGD:
                 after.append(sgd_step(x, g, state, self.t, o))
+            elif self.kind is RMSprop:
+                after.append(rmsprop_step(x, g, state, self.t, o))
             else:
                 after.append(adam_step(x, g, state, self.t, o, decoupled=self.kind is AdamW))
         return after

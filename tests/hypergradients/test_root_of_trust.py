@@ -142,6 +142,7 @@ def test_the_figures_of_the_ridge_regression() -> None:
         ("neumann:terms=20", 0.009, 0.024),
         ("cg:steps=10", 1e-6, 0.003),
         ("minres:steps=10", 1e-6, 0.0025),
+        ("nystrom:rank=10,steps=10", 1e-5, 0.0025),
         ("unrolled:steps=10", 0.06, None),
     ],
 )

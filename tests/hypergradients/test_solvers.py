@@ -17,6 +17,7 @@ from hyperopt_peft.hypergradients import (
     Exact,
     Matvec,
     Neumann,
+    Nystrom,
     Vector,
     registered,
 )
@@ -180,7 +181,7 @@ def test_the_reported_residual_is_that_of_the_solution(solver: Solver, seed: int
         assert solution.residual == found
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient, MINRES, Exact])
+@pytest.mark.parametrize("solver", [ConjugateGradient, MINRES, Exact, Nystrom])
 def test_damping_adds_to_the_diagonal(solver: Callable[..., Solver]) -> None:
     h = positive(7, torch.Generator().manual_seed(0))
     matvec, vector, b = system(h)
@@ -238,7 +239,7 @@ def test_a_hessian_that_is_zero_is_an_error_or_a_note() -> None:
     linear = Level(lambda w, u: w @ u, quadratic.w, quadratic.w, quadratic.u)
     with pytest.raises(ProblemError, match=r"exact: .*Hessian is singular"):
         hypergradient(upper, linear, "exact")
-    for solver in (Neumann(), ConjugateGradient(), MINRES()):
+    for solver in (Neumann(), ConjugateGradient(), MINRES(), Nystrom()):
         solution = solver.solve(lambda v: 0.0 * v, Vector([torch.ones(3)]))
         assert solution.v.norm() == 0
         assert "zero" in solution.note or "singular" in solution.note

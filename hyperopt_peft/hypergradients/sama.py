@@ -1,0 +1,65 @@
+"""One unrolled step of the lower optimizer, by finite differences: its diagonal × difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, step_slope
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.hypergradients.registry import register
+
+
+@register("sama", kind="unrolled")
+@dataclass(frozen=True)
+class SAMA(Estimator):
+    """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · (D ∘ ∂F/∂w), where D = −∂w'/∂g is of the lower step g ↦ w'.
+
+    D is the diagonal of the optimizer's own derivative, bias correction included. For Adam,
+    with g, m and v as in the step, c = 1 − βᵗ and s = √(v/c2):
+
+        D = lr·[(1−β1)/(c1(s+eps)) − (m/c1)(1−β2)g / (c2·s·(s+eps)²)]
+
+    Also SGD (momentum, dampening, Nesterov), AdamW and RMSprop, with the options of each
+    parameter group. This is ``unrolled:steps=1`` by first-order passes, but for clipping, which
+    is taken to be a constant factor: its change with g, a term along g, is left out.
+
+    In training the step is the recorded one, and the product is taken where it began; out of
+    training it is the one that would be taken next, for one forward+backward more. ``radius``,
+    ``sides`` and ``product`` are those of ``darts``, and so is the cost. Choe et al. 2023,
+    arXiv:2310.05674.
+    """
+
+    radius: float | None = None
+    sides: int = 2
+    product: ProductKind = "difference"
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        self.require(self.radius is None or self.radius > 0, "radius must be positive")
+        self.require(self.sides in (1, 2), f"sides must be 1 or 2, got {self.sides}")
+
+    @property
+    def history(self) -> int:
+        """The last lower step: it is differentiated."""
+        return 1
+
+    @property
+    def needs_optimizer_state(self) -> bool:
+        """The derivative of a step depends on the optimizer's state."""
+        return True
+
+    @property
+    def reuses_lower_gradient(self) -> bool:
+        """A one-sided difference needs ∂f/∂u at the unmoved point."""
+        return self.sides == 1 and self.product == "difference"
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        step = last_step(oracle)
+        along = step_slope(oracle.lower, step) * b
+        at = step if oracle.history else None
+        with oracle.product(self.product, at=at, radius=self.radius, sides=self.sides) as product:
+            return Estimate(direct, -product.mixed(along))

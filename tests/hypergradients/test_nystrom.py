@@ -1,0 +1,191 @@
+"""The random low-rank approximation, alone and as a preconditioner, against dense algebra."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quadratic import Level, flat, positive, program, symmetric
+from torch import Tensor
+
+from hyperopt_peft import ProblemError, hypergradient
+from hyperopt_peft.hypergradients import ConjugateGradient, Nystrom, Vector, dot, nystrom
+
+from .test_solvers import indefinite, residual, system
+
+EXAMPLES = settings(max_examples=20)
+EYE = torch.eye(9, dtype=torch.float64)
+
+
+def columns(like: Vector, rank: int, seed: int = 0) -> Tensor:
+    """Ω as a matrix."""
+    return torch.stack([c.flat() for c in nystrom._columns(like, rank, seed)], 1)
+
+
+def sketch(h: Tensor, omega: Tensor) -> Tensor:
+    """(HΩ)(ΩᵀHΩ)⁻¹(HΩ)ᵀ."""
+    y = h @ omega
+    return y @ torch.linalg.solve(omega.T @ y, y.T)
+
+
+def solved(h: Tensor, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """v, b and the solution."""
+    matvec, vector, b = system(h)
+    solution = Nystrom(**options).solve(matvec, vector)
+    return flat(solution.v), b, solution
+
+
+@given(rank=st.integers(1, 9), seed=st.integers(0, 10**6), damping=st.floats(0.01, 10))
+@EXAMPLES
+def test_alone_it_is_the_solution_with_the_low_rank_hessian(
+    rank: int, seed: int, damping: float
+) -> None:
+    h = positive(9, torch.Generator().manual_seed(seed))
+    v, b, solution = solved(h, rank=rank, steps=0, damping=damping, seed=seed)
+    low_rank = sketch(h, columns(system(h)[1], rank, seed))
+    expected = torch.linalg.solve(low_rank + damping * EYE, b)
+    torch.testing.assert_close(v, expected, rtol=1e-8, atol=1e-8)
+    assert solution.residual is None and solution.steps == 0
+
+
+@given(seed=st.integers(0, 10**6), damping=st.sampled_from([None, 0.0, 2.0]))
+@EXAMPLES
+def test_with_as_many_columns_as_unknowns_it_is_exact(seed: int, damping: float | None) -> None:
+    h = positive(9, torch.Generator().manual_seed(seed))
+    for rank in (9, 50):
+        for steps in (0, 1):
+            v, b, _ = solved(h, rank=rank, steps=steps, damping=damping, tolerance=0.0)
+            expected = torch.linalg.solve(h + (damping or 0) * EYE, b)
+            torch.testing.assert_close(v, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("damping", [None, 0.5])
+def test_it_is_preconditioned_conjugate_gradients(steps: int, damping: float | None) -> None:
+    """The iterate whose residual is orthogonal to span(P⁻¹b, P⁻¹HP⁻¹b, …)."""
+    h, rank = symmetric(torch.arange(1.0, 10).double() ** 2, torch.Generator().manual_seed(0)), 4
+    mu = damping or 0.0
+    v, b, solution = solved(h, rank=rank, steps=steps, damping=damping, tolerance=0.0)
+    values, vectors = torch.linalg.eigh(sketch(h, columns(system(h)[1], rank)))
+    u, values = vectors[:, -rank:], values[-rank:]
+    inverse = (u / (values + mu)) @ u.T + (EYE - u @ u.T) / (values[0] + mu)
+    basis = [inverse @ b]
+    for _ in range(steps - 1):
+        basis.append(inverse @ (h + mu * EYE) @ basis[-1])
+    space = torch.linalg.qr(torch.stack(basis, 1))[0]
+    damped = h + mu * EYE
+    best = space @ torch.linalg.solve(space.T @ damped @ space, space.T @ b)
+    torch.testing.assert_close(v, best, rtol=1e-8, atol=1e-8)
+    assert solution.residual == pytest.approx(residual(damped, v, b), rel=1e-6)
+
+
+def test_it_shortens_conjugate_gradients_where_few_eigenvalues_are_large() -> None:
+    """By more than the products that the columns cost: 10 + 12 rather than 36."""
+    eigenvalues = torch.cat([torch.logspace(2, 5, 8), torch.linspace(1, 2, 52)]).double()
+    h = symmetric(eigenvalues, torch.Generator().manual_seed(1))
+    matvec, vector, _ = system(h)
+    plain = ConjugateGradient(steps=200).solve(matvec, vector)
+    ours = Nystrom(rank=10, steps=200).solve(matvec, vector)
+    assert ours.steps is not None and plain.steps is not None
+    assert ours.residual is not None and ours.residual <= 1e-6
+    assert 10 + ours.steps < 0.7 * plain.steps
+
+
+def test_alone_it_is_poor_on_a_flat_spectrum() -> None:
+    """Why it is not the default: most of b lies where the columns do not look."""
+    h = positive(60, torch.Generator().manual_seed(0))
+    expected = torch.linalg.solve(h, system(h)[2])
+    errors = [
+        float((solved(h, rank=10, steps=steps)[0] - expected).norm() / expected.norm())
+        for steps in (0, 10)
+    ]
+    assert errors[0] > 0.2 and errors[1] < 0.01
+
+
+@given(rank=st.integers(1, 11), seed=st.integers(0, 10**6), other=st.integers(1, 10**6))
+@EXAMPLES
+def test_the_columns_do_not_matter_once_it_has_converged(rank: int, seed: int, other: int) -> None:
+    """Nor does, therefore, the order of the variables, which the columns depend on."""
+    levels = program(seed).levels()
+    method = f"nystrom:rank={rank},steps=60,tolerance=1e-13"
+    found = [flat(hypergradient(*levels, f"{method},seed={k}")) for k in (0, other)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+
+
+@given(rank=st.integers(1, 11), scale=st.floats(1e-3, 1e3), steps=st.sampled_from([0, 2]))
+@EXAMPLES
+def test_scaling_f_changes_nothing_before_convergence_either(
+    rank: int, scale: float, steps: int
+) -> None:
+    quadratic, method = program(0), f"nystrom:rank={rank},steps={steps}"
+    plain = flat(hypergradient(*quadratic.levels(), method))
+    scaled = flat(hypergradient(*quadratic.levels(scale=scale), method))
+    torch.testing.assert_close(scaled, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_the_columns_are_orthonormal_and_of_their_seed() -> None:
+    """The random state of the user is not theirs."""
+    vector = system(positive(40, torch.Generator().manual_seed(0)))[1]
+    before = torch.get_rng_state()
+    first, again, other = (columns(vector, 40, seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    identity = torch.eye(40, dtype=torch.float64)
+    torch.testing.assert_close(first.T @ first, identity, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+@given(seed=st.integers(0, 10**6))
+@EXAMPLES
+def test_negative_curvature_is_left_out_or_ends_it(rank: int, seed: int) -> None:
+    """The preconditioner is positive definite, and what CG returns is no worse than zero."""
+    h = indefinite(9, seed)
+    v, b, solution = solved(h, rank=rank, steps=30)
+    assert v.isfinite().all() and residual(h, v, b) <= 1 + 1e-12
+    assert "negative curvature" in solution.note
+    v, b, solution = solved(h, rank=9, steps=0)
+    assert v.isfinite().all() and "negative curvature" in solution.note
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_hessian_that_is_zero_leaves_the_direct_term(steps: int) -> None:
+    quadratic = program(0)
+    upper, _ = quadratic.levels()
+    linear = Level(lambda w, u: w @ u, quadratic.w, quadratic.w, quadratic.u)
+    found = flat(hypergradient(upper, linear, f"nystrom:steps={steps}"))
+    torch.testing.assert_close(found, quadratic.direct)
+    solution = Nystrom(steps=steps).solve(lambda v: 0.0 * v, Vector([torch.ones(3)]))
+    assert solution.v.norm() == 0 and "zero" in solution.note
+    damped = Nystrom(steps=steps, damping=4.0).solve(lambda v: 0.0 * v, Vector([torch.ones(3)]))
+    torch.testing.assert_close(damped.v.flat(), torch.full((3,), 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_low_rank_hessian_is_found(dtype: torch.dtype) -> None:
+    """Eigenvalues that are rounding count as none; b within its range is solved for."""
+    generator = torch.Generator().manual_seed(0)
+    h = symmetric(torch.tensor([3.0, 2, 1] + [0] * 17).double(), generator)
+    b = Vector([(h @ torch.ones(20, dtype=torch.float64)).to(dtype)])
+    solution = Nystrom(rank=10, steps=0).solve(
+        lambda v: v.with_entries((h.to(dtype)) @ v.flat()), b
+    )
+    expected = torch.linalg.pinv(h, rtol=1e-9) @ b.flat().double()
+    error = (solution.v.flat().double() - expected).norm() / expected.norm()
+    assert error < 100 * torch.finfo(dtype).eps ** 0.5
+    assert dot(solution.v, solution.v) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("rank=0", "rank must be at least 1, got 0"),
+        ("steps=-1", "steps must not be negative, got -1"),
+        ("damping=-1", "damping must not be negative, got -1"),
+        ("tolerance=1", r"tolerance must be in \[0, 1\), got 1"),
+        ("seed=x", "seed must be int, got 'x'"),
+    ],
+)
+def test_mistakes_are_named(options: str, message: str) -> None:
+    with pytest.raises(ProblemError, match=f"nystrom: {message}"):
+        hypergradient(*program(0).levels(), f"nystrom:{options}")

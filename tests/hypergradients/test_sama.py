@@ -1,0 +1,225 @@
+"""SAMA against autograd through one step of the lower optimizer, written out by hand."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from quadratic import FunctionLevel, flat
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+from hyperopt_peft.hypergradients import Vector, dot
+from hyperopt_peft.hypergradients.estimate import open_oracle
+from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, step_slope
+
+from .by_hand import BATCHES, OPTIMIZERS, ByHand, Options, f, make_levels, start, upper_f
+from .test_unrolled import trained, trained_by_hand
+
+RMSPROP: dict[str, tuple[type[Optimizer], Options]] = {
+    "rmsprop": (RMSprop, {"lr": 0.02}),
+    "rmsprop-momentum": (RMSprop, {"lr": 0.02, "momentum": 0.7, "weight_decay": 0.1, "alpha": 0.8}),
+    "rmsprop-centered": (RMSprop, {"lr": 0.02, "centered": True, "eps": 1e-4, "alpha": 0.7}),
+}
+KINDS = {**OPTIMIZERS, **RMSPROP}
+each_optimizer = pytest.mark.parametrize("optimizer", KINDS)
+
+
+@each_optimizer
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("lower_steps", [1, 3])
+def test_in_training_it_is_the_derivative_of_the_last_step(
+    optimizer: str, warmup: int, lower_steps: int
+) -> None:
+    """The optimizer's very first step among them, where there is no state."""
+    kind, options = KINDS[optimizer]
+    w, u = start()
+    levels = make_levels(kind(w, **options), w, u)
+    found = trained(levels, warmup, lower_steps, "sama:product=exact")
+    before = warmup + lower_steps - 1
+    expected = trained_by_hand(ByHand(kind, [options] * 2), before, steps=1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_it_is_unrolling_by_one_step(optimizer: str, steps: int) -> None:
+    kind, options = OPTIMIZERS[optimizer]
+    found = []
+    for method in ("sama:product=exact", "unrolled:steps=1"):
+        w, u = start()
+        found.append(trained(make_levels(kind(w, **options), w, u), 1, steps, method))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+@each_optimizer
+def test_parameter_groups_and_schedules_keep_their_own_options(optimizer: str) -> None:
+    """The groups are in the reverse order of the variables."""
+    kind, options = KINDS[optimizer]
+    w, u = start()
+    faster = options | {"lr": 3 * options["lr"], "weight_decay": 0.2}
+    made = kind([{"params": [w[1]], **faster}, {"params": [w[0]]}], **options)
+    hand = ByHand(kind, [options, faster])
+    hand.gamma = 0.7
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(made, 0.7)
+    found = trained(make_levels(made, w, u, scheduler=scheduler), 2, 1, "sama:product=exact")
+    torch.testing.assert_close(found, trained_by_hand(hand, 2, 1), rtol=1e-12, atol=1e-12)
+
+
+@each_optimizer
+def test_outside_training_the_step_is_the_next_one(optimizer: str) -> None:
+    """On the batch that comes next; F is differentiated at the current point."""
+    kind, options = KINDS[optimizer]
+    w, u = start()
+    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
+    upper, lower = make_levels(made, w, u)
+    hand.run(2, w, u, BATCHES)
+    for _ in range(2):
+        lower.step(lower.gradient(lower.next_batch(), w).gradient)
+    hand.forget_the_graph()
+    direct = flat(torch.autograd.grad(upper_f(w, u), u, materialize_grads=True))
+    adjoint = torch.autograd.grad(upper_f(w, u), w)
+    implicit = flat(torch.autograd.grad(hand.run(1, w, u, [BATCHES[2]]), u, adjoint))
+    state = repr(made.state_dict())
+    found = flat(hypergradient(upper, lower, "sama:product=exact"))
+    torch.testing.assert_close(found, direct + implicit, rtol=1e-12, atol=1e-12)
+    assert implicit.norm() > 1e-3 * direct.norm()
+    assert repr(made.state_dict()) == state
+
+
+@each_optimizer
+@pytest.mark.parametrize("sides", [1, 2])
+def test_differences_agree_with_double_backward(optimizer: str, sides: int) -> None:
+    kind, options = KINDS[optimizer]
+    found = []
+    for method in (f"sama:sides={sides}", "sama:product=exact"):
+        w, u = start()
+        found.append(trained(make_levels(kind(w, **options), w, u), 1, 2, method))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=10.0 ** (-3 - 3 * sides))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam-decay", "adamw"])
+def test_clipping_leaves_out_a_term_along_the_gradient(optimizer: str) -> None:
+    """d(cg/‖g‖)/dg = (c/‖g‖)(I − ggᵀ/‖g‖²), with ‖g‖ + 1e-6 for the one in the denominator."""
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    upper, lower = make_levels(kind(w, **options), w, u, max_grad_norm=0.05)
+    lower.step(lower.gradient(lower.next_batch(), w).gradient)
+    oracle = open_oracle(upper, lower)
+    with oracle.open():
+        step, b = last_step(oracle), oracle.upper_gradient.b
+    g, along = Vector.of(step.gradient, w), step_slope(lower, step) * b
+    length = g.norm()
+    assert length > 0.05
+    through = along - g * (dot(g, along) / (length * (length + 1e-6)))
+    gradient = torch.autograd.grad(f(w, u, lower.peek_batch()), w, create_graph=True)
+    mixed = [
+        flat(torch.autograd.grad(gradient, u, vector.parts, retain_graph=True))
+        for vector in (through, along)
+    ]
+    exact = flat(hypergradient(upper, lower, "unrolled:steps=1"))
+    constant = flat(hypergradient(upper, lower, "sama:product=exact"))
+    direct = flat(hypergradient(upper, lower, "direct"))
+    torch.testing.assert_close(direct - mixed[0], exact, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(direct - mixed[1], constant, rtol=1e-11, atol=1e-12)
+    assert (exact - constant).norm() > 1e-4 * constant.norm()
+
+
+def test_a_step_is_recorded_with_its_own_gradient() -> None:
+    """torch's Nesterov step over many tensors writes to it, and 0.43 would become 1.25."""
+    found = []
+    for limit in (None, 0.9):
+        w, u = start()
+        made = SGD(w, lr=0.2, momentum=0.95, nesterov=True, foreach=True)
+        levels = make_levels(made, w, u, max_grad_norm=limit)
+        found.append(trained(levels, 2, 1, "sama:product=exact"))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw", "rmsprop"])
+def test_variables_that_a_batch_does_not_read_are_left_alone(optimizer: str) -> None:
+    """The step does not move the second variable, so that its answer to u is zero."""
+    kind, options = KINDS[optimizer]
+    w, u = start()
+
+    def loss(reads_both: bool) -> Tensor:
+        first = (w[0] * u[0][:, None]).square().sum()
+        return first + (w[1] * u[1]).square() if reads_both else first
+
+    upper = FunctionLevel(lambda _: w[0].sum() + 5 * w[1], u, optimizer=SGD(u, lr=1.0))
+    lower = FunctionLevel(loss, w, data=[True, False], optimizer=kind(w, **options))
+    before = u[1].detach().clone()
+    Engine(upper, lower, "sama", lower_steps=2, progress=False).run(1)
+    assert torch.equal(u[1], before)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW, RMSprop])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_gradient_that_is_exactly_zero_gives_no_nan(
+    kind: type[Optimizer], max_grad_norm: float | None
+) -> None:
+    w, u = (torch.zeros(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = kind([w], lr=0.1)
+    lower = FunctionLevel(
+        lambda _: (w - u).square().sum() / 2, [w], optimizer=optimizer, max_grad_norm=max_grad_norm
+    )
+    upper = FunctionLevel(lambda _: -w.sum(), [u])
+    (h,) = hypergradient(upper, lower, "sama:product=exact")
+    # The first update of Adam is −lr·g/(|g| + eps), that of RMSprop −lr·g/(0.1·|g| + eps).
+    slope = 0.1 if kind is SGD else 0.1 / 1e-8
+    torch.testing.assert_close(h, torch.full_like(h, -slope), rtol=1e-9, atol=0)
+
+
+def test_half_precision_variables_have_their_diagonal_in_single_precision() -> None:
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        w = torch.tensor([0.5, -1.0, 2.0], dtype=dtype, requires_grad=True)
+        u = torch.tensor([0.25, 0.75, -0.5], dtype=dtype, requires_grad=True)
+        lower = FunctionLevel(lambda _, w=w, u=u: (w - u).square().sum(), [w])
+        lower.optimizer = AdamW([w], lr=0.125, eps=0.5)
+        upper = FunctionLevel(lambda _, w=w: w.square().sum(), [u])
+        (h,) = hypergradient(upper, lower, "sama")
+        assert h.dtype == dtype
+        found.append(h.double())
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=0)
+
+
+def test_an_adam_may_decay_as_adamw_does() -> None:
+    """One of a later torch has an option for it."""
+    if "decoupled_weight_decay" not in inspect.signature(Adam).parameters:
+        pytest.skip("this torch has no such option")
+    options = {"lr": 0.05, "weight_decay": 0.3}
+    for method in ("sama:product=exact", "unrolled:steps=1"):
+        found = []
+        for kind, more in ((AdamW, {}), (Adam, {"decoupled_weight_decay": True})):
+            w, u = start()
+            found.append(trained(make_levels(kind(w, **options, **more), w, u), 1, 1, method))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["sama", "cg:metric=optimizer"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda w: None, "the level has no optimizer; give it one"),
+        (lambda w: Adagrad(w), "Adagrad's step is not known; use one of SGD, Adam, AdamW, RMSprop"),
+        (lambda w: Adam(w, amsgrad=True), "with amsgrad is not known"),
+        (lambda w: SGD(w, maximize=True), "with maximize is not known"),
+    ],
+)
+def test_optimizers_without_a_diagonal_are_named(method: str, make: Any, message: str) -> None:
+    w, u = start()
+    with pytest.raises(ProblemError, match=f"FunctionLevel: .*{message}"):
+        hypergradient(*make_levels(make(w), w, u), method)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("radius=0", "radius must be positive"), ("sides=3", "sides must be 1 or 2, got 3")],
+)
+def test_mistakes_are_named(options: str, message: str) -> None:
+    w, u = start()
+    levels: tuple[Problem, Problem] = make_levels(SGD(w, lr=0.1), w, u)
+    with pytest.raises(ProblemError, match=f"sama: {message}"):
+        hypergradient(*levels, f"sama:{options}")
