@@ -14,6 +14,7 @@ from hyperopt_peft.hypergradients.products import Product
 from hyperopt_peft.hypergradients.registry import get_estimator, register, registered
 from hyperopt_peft.hypergradients.unrolled import Unrolled
 from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
+from hyperopt_peft.hypergradients.warm import WarmStart
 
 __all__ = [
     "DARTS",
@@ -32,6 +33,7 @@ __all__ = [
     "Solver",
     "Unrolled",
     "Vector",
+    "WarmStart",
     "compare_hypergradients",
     "dot",
     "get_estimator",
