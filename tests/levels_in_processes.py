@@ -27,13 +27,8 @@ FIRST_ORDER = [
     "darts:sides=1,scale=lr",
     *(f"{name}:product=difference" for name in ("cg", "exact", "minres", "neumann", "warm")),
 ]
-RUNS = [
-    "darts:sides=1",
-    "cg:product=difference",
-    "warm:product=difference",
-    "cg:steps=5",
-    "unrolled:steps=2",
-]
+KEPT = "warm:product=difference"
+RUNS = ["darts:sides=1", "cg:product=difference", KEPT, "cg:steps=5", "unrolled:steps=2"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
 
 
@@ -150,6 +145,16 @@ def trained(kind, method, *place):
     return records, whole((*upper.variables, *lower.variables))
 
 
+def resumed(kind, method, *place):
+    """The variables after the run of `trained`, stopped in its middle, and what was kept."""
+    runs = [Engine(*levels(kind, *place), method, lower_steps=2, progress=False) for _ in range(2)]
+    runs[0].run(2)
+    state = runs[0].state_dict()
+    runs[1].load_state_dict(state)
+    runs[1].run(2)
+    return whole((*runs[1].upper.variables, *runs[1].lower.variables)), state["estimator"]
+
+
 def refusals(kind, *place):
     """What second-order methods, and differences in half precision, say of shards."""
     messages = {}
@@ -209,6 +214,7 @@ def main(folder):
             "gradients": gradients(kind, *place),
             "estimates": estimates(kind, FIRST_ORDER if kind == "fsdp" else WHOLE, *place),
             "runs": {m: trained(kind, m, *place) for m in (RUNS[:3] if kind == "fsdp" else RUNS)},
+            "resumed": resumed(kind, KEPT, *place),
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
         }
