@@ -110,6 +110,14 @@ def test_curvature_that_appears_later_is_found(factor: float) -> None:
     assert max(each.v.norm() for each in found) < 30
 
 
+def test_curvature_that_has_gone_is_forgotten() -> None:
+    """Or the step would stay as short as at the steepest point of the run."""
+    h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
+    *_, state = calls(WarmStart(), [(h, b)] * 20, {})
+    *_, later = calls(WarmStart(), [(h / 100, b)] * 60, state)
+    assert later["largest"] == pytest.approx(state["largest"] / 100, rel=0.02)
+
+
 def test_negative_curvature_starts_again_and_damping_prevents_it() -> None:
     """Otherwise v would grow for ever along it: here as 1.1^400."""
     eigenvalues = torch.tensor([-0.5, 1.0, 3.0, 5.0], dtype=torch.float64)
