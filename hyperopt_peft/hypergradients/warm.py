@@ -10,7 +10,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
 
-FORGET = 0.9  # of the largest curvature seen, what counts at the next upper step
+FORGET = 0.97  # of the largest curvature seen, what counts next: some batches are steeper than most
 TILT = 0.1  # of the power iteration's vector towards the residual, where a divergence shows
 
 

@@ -114,7 +114,7 @@ def test_curvature_that_has_gone_is_forgotten() -> None:
     """Or the step would stay as short as at the steepest point of the run."""
     h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
     *_, state = calls(WarmStart(), [(h, b)] * 20, {})
-    *_, later = calls(WarmStart(), [(h / 100, b)] * 60, state)
+    *_, later = calls(WarmStart(), [(h / 100, b)] * 200, state)
     assert later["largest"] == pytest.approx(state["largest"] / 100, rel=0.02)
 
 
