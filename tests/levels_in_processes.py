@@ -28,9 +28,13 @@ FIRST_ORDER = [
     "darts:sides=1,scale=lr",
     "sama",
     "sama:sides=1",
-    *(f"{name}:product=difference" for name in ("cg", "exact", "minres", "neumann", "nystrom")),
+    *(
+        f"{name}:product=difference"
+        for name in ("cg", "exact", "minres", "neumann", "nystrom", "warm")
+    ),
 ]
-RUNS = ["darts:sides=1", "cg:product=difference", "cg:steps=5", "unrolled:steps=2"]
+KEPT = "warm:product=difference"
+RUNS = ["darts:sides=1", "cg:product=difference", KEPT, "cg:steps=5", "unrolled:steps=2"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
 SECOND_ORDER += ["sama:product=exact", "nystrom"]
 ADAPTIVE = ["sama", "cg:damping=5,metric=optimizer,product=difference"]
@@ -175,6 +179,16 @@ def adaptive(kind, methods, *place):
     return result
 
 
+def resumed(kind, method, *place):
+    """The variables after the run of `trained`, stopped in its middle, and what was kept."""
+    runs = [Engine(*levels(kind, *place), method, lower_steps=2, progress=False) for _ in range(2)]
+    runs[0].run(2)
+    state = runs[0].state_dict()
+    runs[1].load_state_dict(state)
+    runs[1].run(2)
+    return whole((*runs[1].upper.variables, *runs[1].lower.variables)), state["estimator"]
+
+
 def refusals(kind, *place):
     """What second-order methods, and differences in half precision, say of shards."""
     messages = {}
@@ -233,9 +247,10 @@ def main(folder):
         kind: {
             "gradients": gradients(kind, *place),
             "estimates": estimates(kind, FIRST_ORDER if kind == "fsdp" else WHOLE, *place),
-            "runs": {m: trained(kind, m, *place) for m in (RUNS[:2] if kind == "fsdp" else RUNS)},
+            "runs": {m: trained(kind, m, *place) for m in (RUNS[:3] if kind == "fsdp" else RUNS)},
             "chained": chained(kind, *place),
             "adaptive": adaptive(kind, ADAPTIVE[:2] if kind == "fsdp" else ADAPTIVE, *place),
+            "resumed": resumed(kind, KEPT, *place),
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
         }

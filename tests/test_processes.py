@@ -84,6 +84,22 @@ def test_the_state_of_an_adam_below_is_read_where_it_is(two, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_an_estimator_keeps_is_whole_and_goes_on(two, kind):
+    """Bit for bit, and in the state of one process: a vector over shards is saved in full."""
+    _, expected = levels.resumed("plain", levels.KEPT)
+    for result in two:
+        end, kept = result[kind]["resumed"]
+        assert all(map(torch.equal, end, result[kind]["runs"][levels.KEPT][1]))
+        assert kept.keys() == expected.keys() >= {"v", "direction", "largest", "k"}
+        for key, value in expected.items():
+            if isinstance(value, list):
+                assert [x.shape for x in kept[key]] == [x.shape for x in value]
+                assert distance(kept[key], value) < rounding(levels.KEPT)
+            else:
+                assert kept[key] == pytest.approx(value, rel=rounding(levels.KEPT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_on_one_process_stops_both(two, kind):
     for result in two:
         assert result[kind]["poisoned"] == "lower step 1: lower: the loss is nan"

@@ -53,7 +53,10 @@ def everything(run: Engine) -> dict[str, Any]:
     return {**deepcopy(run.state_dict()), "buffers": buffers}
 
 
-@pytest.mark.parametrize("method", ["darts", "darts:sides=1", "cg", "unrolled:steps=2", "sama"])
+METHODS = ["darts", "darts:sides=1", "cg", "unrolled:steps=2", "sama", "warm"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("generators", [False, True])
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 6])
 def test_a_resumed_run_is_bit_identical(method: str, generators: bool, stop: int) -> None:
@@ -161,6 +164,10 @@ def other_scheduler(state: dict[str, Any]) -> None:
             for key in ("settings", "step", "lower_step", "skipped", "upper", "lower", "random")
         ),
         pytest.param(drop("history"), id="without history"),
+        pytest.param(drop("estimator"), id="without what the estimator kept"),
+        pytest.param(put(None, "estimator"), id="with none of the estimator's"),
+        pytest.param(put({"v": [torch.ones(3)]}, "estimator"), id="with a kept vector too short"),
+        pytest.param(put({"v": "x"}, "estimator"), id="with a kept word"),
         *(
             pytest.param(drop("lower", key), id=f"without the level's {key}")
             for key in ("variables", "optimizer", "scheduler", "batches")

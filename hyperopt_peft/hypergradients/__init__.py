@@ -16,6 +16,7 @@ from hyperopt_peft.hypergradients.registry import get_estimator, register, regis
 from hyperopt_peft.hypergradients.sama import SAMA
 from hyperopt_peft.hypergradients.unrolled import Unrolled
 from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
+from hyperopt_peft.hypergradients.warm import WarmStart
 
 __all__ = [
     "DARTS",
@@ -36,6 +37,7 @@ __all__ = [
     "Solver",
     "Unrolled",
     "Vector",
+    "WarmStart",
     "compare_hypergradients",
     "dot",
     "get_estimator",

@@ -148,17 +148,22 @@ class Solver(Estimator):
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if b.norm() == 0:
-            return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero")
+            return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         root = self._root(oracle)
         with oracle.product(self.product, radius=self.radius) as product:
             matvec = self._finite(product.hessian)
             if root is None:
-                solution = self.solve(matvec, b)
+                found, state = self.advance(matvec, b, oracle.state)
             else:
-                scaled = self.solve(lambda v: root * matvec(root * v), root * b)
-                solution = replace(scaled, v=root * scaled.v)
-            implicit = -product.mixed(solution.v)
-        return Estimate(direct, implicit, solution.residual, solution.steps, solution.note)
+                scaled = (lambda v: root * matvec(root * v)), root * b
+                found, state = self.advance(*scaled, oracle.state)
+                found = replace(found, v=root * found.v)
+            implicit = -product.mixed(found.v)
+        return Estimate(direct, implicit, found.residual, found.steps, found.note, state)
+
+    def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
+        """What ``solve`` finds, and what to keep for the next upper step; ``state`` was kept."""
+        return self.solve(matvec, b), {}
 
     def _root(self, oracle: Oracle) -> Vector | None:
         """The diagonal of S = M^(−½); None for the identity."""

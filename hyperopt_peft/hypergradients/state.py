@@ -25,8 +25,10 @@ def unpacked(state: Mapping[str, Any], variables: Sequence[Tensor]) -> State:
     """What `packed` made, on the devices and shards of the lower ``variables``.
 
     Raises:
-        ProblemError: an entry is neither a number nor shaped like ``variables``.
+        ProblemError: no mapping, or an entry is neither a number nor shaped like ``variables``.
     """
+    if not isinstance(state, Mapping):
+        raise ProblemError(f"what the estimator kept must be a mapping, got {state!r}")
     shapes = [tuple(variable.shape) for variable in variables]
     result: dict[str, Vector | float] = {}
     for key, value in state.items():

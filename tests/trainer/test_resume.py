@@ -96,6 +96,7 @@ RUNS = {
     "no log": {"logging_strategy": "no"},
     "the regulariser's numbers": {"gamma": 1e-3, "lower_steps": 3, "logging_steps": 5},
     "products": {"hypergradient": "cg:steps=2,damping=1.0"},
+    "a vector kept between upper steps": {"hypergradient": "warm:damping=1.0", "lower_steps": 2},
     "PEFT's layer": {"fast_dora": False, "norm_grad": "detach"},
     "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"},
     "constant rate": {"lr_scheduler_type": "constant"},
@@ -115,6 +116,33 @@ RUNS = {
 def test_a_resumed_search_is_bit_identical(tmp_path, name):
     """Stopped before a save, in between, and again after it was resumed."""
     require_same_end(tmp_path, (4,), (6,), (8,), **RUNS[name])
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (None, "written without estimator.pt"),
+        (
+            {"v": [torch.ones(2)], "k": 1},
+            "the estimator's 'v' is not that of these lower variables",
+        ),
+        ({"k": 1}, "warm: the kept state has no vector 'direction'"),
+        ([], "what the estimator kept must be a mapping"),
+    ],
+)
+def test_what_the_estimator_kept_must_fit(tmp_path, kept, message):
+    interrupted(tmp_path, (4,), hypergradient="warm")
+    folder = tmp_path / "checkpoint-3"
+    record = unseal(folder)
+    shapes = [x.shape for x in checkpoint.read_state(folder / "estimator.pt")["v"]]
+    made = saving(tmp_path, hypergradient="warm")
+    assert shapes == [x.shape for x in made.lower.variables]
+    (folder / "estimator.pt").unlink()
+    if kept is not None:
+        checkpoint.write_state(folder / "estimator.pt", kept)
+    checkpoint.seal(folder, record)
+    with pytest.raises(ProblemError, match=message):
+        made.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("stop", [4, 5, 6, 8])

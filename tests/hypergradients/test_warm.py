@@ -1,0 +1,221 @@
+"""`warm` keeps v between upper steps: its rate, its mean over minibatches, and what is kept."""
+
+from collections.abc import Sequence
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quadratic import Level, flat, positive, program, symmetric
+from torch import Tensor
+
+from hyperopt_peft import Engine, NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients import Estimate, Matvec, Vector, WarmStart, get_estimator
+from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+
+EXAMPLES = settings(max_examples=25)
+State = dict[str, Any]
+
+
+def of(matrix: Tensor) -> Matvec:
+    return lambda v: Vector([matrix @ v.parts[0]])
+
+
+def random(*size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, dtype=torch.float64, generator=generator)
+
+
+def calls(solver: WarmStart, systems: Sequence[tuple[Tensor, Tensor]], state: State) -> list[Any]:
+    """Solutions of one upper step after the other, and the last state."""
+    solutions = []
+    for h, b in systems:
+        solution, state = solver.advance(of(h), Vector([b]), state)
+        solutions.append(solution)
+    return [*solutions, state]
+
+
+@given(
+    n=st.integers(1, 6),
+    steps=st.integers(1, 3),
+    first_steps=st.integers(1, 5),
+    decay=st.sampled_from([0.0, 0.5, 1.0]),
+    damping=st.sampled_from([0.0, 2.0]),
+    seed=st.integers(0, 10**6),
+)
+@EXAMPLES
+def test_the_error_is_the_product_of_all_steps(
+    n: int, steps: int, first_steps: int, decay: float, damping: float, seed: int
+) -> None:
+    """v* − v = Π (I − (a/k^decay)(H + damping·I)) v*, the first steps being Neumann's."""
+    h, b, a = positive(n, torch.Generator().manual_seed(seed)), random(n, seed=seed), 0.05
+    one = torch.eye(n, dtype=torch.float64)
+    damped = h + damping * one
+    solution = torch.linalg.solve(damped, b)
+    error = torch.linalg.matrix_power(one - a * damped, first_steps + 1) @ solution
+    solver = WarmStart(steps, a, decay, first_steps, damping)
+    *found, state = calls(solver, [(h, b)] * 6, {})
+    for k, each in enumerate(found, start=1):
+        expected = solution - error
+        torch.testing.assert_close(each.v.parts[0], expected, rtol=1e-11, atol=1e-11)
+        residual = float((b - damped @ expected).norm() / b.norm())
+        assert each.residual == pytest.approx(residual, rel=1e-9, abs=1e-14)
+        assert each.steps == (first_steps + steps if k == 1 else steps)
+        contraction = one - a / k**decay * damped
+        error = torch.linalg.matrix_power(contraction, steps) @ error
+    torch.testing.assert_close(state["v"].parts[0], solution - error, rtol=1e-11, atol=1e-11)
+
+
+@given(damping=st.sampled_from([0.0, 1.0]), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 10**6))
+@EXAMPLES
+def test_the_step_is_one_over_the_largest_eigenvalue(
+    damping: float, scale: float, seed: int
+) -> None:
+    """Found by one product a call, and the solution at its rate: (1 − 1/10)^200 = 7e-10."""
+    h, b = scale * positive(8, torch.Generator().manual_seed(seed)), random(8, seed=seed)
+    damping = damping * scale
+    *found, state = calls(WarmStart(decay=0.0, damping=damping), [(h, b)] * 200, {})
+    assert state["largest"] == pytest.approx(10 * scale, rel=0.02)
+    expected = torch.linalg.solve(h + damping * torch.eye(8, dtype=torch.float64), b)
+    torch.testing.assert_close(scale * found[-1].v.parts[0], scale * expected, rtol=0, atol=1e-7)
+
+
+def test_its_mean_over_all_sequences_of_batches_is_that_of_the_mean_batch() -> None:
+    """Exactly, at any step length, since v never meets a batch that it has already seen.
+
+    A solver that starts anew on each batch has the mean of H⁻¹b, which is another.
+    """
+    batches = [(positive(4, torch.Generator().manual_seed(k)), random(4, seed=k)) for k in range(3)]
+    mean = sum(h for h, _ in batches) / 3, sum(b for _, b in batches) / 3
+    solver, start = WarmStart(step=0.08), {"v": Vector([random(4, seed=9)]), "k": 0}
+    *expected, _ = calls(solver, [mean] * 5, start)
+    ends = [calls(solver, sequence, start)[-2].v.flat() for sequence in product(batches, repeat=5)]
+    found = torch.stack(ends).mean(0)
+    torch.testing.assert_close(found, expected[-1].v.flat(), rtol=1e-12, atol=1e-12)
+    anew = torch.stack([torch.linalg.solve(*batch) for batch in batches]).mean(0)
+    assert (anew - torch.linalg.solve(*mean)).norm() > 0.1 * anew.norm()
+
+
+@pytest.mark.parametrize("factor", [1.0, 50.0])
+def test_curvature_that_appears_later_is_found(factor: float) -> None:
+    """H and b are first zero in one variable, which power iteration from b would never meet."""
+    h, b = torch.diag(torch.tensor([1.0, 0.5, 0.0])).double(), torch.ones(3, dtype=torch.float64)
+    b[2] = 0
+    *_, state = calls(WarmStart(), [(h, b)] * 5, {})
+    h[2, 2], b[2] = factor, 1.0
+    *found, _ = calls(WarmStart(decay=0.0), [(h, b)] * 300, state)
+    torch.testing.assert_close(found[-1].v.flat(), torch.linalg.solve(h, b), rtol=1e-4, atol=1e-4)
+    assert max(each.v.norm() for each in found) < 30
+
+
+def test_curvature_that_has_gone_is_forgotten() -> None:
+    """Or the step would stay as short as at the steepest point of the run."""
+    h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
+    *_, state = calls(WarmStart(), [(h, b)] * 20, {})
+    *_, later = calls(WarmStart(), [(h / 100, b)] * 200, state)
+    assert later["largest"] == pytest.approx(state["largest"] / 100, rel=0.02)
+
+
+def test_negative_curvature_starts_again_and_damping_prevents_it() -> None:
+    """Otherwise v would grow for ever along it: here as 1.1^400."""
+    eigenvalues = torch.tensor([-0.5, 1.0, 3.0, 5.0], dtype=torch.float64)
+    h, b = symmetric(eigenvalues, torch.Generator().manual_seed(0)), random(4)
+    *found, _ = calls(WarmStart(decay=0.0), [(h, b)] * 400, {})
+    notes = [each.note for each in found]
+    assert "negative curvature along v, which starts again" in notes and "" in notes
+    # Of v with vᵀHv ≥ 0, the negative direction has at most √10 times as much as the others.
+    assert max(each.v.norm() for each in found) < 5 * b.norm()
+    *found, _ = calls(WarmStart(decay=0.0, damping=1.0), [(h, b)] * 400, {})
+    assert not any(each.note for each in found)
+    expected = torch.linalg.solve(h + torch.eye(4, dtype=torch.float64), b)
+    torch.testing.assert_close(found[-1].v.flat(), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_a_hessian_that_is_zero_keeps_the_state() -> None:
+    zero, b = torch.zeros(3, 3, dtype=torch.float64), Vector([random(3)])
+    solution, state = WarmStart().advance(of(zero), b, {})
+    assert "zero along" in solution.note and solution.v.norm() == 0 and not state
+    damped, _ = WarmStart(damping=2.0).advance(of(zero), b, {})
+    torch.testing.assert_close(damped.v.flat(), b.flat() / 2)
+
+
+def test_a_state_that_was_given_does_not_change() -> None:
+    """An upper step that fails leaves v as it was."""
+    h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
+    *_, state = calls(WarmStart(), [(h, b)] * 3, {})
+    before = {key: x.copy().flat() if isinstance(x, Vector) else x for key, x in state.items()}
+    WarmStart().advance(of(h), Vector([b]), state)
+    assert torch.equal(state["v"].flat(), before["v"])
+    assert torch.equal(state["direction"].flat(), before["direction"])
+    assert (state["k"], state["largest"]) == (before["k"], before["largest"])
+
+
+def test_a_divergence_is_an_error_before_it_is_kept() -> None:
+    h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
+    with pytest.raises(NonFiniteError, match="v has diverged; make step smaller than 1e"):
+        WarmStart(step=1e30, steps=20).advance(of(h), Vector([b]), {})
+
+
+@pytest.mark.parametrize("method", ["warm:decay=0", "warm:decay=0,product=difference"])
+def test_calls_at_one_point_converge_to_the_exact_hypergradient(method: str) -> None:
+    quadratic = program(0)
+    oracle = open_oracle(*quadratic.levels())
+    errors = []
+    for _ in range(150):
+        result: Estimate = estimate(oracle, method)
+        oracle.state = result.state
+        errors.append(float((flat(result.implicit) - quadratic.exact_implicit).norm()))
+    assert errors[-1] < 1e-6 * quadratic.exact_implicit.norm() < errors[0]
+    assert all(later <= earlier + 1e-6 for earlier, later in pairwise(errors))
+
+
+def test_a_stationary_upper_loss_keeps_the_state() -> None:
+    quadratic = program(0)
+    upper, lower = quadratic.levels()
+    oracle = open_oracle(upper, lower)
+    kept = estimate(oracle, "warm").state
+    here = flat(quadratic.w).detach()
+    still = Level(lambda w, u: (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u)
+    oracle = open_oracle(still, lower)
+    oracle.state = kept
+    result = estimate(oracle, "warm")
+    assert result.state is kept and result.implicit.norm() == 0
+
+
+def test_a_run_takes_the_first_steps_once() -> None:
+    records = Engine(*program(0).levels(), "warm:first_steps=7,steps=2", progress=False).run(3)
+    assert [record["solver_steps"] for record in records] == [9, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": 1.0}, "no vector 'v'"),
+        ({"direction": None}, "no vector 'direction'"),
+        ({"largest": None}, "no number 'largest'"),
+        ({"k": None}, "no number 'k'"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(change: State, message: str) -> None:
+    h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
+    *_, state = calls(WarmStart(), [(h, b)], {})
+    with pytest.raises(ProblemError, match=f"warm: the kept state has {message}"):
+        WarmStart().advance(of(h), Vector([b]), state | change)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("steps=0", "steps must be at least 1, got 0"),
+        ("step=0", "step must be positive, got 0"),
+        ("decay=1.5", r"decay must be in \[0, 1\], got 1.5"),
+        ("first_steps=0", "first_steps must be ≥ 1, got 0"),
+        ("damping=-1", "damping must not be negative, got -1"),
+        ("radius=0", "radius must be positive"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: str, message: str) -> None:
+    with pytest.raises(ProblemError, match=f"warm: {message}"):
+        get_estimator(f"warm:{options}")
