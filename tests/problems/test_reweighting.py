@@ -1,0 +1,287 @@
+"""Weights of examples: their hypergradient, what they switch off, and both drivers."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from trainer.models import data, peft_model
+from transformers import default_data_collator
+
+from hyperopt_peft import (
+    BilevelTrainer,
+    BilevelTrainingArguments,
+    Engine,
+    ProblemError,
+    hypergradient,
+)
+from hyperopt_peft.problems.reweighting import Clean, SampleWeights, Weighted, WeightNet
+
+from .weighted_levels import Linear, central_difference, regularised, rows, value
+
+
+def linear_levels(weights, count=30):
+    """Both levels over the linear classifier, their batches, and which labels were redrawn."""
+    model = Linear()
+    noisy, redrawn = rows(count, seed=1, noise=0.4)
+    clean, _ = rows(50, seed=2)
+    noisy["index"] = torch.arange(count)
+    levels = Clean(weights, model), regularised(Weighted(model, weights))
+    return *levels, clean, noisy, redrawn
+
+
+def sample_weights(count):
+    weights = SampleWeights(count).double()
+    torch.nn.init.normal_(weights.logits)
+    return weights
+
+
+def weight_net():
+    weights = WeightNet(5).double()
+    for parameter in weights.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return weights
+
+
+@pytest.mark.parametrize("make", [lambda: sample_weights(30), weight_net])
+def test_the_hypergradient_is_the_slope_of_the_value(make):
+    weights = make()
+    upper, lower, clean, noisy, _ = linear_levels(weights)
+    value(upper, lower, clean, noisy)
+    found = hypergradient(upper, lower, "exact", upper_batch=clean, lower_batch=noisy)
+    for variable, slope in zip(upper.variables, found, strict=True):
+        flat, slope = variable.view(-1), slope.view(-1)
+        for entry in slope.abs().topk(min(3, len(slope))).indices.tolist():
+            expected = central_difference(flat, entry, lambda: value(upper, lower, clean, noisy))
+            assert float(slope[entry]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def adapter_levels(weights, rows=6, kind="classes"):
+    """Both levels over a BERT with LoRA in float64, and a batch for each."""
+    model = peft_model(kind, dropout=0.0, dora=False).double()
+    noisy = default_data_collator([dict(row) for row in data(kind, rows, seed=1)])
+    clean = default_data_collator([dict(row) for row in data(kind, 5, seed=2)])
+    noisy["index"] = torch.arange(rows)
+    return model, Clean(weights, model), Weighted(model, weights), clean, noisy
+
+
+def flat_gradient(loss, variables):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, variables)])
+
+
+def test_an_example_gains_as_far_as_its_gradient_points_to_the_clean_one():
+    """One step: dF/du_i = −ξ σ'(u_i)/n · ∇ℓ_i·∇F, each ∇ℓ_i by the model's own loss."""
+    weights = sample_weights(6)
+    model, upper, lower, clean, noisy = adapter_levels(weights)
+    goal = flat_gradient(model(**clean).loss, lower.variables)
+    expected = []
+    for i, u in enumerate(weights.logits.detach()):
+        row = {k: v[i : i + 1] for k, v in noisy.items() if k != "index"}
+        aligned = flat_gradient(model(**row).loss, lower.variables) @ goal
+        expected.append(-0.7 / 6 * u.sigmoid() * (1 - u.sigmoid()) * aligned)
+    for product, accuracy in (("exact", 1e-12), ("difference", 1e-6)):
+        method = f"darts:scale=0.7,product={product}"
+        (found,) = hypergradient(upper, lower, method, upper_batch=clean, lower_batch=noisy)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=accuracy, atol=accuracy)
+
+
+def test_meta_weight_net_with_detached_losses_is_the_published_step():
+    """dF/du = −ξ/n Σ_i ∇ℓ_i·∇F · ∂V(ℓ_i)/∂u, which differences do not see."""
+    weights = weight_net()
+    weights.detach = True
+    model, upper, lower, clean, noisy = adapter_levels(weights)
+    goal = flat_gradient(model(**clean).loss, lower.variables)
+    total = 0
+    for i in range(6):
+        loss = model(**{k: v[i : i + 1] for k, v in noisy.items() if k != "index"}).loss
+        weight = weights(loss.detach()[None], None).sum()
+        aligned = flat_gradient(loss, lower.variables) @ goal
+        total = total - 0.7 / 6 * aligned * flat_gradient(weight, upper.variables)
+
+    def found(product):
+        method = f"darts:scale=0.7,product={product}"
+        parts = hypergradient(upper, lower, method, upper_batch=clean, lower_batch=noisy)
+        return torch.cat([part.flatten() for part in parts])
+
+    torch.testing.assert_close(found("exact"), total, rtol=1e-10, atol=1e-13)
+    assert (found("difference") - total).norm() > 0.1 * total.norm()
+    weights.detach = False
+    torch.testing.assert_close(found("difference"), found("exact"), rtol=1e-5, atol=1e-9)
+
+
+def test_a_weight_of_zero_takes_the_example_out_of_training():
+    weights = sample_weights(6)
+    with torch.no_grad():
+        weights.logits[2] = -torch.inf
+    _, upper, lower, clean, noisy = adapter_levels(weights)
+    with_it = lower.gradient(noisy, lower.variables).gradient
+    noisy["labels"][2] = (noisy["labels"][2] + 1) % 3
+    noisy["input_ids"][2] = 7
+    for before, after in zip(with_it, lower.gradient(noisy, lower.variables).gradient):
+        assert torch.equal(before, after)
+    rest = torch.tensor([0, 1, 3, 4, 5])
+    without = lower.gradient({k: v[rest] for k, v in noisy.items()}, lower.variables).gradient
+    for whole, part in zip(with_it, without, strict=True):
+        torch.testing.assert_close(6 * whole, 5 * part)
+    (slope,) = hypergradient(upper, lower, "darts", upper_batch=clean, lower_batch=noisy)
+    assert slope[2] == 0 and slope[rest].abs().min() > 0
+
+
+def test_examples_outside_the_batch_keep_their_weight():
+    weights = sample_weights(9)
+    _, upper, lower, clean, noisy = adapter_levels(weights)
+    noisy["index"] = torch.tensor([8, 0, 4, 2, 6, 1])
+    (slope,) = hypergradient(upper, lower, "darts", upper_batch=clean, lower_batch=noisy)
+    assert set(slope.nonzero().flatten().tolist()) == {0, 1, 2, 4, 6, 8}
+
+
+def test_weights_and_unweighted_loss_are_logged():
+    weights = sample_weights(6)
+    model, _, lower, _, noisy = adapter_levels(weights)
+    loss, metrics = lower.evaluate(noisy)
+    each = cross_entropy(
+        model(input_ids=noisy["input_ids"], attention_mask=noisy["attention_mask"]).logits,
+        noisy["labels"],
+        reduction="none",
+    )
+    v = weights.logits.sigmoid()
+    assert float(loss) == pytest.approx(float((v * each).mean()))
+    assert metrics == pytest.approx({"weight": float(v.mean()), "task_loss": float(each.mean())})
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: SampleWeights(60).double(), lambda: WeightNet(8).double()]
+)
+def test_the_engine_finds_wrong_labels(make):
+    weights = make()
+    model = Linear()
+    noisy, redrawn = rows(60, seed=1, noise=0.4)
+    clean, _ = rows(100, seed=2)
+    noisy["index"] = torch.arange(60)
+    truth, _ = rows(60, seed=1)
+    wrong = noisy["labels"] != truth["labels"]
+    upper = Clean(
+        weights, model, data=[clean], optimizer=torch.optim.Adam(weights.parameters(), lr=0.1)
+    )
+    lower = regularised(
+        Weighted(model, weights, data=[noisy], optimizer=torch.optim.SGD([model.w], lr=1.0))
+    )
+    Engine(upper, lower, "cg", lower_steps=10, progress=False).run(30)
+    with torch.no_grad():
+        each = cross_entropy(model(noisy["x"]).logits, noisy["labels"], reduction="none")
+        found = weights(each, noisy)
+    assert redrawn.sum() >= wrong.sum() > 10
+    assert found[~wrong].mean() > found[wrong].mean() + 0.1
+
+
+def arguments(folder, **options):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "upper_learning_rate": 1e-1,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    return BilevelTrainingArguments(**{**settings, **options})
+
+
+def trainer(folder, weights, train, **options):
+    model = peft_model(dora=False)
+    return BilevelTrainer(
+        model,
+        lower=Weighted(model, weights),
+        upper=Clean(weights, model),
+        args=arguments(folder, **options),
+        train_dataset=train,
+        upper_dataset=data(rows=10, seed=1),
+    )
+
+
+def test_the_trainer_moves_the_weights_of_the_examples_it_has_seen(tmp_path):
+    weights = SampleWeights(24)
+    train = data().add_column("index", range(24))
+    run = trainer(tmp_path, weights, train, max_steps=3)
+    seen = set()
+    loss = run.lower.loss
+    run.lower.loss = lambda batch: seen.update(batch["index"].tolist()) or loss(batch)
+    run.train()
+    assert len(seen) == 12
+    assert set(weights.logits.nonzero().flatten().tolist()) == seen
+    records = [record for record in run.state.log_history if "upper_loss" in record]
+    assert len(records) == 3 and records[0]["lower_weight"] == 0.5
+    assert run.evaluate(data(rows=6, seed=3))["eval_loss"] > 0
+
+
+def test_the_trainer_moves_the_net(tmp_path):
+    weights = WeightNet(4)
+    before = [p.detach().clone() for p in weights.parameters()]
+    trainer(tmp_path, weights, data()).train()
+    assert not any(map(torch.equal, before, weights.parameters()))
+
+
+def test_both_drivers_agree_on_the_first_step(tmp_path):
+    """One step of SGD at each level, from the same point: the Trainer takes both at once."""
+    found = []
+    for driver in ("engine", "trainer"):
+        weights, model = SampleWeights(24), peft_model(dropout=0.0, dora=False)
+        train = data().add_column("index", range(24))
+        settings = arguments(
+            tmp_path,
+            max_steps=1,
+            optim="sgd",
+            upper_learning_rate=1.0,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=24,
+            per_device_upper_batch_size=10,
+            max_grad_norm=0.0,
+            upper_max_grad_norm=0.0,
+        )
+        held_out = data(rows=10, seed=1)
+        if driver == "trainer":
+            BilevelTrainer(
+                model,
+                lower=Weighted(model, weights),
+                upper=Clean(weights, model),
+                args=settings,
+                train_dataset=train,
+                upper_dataset=held_out,
+            ).train()
+        else:
+            below, above = (
+                DataLoader(part, batch_size=24, collate_fn=default_data_collator)
+                for part in (train, held_out)
+            )
+            # The Engine's upper step comes after the lower one: that one must not have moved.
+            still = [p for p in model.parameters() if p.requires_grad]
+            lower = Weighted(model, weights, data=below, optimizer=torch.optim.SGD(still, lr=0.0))
+            upper = Clean(
+                weights, model, data=above, optimizer=torch.optim.SGD([weights.logits], lr=1.0)
+            )
+            Engine(upper, lower, "darts:sides=1", progress=False).run(1)
+        found.append(weights.logits.detach().clone())
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-8)
+
+
+def test_an_index_is_asked_for_before_anything_moves(tmp_path):
+    weights = SampleWeights(24)
+    with pytest.raises(ProblemError, match=r"no column 'index'.*remove_unused_columns=False"):
+        trainer(tmp_path, weights, data()).train()
+    train = data().add_column("index", range(24))
+    with pytest.raises(ProblemError, match="no column 'index'"):
+        trainer(tmp_path, weights, train, remove_unused_columns=True).train()
+    with pytest.raises(
+        ProblemError, match="no such training example: there are 5, numbered from 0"
+    ):
+        trainer(tmp_path, SampleWeights(5), train).train()
+    assert not weights.logits.any()
+
+
+def test_there_must_be_an_example():
+    with pytest.raises(ProblemError, match="at least one training example, got 0"):
+        SampleWeights(0)

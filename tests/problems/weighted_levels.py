@@ -1,0 +1,71 @@
+"""A linear classifier whose lower level has one minimum, and derivatives of its value."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+
+class Linear(nn.Module):
+    """A classifier of three classes with the interface of a Transformers model."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
+
+    def forward(self, x, labels=None):
+        logits = x @ self.w
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def rows(count, seed, noise=0.0):
+    """Rows with the labels of one fixed rule, a share ``noise`` of them redrawn."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    rule = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [1, 1, -2]], dtype=torch.float64)
+    labels = torch.distributions.Categorical(logits=x @ rule).sample()
+    redrawn = torch.rand(count, generator=generator) < noise
+    labels = torch.where(redrawn, torch.randint(3, (count,), generator=generator), labels)
+    return {"x": x, "labels": labels}, redrawn
+
+
+def regularised(level):
+    """``level`` with ½·0.1‖w‖² in its loss, so that its minimum is one point."""
+
+    class Regularised(type(level)):
+        def loss(self, batch):
+            penalty = sum(w.square().sum() for w in self.variables)
+            return super().loss(batch)["loss"] + 0.05 * penalty
+
+    level.__class__ = Regularised
+    return level
+
+
+def value(upper, lower, upper_batch, lower_batch):
+    """F at the lower level's minimum, found from 0 by Newton's method."""
+    (w,) = lower.variables
+    with torch.no_grad():
+        w.zero_()
+    for _ in range(12):
+        (gradient,) = torch.autograd.grad(lower.loss(lower_batch), w, create_graph=True)
+        rows = [
+            torch.autograd.grad(g, w, retain_graph=True)[0].flatten() for g in gradient.view(-1)
+        ]
+        with torch.no_grad():
+            w -= torch.linalg.solve(torch.stack(rows), gradient.view(-1)).view_as(w)
+    assert gradient.norm() < 1e-12
+    return float(upper.loss(upper_batch))
+
+
+def central_difference(variable, entry, function, step=1e-4):
+    """d function/d variable[entry], where ``function`` takes no argument."""
+    found = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            variable[entry] += sign * step
+        found.append(function())
+        with torch.no_grad():
+            variable[entry] -= sign * step
+    return (found[0] - found[1]) / (2 * step)
