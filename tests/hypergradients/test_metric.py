@@ -35,6 +35,7 @@ CONVERGED = {
     "nystrom": "rank=5,steps=60,tolerance=1e-13",
     "neumann": "terms=2000,power_steps=30",
     "exact": "damping=0",
+    "warm": "first_steps=3000",
 }
 each_metric = pytest.mark.parametrize("optimizer", METRICS)
 
