@@ -7,9 +7,11 @@ from hyperopt_peft.hypergradients.direct import Direct
 from hyperopt_peft.hypergradients.estimate import hypergradient
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator, Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.exact import Exact
+from hyperopt_peft.hypergradients.f2sa import F2SA
 from hyperopt_peft.hypergradients.minres import MINRES
 from hyperopt_peft.hypergradients.neumann import Neumann
 from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.penalty import Penalty
 from hyperopt_peft.hypergradients.products import Product
 from hyperopt_peft.hypergradients.registry import get_estimator, register, registered
 from hyperopt_peft.hypergradients.unrolled import Unrolled
@@ -17,6 +19,7 @@ from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
 
 __all__ = [
     "DARTS",
+    "F2SA",
     "MINRES",
     "Comparison",
     "ConjugateGradient",
@@ -27,6 +30,7 @@ __all__ = [
     "Matvec",
     "Neumann",
     "Oracle",
+    "Penalty",
     "Product",
     "Solution",
     "Solver",
