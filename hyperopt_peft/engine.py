@@ -20,6 +20,7 @@ from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
+from hyperopt_peft.upper_share import with_upper_share
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -221,6 +222,13 @@ class Engine:
             require_read(self.lower, gradient[: len(w)])
             self._unread = {n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None}
             self._lower_read = True
+        descent = gradient[: len(w)]
+        if share := self.estimator.upper_share:
+            own = RandomState.seeded(
+                self._devices, self.seed, "lower step", self.lower_step, *processes.own()
+            )
+            above = self.upper.next_batch()
+            descent = with_upper_share(descent, share, self.upper, self.lower, above, own)
         step = Step(batch, random_state)
         if self.estimator.history:
             unroll = self.estimator.needs_optimizer_state
@@ -228,11 +236,11 @@ class Engine:
                 batch,
                 random_state,
                 variables=self._copies.take(w),
-                gradient=gradient[: len(w)] if unroll else (),
+                gradient=descent if unroll else (),
                 upper_gradient=gradient[len(w) :] if both else None,
                 optimizer=self.lower.optimizer_snapshot(with_state=unroll),
             )
-        self._lower_norm = self.lower.step(gradient[: len(w)])
+        self._lower_norm = self.lower.step(descent)
         self._lower_loss, self._lower_metrics = evaluation.loss, evaluation.metrics
         if len(self._recent) == self._recent.maxlen:
             self._forget()

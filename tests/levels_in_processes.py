@@ -25,9 +25,12 @@ FIRST_ORDER = [
     "direct",
     "darts",
     "darts:sides=1,scale=lr",
+    "f2sa",
+    "penalty",
     *(f"{name}:product=difference" for name in ("cg", "exact", "minres", "neumann")),
 ]
-RUNS = ["darts:sides=1", "cg:product=difference", "cg:steps=5", "unrolled:steps=2"]
+SHARDED_RUNS = ["darts:sides=1", "cg:product=difference", "f2sa", "penalty"]
+RUNS = [*SHARDED_RUNS, "cg:steps=5", "unrolled:steps=2"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
 
 
@@ -202,7 +205,9 @@ def main(folder):
         kind: {
             "gradients": gradients(kind, *place),
             "estimates": estimates(kind, FIRST_ORDER if kind == "fsdp" else WHOLE, *place),
-            "runs": {m: trained(kind, m, *place) for m in (RUNS[:2] if kind == "fsdp" else RUNS)},
+            "runs": {
+                m: trained(kind, m, *place) for m in (SHARDED_RUNS if kind == "fsdp" else RUNS)
+            },
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
         }

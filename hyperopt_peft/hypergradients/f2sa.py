@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Estimate
-from hyperopt_peft.hypergradients.inner_run import InnerRuns, Minimum
+from hyperopt_peft.hypergradients.inner_run import NOT_CONVEX, InnerRuns, Minimum
 from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
 from hyperopt_peft.hypergradients.products import default_radius
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon, zeros_like
 
 
-@register("f2sa", kind="penalty", tolerance=1e-2)
+@register("f2sa", kind="penalty", tolerance=0.05)
 @dataclass(frozen=True)
 class F2SA(InnerRuns):
     """dF/du ≈ [∂/∂u (f + νF)(u, w_ν) − ∂/∂u (f − νF)(u, w_−ν)] / 2ν, w_±ν = argmin_w f ± νF.
@@ -46,13 +46,13 @@ class F2SA(InnerRuns):
         if b.norm() == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         with oracle.moved() as gradients:
-            _, slope = gradients("lower", zeros_like(b))
-            start = self.response(oracle, gradients, slope)
+            at_w = gradients("lower", zeros_like(b))
+            start = self.response(oracle, gradients, at_w[1])
             if start.norm() == 0:
-                return Estimate(direct, zeros_like(direct), note="f has no curvature along ∂F/∂w")
+                return Estimate(direct, zeros_like(direct), note=NOT_CONVEX)
             nu = self.nu or self._relative(oracle, gradients, start)
-            above = self._side(nu, gradients, slope, b, nu * start)
-            below = self._side(-nu, gradients, slope, b, -above.offset)
+            above = self._side(nu, oracle, gradients, at_w, nu * start)
+            below = self._side(-nu, oracle, gradients, at_w, -above.offset)
         total = (above.of_u - below.of_u) / (2 * nu)
         return Estimate(
             direct,
@@ -71,10 +71,19 @@ class F2SA(InnerRuns):
         return nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(change, 1e-30))
 
     def _side(
-        self, nu: float, gradients: Gradients, slope: Vector, b: Vector, start: Vector
+        self,
+        nu: float,
+        oracle: Oracle,
+        gradients: Gradients,
+        at_w: tuple[Vector, Vector],
+        start: Vector,
     ) -> Minimum:
+        """The minimum of f + ``nu``·F near w, f less its slope at w."""
+        of_u, slope = at_w
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+
         def gradient(offset: Vector) -> tuple[Vector, Vector]:
             f, upper_f = gradients("lower", offset), gradients("upper", offset)
-            return f[0] + nu * upper_f[0], f[1] - slope + nu * upper_f[1]
+            return f[0].add_(upper_f[0], nu), f[1].add_(slope, -1).add_(upper_f[1], nu)
 
-        return self.minimum(gradient, nu * b, start)
+        return self.minimum(gradient, (of_u + nu * direct, nu * b), start)

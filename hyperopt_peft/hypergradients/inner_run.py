@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
 from hyperopt_peft.hypergradients.products import default_radius
 from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
+
+NOT_CONVEX = "the curvature of f along ∂F/∂w is not positive"
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Minimum:
 class InnerRuns(Estimator):
     """An estimator that compares f at minima near w, which it finds by first-order passes.
 
-    A run takes at most ``inner_steps`` gradient steps and ends where the gradient has shrunk to
-    ``tolerance`` of that at w; its point of least gradient counts. ``step`` is the length of a
-    step per gradient; None takes Barzilai and Borwein's 1988 (doi:10.1093/imanum/8.1.141), the
-    reciprocal of the curvature along the last step, or of its modulus where it is negative.
+    A run takes at most ``inner_steps`` gradient steps. It ends where the gradient has shrunk to
+    ``tolerance`` of that at w, or the curvature along a step was not positive; of all its points,
+    w among them, that of least gradient counts. ``step`` is what a gradient is multiplied by;
+    None takes the shorter one of Barzilai & Borwein 1988 (doi:10.1093/imanum/8.1.141),
+    ⟨s, y⟩/⟨y, y⟩ after a step s that changed the gradient by y.
     """
 
     inner_steps: int = field(default=15, kw_only=True)
@@ -51,39 +54,49 @@ class InnerRuns(Estimator):
     def response(self, oracle: Oracle, gradients: Gradients, slope: Vector) -> Vector:
         """What dw/dν = −H⁻¹b is taken to be at first, w the minimum of f + νF.
 
-        It is what the last upper step found, or −b/κ with κ the curvature of f along b, from one
-        pass; zero where there is no curvature. ``slope`` is ∂f/∂w at w.
+        It is a multiple of what the last upper step found, or else of −b: that which leaves the
+        least gradient, from one pass each. It is zero where neither leaves less than b, since f
+        is not convex along them. ``slope`` is ∂f/∂w at w.
         """
-        kept, b = oracle.state.get("response"), oracle.upper_gradient.b
-        if isinstance(kept, Vector) and kept.norm() > 0:
-            return kept
-        probe = b * (-default_radius(Vector(oracle.lower.variables), sides=2) / b.norm())
-        curvature = dot(gradients("lower", probe)[1] - slope, probe) / dot(probe, probe)
-        return zeros_like(b) if curvature == 0 else b / -abs(curvature)
+        b = oracle.upper_gradient.b
+        radius = default_radius(Vector(oracle.lower.variables), sides=2)
+        for direction in (oracle.state.get("response"), -b):
+            if not isinstance(direction, Vector) or direction.norm() == 0:
+                continue
+            probe = direction * (radius / direction.norm())
+            change = gradients("lower", probe)[1] - slope
+            product = -dot(b, change)
+            if product > 0:
+                return probe * (product / dot(change, change))
+        return zeros_like(b)
 
     def minimum(
-        self, gradient: Callable[[Vector], tuple[Vector, Vector]], at_w: Vector, start: Vector
+        self,
+        gradient: Callable[[Vector], tuple[Vector, Vector]],
+        at_w: tuple[Vector, Vector],
+        start: Vector,
     ) -> Minimum:
-        """The minimum near w of the objective whose partial gradients at w + x are ``gradient(x)``.
+        """The minimum near w of the objective whose (∂/∂u, ∂/∂w) at w + x are ``gradient(x)``.
 
-        ``at_w`` is its gradient with respect to w at w itself, where the run comes from, and w +
-        ``start`` its first point.
+        ``at_w`` are those at w itself, and w + ``start`` is the run's first point.
         """
-        scale, best, note = at_w.norm(), None, ""
-        before, slope, x, length = zeros_like(start), at_w, start, self.step or 0.0
+        of_u, slope = at_w
+        scale, note = slope.norm(), ""
+        before, x = zeros_like(start), start
+        best = Minimum(before, of_u, 1.0, 0)
         for taken in range(self.inner_steps + 1):
             of_u, newest = gradient(x)
             residual = newest.norm() / scale
-            if best is None or residual < best.residual:
+            if residual < best.residual:
                 best = Minimum(x, of_u, residual, taken)
-            if residual <= self.tolerance:
+            if residual <= self.tolerance or taken == self.inner_steps:
                 break
             moved, change = x - before, newest - slope
             product = dot(moved, change)
-            if product < 0:
-                note = "negative curvature"
-            if self.step is None and product:
-                length = dot(moved, moved) / abs(product)
-            before, slope, x = x, newest, x - length * newest
-        assert best is not None
-        return Minimum(best.offset, best.of_u, best.residual, best.steps, note)
+            if product <= 0:
+                note = "negative curvature" if product else ""
+                break
+            length = self.step or product / dot(change, change)
+            before, slope, x = x, newest, x.copy().add_(newest, -length)
+            del moved, change
+        return replace(best, note=note)

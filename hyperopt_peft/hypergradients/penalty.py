@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Estimate
-from hyperopt_peft.hypergradients.inner_run import InnerRuns
+from hyperopt_peft.hypergradients.inner_run import NOT_CONVEX, InnerRuns
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
 
 
-@register("penalty", kind="penalty", tolerance=1e-2)
+@register("penalty", kind="penalty", tolerance=0.05)
 @dataclass(frozen=True)
 class Penalty(InnerRuns):
     """dF/du ≈ ∂F/∂u(u, w) + γ(∂f/∂u(u, w) − ∂f/∂u(u, z)), z = argmin f, w = argmin f + F/γ.
@@ -58,13 +58,14 @@ class Penalty(InnerRuns):
             of_u, slope = gradients("lower", zeros_like(b))
             start = self.response(oracle, gradients, slope)
             if start.norm() == 0:
-                return Estimate(direct, zeros_like(direct), note="f has no curvature along ∂F/∂w")
+                return Estimate(direct, zeros_like(direct), note=NOT_CONVEX)
 
             def gradient(offset: Vector) -> tuple[Vector, Vector]:
                 f = gradients("lower", offset)
-                return f[0], f[1] - slope - b / self.gamma
+                return f[0], f[1].add_(slope, -1).add_(b, -self.upper_share)
 
-            z = self.minimum(gradient, -b / self.gamma, -start / self.gamma)
+            at_w = of_u, b * -self.upper_share
+            z = self.minimum(gradient, at_w, start * -self.upper_share)
         return Estimate(
             direct,
             self.gamma * (of_u - z.of_u),

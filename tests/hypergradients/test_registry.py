@@ -117,7 +117,7 @@ def test_estimators_do_not_change(name: str) -> None:
         ),
         (
             lambda: register("new", kind="implicit")(Direct),
-            "new: an implicit estimator must declare its tolerance",
+            "new: an estimator that is implicit must declare its tolerance",
         ),
     ],
 )

@@ -143,6 +143,8 @@ def test_the_figures_of_the_ridge_regression() -> None:
         ("cg:steps=10", 1e-6, 0.003),
         ("minres:steps=10", 1e-6, 0.0025),
         ("unrolled:steps=10", 0.06, None),
+        ("f2sa", 1e-4, 1e-3),
+        ("penalty", 0.006, 0.03),
     ],
 )
 def test_errors_are_no_larger_than_measured_elsewhere(
