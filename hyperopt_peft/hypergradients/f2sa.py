@@ -12,7 +12,7 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon, zeros_like
 
 
-@register("f2sa", kind="penalty", tolerance=0.05)
+@register("f2sa", kind="penalty", tolerance=0.1)
 @dataclass(frozen=True)
 class F2SA(InnerRuns):
     """dF/du ≈ [∂/∂u (f + νF)(u, w_ν) − ∂/∂u (f − νF)(u, w_−ν)] / 2ν, w_±ν = argmin_w f ± νF.
@@ -49,7 +49,7 @@ class F2SA(InnerRuns):
             at_w = gradients("lower", zeros_like(b))
             start = self.response(oracle, gradients, at_w[1])
             if start.norm() == 0:
-                return Estimate(direct, zeros_like(direct), note=NOT_CONVEX)
+                return Estimate(direct, zeros_like(direct), 1.0, 0, NOT_CONVEX)
             nu = self.nu or self._relative(oracle, gradients, start)
             above = self._side(nu, oracle, gradients, at_w, nu * start)
             below = self._side(-nu, oracle, gradients, at_w, -above.offset)
@@ -68,7 +68,7 @@ class F2SA(InnerRuns):
         b = oracle.upper_gradient.b
         nu = default_radius(Vector(oracle.lower.variables), sides=2) / response.norm()
         change = (gradients("upper", nu * response)[1] - b).norm() / b.norm()
-        return nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(change, 1e-30))
+        return float(nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(change, 1e-30)))
 
     def _side(
         self,

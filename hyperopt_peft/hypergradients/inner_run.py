@@ -36,12 +36,14 @@ class InnerRuns(Estimator):
     ``tolerance`` of that at w, or the curvature along a step was not positive; of all its points,
     w among them, that of least gradient counts. ``step`` is what a gradient is multiplied by;
     None takes the shorter one of Barzilai & Borwein 1988 (doi:10.1093/imanum/8.1.141),
-    ⟨s, y⟩/⟨y, y⟩ after a step s that changed the gradient by y.
+    ⟨s, y⟩/⟨y, y⟩ after a step s that changed the gradient by y. ``damping`` adds
+    ½ damping‖x‖² to the objective at w + x, for an f that is not convex at w.
     """
 
     inner_steps: int = field(default=15, kw_only=True)
     step: float | None = field(default=None, kw_only=True)
     tolerance: float = field(default=1e-4, kw_only=True)
+    damping: float = field(default=0.0, kw_only=True)
 
     def check(self) -> None:
         """Check the ranges of the options."""
@@ -50,6 +52,7 @@ class InnerRuns(Estimator):
         )
         self.require(self.step is None or self.step > 0, "step must be positive")
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
 
     def response(self, oracle: Oracle, gradients: Gradients, slope: Vector) -> Vector:
         """What dw/dν = −H⁻¹b is taken to be at first, w the minimum of f + νF.
@@ -64,7 +67,7 @@ class InnerRuns(Estimator):
             if not isinstance(direction, Vector) or direction.norm() == 0:
                 continue
             probe = direction * (radius / direction.norm())
-            change = gradients("lower", probe)[1] - slope
+            change = (gradients("lower", probe)[1] - slope).add_(probe, self.damping)
             product = -dot(b, change)
             if product > 0:
                 return probe * (product / dot(change, change))
@@ -86,7 +89,7 @@ class InnerRuns(Estimator):
         best = Minimum(before, of_u, 1.0, 0)
         for taken in range(self.inner_steps + 1):
             of_u, newest = gradient(x)
-            residual = newest.norm() / scale
+            residual = newest.add_(x, self.damping).norm() / scale
             if residual < best.residual:
                 best = Minimum(x, of_u, residual, taken)
             if residual <= self.tolerance or taken == self.inner_steps:

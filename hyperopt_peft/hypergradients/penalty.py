@@ -11,7 +11,7 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
 
 
-@register("penalty", kind="penalty", tolerance=0.05)
+@register("penalty", kind="penalty", tolerance=0.1)
 @dataclass(frozen=True)
 class Penalty(InnerRuns):
     """dF/du ≈ ∂F/∂u(u, w) + γ(∂f/∂u(u, w) − ∂f/∂u(u, z)), z = argmin f, w = argmin f + F/γ.
@@ -58,7 +58,7 @@ class Penalty(InnerRuns):
             of_u, slope = gradients("lower", zeros_like(b))
             start = self.response(oracle, gradients, slope)
             if start.norm() == 0:
-                return Estimate(direct, zeros_like(direct), note=NOT_CONVEX)
+                return Estimate(direct, zeros_like(direct), 1.0, 0, NOT_CONVEX)
 
             def gradient(offset: Vector) -> tuple[Vector, Vector]:
                 f = gradients("lower", offset)

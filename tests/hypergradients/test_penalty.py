@@ -86,6 +86,15 @@ def test_away_from_the_minimum_they_tend_to_the_implicit_formula(method: str, se
     assert relative(found, quadratic.direct + quadratic.exact_implicit) < 1e-7
 
 
+@pytest.mark.parametrize("method", ["f2sa", "penalty"])
+def test_damping_adds_to_the_diagonal_of_the_hessian(method: str) -> None:
+    quadratic = displaced(program(0))
+    damped = quadratic.h + 3 * torch.eye(len(quadratic.h)).to(quadratic.h)
+    expected = quadratic.implicit(torch.linalg.solve(damped, quadratic.b))
+    found = flat(hypergradient(*quadratic.levels(), f"{method}:damping=3,{LONG}"))
+    assert relative(found - quadratic.direct, expected) < 1e-6
+
+
 @pytest.mark.parametrize("factor", [2.0**-12, 2.0**12])
 def test_scales_of_f_and_of_the_upper_loss_change_nothing(factor: float) -> None:
     """Bit for bit, since powers of two do not round."""
@@ -312,6 +321,7 @@ def test_the_share_of_the_upper_loss_leaves_nothing_but_its_gradient() -> None:
         ("f2sa:inner_steps=-1", "f2sa: inner_steps must not be negative, got -1"),
         ("f2sa:step=0", "f2sa: step must be positive"),
         ("f2sa:tolerance=1", r"f2sa: tolerance must be in \[0, 1\), got 1"),
+        ("f2sa:damping=-1", "f2sa: damping must not be negative, got -1"),
         ("penalty:gamma=0", "penalty: gamma must be positive"),
         ("penalty:free=1", "penalty: free must be bool, got 1"),
     ],
