@@ -31,7 +31,8 @@ class Engine:
 
     Args:
         upper, lower: the levels; both need an optimizer, and they may not own the same tensor.
-        hypergradient: an estimator or its name, with options (``"cg:steps=20"``).
+        hypergradient: an estimator or its name, with options (``"cg:steps=20"``). Where it has an
+            ``upper_share``, each lower step takes a batch of the upper level's data too.
         lower_steps: lower steps before each upper step.
         warmup_steps: further lower steps before the very first upper step.
         seed: of the upper loss's random numbers (dropout), which are a function of it and

@@ -103,7 +103,7 @@ class Estimator(ABC):
 
     @property
     def upper_share(self) -> float:
-        """The lower steps of a run descend f + upper_share·F instead of f."""
+        """The lower steps of a run descend f + upper_share·F, F on the upper level's next batch."""
         return 0.0
 
     @abstractmethod

@@ -42,7 +42,7 @@ class InnerRuns(Estimator):
 
     inner_steps: int = field(default=15, kw_only=True)
     step: float | None = field(default=None, kw_only=True)
-    tolerance: float = field(default=1e-4, kw_only=True)
+    tolerance: float = field(default=1e-5, kw_only=True)
     damping: float = field(default=0.0, kw_only=True)
 
     def check(self) -> None:

@@ -31,7 +31,7 @@ class Penalty(InnerRuns):
     along ∂F/∂u(u, w) alone, one pass. That takes F to be flat around the minimum of f in w: what
     it leaves out is the implicit term. It is wrong by all of that where F's minimum in w is
     elsewhere, and u does not move at all where F does not read it. Shen & Chen 2023,
-    arXiv:2302.05185; Ye et al. 2022, arXiv:2209.08709; free: Jiang et al. 2025, arXiv:2507.20400.
+    arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709; free: Jiang et al. 2025, arXiv:2507.20400.
     """
 
     gamma: float = 100.0

@@ -52,7 +52,7 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
         if kind not in get_args(Kind):
             raise ProblemError(f"{name}: kind must be one of {get_args(Kind)}, got {kind!r}")
         if kind in ("implicit", "penalty") and tolerance is None:
-            raise ProblemError(f"{name}: an estimator that is {kind} must declare its tolerance")
+            raise ProblemError(f"{name}: an estimator of kind {kind} must declare its tolerance")
         if "__dataclass_params__" not in vars(estimator):
             dataclass(frozen=True)(estimator)  # in place
         estimator.name = name

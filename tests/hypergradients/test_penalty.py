@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD, Adam
 
-from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Estimate, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.problems import logistic, ridge
@@ -312,6 +312,15 @@ def test_the_share_of_the_upper_loss_leaves_nothing_but_its_gradient() -> None:
         Engine(upper, lower, method, lower_steps=2, progress=False).run(4)
         ends.append([*lower.variables, *lower.net.buffers()])
     assert all(map(torch.equal, *ends))
+
+
+def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:
+    upper, lower = scalar_levels(float("nan"))
+    with pytest.raises(NonFiniteError, match="lower step 1: FunctionLevel: the loss is nan"):
+        Engine(upper, lower, "penalty", progress=False).run(1)
+    run = Engine(upper, lower, "penalty", lower_steps=2, non_finite="skip", progress=False)
+    run.run(1)
+    assert run.skipped == 3 and lower.variables[0].item() == 0
 
 
 @pytest.mark.parametrize(
