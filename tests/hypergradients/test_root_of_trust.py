@@ -168,11 +168,11 @@ def test_the_accuracy_without_cleaning(noise: float) -> None:
     assert upper.test_accuracy() == pytest.approx(NOISES[noise], abs=5e-4)
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["cg", "cg:product=difference", "minres", "neumann:terms=10"]
-    + ["f2sa:inner_steps=3", "penalty:inner_steps=3"],
-)
+CLEANING = ["cg", "cg:product=difference", "minres", "neumann:terms=10"]
+CLEANING += ["f2sa:inner_steps=3", "penalty:inner_steps=3"]
+
+
+@pytest.mark.parametrize("method", CLEANING)
 def test_cleaning_improves_the_test_accuracy(method: str) -> None:
     """And the images whose labels were redrawn are those whose weights fall below ½.
 
