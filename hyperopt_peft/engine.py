@@ -21,6 +21,7 @@ from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.options import require_count
 from hyperopt_peft.problem import Problem, Step, devices_of, owned, require_read
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
+from hyperopt_peft.upper_share import with_upper_share
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -32,7 +33,8 @@ class Engine:
     Args:
         upper, lower: the levels; both need an optimizer, and they may not own the same tensor.
             ``lower`` may stand on further levels: see `Nested`.
-        hypergradient: an estimator or its name, with options (``"cg:steps=20"``).
+        hypergradient: an estimator or its name, with options (``"cg:steps=20"``). Where it has an
+            ``upper_share``, each lower step takes a batch of the upper level's data too.
         lower_steps: lower steps before each upper step.
         warmup_steps: further lower steps before the very first upper step.
         seed: of the upper loss's random numbers (dropout), which are a function of it and
@@ -226,11 +228,18 @@ class Engine:
             require_read(self.lower, gradient[: len(w)])
             self._unread = {n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None}
             self._lower_read = True
+        descent = gradient[: len(w)]
+        if share := self.estimator.upper_share:
+            own = RandomState.seeded(
+                self._devices, self.seed, "lower step", self.lower_step, *processes.own()
+            )
+            above = self.upper.next_batch()
+            descent = with_upper_share(descent, share, self.upper, self.lower, above, own)
         step = Step(batch, random_state)
         if self.estimator.history:
             unroll = self.estimator.needs_optimizer_state
             # torch's Nesterov step over many tensors at once writes to the gradient.
-            kept = [g if g is None else g.clone() for g in gradient[: len(w)] if unroll]
+            kept = [g if g is None else g.clone() for g in descent if unroll]
             step = Step(
                 batch,
                 random_state,
@@ -239,7 +248,7 @@ class Engine:
                 upper_gradient=gradient[len(w) :] if both else None,
                 optimizer=self.lower.optimizer_snapshot(with_state=unroll),
             )
-        self._lower_norm = self.lower.step(gradient[: len(w)])
+        self._lower_norm = self.lower.step(descent)
         self._lower_loss, self._lower_metrics = evaluation.loss, evaluation.metrics
         if len(self._recent) == self._recent.maxlen:
             self._forget()

@@ -37,6 +37,7 @@ from hyperopt_peft.upper_data import (
     require_examples,
     split_dataset,
 )
+from hyperopt_peft.upper_share import with_upper_share
 
 
 class BilevelTrainer(SealedTrainer):
@@ -284,15 +285,33 @@ class BilevelTrainer(SealedTrainer):
             require_read(self.lower, below)
             names = () if self.upper is None else self.upper.names
             self._unread = {n for n, part in zip(names, of_upper, strict=True) if part is None}
+        if self.upper is not None and self.estimator.upper_share:
+            below = self._with_upper_share(self.upper, below)
         for variable, part in zip(w, below, strict=True):
             variable.grad = part
         if self.upper is not None and (self.state.global_step + 1) % self.args.lower_steps == 0:
             self._set_hypergradient(self.upper, of_upper)
 
-    def _set_hypergradient(self, upper: Problem, of_upper: tuple[Tensor | None, ...]) -> None:
+    def _with_upper_share(
+        self, upper: Problem, gradient: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        done = self.state.global_step
+        batch = self._upper_batch(done + done // self.args.lower_steps)
+        key = self.args.seed, "lower step", done + 1, *processes.own()
+        random_state = RandomState.seeded(self._devices, *key)
+        share = self.estimator.upper_share
+        with self.compute_loss_context_manager():
+            return with_upper_share(gradient, share, upper, self.lower, batch, random_state)
+
+    def _upper_batch(self, number: int) -> Any:
         assert self._upper_batches is not None
+        return self._prepare_inputs(self._upper_batches.batch(number))
+
+    def _set_hypergradient(self, upper: Problem, of_upper: tuple[Tensor | None, ...]) -> None:
         step = self.state.global_step + 1
-        batch = self._prepare_inputs(self._upper_batches.batch(step // self.args.lower_steps - 1))
+        # Where the lower steps read F, they have taken a batch each.
+        taken = step if self.estimator.upper_share else 0
+        batch = self._upper_batch(taken + step // self.args.lower_steps - 1)
         micro, start = list(self._micro), self._micro[0].random_state
         history = []
         if self.estimator.history:  # the step that is about to be taken, from where it starts

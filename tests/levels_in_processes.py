@@ -28,13 +28,16 @@ FIRST_ORDER = [
     "darts:sides=1,scale=lr",
     "sama",
     "sama:sides=1",
+    "f2sa",
+    "penalty",
     *(
         f"{name}:product=difference"
         for name in ("cg", "exact", "minres", "neumann", "nystrom", "warm")
     ),
 ]
 KEPT = "warm:product=difference"
-RUNS = ["darts:sides=1", "cg:product=difference", KEPT, "cg:steps=5", "unrolled:steps=2"]
+SHARDED_RUNS = ["darts:sides=1", "cg:product=difference", KEPT, "f2sa", "penalty"]
+RUNS = [*SHARDED_RUNS, "cg:steps=5", "unrolled:steps=2"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
 SECOND_ORDER += ["sama:product=exact", "nystrom"]
 ADAPTIVE = ["sama", "cg:damping=5,metric=optimizer,product=difference"]
@@ -247,7 +250,9 @@ def main(folder):
         kind: {
             "gradients": gradients(kind, *place),
             "estimates": estimates(kind, FIRST_ORDER if kind == "fsdp" else WHOLE, *place),
-            "runs": {m: trained(kind, m, *place) for m in (RUNS[:3] if kind == "fsdp" else RUNS)},
+            "runs": {
+                m: trained(kind, m, *place) for m in (SHARDED_RUNS if kind == "fsdp" else RUNS)
+            },
             "chained": chained(kind, *place),
             "adaptive": adaptive(kind, ADAPTIVE[:2] if kind == "fsdp" else ADAPTIVE, *place),
             "resumed": resumed(kind, KEPT, *place),

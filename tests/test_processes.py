@@ -25,9 +25,9 @@ def distance(found, expected):
 
 
 def rounding(method):
-    of_one_step = method.startswith(("darts", "sama"))
-    by_difference = "difference" in method or (of_one_step and "exact" not in method)
-    return 1e-7 if by_difference else 1e-12
+    first_order = method.startswith(("darts", "sama")) and "exact" not in method
+    first_order |= "difference" in method or method in ("f2sa", "penalty")
+    return 1e-7 if first_order else 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)

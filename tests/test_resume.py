@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from hyperopt_peft import Engine, Problem, ProblemError
 
 STEPS = 9
+KEEPING = ("f2sa:inner_steps=2", "penalty:inner_steps=2")  # they go on where they ended
 
 
 def engine(method: str = "darts", *, generators: bool = False, **options: Any) -> Engine:
@@ -53,7 +54,7 @@ def everything(run: Engine) -> dict[str, Any]:
     return {**deepcopy(run.state_dict()), "buffers": buffers}
 
 
-METHODS = ["darts", "darts:sides=1", "cg", "unrolled:steps=2", "sama", "warm"]
+METHODS = ["darts", "darts:sides=1", "cg", "unrolled:steps=2", "sama", "warm", *KEEPING]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,10 +7,12 @@ from hyperopt_peft.hypergradients.direct import Direct
 from hyperopt_peft.hypergradients.estimate import hypergradient
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator, Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.exact import Exact
+from hyperopt_peft.hypergradients.f2sa import F2SA
 from hyperopt_peft.hypergradients.minres import MINRES
 from hyperopt_peft.hypergradients.neumann import Neumann
 from hyperopt_peft.hypergradients.nystrom import Nystrom
 from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.penalty import Penalty
 from hyperopt_peft.hypergradients.products import Product
 from hyperopt_peft.hypergradients.registry import get_estimator, register, registered
 from hyperopt_peft.hypergradients.sama import SAMA
@@ -20,6 +22,7 @@ from hyperopt_peft.hypergradients.warm import WarmStart
 
 __all__ = [
     "DARTS",
+    "F2SA",
     "MINRES",
     "SAMA",
     "Comparison",
@@ -32,6 +35,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "Oracle",
+    "Penalty",
     "Product",
     "Solution",
     "Solver",

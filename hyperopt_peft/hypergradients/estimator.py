@@ -102,6 +102,11 @@ class Estimator(ABC):
         """Whether the lower steps it looks back on must hold the optimizer's state."""
         return False
 
+    @property
+    def upper_share(self) -> float:
+        """The lower steps of a run descend f + upper_share·F, F on the upper level's next batch."""
+        return 0.0
+
     @abstractmethod
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""

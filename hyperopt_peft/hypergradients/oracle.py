@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -32,6 +32,8 @@ from hyperopt_peft.variables import shared_memory
 
 #: What an estimator keeps between two upper steps: vectors shaped like w, and numbers.
 State = Mapping[str, Vector | float]
+#: (∂/∂u, ∂/∂w) of a level's loss at w + offset.
+Gradients = Callable[[Literal["upper", "lower"], Vector], tuple[Vector, Vector]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Oracle:
     @cached_property
     def upper_gradient(self) -> UpperGradient:
         """∂F/∂u and ∂F/∂w, by one forward+backward."""
+        return self._upper_gradient()
+
+    def _upper_gradient(self) -> UpperGradient:
         self.passes.gradients += 1
         u, w = self.upper.variables, self.lower.variables
         with replay(self.upper_random):
@@ -87,6 +92,33 @@ class Oracle:
     def lower_gradient(self) -> Vector:
         """∂f/∂w where the lower variables are now, by one forward+backward."""
         return self._objective(None).gradient(self.lower.variables)
+
+    @contextmanager
+    def moved(self) -> Iterator[Gradients]:
+        """Gradients of both losses where w is moved, one forward+backward each.
+
+        They are taken in single precision, since they are made for differences. Afterwards w is
+        put back bit for bit.
+        """
+        objective, u = self._objective(None), self.upper.variables
+        w = self.lower.variables
+        half = self._half(objective) or bool(self.upper.half)
+        with ExitStack() as stack:
+            stack.enter_context(self._single_precision(half))
+            point = stack.enter_context(displaced(w, None if half else self.copies))
+            stack.enter_context(self.lower.anchored())
+
+            def gradients(
+                level: Literal["upper", "lower"], offset: Vector
+            ) -> tuple[Vector, Vector]:
+                assign(w, point, offset.parts, 1.0)
+                if level == "upper":
+                    above = self._upper_gradient()
+                    return above.direct, above.b
+                both = objective.gradient((*u, *w)).parts
+                return Vector(both[: len(u)]), Vector(both[len(u) :])
+
+            yield gradients
 
     @contextmanager
     def product(
@@ -112,13 +144,7 @@ class Oracle:
             known = Vector.of(at.upper_gradient, self.upper.variables)
         variables = self.lower.variables
         with ExitStack() as stack:
-            if half:
-                if sharded:
-                    raise ProblemError(
-                        "a difference of gradients needs single precision, which cannot be had "
-                        "over shards whose loss runs in half precision; turn mixed precision off"
-                    )
-                stack.enter_context(single_precision(owned(self.upper, self.lower)))
+            stack.enter_context(self._single_precision(half))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
                 copies = None if half else self.copies  # the variables are float32 now
@@ -131,6 +157,18 @@ class Oracle:
                 yield DifferenceProduct(objective, point, radius, sides, known)
             else:
                 yield ExactProduct(objective)
+
+    @contextmanager
+    def _single_precision(self, half: bool) -> Iterator[None]:
+        """Passes in single precision where they would run in ``half``."""
+        variables = owned(self.upper, self.lower)
+        if half and is_sharded(*variables):
+            raise ProblemError(
+                "a difference of gradients needs single precision, which cannot be had "
+                "over shards whose loss runs in half precision; turn mixed precision off"
+            )
+        with single_precision(variables) if half else nullcontext():
+            yield
 
     def _half(self, objective: Objective) -> bool:
         """Whether f or its variables are in half precision."""

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar, get_args
 from hyperopt_peft.errors import ProblemError, nearest
 from hyperopt_peft.hypergradients.estimator import Estimator
 
-Kind = Literal["direct", "identity", "implicit", "unrolled"]
+Kind = Literal["direct", "identity", "implicit", "unrolled", "penalty"]
 E = TypeVar("E", bound=type[Estimator])
 
 
@@ -21,7 +21,8 @@ class Entry:
 
     ``kind``: ``"direct"`` leaves out the implicit term, ``"identity"`` takes H⁻¹ = ξI,
     ``"implicit"`` solves with H (scaling f changes nothing), ``"unrolled"`` differentiates
-    the optimizer's steps. ``tolerance`` is the largest relative error, with default options
+    the optimizer's steps, ``"penalty"`` adds a share ν of F to f, by first-order passes, with
+    an error of O(ν) or O(ν²). ``tolerance`` is the largest relative error, with default options
     in float64, on a quadratic program whose Hessian has condition number 10; None for an
     estimator that is biased by construction. The test-suite holds every entry to them.
     """
@@ -39,7 +40,7 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
 
     Raises:
         ProblemError: the name is taken or not a plain word, the kind unknown, or an
-            implicit estimator declares no tolerance.
+            implicit or penalty estimator declares no tolerance.
     """
 
     def decorate(estimator: E) -> E:
@@ -50,8 +51,8 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
             raise ProblemError(f"an estimator called {name!r} is already registered")
         if kind not in get_args(Kind):
             raise ProblemError(f"{name}: kind must be one of {get_args(Kind)}, got {kind!r}")
-        if kind == "implicit" and tolerance is None:
-            raise ProblemError(f"{name}: an implicit estimator must declare its tolerance")
+        if kind in ("implicit", "penalty") and tolerance is None:
+            raise ProblemError(f"{name}: an estimator of kind {kind} must declare its tolerance")
         if "__dataclass_params__" not in vars(estimator):
             dataclass(frozen=True)(estimator)  # in place
         estimator.name = name

@@ -122,7 +122,11 @@ def test_estimators_do_not_change(name: str) -> None:
         ),
         (
             lambda: register("new", kind="implicit")(Direct),
-            "new: an implicit estimator must declare its tolerance",
+            "new: an estimator of kind implicit must declare its tolerance",
+        ),
+        (
+            lambda: register("new", kind="penalty")(Direct),
+            "new: an estimator of kind penalty must declare its tolerance",
         ),
     ],
 )

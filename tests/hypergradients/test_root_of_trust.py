@@ -144,6 +144,8 @@ def test_the_figures_of_the_ridge_regression() -> None:
         ("minres:steps=10", 1e-6, 0.0025),
         ("nystrom:rank=10,steps=10", 1e-5, 0.0025),
         ("unrolled:steps=10", 0.06, None),
+        ("f2sa", 3e-5, 1e-3),
+        ("penalty", 0.006, 0.03),
     ],
 )
 def test_errors_are_no_larger_than_measured_elsewhere(
@@ -167,7 +169,11 @@ def test_the_accuracy_without_cleaning(noise: float) -> None:
     assert upper.test_accuracy() == pytest.approx(NOISES[noise], abs=5e-4)
 
 
-@pytest.mark.parametrize("method", ["cg", "cg:product=difference", "minres", "neumann:terms=10"])
+CLEANING = ["cg", "cg:product=difference", "minres", "neumann:terms=10"]
+CLEANING += ["f2sa:inner_steps=3", "penalty:inner_steps=3"]
+
+
+@pytest.mark.parametrize("method", CLEANING)
 def test_cleaning_improves_the_test_accuracy(method: str) -> None:
     """And the images whose labels were redrawn are those whose weights fall below ½.
 

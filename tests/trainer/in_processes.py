@@ -21,6 +21,7 @@ RUNS = {
     "cg": {"hypergradient": "cg:steps=3", "gradient_accumulation_steps": 2},
     "minres": {"hypergradient": "minres:steps=3,product=difference"},
     "neumann": {"hypergradient": "neumann:terms=3,power_steps=3", "lower_steps": 1},
+    "penalty": {"hypergradient": "penalty:inner_steps=3", "gradient_accumulation_steps": 2},
     "retrain": {
         "retrain": "scratch",
         "retrain_steps": 3,
@@ -30,7 +31,7 @@ RUNS = {
     },
     "dora": {"method": "dora"},
 }
-SHARDED = ["darts", "minres", "retrain", "dora"]
+SHARDED = ["darts", "minres", "penalty", "retrain", "dora"]
 # With this each process shards what it has; in the shipped configuration it is the first one's.
 OWN_WEIGHTS = {
     "fsdp": True,

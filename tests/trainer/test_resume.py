@@ -97,6 +97,11 @@ RUNS = {
     "the regulariser's numbers": {"gamma": 1e-3, "lower_steps": 3, "logging_steps": 5},
     "products": {"hypergradient": "cg:steps=2,damping=1.0"},
     "a vector kept between upper steps": {"hypergradient": "warm:damping=1.0", "lower_steps": 2},
+    "inner runs": {"hypergradient": "f2sa:inner_steps=2"},
+    "the upper level's data at every step": {
+        "hypergradient": "penalty:inner_steps=2",
+        "gradient_accumulation_steps": 2,
+    },
     "PEFT's layer": {"fast_dora": False, "norm_grad": "detach"},
     "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"},
     "constant rate": {"lr_scheduler_type": "constant"},

@@ -1,0 +1,340 @@
+"""`f2sa` and `penalty`: closed forms, orders, scales, and what they do in training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import network_levels
+from quadratic import FunctionLevel, Level, Program, flat, program, symmetric
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.optim import SGD, Adam
+
+from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
+from hyperopt_peft.hypergradients import Estimate, get_estimator
+from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.problems import logistic, ridge
+
+from .test_root_of_trust import minimise
+
+LONG = "inner_steps=200,tolerance=1e-11"
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def displaced(quadratic: Program) -> Program:
+    """With w away from the minimum of f."""
+    with torch.no_grad():
+        for part in quadratic.w:
+            part.add_(torch.linspace(-1, 1, part.numel(), dtype=part.dtype).reshape(part.shape))
+    return quadratic
+
+
+def central(p: Program, nu: float) -> Tensor:
+    """[∂/∂u (f + νF)(w_ν) − ∂/∂u (f − νF)(w_−ν)] / 2ν on a quadratic, w at the minimum of f."""
+    w, u = flat(p.w).detach(), flat(p.u).detach()
+    total = torch.zeros_like(u)
+    for side in (nu, -nu):
+        point = w - torch.linalg.solve(p.h + side * p.p_matrix, side * p.b)
+        of_upper = p.r.T @ point + p.q_matrix @ u + p.q
+        total += (p.c_mixed.T @ point + side * of_upper) / (2 * side)
+    return total
+
+
+@pytest.mark.parametrize("nu", [0.05, 0.02])
+@pytest.mark.parametrize("seed", range(3))
+def test_f2sa_is_the_central_difference_of_the_value_functions_gradient(
+    nu: float, seed: int
+) -> None:
+    quadratic = program(seed)
+    expected = central(quadratic, nu)
+    found = flat(hypergradient(*quadratic.levels(), f"f2sa:nu={nu},{LONG}"))
+    assert relative(found, expected) < 1e-9
+    assert relative(found, quadratic.direct + quadratic.exact_implicit) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def cancer() -> tuple[Problem, Problem]:
+    """Problem A at the lower optimum for l = −2."""
+    upper, lower = logistic.breast_cancer()
+    minimise(lower)
+    return upper, lower
+
+
+@pytest.mark.parametrize(
+    ("coarse", "fine", "order"),
+    [("f2sa:nu=0.01", "f2sa:nu=0.005", 2), ("penalty:gamma=1000", "penalty:gamma=2000", 1)],
+)
+def test_errors_fall_at_their_order(
+    cancer: tuple[Problem, Problem], coarse: str, fine: str, order: int
+) -> None:
+    exact = flat(hypergradient(*cancer, "exact"))
+    errors = [relative(flat(hypergradient(*cancer, f"{m},{LONG}")), exact) for m in (coarse, fine)]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.03)
+    assert errors[1] > 1e-7  # the inner runs', and rounding, are far below
+
+
+@pytest.mark.parametrize("method", [f"f2sa:{LONG}", f"penalty:gamma=7,{LONG}"])
+@pytest.mark.parametrize("seed", range(3))
+def test_away_from_the_minimum_they_tend_to_the_implicit_formula(method: str, seed: int) -> None:
+    """A minimum of this f is far from w; and on a quadratic the penalty's estimate is exact."""
+    quadratic = displaced(program(seed))
+    found = flat(hypergradient(*quadratic.levels(), method))
+    assert relative(found, quadratic.direct + quadratic.exact_implicit) < 1e-7
+
+
+@pytest.mark.parametrize("method", ["f2sa", "penalty"])
+def test_damping_adds_to_the_diagonal_of_the_hessian(method: str) -> None:
+    quadratic = displaced(program(0))
+    damped = quadratic.h + 3 * torch.eye(len(quadratic.h)).to(quadratic.h)
+    expected = quadratic.implicit(torch.linalg.solve(damped, quadratic.b))
+    found = flat(hypergradient(*quadratic.levels(), f"{method}:damping=3,{LONG}"))
+    assert relative(found - quadratic.direct, expected) < 1e-6
+
+
+@pytest.mark.parametrize("factor", [2.0**-12, 2.0**12])
+def test_scales_of_f_and_of_the_upper_loss_change_nothing(factor: float) -> None:
+    """Bit for bit, since powers of two do not round."""
+    quadratic = displaced(program(0))
+    upper, lower = quadratic.levels()
+    plain = flat(hypergradient(upper, lower, "f2sa"))
+    _, scaled = quadratic.levels(scale=factor)
+    assert torch.equal(flat(hypergradient(upper, scaled, "f2sa")), plain)
+    loud = Level(
+        lambda w, u: factor * quadratic.upper_f(w, u), quadratic.u, quadratic.w, quadratic.u
+    )
+    assert torch.equal(flat(hypergradient(loud, lower, "f2sa")), factor * plain)
+
+
+def test_a_small_gradient_of_a_curved_upper_loss_makes_nu_no_larger() -> None:
+    """Where w is all but F's minimum, a displacement of fixed length asks for a ν of 1000."""
+    quadratic = program(0)
+    here = flat(quadratic.w).detach() + 1e-7
+    upper = Level(
+        lambda w, u: 50 * (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u
+    )
+    _, lower = quadratic.levels()
+    exact = flat(hypergradient(upper, lower, "exact"))
+    assert relative(flat(hypergradient(upper, lower, f"f2sa:{LONG}")), exact) < 1e-3
+    assert relative(flat(hypergradient(upper, lower, f"f2sa:nu=1,{LONG}")), exact) > 0.1
+
+
+def test_a_fixed_step_is_that_of_gradient_descent() -> None:
+    """z − w = x solves Hx = b/γ: each step multiplies the error of x by (I − ηH)."""
+    quadratic = program(0)
+    b, h, gamma, eta, steps = quadratic.b, quadratic.h, 5.0, 0.05, 4
+    start = b * (b @ h @ b) / (h @ b).square().sum() / gamma  # the least residual along b
+    end = torch.linalg.solve(h, b) / gamma
+    contraction = torch.linalg.matrix_power(torch.eye(len(b)).to(b) - eta * h, steps)
+    x = end + contraction @ (start - end)
+    method = f"penalty:gamma={gamma},step={eta},inner_steps={steps},tolerance=0.0"
+    found = flat(hypergradient(*quadratic.levels(), method)) - quadratic.direct
+    assert relative(found, -gamma * quadratic.c_mixed.T @ x) < 1e-6
+
+
+def asked(levels: Any, method: str, state: Any = None) -> tuple[Estimate, int]:
+    """An estimate and the passes that it cost."""
+    oracle = open_oracle(*levels, seed=0)
+    oracle.state = state or {}
+    return estimate(oracle, method), oracle.passes.gradients
+
+
+@pytest.mark.parametrize(("method", "passes"), [("f2sa", 8), ("penalty", 4)])
+def test_runs_start_where_they_ended(method: str, passes: int) -> None:
+    levels = displaced(program(1)).levels()
+    first, cost = asked(levels, f"{method}:inner_steps=100")
+    again, warm = asked(levels, f"{method}:inner_steps=100", first.state)
+    assert warm == passes < cost and again.steps == 0
+    assert again.residual is not None and again.residual <= 1e-4
+    assert relative(flat(again.hypergradient), flat(first.hypergradient)) < 1e-3
+    cold, _ = asked(levels, f"{method}:inner_steps=0")
+    assert cold.residual is not None and cold.residual > 0.1
+
+
+@pytest.mark.parametrize("method", ["f2sa", "penalty"])
+@pytest.mark.parametrize("sign", [-1, 0])
+def test_without_curvature_there_is_the_direct_term(method: str, sign: int) -> None:
+    quadratic = program(0)
+    upper, _ = quadratic.levels()
+    lower = Level(lambda w, u: sign * w @ w + w @ u, quadratic.w, quadratic.w, quadratic.u)
+    found, _ = asked((upper, lower), method)
+    assert found.note == "the curvature of f along ∂F/∂w is not positive"
+    assert torch.equal(flat(found.hypergradient), flat(found.direct))
+
+
+@pytest.mark.parametrize("method", ["f2sa", "penalty"])
+@pytest.mark.parametrize("steps", [10, 200])
+def test_runs_end_at_negative_curvature_and_say_so(method: str, steps: int) -> None:
+    """There is no minimum; what is found is the point of least gradient, w at worst."""
+    quadratic = program(0)
+    upper, _ = quadratic.levels()
+    spectrum = torch.linspace(-4, 10, len(quadratic.h), dtype=torch.float64)
+    h = symmetric(spectrum, torch.Generator().manual_seed(1))
+    lower = Level(
+        lambda w, u: w @ h @ w / 2 + w @ quadratic.c_mixed @ u,
+        quadratic.w,
+        quadratic.w,
+        quadratic.u,
+    )
+    found, passes = asked((upper, lower), f"{method}:inner_steps={steps}")
+    assert found.note == "negative curvature" and passes < 4 + 4 * steps
+    assert found.residual is not None and found.residual < 1 and found.hypergradient.isfinite()
+
+
+@pytest.mark.parametrize("method", [f"f2sa:{LONG}", f"penalty:gamma=1000,{LONG}"])
+def test_every_evaluation_sees_the_same_random_numbers(method: str) -> None:
+    """Masks that differed would be divided by ν."""
+    quadratic = program(2)
+
+    def masked(objective: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def drawn(w: Tensor, u: Tensor) -> Tensor:
+            return objective(w * (0.5 + torch.rand(len(w), dtype=w.dtype)), u)
+
+        return drawn
+
+    upper = Level(masked(quadratic.upper_f), quadratic.u, quadratic.w, quadratic.u)
+    lower = Level(masked(quadratic.f), quadratic.w, quadratic.w, quadratic.u)
+    found, exact = (flat(hypergradient(upper, lower, m, seed=5)) for m in (method, "exact"))
+    assert relative(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["f2sa:tolerance=1e-3", "penalty:gamma=300,tolerance=1e-3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_its_fast_kernel_and_half_precision(method: str, dtype: torch.dtype) -> None:
+    """The reference is a double backward pass in float64 at the same values."""
+    torch.manual_seed(0)
+    start = [torch.randn(1, 2, 3, 4).to(dtype) for _ in range(2)]
+
+    def levels(dtype: torch.dtype) -> tuple[Problem, Problem]:
+        w, u = (x.to(dtype, copy=True).requires_grad_() for x in start)
+
+        def f(_: Any) -> Tensor:
+            return (scaled_dot_product_attention(w, w, w) * u).sum() / 4 + w.square().sum()
+
+        return FunctionLevel(lambda _: (w - 1).square().sum() + u.sum(), [u]), FunctionLevel(f, [w])
+
+    (found,) = hypergradient(*levels(dtype), method)
+    assert found.dtype == dtype
+    (exact,) = hypergradient(*levels(torch.float64), "exact")
+    assert relative(found.double(), exact) < (5e-3 if dtype == torch.float32 else 2e-2)
+
+
+def scalar_levels(curvature: float) -> tuple[FunctionLevel, FunctionLevel]:
+    """f = ½(w − u)² and F = ½(u − 1)² + ½εw² with ε = ``curvature``."""
+    w, u = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(
+        lambda _: (u - 1) ** 2 / 2 + curvature * w**2 / 2, [u], optimizer=SGD([u], lr=0.3)
+    )
+    return upper, FunctionLevel(lambda _: (w - u) ** 2 / 2, [w], optimizer=SGD([w], lr=0.5))
+
+
+@pytest.mark.parametrize("gamma", [4.0, 8.0, 400.0])
+def test_the_penalty_trains_to_the_optimum_of_the_penalised_problem(gamma: float) -> None:
+    """min_w F + γf is ½(u − 1)² + ½au², a = εγ/(ε + γ): O(1/γ) from the bilevel 1/(1 + ε)."""
+    epsilon = 0.5
+    upper, lower = scalar_levels(epsilon)
+    Engine(upper, lower, f"penalty:gamma={gamma},tolerance=0.0", lower_steps=3, progress=False).run(
+        100
+    )
+    a = epsilon * gamma / (epsilon + gamma)
+    assert upper.variables[0].item() == pytest.approx(1 / (1 + a), abs=1e-9)
+    assert lower.variables[0].item() == pytest.approx(gamma / (gamma + epsilon) / (1 + a), abs=1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.01])
+def test_without_the_value_function_the_flatness_of_the_upper_loss_is_the_error(
+    epsilon: float,
+) -> None:
+    """u goes to 1, whatever γ is; the optimum is 1/(1 + ε)."""
+    upper, lower = scalar_levels(epsilon)
+    Engine(upper, lower, "penalty:gamma=4,free=True", lower_steps=3, progress=False).run(100)
+    assert upper.variables[0].item() == pytest.approx(1, abs=1e-9)
+
+
+def ridge_at_its_end(method: str, steps: int) -> tuple[float, Tensor]:
+    """F(w*(u), u) of problem C after training, and u."""
+    upper, lower = ridge.diabetes()
+    assert upper.optimizer is not None
+    upper.optimizer.param_groups[0]["lr"] = 0.2
+    # Penalties grow to e⁶ on the way, and a step of gradient descent would have to be as small.
+    lower.optimizer = Adam(lower.variables, lr=0.02)
+
+    def within_the_box(engine: Engine, record: Any) -> None:
+        with torch.no_grad():
+            upper.variables[0].clamp_(max=6.0)
+
+    options: Any = {"lower_steps": 5, "callbacks": [within_the_box], "progress": False}
+    Engine(upper, lower, method, **options).run(steps)
+    lower.solve()
+    return upper.evaluate(None)[0].item(), upper.variables[0].detach()
+
+
+def test_the_penalty_reaches_the_optimum_of_the_ridge_regression() -> None:
+    """From .246694; without the value function u stays, since F does not read it."""
+    value, _ = ridge_at_its_end("penalty", 200)
+    assert value == pytest.approx(0.236607, abs=6e-5)
+    value, u = ridge_at_its_end("penalty:free=True", 3)
+    assert torch.equal(u, torch.full_like(u, -2.0)) and value == pytest.approx(0.246694, abs=5e-7)
+
+
+def test_a_lower_step_of_the_engine_descends_f_and_a_share_of_the_upper_loss() -> None:
+    """On the upper level's next batch; what is logged as the lower loss stays f."""
+    w, u = (torch.tensor([x], requires_grad=True) for x in (3.0, 1.0))
+    seen: list[Any] = []
+
+    def above(batch: float) -> Tensor:
+        seen.append(batch)
+        return batch * (w - u).sum()
+
+    upper = FunctionLevel(above, [u], data=[10.0, 11.0, 12.0], optimizer=SGD([u], lr=0.0))
+    lower = FunctionLevel(lambda _: (w * u).square().sum() / 2, [w], optimizer=SGD([w], lr=0.1))
+    method = "penalty:gamma=5,free=True"
+    (record,) = Engine(upper, lower, method, lower_steps=2, progress=False).run(1)
+    first = 3.0 - 0.1 * (3.0 + 10 / 5)
+    assert w.item() == pytest.approx(first - 0.1 * (first + 11 / 5))
+    assert seen == [10.0, 11.0, 12.0]
+    assert record["lower_loss"] == pytest.approx(first**2 / 2)
+    assert record["lower_gradient_norm"] == pytest.approx(first + 11 / 5)
+
+
+def test_the_share_of_the_upper_loss_leaves_nothing_but_its_gradient() -> None:
+    """With a share that rounds to nothing, training is that without it, bit for bit.
+
+    Dropout, BatchNorm's buffers and the order of shuffled data are as if F had not been read.
+    """
+    ends = []
+    for method in ("penalty:gamma=1e300,free=True", "direct"):
+        upper, lower = network_levels(upper_lr=0.0)
+        torch.manual_seed(4)
+        Engine(upper, lower, method, lower_steps=2, progress=False).run(4)
+        ends.append([*lower.variables, *lower.net.buffers()])
+    assert all(map(torch.equal, *ends))
+
+
+def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:
+    upper, lower = scalar_levels(float("nan"))
+    with pytest.raises(NonFiniteError, match="lower step 1: FunctionLevel: the loss is nan"):
+        Engine(upper, lower, "penalty", progress=False).run(1)
+    run = Engine(upper, lower, "penalty", lower_steps=2, non_finite="skip", progress=False)
+    run.run(1)
+    assert run.skipped == 3 and lower.variables[0].item() == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("f2sa:nu=0", "f2sa: nu must be positive"),
+        ("f2sa:inner_steps=-1", "f2sa: inner_steps must not be negative, got -1"),
+        ("f2sa:step=0", "f2sa: step must be positive"),
+        ("f2sa:tolerance=1", r"f2sa: tolerance must be in \[0, 1\), got 1"),
+        ("f2sa:damping=-1", "f2sa: damping must not be negative, got -1"),
+        ("penalty:gamma=0", "penalty: gamma must be positive"),
+        ("penalty:free=1", "penalty: free must be bool, got 1"),
+    ],
+)
+def test_mistakes_are_named(method: str, message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        get_estimator(method)

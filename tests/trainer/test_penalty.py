@@ -1,0 +1,65 @@
+"""`f2sa` and `penalty` under the Trainer: what the lower steps descend, and that they train."""
+
+import pytest
+import torch
+
+from hyperopt_peft import hypergradient
+from hyperopt_peft.adapters import use_fast_dora
+from hyperopt_peft.problems.bidora import Direction, Magnitude
+
+from .models import peft_model, trainer
+from .test_trainer import Watch, batches_of, double, watched
+
+GAMMA = 5.0
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path, micro):
+    """Each on an upper batch of its own, a function of the step; and u moves at the same point."""
+    method = f"penalty:gamma={GAMMA},inner_steps=3"
+    settings = {"hypergradient": method, "gradient_accumulation_steps": micro, "rows": 30}
+    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
+    lower_batches = batches_of(run, 6 * micro)
+    run.train()
+    fresh = double(peft_model(dropout=0.0))
+    use_fast_dora(fresh, "full")
+    lower, upper = Direction(fresh), Magnitude(fresh)
+    named = dict(fresh.named_parameters())
+    losses = [log["loss"] for log in run.state.log_history if "loss" in log]
+    for step in range(6):
+        with torch.no_grad():
+            for name, value in watch.points[step].items():
+                named[name].copy_(value)
+        batches = lower_batches[step * micro : (step + 1) * micro]
+        parts = [lower.gradient(batch, lower.variables) for batch in batches]
+        above = upper.gradient(run._upper_batches.batch(step + step // 2), lower.variables)
+        assert losses[step] == pytest.approx(sum(part.loss for part in parts) / micro, abs=1e-4)
+        for k, name in enumerate(lower.names):
+            expected = sum(part.gradient[k] for part in parts) / micro
+            expected = expected + above.gradient[k] / GAMMA
+            torch.testing.assert_close(watch.gradients[step][name], expected, rtol=1e-9, atol=1e-12)
+        if step % 2 == 1 and micro == 1:
+            number = step + 1 + (step + 1) // 2 - 1
+            given = {"upper_batch": run._upper_batches.batch(number), "lower_batch": batches[0]}
+            expected = hypergradient(upper, lower, method, **given)
+            for name, part in zip(upper.names, expected, strict=True):
+                found = watch.gradients[step][name]
+                assert (found - part).norm() <= 1e-3 * part.norm() + 1e-6
+
+
+@pytest.mark.parametrize(
+    "method", ["f2sa:inner_steps=2", "penalty:inner_steps=3", "penalty:free=True"]
+)
+def test_they_train(tmp_path, method):
+    """The training loss falls, the upper level moves, and the log tells of its steps."""
+    watch = Watch()
+    settings = {"hypergradient": method, "max_steps": 40, "lower_steps": 4, "learning_rate": 3e-2}
+    run = trainer(tmp_path, dropout=0.0, options={"callbacks": [watch]}, **settings)
+    before = run.evaluate(run.train_dataset)["eval_loss"]
+    start = [u.detach().clone() for u in run.upper.variables]
+    run.train()
+    assert run.evaluate(run.train_dataset)["eval_loss"] < 0.9 * before
+    assert not any(map(torch.equal, start, run.upper.variables))
+    logs = [log for log in run.state.log_history if "upper_loss" in log]
+    assert len(logs) == 10
+    assert sum(log["implicit_ratio"] > 0 for log in logs) == (0 if "free" in method else 10)
