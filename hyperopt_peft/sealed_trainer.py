@@ -131,7 +131,7 @@ class SealedTrainer(Trainer):
                 kept = packed(self._kept) if self._packed is None else self._packed
                 if self.args.should_save:
                     save_file(values, folder / LEVELS)
-                    checkpoint.write_state(folder / ESTIMATOR, kept)
+                    torch.save(kept, folder / ESTIMATOR)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     checkpoint.seal(folder, record)

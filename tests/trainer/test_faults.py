@@ -25,6 +25,7 @@ FILES = (
     "adapter_model.safetensors",
     "bilevel_settings.json",
     "levels.safetensors",
+    "estimator.pt",
     "optimizer.pt",
     "rng_state.pth",
     "scheduler.pt",
