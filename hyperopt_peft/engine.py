@@ -12,12 +12,13 @@ from tqdm.auto import trange
 
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import estimate, like
+from hyperopt_peft.hypergradients.estimate import check_options, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State, check_ownership
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.state import packed, unpacked
+from hyperopt_peft.optimizer_options import read_by_options
 from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
 
@@ -82,6 +83,12 @@ class Engine:
                 f"{self.estimator.name} looks back on {self.estimator.history} lower steps, but "
                 f"only lower_steps={lower_steps} come between upper steps; raise lower_steps"
             )
+        if self.estimator.needs_every_step and self.estimator.history < lower_steps:
+            raise ProblemError(
+                f"{self.estimator.name} carries over what each lower step did, but looks back on "
+                f"{self.estimator.history} of lower_steps={lower_steps}; give steps={lower_steps}"
+            )
+        check_options(self.estimator, upper, lower)
         self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
         self.history: list[Record] = []
@@ -220,7 +227,9 @@ class Engine:
         gradient = evaluation.gradient
         if first:
             require_read(self.lower, gradient[: len(w)])
-            self._unread = {n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None}
+            options = read_by_options(self.lower)
+            pairs = zip(self.upper.names, u, gradient[len(w) :], strict=True)
+            self._unread = {n for n, x, g in pairs if g is None and id(x) not in options}
             self._lower_read = True
         step = Step(batch, random_state)
         if self.estimator.history:

@@ -101,6 +101,16 @@ class Estimator(ABC):
         """Whether the lower steps it looks back on must hold the optimizer's state."""
         return False
 
+    @property
+    def needs_every_step(self) -> bool:
+        """Whether no lower step may come between those it looks back on."""
+        return False
+
+    @property
+    def differentiates_options(self) -> bool:
+        """Whether dF/du has the part of `Problem.optimizer_options`."""
+        return False
+
     @abstractmethod
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
