@@ -1,4 +1,4 @@
-"""What touches PEFT: parameter ownership, DoRA's gradient, penalties, rank selection, analysis."""
+"""What touches PEFT: parameter ownership, DoRA's gradient, penalties, ranks, scales, analysis."""
 
 from hyperopt_peft.adapters.decomposition import (
     LineFit,
@@ -12,6 +12,11 @@ from hyperopt_peft.adapters.layers import direction, dora_layers, lora_layers
 from hyperopt_peft.adapters.norm_grad import set_norm_grad
 from hyperopt_peft.adapters.ownership import ParameterSplit, split_parameters
 from hyperopt_peft.adapters.regularizers import gram, gram_penalty
+from hyperopt_peft.adapters.scales import (
+    add_hyperparameters,
+    fold_scales,
+    layer_hyperparameters,
+)
 from hyperopt_peft.adapters.selection import (
     add_selection,
     component_weights,
@@ -24,14 +29,17 @@ __all__ = [
     "LineFit",
     "ModuleChange",
     "ParameterSplit",
+    "add_hyperparameters",
     "add_selection",
     "component_weights",
     "decompose",
     "direction",
     "dora_layers",
     "fit_line",
+    "fold_scales",
     "gram",
     "gram_penalty",
+    "layer_hyperparameters",
     "lora_layers",
     "plot_decomposition",
     "rank_config",
