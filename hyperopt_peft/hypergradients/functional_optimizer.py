@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -191,11 +190,11 @@ class FunctionalOptimizer:
         options: list[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         assert step.optimizer is not None
-        learnt, values = self._learnt or repeat({}), iter(options)
+        groups, values = step.optimizer["groups"], iter(options)
         gradient = self._clipped(gradient)
         after, moments_after = list(point), list(moments)
         width = len(self.moment_names)
-        for group, names in zip(step.optimizer["groups"], learnt, strict=False):
+        for group, names in zip(groups, self._learnt or [{}] * len(groups), strict=True):
             group = {**group, **{name: next(values) for name in names}}
             # A variable that the loss did not read has no gradient, and torch leaves it alone.
             indices = [i for i in group["variables"] if step.gradient[i] is not None]
