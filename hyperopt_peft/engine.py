@@ -12,7 +12,7 @@ from tqdm.auto import trange
 
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import check_options, estimate, like
+from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State, check_ownership
 from hyperopt_peft.hypergradients.purity import Copies
@@ -88,7 +88,7 @@ class Engine:
                 f"{self.estimator.name} carries over what each lower step did, but looks back on "
                 f"{self.estimator.history} of lower_steps={lower_steps}; give steps={lower_steps}"
             )
-        check_options(self.estimator, upper, lower)
+        self.estimator.check_levels(upper, lower)
         self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
         self.history: list[Record] = []

@@ -116,6 +116,8 @@ class BilevelTrainer(SealedTrainer):
         check_batches(args, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
         self.estimator = args.estimator()
+        if upper is not None:
+            self.estimator.check_levels(upper, lower)
         check_accelerator(self)
         check_optimizer(self.optimizer, self.lr_scheduler, levels)
         self._used_columns(self.train_dataset, "train_dataset")

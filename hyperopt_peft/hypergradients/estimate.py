@@ -11,7 +11,6 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.optimizer_options import read_by_options
 from hyperopt_peft.problem import Problem, devices_of
 from hyperopt_peft.random_state import RandomState
 
@@ -54,7 +53,7 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
     """
     estimator = get_estimator(method)
-    check_options(estimator, oracle.upper, oracle.lower)
+    estimator.check_levels(oracle.upper, oracle.lower)
     try:
         with oracle.open():
             result = estimator.estimate(oracle)
@@ -69,19 +68,6 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
             f"{estimator.name}: the hypergradient is not finite (residual {result.residual})"
         )
     return result
-
-
-def check_options(estimator: Estimator, upper: Problem, lower: Problem) -> None:
-    """Refuse an estimator that overlooks what the lower optimizer's options tell of u."""
-    if estimator.differentiates_options:
-        return
-    read = read_by_options(lower)
-    names = [n for n, u in zip(upper.names, upper.variables, strict=True) if id(u) in read]
-    estimator.require(
-        not names,
-        f"{lower.name}'s optimizer_options read {', '.join(names)}, which this estimator does not "
-        'see; choose one that differentiates the optimizer\'s steps, "unrolled" or "forward"',
-    )
 
 
 def hypergradient(

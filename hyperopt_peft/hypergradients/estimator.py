@@ -12,7 +12,9 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
+from hyperopt_peft.optimizer_options import read_by_options
 from hyperopt_peft.options import matches, spelt
+from hyperopt_peft.problem import Problem
 
 Matvec = Callable[[Vector], Vector]
 
@@ -106,10 +108,20 @@ class Estimator(ABC):
         """Whether no lower step may come between those it looks back on."""
         return False
 
-    @property
-    def differentiates_options(self) -> bool:
-        """Whether dF/du has the part of `Problem.optimizer_options`."""
-        return False
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Raise ProblemError where the estimator does not go with these levels.
+
+        Most see the lower loss alone, and refuse a lower level whose `Problem.optimizer_options`
+        are functions of upper variables.
+        """
+        read = read_by_options(lower)
+        names = [n for n, u in zip(upper.names, upper.variables, strict=True) if id(u) in read]
+        self.require(
+            not names,
+            f"{lower.name}'s optimizer_options read {', '.join(names)}, which this estimator does "
+            'not see; choose one that differentiates the optimizer\'s steps, "unrolled" or '
+            '"forward"',
+        )
 
     @abstractmethod
     def estimate(self, oracle: Oracle) -> Estimate:

@@ -13,6 +13,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled import Unrolled
 from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
+from hyperopt_peft.problem import Problem
 
 
 @register("forward", kind="unrolled")
@@ -48,15 +49,20 @@ class Forward(Unrolled):
         """A step that is left out would be missing from the tangents for ever."""
         return self.carry
 
-    def estimate(self, oracle: Oracle) -> Estimate:
-        """dF/du at the oracle's point."""
-        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        n = direct.numel()
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Refuse more unknowns than ``limit``, and what `Unrolled` refuses."""
+        super().check_levels(upper, lower)
+        n = sum(variable.numel() for variable in upper.variables)
         self.require(
             n <= self.limit,
             f"{n} upper unknowns are more than limit={self.limit}, and each costs a product a "
             'step; use reverse mode, "unrolled", or raise limit',
         )
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        n = direct.numel()
         optimizer, steps = self._looked_back_on(oracle)
         # Row k: how the optimizer's k-th option depends on each unknown.
         slopes = [

@@ -14,7 +14,7 @@ from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.purity import assign, displaced
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import zeros_like
-from hyperopt_peft.problem import Step
+from hyperopt_peft.problem import Problem, Step
 from hyperopt_peft.shards import is_sharded
 
 
@@ -59,10 +59,13 @@ class Unrolled(Estimator):
         """A step is also a function of the optimizer's state."""
         return True
 
-    @property
-    def differentiates_options(self) -> bool:
-        """A step is also a function of the optimizer's options."""
-        return True
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Refuse shards; the optimizer's options are part of the step."""
+        self.require(
+            not is_sharded(*upper.variables, *lower.variables),
+            "the optimizer's step on FSDP's shards cannot be differentiated; choose darts, or a "
+            'solver with product="difference"',
+        )
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
@@ -81,11 +84,6 @@ class Unrolled(Estimator):
 
     def _looked_back_on(self, oracle: Oracle) -> tuple[FunctionalOptimizer, Sequence[Step]]:
         """The lower optimizer's step as a function, and the steps to differentiate, in order."""
-        self.require(
-            not is_sharded(*oracle.upper.variables, *oracle.lower.variables),
-            "the optimizer's step on FSDP's shards cannot be differentiated; choose darts, or a "
-            'solver with product="difference"',
-        )
         last = oracle.history[-1].optimizer if oracle.history else None
         snapshot = last or oracle.lower.optimizer_snapshot(with_state=True)
         optimizer = FunctionalOptimizer(oracle.lower, snapshot)

@@ -143,6 +143,8 @@ def test_too_many_unknowns_are_sent_to_reverse_mode():
     levels = make(SGD, {"lr": 0.1})
     with pytest.raises(ProblemError, match=r'6 upper unknowns .* limit=5.* "unrolled", or raise'):
         hypergradient(*levels, "forward:limit=5")
+    with pytest.raises(ProblemError, match="6 upper unknowns"):
+        Engine(*levels, "forward:limit=5", warmup_steps=1000)
     hypergradient(*levels, "forward:limit=6")
     with pytest.raises(ProblemError, match="limit must be at least 1"):
         hypergradient(*levels, "forward:limit=0")
