@@ -18,6 +18,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle, State, check_ownership
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.state import packed, unpacked
+from hyperopt_peft.optimizer_options import read_by_options
 from hyperopt_peft.options import require_count
 from hyperopt_peft.problem import Problem, Step, devices_of, owned, require_read
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
@@ -81,11 +82,16 @@ class Engine:
             raise ProblemError(f'non_finite must be "raise" or "skip", got {non_finite!r}')
         self.upper, self.lower = upper, lower
         self.estimator = get_estimator(hypergradient)
-        check_estimator(self.estimator, lower)
+        check_estimator(self.estimator, upper, lower)
         if self.estimator.history > lower_steps:
             raise ProblemError(
                 f"{self.estimator.name} looks back on {self.estimator.history} lower steps, but "
                 f"only lower_steps={lower_steps} come between upper steps; raise lower_steps"
+            )
+        if self.estimator.needs_every_step and self.estimator.history < lower_steps:
+            raise ProblemError(
+                f"{self.estimator.name} carries over what each lower step did, but looks back on "
+                f"{self.estimator.history} of lower_steps={lower_steps}; give steps={lower_steps}"
             )
         self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
@@ -226,7 +232,9 @@ class Engine:
         gradient = evaluation.gradient
         if first:
             require_read(self.lower, gradient[: len(w)])
-            self._unread = {n for n, g in zip(self.upper.names, gradient[len(w) :]) if g is None}
+            options = read_by_options(self.lower)
+            pairs = zip(self.upper.names, u, gradient[len(w) :], strict=True)
+            self._unread = {n for n, x, g in pairs if g is None and id(x) not in options}
             self._lower_read = True
         descent = gradient[: len(w)]
         if share := self.estimator.upper_share:

@@ -93,7 +93,12 @@ class Nested(Problem):
         product: ProductKind = "difference" if len(lower.levels) > 1 else "exact"
         default = ConjugateGradient(steps=20, tolerance=1e-12, product=product)
         self.estimator = get_estimator(hypergradient or default)
-        check_estimator(self.estimator, lower)
+        check_estimator(self.estimator, middle, lower)
+        if self.estimator.upper_share:
+            raise ProblemError(
+                f"{self.estimator.name} owns the updates of both levels, which a chain does not "
+                "give it; choose cg or minres below, and it between the upper two levels"
+            )
         solves = isinstance(self.estimator, Solver)
         self.follow = int(solves) if follow is None else follow
         require_count("follow", self.follow, least=0)
@@ -108,6 +113,10 @@ class Nested(Problem):
         self._rest: Vector | None = None  # ∂f/∂w where nothing is displaced, while `anchored`
         self._copies = Copies()
         self._read: dict[Tensor, bool] = {}  # whether the level below reads a variable
+
+    def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
+        """Those of the middle level."""
+        return self.middle.optimizer_options()
 
     @property
     def levels(self) -> tuple[Problem, ...]:

@@ -19,6 +19,7 @@ from hyperopt_peft import processes, versions
 from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.graph import graph_leaves, graph_nodes, is_half
+from hyperopt_peft.optimizer_options import write_options
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.reductions import finite, read, sums
 from hyperopt_peft.reductions import norm as norm_of
@@ -113,6 +114,17 @@ class Problem:
         ``ModelOutput`` for example. Its other entries that are single numbers are logged.
         """
         raise ProblemError(f"{self.name}: define loss(self, batch)")
+
+    def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
+        """Options of the optimizer that are functions of upper variables; none by default.
+
+        ``{"lr": self.log_lr.exp()}`` for example: ``lr`` and ``weight_decay``, single numbers, one
+        mapping for all groups of parameters or one for each. They are written into the groups
+        before each step, in place of what these were made with. Estimators of kind ``"unrolled"``
+        take hypergradients with respect to them; others refuse. A scheduler sets the learning rate
+        itself, so beside one only ``weight_decay`` is allowed.
+        """
+        return {}
 
     @property
     def levels(self) -> tuple[Problem, ...]:
@@ -249,6 +261,7 @@ class Problem:
         norm = norm_of(part for part in gradient if part is not None)
         if not math.isfinite(norm):
             raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
+        write_options(self)
         limit = self.max_grad_norm
         scale = None if limit is None or norm <= limit else limit / (norm + 1e-6)
         for variable, part in zip(self.variables, gradient, strict=True):
@@ -263,9 +276,10 @@ class Problem:
         return norm
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
-        """`snapshot` of the optimizer; of none where the level has none."""
+        """`snapshot` of the optimizer, with its present options; of none where there is none."""
         if self.optimizer is None:
             return {"kind": None, "groups": [], "state": {}}
+        write_options(self)
         return snapshot(self.optimizer, self.variables, with_state=with_state)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.accelerator import check_accelerator
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import estimate, like
+from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
@@ -117,6 +117,8 @@ class BilevelTrainer(SealedTrainer):
         check_batches(args, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **trainer)
         self.estimator = args.estimator()
+        if upper is not None:
+            check_estimator(self.estimator, upper, lower)
         check_accelerator(self)
         check_optimizer(self.optimizer, self.lr_scheduler, levels)
         self._used_columns(self.train_dataset, "train_dataset")

@@ -87,6 +87,11 @@ def check_levels(levels: Sequence[Problem]) -> None:
                 f"{level.name}: give the limit of the gradient's norm as the argument "
                 "max_grad_norm or upper_max_grad_norm, not to the level"
             )
+        if level.optimizer_options():
+            raise ProblemError(
+                f"{level.name} has optimizer_options, but the Trainer's own arguments and schedule "
+                "set its optimizer's; learn these with the Engine"
+            )
 
 
 def check_optimizer(optimizer: Any, scheduler: Any, levels: Sequence[Problem]) -> None:

@@ -93,6 +93,11 @@ class BilevelTrainingArguments(TrainingArguments):
                 f"{estimator.name} looks back on {estimator.history} lower steps, which only the "
                 "Engine keeps; choose darts, neumann, cg or minres, or one step"
             )
+        if estimator.needs_every_step and self.lower_steps > 1:
+            raise ProblemError(
+                f"{estimator.name} carries over what each lower step did, and the Trainer keeps "
+                f"only one of lower_steps={self.lower_steps}; leave carry out, or use the Engine"
+            )
         return estimator
 
     def bilevel_settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What touches PEFT: parameter ownership, DoRA's gradient, penalties, rank selection, analysis."""
+"""What touches PEFT: parameter ownership, DoRA's gradient, penalties, ranks, scales, analysis."""
 
 from hyperopt_peft.adapters.decomposition import (
     LineFit,
@@ -17,6 +17,11 @@ from hyperopt_peft.adapters.pseudo_svd import (
     use_pseudo_svd,
 )
 from hyperopt_peft.adapters.regularizers import gram, gram_penalty
+from hyperopt_peft.adapters.scales import (
+    add_hyperparameters,
+    fold_scales,
+    layer_hyperparameters,
+)
 from hyperopt_peft.adapters.selection import (
     add_selection,
     component_weights,
@@ -29,14 +34,17 @@ __all__ = [
     "LineFit",
     "ModuleChange",
     "ParameterSplit",
+    "add_hyperparameters",
     "add_selection",
     "component_weights",
     "decompose",
     "direction",
     "dora_layers",
     "fit_line",
+    "fold_scales",
     "gram",
     "gram_penalty",
+    "layer_hyperparameters",
     "lora_layers",
     "orthogonality_penalty",
     "plot_decomposition",

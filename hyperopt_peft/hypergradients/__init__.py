@@ -8,6 +8,7 @@ from hyperopt_peft.hypergradients.estimate import hypergradient
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator, Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.exact import Exact
 from hyperopt_peft.hypergradients.f2sa import F2SA
+from hyperopt_peft.hypergradients.forward import Forward
 from hyperopt_peft.hypergradients.minres import MINRES
 from hyperopt_peft.hypergradients.neumann import Neumann
 from hyperopt_peft.hypergradients.nystrom import Nystrom
@@ -31,6 +32,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Exact",
+    "Forward",
     "Matvec",
     "Neumann",
     "Nystrom",

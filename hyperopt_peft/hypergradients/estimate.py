@@ -54,7 +54,7 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
     """
     estimator = get_estimator(method)
-    check_estimator(estimator, oracle.lower)
+    check_estimator(estimator, oracle.upper, oracle.lower)
     try:
         with oracle.open():
             result = estimator.estimate(oracle)
@@ -71,8 +71,12 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
     return result
 
 
-def check_estimator(estimator: Estimator, lower: Problem) -> None:
-    """Raise ProblemError where ``estimator`` asks a level over others for what it cannot tell."""
+def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> None:
+    """Raise ProblemError where ``estimator`` does not go with the levels.
+
+    A ``lower`` over other levels has no second derivatives, and one step of the past.
+    """
+    estimator.check_levels(upper, lower)
     if len(lower.levels) > 1:
         exact = getattr(estimator, "product", None) == "exact"
         estimator.require(not exact, f"{lower.name}: {NESTED}")

@@ -13,7 +13,9 @@ from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, step_metr
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
+from hyperopt_peft.optimizer_options import read_by_options
 from hyperopt_peft.options import matches, spelt
+from hyperopt_peft.problem import Problem
 
 Matvec = Callable[[Vector], Vector]
 
@@ -106,6 +108,26 @@ class Estimator(ABC):
     def upper_share(self) -> float:
         """The lower steps of a run descend f + upper_share·F, F on the upper level's next batch."""
         return 0.0
+
+    @property
+    def needs_every_step(self) -> bool:
+        """Whether no lower step may come between those it looks back on."""
+        return False
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Raise ProblemError where the estimator does not go with these levels.
+
+        Most see the lower loss alone, and refuse a lower level whose `Problem.optimizer_options`
+        are functions of upper variables.
+        """
+        read = read_by_options(lower)
+        names = [n for n, u in zip(upper.names, upper.variables, strict=True) if id(u) in read]
+        self.require(
+            not names,
+            f"{lower.name}'s optimizer_options read {', '.join(names)}, which this estimator does "
+            'not see; choose one that differentiates the optimizer\'s steps, "unrolled" or '
+            '"forward"',
+        )
 
     @abstractmethod
     def estimate(self, oracle: Oracle) -> Estimate:

@@ -1,15 +1,17 @@
 """Second-derivative products of the lower objective f at one point.
 
-A product is ``hessian(v) = ∂²f/∂w² v`` and ``mixed(v) = ∂²f/∂u∂w v``, on one batch and one
-random state. `ExactProduct` differentiates ∂f/∂w once more; `DifferenceProduct` needs
-first-order passes only.
+A product is ``hessian(v) = ∂²f/∂w² v``, ``mixed(v) = ∂²f/∂u∂w v`` or ``tangent(v, e) =
+∂²f/∂w² v + ∂²f/∂w∂u e``, on one batch and one random state. `ExactProduct` differentiates ∂f/∂w
+once more; `DifferenceProduct` needs first-order passes only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hyperopt_peft import processes
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.graph import graph_nodes, once_differentiable_functions
-from hyperopt_peft.hypergradients.purity import Buffers, assign
+from hyperopt_peft.hypergradients.purity import Buffers, assign, displaced
 from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon
 from hyperopt_peft.problem import Problem
 from hyperopt_peft.random_state import RandomState, replay
@@ -76,6 +78,9 @@ class Product(Protocol):
     def mixed(self, v: Vector) -> Vector:
         """∂²f/∂u∂w v, shaped like the upper variables."""
 
+    def tangent(self, v: Vector, e: Vector) -> Vector:
+        """∂²f/∂w² v + ∂²f/∂w∂u e: how ∂f/∂w changes as w moves along v and u along e."""
+
 
 class ExactProduct:
     """Products by double backward on one kept graph (Pearlmutter 1994).
@@ -97,15 +102,8 @@ class ExactProduct:
         with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), _without_reducers():
             loss, _ = objective.lower.evaluate(objective.batch)
         objective.lower.require_finite(processes.average(loss), ())
-        with _second_derivatives():
-            self.gradient = torch.autograd.grad(
-                loss, objective.lower.variables, create_graph=True, materialize_grads=True
-            )
-            # Autograd never reaches their error: it leads nowhere, or is not even in the graph.
-            marked = once_differentiable_functions(loss)
-            if marked or any("Error" in node.name() for node in graph_nodes(self.gradient)):
-                names = ", ".join(marked) or "a function"
-                raise RuntimeError(f"{names} is marked once_differentiable, not twice")
+        self._loss = loss
+        self.gradient = _slopes(loss, objective.lower.variables)
 
     def hessian(self, v: Vector) -> Vector:
         """∂²f/∂w² v = ∂⟨∂f/∂w, v⟩/∂w."""
@@ -115,10 +113,24 @@ class ExactProduct:
         """∂²f/∂u∂w v = ∂⟨∂f/∂w, v⟩/∂u."""
         return self._derivative(self.objective.upper.variables, v)
 
-    def _derivative(self, variables: tuple[Tensor, ...], v: Vector) -> Vector:
+    def tangent(self, v: Vector, e: Vector) -> Vector:
+        """∂²f/∂w² v + ∂²f/∂w∂u e = ∂(⟨∂f/∂w, v⟩ + ⟨∂f/∂u, e⟩)/∂w."""
+        return self._derivative(self.objective.lower.variables, v, e)
+
+    @cached_property
+    def _upper_gradient(self) -> tuple[Tensor, ...]:
+        """∂f/∂u, with its graph."""
+        return _slopes(self._loss, self.objective.upper.variables)
+
+    def _derivative(
+        self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None
+    ) -> Vector:
         self.objective.passes.products += 1
-        pairs = [(g, x.to(g)) for g, x in zip(self.gradient, v) if g.requires_grad]
-        if not pairs:  # f is linear in w
+        slopes = list(zip(self.gradient, v, strict=True))
+        if e is not None:
+            slopes += zip(self._upper_gradient, e, strict=True)
+        pairs = [(g, x.to(g)) for g, x in slopes if g.requires_grad]
+        if not pairs:  # f is linear
             return Vector.of([None] * len(variables), variables)
         outputs, cotangents = zip(*pairs, strict=True)
         with _second_derivatives():
@@ -126,6 +138,18 @@ class ExactProduct:
                 outputs, variables, cotangents, retain_graph=True, allow_unused=True
             )
         return Vector.of(processes.mean(result, variables), variables)
+
+
+def _slopes(loss: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """∂loss/∂variables with a graph, zero where the loss does not read one."""
+    with _second_derivatives():
+        slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
+        # Autograd never reaches their error: it leads nowhere, or is not even in the graph.
+        marked = once_differentiable_functions(loss)
+        if marked or any("Error" in node.name() for node in graph_nodes(slopes)):
+            names = ", ".join(marked) or "a function"
+            raise RuntimeError(f"{names} is marked once_differentiable, not twice")
+        return slopes
 
 
 @dataclass
@@ -160,8 +184,20 @@ class DifferenceProduct:
         """∂²f/∂u∂w v, by differences of ∂f/∂u."""
         return self._difference("upper", self.objective.upper.variables, v)
 
-    def _difference(self, level: str, variables: tuple[Tensor, ...], v: Vector) -> Vector:
-        length = v.norm()
+    def tangent(self, v: Vector, e: Vector) -> Vector:
+        """∂²f/∂w² v + ∂²f/∂w∂u e, by differences of ∂f/∂w with both w and u displaced."""
+        with displaced(self.objective.upper.variables) as here:
+            return self._difference("lower", self.objective.lower.variables, v, (here, e))
+
+    def _difference(
+        self,
+        level: str,
+        variables: tuple[Tensor, ...],
+        v: Vector,
+        upper: tuple[Sequence[Tensor], Vector] | None = None,
+    ) -> Vector:
+        """``upper``: where u is and the direction that it moves along, if it moves too."""
+        length = v.norm() if upper is None else math.hypot(v.norm(), upper[1].norm())
         if length == 0:
             return Vector.of([None] * len(variables), variables)
         radius = self.radius or default_radius(
@@ -173,6 +209,9 @@ class DifferenceProduct:
         def gradient(shift: float) -> Vector:
             w = self.objective.lower.variables
             assign(w, self.point, along.parts, shift / scale)
+            if upper is not None:
+                here, e = upper
+                assign(self.objective.upper.variables, here, e.parts, shift / length)
             return self.objective.gradient(variables)
 
         if self.sides == 2:

@@ -14,7 +14,7 @@ from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.purity import assign, displaced
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.vector import zeros_like
-from hyperopt_peft.problem import Step
+from hyperopt_peft.problem import Problem, Step
 from hyperopt_peft.shards import is_sharded
 
 
@@ -30,8 +30,10 @@ class Unrolled(Estimator):
         ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
         dF/du += ∂²f/∂u∂w · ḡ_k;   λ_k += ∂²f/∂w² · ḡ_k
 
-    so each step costs one forward+backward and two products (the first step one), and no graph
-    spans two steps.
+    so each step costs one forward+backward and two products (the first step one). Each step's
+    graph is built anew and freed before the next one's: the memory for it does not grow with K.
+    What is kept of each step is w, ∂f/∂w and the optimizer's state before it. Where the lower level
+    has `Problem.optimizer_options`, Φ's derivative with respect to them is part of dF/du.
     In training these are the last K steps since the last upper step, on their own batches and
     dropout masks. Outside training K steps from the current point are simulated, and F is
     differentiated at the current point. Franceschi et al. 2017 (arXiv:1703.01785, Alg. 1);
@@ -57,27 +59,35 @@ class Unrolled(Estimator):
         """A step is also a function of the optimizer's state."""
         return True
 
-    def estimate(self, oracle: Oracle) -> Estimate:
-        """dF/du at the oracle's point."""
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Refuse shards; the optimizer's options are part of the step."""
         self.require(
-            not is_sharded(*oracle.upper.variables, *oracle.lower.variables),
+            not is_sharded(*upper.variables, *lower.variables),
             "the optimizer's step on FSDP's shards cannot be differentiated; choose darts, or a "
             'solver with product="difference"',
         )
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
         direct, adjoint = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        last = oracle.history[-1].optimizer if oracle.history else None
-        snapshot = last or oracle.lower.optimizer_snapshot(with_state=True)
-        optimizer = FunctionalOptimizer(oracle.lower, snapshot)
+        optimizer, steps = self._looked_back_on(oracle)
         implicit = zeros_like(direct)
         moment_adjoint: list[Tensor] | None = None
-        steps = oracle.history[-self.steps :] or self._simulated(oracle, optimizer)
         for step in reversed(steps):
-            w_bar, g_bar, moment_adjoint = optimizer.vjp(step, adjoint, moment_adjoint)
+            w_bar, g_bar, moment_adjoint, o_bar = optimizer.vjp(step, adjoint, moment_adjoint)
+            implicit = implicit + optimizer.pulled_back(o_bar, oracle.upper.variables)
             with oracle.product(self.product, at=step, radius=self.radius) as product:
                 implicit = implicit + product.mixed(g_bar)
                 if step is not steps[0]:
                     adjoint = w_bar + product.hessian(g_bar)
         return Estimate(direct, implicit, steps=len(steps))
+
+    def _looked_back_on(self, oracle: Oracle) -> tuple[FunctionalOptimizer, Sequence[Step]]:
+        """The lower optimizer's step as a function, and the steps to differentiate, in order."""
+        last = oracle.history[-1].optimizer if oracle.history else None
+        snapshot = last or oracle.lower.optimizer_snapshot(with_state=True)
+        optimizer = FunctionalOptimizer(oracle.lower, snapshot)
+        return optimizer, oracle.history[-self.steps :] or self._simulated(oracle, optimizer)
 
     def _simulated(self, oracle: Oracle, optimizer: FunctionalOptimizer) -> Sequence[Step]:
         """``steps`` lower steps from the current point, on the oracle's lower batch."""

@@ -1,0 +1,77 @@
+"""Options of a level's optimizer that are functions of upper variables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.graph import graph_leaves
+
+if TYPE_CHECKING:
+    from hyperopt_peft.problem import Problem
+
+LEARNT = ("lr", "weight_decay")
+
+
+def options_by_group(level: Problem) -> list[dict[str, Tensor]]:
+    """What ``level.optimizer_options()`` says, for each group of the optimizer's parameters.
+
+    The numbers keep their graphs.
+
+    Raises:
+        ProblemError: an option other than ``lr`` and ``weight_decay``, a value that is no finite
+            number from 0, another number of mappings than of groups, no optimizer, or a learning
+            rate beside a scheduler, which sets it too.
+    """
+    given = level.optimizer_options()
+    if not given:
+        return []
+    if level.optimizer is None:
+        raise ProblemError(f"{level.name}: there are optimizer_options, but no optimizer")
+    groups = level.optimizer.param_groups
+    options = [given] * len(groups) if isinstance(given, Mapping) else list(given)
+    if len(options) != len(groups):
+        raise ProblemError(
+            f"{level.name}: optimizer_options has {len(options)} mappings for {len(groups)} groups "
+            "of parameters; return one for each group, or one for all"
+        )
+    return [{name: _number(level, name, value) for name, value in o.items()} for o in options]
+
+
+def write_options(level: Problem) -> None:
+    """Write the present values of ``level.optimizer_options()`` into the optimizer's groups."""
+    options = options_by_group(level)
+    if options and level.optimizer is not None:
+        for group, values in zip(level.optimizer.param_groups, options, strict=True):
+            group.update({name: float(value.detach()) for name, value in values.items()})
+
+
+def read_by_options(level: Problem) -> set[int]:
+    """The ids of the leaves that the level's options are functions of."""
+    values = [value for group in options_by_group(level) for value in group.values()]
+    return {id(leaf) for value in values if value.requires_grad for leaf in graph_leaves(value)}
+
+
+def _number(level: Problem, name: str, value: Tensor | float) -> Tensor:
+    if name not in LEARNT:
+        raise ProblemError(
+            f"{level.name}: optimizer_options can set {' and '.join(LEARNT)}, not {name!r}"
+        )
+    if name == "lr" and level.scheduler is not None:
+        raise ProblemError(
+            f"{level.name}: both the scheduler and optimizer_options set the learning rate; "
+            "leave one out"
+        )
+    number = torch.as_tensor(value)
+    if number.numel() != 1 or not (math.isfinite(number) and number >= 0):
+        shown = number.item() if number.numel() == 1 else f"shape {tuple(number.shape)}"
+        raise ProblemError(
+            f"{level.name}: {name} must be a finite number from 0, optimizer_options gives {shown};"
+            " the exponential of a variable is always positive"
+        )
+    return number.reshape(())

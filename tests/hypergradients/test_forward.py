@@ -1,0 +1,160 @@
+"""Forward mode is reverse mode, step by step and over a whole run."""
+
+import pytest
+import torch
+from quadratic import FunctionLevel, flat
+from torch.optim import SGD, Adam, AdamW
+
+from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
+from hyperopt_peft.hypergradients import Vector
+from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+
+from .by_hand import OPTIMIZERS, make_levels, start
+from .test_optimizer_options import make
+
+each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The hypergradients of an Engine's run."""
+    found = []
+
+    def spy(oracle, method):
+        result = estimate(oracle, method)
+        found.append(flat(result.hypergradient))
+        return result
+
+    monkeypatch.setattr("hyperopt_peft.engine.estimate", spy)
+    return found
+
+
+@each_optimizer
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_and_reverse_mode_agree(optimizer, training, seen):
+    kind, options = OPTIMIZERS[optimizer]
+    found = []
+    for method in ("forward", "unrolled"):
+        levels = make(kind, options, grouped=True, max_grad_norm=0.3)
+        if training:
+            torch.manual_seed(0)
+            method = f"{method}:steps=3"
+            Engine(*levels, method, lower_steps=4, warmup_steps=1, progress=False).run(1)
+            found.append(seen[-1])
+        else:
+            found.append(flat(hypergradient(*levels, f"{method}:steps=3")))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-13)
+
+
+def test_each_step_sees_its_own_dropout_mask(seen):
+    for method in ("forward", "unrolled"):
+        torch.manual_seed(3)
+        w, u = start()
+        levels = make_levels(Adam(w, lr=0.05), w, u, dropout=0.5)
+        Engine(*levels, f"{method}:steps=3", lower_steps=3, progress=False).run(1)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-12, atol=1e-13)
+
+
+@each_optimizer
+def test_carried_tangents_look_back_on_the_whole_run(optimizer, seen):
+    """At a u that rests, six upper steps of one lower step are reverse mode through six."""
+    kind, options = OPTIMIZERS[optimizer]
+    forward = Engine(
+        *make(kind, options, upper_rate=0.0, max_grad_norm=0.3),
+        "forward:carry=true",
+        warmup_steps=1,
+        progress=False,
+    )
+    forward.run(2)
+    again = Engine(
+        *make(kind, options, upper_rate=0.0, max_grad_norm=0.3),
+        "forward:carry=true",
+        warmup_steps=1,
+        progress=False,
+    )
+    again.load_state_dict(forward.state_dict())
+    again.run(4)
+    for k, carried in list(enumerate(seen, 1)):
+        reverse = Engine(
+            *make(kind, options, upper_rate=0.0, max_grad_norm=0.3),
+            f"unrolled:steps={k}",
+            lower_steps=k,
+            warmup_steps=1,
+            progress=False,
+        )
+        reverse.run(1)
+        torch.testing.assert_close(carried, seen[-1], rtol=1e-12, atol=1e-12)
+    assert len(again._recent) == 1  # one step is kept, whatever it looks back on
+
+
+def test_without_carry_the_steps_before_the_last_upper_step_are_left_out(seen):
+    for method in ("forward:steps=2", "unrolled:steps=2"):
+        levels = make(*OPTIMIZERS["adamw"], upper_rate=0.0)
+        Engine(*levels, method, lower_steps=2, progress=False).run(3)
+    for forward, reverse in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("method", ["forward", "unrolled"])
+def test_a_gradient_that_is_exactly_zero_gives_no_nan(kind, max_grad_norm, method):
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    u = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    lower = FunctionLevel(
+        lambda _: (w - u).square().sum() / 2,
+        [w],
+        optimizer=kind([w], lr=0.1),
+        max_grad_norm=max_grad_norm,
+    )
+    upper = FunctionLevel(lambda _: (w - 1).square().sum() / 2, [u])
+    (h,) = hypergradient(upper, lower, f"{method}:steps=2")
+    assert torch.isfinite(h).all() and (h != 0).all()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("exact", 1e-12), ("difference", 1e-7)])
+def test_the_tangent_of_the_gradient_is_that_of_autograd(kind, tolerance):
+    w, u = start()
+    upper, lower = make_levels(None, w, u)
+    v, e = (Vector(torch.randn_like(x) for x in xs) for xs in (w, u))
+    batch = lower.peek_batch()
+    g = torch.autograd.grad(lower.loss(batch), w, create_graph=True)
+    rows = [torch.autograd.grad(s, (*w, *u), retain_graph=True) for s in flat(g)]
+    expected = torch.stack([flat(row) for row in rows]) @ torch.cat([flat(v), flat(e)])
+    before = flat([*w, *u]).detach()
+    with open_oracle(upper, lower).open() as oracle, oracle.product(kind) as product:
+        found = flat(product.tangent(v, e))
+        mixed = flat(product.tangent(0.0 * v, e))
+        hessian = flat(product.hessian(v))
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mixed + hessian, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(flat([*w, *u]), before)
+
+
+@each_optimizer
+def test_differences_agree_with_double_backward(optimizer):
+    levels = make(*OPTIMIZERS[optimizer])
+    exact = flat(hypergradient(*levels, "forward:steps=3"))
+    differences = flat(hypergradient(*levels, "forward:steps=3,product=difference"))
+    torch.testing.assert_close(differences, exact, rtol=1e-6, atol=1e-8)
+
+
+def test_too_many_unknowns_are_sent_to_reverse_mode():
+    levels = make(SGD, {"lr": 0.1})
+    with pytest.raises(ProblemError, match=r'6 upper unknowns .* limit=5.* "unrolled", or raise'):
+        hypergradient(*levels, "forward:limit=5")
+    with pytest.raises(ProblemError, match="6 upper unknowns"):
+        Engine(*levels, "forward:limit=5", warmup_steps=1000)
+    hypergradient(*levels, "forward:limit=6")
+    with pytest.raises(ProblemError, match="limit must be at least 1"):
+        hypergradient(*levels, "forward:limit=0")
+
+
+def test_carried_tangents_need_every_lower_step(tmp_path):
+    levels = make(SGD, {"lr": 0.1})
+    with pytest.raises(ProblemError, match="looks back on 1 of lower_steps=3; give steps=3"):
+        Engine(*levels, "forward:carry=true", lower_steps=3)
+    with pytest.raises(ProblemError, match="leave carry out, or use the Engine"):
+        BilevelTrainingArguments(
+            str(tmp_path), hypergradient="forward:carry=true", lower_steps=2, use_cpu=True
+        ).estimator()

@@ -1,0 +1,204 @@
+"""Options of the lower optimizer as functions of upper variables, against steps by hand."""
+
+import pytest
+import torch
+from quadratic import FunctionLevel, flat
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import ExponentialLR
+
+from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+
+from .by_hand import BATCHES, OPTIMIZERS, ByHand, f, start, upper_f
+
+
+class Learnt(FunctionLevel):
+    """A lower level whose optimizer's options are ``options()``."""
+
+    def __init__(self, function, owned, options, **level):
+        self.options = options
+        super().__init__(function, owned, **level)
+
+    def optimizer_options(self):
+        return self.options()
+
+
+def logs():
+    """Logarithms of the learning rate and of the decay."""
+    return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (-2.0, -1.5)]
+
+
+def rate_and_decay(rate, decay, grouped):
+    """The same for both variables, or options of their own for the second one."""
+    options = {"lr": rate.exp(), "weight_decay": decay.exp()}
+    return [options, {"lr": rate.exp() / 2 + decay.exp() / 9}] if grouped else options
+
+
+def make(kind, options, grouped=False, upper_rate=1.0, **level):
+    w, u = start()
+    rate, decay = logs()
+    groups = [{"params": [x]} for x in w] if grouped else w
+    upper = FunctionLevel(
+        lambda _: upper_f(w, u), [*u, rate, decay], optimizer=SGD([*u, rate, decay], upper_rate)
+    )
+    lower = Learnt(
+        lambda b: f(w, u, b),
+        w,
+        lambda: rate_and_decay(rate, decay, grouped),
+        data=BATCHES,
+        optimizer=kind(groups, **options),
+        **level,
+    )
+    return upper, lower
+
+
+def by_hand(kind, options, grouped=False, warmup=0, steps=3, max_norm=None):
+    """The hypergradient through ``steps`` steps, and where they lead."""
+    w, u = start()
+    rate, decay = logs()
+    learnt = rate_and_decay(rate, decay, grouped)
+    hand = ByHand(kind, [{**options, **o} for o in (learnt if grouped else [learnt] * 2)])
+    hand.max_norm = max_norm
+    w = [x.detach().requires_grad_() for x in hand.run(warmup, w, u, BATCHES)]
+    hand.forget_the_graph()
+    shift = warmup % len(BATCHES)
+    after = hand.run(steps, w, u, BATCHES[shift:] + BATCHES[:shift])
+    return flat(torch.autograd.grad(upper_f(after, u), [*u, rate, decay])), flat(after)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+def test_training_is_differentiated_like_the_steps_by_hand(optimizer, grouped, method):
+    kind, options = OPTIMIZERS[optimizer]
+    upper, lower = make(kind, options, grouped, max_grad_norm=0.3)
+    before = flat(upper.variables).detach()
+    engine = Engine(
+        upper, lower, f"{method}:steps=3", lower_steps=3, warmup_steps=2, progress=False
+    )
+    engine.run(1)
+    expected, after = by_hand(kind, options, grouped, warmup=2, max_norm=0.3)
+    assert (expected[-2:].abs() > 1e-4).all()
+    found = before - flat(upper.variables).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(flat(lower.variables), after, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+def test_a_step_of_gradient_descent_falls_by_the_product_of_the_gradients(method):
+    """w' = w − η(g + dw): dF/dη = −⟨g + dw, ∂F/∂w⟩ and dF/dd = −η⟨w, ∂F/∂w⟩."""
+    upper, lower = make(SGD, {"lr": 1.0})
+    rate, decay = upper.variables[-2:]
+    g = flat(lower.gradient(BATCHES[0], lower.variables).gradient)
+    b, w = flat(upper.gradient(None, lower.variables).gradient), flat(lower.variables).detach()
+    found = hypergradient(upper, lower, method)[-2:]
+    eta, d = rate.exp(), decay.exp()
+    torch.testing.assert_close(found[0], -eta * ((g + d * w) @ b), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[1], -eta * d * (w @ b), rtol=1e-12, atol=0)
+
+
+def test_options_are_written_before_each_step():
+    upper, lower = make(AdamW, {"lr": 9.0})
+    rate, decay = upper.variables[-2:]
+    with torch.no_grad():
+        rate.fill_(-3.0)
+    lower.step(lower.gradient(BATCHES[0], lower.variables).gradient)
+    (group,) = lower.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (rate.exp().item(), decay.exp().item())
+    assert isinstance(group["lr"], float)
+
+
+def test_a_schedule_and_a_learnt_decay_go_together():
+    """The schedule owns the learning rate: each step is taken, and differentiated, at its own."""
+    w, u = start()
+    decay = logs()[1]
+    made = SGD(w, lr=0.3)
+    upper = FunctionLevel(lambda _: upper_f(w, u), [*u, decay], optimizer=SGD([*u, decay], 1.0))
+    lower = Learnt(
+        lambda b: f(w, u, b),
+        w,
+        lambda: {"weight_decay": decay.exp()},
+        data=BATCHES,
+        optimizer=made,
+        scheduler=ExponentialLR(made, 0.7),
+    )
+    before = flat(upper.variables).detach()
+    Engine(upper, lower, "unrolled:steps=3", lower_steps=3, progress=False).run(1)
+    w, u = start()
+    decay = logs()[1]
+    hand = ByHand(SGD, [{"lr": 0.3, "weight_decay": decay.exp()}] * 2)
+    hand.gamma = 0.7
+    expected = flat(torch.autograd.grad(upper_f(hand.run(3, w, u, BATCHES), u), [*u, decay]))
+    found = before - flat(upper.variables).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,carry=true"])
+def test_a_run_resumes_bit_by_bit(method):
+    def engine():
+        return Engine(*make(Adam, {}, True, 0.02), method, lower_steps=2, progress=False)
+
+    whole, first, second = engine(), engine(), engine()
+    whole.run(4)
+    first.run(2)
+    second.load_state_dict(first.state_dict())
+    second.run(2)
+    for level in ("upper", "lower"):
+        pairs = zip(getattr(whole, level).variables, getattr(second, level).variables)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", ["direct", "darts", "neumann", "cg", "minres", "exact"])
+def test_estimators_that_do_not_see_options_are_refused(method):
+    upper, lower = make(SGD, {"lr": 0.1})
+    with pytest.raises(ProblemError, match="read variable 2, variable 3"):
+        Engine(upper, lower, method, progress=False)
+    with pytest.raises(ProblemError, match=r'choose one .* "unrolled" or "forward"'):
+        hypergradient(upper, lower, method)
+
+
+def test_options_without_upper_variables_go_with_every_estimator():
+    w, u = start()
+    upper = FunctionLevel(lambda _: upper_f(w, u), u, optimizer=SGD(u, lr=0.1))
+    lower = Learnt(
+        lambda b: f(w, u, b), w, lambda: {"lr": 0.25}, data=BATCHES, optimizer=SGD(w, lr=1.0)
+    )
+    Engine(upper, lower, "darts", progress=False).run(1)
+    assert lower.optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_a_variable_that_neither_loss_nor_options_read_is_named():
+    upper, lower = make(SGD, {"lr": 0.1})
+    lower.options = lambda: {"lr": upper.variables[2].exp()}
+    with pytest.raises(ProblemError, match="no loss reads the variable 'variable 3'"):
+        Engine(upper, lower, "unrolled", progress=False).run(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": (0.9, 0.99)}, "can set lr and weight_decay, not 'betas'"),
+        ([{"lr": 0.1}] * 3, "3 mappings for 1 groups"),
+        ({"lr": -0.1}, "lr must be a finite number from 0, optimizer_options gives -0.1"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
+        ({"lr": torch.ones(2)}, r"gives shape \(2,\)"),
+    ],
+)
+def test_bad_options_are_named_and_nothing_moves(options, message):
+    _, lower = make(SGD, {"lr": 0.1})
+    lower.options = lambda: options
+    before = flat(lower.variables).detach()
+    with pytest.raises(ProblemError, match=message):
+        lower.step(lower.gradient(BATCHES[0], lower.variables).gradient)
+    assert torch.equal(flat(lower.variables), before)
+
+
+def test_a_schedule_and_a_learnt_rate_do_not_go_together():
+    _, lower = make(SGD, {"lr": 0.1})
+    lower.scheduler = ExponentialLR(lower.optimizer, 0.9)
+    with pytest.raises(ProblemError, match="both the scheduler and optimizer_options"):
+        lower.step(lower.gradient(BATCHES[0], lower.variables).gradient)
+
+
+def test_a_level_has_no_options_by_default():
+    w, _ = start()
+    assert Problem(w).optimizer_options() == {}
