@@ -146,6 +146,7 @@ X = leaf()
             lambda: Engine(plain(), Nested(plain(), Plain([leaf()], name="last")), "direct"),
             "last: give the level an optimizer",
         ),
+        (lambda: Nested(plain(), plain(), "penalty"), "penalty owns the updates of both levels"),
         (lambda: minimise(Nested(plain(), plain())), "stands on other levels"),
         (lambda: check_levels([plain(), Nested(plain(), plain())]), "a trainer has two"),
         (lambda: check_levels([Nested(plain(), plain()), plain()]), "a trainer has two"),
