@@ -5,10 +5,10 @@
     python examples/hyperparameters.py --learn rate --hypergradient forward:steps=2,carry=true
 
 One half of the examples trains the adapter, the other one moves the hyper-parameters by the
-gradient through the lower optimizer's steps: through one step by default, which judges a learning
-rate by its next step alone, and in the last command through the whole run so far. Then an adapter with what was learnt is trained anew
-on all examples, beside adapters with fixed ones: those of the start, and a learning rate picked by
-hand.
+gradient through the lower optimizer's steps: by default through one step, which judges a learning
+rate by the next step alone; in the last command through the whole run so far. Then an adapter with
+what was learnt is trained anew on all examples, beside adapters with fixed hyper-parameters: those
+of the start, and a learning rate picked by hand.
 """
 
 from __future__ import annotations
