@@ -2,11 +2,13 @@
 
     python examples/hyperparameters.py            # MiniLM and tweets, no network
     python examples/hyperparameters.py --quick    # the same, smaller
+    python examples/hyperparameters.py --learn rate --hypergradient forward:steps=2,carry=true
 
 One half of the examples trains the adapter, the other one moves the hyper-parameters by the
-gradient through the lower optimizer's steps. Then an adapter with what was learnt is trained anew
-on all examples, beside adapters with fixed ones: those of the start, and a learning rate picked by
-hand.
+gradient through the lower optimizer's steps: by default through one step, which judges a learning
+rate by the next step alone; in the last command through the whole run so far. Then an adapter with
+what was learnt is trained anew on all examples, beside adapters with fixed hyper-parameters: those
+of the start, and a learning rate picked by hand.
 """
 
 from __future__ import annotations
@@ -40,23 +42,23 @@ class Arguments:
     model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
     dataset: str = HfArg(default="tweets", help="tweets (its package), a folder, or a hub name")
     train_size: int = HfArg(default=500, help="training examples, for both levels together")
-    test_size: int = HfArg(default=2000, help="test examples at most")
-    max_length: int = HfArg(default=48, help="tokens an example")
+    test_size: int = HfArg(default=1000, help="test examples at most")
+    max_length: int = HfArg(default=40, help="tokens an example")
     rank: int = HfArg(default=8, help="of the adapter on query and value; alpha is twice that")
     learn: list[str] = HfArg(
-        default_factory=lambda: ["decay", "scale"], help="decay, scale; the learning rate always is"
+        default_factory=lambda: ["decay", "scale", "rate"], help="some of decay, scale and rate"
     )
     decay: float = HfArg(default=1e-3, help="where the decays start")
     learning_rate: float = HfArg(default=5e-5, help="where the learning rate starts")
     picked_rate: float = HfArg(default=2e-3, help="the learning rate picked by hand")
     upper_learning_rate: float = HfArg(default=0.1, help="of all of these's logarithms")
     hypergradient: str = HfArg(default="unrolled:steps=1", help="unrolled or forward")
-    lower_steps: int = HfArg(default=1, help="lower steps between upper steps")
-    steps: int = HfArg(default=100, help="lower steps of each training")
-    batch_size: int = HfArg(default=16, help="examples a batch, at each level")
+    lower_steps: int = HfArg(default=2, help="lower steps between upper steps")
+    steps: int = HfArg(default=120, help="lower steps of each training")
+    batch_size: int = HfArg(default=8, help="examples a batch, at each level")
     seed: int = HfArg(default=0, help="of data, head, A, order and dropout")
     output_dir: str = HfArg(default="outputs/hyperparameters", help="where the results are written")
-    quick: bool = HfArg(default=False, help="120 training and 100 test examples, 8 steps of 8")
+    quick: bool = HfArg(default=False, help="120 training and 100 test examples, 8 steps")
 
 
 def levels(
@@ -81,7 +83,12 @@ def levels(
     upper, lower = (
         data.batches(part, arguments.batch_size, shuffle=True) for part in (validation, train)
     )
-    above = Hyperparameters(model, learn=arguments.learn, learning_rate=rate, data=upper)
+    above = Hyperparameters(
+        model,
+        learn=[kind for kind in arguments.learn if kind != "rate"],
+        learning_rate=rate if "rate" in arguments.learn else None,
+        data=upper,
+    )
     below = Regularised(model, above, data=lower, max_grad_norm=1.0)
     below.optimizer = torch.optim.AdamW(below.variables, lr=rate, weight_decay=0.0)
     above.optimizer = torch.optim.Adam(above.variables, lr=arguments.upper_learning_rate)
@@ -106,7 +113,7 @@ def main() -> None:
     """Learn, train, compare, write."""
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if arguments.quick:
-        small = {"train_size": 120, "test_size": 100, "batch_size": 8, "steps": 8}
+        small = {"train_size": 120, "test_size": 100, "steps": 8}
         arguments = replace(arguments, **small)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -124,21 +131,20 @@ def main() -> None:
         seed=arguments.seed,
         progress=False,
     )
-    path = []
-    engine.callbacks.append(lambda *_: path.append(float(upper.log_rate.exp())))
+    path: list[dict[str, float]] = [upper.values()]
+    engine.callbacks.append(lambda *_: path.append(upper.values()))
     engine.run(steps // arguments.lower_steps)
     learnt = upper.values()
     layers = {n: x.state_dict() for n, x in layer_hyperparameters(searched).items()}
-    for name in layers:
-        values = (f"{kind} {learnt[f'{name}.{kind}']:.2e}" for kind in arguments.learn)
-        print(f"{name.removeprefix('base_model.model.')}: {', '.join(values)}")
-    print(f"learning rate: {start:.1e} at the start, {learnt['learning_rate']:.1e} at the end, ")
-    print(f"  along {' '.join(f'{rate:.1e}' for rate in path[:: max(1, len(path) // 8)])}")
+    print("\n| learnt | at the start | on the way | at the end |\n| --- | --- | --- | --- |")
+    for name in learnt:
+        along = (f"{path[i][name]:.2e}" for i in (0, len(path) // 2, -1))
+        print(f"| {name.removeprefix('base_model.model.')} | {' | '.join(along)} |")
 
-    print("\n| hyper-parameters | test accuracy | macro-F1 |\n| --- | --- | --- |")
+    print("\n| hyper-parameters | test accuracy | macro-F1 |\n| --- | --- | --- |", flush=True)
     rows = [tested(arguments, data, "learnt, first training on one half", searched)]
     plans = {
-        "learnt, trained anew": (learnt["learning_rate"], layers),
+        "learnt, trained anew": (learnt.get("learning_rate", start), layers),
         "of the start": (start, {}),
         "learning rate picked by hand": (arguments.picked_rate, {}),
     }
@@ -148,7 +154,7 @@ def main() -> None:
             layer_hyperparameters(model)[layer].load_state_dict(state)
         fit(lower, steps, progress=False)
         rows.append(tested(arguments, data, name, model))
-    results = {"arguments": asdict(arguments), "learnt": learnt, "path": path, "results": rows}
+    results = {"arguments": asdict(arguments), "path": path, "results": rows}
     Path(arguments.output_dir, "results.json").write_text(json.dumps(results, indent=1))
     print(f"\nresults and adapters are in {arguments.output_dir}")
 
