@@ -8,6 +8,7 @@ writes the columns of two processes; `in_one_process` returns the others.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification
 
-from hyperopt_peft import Problem, ProblemError, hypergradient
+from hyperopt_peft import NonFiniteError, Problem, ProblemError
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Vector, dot
+from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.shards import full
 
 
@@ -111,16 +114,18 @@ def network(kind: str, rank: int, processes: int) -> Levels:
     return OnBatch(loss, u, data=[batches[1]]), lower
 
 
-def found(method: str | Peer, levels: Levels) -> Vector | str:
-    """The hypergradient, or in a few words why there is none."""
+def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> Vector | str:
+    """The hypergradient, or in a few words why there is none; ``passes`` counts what it took."""
     try:
-        if isinstance(method, str):
-            return Vector(full(x) for x in hypergradient(*levels, method, seed=0))
-        return Vector(full(x) for x in method(*levels))
-    except ProblemError as error:
-        return "refused" if "FSDP" in str(error) else str(error)
+        if not isinstance(method, str):
+            return Vector(full(x) for x in method(*levels))
+        oracle = open_oracle(*levels, seed=0)
+        oracle.passes = passes or oracle.passes
+        return Vector(full(x) for x in estimate(oracle, method).hypergradient)
+    except (ProblemError, NonFiniteError) as error:
+        return "refused: " + re.split("[;,(]", str(error).partition(": ")[2])[0]
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        return f"fails: {str(error).splitlines()[0][:40]}"
+        return "fails: " + str(error).splitlines()[0][:40]
 
 
 def _error(result: Vector | str, truth: Vector | str) -> float | str:

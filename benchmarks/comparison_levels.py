@@ -77,8 +77,8 @@ def encoder_problem(steps: int, strength: float = 0.02) -> tuple[Levels, float]:
 
     In eval mode: the problem is to be one function, and dropout is fidelity.py's subject.
     """
-    data = load_data("tweets", "minilm", train_size=64, test_size=64, max_length=24, seed=0)
-    batches = data.batches(data.train, 16, shuffle=False)
+    data = load_data("tweets", "minilm", train_size=64, test_size=64, max_length=16, seed=0)
+    batches = data.batches(data.train, 8, shuffle=False)
     below, above, *_ = (dict(batch) for batch in batches)
     model = minilm("fast full", rank=4, targets=["query", "value"]).eval()
     parts = split_parameters(model)
