@@ -108,3 +108,14 @@ def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str) -
     w, u = start()
     with pytest.raises(ProblemError, match=f"FunctionLevel: .*{message}"):
         hypergradient(*make_levels(make(w), w, u), "unrolled")
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_adam_with_decoupled_decay_is_adamw(decoupled: bool) -> None:
+    """The group's flag decides, whatever the class is called."""
+    found = []
+    for kind, options in ((Adam, {"decoupled_weight_decay": decoupled}), (AdamW, {})):
+        w, u = start()
+        levels = make_levels(kind(w, lr=0.05, weight_decay=0.3, **options), w, u)
+        found.append(flat(hypergradient(*levels, "unrolled:steps=3")))
+    assert torch.equal(*found) == decoupled
