@@ -8,14 +8,12 @@ measures nothing. Problems: see comparison_levels.py. Other libraries: compariso
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
 solve). "100·f" is the error on A after f has been multiplied by 100, which moves neither w* nor
-dF/du. Spread: the standard deviation over 50 lower minibatches of 64 of B, relative to the exact
-hypergradient.
+dF/du. Minibatches are of 64, of both levels' data: noise.py says what the three columns are.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,18 +22,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import noise
 import torch
-from comparison_breaks import found, in_one_process
+from comparison_breaks import found, in_one_process, refusal
 from comparison_levels import METHODS, Levels, encoder_problem, small_problems
 from comparison_peers import Peer, peers
 from measure import arguments, report, table
 
-from hyperopt_peft import Problem, hypergradient
+from hyperopt_peft import Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.memory import peak_memory
 from hyperopt_peft.hypergradients.products import Passes
-from hyperopt_peft.problems.hypercleaning import Weighted
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- estimator table -->", "<!-- end of estimator table -->"
@@ -86,50 +84,19 @@ def scaled(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
     }
 
 
-class Minibatch(Weighted):
-    """Problem B's lower level on its ``rows``."""
-
-    rows: torch.Tensor
-
-    def loss(self, batch: None) -> torch.Tensor:
-        """Mean σ(x_i) CE_i over the rows, + 0.02 ‖W‖²."""
-        each = torch.nn.functional.cross_entropy(
-            self.data.x[self.rows] @ self.w, self.data.y[self.rows], reduction="none"
-        )
-        weights = self.sample_logits[self.rows].sigmoid()
-        return (weights * each).mean() + 0.02 * self.w.square().sum()
-
-
 def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
-    """Spread and bias of the estimates of B over lower minibatches of 64."""
-    upper, whole = small_problems()["B"]
-    truth = Vector(hypergradient(upper, whole, "exact"))
-    lower = Minibatch(whole.w, whole.sample_logits, whole.data)  # type: ignore[attr-defined]
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randperm(800, generator=generator)[:64] for _ in range(draws)]
+    """Error, bias and spread of the estimates of B over minibatches: see noise.py."""
+    upper, lower = noise.levels()
+    noise.minimise(lower)
+    batches = noise.Draws(len(lower.data.y), len(upper.data.y_val))
     result: dict[str, Row] = {}
-    for name, method in methods.items():
-        if not isinstance(method, str):
-            result[name] = {"B, batch 64: spread": None, "B, batch 64: bias": None}
-            continue
-        estimates = []
-        for batch in rows:
-            lower.rows = batch
-            estimates.append(found(method, (upper, lower)))
-            if isinstance(estimates[-1], str):
-                break
-        refused = [e for e in estimates if isinstance(e, str)]
-        if refused:
-            result[name] = {"B, batch 64: spread": refused[0], "B, batch 64: bias": None}
-            continue
-        vectors = [e for e in estimates if isinstance(e, Vector)]
-        mean = sum(vectors[1:], start=vectors[0]) / draws
-        variance = statistics.fmean((h - mean).norm() ** 2 for h in vectors)
-        result[name] = {
-            "B, batch 64: spread": variance**0.5 / truth.norm(),
-            "B, batch 64: bias": (mean - truth).norm() / truth.norm(),
-        }
-    return result
+    for name in METHODS:
+        try:
+            row = noise.noise(name, upper, lower, batches, draws, settle=250)
+        except ProblemError as error:
+            row = {"error": refusal(error)}
+        result[name] = {f"B, batch 64: {c}": row.get(c) for c in ("error", "bias", "spread")}
+    return {name: result.get(name, {}) for name in methods}
 
 
 def encoder(levels: Levels, methods: Mapping[str, str | Peer], truth: Vector) -> dict[str, Row]:
@@ -164,7 +131,7 @@ def measured(quick: bool) -> tuple[list[Row], Row]:
     """The rows of all methods, and what else is to be known."""
     others, missing = peers()
     methods: dict[str, str | Peer] = {**{method: method for method in METHODS}, **others}
-    parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 50)]
+    parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 100)]
     levels, norm = encoder_problem(steps=5 if quick else 300)
     oracle = open_oracle(*levels)
     reference = estimate(oracle, "minres:steps=5" if quick else REFERENCE)
@@ -192,9 +159,10 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "Scale, and minibatches": (
         "A factor before f changes neither w* nor dF/du, and an implicit estimate does not notice "
-        "it. Spread and bias are over 50 lower minibatches of 64 of the 800 images of B, each "
-        "estimate starting from nothing, as out of training: there `warm` does not yet average.",
-        ["A, 100·f: error", "B, batch 64: spread", "B, batch 64: bias"],
+        "it. Minibatches: 100 batches of 64 of both levels' data on B, for `warm` after 250 upper "
+        "steps. The error of one estimate, that of their mean, and their standard deviation, on the "
+        "images of each batch ([noise.py](../benchmarks/noise.py)).",
+        ["A, 100·f: error", *(f"B, batch 64: {c}" for c in ("error", "bias", "spread"))],
     ),
     "Cost on MiniLM": (
         "One hypergradient out of training: forward+backward passes + second backward passes, "

@@ -123,9 +123,14 @@ def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> V
         oracle.passes = passes or oracle.passes
         return Vector(full(x) for x in estimate(oracle, method).hypergradient)
     except (ProblemError, NonFiniteError) as error:
-        return "refused: " + re.split("[;,(]", str(error).partition(": ")[2])[0]
+        return refusal(error)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         return "fails: " + str(error).splitlines()[0][:40]
+
+
+def refusal(error: Exception) -> str:
+    """The first words of what an estimator says where it refuses."""
+    return "refused: " + re.split("[;,(]", str(error).partition(": ")[2])[0]
 
 
 def _error(result: Vector | str, truth: Vector | str) -> float | str:

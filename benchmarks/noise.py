@@ -43,6 +43,7 @@ from hyperopt_peft.problems.hypercleaning import Clean, Weighted, digits
 SIZE = 64  # of a batch
 SKIPPED = {"exact"}  # one product for each of 640 unknowns; a long cg is the same solution
 OPTIONS = (
+    "darts:scale=lr",
     "cg:steps=3",
     "cg:damping=0.1",
     "neumann:terms=5",
