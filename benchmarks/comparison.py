@@ -160,8 +160,8 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     "Scale, and minibatches": (
         "A factor before f changes neither w* nor dF/du, and an implicit estimate does not notice "
         "it. Minibatches: 100 batches of 64 of both levels' data on B, for `warm` after 250 upper "
-        "steps. The error of one estimate, that of their mean, and their standard deviation, on the "
-        "images of each batch ([noise.py](../benchmarks/noise.py)).",
+        "steps. The error of one estimate, that of their mean, and their standard deviation, on "
+        "the images of each batch ([noise.py](../benchmarks/noise.py)).",
         ["A, 100·f: error", *(f"B, batch 64: {c}" for c in ("error", "bias", "spread"))],
     ),
     "Cost on MiniLM": (
