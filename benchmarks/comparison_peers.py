@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peers import conjugate_gradients
 from torch import Tensor
 from torch.autograd import grad
 
@@ -88,24 +89,6 @@ def fixed_point(step: float, terms: int, matvec: Any, b: Sequence[Tensor]) -> li
     return v
 
 
-def conjugate_gradients(steps: int, matvec: Any, b: Sequence[Tensor]) -> list[Tensor]:
-    """Hestenes and Stiefel's recurrence from zero, with no test of any kind."""
-
-    def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Any:
-        return sum((a * c).sum() for a, c in zip(x, y))
-
-    v, r, p = [torch.zeros_like(x) for x in b], list(b), list(b)
-    rho = dot(r, r)
-    for _ in range(steps):
-        q = matvec(p)
-        alpha = rho / dot(p, q)
-        v = [x + alpha * y for x, y in zip(v, p)]
-        r = [x - alpha * y for x, y in zip(r, q)]
-        rho, previous = dot(r, r), rho
-        p = [x + rho / previous * y for x, y in zip(r, p)]
-    return v
-
-
 def independent_difference(upper: Problem, lower: Problem) -> Vector:
     """A central difference as usually written, ε = 0.01/‖b‖, each pass with its own masks."""
     direct, b = _parts(upper, lower)
@@ -124,7 +107,7 @@ def peers() -> tuple[dict[str, Peer], list[str]]:
     found: dict[str, Peer] = {
         "loop: difference, ε = 0.01/‖b‖": independent_difference,
         "loop: fixed point (20), step 0.1": partial(plain, partial(fixed_point, 0.1, 20)),
-        "loop: cg (10)": partial(plain, partial(conjugate_gradients, 10)),
+        "loop: cg (10)": partial(plain, partial(conjugate_gradients, steps=10)),
     }
     missing = []
     if find_spec("betty"):

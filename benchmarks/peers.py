@@ -81,7 +81,9 @@ def torchopt_root(steps: int) -> Iteration:
         return (functional_call(weigher, dict(zip(names, u)), (losses.detach(),)) * losses).mean()
 
     stationarity = torch.func.grad(loss)
-    solver = torchopt.linear_solve.solve_cg(maxiter=steps, rtol=0.0, atol=0.0, ridge=1.0)
+    solver = torchopt.linear_solve.solveconjugate_gradients(
+        maxiter=steps, rtol=0.0, atol=0.0, ridge=1.0
+    )
 
     @torchopt.diff.implicit.custom_root(stationarity, argnums=1, solve=solver)  # type: ignore[untyped-decorator,unused-ignore]
     def lower_step(w: tuple[Tensor, ...], u: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -123,7 +125,11 @@ def plain_loop(method: str, steps: int = 5) -> Iteration:
             hv = grad(gradient, w, v, retain_graph=True)
             return [h + q for h, q in zip(hv, v)]  # damping 1
 
-        v = _cg(product, b, steps) if method == "cg" else _neumann(product, b, steps)
+        v = (
+            conjugate_gradients(product, b, steps)
+            if method == "cg"
+            else _neumann(product, b, steps)
+        )
         return [-part for part in grad(gradient, u, v)]
 
     def iteration() -> None:
@@ -161,9 +167,11 @@ def _neumann(
     return [0.01 * x for x in total]
 
 
-def _cg(
-    product: Callable[[Sequence[Tensor]], list[Tensor]], b: Sequence[Tensor], steps: int
+def conjugate_gradients(
+    product: Callable[[Sequence[Tensor]], Sequence[Tensor]], b: Sequence[Tensor], steps: int
 ) -> list[Tensor]:
+    """Hestenes and Stiefel's recurrence from zero, with no test of any kind."""
+
     def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Any:
         return sum((a * c).sum() for a, c in zip(x, y))
 
