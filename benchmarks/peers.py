@@ -81,9 +81,7 @@ def torchopt_root(steps: int) -> Iteration:
         return (functional_call(weigher, dict(zip(names, u)), (losses.detach(),)) * losses).mean()
 
     stationarity = torch.func.grad(loss)
-    solver = torchopt.linear_solve.solveconjugate_gradients(
-        maxiter=steps, rtol=0.0, atol=0.0, ridge=1.0
-    )
+    solver = torchopt.linear_solve.solve_cg(maxiter=steps, rtol=0.0, atol=0.0, ridge=1.0)
 
     @torchopt.diff.implicit.custom_root(stationarity, argnums=1, solve=solver)  # type: ignore[untyped-decorator,unused-ignore]
     def lower_step(w: tuple[Tensor, ...], u: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
