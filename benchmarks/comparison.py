@@ -144,7 +144,8 @@ def measured(quick: bool) -> tuple[list[Row], Row]:
         for part in parts:
             row |= part[name]
         rows.append(row)
-    return rows, {
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows], {
         "missing peers": missing,
         "BiDoRA: lower gradient norm": norm,
         "BiDoRA: reference": f"{REFERENCE}, residual {reference.residual:.1e}",
