@@ -191,7 +191,12 @@ def _columns(rows: list[Row], columns: list[str]) -> str:
 
 def short_table(rows: list[Row]) -> str:
     """The README's table: this library's estimators."""
-    return _columns([row for row in rows if row["kind"] != "peer"], SHORT)
+
+    def short(value: Any) -> Any:
+        return "refused" if isinstance(value, str) and value.startswith("refused") else value
+
+    own = [row for row in rows if row["kind"] != "peer"]
+    return _columns([{k: short(value) for k, value in row.items()} for row in own], SHORT)
 
 
 def _write(file: Path) -> None:
@@ -209,7 +214,7 @@ def _write(file: Path) -> None:
         f"{before}{BEGIN}\n\n{words}\n\n"
         f"BiDoRA's reference: {details['BiDoRA: reference']}; ‖∂f/∂w‖ = "
         f"{details['BiDoRA: lower gradient norm']:.1e}. Measured on {machine['cores']} shared "
-        f"cores, {machine['threads']} threads, Python {machine['python']}; {versions}.\n\n{END}\n"
+        f"cores, threads: {machine['threads']}, Python {machine['python']}; {versions}.\n\n{END}\n"
     )
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)

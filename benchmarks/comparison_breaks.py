@@ -11,6 +11,7 @@ import gc
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> V
     except (ProblemError, NonFiniteError) as error:
         return refusal(error)
     except (RuntimeError, ArithmeticError, AttributeError, TypeError) as error:
-        return "fails: " + str(error).splitlines()[0][:40]
+        return textwrap.shorten(f"fails: {error}", 50, placeholder=" …")
 
 
 def refusal(error: Exception) -> str:

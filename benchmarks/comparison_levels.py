@@ -31,7 +31,7 @@ METHODS = [
     "darts:scale=lr",
     "sama",
     "unrolled:steps=10",
-    "forward:steps=10",
+    "forward:steps=10,limit=64",
     "neumann:terms=20",
     "cg:steps=10",
     "cg:steps=10,product=difference",
@@ -72,7 +72,7 @@ class Proximal(Direction):
         return task + self.strength / 2 * distance
 
 
-def encoder_problem(steps: int, strength: float = 0.02) -> tuple[Levels, float]:
+def encoder_problem(steps: int, strength: float = 0.2) -> tuple[Levels, float]:
     """BiDoRA on MiniLM and two batches of tweets after ``steps`` lower steps; their last ‖∂f/∂w‖.
 
     In eval mode: the problem is to be one function, and dropout is fidelity.py's subject.

@@ -149,7 +149,8 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], best: dict[str, 
             panel.plot(x, y, style, color=f"C{index % 10}", label=method, linewidth=1.5)
         panel.axhline(best[key], color="black", linewidth=0.6)
         panel.set(title=f"Problem {key}", xlabel="oracle calls", ylabel="F(u, w*(u))", yscale="log")
-    panels[-1].legend(fontsize=7, loc="upper right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, fontsize=8, loc="outside right upper")
     canvas.savefig(FIGURE, dpi=110)
 
 
