@@ -49,7 +49,7 @@ class Arguments:
     model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
     dataset: str = HfArg(default="tweets", help="tweets (its package), a folder, or a hub name")
     train_size: int = HfArg(default=500, help="training examples, for both levels together")
-    test_size: int = HfArg(default=3000, help="test examples at most")
+    test_size: int = HfArg(default=1000, help="test examples at most")
     max_length: int = HfArg(default=64, help="tokens an example")
     target_modules: list[str] = HfArg(
         default_factory=lambda: ["query", "value"], help="modules to adapt"

@@ -1,4 +1,4 @@
-"""The examples that weight training examples and data sources, end to end and made small."""
+"""The examples of bilevel PEFT methods, end to end and made small."""
 
 import io
 import json
@@ -49,6 +49,34 @@ def test_data_sources(tmp_path):
     learnt = [results["learnt"][name] for name in names]
     assert sum(learnt) == pytest.approx(1) and max(learnt) > 0.26
     assert "| 1 | 0.250 | 0.250 | 0.250 | 0.250 |" in done.stdout
+
+
+def test_rank_selection(tmp_path):
+    sizes = {"train_size": 24, "test_size": 12, "max_length": 12, "batch_size": 4, "rank": 4}
+    done = run("rank_selection.py", tmp_path, **sizes, search_steps=4, steps=2)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    rows = {row["method"]: row for row in results["results"]}
+    selected, shuffled = rows["selected ranks"], rows["the same, shuffled"]
+    assert len(results["ranks"]) == 12 and set(results["ranks"].values()) <= {1, 2, 3, 4}
+    assert set(config["rank_pattern"].values()) <= set(results["ranks"].values())
+    assert selected["adapter_parameters"] == shuffled["adapter_parameters"]  # layers of one shape
+    assert rows["uniform rank"]["adapter_parameters"] >= selected["adapter_parameters"]
+    assert rows["uniform rank, longer"]["steps"] == 6
+    assert f"| {selected['test_accuracy']:.4f} |" in done.stdout
+
+
+def test_hyperparameters(tmp_path):
+    sizes = {"train_size": 24, "test_size": 12, "max_length": 12, "batch_size": 4, "steps": 4}
+    done = run("hyperparameters.py", tmp_path, **sizes, rank=2)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    first, *_, last = results["path"]
+    assert len(results["path"]) == 3  # an upper step after every second lower one
+    assert first["learning_rate"] == pytest.approx(5e-5)
+    assert all(last[name] != first[name] for name in first)
+    assert len(results["results"]) == 4
 
 
 def test_only_the_published_ratings_are_read(tmp_path, monkeypatch):
