@@ -14,6 +14,7 @@ dF/du. Minibatches are of 64, of both levels' data: noise.py says what the three
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -104,12 +105,15 @@ def encoder(levels: Levels, methods: Mapping[str, str | Peer], truth: Vector) ->
     rows = {}
     for name, method in methods.items():
         passes = Passes()
-        begin = time.perf_counter()
-        result = found(method, levels, passes)
+        seconds = []
+        while len(seconds) < 3 and sum(seconds) < 5:
+            begin = time.perf_counter()
+            result = found(method, levels, None if seconds else passes)
+            seconds.append(time.perf_counter() - begin)
         row = {f"BiDoRA: {k}": v for k, v in against(truth, result).items()}
         rows[name] = row
         if not isinstance(result, str):
-            row["ms"] = 1e3 * (time.perf_counter() - begin)
+            row["ms"] = 1e3 * statistics.median(seconds)
             row["passes"] = f"{passes.gradients} + {passes.products}" if name in METHODS else None
             peak = peak_memory(lambda m=method: found(m, levels), torch.device("cpu"))
             row["MB"] = peak / 2**20
@@ -167,7 +171,7 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "Cost on MiniLM": (
         "One hypergradient out of training: forward+backward passes + second backward passes, "
-        "milliseconds, and memory above what was held before.",
+        "milliseconds (the median of three where that is quick), and memory above what was held before.",
         ["passes", "ms", "MB"],
     ),
     "What breaks it": (
