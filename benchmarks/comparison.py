@@ -171,7 +171,8 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "Cost on MiniLM": (
         "One hypergradient out of training: forward+backward passes + second backward passes, "
-        "milliseconds (the median of three where that is quick), and memory above what was held before.",
+        "milliseconds (the median of three where that is quick), and memory above what was held "
+        "before.",
         ["passes", "ms", "MB"],
     ),
     "What breaks it": (
