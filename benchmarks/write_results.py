@@ -14,7 +14,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from measure import table
 
 HERE = Path(__file__).parent
-SCRIPTS = ("dora_layer", "step_cost", "estimators", "fidelity", "scaling", "faults")
+SCRIPTS = ("dora_layer", "step_cost", "estimators", "fidelity", "scaling", "faults", "noise")
 INTRODUCTION = """# Benchmarks
 
 What the library's claims rest on. Each script prints its tables and, with `--json FILE`, writes
@@ -25,14 +25,14 @@ ratios within each round. Other libraries are measured where they are installed:
 ```sh
 pip install -e ".[dev]"
 pip install --no-deps --ignore-requires-python betty-ml==0.2.1  # a peer, no dependency
-for name in dora_layer step_cost estimators fidelity scaling faults; do
+for name in dora_layer step_cost estimators fidelity scaling faults noise; do
     python benchmarks/$name.py --json benchmarks/results/$name.json
 done
 python benchmarks/write_results.py  # this file and its figure
 ```
 
-`comparison.py`, `convergence.py` and `noise.py` compare the estimators themselves:
-[docs/comparison.md](../docs/comparison.md).
+`comparison.py` and `convergence.py` compare the estimators themselves:
+[docs/comparison.md](../docs/comparison.md). `rank_selection.py` asks whether searched ranks help.
 """
 
 
@@ -83,6 +83,10 @@ rounded; Betty's difference is rounded as well, and off by 20 % without any drop
 Three passes, whatever the rank, the number of modules and the length; about three adapters of
 extra memory: a copy of w, ∂f/∂u and ∂F/∂w. A step of CG costs a product on the kept graph, about
 1.2 plain steps, and no more memory than the first.""",
+    "noise": """\
+A solver that starts anew on each batch inverts that batch's Hessian; `warm` averages over batches.
+A bias near the sampling error is none: that of `warm` with a constant small step falls with the
+number of draws, that of `cg` does not. [The mathematics](../docs/mathematics.md) has the advice.""",
     "faults": """\
 Small models, so that a run is a second and many can be killed: what is tested is what is written
 and in which order, not how long it takes. A run begins anew where it was killed before its first
