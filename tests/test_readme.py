@@ -35,7 +35,9 @@ def test_the_estimator_table_is_that_of_the_measurements():
     measured = comparison.small({method: method for method in comparison.METHODS})
     for row in rows:
         for column, value in measured.get(row["estimator"], {}).items():
-            assert row[column] == pytest.approx(value, rel=0.2, abs=1e-6), row["estimator"]
+            near = isinstance(value, float)  # otherwise no cosine, or a refusal's words
+            expected = pytest.approx(value, rel=0.2, abs=1e-6) if near else value
+            assert row[column] == expected, row["estimator"]
 
 
 def test_custom_problem_example_runs():
