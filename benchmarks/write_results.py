@@ -86,7 +86,8 @@ extra memory: a copy of w, ∂f/∂u and ∂F/∂w. A step of CG costs a product
     "noise": """\
 A solver that starts anew on each batch inverts that batch's Hessian; `warm` averages over batches.
 A bias near the sampling error is none: that of `warm` with a constant small step falls with the
-number of draws, that of `cg` does not. [The mathematics](../docs/mathematics.md) has the advice.""",
+number of draws, that of `cg` does not. Advice is in
+[the mathematics](../docs/mathematics.md#minibatches).""",
     "faults": """\
 Small models, so that a run is a second and many can be killed: what is tested is what is written
 and in which order, not how long it takes. A run begins anew where it was killed before its first
