@@ -113,7 +113,8 @@ class _Examination:
             return
         self._unread(above.gradient, below.gradient)
         if not any(finding.severity == "error" for finding in self.findings):
-            self._second_order("exact")
+            chain = len(oracle.lower.levels) > 1
+            self._second_order("difference" if chain else "exact")
 
     def _add(self, kind: Kind, severity: Severity, level: Problem, words: str, advice: str) -> None:
         self.findings.append(Finding(kind, severity, level.name, words, advice))
@@ -150,9 +151,12 @@ class _Examination:
         return evaluation
 
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> Evaluation:
-        buffers = self.oracle.buffers
-        with replay(random):
-            evaluation = level.gradient(batch, self._variables)
+        buffers, lower = self.oracle.buffers, self.oracle.lower
+        with replay(random):  # of F too with what stands below the lower level as a function of it
+            if level is lower:
+                evaluation = lower.gradient(batch, self._variables)
+            else:
+                evaluation = lower.gradient_of(level, batch, self._variables)
         changed = sorted(set(buffers.changed()))
         buffers.restore()
         known = {(finding.kind, finding.level) for finding in self.findings}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -78,7 +79,7 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
     if newton.norm() == 0:  # negative curvature along the gradient itself
         newton = gradient / (max(-smallest, largest) or 1.0)
     here = _hypergradient(oracle, product, steps)
-    with displaced(w) as start:
+    with displaced(w) as start, oracle.lower.anchored():
         before = after = _loss(oracle)
         for halvings in range(10):
             assign(w, start, newton.parts, -(0.5**halvings))
@@ -144,7 +145,12 @@ def _hypergradient(oracle: Oracle, product: ProductKind, steps: int) -> Estimate
 
 def _loss(oracle: Oracle) -> float:
     """f where the lower variables are now, finite or not."""
+    lower, batch = oracle.lower, oracle.lower_batch
     with replay(oracle.lower_random):
-        loss, _ = oracle.lower.evaluate(oracle.lower_batch)
+        if len(lower.levels) > 1:  # the levels below follow in its gradient alone
+            with suppress(NonFiniteError):
+                return lower.gradient(batch, lower.variables).loss
+            return math.inf
+        loss, _ = lower.evaluate(batch)
     oracle.buffers.restore()
     return float(processes.average(loss.detach()))
