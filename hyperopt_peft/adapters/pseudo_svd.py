@@ -142,7 +142,7 @@ def _check(name: str, layer: lora.LoraLayer, adapter: str) -> None:
     if parametrize.is_parametrized(layer.lora_B[adapter]):
         raise ProblemError(f"{name} has a parametrized B already; call use_pseudo_svd once only.")
     if parametrize.is_parametrized(layer.lora_A[adapter]):  # what it reads cannot be written
-        raise ProblemError(f"{name} has a parametrized A; call use_pseudo_svd before add_selection.")
+        raise ProblemError(f"{name} has a parametrized A; use_pseudo_svd comes first.")
     a, b = factors(layer, adapter)
     rank, size = len(a), min(len(b), a.shape[1])
     if rank > size:

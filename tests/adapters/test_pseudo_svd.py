@@ -197,7 +197,10 @@ def merged():
         (lambda: use_pseudo_svd(frozen()), "frozen.*is_trainable=True"),
         (lambda: use_pseudo_svd(merged()), "unmerge_adapter"),
         (lambda: use_pseudo_svd(use_pseudo_svd(lora())), "once only"),
-        (lambda: use_pseudo_svd(add_selection(lora())), "parametrized A; .* before add_selection"),
+        (
+            lambda: use_pseudo_svd(add_selection(lora())),
+            "parametrized A; use_pseudo_svd comes first",
+        ),
         (lambda: use_pseudo_svd(lora(), "other"), "Unknown adapter 'other'"),
         (lambda: pseudo_singular_values(lora()), r"call use_pseudo_svd\(model\) first"),
         (lambda: pseudo_singular_values(add_hyperparameters(lora())), "has no pseudo singular"),
