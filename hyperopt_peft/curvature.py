@@ -12,7 +12,6 @@ from scipy.linalg import eigvalsh_tridiagonal
 from hyperopt_peft import processes
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.cg import ConjugateGradient
-from hyperopt_peft.hypergradients.estimate import estimate
 from hyperopt_peft.hypergradients.estimator import Estimate, Matvec
 from hyperopt_peft.hypergradients.minres import MINRES
 from hyperopt_peft.hypergradients.oracle import Oracle
@@ -58,7 +57,7 @@ class Curvature:
 def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curvature:
     """The curvature at the oracle's point, by 4·``steps`` products at most.
 
-    The lower variables move; whoever calls puts them back.
+    The oracle is open. The lower variables move; whoever calls puts them back.
 
     Raises:
         ProblemError: exact products, and f has no second derivative.
@@ -139,8 +138,11 @@ class Spectrum:
 
 
 def _hypergradient(oracle: Oracle, product: ProductKind, steps: int) -> Estimate:
-    """At the point where the lower variables are now."""
-    return estimate(replace(oracle), MINRES(steps=steps, product=product))
+    """At the point where the lower variables are now, at fixed options of the lower optimizer."""
+    result = MINRES(steps=steps, product=product).estimate(replace(oracle))
+    if not result.hypergradient.isfinite():
+        raise NonFiniteError("the hypergradient is not finite")
+    return result
 
 
 def _loss(oracle: Oracle) -> float:

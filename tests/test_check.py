@@ -448,6 +448,17 @@ def test_an_upper_loss_may_read_the_lowest_level_alone():
     assert kinds(examine(top, below), "error", "warning") == []
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_variable_may_act_through_the_lower_optimizer_alone(alone):
+    rate = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    pair = Pair()
+    pair.lower.optimizer_options = lambda: {"lr": rate.exp()}
+    owned = [("rate", rate)] if alone else [("rate", rate), ("u", pair.u)]
+    check = examine(pair.level(pair.upper_loss, owned, "above"), pair.lower)
+    assert kinds(check, "error", "warning") == []
+    assert check.curvature.implicit is not alone
+
+
 def test_steps_are_checked():
     with pytest.raises(ProblemError, match="steps must be at least 1"):
         check_problem(*diabetes(), steps=0)
