@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_type_hints
 
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, step_metric
+from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, require_diagonal, step_metric
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
@@ -166,6 +166,12 @@ class Solver(Estimator):
     def needs_optimizer_state(self) -> bool:
         """The optimizer's metric is in its state."""
         return self.metric == "optimizer"
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """As `Estimator.check_levels`; the optimizer's metric must be a known one."""
+        super().check_levels(upper, lower)
+        if self.metric == "optimizer":
+            require_diagonal(lower)
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
