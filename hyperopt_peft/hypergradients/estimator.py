@@ -189,8 +189,10 @@ class Solver(Estimator):
                 found, state = self.advance(matvec, b, oracle.state)
             else:
                 scaled = (lambda v: root * matvec(root * v)), root * b
-                found, state = self.advance(*scaled, oracle.state)
-                found = replace(found, v=root * found.v)
+                # M moves from one upper step to the next, so what is kept is in w's own variables.
+                kept = _multiplied(Vector(part.reciprocal() for part in root), oracle.state)
+                found, state = self.advance(*scaled, kept)
+                found, state = replace(found, v=root * found.v), _multiplied(root, state)
             implicit = -product.mixed(found.v)
         return Estimate(direct, implicit, found.residual, found.steps, found.note, state)
 
@@ -215,3 +217,7 @@ class Solver(Estimator):
             return result
 
         return checked
+
+
+def _multiplied(factor: Vector, state: State) -> State:
+    return {key: factor * x if isinstance(x, Vector) else x for key, x in state.items()}
