@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.purity import assign, displaced
 from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon
+from hyperopt_peft.optimizer_options import read_by_options
 from hyperopt_peft.problem import Evaluation, Problem, devices_of
 from hyperopt_peft.random_state import (
     RandomState,
@@ -64,7 +66,7 @@ def check_problem(
         steps: of the solvers.
 
     Raises:
-        ProblemError: ``steps`` is not positive.
+        ProblemError: ``steps`` is not positive, or `Problem.optimizer_options` are none.
         Exception: whatever a loss raises that is none of the above.
     """
     if steps < 1:
@@ -113,7 +115,7 @@ class _Examination:
             return
         self._unread(above.gradient, below.gradient)
         if not any(finding.severity == "error" for finding in self.findings):
-            self._second_order("exact")
+            self._second_order("difference" if len(oracle.lower.levels) > 1 else "exact")
 
     def _add(self, kind: Kind, severity: Severity, level: Problem, words: str, advice: str) -> None:
         self.findings.append(Finding(kind, severity, level.name, words, advice))
@@ -150,9 +152,12 @@ class _Examination:
         return evaluation
 
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> Evaluation:
-        buffers = self.oracle.buffers
-        with replay(random):
-            evaluation = level.gradient(batch, self._variables)
+        buffers, lower = self.oracle.buffers, self.oracle.lower
+        with replay(random):  # of F too with what stands below the lower level as a function of it
+            if level is lower:
+                evaluation = lower.gradient(batch, self._variables)
+            else:
+                evaluation = lower.gradient_of(level, batch, self._variables)
         changed = sorted(set(buffers.changed()))
         buffers.restore()
         known = {(finding.kind, finding.level) for finding in self.findings}
@@ -216,8 +221,8 @@ class _Examination:
         upper, lower = self.oracle.upper, self.oracle.lower
         count = len(upper.variables)
         unread = [(lower, n) for n, g in zip(lower.names, below[count:]) if g is None]
-        both = zip(upper.names, above, below)
-        unread += [(upper, n) for n, f, g in both if f is None and g is None]
+        both, options = zip(upper.names, upper.variables, above, below), self._options
+        unread += [(upper, n) for n, x, f, g in both if f is g is None and id(x) not in options]
         for level, name in unread:
             losses = "the lower loss does not read" if level is lower else "no loss reads"
             words = f"{losses} the variable {name!r}"
@@ -233,7 +238,14 @@ class _Examination:
         if all(g is None for g in below[:count]):
             self._no_mixed()
 
+    @cached_property
+    def _options(self) -> set[int]:
+        """The ids of the variables that the lower optimizer's options are functions of."""
+        return read_by_options(self.oracle.lower)
+
     def _no_mixed(self) -> None:
+        if self._options:  # they move what the lower level reaches, without a derivative of f
+            return
         words = "∂²f/∂u∂w is zero here: the upper variables do not move the lower minimum"
         advice = (
             "let them act on the lower loss together with its variables; as it is, the "

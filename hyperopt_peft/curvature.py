@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +12,6 @@ from scipy.linalg import eigvalsh_tridiagonal
 from hyperopt_peft import processes
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.cg import ConjugateGradient
-from hyperopt_peft.hypergradients.estimate import estimate
 from hyperopt_peft.hypergradients.estimator import Estimate, Matvec
 from hyperopt_peft.hypergradients.minres import MINRES
 from hyperopt_peft.hypergradients.oracle import Oracle
@@ -57,7 +57,7 @@ class Curvature:
 def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curvature:
     """The curvature at the oracle's point, by 4·``steps`` products at most.
 
-    The lower variables move; whoever calls puts them back.
+    The oracle is open. The lower variables move; whoever calls puts them back.
 
     Raises:
         ProblemError: exact products, and f has no second derivative.
@@ -78,7 +78,7 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
     if newton.norm() == 0:  # negative curvature along the gradient itself
         newton = gradient / (max(-smallest, largest) or 1.0)
     here = _hypergradient(oracle, product, steps)
-    with displaced(w) as start:
+    with displaced(w) as start, oracle.lower.anchored():
         before = after = _loss(oracle)
         for halvings in range(10):
             assign(w, start, newton.parts, -(0.5**halvings))
@@ -138,13 +138,21 @@ class Spectrum:
 
 
 def _hypergradient(oracle: Oracle, product: ProductKind, steps: int) -> Estimate:
-    """At the point where the lower variables are now."""
-    return estimate(replace(oracle), MINRES(steps=steps, product=product))
+    """At the point where the lower variables are now, at fixed options of the lower optimizer."""
+    result = MINRES(steps=steps, product=product).estimate(replace(oracle))
+    if not result.hypergradient.isfinite():
+        raise NonFiniteError("the hypergradient is not finite")
+    return result
 
 
 def _loss(oracle: Oracle) -> float:
     """f where the lower variables are now, finite or not."""
+    lower, batch = oracle.lower, oracle.lower_batch
     with replay(oracle.lower_random):
-        loss, _ = oracle.lower.evaluate(oracle.lower_batch)
+        if len(lower.levels) > 1:  # the levels below follow in its gradient alone
+            with suppress(NonFiniteError):
+                return lower.gradient(batch, lower.variables).loss
+            return math.inf
+        loss, _ = lower.evaluate(batch)
     oracle.buffers.restore()
     return float(processes.average(loss.detach()))

@@ -26,6 +26,7 @@ from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.purity import Copies, assign, displaced
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.vector import Vector
+from hyperopt_peft.optimizer_options import read_by_options
 from hyperopt_peft.options import require_count
 from hyperopt_peft.problem import Evaluation, Problem, Step, require_read
 from hyperopt_peft.random_state import RandomState, replay
@@ -288,11 +289,12 @@ class Nested(Problem):
             yield
 
     def _reads_below(self, variable: Tensor, oracle: Oracle) -> bool:
-        """Whether the level below reads ``variable``; asked once."""
+        """Whether the level below reads ``variable``, in its loss or its optimizer; asked once."""
         if variable not in self._read:
             with oracle.open(), replay(oracle.lower_random):
                 (part,) = self.lower.gradient(oracle.lower_batch, (variable,)).gradient
-            self._read[variable] = part is not None
+            read = part is not None or id(variable) in read_by_options(self.lower)
+            self._read[variable] = read
         return self._read[variable]
 
 

@@ -120,9 +120,9 @@ class Problem:
 
         ``{"lr": self.log_lr.exp()}`` for example: ``lr`` and ``weight_decay``, single numbers, one
         mapping for all groups of parameters or one for each. They are written into the groups
-        before each step, in place of what these were made with. Estimators of kind ``"unrolled"``
-        take hypergradients with respect to them; others refuse. A scheduler sets the learning rate
-        itself, so beside one only ``weight_decay`` is allowed.
+        before each step, in place of what these were made with. ``"unrolled"`` and ``"forward"``
+        take hypergradients with respect to them; other estimators refuse. A scheduler sets the
+        learning rate itself, so beside one only ``weight_decay`` is allowed.
         """
         return {}
 

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from chains import chain, nested
 from networks import differences, network_levels
 from quadratic import FunctionLevel, flat, program, symmetric
 from torch.autograd.function import once_differentiable
@@ -413,6 +414,49 @@ def test_another_exception_of_a_loss_passes_and_leaves_everything():
     with pytest.raises(KeyError, match="no such column"):
         check_problem(pair.upper, pair.lower)
     assert torch.equal(pair.w, before) and pair.w.grad is None
+
+
+def test_a_chain_is_examined_through_its_levels():
+    """The Newton step's loss and the hypergradient's change are those of the reduced problem."""
+    quadratics = chain(3)
+    top, below = nested(quadratics.levels())
+    with torch.no_grad():  # the lowest level at its minimum, the middle one not
+        *_, a = quadratics.matrices
+        above = torch.cat(quadratics.blocks[:2])
+        n, w = len(above), quadratics.blocks[2]
+        w.copy_(-torch.linalg.solve(a[n:, n:], a[n:, :n] @ above + quadratics.vectors[2][n:]))
+    check = examine(top, below)
+    far, start = quadratics.hypergradient(), quadratics.objective(1, quadratics.blocks).item()
+    direct = below.gradient_of(top, None, top.variables).gradient[0]
+    quadratics.settle()
+    settled, end = quadratics.hypergradient(), quadratics.objective(1, quadratics.blocks).item()
+    at_end = below.gradient_of(top, None, top.variables).gradient[0]
+    sizes = [d.norm() + (h - d).norm() for d, h in ((direct, far), (at_end, settled))]
+    assert kinds(check, "error", "warning") == ["far from stationary"]
+    assert check.curvature.losses == pytest.approx((start, end), rel=1e-8)
+    change = float((settled - far).norm() / max(sizes))
+    assert check.curvature.change == pytest.approx(change, rel=1e-6)
+
+
+def test_an_upper_loss_may_read_the_lowest_level_alone():
+    quadratics = chain(3)
+    quadratics.settle()
+    top, below = nested(quadratics.levels())
+    top = FunctionLevel(
+        lambda _: quadratics.blocks[2].square().sum(), top.variables, optimizer=top.optimizer
+    )
+    assert kinds(examine(top, below), "error", "warning") == []
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_variable_may_act_through_the_lower_optimizer_alone(alone):
+    rate = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    pair = Pair()
+    pair.lower.optimizer_options = lambda: {"lr": rate.exp()}
+    owned = [("rate", rate)] if alone else [("rate", rate), ("u", pair.u)]
+    check = examine(pair.level(pair.upper_loss, owned, "above"), pair.lower)
+    assert kinds(check, "error", "warning") == []
+    assert check.curvature.implicit is not alone
 
 
 def test_steps_are_checked():

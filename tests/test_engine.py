@@ -249,3 +249,12 @@ def test_engines_take_any_level(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
     Engine(upper, lower).run(1)
     assert "upper steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["sama", "cg:metric=optimizer", "unrolled", "forward"])
+def test_an_optimizer_that_an_estimator_does_not_know_is_named_before_training(method):
+    u, w = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(lambda _: w.sum(), [u], optimizer=SGD([u]))
+    lower = FunctionLevel(lambda _: (w - u).sum(), [w], optimizer=torch.optim.Adagrad([w]))
+    with pytest.raises(ProblemError, match="Adagrad"):
+        Engine(upper, lower, method)

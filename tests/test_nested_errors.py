@@ -87,6 +87,20 @@ def test_a_variable_that_no_loss_reads_is_named(losses, name):
         three(**losses).run(1)
 
 
+def test_a_variable_that_only_the_optimizer_below_reads_is_enough():
+    """One step of the lowest level at the learning rate exp(u), by hand."""
+    u, v, w = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-1, 0, 3))
+
+    class Lowest(FunctionLevel):
+        def optimizer_options(self):
+            return {"lr": u.exp()}
+
+    lowest = Lowest(lambda _: (w - 1).square().sum() / 2, [w], optimizer=SGD([w]))
+    middle = FunctionLevel(lambda _: (w - 2 + v).square().sum() / 2, [v])
+    (part,) = Nested(middle, lowest, "unrolled").gradient(None, (u,)).gradient
+    torch.testing.assert_close(part, -u.exp() * (w - 2 + v) * (w - 1))
+
+
 def test_a_variable_that_only_a_level_below_reads_is_enough():
     """v is read by f alone, as a penalty is, and u by f alone too."""
     engine = three(

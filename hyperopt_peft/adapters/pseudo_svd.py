@@ -61,7 +61,7 @@ def use_pseudo_svd(peft_model: PeftModel, adapter_name: str | None = None) -> Pe
     Raises:
         ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; a layer with a variant of
             LoRA, DoRA for example; an embedding or a bare parameter; a frozen adapter; a rank above
-            the size of the weight; an adapter that has P, Λ and Q already. Nothing has changed.
+            the size of the weight; a parametrized A or B, such as P, Λ and Q. Nothing has changed.
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter)
@@ -115,12 +115,14 @@ def _pseudo_layers(peft_model: PeftModel, adapter: str) -> list[tuple[str, nn.Mo
     """Name, PEFT's module of B, and Q of every layer."""
     found = []
     for name, layer in lora_layers(peft_model, adapter):
-        if adapter not in layer.lora_B or not parametrize.is_parametrized(layer.lora_B[adapter]):
+        b: Any = dict(layer.lora_B).get(adapter)
+        part = b.parametrizations.weight[0] if parametrize.is_parametrized(b, "weight") else None
+        if not isinstance(part, ScaledColumns):
             raise ProblemError(
                 f"{name} has no pseudo singular values for adapter {adapter!r}; call "
                 "use_pseudo_svd(model) first."
             )
-        found.append((name, layer.lora_B[adapter], factors(layer, adapter)[0]))
+        found.append((name, b, factors(layer, adapter)[0]))
     return found
 
 
@@ -139,6 +141,8 @@ def _check(name: str, layer: lora.LoraLayer, adapter: str) -> None:
         )
     if parametrize.is_parametrized(layer.lora_B[adapter]):
         raise ProblemError(f"{name} has a parametrized B already; call use_pseudo_svd once only.")
+    if parametrize.is_parametrized(layer.lora_A[adapter]):  # what it reads cannot be written
+        raise ProblemError(f"{name} has a parametrized A; use_pseudo_svd comes first.")
     a, b = factors(layer, adapter)
     rank, size = len(a), min(len(b), a.shape[1])
     if rank > size:

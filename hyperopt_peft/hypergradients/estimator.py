@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_type_hints
 
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, step_metric
+from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, require_diagonal, step_metric
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.vector import Vector, zeros_like
@@ -167,6 +167,12 @@ class Solver(Estimator):
         """The optimizer's metric is in its state."""
         return self.metric == "optimizer"
 
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """As `Estimator.check_levels`; the optimizer's metric must be a known one."""
+        super().check_levels(upper, lower)
+        if self.metric == "optimizer":
+            require_diagonal(lower)
+
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ H⁻¹ b, where ``matvec(v)`` is Hv and b is not zero."""
@@ -183,8 +189,10 @@ class Solver(Estimator):
                 found, state = self.advance(matvec, b, oracle.state)
             else:
                 scaled = (lambda v: root * matvec(root * v)), root * b
-                found, state = self.advance(*scaled, oracle.state)
-                found = replace(found, v=root * found.v)
+                # M moves from one upper step to the next, so what is kept is in w's own variables.
+                kept = _multiplied(Vector(part.reciprocal() for part in root), oracle.state)
+                found, state = self.advance(*scaled, kept)
+                found, state = replace(found, v=root * found.v), _multiplied(root, state)
             implicit = -product.mixed(found.v)
         return Estimate(direct, implicit, found.residual, found.steps, found.note, state)
 
@@ -209,3 +217,7 @@ class Solver(Estimator):
             return result
 
         return checked
+
+
+def _multiplied(factor: Vector, state: State) -> State:
+    return {key: factor * x if isinstance(x, Vector) else x for key, x in state.items()}

@@ -145,6 +145,12 @@ def step_metric(level: Problem, step: Step) -> Vector:
     return _diagonal(level, step, _clipping(level, step), lambda form: form.metric())
 
 
+def require_diagonal(level: Problem) -> None:
+    """Raise ProblemError where the level has an optimizer whose diagonal is not known here."""
+    if level.optimizer is not None:
+        _require_known(level, level.optimizer_snapshot(with_state=False))
+
+
 def last_step(oracle: Oracle) -> Step:
     """The last recorded lower step; out of training the one that would be taken next.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
-from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, step_slope
+from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, require_diagonal, step_slope
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.problem import Problem
 
 
 @register("sama", kind="unrolled")
@@ -54,6 +55,11 @@ class SAMA(Estimator):
     def reuses_lower_gradient(self) -> bool:
         """A one-sided difference needs ∂f/∂u at the unmoved point."""
         return self.sides == 1 and self.product == "difference"
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """As `Estimator.check_levels`; the optimizer must be a known one."""
+        super().check_levels(upper, lower)
+        require_diagonal(lower)
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""

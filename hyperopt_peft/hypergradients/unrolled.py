@@ -60,12 +60,14 @@ class Unrolled(Estimator):
         return True
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Refuse shards; the optimizer's options are part of the step."""
+        """Refuse shards, and an optimizer without a functional form; its options may be learnt."""
         self.require(
             not is_sharded(*upper.variables, *lower.variables),
             "the optimizer's step on FSDP's shards cannot be differentiated; choose darts, or a "
             'solver with product="difference"',
         )
+        if lower.optimizer is not None:
+            FunctionalOptimizer(lower, lower.optimizer_snapshot(with_state=False))
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""

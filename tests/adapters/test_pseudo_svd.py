@@ -20,6 +20,8 @@ from adapters.models import (
 )
 from hyperopt_peft import ProblemError
 from hyperopt_peft.adapters import (
+    add_hyperparameters,
+    add_selection,
     direction,
     gram_penalty,
     orthogonality_penalty,
@@ -195,14 +197,29 @@ def merged():
         (lambda: use_pseudo_svd(frozen()), "frozen.*is_trainable=True"),
         (lambda: use_pseudo_svd(merged()), "unmerge_adapter"),
         (lambda: use_pseudo_svd(use_pseudo_svd(lora())), "once only"),
+        (
+            lambda: use_pseudo_svd(add_selection(lora())),
+            "parametrized A; use_pseudo_svd comes first",
+        ),
         (lambda: use_pseudo_svd(lora(), "other"), "Unknown adapter 'other'"),
         (lambda: pseudo_singular_values(lora()), r"call use_pseudo_svd\(model\) first"),
+        (lambda: pseudo_singular_values(add_hyperparameters(lora())), "has no pseudo singular"),
         (lambda: orthogonality_penalty(lora("embedding")), r"call use_pseudo_svd\(model\) first"),
     ],
 )
 def test_bad_input_is_named(wrong, said):
     with pytest.raises(ProblemError, match=said):
         wrong()
+
+
+def test_components_are_selected_after_the_decomposition():
+    """Weights of 1 change nothing, and P, Λ and Q are still what they are called."""
+    model = use_pseudo_svd(randomise(lora()))
+    x = layer_input("linear")
+    before = model(x)
+    add_selection(model)
+    torch.testing.assert_close(model(x), before)
+    assert orthogonality_penalty(model) < 1e-8
 
 
 def test_a_refused_model_is_unchanged():

@@ -234,6 +234,31 @@ def test_a_variable_that_a_batch_does_not_read_keeps_its_metric() -> None:
     torch.testing.assert_close(before - flat(u).detach(), expected, rtol=1e-10, atol=1e-12)
 
 
+@dataclass(frozen=True)
+class Keeper(Solver):
+    """b at the first upper step, and that again ever after."""
+
+    def solve(self, matvec: Matvec, b: Vector) -> Solution:
+        return Solution(b)
+
+    def advance(self, matvec: Matvec, b: Vector, state: Any) -> Any:
+        v = state.get("v", b)
+        return Solution(v), {"v": v}
+
+
+def test_what_is_kept_between_upper_steps_does_not_move_with_the_metric() -> None:
+    """∂²f/∂u∂w = −I and F does not read u, so that the hypergradient is v."""
+    w, u = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    upper = FunctionLevel(lambda _: weights @ w.square(), [u], optimizer=SGD([u], lr=0.0))
+    lower = FunctionLevel(
+        lambda _: weights @ w.square() - w @ u, [w], optimizer=Adam([w], lr=0.1, betas=(0.5, 0.5))
+    )
+    engine = Engine(upper, lower, Keeper(metric="optimizer"), progress=False)
+    norms = [record["hypergradient_norm"] for record in engine.run(4)]
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-12)
+
+
 def test_options_are_checked() -> None:
     assert ConjugateGradient(40).steps == 40  # it is no positional one
     with pytest.raises(ProblemError, match="metric must be 'identity' or 'optimizer', got 'adam'"):
