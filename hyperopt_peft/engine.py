@@ -19,7 +19,7 @@ from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.optimizer_options import read_by_options
-from hyperopt_peft.options import require_count
+from hyperopt_peft.options import require_count, require_settings
 from hyperopt_peft.problem import Problem, Step, devices_of, owned, require_read
 from hyperopt_peft.random_state import RandomState, host_random_state, restore_host_random_state
 from hyperopt_peft.upper_share import with_upper_share
@@ -173,12 +173,7 @@ class Engine:
         if not isinstance(state, Mapping) or not expected <= state.keys():
             missing = sorted(expected - (state.keys() if isinstance(state, Mapping) else set()))
             raise ProblemError(f"this is not an Engine's state: it lacks {missing}")
-        for key, value in self._settings().items():
-            if state["settings"].get(key) != value:
-                raise ProblemError(
-                    f"the state was made with {key}={state['settings'].get(key)!r}, "
-                    f"this Engine has {value!r}"
-                )
+        require_settings("the state", state["settings"], "this Engine", self._settings())
         self.upper.check_state(state["upper"])
         self.lower.check_state(state["lower"])
         kept = unpacked(state["estimator"], self.lower.variables)

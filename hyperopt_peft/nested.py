@@ -27,7 +27,7 @@ from hyperopt_peft.hypergradients.purity import Copies, assign, displaced
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.vector import Vector
 from hyperopt_peft.optimizer_options import read_by_options
-from hyperopt_peft.options import require_count
+from hyperopt_peft.options import require_count, require_settings
 from hyperopt_peft.problem import Evaluation, Problem, Step, require_read
 from hyperopt_peft.random_state import RandomState, replay
 
@@ -228,12 +228,8 @@ class Nested(Problem):
         parts = {"middle", "below", "prepared", "settings"}
         if not isinstance(state, Mapping) or state.keys() != parts:
             raise ProblemError(f"{self.name}: the state is not that of a level over others")
-        for key, value in self._settings().items():
-            if state["settings"].get(key) != value:
-                raise ProblemError(
-                    f"{self.name}: the state was made with {key}={state['settings'].get(key)!r}, "
-                    f"this level has {value!r}"
-                )
+        made = f"{self.name}: the state"
+        require_settings(made, state["settings"], "this level", self._settings())
         self.middle.check_state(state["middle"])
         self.lower.check_state(state["below"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -34,3 +35,11 @@ def spelt(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def require_settings(made: str, known: Mapping[str, Any], has: str, now: Mapping[str, Any]) -> None:
+    """Raise ProblemError where ``known``, what was ``made`` with, differs from ``now``."""
+    for key, value in now.items():
+        before = known.get(key)
+        if before != value:
+            raise ProblemError(f"{made} was made with {key}={before!r}, {has} has {value!r}")

@@ -16,16 +16,18 @@ layer type is laid out so that an entry of m belongs to a row of V:
 """
 
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from hyperopt_peft.errors import ProblemError
 
+M = TypeVar("M", bound=nn.Module)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -207,3 +209,9 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
     # Quantised tensor types report a floating dtype but live outside torch.
     is_torch = type(weight).__module__.split(".")[0] == "torch"
     return isinstance(weight, Tensor) and is_torch and weight.dtype in PLAIN_DTYPES
+
+
+def parametrization(module: Any, kind: type[M]) -> M | None:
+    """What parametrises the weight of ``module``, PEFT's A or B, if it is of ``kind``."""
+    found = module.parametrizations.weight[0] if is_parametrized(module, "weight") else None
+    return found if isinstance(found, kind) else None

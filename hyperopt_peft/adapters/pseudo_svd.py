@@ -17,7 +17,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hyperopt_peft.adapters.layers import factors, lora_layers, resolve_adapter
+from hyperopt_peft.adapters.layers import factors, lora_layers, parametrization, resolve_adapter
 from hyperopt_peft.errors import ProblemError
 
 P, VALUES = (f"parametrizations.weight.original{index}" for index in (0, 1))
@@ -116,8 +116,7 @@ def _pseudo_layers(peft_model: PeftModel, adapter: str) -> list[tuple[str, nn.Mo
     found = []
     for name, layer in lora_layers(peft_model, adapter):
         b: Any = dict(layer.lora_B).get(adapter)
-        part = b.parametrizations.weight[0] if parametrize.is_parametrized(b, "weight") else None
-        if not isinstance(part, ScaledColumns):
+        if parametrization(b, ScaledColumns) is None:
             raise ProblemError(
                 f"{name} has no pseudo singular values for adapter {adapter!r}; call "
                 "use_pseudo_svd(model) first."

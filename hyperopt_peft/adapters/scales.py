@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hyperopt_peft.adapters.layers import lora_layers, resolve_adapter
+from hyperopt_peft.adapters.layers import lora_layers, parametrization, resolve_adapter
 from hyperopt_peft.errors import ProblemError
 
 
@@ -62,8 +62,8 @@ def layer_hyperparameters(model: PeftModel) -> dict[str, Scaled]:
     """
     found = {}
     for name, b in _matrices(model).items():
-        part = b.parametrizations.weight[0] if parametrize.is_parametrized(b, "weight") else None
-        if not isinstance(part, Scaled):
+        part = parametrization(b, Scaled)
+        if part is None:
             raise ProblemError(f"{name} has no hyper-parameters; call add_hyperparameters first")
         found[name] = part
     return found

@@ -24,7 +24,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hyperopt_peft.adapters.layers import lora_layers, resolve_adapter
+from hyperopt_peft.adapters.layers import lora_layers, parametrization, resolve_adapter
 from hyperopt_peft.errors import ProblemError
 
 Form = Literal["softmax", "sigmoid"]
@@ -104,10 +104,10 @@ def component_weights(
     """
     adapter, found = resolve_adapter(peft_model, adapter_name), {}
     for name, layer in _layers(peft_model, adapter).items():
-        a: Any = dict(layer.lora_A).get(adapter)
-        if not parametrize.is_parametrized(a, "weight"):
+        part = parametrization(dict(layer.lora_A).get(adapter), ComponentWeights)
+        if part is None:
             raise ProblemError(f"{name} has no weights of its components; call add_selection first")
-        found[name] = a.parametrizations.weight[0]
+        found[name] = part
     return found
 
 

@@ -9,12 +9,45 @@ from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.vector import zeros_like
+from hyperopt_peft.hypergradients.vector import Vector, zeros_like
+
+
+class OneStep(Estimator):
+    """The gradient through the last lower step: one mixed product, where that step began.
+
+    The product is a difference of ∂f/∂u with a step of length ``radius``, of one or two
+    ``sides``; ``product="exact"`` replaces it by a double backward. A subclass has these options.
+    """
+
+    radius: float | None
+    sides: int
+    product: ProductKind
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        self.require(self.radius is None or self.radius > 0, "radius must be positive")
+        self.require(self.sides in (1, 2), f"sides must be 1 or 2, got {self.sides}")
+
+    @property
+    def history(self) -> int:
+        """The last lower step: its start is where the mixed product is taken."""
+        return 1
+
+    @property
+    def reuses_lower_gradient(self) -> bool:
+        """A one-sided difference needs ∂f/∂u at the unmoved point."""
+        return self.sides == 1 and self.product == "difference"
+
+    def mixed(self, oracle: Oracle, v: Vector) -> Vector:
+        """∂²f/∂u∂w · v where the last lower step began; out of training at the current point."""
+        at = oracle.history[-1] if oracle.history else None
+        with oracle.product(self.product, at=at, radius=self.radius, sides=self.sides) as product:
+            return product.mixed(v)
 
 
 @register("darts", kind="identity")
 @dataclass(frozen=True)
-class DARTS(Estimator):
+class DARTS(OneStep):
     """dF/du ≈ ∂F/∂u − ξ·∂²f/∂u∂w · ∂F/∂w: the inverse Hessian is taken to be ξI.
 
     ``scale`` is ξ, a number or ``"lr"``, the lower optimizer's learning rate, with which
@@ -37,18 +70,7 @@ class DARTS(Estimator):
     def check(self) -> None:
         """Check the ranges of the options."""
         self.require(self.scale == "lr" or self.scale >= 0, "scale must not be negative")
-        self.require(self.radius is None or self.radius > 0, "radius must be positive")
-        self.require(self.sides in (1, 2), f"sides must be 1 or 2, got {self.sides}")
-
-    @property
-    def history(self) -> int:
-        """The last lower step: its start is where the mixed product is taken."""
-        return 1
-
-    @property
-    def reuses_lower_gradient(self) -> bool:
-        """A one-sided difference needs ∂f/∂u at the unmoved point."""
-        return self.sides == 1 and self.product == "difference"
+        super().check()
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
@@ -56,9 +78,7 @@ class DARTS(Estimator):
         scale = self._learning_rate(oracle) if self.scale == "lr" else self.scale
         if scale == 0:
             return Estimate(direct, zeros_like(direct))
-        last = oracle.history[-1] if oracle.history else None
-        with oracle.product(self.product, at=last, radius=self.radius, sides=self.sides) as product:
-            return Estimate(direct, -scale * product.mixed(b))
+        return Estimate(direct, -scale * self.mixed(oracle, b))
 
     def _learning_rate(self, oracle: Oracle) -> float:
         last = oracle.history[-1].optimizer if oracle.history else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.darts import OneStep
+from hyperopt_peft.hypergradients.estimator import Estimate
 from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, require_diagonal, step_slope
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
@@ -14,7 +15,7 @@ from hyperopt_peft.problem import Problem
 
 @register("sama", kind="unrolled")
 @dataclass(frozen=True)
-class SAMA(Estimator):
+class SAMA(OneStep):
     """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · (D ∘ ∂F/∂w), where D = −∂w'/∂g is of the lower step g ↦ w'.
 
     D is the diagonal of the optimizer's own derivative, bias correction included. For Adam,
@@ -36,25 +37,10 @@ class SAMA(Estimator):
     sides: int = 2
     product: ProductKind = "difference"
 
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        self.require(self.radius is None or self.radius > 0, "radius must be positive")
-        self.require(self.sides in (1, 2), f"sides must be 1 or 2, got {self.sides}")
-
-    @property
-    def history(self) -> int:
-        """The last lower step: it is differentiated."""
-        return 1
-
     @property
     def needs_optimizer_state(self) -> bool:
         """The derivative of a step depends on the optimizer's state."""
         return True
-
-    @property
-    def reuses_lower_gradient(self) -> bool:
-        """A one-sided difference needs ∂f/∂u at the unmoved point."""
-        return self.sides == 1 and self.product == "difference"
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """As `Estimator.check_levels`; the optimizer must be a known one."""
@@ -64,8 +50,5 @@ class SAMA(Estimator):
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        step = last_step(oracle)
-        along = step_slope(oracle.lower, step) * b
-        at = step if oracle.history else None
-        with oracle.product(self.product, at=at, radius=self.radius, sides=self.sides) as product:
-            return Estimate(direct, -product.mixed(along))
+        along = step_slope(oracle.lower, last_step(oracle)) * b
+        return Estimate(direct, -self.mixed(oracle, along))
