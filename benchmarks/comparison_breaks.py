@@ -171,8 +171,8 @@ def in_two_processes(file: Path) -> None:
         }
     if dist.get_rank() == 0:
         file.write_text(json.dumps(rows))
+    gc.collect()  # DDP goes before the group, whose threads it would wait for
     dist.destroy_process_group()
-    gc.collect()  # DDP keeps the group, whose threads would abort the process's exit
 
 
 if __name__ == "__main__":

@@ -223,12 +223,17 @@ class SealedTrainer(Trainer):
         """Leave the other processes, after all else: the last line of a script.
 
         A process that exits while threads of gloo hold its tensors is aborted; they end with the
-        process group, once DDP has let go of it.
+        process group. DDP goes first: where it is the last to hold the group, Python waits for
+        those threads, and they for Python.
         """
+        self._release_models()
+        gc.collect()
+        self.accelerator.end_training()
+
+    def _release_models(self) -> None:
+        """Let go of what `accelerate` wrapped the model in."""
         self.model_wrapped = self.model
         self.accelerator.free_memory()
-        self.accelerator.end_training()
-        gc.collect()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `transformers.Trainer.create_model_card`, with the bilevel settings and results."""

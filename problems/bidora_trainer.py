@@ -226,11 +226,11 @@ class BiDoRATrainer(BilevelTrainer):
         self.retrainer = Retrainer(self.model, lower=lower, upper=None, args=arguments, **options)
         return self.retrainer.train(reached, **kwargs)
 
-    def end_training(self) -> None:
-        """As `BilevelTrainer.end_training`, of both phases."""
+    def _release_models(self) -> None:
+        """As `BilevelTrainer` does, of both phases."""
         if self.retrainer is not None:
-            self.retrainer.end_training()
-        super().end_training()
+            self.retrainer._release_models()
+        super()._release_models()
 
     def _keep_start(self, resumed: bool) -> None:
         """Write the initial values to a file; a resumed run has those of the file."""

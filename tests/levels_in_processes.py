@@ -1,11 +1,11 @@
 """Two levels over a small network, plain or distributed; run as a script, one of two processes."""
 
-import gc
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
+import two_processes
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -263,8 +263,7 @@ def main(folder):
     }
     results |= {"refusals": refusals("fsdp", *place), "reductions": reductions()}
     torch.save(results, Path(folder) / f"{place[1]}.pt")
-    dist.destroy_process_group()
-    gc.collect()  # models that hold the group: gloo's threads would abort the process's exit
+    two_processes.leave()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Runs a script of this folder in two processes, as a user would, and reads what they wrote."""
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 HERE = Path(__file__).parent
 
@@ -23,3 +25,13 @@ def run(launcher, script, folder, *arguments):
     )
     assert done.returncode == 0, done.stderr[-20000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def leave():
+    """End the process group once no model holds it.
+
+    Where DDP is the last to hold it, Python waits for gloo's threads while they wait for Python to
+    drop the tensors of their last reduction.
+    """
+    gc.collect()
+    distributed.destroy_process_group()

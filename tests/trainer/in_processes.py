@@ -1,11 +1,11 @@
 """A `BiDoRATrainer` in each of two processes; run as a script by one of them."""
 
-import gc
 import os
 import sys
 from pathlib import Path
 
 import torch
+import two_processes
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed as dist
@@ -125,8 +125,7 @@ def main(folder):
     if sharded:
         results["refused"] = {n: refusal(folder / n, **options) for n, options in REFUSED.items()}
     torch.save(results, folder / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
-    gc.collect()  # models that hold the group: gloo's threads would abort the process's exit
+    two_processes.leave()
 
 
 if __name__ == "__main__":
