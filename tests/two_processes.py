@@ -1,5 +1,6 @@
 """Runs a script of this folder in two processes, as a user would, and reads what they wrote."""
 
+import faulthandler
 import gc
 import os
 import subprocess
@@ -25,6 +26,12 @@ def run(launcher, script, folder, *arguments):
     )
     assert done.returncode == 0, done.stderr[-20000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def start():
+    """One thread, and one that hangs ends with a trace of where it is."""
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(200, exit=True)
 
 
 def leave():

@@ -108,7 +108,7 @@ def stopped(folder, batch):
 
 
 def main(folder):
-    torch.set_num_threads(1)
+    two_processes.start()
     folder = Path(folder)
     sharded = "ACCELERATE_USE_FSDP" in os.environ
     runs = SHARDED if sharded else RUNS
