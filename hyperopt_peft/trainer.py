@@ -193,12 +193,16 @@ class BilevelTrainer(SealedTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `transformers.Trainer.create_scheduler`, for a run in which the upper level moves."""
-        if self.upper is not None and num_training_steps < self.args.lower_steps:
+        self.require_upper_step(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def require_upper_step(self, steps: int) -> None:
+        """Raise ProblemError where a run of ``steps`` lower steps has no upper one."""
+        if self.upper is not None and steps < self.args.lower_steps:
             raise ProblemError(
                 f"lower_steps={self.args.lower_steps} leaves no upper step in a run of "
-                f"{num_training_steps} steps; train for longer or lower lower_steps"
+                f"{steps} steps; train for longer or lower lower_steps"
             )
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; FSDP2 puts shards in the variables' place, and the levels own them."""

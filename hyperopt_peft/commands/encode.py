@@ -84,23 +84,28 @@ class Encoder:
         if self.task == "regression" and not label.startswith(("int", "uint", "float")):
             raise ProblemError(f"{where}: column {args.label_column!r} holds {label}, not numbers")
 
-    def _texts(self, rows: Rows) -> dict[str, Any]:
+    def _texts(self, rows: Rows, indices: list[int]) -> dict[str, Any]:
         columns = [rows[column] for column in self.args.text_columns]
+        for name, texts in zip(self.args.text_columns, columns, strict=True):
+            for text, index in zip(texts, indices, strict=True):
+                if not text.strip():
+                    raise ProblemError(f"column {name!r} is blank in row {index + 1}; take it out")
         return dict(self.tokenizer(*columns, truncation=True, max_length=self.args.max_length))
 
     def _number(self, name: str) -> int:
         if name not in self.names:
             raise ProblemError(
-                f"the label {name!r} is not in the training examples{nearest(name, self.names)}"
+                f"the label {name!r} is not in the training examples{nearest(name, self.names)}; "
+                "take its rows out, or add such examples to those"
             )
         return self.names.index(name)
 
     def _classes(self, rows: Rows, indices: list[int]) -> Rows:
         labels = [self._number(name) for name in rows[self.args.label_column]]
-        return {**self._texts(rows), "labels": labels}
+        return {**self._texts(rows, indices), "labels": labels}
 
     def _numbers(self, rows: Rows, indices: list[int]) -> Rows:
-        return {**self._texts(rows), "labels": rows[self.args.label_column]}
+        return {**self._texts(rows, indices), "labels": rows[self.args.label_column]}
 
     def _tags(self, rows: Rows, indices: list[int]) -> Rows:
         """The first token of a word has its tag, the others the ignored label."""
@@ -156,7 +161,7 @@ class Encoder:
         for target, index in zip(targets, indices, strict=True):
             if not target:
                 raise ProblemError(f"row {index + 1} has no token to predict; take it out")
-        return {**self._texts(rows), "labels": targets}
+        return {**self._texts(rows, indices), "labels": targets}
 
 
 def class_names(data: Dataset, column: str, tags: bool) -> tuple[str, ...]:
@@ -179,6 +184,8 @@ def class_names(data: Dataset, column: str, tags: bool) -> tuple[str, ...]:
     if isinstance(inner, ClassLabel):
         return tuple(inner.names)
     values = {tag for row in data[column] for tag in row} if tags else set(data[column][:])
+    if any(not str(value).strip() for value in values):
+        raise ProblemError(f"column {column!r} has a blank label; fill it or take its rows out")
     return tuple(str(value) for value in sorted(values))
 
 

@@ -63,7 +63,11 @@ def parse(
     if flags and not flags[0].startswith("-"):
         flags = [*flags_of(Path(flags.pop(0)), parser), *flags]
     known = {flag for action in parser._actions for flag in action.option_strings}
-    for flag in flags:
+    switches = {f for a in parser._actions if a.nargs == "?" for f in a.option_strings}
+    late = "unexpected argument {!r}; a YAML file comes before the options"
+    for before, flag in zip(["", *flags], flags):
+        if before in switches and flag.endswith((".yaml", ".yml")):
+            raise ProblemError(late.format(flag))
         name = flag.partition("=")[0]
         if name.startswith("--") and name not in known:
             raise ProblemError(f"unknown option {name}{_near(name, known)}")
@@ -73,10 +77,10 @@ def parse(
         )
     except ProblemError:
         raise
-    except (ValueError, TypeError) as error:  # from the dataclasses' own checks
+    except (ValueError, TypeError, ImportError) as error:  # from the dataclasses' own checks
         raise ProblemError(str(error)) from error
     if rest:
-        raise ProblemError(f"unexpected argument {rest[0]!r}; a YAML file comes before the options")
+        raise ProblemError(late.format(rest[0]))
     return parsed
 
 

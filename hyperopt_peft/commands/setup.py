@@ -80,7 +80,8 @@ class Setup:
             )
         except ProblemError:
             raise
-        except ValueError as error:
+        # The Trainer's: of the latter kinds a logger that is not installed, a hub out of reach.
+        except (ValueError, RuntimeError, OSError) as error:
             raise ProblemError(str(error)) from error
 
     def collator(self) -> Any:

@@ -82,7 +82,7 @@ class Comparison:
             for row in table
         ]
         known = self.reference_residual
-        accuracy = "" if known is None else f" (residual {known:.1g})"
+        accuracy = "" if known is None else f" (residual {known:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
         lines.append(f"against {self.reference}{accuracy}{note}; {self.repeats} repeats")
         return "\n".join(lines)

@@ -86,6 +86,14 @@ def test_one_seed_is_one_start(tmp_path):
     assert any("lora_A" in name for name in weights["lora"])
 
 
+def test_a_second_model_saves_the_same_modules(tmp_path):
+    options = given(tmp_path)
+    args = ModelArguments(options["model"], options["task"], modules_to_save=["pooler"])
+    setup = prepare(args, DataArguments([options["train_file"]], max_length=16))
+    saved = [setup.model(0, dora=True).peft_config["default"].modules_to_save for _ in range(2)]
+    assert saved[0] == saved[1] and "pooler" in saved[0] and args.modules_to_save == ["pooler"]
+
+
 def test_rows_of_runs_by_hand():
     runs = [
         Run("a", 0, {"m": 1.0}, 2.0, 5, 7),

@@ -133,6 +133,9 @@ ERRORS = {
         {},
         "column 'text' is empty in 1 of 24 rows, first in row 2",
     ),
+    "a blank text": (bad(rows(), text=" "), {}, "column 'text' is blank in row 2; take it out"),
+    "a blank label": (bad(rows(), label=""), {}, "column 'label' has a blank label"),
+    "the label as text": (rows(), {"text_columns": ["text", "label"]}, "'label' is named twice"),
     "a class once": (bad(rows(), label="d"), {}, "the label 'd' occurs once in the training"),
     "one class": (
         [{**r, "label": "a"} for r in rows()],
@@ -193,6 +196,28 @@ def test_bad_files_are_one_line_that_names_them(tmp_path, model, name, text, mes
     assert message in error and name in error
 
 
+def test_another_encoding_is_one_line(tmp_path, model, capsys):
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\nna\xefve,a\n".encode("latin-1"))
+    error = failure(capsys, "train", *flags(model=model, task=CLASSES, train_file=path))
+    assert "a.csv" in error and error.endswith("invalid continuation byte; save it as UTF-8")
+
+
+def test_another_separator_is_named(tmp_path, model):
+    (tmp_path / "a.csv").write_text("text;label\nw1;a\n")
+    with pytest.raises(ProblemError, match="known are text;label; in a CSV file commas separate"):
+        prepared(model, str(tmp_path / "a.csv"))
+
+
+def test_words_for_nothing_are_classes_and_texts(tmp_path, model):
+    names = ["NA", "None", "null"]
+    table = "".join(f"{['n/a', 'w1'][i % 2]},{names[i % 3]}\n" for i in range(24))
+    (tmp_path / "a.csv").write_text(f"text,label\n{table}")
+    setup = prepared(model, str(tmp_path / "a.csv"), eval_fraction=0)
+    assert setup.train.features["labels"].names == names
+    assert setup.train["input_ids"][1] == ids("w1 [EOS]")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -220,7 +245,7 @@ def test_contradictory_options_are_refused(options, message):
 def test_an_unknown_label_of_the_evaluation_is_named(tmp_path, model):
     train = write(tmp_path / "a.csv", rows())
     held_out = write(tmp_path / "b.csv", [{"text": "w1", "label": "e"}])
-    with pytest.raises(ProblemError, match="evaluation examples: the label 'e' is not in"):
+    with pytest.raises(ProblemError, match=r"evaluation examples: the label 'e' is not in.*take"):
         prepared(model, train, eval_file=[held_out])
 
 
