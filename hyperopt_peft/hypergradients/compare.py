@@ -27,8 +27,9 @@ class Record:
     batches and random numbers; ``residual`` is the largest of the solver's own, ‖b − Hv‖/‖b‖;
     ``spread`` is the standard deviation of the estimate over the repeats, relative to its mean;
     ``gradients`` and ``products`` count forward+backward passes and second backward passes;
-    ``peak_memory`` is in bytes, above what was held before. ``problem``
-    says why an estimator gave no number.
+    ``peak_memory`` is in bytes, above what was held before. ``note`` is what the estimator said
+    of its own work first, for example that it met negative curvature; ``problem`` says why it
+    gave no number.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Record:
     products: int = 0
     seconds: float = float("nan")
     peak_memory: int = 0
+    note: str = ""
     problem: str = ""
 
 
@@ -81,6 +83,7 @@ class Comparison:
             ).rstrip()
             for row in table
         ]
+        lines += [f"{row.method}: {row.note}" for row in self.rows if row.note]
         known = self.reference_residual
         accuracy = "" if known is None else f" (residual {known:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
@@ -120,7 +123,7 @@ def compare_hypergradients(
     truths = [run.hypergradient for run in exact]
     rows = [_record(upper, lower, name, estimator, truths, seed) for name, estimator in chosen]
     name = reference if isinstance(reference, str) else repr(truth)
-    note = next((run.note for run in exact if run.note), "")
+    note = _first_note(exact)
     return Comparison(name, _largest_residual(exact), note, repeats, tuple(rows))
 
 
@@ -178,7 +181,12 @@ def _record(
         products=runs[0].products,
         seconds=statistics.median(run.seconds for run in runs),
         peak_memory=memory,
+        note=_first_note(runs),
     )
+
+
+def _first_note(runs: Sequence[_Run]) -> str:
+    return next((run.note for run in runs if run.note), "")
 
 
 def _largest_residual(runs: Sequence[_Run]) -> float | None:
