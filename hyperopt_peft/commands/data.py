@@ -193,10 +193,10 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
     """Raise ProblemError where ``data`` lacks a column, or has an empty cell in one."""
     for column in columns:
         if column not in data.column_names:
-            alone = len(data.column_names) == 1
+            separated = any(mark in data.column_names[0] for mark in ";|\t")
             raise ProblemError(
                 f"{where} have no column {column!r}{nearest(column, data.column_names)}"
-                + ("; in a CSV file commas separate the columns, in TSV tabs" if alone else "")
+                + ("; in a CSV file commas separate the columns, in TSV tabs" if separated else "")
             )
         if missing := data.data.column(column).null_count:
             row = data[column][:].index(None)
