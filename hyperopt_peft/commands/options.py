@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hyperopt_peft.errors import ProblemError, nearest
 
@@ -57,8 +57,7 @@ def parse(
         description=summary(documentation),
         allow_abbrev=False,
     )
-    # The hundred arguments of the Trainer come last in the help.
-    parser._action_groups.sort(key=lambda group: group is parser._optionals)
+    _order_help(parser, types)
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
         flags = [*flags_of(Path(flags.pop(0)), parser), *flags]
@@ -82,6 +81,17 @@ def parse(
     if rest:
         raise ProblemError(late.format(rest[0]))
     return parsed
+
+
+def _order_help(parser: Parser, types: Sequence[type]) -> None:
+    """Give the two levels a group of their own; the Trainer's hundred arguments come last."""
+    trainers = [own for own in types if issubclass(own, TrainingArguments)]
+    names = {name for own in trainers for name in own.__dataclass_fields__}
+    names -= TrainingArguments.__dataclass_fields__.keys()
+    levels, rest = parser.add_argument_group("two levels"), parser._optionals
+    levels._group_actions += [action for action in rest._group_actions if action.dest in names]
+    rest._group_actions = [action for action in rest._group_actions if action.dest not in names]
+    parser._action_groups.sort(key=lambda group: group is rest)
 
 
 def flags_of(path: Path, parser: Parser) -> list[str]:

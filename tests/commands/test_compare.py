@@ -123,6 +123,7 @@ def test_a_method_may_name_its_estimator(tmp_path):
     ("method", "message"),
     [
         ("bidorra", "unknown method 'bidorra'; did you mean 'bidora'"),
+        ("damping=1.0", "known are lora, dora, bidora; in YAML quotes keep the commas"),
         ("lora:cg", "lora takes no estimator, got 'lora:cg'"),
         ("bidora:dart", "unknown estimator 'dart'; did you mean 'darts'"),
     ],
