@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_every_option_has_help_and_a_default_that_is_shown(command, capsys):
         "merge": (merge.MergeArguments,),
     }
     assert all(action.help for action in Parser(own[command])._actions)
+
+
+def test_no_warnings_of_other_libraries_renamings(monkeypatch):
+    monkeypatch.setattr(train, "run", lambda _: warnings.warn("renamed", FutureWarning, 2))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert main(["train"]) == 0
+        warnings.warn("renamed", FutureWarning, 2)
+    assert len(seen) == 1  # and only while a command runs
 
 
 def test_a_process_of_its_own_ends_with_one_line_and_status_2(tmp_path):
