@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.accelerator import check_accelerator
-from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.purity import Copies
@@ -392,7 +392,7 @@ class BilevelTrainer(SealedTrainer):
             if not (folder / checkpoint.SEAL).exists():
                 self._save_checkpoint(self.model, None)
             written = f"the state before it is in {folder}"
-        raise NonFiniteError(f"{where}: {error}; {written}") from error
+        raise NonFiniteError(f"{where}: {error}; {NON_FINITE_ADVICE}; {written}") from error
 
     def _clear_gradients(self) -> None:
         for level in self._levels:
