@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,8 +87,8 @@ def parse(
 def _order_help(parser: Parser, types: Sequence[type]) -> None:
     """Give the two levels a group of their own; the Trainer's hundred arguments come last."""
     trainers = [own for own in types if issubclass(own, TrainingArguments)]
-    names = {name for own in trainers for name in own.__dataclass_fields__}
-    names -= TrainingArguments.__dataclass_fields__.keys()
+    names = {field.name for own in trainers for field in fields(own)}
+    names -= {field.name for field in fields(TrainingArguments)}
     levels, rest = parser.add_argument_group("two levels"), parser._optionals
     levels._group_actions += [action for action in rest._group_actions if action.dest in names]
     rest._group_actions = [action for action in rest._group_actions if action.dest not in names]
