@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -68,11 +69,15 @@ class Comparison:
         head = ("method", "cosine", "rel. error", "norm ratio", "residual", "spread")
         table: list[tuple[str, ...]] = [(*head, "fwd+bwd", "products", "seconds", "MB")]
         for row in self.rows:
-            numbers = (f"{row.cosine:.4f}", f"{row.relative_error:.2g}", f"{row.norm_ratio:.3f}")
+            numbers = (
+                _cell(row.cosine, ".4f"),  # none where an estimate is zero
+                _cell(row.relative_error, ".2g"),
+                _cell(row.norm_ratio, ".3f"),
+                _cell(row.residual, ".2g"),
+                _cell(row.spread, ".2g"),
+            )
             cost = (str(row.gradients), str(row.products), f"{row.seconds:.3g}")
-            memory = f"{row.peak_memory / 2**20:.1f}"
-            residual = "–" if row.residual is None else f"{row.residual:.2g}"
-            cells = (*numbers, residual, f"{row.spread:.2g}", *cost, memory)
+            cells = (*numbers, *cost, f"{row.peak_memory / 2**20:.1f}")
             table.append((row.method, *cells) if not row.problem else (row.method, row.problem))
         widths = [max(len(row[i]) for row in table if len(row) > 2) for i in range(len(table[0]))]
         widths[0] = max(len(r[0]) for r in table)
@@ -183,6 +188,10 @@ def _record(
         peak_memory=memory,
         note=_first_note(runs),
     )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:{form}}"
 
 
 def _first_note(runs: Sequence[_Run]) -> str:

@@ -92,7 +92,9 @@ def test_what_a_method_notes_is_below_the_table() -> None:
     table = compare_hypergradients(upper, lower, ["direct", "cg"], "minres", repeats=2)
     direct, cg = table.records()
     assert direct["note"] == "" and "curvature" in cg["note"]
-    assert str(table).splitlines()[3] == f"cg: {cg['note']}"
+    lines = str(table).splitlines()
+    assert lines[3] == f"cg: {cg['note']}"
+    assert lines[1].split()[:3] == ["direct", "–", "1"]  # of length zero: no direction
 
 
 def test_a_reference_can_be_any_method() -> None:
