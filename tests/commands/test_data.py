@@ -249,6 +249,14 @@ def test_an_unknown_label_of_the_evaluation_is_named(tmp_path, model):
         prepared(model, train, eval_file=[held_out])
 
 
+def test_evaluation_on_training_examples_is_warned_of(tmp_path, model, caplog):
+    train, others = write(tmp_path / "a.csv", rows()), rows(number=5, seed=1)
+    prepared(model, train, eval_file=[write(tmp_path / "b.csv", others)])
+    assert "training examples too" not in caplog.text
+    prepared(model, train, eval_file=[write(tmp_path / "c.csv", [*others, *rows()[:2]])])
+    assert "2 of 7 evaluation examples are training examples too" in caplog.text
+
+
 def test_words_and_tags_must_be_as_many():
     data = [{"tokens": ["w1", "w2"], "label": ["O"]}]
     with pytest.raises(ProblemError, match="the examples: row 1 has 2 words and 1 tags"):
