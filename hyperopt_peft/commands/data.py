@@ -207,11 +207,18 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
 
 
 def kind_of(feature: Any) -> str:
-    """What a column holds: ``"class"``, a type such as ``"int64"``, or ``"list of …"``."""
+    """What a column holds: ``"class"``, a type such as ``"int64"``, ``"list of …"`` or ``"json"``.
+
+    The last is what `datasets` makes of values of several types in a JSON file.
+    """
     if isinstance(feature, ClassLabel):
         return "class"
     inner = getattr(feature, "feature", None)
-    return f"list of {kind_of(inner)}" if inner is not None else str(getattr(feature, "dtype", "?"))
+    return f"list of {kind_of(inner)}" if inner is not None else _type_of(feature)
+
+
+def _type_of(feature: Any) -> str:
+    return str(getattr(feature, "dtype", type(feature).__name__.lower()))
 
 
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:

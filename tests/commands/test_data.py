@@ -1,6 +1,7 @@
 """Files are read alike in every format; what cannot be trained on is named before any work."""
 
 import json
+import math
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -135,6 +136,14 @@ ERRORS = {
     ),
     "a blank text": (bad(rows(), text=" "), {}, "column 'text' is blank in row 2; take it out"),
     "a blank label": (bad(rows(), label=""), {}, "column 'label' has a blank label"),
+    "numbers and words": (bad(rows(), label=1), {}, "column 'label' holds int, str; make all"),
+    "no classes": ([{**r, "label": {"a": 1}} for r in rows()], {}, "'label' holds dict; make all"),
+    "texts and numbers": (bad(rows(), text=1), {}, "column 'text' holds json, not text"),
+    "a word among numbers": (
+        bad([{**r, "label": 0.5} for r in rows()], label="high"),
+        {"task": "regression"},
+        "column 'label' holds json, not numbers; row 2 has 'high'",
+    ),
     "the label as text": (rows(), {"text_columns": ["text", "label"]}, "'label' is named twice"),
     "a class once": (bad(rows(), label="d"), {}, "the label 'd' occurs once in the training"),
     "one class": (
@@ -147,7 +156,11 @@ ERRORS = {
         {},
         "column 'label' holds float64, not classes; numbers are for task regression",
     ),
-    "text as numbers": (rows(), {"task": "regression"}, "column 'label' holds string, not numbers"),
+    "text as numbers": (
+        rows(),
+        {"task": "regression"},
+        "'label' holds string, not numbers; row 1 has 'a'",
+    ),
     "numbers as text": (
         [{"text": 1, "label": "ab"[i % 2]} for i in range(8)],
         {},
@@ -255,6 +268,19 @@ def test_evaluation_on_training_examples_is_warned_of(tmp_path, model, caplog):
     assert "training examples too" not in caplog.text
     prepared(model, train, eval_file=[write(tmp_path / "c.csv", [*others, *rows()[:2]])])
     assert "2 of 7 evaluation examples are training examples too" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_label_that_is_not_finite_is_named(value):
+    data = [{"text": "w1", "label": 0.5}, {"text": "w2", "label": value}]
+    with pytest.raises(ProblemError, match=f"the examples: the label of row 2 is {value}"):
+        encoded("regression", data)
+
+
+def test_an_empty_word_is_named():
+    data = [{"tokens": ["w1", None], "label": ["O", "O"]}]
+    with pytest.raises(ProblemError, match="the examples: row 1 has an empty word"):
+        encoded("token-classification", data, ("O",))
 
 
 def test_words_and_tags_must_be_as_many():
