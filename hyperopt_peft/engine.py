@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from tqdm.auto import trange
 
 from hyperopt_peft import checkpoint, processes, versions
-from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State, check_ownership
@@ -314,6 +314,6 @@ class Engine:
             return step()
         except NonFiniteError as error:
             if self.non_finite == "raise":
-                raise NonFiniteError(f"{where}: {error}") from error
+                raise NonFiniteError(f"{where}: {error}; {NON_FINITE_ADVICE}") from error
             self.skipped += 1
             return None

@@ -12,6 +12,11 @@ class NonFiniteError(FloatingPointError):
     """A loss, gradient or curvature that is NaN or infinite."""
 
 
+NON_FINITE_ADVICE = (
+    "lower the learning rate or max_grad_norm, or leave such steps out with non_finite='skip'"
+)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """How an error about an unknown ``word`` ends: the nearest of the known ones, or all."""
     names = list(known)

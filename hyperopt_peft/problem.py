@@ -156,10 +156,15 @@ class Problem:
         lists and ``BatchEncoding`` alike.
 
         Raises:
-            ProblemError: the loss is not a scalar tensor, or depends on nothing that
-                requires a gradient.
+            ProblemError: the loss is not a scalar tensor, depends on nothing that requires a
+                gradient, or stumbles over a batch that is None or lacks a column.
         """
-        result = self.loss(send_to_device(batch, self.variables[0].device))
+        try:
+            result = self.loss(send_to_device(batch, self.variables[0].device))
+        except (AttributeError, KeyError, TypeError) as error:
+            if lack := _lack(batch, error):
+                raise ProblemError(f"{self.name}: {lack}") from error
+            raise
         metrics: dict[str, float] = {}
         if isinstance(result, Mapping):
             if "loss" not in result:
@@ -379,6 +384,19 @@ def devices_of(*levels: Problem) -> list[torch.device]:
 def owned(*levels: Problem) -> tuple[Tensor, ...]:
     """The variables of ``levels`` and of those below them."""
     return tuple(v for level in levels for each in level.levels for v in each.variables)
+
+
+def _lack(batch: Any, error: Exception) -> str:
+    """What ``batch`` lacks, if that is why a loss raised ``error``."""
+    if batch is None and "NoneType" in str(error):
+        return f"the loss was given no batch ({error}); give the level data, or the call a batch"
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if not isinstance(key, str) or not isinstance(batch, Mapping) or key in batch:
+        return ""
+    return (
+        f"the loss reads {key!r}, and the batch has only {', '.join(map(str, batch))}; "
+        "the Trainer takes out what the model does not read, unless remove_unused_columns=False"
+    )
 
 
 def _form(state: Mapping[str, Any]) -> Any:

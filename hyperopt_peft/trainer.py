@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.accelerator import check_accelerator
-from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.purity import Copies
@@ -193,12 +193,16 @@ class BilevelTrainer(SealedTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `transformers.Trainer.create_scheduler`, for a run in which the upper level moves."""
-        if self.upper is not None and num_training_steps < self.args.lower_steps:
+        self.require_upper_step(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def require_upper_step(self, steps: int) -> None:
+        """Raise ProblemError where a run of ``steps`` lower steps has no upper one."""
+        if self.upper is not None and steps < self.args.lower_steps:
             raise ProblemError(
                 f"lower_steps={self.args.lower_steps} leaves no upper step in a run of "
-                f"{num_training_steps} steps; train for longer or lower lower_steps"
+                f"{steps} steps; train for longer or lower lower_steps"
             )
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; FSDP2 puts shards in the variables' place, and the levels own them."""
@@ -388,7 +392,7 @@ class BilevelTrainer(SealedTrainer):
             if not (folder / checkpoint.SEAL).exists():
                 self._save_checkpoint(self.model, None)
             written = f"the state before it is in {folder}"
-        raise NonFiniteError(f"{where}: {error}; {written}") from error
+        raise NonFiniteError(f"{where}: {error}; {NON_FINITE_ADVICE}; {written}") from error
 
     def _clear_gradients(self) -> None:
         for level in self._levels:

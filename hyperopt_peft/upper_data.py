@@ -123,7 +123,7 @@ def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
     Without ``lower``, ``upper`` is a part of the training set, which may be evaluated on, too.
     """
     for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
-        if _same(upper, held_out) or (lower is not None and _shared(upper, held_out) == len(upper)):
+        if _same(upper, held_out) or (lower is not None and shared(upper, held_out) == len(upper)):
             raise ProblemError(
                 "eval_dataset is given as the upper level's data: then it is trained on, and "
                 "measures nothing; give a part of the training set, or upper_fraction"
@@ -133,7 +133,7 @@ def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
             f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
             f"and {upper.column_names}"
         )
-    common = len(upper) if _same(upper, lower) else _shared(upper, lower)
+    common = len(upper) if _same(upper, lower) else shared(upper, lower)
     if common:
         raise ProblemError(
             f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too: the "
@@ -152,7 +152,7 @@ def _columns(one: Dataset, other: Dataset) -> list[str]:
     return [column for column in one.column_names if column in other.column_names]
 
 
-def _shared(data: Any, other: Any) -> int:
+def shared(data: Any, other: Any) -> int:
     """How many examples of ``data`` are in ``other`` too; 0 where that cannot be told."""
     if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
         return 0

@@ -42,8 +42,8 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
     )
     xi: float | None = HfArg(
         default=None,
-        help="ξ of darts, its scale option: the published code has 1, the DARTS formula the "
-        "lower learning rate",
+        help="ξ of darts, in place of its option scale, which is 1: the published code has 1, the "
+        "DARTS formula the lower learning rate",
     )
     gamma: float = HfArg(
         default=0.0, help="weight of the Gram regulariser; the published recipes have 1e-5"

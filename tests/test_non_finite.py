@@ -34,7 +34,7 @@ def non_finite_levels(bad: set[tuple[str, int]]) -> tuple[FunctionLevel, Functio
 
 def test_losses_that_are_not_finite_name_the_step() -> None:
     levels = non_finite_levels({("lower", 3)})
-    with pytest.raises(NonFiniteError, match="lower step 3: below: the loss is nan"):
+    with pytest.raises(NonFiniteError, match="lower step 3: below: the loss is nan; lower the"):
         Engine(*levels, "direct", progress=False).run(5)
     levels = non_finite_levels({("upper", 2)})
     with pytest.raises(NonFiniteError, match="upper step 2: direct: above: the loss is nan"):

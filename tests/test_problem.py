@@ -34,6 +34,21 @@ class Empty:
         return iter(())
 
 
+class Rows(Problem):
+    def loss(self, batch: Any) -> Tensor:
+        return (W * batch["weight"]).sum()
+
+
+def test_a_loss_that_lacks_its_batch_or_a_column_says_so() -> None:
+    level = Rows([W])
+    with pytest.raises(ProblemError, match=r"Rows: the loss was given no batch .*give the level"):
+        level.evaluate(None)
+    with pytest.raises(ProblemError, match=r"reads 'weight', and the batch has only x, y; the Tr"):
+        level.evaluate({"x": W, "y": W})
+    with pytest.raises(TypeError, match="only integer tensors"):
+        level.evaluate({"weight": "heavy"})
+
+
 def evaluate(result: Any) -> Callable[[], object]:
     return lambda: FunctionLevel(lambda _: result, [W], name="fit").evaluate(None)
 

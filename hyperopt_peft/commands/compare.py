@@ -117,7 +117,8 @@ def arguments_of(method: str, args: BiDoRATrainingArguments) -> BiDoRATrainingAr
     word, _, estimator = method.partition(":")
     name = next((known for known in METHODS if known == word), None)
     if name is None:
-        raise ProblemError(f"methods: unknown method {word!r}{nearest(word, METHODS)}")
+        hint = "; in YAML quotes keep the commas of an estimator" if "=" in word else ""
+        raise ProblemError(f"methods: unknown method {word!r}{nearest(word, METHODS)}{hint}")
     if ":" in method and name != "bidora":
         raise ProblemError(f"methods: {name} takes no estimator, got {method!r}")
     own = copy.copy(args)

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.utils import logging
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError, nearest
@@ -105,9 +106,13 @@ def load(args: DataArguments, task: str) -> tuple[Dataset, Dataset | None]:
 
     Raises:
         ProblemError: a missing, empty or unreadable file, a data set that is not found, a
-            missing column, or an empty cell.
+            missing column, one that is named twice, or an empty cell.
     """
     columns = args.columns(task)
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise ProblemError(
+            f"the column {twice[0]!r} is named twice; texts, target and label are different columns"
+        )
     if args.train_file:
         train = read_files(args.train_file, "train_file")
     else:
@@ -140,14 +145,21 @@ def _read_file(path: Path, option: str) -> Dataset:
         raise ProblemError(f"{option}: there is no file {path}")
     if path.stat().st_size == 0:
         raise ProblemError(f"{option}: {path} is empty")
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    if kind == "csv":  # "None" and "NA" are classes and words, not empty cells
+        options |= {"keep_default_na": False, "na_values": [""]}
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # the error below is the one line
     try:
         data = load_dataset(kind, data_files=str(path), **options).get("train")
     except (DatasetsError, ValueError, OSError) as error:
         if "corresponds to no data" not in str(error):
             reason = error.__cause__ or error
-            raise ProblemError(f"{option}: cannot read {path}: {reason}") from error
+            hint = "; save it as UTF-8" if isinstance(reason, UnicodeDecodeError) else ""
+            raise ProblemError(f"{option}: cannot read {path}: {reason}{hint}") from error
         data = None
+    finally:
+        logging.set_verbosity(level)
     if not data:
         raise ProblemError(f"{option}: {path} is empty: it has no rows")
     return data
@@ -181,8 +193,10 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
     """Raise ProblemError where ``data`` lacks a column, or has an empty cell in one."""
     for column in columns:
         if column not in data.column_names:
+            separated = any(mark in data.column_names[0] for mark in ";|\t")
             raise ProblemError(
                 f"{where} have no column {column!r}{nearest(column, data.column_names)}"
+                + ("; in a CSV file commas separate the columns, in TSV tabs" if separated else "")
             )
         if missing := data.data.column(column).null_count:
             row = data[column][:].index(None)
@@ -193,11 +207,18 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
 
 
 def kind_of(feature: Any) -> str:
-    """What a column holds: ``"class"``, a type such as ``"int64"``, or ``"list of …"``."""
+    """What a column holds: ``"class"``, a type such as ``"int64"``, ``"list of …"`` or ``"json"``.
+
+    The last is what `datasets` makes of values of several types in a JSON file.
+    """
     if isinstance(feature, ClassLabel):
         return "class"
     inner = getattr(feature, "feature", None)
-    return f"list of {kind_of(inner)}" if inner is not None else str(getattr(feature, "dtype", "?"))
+    return f"list of {kind_of(inner)}" if inner is not None else _type_of(feature)
+
+
+def _type_of(feature: Any) -> str:
+    return str(getattr(feature, "dtype", type(feature).__name__.lower()))
 
 
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:

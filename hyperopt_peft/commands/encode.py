@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,29 +83,46 @@ class Encoder:
                 )
         label = kinds.get(args.label_column, "")
         if self.task == "regression" and not label.startswith(("int", "uint", "float")):
-            raise ProblemError(f"{where}: column {args.label_column!r} holds {label}, not numbers")
+            values = data[args.label_column][:]
+            row = next((n for n, value in enumerate(values) if not _is_number(value)), 0)
+            raise ProblemError(
+                f"{where}: column {args.label_column!r} holds {label}, not numbers; row {row + 1} "
+                f"has {values[row]!r}"
+            )
 
-    def _texts(self, rows: Rows) -> dict[str, Any]:
+    def _texts(self, rows: Rows, indices: list[int]) -> dict[str, Any]:
         columns = [rows[column] for column in self.args.text_columns]
+        for name, texts in zip(self.args.text_columns, columns, strict=True):
+            for text, index in zip(texts, indices, strict=True):
+                if not text.strip():
+                    raise ProblemError(f"column {name!r} is blank in row {index + 1}; take it out")
         return dict(self.tokenizer(*columns, truncation=True, max_length=self.args.max_length))
 
     def _number(self, name: str) -> int:
         if name not in self.names:
             raise ProblemError(
-                f"the label {name!r} is not in the training examples{nearest(name, self.names)}"
+                f"the label {name!r} is not in the training examples{nearest(name, self.names)}; "
+                "take its rows out, or add such examples to those"
             )
         return self.names.index(name)
 
     def _classes(self, rows: Rows, indices: list[int]) -> Rows:
         labels = [self._number(name) for name in rows[self.args.label_column]]
-        return {**self._texts(rows), "labels": labels}
+        return {**self._texts(rows, indices), "labels": labels}
 
     def _numbers(self, rows: Rows, indices: list[int]) -> Rows:
-        return {**self._texts(rows), "labels": rows[self.args.label_column]}
+        numbers = rows[self.args.label_column]
+        for number, index in zip(numbers, indices, strict=True):
+            if not math.isfinite(number):
+                raise ProblemError(f"the label of row {index + 1} is {number}; take it out")
+        return {**self._texts(rows, indices), "labels": numbers}
 
     def _tags(self, rows: Rows, indices: list[int]) -> Rows:
         """The first token of a word has its tag, the others the ignored label."""
         words, tags = rows[self.args.tokens_column], rows[self.args.label_column]
+        for own, index in zip(words, indices, strict=True):
+            if None in own:
+                raise ProblemError(f"row {index + 1} has an empty word; fill it or take it out")
         result = self.tokenizer(
             words, is_split_into_words=True, truncation=True, max_length=self.args.max_length
         )
@@ -156,7 +174,7 @@ class Encoder:
         for target, index in zip(targets, indices, strict=True):
             if not target:
                 raise ProblemError(f"row {index + 1} has no token to predict; take it out")
-        return {**self._texts(rows), "labels": targets}
+        return {**self._texts(rows, indices), "labels": targets}
 
 
 def class_names(data: Dataset, column: str, tags: bool) -> tuple[str, ...]:
@@ -178,8 +196,25 @@ def class_names(data: Dataset, column: str, tags: bool) -> tuple[str, ...]:
     inner = feature.feature if tags else feature
     if isinstance(inner, ClassLabel):
         return tuple(inner.names)
-    values = {tag for row in data[column] for tag in row} if tags else set(data[column][:])
-    return tuple(str(value) for value in sorted(values))
+    every = [tag for row in data[column] for tag in row] if tags else data[column][:]
+    try:
+        names = tuple(str(value) for value in sorted(set(every)))
+    except TypeError as error:  # numbers beside words, or what is neither
+        kinds = ", ".join(sorted({type(value).__name__ for value in every}))
+        raise ProblemError(
+            f"column {column!r} holds {kinds}; make all classes words, or all numbers"
+        ) from error
+    if not all(name.strip() for name in names):
+        raise ProblemError(f"column {column!r} has a blank label; fill it or take its rows out")
+    return names
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _named(data: Dataset, column: str) -> Dataset:

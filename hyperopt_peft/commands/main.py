@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 import datasets
@@ -31,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise ProblemError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
-        COMMANDS[name].run(options)
+        with warnings.catch_warnings():
+            # What PEFT and Transformers will rename is none of the user's affairs.
+            warnings.simplefilter("ignore", FutureWarning)
+            COMMANDS[name].run(options)
     except (ProblemError, NonFiniteError) as error:
         command = f"hyperopt-peft {name}" if name in COMMANDS else "hyperopt-peft"
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -63,7 +64,8 @@ def load_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ProblemError(f"cannot load the model {name!r}: {error}") from error
+        local = "" if Path(name).exists() else f"there is no folder {name} here, and "
+        raise ProblemError(f"cannot load the model {name!r}: {local}{error}") from error
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
@@ -96,7 +98,10 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
         tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_length
     )
     if max_length > limit:
-        raise ProblemError(f"max_length={max_length} is more than the model's {limit} tokens")
+        raise ProblemError(
+            f"max_length={max_length} is more than the model's {limit} tokens; give "
+            f"max_length={limit} or less"
+        )
     if len(tokenizer) > (getattr(config, "vocab_size", None) or len(tokenizer)):
         raise ProblemError(
             f"the tokenizer {name!r} has {len(tokenizer)} tokens, the model {config.vocab_size}; "
@@ -128,7 +133,8 @@ def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, li
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise ProblemError(f"cannot load the model {name!r}: {error}") from error
+        reason = str(error).partition("Model type should be one of")[0]  # a hundred of them
+        raise ProblemError(f"cannot load the model {name!r}: {reason}") from error
     finally:
         logging.set_verbosity(level)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
@@ -154,7 +160,7 @@ def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
         lora_alpha=args.alpha,
         lora_dropout=args.dropout,
         target_modules=targets,
-        modules_to_save=args.modules_to_save,
+        modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
         use_dora=dora,
     )
     try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hyperopt_peft.errors import ProblemError, nearest
 
@@ -57,13 +58,16 @@ def parse(
         description=summary(documentation),
         allow_abbrev=False,
     )
-    # The hundred arguments of the Trainer come last in the help.
-    parser._action_groups.sort(key=lambda group: group is parser._optionals)
+    _order_help(parser, types)
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
         flags = [*flags_of(Path(flags.pop(0)), parser), *flags]
     known = {flag for action in parser._actions for flag in action.option_strings}
-    for flag in flags:
+    switches = {f for a in parser._actions if a.nargs == "?" for f in a.option_strings}
+    late = "unexpected argument {!r}; a YAML file comes before the options"
+    for before, flag in zip(["", *flags], flags):
+        if before in switches and flag.endswith((".yaml", ".yml")):
+            raise ProblemError(late.format(flag))
         name = flag.partition("=")[0]
         if name.startswith("--") and name not in known:
             raise ProblemError(f"unknown option {name}{_near(name, known)}")
@@ -73,11 +77,22 @@ def parse(
         )
     except ProblemError:
         raise
-    except (ValueError, TypeError) as error:  # from the dataclasses' own checks
+    except (ValueError, TypeError, ImportError) as error:  # from the dataclasses' own checks
         raise ProblemError(str(error)) from error
     if rest:
-        raise ProblemError(f"unexpected argument {rest[0]!r}; a YAML file comes before the options")
+        raise ProblemError(late.format(rest[0]))
     return parsed
+
+
+def _order_help(parser: Parser, types: Sequence[type]) -> None:
+    """Give the two levels a group of their own; the Trainer's hundred arguments come last."""
+    trainers = [own for own in types if issubclass(own, TrainingArguments)]
+    names = {field.name for own in trainers for field in fields(own)}
+    names -= {field.name for field in fields(TrainingArguments)}
+    levels, rest = parser.add_argument_group("two levels"), parser._optionals
+    levels._group_actions += [action for action in rest._group_actions if action.dest in names]
+    rest._group_actions = [action for action in rest._group_actions if action.dest not in names]
+    parser._action_groups.sort(key=lambda group: group is rest)
 
 
 def flags_of(path: Path, parser: Parser) -> list[str]:

@@ -47,6 +47,9 @@ def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
         trainer: ready to train.
         everything: training examples of both levels.
         evaluation: evaluation examples.
+
+    Raises:
+        ProblemError: so few steps that the upper level would not move.
     """
     args, model = trainer.args, trainer.model
     lines = [f"method: {args.method}"]
@@ -64,6 +67,7 @@ def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
     if bilevel:
         assert trainer.upper_dataset is not None
         search, again = phases(args, lower, everything)
+        trainer.require_upper_step(search)
         lines += [
             f"examples: {lower} lower level, {len(trainer.upper_dataset)} upper level, "
             f"{everything if again else 0} retraining, {evaluation} evaluation",

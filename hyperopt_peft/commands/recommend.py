@@ -93,7 +93,7 @@ def _of_reference(comparison: Comparison, limits: Thresholds) -> list[str]:
     residual = comparison.reference_residual
     if residual is not None and not residual <= limits.residual:
         warnings.append(
-            f"Warning: the reference is itself far from the solution, residual {residual:.2g} > "
+            f"Warning: the reference is itself far from the solution, residual {residual:.3g} > "
             f"{limits.residual:g}, so what follows is uncertain; raise reference_steps or damping."
         )
     if comparison.reference_note:

@@ -21,6 +21,7 @@ from hyperopt_peft.commands.models import ModelArguments
 from hyperopt_peft.commands.tasks import TASKS, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.upper_data import shared
 
 logger = logging.get_logger(__name__)
 TYPES = (ModelArguments, DataArguments, BiDoRATrainingArguments)
@@ -80,7 +81,8 @@ class Setup:
             )
         except ProblemError:
             raise
-        except ValueError as error:
+        # The Trainer's: of the latter kinds a logger that is not installed, a hub out of reach.
+        except (ValueError, RuntimeError, OSError) as error:
             raise ProblemError(str(error)) from error
 
     def collator(self) -> Any:
@@ -109,6 +111,11 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
     train = encoder.encode(train, "the training examples")
     if evaluation is not None:
         evaluation = encoder.encode(evaluation, "the evaluation examples")
+        if common := shared(evaluation, train):
+            logger.warning(
+                f"{common} of {len(evaluation)} evaluation examples are training examples too; "
+                "what is measured on them says little"
+            )
     held_out = evaluation is None and data.eval_fraction > 0
     if args.task == "text-classification":
         require_repeated(train, held_out)

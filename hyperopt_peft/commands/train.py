@@ -46,6 +46,8 @@ def run(argv: Sequence[str]) -> None:
             trainer = setup.trainer(model, args)
             rows = 0 if setup.evaluation is None else len(setup.evaluation)
             print(plan(trainer, len(setup.train), rows))
+            if setup.task.classes:
+                print(f"labels: {', '.join(setup.config.id2label.values())}")
         return
     trainer = setup.trainer(model, args)
     result = trainer.train(_resume(args))
@@ -53,6 +55,8 @@ def run(argv: Sequence[str]) -> None:
     save(trainer, result.metrics, metrics)
     names = data.train_file or [data.dataset]
     trainer.create_model_card(dataset=[Path(name).name for name in names])
+    if trainer.is_world_process_zero():
+        print(f"the adapter is in {args.output_dir}")
     trainer.end_training()
 
 

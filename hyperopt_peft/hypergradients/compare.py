@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +28,9 @@ class Record:
     batches and random numbers; ``residual`` is the largest of the solver's own, ‖b − Hv‖/‖b‖;
     ``spread`` is the standard deviation of the estimate over the repeats, relative to its mean;
     ``gradients`` and ``products`` count forward+backward passes and second backward passes;
-    ``peak_memory`` is in bytes, above what was held before. ``problem``
-    says why an estimator gave no number.
+    ``peak_memory`` is in bytes, above what was held before. ``note`` is what the estimator said
+    of its own work first, for example that it met negative curvature; ``problem`` says why it
+    gave no number.
     """
 
     method: str
@@ -41,6 +43,7 @@ class Record:
     products: int = 0
     seconds: float = float("nan")
     peak_memory: int = 0
+    note: str = ""
     problem: str = ""
 
 
@@ -66,11 +69,15 @@ class Comparison:
         head = ("method", "cosine", "rel. error", "norm ratio", "residual", "spread")
         table: list[tuple[str, ...]] = [(*head, "fwd+bwd", "products", "seconds", "MB")]
         for row in self.rows:
-            numbers = (f"{row.cosine:.4f}", f"{row.relative_error:.2g}", f"{row.norm_ratio:.3f}")
+            numbers = (
+                _cell(row.cosine, ".4f"),  # none where an estimate is zero
+                _cell(row.relative_error, ".2g"),
+                _cell(row.norm_ratio, ".3f"),
+                _cell(row.residual, ".2g"),
+                _cell(row.spread, ".2g"),
+            )
             cost = (str(row.gradients), str(row.products), f"{row.seconds:.3g}")
-            memory = f"{row.peak_memory / 2**20:.1f}"
-            residual = "–" if row.residual is None else f"{row.residual:.2g}"
-            cells = (*numbers, residual, f"{row.spread:.2g}", *cost, memory)
+            cells = (*numbers, *cost, f"{row.peak_memory / 2**20:.1f}")
             table.append((row.method, *cells) if not row.problem else (row.method, row.problem))
         widths = [max(len(row[i]) for row in table if len(row) > 2) for i in range(len(table[0]))]
         widths[0] = max(len(r[0]) for r in table)
@@ -81,8 +88,9 @@ class Comparison:
             ).rstrip()
             for row in table
         ]
+        lines += [f"{row.method}: {row.note}" for row in self.rows if row.note]
         known = self.reference_residual
-        accuracy = "" if known is None else f" (residual {known:.1g})"
+        accuracy = "" if known is None else f" (residual {known:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
         lines.append(f"against {self.reference}{accuracy}{note}; {self.repeats} repeats")
         return "\n".join(lines)
@@ -120,7 +128,7 @@ def compare_hypergradients(
     truths = [run.hypergradient for run in exact]
     rows = [_record(upper, lower, name, estimator, truths, seed) for name, estimator in chosen]
     name = reference if isinstance(reference, str) else repr(truth)
-    note = next((run.note for run in exact if run.note), "")
+    note = _first_note(exact)
     return Comparison(name, _largest_residual(exact), note, repeats, tuple(rows))
 
 
@@ -178,7 +186,16 @@ def _record(
         products=runs[0].products,
         seconds=statistics.median(run.seconds for run in runs),
         peak_memory=memory,
+        note=_first_note(runs),
     )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def _first_note(runs: Sequence[_Run]) -> str:
+    return next((run.note for run in runs if run.note), "")
 
 
 def _largest_residual(runs: Sequence[_Run]) -> float | None:

@@ -86,6 +86,14 @@ def test_one_seed_is_one_start(tmp_path):
     assert any("lora_A" in name for name in weights["lora"])
 
 
+def test_a_second_model_saves_the_same_modules(tmp_path):
+    options = given(tmp_path)
+    args = ModelArguments(options["model"], options["task"], modules_to_save=["pooler"])
+    setup = prepare(args, DataArguments([options["train_file"]], max_length=16))
+    saved = [setup.model(0, dora=True).peft_config["default"].modules_to_save for _ in range(2)]
+    assert saved[0] == saved[1] and "pooler" in saved[0] and args.modules_to_save == ["pooler"]
+
+
 def test_rows_of_runs_by_hand():
     runs = [
         Run("a", 0, {"m": 1.0}, 2.0, 5, 7),
@@ -115,6 +123,7 @@ def test_a_method_may_name_its_estimator(tmp_path):
     ("method", "message"),
     [
         ("bidorra", "unknown method 'bidorra'; did you mean 'bidora'"),
+        ("damping=1.0", "known are lora, dora, bidora; in YAML quotes keep the commas"),
         ("lora:cg", "lora takes no estimator, got 'lora:cg'"),
         ("bidora:dart", "unknown estimator 'dart'; did you mean 'darts'"),
     ],

@@ -1,6 +1,7 @@
 """Files are read alike in every format; what cannot be trained on is named before any work."""
 
 import json
+import math
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -133,6 +134,17 @@ ERRORS = {
         {},
         "column 'text' is empty in 1 of 24 rows, first in row 2",
     ),
+    "a blank text": (bad(rows(), text=" "), {}, "column 'text' is blank in row 2; take it out"),
+    "a blank label": (bad(rows(), label=""), {}, "column 'label' has a blank label"),
+    "numbers and words": (bad(rows(), label=1), {}, "column 'label' holds int, str; make all"),
+    "no classes": ([{**r, "label": {"a": 1}} for r in rows()], {}, "'label' holds dict; make all"),
+    "texts and numbers": (bad(rows(), text=1), {}, "column 'text' holds json, not text"),
+    "a word among numbers": (
+        bad([{**r, "label": 0.5} for r in rows()], label="high"),
+        {"task": "regression"},
+        "column 'label' holds json, not numbers; row 2 has 'high'",
+    ),
+    "the label as text": (rows(), {"text_columns": ["text", "label"]}, "'label' is named twice"),
     "a class once": (bad(rows(), label="d"), {}, "the label 'd' occurs once in the training"),
     "one class": (
         [{**r, "label": "a"} for r in rows()],
@@ -144,7 +156,11 @@ ERRORS = {
         {},
         "column 'label' holds float64, not classes; numbers are for task regression",
     ),
-    "text as numbers": (rows(), {"task": "regression"}, "column 'label' holds string, not numbers"),
+    "text as numbers": (
+        rows(),
+        {"task": "regression"},
+        "'label' holds string, not numbers; row 1 has 'a'",
+    ),
     "numbers as text": (
         [{"text": 1, "label": "ab"[i % 2]} for i in range(8)],
         {},
@@ -193,6 +209,28 @@ def test_bad_files_are_one_line_that_names_them(tmp_path, model, name, text, mes
     assert message in error and name in error
 
 
+def test_another_encoding_is_one_line(tmp_path, model, capsys):
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\nna\xefve,a\n".encode("latin-1"))
+    error = failure(capsys, "train", *flags(model=model, task=CLASSES, train_file=path))
+    assert "a.csv" in error and error.endswith("invalid continuation byte; save it as UTF-8")
+
+
+def test_another_separator_is_named(tmp_path, model):
+    (tmp_path / "a.csv").write_text("text;label\nw1;a\n")
+    with pytest.raises(ProblemError, match="known are text;label; in a CSV file commas separate"):
+        prepared(model, str(tmp_path / "a.csv"))
+
+
+def test_words_for_nothing_are_classes_and_texts(tmp_path, model):
+    names = ["NA", "None", "null"]
+    table = "".join(f"{['n/a', 'w1'][i % 2]},{names[i % 3]}\n" for i in range(24))
+    (tmp_path / "a.csv").write_text(f"text,label\n{table}")
+    setup = prepared(model, str(tmp_path / "a.csv"), eval_fraction=0)
+    assert setup.train.features["labels"].names == names
+    assert setup.train["input_ids"][1] == ids("w1 [EOS]")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -220,8 +258,29 @@ def test_contradictory_options_are_refused(options, message):
 def test_an_unknown_label_of_the_evaluation_is_named(tmp_path, model):
     train = write(tmp_path / "a.csv", rows())
     held_out = write(tmp_path / "b.csv", [{"text": "w1", "label": "e"}])
-    with pytest.raises(ProblemError, match="evaluation examples: the label 'e' is not in"):
+    with pytest.raises(ProblemError, match=r"evaluation examples: the label 'e' is not in.*take"):
         prepared(model, train, eval_file=[held_out])
+
+
+def test_evaluation_on_training_examples_is_warned_of(tmp_path, model, caplog):
+    train, others = write(tmp_path / "a.csv", rows()), rows(number=5, seed=1)
+    prepared(model, train, eval_file=[write(tmp_path / "b.csv", others)])
+    assert "training examples too" not in caplog.text
+    prepared(model, train, eval_file=[write(tmp_path / "c.csv", [*others, *rows()[:2]])])
+    assert "2 of 7 evaluation examples are training examples too" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_label_that_is_not_finite_is_named(value):
+    data = [{"text": "w1", "label": 0.5}, {"text": "w2", "label": value}]
+    with pytest.raises(ProblemError, match=f"the examples: the label of row 2 is {value}"):
+        encoded("regression", data)
+
+
+def test_an_empty_word_is_named():
+    data = [{"tokens": ["w1", None], "label": ["O", "O"]}]
+    with pytest.raises(ProblemError, match="the examples: row 1 has an empty word"):
+        encoded("token-classification", data, ("O",))
 
 
 def test_words_and_tags_must_be_as_many():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,11 @@ def test_every_option_has_help_and_a_default_that_is_shown(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
-    assert "[config.yaml] [options]" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "[config.yaml] [options]" in text
+    if command != "merge":  # what is of this library comes before the Trainer's hundred arguments
+        assert text.index("\ntwo levels:\n  --hypergradient ") < text.index("\noptions:\n")
+        assert text.index("--retrain_steps ") < text.index("\noptions:\n") < text.index("--optim ")
     own = {
         "train": (train.TrainArguments, *train.TYPES),
         "compare": (compare.CompareArguments, *compare.TYPES),
@@ -47,6 +52,15 @@ def test_every_option_has_help_and_a_default_that_is_shown(command, capsys):
         "merge": (merge.MergeArguments,),
     }
     assert all(action.help for action in Parser(own[command])._actions)
+
+
+def test_no_warnings_of_other_libraries_renamings(monkeypatch):
+    monkeypatch.setattr(train, "run", lambda _: warnings.warn("renamed", FutureWarning, 2))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert main(["train"]) == 0
+        warnings.warn("renamed", FutureWarning, 2)
+    assert len(seen) == 1  # and only while a command runs
 
 
 def test_a_process_of_its_own_ends_with_one_line_and_status_2(tmp_path):

@@ -89,6 +89,7 @@ def test_a_bad_file_is_refused(tmp_path, text, message):
         (["--wor", "2"], "unknown option --wor"),  # no abbreviations: they change with versions
         (["--rate"], "argument --rate: expected one argument"),
         (["--rate", "2", "c.yaml"], "unexpected argument 'c.yaml'; a YAML file comes before"),
+        (["--quiet", "c.yaml"], "unexpected argument 'c.yaml'; a YAML file comes before"),
         (["missing.yaml"], "cannot read missing.yaml (No such file or directory)"),
     ],
 )

@@ -13,6 +13,7 @@ from hyperopt_peft.commands.main import main
 from hyperopt_peft.commands.models import require_targets
 from hyperopt_peft.commands.plan import kept_bytes
 from tests.commands.files import flags
+from tests.commands.test_main import failure
 from tests.commands.test_train import given
 
 
@@ -33,6 +34,7 @@ def test_who_owns_what(tmp_path, capsys):
     assert numbers(text, "lower level, directions") == [4 * 2 * 16, 8]
     assert numbers(text, "lower level, head") == [27, 2]
     embeddings, layer = (50 + 512 + 2 + 2) * 8, 4 * 72 + 16 + (8 * 12 + 12) + (12 * 8 + 8) + 16
+    assert "\nlabels: a, b, c\n" in text
     assert numbers(text, "frozen")[0] == embeddings + 2 * layer + 72 + 27
     assert not (tmp_path / "out").exists()
 
@@ -65,6 +67,13 @@ def test_a_control_has_one_level(tmp_path, capsys):
     assert numbers(text, "examples") == [24, 10]
     assert numbers(text, "steps") == [4]
     assert "0 vectors" in text
+
+
+def test_too_few_steps_are_refused_as_in_training(tmp_path, capsys):
+    options = given(tmp_path, lower_steps=5)
+    messages = [failure(capsys, "train", *flags(**options), *dry) for dry in ([], ["--dry-run"])]
+    assert messages[0] == messages[1]
+    assert "lower_steps=5 leaves no upper step in a run of 4 steps" in messages[0]
 
 
 def test_new_weights_that_stay_random_are_warned_of(tmp_path, capsys, caplog):

@@ -84,6 +84,19 @@ def test_a_method_that_fails_has_a_row_that_says_why() -> None:
     assert too_large["problem"] in str(table)
 
 
+def test_what_a_method_notes_is_below_the_table() -> None:
+    """CG says where it met the negative curvature, and so why its row is what it is."""
+    w, u = (torch.ones(2, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(lambda _: w.square().sum(), [u])
+    lower = FunctionLevel(lambda _: (w * u).square() @ torch.tensor([1.0, -2.0]), [w])
+    table = compare_hypergradients(upper, lower, ["direct", "cg"], "minres", repeats=2)
+    direct, cg = table.records()
+    assert direct["note"] == "" and "curvature" in cg["note"]
+    lines = str(table).splitlines()
+    assert lines[3] == f"cg: {cg['note']}"
+    assert lines[1].split()[:3] == ["direct", "–", "1"]  # of length zero: no direction
+
+
 def test_a_reference_can_be_any_method() -> None:
     levels = program(0).levels()
     table = compare_hypergradients(*levels, ["exact"], "cg:steps=200,tolerance=1e-10", repeats=1)
