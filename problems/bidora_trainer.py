@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from datasets import concatenate_datasets
 from torch import Tensor
+from transformers import Trainer
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import checkpoint, processes
@@ -188,7 +189,7 @@ class BiDoRATrainer(BilevelTrainer):
     def _task_loss(self, batch: Any) -> Tensor:
         """The Trainer's own loss of the model."""
         try:
-            loss: Tensor = super(BilevelTrainer, self).compute_loss(self.model, dict(batch))
+            loss: Tensor = Trainer.compute_loss(self, self.model, dict(batch))
         except (TypeError, ValueError, IndexError) as error:
             raise ProblemError(
                 f"the model has no loss for a batch of {sorted(batch)}: {error}; the data must "
