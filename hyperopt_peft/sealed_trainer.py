@@ -168,8 +168,7 @@ class SealedTrainer(Trainer):
             for name, variable in zip(level.names, level.variables, strict=True)
         ]
 
-    def _resume(self, folder: Path) -> None:
-        record = checkpoint.unseal(folder)
+    def _resume(self, folder: Path, record: Mapping[str, Any]) -> None:
         if missing := {"settings", "skipped", "window"} - record.keys():
             raise ProblemError(f"{folder / checkpoint.SEAL} is damaged: it lacks {sorted(missing)}")
         for name in NEEDED:
@@ -185,7 +184,6 @@ class SealedTrainer(Trainer):
                     f"{folder} was made with {key}={known.get(key)!r}, this run has {value!r}; "
                     "resume with the same settings, or start a new run in another output_dir"
                 )
-        self._load_levels(folder)
         self._packed = checkpoint.read_state(folder / ESTIMATOR)
         self.skipped, self._window = record["skipped"], record["window"]
 
@@ -200,12 +198,6 @@ class SealedTrainer(Trainer):
         values = load_file(folder / LEVELS)
         for name, variable in self._named_variables():
             variable.copy_(sharded_like(values[name], variable))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # The model's files need not have the variables as they are, a product of two for example.
-        if not self.is_fsdp_enabled:
-            self._load_levels(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,6 @@ class BilevelTrainer(StepTrainer):
         # A step's loss is the mean of its micro-batches' losses, at both levels.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self._take_levels()
         self._begin_run()
         self.add_callback(GoOn(self))
         self._upper_batches = None
@@ -134,19 +134,19 @@ class BilevelTrainer(StepTrainer):
                 is no scalar, or a variable that no loss reads, at the level's first step.
             NonFiniteError: see ``args.non_finite``; names step and batch.
         """
-        folder = None
-        if resume_from_checkpoint is True:
-            folder = checkpoint.last_whole(Path(self.args.output_dir))
-            if folder is None:
-                raise ProblemError(f"there is no whole checkpoint in {self.args.output_dir}")
-        elif resume_from_checkpoint:
-            folder = Path(resume_from_checkpoint)
+        found = checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir))
+        return self._train_from(found, *args, **kwargs)
+
+    def _train_from(
+        self, found: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """``found``: the checkpoint to resume from, with its record."""
         self._begin_run()
-        if folder is not None:
-            self._resume(folder)
+        if found is not None:
+            self._resume(*found)
         variables = [v for level in self._levels for v in level.variables]
         processes.broadcast(variables, self.args.device)
-        output = super().train(None if folder is None else str(folder), *args, **kwargs)
+        output = super().train(None if found is None else str(found[0]), *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -176,17 +176,23 @@ class BilevelTrainer(StepTrainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
         """As the Trainer's; FSDP2 puts shards in the variables' place, and the levels own them."""
-        if not self.is_fsdp_enabled:
-            return super()._prepare_for_training(*args, **kwargs)
-        reshard(self.model)
+        if self.is_fsdp_enabled:
+            reshard(self.model)
         before = self._held(self.create_optimizer())
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        shard = dict(zip(map(id, before), self._held(self.optimizer), strict=True))
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        now = dict(zip(map(id, before), self._held(self.optimizer), strict=True))
         for level in self._levels:
-            level.variables = tuple(shard[id(variable)] for variable in level.variables)
+            level.variables = tuple(now[id(variable)] for variable in level.variables)
         self._take_levels()
+        if resume_from_checkpoint is not None:
+            # The model's files need not have them as they are, a product of two for example.
+            self._load_levels(Path(resume_from_checkpoint))
         return prepared
 
     @staticmethod

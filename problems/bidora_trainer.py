@@ -207,25 +207,19 @@ class BiDoRATrainer(BilevelTrainer):
             return super().train(resume_from_checkpoint, **kwargs)
         arguments = self.args.for_retraining()
         folder = Path(arguments.output_dir)
-        reached: str | None = None  # a checkpoint of the retraining
-        if resume_from_checkpoint is True:
-            found = [checkpoint.last_whole(f) for f in (folder.parent, folder)]
-            last = max(filter(None, found), key=checkpoint.written, default=None)
-            reached = str(last) if last is not None and last == found[1] else None
-        elif resume_from_checkpoint:
-            given = Path(resume_from_checkpoint)
-            reached = str(given) if given.resolve().parent == folder.resolve() else None
-        if self.args.retrain == "scratch" and reached is None:
-            self._keep_start(bool(resume_from_checkpoint))
-        if reached is None:
-            super().train(resume_from_checkpoint, **kwargs)
+        found = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
+        if found is None or found[0].resolve().parent != folder.resolve():
+            if self.args.retrain == "scratch":
+                self._keep_start(found is not None)
+            self._train_from(found, **kwargs)
             reshard(self.model)
             if self.args.retrain == "scratch":
                 self._return_to_start()
+            found = None
         lower = Direction(self.model, gamma=self.args.gamma, task_loss=self._task_loss)
         options = {**self._retraining, "optimizers": (None, None)}
         self.retrainer = Retrainer(self.model, lower=lower, upper=None, args=arguments, **options)
-        return self.retrainer.train(reached, **kwargs)
+        return self.retrainer._train_from(found, **kwargs)
 
     def _release_models(self) -> None:
         """As `BilevelTrainer` does, of both phases."""
