@@ -26,14 +26,17 @@ class Accumulated(Problem):
 
     It shares the variables of ``level``. Each micro-batch sees its own random numbers again at
     every evaluation, and first-order passes hold one micro-batch in memory at a time.
+    ``optimizer`` moves these variables, and may move others.
     """
 
-    def __init__(self, level: Problem) -> None:
+    def __init__(self, level: Problem, optimizer: Any, max_grad_norm: float | None) -> None:
         self.level = level
         super().__init__(
             list(zip(level.names, level.variables, strict=True)),
+            max_grad_norm=max_grad_norm,
             name=level.name,
         )
+        self.optimizer = optimizer
 
     def evaluate(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, float]]:
         """The mean loss with the graphs of all micro-batches, and the mean metrics."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hyperopt_peft import checkpoint, processes, versions
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import estimate, like
+from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.purity import Copies
 from hyperopt_peft.micro_batches import Accumulated, MicroBatch
@@ -19,7 +19,6 @@ from hyperopt_peft.problem import Problem, Step, devices_of, require_read
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.sealed_trainer import SealedTrainer
 from hyperopt_peft.shards import full
-from hyperopt_peft.snapshots import snapshot
 from hyperopt_peft.upper_data import UpperBatches, collating
 from hyperopt_peft.upper_share import with_upper_share
 
@@ -36,9 +35,15 @@ class StepTrainer(SealedTrainer):
     _upper_read = False
 
     def _take_levels(self) -> None:
-        """Note the levels' variables, which FSDP2 puts shards in the place of."""
-        self._accumulated = Accumulated(self.lower)
-        self._accumulated.max_grad_norm = self.args.max_grad_norm or None
+        """Note the levels' variables, which FSDP2 puts shards in the place of, and the optimizer.
+
+        Raises:
+            ProblemError: the estimator does not know the optimizer's step.
+        """
+        limit = self.args.max_grad_norm or None
+        self._accumulated = Accumulated(self.lower, self.optimizer, limit)
+        if self.upper is not None:
+            check_estimator(self.estimator, self.upper, self._accumulated)
         self._devices = devices_of(*self._levels)
         self._copies = Copies()
 
@@ -130,7 +135,6 @@ class StepTrainer(SealedTrainer):
         history = []
         if self.estimator.history:  # the step that is about to be taken, from where it starts
             with_state = self.estimator.needs_optimizer_state
-            optimizer = snapshot(self.optimizer, self.lower.variables, with_state=with_state)
             history = [
                 Step(
                     micro,
@@ -138,7 +142,7 @@ class StepTrainer(SealedTrainer):
                     variables=self._copies.take(self.lower.variables),
                     gradient=tuple(x.grad for x in self.lower.variables) if with_state else (),
                     upper_gradient=of_upper if self.estimator.reuses_lower_gradient else None,
-                    optimizer=optimizer,
+                    optimizer=self._accumulated.optimizer_snapshot(with_state=with_state),
                 )
             ]
         self._accumulated.half = self.lower.half
