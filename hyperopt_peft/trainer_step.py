@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,30 @@ class StepTrainer(SealedTrainer):
         """Begin without anything of an earlier run."""
         self._micro: list[MicroBatch] = []
         self._losses: list[Tensor] = []
+        self._metrics: list[dict[str, float]] = []
         self._noted = {}
         self._kept, self._packed = {}, None
         self._window, self.skipped = None, 0
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """A step's micro-batches, as `transformers.Trainer.get_batch_samples`."""
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """A step's micro-batches, as `transformers.Trainer.get_batch_samples`.
+
+        None where a stream ends with too few: the Trainer would take no step, and add them to the
+        first step of the next epoch.
+        """
+        self._begin_step()
         with collating("train_dataset"):
-            return super().get_batch_samples(*args, **kwargs)
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return (batches, items) if len(batches) == num_batches else ([], None)
+
+    def _begin_step(self) -> None:
+        """Begin without the micro-batches of a step that a callback broke off."""
+        self._micro.clear()
+        self._losses.clear()
+        self._metrics.clear()
+        # The Trainer empties the model's, and a level's variable may be outside it.
+        self._clear_gradients()
+        self._begun = self._unlogged(), self.current_flos, self.state.num_input_tokens_seen
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
@@ -67,15 +84,11 @@ class StepTrainer(SealedTrainer):
         if return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         loss, metrics = self.lower.evaluate(inputs)
-        self._note(**{f"lower_{key}": value for key, value in metrics.items()})
+        self._metrics.append(metrics)
         return loss
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
-        if not self._micro:
-            self._begun = self._unlogged(), self.current_flos, self.state.num_input_tokens_seen
-            # The Trainer empties the model's, and a level's variable may be outside it.
-            self._clear_gradients()
         inputs = self._prepare_inputs(inputs)
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
         with versions.tracked(v for level in self._levels for v in level.variables):
@@ -86,9 +99,6 @@ class StepTrainer(SealedTrainer):
                     self._set_gradients()
                 except NonFiniteError as error:
                     self._non_finite(error)
-                finally:
-                    self._micro.clear()
-                    self._losses.clear()
         return loss
 
     def _set_gradients(self) -> None:
@@ -100,6 +110,7 @@ class StepTrainer(SealedTrainer):
         for variable in u:
             variable.grad = None
         self.lower.require_finite(torch.stack(self._losses).sum(), below)
+        self._note({f"lower_{k}": v for k, v in processes.means(self._metrics).items()})
         if self._unread is None:
             require_read(self.lower, below)
             names = () if self.upper is None else self.upper.names
@@ -174,14 +185,15 @@ class StepTrainer(SealedTrainer):
             variable.grad = part
         limit = self.args.upper_max_grad_norm or float("inf")
         norm = float(full(self.accelerator.clip_grad_norm_(upper.variables, limit)))
-        self._note(
-            upper_loss=above.loss,
-            upper_grad_norm=norm,
-            upper_learning_rate=self._own_groups(upper)[0]["lr"],
-            implicit_ratio=result.implicit_ratio,
-            residual=result.residual,
-            **{f"upper_{key}": value for key, value in above.metrics.items()},
-        )
+        metrics = {f"upper_{key}": value for key, value in above.metrics.items()}
+        own = {
+            "upper_loss": above.loss,
+            "upper_grad_norm": norm,
+            "upper_learning_rate": self._learning_rate(upper),
+            "implicit_ratio": result.implicit_ratio,
+            "residual": result.residual,
+        }
+        self._note({**metrics, **own})
 
     def _non_finite(self, error: NonFiniteError) -> None:
         """Skip the step and count it, or write a checkpoint of where it began and stop."""
@@ -236,12 +248,19 @@ class StepTrainer(SealedTrainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
-    def _note(self, **values: float | None) -> None:
+    def _note(self, values: Mapping[str, float | None]) -> None:
         for key, value in values.items():
             # ‖implicit‖/‖direct‖ is infinite where F does not read u itself.
             if value is not None and value != float("inf"):
                 self._noted.setdefault(key, []).append(value)
 
-    def _own_groups(self, level: Problem) -> list[dict[str, Any]]:
+    def _get_learning_rate(self) -> Any:
+        """The lower level's, whose groups need not be a user's optimizer's first."""
+        return self._learning_rate(self.lower)
+
+    def _learning_rate(self, level: Problem) -> float | None:
+        """That of the level's first group."""
         own = {id(variable) for variable in level.variables}
-        return [g for g in self.optimizer.param_groups if own & {id(p) for p in g["params"]}]
+        groups = [g for g in self.optimizer.param_groups if own & {id(p) for p in g["params"]}]
+        rate = groups[0]["lr"]
+        return None if rate is None else float(rate)  # Adafactor may have none
