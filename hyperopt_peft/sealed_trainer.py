@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from hyperopt_peft import checkpoint, processes
+from hyperopt_peft.epoch_begin import EpochBegin
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.oracle import State
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.problem import Problem, devices_of
-from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.shards import full, sharded_like
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
@@ -33,7 +34,7 @@ FREE = ("non_finite", "upper_max_grad_norm", "upper_fraction", "per_device_upper
 
 
 class GoOn(TrainerCallback):
-    """Restores what was not yet logged, which the Trainer sets to zero; notes how epochs begin."""
+    """Restores what was not yet logged, which the Trainer sets to zero."""
 
     def __init__(self, trainer: SealedTrainer) -> None:
         self.trainer = trainer
@@ -43,11 +44,6 @@ class GoOn(TrainerCallback):
         if self.trainer._window is not None:
             self.trainer._set_unlogged(self.trainer._window)
             self.trainer._window = None
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the step and the random state."""
-        devices = devices_of(*self.trainer._levels)
-        self.trainer._epoch = state.global_step, RandomState.capture(devices)
 
 
 class SealedTrainer(Trainer):
@@ -70,7 +66,7 @@ class SealedTrainer(Trainer):
     _noted: dict[str, list[float]]  # numbers since the last log
     _kept: State  # by the estimator, since the last upper step
     _packed: Mapping[str, Any] | None  # the same in a checkpoint, until it is asked for
-    _epoch: tuple[int, RandomState]  # the step and the random state with which it began
+    _epoch: EpochBegin
     _window: Mapping[str, Any] | None  # what was not yet logged, of the checkpoint to go on from
 
     @property
@@ -129,6 +125,7 @@ class SealedTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 values = {n: full(v.detach()).contiguous() for n, v in self._named_variables()}
                 kept = packed(self._kept) if self._packed is None else self._packed
+                self._epoch.write(folder)
                 if self.args.should_save:
                     save_file(values, folder / LEVELS)
                     torch.save(kept, folder / ESTIMATOR)
@@ -137,8 +134,15 @@ class SealedTrainer(Trainer):
                     checkpoint.seal(folder, record)
         finally:
             self.args.save_total_limit = limit
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             checkpoint.rotate(output, limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer asks for it when its own files are written.
+        if (Path(checkpoint_folder) / checkpoint.SEAL).is_file():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _unlogged(self) -> dict[str, Any]:
         """What the next log is made of, and the last: copies."""
@@ -155,11 +159,32 @@ class SealedTrainer(Trainer):
         self._globalstep_last_logged = window["logged"]
         self._noted = {key: list(values) for key, values in window["noted"].items()}
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:  # resumed at its end, where the Trainer would take one more step
+    def _init_training_state(
+        self, max_steps: int, per_epoch: int, epochs: int, folder: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """The epoch, and how many of its batches were taken; a stream may have begun again."""
+        epoch, batches = super()._init_training_state(max_steps, per_epoch, epochs, folder, trial)
+        if folder is not None and batches and not has_length(self.train_dataset):
+            begin = EpochBegin.read(Path(folder))
+            steps = self.state.global_step - begin.step
+            epoch, batches = begin.epoch, steps * self.args.gradient_accumulation_steps
+        return epoch, batches
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at its end, where the Trainer would take one more step.
             self.control.should_training_stop = True
+            return
+        epoch, folder = kwargs["epoch"], kwargs["resume_from_checkpoint"]
+        resumed = folder is not None and epoch == kwargs["epochs_trained"]
+        if resumed and kwargs["steps_trained_in_current_epoch"]:
+            self._epoch = EpochBegin.read(Path(folder))
+            self._epoch.random_state.restore()
+        else:
+            if resumed:
+                self._load_rng_state(folder)
+            self._epoch = EpochBegin.now(epoch, self.state.global_step, devices_of(*self._levels))
+        super()._run_epoch(**kwargs)
 
     def _named_variables(self) -> list[tuple[str, Tensor]]:
         return [

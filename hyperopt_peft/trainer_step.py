@@ -204,10 +204,8 @@ class StepTrainer(SealedTrainer):
         step = self.state.global_step + 1
         where = f"step {step} (epoch {self.state.epoch or 0:.2f}, {len(self._micro)} micro-batches)"
         # A run that resumes at an epoch's begin draws what the epoch's begin draws.
-        began, random_state = self._epoch
-        if began != self.state.global_step:
-            random_state = self._micro[0].random_state
-        random_state.restore()
+        first = self._epoch.step == self.state.global_step
+        (self._epoch if first else self._micro[0]).random_state.restore()
         unlogged, self.current_flos, self.state.num_input_tokens_seen = self._begun
         self._set_unlogged(unlogged)
         written = "no checkpoint could be written"
