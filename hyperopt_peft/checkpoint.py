@@ -22,6 +22,8 @@ from hyperopt_peft.errors import ProblemError
 
 SEAL = "bilevel.json"
 PREFIX = "checkpoint-"
+# The Trainer's mark of a folder that it is writing on SIGTERM.
+INCOMPLETE = "checkpoint-is-incomplete.txt"
 logger = logging.getLogger(__name__)
 
 
@@ -191,7 +193,8 @@ def read_state(path: Path) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(SEAL))
+    marks = (SEAL, INCOMPLETE)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(marks))
 
 
 def _in_order(*folders: Path) -> list[Path]:
