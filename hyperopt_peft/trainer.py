@@ -64,7 +64,7 @@ class BilevelTrainer(StepTrainer):
             sets that overlap, an optimizer that does not hold exactly the levels' variables, or
             a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP1, FSDP2
             with second-order products, threads of ``DataParallel``) or that the levels would
-            ignore (a loss function, label smoothing).
+            ignore (a loss function, label smoothing, compilation).
     """
 
     args: BilevelTrainingArguments
