@@ -29,7 +29,8 @@ LEVELS = "levels.safetensors"
 ESTIMATOR = "estimator.pt"
 # Not the optimizer's, for which FSDP has a name of its own.
 NEEDED = (LEVELS, ESTIMATOR, "scheduler.pt", "trainer_state.json")
-# These take effect at once when a run goes on; all others are part of what is being trained.
+# These take effect at once when a run goes on, or are compared as part of another entry; all others
+# are part of what is being trained.
 FREE = ("non_finite", "upper_max_grad_norm", "upper_fraction", "per_device_upper_batch_size")
 
 
@@ -67,6 +68,7 @@ class SealedTrainer(Trainer):
     _kept: State  # by the estimator, since the last upper step
     _packed: Mapping[str, Any] | None  # the same in a checkpoint, until it is asked for
     _epoch: EpochBegin
+    _signalled: bool  # whether a checkpoint was asked for by SIGTERM, which ends the run
     _window: Mapping[str, Any] | None  # what was not yet logged, of the checkpoint to go on from
 
     @property
@@ -115,6 +117,7 @@ class SealedTrainer(Trainer):
             "skipped": self.skipped,
             "window": {**self._unlogged(), "loss": float(self._tr_loss)},
         }
+        self._signalled |= (folder / checkpoint.INCOMPLETE).exists()
         # Older checkpoints go when this one is whole, not before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:

@@ -55,7 +55,7 @@ class StepTrainer(SealedTrainer):
         self._metrics: list[dict[str, float]] = []
         self._noted = {}
         self._kept, self._packed = {}, None
-        self._window, self.skipped = None, 0
+        self._window, self._signalled, self.skipped = None, False, 0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """A step's micro-batches, as `transformers.Trainer.get_batch_samples`.

@@ -201,7 +201,7 @@ class BiDoRATrainer(BilevelTrainer):
         """Search and retraining, or the control; what the last phase's ``Trainer.train`` returns.
 
         ``True`` resumes from the last whole checkpoint of the phase that was reached, and a
-        folder from that checkpoint.
+        folder from that checkpoint. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
         """
         if self.args.method != "bidora" or self.args.retrain == "none":
             return super().train(resume_from_checkpoint, **kwargs)
@@ -211,7 +211,9 @@ class BiDoRATrainer(BilevelTrainer):
         if found is None or found[0].resolve().parent != folder.resolve():
             if self.args.retrain == "scratch":
                 self._keep_start(found is not None)
-            self._train_from(found, **kwargs)
+            output = self._train_from(found, **kwargs)
+            if self._signalled:  # the search is to go on
+                return output
             reshard(self.model)
             if self.args.retrain == "scratch":
                 self._return_to_start()

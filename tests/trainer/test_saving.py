@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from transformers import Trainer, TrainerCallback
 
 from hyperopt_peft.checkpoint import last_whole, unseal
@@ -23,24 +24,28 @@ def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
     assert pushed == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
 
 
-def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(tmp_path):
-    """The Trainer's mark of a folder that it is writing is removed when that is done."""
+@pytest.mark.parametrize("retrain", ["none", "warm"])
+def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(tmp_path, retrain):
+    """The Trainer's mark of a folder that it is writing is removed when that is done.
+
+    And a search that has not ended is not followed by a retraining.
+    """
 
     class Ask(TrainerCallback):
         """As SIGTERM does, three seconds later."""
 
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4:
+            if state.global_step == 4 and not args.output_dir.endswith("retrain"):
                 callbacks = made.callback_handler.callbacks
                 (found,) = [c for c in callbacks if type(c).__name__ == "JITCheckpointCallback"]
                 found.jit_manager.is_checkpoint_requested = True
 
-    settings = {"enable_jit_checkpoint": True, "save_steps": 100}
+    settings = {"enable_jit_checkpoint": True, "save_steps": 100, "retrain": retrain}
     whole = saving(tmp_path / "whole", **settings)
     whole.train()
     made = saving(tmp_path / "broken", [Ask()], **settings)
     made.train()
-    assert made.state.global_step < 9
+    assert made.state.global_step < 9 and made.retrainer is None
     assert last_whole(tmp_path / "broken").name == "checkpoint-4"
     resumed = saving(tmp_path / "broken", **settings)
     resumed.train(resume_from_checkpoint=True)
