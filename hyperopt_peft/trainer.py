@@ -125,8 +125,9 @@ class BilevelTrainer(StepTrainer):
     ) -> Any:
         """As `transformers.Trainer.train`; ``True`` resumes from the last whole checkpoint.
 
-        A resumed run ends bit by bit like one that was not interrupted. As with the Trainer, an
-        exception is a ``data_collator`` or data set that draws random numbers, such as masks.
+        A resumed run ends bit by bit like one that was not interrupted. As with the Trainer,
+        exceptions are a ``data_collator`` or data set that draws random numbers, such as masks,
+        and a log or evaluation at the end of an epoch whose last step wrote the checkpoint.
 
         Raises:
             ProblemError: no whole checkpoint, a damaged one, or one of other settings; fewer

@@ -197,21 +197,23 @@ class BiDoRATrainer(BilevelTrainer):
             ) from error
         return loss
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Search and retraining, or the control; what the last phase's ``Trainer.train`` returns.
 
         ``True`` resumes from the last whole checkpoint of the phase that was reached, and a
         folder from that checkpoint. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
         """
         if self.args.method != "bidora" or self.args.retrain == "none":
-            return super().train(resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         arguments = self.args.for_retraining()
         folder = Path(arguments.output_dir)
         found = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
         if found is None or found[0].resolve().parent != folder.resolve():
             if self.args.retrain == "scratch":
                 self._keep_start(found is not None)
-            output = self._train_from(found, **kwargs)
+            output = self._train_from(found, *args, **kwargs)
             if self._signalled:  # the search is to go on
                 return output
             reshard(self.model)
@@ -221,7 +223,7 @@ class BiDoRATrainer(BilevelTrainer):
         lower = Direction(self.model, gamma=self.args.gamma, task_loss=self._task_loss)
         options = {**self._retraining, "optimizers": (None, None)}
         self.retrainer = Retrainer(self.model, lower=lower, upper=None, args=arguments, **options)
-        return self.retrainer._train_from(found, **kwargs)
+        return self.retrainer._train_from(found, *args, **kwargs)
 
     def _release_models(self) -> None:
         """As `BilevelTrainer` does, of both phases."""
