@@ -63,10 +63,12 @@ class StepTrainer(SealedTrainer):
         None where a stream ends with too few: the Trainer would take no step, and add them to the
         first step of the next epoch.
         """
-        self._begin_step()
         with collating("train_dataset"):
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return (batches, items) if len(batches) == num_batches else ([], None)
+        if len(batches) < num_batches:
+            return [], None
+        self._begin_step()
+        return batches, items
 
     def _begin_step(self) -> None:
         """Begin without the micro-batches of a step that a callback broke off."""
