@@ -30,7 +30,9 @@ class Accumulated(Problem):
     ``optimizer`` moves these variables, and may move others.
     """
 
-    def __init__(self, level: Problem, optimizer: Any, max_grad_norm: float | None) -> None:
+    def __init__(
+        self, level: Problem, optimizer: Any = None, max_grad_norm: float | None = None
+    ) -> None:
         self.level = level
         super().__init__(
             list(zip(level.names, level.variables, strict=True)),
