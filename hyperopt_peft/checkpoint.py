@@ -22,6 +22,8 @@ from hyperopt_peft.errors import ProblemError
 
 SEAL = "bilevel.json"
 PREFIX = "checkpoint-"
+# The Trainer's mark of a folder that it is writing on SIGTERM.
+INCOMPLETE = "checkpoint-is-incomplete.txt"
 logger = logging.getLogger(__name__)
 
 
@@ -96,19 +98,37 @@ def unseal(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The last written checkpoint in ``folder`` that `unseal` accepts; a warning names others.
+def whole(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The checkpoints in ``folders`` that `unseal` accepts, with their records; it warns of others.
 
-    Not the one with the highest number, which a longer run may have left there before.
+    The last written one is first: not the one with the highest number, which a longer run may
+    have left there before.
     """
-    for path in reversed(_in_order(folder)):
+    for path in reversed(_in_order(*folders)):
         try:
-            unseal(path)
+            record = unseal(path)
         except ProblemError as error:
             logger.warning("skipped %s: %s", path, error)
         else:
-            return path
-    return None
+            yield path, record
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The last written checkpoint in ``folder`` that is `whole`."""
+    return next((path for path, _ in whole(folder)), None)
+
+
+def to_resume(given: str | bool | None, *folders: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint ``given`` and its record; for True the last whole one in ``folders``.
+
+    Raises:
+        ProblemError: there is none there, or `unseal` does not accept it.
+    """
+    if given is not True:
+        return (Path(given), unseal(Path(given))) if given else None
+    for found in whole(*folders):
+        return found
+    raise ProblemError(f"there is no whole checkpoint in {folders[0]}")
 
 
 def written(folder: Path) -> float:
@@ -173,12 +193,14 @@ def read_state(path: Path) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(SEAL))
+    marks = (SEAL, INCOMPLETE)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(marks))
 
 
-def _in_order(folder: Path) -> list[Path]:
+def _in_order(*folders: Path) -> list[Path]:
     """The checkpoints as they were written; those without a readable seal first."""
-    paths = [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
+    found = (path for folder in folders for path in folder.glob(f"{PREFIX}*"))
+    paths = [path for path in found if path.name[len(PREFIX) :].isdigit()]
     return sorted(paths, key=lambda path: (written(path), int(path.name[len(PREFIX) :])))
 
 

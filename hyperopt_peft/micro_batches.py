@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.problem import Problem
+from hyperopt_peft.processes import means
 from hyperopt_peft.random_state import RandomState, replay
 
 
@@ -26,14 +27,19 @@ class Accumulated(Problem):
 
     It shares the variables of ``level``. Each micro-batch sees its own random numbers again at
     every evaluation, and first-order passes hold one micro-batch in memory at a time.
+    ``optimizer`` moves these variables, and may move others.
     """
 
-    def __init__(self, level: Problem) -> None:
+    def __init__(
+        self, level: Problem, optimizer: Any = None, max_grad_norm: float | None = None
+    ) -> None:
         self.level = level
         super().__init__(
             list(zip(level.names, level.variables, strict=True)),
+            max_grad_norm=max_grad_norm,
             name=level.name,
         )
+        self.optimizer = optimizer
 
     def evaluate(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, float]]:
         """The mean loss with the graphs of all micro-batches, and the mean metrics."""
@@ -44,7 +50,7 @@ class Accumulated(Problem):
             losses.append(loss)
             metrics.append(values)
         self.half = self.level.half
-        return torch.stack(losses).mean(), _mean_metrics(metrics)
+        return torch.stack(losses).mean(), means(metrics)
 
     def backward(
         self, batch: Sequence[MicroBatch], variables: Sequence[Tensor]
@@ -63,8 +69,4 @@ class Accumulated(Problem):
                     share = part / len(batch)
                     total[index] = share if known is None else known.add_(share)
         self.half = self.level.half
-        return torch.stack(losses).mean(), _mean_metrics(metrics), tuple(total)
-
-
-def _mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(m[key] for m in metrics) / len(metrics) for key in metrics[0]}
+        return torch.stack(losses).mean(), means(metrics), tuple(total)

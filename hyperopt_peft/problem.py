@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +159,8 @@ class Problem:
             ProblemError: the loss is not a scalar tensor, depends on nothing that requires a
                 gradient, or stumbles over a batch that is None or lacks a column.
         """
+        if isinstance(batch, Mapping):  # a loss may take entries out, and is evaluated again
+            batch = copy(batch)
         try:
             result = self.loss(send_to_device(batch, self.variables[0].device))
         except (AttributeError, KeyError, TypeError) as error:

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from hyperopt_peft import checkpoint, processes
+from hyperopt_peft.epoch_begin import EpochBegin
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.oracle import State
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.problem import Problem, devices_of
-from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.shards import full, sharded_like
 from hyperopt_peft.training_arguments import BilevelTrainingArguments
 
@@ -28,12 +29,13 @@ LEVELS = "levels.safetensors"
 ESTIMATOR = "estimator.pt"
 # Not the optimizer's, for which FSDP has a name of its own.
 NEEDED = (LEVELS, ESTIMATOR, "scheduler.pt", "trainer_state.json")
-# These take effect at once when a run goes on; all others are part of what is being trained.
+# These take effect at once when a run goes on, or are compared as part of another entry; all others
+# are part of what is being trained.
 FREE = ("non_finite", "upper_max_grad_norm", "upper_fraction", "per_device_upper_batch_size")
 
 
 class GoOn(TrainerCallback):
-    """Restores what was not yet logged, which the Trainer sets to zero; notes how epochs begin."""
+    """Restores what was not yet logged, which the Trainer sets to zero."""
 
     def __init__(self, trainer: SealedTrainer) -> None:
         self.trainer = trainer
@@ -43,11 +45,6 @@ class GoOn(TrainerCallback):
         if self.trainer._window is not None:
             self.trainer._set_unlogged(self.trainer._window)
             self.trainer._window = None
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the step and the random state."""
-        devices = devices_of(*self.trainer._levels)
-        self.trainer._epoch = state.global_step, RandomState.capture(devices)
 
 
 class SealedTrainer(Trainer):
@@ -70,7 +67,8 @@ class SealedTrainer(Trainer):
     _noted: dict[str, list[float]]  # numbers since the last log
     _kept: State  # by the estimator, since the last upper step
     _packed: Mapping[str, Any] | None  # the same in a checkpoint, until it is asked for
-    _epoch: tuple[int, RandomState]  # the step and the random state with which it began
+    _epoch: EpochBegin
+    _signalled: bool  # whether a checkpoint was asked for by SIGTERM, which ends the run
     _window: Mapping[str, Any] | None  # what was not yet logged, of the checkpoint to go on from
 
     @property
@@ -119,6 +117,7 @@ class SealedTrainer(Trainer):
             "skipped": self.skipped,
             "window": {**self._unlogged(), "loss": float(self._tr_loss)},
         }
+        self._signalled |= (folder / checkpoint.INCOMPLETE).exists()
         # Older checkpoints go when this one is whole, not before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -129,6 +128,7 @@ class SealedTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 values = {n: full(v.detach()).contiguous() for n, v in self._named_variables()}
                 kept = packed(self._kept) if self._packed is None else self._packed
+                self._epoch.write(folder)
                 if self.args.should_save:
                     save_file(values, folder / LEVELS)
                     torch.save(kept, folder / ESTIMATOR)
@@ -137,8 +137,15 @@ class SealedTrainer(Trainer):
                     checkpoint.seal(folder, record)
         finally:
             self.args.save_total_limit = limit
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             checkpoint.rotate(output, limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer asks for it when its own files are written.
+        if (Path(checkpoint_folder) / checkpoint.SEAL).is_file():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _unlogged(self) -> dict[str, Any]:
         """What the next log is made of, and the last: copies."""
@@ -155,11 +162,32 @@ class SealedTrainer(Trainer):
         self._globalstep_last_logged = window["logged"]
         self._noted = {key: list(values) for key, values in window["noted"].items()}
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:  # resumed at its end, where the Trainer would take one more step
+    def _init_training_state(
+        self, max_steps: int, per_epoch: int, epochs: int, folder: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """The epoch, and how many of its batches were taken; a stream may have begun again."""
+        epoch, batches = super()._init_training_state(max_steps, per_epoch, epochs, folder, trial)
+        if folder is not None and batches and not has_length(self.train_dataset):
+            begin = EpochBegin.read(Path(folder))
+            steps = self.state.global_step - begin.step
+            epoch, batches = begin.epoch, steps * self.args.gradient_accumulation_steps
+        return epoch, batches
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at its end, where the Trainer would take one more step.
             self.control.should_training_stop = True
+            return
+        epoch, folder = kwargs["epoch"], kwargs["resume_from_checkpoint"]
+        resumed = folder is not None and epoch == kwargs["epochs_trained"]
+        if resumed and kwargs["steps_trained_in_current_epoch"]:
+            self._epoch = EpochBegin.read(Path(folder))
+            self._epoch.random_state.restore()
+        else:
+            if resumed:
+                self._load_rng_state(folder)
+            self._epoch = EpochBegin.now(epoch, self.state.global_step, devices_of(*self._levels))
+        super()._run_epoch(**kwargs)
 
     def _named_variables(self) -> list[tuple[str, Tensor]]:
         return [
@@ -168,8 +196,7 @@ class SealedTrainer(Trainer):
             for name, variable in zip(level.names, level.variables, strict=True)
         ]
 
-    def _resume(self, folder: Path) -> None:
-        record = checkpoint.unseal(folder)
+    def _resume(self, folder: Path, record: Mapping[str, Any]) -> None:
         if missing := {"settings", "skipped", "window"} - record.keys():
             raise ProblemError(f"{folder / checkpoint.SEAL} is damaged: it lacks {sorted(missing)}")
         for name in NEEDED:
@@ -185,7 +212,6 @@ class SealedTrainer(Trainer):
                     f"{folder} was made with {key}={known.get(key)!r}, this run has {value!r}; "
                     "resume with the same settings, or start a new run in another output_dir"
                 )
-        self._load_levels(folder)
         self._packed = checkpoint.read_state(folder / ESTIMATOR)
         self.skipped, self._window = record["skipped"], record["window"]
 
@@ -200,12 +226,6 @@ class SealedTrainer(Trainer):
         values = load_file(folder / LEVELS)
         for name, variable in self._named_variables():
             variable.copy_(sharded_like(values[name], variable))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # The model's files need not have the variables as they are, a product of two for example.
-        if not self.is_fsdp_enabled:
-            self._load_levels(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)

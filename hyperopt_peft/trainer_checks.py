@@ -57,6 +57,10 @@ def check_arguments(
             optim.startswith(SELF_WILLED),
             "it chooses its own parameters; choose one that takes groups, such as adamw_torch",
         ),
+        "torch_compile=True": (
+            args.torch_compile,
+            "the levels call the model itself, and not what it is wrapped in; use model.compile()",
+        ),
         "model_init": (options.get("model_init"), "levels own the tensors of one model"),
         "compute_loss_func": (not trainer_loss and options.get("compute_loss_func"), own_loss),
         f"label_smoothing_factor={smoothing}": (not trainer_loss and smoothing, own_loss),

@@ -25,8 +25,8 @@ def split_dataset(
     ClassLabel, or whole numbers with at least three rows for each on average.
 
     Raises:
-        ProblemError: the split would leave a level empty or without one of the classes, or
-            ``train`` has no such column.
+        ProblemError: the split would leave a level empty or without one of the classes, an
+            example has none, or ``train`` has no such column.
     """
     if not isinstance(train, Dataset):
         raise ProblemError(
@@ -41,6 +41,10 @@ def split_dataset(
     classes = values is not None
     rows = Dataset.from_dict({"row": range(len(train))})
     if values is not None:
+        if None in values:
+            raise ProblemError(
+                f"{values.count(None)} of {len(train)} training examples have no label; remove them"
+            )
         names = sorted(set(values))
         stratum = [names.index(value) for value in values]
         rows = rows.add_column("class", stratum).cast_column(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from datasets import concatenate_datasets
 from torch import Tensor
+from transformers import Trainer
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import checkpoint, processes
@@ -188,7 +189,7 @@ class BiDoRATrainer(BilevelTrainer):
     def _task_loss(self, batch: Any) -> Tensor:
         """The Trainer's own loss of the model."""
         try:
-            loss: Tensor = super(BilevelTrainer, self).compute_loss(self.model, dict(batch))
+            loss: Tensor = Trainer.compute_loss(self, self.model, dict(batch))
         except (TypeError, ValueError, IndexError) as error:
             raise ProblemError(
                 f"the model has no loss for a batch of {sorted(batch)}: {error}; the data must "
@@ -196,35 +197,33 @@ class BiDoRATrainer(BilevelTrainer):
             ) from error
         return loss
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Search and retraining, or the control; what the last phase's ``Trainer.train`` returns.
 
         ``True`` resumes from the last whole checkpoint of the phase that was reached, and a
-        folder from that checkpoint.
+        folder from that checkpoint. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
         """
         if self.args.method != "bidora" or self.args.retrain == "none":
-            return super().train(resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         arguments = self.args.for_retraining()
         folder = Path(arguments.output_dir)
-        reached: str | None = None  # a checkpoint of the retraining
-        if resume_from_checkpoint is True:
-            found = [checkpoint.last_whole(f) for f in (folder.parent, folder)]
-            last = max(filter(None, found), key=checkpoint.written, default=None)
-            reached = str(last) if last is not None and last == found[1] else None
-        elif resume_from_checkpoint:
-            given = Path(resume_from_checkpoint)
-            reached = str(given) if given.resolve().parent == folder.resolve() else None
-        if self.args.retrain == "scratch" and reached is None:
-            self._keep_start(bool(resume_from_checkpoint))
-        if reached is None:
-            super().train(resume_from_checkpoint, **kwargs)
+        found = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
+        if found is None or found[0].resolve().parent != folder.resolve():
+            if self.args.retrain == "scratch":
+                self._keep_start(found is not None)
+            output = self._train_from(found, *args, **kwargs)
+            if self._signalled:  # the search is to go on
+                return output
             reshard(self.model)
             if self.args.retrain == "scratch":
                 self._return_to_start()
+            found = None
         lower = Direction(self.model, gamma=self.args.gamma, task_loss=self._task_loss)
         options = {**self._retraining, "optimizers": (None, None)}
         self.retrainer = Retrainer(self.model, lower=lower, upper=None, args=arguments, **options)
-        return self.retrainer.train(reached, **kwargs)
+        return self.retrainer._train_from(found, *args, **kwargs)
 
     def _release_models(self) -> None:
         """As `BilevelTrainer` does, of both phases."""

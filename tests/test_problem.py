@@ -219,6 +219,15 @@ def test_any_batch_reaches_the_loss_on_the_device_of_the_variables(batch: Any) -
     assert all(tensor.device.type == "meta" for tensor in _tensors(on_meta))
 
 
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_a_loss_may_take_its_batch_apart(kind: type) -> None:
+    """A product evaluates it on the same batch again."""
+    batch = kind({"x": torch.ones(2), "labels": torch.zeros(2)})
+    level = FunctionLevel(lambda batch: (batch.pop("labels") - W * batch["x"]).sum(), [W])
+    assert level.evaluate(batch)[0] == level.evaluate(batch)[0] == -3
+    assert set(batch) == {"x", "labels"}
+
+
 def _tensors(batch: Any) -> list[Tensor]:
     if isinstance(batch, Tensor):
         return [batch]

@@ -19,6 +19,15 @@ def rare(times):
     )
 
 
+def unlabelled():
+    """Two rows without a class."""
+    table = data()
+    labels = [None if row < 2 else label for row, label in enumerate(table["labels"])]
+    return table.remove_columns("labels").add_column(
+        "labels", labels, feature=table.features["labels"]
+    )
+
+
 def again(table):
     """The same rows in another object with another fingerprint, columns in another order."""
     columns = table.column_names[::-1]
@@ -62,6 +71,10 @@ DATA = {
             .add_column("label", ["good", "bad", "fair"] * 8)
         },
         r"labels in 'label' are text; .* class_encode_column\('label'\)",
+    ),
+    "labels that are missing": (
+        {"train_dataset": unlabelled()},
+        "2 of 24 training examples have no label; remove them",
     ),
     "too few examples": ({"train_dataset": rows(0, 1)}, "cannot give 20% of 1 training examples"),
     "a class with one example": (

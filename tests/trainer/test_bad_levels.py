@@ -87,6 +87,10 @@ PLAIN = {
         lambda m, f: {"args": arguments(f, label_smoothing_factor=0.1)},
         "label_smoothing_factor=0.1 does not go .*the levels have losses of their own",
     ),
+    "compilation": (
+        lambda m, f: {"args": arguments(f, torch_compile=True)},
+        r"torch_compile=True does not go .*the levels call the model itself.*use model.compile\(\)",
+    ),
     "no level": (lambda m, f: {"lower": None}, "a level must be a Problem, got NoneType"),
     "a module as level": (lambda m, f: {"upper": m}, "a level must be a Problem, got PeftModel"),
     "data of a level": (

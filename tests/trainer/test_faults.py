@@ -25,6 +25,7 @@ FILES = (
     "adapter_model.safetensors",
     "bilevel_settings.json",
     "levels.safetensors",
+    "epoch_0.pt",
     "estimator.pt",
     "optimizer.pt",
     "rng_state.pth",

@@ -1,0 +1,28 @@
+"""A resumed run reads the data in the order of the one before it, whatever chose the order."""
+
+import pytest
+
+from .test_resume import require_same_end
+from .test_steps import streamed
+
+# Five steps an epoch: every checkpoint but the last is within one.
+SAMPLERS = {
+    "by length": {"train_sampling_strategy": "group_by_length"},
+    "without a seed of its own": {"accelerator_config": {"use_seedable_sampler": False}},
+    "balanced": {"train_sampling_strategy": "batch_rebalance"},
+    "in the data's order": {"train_sampling_strategy": "sequential"},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_draws_what_it_drew(tmp_path, name):
+    settings = {"rows": 25, "max_steps": 13, **SAMPLERS[name]}
+    require_same_end(tmp_path, (4,), (8,), (11,), **settings)
+
+
+@pytest.mark.parametrize("stop", [5, 6, 8])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_stream_that_begins_again(tmp_path, stop, micro):
+    """Five batches long, of which two make a step or one."""
+    settings = {"gradient_accumulation_steps": micro, "save_steps": 1}
+    require_same_end(tmp_path, (stop,), make=streamed, **settings)

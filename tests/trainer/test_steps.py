@@ -1,0 +1,185 @@
+"""What a step of `BilevelTrainer` is made of, and what is logged of it."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+from hyperopt_peft.adapters import split_parameters
+
+from .models import peft_model, trainer
+from .test_resume import Stop, StopAt, differences, end, saving
+from .test_trainer import Plain, Scaled, Weighted, rows
+
+
+class Stream(IterableDataset):
+    """``count`` rows that are read in order."""
+
+    def __init__(self, count):
+        self.rows = rows(count, 0)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def streamed(folder, callbacks=(), *, count=20, lower=Weighted, upper=Plain, **settings):
+    """A trainer over a stream of ``count`` rows, four to a micro-batch."""
+    torch.manual_seed(0)
+    model, weight = Scaled(), torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
+    given = {
+        "learning_rate": 0.1,
+        "upper_learning_rate": 0.1,
+        "per_device_train_batch_size": 4,
+        "max_steps": 9,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "hypergradient": "darts",
+        **settings,
+    }
+    made = BilevelTrainer(
+        model,
+        lower=lower(model, weight),
+        upper=upper(model, weight),
+        args=BilevelTrainingArguments(output_dir=str(folder), **given),
+        train_dataset=Stream(count),
+        upper_dataset=rows(64, 1),
+        callbacks=list(callbacks),
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def logs(made):
+    return [record for record in made.state.log_history if "loss" in record]
+
+
+def test_micro_batches_that_do_not_fill_a_step_are_in_no_step(tmp_path):
+    """A stream of five micro-batches, two to a step, is one of four."""
+    five = streamed(tmp_path / "5", count=20, gradient_accumulation_steps=2)
+    four = streamed(tmp_path / "4", count=16, gradient_accumulation_steps=2)
+    five.train()
+    four.train()
+    assert five.state.global_step == 9
+    assert not differences(end(five), end(four))
+
+
+def test_a_step_that_a_callback_breaks_off_leaves_nothing_to_the_next(tmp_path):
+    """A stream that is left in its second step is one of a single step."""
+
+    class Leave(TrainerCallback):
+        left = False
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 1 and not self.left
+            self.left |= control.should_epoch_stop
+
+    left = streamed(tmp_path / "left", [Leave()], gradient_accumulation_steps=2, max_steps=2)
+    short = streamed(tmp_path / "short", count=8, gradient_accumulation_steps=2, max_steps=2)
+    left.train()
+    short.train()
+    assert not differences(end(left)["values"], end(short)["values"])
+
+
+class Talks(Weighted):
+    """Of every second evaluation it tells one number more."""
+
+    calls = 0
+
+    def loss(self, batch):
+        self.calls += 1
+        loss = super().loss(batch)
+        return {"loss": loss, "task": loss, **({"odd": 1.0} if self.calls % 2 else {})}
+
+
+class Boasts(Plain):
+    """Its numbers have the names of the Trainer's own."""
+
+    def loss(self, batch):
+        return {"loss": super().loss(batch), "grad_norm": -1.0, "learning_rate": -1.0}
+
+
+def test_a_number_that_only_some_micro_batches_have(tmp_path):
+    made = streamed(tmp_path, lower=Talks, gradient_accumulation_steps=2)
+    made.train()
+    assert all(record["lower_task"] == pytest.approx(record["loss"]) for record in logs(made))
+
+
+def test_the_trainer_s_own_numbers_keep_their_names(tmp_path):
+    made = streamed(tmp_path, upper=Boasts)
+    made.train()
+    for record in logs(made):
+        assert record["upper_grad_norm"] >= 0 and record["upper_learning_rate"] > 0
+
+
+def test_a_level_s_numbers_are_means_over_the_steps_as_the_loss_is(tmp_path):
+    """The last step of an epoch has one micro-batch, the others have two."""
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 5, "rows": 31}
+    made = saving(tmp_path, logging_steps=3, gamma=0.1, **settings)
+    made.train()
+    assert len(logs(made)) == 3
+    for record in logs(made):
+        whole = record["lower_task_loss"] + 0.1 * record["lower_gram"]
+        assert record["loss"] == pytest.approx(whole, rel=1e-5)
+
+
+class Fails(Talks):
+    """Its second loss is NaN."""
+
+    def loss(self, batch):
+        result = super().loss(batch)
+        spoilt = math.nan if self.calls == 2 else 1.0
+        return {**result, "loss": result["loss"] * spoilt, "task": result["task"] * spoilt}
+
+
+def test_a_skipped_step_is_in_no_mean_and_in_no_later_run(tmp_path):
+    settings = {"hypergradient": "direct", "non_finite": "skip", "logging_steps": 3}
+    made = streamed(tmp_path, lower=Fails, **settings)
+    made.train()
+    assert [record["skipped"] for record in logs(made)] == [1, 1, 1]
+    assert all(math.isfinite(record["lower_task"]) for record in logs(made))
+    made.train()
+    assert not any("skipped" in record for record in logs(made))
+
+
+def test_what_a_checkpoint_had_not_logged_is_in_no_run_but_its_own(tmp_path, monkeypatch):
+    """Where resuming fails, and a new run is started in its place."""
+    with pytest.raises(Stop):
+        saving(tmp_path / "made", [StopAt(5)]).train()
+    made = saving(tmp_path / "made")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_load_from_checkpoint", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made.train(resume_from_checkpoint=True)
+    made.train()
+    alone = saving(tmp_path / "alone")
+    alone.train()
+    assert [record["loss"] for record in logs(made)] == [record["loss"] for record in logs(alone)]
+
+
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_each_level_s_rate_is_logged_in_whatever_order_the_groups_are(tmp_path, number):
+    model = peft_model()
+    parts = split_parameters(model)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": list(parts.magnitudes.values()), "lr": number(0.5)},
+            {"params": [*parts.directions.values(), *parts.rest.values()], "lr": number(0.25)},
+        ]
+    )
+    made = trainer(
+        tmp_path,
+        model=model,
+        options={"optimizers": (optimizer, None)},
+        lr_scheduler_type="constant",
+        save_strategy="steps",
+        save_steps=2,
+    )
+    made.train()
+    record = [r for r in logs(made) if "upper_learning_rate" in r][-1]
+    assert (record["learning_rate"], record["upper_learning_rate"]) == (0.25, 0.5)
