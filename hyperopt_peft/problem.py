@@ -19,7 +19,7 @@ from hyperopt_peft import processes, versions
 from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.graph import graph_leaves, graph_nodes, is_half
-from hyperopt_peft.optimizer_options import write_options
+from hyperopt_peft.optimizer_options import present_options, write_options
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.reductions import finite, read, sums
 from hyperopt_peft.reductions import norm as norm_of
@@ -78,9 +78,9 @@ class Problem:
         name: what error messages and logs call the level; the class's name by default.
 
     Raises:
-        ProblemError: no variables, one that is not a leaf or needs no gradient, one that is
-            given twice, an optimizer that does not hold exactly the variables, or data that
-            are empty or cannot be read twice.
+        ProblemError: no variables, one that is not a leaf, needs no gradient or is complex, one
+            that is given twice, an optimizer that does not hold exactly the variables, or data
+            that are empty or cannot be read twice.
     """
 
     def __init__(
@@ -98,7 +98,9 @@ class Problem:
         self.batches = None if data is None else Batches(data, self.name)
         self.optimizer, self.scheduler = optimizer, scheduler
         if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
-            raise ProblemError(f"{self.name}: max_grad_norm must be positive, got {max_grad_norm}")
+            raise ProblemError(
+                f"{self.name}: max_grad_norm must be a positive number, got {max_grad_norm!r}"
+            )
         self.max_grad_norm = max_grad_norm
         #: Whether the loss runs in half precision; None until it is first evaluated.
         self.half: bool | None = None
@@ -164,7 +166,7 @@ class Problem:
         if isinstance(result, Mapping):
             if "loss" not in result:
                 raise ProblemError(
-                    f'{self.name}: loss returned a mapping without "loss", only {sorted(result)}'
+                    f'{self.name}: loss returned a mapping without "loss", only {list(result)}'
                 )
             metrics = {k: _plain(v) for k, v in result.items() if k != "loss" and _is_number(v)}
             result = result["loss"]
@@ -215,7 +217,16 @@ class Problem:
     def backward(
         self, batch: Any, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-        """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes."""
+        """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes.
+
+        Raises:
+            ProblemError: see `evaluate`; one of ``variables`` was frozen after it was given.
+        """
+        if frozen := [tuple(v.shape) for v in variables if not v.requires_grad]:
+            raise ProblemError(
+                f"{self.name}: variables of shape {frozen} no longer require a gradient; freeze "
+                "nothing that a level owns, or make the levels anew"
+            )
         # The reducers of a distributed model wait for all of its parameters.
         alone = processes.count() == 1 and not is_sharded(*variables)
         watch: AbstractContextManager[list[Tensor]]
@@ -279,8 +290,8 @@ class Problem:
         """`snapshot` of the optimizer, with its present options; of none where there is none."""
         if self.optimizer is None:
             return {"kind": None, "groups": [], "state": {}}
-        write_options(self)
-        return snapshot(self.optimizer, self.variables, with_state=with_state)
+        options = present_options(self)
+        return snapshot(self.optimizer, self.variables, with_state=with_state, options=options)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the variables, and the states of optimizer, scheduler and data."""

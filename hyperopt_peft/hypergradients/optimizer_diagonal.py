@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.vector import Vector, widened
 from hyperopt_peft.problem import Problem, Step
 from hyperopt_peft.reductions import norm
+from hyperopt_peft.snapshots import require_known
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def step_metric(level: Problem, step: Step) -> Vector:
 def require_diagonal(level: Problem) -> None:
     """Raise ProblemError where the level has an optimizer whose diagonal is not known here."""
     if level.optimizer is not None:
-        _require_known(level, level.optimizer_snapshot(with_state=False))
+        require_known(level.name, level.optimizer_snapshot(with_state=False), _FORMS)
 
 
 def last_step(oracle: Oracle) -> Step:
@@ -168,7 +168,7 @@ def _diagonal(
 ) -> Vector:
     snapshot = step.optimizer
     assert snapshot is not None
-    _require_known(level, snapshot)
+    require_known(level.name, snapshot, _FORMS)
     result: dict[int, Tensor] = {}
     with torch.no_grad():
         for group in snapshot["groups"]:
@@ -185,26 +185,6 @@ def _diagonal(
                 state = snapshot["state"].get(i, {})
                 result[i] = entries(form(g, group, state, gradient is not None))
     return Vector(result[i] for i in range(len(step.variables)))
-
-
-def _require_known(level: Problem, snapshot: Mapping[str, Any]) -> None:
-    kind = snapshot["kind"]
-    if kind is None:
-        raise ProblemError(
-            f"{level.name}: the diagonal of the lower optimizer's step is asked for, and the level "
-            "has no optimizer; give it one"
-        )
-    if kind not in _FORMS:
-        raise ProblemError(
-            f"{level.name}: the diagonal of {kind.__name__}'s step is not known; use one of "
-            f"{', '.join(known.__name__ for known in _FORMS)}"
-        )
-    for group in snapshot["groups"]:
-        for flag in ("amsgrad", "maximize"):
-            if group.get(flag):
-                raise ProblemError(
-                    f"{level.name}: the diagonal of a step with {flag} is not known; turn it off"
-                )
 
 
 def _clipping(level: Problem, step: Step) -> float:

@@ -166,6 +166,31 @@ def test_options_without_upper_variables_go_with_every_estimator():
     assert lower.optimizer.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@pytest.mark.parametrize("decay", [0, 0.1, torch.tensor(1)])
+def test_options_that_are_plain_numbers_are_what_they_are(method, decay):
+    """Whole ones too, and without rounding: as if the optimizer had been made with them."""
+    found = []
+    for options in ({"weight_decay": decay}, {}):
+        upper, lower = make(AdamW, {"weight_decay": float(decay)})
+        rate, unread = upper.variables[2], upper.variables[3]
+        lower.options = lambda rate=rate, options=options: {"lr": rate.exp(), **options}
+        upper.function = lambda _, f=upper.function, unread=unread: f(None) + unread
+        Engine(upper, lower, f"{method}:steps=2", lower_steps=2, progress=False).run(1)
+        found.append(flat(upper.variables).detach())
+    assert torch.equal(*found)
+
+
+def test_a_hypergradient_writes_no_options():
+    upper, lower = make(SGD, {"lr": 0.1})
+    for method in ("unrolled:steps=2", "forward"):
+        hypergradient(upper, lower, method)
+    (group,) = lower.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0)
+    taken = lower.optimizer_snapshot(with_state=False)["groups"][0]
+    assert taken["lr"] == float(upper.variables[2].exp())
+
+
 def test_a_variable_that_neither_loss_nor_options_read_is_named():
     upper, lower = make(SGD, {"lr": 0.1})
     lower.options = lambda: {"lr": upper.variables[2].exp()}
