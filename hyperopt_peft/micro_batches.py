@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.problem import Problem
+from hyperopt_peft.processes import means
 from hyperopt_peft.random_state import RandomState, replay
 
 
@@ -44,7 +45,7 @@ class Accumulated(Problem):
             losses.append(loss)
             metrics.append(values)
         self.half = self.level.half
-        return torch.stack(losses).mean(), _mean_metrics(metrics)
+        return torch.stack(losses).mean(), means(metrics)
 
     def backward(
         self, batch: Sequence[MicroBatch], variables: Sequence[Tensor]
@@ -63,8 +64,4 @@ class Accumulated(Problem):
                     share = part / len(batch)
                     total[index] = share if known is None else known.add_(share)
         self.half = self.level.half
-        return torch.stack(losses).mean(), _mean_metrics(metrics), tuple(total)
-
-
-def _mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(m[key] for m in metrics) / len(metrics) for key in metrics[0]}
+        return torch.stack(losses).mean(), means(metrics), tuple(total)

@@ -71,9 +71,14 @@ def averages(values: Mapping[K, float]) -> dict[K, float]:
         return dict(values)
     gathered: list[dict[K, float]] = [{}] * count()
     dist.all_gather_object(gathered, dict(values))
-    keys = {key: None for part in gathered for key in part}
-    of = {key: [part[key] for part in gathered if key in part] for key in keys}
-    return {key: sum(parts) / len(parts) for key, parts in of.items()}
+    return means(gathered)
+
+
+def means(parts: Sequence[Mapping[K, float]]) -> dict[K, float]:
+    """Each value's mean over those of ``parts`` that have it."""
+    keys = {key: None for part in parts for key in part}
+    of = {key: [part[key] for part in parts if key in part] for key in keys}
+    return {key: sum(values) / len(values) for key, values in of.items()}
 
 
 @torch.no_grad()

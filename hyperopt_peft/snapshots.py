@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -41,7 +41,7 @@ def snapshot(
     }
 
 
-def require_known(level: str, taken: Mapping[str, Any], known: Iterable[type]) -> None:
+def require_known(level: str, taken: Mapping[str, Any], known: Collection[type]) -> None:
     """Raise ProblemError unless ``taken``, of ``level``'s optimizer, is of a ``known`` kind.
 
     There the form of a step is known, but not with ``amsgrad`` or ``maximize``.
