@@ -273,11 +273,10 @@ class Problem:
         if not math.isfinite(norm):
             raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
         write_options(self)
-        limit = self.max_grad_norm
-        scale = None if limit is None or norm <= limit else limit / (norm + 1e-6)
+        factor = self.clipping(norm)
         for variable, part in zip(self.variables, gradient, strict=True):
-            if part is not None and scale is not None:
-                part = part * scale
+            if part is not None and factor != 1:
+                part = part * factor
             variable.grad = None if part is None else part.to(variable.dtype)
         self.optimizer.step()
         versions.bump(self.variables)  # kernels of 8-bit optimizers leave no trace
@@ -285,6 +284,11 @@ class Problem:
         if self.scheduler is not None:
             self.scheduler.step()
         return norm
+
+    def clipping(self, norm: float) -> float:
+        """What a step multiplies a gradient of 2-norm ``norm`` by, as `clip_grad_norm_` does."""
+        limit = self.max_grad_norm
+        return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
         """`snapshot` of the optimizer, with its present options; of none where there is none."""

@@ -226,7 +226,7 @@ class FunctionalOptimizer:
         norm = torch.linalg.vector_norm(
             torch.stack([torch.linalg.vector_norm(g) for g in gradient])
         )
-        factor = torch.where(norm > self.max_grad_norm, self.max_grad_norm / (norm + 1e-6), 1.0)
+        factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
         return [g * factor for g in gradient]
 
 

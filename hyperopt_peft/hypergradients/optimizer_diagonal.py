@@ -189,6 +189,6 @@ def _diagonal(
 
 def _clipping(level: Problem, step: Step) -> float:
     """The factor by which the gradient was scaled before the step."""
-    limit = level.max_grad_norm
-    length = 0.0 if limit is None else norm(g for g in step.gradient if g is not None)
-    return 1.0 if limit is None or length <= limit else limit / (length + 1e-6)
+    if level.max_grad_norm is None:
+        return 1.0
+    return level.clipping(norm(g for g in step.gradient if g is not None))
