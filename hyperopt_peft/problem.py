@@ -220,7 +220,8 @@ class Problem:
         """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes.
 
         Raises:
-            ProblemError: see `evaluate`; one of ``variables`` was frozen after it was given.
+            ProblemError: see `evaluate`; one of ``variables`` was frozen after it was given, or
+                has a sparse gradient.
         """
         if frozen := [tuple(v.shape) for v in variables if not v.requires_grad]:
             raise ProblemError(
@@ -240,10 +241,18 @@ class Problem:
             tensor.grad = None
         try:
             loss.backward(inputs=reached if alone else None)
-            return loss.detach(), metrics, tuple(variable.grad for variable in variables)
+            gradient = tuple(variable.grad for variable in variables)
         finally:
             for tensor, grad in zip(touched, held, strict=True):
                 tensor.grad = grad
+        if sparse := [
+            tuple(part.shape) for part in gradient if part is not None and part.is_sparse
+        ]:
+            raise ProblemError(
+                f"{self.name}: the gradients of variables of shape {sparse} are sparse; make their "
+                "embeddings with sparse=False"
+            )
+        return loss.detach(), metrics, gradient
 
     def require_finite(self, loss: Tensor, gradient: Sequence[Tensor | None]) -> float:
         """The value of ``loss``.

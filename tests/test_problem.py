@@ -113,6 +113,14 @@ def test_a_variable_that_was_frozen_later_is_named() -> None:
         level.gradient(None, [w])
 
 
+def test_a_sparse_gradient_is_named_and_leaves_no_trace() -> None:
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    level = FunctionLevel(lambda _: embedding(torch.tensor([1])).sum(), [embedding.weight])
+    with pytest.raises(ProblemError, match=r"shape \[\(5, 2\)\] are sparse; .* sparse=False"):
+        level.gradient(None, level.variables)
+    assert embedding.weight.grad is None
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_losses_that_are_not_finite_are_errors(value: float) -> None:
     level = FunctionLevel(lambda _: W.sum() * value, [W], name="fit")
