@@ -390,8 +390,8 @@ def require_read(
     for name, part in zip(level.names, gradient, strict=True):
         if part is None and (besides is None or name in besides):
             raise ProblemError(
-                f"{level.name}: no loss reads the variable {name!r}; use it in the loss, or do "
-                "not give it to the level"
+                f"{level.name}: no gradient reaches the variable {name!r} at the first step; use "
+                "it in the loss, or do not give it to the level"
             )
 
 

@@ -194,7 +194,7 @@ def test_a_hypergradient_writes_no_options():
 def test_a_variable_that_neither_loss_nor_options_read_is_named():
     upper, lower = make(SGD, {"lr": 0.1})
     lower.options = lambda: {"lr": upper.variables[2].exp()}
-    with pytest.raises(ProblemError, match="no loss reads the variable 'variable 3'"):
+    with pytest.raises(ProblemError, match="no gradient reaches the variable 'variable 3'"):
         Engine(upper, lower, "unrolled", progress=False).run(1)
 
 
