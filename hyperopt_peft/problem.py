@@ -381,6 +381,9 @@ class Problem:
                 f"{self.name}: the optimizer must hold exactly the level's variables; "
                 f"it lacks {missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
             )
+        if len(held) > len(names):  # torch warns, and moves it twice a step
+            twice = sorted({names[id(x)] for x in held if sum(x is y for y in held) > 1})
+            raise ProblemError(f"{self.name}: the optimizer holds {twice} twice; give each once")
 
 
 def require_read(

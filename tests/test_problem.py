@@ -65,6 +65,10 @@ def evaluate(result: Any) -> Callable[[], object]:
             r"also holds tensors of shape \[\(5,\)\]",
         ),
         (
+            lambda: Problem([("a", W), ("b", V)], optimizer=SGD([W, V, W], lr=1)),
+            r"the optimizer holds \['a'\] twice",
+        ),
+        (
             lambda: Problem(
                 [W], optimizer=SGD([W], lr=1), scheduler=ExponentialLR(SGD([W], lr=1), 0.9)
             ),
