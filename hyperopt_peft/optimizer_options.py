@@ -77,7 +77,7 @@ def _number(level: Problem, name: str, value: Tensor | float) -> Tensor:
         )
     real = isinstance(value, Tensor) and value.is_floating_point()
     number = torch.as_tensor(value, dtype=None if real else torch.float64)
-    if number.numel() != 1 or not (math.isfinite(number) and number >= 0):
+    if number.numel() != 1 or not (math.isfinite(number.detach()) and number >= 0):
         shown = number.item() if number.numel() == 1 else f"shape {tuple(number.shape)}"
         raise ProblemError(
             f"{level.name}: {name} must be a finite number from 0, optimizer_options gives {shown};"

@@ -158,7 +158,7 @@ def last_step(oracle: Oracle) -> Step:
     """
     if oracle.history:
         return oracle.history[-1]
-    lower, gradient = oracle.lower, oracle.lower_gradient().parts
+    lower, gradient = oracle.lower, oracle.lower_parts()
     snapshot = lower.optimizer_snapshot(with_state=True)
     return Step(oracle.lower_batch, oracle.lower_random, lower.variables, gradient, None, snapshot)
 

@@ -62,11 +62,15 @@ class Objective:
 
     def gradient(self, variables: tuple[Tensor, ...]) -> Vector:
         """∂f/∂variables at the current point, by one forward+backward."""
+        return Vector.of(self.parts(variables), variables)
+
+    def parts(self, variables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """As ``gradient``, in the variables' dtypes; None where f does not read one."""
         self.passes.gradients += 1
         with replay(self.random_state):
             gradient = self.lower.gradient(self.batch, variables).gradient
         self.buffers.restore()  # so that the next evaluation is of the same function
-        return Vector.of(gradient, variables)
+        return gradient
 
 
 class Product(Protocol):

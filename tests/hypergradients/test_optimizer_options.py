@@ -181,6 +181,27 @@ def test_options_that_are_plain_numbers_are_what_they_are(method, decay):
     assert torch.equal(*found)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_outside_training_a_variable_that_f_does_not_read_does_not_decay(method, steps):
+    """A step leaves it alone; of the others, w' = w − lr·(2w + u·w)."""
+    read, unread = (torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in (1, 3))
+    decay = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    owned = [read, unread]
+    lower = Learnt(
+        lambda _: read.square().sum(),
+        owned,
+        lambda: {"weight_decay": decay},
+        optimizer=SGD(owned, lr=0.5),
+    )
+    upper = FunctionLevel(lambda _: read.sum() + unread.sum(), [decay])
+    (h,) = hypergradient(upper, lower, f"{method}:steps={steps}")
+    factor = 1 - 0.5 * (2 + 0.1)
+    expected = 2 * steps * factor ** (steps - 1) * -0.5
+    assert float(h) == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_hypergradient_writes_no_options():
     upper, lower = make(SGD, {"lr": 0.1})
     for method in ("unrolled:steps=2", "forward"):
