@@ -181,7 +181,7 @@ def test_options_that_are_plain_numbers_are_what_they_are(method, decay):
     assert torch.equal(*found)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_outside_training_a_variable_that_f_does_not_read_does_not_decay(method, steps):
