@@ -223,11 +223,10 @@ class FunctionalOptimizer:
     def _clipped(self, gradient: list[Tensor]) -> list[Tensor]:
         if self.max_grad_norm is None:
             return gradient
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(g) for g in gradient])
-        )
+        norms = [torch.linalg.vector_norm(g).to(gradient[0].device) for g in gradient]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
-        return [g * factor for g in gradient]
+        return [g * factor.to(g) for g in gradient]
 
 
 def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
