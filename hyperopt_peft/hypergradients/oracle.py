@@ -148,6 +148,7 @@ class Oracle:
             known = Vector.of(at.upper_gradient, self.upper.variables)
         variables = self.lower.variables
         with ExitStack() as stack:
+            stack.callback(self.buffers.restore)  # an exact product's graph needs its own till then
             stack.enter_context(self._single_precision(half))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
