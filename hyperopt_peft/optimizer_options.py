@@ -43,12 +43,20 @@ def options_by_group(level: Problem) -> list[dict[str, Tensor]]:
     return [{name: _number(level, name, value) for name, value in o.items()} for o in options]
 
 
+def present_options(level: Problem) -> list[dict[str, float]]:
+    """The values of `options_by_group` at the moment."""
+    return [
+        {name: float(value.detach()) for name, value in options.items()}
+        for options in options_by_group(level)
+    ]
+
+
 def write_options(level: Problem) -> None:
     """Write the present values of ``level.optimizer_options()`` into the optimizer's groups."""
-    options = options_by_group(level)
+    options = present_options(level)
     if options and level.optimizer is not None:
         for group, values in zip(level.optimizer.param_groups, options, strict=True):
-            group.update({name: float(value.detach()) for name, value in values.items()})
+            group.update(values)
 
 
 def read_by_options(level: Problem) -> set[int]:
@@ -67,8 +75,9 @@ def _number(level: Problem, name: str, value: Tensor | float) -> Tensor:
             f"{level.name}: both the scheduler and optimizer_options set the learning rate; "
             "leave one out"
         )
-    number = torch.as_tensor(value)
-    if number.numel() != 1 or not (math.isfinite(number) and number >= 0):
+    real = isinstance(value, Tensor) and value.is_floating_point()
+    number = torch.as_tensor(value, dtype=None if real else torch.float64)
+    if number.numel() != 1 or not (math.isfinite(number.detach()) and number >= 0):
         shown = number.item() if number.numel() == 1 else f"shape {tuple(number.shape)}"
         raise ProblemError(
             f"{level.name}: {name} must be a finite number from 0, optimizer_options gives {shown};"

@@ -19,7 +19,7 @@ from hyperopt_peft import processes, versions
 from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.graph import graph_leaves, graph_nodes, is_half
-from hyperopt_peft.optimizer_options import write_options
+from hyperopt_peft.optimizer_options import present_options, write_options
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.reductions import finite, read, sums
 from hyperopt_peft.reductions import norm as norm_of
@@ -78,9 +78,9 @@ class Problem:
         name: what error messages and logs call the level; the class's name by default.
 
     Raises:
-        ProblemError: no variables, one that is not a leaf or needs no gradient, one that is
-            given twice, an optimizer that does not hold exactly the variables, or data that
-            are empty or cannot be read twice.
+        ProblemError: no variables, one that is not a leaf, needs no gradient or is complex, one
+            that is given twice, an optimizer that does not hold exactly the variables, or data
+            that are empty or cannot be read twice.
     """
 
     def __init__(
@@ -98,7 +98,9 @@ class Problem:
         self.batches = None if data is None else Batches(data, self.name)
         self.optimizer, self.scheduler = optimizer, scheduler
         if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
-            raise ProblemError(f"{self.name}: max_grad_norm must be positive, got {max_grad_norm}")
+            raise ProblemError(
+                f"{self.name}: max_grad_norm must be a positive number, got {max_grad_norm!r}"
+            )
         self.max_grad_norm = max_grad_norm
         #: Whether the loss runs in half precision; None until it is first evaluated.
         self.half: bool | None = None
@@ -171,7 +173,7 @@ class Problem:
         if isinstance(result, Mapping):
             if "loss" not in result:
                 raise ProblemError(
-                    f'{self.name}: loss returned a mapping without "loss", only {sorted(result)}'
+                    f'{self.name}: loss returned a mapping without "loss", only {list(result)}'
                 )
             metrics = {k: _plain(v) for k, v in result.items() if k != "loss" and _is_number(v)}
             result = result["loss"]
@@ -222,7 +224,17 @@ class Problem:
     def backward(
         self, batch: Any, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-        """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes."""
+        """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes.
+
+        Raises:
+            ProblemError: see `evaluate`; one of ``variables`` was frozen after it was given, or
+                has a sparse gradient.
+        """
+        if frozen := [tuple(v.shape) for v in variables if not v.requires_grad]:
+            raise ProblemError(
+                f"{self.name}: variables of shape {frozen} no longer require a gradient; freeze "
+                "nothing that a level owns, or make the levels anew"
+            )
         # The reducers of a distributed model wait for all of its parameters.
         alone = processes.count() == 1 and not is_sharded(*variables)
         watch: AbstractContextManager[list[Tensor]]
@@ -236,10 +248,18 @@ class Problem:
             tensor.grad = None
         try:
             loss.backward(inputs=reached if alone else None)
-            return loss.detach(), metrics, tuple(variable.grad for variable in variables)
+            gradient = tuple(variable.grad for variable in variables)
         finally:
             for tensor, grad in zip(touched, held, strict=True):
                 tensor.grad = grad
+        if sparse := [
+            tuple(part.shape) for part in gradient if part is not None and part.is_sparse
+        ]:
+            raise ProblemError(
+                f"{self.name}: the gradients of variables of shape {sparse} are sparse; make their "
+                "embeddings with sparse=False"
+            )
+        return loss.detach(), metrics, gradient
 
     def require_finite(self, loss: Tensor, gradient: Sequence[Tensor | None]) -> float:
         """The value of ``loss``.
@@ -269,11 +289,10 @@ class Problem:
         if not math.isfinite(norm):
             raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
         write_options(self)
-        limit = self.max_grad_norm
-        scale = None if limit is None or norm <= limit else limit / (norm + 1e-6)
+        factor = self.clipping(norm)
         for variable, part in zip(self.variables, gradient, strict=True):
-            if part is not None and scale is not None:
-                part = part * scale
+            if part is not None and factor != 1:
+                part = part * factor
             variable.grad = None if part is None else part.to(variable.dtype)
         self.optimizer.step()
         versions.bump(self.variables)  # kernels of 8-bit optimizers leave no trace
@@ -282,12 +301,17 @@ class Problem:
             self.scheduler.step()
         return norm
 
+    def clipping(self, norm: float) -> float:
+        """What a step multiplies a gradient of 2-norm ``norm`` by, as `clip_grad_norm_` does."""
+        limit = self.max_grad_norm
+        return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
         """`snapshot` of the optimizer, with its present options; of none where there is none."""
         if self.optimizer is None:
             return {"kind": None, "groups": [], "state": {}}
-        write_options(self)
-        return snapshot(self.optimizer, self.variables, with_state=with_state)
+        options = present_options(self)
+        return snapshot(self.optimizer, self.variables, with_state=with_state, options=options)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the variables, and the states of optimizer, scheduler and data."""
@@ -364,6 +388,9 @@ class Problem:
                 f"{self.name}: the optimizer must hold exactly the level's variables; "
                 f"it lacks {missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
             )
+        if len(held) > len(names):  # torch warns, and moves it twice a step
+            twice = sorted({names[id(x)] for x in held if sum(x is y for y in held) > 1})
+            raise ProblemError(f"{self.name}: the optimizer holds {twice} twice; give each once")
 
 
 def require_read(
@@ -373,8 +400,8 @@ def require_read(
     for name, part in zip(level.names, gradient, strict=True):
         if part is None and (besides is None or name in besides):
             raise ProblemError(
-                f"{level.name}: no loss reads the variable {name!r}; use it in the loss, or do "
-                "not give it to the level"
+                f"{level.name}: no gradient reaches the variable {name!r} at the first step; use "
+                "it in the loss, or do not give it to the level"
             )
 
 

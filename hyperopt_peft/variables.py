@@ -17,8 +17,8 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     """The names and the tensors of ``variables``.
 
     Raises:
-        ProblemError: no variables, one that is no leaf or needs no gradient, two of one name
-            or over the same memory.
+        ProblemError: no variables, one that is no leaf, needs no gradient or is complex, two of
+            one name or over the same memory.
     """
     if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
         raise ProblemError(
@@ -40,6 +40,11 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
         if not tensor.is_leaf:
             raise ProblemError(
                 f"{level}: {name} is computed from other tensors; own the leaf it is computed from"
+            )
+        if tensor.is_complex():
+            raise ProblemError(
+                f"{level}: {name} is complex; own a real tensor with a last dimension of 2, and "
+                "let the loss read it through torch.view_as_complex"
             )
         pairs.append((name, tensor))
     if not pairs:

@@ -209,11 +209,11 @@ def level(variables: Any, optimizer: bool = True, **options: Any) -> FunctionLev
         ),
         (
             lambda: Engine(level([U]), level([W, leaf()]), "direct", progress=False).run(1),
-            "no loss reads the variable 'variable 1'",
+            "no gradient reaches the variable 'variable 1'",
         ),
         (
             lambda: Engine(level([U, leaf()]), level([W]), "direct", progress=False).run(1),
-            "no loss reads the variable 'variable 1'",
+            "no gradient reaches the variable 'variable 1'",
         ),
     ],
 )

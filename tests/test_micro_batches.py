@@ -197,3 +197,17 @@ def test_no_gradient_is_left_behind():
     Accumulated(lower).gradient(parts(examples(6), 2), lower.variables)
     for variable in (*lower.variables, *upper.variables):
         assert torch.equal(variable.grad, torch.ones_like(variable))
+
+
+def test_a_metric_of_some_micro_batches_is_the_mean_over_these():
+    class Sometimes(Fit):
+        def loss(self, batch):
+            found = super().loss(batch)
+            return {"loss": found["loss"], ("long" if len(batch[0]) > 2 else "short"): 1.0}
+
+    net = Net()
+    level = Accumulated(Sometimes(net, net.named_parameters(), "lower"))
+    state = RandomState.capture()
+    batch = [MicroBatch(examples(count), state) for count in (3, 2, 4)]
+    assert level.gradient(batch, level.variables).metrics == {"long": 1.0, "short": 1.0}
+    assert level.evaluate(batch)[1] == {"long": 1.0, "short": 1.0}

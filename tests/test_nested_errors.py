@@ -65,20 +65,20 @@ def test_steps_that_are_not_finite_can_be_skipped():
 @pytest.mark.parametrize(
     ("losses", "name"),
     [
-        ({"f": lambda u, v, w: v.sum()}, "last: no loss reads the variable"),
+        ({"f": lambda u, v, w: v.sum()}, "last: no gradient reaches the variable"),
         (
             {
                 "g": lambda u, v, w: (w - 1).square().sum(),
                 "f": lambda u, v, w: w.square().sum(),
             },
-            "middle: no loss reads the variable",
+            "middle: no gradient reaches the variable",
         ),
         (
             {
                 "top": lambda u, v, w: w.square().sum(),
                 "g": lambda u, v, w: (v - w).square().sum(),
             },
-            "first: no loss reads the variable",
+            "first: no gradient reaches the variable",
         ),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_skipped_first_step_does_not_hide_a_variable_that_no_loss_reads(owner:
     function = levels[owner].function
     levels[owner] = FunctionLevel(function, variables, optimizer=SGD(variables, lr=0.1))
     engine = Engine(**levels, hypergradient="direct", non_finite="skip", progress=False)
-    with pytest.raises(ProblemError, match="no loss reads the variable 'variable 1'"):
+    with pytest.raises(ProblemError, match="no gradient reaches the variable 'variable 1'"):
         engine.run(3)
 
 

@@ -64,6 +64,10 @@ def evaluate(result: Any) -> Callable[[], object]:
         ),
         (lambda: Problem([("m", torch.ones(2))]), "m does not require a gradient"),
         (lambda: Problem([("half", HALVED)]), "half is computed from other tensors"),
+        (
+            lambda: Problem([("z", torch.ones(2, dtype=torch.complex64, requires_grad=True))]),
+            "z is complex; own a real tensor .* torch.view_as_complex",
+        ),
         (lambda: Problem([("a", W), ("b", W)]), "a and b are the same tensor"),
         (lambda: Problem([W, W]), "variable 0 and variable 1 are the same tensor"),
         (lambda: Problem([("a", W), ("a", V)]), "two variables are called 'a'"),
@@ -74,6 +78,10 @@ def evaluate(result: Any) -> Callable[[], object]:
         (
             lambda: Problem([W], optimizer=SGD([W, leaf(*[1.0] * 5)], lr=1)),
             r"also holds tensors of shape \[\(5,\)\]",
+        ),
+        (
+            lambda: Problem([("a", W), ("b", V)], optimizer=SGD([W, V, W], lr=1)),
+            r"the optimizer holds \['a'\] twice",
         ),
         (
             lambda: Problem(
@@ -89,7 +97,8 @@ def evaluate(result: Any) -> Callable[[], object]:
             lambda: Problem([W], scheduler=ExponentialLR(SGD([W], lr=1), 0.9)),
             "the scheduler drives another optimizer",
         ),
-        (lambda: Problem([W], max_grad_norm=0.0), "max_grad_norm must be positive, got 0.0"),
+        (lambda: Problem([W], max_grad_norm=0.0), "must be a positive number, got 0.0"),
+        (lambda: Problem([W], max_grad_norm="1"), "must be a positive number, got '1'"),
         (lambda: Problem([W], data=3, name="fit"), "fit: data must be an iterable .* got int"),
         (lambda: Problem([W], data=iter([1])), "can be read only once; give a re-iterable"),
         (lambda: Problem([W], data=[], name="fit"), "fit: data has no batch"),
@@ -102,6 +111,7 @@ def evaluate(result: Any) -> Callable[[], object]:
         (evaluate(W), r"fit: loss must be a real scalar tensor, got \(2,\)"),
         (evaluate(1.5), "loss must be a real scalar tensor, got float"),
         (evaluate({"accuracy": 1.0}), r"without \"loss\", only \['accuracy'\]"),
+        (evaluate({"accuracy": 1.0, 3: 2}), r"without \"loss\", only \['accuracy', 3\]"),
         (evaluate(W.sum().detach()), "does not depend on any tensor .* detach"),
         (
             lambda: FunctionLevel(lambda _: W.sum(), [W], name="fit").step([W]),
@@ -112,6 +122,22 @@ def evaluate(result: Any) -> Callable[[], object]:
 def test_mistakes_are_named(construct: Callable[[], object], message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         construct()
+
+
+def test_a_variable_that_was_frozen_later_is_named() -> None:
+    w = leaf(1.0, 2.0)
+    level = FunctionLevel(lambda _: w.sum() * W.sum(), [w], name="fit")
+    w.requires_grad_(False)
+    with pytest.raises(ProblemError, match=r"fit: variables of shape \[\(2,\)\] no longer require"):
+        level.gradient(None, [w])
+
+
+def test_a_sparse_gradient_is_named_and_leaves_no_trace() -> None:
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    level = FunctionLevel(lambda _: embedding(torch.tensor([1])).sum(), [embedding.weight])
+    with pytest.raises(ProblemError, match=r"shape \[\(5, 2\)\] are sparse; .* sparse=False"):
+        level.gradient(None, level.variables)
+    assert embedding.weight.grad is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -99,7 +99,7 @@ class Comparison:
 def compare_hypergradients(
     upper: Problem,
     lower: Problem,
-    methods: Iterable[str | Estimator],
+    methods: str | Estimator | Iterable[str | Estimator],
     reference: str | Estimator = "exact",
     repeats: int = 3,
     seed: int = 0,
@@ -110,7 +110,7 @@ def compare_hypergradients(
     batches are those that the levels' data will give next. Nothing is trained or changed.
 
     Args:
-        methods: names with options, or estimators.
+        methods: names with options, or estimators; one of them or several.
         reference: what is taken for the truth: ``"exact"`` (up to 5,000 lower unknowns), or a
             long solve such as ``"cg:steps=200,tolerance=1e-10"``.
         repeats: how often; medians are reported.
@@ -120,6 +120,8 @@ def compare_hypergradients(
         ProblemError: an unknown method, no methods, or ``repeats`` below 1.
         NonFiniteError: the reference is not finite.
     """
+    if isinstance(methods, str | Estimator):
+        methods = [methods]
     chosen = [(m if isinstance(m, str) else repr(m), get_estimator(m)) for m in methods]
     if not chosen or repeats < 1:
         raise ProblemError("compare_hypergradients needs at least one method and one repeat")

@@ -66,7 +66,8 @@ class F2SA(InnerRuns):
     def _relative(self, oracle: Oracle, gradients: Gradients, response: Vector) -> float:
         """ν in the scales of f and F at w, where dw_ν/dν ≈ ``response``."""
         b = oracle.upper_gradient.b
-        nu = default_radius(Vector(oracle.lower.variables), sides=2) / response.norm()
+        u, w = oracle.upper.variables, oracle.lower.variables
+        nu = default_radius(Vector(w), sides=2, beside=u) / response.norm()
         change = (gradients("upper", nu * response)[1] - b).norm() / b.norm()
         return float(nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(change, 1e-30)))
 

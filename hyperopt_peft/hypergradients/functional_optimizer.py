@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 from torchopt.transform.scale_by_adam import ScaleByAdamState
 from torchopt.transform.trace import TraceState
 
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.vector import Vector, widened
 from hyperopt_peft.optimizer_options import LEARNT, options_by_group
 from hyperopt_peft.problem import Problem, Step
+from hyperopt_peft.snapshots import require_known
 
 
 def _sgd(group: Mapping[str, Any]) -> Any:
@@ -66,18 +66,8 @@ class FunctionalOptimizer:
     """
 
     def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
+        require_known(level.name, snapshot, _FORMS)
         kind = snapshot["kind"]
-        if kind is None:
-            raise ProblemError(f"{level.name}: unrolling needs the level's optimizer; give it one")
-        if kind not in _FORMS:
-            raise ProblemError(
-                f"{level.name}: {kind.__name__} cannot be unrolled; use one of "
-                f"{', '.join(known.__name__ for known in _FORMS)}"
-            )
-        for group in snapshot["groups"]:
-            for flag in ("amsgrad", "maximize"):
-                if group.get(flag):
-                    raise ProblemError(f"{level.name}: an optimizer with {flag} cannot be unrolled")
         form = _FORMS[kind]
         # Without momentum a plain gradient step keeps nothing.
         still = all(group.get("momentum") == 0 for group in snapshot["groups"])
@@ -224,7 +214,8 @@ class FunctionalOptimizer:
             updates, state = transformation.update(grads, state, params=params, inplace=False)
             new = [x for part in state for x in _moments(part)]
             for position, i in enumerate(indices):
-                after[i] = kept[position] + lr[position] * updates[position]
+                # The counts are float64, which a variable of no dimension would be promoted to.
+                after[i] = (kept[position] + lr[position] * updates[position]).to(point[i].dtype)
                 for k, column in enumerate(new):
                     moments_after[i * width + k] = column[position]
         return after, moments_after
@@ -232,11 +223,10 @@ class FunctionalOptimizer:
     def _clipped(self, gradient: list[Tensor]) -> list[Tensor]:
         if self.max_grad_norm is None:
             return gradient
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(g) for g in gradient])
-        )
+        norms = [torch.linalg.vector_norm(g).to(gradient[0].device) for g in gradient]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
-        return [g * factor for g in gradient]
+        return [g * factor.to(g) for g in gradient]
 
 
 def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -62,7 +62,8 @@ class InnerRuns(Estimator):
         is not convex along them. ``slope`` is ∂f/∂w at w.
         """
         b = oracle.upper_gradient.b
-        radius = default_radius(Vector(oracle.lower.variables), sides=2)
+        u, w = oracle.upper.variables, oracle.lower.variables
+        radius = default_radius(Vector(w), sides=2, beside=u)
         for direction in (oracle.state.get("response"), -b):
             if not isinstance(direction, Vector) or direction.norm() == 0:
                 continue

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.vector import Vector, widened
 from hyperopt_peft.problem import Problem, Step
 from hyperopt_peft.reductions import norm
+from hyperopt_peft.snapshots import require_known
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def step_metric(level: Problem, step: Step) -> Vector:
 def require_diagonal(level: Problem) -> None:
     """Raise ProblemError where the level has an optimizer whose diagonal is not known here."""
     if level.optimizer is not None:
-        _require_known(level, level.optimizer_snapshot(with_state=False))
+        require_known(level.name, level.optimizer_snapshot(with_state=False), _FORMS)
 
 
 def last_step(oracle: Oracle) -> Step:
@@ -158,7 +158,7 @@ def last_step(oracle: Oracle) -> Step:
     """
     if oracle.history:
         return oracle.history[-1]
-    lower, gradient = oracle.lower, oracle.lower_gradient().parts
+    lower, gradient = oracle.lower, oracle.lower_parts()
     snapshot = lower.optimizer_snapshot(with_state=True)
     return Step(oracle.lower_batch, oracle.lower_random, lower.variables, gradient, None, snapshot)
 
@@ -168,7 +168,7 @@ def _diagonal(
 ) -> Vector:
     snapshot = step.optimizer
     assert snapshot is not None
-    _require_known(level, snapshot)
+    require_known(level.name, snapshot, _FORMS)
     result: dict[int, Tensor] = {}
     with torch.no_grad():
         for group in snapshot["groups"]:
@@ -187,28 +187,8 @@ def _diagonal(
     return Vector(result[i] for i in range(len(step.variables)))
 
 
-def _require_known(level: Problem, snapshot: Mapping[str, Any]) -> None:
-    kind = snapshot["kind"]
-    if kind is None:
-        raise ProblemError(
-            f"{level.name}: the diagonal of the lower optimizer's step is asked for, and the level "
-            "has no optimizer; give it one"
-        )
-    if kind not in _FORMS:
-        raise ProblemError(
-            f"{level.name}: the diagonal of {kind.__name__}'s step is not known; use one of "
-            f"{', '.join(known.__name__ for known in _FORMS)}"
-        )
-    for group in snapshot["groups"]:
-        for flag in ("amsgrad", "maximize"):
-            if group.get(flag):
-                raise ProblemError(
-                    f"{level.name}: the diagonal of a step with {flag} is not known; turn it off"
-                )
-
-
 def _clipping(level: Problem, step: Step) -> float:
     """The factor by which the gradient was scaled before the step."""
-    limit = level.max_grad_norm
-    length = 0.0 if limit is None else norm(g for g in step.gradient if g is not None)
-    return 1.0 if limit is None or length <= limit else limit / (length + 1e-6)
+    if level.max_grad_norm is None:
+        return 1.0
+    return level.clipping(norm(g for g in step.gradient if g is not None))

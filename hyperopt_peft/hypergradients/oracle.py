@@ -91,7 +91,11 @@ class Oracle:
 
     def lower_gradient(self) -> Vector:
         """∂f/∂w where the lower variables are now, by one forward+backward."""
-        return self._objective(None).gradient(self.lower.variables)
+        return Vector.of(self.lower_parts(), self.lower.variables)
+
+    def lower_parts(self) -> tuple[Tensor | None, ...]:
+        """As ``lower_gradient``, but None where f does not read a variable: a step leaves it."""
+        return self._objective(None).parts(self.lower.variables)
 
     @contextmanager
     def moved(self) -> Iterator[Gradients]:
@@ -144,6 +148,7 @@ class Oracle:
             known = Vector.of(at.upper_gradient, self.upper.variables)
         variables = self.lower.variables
         with ExitStack() as stack:
+            stack.callback(self.buffers.restore)  # an exact product's graph needs its own till then
             stack.enter_context(self._single_precision(half))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":

@@ -62,11 +62,15 @@ class Objective:
 
     def gradient(self, variables: tuple[Tensor, ...]) -> Vector:
         """∂f/∂variables at the current point, by one forward+backward."""
+        return Vector.of(self.parts(variables), variables)
+
+    def parts(self, variables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """As ``gradient``, in the variables' dtypes; None where f does not read one."""
         self.passes.gradients += 1
         with replay(self.random_state):
             gradient = self.lower.gradient(self.batch, variables).gradient
         self.buffers.restore()  # so that the next evaluation is of the same function
-        return Vector.of(gradient, variables)
+        return gradient
 
 
 class Product(Protocol):
@@ -201,7 +205,10 @@ class DifferenceProduct:
         if length == 0:
             return Vector.of([None] * len(variables), variables)
         radius = self.radius or default_radius(
-            Vector(self.point), self.sides, self.objective.lower.differences
+            Vector(self.point),
+            self.sides,
+            self.objective.lower.differences,
+            beside=self.objective.upper.variables,
         )
         # The factor 1/length would leave the range of float32 where v is tiny.
         along, scale = (v, length) if length > 1e-30 else (v / length, 1.0)
@@ -221,14 +228,16 @@ class DifferenceProduct:
         return (gradient(radius) - self._unmoved[level]) * (length / radius)
 
 
-def default_radius(point: Vector, sides: int, differences: int = 0) -> float:
-    """(δ·(1 + ‖w‖))^(1/(1+sides)), δ the machine epsilon of the coarsest part.
+def default_radius(
+    point: Vector, sides: int, differences: int = 0, *, beside: Sequence[Tensor] = ()
+) -> float:
+    """(δ·(1 + ‖w‖))^(1/(1+sides)), δ the machine epsilon of the coarsest part of w and ``beside``.
 
     It balances the truncation error, O(ε^sides), and the rounding error, O(δ/ε), of a
     difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3). Balanced, they
     are O(δ^(2/3)) for two sides: the δ of a gradient that is itself made of differences.
     """
-    delta = machine_epsilon(point) ** ((2 / 3) ** differences)
+    delta = machine_epsilon(Vector((*point, *beside))) ** ((2 / 3) ** differences)
     return float((delta * (1 + point.norm())) ** (1 / (1 + sides)))
 
 

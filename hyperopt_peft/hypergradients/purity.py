@@ -16,29 +16,35 @@ class Buffers:
     """The buffers of the modules that run, as they were before they ran."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
+        self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor | None, Tensor | None]] = {}
 
     def see(self, module: nn.Module, _inputs: object) -> None:
         """Forward pre-hook: remember the module's buffers before it can change them."""
         for name, buffer in module._buffers.items():
             key = id(module), name
-            if buffer is not None and key not in self._seen:
-                self._seen[key] = (module, buffer, buffer.detach().clone())
+            if key not in self._seen:
+                before = None if buffer is None else buffer.detach().clone()
+                self._seen[key] = (module, buffer, before)
 
     def changed(self) -> list[str]:
         """Those that are not as they were, as ``Module.buffer``."""
         return [
             f"{type(module).__name__}.{name}"
             for (_, name), (module, _, before) in self._seen.items()
-            if (now := module._buffers[name]) is None or not torch.equal(now, before)
+            if not _equal(module._buffers[name], before)
         ]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put them back, changed in place or replaced."""
+        """Put them back, changed in place, replaced, or made where there was None."""
         for (_, name), (module, buffer, before) in self._seen.items():
-            buffer.copy_(before)
+            if buffer is not None and before is not None:
+                buffer.copy_(before)
             module._buffers[name] = buffer
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 @contextmanager

@@ -99,8 +99,8 @@ class Unrolled(Estimator):
         for _ in range(self.steps):
             with displaced(oracle.lower.variables):
                 assign(oracle.lower.variables, point)
-                gradient = oracle.lower_gradient()
-            step = Step(oracle.lower_batch, oracle.lower_random, point, gradient.parts, None, state)
+                gradient = oracle.lower_parts()
+            step = Step(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)
             steps.append(step)
             point, state = optimizer.advance(step)
         return steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Matvec, Solution, Solver
@@ -70,7 +70,7 @@ class WarmStart(Solver):
                 q = matvec(v) + self.damping * v
             r = b - q
             if step == before:
-                found = Solution(v, r.norm() / b.norm(), step + self.steps, note)
+                found = Solution(v, r.norm() / b.norm(), step + self.steps)
             v = v + (a if step < before else a / k**self.decay) * r
         if not v.isfinite():
             raise NonFiniteError(f"v has diverged; make step smaller than {a:.3g}")
@@ -79,7 +79,7 @@ class WarmStart(Solver):
             length = r.norm()
             tilted = direction + (TILT / length) * r if length else direction
             kept |= {"direction": tilted, "largest": largest}
-        return found, kept
+        return replace(found, note=note), kept
 
     def _curvature(self, matvec: Matvec, b: Vector, state: State) -> tuple[Vector, float]:
         """The power iteration's vector, of length 1, and |λ|max."""

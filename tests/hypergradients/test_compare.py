@@ -44,6 +44,12 @@ def test_a_comparison_measures_against_the_reference() -> None:
     assert [r["method"] for r in table.records()] == ["exact", "direct", repr(DARTS(scale=0.5))]
 
 
+def test_one_method_need_not_be_in_a_list() -> None:
+    for method in ("direct", DARTS(scale=0.5)):
+        (record,) = compare_hypergradients(*program(0).levels(), method, repeats=1).records()
+        assert record["method"] == (method if isinstance(method, str) else repr(method))
+
+
 def test_medians_and_spread_are_over_new_masks() -> None:
     """The masks of a repeat are a function of its seed, and the same for every method."""
     levels = network_levels(dropout=0.5)

@@ -84,6 +84,48 @@ def test_a_gradient_that_is_exactly_zero_gives_no_nan(
     assert torch.isfinite(h).all() and (h != 0).all()
 
 
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+@pytest.mark.parametrize("method", ["unrolled:steps=3", "forward:steps=3"])
+def test_a_variable_of_no_dimension_keeps_its_precision(
+    kind: type[Optimizer], method: str, replayed: Points
+) -> None:
+    """A float64 number of no dimension, Adam's count, would widen it."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        w = torch.tensor(0.5, dtype=dtype, requires_grad=True)
+        u = torch.tensor(0.2, dtype=dtype, requires_grad=True)
+        lower = FunctionLevel(
+            lambda _, w=w, u=u: (w - u).square(), [w], optimizer=kind([w], lr=0.1)
+        )
+        upper = FunctionLevel(lambda _, w=w: w.square(), [u], optimizer=SGD([u], lr=1.0))
+        assert hypergradient(upper, lower, method)[0].dtype is dtype
+        Engine(upper, lower, method, lower_steps=3, progress=False).run(1)
+        found.append(float(u.detach()))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    for after, truth in replayed:
+        assert after.dtype is truth.dtype
+
+
+@pytest.mark.parametrize("limit", [1e-6, 1.0])
+def test_a_gradient_just_below_the_limit_is_clipped_alike(limit: float, replayed: Points) -> None:
+    """As torch does, by limit/(norm + 1e-6): at a small limit that is a factor of its own."""
+    w = torch.tensor([limit - 5e-7], dtype=torch.float64, requires_grad=True)
+    u = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = SGD([w], lr=0.5)
+    lower = FunctionLevel(
+        lambda _: (w.square() / 2 + u * w).sum(), [w], optimizer=optimizer, max_grad_norm=limit
+    )
+    upper = FunctionLevel(lambda _: w.sum(), [u], optimizer=SGD([u], lr=0.0))
+    x = w.detach().clone().requires_grad_()
+    x.grad = x.detach().clone()
+    torch.nn.utils.clip_grad_norm_([x], limit)
+    assert x.grad is not None and x.grad < x
+    Engine(upper, lower, "unrolled", progress=False).run(1)
+    ((found, truth),) = replayed
+    torch.testing.assert_close(found, truth, rtol=1e-14, atol=0)
+    torch.testing.assert_close(w.detach(), (x - 0.5 * x.grad).detach(), rtol=1e-14, atol=0)
+
+
 def test_the_first_step_of_adam_at_a_zero_gradient_has_slope_one_over_eps() -> None:
     """The first update is −lr·g/(|g| + eps)."""
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -98,10 +140,13 @@ def test_the_first_step_of_adam_at_a_zero_gradient_has_slope_one_over_eps() -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda w: None, "unrolling needs the level's optimizer"),
-        (lambda w: torch.optim.RMSprop(w), "RMSprop cannot be unrolled; use one of SGD, Adam"),
-        (lambda w: Adam(w, amsgrad=True), "amsgrad cannot be unrolled"),
-        (lambda w: SGD(w, maximize=True), "maximize cannot be unrolled"),
+        (lambda w: None, "the level has no optimizer; give it one"),
+        (
+            lambda w: torch.optim.RMSprop(w),
+            "RMSprop's step is not known; use one of SGD, Adam, AdamW",
+        ),
+        (lambda w: Adam(w, amsgrad=True), "a step with amsgrad is not known"),
+        (lambda w: SGD(w, maximize=True), "a step with maximize is not known"),
     ],
 )
 def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str) -> None:

@@ -166,10 +166,56 @@ def test_options_without_upper_variables_go_with_every_estimator():
     assert lower.optimizer.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@pytest.mark.parametrize("decay", [0, 0.1, torch.tensor(1)])
+def test_options_that_are_plain_numbers_are_what_they_are(method, decay):
+    """Whole ones too, and without rounding: as if the optimizer had been made with them."""
+    found = []
+    for options in ({"weight_decay": decay}, {}):
+        upper, lower = make(AdamW, {"weight_decay": float(decay)})
+        rate, unread = upper.variables[2], upper.variables[3]
+        lower.options = lambda rate=rate, options=options: {"lr": rate.exp(), **options}
+        upper.function = lambda _, f=upper.function, unread=unread: f(None) + unread
+        Engine(upper, lower, f"{method}:steps=2", lower_steps=2, progress=False).run(1)
+        found.append(flat(upper.variables).detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_outside_training_a_variable_that_f_does_not_read_does_not_decay(method, steps):
+    """A step leaves it alone; of the others, w' = w − lr·(2w + u·w)."""
+    read, unread = (torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in (1, 3))
+    decay = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    owned = [read, unread]
+    lower = Learnt(
+        lambda _: read.square().sum(),
+        owned,
+        lambda: {"weight_decay": decay},
+        optimizer=SGD(owned, lr=0.5),
+    )
+    upper = FunctionLevel(lambda _: read.sum() + unread.sum(), [decay])
+    (h,) = hypergradient(upper, lower, f"{method}:steps={steps}")
+    factor = 1 - 0.5 * (2 + 0.1)
+    expected = 2 * steps * factor ** (steps - 1) * -0.5
+    assert float(h) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_hypergradient_writes_no_options():
+    upper, lower = make(SGD, {"lr": 0.1})
+    for method in ("unrolled:steps=2", "forward"):
+        hypergradient(upper, lower, method)
+    (group,) = lower.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0)
+    taken = lower.optimizer_snapshot(with_state=False)["groups"][0]
+    assert taken["lr"] == float(upper.variables[2].exp())
+
+
 def test_a_variable_that_neither_loss_nor_options_read_is_named():
     upper, lower = make(SGD, {"lr": 0.1})
     lower.options = lambda: {"lr": upper.variables[2].exp()}
-    with pytest.raises(ProblemError, match="no loss reads the variable 'variable 3'"):
+    with pytest.raises(ProblemError, match="no gradient reaches the variable 'variable 3'"):
         Engine(upper, lower, "unrolled", progress=False).run(1)
 
 

@@ -168,6 +168,23 @@ def test_the_radius_follows_the_coarsest_part() -> None:
     )
 
 
+@pytest.mark.parametrize("method", ["darts", "darts:sides=1", "forward:product=difference"])
+def test_the_radius_follows_the_upper_variables_too(method: str) -> None:
+    """∂f/∂u is rounded to the precision of u, however wide w is."""
+    torch.manual_seed(0)
+    w = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(20, requires_grad=True)
+    upper = FunctionLevel(lambda _: w.square().sum() + u.sum(), [u])
+    lower = FunctionLevel(
+        lambda _: (u.double() * torch.sin(w)).sum(), [w], optimizer=torch.optim.SGD([w], lr=1.0)
+    )
+    exact = flat(hypergradient(upper, lower, "darts:product=exact"))
+    found = flat(hypergradient(upper, lower, method))
+    sides = 1 if "sides=1" in method else 2
+    error = float((found - exact).norm() / exact.norm())
+    assert error < 3 * torch.finfo(torch.float32).eps ** (sides / (1 + sides))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["cg", "minres", "exact", "neumann", "unrolled:steps=3"])
 def test_solvers_run_in_single_precision_on_half_precision_variables(

@@ -118,6 +118,15 @@ def test_curvature_that_has_gone_is_forgotten() -> None:
     assert later["largest"] == pytest.approx(state["largest"] / 100, rel=0.02)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_negative_curvature_is_noted_at_whichever_step_it_shows(steps: int) -> None:
+    """v is (0.5, 0.45), (0.75, 1.01), and, where vᵀHv is negative, (0.88, 1.71)."""
+    h = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
+    b = torch.tensor([1.0, 0.9], dtype=torch.float64)
+    found, _ = calls(WarmStart(steps=steps, step=0.5, first_steps=1), [(h, b)], {})
+    assert ("negative curvature" in found.note) == (steps >= 2)
+
+
 def test_negative_curvature_starts_again_and_damping_prevents_it() -> None:
     """Otherwise v would grow for ever along it: here as 1.1^400."""
     eigenvalues = torch.tensor([-0.5, 1.0, 3.0, 5.0], dtype=torch.float64)

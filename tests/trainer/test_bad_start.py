@@ -45,13 +45,13 @@ LEVELS = {
         product,
         {"lower": ("weight", "idle"), "upper": ("scale",)},
         ProblemError,
-        "lower: no loss reads the variable 'idle'; use it in the loss, or do not give it",
+        "lower: no gradient reaches the variable 'idle' at the first step; use it in the loss",
     ),
     "an upper variable that no loss reads": (
         product,
         {"lower": ("weight",), "upper": ("scale", "idle")},
         ProblemError,
-        "upper: no loss reads the variable 'idle'; use it in the loss, or do not give it",
+        "upper: no gradient reaches the variable 'idle' at the first step; use it in the loss",
     ),
     "a loss for every example": (
         lambda y, scale: (y * scale).mean(1),
