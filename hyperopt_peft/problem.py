@@ -13,12 +13,14 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from hyperopt_peft import processes, versions
 from hyperopt_peft.batches import Batches
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.graph import graph_leaves, graph_nodes, is_half
+from hyperopt_peft.graph import graph_leaves
+from hyperopt_peft.losses import is_number, lacking, loss_and_metrics, runs_in_half
+from hyperopt_peft.optimizer_checks import check_optimizer, check_scheduler
 from hyperopt_peft.optimizer_options import present_options, write_options
 from hyperopt_peft.random_state import RandomState
 from hyperopt_peft.reductions import finite, read, sums
@@ -97,7 +99,7 @@ class Problem:
         self.names, self.variables = named_variables(variables, self.name)
         self.batches = None if data is None else Batches(data, self.name)
         self.optimizer, self.scheduler = optimizer, scheduler
-        if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
+        if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
             raise ProblemError(
                 f"{self.name}: max_grad_norm must be a positive number, got {max_grad_norm!r}"
             )
@@ -105,9 +107,9 @@ class Problem:
         #: Whether the loss runs in half precision; None until it is first evaluated.
         self.half: bool | None = None
         if optimizer is not None:
-            self._check_optimizer(optimizer)
+            check_optimizer(optimizer, self.names, self.variables, self.name)
         if scheduler is not None:
-            self._check_scheduler(scheduler)
+            check_scheduler(scheduler, optimizer, self.name)
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """The level's objective on ``batch``.
@@ -166,34 +168,13 @@ class Problem:
         try:
             result = self.loss(send_to_device(batch, self.variables[0].device))
         except (AttributeError, KeyError, TypeError) as error:
-            if lack := _lack(batch, error):
+            if lack := lacking(batch, error):
                 raise ProblemError(f"{self.name}: {lack}") from error
             raise
-        metrics: dict[str, float] = {}
-        if isinstance(result, Mapping):
-            if "loss" not in result:
-                raise ProblemError(
-                    f'{self.name}: loss returned a mapping without "loss", only {list(result)}'
-                )
-            metrics = {k: _plain(v) for k, v in result.items() if k != "loss" and _is_number(v)}
-            result = result["loss"]
-        if not isinstance(result, Tensor) or result.numel() != 1 or result.is_complex():
-            shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise ProblemError(f"{self.name}: loss must be a real scalar tensor, got {shape}")
-        if not result.requires_grad:
-            raise ProblemError(
-                f"{self.name}: the loss does not depend on any tensor that requires a gradient; "
-                "look for detach(), .item(), torch.no_grad() or frozen variables"
-            )
+        loss, metrics = loss_and_metrics(result, self.name)
         if self.half is None:
-            nodes = list(graph_nodes([result]))
-            if any("CheckpointFunction" in node.name() for node in nodes):
-                raise ProblemError(
-                    f"{self.name}: reentrant gradient checkpointing hides variables from the "
-                    'loss; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
-                )
-            self.half = any(is_half(node) for node in nodes)
-        return result.reshape(()), metrics
+            self.half = runs_in_half(loss, self.name)
+        return loss, metrics
 
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
         """The loss on ``batch`` and its gradient with respect to ``variables``.
@@ -364,34 +345,6 @@ class Problem:
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
 
-    def _check_scheduler(self, scheduler: LRScheduler) -> None:
-        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
-            raise ProblemError(
-                f"{self.name}: scheduler must be a learning rate schedule that steps without a "
-                f"metric, got {type(scheduler).__name__}"
-            )
-        if scheduler.optimizer is not self.optimizer:
-            raise ProblemError(f"{self.name}: the scheduler drives another optimizer")
-
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise ProblemError(
-                f"{self.name}: optimizer must be a torch.optim.Optimizer over the level's "
-                f"variables, got {optimizer!r}"
-            )
-        names = {id(variable): name for name, variable in zip(self.names, self.variables)}
-        held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-        foreign = [tuple(tensor.shape) for tensor in held if id(tensor) not in names]
-        missing = [name for key, name in names.items() if key not in {id(t) for t in held}]
-        if missing or foreign:
-            raise ProblemError(
-                f"{self.name}: the optimizer must hold exactly the level's variables; "
-                f"it lacks {missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
-            )
-        if len(held) > len(names):  # torch warns, and moves it twice a step
-            twice = sorted({names[id(x)] for x in held if sum(x is y for y in held) > 1})
-            raise ProblemError(f"{self.name}: the optimizer holds {twice} twice; give each once")
-
 
 def require_read(
     level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
@@ -415,30 +368,7 @@ def owned(*levels: Problem) -> tuple[Tensor, ...]:
     return tuple(v for level in levels for each in level.levels for v in each.variables)
 
 
-def _lack(batch: Any, error: Exception) -> str:
-    """What ``batch`` lacks, if that is why a loss raised ``error``."""
-    if batch is None and "NoneType" in str(error):
-        return f"the loss was given no batch ({error}); give the level data, or the call a batch"
-    key = error.args[0] if isinstance(error, KeyError) and error.args else None
-    if not isinstance(key, str) or not isinstance(batch, Mapping) or key in batch:
-        return ""
-    return (
-        f"the loss reads {key!r}, and the batch has only {', '.join(map(str, batch))}; "
-        "the Trainer takes out what the model does not read, unless remove_unused_columns=False"
-    )
-
-
 def _form(state: Mapping[str, Any]) -> Any:
     """What two states of one kind of optimizer or scheduler have in common."""
     groups = state.get("param_groups", [])
     return set(state), [(len(group["params"]), set(group) - {"params"}) for group in groups]
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _plain(value: Any) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)
