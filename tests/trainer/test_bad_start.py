@@ -188,17 +188,17 @@ TRAINING = {
     "an optimizer whose step sama does not know": (
         step(hypergradient="sama", optim="adafactor"),
         {},
-        "Direction: the diagonal of Adafactor's step is not known; use one of SGD",
+        "Direction: the form of Adafactor's step is not known; use one of SGD",
     ),
     "an optimizer without the metric of a solve": (
         step(hypergradient="cg:metric=optimizer", optim="adagrad"),
         {},
-        "Direction: the diagonal of Adagrad's step is not known; use one of SGD",
+        "Direction: the form of Adagrad's step is not known; use one of SGD",
     ),
     "an optimizer that cannot be unrolled": (
         step(hypergradient="unrolled:steps=1", optim="adagrad"),
         {},
-        "Direction: Adagrad cannot be unrolled; use one of",
+        "Direction: the form of Adagrad's step is not known; use one of SGD",
     ),
     "an optimizer that chooses its parameters": (
         step(options={"optimizer_cls_and_kwargs": (layer_wise, {})}),
