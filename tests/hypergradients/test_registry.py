@@ -90,6 +90,7 @@ def test_estimators_do_not_change(name: str) -> None:
         (lambda: get_estimator("xyzzy"), "unknown estimator 'xyzzy'; known are cg, darts, direct"),
         (lambda: get_estimator("cg:step=4"), "cg: unknown option 'step'; did you mean 'steps'"),
         (lambda: get_estimator("direct:steps=4"), "direct: unknown option 'steps'; known are none"),
+        (lambda: get_estimator("cg:steps=4,steps=5"), "cg: option 'steps' is given twice"),
         (lambda: get_estimator("cg:40"), "cg: write options as option=value, got '40'"),
         (lambda: get_estimator(3), "a name or an Estimator, got int"),
         (lambda: get_estimator("cg:steps=0"), "cg: steps must be at least 1, got 0"),
