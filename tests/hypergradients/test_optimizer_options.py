@@ -193,6 +193,13 @@ def test_bad_options_are_named_and_nothing_moves(options, message):
     assert torch.equal(flat(lower.variables), before)
 
 
+def test_options_need_an_optimizer():
+    upper, lower = make(SGD, {"lr": 0.1})
+    lower.optimizer = None
+    with pytest.raises(ProblemError, match="there are optimizer_options, but no optimizer"):
+        hypergradient(upper, lower, "cg")
+
+
 def test_a_schedule_and_a_learnt_rate_do_not_go_together():
     _, lower = make(SGD, {"lr": 0.1})
     lower.scheduler = ExponentialLR(lower.optimizer, 0.9)

@@ -122,6 +122,22 @@ def test_a_small_gradient_of_a_curved_upper_loss_makes_nu_no_larger() -> None:
     assert relative(flat(hypergradient(upper, lower, f"f2sa:nu=1,{LONG}")), exact) > 0.1
 
 
+def test_nu_moves_w_by_the_best_length_of_a_central_difference() -> None:
+    """(δ(1 + ‖w‖))^(1/3), where F has no curvature that would ask for less."""
+    quadratic = program(0)
+    here, lengths = flat(quadratic.w).detach().clone(), []
+
+    def f(w: Tensor, u: Tensor) -> Tensor:
+        lengths.append(float((w - here).norm()))
+        return quadratic.f(w, u)
+
+    upper = Level(lambda w, u: w.sum(), quadratic.u, quadratic.w, quadratic.u)
+    lower = Level(f, quadratic.w, quadratic.w, quadratic.u)
+    hypergradient(upper, lower, "f2sa:inner_steps=0")
+    best = (torch.finfo(torch.float64).eps * (1 + float(here.norm()))) ** (1 / 3)
+    assert [x for x in lengths if x] == pytest.approx([best] * 3, rel=1e-5)
+
+
 def test_a_fixed_step_is_that_of_gradient_descent() -> None:
     """z − w = x solves Hx = b/γ: each step multiplies the error of x by (I − ηH)."""
     quadratic = program(0)
@@ -163,6 +179,18 @@ def test_without_curvature_there_is_the_direct_term(method: str, sign: int) -> N
     found, _ = asked((upper, lower), method)
     assert found.note == "the curvature of f along ∂F/∂w is not positive"
     assert torch.equal(flat(found.hypergradient), flat(found.direct))
+
+
+@pytest.mark.parametrize("method", ["f2sa", "penalty"])
+def test_a_stationary_upper_loss_keeps_the_state(method: str) -> None:
+    quadratic = displaced(program(1))
+    upper, lower = quadratic.levels()
+    kept = asked((upper, lower), method)[0].state
+    here = flat(quadratic.w).detach()
+    still = Level(lambda w, u: (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u)
+    found, passes = asked((still, lower), method, kept)
+    assert found.state is kept and passes == 1
+    assert (found.residual, found.steps, found.note) == (0.0, 0, "∂F/∂w is zero")
 
 
 @pytest.mark.parametrize("method", ["f2sa", "penalty"])

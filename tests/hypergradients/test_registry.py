@@ -136,6 +136,26 @@ def test_mistakes_are_named(construct: Callable[[], object], message: str) -> No
         construct()
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "darts:scale=0,radius=1e-9",
+        "cg:steps=1,damping=0,tolerance=0,radius=1e-9",
+        "minres:steps=1,damping=0,tolerance=0",
+        "neumann:terms=0,step=1e-9,power_steps=1",
+        "nystrom:rank=1,steps=0,damping=0,tolerance=0",
+        "warm:steps=1,step=1e-9,decay=0,first_steps=1,damping=0",
+        "warm:decay=1",
+        "unrolled:steps=1,radius=1e-9",
+        "forward:limit=1",
+        "f2sa:nu=1e-9,inner_steps=0,step=1e-9,tolerance=0,damping=0",
+        "penalty:gamma=1e-9",
+    ],
+)
+def test_options_may_be_as_small_as_they_can(method: str) -> None:
+    get_estimator(method)
+
+
 def test_a_refused_estimator_is_not_registered() -> None:
     before = registered()
     with pytest.raises(ProblemError):

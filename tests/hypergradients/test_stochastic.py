@@ -152,7 +152,7 @@ def test_another_error_of_the_loss_stays_what_it_is(method: str, dtype: torch.dt
     w, u = (torch.randn(3, dtype=dtype, requires_grad=True) for _ in range(2))
     upper = FunctionLevel(lambda _: w.sum() + u.sum(), [u])
     lower = FunctionLevel(lambda _: Fails.apply(w * u).sum(), [w])
-    with pytest.raises(RuntimeError, match="^out of patience$"):
+    with pytest.raises(RuntimeError, match=r"^out of patience$"):
         hypergradient(upper, lower, method)
 
 
