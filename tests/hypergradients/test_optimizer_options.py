@@ -193,6 +193,23 @@ def test_bad_options_are_named_and_nothing_moves(options, message):
     assert torch.equal(flat(lower.variables), before)
 
 
+@pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,limit=9"])
+def test_a_group_without_variables_has_options_that_nobody_reads(method):
+    """Transformers makes one of all biases and norms, which an adapter may lack."""
+    found = []
+    for empty in (False, True):
+        upper, lower = make(Adam, {"lr": 0.1})
+        (rate,) = upper.variables[-2:-1]
+        own = {"lr": rate.exp()}
+        if empty:
+            lower.optimizer = Adam([{"params": []}, {"params": list(lower.variables)}], lr=0.1)
+            lower.options = lambda own=own: [{"lr": 0.7}, own]
+        else:
+            lower.options = lambda own=own: own
+        found.append(flat(hypergradient(upper, lower, method)))
+    assert torch.equal(*found)
+
+
 def test_options_need_an_optimizer():
     upper, lower = make(SGD, {"lr": 0.1})
     lower.optimizer = None

@@ -15,6 +15,8 @@ from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergr
 from hyperopt_peft.hypergradients import Estimate, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.problems import logistic, ridge
+from hyperopt_peft.random_state import RandomState, replay
+from hyperopt_peft.upper_share import with_upper_share
 
 from .test_root_of_trust import minimise
 
@@ -340,6 +342,22 @@ def test_the_share_of_the_upper_loss_leaves_nothing_but_its_gradient() -> None:
         Engine(upper, lower, method, lower_steps=2, progress=False).run(4)
         ends.append([*lower.variables, *lower.net.buffers()])
     assert all(map(torch.equal, *ends))
+
+
+def test_the_share_is_a_function_of_its_own_random_state_and_f_need_not_read_w() -> None:
+    """Where f does not read a variable its gradient is None, and F's share is all there is."""
+    w, v, u = (torch.ones(4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    upper = FunctionLevel(lambda _: (2 * w * torch.rand(4, dtype=w.dtype)).sum(), [u])
+    lower = FunctionLevel(lambda _: v.sum(), [w, v])
+    found = []
+    for seed, key in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(seed)
+        own = RandomState.seeded(lower.devices, key)
+        found.append(with_upper_share((None, 3 * v.detach()), 0.25, upper, lower, None, own))
+        with replay(own):
+            expected = 0.25 * 2 * torch.rand(4, dtype=w.dtype)
+        assert torch.equal(found[-1][0], expected) and torch.equal(found[-1][1], 3 * v)
+    assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])
 
 
 def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:
