@@ -151,7 +151,6 @@ class FunctionalOptimizer:
             )
         return Vector.of(bars, variables)
 
-    @torch.no_grad()
     def advance(self, step: Step) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """The variables and the optimizer's snapshot after ``step``."""
         point, moments = self._apply(step, *self._inputs(step))

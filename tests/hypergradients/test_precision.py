@@ -140,6 +140,14 @@ def test_autocast_is_seen_wherever_the_lower_loss_uses_it(
     assert cosine(found, exact) >= 0.999
 
 
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_autocast_around_levels_that_were_first_evaluated_without_is_seen(method: str) -> None:
+    levels = two_layers((False, False), modules=True)
+    exact = hypergradient(*levels, "darts:product=exact")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cosine(hypergradient(*levels, method), exact) >= 0.999
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("sides", [1, 2])
