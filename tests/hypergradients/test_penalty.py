@@ -180,6 +180,7 @@ def test_without_curvature_there_is_the_direct_term(method: str, sign: int) -> N
     lower = Level(lambda w, u: sign * w @ w + w @ u, quadratic.w, quadratic.w, quadratic.u)
     found, _ = asked((upper, lower), method)
     assert found.note == "the curvature of f along ∂F/∂w is not positive"
+    assert (found.residual, found.steps) == (1.0, 0)
     assert torch.equal(flat(found.hypergradient), flat(found.direct))
 
 

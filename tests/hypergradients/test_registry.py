@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from hyperopt_peft.hypergradients import (
     registry,
     zeros_like,
 )
+from hyperopt_peft.options import matches
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +155,15 @@ def test_mistakes_are_named(construct: Callable[[], object], message: str) -> No
 )
 def test_options_may_be_as_small_as_they_can(method: str) -> None:
     get_estimator(method)
+
+
+@pytest.mark.parametrize("name", registered())
+def test_no_option_but_a_seed_takes_a_negative_number(name: str) -> None:
+    hints = get_type_hints(registered()[name].estimator)
+    fields = {field.name for field in dataclasses.fields(get_estimator(name))} - {"seed"}
+    for option in sorted(option for option in fields if matches(-1, hints[option])):
+        with pytest.raises(ProblemError, match=f"{name}: {option} must"):
+            get_estimator(f"{name}:{option}=-1")
 
 
 def test_a_refused_estimator_is_not_registered() -> None:
