@@ -130,7 +130,7 @@ class FunctionalOptimizer:
         """Tangents of (w', moments') from those of Φ's arguments."""
         inputs = self._inputs(step)
         tangents = (point.parts, gradient.parts, moments, options)
-        with torch.no_grad(), forward_ad.dual_level():
+        with forward_ad.dual_level():
             duals = [
                 [forward_ad.make_dual(x, t.to(x)) for x, t in zip(group, along, strict=True)]
                 for group, along in zip(inputs, tangents, strict=True)

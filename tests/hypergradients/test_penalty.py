@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD, Adam
 
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
-from hyperopt_peft.hypergradients import Estimate, get_estimator
+from hyperopt_peft.hypergradients import Estimate, Vector, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.problems import logistic, ridge
 from hyperopt_peft.random_state import RandomState, replay
@@ -182,6 +182,15 @@ def test_without_curvature_there_is_the_direct_term(method: str, sign: int) -> N
     assert found.note == "the curvature of f along ∂F/∂w is not positive"
     assert (found.residual, found.steps) == (1.0, 0)
     assert torch.equal(flat(found.hypergradient), flat(found.direct))
+
+
+def test_a_run_that_never_comes_closer_ends_where_it_began() -> None:
+    at_w, far = (Vector([torch.ones(2)]), Vector([torch.ones(3)])), Vector([torch.ones(3)])
+    found = get_estimator("f2sa:inner_steps=0").minimum(  # type: ignore[attr-defined]
+        lambda x: (Vector([torch.zeros(2)]), 6.0 * x), at_w, far
+    )
+    assert found.offset.norm() == 0 and found.of_u is at_w[0]
+    assert (found.residual, found.steps) == (1.0, 0)
 
 
 @pytest.mark.parametrize("method", ["f2sa", "penalty"])
