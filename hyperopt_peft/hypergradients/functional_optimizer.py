@@ -198,8 +198,6 @@ class FunctionalOptimizer:
             group = {**group, **{name: next(values) for name in names}}
             # A variable that the loss did not read has no gradient, and torch leaves it alone.
             indices = [i for i in group["variables"] if step.gradient[i] is not None]
-            if not indices:
-                continue
             transformation = self._make(group)
             params = tuple(point[i] for i in indices)
             grads = tuple(gradient[i] for i in indices)
