@@ -36,6 +36,14 @@ def test_norms_keep_their_digits_where_the_rows_all_but_vanish(
     )
 
 
+def test_norms_are_in_single_precision_under_autocast() -> None:
+    w0, a, b = torch.randn(5, 8), torch.randn(3, 8), torch.randn(5, 3)
+    expected = measure(w0, a, b, 0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = RowNormCache().norms(w0, a, b, 0.5, torch.float32)
+    assert torch.equal(found.norm, expected.norm) and torch.equal(found.v_a, expected.v_a)
+
+
 def test_nothing_is_kept_from_an_optimizer_that_leaves_no_trace() -> None:
     """8-bit optimizers write behind autograd's back: the version does not move."""
     model, x = use_fast_dora(randomise(single())), tokens(3)
