@@ -57,7 +57,7 @@ class Mixture(Adapter):
         weights, names = self.weights(), self.weights.names
         source = column(batch, "source", len(names), "source")
         losses = example_losses(self.model, batch)
-        share = weights[source] / source.bincount(minlength=len(names))[source]
+        share = weights[source] / source.bincount()[source]
         logged = {f"weight_{name}": p for name, p in zip(names, weights.detach(), strict=True)}
         return {"loss": (share * losses).sum(), **logged}
 

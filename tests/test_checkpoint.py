@@ -122,14 +122,16 @@ def test_a_sealed_pickle_is_not_executed(tmp_path):
     assert (tmp_path / "executed").exists()
 
 
-def test_the_last_whole_one_is_the_last_that_was_written(tmp_path):
+def test_the_last_whole_one_is_the_last_that_was_written(tmp_path, caplog):
     for number in (2, 100, 4, 6):  # 100: of a longer run before
         write(tmp_path, number)
     write(tmp_path, 8, whole=False)
     (tmp_path / "checkpoint-best").mkdir()
     assert last_whole(tmp_path).name == "checkpoint-6"
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
+    caplog.clear()
     assert last_whole(tmp_path).name == "checkpoint-4"
+    assert "checkpoint-6 lacks the file optimizer.pt" in caplog.text
     shutil.copytree(tmp_path, tmp_path / "copy")  # the order survives a copy
     assert last_whole(tmp_path / "copy").name == "checkpoint-4"
 

@@ -235,6 +235,25 @@ def test_a_variable_that_one_loss_reads_is_enough() -> None:
     assert of_f.item() != 1 and of_upper.item() != 1
 
 
+def test_a_variable_that_the_first_losses_read_may_be_left_out_later() -> None:
+    """By a batch of another kind, say; the step then leaves it alone."""
+    (w, v), (u, c) = (leaf(), leaf()), (leaf(), leaf())
+    upper = FunctionLevel(
+        lambda all_of_it: (w - u).sum() + (c.sum() if all_of_it else 0),
+        [u, c],
+        data=[True, False],
+        optimizer=SGD([u, c], lr=0.1),
+    )
+    lower = FunctionLevel(
+        lambda all_of_it: (w - u).square().sum() + (v.sum() if all_of_it else 0),
+        [w, v],
+        data=[True, False],
+        optimizer=SGD([w, v], lr=0.1),
+    )
+    Engine(upper, lower, "cg:damping=1", progress=False).run(2)
+    assert v.item() == c.item() == pytest.approx(0.9)
+
+
 def test_engines_take_any_level(capsys: pytest.CaptureFixture[str]) -> None:
     """A level needs no data, and the progress bar can be seen or not."""
 

@@ -167,6 +167,25 @@ def test_directional_differences_are_of_one_function():
     close(difference, exact, 1e-7)
 
 
+class Halved(Fit):
+    def loss(self, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().loss([x.float() for x in batch])["loss"]
+
+
+@pytest.mark.parametrize("ask", ["evaluate", "gradient"])
+def test_it_runs_in_half_precision_where_the_level_does(ask):
+    """Differences are taken in single precision then, and would be noise otherwise."""
+    net = Net().float()
+    for kind in (Fit, Halved):
+        accumulated = Accumulated(kind(net, net.first.named_parameters(), "lower"))
+        batch = parts([x.float() for x in examples(6)], 2)
+        assert accumulated.half is None
+        options = () if ask == "evaluate" else (accumulated.variables,)
+        getattr(accumulated, ask)(batch, *options)
+        assert accumulated.half is (kind is Halved)
+
+
 def test_a_variable_that_one_micro_batch_does_not_read_counts_as_zero_there():
     w, v = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (2.0, 3.0))
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from quadratic import FunctionLevel
 from torch.nn.functional import softplus
 
 from hyperopt_peft import Engine, Nested, compare_hypergradients, fit, hypergradient, minimise
+from hyperopt_peft.hypergradients import ConjugateGradient
 
 
 def relative_error(found, expected):
@@ -71,6 +73,9 @@ def test_any_length_works_by_default():
     program = chain(5, sizes=(1, 1, 1, 1, 1))
     first, second, third, fourth, fifth = program.levels()
     level = Nested(second, Nested(third, Nested(fourth, fifth)))
+    options = ConjugateGradient(steps=20, tolerance=1e-12)
+    assert level.lower.lower.estimator == options
+    assert level.estimator == level.lower.estimator == replace(options, product="difference")
     (found,) = hypergradient(first, level, "cg:product=difference")
     assert relative_error(found, program.hypergradient()) < 1e-5
 
@@ -115,7 +120,7 @@ def test_the_gradient_is_the_total_one():
     expected = torch.autograd.grad(program.objective(1, (u, v, lowest)), (v, u))
     found = middle.gradient(None, (program.blocks[1], program.blocks[0]))
     torch.testing.assert_close(found.gradient, expected, rtol=1e-10, atol=1e-12)
-    assert found.loss == program.objective(1, program.blocks).item()
+    assert found.loss == middle.loss(None).item() == program.objective(1, program.blocks).item()
 
 
 def logistic():

@@ -96,6 +96,8 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes(change, message)
     before = everything(second)
     with pytest.raises(ProblemError, match=message):
         second.load_state_dict(state)
+    with pytest.raises(ProblemError, match=message):
+        second.lower.load_state_dict(state["lower"])
     assert not differences(everything(second), before)
 
 

@@ -328,11 +328,12 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(limit: float) -> N
 
 def test_a_snapshot_tells_groups_and_states_by_position() -> None:
     w, v = leaf(1.0), leaf(2.0, 3.0)
-    optimizer = SGD([{"params": [v], "lr": 0.5}, {"params": [w]}], lr=0.1, momentum=0.9)
-    level = Problem([w, v], optimizer=optimizer)
+    groups = [{"params": [v], "lr": 0.5}, {"params": [], "lr": 0.2}, {"params": [w]}]
+    level = Problem([w, v], optimizer=SGD(groups, lr=0.1, momentum=0.9))
     level.step([torch.ones(1), torch.ones(2)])
     snapshot = level.optimizer_snapshot(with_state=True)
     assert [(g["variables"], g["lr"]) for g in snapshot["groups"]] == [([1], 0.5), ([0], 0.1)]
+    assert not any("params" in group for group in snapshot["groups"])  # they would be copied
     level.step([torch.ones(1), torch.ones(2)])
     buffers = {k: state["momentum_buffer"] for k, state in snapshot["state"].items()}
     assert not differences(buffers, {0: torch.ones(1), 1: torch.ones(2)})

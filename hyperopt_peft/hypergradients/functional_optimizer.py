@@ -120,7 +120,7 @@ class FunctionalOptimizer:
         """Tangents of (w', moments') from those of Φ's arguments."""
         inputs = self._inputs(step)
         tangents = (point.parts, gradient.parts, moments, options)
-        with torch.no_grad(), forward_ad.dual_level():
+        with forward_ad.dual_level():
             duals = [
                 [forward_ad.make_dual(x, t.to(x)) for x, t in zip(group, along, strict=True)]
                 for group, along in zip(inputs, tangents, strict=True)
@@ -141,7 +141,6 @@ class FunctionalOptimizer:
             )
         return Vector.of(bars, variables)
 
-    @torch.no_grad()
     def advance(self, step: Step) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """The variables and the optimizer's snapshot after ``step``."""
         point, moments = self._apply(step, *self._inputs(step))
@@ -189,8 +188,6 @@ class FunctionalOptimizer:
             group = {**group, **{name: next(values) for name in names}}
             # A variable that the loss did not read has no gradient, and torch leaves it alone.
             indices = [i for i in group["variables"] if step.gradient[i] is not None]
-            if not indices:
-                continue
             transformation = self._make(group)
             params = tuple(point[i] for i in indices)
             grads = tuple(gradient[i] for i in indices)

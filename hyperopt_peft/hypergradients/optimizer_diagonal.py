@@ -173,7 +173,7 @@ def _diagonal(
     with torch.no_grad():
         for group in snapshot["groups"]:
             for i in group["variables"]:
-                w, gradient = widened(step.variables[i].detach()), step.gradient[i]
+                w, gradient = widened(step.variables[i]), step.gradient[i]
                 g = torch.zeros_like(w) if gradient is None else widened(gradient)
                 g = g if factor == 1 else factor * g
                 decay = group["weight_decay"]

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from hyperopt_peft.adapters import ModuleChange, decompose, fit_line, plot_decomposition
@@ -163,6 +164,18 @@ def test_the_plot_shows_every_method_with_its_slope_and_correlation(tmp_path: Pa
     assert "frozen m: slope 0 [0, 0], r undefined" in drawing
     plot_decomposition(points, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_has_the_points_and_the_fitted_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    x, y = np.array([0.01, 0.02, 0.04, 0.05]), np.array([0.3, 0.1, 0.2, 0.4])
+    fit = plot_decomposition({"DoRA": changes(x, y)}, "plot.png")["DoRA"]
+    (axes,) = drawn[0].axes
+    (line,), (dots,) = axes.lines, axes.collections
+    np.testing.assert_array_equal(dots.get_offsets(), np.stack([x, y], 1))
+    np.testing.assert_array_equal(line.get_xdata(), [0.01, 0.05])
+    np.testing.assert_allclose(line.get_ydata(), fit.intercept + fit.slope * line.get_xdata())
 
 
 def test_errors_of_the_plot_name_the_method(tmp_path: Path) -> None:

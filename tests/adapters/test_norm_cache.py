@@ -7,7 +7,7 @@ import torch
 
 from hyperopt_peft import Engine, Problem, versions
 from hyperopt_peft.adapters import set_norm_grad, split_parameters, use_fast_dora
-from hyperopt_peft.adapters.row_norms import RowNormCache
+from hyperopt_peft.adapters.row_norms import RowNormCache, measure
 
 from .models import (
     adapted_layer,
@@ -17,6 +17,31 @@ from .models import (
     single,
     tokens,
 )
+
+
+@pytest.mark.parametrize("power", [-20, 0, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_keep_their_digits_where_the_rows_all_but_vanish(
+    power: int, dtype: torch.dtype
+) -> None:
+    """Of W0 and A of any size, and of a W0 in half precision."""
+    a = 2.0**power * torch.randn(3, 8).to(dtype).float()
+    w0 = -(1 - torch.tensor([0.02, 0.5, 0.05]))[:, None] * a
+    w0 = w0.to(dtype)
+    v = w0.double() + a.double()
+    found = measure(w0, a, torch.eye(3), 1.0)
+    torch.testing.assert_close(found.norm.double(), v.norm(dim=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found.v_a.double(), v @ a.double().T, rtol=1e-5, atol=1e-5 * 4**power
+    )
+
+
+def test_norms_are_in_single_precision_under_autocast() -> None:
+    w0, a, b = torch.randn(5, 8), torch.randn(3, 8), torch.randn(5, 3)
+    expected = measure(w0, a, b, 0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = RowNormCache().norms(w0, a, b, 0.5, torch.float32)
+    assert torch.equal(found.norm, expected.norm) and torch.equal(found.v_a, expected.v_a)
 
 
 def test_nothing_is_kept_from_an_optimizer_that_leaves_no_trace() -> None:

@@ -107,10 +107,12 @@ def test_penalty_is_the_sum_over_layers_in_float32():
         for name, parameter in model.named_parameters():
             if "lora_A" in name or name.endswith("original0"):
                 parameter.zero_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        penalty = orthogonality_penalty(model)
+    penalty = orthogonality_penalty(model)
     assert penalty.dtype == torch.float32
     assert float(penalty) == 4 * (2 + 2)  # ‖0 − I‖² = r, twice a layer
+    expected = orthogonality_penalty(copy.deepcopy(randomise(model)).double()).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(orthogonality_penalty(model), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +127,16 @@ def test_the_saved_adapter_is_plain_lora(kind, tmp_path):
     assert torch.equal(again(x), expected)
     torch.testing.assert_close(use_pseudo_svd(again)(x), expected)
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_the_rank_may_be_that_of_the_weight():
+    model = use_pseudo_svd(lora(r=4))
+    assert_orthonormal(*parts(model)[::2])
+
+
+def test_a_state_dict_of_b_alone_is_plain_too():
+    b = adapted_layer(use_pseudo_svd(lora())).lora_B["default"]
+    assert list(b.state_dict()) == ["weight"]
 
 
 def test_a_state_dict_returns():

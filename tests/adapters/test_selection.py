@@ -274,7 +274,20 @@ def test_only_the_named_adapter_gets_weights():
     model = lora_bert()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["value"], task_type="SEQ_CLS"))
     model.set_adapter("other")
-    add_selection(model, adapter_name="other")
+    add_selection(randomise(model), adapter_name="other")
     assert list(component_weights(model)) == [V.format(0), V.format(1)]
+    ranks = {V.format(0): 1, V.format(1): 2}
+    assert selected_ranks(uneven(model), 0.0, "other") == dict.fromkeys(ranks, 2)
+    config = rank_config(model, ranks, "other")
+    state = selected_state(model, ranks, "other")
+    assert config.target_modules == set(ranks) and config.r == 2
+    layers = dict(lora_layers(model, "other"))
+    for name, part in component_weights(model, "other").items():
+        a = layers[f"base_model.model.{name}"].lora_A["other"].weight
+        kept = part.weights().flatten().topk(ranks[name]).indices.sort().values
+        found = state[f"base_model.model.{name}.lora_A.weight"]
+        assert torch.equal(found, a[kept]) and not found.requires_grad
+        b = layers[f"base_model.model.{name}"].lora_B["other"].weight
+        assert torch.equal(state[f"base_model.model.{name}.lora_B.weight"], b[:, kept])
     with pytest.raises(ProblemError, match="call add_selection first"):
         component_weights(model, "default")

@@ -1,5 +1,7 @@
 """DARTS: its scale, its radius, and where and with which learning rate it is taken."""
 
+from itertools import product
+
 import pytest
 import torch
 from quadratic import flat, program
@@ -8,6 +10,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+from hyperopt_peft.hypergradients import DARTS
 
 from .by_hand import f, make_levels, start, upper_f
 
@@ -93,3 +96,9 @@ def test_the_default_radius_is_close_to_the_best(sides: int) -> None:
 
     assert error("none") < min(error("0.1"), error("1e-12"))
     assert error("none") < {1: 1e-6, 2: 1e-8}[sides]
+
+
+def test_only_a_one_sided_difference_asks_the_lower_step_for_more() -> None:
+    options = product((1, 2), ("difference", "exact"))
+    found = [DARTS(sides=s, product=p).reuses_lower_gradient for s, p in options]
+    assert found == [True, False, False, False]

@@ -46,9 +46,10 @@ def test_the_functional_optimizer_replays_the_real_one(optimizer: str, replayed:
         torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("grouped", [False, True])
 def test_variables_that_a_batch_does_not_read_are_left_alone(
-    optimizer: str, replayed: Points
+    optimizer: str, grouped: bool, replayed: Points
 ) -> None:
     """The real optimizer passes over them: it neither decays them nor moves them on."""
     kind, options = OPTIMIZERS[optimizer]
@@ -59,7 +60,8 @@ def test_variables_that_a_batch_does_not_read_are_left_alone(
         return first + (w[1] * u[1]).square() if reads_both else first
 
     upper = FunctionLevel(lambda _: w[0].sum() * w[1], u, optimizer=SGD(u, lr=0.0))
-    lower = FunctionLevel(loss, w, data=[True, False], optimizer=kind(w, **options))
+    made = kind([{"params": [x]} for x in w] if grouped else w, **options)
+    lower = FunctionLevel(loss, w, data=[True, False], optimizer=made)
     Engine(upper, lower, "unrolled:steps=2", lower_steps=2, progress=False).run(1)
     for found, truth in replayed:
         torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)

@@ -176,6 +176,17 @@ def test_a_low_rank_hessian_is_found(dtype: torch.dtype) -> None:
     assert dot(solution.v, solution.v) > 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_noise_of_a_difference_is_no_curvature(seed: int) -> None:
+    """Or the v of a Hessian of low rank would be as long as the noise is small."""
+    generator = torch.Generator().manual_seed(seed)
+    h = symmetric(torch.tensor([3.0, 1.0, *[0.0] * 7]).double(), generator)
+    noise = torch.randn(9, 9, dtype=torch.float64, generator=generator)
+    v, _, solution = solved(h + 1e-10 * (noise + noise.T), rank=6, steps=0)
+    torch.testing.assert_close(v, solved(h, rank=2, steps=0)[0], rtol=0, atol=1e-7)
+    assert not solution.note
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

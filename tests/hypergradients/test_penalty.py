@@ -12,9 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD, Adam
 
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
-from hyperopt_peft.hypergradients import Estimate, get_estimator
+from hyperopt_peft.hypergradients import Estimate, Vector, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.problems import logistic, ridge
+from hyperopt_peft.random_state import RandomState, replay
+from hyperopt_peft.upper_share import with_upper_share
 
 from .test_root_of_trust import minimise
 
@@ -122,6 +124,22 @@ def test_a_small_gradient_of_a_curved_upper_loss_makes_nu_no_larger() -> None:
     assert relative(flat(hypergradient(upper, lower, f"f2sa:nu=1,{LONG}")), exact) > 0.1
 
 
+def test_nu_moves_w_by_the_best_length_of_a_central_difference() -> None:
+    """(δ(1 + ‖w‖))^(1/3), where F has no curvature that would ask for less."""
+    quadratic = program(0)
+    here, lengths = flat(quadratic.w).detach().clone(), []
+
+    def f(w: Tensor, u: Tensor) -> Tensor:
+        lengths.append(float((w - here).norm()))
+        return quadratic.f(w, u)
+
+    upper = Level(lambda w, u: w.sum(), quadratic.u, quadratic.w, quadratic.u)
+    lower = Level(f, quadratic.w, quadratic.w, quadratic.u)
+    hypergradient(upper, lower, "f2sa:inner_steps=0")
+    best = (torch.finfo(torch.float64).eps * (1 + float(here.norm()))) ** (1 / 3)
+    assert [x for x in lengths if x] == pytest.approx([best] * 3, rel=1e-5)
+
+
 def test_a_fixed_step_is_that_of_gradient_descent() -> None:
     """z − w = x solves Hx = b/γ: each step multiplies the error of x by (I − ηH)."""
     quadratic = program(0)
@@ -162,7 +180,29 @@ def test_without_curvature_there_is_the_direct_term(method: str, sign: int) -> N
     lower = Level(lambda w, u: sign * w @ w + w @ u, quadratic.w, quadratic.w, quadratic.u)
     found, _ = asked((upper, lower), method)
     assert found.note == "the curvature of f along ∂F/∂w is not positive"
+    assert (found.residual, found.steps) == (1.0, 0)
     assert torch.equal(flat(found.hypergradient), flat(found.direct))
+
+
+def test_a_run_that_never_comes_closer_ends_where_it_began() -> None:
+    at_w, far = (Vector([torch.ones(2)]), Vector([torch.ones(3)])), Vector([torch.ones(3)])
+    found = get_estimator("f2sa:inner_steps=0").minimum(  # type: ignore[attr-defined]
+        lambda x: (Vector([torch.zeros(2)]), 6.0 * x), at_w, far
+    )
+    assert found.offset.norm() == 0 and found.of_u is at_w[0]
+    assert (found.residual, found.steps) == (1.0, 0)
+
+
+@pytest.mark.parametrize("method", ["f2sa", "penalty"])
+def test_a_stationary_upper_loss_keeps_the_state(method: str) -> None:
+    quadratic = displaced(program(1))
+    upper, lower = quadratic.levels()
+    kept = asked((upper, lower), method)[0].state
+    here = flat(quadratic.w).detach()
+    still = Level(lambda w, u: (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u)
+    found, passes = asked((still, lower), method, kept)
+    assert found.state is kept and passes == 1
+    assert (found.residual, found.steps, found.note) == (0.0, 0, "∂F/∂w is zero")
 
 
 @pytest.mark.parametrize("method", ["f2sa", "penalty"])
@@ -312,6 +352,22 @@ def test_the_share_of_the_upper_loss_leaves_nothing_but_its_gradient() -> None:
         Engine(upper, lower, method, lower_steps=2, progress=False).run(4)
         ends.append([*lower.variables, *lower.net.buffers()])
     assert all(map(torch.equal, *ends))
+
+
+def test_the_share_is_a_function_of_its_own_random_state_and_f_need_not_read_w() -> None:
+    """Where f does not read a variable its gradient is None, and F's share is all there is."""
+    w, v, u = (torch.ones(4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    upper = FunctionLevel(lambda _: (2 * w * torch.rand(4, dtype=w.dtype)).sum(), [u])
+    lower = FunctionLevel(lambda _: v.sum(), [w, v])
+    found = []
+    for seed, key in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(seed)
+        own = RandomState.seeded(lower.devices, key)
+        found.append(with_upper_share((None, 3 * v.detach()), 0.25, upper, lower, None, own))
+        with replay(own):
+            expected = 0.25 * 2 * torch.rand(4, dtype=w.dtype)
+        assert torch.equal(found[-1][0], expected) and torch.equal(found[-1][1], 3 * v)
+    assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])
 
 
 def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector
+from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.precision import SinglePrecision
 from hyperopt_peft.hypergradients.products import default_radius
 
@@ -140,6 +141,14 @@ def test_autocast_is_seen_wherever_the_lower_loss_uses_it(
     assert cosine(found, exact) >= 0.999
 
 
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_autocast_around_levels_that_were_first_evaluated_without_is_seen(method: str) -> None:
+    levels = two_layers((False, False), modules=True)
+    exact = hypergradient(*levels, "darts:product=exact")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cosine(hypergradient(*levels, method), exact) >= 0.999
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("sides", [1, 2])
@@ -159,6 +168,19 @@ def test_the_radius_fits_the_precision_and_the_size_of_the_point(
     # over shorter lengths, a little short for one that varies over longer ones.
     scale = max((1 / size) ** sides, size ** (sides / (1 + sides)))
     assert error < 30 * torch.finfo(dtype).eps ** (sides / (1 + sides)) * scale
+
+
+@pytest.mark.parametrize("length", [1e-39, 1.0, 1e36])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_a_difference_is_along_a_direction_of_any_length(length: float, sides: int) -> None:
+    """Of a quadratic, whose Hessian is 1, …, 6; 1/1e-39 and the squares are beyond float32."""
+    w, diagonal = torch.ones(6, requires_grad=True), torch.arange(1.0, 7)
+    lower = FunctionLevel(lambda _: diagonal @ w.square() / 2, [w])
+    oracle = open_oracle(FunctionLevel(lambda _: w.sum(), [torch.ones(1).requires_grad_()]), lower)
+    v = Vector([length * torch.ones(6) / 6**0.5])
+    with oracle.open(), oracle.product("difference", radius=1.0, sides=sides) as product:
+        found = product.hessian(v)
+    torch.testing.assert_close(found.flat() / v.flat(), diagonal, rtol=1e-4, atol=0)
 
 
 def test_the_radius_follows_the_coarsest_part() -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from hyperopt_peft.hypergradients import (
     registry,
     zeros_like,
 )
+from hyperopt_peft.options import matches
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,7 @@ def test_estimators_do_not_change(name: str) -> None:
         (lambda: get_estimator("xyzzy"), "unknown estimator 'xyzzy'; known are cg, darts, direct"),
         (lambda: get_estimator("cg:step=4"), "cg: unknown option 'step'; did you mean 'steps'"),
         (lambda: get_estimator("direct:steps=4"), "direct: unknown option 'steps'; known are none"),
+        (lambda: get_estimator("cg:steps=4,steps=5"), "cg: option 'steps' is given twice"),
         (lambda: get_estimator("cg:40"), "cg: write options as option=value, got '40'"),
         (lambda: get_estimator(3), "a name or an Estimator, got int"),
         (lambda: get_estimator("cg:steps=0"), "cg: steps must be at least 1, got 0"),
@@ -133,6 +135,35 @@ def test_estimators_do_not_change(name: str) -> None:
 def test_mistakes_are_named(construct: Callable[[], object], message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         construct()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "darts:scale=0,radius=1e-9",
+        "cg:steps=1,damping=0,tolerance=0,radius=1e-9",
+        "minres:steps=1,damping=0,tolerance=0",
+        "neumann:terms=0,step=1e-9,power_steps=1",
+        "nystrom:rank=1,steps=0,damping=0,tolerance=0",
+        "warm:steps=1,step=1e-9,decay=0,first_steps=1,damping=0",
+        "warm:decay=1",
+        "unrolled:steps=1,radius=1e-9",
+        "forward:limit=1",
+        "f2sa:nu=1e-9,inner_steps=0,step=1e-9,tolerance=0,damping=0",
+        "penalty:gamma=1e-9",
+    ],
+)
+def test_options_may_be_as_small_as_they_can(method: str) -> None:
+    get_estimator(method)
+
+
+@pytest.mark.parametrize("name", registered())
+def test_no_option_but_a_seed_takes_a_negative_number(name: str) -> None:
+    hints = get_type_hints(registered()[name].estimator)
+    fields = {field.name for field in dataclasses.fields(get_estimator(name))} - {"seed"}
+    for option in sorted(option for option in fields if matches(-1, hints[option])):
+        with pytest.raises(ProblemError, match=f"{name}: {option} must"):
+            get_estimator(f"{name}:{option}=-1")
 
 
 def test_a_refused_estimator_is_not_registered() -> None:

@@ -170,6 +170,17 @@ def test_negative_curvature_at_once_leaves_the_direct_term() -> None:
     torch.testing.assert_close(flat(hypergradient(upper, lower, "cg")), quadratic.direct)
 
 
+@pytest.mark.parametrize("product", ["exact", "difference"])
+@pytest.mark.parametrize("method", ["darts", "cg", "minres", "neumann", "unrolled"])
+def test_a_lower_loss_of_constant_slope_leaves_the_direct_term(method: str, product: str) -> None:
+    """∂f/∂w has no graph here: there is nothing to differentiate once more."""
+    quadratic = program(0)
+    upper, _ = quadratic.levels()
+    lower = Level(lambda w, u: w.sum() + u @ u, quadratic.w, quadratic.w, quadratic.u)
+    found = flat(hypergradient(upper, lower, f"{method}:product={product}"))
+    torch.testing.assert_close(found, quadratic.direct)
+
+
 @each_solver
 @pytest.mark.parametrize("seed", range(4))
 def test_the_reported_residual_is_that_of_the_solution(solver: Solver, seed: int) -> None:
@@ -179,6 +190,21 @@ def test_the_reported_residual_is_that_of_the_solution(solver: Solver, seed: int
     if solution.residual is not None:
         found = pytest.approx(residual(h, solution.v, b), rel=1e-6, abs=1e-13)
         assert solution.residual == found
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), Neumann(power_steps=1)])
+@pytest.mark.parametrize("of_h", [-250, 0, 250])
+@pytest.mark.parametrize("of_b", [-250, 0, 250])
+def test_no_system_is_too_large_or_too_small(solver: Solver, of_h: int, of_b: int) -> None:
+    """A power of two changes no digit of H or b, so none of v where no size is a fixed number."""
+    h = positive(7, torch.Generator().manual_seed(0))
+    matvec, vector, _ = system(h)
+    expected = solver.solve(matvec, vector)
+    found = solver.solve(lambda v: 2.0**of_h * matvec(v), 2.0**of_b * vector)
+    torch.testing.assert_close(
+        2.0 ** (of_h - of_b) * found.v.flat(), expected.v.flat(), rtol=1e-12, atol=1e-12
+    )
+    assert (found.steps, found.note) == (expected.steps, expected.note)
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient, MINRES, Exact, Nystrom])
@@ -241,7 +267,7 @@ def test_a_hessian_that_is_zero_is_an_error_or_a_note() -> None:
         hypergradient(upper, linear, "exact")
     for solver in (Neumann(), ConjugateGradient(), MINRES(), Nystrom()):
         solution = solver.solve(lambda v: 0.0 * v, Vector([torch.ones(3)]))
-        assert solution.v.norm() == 0
+        assert solution.v.norm() == 0 and solution.residual == 1 and solution.steps == 0
         assert "zero" in solution.note or "singular" in solution.note
         assert flat(hypergradient(upper, linear, solver)).isfinite().all()
 

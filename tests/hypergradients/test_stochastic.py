@@ -133,6 +133,29 @@ def test_a_function_without_second_derivative_is_refused_where_it_ends_the_loss(
         hypergradient(upper, lower, f"{method}:product=exact")
 
 
+class Fails(torch.autograd.Function):
+    """Its backward pass has an error of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("out of patience")
+
+
+@pytest.mark.parametrize("method", ["darts:product=exact", "darts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_error_of_the_loss_stays_what_it_is(method: str, dtype: torch.dtype) -> None:
+    """Advice on second derivatives or on precision would send the user the wrong way."""
+    w, u = (torch.randn(3, dtype=dtype, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(lambda _: w.sum() + u.sum(), [u])
+    lower = FunctionLevel(lambda _: Fails.apply(w * u).sum(), [w])
+    with pytest.raises(RuntimeError, match=r"^out of patience$"):
+        hypergradient(upper, lower, method)
+
+
 def double_precision_levels(lr: float = 0.1) -> tuple[Problem, Problem, Network]:
     """The network in float64 with dropout, gradient descent at the lower level."""
     torch.manual_seed(0)

@@ -96,6 +96,14 @@ def test_each_step_sees_its_own_dropout_mask() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+def test_a_record_tells_how_many_steps_were_differentiated(method: str) -> None:
+    w, u = start()
+    levels = make_levels(SGD(w, lr=0.1), w, u)
+    (record,) = Engine(*levels, f"{method}:steps=2", lower_steps=3, progress=False).run(1)
+    assert record["solver_steps"] == 2
+
+
 def test_fewer_steps_than_were_done_truncate_the_unrolling() -> None:
     kind, options = OPTIMIZERS["momentum"]
     w, u = start()

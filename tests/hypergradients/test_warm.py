@@ -146,8 +146,12 @@ def test_a_hessian_that_is_zero_keeps_the_state() -> None:
     zero, b = torch.zeros(3, 3, dtype=torch.float64), Vector([random(3)])
     solution, state = WarmStart().advance(of(zero), b, {})
     assert "zero along" in solution.note and solution.v.norm() == 0 and not state
-    damped, _ = WarmStart(damping=2.0).advance(of(zero), b, {})
+    damped, state = WarmStart(damping=2.0).advance(of(zero), b, {})
     torch.testing.assert_close(damped.v.flat(), b.flat() / 2)
+    # The power iteration goes on from there: curvature that comes is found.
+    h = positive(3, torch.Generator().manual_seed(0))
+    *_, state = calls(WarmStart(damping=2.0), [(h, b.flat())] * 50, state)
+    assert state["largest"] == pytest.approx(10, rel=0.02)
 
 
 def test_a_state_that_was_given_does_not_change() -> None:

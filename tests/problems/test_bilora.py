@@ -62,16 +62,18 @@ def test_levels_share_out_the_trainable_parameters():
     assert sum("classifier" in name for name in lower.names) == 2
 
 
-def test_gamma_adds_the_penalty():
+@pytest.mark.parametrize("gamma", [GAMMA, 1.0])
+def test_gamma_adds_the_penalty(gamma):
     model = model_of(dropout=0.0)
     with torch.no_grad():
         for variable in SingularVectors(model).variables:
             variable += 0.1
     batch = batches(3)[0]
-    loss, metrics = SingularVectors(model, gamma=GAMMA).evaluate(batch)
+    loss, metrics = SingularVectors(model, gamma=gamma).evaluate(batch)
     task, penalty = SingularValues(model).evaluate(batch)[0], orthogonality_penalty(model)
-    torch.testing.assert_close(SingularVectors(model, gamma=0.0).evaluate(batch)[0], task)
-    torch.testing.assert_close(loss, task + GAMMA * penalty)
+    without, logged = SingularVectors(model, gamma=0.0).evaluate(batch)
+    assert torch.equal(without, task) and not logged
+    torch.testing.assert_close(loss, task + gamma * penalty)
     assert metrics == pytest.approx({"task_loss": task.item(), "orthogonality": penalty.item()})
     assert penalty > 1e-2
 

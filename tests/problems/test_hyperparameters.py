@@ -251,6 +251,10 @@ def test_what_is_not_to_be_learnt_stays():
         (lambda: add_hyperparameters(base_model()), "Expected a PeftModel"),
         (lambda: Hyperparameters(bert(), learn=["rate"]), 'learn takes "decay" and "scale"'),
         (lambda: Hyperparameters(bert(), learning_rate=-1.0), "learning_rate must be positive"),
+        (
+            lambda: Hyperparameters(bert(), learning_rate=float("inf")),
+            "learning_rate must be positive",
+        ),
     ],
 )
 def test_bad_input_is_named(wrong, said):

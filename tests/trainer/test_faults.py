@@ -15,7 +15,7 @@ from networks import differences
 from transformers import TrainerCallback
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.checkpoint import SEAL, last_whole, seal, unseal
+from hyperopt_peft.checkpoint import SEAL, last_whole, seal, unseal, write_state
 from trainer.models import peft_model
 from trainer.test_resume import Stop, StopAt, end, interrupted, saving
 
@@ -190,6 +190,9 @@ def test_initial_values_that_are_lost_are_missed_before_the_search(tmp_path):
     interrupted(tmp_path, (5,), retrain="scratch")
     (tmp_path / "initial.pt").write_bytes(b"")
     with pytest.raises(ProblemError, match=r"initial\.pt is damaged"):
+        saving(tmp_path, retrain="scratch").train(resume_from_checkpoint=True)
+    write_state(tmp_path / "initial.pt", {"a": torch.zeros(2)})
+    with pytest.raises(ProblemError, match=r"initial\.pt holds the initial values of another"):
         saving(tmp_path, retrain="scratch").train(resume_from_checkpoint=True)
     (tmp_path / "initial.pt").unlink()
     with pytest.raises(ProblemError, match=r"there is no checkpoint .*initial\.pt"):

@@ -200,6 +200,18 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len({epoch(number, seed) for number in range(4) for seed in range(4)}) == 16
 
 
+def test_random_numbers_of_a_collator_are_of_its_batch():
+    """A resumed run finds them again, and the lower level's are as if none had been drawn."""
+    found = []
+    for seed, number in ((1, 3), (2, 3), (2, 4)):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        batches = UpperBatches(range(20), 4, seed=0, collate=lambda rows: torch.rand(3))
+        found.append(batches.batch(number))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 @given(**SIZES, processes=st.integers(1, 4), number=st.integers(0, 50))
 @settings(max_examples=30)
 def test_the_shares_of_processes_make_the_batch_of_one(rows, size, seed, processes, number):
