@@ -7,12 +7,11 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.adapters import split_parameters
 
 from .models import peft_model, trainer
 from .test_resume import Stop, StopAt, differences, end, saving
-from .test_trainer import Plain, Scaled, Weighted, rows
+from .test_trainer import Plain, Weighted, pair, rows
 
 
 class Stream(IterableDataset):
@@ -25,32 +24,19 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
-def streamed(folder, callbacks=(), *, count=20, lower=Weighted, upper=Plain, **settings):
+def streamed(folder, callbacks=(), *, count=20, **settings):
     """A trainer over a stream of ``count`` rows, four to a micro-batch."""
-    torch.manual_seed(0)
-    model, weight = Scaled(), torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
     given = {
-        "learning_rate": 0.1,
-        "upper_learning_rate": 0.1,
         "per_device_train_batch_size": 4,
         "max_steps": 9,
+        "save_strategy": "steps",
         "save_steps": 3,
         "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
+        "lr_scheduler_type": "linear",
         "hypergradient": "darts",
         **settings,
     }
-    made = BilevelTrainer(
-        model,
-        lower=lower(model, weight),
-        upper=upper(model, weight),
-        args=BilevelTrainingArguments(output_dir=str(folder), **given),
-        train_dataset=Stream(count),
-        upper_dataset=rows(64, 1),
-        callbacks=list(callbacks),
-    )
+    made, _ = pair(folder, Stream(count), callbacks, **given)
     made.remove_callback(PrinterCallback)
     return made
 

@@ -318,8 +318,8 @@ def rows(count, seed):
     return [{"x": x[i], "labels": int(x[i, :3].argmax())} for i in range(count)]
 
 
-def pair(folder, **settings):
-    """A program whose upper variable is no parameter of the model, over plain lists."""
+def pair(folder, data=None, callbacks=(), *, lower=Weighted, upper=Plain, **settings):
+    """A program whose upper variable is no parameter of the model, over plain lists or ``data``."""
     torch.manual_seed(0)
     model, weight = Scaled(), torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
     given = {
@@ -337,11 +337,12 @@ def pair(folder, **settings):
     }
     return BilevelTrainer(
         model,
-        lower=Weighted(model, weight),
-        upper=Plain(model, weight),
+        lower=lower(model, weight),
+        upper=upper(model, weight),
         args=BilevelTrainingArguments(output_dir=str(folder), **given),
-        train_dataset=rows(64, 0),
+        train_dataset=rows(64, 0) if data is None else data,
         upper_dataset=rows(64, 1),
+        callbacks=list(callbacks),
     ), weight
 
 
