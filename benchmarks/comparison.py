@@ -31,9 +31,9 @@ from comparison_peers import Peer, peers
 from measure import arguments, report, table
 
 from hyperopt_peft import Problem, ProblemError, hypergradient
+from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
-from hyperopt_peft.hypergradients.memory import peak_memory
 from hyperopt_peft.hypergradients.products import Passes
 
 ROOT = Path(__file__).parent.parent

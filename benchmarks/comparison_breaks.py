@@ -31,7 +31,7 @@ from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Vector, dot
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.products import Passes
-from hyperopt_peft.shards import full
+from hyperopt_peft.utils.distributed import full
 
 
 class OnBatch(Problem):

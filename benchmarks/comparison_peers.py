@@ -21,7 +21,7 @@ from torch.autograd import grad
 
 from hyperopt_peft import Problem
 from hyperopt_peft.hypergradients import Vector
-from hyperopt_peft.hypergradients.purity import assign, displaced
+from hyperopt_peft.utils.restore import assign, displaced
 
 Peer = Callable[[Problem, Problem], Vector]
 

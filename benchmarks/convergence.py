@@ -21,8 +21,8 @@ import torch
 from measure import Target, arguments, report
 
 from hyperopt_peft import Engine, NonFiniteError, ProblemError, minimise
-from hyperopt_peft.hypergradients.purity import displaced
 from hyperopt_peft.problems import hypercleaning, logistic
+from hyperopt_peft.utils.restore import displaced
 
 METHODS = [
     "direct",

@@ -16,7 +16,7 @@ from small_runs import Final, small_trainer
 from transformers import TrainerCallback
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.checkpoint import SEAL, seal, unseal
+from hyperopt_peft.engine.checkpoint import SEAL, seal, unseal
 
 NO_LIMIT = -1
 STEP = 10  # where the disk is full, or a number is not finite

@@ -21,7 +21,7 @@ from mlp import batch, engine, networks, weighted_loss
 from peers import betty, plain_loop, torchopt_root
 
 from hyperopt_peft import compare_hypergradients, minimise
-from hyperopt_peft.hypergradients.memory import peak_memory
+from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.problems import hypercleaning, logistic
 
 CG = "cg:steps=5,damping=1.0,tolerance=0.0"

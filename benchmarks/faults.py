@@ -32,7 +32,7 @@ from measure import Target, arguments, report
 from small_runs import RUNS, Final, Run, being_written, trainer_run
 from torch import Tensor
 
-from hyperopt_peft.checkpoint import read_state, write_state, written
+from hyperopt_peft.engine.checkpoint import read_state, write_state, written
 
 FINAL, LOG = "final.pt", "log.txt"
 Row = dict[str, Any]

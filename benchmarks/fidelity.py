@@ -33,7 +33,7 @@ from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Vector, dot
 from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.products import default_radius
-from hyperopt_peft.hypergradients.purity import assign, displaced
+from hyperopt_peft.utils.restore import assign, displaced
 
 try:
     from betty.hypergradient import jvp_fn_mapping

@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
-from hyperopt_peft.batches import Batches
+from hyperopt_peft.core.data import Batches
 from hyperopt_peft.hypergradients import registered
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.oracle import State

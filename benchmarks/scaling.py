@@ -28,8 +28,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from hyperopt_peft import Engine
 from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import Estimate, Oracle
-from hyperopt_peft.hypergradients.memory import peak_memory
 from hyperopt_peft.hypergradients.products import Passes
 
 FAST: Method = "fast full"

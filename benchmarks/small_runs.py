@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
 
 from hyperopt_peft import Engine, Problem
-from hyperopt_peft.checkpoint import SEAL, last_whole, read_state, written
+from hyperopt_peft.engine.checkpoint import SEAL, last_whole, read_state, written
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
 transformers.utils.logging.set_verbosity_error()

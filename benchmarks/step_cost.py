@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hyperopt_peft import Engine
 from hyperopt_peft.adapters import split_parameters
-from hyperopt_peft.hypergradients.memory import peak_memory
+from hyperopt_peft.diagnostics.memory import peak_memory
 
 ESTIMATORS = (
     "direct",

@@ -33,7 +33,7 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import compare_hypergradients, split_dataset
 from hyperopt_peft.adapters import decompose, plot_decomposition
-from hyperopt_peft.hypergradients import Comparison
+from hyperopt_peft.diagnostics.compare import Comparison
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from hyperopt_peft.hypergradients import Comparison
+from hyperopt_peft.diagnostics.compare import Comparison
 
 
 @dataclass(frozen=True)

@@ -3,30 +3,30 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hyperopt_peft.check import check_problem
-from hyperopt_peft.engine import Engine
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.diagnostics.check import check_problem
+from hyperopt_peft.diagnostics.compare import compare_hypergradients
+from hyperopt_peft.engine.engine import Engine
+from hyperopt_peft.engine.fit import fit, minimise
+from hyperopt_peft.engine.nested import Nested
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.fit import fit, minimise
 from hyperopt_peft.hypergradients import (
     Estimator,
     Solver,
-    compare_hypergradients,
     hypergradient,
     register,
 )
-from hyperopt_peft.nested import Nested
-from hyperopt_peft.problem import Problem
 
 if TYPE_CHECKING:
-    from hyperopt_peft.trainer import BilevelTrainer
-    from hyperopt_peft.training_arguments import BilevelTrainingArguments
-    from hyperopt_peft.upper_data import split_dataset
+    from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+    from hyperopt_peft.trainer.data import split_dataset
+    from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 # Imported when they are asked for: Trainer and Datasets take longer to import than all the rest.
 _LATER = {
-    "BilevelTrainer": "trainer",
-    "BilevelTrainingArguments": "training_arguments",
-    "split_dataset": "upper_data",
+    "BilevelTrainer": "trainer.trainer",
+    "BilevelTrainingArguments": "trainer.arguments",
+    "split_dataset": "trainer.data",
 }
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from hyperopt_peft.commands.main import main
+from hyperopt_peft.cli.main import main
 
 sys.exit(main())

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from hyperopt_peft.adapters import gram_penalty, split_parameters
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
-from hyperopt_peft.problem import Problem
 
 TaskLoss = Callable[[Any], Tensor]
 

@@ -14,17 +14,18 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import checkpoint, processes
 from hyperopt_peft.adapters import dora_layers, lora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
-from hyperopt_peft.problem import Problem
 from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
-from hyperopt_peft.shards import reshard, sharded_like
-from hyperopt_peft.trainer import BilevelTrainer
-from hyperopt_peft.training_arguments import BilevelTrainingArguments
-from hyperopt_peft.upper_data import require_examples
+from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.data import require_examples
+from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.distributed import reshard, sharded_like
 
 INITIAL = "initial.pt"
 
@@ -170,7 +171,7 @@ class BiDoRATrainer(BilevelTrainer):
         loss = self._task_loss
         layers = lora_layers(model)
         # Levels remember where they start: magnitude_decay's m0, scratch's initial values.
-        processes.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
+        distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
         if args.method == "lora":
             if any(layer.use_dora[a] for _, layer in layers for a in layer.use_dora):
                 raise ProblemError('method="lora" needs an adapter with use_dora=False')

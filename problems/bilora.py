@@ -19,8 +19,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.adapters.pseudo_svd import orthogonality_penalty, pseudo_singular_values
-from hyperopt_peft.problem import Problem
+from hyperopt_peft.adapters.parametrizations.pseudo_svd import (
+    orthogonality_penalty,
+    pseudo_singular_values,
+)
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.problems.bidora import TaskLoss, own_loss
 
 

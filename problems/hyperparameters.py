@@ -26,8 +26,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from hyperopt_peft.adapters import layer_hyperparameters
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problem import Problem
 from hyperopt_peft.problems.bidora import TaskLoss, own_loss
 
 

@@ -27,7 +27,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from hyperopt_peft.adapters import component_weights
-from hyperopt_peft.problem import Problem
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.problems.bidora import TaskLoss, own_loss
 
 

@@ -1,25 +1,31 @@
 """Hypergradient estimators: one a file, a registry, and the products they share."""
 
-from hyperopt_peft.hypergradients.cg import ConjugateGradient
-from hyperopt_peft.hypergradients.compare import Comparison, compare_hypergradients
-from hyperopt_peft.hypergradients.darts import DARTS
-from hyperopt_peft.hypergradients.direct import Direct
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from hyperopt_peft.hypergradients.estimate import hypergradient
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator, Matvec, Solution, Solver
-from hyperopt_peft.hypergradients.exact import Exact
-from hyperopt_peft.hypergradients.f2sa import F2SA
-from hyperopt_peft.hypergradients.forward import Forward
-from hyperopt_peft.hypergradients.minres import MINRES
-from hyperopt_peft.hypergradients.neumann import Neumann
-from hyperopt_peft.hypergradients.nystrom import Nystrom
+from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
+from hyperopt_peft.hypergradients.implicit.exact import Exact
+from hyperopt_peft.hypergradients.implicit.minres import MINRES
+from hyperopt_peft.hypergradients.implicit.neumann import Neumann
+from hyperopt_peft.hypergradients.implicit.nystrom import Nystrom
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.warm import WarmStart
 from hyperopt_peft.hypergradients.oracle import Oracle
-from hyperopt_peft.hypergradients.penalty import Penalty
+from hyperopt_peft.hypergradients.penalty.f2sa import F2SA
+from hyperopt_peft.hypergradients.penalty.penalty import Penalty
 from hyperopt_peft.hypergradients.products import Product
 from hyperopt_peft.hypergradients.registry import get_estimator, register, registered
-from hyperopt_peft.hypergradients.sama import SAMA
-from hyperopt_peft.hypergradients.unrolled import Unrolled
-from hyperopt_peft.hypergradients.vector import Vector, dot, zeros_like
-from hyperopt_peft.hypergradients.warm import WarmStart
+from hyperopt_peft.hypergradients.unrolled.darts import DARTS
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
+from hyperopt_peft.hypergradients.unrolled.forward import Forward
+from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
+from hyperopt_peft.hypergradients.unrolled.sama import SAMA
+from hyperopt_peft.utils.vector import Vector, dot, zeros_like
+
+if TYPE_CHECKING:
+    from hyperopt_peft.diagnostics.compare import Comparison, compare_hypergradients
 
 __all__ = [
     "DARTS",
@@ -52,3 +58,10 @@ __all__ = [
     "registered",
     "zeros_like",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Names of the diagnostics above this folder, which users import from here.
+    if name in ("Comparison", "compare_hypergradients"):
+        return getattr(import_module("hyperopt_peft.diagnostics.compare"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

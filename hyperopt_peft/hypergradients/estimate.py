@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import NESTED
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.problem import Problem, devices_of
-from hyperopt_peft.random_state import RandomState
+from hyperopt_peft.utils.random_state import RandomState
 
 _NEXT: Any = object()
 

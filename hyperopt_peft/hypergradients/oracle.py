@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from hyperopt_peft.core.problem import Evaluation, Problem, Step, devices_of, owned
+from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.graph import HALF
-from hyperopt_peft.hypergradients.precision import autocast_enabled, single_precision
 from hyperopt_peft.hypergradients.products import (
     NESTED,
     SHARDED,
@@ -23,12 +23,12 @@ from hyperopt_peft.hypergradients.products import (
     Product,
     ProductKind,
 )
-from hyperopt_peft.hypergradients.purity import Buffers, Copies, assign, displaced, unchanged
-from hyperopt_peft.hypergradients.vector import Vector
-from hyperopt_peft.problem import Evaluation, Problem, Step, devices_of, owned
-from hyperopt_peft.random_state import RandomState, replay
-from hyperopt_peft.shards import is_sharded
-from hyperopt_peft.variables import shared_memory
+from hyperopt_peft.utils.autograd import HALF
+from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.precision import autocast_enabled, single_precision
+from hyperopt_peft.utils.random_state import RandomState, replay
+from hyperopt_peft.utils.restore import Buffers, Copies, assign, displaced, unchanged
+from hyperopt_peft.utils.vector import Vector
 
 #: What an estimator keeps between two upper steps: vectors shaped like w, and numbers.
 State = Mapping[str, Vector | float]

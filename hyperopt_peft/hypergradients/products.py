@@ -20,13 +20,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from hyperopt_peft import processes
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.graph import graph_nodes, once_differentiable_functions
-from hyperopt_peft.hypergradients.purity import Buffers, assign, displaced
-from hyperopt_peft.hypergradients.vector import Vector, machine_epsilon
-from hyperopt_peft.problem import Problem
-from hyperopt_peft.random_state import RandomState, replay
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.autograd import graph_nodes, once_differentiable_functions
+from hyperopt_peft.utils.random_state import RandomState, replay
+from hyperopt_peft.utils.restore import Buffers, assign, displaced
+from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
 ProductKind = Literal["exact", "difference"]
 SHARDED = (
@@ -105,7 +105,7 @@ class ExactProduct:
         objective.passes.gradients += 1
         with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), _without_reducers():
             loss, _ = objective.lower.evaluate(objective.batch)
-        objective.lower.require_finite(processes.average(loss), ())
+        objective.lower.require_finite(distributed.average(loss), ())
         self._loss = loss
         self.gradient = _slopes(loss, objective.lower.variables)
 
@@ -141,7 +141,7 @@ class ExactProduct:
             result = torch.autograd.grad(
                 outputs, variables, cotangents, retain_graph=True, allow_unused=True
             )
-        return Vector.of(processes.mean(result, variables), variables)
+        return Vector.of(distributed.mean(result, variables), variables)
 
 
 def _slopes(loss: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import State
-from hyperopt_peft.hypergradients.vector import Vector
-from hyperopt_peft.shards import full, is_sharded, sharded_like
+from hyperopt_peft.utils.distributed import full, is_sharded, sharded_like
+from hyperopt_peft.utils.vector import Vector
 
 
 def packed(state: State) -> dict[str, Any]:

@@ -17,10 +17,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from hyperopt_peft.adapters import direction, dora_layers, set_norm_grad, use_fast_dora
-from hyperopt_peft.adapters.fast_dora import FastDora
+from hyperopt_peft.adapters.dora.fast import FastDora
 from hyperopt_peft.adapters.layers import row_norm
-
-from .models import (
+from tests.support.adapted_models import (
     KINDS,
     Single,
     adapted_layer,

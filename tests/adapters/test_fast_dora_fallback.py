@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
-
-from .models import (
+from tests.support.adapted_models import (
     Single,
     adapted_layer,
     assert_same,

@@ -5,8 +5,7 @@ from torch import nn
 
 from hyperopt_peft.adapters import direction, dora_layers, gram_penalty, lora_layers
 from hyperopt_peft.adapters.layers import base_weight, magnitude, require_plain, row_norm
-
-from .models import (
+from tests.support.adapted_models import (
     KINDS,
     Single,
     adapted_layer,

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from hyperopt_peft import Engine, Problem, versions
+from hyperopt_peft import Engine, Problem
 from hyperopt_peft.adapters import set_norm_grad, split_parameters, use_fast_dora
-from hyperopt_peft.adapters.row_norms import RowNormCache, measure
-
-from .models import (
+from hyperopt_peft.adapters.dora.row_norms import RowNormCache, measure
+from hyperopt_peft.utils import versions
+from tests.support.adapted_models import (
     adapted_layer,
     assert_same,
     output_and_gradients,

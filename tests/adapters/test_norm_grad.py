@@ -12,8 +12,7 @@ from torch.func import functional_call
 
 from hyperopt_peft.adapters import direction, dora_layers, set_norm_grad
 from hyperopt_peft.adapters.layers import row_norm
-
-from .models import (
+from tests.support.adapted_models import (
     KINDS,
     Single,
     adapted_layer,

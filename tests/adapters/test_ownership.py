@@ -7,8 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hyperopt_peft.adapters import set_norm_grad, split_parameters
-
-from .models import KINDS, bert, dora_bert, gpt2, single, wrap
+from tests.support.adapted_models import KINDS, bert, dora_bert, gpt2, single, wrap
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,16 +8,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from adapters.models import (
-    adapted_layer,
-    dora_bert,
-    gpt2,
-    layer_input,
-    randomise,
-    single,
-    token_ids,
-    wrap,
-)
 from hyperopt_peft import ProblemError
 from hyperopt_peft.adapters import (
     add_hyperparameters,
@@ -27,6 +17,16 @@ from hyperopt_peft.adapters import (
     orthogonality_penalty,
     pseudo_singular_values,
     use_pseudo_svd,
+)
+from tests.support.adapted_models import (
+    adapted_layer,
+    dora_bert,
+    gpt2,
+    layer_input,
+    randomise,
+    single,
+    token_ids,
+    wrap,
 )
 
 KINDS = ("linear", "conv1d_gpt2", "conv1d", "conv2d", "conv3d")

@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from hyperopt_peft.adapters import direction, dora_layers, gram, gram_penalty
-
-from .models import dora_bert, randomise, single
+from tests.support.adapted_models import dora_bert, randomise, single
 
 
 def random_matrix(out_features: int, in_features: int, seed: int = 0) -> Tensor:

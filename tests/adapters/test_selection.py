@@ -11,7 +11,6 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, set_peft_mode
 from safetensors.torch import load_file
 from torch import nn
 
-from adapters.models import adapted_layer, bert, layer_input, randomise, single, token_ids, wrap
 from hyperopt_peft import ProblemError
 from hyperopt_peft.adapters import (
     add_selection,
@@ -23,7 +22,16 @@ from hyperopt_peft.adapters import (
     selected_state,
     use_fast_dora,
 )
-from hyperopt_peft.adapters.selection import ComponentWeights
+from hyperopt_peft.adapters.parametrizations.selection import ComponentWeights
+from tests.support.adapted_models import (
+    adapted_layer,
+    bert,
+    layer_input,
+    randomise,
+    single,
+    token_ids,
+    wrap,
+)
 
 FORMS = ["softmax", "sigmoid"]
 KINDS = ["linear", "conv1d_gpt2", "conv1d", "conv2d"]

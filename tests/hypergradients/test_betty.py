@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from quadratic import FunctionLevel, flat
 from torch import Tensor
 from torch.optim import SGD
 
 from hyperopt_peft import Problem, hypergradient
-
-from .by_hand import BATCHES, f, start, upper_f
+from tests.support.by_hand import BATCHES, f, start, upper_f
+from tests.support.quadratic import FunctionLevel, flat
 
 betty = pytest.importorskip("betty.hypergradient", reason="Betty is installed on its own")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from quadratic import FunctionLevel
 from torch import Tensor
 
 from hyperopt_peft import Engine
+from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import registered
-from hyperopt_peft.hypergradients.memory import peak_memory
+from tests.support.quadratic import FunctionLevel
 
 SIZE = 50_000  # of w; everything else is small beside it
 

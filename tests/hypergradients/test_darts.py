@@ -4,15 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-from quadratic import flat, program
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import DARTS
-
-from .by_hand import f, make_levels, start, upper_f
+from tests.support.by_hand import f, make_levels, start, upper_f
+from tests.support.quadratic import flat, program
 
 
 def test_a_scale_of_zero_leaves_the_direct_term() -> None:

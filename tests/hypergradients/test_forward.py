@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from quadratic import FunctionLevel, flat
 from torch.optim import SGD, Adam, AdamW
 
 from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
-
-from .by_hand import OPTIMIZERS, make_levels, start
-from .test_optimizer_options import make
+from tests.hypergradients.test_optimizer_options import make
+from tests.support.by_hand import OPTIMIZERS, make_levels, start
+from tests.support.quadratic import FunctionLevel, flat
 
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
@@ -25,7 +24,7 @@ def seen(monkeypatch):
         found.append(flat(result.hypergradient))
         return result
 
-    monkeypatch.setattr("hyperopt_peft.engine.estimate", spy)
+    monkeypatch.setattr("hyperopt_peft.engine.engine.estimate", spy)
     return found
 
 

@@ -4,16 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from quadratic import FunctionLevel, flat
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Estimate, Oracle
 from hyperopt_peft.hypergradients.estimate import estimate
-from hyperopt_peft.hypergradients.functional_optimizer import FunctionalOptimizer
-
-from .by_hand import OPTIMIZERS, make_levels, start
+from hyperopt_peft.hypergradients.unrolled.functional_optimizer import FunctionalOptimizer
+from tests.support.by_hand import OPTIMIZERS, make_levels, start
+from tests.support.quadratic import FunctionLevel, flat
 
 Points = list[tuple[Tensor, Tensor]]
 
@@ -30,7 +29,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Points:
             points.append((flat(functional.advance(step)[0]), flat(truth).detach().clone()))
         return estimate(oracle, method)
 
-    monkeypatch.setattr("hyperopt_peft.engine.estimate", spy)
+    monkeypatch.setattr("hyperopt_peft.engine.engine.estimate", spy)
     return points
 
 

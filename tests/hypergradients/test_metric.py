@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from quadratic import FunctionLevel, flat, program
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
@@ -20,8 +19,8 @@ from hyperopt_peft.hypergradients import (
     registered,
     zeros_like,
 )
-
-from .by_hand import BATCHES, Options, f, make_levels, start, upper_f
+from tests.support.by_hand import BATCHES, Options, f, make_levels, start, upper_f
+from tests.support.quadratic import FunctionLevel, flat, program
 
 METRICS: dict[str, tuple[type[Optimizer], Options]] = {
     "adam": (Adam, {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}),

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadratic import Level, flat, positive, program, symmetric
 from torch import Tensor
 
 from hyperopt_peft import ProblemError, hypergradient
-from hyperopt_peft.hypergradients import ConjugateGradient, Nystrom, Vector, dot, nystrom
-
-from .test_solvers import indefinite, residual, system
+from hyperopt_peft.hypergradients import ConjugateGradient, Nystrom, Vector, dot
+from hyperopt_peft.hypergradients.implicit import nystrom
+from tests.hypergradients.test_solvers import indefinite, residual, system
+from tests.support.quadratic import Level, flat, positive, program, symmetric
 
 EXAMPLES = settings(max_examples=20)
 EYE = torch.eye(9, dtype=torch.float64)

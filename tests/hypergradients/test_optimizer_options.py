@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from quadratic import FunctionLevel, flat
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import registered
-
-from .by_hand import BATCHES, OPTIMIZERS, ByHand, f, start, upper_f
+from tests.support.by_hand import BATCHES, OPTIMIZERS, ByHand, f, start, upper_f
+from tests.support.quadratic import FunctionLevel, flat
 
 
 class Learnt(FunctionLevel):

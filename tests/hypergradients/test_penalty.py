@@ -5,20 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from networks import network_levels
-from quadratic import FunctionLevel, Level, Program, flat, program, symmetric
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD, Adam
 
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
+from hyperopt_peft.engine.upper_share import with_upper_share
 from hyperopt_peft.hypergradients import Estimate, Vector, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.problems import logistic, ridge
-from hyperopt_peft.random_state import RandomState, replay
-from hyperopt_peft.upper_share import with_upper_share
-
-from .test_root_of_trust import minimise
+from hyperopt_peft.utils.random_state import RandomState, replay
+from tests.hypergradients.test_root_of_trust import minimise
+from tests.support.networks import network_levels
+from tests.support.quadratic import FunctionLevel, Level, Program, flat, program, symmetric
 
 LONG = "inner_steps=200,tolerance=1e-11"
 

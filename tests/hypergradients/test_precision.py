@@ -5,9 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import differences
 from peft import PeftModel
-from quadratic import FunctionLevel, Program, flat, program
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -15,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from hyperopt_peft.hypergradients.precision import SinglePrecision
 from hyperopt_peft.hypergradients.products import default_radius
-
-from .minilm import cosine, levels, minilm
+from hyperopt_peft.utils.precision import SinglePrecision
+from tests.support.minilm import cosine, levels, minilm
+from tests.support.networks import differences
+from tests.support.quadratic import FunctionLevel, Program, flat, program
 
 METHODS = ("darts:sides=1", "darts:sides=2", "darts:product=exact")
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadratic import Level, Program, flat, leaves, program, programs
 from torch import Tensor
 
 from hyperopt_peft import Estimator, hypergradient
 from hyperopt_peft.hypergradients import registered
 from hyperopt_peft.hypergradients.products import ProductKind
+from tests.support.quadratic import Level, Program, flat, leaves, program, programs
 
 EXAMPLES = settings(max_examples=20)
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Classify, Network, differences, loader, network_levels, owned
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from hyperopt_peft import Engine, Problem, compare_hypergradients, fit, hypergradient
 from hyperopt_peft.hypergradients import ConjugateGradient, Matvec, Solution, Vector
-
-from .test_properties import Case, cases
+from tests.hypergradients.test_properties import Case, cases
+from tests.support.networks import Classify, Network, differences, loader, network_levels, owned
 
 Levels = tuple[Classify, Classify]
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_type_hints
 
 import pytest
 import torch
-from quadratic import flat, program
 
 from hyperopt_peft import Engine, Estimator, ProblemError, Solver, hypergradient, register
 from hyperopt_peft.hypergradients import (
@@ -30,7 +29,8 @@ from hyperopt_peft.hypergradients import (
     registry,
     zeros_like,
 )
-from hyperopt_peft.options import matches
+from hyperopt_peft.utils.validation import matches
+from tests.support.quadratic import flat, program
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from quadratic import flat
 from torch import Tensor
 
 from hyperopt_peft import Engine, Problem, fit, hypergradient
 from hyperopt_peft.problems import hypercleaning, logistic, ridge
+from tests.support.quadratic import flat
 
 STEP = 3e-3
 NOISES = {0.5: 0.868, 0.7: 0.745, 0.9: 0.338}  # noise: test accuracy without cleaning

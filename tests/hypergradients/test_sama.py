@@ -5,17 +5,25 @@ from typing import Any
 
 import pytest
 import torch
-from quadratic import FunctionLevel, flat
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector, dot
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from hyperopt_peft.hypergradients.optimizer_diagonal import last_step, step_slope
-
-from .by_hand import BATCHES, OPTIMIZERS, ByHand, Options, f, make_levels, start, upper_f
-from .test_unrolled import trained, trained_by_hand
+from hyperopt_peft.hypergradients.unrolled.optimizer_diagonal import last_step, step_slope
+from tests.hypergradients.test_unrolled import trained, trained_by_hand
+from tests.support.by_hand import (
+    BATCHES,
+    OPTIMIZERS,
+    ByHand,
+    Options,
+    f,
+    make_levels,
+    start,
+    upper_f,
+)
+from tests.support.quadratic import FunctionLevel, flat
 
 RMSPROP: dict[str, tuple[type[Optimizer], Options]] = {
     "rmsprop": (RMSprop, {"lr": 0.02}),

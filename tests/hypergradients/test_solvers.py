@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadratic import Level, flat, leaves, positive, program, symmetric
 from torch import Tensor
 
 from hyperopt_peft import NonFiniteError, ProblemError, Solver, hypergradient
@@ -21,6 +20,7 @@ from hyperopt_peft.hypergradients import (
     Vector,
     registered,
 )
+from tests.support.quadratic import Level, flat, leaves, positive, program, symmetric
 
 EXAMPLES = settings(max_examples=25)
 SOLVERS = {

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Network, differences, loader, owned
-from quadratic import FunctionLevel, flat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,8 +12,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector
-
-from .minilm import cosine, levels, minilm
+from tests.support.minilm import cosine, levels, minilm
+from tests.support.networks import Network, differences, loader, owned
+from tests.support.quadratic import FunctionLevel, flat
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from quadratic import FunctionLevel, flat
 from torch import Tensor
 from torch.optim import SGD
 
 from hyperopt_peft import Engine, hypergradient
-from hyperopt_peft.hypergradients.memory import peak_memory
-
-from .by_hand import BATCHES, OPTIMIZERS, ByHand, make_levels, start, upper_f
+from hyperopt_peft.diagnostics.memory import peak_memory
+from tests.support.by_hand import BATCHES, OPTIMIZERS, ByHand, make_levels, start, upper_f
+from tests.support.quadratic import FunctionLevel, flat
 
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 

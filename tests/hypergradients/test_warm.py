@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadratic import Level, flat, positive, program, symmetric
 from torch import Tensor
 
 from hyperopt_peft import Engine, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients import Estimate, Matvec, Vector, WarmStart, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from tests.support.quadratic import Level, flat, positive, program, symmetric
 
 EXAMPLES = settings(max_examples=25)
 State = dict[str, Any]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from trainer.models import CONFIG as SHAPE
-from trainer.models import base_model
 
 from hyperopt_peft import Engine, ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
 from hyperopt_peft.hypergradients import DARTS, ConjugateGradient
 from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
+from tests.support.trainers import CONFIG as SHAPE
+from tests.support.trainers import base_model
 
 
 def dora_model(dropout=0.1, **options):

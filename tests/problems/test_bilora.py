@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.models import adapted_layer, layer_input, randomise, single
 from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
-from trainer.models import CONFIG as SHAPE
-from trainer.models import base_model, data, peft_model, values
 
 from hyperopt_peft import (
     BilevelTrainer,
@@ -23,6 +20,9 @@ from hyperopt_peft import (
 )
 from hyperopt_peft.adapters import orthogonality_penalty, pseudo_singular_values, use_pseudo_svd
 from hyperopt_peft.problems.bilora import SingularValues, SingularVectors
+from tests.support.adapted_models import adapted_layer, layer_input, randomise, single
+from tests.support.trainers import CONFIG as SHAPE
+from tests.support.trainers import base_model, data, peft_model, values
 
 GAMMA = 0.3
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from trainer.models import data, peft_model
 from transformers import default_data_collator
 
 from hyperopt_peft import (
@@ -15,8 +14,8 @@ from hyperopt_peft import (
 )
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, Target
 from hyperopt_peft.problems.example_weights import example_losses
-
-from .weighted_levels import Linear, central_difference, regularised, rows, value
+from tests.support.trainers import data, peft_model
+from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
 
 NAMES = ["right", "wrong", "half"]
 

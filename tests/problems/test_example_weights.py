@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy
-from trainer.models import base_model, data, peft_model
 from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.problems.example_weights import HeldOut, column, example_losses
+from tests.support.trainers import base_model, data, peft_model
 
 
 def batch_of(kind, rows=5):

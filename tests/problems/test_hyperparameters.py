@@ -9,7 +9,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 from torch.autograd import grad
 from torch.func import functional_call
-from trainer.models import arguments, base_model, data, peft_model
 
 from hyperopt_peft import BilevelTrainer, Engine, ProblemError, hypergradient
 from hyperopt_peft.adapters import (
@@ -19,6 +18,7 @@ from hyperopt_peft.adapters import (
     lora_layers,
 )
 from hyperopt_peft.problems.hyperparameters import Hyperparameters, Regularised
+from tests.support.trainers import arguments, base_model, data, peft_model
 
 
 class Sum(nn.Module):

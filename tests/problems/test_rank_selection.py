@@ -5,11 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from networks import differences
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from torch.autograd import grad
-from trainer.models import arguments, base_model, data, peft_model, values
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import (
@@ -26,6 +24,8 @@ from hyperopt_peft.adapters import (
     selected_state,
 )
 from hyperopt_peft.problems.rank_selection import Components, Selection
+from tests.support.networks import differences
+from tests.support.trainers import arguments, base_model, data, peft_model, values
 
 
 class Sum(nn.Module):

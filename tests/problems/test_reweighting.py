@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from trainer.models import data, peft_model
 from transformers import default_data_collator
 
 from hyperopt_peft import (
@@ -15,8 +14,8 @@ from hyperopt_peft import (
     hypergradient,
 )
 from hyperopt_peft.problems.reweighting import Clean, SampleWeights, Weighted, WeightNet
-
-from .weighted_levels import Linear, central_difference, regularised, rows, value
+from tests.support.trainers import data, peft_model
+from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
 
 
 def linear_levels(weights, count=30):

@@ -5,9 +5,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from hyperopt_peft import ProblemError
-
-from .models import data, peft_model, trainer
-from .refusals import APART, cases, refuses, relabelled, rows, stream
+from tests.support.refusals import APART, cases, refuses, relabelled, rows, stream
+from tests.support.trainers import data, peft_model, trainer
 
 
 def rare(times):

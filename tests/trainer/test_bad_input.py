@@ -7,9 +7,8 @@ from transformers import TrainingArguments
 
 from hyperopt_peft import BilevelTrainingArguments, ProblemError
 from hyperopt_peft.problems import BiDoRATrainer
-
-from .models import arguments, base_model, data, peft_model, trainer
-from .refusals import cases
+from tests.support.refusals import cases
+from tests.support.trainers import arguments, base_model, data, peft_model, trainer
 
 NAN, INFINITE = float("nan"), float("inf")
 ARGUMENTS = {

@@ -8,9 +8,8 @@ from transformers import TrainingArguments
 
 from hyperopt_peft import BilevelTrainer, Problem, ProblemError
 from hyperopt_peft.problems.bidora import Direction
-
-from .models import arguments, data, peft_model
-from .refusals import APART, cases, levels, plain, refuses, rows, stream
+from tests.support.refusals import APART, cases, levels, plain, refuses, rows, stream
+from tests.support.trainers import arguments, data, peft_model
 
 
 class Unsized(torch.utils.data.Dataset):

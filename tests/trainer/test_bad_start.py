@@ -5,9 +5,8 @@ from datasets import Value
 from torch import nn
 
 from hyperopt_peft import BilevelTrainer, NonFiniteError, Problem, ProblemError
-
-from .models import arguments, data, peft_model, trainer, values
-from .refusals import APART, cases, refuses, relabelled
+from tests.support.refusals import APART, cases, refuses, relabelled
+from tests.support.trainers import arguments, data, peft_model, trainer, values
 
 
 class Fading(nn.Module):

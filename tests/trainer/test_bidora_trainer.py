@@ -9,8 +9,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft.adapters import split_parameters
-
-from .models import TASKS, arguments, base_model, data, peft_model, trainer, values
+from tests.support.trainers import TASKS, arguments, base_model, data, peft_model, trainer, values
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from .test_resume import require_same_end
-from .test_steps import streamed
+from tests.trainer.test_resume import require_same_end
+from tests.trainer.test_steps import streamed
 
 # Five steps an epoch: every checkpoint but the last is within one.
 SAMPLERS = {

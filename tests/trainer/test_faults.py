@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import differences
 from transformers import TrainerCallback
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.checkpoint import SEAL, last_whole, seal, unseal, write_state
-from trainer.models import peft_model
-from trainer.test_resume import Stop, StopAt, end, interrupted, saving
+from hyperopt_peft.engine.checkpoint import SEAL, last_whole, seal, unseal, write_state
+from tests.support.networks import differences
+from tests.support.trainers import peft_model
+from tests.trainer.test_resume import Stop, StopAt, end, interrupted, saving
 
 FILES = (
     "README.md",

@@ -6,9 +6,8 @@ import torch
 from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.problems.bidora import Direction, Magnitude
-
-from .models import peft_model, trainer
-from .test_trainer import Watch, batches_of, double, watched
+from tests.support.trainers import peft_model, trainer
+from tests.trainer.test_trainer import Watch, batches_of, double, watched
 
 GAMMA = 5.0
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import two_processes
 from peft import PeftModel
 
-from trainer import in_processes, models
+from tests.support import trainer_in_processes as in_processes
+from tests.support import trainers as models
+from tests.support import two_processes
 
 CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 # By method: the largest relative error; a one-sided difference divides rounding by 1e-8.
@@ -34,7 +35,7 @@ def two(folders):
     for kind, file in KINDS.items():
         launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / file)]
         launcher += ["--num_processes", "2", "--main_process_port", "0"]
-        results[kind] = two_processes.run(launcher, "trainer/in_processes.py", folders[kind])
+        results[kind] = two_processes.run(launcher, "trainer_in_processes.py", folders[kind])
     return results
 
 

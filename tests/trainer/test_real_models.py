@@ -20,7 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
-from .models import arguments
+from tests.support.trainers import arguments
 
 MINILM = str(get_model_path())
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from networks import differences
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainerCallback
@@ -12,10 +11,11 @@ from hyperopt_peft import (
     BilevelTrainingArguments,
     Problem,
     ProblemError,
-    checkpoint,
 )
-from hyperopt_peft.checkpoint import SEAL, last_whole, unseal
-from trainer.models import base_model, data, trainer
+from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.engine.checkpoint import SEAL, last_whole, unseal
+from tests.support.networks import differences
+from tests.support.trainers import base_model, data, trainer
 
 TIMES = ("_runtime", "_per_second")
 

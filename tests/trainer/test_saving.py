@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import Trainer, TrainerCallback
 
-from hyperopt_peft.checkpoint import last_whole, unseal
-
-from .test_resume import differences, end, saving
+from hyperopt_peft.engine.checkpoint import last_whole, unseal
+from tests.trainer.test_resume import differences, end, saving
 
 
 def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):

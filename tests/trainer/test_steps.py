@@ -8,10 +8,9 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hyperopt_peft.adapters import split_parameters
-
-from .models import peft_model, trainer
-from .test_resume import Stop, StopAt, differences, end, saving
-from .test_trainer import Plain, Weighted, pair, rows
+from tests.support.trainers import peft_model, trainer
+from tests.trainer.test_resume import Stop, StopAt, differences, end, saving
+from tests.trainer.test_trainer import Plain, Weighted, pair, rows
 
 
 class Stream(IterableDataset):

@@ -9,8 +9,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Problem, hypergradient
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.problems.bidora import Direction, Magnitude
-
-from .models import arguments, data, peft_model, trainer, values
+from tests.support.trainers import arguments, data, peft_model, trainer, values
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "upper_max_grad_norm": 0.0}
 

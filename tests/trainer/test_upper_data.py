@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperopt_peft import ProblemError, split_dataset
-from hyperopt_peft.upper_data import UpperBatches, require_apart, require_examples
+from hyperopt_peft.trainer.data import UpperBatches, require_apart, require_examples
 
 N = 40
 

@@ -1,0 +1,1 @@
+"""DoRA's layer: its norm in the graph, and a fast form."""

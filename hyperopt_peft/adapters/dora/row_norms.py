@@ -1,0 +1,101 @@
+"""Row norms of V = W0 + s·B·A without forming V.
+
+    n_j² = ‖W0_j‖² + 2s ⟨(W0 Aᵀ)_j, B_j⟩ + s² ⟨B_j (A Aᵀ), B_j⟩
+
+costs one pass over W0 and r columns, where PEFT forms B·A and V. Everything is in float32 at
+least. The terms cancel where V is much shorter than W0, so those rows are measured on V itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.utils import versions
+from hyperopt_peft.utils.autograd import without_autocast
+
+# Below this share of ‖W0_j‖², n_j² has lost two digits and its row is measured on V itself.
+CANCELLED = 1e-2
+
+
+@dataclass(frozen=True)
+class RowNorms:
+    """n of shape (out,), and V Aᵀ of shape (out, r), neither with a graph."""
+
+    norm: Tensor
+    v_a: Tensor
+
+
+class RowNormCache:
+    """The row norms of one layer, kept inside `versions.tracked` while its tensors stand still."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, versions.Snapshot, RowNorms] | None = None
+
+    @torch.no_grad()
+    def norms(self, w0: Tensor, a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> RowNorms:
+        """The norms for W0 (out, in), A (r, in), B (out, r), in ``dtype``."""
+        tensors, key = (w0, a, b), (versions.span(), s, dtype)
+        # Tensors of inference mode have no versions, and may not enter a graph later.
+        inference = torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors)
+        keep = key[0] is not None and not inference
+        if keep and self._kept and self._kept[0] == key and self._kept[1].matches(tensors):
+            return self._kept[2]
+        with torch.autocast(w0.device.type, enabled=False):
+            norms = measure(w0, a.to(dtype), b.to(dtype), s)
+        self._kept = (key, versions.Snapshot(tensors), norms) if keep else None
+        return norms
+
+
+def measure(w0: Tensor, a: Tensor, b: Tensor, s: float) -> RowNorms:
+    """n and V Aᵀ, in the dtype of A and B; reads back whether a row cancels."""
+    w0_a = (a @ w0.to(a.dtype).T).T
+    v_a = _v_a(w0_a, a, b, s)
+    base = torch.linalg.vector_norm(w0, dim=1, dtype=a.dtype).square()
+    squares = base + s * ((w0_a + v_a) * b).sum(1)
+    norm = squares.clamp_min(0).sqrt()
+    rows = (squares < CANCELLED * base).nonzero()[:, 0]
+    if len(rows):
+        v = torch.addmm(w0[rows].to(a.dtype), b[rows], a, alpha=s)
+        norm[rows] = torch.linalg.vector_norm(v, dim=1)
+    return RowNorms(norm.clamp_min(torch.finfo(norm.dtype).tiny), v_a)
+
+
+class RowNorm(torch.autograd.Function):
+    """n as a function of A and B, given the `RowNorms` at their values.
+
+        q = ∂L/∂n / n     ∂L/∂B = s·q ∘ (V Aᵀ)     ∂L/∂A = s·(q ∘ B)ᵀ V
+
+    with V Aᵀ = W0 Aᵀ + s·B (A Aᵀ) and (q ∘ B)ᵀ V = (q ∘ B)ᵀ W0 + s·((q ∘ B)ᵀ B) A.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, w0: Tensor, norm: Tensor, v_a: Tensor, s: float) -> Tensor:
+        """n of shape (out,)."""
+        return norm.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the factors and what was measured of them."""
+        a, b, w0, _, v_a, ctx.s = inputs
+        ctx.save_for_backward(a, b, w0, v_a, output)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of A and B; differentiable."""
+        a, b, w0, v_a, norm = ctx.saved_tensors
+        s, w0 = ctx.s, w0.to(a.dtype)
+        if torch.is_grad_enabled():  # differentiated once more: V Aᵀ must be a function of A and B
+            v_a = _v_a((a @ w0.T).T, a, b, s)
+        q = s * dn / norm
+        qb = (q * b.T).contiguous()
+        da = torch.addmm(qb @ w0, qb @ b, a, alpha=s)
+        return da, q[:, None] * v_a, None, None, None, None
+
+
+def _v_a(w0_a: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    return torch.addmm(w0_a, b, a @ a.T, alpha=s)

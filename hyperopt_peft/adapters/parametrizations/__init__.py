@@ -1,0 +1,1 @@
+"""Adapters with other variables than PEFT's: singular values, scales, selections."""

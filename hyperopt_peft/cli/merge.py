@@ -1,0 +1,148 @@
+"""hyperopt-peft merge: put an adapter into its base model's weights, and check that it is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.text.models import Dtype, load_base, load_config
+from hyperopt_peft.cli.text.tasks import TASKS, Task
+from hyperopt_peft.cli.train import BASE_CONFIG
+from hyperopt_peft.errors import ProblemError
+
+# Relative to the largest logit; merged weights are rounded to the base model's precision.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class MergeArguments:
+    """What to merge, and where to."""
+
+    adapter: str = HfArg(help="the folder of the adapter")
+    output_dir: str = HfArg(help="where the merged model is written; must be empty or not exist")
+    model: str | None = HfArg(
+        default=None, help="the base model; the one that the adapter names if not given"
+    )
+    dtype: Dtype = HfArg(
+        default="float32", help="of the merged weights; auto: as the base model's were saved"
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse ``argv``, merge, compare the logits before and after, and save.
+
+    Raises:
+        ProblemError: a folder that is not empty, an adapter that cannot be loaded onto the base
+            model, or logits that differ by more than rounding: nothing is saved then.
+    """
+    (args,) = parse("merge", __doc__, (MergeArguments,), argv)
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ProblemError(f"output_dir: {output} is not an empty folder; choose another")
+    model = load(args)
+    tokenizer = tokenizer_of(args, model)
+    merged, difference, largest = merge(model)
+    print(f"logits before and after merging: largest difference {difference:.2g} of {largest:.2g}")
+    merged.save_pretrained(output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
+    print(f"the merged model is in {output}{', without a tokenizer' if tokenizer is None else ''}")
+
+
+def load(args: MergeArguments) -> Any:
+    """The base model with the adapter, by stock PEFT.
+
+    Raises:
+        ProblemError: no adapter there, none of a task that is known, or not of this model.
+    """
+    folder = Path(args.adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise ProblemError(f"adapter: {folder} has no adapter_config.json")
+    try:
+        adapter = PeftConfig.from_pretrained(args.adapter)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ProblemError(f"adapter: cannot read {folder}/adapter_config.json: {error}") from error
+    name = args.model or adapter.base_model_name_or_path
+    if not name:
+        raise ProblemError("the adapter does not name its base model; give it as model")
+    saved = folder / BASE_CONFIG  # what train writes; it knows the labels of a new head
+    config = load_config(str(saved if saved.is_dir() else name))
+    base, new = load_base(task_of(adapter), name, config, args.dtype)
+    trained = set(adapter.modules_to_save or [])
+    if lacking := [weight for weight in new if not trained & set(weight.split("."))]:
+        raise ProblemError(
+            f"{name} is not the adapter's base model: it has no {lacking[0]} "
+            f"({len(lacking)} weights are missing)"
+        )
+    try:
+        return PeftModel.from_pretrained(base, args.adapter).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ProblemError(f"the adapter {folder} does not fit {name}: {error}") from error
+
+
+def task_of(adapter: Any) -> Task:
+    """The task whose Auto class loads the adapter's base model.
+
+    Raises:
+        ProblemError: an adapter of none of the tasks.
+    """
+    for task in TASKS.values():
+        if task.peft == adapter.task_type:
+            return task
+    raise ProblemError(
+        f"the adapter's task_type is {adapter.task_type}; known are "
+        f"{', '.join(sorted({task.peft for task in TASKS.values()}))}"
+    )
+
+
+@torch.no_grad()
+def merge(model: Any) -> tuple[Any, float, float]:
+    """The merged model, the largest difference of its logits to ``model``'s, the largest logit.
+
+    Raises:
+        ProblemError: the difference is more than rounding.
+    """
+    batch = random_batch(model.config)
+    before: Tensor = model(**batch).logits.float()
+    dtype = next(p.dtype for p in model.parameters())
+    merged = model.merge_and_unload()
+    after: Tensor = merged(**batch).logits.float()
+    difference, largest = float((before - after).abs().max()), float(before.abs().max())
+    limit = TOLERANCE.get(dtype, max(TOLERANCE.values())) * max(1.0, largest)
+    if not difference <= limit:
+        raise ProblemError(
+            f"the merged model is another one: logits differ by {difference:.2g}, {limit:.2g} is "
+            "allowed; nothing was saved"
+        )
+    return merged, difference, largest
+
+
+def random_batch(config: Any, rows: int = 2, length: int = 16) -> dict[str, Tensor]:
+    """Random tokens, the same at every call, (rows, length)."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
+    # A classifier of texts reads the last token that is not padding.
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
+    return batch
+
+
+def tokenizer_of(args: MergeArguments, model: Any) -> Any:
+    """The tokenizer saved with the adapter, or the base model's; None where there is none."""
+    for name in (args.adapter, args.model or model.peft_config["default"].base_model_name_or_path):
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError):
+            continue
+    return None

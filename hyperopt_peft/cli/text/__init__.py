@@ -1,0 +1,1 @@
+"""Text tasks of the command line: files, tokens, models, metrics."""

@@ -1,0 +1,223 @@
+"""The base model, its tokenizer and the adapter, from options; checked before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.hf_argparser import HfArg
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from hyperopt_peft.adapters.layers import PLAIN_MODULES
+from hyperopt_peft.cli.text.tasks import Task, TaskName
+from hyperopt_peft.errors import ProblemError, nearest
+
+ALL_LINEAR = "all-linear"
+Dtype = Literal["float32", "bfloat16", "auto"]
+
+
+@dataclass
+class ModelArguments:
+    """Which model, for what, with which adapter."""
+
+    _argument_group_name = "model and adapter"
+
+    model: str = HfArg(help="the base model: a local folder or a hub name")
+    task: TaskName = HfArg(help="what it is to learn")
+    tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
+    dtype: Dtype = HfArg(
+        default="float32", help="of the base model's weights; auto: as they were saved"
+    )
+    rank: int = HfArg(default=8, help="rank r of B·A")
+    alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
+    dropout: float = HfArg(default=0.0, help="dropout on the adapter's input")
+    target_modules: list[str] = HfArg(
+        default_factory=lambda: [ALL_LINEAR],
+        help="names (or ends of names) of the modules to adapt, or all-linear",
+    )
+    modules_to_save: list[str] | None = HfArg(
+        default=None, help="modules that are trained in full; a task's new head always is"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if getattr(self, name) < 1:
+                raise ProblemError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ProblemError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+def load_config(name: str) -> Any:
+    """The configuration of the model ``name``.
+
+    Raises:
+        ProblemError: there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        local = "" if Path(name).exists() else f"there is no folder {name} here, and "
+        raise ProblemError(f"cannot load the model {name!r}: {local}{error}") from error
+
+
+def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
+    """``config`` with the head that ``task`` needs: a class a name, or one number."""
+    if task == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
+    elif names:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        if task == "text-classification":
+            config.problem_type = "single_label_classification"
+    return config
+
+
+def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
+    """The tokenizer ``name``, with a padding token, for texts of ``max_length`` tokens.
+
+    Raises:
+        ProblemError: no such tokenizer, one that does not go with the model or the task, or
+            texts longer than the model reads.
+    """
+    words = task == "token-classification"
+    # Byte-level tokenizers need it for words that come as lists.
+    options = {"add_prefix_space": True} if words else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ProblemError(f"cannot load the tokenizer {name!r}: {error}") from error
+    limit = min(
+        tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_length
+    )
+    if max_length > limit:
+        raise ProblemError(
+            f"max_length={max_length} is more than the model's {limit} tokens; give "
+            f"max_length={limit} or less"
+        )
+    if len(tokenizer) > (getattr(config, "vocab_size", None) or len(tokenizer)):
+        raise ProblemError(
+            f"the tokenizer {name!r} has {len(tokenizer)} tokens, the model {config.vocab_size}; "
+            "they do not belong together"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ProblemError(f"the tokenizer {name!r} has no padding token and no end of text")
+        tokenizer.pad_token = tokenizer.eos_token
+    if words and not tokenizer.is_fast:
+        raise ProblemError(f"token-classification needs a fast tokenizer, which {name!r} is not")
+    return tokenizer
+
+
+def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, list[str]]:
+    """The base model, and the names of its weights that are new, drawn from the current seed.
+
+    Raises:
+        ProblemError: there is no such model, or none of it for the task.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report on a new head, forty lines long, is no news
+    try:
+        model, report = task.model.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("Model type should be one of")[0]  # a hundred of them
+        raise ProblemError(f"cannot load the model {name!r}: {reason}") from error
+    finally:
+        logging.set_verbosity(level)
+    mismatched = [entry[0] for entry in report["mismatched_keys"]]
+    return model, sorted({*report["missing_keys"], *mismatched})
+
+
+def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
+    """``model`` with a new adapter, A drawn from the current seed, in train mode.
+
+    Raises:
+        ProblemError: an unknown target module, or one that cannot be adapted.
+    """
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
+    for name in args.modules_to_save or []:
+        if name not in names:
+            raise ProblemError(f"modules_to_save: no module {name!r}{nearest(name, names)}")
+    targets = require_targets(model, args.target_modules)
+    if targets == [ALL_LINEAR]:
+        targets = linear_layers(model, besides=[*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or [])])
+    config = LoraConfig(
+        task_type=task.peft,
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.dropout,
+        target_modules=targets,
+        modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
+        use_dora=dora,
+    )
+    try:
+        return get_peft_model(model, config).train()
+    except (ValueError, TypeError) as error:
+        raise ProblemError(f"cannot adapt the model: {error}") from error
+
+
+def require_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """``targets``, each the name of a layer that DoRA can adapt, or all-linear.
+
+    Raises:
+        ProblemError: an unknown name, one of another kind of module, or no such layer at all.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    plain = {name for name, module in modules.items() if isinstance(module, PLAIN_MODULES)}
+    if not plain:
+        raise ProblemError(
+            f"{type(model).__name__} has no layer that DoRA can adapt: no linear, Conv1D, "
+            "embedding or convolution"
+        )
+    if list(targets) == [ALL_LINEAR]:
+        return list(targets)
+    for target in targets:
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        leaves = sorted({name.rpartition(".")[2] for name in plain})
+        if not found:
+            raise ProblemError(f"target_modules: no module {target!r}{nearest(target, leaves)}")
+        if other := [name for name in found if name not in plain]:
+            kind = type(modules[other[0]]).__name__
+            raise ProblemError(
+                f"target_modules: {other[0]} is a {kind}, which DoRA cannot adapt; adaptable are "
+                f"{', '.join(leaves)}"
+            )
+    return list(targets)
+
+
+def linear_layers(model: Any, besides: Sequence[str]) -> list[str]:
+    """Every linear layer but the output layer and what is in a module called as in ``besides``.
+
+    PEFT's own ``all-linear`` adapts the head of a token classifier, and what is to be saved.
+    """
+    output = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not output
+        and not set(name.split(".")) & set(besides)
+    ]
+
+
+def untrained(model: Any, new: Sequence[str]) -> list[str]:
+    """Of the base model's ``new`` weights those that the PeftModel ``model`` does not train."""
+    trained = [
+        name.replace(".modules_to_save.default", "")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    return [name for name in new if not any(own.endswith(f".{name}") for own in trained)]

@@ -1,0 +1,124 @@
+"""What train, compare and check have in common: one model, one data set, one way to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hyperopt_peft.cli.text import models
+from hyperopt_peft.cli.text.data import DataArguments, hold_out, load, require_repeated
+from hyperopt_peft.cli.text.encode import Encoder, class_names
+from hyperopt_peft.cli.text.models import ModelArguments
+from hyperopt_peft.cli.text.tasks import TASKS, Task
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.trainer.data import shared
+
+logger = logging.get_logger(__name__)
+TYPES = (ModelArguments, DataArguments, BiDoRATrainingArguments)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The data, encoded, and how to build models and trainers for them.
+
+    Attributes:
+        args: the model's options.
+        task: the task.
+        config: the base model's configuration, with the task's head.
+        tokenizer: the base model's.
+        train: encoded training examples, of both levels.
+        evaluation: encoded examples that are never trained on; None for no evaluation.
+    """
+
+    args: ModelArguments
+    task: Task
+    config: Any
+    tokenizer: Any
+    train: Dataset
+    evaluation: Dataset | None
+
+    def model(self, seed: int, *, dora: bool) -> Any:
+        """A new PeftModel, for one ``seed`` always the same; a warning names random weights."""
+        set_seed(seed)
+        base, new = models.load_base(self.task, self.args.model, self.config, self.args.dtype)
+        if getattr(base.config, "pad_token_id", None) is None:
+            base.config.pad_token_id = self.tokenizer.pad_token_id
+        model = models.adapted(base, self.args, self.task, dora=dora)
+        if names := models.untrained(model, new):
+            logger.warning_once(
+                f"{', '.join(names)} are new, random and frozen; name their modules in "
+                "modules_to_save"
+            )
+        return model
+
+    def trainer(self, model: Any, args: BiDoRATrainingArguments, **options: Any) -> BiDoRATrainer:
+        """The trainer of ``model``.
+
+        Raises:
+            ProblemError: arguments that do not go together.
+        """
+        try:
+            return BiDoRATrainer(
+                model,
+                args,
+                train_dataset=self.train,
+                eval_dataset=self.evaluation,
+                processing_class=self.tokenizer,
+                data_collator=self.collator(),
+                compute_metrics=self.task.metrics,
+                preprocess_logits_for_metrics=self.task.reduce,
+                **options,
+            )
+        except ProblemError:
+            raise
+        # The Trainer's: of the latter kinds a logger that is not installed, a hub out of reach.
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ProblemError(str(error)) from error
+
+    def collator(self) -> Any:
+        """Makes a padded batch from encoded examples."""
+        if self.task.peft == "SEQ_CLS":
+            return DataCollatorWithPadding(self.tokenizer)
+        if self.task.peft == "TOKEN_CLS":
+            return DataCollatorForTokenClassification(self.tokenizer)
+        return DataCollatorForSeq2Seq(self.tokenizer)
+
+
+def prepare(args: ModelArguments, data: DataArguments) -> Setup:
+    """Read and encode the data for the model; no weights are loaded.
+
+    Raises:
+        ProblemError: data that cannot be trained on, or a model that cannot be loaded.
+    """
+    task = TASKS[args.task]
+    train, evaluation = load(data, args.task)
+    tags = args.task == "token-classification"
+    names = class_names(train, data.label_column, tags) if task.classes else ()
+    config = models.labelled(models.load_config(args.model), args.task, names)
+    name = args.tokenizer or args.model
+    tokenizer = models.load_tokenizer(name, config, data.max_length, args.task)
+    encoder = Encoder(args.task, data, tokenizer, names)
+    train = encoder.encode(train, "the training examples")
+    if evaluation is not None:
+        evaluation = encoder.encode(evaluation, "the evaluation examples")
+        if common := shared(evaluation, train):
+            logger.warning(
+                f"{common} of {len(evaluation)} evaluation examples are training examples too; "
+                "what is measured on them says little"
+            )
+    held_out = evaluation is None and data.eval_fraction > 0
+    if args.task == "text-classification":
+        require_repeated(train, held_out)
+    if held_out:
+        train, evaluation = hold_out(train, data.eval_fraction)
+    return Setup(args, task, config, tokenizer, train, evaluation)

@@ -1,0 +1,82 @@
+"""hyperopt-peft train: train an adapter with BiDoRA, DoRA or LoRA, evaluate and save it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.plan import plan
+from hyperopt_peft.cli.text.setup import TYPES, prepare
+from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+
+BASE_CONFIG = "base_config"
+
+
+@dataclass
+class TrainArguments:
+    """What the command itself is asked for."""
+
+    _argument_group_name = "command"
+
+    dry_run: bool = HfArg(
+        default=False,
+        help="print who owns what, examples, steps and an estimate of the memory; train nothing",
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse ``argv``, train, evaluate, and write adapter, results and model card to output_dir.
+
+    Raises:
+        ProblemError: a bad option, model or data set.
+        NonFiniteError: see the option non_finite.
+    """
+    own, model_args, data, args = parse("train", __doc__, (TrainArguments, *TYPES), argv)
+    setup = prepare(model_args, data)
+    model = setup.model(args.seed, dora=args.method != "lora")
+    if own.dry_run:
+        with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output_dir
+            args.output_dir = folder
+            trainer = setup.trainer(model, args)
+            rows = 0 if setup.evaluation is None else len(setup.evaluation)
+            print(plan(trainer, len(setup.train), rows))
+            if setup.task.classes:
+                print(f"labels: {', '.join(setup.config.id2label.values())}")
+        return
+    trainer = setup.trainer(model, args)
+    result = trainer.train(_resume(args))
+    metrics = {} if setup.evaluation is None else trainer.evaluate()
+    save(trainer, result.metrics, metrics)
+    names = data.train_file or [data.dataset]
+    trainer.create_model_card(dataset=[Path(name).name for name in names])
+    if trainer.is_world_process_zero():
+        print(f"the adapter is in {args.output_dir}")
+    trainer.end_training()
+
+
+def _resume(args: BiDoRATrainingArguments) -> str | bool | None:
+    """A folder, or whether to resume from the last whole checkpoint."""
+    given: str | None = args.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(given).lower(), given)
+
+
+def save(trainer: BiDoRATrainer, trained: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Write the adapter, the base model's configuration, results and states."""
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        # For the number and names of the labels. Not beside the adapter: Transformers takes a
+        # folder with a configuration for a whole model.
+        trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
+    for split, values in (("train", trained), ("eval", metrics)):
+        if values:
+            trainer.log_metrics(split, values)
+            trainer.save_metrics(split, values)
+    trainer.save_state()
+    if trainer.retrainer is not None:
+        trainer.retrainer.save_state()

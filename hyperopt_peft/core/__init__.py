@@ -1,0 +1,1 @@
+"""One level of a bilevel program."""

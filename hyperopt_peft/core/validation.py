@@ -1,0 +1,183 @@
+"""The tensors a level owns: named, checked, and no two over the same memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.autograd import graph_nodes, is_half
+
+Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+
+
+def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    """The names and the tensors of ``variables``.
+
+    Raises:
+        ProblemError: no variables, one that is no leaf, needs no gradient or is complex, two of
+            one name or over the same memory.
+    """
+    if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
+        raise ProblemError(
+            f"{level}: variables must be tensors or (name, tensor) pairs, such as [w] or "
+            f"model.named_parameters(), got {type(variables).__name__}"
+        )
+    if isinstance(variables, Mapping):
+        variables = variables.items()
+    pairs: list[tuple[str, Tensor]] = []
+    for index, item in enumerate(variables):
+        pair = item if isinstance(item, tuple) else (f"variable {index}", item)
+        if len(pair) != 2 or not isinstance(pair[1], Tensor):
+            raise ProblemError(
+                f"{level}: variable {index} must be a tensor or a (name, tensor) pair, got {pair}"
+            )
+        name, tensor = str(pair[0]), pair[1]
+        if not tensor.requires_grad:
+            raise ProblemError(f"{level}: {name} does not require a gradient; it cannot be learnt")
+        if not tensor.is_leaf:
+            raise ProblemError(
+                f"{level}: {name} is computed from other tensors; own the leaf it is computed from"
+            )
+        if tensor.is_complex():
+            raise ProblemError(
+                f"{level}: {name} is complex; own a real tensor with a last dimension of 2, and "
+                "let the loss read it through torch.view_as_complex"
+            )
+        pairs.append((name, tensor))
+    if not pairs:
+        raise ProblemError(f"{level}: the level has no variables")
+    names, tensors = zip(*pairs, strict=True)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ProblemError(f"{level}: two variables are called {name!r}")
+    shared = shared_memory(pairs)
+    if shared is not None:
+        raise ProblemError(f"{level}: {shared[0]} and {shared[1]} are the same tensor or overlap")
+    return names, tensors
+
+
+def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two tensors over the same memory, or None.
+
+    Tensors without memory of their own (empty, meta, sharded) are told apart by identity.
+    """
+    spans = []
+    for name, tensor in named:
+        device, begin = str(tensor.device), tensor.data_ptr()
+        if begin == 0:
+            device, begin, length = "no memory", id(tensor), 1
+        else:
+            strides = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in strides)
+            length = (last + 1) * tensor.element_size()
+        spans.append((device, begin, begin + length, name))
+    spans.sort()
+    for (device, _, end, name), (other_device, begin, _, other) in pairwise(spans):
+        if device == other_device and begin < end:
+            return name, other
+    return None
+
+
+def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]:
+    """The scalar of ``result``, with its graph, and the other single numbers in it.
+
+    Raises:
+        ProblemError: it is no real scalar, or depends on nothing that requires a gradient.
+    """
+    metrics: dict[str, float] = {}
+    if isinstance(result, Mapping):
+        if "loss" not in result:
+            raise ProblemError(
+                f'{level}: loss returned a mapping without "loss", only {list(result)}'
+            )
+        metrics = {k: _plain(v) for k, v in result.items() if k != "loss" and is_number(v)}
+        result = result["loss"]
+    if not isinstance(result, Tensor) or result.numel() != 1 or result.is_complex():
+        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ProblemError(f"{level}: loss must be a real scalar tensor, got {shape}")
+    if not result.requires_grad:
+        raise ProblemError(
+            f"{level}: the loss does not depend on any tensor that requires a gradient; "
+            "look for detach(), .item(), torch.no_grad() or frozen variables"
+        )
+    return result.reshape(()), metrics
+
+
+def runs_in_half(loss: Tensor, level: str) -> bool:
+    """Whether a pass behind ``loss`` is in half precision, as its graph shows.
+
+    Raises:
+        ProblemError: reentrant gradient checkpointing hides the graph.
+    """
+    nodes = list(graph_nodes([loss]))
+    if any("CheckpointFunction" in node.name() for node in nodes):
+        raise ProblemError(
+            f"{level}: reentrant gradient checkpointing hides variables from the "
+            'loss; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+    return any(is_half(node) for node in nodes)
+
+
+def lacking(batch: Any, error: Exception) -> str:
+    """What ``batch`` lacks, if that is why a loss raised ``error``; else empty."""
+    if batch is None and "NoneType" in str(error):
+        return f"the loss was given no batch ({error}); give the level data, or the call a batch"
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if not isinstance(key, str) or not isinstance(batch, Mapping) or key in batch:
+        return ""
+    return (
+        f"the loss reads {key!r}, and the batch has only {', '.join(map(str, batch))}; "
+        "the Trainer takes out what the model does not read, unless remove_unused_columns=False"
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is one real number, as a Python number or a tensor."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer | None, level: str) -> None:
+    """Raise ProblemError unless ``scheduler`` is a schedule of ``optimizer``."""
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        raise ProblemError(
+            f"{level}: scheduler must be a learning rate schedule that steps without a "
+            f"metric, got {type(scheduler).__name__}"
+        )
+    if scheduler.optimizer is not optimizer:
+        raise ProblemError(f"{level}: the scheduler drives another optimizer")
+
+
+def check_optimizer(
+    optimizer: Optimizer, names: Sequence[str], variables: Sequence[Tensor], level: str
+) -> None:
+    """Raise ProblemError unless ``optimizer`` holds exactly ``variables``, each once."""
+    if not isinstance(optimizer, Optimizer):
+        raise ProblemError(
+            f"{level}: optimizer must be a torch.optim.Optimizer over the level's "
+            f"variables, got {optimizer!r}"
+        )
+    known = {id(variable): name for name, variable in zip(names, variables, strict=True)}
+    held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    foreign = [tuple(tensor.shape) for tensor in held if id(tensor) not in known]
+    missing = [name for key, name in known.items() if key not in {id(t) for t in held}]
+    if missing or foreign:
+        raise ProblemError(
+            f"{level}: the optimizer must hold exactly the level's variables; "
+            f"it lacks {missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
+        )
+    if len(held) > len(known):  # torch warns, and moves it twice a step
+        twice = sorted({known[id(x)] for x in held if sum(x is y for y in held) > 1})
+        raise ProblemError(f"{level}: the optimizer holds {twice} twice; give each once")

@@ -1,0 +1,1 @@
+"""Whether a pair of levels is sound, and which estimator suits it."""

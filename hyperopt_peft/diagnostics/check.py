@@ -1,0 +1,296 @@
+"""What is wrong with a pair of levels, in words, before they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.core.optimizer import read_by_options
+from hyperopt_peft.core.problem import Evaluation, Problem, devices_of
+from hyperopt_peft.diagnostics.curvature import Curvature, measure
+from hyperopt_peft.diagnostics.findings import Check, Finding, Kind, Severity
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimate import open_oracle
+from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.utils.distributed import local
+from hyperopt_peft.utils.random_state import (
+    RandomState,
+    host_random_state,
+    replay,
+    restore_host_random_state,
+)
+from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.vector import Vector, machine_epsilon
+
+_NO_EDITS = "compute a new tensor in place of writing, and leave every write to the optimizer"
+
+
+def check_problem(
+    upper: Problem,
+    lower: Problem,
+    *,
+    upper_batch: Any = None,
+    lower_batch: Any = None,
+    seed: int = 0,
+    steps: int = 20,
+) -> Check:
+    """Examine two levels at the current point, before they are trained or after.
+
+    Errors: a tensor that both own; a variable that no loss reads; a loss that is not a scalar
+    with a gradient, is not finite, writes to a variable, or is not a function of its batch, the
+    variables and PyTorch's random state. Warnings: no implicit term; f without second derivative;
+    negative curvature; a linear system that ``steps`` steps do not solve; a lower level far from
+    its minimum. Notes: dropout, buffers that a loss changes, a level without optimizer.
+
+    *Far from its minimum* is measured by what it does to the hypergradient, since neither ‖∂f/∂w‖
+    nor f itself says anything without a scale: a Newton step (by conjugate gradients, and short
+    enough to lower f) is taken on copies, and the hypergradient is computed again. The change,
+    relative to ‖direct‖ + ‖implicit‖, is the same for any multiple of f, of F and of w, and
+    for any constant added to f; above 0.1 it is a warning. It is that of the batch that is
+    examined: where f is a mean over data, give a ``lower_batch`` that is large enough.
+
+    Costs 4·``steps`` second derivative products at most, and some twenty passes. Variables,
+    gradients, buffers, data and random states are bit-identical afterwards; a counter that
+    a loss keeps for itself has moved on.
+
+    Args:
+        upper_batch, lower_batch: what the losses are given; by default what each level's data
+            will give next. Levels for a Trainer have no data of their own: give batches.
+        seed: of the losses' random numbers.
+        steps: of the solvers.
+
+    Raises:
+        ProblemError: ``steps`` is not positive, or `Problem.optimizer_options` are none.
+        Exception: whatever a loss raises that is none of the above.
+    """
+    if steps < 1:
+        raise ProblemError(f"steps must be at least 1, got {steps}")
+    try:
+        check_ownership(upper, lower)
+    except ProblemError as error:
+        advice = "each level needs tensors of its own"
+        return Check((Finding("shared tensor", "error", "both levels", str(error), advice),))
+    batches = {"upper_batch": upper_batch, "lower_batch": lower_batch}
+    given = {name: batch for name, batch in batches.items() if batch is not None}
+    oracle = open_oracle(upper, lower, seed=seed, **given)
+    host = host_random_state()  # after the data's own draws, which stay drawn
+    try:
+        with displaced((*upper.variables, *lower.variables)) as start, oracle.open():
+            examination = _Examination(oracle, start, seed, steps)
+            examination.run()
+    finally:
+        restore_host_random_state(host)
+    order = ("error", "warning", "note")
+    findings = sorted(examination.findings, key=lambda finding: order.index(finding.severity))
+    return Check(tuple(findings), examination.curvature)
+
+
+@dataclass
+class _Examination:
+    """The findings so far; ``start`` holds copies of all variables, the upper ones first."""
+
+    oracle: Oracle
+    start: tuple[Tensor, ...]
+    seed: int
+    steps: int
+    findings: list[Finding] = field(default_factory=list)
+    curvature: Curvature | None = None
+
+    def run(self) -> None:
+        oracle = self.oracle
+        for level in (oracle.upper, oracle.lower):
+            if level.optimizer is None:
+                words = "the level has no optimizer"
+                advice = "an Engine needs one for each level; a Trainer brings its own"
+                self._add("no optimizer", "note", level, words, advice)
+        above = self._first_order(oracle.upper, oracle.upper_batch, oracle.upper_random)
+        below = self._first_order(oracle.lower, oracle.lower_batch, oracle.lower_random)
+        if above is None or below is None:
+            return
+        self._unread(above.gradient, below.gradient)
+        if not any(finding.severity == "error" for finding in self.findings):
+            self._second_order("difference" if len(oracle.lower.levels) > 1 else "exact")
+
+    def _add(self, kind: Kind, severity: Severity, level: Problem, words: str, advice: str) -> None:
+        self.findings.append(Finding(kind, severity, level.name, words, advice))
+
+    @property
+    def _variables(self) -> tuple[Tensor, ...]:
+        return (*self.oracle.upper.variables, *self.oracle.lower.variables)
+
+    def _first_order(self, level: Problem, batch: Any, random: RandomState) -> Evaluation | None:
+        """What some evaluations of a loss show; None where it has no gradient to go on with."""
+        versions, host = [x._version for x in self._variables], host_random_state()
+        evaluation = None
+        try:
+            evaluation = self._evaluate(level, batch, random)
+        except (NonFiniteError, ProblemError) as error:
+            words = str(error).removeprefix(f"{level.name}: ")
+            if isinstance(error, NonFiniteError):
+                advice = "look for a logarithm or a division of zero, or for values that are NaN"
+                self._add("not finite", "error", level, words, advice)
+            else:
+                advice = "return a scalar tensor that is computed from the variables"
+                self._add("bad loss", "error", level, words, advice)
+        except RuntimeError as error:  # an edit that autograd itself refuses
+            if not any(word in str(error) for word in ("in-place", "inplace")):
+                raise
+            words = f"the loss edits a tensor in place: {error}"
+            self._add("in-place edit", "error", level, words, _NO_EDITS)
+        if edited := self._edited(versions):
+            words = f"the loss writes to {', '.join(edited)}"
+            self._add("in-place edit", "error", level, words, _NO_EDITS)
+        if evaluation is None or edited:
+            return None
+        self._randomness(level, batch, random, evaluation, host)
+        return evaluation
+
+    def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> Evaluation:
+        buffers, lower = self.oracle.buffers, self.oracle.lower
+        with replay(random):  # of F too with what stands below the lower level as a function of it
+            if level is lower:
+                evaluation = lower.gradient(batch, self._variables)
+            else:
+                evaluation = lower.gradient_of(level, batch, self._variables)
+        changed = sorted(set(buffers.changed()))
+        buffers.restore()
+        known = {(finding.kind, finding.level) for finding in self.findings}
+        if changed and ("buffers", level.name) not in known:
+            words = f"the loss changes the buffers {', '.join(changed)}"
+            advice = (
+                "hypergradients put them back, the level's own steps keep the change; "
+                "module.eval() stops it"
+            )
+            self._add("buffers", "note", level, words, advice)
+        return evaluation
+
+    def _edited(self, versions: list[int]) -> list[str]:
+        """The variables that were written to, by version or, as through ``.data``, by value."""
+        levels = (self.oracle.upper, self.oracle.lower)
+        names = [f"{level.name}'s {name}" for level in levels for name in level.names]
+        edited = [
+            name
+            for name, x, version, now, start in zip(
+                names, self._variables, versions, local(self._variables), local(self.start)
+            )
+            if x._version != version or not torch.allclose(now, start, 0, 0, equal_nan=True)
+        ]
+        if edited:
+            assign(self._variables, self.start)
+        return edited
+
+    def _randomness(
+        self,
+        level: Problem,
+        batch: Any,
+        random: RandomState,
+        first: Evaluation,
+        host: Mapping[str, Any],
+    ) -> None:
+        """Whether the loss is a function of PyTorch's random state, and of nothing else."""
+        if self._differs(level, first, self._evaluate(level, batch, random)):
+            restore_host_random_state(host)
+            of_host = not self._differs(level, first, self._evaluate(level, batch, random))
+            source = "draws from Python's or NumPy's generator" if of_host else "keeps a state"
+            words = f"two evaluations from one random state differ: the loss {source}"
+            advice = "draw with PyTorch's generators, and keep nothing from one call to the next"
+            self._add("not reproducible", "error", level, words, advice)
+            return
+        devices = devices_of(self.oracle.upper, self.oracle.lower)
+        other = RandomState.seeded(devices, self.seed, "another")
+        if self._differs(level, first, self._evaluate(level, batch, other)):
+            words = "the loss draws random numbers, such as dropout masks"
+            advice = "all passes of one hypergradient see the same ones; module.eval() stops it"
+            self._add("random", "note", level, words, advice)
+
+    def _differs(self, level: Problem, one: Evaluation, other: Evaluation) -> bool:
+        """Whether two evaluations differ by more than the order of a device's sums."""
+        a, b = (Vector.of(e.gradient, self._variables) for e in (one, other))
+        epsilon = torch.finfo(torch.bfloat16).eps if level.half else machine_epsilon(a)
+        apart = abs(one.loss - other.loss) > 10 * epsilon * abs(one.loss)
+        return apart or (a - b).norm() > 10 * epsilon * a.norm()
+
+    def _unread(self, above: Sequence[Tensor | None], below: Sequence[Tensor | None]) -> None:
+        """Variables without a gradient, and levels that do not meet."""
+        upper, lower = self.oracle.upper, self.oracle.lower
+        count = len(upper.variables)
+        unread = [(lower, n) for n, g in zip(lower.names, below[count:]) if g is None]
+        both, options = zip(upper.names, upper.variables, above, below), self._options
+        unread += [(upper, n) for n, x, f, g in both if f is g is None and id(x) not in options]
+        for level, name in unread:
+            losses = "the lower loss does not read" if level is lower else "no loss reads"
+            words = f"{losses} the variable {name!r}"
+            advice = "use it in the loss, or do not give it to the level"
+            self._add("unread variable", "error", level, words, advice)
+        if not any(g is not None and g.any() for g in above[count:]):
+            words = "∂F/∂w is zero: the upper loss does not depend on the lower variables here"
+            advice = (
+                "let it read what the lower level trains; as it is, the hypergradient is the "
+                "direct term"
+            )
+            self._add("no implicit term", "warning", upper, words, advice)
+        if all(g is None for g in below[:count]):
+            self._no_mixed()
+
+    @cached_property
+    def _options(self) -> set[int]:
+        """The ids of the variables that the lower optimizer's options are functions of."""
+        return read_by_options(self.oracle.lower)
+
+    def _no_mixed(self) -> None:
+        if self._options:  # they move what the lower level reaches, without a derivative of f
+            return
+        words = "∂²f/∂u∂w is zero here: the upper variables do not move the lower minimum"
+        advice = (
+            "let them act on the lower loss together with its variables; as it is, the "
+            "hypergradient is the direct term"
+        )
+        self._add("no mixed derivative", "warning", self.oracle.lower, words, advice)
+
+    def _second_order(self, product: ProductKind) -> None:
+        lower = self.oracle.lower
+        try:
+            self.curvature = found = measure(self.oracle, product, self.steps, self.seed)
+        except NonFiniteError as error:
+            advice = "look for roots, norms and logarithms of zero, whose derivatives are infinite"
+            self._add("not finite", "error", lower, str(error), advice)
+            return
+        except ProblemError as error:
+            words, _, advice = str(error).rpartition("; ")
+            if product == "difference":
+                self._add("bad loss", "error", lower, words, advice)
+            else:
+                self._add("no double backward", "warning", lower, words, advice)
+                self._second_order("difference")
+            return
+        kinds = {finding.kind for finding in self.findings}
+        if not found.implicit and not kinds & {"no mixed derivative", "no implicit term"}:
+            self._no_mixed()
+        if found.smallest < -1e-3 * abs(found.largest):
+            words = f"the lower Hessian has negative curvature, {found.smallest:.2g}"
+            advice = (
+                f"this is no minimum: take more lower steps, give cg or minres a damping of "
+                f"{-2 * found.smallest:.1g} or more, or use darts"
+            )
+            self._add("negative curvature", "warning", lower, words, advice)
+        if found.residual > 0.1:
+            words = (
+                f"after {self.steps} steps of minres the residual is still {found.residual:.2g}; "
+                f"the condition number is {found.condition:.1g} or more"
+            )
+            advice = "give the solver more steps or a damping, or regularise the lower loss"
+            self._add("ill-conditioned", "warning", lower, words, advice)
+        if found.change > 0.1:
+            before, after = found.losses
+            words = (
+                f"the lower level is far from its minimum: a Newton step takes its loss from "
+                f"{before:.4g} to {after:.4g} and changes the hypergradient by {found.change:.0%}"
+            )
+            advice = "take more lower steps before the first upper step and before each one"
+            self._add("far from stationary", "warning", lower, words, advice)

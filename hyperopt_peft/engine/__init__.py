@@ -1,0 +1,1 @@
+"""The plain training loop over two levels."""

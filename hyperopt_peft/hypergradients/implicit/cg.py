@@ -1,0 +1,76 @@
+"""Conjugate gradients on the Hessian system."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
+
+
+@register("cg", kind="implicit", tolerance=1e-2)
+@dataclass(frozen=True)
+class ConjugateGradient(Solver):
+    """v ≈ (H + damping·I)⁻¹ b by at most ``steps`` conjugate-gradient steps.
+
+    Ends at relative residual ``tolerance``, or at a curvature that is not positive beyond
+    rounding: the note then says so, and the iterate of least residual is returned, zero where
+    it is met at once. (On a positive definite system the last iterate is the best.) One
+    Hessian-vector product a step. Hestenes & Stiefel 1952, doi:10.6028/jres.049.044; as a
+    hypergradient: Pedregosa 2016, arXiv:1602.02355.
+    """
+
+    steps: int = 10
+    damping: float = 0.0
+    tolerance: float = 1e-6
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        super().check()
+        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
+        self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+
+    def solve(self, matvec: Matvec, b: Vector) -> Solution:
+        """v ≈ (H + damping·I)⁻¹ b."""
+        return conjugate_gradients(matvec, b, self.steps, self.damping, self.tolerance)
+
+
+def conjugate_gradients(
+    matvec: Matvec,
+    b: Vector,
+    steps: int,
+    damping: float,
+    tolerance: float,
+    *,
+    precondition: Matvec | None = None,
+) -> Solution:
+    """v ≈ (H + damping·I)⁻¹ b; ``precondition`` is a positive definite P⁻¹, None for I."""
+    v, r, best = zeros_like(b), b.copy(), zeros_like(b)
+    z = r if precondition is None else precondition(r)
+    p = z.copy()
+    square = start = least = dot(b, b)
+    rho = square if z is r else dot(r, z)
+    largest = 0.0
+    for step in range(steps):
+        if square <= tolerance**2 * start:
+            return Solution(v, (square / start) ** 0.5, step)
+        q, length = matvec(p), dot(p, p)
+        curvature = dot(p, q) / length + damping
+        largest = max(largest, abs(curvature))
+        if curvature <= 10 * machine_epsilon(b) * largest:
+            kind = "negative" if curvature < 0 else "zero"
+            note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
+            return Solution(best, (least / start) ** 0.5, step, note)
+        alpha = rho / (curvature * length)
+        v.add_(p, alpha)
+        r.add_(q, -alpha).add_(p, -alpha * damping)
+        z = r if precondition is None else precondition(r)
+        square = dot(r, r)
+        rho, previous = square if z is r else dot(r, z), rho
+        p.mul_(rho / previous).add_(z)
+        if square < least:
+            best.copy_(v)
+            least = square
+    return Solution(v, (square / start) ** 0.5, steps)

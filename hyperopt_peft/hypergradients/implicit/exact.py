@@ -1,0 +1,67 @@
+"""The dense solve: the reference for every other estimator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.vector import Vector, machine_epsilon
+
+
+@register("exact", kind="implicit", tolerance=1e-9)
+@dataclass(frozen=True)
+class Exact(Solver):
+    """v = (H + damping·I)⁻¹ b from the eigenvalues of the dense Hessian.
+
+    The Hessian is built from one Hessian-vector product for each of the n lower unknowns,
+    symmetrised, and decomposed in float64 (``float64=False``: in the variables' precision).
+    Where it is singular and ∂F/∂w has no part in its null space, v has none either.
+    More than ``max_size`` unknowns are refused: time grows as n products, memory as n².
+    The textbook form of the implicit function theorem (Bengio 2000,
+    doi:10.1162/089976600300015187).
+
+    Raises:
+        ProblemError: n exceeds ``max_size``, or the Hessian is singular along ∂F/∂w.
+    """
+
+    damping: float = 0.0
+    float64: bool = True
+    max_size: int = 5000
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        super().check()
+        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
+        self.require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
+
+    def solve(self, matvec: Matvec, b: Vector) -> Solution:
+        """v = (H + damping·I)⁻¹ b."""
+        n = b.numel()
+        if n > self.max_size:
+            raise ProblemError(
+                f"exact: the lower level has {n} unknowns, more than max_size={self.max_size}; "
+                'use "cg:steps=100", or raise max_size'
+            )
+        rhs = b.flat()
+        columns = [matvec(b.with_entries(unit)).flat() for unit in torch.eye(n).to(rhs)]
+        hessian = (torch.stack(columns) + torch.stack(columns, dim=1)) / 2
+        if self.float64:
+            hessian, rhs = hessian.double(), rhs.double()
+        hessian.diagonal().add_(self.damping)
+        values, vectors = torch.linalg.eigh(hessian)
+        rhs = vectors.T @ rhs
+        noise = machine_epsilon(b)
+        null = values.abs() <= n * noise * values.abs().max()
+        if rhs[null].norm() > noise**0.5 * rhs.norm():
+            raise ProblemError(
+                "exact: the lower Hessian is singular along ∂F/∂w; regularise the lower loss, add "
+                "damping, or look for a lower variable that the loss does not read"
+            )
+        solution = torch.where(null, 0, rhs / values.where(~null, torch.ones_like(values)))
+        residual = (rhs - values * solution).norm() / rhs.norm()
+        note = f"the Hessian has rank {n - int(null.sum())} of {n}" if null.any() else ""
+        return Solution(b.with_entries(vectors @ solution), float(residual), n, note)

@@ -1,0 +1,67 @@
+"""Minimal residuals on the Hessian system: the solver for indefinite Hessians."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
+
+
+@register("minres", kind="implicit", tolerance=1e-2)
+@dataclass(frozen=True)
+class MINRES(Solver):
+    """v ≈ (H + damping·I)⁻¹ b, the v of least residual in a Krylov space of ``steps`` dimensions.
+
+    H may be indefinite, as it is away from a minimum of f: the residual never grows. Ends at
+    relative residual ``tolerance``, or where H is singular and no v has a smaller one, which
+    the note then says. One Hessian-vector product a step.
+    Lanczos tridiagonalisation and a QR factorisation by rotations (c, s), updated step by
+    step: Paige & Saunders 1975, doi:10.1137/0712047.
+    """
+
+    steps: int = 10
+    damping: float = 0.0
+    tolerance: float = 1e-6
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        super().check()
+        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
+        self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+
+    def solve(self, matvec: Matvec, b: Vector) -> Solution:
+        """v ≈ (H + damping·I)⁻¹ b."""
+        start = b.norm()
+        v, residual = zeros_like(b), start
+        lanczos, previous = b / start, zeros_like(b)  # orthonormal q_k, q_{k-1}
+        beta = largest = 0.0
+        noise = 10 * machine_epsilon(b)
+        direction, older = zeros_like(b), zeros_like(b)  # columns of Q R⁻¹
+        (c, s), (c_older, s_older) = (1.0, 0.0), (1.0, 0.0)
+        for step in range(self.steps):
+            q = matvec(lanczos) + self.damping * lanczos - beta * previous
+            alpha = dot(lanczos, q)
+            q = q - alpha * lanczos
+            beta, beta_old = q.norm(), beta
+            # The new column (beta_old, alpha, beta) of the tridiagonal, rotated twice.
+            epsilon, entry = s_older * beta_old, c_older * beta_old
+            delta, gamma = c * entry + s * alpha, c * alpha - s * entry
+            largest = max(largest, math.hypot(alpha, beta, beta_old))
+            rho = math.hypot(gamma, beta)
+            # ‖Hr‖/‖r‖ of the residual so far is hypot(γ, cβ): zero where no v does better.
+            stationary = math.hypot(gamma, c * beta) <= max(self.tolerance, noise) * largest
+            if stationary or rho <= noise * largest:
+                note = "the Hessian is singular: least-squares solution"
+                return Solution(v, abs(residual) / start, step, note)
+            direction, older = (lanczos - delta * direction - epsilon * older) / rho, direction
+            (c, s), (c_older, s_older) = (gamma / rho, beta / rho), (c, s)
+            v = v + (c * residual) * direction
+            residual = -s * residual
+            if beta <= noise * largest or abs(residual) <= self.tolerance * start:
+                return Solution(v, abs(residual) / start, step + 1)
+            previous, lanczos = lanczos, q / beta
+        return Solution(v, abs(residual) / start, self.steps)

@@ -1,0 +1,108 @@
+"""One step an upper step on the Hessian system, from where the last one ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.oracle import State
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.vector import Vector, dot, zeros_like
+
+FORGET = 0.97  # of the largest curvature seen, what counts next: some batches are steeper than most
+TILT = 0.1  # of the power iteration's vector towards the residual, where a divergence shows
+
+
+@register("warm", kind="implicit", tolerance=0.15)
+@dataclass(frozen=True)
+class WarmStart(Solver):
+    """v ← v − (a/k^decay)·((H + damping·I)v − b) at the k-th upper step, from the last one's v.
+
+    The hypergradient is taken along v as it was kept, then v moves by ``steps`` such steps. So v
+    does not depend on the batch that it is used on, and averages H and b over the batches before:
+    where those vary about a fixed point, its mean is H⁻¹b. The first upper step has nothing
+    kept, nor has a hypergradient out of training: ``first_steps`` steps from a·b come before,
+    as in a Neumann series.
+
+    ``step`` is a, and None sets it to 1/(λmax + damping), with λmax from a power iteration that
+    is kept too. A slower ``decay`` follows a moving level more closely, a faster one averages
+    more. Where vᵀ(H + damping·I)v is negative, v and k start again, and the note says so. A step
+    costs one Hessian-vector product, λmax one an upper step. SOBA: Dagréou et al. 2022,
+    arXiv:2201.13409 Eq. 5–6; AmIGO: Arbel & Mairal 2022, arXiv:2111.14580.
+    """
+
+    steps: int = 1
+    step: float | None = None
+    decay: float = 0.5
+    first_steps: int = 20
+    damping: float = 0.0
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        super().check()
+        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        self.require(self.step is None or self.step > 0, f"step must be positive, got {self.step}")
+        self.require(0 <= self.decay <= 1, f"decay must be in [0, 1], got {self.decay}")
+        self.require(self.first_steps >= 1, f"first_steps must be ≥ 1, got {self.first_steps}")
+        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
+
+    def solve(self, matvec: Matvec, b: Vector) -> Solution:
+        """v ≈ (H + damping·I)⁻¹ b, with nothing kept."""
+        return self.advance(matvec, b, {})[0]
+
+    def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
+        """The solution of this upper step, and what to keep for the next one."""
+        a, direction, largest = self.step, None, 0.0
+        if a is None:
+            direction, largest = self._curvature(matvec, b, state)
+            if largest + self.damping == 0:
+                note = "the Hessian is zero along ∂F/∂w"
+                return Solution(zeros_like(b), 1.0, 0, note), state
+            a = 1 / (largest + self.damping)
+        v = _vector(state, "v") if state else a * b
+        k = _number(state, "k") + 1 if state else 1
+        before, note = 0 if state else self.first_steps, ""
+        for step in range(before + self.steps):
+            q = matvec(v) + self.damping * v
+            if dot(v, q) < 0:
+                v, k, note = a * b, 1, "negative curvature along v, which starts again"
+                q = matvec(v) + self.damping * v
+            r = b - q
+            if step == before:
+                found = Solution(v, r.norm() / b.norm(), step + self.steps)
+            v = v + (a if step < before else a / k**self.decay) * r
+        if not v.isfinite():
+            raise NonFiniteError(f"v has diverged; make step smaller than {a:.3g}")
+        kept: dict[str, Vector | float] = {"v": v, "k": k}
+        if direction is not None:
+            length = r.norm()
+            tilted = direction + (TILT / length) * r if length else direction
+            kept |= {"direction": tilted, "largest": largest}
+        return replace(found, note=note), kept
+
+    def _curvature(self, matvec: Matvec, b: Vector, state: State) -> tuple[Vector, float]:
+        """The power iteration's vector, of length 1, and |λ|max."""
+        direction = _vector(state, "direction") if state else b
+        largest = FORGET * _number(state, "largest") if state else 0.0
+        for _ in range(1 if state else self.first_steps):
+            direction = matvec(direction / direction.norm())
+            length = direction.norm()
+            if length == 0:
+                return b / b.norm(), largest
+            direction = direction / length
+        return direction, max(largest, length)
+
+
+def _vector(state: State, key: str) -> Vector:
+    value = state.get(key)
+    if not isinstance(value, Vector):
+        raise ProblemError(f"warm: the kept state has no vector {key!r}; it is another estimator's")
+    return value
+
+
+def _number(state: State, key: str) -> float:
+    value = state.get(key)
+    if not isinstance(value, int | float):
+        raise ProblemError(f"warm: the kept state has no number {key!r}; it is another estimator's")
+    return value

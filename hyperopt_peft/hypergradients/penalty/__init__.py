@@ -1,0 +1,1 @@
+"""Estimators from first-order passes at perturbed minima."""

@@ -1,0 +1,90 @@
+"""The central difference of a penalised value function: two short inner runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hyperopt_peft.hypergradients.estimator import Estimate
+from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
+from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns, Minimum
+from hyperopt_peft.hypergradients.products import default_radius
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.vector import Vector, machine_epsilon, zeros_like
+
+
+@register("f2sa", kind="penalty", tolerance=0.1)
+@dataclass(frozen=True)
+class F2SA(InnerRuns):
+    """dF/du ≈ [∂/∂u (f + νF)(u, w_ν) − ∂/∂u (f − νF)(u, w_−ν)] / 2ν, w_±ν = argmin_w f ± νF.
+
+    With φ(ν, u) = min_w f + νF, ∂φ/∂ν is F at the minimum w_ν and ∂φ/∂u is ∂/∂u (f + νF) there.
+    So dF/du = ∂²φ/∂ν∂u at ν = 0, and this is its central difference, with an error of O(ν²).
+
+    A batch's f is not at its minimum in w, and a run of a few steps would not get there. So f
+    stands for f − ⟨∂f/∂w(w), ·⟩, whose minimum is w: the estimate tends to the implicit formula
+    at w, as those of the solvers do, and is the paper's where ∂f/∂w = 0.
+
+    ``nu`` is ν in units of f/F. None chooses it so that w moves by the length at which a central
+    difference of ∂f is best, or by less where ∂F/∂w would change by a larger share of itself
+    than the cube root of the machine epsilon. Multiplying f or F by a constant then changes
+    nothing but the constant. At each side every point of a run costs a pass of f and one of F.
+    The second run starts at the first one's mirror image; at the next upper step both start
+    where they ended. Kwon et al. 2023, arXiv:2301.10945 (one-sided); Chen et al. 2025,
+    arXiv:2509.02937 (F2SA-2).
+    """
+
+    nu: float | None = None
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        super().check()
+        self.require(self.nu is None or self.nu > 0, "nu must be positive")
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        if b.norm() == 0:
+            return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
+        with oracle.moved() as gradients:
+            at_w = gradients("lower", zeros_like(b))
+            start = self.response(oracle, gradients, at_w[1])
+            if start.norm() == 0:
+                return Estimate(direct, zeros_like(direct), 1.0, 0, NOT_CONVEX)
+            nu = self.nu or self._relative(oracle, gradients, start)
+            above = self._side(nu, oracle, gradients, at_w, nu * start)
+            below = self._side(-nu, oracle, gradients, at_w, -above.offset)
+        total = (above.of_u - below.of_u) / (2 * nu)
+        return Estimate(
+            direct,
+            total - direct,
+            max(above.residual, below.residual),
+            above.steps + below.steps,
+            above.note or below.note,
+            {"response": (above.offset - below.offset) / (2 * nu)},
+        )
+
+    def _relative(self, oracle: Oracle, gradients: Gradients, response: Vector) -> float:
+        """ν in the scales of f and F at w, where dw_ν/dν ≈ ``response``."""
+        b = oracle.upper_gradient.b
+        u, w = oracle.upper.variables, oracle.lower.variables
+        nu = default_radius(Vector(w), sides=2, beside=u) / response.norm()
+        change = (gradients("upper", nu * response)[1] - b).norm() / b.norm()
+        return float(nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(change, 1e-30)))
+
+    def _side(
+        self,
+        nu: float,
+        oracle: Oracle,
+        gradients: Gradients,
+        at_w: tuple[Vector, Vector],
+        start: Vector,
+    ) -> Minimum:
+        """The minimum of f + ``nu``·F near w, f less its slope at w."""
+        of_u, slope = at_w
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+
+        def gradient(offset: Vector) -> tuple[Vector, Vector]:
+            f, upper_f = gradients("lower", offset), gradients("upper", offset)
+            return f[0].add_(upper_f[0], nu), f[1].add_(slope, -1).add_(upper_f[1], nu)
+
+        return self.minimum(gradient, (of_u + nu * direct, nu * b), start)

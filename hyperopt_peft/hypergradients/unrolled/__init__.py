@@ -1,0 +1,1 @@
+"""Estimators that differentiate steps of the lower optimizer."""

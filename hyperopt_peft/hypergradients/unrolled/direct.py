@@ -1,0 +1,25 @@
+"""The hypergradient without its implicit term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.vector import zeros_like
+
+
+@register("direct", kind="direct")
+@dataclass(frozen=True)
+class Direct(Estimator):
+    """dF/du ≈ ∂F/∂u: the lower solution's answer to u is ignored.
+
+    One forward+backward. The baseline that an implicit estimator has to beat; first-order
+    DARTS (Liu, Simonyan & Yang 2019, arXiv:1806.09055 §2.3, ξ = 0).
+    """
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """∂F/∂u at the oracle's point."""
+        direct = oracle.upper_gradient.direct
+        return Estimate(direct, zeros_like(direct))

@@ -1,0 +1,106 @@
+"""The gradient through the steps of the lower optimizer, in forward mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.hypergradients.estimator import Estimate
+from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.hypergradients.unrolled.functional_optimizer import FunctionalOptimizer
+from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
+from hyperopt_peft.utils.vector import Vector, dot, zeros_like
+
+
+@register("forward", kind="unrolled")
+@dataclass(frozen=True)
+class Forward(Unrolled):
+    """dF/du_j = ∂F/∂u_j + ⟨Z_j, ∂F/∂w⟩ with Z_j = dw/du_j, for a handful of upper unknowns.
+
+    The derivative that `Unrolled` takes, in the order of the steps:
+
+        Z_j' = Φ_w Z_j + Φ_g (∂²f/∂w² Z_j + ∂²f/∂w∂u e_j) + Φ_u e_j
+
+    and likewise the tangents of the optimizer's moments. A step costs one forward+backward and
+    one product an unknown (exact: one more backward pass, for ∂f/∂u), and a vector shaped like w
+    is held for each unknown and moment; more than ``limit`` unknowns are refused.
+
+    ``carry`` keeps the tangents between upper steps (real-time recurrent learning), so that the
+    hypergradient looks back on all lower steps since the warm-up at constant memory. It is exact
+    where u has not moved, and for a u that has, what each step did at the u of its time. An upper
+    step that is skipped loses its lower steps. Without ``carry`` tangents begin at 0 after each
+    upper step. Franceschi et al. 2017 (arXiv:1703.01785, Alg. 2 and §3.3).
+    """
+
+    carry: bool = False
+    limit: int = 32
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        super().check()
+        self.require(self.limit >= 1, f"limit must be at least 1, got {self.limit}")
+
+    @property
+    def needs_every_step(self) -> bool:
+        """A step that is left out would be missing from the tangents for ever."""
+        return self.carry
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Refuse more unknowns than ``limit``, and what `Unrolled` refuses."""
+        super().check_levels(upper, lower)
+        n = sum(variable.numel() for variable in upper.variables)
+        self.require(
+            n <= self.limit,
+            f"{n} upper unknowns are more than limit={self.limit}, and each costs a product a "
+            'step; use reverse mode, "unrolled", or raise limit',
+        )
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        n = direct.numel()
+        optimizer, steps = self._looked_back_on(oracle)
+        # Row k: how the optimizer's k-th option depends on each unknown.
+        slopes = [
+            optimizer.pulled_back(list(row), oracle.upper.variables).flat()
+            for row in torch.eye(len(optimizer.options))
+        ]
+        units = [_reshaped(row, direct) for row in torch.eye(n)]
+        state = oracle.state if self.carry else {}
+        tangents = [_kept(state, j, b, optimizer) for j in range(n)]
+        for step in steps:
+            with oracle.product(self.product, at=step, radius=self.radius) as product:
+                for j, (z, moments) in enumerate(tangents):
+                    g = product.tangent(z, units[j])
+                    options = [slope[j] for slope in slopes]
+                    tangents[j] = optimizer.jvp(step, z, g, moments, options)
+        implicit = torch.tensor([dot(z, b) for z, _ in tangents], dtype=torch.float64)
+        new: dict[str, Vector | float] = {}
+        if self.carry:
+            for j, (z, moments) in enumerate(tangents):
+                named = {"w": z, **optimizer.moments(moments)}
+                new |= {f"{name}/{j}": vector for name, vector in named.items()}
+        return Estimate(direct, _reshaped(implicit, direct), steps=len(steps), state=new)
+
+
+def _kept(
+    state: State, unknown: int, like: Vector, optimizer: FunctionalOptimizer
+) -> tuple[Vector, list[Tensor]]:
+    """The tangents of w and of the moments by ``unknown``, zero where none are kept."""
+
+    def kept(name: str) -> Vector:
+        found = state.get(f"{name}/{unknown}")
+        return found if isinstance(found, Vector) else zeros_like(like)
+
+    moments = [kept(name) for name in optimizer.moment_names]
+    return kept("w"), [part for parts in zip(*moments, strict=True) for part in parts]
+
+
+def _reshaped(entries: Tensor, like: Vector) -> Vector:
+    """``entries``, one for each of ``like``, as a vector of its shapes, dtypes and devices."""
+    parts = zip(like.with_entries(entries), like, strict=True)
+    return Vector(part.to(x) for part, x in parts)

@@ -1,0 +1,106 @@
+"""The gradient through the last steps of the lower optimizer, in reverse mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hyperopt_peft.core.problem import Problem, Step
+from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.hypergradients.unrolled.functional_optimizer import FunctionalOptimizer
+from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.vector import zeros_like
+
+
+@register("unrolled", kind="unrolled")
+@dataclass(frozen=True)
+class Unrolled(Estimator):
+    """dF/du = ∂F/∂u + (dw_K/du)ᵀ ∂F/∂w, where w_K = Φ(…Φ(w_0, u)…, u) after K = ``steps`` steps.
+
+    Φ is the lower optimizer's own step (SGD, Adam, AdamW: learning rate, momentum, weight
+    decay, bias correction and clipping included) in TorchOpt's functional form. The adjoint
+    λ_k of w_k runs backwards, λ_K = ∂F/∂w:
+
+        ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
+        dF/du += ∂²f/∂u∂w · ḡ_k;   λ_k += ∂²f/∂w² · ḡ_k
+
+    so each step costs one forward+backward and two products (the first step one). Each step's
+    graph is built anew and freed before the next one's: the memory for it does not grow with K.
+    What is kept of each step is w, ∂f/∂w and the optimizer's state before it. Where the lower level
+    has `Problem.optimizer_options`, Φ's derivative with respect to them is part of dF/du.
+    In training these are the last K steps since the last upper step, on their own batches and
+    dropout masks. Outside training K steps from the current point are simulated, and F is
+    differentiated at the current point. Franceschi et al. 2017 (arXiv:1703.01785, Alg. 1);
+    truncation: Shaban et al. 2019 (arXiv:1810.10667).
+    """
+
+    steps: int = 1
+    product: ProductKind = "exact"
+    radius: float | None = None
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        self.require(self.radius is None or self.radius > 0, "radius must be positive")
+
+    @property
+    def history(self) -> int:
+        """The lower steps that are differentiated."""
+        return self.steps
+
+    @property
+    def needs_optimizer_state(self) -> bool:
+        """A step is also a function of the optimizer's state."""
+        return True
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Refuse shards, and an optimizer without a functional form; its options may be learnt."""
+        self.require(
+            not is_sharded(*upper.variables, *lower.variables),
+            "the optimizer's step on FSDP's shards cannot be differentiated; choose darts, or a "
+            'solver with product="difference"',
+        )
+        if lower.optimizer is not None:
+            FunctionalOptimizer(lower, lower.optimizer_snapshot(with_state=False))
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        direct, adjoint = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        optimizer, steps = self._looked_back_on(oracle)
+        implicit = zeros_like(direct)
+        moment_adjoint: list[Tensor] | None = None
+        for step in reversed(steps):
+            w_bar, g_bar, moment_adjoint, o_bar = optimizer.vjp(step, adjoint, moment_adjoint)
+            implicit = implicit + optimizer.pulled_back(o_bar, oracle.upper.variables)
+            with oracle.product(self.product, at=step, radius=self.radius) as product:
+                implicit = implicit + product.mixed(g_bar)
+                if step is not steps[0]:
+                    adjoint = w_bar + product.hessian(g_bar)
+        return Estimate(direct, implicit, steps=len(steps))
+
+    def _looked_back_on(self, oracle: Oracle) -> tuple[FunctionalOptimizer, Sequence[Step]]:
+        """The lower optimizer's step as a function, and the steps to differentiate, in order."""
+        last = oracle.history[-1].optimizer if oracle.history else None
+        snapshot = last or oracle.lower.optimizer_snapshot(with_state=True)
+        optimizer = FunctionalOptimizer(oracle.lower, snapshot)
+        return optimizer, oracle.history[-self.steps :] or self._simulated(oracle, optimizer)
+
+    def _simulated(self, oracle: Oracle, optimizer: FunctionalOptimizer) -> Sequence[Step]:
+        """``steps`` lower steps from the current point, on the oracle's lower batch."""
+        steps: list[Step] = []
+        point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
+        state = oracle.lower.optimizer_snapshot(with_state=True)
+        for _ in range(self.steps):
+            with displaced(oracle.lower.variables):
+                assign(oracle.lower.variables, point)
+                gradient = oracle.lower_parts()
+            step = Step(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)
+            steps.append(step)
+            point, state = optimizer.advance(step)
+        return steps

@@ -1,0 +1,58 @@
+"""One unrolled step of the lower optimizer, by finite differences: its diagonal × difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.hypergradients.estimator import Estimate
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.hypergradients.unrolled.darts import OneStep
+from hyperopt_peft.hypergradients.unrolled.optimizer_diagonal import (
+    last_step,
+    require_diagonal,
+    step_slope,
+)
+
+
+@register("sama", kind="unrolled")
+@dataclass(frozen=True)
+class SAMA(OneStep):
+    """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · (D ∘ ∂F/∂w), where D = −∂w'/∂g is of the lower step g ↦ w'.
+
+    D is the diagonal of the optimizer's own derivative, bias correction included. For Adam,
+    with g, m and v as in the step, c = 1 − βᵗ and s = √(v/c2):
+
+        D = lr·[(1−β1)/(c1(s+eps)) − (m/c1)(1−β2)g / (c2·s·(s+eps)²)]
+
+    Also SGD (momentum, dampening, Nesterov), AdamW and RMSprop, with the options of each
+    parameter group. This is ``unrolled:steps=1`` by first-order passes, but for clipping, which
+    is taken to be a constant factor: its change with g, a term along g, is left out.
+
+    In training the step is the recorded one, and the product is taken where it began; out of
+    training it is the one that would be taken next, for one forward+backward more. ``radius``,
+    ``sides`` and ``product`` are those of ``darts``, and so is the cost. Choe et al. 2023,
+    arXiv:2310.05674.
+    """
+
+    radius: float | None = None
+    sides: int = 2
+    product: ProductKind = "difference"
+
+    @property
+    def needs_optimizer_state(self) -> bool:
+        """The derivative of a step depends on the optimizer's state."""
+        return True
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """As `Estimator.check_levels`; the optimizer must be a known one."""
+        super().check_levels(upper, lower)
+        require_diagonal(lower)
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        along = step_slope(oracle.lower, last_step(oracle)) * b
+        return Estimate(direct, -self.mixed(oracle, along))

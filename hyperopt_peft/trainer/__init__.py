@@ -1,0 +1,1 @@
+"""Two levels driven by `transformers.Trainer`."""

@@ -1,0 +1,269 @@
+"""One optimizer step of a `BilevelTrainer`: what the variables move by, and what is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt_peft.core.problem import Problem, Step, devices_of, require_read
+from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.engine.upper_share import with_upper_share
+from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.trainer.data import UpperBatches, collating
+from hyperopt_peft.trainer.sealed_trainer import SealedTrainer
+from hyperopt_peft.utils import distributed, versions
+from hyperopt_peft.utils.distributed import full
+from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.restore import Copies
+
+
+class StepTrainer(SealedTrainer):
+    """A `SealedTrainer` whose steps are of the levels' losses.
+
+    The micro-batches' backward passes fill each ``.grad``; after the last one they are made what
+    the optimizer is to move the variables by.
+    """
+
+    _upper_batches: UpperBatches | None
+    _unread: set[str] | None = None  # upper variables that f does not read, once known
+    _upper_read = False
+
+    def _take_levels(self) -> None:
+        """Note the levels' variables, which FSDP2 puts shards in the place of, and the optimizer.
+
+        Raises:
+            ProblemError: the estimator does not know the optimizer's step.
+        """
+        limit = self.args.max_grad_norm or None
+        self._accumulated = Accumulated(self.lower, self.optimizer, limit)
+        if self.upper is not None:
+            check_estimator(self.estimator, self.upper, self._accumulated)
+        self._devices = devices_of(*self._levels)
+        self._copies = Copies()
+
+    def _begin_run(self) -> None:
+        """Begin without anything of an earlier run."""
+        self._micro: list[MicroBatch] = []
+        self._losses: list[Tensor] = []
+        self._metrics: list[dict[str, float]] = []
+        self._noted = {}
+        self._kept, self._packed = {}, None
+        self._window, self._signalled, self.skipped = None, False, 0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """A step's micro-batches, as `transformers.Trainer.get_batch_samples`.
+
+        None where a stream ends with too few: the Trainer would take no step, and add them to the
+        first step of the next epoch.
+        """
+        with collating("train_dataset"):
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches:
+            return [], None
+        self._begin_step()
+        return batches, items
+
+    def _begin_step(self) -> None:
+        """Begin without the micro-batches of a step that a callback broke off."""
+        self._micro.clear()
+        self._losses.clear()
+        self._metrics.clear()
+        # The Trainer empties the model's, and a level's variable may be outside it.
+        self._clear_gradients()
+        self._begun = self._unlogged(), self.current_flos, self.state.num_input_tokens_seen
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """In training the lower level's loss; otherwise the model's own."""
+        if return_outputs or not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, metrics = self.lower.evaluate(inputs)
+        self._metrics.append(metrics)
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
+        inputs = self._prepare_inputs(inputs)
+        self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
+        with versions.tracked(v for level in self._levels for v in level.variables):
+            loss = distributed.average(super().training_step(model, inputs, *args, **kwargs))
+            self._losses.append(loss)
+            if self.accelerator.sync_gradients:
+                try:
+                    self._set_gradients()
+                except NonFiniteError as error:
+                    self._non_finite(error)
+        return loss
+
+    def _set_gradients(self) -> None:
+        """Leave ∂f/∂w in the lower variables, and the hypergradient, or None, in the upper ones."""
+        w = self.lower.variables
+        u = () if self.upper is None else self.upper.variables
+        gradient = distributed.mean([x.grad for x in (*w, *u)], (*w, *u))
+        below, of_upper = gradient[: len(w)], gradient[len(w) :]
+        for variable in u:
+            variable.grad = None
+        self.lower.require_finite(torch.stack(self._losses).sum(), below)
+        self._note({f"lower_{k}": v for k, v in distributed.means(self._metrics).items()})
+        if self._unread is None:
+            require_read(self.lower, below)
+            names = () if self.upper is None else self.upper.names
+            self._unread = {n for n, part in zip(names, of_upper, strict=True) if part is None}
+        if self.upper is not None and self.estimator.upper_share:
+            below = self._with_upper_share(self.upper, below)
+        for variable, part in zip(w, below, strict=True):
+            variable.grad = part
+        if self.upper is not None and (self.state.global_step + 1) % self.args.lower_steps == 0:
+            self._set_hypergradient(self.upper, of_upper)
+
+    def _with_upper_share(
+        self, upper: Problem, gradient: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        done = self.state.global_step
+        batch = self._upper_batch(done + done // self.args.lower_steps)
+        key = self.args.seed, "lower step", done + 1, *distributed.own()
+        random_state = RandomState.seeded(self._devices, *key)
+        share = self.estimator.upper_share
+        with self.compute_loss_context_manager():
+            return with_upper_share(gradient, share, upper, self.lower, batch, random_state)
+
+    def _upper_batch(self, number: int) -> Any:
+        assert self._upper_batches is not None
+        return self._prepare_inputs(self._upper_batches.batch(number))
+
+    def _set_hypergradient(self, upper: Problem, of_upper: tuple[Tensor | None, ...]) -> None:
+        step = self.state.global_step + 1
+        # Where the lower steps read F, they have taken a batch each.
+        taken = step if self.estimator.upper_share else 0
+        batch = self._upper_batch(taken + step // self.args.lower_steps - 1)
+        micro, start = list(self._micro), self._micro[0].random_state
+        history = []
+        if self.estimator.history:  # the step that is about to be taken, from where it starts
+            with_state = self.estimator.needs_optimizer_state
+            history = [
+                Step(
+                    micro,
+                    start,
+                    variables=self._copies.take(self.lower.variables),
+                    gradient=tuple(x.grad for x in self.lower.variables) if with_state else (),
+                    upper_gradient=of_upper if self.estimator.reuses_lower_gradient else None,
+                    optimizer=self._accumulated.optimizer_snapshot(with_state=with_state),
+                )
+            ]
+        self._accumulated.half = self.lower.half
+        oracle = Oracle(
+            upper,
+            self._accumulated,
+            batch,
+            micro,
+            upper_random=RandomState.seeded(
+                self._devices, self.args.seed, step, *distributed.own()
+            ),
+            lower_random=start,
+            history=history,
+            copies=self._copies,
+            state=self._estimator_state(),
+        )
+        try:
+            with self.compute_loss_context_manager():
+                result = estimate(oracle, self.estimator)
+        finally:
+            for past in history:
+                self._copies.give_back(past.variables)
+        self._kept, self._packed = result.state, None
+        above = oracle.upper_gradient.evaluation
+        if not self._upper_read:
+            require_read(upper, above.gradient[: len(upper.variables)], besides=self._unread)
+            self._upper_read = True
+        for variable, part in zip(
+            upper.variables, like(result.hypergradient, upper.variables), strict=True
+        ):
+            variable.grad = part
+        limit = self.args.upper_max_grad_norm or float("inf")
+        norm = float(full(self.accelerator.clip_grad_norm_(upper.variables, limit)))
+        metrics = {f"upper_{key}": value for key, value in above.metrics.items()}
+        own = {
+            "upper_loss": above.loss,
+            "upper_grad_norm": norm,
+            "upper_learning_rate": self._learning_rate(upper),
+            "implicit_ratio": result.implicit_ratio,
+            "residual": result.residual,
+        }
+        self._note({**metrics, **own})
+
+    def _non_finite(self, error: NonFiniteError) -> None:
+        """Skip the step and count it, or write a checkpoint of where it began and stop."""
+        self._clear_gradients()
+        if self.args.non_finite == "skip":
+            self.skipped += 1
+            return
+        step = self.state.global_step + 1
+        where = f"step {step} (epoch {self.state.epoch or 0:.2f}, {len(self._micro)} micro-batches)"
+        # A run that resumes at an epoch's begin draws what the epoch's begin draws.
+        first = self._epoch.step == self.state.global_step
+        (self._epoch if first else self._micro[0]).random_state.restore()
+        unlogged, self.current_flos, self.state.num_input_tokens_seen = self._begun
+        self._set_unlogged(unlogged)
+        written = "no checkpoint could be written"
+        with suppress(ProblemError):
+            folder = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{step - 1}"
+            if not (folder / checkpoint.SEAL).exists():
+                self._save_checkpoint(self.model, None)
+            written = f"the state before it is in {folder}"
+        raise NonFiniteError(f"{where}: {error}; {NON_FINITE_ADVICE}; {written}") from error
+
+    def _clear_gradients(self) -> None:
+        for level in self._levels:
+            for variable in level.variables:
+                variable.grad = None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        limit = self.args.max_grad_norm
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.lower.variables, limit)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            grad_norm = self.accelerator.clip_grad_norm_(self.lower.variables, float("inf"))
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `transformers.Trainer.log`, with the levels' own numbers beside the loss."""
+        if "loss" in logs:
+            self._average_notes()
+            means = {key: sum(values) / len(values) for key, values in self._noted.items()}
+            if "upper_learning_rate" in self._noted:
+                means["upper_learning_rate"] = self._noted["upper_learning_rate"][-1]
+            if self.skipped:
+                means["skipped"] = self.skipped
+            logs.update({key: value for key, value in means.items() if key not in logs})
+            self._noted.clear()
+        if "train_loss" in logs:  # of the whole run, wherever it was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _note(self, values: Mapping[str, float | None]) -> None:
+        for key, value in values.items():
+            # ‖implicit‖/‖direct‖ is infinite where F does not read u itself.
+            if value is not None and value != float("inf"):
+                self._noted.setdefault(key, []).append(value)
+
+    def _get_learning_rate(self) -> Any:
+        """The lower level's, whose groups need not be a user's optimizer's first."""
+        return self._learning_rate(self.lower)
+
+    def _learning_rate(self, level: Problem) -> float | None:
+        """That of the level's first group."""
+        own = {id(variable) for variable in level.variables}
+        groups = [g for g in self.optimizer.param_groups if own & {id(p) for p in g["params"]}]
+        rate = groups[0]["lr"]
+        return None if rate is None else float(rate)  # Adafactor may have none

@@ -1,0 +1,1 @@
+"""PyTorch mechanics that know nothing of levels."""

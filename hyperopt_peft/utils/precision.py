@@ -1,0 +1,98 @@
+"""Passes in single precision over a model that is held or run in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.autograd import HALF
+from hyperopt_peft.utils.vector import widened
+
+_CASTS: dict[Any, Callable[..., Tensor]] = {
+    torch.Tensor.bfloat16: torch.Tensor.float,
+    torch.Tensor.half: torch.Tensor.float,
+}
+
+
+class SinglePrecision(TorchFunctionMode):
+    """Runs every operation in float32 that would run in bfloat16 or float16.
+
+    A finite difference divides by its step: the eight bits of a bfloat16 activation, weight
+    or autocast matrix product would leave nothing but rounding. Half-precision arguments
+    are widened, casts to half precision become casts to float32, and autocast is off.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # What is written to must be the tensor itself, not a widened copy.
+        written = 1 if _writes(getattr(func, "__name__", "")) else 0
+        kept, args = args[:written], args[written:]
+        args, kwargs = tree_map(_widened, (args, kwargs))
+        with ExitStack() as stack:
+            for device in _autocast_devices():
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return _CASTS.get(func, func)(*kept, *args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return widened(value)
+    return torch.float32 if isinstance(value, torch.dtype) and value in HALF else value
+
+
+def _writes(name: str) -> bool:
+    """Whether a tensor function of this name changes its first argument."""
+    if name.startswith("__") and name.endswith("__"):
+        return name in ("__set__", "__setitem__") or (
+            name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")
+        )
+    return name.endswith("_")
+
+
+def _autocast_devices() -> list[str]:
+    return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+
+
+def autocast_enabled() -> bool:
+    """Whether operations are being cast to half precision now, on any device."""
+    return bool(_autocast_devices())
+
+
+@contextmanager
+def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
+    """Hold half-precision ``variables`` in float32, and run in single precision.
+
+    The tensors get their own data back at the end, bit for bit.
+
+    Raises:
+        ProblemError: a part of the loss is computed again in the backward pass, out of reach.
+    """
+    narrow = [(variable, variable.data) for variable in variables if variable.dtype in HALF]
+    try:
+        for variable, data in narrow:
+            variable.data = data.float()
+        with SinglePrecision():
+            yield
+    except RuntimeError as error:
+        if "same dtype" not in str(error) and "Recomputed" not in str(error):
+            raise
+        raise ProblemError(
+            "gradient checkpointing computes half-precision parts of the loss again where they "
+            "cannot be held in float32; turn it off, or load the model in float32"
+        ) from error
+    finally:
+        for variable, data in narrow:
+            variable.data = data

@@ -1,0 +1,323 @@
+"""Files are read alike in every format; what cannot be trained on is named before any work."""
+
+import json
+import math
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.cli.text.data import DataArguments, hold_out, load
+from hyperopt_peft.cli.text.encode import Encoder, class_names
+from hyperopt_peft.cli.text.models import ModelArguments
+from hyperopt_peft.cli.text.setup import prepare
+from tests.cli.test_main import failure
+from tests.support.files import WORDS, flags, rows, save_model, tokenizer, write
+
+CLASSES = "text-classification"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def prepared(model, path, task=CLASSES, **options):
+    return prepare(ModelArguments(model, task), DataArguments([path], max_length=16, **options))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet"])
+def test_every_format_holds_the_same_examples(tmp_path, model, name):
+    setup = prepared(model, write(tmp_path / name, rows()), eval_fraction=0)
+    expected = tokenizer()([row["text"] for row in rows()])["input_ids"]
+    assert setup.train["input_ids"][:] == expected
+    assert setup.train["labels"][:] == [row % 3 for row in range(24)]
+    assert setup.train.features["labels"].names == ["a", "b", "c"]
+    assert setup.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert setup.evaluation is None
+
+
+def test_files_are_joined_and_tabs_separate(tmp_path, model):
+    table = "text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows(number=6))
+    (tmp_path / "a.tsv").write_text(table)
+    args = DataArguments([str(tmp_path / "a.tsv"), write(tmp_path / "b.csv", rows())])
+    train, _ = load(args, CLASSES)
+    assert train["text"][:] == [row["text"] for row in rows(number=6) + rows()]
+
+
+def test_numbers_are_classes_in_their_order_and_eval_files_share_them(tmp_path, model):
+    data = [{"text": row["text"], "label": (9, 10, 11)[i % 3]} for i, row in enumerate(rows())]
+    held_out = [{"text": "w1", "label": "10"}]
+    train, evaluation = write(tmp_path / "a.csv", data), write(tmp_path / "b.json", held_out)
+    setup = prepared(model, train, eval_file=[evaluation])
+    assert setup.train.features["labels"].names == ["9", "10", "11"]
+    assert setup.evaluation["labels"][:] == [1]
+    assert len(setup.train) == 24
+
+
+def test_pairs_of_texts_are_one_example(tmp_path, model):
+    data = [{"a": "w1 w2", "b": "w3", "label": "xy"[i % 2]} for i in range(8)]
+    setup = prepared(
+        model, write(tmp_path / "a.csv", data), text_columns=["a", "b"], eval_fraction=0
+    )
+    assert setup.train["input_ids"][0] == tokenizer()("w1 w2", "w3")["input_ids"]
+
+
+def test_held_out_examples_are_stratified_apart_and_the_same_each_time(tmp_path, model):
+    path = write(tmp_path / "a.csv", rows())
+    first, second = (prepared(model, path, eval_fraction=0.25) for _ in range(2))
+    assert first.evaluation["input_ids"][:] == second.evaluation["input_ids"][:]
+    assert sorted(first.evaluation["labels"][:]) == [0, 0, 1, 1, 2, 2]
+    every = first.train["input_ids"][:] + first.evaluation["input_ids"][:]
+    assert sorted(every) == sorted(tokenizer()([r["text"] for r in rows()])["input_ids"])
+
+
+def encoded(task, data, names=(), features=None, **options):
+    args = DataArguments(["unused"], **{"max_length": 5, **options})
+    data = Dataset.from_list(data, features=features)
+    return Encoder(task, args, tokenizer(), names).encode(data, "the examples")
+
+
+def ids(text):
+    return [{"[EOS]": 2}.get(word) or 3 + WORDS.index(word) for word in text.split()]
+
+
+def test_text_ends_in_end_of_text_and_is_its_own_label():
+    result = encoded("causal-lm", [{"text": "w1 w2"}, {"text": "w1 w2 w3 w4 w5 w6"}])
+    assert result["input_ids"][:] == [ids("w1 w2 [EOS]"), ids("w1 w2 w3 w4 w5")]
+    assert result["labels"][:] == result["input_ids"][:]
+
+
+def test_a_prompt_has_no_labels_and_loses_its_beginning_first():
+    data = [{"text": "w1", "target": "w2"}, {"text": "w1 w2 w3 w4", "target": "w5 w6"}]
+    result = encoded("causal-lm", data, target_column="target")
+    # The tokenizer ends every text, the prompt included, with [EOS].
+    assert result["input_ids"][:] == [ids("w1 [EOS] w2 [EOS]"), ids("w4 [EOS] w5 w6 [EOS]")]
+    assert result["labels"][:] == [[-100, -100, *ids("w2 [EOS]")], [-100] * 2 + ids("w5 w6 [EOS]")]
+
+
+def test_a_target_longer_than_the_limit_leaves_no_prompt():
+    data = [{"text": "w1", "target": "w2 w3 w4 w5 w6 w7"}]
+    result = encoded("causal-lm", data, target_column="target")
+    assert result["labels"][0] == result["input_ids"][0] == ids("w2 w3 w4 w5 w6")
+
+
+def test_source_and_target_are_cut_apart():
+    data = [{"text": "w1 w2", "target": "w3 w4 w5 w6 w7"}]
+    result = encoded("seq2seq", data, target_column="target")
+    assert result["input_ids"][0] == ids("w1 w2 [EOS]")
+    assert result["labels"][0] == ids("w3 w4 w5 w6 [EOS]")
+
+
+def test_the_first_token_of_a_word_has_its_tag():
+    # Two tokens a word, for "w1-w2" is split at "-", which is itself unknown.
+    data = [{"tokens": ["w1-w2", "w3"], "label": [1, 0]}]
+    features = Features(
+        {"tokens": List(Value("string")), "label": List(ClassLabel(names=["O", "X"]))}
+    )
+    names = class_names(Dataset.from_list(data, features=features), "label", tags=True)
+    result = encoded("token-classification", data, names, features, max_length=9)
+    assert names == ("O", "X")
+    assert result["input_ids"][0] == [*ids("w1"), 1, *ids("w2 w3 [EOS]")]
+    assert result["labels"][0] == [1, -100, -100, 0, -100]
+
+
+def bad(rows, **change):
+    return [{**row, **change} if i == 1 else row for i, row in enumerate(rows)]
+
+
+ERRORS = {
+    "a missing column": (rows(), {"text_columns": "txt"}, "no column 'txt'; did you mean 'text'?"),
+    "no such label": (rows(), {"label_column": "y"}, "no column 'y'; known are text, label"),
+    "an empty cell": (
+        bad(rows(), text=None),
+        {},
+        "column 'text' is empty in 1 of 24 rows, first in row 2",
+    ),
+    "a blank text": (bad(rows(), text=" "), {}, "column 'text' is blank in row 2; take it out"),
+    "a blank label": (bad(rows(), label=""), {}, "column 'label' has a blank label"),
+    "numbers and words": (bad(rows(), label=1), {}, "column 'label' holds int, str; make all"),
+    "no classes": ([{**r, "label": {"a": 1}} for r in rows()], {}, "'label' holds dict; make all"),
+    "texts and numbers": (bad(rows(), text=1), {}, "column 'text' holds json, not text"),
+    "a word among numbers": (
+        bad([{**r, "label": 0.5} for r in rows()], label="high"),
+        {"task": "regression"},
+        "column 'label' holds json, not numbers; row 2 has 'high'",
+    ),
+    "the label as text": (rows(), {"text_columns": ["text", "label"]}, "'label' is named twice"),
+    "a class once": (bad(rows(), label="d"), {}, "the label 'd' occurs once in the training"),
+    "one class": (
+        [{**r, "label": "a"} for r in rows()],
+        {},
+        "all training examples have the label 'a'",
+    ),
+    "fractions as classes": (
+        [{**r, "label": 0.5} for r in rows()],
+        {},
+        "column 'label' holds float64, not classes; numbers are for task regression",
+    ),
+    "text as numbers": (
+        rows(),
+        {"task": "regression"},
+        "'label' holds string, not numbers; row 1 has 'a'",
+    ),
+    "numbers as text": (
+        [{"text": 1, "label": "ab"[i % 2]} for i in range(8)],
+        {},
+        "column 'text' holds int64, not text",
+    ),
+    "texts as words": (
+        rows(),
+        {"task": "token-classification", "tokens_column": "text"},
+        "column 'label' holds string, not lists of classes (JSON or Parquet has them)",
+    ),
+    "no target": ([{"text": "w1"}], {"task": "seq2seq"}, "seq2seq needs target_column"),
+    "three texts": (rows(), {"text_columns": ["a", "b", "c"]}, "takes 2, got a, b, c"),
+    "too few to hold out": (
+        rows(number=9),
+        {"eval_fraction": 0.1},
+        "cannot hold out eval_fraction=0.1",
+    ),
+    "long examples": (rows(), {"max_length": 600}, "max_length=600 is more than the model's 512"),
+    "no examples": (rows(), {"eval_file": "none.csv"}, "eval_file: there is no file none.csv"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_data_is_one_line_that_names_it(tmp_path, model, case, capsys):
+    data, options, message = ERRORS[case]
+    path = write(tmp_path / "a.json", data)
+    given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16, **options}
+    assert message in failure(capsys, "train", *flags(**given))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "", "a.csv is empty"),
+        ("a.csv", "text,label\n", "a.csv is empty: it has no rows"),
+        ("a.json", '{"text": ', "cannot read"),
+        ("a.xls", "x", "is none of .csv, .tsv, .json, .jsonl, .parquet"),
+        ("a.parquet", "x", "cannot read"),
+    ],
+)
+def test_bad_files_are_one_line_that_names_them(tmp_path, model, name, text, message, capsys):
+    path = tmp_path / name
+    path.write_text(text)
+    given = {"model": model, "task": CLASSES, "train_file": path}
+    error = failure(capsys, "train", *flags(**given))
+    assert message in error and name in error
+
+
+def test_another_encoding_is_one_line(tmp_path, model, capsys):
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\nna\xefve,a\n".encode("latin-1"))
+    error = failure(capsys, "train", *flags(model=model, task=CLASSES, train_file=path))
+    assert "a.csv" in error and error.endswith("invalid continuation byte; save it as UTF-8")
+
+
+def test_another_separator_is_named(tmp_path, model):
+    (tmp_path / "a.csv").write_text("text;label\nw1;a\n")
+    with pytest.raises(ProblemError, match="known are text;label; in a CSV file commas separate"):
+        prepared(model, str(tmp_path / "a.csv"))
+
+
+def test_words_for_nothing_are_classes_and_texts(tmp_path, model):
+    names = ["NA", "None", "null"]
+    table = "".join(f"{['n/a', 'w1'][i % 2]},{names[i % 3]}\n" for i in range(24))
+    (tmp_path / "a.csv").write_text(f"text,label\n{table}")
+    setup = prepared(model, str(tmp_path / "a.csv"), eval_fraction=0)
+    assert setup.train.features["labels"].names == names
+    assert setup.train["input_ids"][1] == ids("w1 [EOS]")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "train_file or as dataset"),
+        ({"train_file": ["a"], "dataset": "b"}, "train_file or as dataset"),
+        ({"train_file": ["a"], "eval_split": "b"}, "eval_split belongs to dataset"),
+        (
+            {"train_file": ["a"], "eval_file": ["./a"]},
+            "./a is given as train_file and as eval_file",
+        ),
+        (
+            {"dataset": "a", "eval_split": "train"},
+            "train is given as train_split and as eval_split",
+        ),
+        ({"dataset": "a", "eval_split": "b", "eval_file": ["c"]}, "not both"),
+        ({"train_file": ["a"], "eval_fraction": 1.0}, "eval_fraction must be in [0, 1)"),
+        ({"train_file": ["a"], "max_length": 1}, "max_length must be at least 2"),
+    ],
+)
+def test_contradictory_options_are_refused(options, message):
+    with pytest.raises(ProblemError, match=message.replace("[", r"\[").replace(")", r"\)")):
+        DataArguments(**options)
+
+
+def test_an_unknown_label_of_the_evaluation_is_named(tmp_path, model):
+    train = write(tmp_path / "a.csv", rows())
+    held_out = write(tmp_path / "b.csv", [{"text": "w1", "label": "e"}])
+    with pytest.raises(ProblemError, match=r"evaluation examples: the label 'e' is not in.*take"):
+        prepared(model, train, eval_file=[held_out])
+
+
+def test_evaluation_on_training_examples_is_warned_of(tmp_path, model, caplog):
+    train, others = write(tmp_path / "a.csv", rows()), rows(number=5, seed=1)
+    prepared(model, train, eval_file=[write(tmp_path / "b.csv", others)])
+    assert "training examples too" not in caplog.text
+    prepared(model, train, eval_file=[write(tmp_path / "c.csv", [*others, *rows()[:2]])])
+    assert "2 of 7 evaluation examples are training examples too" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_label_that_is_not_finite_is_named(value):
+    data = [{"text": "w1", "label": 0.5}, {"text": "w2", "label": value}]
+    with pytest.raises(ProblemError, match=f"the examples: the label of row 2 is {value}"):
+        encoded("regression", data)
+
+
+def test_an_empty_word_is_named():
+    data = [{"tokens": ["w1", None], "label": ["O", "O"]}]
+    with pytest.raises(ProblemError, match="the examples: row 1 has an empty word"):
+        encoded("token-classification", data, ("O",))
+
+
+def test_words_and_tags_must_be_as_many():
+    data = [{"tokens": ["w1", "w2"], "label": ["O"]}]
+    with pytest.raises(ProblemError, match="the examples: row 1 has 2 words and 1 tags"):
+        encoded("token-classification", data, ("O",))
+
+
+def test_an_example_without_a_token_to_predict_is_named(monkeypatch):
+    data = [{"text": "w1 w2"}, {"text": ""}]
+    with pytest.raises(ProblemError, match="row 2 has no token to predict"):
+        encoded("causal-lm", data)
+
+
+def test_local_folder_of_a_data_set(tmp_path, model):
+    for split, number in (("train", 24), ("validation", 6)):
+        write(tmp_path / f"{split}.jsonl", rows(number=number))
+    args = DataArguments(dataset=str(tmp_path), eval_split="validation")
+    train, evaluation = load(args, CLASSES)
+    assert (len(train), len(evaluation)) == (24, 6)
+    with pytest.raises(ProblemError, match=r"cannot load tset of the data set"):
+        load(DataArguments(dataset=str(tmp_path), eval_split="tset"), CLASSES)
+    with pytest.raises(ProblemError, match=r"cannot load train of the data set no/such"):
+        load(DataArguments(dataset="no/such"), CLASSES)
+
+
+def test_regression_is_held_out_without_strata():
+    data = Dataset.from_dict({"labels": [0.5 * i for i in range(10)]})
+    rest, held_out = hold_out(data, 0.2)
+    assert (len(rest), len(held_out)) == (8, 2)
+    assert sorted(rest["labels"][:] + held_out["labels"][:]) == data["labels"][:]
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path, capsys):
+    model = save_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "vocab_size": 40}))
+    path = write(tmp_path / "a.csv", rows())
+    given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16}
+    assert "has 43 tokens, the model 40" in failure(capsys, "train", *flags(**given))

@@ -1,0 +1,46 @@
+"""docs/command-line.md: its example is a configuration that works, its options are known."""
+
+import re
+from pathlib import Path
+
+from hyperopt_peft.cli import compare_estimators, compare_methods, merge, train
+from hyperopt_peft.cli.main import main
+from hyperopt_peft.cli.options import Parser
+from hyperopt_peft.cli.text.tasks import TASKS
+from tests.support.files import flags, rows, save_model, write
+
+TEXT = (Path(__file__).parents[2] / "docs/command-line.md").read_text()
+
+
+def test_yaml_example_is_planned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    Path("config.yaml").write_text(example)
+    write(Path("train.csv"), rows(number=60))
+    model = save_model(tmp_path / "model")
+    assert main(["train", "config.yaml", *flags(model=model), "--dry-run", "--use_cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "method: bidora\n" in printed
+    assert "estimator: MINRES(" in printed and "steps=5, damping=1.0" in printed
+    # 48 examples after the evaluation's 12: 38 and 10; 5 epochs of 3 batches, and again.
+    assert "examples: 38 lower level, 10 upper level, 48 retraining, 12 evaluation" in printed
+    assert "steps: 15 lower in the search, 7 upper, 15 in the retraining" in printed
+    assert not Path("outputs").exists()
+
+
+def test_named_options_and_tasks_exist():
+    types = (
+        train.TrainArguments,
+        *train.TYPES,
+        compare_methods.CompareArguments,
+        compare_estimators.CheckArguments,
+        merge.MergeArguments,
+    )
+    known = {
+        flag
+        for own in types
+        for action in Parser((own,))._actions
+        for flag in action.option_strings
+    }
+    assert set(re.findall(r"--\w[\w-]*", TEXT)) <= known
+    assert set(re.findall(r"^\| `([\w-]+)`", TEXT, re.MULTILINE)) == set(TASKS)

@@ -1,0 +1,115 @@
+"""``--dry-run`` says what training then does, and does nothing itself."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.cli.main import main
+from hyperopt_peft.cli.plan import kept_bytes
+from hyperopt_peft.cli.text.models import require_targets
+from tests.cli.test_main import failure
+from tests.cli.test_train import given
+from tests.support.files import flags
+
+
+def plan(capsys, options):
+    assert main(["train", *flags(**options), "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def numbers(text, line):
+    found = re.search(rf"^{line}: (.*)$", text, re.MULTILINE)[1]
+    return [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\b", found)]
+
+
+def test_who_owns_what(tmp_path, capsys):
+    text = plan(capsys, given(tmp_path, target_modules=["query", "value"]))
+    # Four 8 × 8 layers of rank 2; a head of 3 × 8 and 3; BERT's 50 + 512 + 2 embeddings and so on.
+    assert numbers(text, "upper level, magnitudes") == [4 * 8, 4]
+    assert numbers(text, "lower level, directions") == [4 * 2 * 16, 8]
+    assert numbers(text, "lower level, head") == [27, 2]
+    embeddings, layer = (50 + 512 + 2 + 2) * 8, 4 * 72 + 16 + (8 * 12 + 12) + (12 * 8 + 8) + 16
+    assert "\nlabels: a, b, c\n" in text
+    assert numbers(text, "frozen")[0] == embeddings + 2 * layer + 72 + 27
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("retrain", ["warm", "none"])
+def test_steps_are_those_that_are_trained(tmp_path, capsys, retrain):
+    epochs = {"max_steps": -1, "num_train_epochs": 1.5, "retrain_epochs": 2, "lower_steps": 3}
+    options = given(tmp_path, retrain=retrain, gradient_accumulation_steps=2, **epochs)
+    text = plan(capsys, options)
+    search, upper, again = numbers(text, "steps")
+    lower_rows, upper_rows, retrained, evaluated = numbers(text, "examples")
+    assert (lower_rows, upper_rows, evaluated) == (19, 5, 10)
+    assert retrained == (24 if retrain == "warm" else 0)
+    assert search == math.ceil(1.5 * math.ceil(math.ceil(19 / 4) / 2)) == 5
+    assert upper == 1
+    assert main(["train", *flags(**options)]) == 0
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert state["global_step"] == search
+    assert sum("upper_loss" in record for record in state["log_history"]) == upper
+    if retrain == "warm":
+        state = json.loads((tmp_path / "out/retrain/trainer_state.json").read_text())
+        assert state["global_step"] == again == 6
+    else:
+        assert again == 0
+
+
+def test_a_control_has_one_level(tmp_path, capsys):
+    text = plan(capsys, given(tmp_path, method="lora", target_modules=["query"]))
+    assert numbers(text, "one level, all of the adapter") == [2 * 2 * 16 + 27, 6]
+    assert numbers(text, "examples") == [24, 10]
+    assert numbers(text, "steps") == [4]
+    assert "0 vectors" in text
+
+
+def test_too_few_steps_are_refused_as_in_training(tmp_path, capsys):
+    options = given(tmp_path, lower_steps=5)
+    messages = [failure(capsys, "train", *flags(**options), *dry) for dry in ([], ["--dry-run"])]
+    assert messages[0] == messages[1]
+    assert "lower_steps=5 leaves no upper step in a run of 4 steps" in messages[0]
+
+
+def test_new_weights_that_stay_random_are_warned_of(tmp_path, capsys, caplog):
+    # A token classifier has no pooler; the text classifier that is made of it has a new one.
+    options = {**given(tmp_path, "token-classification"), "task": "text-classification"}
+    again = given(tmp_path / "other")
+    options |= {name: again[name] for name in ("train_file", "eval_file")}
+    options.pop("label_column")
+    options["target_modules"] = ["query"]
+    plan(capsys, {**options, "modules_to_save": ["pooler"]})
+    assert "random and frozen" not in caplog.text
+    plan(capsys, options)
+    assert "bert.pooler.dense.bias, bert.pooler.dense.weight are new, random and" in caplog.text
+
+
+def test_memory_adds_up_and_names_the_second_graph(tmp_path, capsys):
+    options = given(tmp_path, target_modules=["query"])
+    memory = {}
+    for method in ("darts", "cg:steps=2", "cg:steps=2,product=difference"):
+        text = plan(capsys, {**options, "hypergradient": method})
+        total, *parts = (float(n) for n in re.findall(r"([\d.]+) kB", text.split("memory: ")[1]))
+        assert sum(parts) == pytest.approx(total, abs=0.3)
+        memory[method] = parts
+        assert ("twice" in text) == (method == "cg:steps=2")
+    activations = [parts[3] for parts in memory.values()]
+    assert activations[0] == activations[2]
+    assert activations[1] == pytest.approx(2 * activations[0], abs=0.1)
+
+
+def test_kept_bytes_of_a_graph():
+    w, x = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    # x for the gradient of w; the product (5, 3) for the sine; nothing for the sum.
+    assert kept_bytes(lambda: (x @ w.T).sin().sum(), [w]) == 4 * (5 * 4 + 5 * 3)
+    assert kept_bytes(lambda: (x @ w.T).sum(), [w, x]) == 0
+
+
+def test_a_model_without_layers_to_adapt_is_refused():
+    with pytest.raises(ProblemError, match="Sequential has no layer that DoRA can adapt"):
+        require_targets(nn.Sequential(nn.LayerNorm(3), nn.ReLU()), ["all-linear"])

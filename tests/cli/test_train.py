@@ -1,0 +1,202 @@
+"""``train``: every task, and what it writes says what stock PEFT and plain PyTorch find."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score
+from transformers import AutoConfig, AutoTokenizer
+
+from hyperopt_peft.cli.main import main
+from hyperopt_peft.cli.text.tasks import TASKS
+from tests.cli.test_main import failure
+from tests.support.files import KINDS, SMALL, flags, rows, save_model, write
+from tests.support.trainers import base_model
+
+COLUMNS = {
+    "token-classification": {"label_column": "tags"},
+    "seq2seq": {"target_column": "target"},
+}
+
+
+def given(folder, task="text-classification", **options):
+    """Options of a small run in ``folder``, whose model and data are written there."""
+    data = {
+        "model": save_model(folder / "model", task),
+        "task": task,
+        "train_file": write(folder / "train.jsonl", rows(task)),
+        "eval_file": write(folder / "eval.jsonl", rows(task, number=10, seed=1)),
+        "output_dir": folder / "out",
+    }
+    return {**data, **COLUMNS.get(task, {}), **SMALL, **options}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, tmp_path_factory):
+    """The folder of a finished run, and its task."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["train", *flags(**given(folder, request.param))]) == 0
+    return folder, request.param
+
+
+def stock(folder, task):
+    """The adapter on its base model, loaded without this library, and its tokenizer."""
+    config = AutoConfig.from_pretrained(folder / "out/base_config")
+    base = TASKS[task].model.from_pretrained(
+        folder / "model", config=config, ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(base, folder / "out").eval()
+    return model, AutoTokenizer.from_pretrained(folder / "out")
+
+
+@torch.no_grad()
+def expected(model, tokenizer, task):
+    """The metrics of the evaluation examples, one example at a time."""
+    config, examples = model.config, rows(task, number=10, seed=1)
+    true, predicted, losses = [], [], []
+    for row in examples:
+        if task == "token-classification":
+            batch = tokenizer(row["tokens"], is_split_into_words=True, return_tensors="pt")
+            true += [config.label2id[tag] for tag in row["tags"]]
+            predicted += model(**batch).logits[0, :-1].argmax(-1).tolist()  # without [EOS]
+            continue
+        batch = tokenizer(row["text"], return_tensors="pt")
+        if task == "causal-lm":
+            logits = model(**batch).logits[0, :-1].log_softmax(-1)
+            losses += (-logits.gather(1, batch["input_ids"][0, 1:, None])).flatten().tolist()
+        elif task == "seq2seq":
+            labels = tokenizer(row["target"], return_tensors="pt")["input_ids"]
+            before = torch.cat([torch.tensor([[0]]), labels[:, :-1]], 1)
+            logits = model(**batch, decoder_input_ids=before).logits[0].log_softmax(-1)
+            losses += (-logits.gather(1, labels[0, :, None])).flatten().tolist()
+        elif task == "regression":
+            true.append(row["label"])
+            predicted.append(float(model(**batch).logits))
+        else:
+            true.append(config.label2id[row["label"]])
+            predicted.append(int(model(**batch).logits.argmax(-1)))
+    if losses:
+        loss = sum(losses) / len(losses)
+        return {"token_loss": loss, "perplexity": float(torch.tensor(loss).exp())}
+    if task == "regression":
+        errors = [(a - b) ** 2 for a, b in zip(true, predicted)]
+        return {
+            "mse": sum(errors) / len(errors),
+            "pearson": pearsonr(true, predicted).statistic,
+            "spearman": spearmanr(true, predicted).statistic,
+        }
+    return {
+        "accuracy": sum(a == b for a, b in zip(true, predicted)) / len(true),
+        "macro_f1": f1_score(true, predicted, average="macro"),
+    }
+
+
+def test_results_are_what_stock_peft_finds(trained):
+    folder, task = trained
+    results = json.loads((folder / "out/all_results.json").read_text())
+    model, tokenizer = stock(folder, task)
+    found = expected(model, tokenizer, task)
+    assert TASKS[task].metric in found
+    for name, value in found.items():
+        assert results[f"eval_{name}"] == pytest.approx(value, rel=1e-4, abs=1e-5)
+    assert results["train_loss"] > 0
+
+
+def test_both_phases_and_levels_were_trained(trained):
+    folder, task = trained
+    search, again = (
+        json.loads((folder / name / "trainer_state.json").read_text())
+        for name in ("out", "out/retrain")
+    )
+    assert (search["global_step"], again["global_step"]) == (4, 4)
+    assert sum("upper_loss" in record for record in search["log_history"]) == 2
+    model, _ = stock(folder, task)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero before training
+            assert parameter.abs().max() > 0
+    card = (folder / "out/README.md").read_text()
+    assert "library_name: peft" in card and "- method: bidora" in card
+
+
+def test_a_control_is_trained_in_one_phase(tmp_path):
+    options = given(tmp_path, method="lora", target_modules=["query", "value"])
+    assert main(["train", *flags(**options)]) == 0
+    adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert adapter["use_dora"] is False
+    assert sorted(adapter["target_modules"]) == ["query", "value"]
+    assert not (tmp_path / "out/retrain").exists()
+
+
+def test_without_evaluation_there_are_no_metrics(tmp_path):
+    options = given(tmp_path, eval_fraction=0, method="dora", max_steps=1)
+    del options["eval_file"]
+    assert main(["train", *flags(**options)]) == 0
+    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    assert not [name for name in results if name.startswith("eval")]
+
+
+def test_resumed_run_ends_in_the_same_adapter(tmp_path):
+    options = given(tmp_path, retrain="none", save_strategy="steps", save_steps=2, dropout=0.1)
+    argv = ["train", *flags(**options)]
+    assert main(argv) == 0
+    adapter = tmp_path / "out/adapter_model.safetensors"
+    whole = adapter.read_bytes()
+    shutil.rmtree(tmp_path / "out/checkpoint-4")
+    adapter.unlink()
+    assert main([*argv, "--resume_from_checkpoint", "true"]) == 0
+    assert adapter.read_bytes() == whole
+
+
+def test_nothing_to_resume_from_is_said(tmp_path, capsys):
+    argv = flags(**given(tmp_path), resume_from_checkpoint="true")
+    assert "there is no whole checkpoint in" in failure(capsys, "train", *argv)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": "quer"}, "no module 'quer'; did you mean 'query'?"),
+        ({"target_modules": "LayerNorm"}, "is a LayerNorm, which DoRA cannot adapt; adaptable are"),
+        (
+            {"modules_to_save": "poler"},
+            "modules_to_save: no module 'poler'; did you mean 'pooler'?",
+        ),
+        ({"model": "no/such/model"}, "cannot load the model 'no/such/model': there is no folder"),
+        ({"max_length": 600}, "more than the model's 512 tokens; give max_length=512 or less"),
+        ({"report_to": "comet_ml"}, "CometCallback requires comet-ml"),
+        ({"tokenizer": "no/such"}, "cannot load the tokenizer 'no/such'"),
+        ({"upper_fraction": 0.01}, "cannot give 1% of 24 training examples to the upper level"),
+        ({"fp16": True}, "fp16=True does not go with bilevel training"),
+        ({"hypergradient": "unrolled:steps=2"}, "unrolled looks back on 2 lower steps"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, options, message, capsys):
+    assert message in failure(capsys, "train", *flags(**given(tmp_path, **options)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_target_is_named(tmp_path, capsys):
+    options = given(tmp_path, "causal-lm", target_modules=["embed_tokens"])
+    model = base_model("causal")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path / "model")
+    assert "shares its weight with" in failure(capsys, "train", *flags(**options))
+
+
+def test_a_decoder_classifies_texts_of_different_lengths(tmp_path):
+    options = {**given(tmp_path, "causal-lm"), "task": "text-classification"}
+    short = [{**r, "text": r["text"][: 3 + 3 * (i % 5)]} for i, r in enumerate(rows())]
+    options["train_file"] = write(tmp_path / "train.csv", short)
+    options["eval_file"] = write(tmp_path / "eval.csv", rows(number=10, seed=1))
+    assert main(["train", *flags(**options)]) == 0
+    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    model, tokenizer = stock(tmp_path, "text-classification")
+    found = expected(model, tokenizer, "text-classification")
+    assert results["eval_accuracy"] == pytest.approx(found["accuracy"])
+    adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert adapter["modules_to_save"] == ["classifier", "score"]
+    assert not [name for name in adapter["target_modules"] if "score" in name]

@@ -1,0 +1,156 @@
+"""The endless stream of batches, and its return to any position."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from hyperopt_peft.core.data import Batches
+from tests.support.networks import differences
+
+N = 7
+
+
+class Noisy(Dataset[Tensor]):
+    """Items with noise of their own, drawn when they are fetched."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Tensor:
+        return index + torch.rand(())
+
+
+class Streamed(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(N).tolist())
+
+
+def own() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def batched(sampler: Any) -> DataLoader[int]:
+    return DataLoader(list(range(N)), batch_sampler=BatchSampler(sampler, 2, False))
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "list": lambda: list(range(N)),
+    "in order": lambda: DataLoader(list(range(N)), batch_size=2),
+    "shuffled": lambda: DataLoader(list(range(N)), batch_size=2, shuffle=True),
+    "own generator": lambda: DataLoader(
+        list(range(N)), batch_size=2, shuffle=True, generator=own()
+    ),
+    "sampler's generator": lambda: DataLoader(
+        list(range(N)), 2, sampler=RandomSampler(range(N), generator=own())
+    ),
+    "batch sampler's generator": lambda: batched(RandomSampler(range(N), generator=own())),
+    "with replacement": lambda: DataLoader(
+        list(range(N)), 2, sampler=RandomSampler(range(N), replacement=True, num_samples=70)
+    ),
+    "weighted": lambda: DataLoader(
+        list(range(N)), 2, sampler=WeightedRandomSampler([1.0] * N, N, generator=own())
+    ),
+    "subset": lambda: batched(SubsetRandomSampler(range(1, N))),
+    "noisy items": lambda: DataLoader(Noisy(), batch_size=2, shuffle=True),
+    "streamed": lambda: DataLoader(Streamed(), batch_size=2),
+}
+
+
+def draw(batches: Batches, count: int) -> list[Any]:
+    return [batches.next() for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@given(before=st.integers(0, 11), other=st.integers(0, 9), peek=st.booleans(), reused=st.booleans())
+@settings(max_examples=25)
+def test_a_stream_returns_to_where_its_state_was_taken(
+    kind: str, before: int, other: int, peek: bool, reused: bool
+) -> None:
+    """In a new stream, and in the old one after ``other`` further batches."""
+    torch.manual_seed(1)
+    batches = Batches(LOADERS[kind](), "fit")
+    draw(batches, before)
+    if peek:
+        batches.peek()
+    state, random = batches.state_dict(), torch.get_rng_state()
+    expected = draw(batches, 9)
+    draw(batches, other)
+
+    torch.manual_seed(2)
+    resumed = batches if reused else Batches(LOADERS[kind](), "fit")
+    outside = torch.get_rng_state()
+    resumed.load_state_dict(state)
+    assert torch.equal(torch.get_rng_state(), outside)
+    torch.set_rng_state(random)
+    assert not differences(draw(resumed, 9), expected)
+
+
+@given(before=st.integers(0, 9))
+@settings(max_examples=10)
+def test_two_streams_that_share_a_generator_return_together(before: int) -> None:
+    def streams() -> list[Batches]:
+        generator = own()
+        return [
+            Batches(DataLoader(list(range(n)), 2, shuffle=True, generator=generator), "fit")
+            for n in (5, 8)
+        ]
+
+    first = streams()
+    for _ in range(before):
+        for stream in first:
+            stream.next()
+    states = [stream.state_dict() for stream in first]
+    expected = [stream.next() for _ in range(6) for stream in first]
+    again = streams()
+    for stream, state in zip(again, states, strict=True):
+        stream.load_state_dict(state)
+    assert not differences([stream.next() for _ in range(6) for stream in again], expected)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "own generator", "weighted"])
+def test_every_epoch_has_an_order_of_its_own(kind: str) -> None:
+    batches = Batches(LOADERS[kind](), "fit")
+    epochs = [torch.cat(draw(batches, 4)).tolist() for _ in range(4)]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "noisy items"])
+@given(drawn=st.integers(0, 9))
+@settings(max_examples=10)
+def test_the_batch_that_was_peeked_at_comes_next(kind: str, drawn: int) -> None:
+    torch.manual_seed(1)
+    batches = Batches(LOADERS[kind](), "fit")
+    draw(batches, drawn)
+    random = torch.get_rng_state()
+    peeked = batches.peek()
+    torch.set_rng_state(random)
+    assert not differences(batches.peek(), peeked)
+    torch.set_rng_state(random)
+    assert not differences(batches.next(), peeked)
+
+
+def test_states_are_plain_values_and_tensors() -> None:
+    """So that they can be saved and loaded without executing code."""
+    batches = Batches(LOADERS["own generator"](), "fit")
+    draw(batches, 3)
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(isinstance(key, str) and plain(part) for key, part in value.items())
+        return isinstance(value, Tensor | int | bool)
+
+    assert plain(batches.state_dict())

@@ -1,0 +1,353 @@
+"""One level: what it accepts, how it evaluates, differentiates and steps."""
+
+import math
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding
+
+from hyperopt_peft import NonFiniteError, Problem, ProblemError, fit
+from tests.support.networks import differences
+from tests.support.quadratic import FunctionLevel
+
+Pair = namedtuple("Pair", "x y")
+
+
+def leaf(*values: float) -> Tensor:
+    return torch.tensor(values, requires_grad=True)
+
+
+W, V = leaf(1.0, 2.0), leaf(3.0)
+HALVED = W / 2
+
+
+class Empty:
+    def __iter__(self) -> Iterator[int]:
+        return iter(())
+
+
+class Rows(Problem):
+    def loss(self, batch: Any) -> Tensor:
+        return (W * batch["weight"]).sum()
+
+
+def test_a_loss_that_lacks_its_batch_or_a_column_says_so() -> None:
+    level = Rows([W])
+    with pytest.raises(ProblemError, match=r"Rows: the loss was given no batch .*give the level"):
+        level.evaluate(None)
+    with pytest.raises(ProblemError, match=r"reads 'weight', and the batch has only x, y; the Tr"):
+        level.evaluate({"x": W, "y": W})
+    with pytest.raises(TypeError, match="only integer tensors"):
+        level.evaluate({"weight": "heavy"})
+
+
+def evaluate(result: Any) -> Callable[[], object]:
+    return lambda: FunctionLevel(lambda _: result, [W], name="fit").evaluate(None)
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (lambda: Problem([], name="fit"), "fit: the level has no variables"),
+        (lambda: Problem(W), "variables must be tensors or .* got Tensor"),
+        (
+            lambda: Problem([("scale", 2.0)]),
+            r"variable 0 must be a tensor or a \(name, tensor\) pair",
+        ),
+        (lambda: Problem([("m", torch.ones(2))]), "m does not require a gradient"),
+        (lambda: Problem([("half", HALVED)]), "half is computed from other tensors"),
+        (
+            lambda: Problem([("z", torch.ones(2, dtype=torch.complex64, requires_grad=True))]),
+            "z is complex; own a real tensor .* torch.view_as_complex",
+        ),
+        (lambda: Problem([("a", W), ("b", W)]), "a and b are the same tensor"),
+        (lambda: Problem([W, W]), "variable 0 and variable 1 are the same tensor"),
+        (lambda: Problem([("a", W), ("a", V)]), "two variables are called 'a'"),
+        (
+            lambda: Problem([("a", W), ("b", V)], optimizer=SGD([W], lr=1)),
+            r"exactly the level's variables; it lacks \['b'\]",
+        ),
+        (
+            lambda: Problem([W], optimizer=SGD([W, leaf(*[1.0] * 5)], lr=1)),
+            r"also holds tensors of shape \[\(5,\)\]",
+        ),
+        (
+            lambda: Problem([("a", W), ("b", V)], optimizer=SGD([W, V, W], lr=1)),
+            r"the optimizer holds \['a'\] twice",
+        ),
+        (
+            lambda: Problem(
+                [W], optimizer=SGD([W], lr=1), scheduler=ExponentialLR(SGD([W], lr=1), 0.9)
+            ),
+            "the scheduler drives another optimizer",
+        ),
+        (
+            lambda: Problem([W], optimizer=(o := SGD([W], lr=1)), scheduler=ReduceLROnPlateau(o)),
+            "ReduceLROnPlateau",
+        ),
+        (
+            lambda: Problem([W], scheduler=ExponentialLR(SGD([W], lr=1), 0.9)),
+            "the scheduler drives another optimizer",
+        ),
+        (lambda: Problem([W], max_grad_norm=0.0), "must be a positive number, got 0.0"),
+        (lambda: Problem([W], max_grad_norm="1"), "must be a positive number, got '1'"),
+        (lambda: Problem([W], data=3, name="fit"), "fit: data must be an iterable .* got int"),
+        (lambda: Problem([W], data=iter([1])), "can be read only once; give a re-iterable"),
+        (lambda: Problem([W], data=[], name="fit"), "fit: data has no batch"),
+        (
+            lambda: Problem([W], data=DataLoader([1, 2], batch_size=3, drop_last=True)),
+            "data has no batch; the split is empty or smaller than one batch",
+        ),
+        (lambda: Problem([W], data=Empty()).next_batch(), "data has no batch"),
+        (lambda: Problem([W], name="fit").evaluate(None), r"fit: define loss\(self, batch\)"),
+        (evaluate(W), r"fit: loss must be a real scalar tensor, got \(2,\)"),
+        (evaluate(1.5), "loss must be a real scalar tensor, got float"),
+        (evaluate({"accuracy": 1.0}), r"without \"loss\", only \['accuracy'\]"),
+        (evaluate({"accuracy": 1.0, 3: 2}), r"without \"loss\", only \['accuracy', 3\]"),
+        (evaluate(W.sum().detach()), "does not depend on any tensor .* detach"),
+        (
+            lambda: FunctionLevel(lambda _: W.sum(), [W], name="fit").step([W]),
+            "fit: give the level an optimizer",
+        ),
+    ],
+)
+def test_mistakes_are_named(construct: Callable[[], object], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        construct()
+
+
+def test_a_variable_that_was_frozen_later_is_named() -> None:
+    w = leaf(1.0, 2.0)
+    level = FunctionLevel(lambda _: w.sum() * W.sum(), [w], name="fit")
+    w.requires_grad_(False)
+    with pytest.raises(ProblemError, match=r"fit: variables of shape \[\(2,\)\] no longer require"):
+        level.gradient(None, [w])
+
+
+def test_a_sparse_gradient_is_named_and_leaves_no_trace() -> None:
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    level = FunctionLevel(lambda _: embedding(torch.tensor([1])).sum(), [embedding.weight])
+    with pytest.raises(ProblemError, match=r"shape \[\(5, 2\)\] are sparse; .* sparse=False"):
+        level.gradient(None, level.variables)
+    assert embedding.weight.grad is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_losses_that_are_not_finite_are_errors(value: float) -> None:
+    level = FunctionLevel(lambda _: W.sum() * value, [W], name="fit")
+    with pytest.raises(NonFiniteError, match=f"fit: the loss is {value}"):
+        level.gradient(None, [W])
+
+
+def test_gradients_that_are_not_finite_are_errors() -> None:
+    """The square root of 0 is finite, its slope is not."""
+    level = FunctionLevel(lambda _: (W * 0).sum().sqrt() + 2, [W], name="fit")
+    with pytest.raises(NonFiniteError, match="fit: the gradient is not finite at loss 2"):
+        level.gradient(None, [W])
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e30), (torch.float16, 3e4)])
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_a_gradient_whose_squares_overflow_keeps_its_norm(
+    dtype: torch.dtype, size: float, limit: float | None
+) -> None:
+    """Scaling by limit/∞ would make a finite gradient NaN, or nothing."""
+    w = torch.ones(4, dtype=dtype, requires_grad=True)
+    sgd = SGD([w], lr=1.0 if limit else 1 / size)
+    level = FunctionLevel(
+        lambda _: (w.double() * size).sum(), [w], optimizer=sgd, max_grad_norm=limit
+    )
+    (record,) = fit(level, 1, progress=False)
+    assert record["gradient_norm"] == pytest.approx(2 * size, rel=1e-3)
+    torch.testing.assert_close(
+        w.detach(), torch.full_like(w, 0.5 if limit else 0.0), atol=1e-3, rtol=0
+    )
+
+
+def test_a_gradient_whose_norm_is_not_finite_moves_nothing() -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    level = Problem([w], optimizer=SGD([w], lr=0.1), name="fit")
+    with pytest.raises(NonFiniteError, match="fit: the gradient's norm is inf"):
+        level.step([torch.full_like(w, 1e300)])
+    assert torch.equal(w, torch.ones_like(w)) and w.grad is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ([W, V], ("variable 0", "variable 1")),
+        ([("a", W), ("b", V)], ("a", "b")),
+        ({"a": W, "b": V}, ("a", "b")),
+        ((pair for pair in [("a", W), ("b", V)]), ("a", "b")),
+        (nn.ParameterDict({"a": nn.Parameter(W.detach())}).named_parameters(), ("a",)),
+    ],
+)
+def test_variables_have_names(variables: Any, names: tuple[str, ...]) -> None:
+    assert Problem(variables).names == names
+
+
+def test_a_level_is_called_by_its_class_or_its_name() -> None:
+    class Ridge(Problem):
+        pass
+
+    assert Ridge([W]).name == "Ridge" and Ridge([W], name="fit").name == "fit"
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        W.sum(),
+        W.sum().reshape(1, 1),
+        {"loss": W.sum(), "accuracy": torch.tensor(0.5), "rows": 3},
+    ],
+)
+def test_a_loss_is_a_scalar_or_a_mapping_with_metrics(result: Any) -> None:
+    loss, metrics = FunctionLevel(lambda _: result, [W]).evaluate(None)
+    assert loss.shape == () and loss.item() == 3
+    assert metrics == ({"accuracy": 0.5, "rows": 3.0} if isinstance(result, dict) else {})
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.ones(2),
+        [torch.ones(2), torch.ones(3)],
+        (torch.ones(2), "text"),
+        {"x": torch.ones(2), "y": {"z": torch.ones(3)}},
+        Pair(torch.ones(2), 3),
+        BatchEncoding({"input_ids": torch.ones(2)}),
+        None,
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_any_batch_reaches_the_loss_on_the_device_of_the_variables(batch: Any) -> None:
+    received = []
+
+    def loss(batch: Any) -> Tensor:
+        received.append(batch)
+        raise KeyboardInterrupt
+
+    for device in ("cpu", "meta"):
+        variable = torch.ones(2, device=device, requires_grad=True)
+        with pytest.raises(KeyboardInterrupt):
+            FunctionLevel(loss, [variable]).evaluate(deepcopy(batch))
+    on_cpu, on_meta = received
+    assert type(on_cpu) is type(on_meta) is type(batch)
+    assert not differences(on_cpu, batch)
+    assert all(tensor.device.type == "meta" for tensor in _tensors(on_meta))
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_a_loss_may_take_its_batch_apart(kind: type) -> None:
+    """A product evaluates it on the same batch again."""
+    batch = kind({"x": torch.ones(2), "labels": torch.zeros(2)})
+    level = FunctionLevel(lambda batch: (batch.pop("labels") - W * batch["x"]).sum(), [W])
+    assert level.evaluate(batch)[0] == level.evaluate(batch)[0] == -3
+    assert set(batch) == {"x", "labels"}
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if hasattr(batch, "values") else batch
+    nested = isinstance(batch, list | tuple) or hasattr(batch, "values")
+    return [t for part in parts for t in _tensors(part)] if nested else []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradients_leave_those_that_are_held_alone(fails: bool) -> None:
+    w, v, unread = leaf(1.0, 2.0), leaf(3.0), leaf(4.0)
+    w.grad = held = torch.full_like(w, 7)
+    level = FunctionLevel(lambda _: (w * v).sum() * (math.nan if fails else 1), [w, v])
+    if fails:
+        with pytest.raises(NonFiniteError):
+            level.gradient(None, [w, v, unread])
+    else:
+        evaluation = level.gradient(None, [w, v, unread])
+        expected = (torch.tensor([3.0, 3.0]), torch.tensor([3.0]), None)
+        assert not differences(evaluation.gradient, expected)
+        assert evaluation.loss == 9 and evaluation.metrics == {}
+    assert w.grad is held and torch.equal(held, torch.full_like(w, 7)) and v.grad is None
+
+
+def test_gradients_fire_the_hooks_of_a_wrapped_model() -> None:
+    """Data-parallel wrappers reduce gradients in such hooks."""
+    w, fired = leaf(1.0), []
+    w.register_post_accumulate_grad_hook(lambda tensor: fired.append(tensor.grad.item()))
+    FunctionLevel(lambda _: (5 * w).sum(), [w]).gradient(None, [w])
+    assert fired == [5.0]
+
+
+def test_gradients_reach_nothing_but_the_tensors_asked_for() -> None:
+    w, other = leaf(1.0), leaf(2.0)
+    FunctionLevel(lambda _: (w * other).sum(), [w]).gradient(None, [w])
+    assert other.grad is None
+
+
+def test_a_step_is_that_of_the_optimizer_and_the_scheduler() -> None:
+    w, twin = leaf(1.0, 2.0), leaf(1.0, 2.0)
+    optimizer, reference = Adam([w], lr=0.1), Adam([twin], lr=0.1)
+    level = Problem([w], optimizer=optimizer, scheduler=ExponentialLR(optimizer, 0.5))
+    schedule = ExponentialLR(reference, 0.5)
+    for k in range(3):
+        gradient = torch.tensor([1.0, -2.0]) * (k + 1)
+        assert level.step([gradient.clone()]) == pytest.approx((k + 1) * 5**0.5)
+        twin.grad = gradient
+        reference.step()
+        schedule.step()
+    assert torch.equal(w, twin) and w.grad is None
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+
+
+def test_a_variable_without_gradient_is_left_alone() -> None:
+    """Not decayed, not moved by momentum."""
+    w, v = leaf(1.0), leaf(1.0)
+    level = Problem([w, v], optimizer=SGD([w, v], lr=0.1, momentum=0.9, weight_decay=0.1))
+    level.step([torch.ones(1), torch.ones(1)])
+    before = v.clone()
+    level.step([torch.ones(1), None])
+    assert torch.equal(v, before) and w.item() < before.item()
+
+
+@pytest.mark.parametrize("limit", [0.5, 2.9, 3.1])
+def test_clipping_bounds_the_step_and_reports_the_norm_before(limit: float) -> None:
+    w, v = leaf(0.0, 0.0), leaf(0.0)
+    level = Problem([w, v], optimizer=SGD([w, v], lr=1.0), max_grad_norm=limit)
+    assert level.step([torch.tensor([2.0, 1.0]), torch.tensor([2.0])]) == pytest.approx(3)
+    bounded = -min(limit, 3.0) * torch.tensor([2, 1, 2]) / 3
+    torch.testing.assert_close(torch.cat([w, v]).detach(), bounded)
+
+
+def test_a_snapshot_tells_groups_and_states_by_position() -> None:
+    w, v = leaf(1.0), leaf(2.0, 3.0)
+    groups = [{"params": [v], "lr": 0.5}, {"params": [], "lr": 0.2}, {"params": [w]}]
+    level = Problem([w, v], optimizer=SGD(groups, lr=0.1, momentum=0.9))
+    level.step([torch.ones(1), torch.ones(2)])
+    snapshot = level.optimizer_snapshot(with_state=True)
+    assert [(g["variables"], g["lr"]) for g in snapshot["groups"]] == [([1], 0.5), ([0], 0.1)]
+    assert not any("params" in group for group in snapshot["groups"])  # they would be copied
+    level.step([torch.ones(1), torch.ones(2)])
+    buffers = {k: state["momentum_buffer"] for k, state in snapshot["state"].items()}
+    assert not differences(buffers, {0: torch.ones(1), 1: torch.ones(2)})
+    assert level.optimizer_snapshot(with_state=False)["state"] == {}
+    assert Problem([w]).optimizer_snapshot(with_state=True) == {
+        "kind": None,
+        "groups": [],
+        "state": {},
+    }
+
+
+def test_data_can_be_peeked_at_and_cycle() -> None:
+    level = Problem([W], data=[1, 2, 3])
+    assert [level.next_batch() for _ in range(2)] == [1, 2]
+    assert [level.peek_batch(), level.peek_batch(), level.next_batch()] == [3, 3, 3]
+    assert [level.peek_batch(), level.next_batch(), level.next_batch()] == [1, 1, 2]
+    assert Problem([W]).next_batch() is None and Problem([W]).peek_batch() is None

@@ -1,0 +1,464 @@
+"""check_problem names what is wrong with a pair, passes what is right, and changes nothing."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd.function import once_differentiable
+
+from hyperopt_peft import Engine, ProblemError, check_problem, hypergradient, minimise
+from hyperopt_peft.problems.hypercleaning import digits
+from hyperopt_peft.problems.logistic import breast_cancer
+from hyperopt_peft.problems.ridge import diabetes
+from hyperopt_peft.utils.random_state import host_random_state
+from tests.support.chains import chain, nested
+from tests.support.networks import differences, network_levels
+from tests.support.quadratic import FunctionLevel, flat, program, symmetric
+
+
+def examine(upper, lower, **options):
+    """The check, after which variables, gradients and random states are what they were."""
+    variables = (*upper.variables, *lower.variables)
+    for k, variable in enumerate(variables):
+        variable.grad = torch.full_like(variable, k)
+
+    def state():
+        values = [[x.detach().clone(), x.grad.clone()] for x in variables]
+        return [values, torch.get_rng_state(), host_random_state()]
+
+    before = state()
+    check = check_problem(upper, lower, **options)
+    assert differences(before, state()) == []
+    return check
+
+
+def kinds(check, *severities):
+    return [finding.kind for finding in check.findings if finding.severity in severities]
+
+
+def found(check, kind):
+    (finding,) = (finding for finding in check.findings if finding.kind == kind)
+    assert str(finding) in str(check)
+    return finding
+
+
+class Pair:
+    """f = ½|w − u|² + f_more, F = ½|w|² + ½|u − 1|² + F_more, at the lower minimum."""
+
+    def __init__(self, f_more=lambda w, u: 0, upper_more=lambda w, u: 0, spare=()):
+        self.u = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+        self.w = self.u.detach().clone().requires_grad_()
+        self.f_more, self.upper_more, self.spare = f_more, upper_more, list(spare)
+        self.upper = self.level(self.upper_loss, [("u", self.u)], "above")
+        self.lower = self.level(self.f, [("w", self.w), *self.spare], "below")
+
+    def level(self, function, owned, name):
+        optimizer = torch.optim.SGD([x for _, x in owned], lr=0.1)
+        return FunctionLevel(lambda _: function(), owned, optimizer=optimizer, name=name)
+
+    def f(self):
+        return (self.w - self.u).square().sum() / 2 + self.f_more(self.w, self.u)
+
+    def upper_loss(self):
+        own = (self.u - 1).square().sum() / 2
+        return self.w.square().sum() / 2 + own + self.upper_more(self.w, self.u)
+
+    def check(self, **options):
+        return examine(self.upper, self.lower, **options)
+
+
+def test_a_sound_pair_has_no_findings():
+    check = Pair().check()
+    assert check.findings == () and check.ok
+    assert str(check).startswith("nothing was found\neigenvalues of the lower Hessian from 1 to 1")
+
+
+@pytest.mark.parametrize("make", [diabetes, breast_cancer, digits])
+def test_the_reference_problems_are_sound_at_their_minimum_and_not_before(make):
+    upper, lower = make()
+    start = examine(upper, lower)
+    assert kinds(start, "error", "warning") == ["far from stationary"]
+    minimise(lower)
+    check = examine(upper, lower)
+    assert check.findings == () and check.curvature.change < 1e-6
+
+
+# One broken pair for every finding.
+
+
+def test_a_lower_variable_that_its_loss_does_not_read():
+    spare = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    check = Pair(upper_more=lambda w, u: spare.sum(), spare=[("spare", spare)]).check()
+    finding = found(check, "unread variable")
+    assert (finding.severity, finding.level) == ("error", "below") and "'spare'" in finding.words
+
+
+def test_an_upper_variable_that_no_loss_reads():
+    pair = Pair()
+    spare = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    upper = pair.level(pair.upper_loss, [("u", pair.u), ("spare", spare)], "above")
+    finding = found(examine(upper, pair.lower), "unread variable")
+    assert finding.level == "above" and "no loss reads the variable 'spare'" in finding.words
+    pair.f_more = lambda w, u: spare.sum()  # the lower loss is enough
+    assert examine(upper, pair.lower).ok
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_an_upper_loss_that_does_not_depend_on_the_lower_variables(reads):
+    pair = Pair()
+    pair.upper.function = lambda _: pair.u.sum() + (0 * pair.w.sum() if reads else 0)
+    check = pair.check()
+    assert kinds(check, "error", "warning") == ["no implicit term"]
+    assert found(check, "no implicit term").level == "above"
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_lower_loss_whose_minimum_the_upper_variables_do_not_move(reads):
+    pair = Pair()
+    pair.lower.function = lambda _: (pair.w - 1).square().sum() + (pair.u.sum() if reads else 0)
+    minimise(pair.lower)
+    check = pair.check()
+    assert kinds(check, "error", "warning") == ["no mixed derivative"]
+    assert found(check, "no mixed derivative").level == "below"
+
+
+def clamp(w, u):
+    with torch.no_grad():
+        w.clamp_(-9, 9)  # no value changes, the version does
+    return 0
+
+
+def write_through_data(w, u):
+    w.data.mul_(1.5)
+    return 0
+
+
+def write_to_the_other_level(w, u):
+    u.data[0] = 7
+    return 0
+
+
+def write_after_use(w, u):
+    loss = w.square().sum()
+    with torch.no_grad():
+        w.add_(1.0)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("edit", "written"),
+    [
+        (clamp, "below's w"),
+        (write_through_data, "below's w"),
+        (write_to_the_other_level, "above's u"),
+        (write_after_use, "below's w"),
+    ],
+)
+@pytest.mark.parametrize("level", ["above", "below"])
+def test_a_loss_that_writes_to_a_variable(edit, written, level):
+    check = (Pair(upper_more=edit) if level == "above" else Pair(edit)).check()
+    findings = [finding for finding in check.findings if finding.kind == "in-place edit"]
+    assert findings[-1].words.endswith(f"writes to {written}")
+    assert {(finding.level, finding.severity) for finding in findings} == {(level, "error")}
+
+
+def test_an_edit_that_autograd_refuses():
+    finding = found(Pair(lambda w, u: w.mul_(2).sum()).check(), "in-place edit")
+    assert "leaf Variable" in finding.words and finding.severity == "error"
+
+
+def test_buffers_and_masks_are_notes_and_training_goes_on_as_if_nothing_had_been_checked():
+    runs = []
+    for look in (False, True):
+        upper, lower = network_levels()
+        if look:
+            buffers = {k: b.clone() for k, b in upper.net.named_buffers()}
+            check = examine(upper, lower)
+            assert differences(buffers, dict(upper.net.named_buffers())) == []
+            assert sorted(kinds(check, "note")) == ["buffers", "buffers", "random", "random"]
+            words = [f.words for f in check.findings if f.kind == "buffers"]
+            assert all("BatchNorm1d.running_mean" in text for text in words)
+        torch.manual_seed(3)
+        engine = Engine(upper, lower, "darts", lower_steps=2, progress=False)
+        engine.run(3)
+        runs.append([engine.state_dict(), upper.net.state_dict()])
+    assert differences(*runs) == []
+
+
+def test_a_network_in_eval_mode_has_no_notes():
+    upper, lower = network_levels()
+    upper.net.eval()
+    assert kinds(examine(upper, lower), "note") == []
+
+
+@pytest.mark.parametrize(
+    ("draw", "source"),
+    [
+        (random.random, "Python's or NumPy's"),
+        (np.random.rand, "Python's or NumPy's"),
+        (iter(range(1000)).__next__, "keeps a state"),
+    ],
+)
+def test_a_loss_that_cannot_be_replayed(draw, source):
+    check = Pair(lambda w, u: (1 + draw()) * w.sum()).check()
+    finding = found(check, "not reproducible")
+    assert source in finding.words and (finding.severity, finding.level) == ("error", "below")
+    assert check.curvature is None  # differences of such a loss are noise
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        (lambda w, u: (w - 2).log().sum(), "the loss is nan"),
+        (lambda w, u: (w - 1).sqrt().sum(), "the gradient is not finite"),
+        (lambda w, u: (w - 1).abs().pow(1.5).sum(), "Hessian-vector product is not finite"),
+    ],
+)
+def test_what_is_not_finite(term, words):
+    finding = found(Pair(term).check(), "not finite")
+    assert words in finding.words and (finding.severity, finding.level) == ("error", "below")
+
+
+class Halved(torch.autograd.Function):
+    """x ↦ ½x², with a first derivative only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square() / 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0]
+
+
+def test_an_operation_without_second_derivative_is_named_and_done_without():
+    pair = Pair()
+    pair.lower.function = lambda _: Halved.apply(pair.w - pair.u).sum()
+    check = pair.check()
+    assert kinds(check, "error", "warning") == ["no double backward"]
+    finding = found(check, "no double backward")
+    assert "Halved is marked once_differentiable" in finding.words
+    assert 'product="difference"' in finding.advice
+    assert check.curvature.largest == pytest.approx(1, rel=1e-6)  # by differences
+
+
+def test_a_torch_operation_without_second_derivative_is_named():
+    pair = Pair()
+    square = torch.eye(3, dtype=torch.float64)[None]
+
+    def loss(_):
+        distances = torch.cdist((pair.w - pair.u)[None, None], square, p=3.0)
+        return distances.sum() + (pair.w - pair.u).square().sum()
+
+    pair.lower.function = loss
+    assert "_cdist_backward" in found(pair.check(), "no double backward").words
+
+
+def test_negative_curvature():
+    eigenvalues = torch.tensor([-0.3, 0.5, 1.0, 2.0, 4.0, 5.0], dtype=torch.float64)
+    quadratic = program(0, w_shapes=[(6,)], u_shapes=[(6,)])
+    quadratic.h = symmetric(eigenvalues, torch.Generator().manual_seed(0))
+    quadratic.w[0].data = torch.linalg.solve(
+        quadratic.h, -quadratic.c_mixed @ quadratic.u[0].detach() - quadratic.c
+    )
+    check = examine(*quadratic.levels())
+    assert kinds(check, "error", "warning") == ["negative curvature"]
+    assert check.curvature.smallest == pytest.approx(-0.3, rel=1e-6)
+    assert check.curvature.largest == pytest.approx(5.0, rel=1e-6)
+    assert "-0.3" in found(check, "negative curvature").words
+    assert "damping of 0.6 or more, or use darts" in found(check, "negative curvature").advice
+
+
+def test_an_ill_conditioned_lower_level():
+    scale = torch.logspace(-4, 0, 300, dtype=torch.float64)
+    u = torch.ones(300, dtype=torch.float64, requires_grad=True)
+    w = u.detach().clone().requires_grad_()
+    options = {"optimizer": None}
+    lower = FunctionLevel(lambda _: (scale * (w - u).square()).sum() / 2, [w], **options)
+    upper = FunctionLevel(lambda _: (w - 3).square().sum(), [u], **options)
+    check = examine(upper, lower)
+    assert kinds(check, "error", "warning") == ["ill-conditioned"]
+    finding = found(check, "ill-conditioned")
+    assert finding.words.startswith("after 20 steps of minres the residual is still 0.")
+    assert 10 < check.curvature.condition <= 1e4
+    assert kinds(check, "note") == ["no optimizer", "no optimizer"]
+    assert "ill-conditioned" not in kinds(examine(upper, lower, steps=400), "warning")
+
+
+def moved(quadratic, length):
+    for leaf in quadratic.w:
+        leaf.data += length * torch.randn(leaf.shape, dtype=leaf.dtype)
+    return quadratic
+
+
+def test_far_from_stationary_is_the_change_of_the_hypergradient():
+    quadratic = moved(program(0), 1.0)
+    upper, lower = quadratic.levels()
+    check = examine(upper, lower)
+    here = flat(hypergradient(upper, lower, "exact"))
+    sizes = [float(quadratic.direct.norm() + quadratic.exact_implicit.norm())]
+    f = lower.loss(None).item()
+    minimise(lower)
+    there = flat(hypergradient(upper, lower, "exact"))
+    sizes.append(float(quadratic.direct.norm() + quadratic.exact_implicit.norm()))
+    change = float((there - here).norm()) / max(sizes)
+    assert change > 0.1
+    assert check.curvature.change == pytest.approx(change, rel=1e-6)
+    assert check.curvature.losses == pytest.approx((f, lower.loss(None).item()))
+    finding = found(check, "far from stationary")
+    assert finding.severity == "warning" and f"hypergradient by {change:.0%}" in finding.words
+    assert "more lower steps" in finding.advice
+
+
+def test_the_measure_of_stationarity_has_no_scale():
+    def change(f_scale=1.0, upper_scale=1.0, constant=0.0):
+        torch.manual_seed(1)
+        quadratic = moved(program(0), 0.3)
+        upper, lower = quadratic.levels(scale=f_scale)
+        f, upper_f = lower.objective, upper.objective
+        lower.objective = lambda w, u: f(w, u) + constant
+        upper.objective = lambda w, u: upper_scale * upper_f(w, u) - constant
+        return examine(upper, lower).curvature.change
+
+    plain = change()
+    assert plain > 0.01
+    for options in ({"f_scale": 1e4}, {"upper_scale": 1e-3}, {"constant": 50.0}):
+        assert change(**options) == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_newton_step_that_would_raise_the_loss_is_shortened():
+    """log cosh has a Newton step from 2 that ends at −11."""
+    pair = Pair()
+    pair.w.data += 2.0
+    pair.lower.function = lambda _: (pair.w - pair.u).cosh().log().sum()
+    before, after = pair.check().curvature.losses
+    assert after < before
+
+
+def test_inside_autocast_the_step_is_seen_and_half_precision_is_no_finding():
+    torch.manual_seed(0)
+    x, u = torch.randn(16, 4), torch.ones(4, requires_grad=True)
+    net = torch.nn.Linear(4, 1)
+
+    def f(_):
+        return (net(x) - 1).square().mean() + (u * net.weight.square()).sum()
+
+    lower = FunctionLevel(f, net.named_parameters())
+    upper = FunctionLevel(lambda _: net(x).square().mean(), [u])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check = examine(upper, lower)
+        assert float(f(None)) == pytest.approx(check.curvature.losses[0], rel=1e-6)
+    assert kinds(check, "error", "warning") == ["far from stationary"]
+    assert check.curvature.losses[1] < 0.5 * check.curvature.losses[0]
+
+
+def test_a_tensor_of_both_levels():
+    pair = Pair()
+    both = pair.level(pair.f, [("w", pair.w), ("mine", pair.u)], "below")
+    finding = found(examine(pair.upper, both), "shared tensor")
+    assert finding.severity == "error"
+    assert "below's mine" in finding.words and "above's u" in finding.words
+
+
+def test_a_missing_optimizer_is_a_note():
+    pair = Pair()
+    pair.upper.optimizer = None
+    check = pair.check()
+    assert check.ok and kinds(check, "note") == ["no optimizer"]
+    assert found(check, "no optimizer").level == "above"
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda pair: pair.w.square(), "must be a real scalar"),
+        (lambda pair: pair.w.detach().sum(), "does not depend on any tensor"),
+    ],
+)
+def test_a_loss_that_is_none(loss, words):
+    pair = Pair()
+    pair.lower.function = lambda _: loss(pair)
+    finding = found(pair.check(), "bad loss")
+    assert words in finding.words and finding.level == "below"
+
+
+# Beside the findings.
+
+
+def test_the_worst_comes_first():
+    pair = Pair(lambda w, u: random.random() * w.sum() + torch.rand(()) * 0)
+    pair.upper.optimizer = None
+    pair.upper.function = lambda _: pair.u.square().sum()
+    severities = [finding.severity for finding in pair.check().findings]
+    assert severities == ["error", "warning", "note"]
+
+
+def test_levels_without_data_are_given_batches():
+    u, w = (torch.ones(2, requires_grad=True) for _ in range(2))
+    lower = FunctionLevel(lambda x: (x * (w - u)).square().sum(), [w])
+    upper = FunctionLevel(lambda x: (x + w).square().sum(), [u])
+    check = examine(upper, lower, upper_batch=torch.ones(2), lower_batch=2 * torch.ones(2))
+    assert check.ok and check.curvature.largest == pytest.approx(8, rel=1e-5)
+
+
+def test_another_exception_of_a_loss_passes_and_leaves_everything():
+    def loss(w, u):
+        w.data.zero_()
+        raise KeyError("no such column")
+
+    pair = Pair(loss)
+    before = pair.w.detach().clone()
+    with pytest.raises(KeyError, match="no such column"):
+        check_problem(pair.upper, pair.lower)
+    assert torch.equal(pair.w, before) and pair.w.grad is None
+
+
+def test_a_chain_is_examined_through_its_levels():
+    """The Newton step's loss and the hypergradient's change are those of the reduced problem."""
+    quadratics = chain(3)
+    top, below = nested(quadratics.levels())
+    with torch.no_grad():  # the lowest level at its minimum, the middle one not
+        *_, a = quadratics.matrices
+        above = torch.cat(quadratics.blocks[:2])
+        n, w = len(above), quadratics.blocks[2]
+        w.copy_(-torch.linalg.solve(a[n:, n:], a[n:, :n] @ above + quadratics.vectors[2][n:]))
+    check = examine(top, below)
+    far, start = quadratics.hypergradient(), quadratics.objective(1, quadratics.blocks).item()
+    direct = below.gradient_of(top, None, top.variables).gradient[0]
+    quadratics.settle()
+    settled, end = quadratics.hypergradient(), quadratics.objective(1, quadratics.blocks).item()
+    at_end = below.gradient_of(top, None, top.variables).gradient[0]
+    sizes = [d.norm() + (h - d).norm() for d, h in ((direct, far), (at_end, settled))]
+    assert kinds(check, "error", "warning") == ["far from stationary"]
+    assert check.curvature.losses == pytest.approx((start, end), rel=1e-8)
+    change = float((settled - far).norm() / max(sizes))
+    assert check.curvature.change == pytest.approx(change, rel=1e-6)
+
+
+def test_an_upper_loss_may_read_the_lowest_level_alone():
+    quadratics = chain(3)
+    quadratics.settle()
+    top, below = nested(quadratics.levels())
+    top = FunctionLevel(
+        lambda _: quadratics.blocks[2].square().sum(), top.variables, optimizer=top.optimizer
+    )
+    assert kinds(examine(top, below), "error", "warning") == []
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_variable_may_act_through_the_lower_optimizer_alone(alone):
+    rate = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    pair = Pair()
+    pair.lower.optimizer_options = lambda: {"lr": rate.exp()}
+    owned = [("rate", rate)] if alone else [("rate", rate), ("u", pair.u)]
+    check = examine(pair.level(pair.upper_loss, owned, "above"), pair.lower)
+    assert kinds(check, "error", "warning") == []
+    assert check.curvature.implicit is not alone
+
+
+def test_steps_are_checked():
+    with pytest.raises(ProblemError, match="steps must be at least 1"):
+        check_problem(*diabetes(), steps=0)

@@ -1,0 +1,233 @@
+"""Estimators side by side: what the table says, and that what it counts is what was done."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperopt_peft import ProblemError, compare_hypergradients, hypergradient
+from hyperopt_peft.diagnostics.memory import peak_memory
+from hyperopt_peft.hypergradients import DARTS, Comparison
+from tests.hypergradients.test_properties import Case, cases
+from tests.support.networks import network_levels
+from tests.support.quadratic import FunctionLevel, flat, program
+
+COLUMNS = (
+    "cosine",
+    "rel. error",
+    "norm ratio",
+    "residual",
+    "spread",
+    "fwd+bwd",
+    "products",
+    "seconds",
+    "MB",
+)
+
+
+def test_a_comparison_measures_against_the_reference() -> None:
+    levels = program(0).levels()
+    table = compare_hypergradients(*levels, ["exact", "direct", DARTS(scale=0.5)])
+    exact, direct, darts = table.records()
+    truth = flat(hypergradient(*levels, "exact"))
+    for record, method in ((direct, "direct"), (darts, DARTS(scale=0.5))):
+        h = flat(hypergradient(*levels, method))
+        assert record["cosine"] == pytest.approx(float(h @ truth / (h.norm() * truth.norm())))
+        assert record["relative_error"] == pytest.approx(float((h - truth).norm() / truth.norm()))
+        assert record["norm_ratio"] == pytest.approx(float(h.norm() / truth.norm()))
+    assert (exact["cosine"], exact["norm_ratio"]) == (pytest.approx(1), pytest.approx(1))
+    assert exact["relative_error"] < 1e-12 and exact["spread"] < 1e-12
+    assert exact["residual"] < 1e-12 and direct["residual"] is None
+    assert [r["method"] for r in table.records()] == ["exact", "direct", repr(DARTS(scale=0.5))]
+
+
+def test_one_method_need_not_be_in_a_list() -> None:
+    for method in ("direct", DARTS(scale=0.5)):
+        (record,) = compare_hypergradients(*program(0).levels(), method, repeats=1).records()
+        assert record["method"] == (method if isinstance(method, str) else repr(method))
+
+
+def test_medians_and_spread_are_over_new_masks() -> None:
+    """The masks of a repeat are a function of its seed, and the same for every method."""
+    levels = network_levels(dropout=0.5)
+    table = compare_hypergradients(*levels, ["direct"], "darts", repeats=5, seed=10)
+    seeds = range(10, 15)
+    found = [flat(hypergradient(*levels, "direct", seed=k)).double() for k in seeds]
+    truths = [flat(hypergradient(*levels, "darts", seed=k)).double() for k in seeds]
+    errors = [float((h - t).norm() / t.norm()) for h, t in zip(found, truths)]
+    (record,) = table.records()
+    assert record["relative_error"] == pytest.approx(sorted(errors)[2], rel=1e-4)
+    mean = torch.stack(found).mean(0)
+    variance = torch.stack([(h - mean).norm() ** 2 for h in found]).mean()
+    assert record["spread"] == pytest.approx(float(variance.sqrt() / mean.norm()), rel=1e-4)
+    assert record["spread"] > 0.01
+
+
+def test_a_table_can_be_read() -> None:
+    table = compare_hypergradients(*program(0).levels(), ["cg:steps=3", "direct"], repeats=2)
+    assert isinstance(table, Comparison)
+    head, first, second, last = str(table).splitlines()
+    assert head.startswith("method") and all(column in head for column in COLUMNS)
+    assert first.startswith("cg:steps=3 ") and second.startswith("direct ")
+    assert f"{table.records()[0]['cosine']:.4f}" in first
+    assert last.startswith("against exact (residual ") and last.endswith("; 2 repeats")
+    assert len({len(line) for line in (head, first, second)}) == 1
+
+
+def test_a_method_that_fails_has_a_row_that_says_why() -> None:
+    """The others keep their numbers."""
+    levels = program(0).levels()
+    table = compare_hypergradients(
+        *levels, ["exact:max_size=3", "neumann:step=1e9,terms=200", "cg"]
+    )
+    too_large, diverging, fine = table.records()
+    assert "more than max_size=3" in too_large["problem"] and math.isnan(too_large["cosine"])
+    assert "not finite" in diverging["problem"]
+    assert fine["problem"] == "" and fine["cosine"] > 0.99
+    assert too_large["problem"] in str(table)
+
+
+def test_what_a_method_notes_is_below_the_table() -> None:
+    """CG says where it met the negative curvature, and so why its row is what it is."""
+    w, u = (torch.ones(2, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(lambda _: w.square().sum(), [u])
+    lower = FunctionLevel(lambda _: (w * u).square() @ torch.tensor([1.0, -2.0]), [w])
+    table = compare_hypergradients(upper, lower, ["direct", "cg"], "minres", repeats=2)
+    direct, cg = table.records()
+    assert direct["note"] == "" and "curvature" in cg["note"]
+    lines = str(table).splitlines()
+    assert lines[3] == f"cg: {cg['note']}"
+    assert lines[1].split()[:3] == ["direct", "–", "1"]  # of length zero: no direction
+
+
+def test_a_reference_can_be_any_method() -> None:
+    levels = program(0).levels()
+    table = compare_hypergradients(*levels, ["exact"], "cg:steps=200,tolerance=1e-10", repeats=1)
+    assert table.records()[0]["relative_error"] < 1e-8
+    assert table.reference_residual is not None and table.reference_residual <= 1e-10
+    assert str(table).splitlines()[-1].startswith("against cg:steps=200,tolerance=1e-10 (residual")
+    assert compare_hypergradients(*levels, ["exact"], "direct").reference_residual is None
+
+
+def test_a_vanishing_reference_gives_no_numbers_and_no_error() -> None:
+    w, u = (torch.ones(2, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(lambda _: (u * 0).sum(), [u])
+    lower = FunctionLevel(lambda _: (w - u).square().sum(), [w])
+    (record,) = compare_hypergradients(upper, lower, ["cg"], "direct").records()
+    assert all(math.isnan(record[key]) for key in ("cosine", "relative_error", "norm_ratio"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": []}, "at least one method and one repeat"),
+        ({"methods": ["cg"], "repeats": 0}, "at least one method and one repeat"),
+        ({"methods": ["cgg"]}, "unknown estimator 'cgg'"),
+        ({"methods": ["cg"], "reference": "exakt"}, "unknown estimator 'exakt'.*'exact'"),
+        ({"methods": ["cg"], "reference": "exact:max_size=3"}, "more than max_size=3"),
+    ],
+)
+def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        compare_hypergradients(*program(0).levels(), **arguments)
+
+
+def test_batches_are_those_that_come_next_and_stay_the_next() -> None:
+    seen = []
+    w, u = (torch.tensor([value], requires_grad=True) for value in (1.0, 2.0))
+
+    def loss(batch: str) -> Tensor:
+        seen.append(batch)
+        return (w - u).square().sum()
+
+    upper = FunctionLevel(loss, [u], data=["u0", "u1"])
+    lower = FunctionLevel(loss, [w], data=["w0", "w1"])
+    upper.next_batch()
+    compare_hypergradients(upper, lower, ["darts", "cg"])
+    assert set(seen) == {"u1", "w0"}
+    assert (upper.next_batch(), lower.next_batch()) == ("u1", "w0")
+
+
+@pytest.mark.parametrize(
+    ("method", "gradients", "products"),
+    [
+        ("direct", 1, 0),
+        ("darts", 3, 0),
+        ("darts:sides=1", 3, 0),  # 2 in training, where ∂f/∂u at the unmoved point is known
+        ("darts:product=exact", 2, 1),
+        ("cg:steps=5", 2, 5 + 1),
+        ("minres:steps=5", 2, 5 + 1),
+        ("neumann:terms=5,step=0.1", 2, 5 + 1),
+        ("neumann:terms=5,power_steps=3", 2, 5 + 3 + 1),
+        ("exact", 2, 12 + 1),
+        ("unrolled:steps=3", 1 + 3 * 2, 3 * 2 - 1),  # each step is simulated, then differentiated
+        ("sama", 4, 0),  # 3 in training, where the lower step is known
+        ("sama:product=exact", 3, 1),
+        ("nystrom:rank=3,steps=5,tolerance=0", 2, 3 + 5 + 1),
+        ("nystrom:rank=3,steps=0", 2, 3 + 1),
+        ("cg:steps=5,metric=optimizer", 3, 5 + 1),
+        ("cg:steps=5,product=difference", 1 + 2 * (5 + 1), 0),
+        ("unrolled:steps=3,product=difference", 1 + 3 * (1 + 2 * 2) - 2, 0),
+    ],
+)
+def test_the_cost_of_an_estimator(method: str, gradients: int, products: int) -> None:
+    """Of 12 lower unknowns, outside training."""
+    (record,) = compare_hypergradients(*program(0).levels(), [method], "direct").records()
+    assert (record["gradients"], record["products"]) == (gradients, products)
+
+
+@cases()
+def test_the_count_of_gradients_is_the_count_of_loss_evaluations(case: Case) -> None:
+    upper, lower = program(0).levels()
+    count = 0
+
+    def counting(level: FunctionLevel) -> FunctionLevel:
+        def loss(batch: Any) -> Tensor:
+            nonlocal count
+            count += 1
+            return level.loss(batch)
+
+        return FunctionLevel(loss, level.variables, optimizer=level.optimizer)
+
+    counted = counting(upper), counting(lower)
+    counted[1].evaluate(None)  # a level looks at its precision when it is first evaluated
+    count = 0
+    hypergradient(*counted, case.estimator)
+    (record,) = compare_hypergradients(upper, lower, [case.estimator], "direct").records()
+    assert record["gradients"] == count
+
+
+MB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("run", "megabytes"),
+    [
+        (lambda: [torch.ones(MB // 4) for _ in range(3)], 3),
+        (lambda: [torch.ones(MB // 4).sum() for _ in range(3)], 1),
+        (lambda: torch.ones(MB // 4).view(2, -1)[0].add_(1), 1),
+        (lambda: None, 0),
+    ],
+)
+def test_peak_memory_counts_what_is_held_at_once(run: Any, megabytes: int) -> None:
+    assert peak_memory(run, torch.device("cpu")) / MB == pytest.approx(megabytes, abs=1e-3)
+
+
+def test_double_backward_holds_more_than_differences() -> None:
+    """The graph of the gradient is kept for the one and not for the other."""
+    w = torch.ones(1000, dtype=torch.float64, requires_grad=True)
+    u = torch.ones(1000, dtype=torch.float64, requires_grad=True)
+
+    def deep(_: None) -> Tensor:
+        x = w
+        for _ in range(20):
+            x = torch.sin(x * u)
+        return x.sum()
+
+    upper = FunctionLevel(lambda _: w.square().sum(), [u])
+    methods = ["direct", "darts", "darts:product=exact"]
+    table = compare_hypergradients(upper, FunctionLevel(deep, [w]), methods, "direct", repeats=1)
+    direct, differences, exact = (record["peak_memory"] for record in table.records())
+    assert 0 < direct < differences < exact

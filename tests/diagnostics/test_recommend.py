@@ -1,0 +1,102 @@
+"""Which estimator is recommended, and what is warned of: every branch of the rule."""
+
+import pytest
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.diagnostics.compare import Comparison, Record
+from hyperopt_peft.diagnostics.recommend import Thresholds, recommend
+
+
+def row(method, cosine=0.99, error=0.1, seconds=1.0, ratio=1.0, problem=""):
+    return Record(method, cosine, error, ratio, seconds=seconds, problem=problem)
+
+
+def comparison(*rows, residual=0.01, note=""):
+    return Comparison("minres:steps=40", residual, note, 3, rows)
+
+
+def test_the_quickest_within_both_thresholds():
+    result = recommend(
+        comparison(
+            row("darts", cosine=0.6, seconds=0.1),
+            row("neumann", error=0.5, seconds=0.2),
+            row("cg", seconds=0.4),
+            row("minres", seconds=0.3),
+        )
+    )
+    assert result.method == "minres"
+    (reason,) = result.reasons
+    assert reason.startswith(
+        "Use minres: of 2 within cosine ≥ 0.95 and relative error ≤ 0.3 it is the quickest, 0.3 s"
+    )
+
+
+def test_thresholds_are_the_users_and_inclusive():
+    rows = comparison(row("darts", cosine=0.6, error=0.8))
+    assert recommend(rows).method is None
+    assert recommend(rows, Thresholds(cosine=0.6, relative_error=0.8)).method == "darts"
+
+
+def test_direct_alone_says_that_the_implicit_term_is_small():
+    result = recommend(comparison(row("direct", seconds=0.1), row("cg")))
+    assert result.method == "direct"
+    assert "implicit term is small" in result.reasons[1]
+
+
+def test_none_is_close_enough():
+    result = recommend(comparison(row("darts", 0.3, 0.95), row("cg", 0.5, 0.9)))
+    assert result.method is None
+    assert "the closest is cg (cosine 0.500, relative error 0.9)" in str(result)
+    assert "use the reference, minres:steps=40" in str(result)
+
+
+def test_estimators_without_a_number_are_named_and_never_chosen():
+    broken = row("exact", seconds=0.0, problem="too many unknowns")
+    result = recommend(comparison(broken, row("cg")))
+    assert result.method == "cg"
+    assert result.reasons[-1] == "exact gave no number: too many unknowns"
+    alone = recommend(comparison(broken, row("direct", cosine=float("nan"))))
+    assert alone.method is None
+    assert alone.reasons[0] == "No estimator gave a number that can be compared."
+
+
+@pytest.mark.parametrize("residual", [0.2, float("nan")])
+def test_a_reference_that_did_not_converge_is_warned_of_first(residual):
+    result = recommend(comparison(row("cg"), residual=residual))
+    assert result.method == "cg"
+    assert "reference is itself far from the solution" in result.reasons[0]
+
+
+@pytest.mark.parametrize("residual", [0.1, None])
+def test_a_reference_that_converged_or_is_exact_is_not(residual):
+    assert len(recommend(comparison(row("cg"), residual=residual)).reasons) == 1
+
+
+def test_negative_curvature_of_the_reference_is_told():
+    result = recommend(comparison(row("cg"), note="negative curvature -3"))
+    assert "the reference met negative curvature -3; raise damping" in result.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advice"), [(2.1, "lower xi"), (0.45, "raise xi"), (2.0, None), (0.5, None)]
+)
+def test_darts_of_the_wrong_length(ratio, advice):
+    result = recommend(comparison(row("cg"), row("darts:scale=0.7", 0.4, 3, ratio=ratio)))
+    warnings = [reason for reason in result.reasons if "darts" in reason]
+    assert len(warnings) == (advice is not None)
+    if advice:
+        assert f"{ratio:.2g} times as long as the reference" in warnings[0]
+        assert f"ξ = 0.7: {advice}" in warnings[0]
+
+
+def test_of_other_estimators_only_long_ones_are_warned_of():
+    short = recommend(comparison(row("cg"), row("minres", 0.4, 0.9, ratio=0.2)))
+    long = recommend(comparison(row("cg"), row("neumann", 0.4, 3.0, ratio=4.0)))
+    assert len(short.reasons) == 1
+    assert long.reasons[1] == "Warning: neumann is 4 times as long as the reference."
+
+
+def test_thresholds_are_checked():
+    for limits, name in ((dict(cosine=2), "min_cosine"), (dict(residual=0), "max_residual")):
+        with pytest.raises(ProblemError, match=name):
+            Thresholds(**limits)

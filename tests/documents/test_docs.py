@@ -1,0 +1,209 @@
+"""The pages in docs say what is true: their programs run, diffs apply, tables are complete."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from hyperopt_peft import BilevelTrainingArguments
+from hyperopt_peft.hypergradients import registered, registry
+from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+
+ROOT = Path(__file__).parents[2]
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(source, name, namespace=None):
+    namespace = {} if namespace is None else namespace
+    exec(compile(source, name, "exec"), namespace)
+    return namespace
+
+
+def changes(diff):
+    """The (before, after) lines of a diff."""
+    before, after = ([x[1:] for x in diff.splitlines() if x.startswith(sign)] for sign in "-+")
+    return list(zip(before, after, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_ENTRIES", registered())  # a page may register its own
+
+
+# The program on the command line's page goes on from a run of its YAML file: see tests/commands.
+PROGRAMS = [n for n, text in PAGES.items() if "```python" in text and n != "command-line.md"]
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_python_blocks_run_in_order(page):
+    namespace = {}
+    for block in blocks(PAGES[page], "python"):
+        run(block, page, namespace)  # the blocks hold assertions of their own
+
+
+def test_a_method_and_an_estimator_take_as_few_lines_as_the_pages_say():
+    def lines(block):
+        return sum(bool(line.strip()) for line in block.splitlines())
+
+    *method, _ = blocks(PAGES["define-a-method.md"], "python")  # the last is on the Trainer
+    assert sum(map(lines, method)) < 80 and "save_pretrained" in method[-1]
+    assert lines(blocks(PAGES["define-an-estimator.md"], "python")[0]) < 40
+
+
+def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path):
+    page = PAGES["define-an-estimator.md"]
+    (tmp_path / "secant.py").write_text(blocks(page, "python")[0])
+    (command,) = re.findall(r"<!-- command: property tests -->\n```sh\n(.*?)\n```", page, re.S)
+    variables, _, arguments = command.partition(" python ")
+    assert variables == "PYTHONPATH=."
+    paths = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, *arguments.split(), "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 20
+
+
+def test_the_diff_turns_dora_into_bidora_in_three_lines(tmp_path, monkeypatch):
+    before = re.search(r"<!-- script: before -->\n```python\n(.*?)```", PAGES["training.md"], re.S)[
+        1
+    ]
+    after = before
+    (diff,) = blocks(PAGES["training.md"], "diff")
+    for old, new in changes(diff):
+        assert before.splitlines().count(old) == 1
+        after = after.replace(old + "\n", new + "\n")
+    old, new = before.splitlines(), after.splitlines()
+    assert len(old) == len(new) and sum(a != b for a, b in zip(old, new)) == 3
+
+    results = {}
+    for name, script in (("dora", before), ("bidora", after)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        results[name] = run(script, name)
+    dora, bidora = results["dora"]["trainer"], results["bidora"]["trainer"]
+    assert type(dora) is transformers.Trainer and type(bidora) is BiDoRATrainer
+    assert not any("upper_loss" in record for record in dora.state.log_history)
+    assert "upper_loss" in bidora.state.log_history[0]
+    assert bidora.retrainer.state.global_step == dora.state.global_step
+    assert len(bidora.train_dataset) + len(bidora.upper_dataset) == len(dora.train_dataset)
+
+    folders = [tmp_path / name / "outputs/adapter" for name in results]
+    one, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
+    assert one == other
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert weights.keys() == others.keys()
+    magnitudes = [name for name in weights if "magnitude" in name]
+    assert magnitudes and not any(torch.equal(weights[n], others[n]) for n in magnitudes)
+    PeftModel.from_pretrained(results["dora"]["new_model"]().unload(), folders[1])
+
+
+def test_every_diff_changes_nothing_but_the_names():
+    names = {
+        "from transformers import Trainer, TrainingArguments": (
+            "from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments"
+        ),
+        "args = TrainingArguments(": "args = BiDoRATrainingArguments(",
+        "trainer = Trainer(": "trainer = BiDoRATrainer(",
+    }
+    pages = [PAGES["training.md"], PAGES["coming-from-peft-trl.md"], README]
+    for diff in (diff for page in pages for diff in blocks(page, "diff")):
+        pairs = changes(diff)
+        assert len(pairs) == 3
+        for (old, new), (name, renamed) in zip(pairs, names.items()):
+            assert old.startswith(name) and new == old.replace(name, renamed)
+
+
+def test_tables_list_every_argument_with_its_default():
+    text = PAGES["training.md"].partition("## The upper level's arguments")[2].partition("\n## ")[0]
+    listed = {}
+    for cells in re.findall(r"^\| (`.*?) \| (.*?) \|", text, re.MULTILINE):
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[1].strip("`"))
+    fields = BiDoRATrainingArguments.__dataclass_fields__
+    own = fields.keys() - transformers.TrainingArguments.__dataclass_fields__.keys()
+    assert listed.keys() == own
+    for name, said in listed.items():
+        try:
+            assert (
+                ast.literal_eval(said.capitalize() if said == "true" else said)
+                == fields[name].default
+            )
+        except (SyntaxError, ValueError):
+            assert fields[name].default is None, name  # described in words
+    first = text.partition("and `BiDoRATrainingArguments`")[0]
+    for name in BilevelTrainingArguments.__dataclass_fields__.keys() & own:
+        assert f"| `{name}` |" in first
+
+
+def anchors(text):
+    """The anchors that GitHub makes of the headings."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]*)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / "docs" / path).resolve() if path else ROOT / "docs" / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_what_is_said_of_betty_is_in_betty():
+    betty = pytest.importorskip("betty", reason="Betty is installed on its own")
+    from betty.configs import Config, EngineConfig
+    from betty.engine import Engine
+    from betty.problems import ImplicitProblem, IterativeProblem
+
+    assert betty.__name__ == "betty"
+    text = PAGES["coming-from-betty.md"]
+    options = {"type", "unroll_steps", "warmup_steps", "darts_alpha", "neumann_iterations"}
+    options |= {"neumann_alpha", "cg_iterations", "gradient_clipping", "gradient_accumulation"}
+    options |= {"precision", "retain_graph", "allow_unused", "first_order", "log_step"}
+    engine = {"train_iters", "logger_type", "valid_step", "early_stopping", "strategy", "roll_back"}
+    methods = {"training_step", "trainable_parameters", "state_dict", "grad_callback"}
+    for name in options | engine | methods:
+        assert name in text
+    assert options <= Config.__dataclass_fields__.keys()
+    assert engine <= EngineConfig.__dataclass_fields__.keys()
+    assert all(hasattr(ImplicitProblem, name) for name in methods - {"grad_callback"})
+    assert IterativeProblem and callable(Engine.run)
+    assert (Config().neumann_iterations, Config().neumann_alpha) == (1, 1.0)
+
+
+def test_figures_about_betty_are_those_of_the_benchmarks():
+    file = ROOT / "benchmarks/results/fidelity.json"
+    if not file.exists():
+        pytest.skip("the benchmarks have not been run")
+    (rows,) = json.loads(file.read_text())["tables"].values()
+    measured = {(row["precision"], row["dropout"], row["method"]): row for row in rows}
+    betty, ours = measured["fp32", 0.1, "Betty 0.2.1"], measured["fp32", 0.1, "darts"]
+    text = " ".join(PAGES["coming-from-betty.md"].split())
+    assert f"a cosine of {betty['cosine']:.2f} to the exact" in text
+    assert f"relative error of {betty['relative error']:.0f}." in text
+    assert f"cosine {ours['cosine']:.3f}, error {ours['relative error'] * 1e5:.0f}·10⁻⁵" in text
+    betty, ours = measured["bf16", 0.0, "Betty 0.2.1"], measured["bf16", 0.0, "darts"]
+    assert f"an error of {betty['relative error']:.0%}".replace("%", " %") in text
+    assert f"in float32: {ours['relative error']:.1%}".replace("%", " %") in text

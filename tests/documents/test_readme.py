@@ -1,0 +1,51 @@
+"""The README says what is true: its programs run, its table is what its command prints."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import comparison  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/comparison.json"
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert (tmp_path / "outputs/adapter/adapter_model.safetensors").exists()
+    assert namespace["penalty"][:3].max() < namespace["penalty"][3:].mean()
+
+
+def test_the_estimator_table_is_that_of_the_measurements():
+    (rows,) = json.loads(RESULTS.read_text())["tables"].values()
+    assert [r["estimator"] for r in rows if r["kind"] != "peer"] == comparison.METHODS
+    written = README.partition(comparison.BEGIN)[2].partition(comparison.END)[0].strip()
+    assert written == comparison.short_table(rows)
+    # And the measurements are those of this code, where they are the same on every machine.
+    measured = comparison.small({method: method for method in comparison.METHODS})
+    for row in rows:
+        for column, value in measured.get(row["estimator"], {}).items():
+            near = isinstance(value, float)  # otherwise no cosine, or a refusal's words
+            expected = pytest.approx(value, rel=0.2, abs=1e-6) if near else value
+            assert row[column] == expected, row["estimator"]
+
+
+def test_custom_problem_example_runs():
+    script = ROOT / "examples/custom_problem.py"
+    assert len(script.read_text().splitlines()) < 60
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert "steepest" in run.stdout
+    before, after = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", run.stdout).groups())
+    assert after < before / 10

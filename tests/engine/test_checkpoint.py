@@ -1,0 +1,256 @@
+"""Checkpoints on disk: whole or refused, never executed; the last written one is the last."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+from contextlib import suppress
+
+import pytest
+import torch
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.engine.checkpoint import (
+    SEAL,
+    last_whole,
+    read_state,
+    rotate,
+    seal,
+    unseal,
+    write_state,
+)
+
+RECORD = {"settings": {"seed": 1}, "skipped": 2}
+STATE = {"weights": torch.arange(4.0), "steps": [1, 2], "name": "x"}
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch):
+    """Every look at the clock is a second later."""
+    times = iter(range(1000, 10_000))
+    monkeypatch.setattr("time.time", lambda: next(times))
+
+
+def write(folder, number, *, whole=True):
+    path = folder / f"checkpoint-{number}"
+    (path / "part").mkdir(parents=True)
+    write_state(path / "optimizer.pt", STATE)
+    (path / "part" / "notes.txt").write_text(f"step {number}")
+    if whole:
+        seal(path, RECORD)
+    return path
+
+
+def names(folder):
+    return sorted(int(path.name.partition("-")[2]) for path in folder.iterdir())
+
+
+def test_a_sealed_folder_gives_its_record(tmp_path):
+    path = write(tmp_path, 3)
+    record = unseal(path)
+    assert record.pop("written") == checkpoint.written(path) >= 1000
+    assert record == RECORD
+    assert set(json.loads((path / SEAL).read_text())["files"]) == {
+        "optimizer.pt",
+        "part/notes.txt",
+    }
+    assert not list(path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "part/notes.txt"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "changed", "missing"])
+def test_a_damaged_file_is_named(tmp_path, name, damage):
+    path = write(tmp_path, 3)
+    content = (path / name).read_bytes()
+    if damage == "missing":
+        (path / name).unlink()
+    else:
+        changed = bytes([content[0] ^ 1]) + content[1:]
+        damaged = {"truncated": content[:-1], "emptied": b"", "changed": changed}[damage]
+        (path / name).write_bytes(damaged)
+    message = f"lacks the file {name}" if damage == "missing" else f"{name} is not what was written"
+    with pytest.raises(ProblemError, match=message):
+        unseal(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "3", "null", "{}", '{"files": {}}'),
+        '{"files": 3, "written": 1}',
+        '{"files": [1], "written": 1}',
+        '{"files": {}, "written": "x"}',
+    ],
+)
+def test_a_damaged_seal_is_named(tmp_path, text):
+    path = write(tmp_path, 3)
+    (path / SEAL).write_text(text)
+    with pytest.raises(ProblemError, match=f"{SEAL} is damaged"):
+        unseal(path)
+    assert last_whole(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "part"])
+def test_a_seal_reads_no_file_outside_its_folder(tmp_path, name):
+    path = write(tmp_path, 3)
+    (tmp_path / "secret").write_text("x")
+    record = json.loads((path / SEAL).read_text())
+    (path / SEAL).write_text(json.dumps({**record, "files": {name: "0"}}))
+    with pytest.raises(ProblemError, match="lacks the file"):
+        unseal(path)
+
+
+def test_what_is_absent_is_named(tmp_path):
+    with pytest.raises(ProblemError, match=r"there is no checkpoint .*checkpoint-9"):
+        unseal(tmp_path / "checkpoint-9")
+    with pytest.raises(ProblemError, match=f"has no {SEAL}"):
+        unseal(write(tmp_path, 3, whole=False))
+    assert last_whole(tmp_path) is None and last_whole(tmp_path / "nowhere") is None
+
+
+def test_a_sealed_pickle_is_not_executed(tmp_path):
+    path = write(tmp_path, 3, whole=False)
+    torch.save({"state": Trap(tmp_path / "executed")}, path / "optimizer.pt")
+    seal(path, RECORD)
+    with pytest.raises(ProblemError, match="asks to run code"):
+        unseal(path)
+    assert not (tmp_path / "executed").exists()
+    torch.load(path / "optimizer.pt", weights_only=False)  # the trap works
+    assert (tmp_path / "executed").exists()
+
+
+def test_the_last_whole_one_is_the_last_that_was_written(tmp_path, caplog):
+    for number in (2, 100, 4, 6):  # 100: of a longer run before
+        write(tmp_path, number)
+    write(tmp_path, 8, whole=False)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_whole(tmp_path).name == "checkpoint-6"
+    (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
+    caplog.clear()
+    assert last_whole(tmp_path).name == "checkpoint-4"
+    assert "checkpoint-6 lacks the file optimizer.pt" in caplog.text
+    shutil.copytree(tmp_path, tmp_path / "copy")  # the order survives a copy
+    assert last_whole(tmp_path / "copy").name == "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [2, 4, 6, 8, 100]),
+        (0, None, [2, 4, 6, 8, 100]),
+        (9, None, [2, 4, 6, 8, 100]),
+        (3, None, [4, 6, 8, 100]),
+        (1, None, [8, 100]),
+        (1, 8, [8, 100]),
+        (1, 2, [2, 8, 100]),
+        (2, 2, [2, 8, 100]),
+        (3, 2, [2, 6, 8, 100]),
+        (3, 6, [4, 6, 8, 100]),
+    ],
+)
+def test_the_oldest_are_deleted_but_the_last_and_the_best(tmp_path, limit, best, left):
+    write(tmp_path, 100, whole=False)  # neither counted nor touched
+    for number in (2, 4, 6, 8):
+        write(tmp_path, number)
+    rotate(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert names(tmp_path) == left
+
+
+def test_the_last_written_one_stays_below_a_higher_number(tmp_path):
+    for number in (50, 100, 2):
+        write(tmp_path, number)
+    rotate(tmp_path, 1, None)
+    assert names(tmp_path) == [2]
+
+
+def test_a_state_comes_back(tmp_path):
+    write_state(tmp_path / "new" / "state.pt", STATE)
+    state = read_state(tmp_path / "new" / "state.pt")
+    assert torch.equal(state.pop("weights"), STATE["weights"])
+    assert state == {"steps": [1, 2], "name": "x"}
+    assert os.listdir(tmp_path / "new") == ["state.pt"]
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
+def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, fails):
+    path = tmp_path / "state.pt"
+    write_state(path, STATE)
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fails == "write":  # the kernel refuses to go on in the middle of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    else:
+        monkeypatch.setattr(os, fails, full)
+    try:
+        with pytest.raises(ProblemError, match=r"could not write .*state\.pt .*make room"):
+            write_state(path, {"weights": torch.ones(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_a_state_needs_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ProblemError, match="could not write"):
+        write_state(tmp_path / "file" / "state.pt", STATE)
+
+
+def test_a_truncated_or_changed_state_is_one_error_or_loads(tmp_path):
+    """One error at every length; one or none with a byte changed."""
+    path = tmp_path / "state.pt"
+    write_state(path, STATE)
+    content = path.read_bytes()
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(ProblemError, match=r"state\.pt"):
+            read_state(path)
+    for position in range(0, len(content), 3):
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
+        )
+        with suppress(ProblemError):
+            read_state(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"\x80\x04.", b"PK\x03\x04", b"\x80\x02N.", None]
+)
+def test_what_is_no_state_is_refused(tmp_path, content):
+    path = tmp_path / "state.pt"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ProblemError, match=r"state\.pt"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_state_is_not_executed(tmp_path, zipped):
+    path = tmp_path / "state.pt"
+    hostile = {"weights": torch.ones(2), "trap": Trap(tmp_path / "executed")}
+    torch.save(hostile, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ProblemError, match="asks to run code; it was not loaded"):
+        read_state(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_missing_state_is_named(tmp_path):
+    with pytest.raises(ProblemError, match=r"there is no checkpoint .*state\.pt"):
+        read_state(tmp_path / "state.pt")

@@ -1,0 +1,279 @@
+"""The loop over two levels: order of steps, records, callbacks, errors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ExponentialLR
+
+from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+from tests.support.quadratic import FunctionLevel, program
+
+Log = list[tuple[str, Any]]
+
+
+def leaf(value: float = 1.0) -> Tensor:
+    return torch.tensor([value], requires_grad=True)
+
+
+def logged_levels(log: Log, **options: Any) -> tuple[FunctionLevel, FunctionLevel]:
+    """(w − u)² below and w² above; each evaluation is logged with its batch."""
+    w, u = leaf(3.0), leaf(1.0)
+
+    def below(batch: int) -> dict[str, Any]:
+        log.append(("lower", batch))
+        return {"loss": (w - u).square().sum(), "batch": batch}
+
+    def above(batch: int) -> dict[str, Any]:
+        log.append(("upper", batch))
+        return {"loss": w.square().sum() + u.square().sum(), "batch": batch}
+
+    upper = FunctionLevel(above, [u], data=[10, 11], optimizer=SGD([u], lr=0.1), name="above")
+    lower = FunctionLevel(below, [w], data=[0, 1, 2], optimizer=SGD([w], lr=0.1), name="below")
+    return upper, lower
+
+
+def run(log: Log, steps: int, method: str = "direct", **options: Any) -> Engine:
+    engine = Engine(*logged_levels(log), method, progress=False, **options)
+    engine.run(steps)
+    return engine
+
+
+def test_lower_steps_come_before_each_upper_step_and_warmup_before_the_first() -> None:
+    log: Log = []
+    engine = run(log, 2, lower_steps=2, warmup_steps=3)
+    lower = [("lower", k % 3) for k in range(7)]
+    assert log == [*lower[:5], ("upper", 10), *lower[5:], ("upper", 11)]
+    assert (engine.step, engine.lower_step) == (2, 7)
+
+
+def test_runs_continue_and_warm_up_once() -> None:
+    log, whole = [], []
+    engine = run(log, 1, warmup_steps=2)
+    assert len(engine.run(3)) == 3 and len(engine.history) == 4
+    run(whole, 4, warmup_steps=2)
+    assert log == whole
+
+
+@pytest.mark.parametrize(
+    ("method", "lower", "upper"),
+    [
+        ("direct", 1, 1),
+        ("darts:sides=1", 2, 1),
+        ("darts:sides=2", 3, 1),
+        ("darts:product=exact", 2, 1),
+        ("cg:steps=5", 2, 1),
+        ("unrolled:steps=1", 2, 1),
+    ],
+)
+def test_an_upper_step_costs_no_evaluation_more_than_its_estimator_says(
+    method: str, lower: int, upper: int
+) -> None:
+    """The lower step's own evaluation included; nothing is computed twice."""
+    log: Log = []
+    engine = run(log, 1, method)
+    log.clear()
+    engine.run(1)
+    assert [name for name, _ in log].count("lower") == lower
+    assert [name for name, _ in log].count("upper") == upper
+
+
+@pytest.mark.parametrize("method", ["darts:sides=1", "darts:sides=2", "cg", "unrolled:steps=2"])
+def test_a_hypergradient_sees_the_batch_of_the_last_lower_step(method: str) -> None:
+    log: Log = []
+    run(log, 1, method, lower_steps=2)
+    asked_by_the_estimator = {batch for name, batch in log[3:] if name == "lower"}
+    assert log[:3] == [("lower", 0), ("lower", 1), ("upper", 10)]
+    assert asked_by_the_estimator == ({0, 1} if method.startswith("unrolled") else {1})
+
+
+def test_a_record_tells_the_step() -> None:
+    log: Log = []
+    (record,) = run(log, 1, "cg").history
+    w = 3.0 - 0.1 * 2 * (3.0 - 1.0)  # after the lower step
+    direct, implicit = 2 * 1.0, 2 * w  # dw*/du = 1
+    assert record == {
+        "step": 1,
+        "upper_loss": pytest.approx(w**2 + 1),
+        "lower_loss": pytest.approx(4),
+        "lower_gradient_norm": pytest.approx(4),
+        "hypergradient_norm": pytest.approx(direct + implicit),
+        "implicit_ratio": pytest.approx(implicit / direct),
+        "residual": pytest.approx(0, abs=1e-6),
+        "solver_steps": 1,
+        "gradients": 2,  # of F, and of f with its graph
+        "products": 2,  # a Hessian-vector and a mixed one
+        "note": "",
+        "upper_batch": 10.0,
+        "lower_batch": 0.0,
+    }
+
+
+def test_records_of_estimators_without_a_solver_have_no_residual() -> None:
+    (record,) = run([], 1, "direct").history
+    assert record["residual"] is None and record["solver_steps"] is None
+    assert record["implicit_ratio"] == 0
+
+
+def test_the_step_is_along_the_hypergradient() -> None:
+    quadratic = program(0)
+    upper, lower = quadratic.levels()
+    expected = hypergradient(upper, lower, "exact")
+    assert lower.optimizer is not None
+    lower.optimizer.param_groups[0]["lr"] = 0.0
+    before = [u.detach().clone() for u in upper.variables]
+    Engine(upper, lower, "exact", progress=False).run(1)
+    for u, start, h in zip(upper.variables, before, expected, strict=True):
+        torch.testing.assert_close(u, start - 0.05 * h)
+
+
+def test_callbacks_see_each_record_and_can_stop() -> None:
+    seen = []
+
+    def callback(engine: Engine, record: dict[str, Any]) -> None:
+        seen.append(record)
+        if record["step"] == 3:
+            engine.stop()
+
+    log: Log = []
+    engine = Engine(*logged_levels(log), "direct", callbacks=[callback], progress=False)
+    assert engine.run(10) == seen and len(seen) == 3
+    assert len(engine.run(2)) == 2 and len(engine.history) == 5
+
+
+def test_each_level_is_clipped_and_scheduled_by_its_own_steps() -> None:
+    w, u = leaf(3.0), leaf(1.0)
+    above, below = SGD([u], lr=1.0), SGD([w], lr=1.0)
+    upper = FunctionLevel(
+        lambda _: 50 * (w + u).sum(),
+        [u],
+        optimizer=above,
+        scheduler=ExponentialLR(above, 0.5),
+        max_grad_norm=0.25,
+    )
+    lower = FunctionLevel(
+        lambda _: 7 * (w * u).sum(),
+        [w],
+        optimizer=below,
+        scheduler=ExponentialLR(below, 0.1),
+        max_grad_norm=0.5,
+    )
+    history = Engine(upper, lower, "direct", lower_steps=2, progress=False).run(2)
+    assert u.item() == pytest.approx(1 - 0.25 * (1 + 0.5))
+    assert w.item() == pytest.approx(3 - 0.5 * (1 + 0.1 + 0.01 + 0.001))
+    assert history[0]["hypergradient_norm"] == pytest.approx(50)
+    assert history[0]["lower_gradient_norm"] == pytest.approx(7)
+
+
+W, U = leaf(), leaf()
+
+
+def level(variables: Any, optimizer: bool = True, **options: Any) -> FunctionLevel:
+    made = SGD(variables, lr=0.1) if optimizer else None
+    return FunctionLevel(lambda _: (W * U).sum(), variables, optimizer=made, **options)
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (lambda: Engine(level([U], False, name="up"), level([W])), "up: give .* an optimizer"),
+        (lambda: Engine(level([U]), level([W], False, name="low")), "low: give .* an optimizer"),
+        (
+            lambda: Engine(level([U], name="up"), level([U], name="low")),
+            "same tensor: low's .* is up's",
+        ),
+        (
+            lambda: Engine(level([U]), level([W, U.detach().requires_grad_()])),
+            "own the same tensor: .*'s variable 0 is .*'s variable 1",
+        ),
+        (lambda: hypergradient(level([U]), level([U])), "own the same tensor"),
+        (
+            lambda: Engine(level([U]), level([W]), lower_steps=0),
+            "lower_steps must be a whole number from 1, got 0",
+        ),
+        (
+            lambda: Engine(level([U]), level([W]), warmup_steps=-1),
+            "warmup_steps must be a whole number from 0, got -1",
+        ),
+        (
+            lambda: Engine(level([U]), level([W]), non_finite="ignore"),
+            'non_finite must be "raise" or "skip", got \'ignore\'',
+        ),
+        (lambda: Engine(level([U]), level([W]), "dart"), "unknown estimator 'dart'.*'darts'"),
+        (
+            lambda: Engine(level([U]), level([W]), "unrolled:steps=3", lower_steps=2),
+            "unrolled looks back on 3 lower steps, but only lower_steps=2.*raise lower_steps",
+        ),
+        (
+            lambda: Engine(level([U]), level([W, leaf()]), "direct", progress=False).run(1),
+            "no gradient reaches the variable 'variable 1'",
+        ),
+        (
+            lambda: Engine(level([U, leaf()]), level([W]), "direct", progress=False).run(1),
+            "no gradient reaches the variable 'variable 1'",
+        ),
+    ],
+)
+def test_mistakes_are_named(construct: Callable[[], object], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        construct()
+
+
+def test_a_variable_that_one_loss_reads_is_enough() -> None:
+    """The penalty of a ridge regression is read by f alone, a bias of F's by F alone."""
+    w, of_f, of_upper = leaf(), leaf(), leaf()
+    upper = FunctionLevel(
+        lambda _: (w + of_upper).square().sum(),
+        [of_f, of_upper],
+        optimizer=SGD([of_f, of_upper], lr=0.1),
+    )
+    lower = FunctionLevel(lambda _: (w - of_f).square().sum(), [w], optimizer=SGD([w], lr=0.1))
+    Engine(upper, lower, "cg", progress=False).run(2)
+    assert of_f.item() != 1 and of_upper.item() != 1
+
+
+def test_a_variable_that_the_first_losses_read_may_be_left_out_later() -> None:
+    """By a batch of another kind, say; the step then leaves it alone."""
+    (w, v), (u, c) = (leaf(), leaf()), (leaf(), leaf())
+    upper = FunctionLevel(
+        lambda all_of_it: (w - u).sum() + (c.sum() if all_of_it else 0),
+        [u, c],
+        data=[True, False],
+        optimizer=SGD([u, c], lr=0.1),
+    )
+    lower = FunctionLevel(
+        lambda all_of_it: (w - u).square().sum() + (v.sum() if all_of_it else 0),
+        [w, v],
+        data=[True, False],
+        optimizer=SGD([w, v], lr=0.1),
+    )
+    Engine(upper, lower, "cg:damping=1", progress=False).run(2)
+    assert v.item() == c.item() == pytest.approx(0.9)
+
+
+def test_engines_take_any_level(capsys: pytest.CaptureFixture[str]) -> None:
+    """A level needs no data, and the progress bar can be seen or not."""
+
+    class Lower(Problem):
+        def loss(self, batch: None) -> Tensor:
+            assert batch is None
+            return (W - U).square().sum()
+
+    upper = FunctionLevel(lambda _: W.sum(), [U], optimizer=SGD([U], lr=0.1))
+    lower = Lower([W], optimizer=SGD([W], lr=0.1))
+    Engine(upper, lower, progress=False).run(1)
+    assert capsys.readouterr().err == ""
+    Engine(upper, lower).run(1)
+    assert "upper steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["sama", "cg:metric=optimizer", "unrolled", "forward"])
+def test_an_optimizer_that_an_estimator_does_not_know_is_named_before_training(method):
+    u, w = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(lambda _: w.sum(), [u], optimizer=SGD([u]))
+    lower = FunctionLevel(lambda _: (w - u).sum(), [w], optimizer=torch.optim.Adagrad([w]))
+    with pytest.raises(ProblemError, match="Adagrad"):
+        Engine(upper, lower, method)

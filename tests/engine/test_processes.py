@@ -1,0 +1,131 @@
+"""Two processes, each with half of every batch, are one process with all of it (gloo, float64).
+
+Differences of gradients divide by their step, and their rounding with them.
+"""
+
+import pytest
+import torch
+
+from tests.support import levels_in_processes as levels
+from tests.support import two_processes
+
+LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+KINDS = ("plain", "ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each process has of every check: one launch for all of them."""
+    folder = tmp_path_factory.mktemp("two")
+    return two_processes.run(LAUNCHER, "levels_in_processes.py", folder)
+
+
+def distance(found, expected):
+    """The largest relative error of a tensor, by norms."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def rounding(method):
+    first_order = method.startswith(("darts", "sama")) and "exact" not in method
+    first_order |= "difference" in method or method in ("f2sa", "penalty")
+    return 1e-7 if first_order else 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_the_whole_batch(two, kind):
+    """Also of a tensor that one process's rows alone read; and no ``.grad`` has changed."""
+    expected = levels.gradients("plain")
+    for result in two:
+        for name, found in result[kind]["gradients"].items():
+            assert distance(found, expected[name]) < (1e-14 if name != "held" else 1e-300), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hypergradients_are_those_of_the_whole_batch(two, kind):
+    """Every registered estimator; where parameters are sharded, those with first-order passes."""
+    methods = levels.FIRST_ORDER if kind == "fsdp" else levels.WHOLE
+    expected = levels.estimates("plain", methods)
+    for method in methods:
+        first, second = (result[kind]["estimates"][method] for result in two)
+        assert all(map(torch.equal, first, second)), method
+        assert distance(first, expected[method]) < rounding(method), method
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_that_of_one_process(two, kind):
+    """Records, metrics included, and all variables; bit for bit the same on both processes."""
+    for method, (records, variables) in two[0][kind]["runs"].items():
+        assert records == two[1][kind]["runs"][method][0], method
+        assert all(map(torch.equal, variables, two[1][kind]["runs"][method][1])), method
+        expected, end = levels.trained("plain", method)
+        assert distance(variables, end) < rounding(method), method
+        for record, other in zip(records, expected, strict=True):
+            for key, value in other.items():
+                if isinstance(value, float):
+                    value = pytest.approx(value, rel=rounding(method), abs=1e-12)
+                assert record[key] == value, (method, key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_levels_are_those_of_one_process(two, kind):
+    """Difference quotients of difference quotients: rounding counts for more."""
+    _, end = levels.chained("plain")
+    (_, first), (_, second) = (result[kind]["chained"] for result in two)
+    assert all(map(torch.equal, first, second))
+    assert distance(first, end) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_an_adam_below_is_read_where_it_is(two, kind):
+    """Its moments are sharded as the variables are."""
+    for method, variables in two[0][kind]["adaptive"].items():
+        assert all(map(torch.equal, variables, two[1][kind]["adaptive"][method])), method
+        expected = levels.adaptive("plain", [method])[method]
+        assert distance(variables, expected) < rounding(method), method
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_an_estimator_keeps_is_whole_and_goes_on(two, kind):
+    """Bit for bit, and in the state of one process: a vector over shards is saved in full."""
+    _, expected = levels.resumed("plain", levels.KEPT)
+    for result in two:
+        end, kept = result[kind]["resumed"]
+        assert all(map(torch.equal, end, result[kind]["runs"][levels.KEPT][1]))
+        assert kept.keys() == expected.keys() >= {"v", "direction", "largest", "k"}
+        for key, value in expected.items():
+            if isinstance(value, list):
+                assert [x.shape for x in kept[key]] == [x.shape for x in value]
+                assert distance(kept[key], value) < rounding(levels.KEPT)
+            else:
+                assert kept[key] == pytest.approx(value, rel=rounding(levels.KEPT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_on_one_process_stops_both(two, kind):
+    for result in two:
+        assert result[kind]["poisoned"].startswith("lower step 1: lower: the loss is nan; ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_upper_losses_draw_numbers_of_their_own(two, kind):
+    """One mask for all processes would be half of the randomness of one."""
+    drawn = [x for result in two for x in result[kind]["drawn"]]
+    assert len(set(drawn)) == len(drawn) == 6
+
+
+def test_second_derivatives_and_half_precision_of_shards_are_refused(two):
+    """With the name of what works."""
+    for result in two:
+        half = result["refusals"].pop("darts")
+        assert "turn mixed precision off" in half
+        assert result["refusals"].keys() == set(levels.SECOND_ORDER)
+        assert all('product="difference"' in text for text in result["refusals"].values())
+
+
+def test_sharded_tensors_are_reduced_as_whole_ones(two):
+    """Uneven shards, and parts that several processes hold, count once."""
+    expected = pytest.approx((sum(k * k for k in range(21)) + 2) ** 0.5, rel=1e-12)
+    for result in two:
+        found = result["reductions"]
+        assert all(value == expected for value in found["norms"].values())
+        assert found["noticed"] and found["huge"]

@@ -1,0 +1,132 @@
+"""A `BiDoRATrainer` in each of two processes; run as a script by one of them."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import distributed as dist
+
+from hyperopt_peft import NonFiniteError, ProblemError
+from hyperopt_peft.utils.distributed import full
+from tests.support import trainers as models
+from tests.support import two_processes
+
+OPTIONS = {"max_steps": 6, "upper_fraction": 1 / 3, "lower_steps": 2}
+RUNS = {
+    "darts": {"hypergradient": "darts:sides=1"},
+    "direct": {"hypergradient": "direct", "gamma": 0.1, "magnitude_decay": 0.1},
+    "cg": {"hypergradient": "cg:steps=3", "gradient_accumulation_steps": 2},
+    "minres": {"hypergradient": "minres:steps=3,product=difference"},
+    "neumann": {"hypergradient": "neumann:terms=3,power_steps=3", "lower_steps": 1},
+    "penalty": {"hypergradient": "penalty:inner_steps=3", "gradient_accumulation_steps": 2},
+    "retrain": {
+        "retrain": "scratch",
+        "retrain_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "steps",  # an evaluation is the last that happens before the retraining
+        "eval_steps": 2,
+    },
+    "dora": {"method": "dora"},
+}
+SHARDED = ["darts", "minres", "penalty", "retrain", "dora"]
+# With this each process shards what it has; in the shipped configuration it is the first one's.
+OWN_WEIGHTS = {
+    "fsdp": True,
+    "fsdp_config": {
+        "transformer_layer_cls_to_wrap": "BertLayer",
+        "cpu_ram_efficient_loading": False,
+    },
+}
+REFUSED = {
+    "cg": {"hypergradient": "cg"},
+    "gamma": {"gamma": 0.1},
+    "bf16": {"bf16": True},
+    "version": {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}},
+    "state": {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+}
+
+
+def make(folder, batch=4, **options):
+    """A trainer of 16 lower and 8 upper rows in float64, without dropout.
+
+    The second process begins with other values, which do not count.
+    """
+    settings = {**OPTIONS, "per_device_train_batch_size": batch, **options}
+    arguments = models.arguments(folder, **settings)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        # accelerate shards over GPUs only; it does not look at what they are.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    model = models.peft_model(dropout=0.0).double()
+    if dist.is_initialized() and dist.get_rank() == 1:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(parameter.requires_grad)
+    return models.BiDoRATrainer(
+        model,
+        arguments,
+        train_dataset=models.data(rows=24),
+        eval_dataset=models.data(rows=8, seed=5),
+    )
+
+
+def train(folder, batch, resume=None, **options):
+    """The logs of both phases, and the parameters at the end."""
+    trainer = make(folder, batch, **options)
+    trainer.train(resume)
+    trainer.save_model(str(folder / "adapter"))
+    logs = list(trainer.state.log_history)
+    if trainer.retrainer is not None:
+        logs += trainer.retrainer.state.log_history
+    return logs, {n: full(value) for n, value in models.values(trainer.model).items()}
+
+
+def refusal(folder, **options):
+    """What a trainer says that cannot be made."""
+    try:
+        make(folder, 2, **options)
+    except ProblemError as error:
+        return str(error)
+
+
+def stopped(folder, batch):
+    """What a process says where another one's loss is NaN at the fourth step."""
+    trainer = make(folder, batch)
+    loss = trainer.lower.task_loss
+
+    def poisoned(inputs):
+        here = dist.get_rank() == 1 and trainer.state.global_step == 3
+        return loss(inputs) * (torch.nan if here else 1)
+
+    trainer.lower.task_loss = poisoned
+    try:
+        trainer.train()
+    except NonFiniteError as error:
+        return str(error)
+
+
+def main(folder):
+    two_processes.start()
+    folder = Path(folder)
+    sharded = "ACCELERATE_USE_FSDP" in os.environ
+    runs = SHARDED if sharded else RUNS
+    results = {}
+    for name in runs:
+        options = RUNS[name] | (OWN_WEIGHTS if sharded and name == "minres" else {})
+        results[name] = train(folder / name, 2, **options)
+    saving = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    saving |= RUNS["retrain"] | {"retrain": "none"}
+    results["saved"] = train(folder / "saved", 2, **saving)
+    last = folder / "saved" / "checkpoint-4"
+    results["resumed"] = train(folder / "saved", 2, str(last), **saving)
+    results["stopped"] = stopped(folder / "stopped", 2)
+    if sharded:
+        results["refused"] = {n: refusal(folder / n, **options) for n, options in REFUSED.items()}
+    torch.save(results, folder / f"{dist.get_rank()}.pt")
+    two_processes.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

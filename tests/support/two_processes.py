@@ -1,0 +1,45 @@
+"""Runs a script of this folder in two processes, as a user would, and reads what they wrote."""
+
+import faulthandler
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def run(launcher, script, folder, *arguments):
+    """What each of two processes wrote to ``folder``, by rank."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(HERE / script), str(folder), *arguments],
+        env={**os.environ, **one_thread},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-20000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def start():
+    """One thread, and one that hangs ends with a trace of where it is."""
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(200, exit=True)
+
+
+def leave():
+    """End the process group once no model holds it.
+
+    Where DDP is the last to hold it, Python waits for gloo's threads while they wait for Python to
+    drop the tensors of their last reduction.
+    """
+    gc.collect()
+    distributed.destroy_process_group()

@@ -1,0 +1,73 @@
+"""Which folder may import which: arrows point down only, as the package's layout is drawn."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = {"errors", "utils", "core", "hypergradients"}
+ALLOWED = {
+    "errors": set(),
+    "utils": {"errors"},
+    "core": {"errors", "utils"},
+    "hypergradients": {"errors", "utils", "core"},
+    "engine": LEVELS,
+    "diagnostics": LEVELS,
+    "adapters": {"errors", "utils"},
+    "trainer": LEVELS | {"engine"},
+    "problems": LEVELS | {"engine", "adapters", "trainer"},
+    "cli": LEVELS | {"engine", "diagnostics", "adapters", "trainer", "problems", ""},
+}
+# The rooms that may import a library. GPT-2's Conv1D, a layer that PEFT adapts, is transformers's.
+LIBRARIES = {
+    "transformers": {"trainer", "problems", "cli"},
+    "transformers.pytorch_utils": {"adapters"},
+    "peft": {"adapters", "problems", "cli"},
+}
+
+
+def imported(path: Path) -> list[str]:
+    """The modules that run when ``path`` is imported; not those for type checkers alone."""
+    found = []
+    body = list(ast.parse(path.read_text()).body)
+    while body:
+        node = body.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        body += list(ast.iter_child_nodes(node))
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    package = ROOT / "hyperopt_peft"
+    inside = [(path.relative_to(package), path) for path in package.rglob("*.py")]
+    rooms = [(name.parts[0].removesuffix(".py"), path) for name, path in inside]
+    return rooms + [("problems", path) for path in (ROOT / "problems").rglob("*.py")]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_arrows_point_down(room: str) -> None:
+    paths = [path for name, path in modules() if name == room]
+    assert paths
+    for path in paths:
+        for name in imported(path):
+            package, _, rest = name.partition(".")
+            if package == "hyperopt_peft" and rest:
+                below = rest.partition(".")[0]
+                at_root = below not in ALLOWED  # a name of the package's own
+                assert below == room or ("" if at_root else below) in ALLOWED[room], (path, name)
+            elif package in LIBRARIES:
+                exact = LIBRARIES.get(name.removesuffix(".Conv1D"), set())
+                assert room in LIBRARIES[package] | exact, (path, name)
+
+
+def test_every_module_has_a_room() -> None:
+    assert {name for name, _ in modules()} == {*ALLOWED, "__init__", "__main__"}

@@ -1,0 +1,127 @@
+"""examples/accelerate: accelerate accepts every file, and the CPU ones start what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+from hyperopt_peft import ProblemError
+from tests.support.trainers import trainer
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples/accelerate"
+
+SCRIPT = """
+import gc, hashlib, json, sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from tests.support.trainers import arguments, data, peft_model
+from hyperopt_peft.problems import BiDoRATrainer
+
+torch.set_num_threads(1)
+written = []
+
+
+def watch(event, args):
+    if event == "open" and "outputs" in str(args[0]) and "w" in str(args[1]):
+        written.append(Path(args[0]).name)
+
+
+sys.addaudithook(watch)
+options = {"max_steps": 2, "retrain": "warm", "retrain_steps": 1}
+trainer = BiDoRATrainer(peft_model(), arguments("outputs", **options), train_dataset=data())
+trainer.train()
+trainer.save_model()
+trained = [p.detach().numpy().tobytes() for p in trainer.model.parameters() if p.requires_grad]
+record = {
+    "processes": trainer.args.world_size,
+    "type": str(trainer.args.distributed_state.distributed_type.value),
+    "backend": distributed.get_backend() if distributed.is_initialized() else None,
+    "device": trainer.args.device.type,
+    "trained": hashlib.sha256(b"".join(trained)).hexdigest(),
+    "written": written,
+}
+Path(f"rank_{trainer.args.process_index}.json").write_text(json.dumps(record))
+leave = Accelerator.end_training
+
+
+def leave_without_ddp(accelerator):  # gloo's threads may wait for a process that waits for them
+    assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel]
+    leave(accelerator)
+
+
+Accelerator.end_training = leave_without_ddp
+trainer.end_training()
+tasks = Path("/proc/self/task")
+if tasks.exists():  # gloo's threads would abort the process at its exit
+    assert not [t.name for t in tasks.iterdir() if "gloo" in (t / "comm").read_text()]
+"""
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.iterdir()))
+def test_accelerate_accepts_the_file(name):
+    config = load_config_from_file(str(CONFIGS / name))
+    assert config.num_machines == 1
+    given = launch_command_parser().parse_args(["--config_file", str(CONFIGS / name), "train.py"])
+    args, _, _ = _validate_launch_command(given)
+    assert args.num_processes == config.num_processes
+    assert (args.multi_gpu or args.use_fsdp) == (config.num_processes > 1)
+    assert args.mixed_precision == "no"
+    assert args.use_cpu == ("cpu" in name)
+
+
+def launch(name, script, folder):
+    """Run ``script`` with a config."""
+    (folder / "train.py").write_text(script)
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(CONFIGS / name), "train.py"]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def launched(name, folder):
+    """The records of the processes of ``SCRIPT``, by rank."""
+    run = launch(name, SCRIPT, folder)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
+
+
+def test_one_cpu(tmp_path):
+    (record,) = launched("one_cpu.yaml", tmp_path)
+    assert (record["processes"], record["type"], record["device"]) == (1, "NO", "cpu")
+    assert record["written"].count("adapter_config.json") == 1
+
+
+def test_two_cpu_processes_train_one_model_and_save_it_once(tmp_path):
+    first, second = launched("two_cpu_processes.yaml", tmp_path)
+    assert first.pop("written").count("adapter_config.json") == 1
+    assert second.pop("written") == []
+    assert first == second  # the trained values too
+    assert (first["processes"], first["type"]) == (2, "MULTI_CPU")
+    assert (first["backend"], first["device"]) == ("gloo", "cpu")
+    assert (tmp_path / "outputs/adapter_model.safetensors").exists()
+
+
+def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path):
+    """Without ``use_cpu`` and a GPU, the Trainer takes each of them for the only one."""
+    script = SCRIPT.replace('"max_steps": 2', '"use_cpu": False')
+    run = launch("two_cpu_processes.yaml", script, tmp_path)
+    assert run.returncode != 0
+    assert "there are 2 processes, but the Trainer counts 1" in run.stderr
+    assert not any((tmp_path / "outputs").iterdir())  # nothing was written
+
+
+def test_fp16_of_the_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ProblemError, match="fp16's loss scale"):
+        trainer(tmp_path)

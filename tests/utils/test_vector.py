@@ -1,0 +1,116 @@
+"""Vectors over several tensors: their arithmetic is that of the flat vector."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperopt_peft.hypergradients import ConjugateGradient, Vector, dot, zeros_like
+from hyperopt_peft.utils.restore import Copies
+
+SHAPES = ((2, 3), (), (4,))
+
+
+def vector(seed: int, dtype: torch.dtype = torch.float64) -> Vector:
+    generator = torch.Generator().manual_seed(seed)
+    return Vector(torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES)
+
+
+@given(seed=st.integers(0, 1000), factor=st.floats(-10, 10))
+def test_arithmetic_is_that_of_the_flat_vector(seed: int, factor: float) -> None:
+    a, b = vector(seed), vector(seed + 1)
+    x, y = a.flat(), b.flat()
+    assert x.shape == (a.numel(),) == (11,) and len(a) == 3
+    pairs = [(a + b, x + y), (a - b, x - y), (factor * a, factor * x), (a * factor, factor * x)]
+    pairs += [(a / 3, x / 3), (-a, -x), (zeros_like(a), 0 * x)]
+    for found, expected in pairs:
+        assert torch.equal(found.flat(), expected)
+        assert [part.shape for part in found] == [part.shape for part in a]
+    assert dot(a, b) == pytest.approx(float(x @ y), abs=1e-12)
+    assert a.norm() == pytest.approx(float(x.norm()))
+
+
+def test_entries_go_back_where_they_came_from() -> None:
+    a, b = vector(0), vector(1)
+    assert torch.equal(a.with_entries(b.flat()).flat(), b.flat())
+    assert [part.shape for part in a.with_entries(b.flat())] == [part.shape for part in a]
+
+
+def test_copies_have_memory_of_their_own_and_operations_change_nothing() -> None:
+    a = vector(0)
+    before = a.flat().clone()
+    copy = a.copy()
+    copy.parts[0].zero_()
+    _ = a + copy, 2 * a, -a
+    assert torch.equal(a.flat(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parts_are_widened(dtype: torch.dtype) -> None:
+    a = vector(0, dtype)
+    assert {part.dtype for part in a} == {torch.float32}
+    assert torch.equal(a.flat().to(dtype).float(), a.flat())
+
+
+def test_the_parts_of_a_scalar_product_are_summed_in_double_precision() -> None:
+    """In float32 the small parts would be lost beside the large one."""
+    a = Vector([torch.tensor([1e4]), *[torch.ones(1)] * 1000])
+    assert dot(a, a) == 1e8 + 1000
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_norms_are_those_of_double_precision(scale: float) -> None:
+    """The squares of the first and the last leave the range of float32."""
+    parts = [scale * torch.randn(70_000), scale * torch.randn(3, 5)]
+    expected = torch.cat([part.double().flatten() for part in parts]).norm()
+    assert Vector(parts).norm() == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_arithmetic_in_place_is_that_of_new_vectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (Vector([torch.randn(3, generator=generator), torch.randn(2, 2)]) for _ in range(2))
+    changed = a.copy()
+    assert changed.add_(b, -0.5) is changed and torch.equal(changed.flat(), (a - 0.5 * b).flat())
+    assert torch.equal(changed.copy_(a).flat(), a.flat())
+    assert torch.equal(changed.mul_(3.0).flat(), (3.0 * a).flat())
+
+
+def test_none_stands_for_zeros_and_graphs_are_left_behind() -> None:
+    w = torch.ones(2, 2, requires_grad=True)
+    a = Vector.of([None, 2 * w], [torch.ones(3), w])
+    assert torch.equal(a.flat(), torch.tensor([0.0, 0, 0, 2, 2, 2, 2]))
+    assert not a.flat().requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_entries_that_are_not_finite_are_seen(value: float) -> None:
+    assert vector(0).isfinite()
+    assert not Vector([torch.ones(2), torch.tensor(value)]).isfinite()
+
+
+def test_large_entries_whose_sum_overflows_are_finite() -> None:
+    large = torch.full((100,), 1e38)
+    assert Vector([large]).isfinite()
+    large[3] = float("nan")
+    assert not Vector([large]).isfinite()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e12, 1e20])
+def test_conjugate_gradients_at_any_scale(scale: float) -> None:
+    """Squares of such entries leave the range of float32."""
+    diagonal, b = torch.linspace(1, 3, 4), scale * torch.tensor([1.0, -2, 3, 4])
+    solver = ConjugateGradient(steps=4)
+    solution = solver.solve(lambda v: Vector([diagonal * v.parts[0]]), Vector([b]))
+    torch.testing.assert_close(solution.v.flat() / scale, b / diagonal / scale)
+
+
+def test_copies_fit_what_they_copy() -> None:
+    copies, w = Copies(), (torch.ones(2), torch.ones(3))
+    first = copies.take(w)
+    memory = [x.data_ptr() for x in first]
+    copies.give_back(first)
+    again = copies.take([2 * x for x in w])
+    assert [x.data_ptr() for x in again] == memory and torch.equal(again[0], 2 * w[0])
+    copies.give_back(again)
+    wide = copies.take([x.double() / 3 for x in w])
+    assert torch.equal(wide[0], w[0].double() / 3)
