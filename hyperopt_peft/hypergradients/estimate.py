@@ -15,15 +15,16 @@ from hyperopt_peft.hypergradients.products import NESTED
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 
-_NEXT: Any = object()
+#: The batch that a level's data will give next.
+NEXT: Any = object()
 
 
 def open_oracle(
     upper: Problem,
     lower: Problem,
     *,
-    upper_batch: Any = _NEXT,
-    lower_batch: Any = _NEXT,
+    upper_batch: Any = NEXT,
+    lower_batch: Any = NEXT,
     seed: int | None = None,
 ) -> Oracle:
     """The two levels at the current point, outside training.
@@ -42,8 +43,8 @@ def open_oracle(
     def state(level: str) -> RandomState:
         return current if seed is None else RandomState.seeded(devices, seed, level)
 
-    upper_batch = upper.peek_batch() if upper_batch is _NEXT else upper_batch
-    lower_batch = lower.peek_batch() if lower_batch is _NEXT else lower_batch
+    upper_batch = upper.peek_batch() if upper_batch is NEXT else upper_batch
+    lower_batch = lower.peek_batch() if lower_batch is NEXT else lower_batch
     return Oracle(upper, lower, upper_batch, lower_batch, state("upper"), state("lower"))
 
 
@@ -92,8 +93,8 @@ def hypergradient(
     lower: Problem,
     method: str | Estimator = "cg",
     *,
-    upper_batch: Any = _NEXT,
-    lower_batch: Any = _NEXT,
+    upper_batch: Any = NEXT,
+    lower_batch: Any = NEXT,
     seed: int | None = None,
 ) -> tuple[Tensor, ...]:
     """dF/du at the current point: a tensor for each upper variable, alike in shape and dtype.

@@ -13,6 +13,7 @@ from hyperopt_peft.hypergradients.estimator import Estimator
 
 Kind = Literal["direct", "identity", "implicit", "unrolled", "penalty"]
 E = TypeVar("E", bound=type[Estimator])
+T = TypeVar("T", bound=Estimator)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,16 @@ def get_estimator(method: str | Estimator) -> Estimator:
     name, _, text = method.partition(":")
     if name not in _ENTRIES:
         raise ProblemError(f"unknown estimator {name!r}{nearest(name, list(_ENTRIES))}")
-    estimator = _ENTRIES[name].estimator
+    return with_options(_ENTRIES[name].estimator, text)
+
+
+def with_options(estimator: type[T], text: str) -> T:
+    """``estimator`` with the options of ``text``, ``"steps=40,damping=0.1"``.
+
+    Raises:
+        ProblemError: an unknown option (with the nearest known one), or a bad value.
+    """
+    name = estimator.name
     known = [option.name for option in dataclasses.fields(estimator)]  # type: ignore[arg-type]
     options = {}
     for part in filter(None, text.split(",")):
