@@ -69,5 +69,17 @@ def test_arrows_point_down(room: str) -> None:
                 assert room in LIBRARIES[package] | exact, (path, name)
 
 
+def test_tests_share_helpers_through_support_alone() -> None:
+    """No test module imports another, and every import is absolute."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.parent.name == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, path
+        others = [name for name in imported(path) if name.partition(".")[0] == "tests"]
+        assert all(name.split(".")[1] == "support" for name in others), (path, others)
+
+
 def test_every_module_has_a_room() -> None:
     assert {name for name, _ in modules()} == {*ALLOWED, "__init__", "__main__"}

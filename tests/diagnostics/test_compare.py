@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperopt_peft import ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import DARTS, Comparison
-from tests.hypergradients.test_properties import Case, cases
+from tests.support.cases import Case, cases
 from tests.support.networks import network_levels
 from tests.support.quadratic import FunctionLevel, flat, program
 

@@ -7,8 +7,8 @@ from torch.optim import SGD, Adam, AdamW
 from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
-from tests.hypergradients.test_optimizer_options import make
 from tests.support.by_hand import OPTIMIZERS, make_levels, start
+from tests.support.learnt_options import make
 from tests.support.quadratic import FunctionLevel, flat
 
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)

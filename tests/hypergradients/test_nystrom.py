@@ -11,8 +11,8 @@ from torch import Tensor
 from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.hypergradients import ConjugateGradient, Nystrom, Vector, dot
 from hyperopt_peft.hypergradients.implicit import nystrom
-from tests.hypergradients.test_solvers import indefinite, residual, system
 from tests.support.quadratic import Level, flat, positive, program, symmetric
+from tests.support.systems import indefinite, residual, system
 
 EXAMPLES = settings(max_examples=20)
 EYE = torch.eye(9, dtype=torch.float64)

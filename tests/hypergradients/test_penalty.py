@@ -15,8 +15,8 @@ from hyperopt_peft.hypergradients import Estimate, Vector, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.problems import logistic, ridge
 from hyperopt_peft.utils.random_state import RandomState, replay
-from tests.hypergradients.test_root_of_trust import minimise
 from tests.support.networks import network_levels
+from tests.support.newton import minimise
 from tests.support.quadratic import FunctionLevel, Level, Program, flat, program, symmetric
 
 LONG = "inner_steps=200,tolerance=1e-11"

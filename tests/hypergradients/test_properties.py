@@ -5,7 +5,6 @@ as soon as it is registered.
 """
 
 import dataclasses
-from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,43 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hyperopt_peft import Estimator, hypergradient
+from hyperopt_peft import hypergradient
 from hyperopt_peft.hypergradients import registered
-from hyperopt_peft.hypergradients.products import ProductKind
+from tests.support.cases import Case, cases
 from tests.support.quadratic import Level, Program, flat, leaves, program, programs
 
 EXAMPLES = settings(max_examples=20)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A registered estimator with one kind of product."""
-
-    estimator: Estimator
-    kind: str
-    tolerance: float
-
-    @property
-    def rounding(self) -> float:
-        """A relative error that is rounding: a difference quotient keeps fewer digits."""
-        difference = (
-            self.kind == "penalty" or getattr(self.estimator, "product", "") == "difference"
-        )
-        return 1e-7 if difference else 1e-11
-
-
-def cases(*kinds: str) -> Any:
-    """Parametrises over the registered estimators of ``kinds``, and their kinds of product."""
-    found = []
-    for name, entry in registered().items():
-        options = {field.name for field in dataclasses.fields(entry.estimator)}
-        for product in get_args(ProductKind) if "product" in options else (None,):
-            estimator = entry.estimator(**({} if product is None else {"product": product}))
-            case = Case(estimator, entry.kind, entry.tolerance or 0.0)
-            if not kinds or entry.kind in kinds:
-                label = name if product is None else f"{name}-{product}"
-                found.append(pytest.param(case, id=label))
-    return pytest.mark.parametrize("case", found)
 
 
 def estimate(case: Case, program: Program, **options: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam
 
 from hyperopt_peft import Engine, Problem, compare_hypergradients, fit, hypergradient
 from hyperopt_peft.hypergradients import ConjugateGradient, Matvec, Solution, Vector
-from tests.hypergradients.test_properties import Case, cases
+from tests.support.cases import Case, cases
 from tests.support.networks import Classify, Network, differences, loader, network_levels, owned
 
 Levels = tuple[Classify, Classify]

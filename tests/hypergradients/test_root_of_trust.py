@@ -12,37 +12,11 @@ from torch import Tensor
 
 from hyperopt_peft import Engine, Problem, fit, hypergradient
 from hyperopt_peft.problems import hypercleaning, logistic, ridge
+from tests.support.newton import minimise
 from tests.support.quadratic import flat
 
 STEP = 3e-3
 NOISES = {0.5: 0.868, 0.7: 0.745, 0.9: 0.338}  # noise: test accuracy without cleaning
-
-
-def derivatives(lower: Problem) -> tuple[Tensor, Tensor]:
-    """∂f/∂w and ∂²f/∂w², dense."""
-    (w,) = lower.variables
-    loss, _ = lower.evaluate(None)
-    gradient = torch.autograd.grad(loss, w, create_graph=True)[0].reshape(-1)
-    unit = torch.eye(w.numel(), dtype=w.dtype)
-    hessian = torch.autograd.grad(gradient, w, unit, is_grads_batched=True)[0]
-    return gradient.detach(), hessian.reshape(len(unit), -1)
-
-
-def minimise(lower: Problem, hessian: Tensor | None = None) -> Tensor:
-    """Newton's method to rounding; a ``hessian`` of a close point is used throughout."""
-    (w,) = lower.variables
-    for _ in range(30):
-        if hessian is None:
-            gradient, newest = derivatives(lower)
-        else:
-            (part,) = lower.gradient(None, [w]).gradient
-            assert part is not None
-            gradient, newest = part.reshape(-1), hessian
-        if gradient.norm() < 1e-13:
-            return newest
-        with torch.no_grad():
-            w -= torch.linalg.solve(newest, gradient).reshape(w.shape)
-    raise AssertionError(f"Newton's method ends at a gradient of norm {gradient.norm():.3g}")
 
 
 def central_difference(

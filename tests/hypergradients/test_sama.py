@@ -12,7 +12,6 @@ from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector, dot
 from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.unrolled.optimizer_diagonal import last_step, step_slope
-from tests.hypergradients.test_unrolled import trained, trained_by_hand
 from tests.support.by_hand import (
     BATCHES,
     OPTIMIZERS,
@@ -21,6 +20,8 @@ from tests.support.by_hand import (
     f,
     make_levels,
     start,
+    trained,
+    trained_by_hand,
     upper_f,
 )
 from tests.support.quadratic import FunctionLevel, flat

@@ -14,13 +14,13 @@ from hyperopt_peft.hypergradients import (
     MINRES,
     ConjugateGradient,
     Exact,
-    Matvec,
     Neumann,
     Nystrom,
     Vector,
     registered,
 )
-from tests.support.quadratic import Level, flat, leaves, positive, program, symmetric
+from tests.support.quadratic import Level, flat, positive, program, symmetric
+from tests.support.systems import indefinite, residual, system
 
 EXAMPLES = settings(max_examples=25)
 SOLVERS = {
@@ -30,26 +30,6 @@ SOLVERS = {
 }
 each_solver = pytest.mark.parametrize("solver", [pytest.param(s, id=n) for n, s in SOLVERS.items()])
 krylov_solver = pytest.mark.parametrize("kind", [ConjugateGradient, MINRES])
-
-
-def system(h: Tensor, seed: int = 0) -> tuple[Matvec, Vector, Tensor]:
-    """Matrix-vector product and right-hand side of two leaves, and the latter flat."""
-    generator = torch.Generator().manual_seed(seed)
-    b = torch.randn(len(h), dtype=h.dtype, generator=generator)
-    vector = Vector(leaves(b, [(len(h) - 1,), ()] if len(h) > 1 else [()]))
-    return lambda v: v.with_entries(h @ v.flat()), vector, b
-
-
-def residual(h: Tensor, v: Vector, b: Tensor) -> float:
-    return float((b - h @ flat(v)).norm() / b.norm())
-
-
-def indefinite(n: int, seed: int) -> Tensor:
-    """Eigenvalues of both signs, of modulus 1 to 10."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.ones(n, dtype=torch.float64)
-    signs[::2] = -1
-    return symmetric(signs * torch.linspace(1, 10, n, dtype=torch.float64), generator)
 
 
 def krylov(h: Tensor, b: Tensor, steps: int) -> Tensor:

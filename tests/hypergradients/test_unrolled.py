@@ -9,31 +9,19 @@ from torch.optim import SGD
 
 from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.diagnostics.memory import peak_memory
-from tests.support.by_hand import BATCHES, OPTIMIZERS, ByHand, make_levels, start, upper_f
+from tests.support.by_hand import (
+    BATCHES,
+    OPTIMIZERS,
+    ByHand,
+    make_levels,
+    start,
+    trained,
+    trained_by_hand,
+    upper_f,
+)
 from tests.support.quadratic import FunctionLevel, flat
 
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-
-
-def trained_by_hand(hand: ByHand, warmup: int, steps: int) -> Tensor:
-    """The hypergradient through the last ``steps`` steps."""
-    w, u = start()
-    w = [x.detach().requires_grad_() for x in hand.run(warmup, w, u, BATCHES)]
-    hand.forget_the_graph()
-    shift = warmup % len(BATCHES)
-    after = hand.run(steps, w, u, BATCHES[shift:] + BATCHES[:shift])
-    return flat(torch.autograd.grad(upper_f(after, u), u))
-
-
-def trained(levels: Any, warmup: int, lower_steps: int, method: str) -> Tensor:
-    """The hypergradient that the Engine's first upper step takes."""
-    upper, lower = levels
-    before = flat(upper.variables).detach()
-    engine = Engine(
-        upper, lower, method, lower_steps=lower_steps, warmup_steps=warmup, progress=False
-    )
-    engine.run(1)
-    return before - flat(upper.variables).detach()
 
 
 def check(hand: ByHand, levels: Any, warmup: int = 2, steps: int = 3) -> None:

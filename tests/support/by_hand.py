@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from hyperopt_peft import Engine
 from tests.support.quadratic import FunctionLevel, flat
 
 Leaves = Sequence[Tensor]
@@ -127,3 +128,24 @@ class ByHand:
 
     def forget_the_graph(self) -> None:
         self.state = [[s.detach() for s in state] for state in self.state]
+
+
+def trained_by_hand(hand: ByHand, warmup: int, steps: int) -> Tensor:
+    """The hypergradient through the last ``steps`` steps."""
+    w, u = start()
+    w = [x.detach().requires_grad_() for x in hand.run(warmup, w, u, BATCHES)]
+    hand.forget_the_graph()
+    shift = warmup % len(BATCHES)
+    after = hand.run(steps, w, u, BATCHES[shift:] + BATCHES[:shift])
+    return flat(torch.autograd.grad(upper_f(after, u), u))
+
+
+def trained(levels: Any, warmup: int, lower_steps: int, method: str) -> Tensor:
+    """The hypergradient that the Engine's first upper step takes."""
+    upper, lower = levels
+    before = flat(upper.variables).detach()
+    engine = Engine(
+        upper, lower, method, lower_steps=lower_steps, warmup_steps=warmup, progress=False
+    )
+    engine.run(1)
+    return before - flat(upper.variables).detach()

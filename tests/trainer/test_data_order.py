@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.trainer.test_resume import require_same_end
-from tests.trainer.test_steps import streamed
+from tests.support.class_weights import streamed
+from tests.support.resume import require_same_end
 
 # Five steps an epoch: every checkpoint but the last is within one.
 SAMPLERS = {

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from hyperopt_peft import NonFiniteError, ProblemError
 from hyperopt_peft.engine.checkpoint import SEAL, last_whole, seal, unseal, write_state
 from tests.support.networks import differences
+from tests.support.resume import Stop, StopAt, end, interrupted, saving
 from tests.support.trainers import peft_model
-from tests.trainer.test_resume import Stop, StopAt, end, interrupted, saving
 
 FILES = (
     "README.md",

@@ -7,7 +7,7 @@ from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from tests.support.trainers import peft_model, trainer
-from tests.trainer.test_trainer import Watch, batches_of, double, watched
+from tests.support.watch import Watch, batches_of, double, watched
 
 GAMMA = 5.0
 

@@ -6,7 +6,8 @@ import pytest
 from transformers import Trainer, TrainerCallback
 
 from hyperopt_peft.engine.checkpoint import last_whole, unseal
-from tests.trainer.test_resume import differences, end, saving
+from tests.support.networks import differences
+from tests.support.resume import end, saving
 
 
 def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):

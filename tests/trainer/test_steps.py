@@ -4,40 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hyperopt_peft.adapters import split_parameters
+from tests.support.class_weights import Plain, Weighted, streamed
+from tests.support.networks import differences
+from tests.support.resume import Stop, StopAt, end, saving
 from tests.support.trainers import peft_model, trainer
-from tests.trainer.test_resume import Stop, StopAt, differences, end, saving
-from tests.trainer.test_trainer import Plain, Weighted, pair, rows
-
-
-class Stream(IterableDataset):
-    """``count`` rows that are read in order."""
-
-    def __init__(self, count):
-        self.rows = rows(count, 0)
-
-    def __iter__(self):
-        return iter(self.rows)
-
-
-def streamed(folder, callbacks=(), *, count=20, **settings):
-    """A trainer over a stream of ``count`` rows, four to a micro-batch."""
-    given = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 9,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "logging_steps": 1,
-        "lr_scheduler_type": "linear",
-        "hypergradient": "darts",
-        **settings,
-    }
-    made, _ = pair(folder, Stream(count), callbacks, **given)
-    made.remove_callback(PrinterCallback)
-    return made
 
 
 def logs(made):

@@ -4,50 +4,14 @@ import math
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
-from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Problem, hypergradient
+from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.problems.bidora import Direction, Magnitude
+from tests.support.class_weights import pair
 from tests.support.trainers import arguments, data, peft_model, trainer, values
-
-SGD = {"optim": "sgd", "max_grad_norm": 0.0, "upper_max_grad_norm": 0.0}
-
-
-def double(model):
-    return model.double()
-
-
-class Watch(TrainerCallback):
-    """Keeps gradients and variables as they are just before each optimizer step."""
-
-    def __init__(self):
-        self.gradients, self.points = [], []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.points.append({n: p.detach().clone() for n, p in named})
-        self.gradients.append({n: None if p.grad is None else p.grad.clone() for n, p in named})
-
-
-def watched(folder, model, **settings):
-    watch = Watch()
-    run = trainer(
-        folder, model=model, dropout=0.0, options={"callbacks": [watch]}, **{**SGD, **settings}
-    )
-    return run, watch
-
-
-def batches_of(run, steps):
-    """The lower batches that ``run`` will train on, in order."""
-    loader = run.get_train_dataloader()
-    found = []
-    epoch = 0
-    while len(found) < steps:
-        loader.set_epoch(epoch)
-        found += list(loader)
-        epoch += 1
-    return found[:steps]
+from tests.support.watch import SGD, batches_of, double, watched
 
 
 @pytest.mark.parametrize(
@@ -271,78 +235,6 @@ def test_bfloat16_autocast(tmp_path):
         assert all(v.dtype == torch.float32 for v in values(run.model).values())
     difference = (ends[True] - ends[False]).norm() / ends[False].norm()
     assert 0 < difference < 0.1
-
-
-class Scaled(torch.nn.Module):
-    """A classifier of ten numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(6, 3)
-
-    def forward(self, x, labels=None):
-        logits = self.linear(x)
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        return {"loss": loss, "logits": logits}
-
-
-class Weighted(Problem):
-    """Cross-entropy with a weight for each class, which is the upper level's."""
-
-    def __init__(self, model, weight, **level):
-        self.model, self.weight = model, weight
-        super().__init__(model.named_parameters(), **level)
-
-    def loss(self, batch):
-        logits, labels = self.model(**batch)["logits"], batch["labels"]
-        each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        pull = sum(p.square().sum() for p in self.model.parameters())
-        return (3 * self.weight.softmax(0)[labels] * each).mean() + 0.1 * pull
-
-
-class Plain(Problem):
-    """The model's own loss, over the class weights."""
-
-    def __init__(self, model, weight, **level):
-        self.model = model
-        super().__init__([("weight", weight)], **level)
-
-    def loss(self, batch):
-        return self.model(**batch)["loss"]
-
-
-def rows(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 6, generator=generator)
-    return [{"x": x[i], "labels": int(x[i, :3].argmax())} for i in range(count)]
-
-
-def pair(folder, data=None, callbacks=(), *, lower=Weighted, upper=Plain, **settings):
-    """A program whose upper variable is no parameter of the model, over plain lists or ``data``."""
-    torch.manual_seed(0)
-    model, weight = Scaled(), torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
-    given = {
-        "learning_rate": 0.1,
-        "upper_learning_rate": 0.1,
-        "per_device_train_batch_size": 8,
-        "max_steps": 40,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "lr_scheduler_type": "constant",
-        "hypergradient": "cg:steps=5",
-        **settings,
-    }
-    return BilevelTrainer(
-        model,
-        lower=lower(model, weight),
-        upper=upper(model, weight),
-        args=BilevelTrainingArguments(output_dir=str(folder), **given),
-        train_dataset=rows(64, 0) if data is None else data,
-        upper_dataset=rows(64, 1),
-        callbacks=list(callbacks),
-    ), weight
 
 
 def test_an_upper_variable_outside_the_model(tmp_path):

@@ -1,0 +1,41 @@
+"""Every registered estimator as a case of a test."""
+
+import dataclasses
+from typing import Any, get_args
+
+import pytest
+
+from hyperopt_peft import Estimator
+from hyperopt_peft.hypergradients import registered
+from hyperopt_peft.hypergradients.products import ProductKind
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A registered estimator with one kind of product."""
+
+    estimator: Estimator
+    kind: str
+    tolerance: float
+
+    @property
+    def rounding(self) -> float:
+        """A relative error that is rounding: a difference quotient keeps fewer digits."""
+        difference = (
+            self.kind == "penalty" or getattr(self.estimator, "product", "") == "difference"
+        )
+        return 1e-7 if difference else 1e-11
+
+
+def cases(*kinds: str) -> Any:
+    """Parametrises over the registered estimators of ``kinds``, and their kinds of product."""
+    found = []
+    for name, entry in registered().items():
+        options = {field.name for field in dataclasses.fields(entry.estimator)}
+        for product in get_args(ProductKind) if "product" in options else (None,):
+            estimator = entry.estimator(**({} if product is None else {"product": product}))
+            case = Case(estimator, entry.kind, entry.tolerance or 0.0)
+            if not kinds or entry.kind in kinds:
+                label = name if product is None else f"{name}-{product}"
+                found.append(pytest.param(case, id=label))
+    return pytest.mark.parametrize("case", found)

@@ -1,0 +1,47 @@
+"""Levels whose learning rate and weight decay are upper variables."""
+
+import torch
+from torch.optim import SGD
+
+from tests.support.by_hand import BATCHES, f, start, upper_f
+from tests.support.quadratic import FunctionLevel
+
+
+class Learnt(FunctionLevel):
+    """A lower level whose optimizer's options are ``options()``."""
+
+    def __init__(self, function, owned, options, **level):
+        self.options = options
+        super().__init__(function, owned, **level)
+
+    def optimizer_options(self):
+        return self.options()
+
+
+def logs():
+    """Logarithms of the learning rate and of the decay."""
+    return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (-2.0, -1.5)]
+
+
+def rate_and_decay(rate, decay, grouped):
+    """The same for both variables, or options of their own for the second one."""
+    options = {"lr": rate.exp(), "weight_decay": decay.exp()}
+    return [options, {"lr": rate.exp() / 2 + decay.exp() / 9}] if grouped else options
+
+
+def make(kind, options, grouped=False, upper_rate=1.0, **level):
+    w, u = start()
+    rate, decay = logs()
+    groups = [{"params": [x]} for x in w] if grouped else w
+    upper = FunctionLevel(
+        lambda _: upper_f(w, u), [*u, rate, decay], optimizer=SGD([*u, rate, decay], upper_rate)
+    )
+    lower = Learnt(
+        lambda b: f(w, u, b),
+        w,
+        lambda: rate_and_decay(rate, decay, grouped),
+        data=BATCHES,
+        optimizer=kind(groups, **options),
+        **level,
+    )
+    return upper, lower

@@ -1,0 +1,43 @@
+"""What a Trainer moved its variables by, at each step."""
+
+from transformers import TrainerCallback
+
+from tests.support.trainers import trainer
+
+SGD = {"optim": "sgd", "max_grad_norm": 0.0, "upper_max_grad_norm": 0.0}
+
+
+def double(model):
+    return model.double()
+
+
+class Watch(TrainerCallback):
+    """Keeps gradients and variables as they are just before each optimizer step."""
+
+    def __init__(self):
+        self.gradients, self.points = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.points.append({n: p.detach().clone() for n, p in named})
+        self.gradients.append({n: None if p.grad is None else p.grad.clone() for n, p in named})
+
+
+def watched(folder, model, **settings):
+    watch = Watch()
+    run = trainer(
+        folder, model=model, dropout=0.0, options={"callbacks": [watch]}, **{**SGD, **settings}
+    )
+    return run, watch
+
+
+def batches_of(run, steps):
+    """The lower batches that ``run`` will train on, in order."""
+    loader = run.get_train_dataloader()
+    found = []
+    epoch = 0
+    while len(found) < steps:
+        loader.set_epoch(epoch)
+        found += list(loader)
+        epoch += 1
+    return found[:steps]
