@@ -167,7 +167,6 @@ def test_batches_are_those_that_come_next_and_stay_the_next() -> None:
         ("sama:product=exact", 3, 1),
         ("nystrom:rank=3,steps=5,tolerance=0", 2, 3 + 5 + 1),
         ("nystrom:rank=3,steps=0", 2, 3 + 1),
-        ("cg:steps=5,metric=optimizer", 3, 5 + 1),
         ("cg:steps=5,product=difference", 1 + 2 * (5 + 1), 0),
         ("unrolled:steps=3,product=difference", 1 + 3 * (1 + 2 * 2) - 2, 0),
     ],

@@ -189,11 +189,6 @@ TRAINING = {
         {},
         "Direction: the form of Adafactor's step is not known; use one of SGD",
     ),
-    "an optimizer without the metric of a solve": (
-        step(hypergradient="cg:metric=optimizer", optim="adagrad"),
-        {},
-        "Direction: the form of Adagrad's step is not known; use one of SGD",
-    ),
     "an optimizer that cannot be unrolled": (
         step(hypergradient="unrolled:steps=1", optim="adagrad"),
         {},

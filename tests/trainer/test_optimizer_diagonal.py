@@ -1,4 +1,4 @@
-"""Estimators that read the lower optimizer's state, under the Trainer, whose optimizer it is."""
+"""`sama` reads the lower optimizer's state, under the Trainer, whose optimizer it is."""
 
 import pytest
 import torch
@@ -99,23 +99,15 @@ class ByHand:
         self.t += 1
         self.m = BETAS[0] * self.m + (1 - BETAS[0]) * g
         self.v = BETAS[1] * self.v + (1 - BETAS[1]) * g * g
-        self.m_hat, self.v_hat = (
-            x / (1 - beta**self.t) for x, beta in zip((self.m, self.v), BETAS, strict=True)
-        )
-        return w * (1 - RATES[0] * DECAY) - RATES[0] * self.m_hat / (self.v_hat.sqrt() + EPS)
+        m, v = (x / (1 - beta**self.t) for x, beta in zip((self.m, self.v), BETAS, strict=True))
+        return w * (1 - RATES[0] * DECAY) - RATES[0] * m / (v.sqrt() + EPS)
 
-    def hypergradient(self, method, w, u, after):
+    def hypergradient(self, w, u, after):
         """At w, where the step to ``after`` begins."""
         direct, b = torch.autograd.grad(upper_f(w, u), (u, w))
-        if method.startswith("sama"):
-            return direct + torch.autograd.grad(after, u, b, retain_graph=True)[0]
-        (g,) = torch.autograd.grad(f(w, u, torch.tensor(X).double()), w, create_graph=True)
-        rows = [torch.autograd.grad(x, w, retain_graph=True)[0] for x in g]
-        metric = torch.diag((self.v_hat.sqrt() + EPS).detach())
-        v = torch.linalg.solve(torch.stack(rows) + 2.0 * metric, b)
-        return direct - torch.autograd.grad(g, u, v)[0]
+        return direct + torch.autograd.grad(after, u, b, retain_graph=True)[0]
 
-    def run(self, method, lower_steps):
+    def run(self, lower_steps):
         model = start()
         w, u = model.w, model.u
         upper = AdamW([u], lr=RATES[1], betas=BETAS, eps=EPS, weight_decay=0.0)
@@ -123,22 +115,20 @@ class ByHand:
             self.m, self.v = self.m.detach(), self.v.detach()
             after = self.step(w, u)
             if step % lower_steps == 0:
-                u.grad = self.hypergradient(method, w, u, after)
+                u.grad = self.hypergradient(w, u, after)
                 upper.step()
             w = after.detach().requires_grad_()
         return w.detach(), u.detach()
 
 
-@pytest.mark.parametrize(
-    "method", ["sama:product=exact", "sama", "exact:damping=2,metric=optimizer"]
-)
+@pytest.mark.parametrize("method", ["sama:product=exact", "sama"])
 @pytest.mark.parametrize(
     ("lower_steps", "accumulation", "max_grad_norm"), [(1, 1, 0.0), (2, 2, 0.0), (2, 1, 0.5)]
 )
 def test_a_run_is_that_of_plain_torch(tmp_path, method, lower_steps, accumulation, max_grad_norm):
     """The step is the one about to be taken, from the optimizer's state before it."""
     found = trained(tmp_path, method, lower_steps, accumulation, max_grad_norm)
-    expected = ByHand(max_grad_norm).run(method, lower_steps)
+    expected = ByHand(max_grad_norm).run(lower_steps)
     tolerance = 1e-7 if method == "sama" else 1e-10
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

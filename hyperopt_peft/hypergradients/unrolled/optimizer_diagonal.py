@@ -1,4 +1,4 @@
-"""What the lower optimizer's step does to each entry of a gradient: its slope and its metric."""
+"""What the lower optimizer's step does to each entry of a gradient."""
 
 from __future__ import annotations
 
@@ -34,10 +34,6 @@ class _Form(ABC):
     def slope(self) -> Tensor:
         """−∂w'/∂g."""
 
-    @abstractmethod
-    def metric(self) -> Tensor:
-        """√v̂ + eps."""
-
     def average(self, name: str, weight: float, of: Tensor) -> Tensor:
         """The running average that the optimizer keeps as ``name``, after the step."""
         kept = self.state.get(name)
@@ -51,15 +47,12 @@ class _Adam(_Form):
     def slope(self) -> Tensor:
         """lr·[(1−β1)/(c1·r) − (m/c1)(1−β2)g/(c2·s·r²)] with s = √(v/c2) and r = s + eps."""
         beta1, beta2 = map(float, self.group["betas"])
-        m, s, r = self.average("exp_avg", beta1, self.g), self._root(), self.metric()
+        m, s = self.average("exp_avg", beta1, self.g), self._root()
+        r = s + float(self.group["eps"])
         # Where v is 0 every gradient has been, and m is 0 as well.
         of_root = torch.where(s > 0, (1 - beta2) / (1 - beta2**self._count) * self.g / s, 0.0)
         rate: float = float(self.group["lr"]) / (1 - beta1**self._count)
         return rate / r * ((1 - beta1) - m / r * of_root)
-
-    def metric(self) -> Tensor:
-        """s + eps."""
-        return self._root() + float(self.group["eps"])
 
     @property
     def _count(self) -> float:
@@ -76,14 +69,11 @@ class _RMSprop(_Form):
 
     def slope(self) -> Tensor:
         """lr·[1/r − g·(1−α)(g − a)/(s·r²)] with s = √(v − a²) and r = s + eps."""
-        s, r = self._root(), self.metric()
+        s = self._root()
+        r = s + float(self.group["eps"])
         spread = (1 - self.group["alpha"]) * (self.g - self._mean())
         of_root = torch.where(s > 0, spread / s, 0.0)
         return float(self.group["lr"]) / r * (1 - self.g / r * of_root)
-
-    def metric(self) -> Tensor:
-        """s + eps."""
-        return self._root() + float(self.group["eps"])
 
     def _mean(self) -> Tensor:
         if not self.group["centered"]:
@@ -107,10 +97,6 @@ class _SGD(_Form):
             share = 1.0 + momentum * share
         return torch.full_like(self.g, float(self.group["lr"]) * share)
 
-    def metric(self) -> Tensor:
-        """1: gradient descent is steepest in the Euclidean metric."""
-        return torch.ones_like(self.g)
-
 
 _FORMS: dict[type, type[_Form]] = {SGD: _SGD, Adam: _Adam, AdamW: _Adam, RMSprop: _RMSprop}
 
@@ -131,18 +117,6 @@ def step_slope(level: Problem, step: Step) -> Vector:
         return form.slope().mul_(factor) if form.moved else torch.zeros_like(form.g)
 
     return _diagonal(level, step, factor, slope)
-
-
-def step_metric(level: Problem, step: Step) -> Vector:
-    """M = √v̂ + eps after ``step``: the optimizer moves w by the learning rate times M⁻¹m̂.
-
-    v̂ is the running mean of g² (RMSprop; its variance where it is centered), with Adam's bias
-    correction. It is 1 for SGD.
-
-    Raises:
-        ProblemError: the level has no optimizer, or one whose diagonal is not known here.
-    """
-    return _diagonal(level, step, _clipping(level, step), lambda form: form.metric())
 
 
 def require_diagonal(level: Problem) -> None:
