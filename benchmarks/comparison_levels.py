@@ -27,8 +27,8 @@ Levels = tuple[Problem, Problem]
 
 METHODS = [
     "direct",
-    "darts:scale=1.0",
-    "darts:scale=lr",
+    "darts:xi=1.0",
+    "darts:xi=lr",
     "sama",
     "unrolled:steps=10",
     "forward:steps=10,limit=64",

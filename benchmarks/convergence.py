@@ -26,8 +26,8 @@ from hyperopt_peft.utils.restore import displaced
 
 METHODS = [
     "direct",
-    "darts:scale=1.0",
-    "darts:scale=lr",
+    "darts:xi=1.0",
+    "darts:xi=lr",
     "sama",
     "unrolled:steps=10",
     "forward:steps=10",

@@ -28,10 +28,10 @@ CG = "cg:steps=5,damping=1.0,tolerance=0.0"
 # On the MLP, cost only: its Hessian is indefinite, so the solvers are damped to take all steps.
 COSTED = {
     "direct": "direct",
-    "darts:sides=1": "darts:sides=1",
+    "darts:scheme=forward": "darts:scheme=forward",
     "darts": "darts",
     "darts, exact product": "darts:product=exact",
-    "neumann(5)": "neumann:terms=5,step=0.01",
+    "neumann(5)": "neumann:terms=5,step_size=0.01",
     "neumann(5), own step": "neumann:terms=5",
     "cg(5)": CG,
     "cg(5), differences": CG + ",product=difference",
@@ -114,7 +114,7 @@ def main() -> None:
     cost = {row["estimator"]: row["G"] for row in rows}
     targets = [
         Target(f"upper iteration on the MLP in G, {name}", cost[name], most)
-        for name, most in (("darts:sides=1", 2.3), ("neumann(5)", 13.0), ("cg(5)", 15.0))
+        for name, most in (("darts:scheme=forward", 2.3), ("neumann(5)", 13.0), ("cg(5)", 15.0))
     ]
     report(given, {"Cost and error": rows}, targets, {"missing peers": _missing(others)})
 

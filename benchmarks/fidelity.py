@@ -32,7 +32,7 @@ from hyperopt_peft import Problem, hypergradient
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Vector, dot
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from hyperopt_peft.hypergradients.products import default_radius
+from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.restore import assign, displaced
 
 try:
@@ -43,7 +43,7 @@ except ImportError:
     BETTY = ""
 
 INSTALL_BETTY = "pip install --no-deps --ignore-requires-python betty-ml==0.2.1"
-EXACT, TWO_SIDED, ONE_SIDED = "darts:product=exact", "darts", "darts:sides=1"
+EXACT, TWO_SIDED, ONE_SIDED = "darts:product=exact", "darts", "darts:scheme=forward"
 Row = dict[str, Any]
 Method = Callable[[Problem, Problem, int], Vector]
 
@@ -100,17 +100,17 @@ def lower_point(
 def independent_masks(upper: Problem, lower: Problem, seed: int) -> Vector:
     """The two-sided difference of ``darts``, written as a loop that leaves dropout to itself."""
     with lower_point(upper, lower, seed) as (point, b):
-        radius = default_radius(Vector(point), sides=2)
+        epsilon = default_epsilon(Vector(point))
         sides = []
         for sign in (1, -1):
-            assign(lower.variables, point, b.parts, sign * radius / b.norm())
+            assign(lower.variables, point, b.parts, sign * epsilon / b.norm())
             gradient = lower.gradient(lower.peek_batch(), upper.variables).gradient
             sides.append(Vector.of(gradient, upper.variables))
-        return (sides[1] - sides[0]) * (b.norm() / (2 * radius))
+        return (sides[1] - sides[0]) * (b.norm() / (2 * epsilon))
 
 
 def of_betty(upper: Problem, lower: Problem, seed: int) -> Vector:
-    """Betty's ``darts`` with its default radius; two-sided, its H⁻¹ is the identity too."""
+    """Betty's ``darts`` with its default epsilon; two-sided, its H⁻¹ is the identity too."""
     with lower_point(upper, lower, seed) as (_, b):
         below = SimpleNamespace(
             meta_trainable_parameters=lambda: lower.variables,

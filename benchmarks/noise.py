@@ -43,14 +43,14 @@ from hyperopt_peft.problems.hypercleaning import Clean, Weighted, digits
 SIZE = 64  # of a batch
 SKIPPED = {"exact"}  # one product for each of 640 unknowns; a long cg is the same solution
 OPTIONS = (
-    "darts:scale=lr",
+    "darts:xi=lr",
     "cg:steps=3",
     "cg:damping=0.1",
     "neumann:terms=5",
     "unrolled:steps=10",
     "warm:decay=0",
-    "warm:decay=0,step=0.5",
-    "warm:decay=0,step=0.15",
+    "warm:decay=0,step_size=0.5",
+    "warm:decay=0,step_size=0.15",
     "warm:decay=1",
     "warm:steps=5",
 )

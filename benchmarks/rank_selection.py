@@ -84,7 +84,7 @@ def searched(start, batch, form, steps):
     upper = Selection(model, data=[{k: v[half:] for k, v in batch.items()}])
     lower.optimizer = torch.optim.Adam(lower.variables, lr=RATE)
     upper.optimizer = torch.optim.Adam(upper.variables, lr=5 * RATE)
-    Engine(upper, lower, "darts:sides=1", lower_steps=2, progress=False).run(steps // 2)
+    Engine(upper, lower, "darts:scheme=forward", lower_steps=2, progress=False).run(steps // 2)
     return model
 
 

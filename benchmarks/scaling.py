@@ -35,7 +35,7 @@ from hyperopt_peft.hypergradients.products import Passes
 FAST: Method = "fast full"
 PEFT: Method = "PEFT DoRA"
 LAYERS = {FAST: "fast", PEFT: "PEFT"}
-ONE_SIDED = "darts:sides=1"
+ONE_SIDED = "darts:scheme=forward"
 RATE = 2e-3
 Row = dict[str, Any]
 Run = Callable[[], object]

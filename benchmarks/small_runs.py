@@ -256,6 +256,6 @@ RUNS = (
             "save_total_limit": 2,
         },
     ),
-    Run("darts", "Engine", {"hypergradient": "darts:sides=1"}),
+    Run("darts", "Engine", {"hypergradient": "darts:scheme=forward"}),
     Run("unrolled", "Engine", {"hypergradient": "unrolled:steps=2"}),
 )

@@ -26,10 +26,10 @@ from hyperopt_peft.diagnostics.memory import peak_memory
 
 ESTIMATORS = (
     "direct",
-    "darts:sides=1",
+    "darts:scheme=forward",
     "darts",
     "darts:product=exact",
-    "neumann:terms=5,step=0.1",
+    "neumann:terms=5,step_size=0.1",
     "cg:steps=5,damping=1.0,tolerance=0.0",
 )
 LAYERS: dict[str, Method] = {"PEFT": "PEFT DoRA", "fast": "fast full"}
@@ -140,7 +140,7 @@ def times(rows: list[dict[str, Any]], where: str = "") -> list[Target]:
 def main() -> None:
     """Measure, print, and write JSON where asked for."""
     given = arguments("time and memory of a bilevel step beside a DoRA step")
-    darts = "darts:sides=1"
+    darts = "darts:scheme=forward"
     short = [(layer, darts, k) for layer in LAYERS for k in (1, 4)]
     tables = {}
     if given.quick:

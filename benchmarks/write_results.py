@@ -67,9 +67,9 @@ PEFT steps where memory is kept. With four lower steps an upper step the third a
 are shared by four. An exact product keeps the graph of a double backward, which is where the
 memory goes.""",
     "estimators": """\
-`direct` is two passes, so `darts:sides=1` at 2.3 would leave 0.3 of a pass for its third. The
-rest is the cost of small tensors: an optimizer step, the norm, the copy and the check for NaN at
-each level; the plain loop without any of them, which is two-sided, shows what they amount to. On
+`direct` is two passes, so `darts:scheme=forward` at 2.3 would leave 0.3 of a pass for its third.
+The rest is the cost of small tensors: an optimizer step, the norm, the copy and the check for NaN
+at each level; the plain loop without any of them, which is two-sided, shows what they amount to. On
 a Hessian that is not positive definite the solvers are damped here so as to take all their steps;
 the errors are those at the lower minimum of problems A and B. Betty's conjugate gradients of this
 release are wrong, whatever they cost.""",

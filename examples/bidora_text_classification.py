@@ -172,8 +172,8 @@ def compare(model: Any, arguments: Arguments, training: Training, data: TextData
     damping = "damping=1.0"
     methods = [
         "direct",
-        "darts:sides=1",
-        "darts:sides=2",
+        "darts:scheme=forward",
+        "darts:scheme=central",
         f"cg:steps=5,{damping}",
         f"minres:steps=5,{damping}",
         f"minres:steps=5,{damping},product=difference",

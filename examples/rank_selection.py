@@ -62,7 +62,7 @@ class Arguments:
     batch_size: int = HfArg(default=16, help="examples a batch, at each level")
     learning_rate: float = HfArg(default=2e-3, help="peak of the adapters' learning rate")
     upper_learning_rate: float = HfArg(default=5e-2, help="that of the weights' logits")
-    hypergradient: str = HfArg(default="darts:sides=1", help="estimator")
+    hypergradient: str = HfArg(default="darts:scheme=forward", help="estimator")
     warm: bool = HfArg(default=False, help="also train from the components that the search found")
     seed: int = HfArg(default=0, help="of data, head, A, order and dropout")
     output_dir: str = HfArg(default="outputs/ranks", help="where results and adapter are written")

@@ -11,7 +11,6 @@ arXiv:2410.09758.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +18,6 @@ from torch import Tensor
 from hyperopt_peft.adapters import gram_penalty, split_parameters
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients import DARTS, Estimator
 
 TaskLoss = Callable[[Any], Tensor]
 
@@ -111,16 +109,3 @@ def own_loss(model: Any) -> TaskLoss:
         return result
 
     return loss
-
-
-def with_xi(estimator: Estimator, xi: float | None) -> Estimator:
-    """``estimator``, with ξ = ``xi`` where that is given.
-
-    Raises:
-        ProblemError: ``xi`` is given for an estimator that has no ξ.
-    """
-    if xi is None:
-        return estimator
-    if not isinstance(estimator, DARTS):
-        raise ProblemError(f"xi is an option of darts, not of {estimator.name}")
-    return replace(estimator, scale=xi)

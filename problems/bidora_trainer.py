@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients import Estimator
-from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude, with_xi
+from hyperopt_peft.hypergradients import DARTS, Estimator
+from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import require_examples
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -44,7 +44,7 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
     )
     xi: float | None = HfArg(
         default=None,
-        help="ξ of darts, in place of its option scale, which is 1: the published code has 1, the "
+        help="ξ of darts, in place of its option of that name, 1: the published code has 1, the "
         "DARTS formula the lower learning rate",
     )
     gamma: float = HfArg(
@@ -82,7 +82,12 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
 
     def estimator(self) -> Estimator:
         """The estimator that ``hypergradient`` and ``xi`` name."""
-        return with_xi(super().estimator(), self.xi)
+        estimator = super().estimator()
+        if self.xi is None:
+            return estimator
+        if not isinstance(estimator, DARTS):
+            raise ProblemError(f"xi is an option of darts, not of {estimator.name}")
+        return replace(estimator, xi=self.xi)
 
     def for_retraining(self) -> BiDoRATrainingArguments:
         """The arguments of the second phase; it writes to the folder ``retrain``."""

@@ -63,8 +63,8 @@ class CheckArguments:
         damped = f"damping={self.damping:g}"
         return self.methods or [
             "direct",
-            "darts:sides=1",
-            "darts:sides=1,scale=lr",
+            "darts:scheme=forward",
+            "darts:scheme=forward,xi=lr",
             "neumann:terms=5",
             f"cg:steps=5,{damped}",
             f"minres:steps=5,{damped}",

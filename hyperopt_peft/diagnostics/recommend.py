@@ -115,6 +115,6 @@ def _of_length(row: Record, limits: Thresholds) -> list[str]:
     estimator = get_estimator(row.method)
     assert isinstance(estimator, DARTS)
     return [
-        f"Warning: {row.method} is {how}; its length is a choice, ξ = {estimator.scale}: "
+        f"Warning: {row.method} is {how}; its length is a choice, ξ = {estimator.xi}: "
         f"{'lower' if long else 'raise'} xi."
     ]

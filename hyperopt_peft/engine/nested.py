@@ -280,7 +280,7 @@ class Nested(Problem):
                     residual = oracle.lower_gradient() - self._rest
                     if residual.norm() == 0:
                         break
-                    with oracle.product(solver.product, radius=solver.radius) as product:
+                    with oracle.product(solver.product, epsilon=solver.epsilon) as product:
                         newton = solver.solve(product.hessian, residual).v
                     assign(w, w, newton.parts, -1.0)
             yield

@@ -22,6 +22,7 @@ from hyperopt_peft.hypergradients.products import (
     Passes,
     Product,
     ProductKind,
+    Scheme,
 )
 from hyperopt_peft.utils.autograd import HALF
 from hyperopt_peft.utils.distributed import is_sharded
@@ -130,12 +131,12 @@ class Oracle:
         kind: ProductKind,
         *,
         at: Step | None = None,
-        radius: float | None = None,
-        sides: int = 2,
+        epsilon: float | None = None,
+        scheme: Scheme = "central",
     ) -> Iterator[Product]:
         """Second-derivative products of f at the current point, or at the start of step ``at``.
 
-        A one-sided difference takes ∂f/∂u from the step where the step has recorded it.
+        A forward difference takes ∂f/∂u from the step where the step has recorded it.
         """
         sharded = is_sharded(*owned(self.upper, self.lower))
         if sharded and kind == "exact":
@@ -159,7 +160,7 @@ class Oracle:
                 assign(variables, point)
             if kind == "difference":
                 stack.enter_context(self.lower.anchored())
-                yield DifferenceProduct(objective, point, radius, sides, known)
+                yield DifferenceProduct(objective, point, epsilon, scheme, known)
             else:
                 yield ExactProduct(objective)
 

@@ -29,6 +29,7 @@ from hyperopt_peft.utils.restore import Buffers, assign, displaced
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
 ProductKind = Literal["exact", "difference"]
+Scheme = Literal["central", "forward"]
 SHARDED = (
     "an exact product differentiates twice, which FSDP's shards cannot do; choose "
     'product="difference", which needs first-order passes only'
@@ -158,12 +159,12 @@ def _slopes(loss: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @dataclass
 class DifferenceProduct:
-    """Products by finite differences of ∂f/∂w and ∂f/∂u along v, ε = radius/‖v‖.
+    """Products by finite differences of ∂f/∂w and ∂f/∂u along v, with h = epsilon/‖v‖.
 
-    Two-sided: (g(w+εv) − g(w−εv))/2ε, error O(ε²). One-sided: (g(w+εv) − g(w))/ε, error
-    O(ε), and g(w) is evaluated once, or not at all where ``upper_gradient``, ∂f/∂u as the
-    lower step has already computed it, is given. ``radius`` is a length in the space of w;
-    see `default_radius`. DARTS, arXiv:1806.09055 Eq. 8.
+    Central: (g(w+hv) − g(w−hv))/2h, error O(h²). Forward: (g(w+hv) − g(w))/h, error
+    O(h), and g(w) is evaluated once, or not at all where ``upper_gradient``, ∂f/∂u as the
+    lower step has already computed it, is given. ``epsilon`` is a length in the space of w;
+    see `default_epsilon`. DARTS, arXiv:1806.09055 Eq. 8.
 
     ``point`` is w, in memory of its own; the lower variables are left anywhere, and whoever
     makes the product puts them back.
@@ -171,8 +172,8 @@ class DifferenceProduct:
 
     objective: Objective
     point: Sequence[Tensor]
-    radius: float | None = None
-    sides: int = 2
+    epsilon: float | None = None
+    scheme: Scheme = "central"
     upper_gradient: Vector | None = None
     _unmoved: dict[str, Vector] = field(init=False, default_factory=dict)
 
@@ -204,9 +205,9 @@ class DifferenceProduct:
         length = v.norm() if upper is None else math.hypot(v.norm(), upper[1].norm())
         if length == 0:
             return Vector.of([None] * len(variables), variables)
-        radius = self.radius or default_radius(
+        epsilon = self.epsilon or default_epsilon(
             Vector(self.point),
-            self.sides,
+            self.scheme,
             self.objective.lower.differences,
             beside=self.objective.upper.variables,
         )
@@ -221,24 +222,30 @@ class DifferenceProduct:
                 assign(self.objective.upper.variables, here, e.parts, shift / length)
             return self.objective.gradient(variables)
 
-        if self.sides == 2:
-            return (gradient(radius) - gradient(-radius)) * (length / (2 * radius))
+        if self.scheme == "central":
+            return (gradient(epsilon) - gradient(-epsilon)) * (length / (2 * epsilon))
         if level not in self._unmoved:
             self._unmoved[level] = gradient(0.0)
-        return (gradient(radius) - self._unmoved[level]) * (length / radius)
+        return (gradient(epsilon) - self._unmoved[level]) * (length / epsilon)
 
 
-def default_radius(
-    point: Vector, sides: int, differences: int = 0, *, beside: Sequence[Tensor] = ()
+def default_epsilon(
+    point: Vector,
+    scheme: Scheme = "central",
+    differences: int = 0,
+    *,
+    beside: Sequence[Tensor] = (),
 ) -> float:
-    """(δ·(1 + ‖w‖))^(1/(1+sides)), δ the machine epsilon of the coarsest part of w and ``beside``.
+    """(δ·(1 + ‖w‖))^(1/(1+p)), δ the machine epsilon of the coarsest part of w and ``beside``.
 
-    It balances the truncation error, O(ε^sides), and the rounding error, O(δ/ε), of a
+    p is 2 for the central and 1 for the forward scheme. The length balances the truncation
+    error, O(ε^p), and the rounding error, O(δ/ε), of a
     difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3). Balanced, they
-    are O(δ^(2/3)) for two sides: the δ of a gradient that is itself made of differences.
+    are O(δ^(2/3)) for the central scheme: the δ of a gradient that is itself made of differences.
     """
     delta = machine_epsilon(Vector((*point, *beside))) ** ((2 / 3) ** differences)
-    return float((delta * (1 + point.norm())) ** (1 / (1 + sides)))
+    order = 2 if scheme == "central" else 1
+    return float((delta * (1 + point.norm())) ** (1 / (1 + order)))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class BilevelTrainingArguments(TrainingArguments):
     """
 
     hypergradient: str = HfArg(
-        default="darts:sides=1",
+        default="darts:scheme=forward",
         help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
     lower_steps: int = HfArg(

@@ -46,7 +46,11 @@ def test_the_reference_itself_is_recommended_when_it_is_the_only_one(tmp_path, c
 
 
 def test_xi_of_the_learning_rate_is_that_of_the_options(tmp_path, capsys):
-    methods = ["darts:scale=0.01,sides=1", "darts:scale=lr,sides=1", "darts:scale=0.02,sides=1"]
+    methods = [
+        "darts:xi=0.01,scheme=forward",
+        "darts:xi=lr,scheme=forward",
+        "darts:xi=0.02,scheme=forward",
+    ]
     rows = table(check(capsys, tmp_path, methods=methods, reference_steps=5, repeats=1))
     same, by_name, other = (rows[method] for method in methods)
     assert same == by_name != other

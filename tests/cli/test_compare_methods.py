@@ -108,7 +108,7 @@ def test_rows_of_runs_by_hand():
 
 def test_a_method_may_name_its_estimator(tmp_path):
     args = BiDoRATrainingArguments(str(tmp_path), xi=0.1, use_cpu=True)
-    assert arguments_of("bidora", args).estimator().scale == 0.1
+    assert arguments_of("bidora", args).estimator().xi == 0.1
     own = arguments_of("bidora:cg:steps=3", args)
     assert (own.method, own.estimator().steps) == ("bidora", 3)
     assert (args.method, args.xi, args.save_strategy) == ("bidora", 0.1, "steps")

@@ -29,10 +29,10 @@ COLUMNS = (
 
 def test_a_comparison_measures_against_the_reference() -> None:
     levels = program(0).levels()
-    table = compare_hypergradients(*levels, ["exact", "direct", DARTS(scale=0.5)])
+    table = compare_hypergradients(*levels, ["exact", "direct", DARTS(xi=0.5)])
     exact, direct, darts = table.records()
     truth = flat(hypergradient(*levels, "exact"))
-    for record, method in ((direct, "direct"), (darts, DARTS(scale=0.5))):
+    for record, method in ((direct, "direct"), (darts, DARTS(xi=0.5))):
         h = flat(hypergradient(*levels, method))
         assert record["cosine"] == pytest.approx(float(h @ truth / (h.norm() * truth.norm())))
         assert record["relative_error"] == pytest.approx(float((h - truth).norm() / truth.norm()))
@@ -40,11 +40,11 @@ def test_a_comparison_measures_against_the_reference() -> None:
     assert (exact["cosine"], exact["norm_ratio"]) == (pytest.approx(1), pytest.approx(1))
     assert exact["relative_error"] < 1e-12 and exact["spread"] < 1e-12
     assert exact["residual"] < 1e-12 and direct["residual"] is None
-    assert [r["method"] for r in table.records()] == ["exact", "direct", repr(DARTS(scale=0.5))]
+    assert [r["method"] for r in table.records()] == ["exact", "direct", repr(DARTS(xi=0.5))]
 
 
 def test_one_method_need_not_be_in_a_list() -> None:
-    for method in ("direct", DARTS(scale=0.5)):
+    for method in ("direct", DARTS(xi=0.5)):
         (record,) = compare_hypergradients(*program(0).levels(), method, repeats=1).records()
         assert record["method"] == (method if isinstance(method, str) else repr(method))
 
@@ -80,7 +80,7 @@ def test_a_method_that_fails_has_a_row_that_says_why() -> None:
     """The others keep their numbers."""
     levels = program(0).levels()
     table = compare_hypergradients(
-        *levels, ["exact:max_size=3", "neumann:step=1e9,terms=200", "cg"]
+        *levels, ["exact:max_size=3", "neumann:step_size=1e9,terms=200", "cg"]
     )
     too_large, diverging, fine = table.records()
     assert "more than max_size=3" in too_large["problem"] and math.isnan(too_large["cosine"])
@@ -155,11 +155,11 @@ def test_batches_are_those_that_come_next_and_stay_the_next() -> None:
     [
         ("direct", 1, 0),
         ("darts", 3, 0),
-        ("darts:sides=1", 3, 0),  # 2 in training, where ∂f/∂u at the unmoved point is known
+        ("darts:scheme=forward", 3, 0),  # 2 in training, where ∂f/∂u at the unmoved point is known
         ("darts:product=exact", 2, 1),
         ("cg:steps=5", 2, 5 + 1),
         ("minres:steps=5", 2, 5 + 1),
-        ("neumann:terms=5,step=0.1", 2, 5 + 1),
+        ("neumann:terms=5,step_size=0.1", 2, 5 + 1),
         ("neumann:terms=5,power_steps=3", 2, 5 + 3 + 1),
         ("exact", 2, 12 + 1),
         ("unrolled:steps=3", 1 + 3 * 2, 3 * 2 - 1),  # each step is simulated, then differentiated

@@ -81,7 +81,7 @@ def test_negative_curvature_of_the_reference_is_told():
     ("ratio", "advice"), [(2.1, "lower xi"), (0.45, "raise xi"), (2.0, None), (0.5, None)]
 )
 def test_darts_of_the_wrong_length(ratio, advice):
-    result = recommend(comparison(row("cg"), row("darts:scale=0.7", 0.4, 3, ratio=ratio)))
+    result = recommend(comparison(row("cg"), row("darts:xi=0.7", 0.4, 3, ratio=ratio)))
     warnings = [reason for reason in result.reasons if "darts" in reason]
     assert len(warnings) == (advice is not None)
     if advice:

@@ -62,8 +62,8 @@ def test_runs_continue_and_warm_up_once() -> None:
     ("method", "lower", "upper"),
     [
         ("direct", 1, 1),
-        ("darts:sides=1", 2, 1),
-        ("darts:sides=2", 3, 1),
+        ("darts:scheme=forward", 2, 1),
+        ("darts:scheme=central", 3, 1),
         ("darts:product=exact", 2, 1),
         ("cg:steps=5", 2, 1),
         ("unrolled:steps=1", 2, 1),
@@ -81,7 +81,9 @@ def test_an_upper_step_costs_no_evaluation_more_than_its_estimator_says(
     assert [name for name, _ in log].count("upper") == upper
 
 
-@pytest.mark.parametrize("method", ["darts:sides=1", "darts:sides=2", "cg", "unrolled:steps=2"])
+@pytest.mark.parametrize(
+    "method", ["darts:scheme=forward", "darts:scheme=central", "cg", "unrolled:steps=2"]
+)
 def test_a_hypergradient_sees_the_batch_of_the_last_lower_step(method: str) -> None:
     log: Log = []
     run(log, 1, method, lower_steps=2)

@@ -22,9 +22,9 @@ def relative_error(found, expected):
 
 # On a quadratic a difference of gradients is exact at any step length.
 OUTER = {
-    "exact": "exact:product=difference,radius=1.0",
-    "cg": "cg:product=difference,radius=1.0,steps=30,tolerance=1e-14",
-    "minres": "minres:product=difference,radius=1.0,steps=30,tolerance=1e-14",
+    "exact": "exact:product=difference,epsilon=1.0",
+    "cg": "cg:product=difference,epsilon=1.0,steps=30,tolerance=1e-14",
+    "minres": "minres:product=difference,epsilon=1.0,steps=30,tolerance=1e-14",
 }
 
 
@@ -44,9 +44,9 @@ def test_three_levels_have_the_closed_form(seed, settled, method):
     ("inner", "outer"),
     [
         ("cg:steps=30,tolerance=1e-14", OUTER["cg"]),
-        ("minres:steps=30,tolerance=1e-14,product=difference,radius=1.0", OUTER["exact"]),
+        ("minres:steps=30,tolerance=1e-14,product=difference,epsilon=1.0", OUTER["exact"]),
         ("neumann:terms=50", OUTER["exact"]),
-        ("exact:product=difference,radius=1.0", "neumann:product=difference,radius=1.0,terms=50"),
+        ("exact:product=difference,epsilon=1.0", "neumann:product=difference,epsilon=1.0,terms=50"),
     ],
 )
 def test_any_solver_will_do_at_either_place(inner, outer):
@@ -176,12 +176,12 @@ def test_without_following_the_second_derivatives_are_wrong(options, least, most
     assert least <= relative_error(found, expected) < most
 
 
-@pytest.mark.parametrize("sides", [1, 2])
-def test_darts_takes_the_identity_for_the_inverse(sides):
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_darts_takes_the_identity_for_the_inverse(scheme):
     """In training, from the start of the level's last step, with that step's own gradient."""
     program = chain(3, seed=1)
     u = program.blocks[0].detach().clone()
-    method = f"darts:scale=0.5,radius=1.0,sides={sides}"
+    method = f"darts:xi=0.5,epsilon=1.0,scheme={scheme}"
     engine = Engine(*nested(program.levels(lr=1e-2)), method, progress=False)
     engine.run(1)
     found = (u - program.blocks[0].detach()) / 1e-2
@@ -200,7 +200,7 @@ def test_darts_takes_the_identity_for_the_inverse(sides):
 @pytest.mark.parametrize("length", [3, 4])
 def test_training_reaches_the_optimum_of_the_chain(length):
     program = chain(length, sizes={3: (2, 2, 3), 4: (1, 1, 1, 1)}[length], ridge=10.0)
-    method = "cg:product=difference,radius=1.0"
+    method = "cg:product=difference,epsilon=1.0"
     top, lower = nested(program.levels(lr=0.06), "cg", method, lower_steps=2)
     engine = Engine(top, lower, method, lower_steps=2, progress=False)
     engine.run(20)

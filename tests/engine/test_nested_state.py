@@ -31,7 +31,12 @@ def network_chain(dropout=0.3, generators=False, lr=(0.05, 0.05), **options):
     return levels
 
 
-METHODS = ["darts", "darts:sides=1", "cg:product=difference,steps=3", "unrolled:product=difference"]
+METHODS = [
+    "darts",
+    "darts:scheme=forward",
+    "cg:product=difference,steps=3",
+    "unrolled:product=difference",
+]
 
 
 def network_engine(method="darts", generators=False, **options):

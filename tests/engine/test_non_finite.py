@@ -61,7 +61,7 @@ def test_an_upper_step_needs_a_lower_step() -> None:
 def test_curvatures_that_are_not_finite_name_step_and_estimator() -> None:
     upper, lower = program(0).levels()
     with pytest.raises(NonFiniteError, match="upper step 1: neumann: a Hessian-vector product"):
-        Engine(upper, lower, "neumann:step=1e9,terms=200", progress=False).run(1)
+        Engine(upper, lower, "neumann:step_size=1e9,terms=200", progress=False).run(1)
 
 
 @pytest.mark.parametrize("owner", ["upper", "lower"])

@@ -54,7 +54,7 @@ def everything(run: Engine) -> dict[str, Any]:
     return {**deepcopy(run.state_dict()), "buffers": buffers}
 
 
-METHODS = ["darts", "darts:sides=1", "cg", "unrolled:steps=2", "sama", "warm", *KEEPING]
+METHODS = ["darts", "darts:scheme=forward", "cg", "unrolled:steps=2", "sama", "warm", *KEEPING]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -216,7 +216,7 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
     [
         ({"lower_steps": 1}, "made with lower_steps=2, this Engine has 1"),
         ({"seed": 5}, "made with seed=0, this Engine has 5"),
-        ({"method": "darts:scale=2"}, r"made with hypergradient=.DARTS\(scale=1.0.*scale=2"),
+        ({"method": "darts:xi=2"}, r"made with hypergradient=.DARTS\(scale=1.0.*scale=2"),
     ],
 )
 def test_refusals_name_the_setting(options: dict[str, Any], message: str) -> None:
@@ -224,7 +224,7 @@ def test_refusals_name_the_setting(options: dict[str, Any], message: str) -> Non
         engine(**options).load_state_dict(engine().state_dict())
 
 
-@pytest.mark.parametrize("method", ["darts:sides=1", "unrolled:steps=2"])
+@pytest.mark.parametrize("method", ["darts:scheme=forward", "unrolled:steps=2"])
 def test_a_run_continues_from_its_file(method: str, tmp_path: Path) -> None:
     """Saved in a callback, the file being replaced every second step, and left in the middle."""
     whole = engine(method)

@@ -58,7 +58,7 @@ def ours(method: str) -> Tensor:
 
 @pytest.mark.parametrize("scale", [1.0, 0.1, 3.0])
 def test_darts_is_that_of_betty_times_its_scale(scale: float) -> None:
-    found = ours(f"darts:scale={scale},radius=0.01")
+    found = ours(f"darts:xi={scale},epsilon=0.01")
     torch.testing.assert_close(
         found,
         scale * of_betty("darts", {"darts_alpha": 0.01, "darts_multitask": False}),
@@ -69,7 +69,7 @@ def test_darts_is_that_of_betty_times_its_scale(scale: float) -> None:
 
 def test_darts_scaled_by_the_learning_rate_is_that_of_betty_times_it() -> None:
     """The two scales are different algorithms: here they differ by a factor of 10."""
-    found = ours("darts:scale=lr")
+    found = ours("darts:xi=lr")
     theirs = of_betty("darts", {"darts_alpha": 0.001, "darts_multitask": False})
     torch.testing.assert_close(found, 0.1 * theirs, rtol=1e-4, atol=1e-8)
 
@@ -78,7 +78,7 @@ def test_darts_scaled_by_the_learning_rate_is_that_of_betty_times_it() -> None:
 @pytest.mark.parametrize("step", [0.3, 1.0])
 def test_neumann_is_that_of_betty_for_a_given_step(terms: int, step: float) -> None:
     theirs = of_betty("neumann", {"neumann_iterations": terms, "neumann_alpha": step})
-    found = ours(f"neumann:terms={terms},step={step}")
+    found = ours(f"neumann:terms={terms},step_size={step}")
     torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-12)
 
 

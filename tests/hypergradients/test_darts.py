@@ -1,4 +1,4 @@
-"""DARTS: its scale, its radius, and where and with which learning rate it is taken."""
+"""DARTS: its ξ, its epsilon, and where and with which learning rate it is taken."""
 
 from itertools import product
 
@@ -14,19 +14,19 @@ from tests.support.by_hand import f, make_levels, start, upper_f
 from tests.support.quadratic import flat, program
 
 
-def test_a_scale_of_zero_leaves_the_direct_term() -> None:
+def test_a_xi_of_zero_leaves_the_direct_term() -> None:
     quadratic = program(0)
-    found = flat(hypergradient(*quadratic.levels(), "darts:scale=0"))
+    found = flat(hypergradient(*quadratic.levels(), "darts:xi=0"))
     torch.testing.assert_close(found, quadratic.direct)
 
 
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)])
-def test_the_scale_can_be_the_learning_rate_of_the_lower_optimizer(lr: float | Tensor) -> None:
+def test_xi_can_be_the_learning_rate_of_the_lower_optimizer(lr: float | Tensor) -> None:
     quadratic = program(0)
     upper, lower = quadratic.levels()
     assert lower.optimizer is not None
     lower.optimizer.param_groups[0]["lr"] = lr
-    found = flat(hypergradient(upper, lower, "darts:scale=lr"))
+    found = flat(hypergradient(upper, lower, "darts:xi=lr"))
     expected = quadratic.direct + quadratic.implicit(0.05 * quadratic.b)
     torch.testing.assert_close(found, expected)
 
@@ -35,11 +35,11 @@ def test_the_learning_rate_must_be_one() -> None:
     w, u = start()
     groups = [{"params": [w[0]], "lr": 0.1}, {"params": [w[1]], "lr": 0.2}]
     upper, lower = make_levels(SGD(groups), w, u)
-    with pytest.raises(ProblemError, match=r"darts: scale=\"lr\" needs one learning rate, .*0.2"):
-        hypergradient(upper, lower, "darts:scale=lr")
+    with pytest.raises(ProblemError, match=r"darts: xi=\"lr\" needs one learning rate, .*0.2"):
+        hypergradient(upper, lower, "darts:xi=lr")
     lower.optimizer = None
-    with pytest.raises(ProblemError, match='darts: scale="lr" needs an optimizer'):
-        hypergradient(upper, lower, "darts:scale=lr")
+    with pytest.raises(ProblemError, match='darts: xi="lr" needs an optimizer'):
+        hypergradient(upper, lower, "darts:xi=lr")
 
 
 @pytest.mark.parametrize("tensor", [False, True])
@@ -52,7 +52,7 @@ def test_in_training_the_product_is_taken_where_the_last_lower_step_began(tensor
     optimizer = SGD(w, lr=torch.tensor(0.4, dtype=torch.float64) if tensor else 0.4)
     upper, lower = make_levels(optimizer, w, u, scheduler=ExponentialLR(optimizer, 0.5))
     before = flat(u).detach()
-    Engine(upper, lower, "darts:scale=lr,product=exact", warmup_steps=1, progress=False).run(1)
+    Engine(upper, lower, "darts:xi=lr,product=exact", warmup_steps=1, progress=False).run(1)
     found = before - flat(u).detach()
 
     def gradient(step: int, w: list[Tensor], u: list[Tensor]) -> tuple[Tensor, ...]:
@@ -70,34 +70,34 @@ def test_in_training_the_product_is_taken_where_the_last_lower_step_began(tensor
     torch.testing.assert_close(found, flat(direct) - 0.2 * flat(mixed), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("sides", "order"), [(1, 1), (2, 2)])
-def test_the_error_of_a_difference_has_the_order_of_its_sides(sides: int, order: int) -> None:
-    def error(radius: float) -> float:
+@pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("central", 2)])
+def test_the_error_of_a_difference_has_the_order_of_its_scheme(scheme: str, order: int) -> None:
+    def error(epsilon: float) -> float:
         w, u = start()
         levels: tuple[Problem, Problem] = make_levels(SGD(w, lr=0.1), w, u)
         exact = flat(hypergradient(*levels, "darts:product=exact"))
-        found = flat(hypergradient(*levels, f"darts:sides={sides},radius={radius}"))
+        found = flat(hypergradient(*levels, f"darts:scheme={scheme},epsilon={epsilon}"))
         return float((found - exact).norm())
 
     assert error(1e-2) / error(1e-3) == pytest.approx(10**order, rel=0.1)
 
 
-@pytest.mark.parametrize("sides", [1, 2])
-def test_the_default_radius_is_close_to_the_best(sides: int) -> None:
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_the_default_epsilon_is_close_to_the_best(scheme: str) -> None:
     """Ten times larger the truncation grows, a thousand times smaller the rounding."""
 
-    def error(radius: str) -> float:
+    def error(epsilon: str) -> float:
         w, u = start()
         levels: tuple[Problem, Problem] = make_levels(SGD(w, lr=0.1), w, u)
         exact = flat(hypergradient(*levels, "darts:product=exact"))
-        found = flat(hypergradient(*levels, f"darts:sides={sides},radius={radius}"))
+        found = flat(hypergradient(*levels, f"darts:scheme={scheme},epsilon={epsilon}"))
         return float((found - exact).norm() / exact.norm())
 
     assert error("none") < min(error("0.1"), error("1e-12"))
-    assert error("none") < {1: 1e-6, 2: 1e-8}[sides]
+    assert error("none") < {"forward": 1e-6, "central": 1e-8}[scheme]
 
 
-def test_only_a_one_sided_difference_asks_the_lower_step_for_more() -> None:
-    options = product((1, 2), ("difference", "exact"))
-    found = [DARTS(sides=s, product=p).reuses_lower_gradient for s, p in options]
+def test_only_a_forward_difference_asks_the_lower_step_for_more() -> None:
+    options = product(("forward", "central"), ("difference", "exact"))
+    found = [DARTS(scheme=s, product=p).reuses_lower_gradient for s, p in options]
     assert found == [True, False, False, False]

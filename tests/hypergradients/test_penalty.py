@@ -147,7 +147,7 @@ def test_a_fixed_step_is_that_of_gradient_descent() -> None:
     end = torch.linalg.solve(h, b) / gamma
     contraction = torch.linalg.matrix_power(torch.eye(len(b)).to(b) - eta * h, steps)
     x = end + contraction @ (start - end)
-    method = f"penalty:gamma={gamma},step={eta},inner_steps={steps},tolerance=0.0"
+    method = f"penalty:gamma={gamma},step_size={eta},inner_steps={steps},tolerance=0.0"
     found = flat(hypergradient(*quadratic.levels(), method)) - quadratic.direct
     assert relative(found, -gamma * quadratic.c_mixed.T @ x) < 1e-6
 
@@ -383,7 +383,7 @@ def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:
     [
         ("f2sa:nu=0", "f2sa: nu must be positive"),
         ("f2sa:inner_steps=-1", "f2sa: inner_steps must not be negative, got -1"),
-        ("f2sa:step=0", "f2sa: step must be positive"),
+        ("f2sa:step_size=0", "f2sa: step_size must be positive"),
         ("f2sa:tolerance=1", r"f2sa: tolerance must be in \[0, 1\), got 1"),
         ("f2sa:damping=-1", "f2sa: damping must not be negative, got -1"),
         ("penalty:gamma=0", "penalty: gamma must be positive"),

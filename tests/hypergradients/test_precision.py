@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from hyperopt_peft.hypergradients.products import default_radius
+from hyperopt_peft.hypergradients.products import Scheme, default_epsilon
 from hyperopt_peft.utils.precision import SinglePrecision
 from tests.support.minilm import cosine, levels, minilm
 from tests.support.networks import differences
 from tests.support.quadratic import FunctionLevel, Program, flat, program
 
-METHODS = ("darts:sides=1", "darts:sides=2", "darts:product=exact")
+ORDERS = {"forward": 1, "central": 2}
+METHODS = ("darts:scheme=forward", "darts:scheme=central", "darts:product=exact")
 
 
 def narrowed(model: PeftModel, *, adapter: bool) -> PeftModel:
@@ -66,8 +67,8 @@ def test_half_precision_models_have_the_hypergradient_of_single_precision(
 
 
 @pytest.mark.parametrize("way", ["all in bfloat16", "autocast"])
-@pytest.mark.parametrize("sides", [1, 2])
-def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, sides: int) -> None:
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, scheme: str) -> None:
     """The lower step's own ∂f/∂u, of eight bits, is no term of a quotient with a small step."""
     model, autocast = HALF[way]()
     reference = minilm()
@@ -76,7 +77,7 @@ def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, sid
             wide.copy_(narrow)
     found = []
     for net, half, method in (
-        (model, autocast, f"darts:sides={sides}"),
+        (model, autocast, f"darts:scheme={scheme}"),
         (reference, False, "darts:product=exact"),
     ):
         upper, lower = levels(net, autocast=half)
@@ -150,9 +151,9 @@ def test_autocast_around_levels_that_were_first_evaluated_without_is_seen(method
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("scheme", ["forward", "central"])
 def test_the_radius_fits_the_precision_and_the_size_of_the_point(
-    dtype: torch.dtype, size: float, sides: int
+    dtype: torch.dtype, size: float, scheme: str
 ) -> None:
     """On w ↦ Σ u·size·sin(w/size), which varies over lengths of ``size``."""
     torch.manual_seed(0)
@@ -161,35 +162,36 @@ def test_the_radius_fits_the_precision_and_the_size_of_the_point(
     upper = FunctionLevel(lambda _: w.square().sum() / size + u.sum(), [u])
     lower = FunctionLevel(lambda _: (u * size * torch.sin(w / size)).sum(), [w])
     exact = flat(hypergradient(upper, lower, "darts:product=exact"))
-    found = flat(hypergradient(upper, lower, f"darts:sides={sides}"))
+    found = flat(hypergradient(upper, lower, f"darts:scheme={scheme}"))
     error = float((found - exact).norm() / exact.norm())
-    # The radius grows as a root of the point's length: too long a step for a function that varies
+    # The length grows as a root of the point's length: too long a step for a function that varies
     # over shorter lengths, a little short for one that varies over longer ones.
-    scale = max((1 / size) ** sides, size ** (sides / (1 + sides)))
-    assert error < 30 * torch.finfo(dtype).eps ** (sides / (1 + sides)) * scale
+    order = ORDERS[scheme]
+    scale = max((1 / size) ** order, size ** (order / (1 + order)))
+    assert error < 30 * torch.finfo(dtype).eps ** (order / (1 + order)) * scale
 
 
 @pytest.mark.parametrize("length", [1e-39, 1.0, 1e36])
-@pytest.mark.parametrize("sides", [1, 2])
-def test_a_difference_is_along_a_direction_of_any_length(length: float, sides: int) -> None:
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_a_difference_is_along_a_direction_of_any_length(length: float, scheme: Scheme) -> None:
     """Of a quadratic, whose Hessian is 1, …, 6; 1/1e-39 and the squares are beyond float32."""
     w, diagonal = torch.ones(6, requires_grad=True), torch.arange(1.0, 7)
     lower = FunctionLevel(lambda _: diagonal @ w.square() / 2, [w])
     oracle = open_oracle(FunctionLevel(lambda _: w.sum(), [torch.ones(1).requires_grad_()]), lower)
     v = Vector([length * torch.ones(6) / 6**0.5])
-    with oracle.open(), oracle.product("difference", radius=1.0, sides=sides) as product:
+    with oracle.open(), oracle.product("difference", epsilon=1.0, scheme=scheme) as product:
         found = product.hessian(v)
     torch.testing.assert_close(found.flat() / v.flat(), diagonal, rtol=1e-4, atol=0)
 
 
 def test_the_radius_follows_the_coarsest_part() -> None:
     wide, narrow = torch.ones(3, dtype=torch.float64), torch.ones(3)
-    assert default_radius(Vector([wide, narrow]), 2) == pytest.approx(
+    assert default_epsilon(Vector([wide, narrow])) == pytest.approx(
         (torch.finfo(torch.float32).eps * (1 + 6**0.5)) ** (1 / 3)
     )
 
 
-@pytest.mark.parametrize("method", ["darts", "darts:sides=1", "forward:product=difference"])
+@pytest.mark.parametrize("method", ["darts", "darts:scheme=forward", "forward:product=difference"])
 def test_the_radius_follows_the_upper_variables_too(method: str) -> None:
     """∂f/∂u is rounded to the precision of u, however wide w is."""
     torch.manual_seed(0)
@@ -201,9 +203,9 @@ def test_the_radius_follows_the_upper_variables_too(method: str) -> None:
     )
     exact = flat(hypergradient(upper, lower, "darts:product=exact"))
     found = flat(hypergradient(upper, lower, method))
-    sides = 1 if "sides=1" in method else 2
+    order = 1 if "scheme=forward" in method else 2
     error = float((found - exact).norm() / exact.norm())
-    assert error < 3 * torch.finfo(torch.float32).eps ** (sides / (1 + sides))
+    assert error < 3 * torch.finfo(torch.float32).eps ** (order / (1 + order))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -68,7 +68,7 @@ def test_implicit_and_penalty_estimators_reach_their_tolerance(
 def test_identity_estimators_replace_the_inverse_hessian_by_a_number(
     case: Case, program: Program
 ) -> None:
-    implicit = program.implicit(getattr(case.estimator, "scale", 1.0) * program.b)
+    implicit = program.implicit(getattr(case.estimator, "xi", 1.0) * program.b)
     assert_close(estimate(case, program), program.direct + implicit, implicit, case.rounding)
 
 

@@ -153,7 +153,7 @@ class Counting(nn.Module):
     ("method", "double_backward"),
     [
         ("darts", "darts:product=exact"),
-        ("darts:sides=1", "darts:product=exact"),
+        ("darts:scheme=forward", "darts:product=exact"),
         ("cg:product=difference", "cg"),
         ("unrolled:steps=3,product=difference", "unrolled:steps=3"),
         ("forward:steps=3", "unrolled:steps=3"),

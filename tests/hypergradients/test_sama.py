@@ -98,14 +98,14 @@ def test_outside_training_the_step_is_the_next_one(optimizer: str) -> None:
 
 
 @each_optimizer
-@pytest.mark.parametrize("sides", [1, 2])
-def test_differences_agree_with_double_backward(optimizer: str, sides: int) -> None:
+@pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("central", 2)])
+def test_differences_agree_with_double_backward(optimizer: str, scheme: str, order: int) -> None:
     kind, options = KINDS[optimizer]
     found = []
-    for method in (f"sama:sides={sides}", "sama:product=exact"):
+    for method in (f"sama:scheme={scheme}", "sama:product=exact"):
         w, u = start()
         found.append(trained(make_levels(kind(w, **options), w, u), 1, 2, method))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=10.0 ** (-3 - 3 * sides))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=10.0 ** (-3 - 3 * order))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam-decay", "adamw"])
@@ -224,7 +224,10 @@ def test_optimizers_without_a_diagonal_are_named(make: Any, message: str) -> Non
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [("radius=0", "radius must be positive"), ("sides=3", "sides must be 1 or 2, got 3")],
+    [
+        ("epsilon=0", "epsilon must be positive"),
+        ("scheme=both", "scheme must be 'central' or 'forward'"),
+    ],
 )
 def test_mistakes_are_named(options: str, message: str) -> None:
     w, u = start()

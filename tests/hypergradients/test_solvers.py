@@ -214,14 +214,14 @@ def test_neumann_sums_its_series(terms: int, eta: float, seed: int) -> None:
     matvec, vector, b = system(h, seed)
     contraction = torch.eye(6, dtype=torch.float64) - eta * h
     series = eta * sum(torch.linalg.matrix_power(contraction, k) @ b for k in range(terms + 1))
-    solution = Neumann(terms=terms, step=eta).solve(matvec, vector)
+    solution = Neumann(terms=terms, step_size=eta).solve(matvec, vector)
     torch.testing.assert_close(flat(solution.v), series, rtol=1e-12, atol=1e-12)
     assert not solution.note
 
 
 def test_neumann_says_where_its_series_diverges() -> None:
     matvec, vector, _ = system(positive(6, torch.Generator().manual_seed(0)))
-    assert "diverges" in Neumann(step=1.0).solve(matvec, vector).note
+    assert "diverges" in Neumann(step_size=1.0).solve(matvec, vector).note
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
@@ -236,7 +236,7 @@ def test_neumann_finds_a_step_that_converges(scale: float) -> None:
 def test_a_divergence_to_infinity_is_an_error_that_names_the_estimator() -> None:
     upper, lower = program(0).levels()
     with pytest.raises(NonFiniteError, match="neumann"):
-        hypergradient(upper, lower, "neumann:step=1e9,terms=200")
+        hypergradient(upper, lower, "neumann:step_size=1e9,terms=200")
 
 
 def test_a_hessian_that_is_zero_is_an_error_or_a_note() -> None:

@@ -28,11 +28,11 @@ def implicit(upper: Problem, lower: Problem, method: str) -> Tensor:
     return total - flat(hypergradient(upper, lower, "direct", seed=3))
 
 
-@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("scheme", ["forward", "central"])
 def test_differences_under_dropout_agree_with_double_backward(
-    language_model: tuple[Problem, Problem], sides: int
+    language_model: tuple[Problem, Problem], scheme: str
 ) -> None:
-    found = implicit(*language_model, f"darts:sides={sides}")
+    found = implicit(*language_model, f"darts:scheme={scheme}")
     exact = implicit(*language_model, "darts:product=exact")
     assert cosine([found], [exact]) >= 0.9999
     assert found.norm() / exact.norm() == pytest.approx(1, abs=0.01)
@@ -177,13 +177,13 @@ def after_training(method: str) -> Tensor:
     return flat(upper.variables).detach()
 
 
-@pytest.mark.parametrize(("sides", "order"), [(1, 1), (2, 2)])
-def test_differences_in_training_converge_to_one_unrolled_step(sides: int, order: int) -> None:
-    """At the order of their number of sides; a mask that differed would leave O(1/ε)."""
+@pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("central", 2)])
+def test_differences_in_training_converge_to_one_unrolled_step(scheme: str, order: int) -> None:
+    """At the order of their scheme; a mask that differed would leave O(1/ε)."""
     exact = after_training("unrolled:steps=1")
     errors = [
-        float((after_training(f"darts:scale=lr,sides={sides},radius={radius}") - exact).norm())
-        for radius in (1e-2, 1e-3)
+        float((after_training(f"darts:xi=lr,scheme={scheme},epsilon={epsilon}") - exact).norm())
+        for epsilon in (1e-2, 1e-3)
     ]
     assert errors[0] / errors[1] == pytest.approx(10**order, rel=0.2)
     assert errors[1] < 1e-2 * float((after_training("direct") - exact).norm())
@@ -210,7 +210,7 @@ def test_a_hypergradient_in_training_sees_the_masks_of_the_last_lower_step(metho
 def test_one_sided_differences_reuse_the_lower_step_on_a_language_model() -> None:
     """The reused ∂f/∂u is that of the lower step: its batch, its masks, its point."""
     found = []
-    for method in ("darts:scale=lr,sides=1", "darts:scale=lr,sides=2", "unrolled:steps=1"):
+    for method in ("darts:xi=lr,scheme=forward", "darts:xi=lr,scheme=central", "unrolled:steps=1"):
         upper, lower = levels(minilm())
         torch.manual_seed(5)
         before = flat(upper.variables).detach()

@@ -133,7 +133,7 @@ def test_differences_agree_with_double_backward(optimizer: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_one_step_of_gradient_descent_is_darts(training: bool) -> None:
     found = []
-    for method in ("unrolled:steps=1", "darts:scale=lr,product=exact"):
+    for method in ("unrolled:steps=1", "darts:xi=lr,product=exact"):
         w, u = start()
         levels = make_levels(SGD(w, lr=0.3), w, u)
         if training:

@@ -89,7 +89,7 @@ def test_its_mean_over_all_sequences_of_batches_is_that_of_the_mean_batch() -> N
     """
     batches = [(positive(4, torch.Generator().manual_seed(k)), random(4, seed=k)) for k in range(3)]
     mean = sum(h for h, _ in batches) / 3, sum(b for _, b in batches) / 3
-    solver, start = WarmStart(step=0.08), {"v": Vector([random(4, seed=9)]), "k": 0}
+    solver, start = WarmStart(step_size=0.08), {"v": Vector([random(4, seed=9)]), "k": 0}
     *expected, _ = calls(solver, [mean] * 5, start)
     ends = [calls(solver, sequence, start)[-2].v.flat() for sequence in product(batches, repeat=5)]
     found = torch.stack(ends).mean(0)
@@ -123,7 +123,7 @@ def test_negative_curvature_is_noted_at_whichever_step_it_shows(steps: int) -> N
     """v is (0.5, 0.45), (0.75, 1.01), and, where vᵀHv is negative, (0.88, 1.71)."""
     h = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
     b = torch.tensor([1.0, 0.9], dtype=torch.float64)
-    found, _ = calls(WarmStart(steps=steps, step=0.5, first_steps=1), [(h, b)], {})
+    found, _ = calls(WarmStart(steps=steps, step_size=0.5, first_steps=1), [(h, b)], {})
     assert ("negative curvature" in found.note) == (steps >= 2)
 
 
@@ -167,8 +167,8 @@ def test_a_state_that_was_given_does_not_change() -> None:
 
 def test_a_divergence_is_an_error_before_it_is_kept() -> None:
     h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
-    with pytest.raises(NonFiniteError, match="v has diverged; make step smaller than 1e"):
-        WarmStart(step=1e30, steps=20).advance(of(h), Vector([b]), {})
+    with pytest.raises(NonFiniteError, match="v has diverged; make step_size smaller than 1e"):
+        WarmStart(step_size=1e30, steps=20).advance(of(h), Vector([b]), {})
 
 
 @pytest.mark.parametrize("method", ["warm:decay=0", "warm:decay=0,product=difference"])
@@ -222,11 +222,11 @@ def test_a_state_of_another_kind_is_refused(change: State, message: str) -> None
     ("options", "message"),
     [
         ("steps=0", "steps must be at least 1, got 0"),
-        ("step=0", "step must be positive, got 0"),
+        ("step_size=0", "step_size must be positive, got 0"),
         ("decay=1.5", r"decay must be in \[0, 1\], got 1.5"),
         ("first_steps=0", "first_steps must be ≥ 1, got 0"),
         ("damping=-1", "damping must not be negative, got -1"),
-        ("radius=0", "radius must be positive"),
+        ("epsilon=0", "epsilon must be positive"),
     ],
 )
 def test_options_out_of_range_are_refused(options: str, message: str) -> None:

@@ -36,7 +36,7 @@ def batches(seed, count=2, size=6):
     return [rows[i * size : (i + 1) * size] for i in range(count)]
 
 
-def engine(model, lower_lr=1e-2, upper_lr=1e-2, estimator="darts:sides=1"):
+def engine(model, lower_lr=1e-2, upper_lr=1e-2, estimator="darts:scheme=forward"):
     lower = SingularVectors(model, gamma=GAMMA, data=batches(1))
     upper = SingularValues(model, data=batches(2))
     lower.optimizer = torch.optim.AdamW(lower.variables, lr=lower_lr)
@@ -128,7 +128,7 @@ def test_search_step_is_autograd_through_the_lower_step():
     (expected,) = torch.autograd.grad(upper_loss(w - rate * gradient, u), u)
     lower.optimizer = torch.optim.SGD(lower.variables, lr=rate)
     upper.optimizer = torch.optim.SGD(upper.variables, lr=1.0)
-    Engine(upper, lower, "darts:scale=lr,product=exact", progress=False).run(1)
+    Engine(upper, lower, "darts:xi=lr,product=exact", progress=False).run(1)
     torch.testing.assert_close((u - upper.variables[0]).detach(), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -140,7 +140,9 @@ def test_both_products_agree_on_a_whole_model():
     assert rows[0].relative_error < 1e-6
 
 
-@pytest.mark.parametrize("estimator", ["darts:sides=1", "cg:steps=2,damping=1.0", "unrolled"])
+@pytest.mark.parametrize(
+    "estimator", ["darts:scheme=forward", "cg:steps=2,damping=1.0", "unrolled"]
+)
 def test_a_search_moves_both_levels_and_nothing_else(estimator):
     model = model_of()
     before, trained = everything(model), set(values(model))

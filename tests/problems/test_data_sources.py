@@ -89,8 +89,8 @@ def test_a_source_gains_as_far_as_its_gradient_points_to_the_targets():
     p = upper.variables[0].softmax(0).detach()
     expected = -0.7 * p * (aligned - p @ aligned)
     # Llama takes its norms, and Transformers a language model's loss, in float32 at best.
-    for product, accuracy in (("exact", 1e-5), ("difference,radius=0.003", 1e-2)):
-        method = f"darts:scale=0.7,product={product}"
+    for product, accuracy in (("exact", 1e-5), ("difference,epsilon=0.003", 1e-2)):
+        method = f"darts:xi=0.7,product={product}"
         (found,) = hypergradient(upper, lower, method, upper_batch=target, lower_batch=mixture)
         torch.testing.assert_close(found, expected, rtol=accuracy, atol=1e-9)
 

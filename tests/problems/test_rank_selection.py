@@ -82,7 +82,7 @@ def test_the_engine_moves_both_levels_and_nothing_else(form):
     lower.optimizer = torch.optim.AdamW(lower.variables, lr=1e-2)
     upper.optimizer = torch.optim.AdamW(upper.variables, lr=1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    Engine(upper, lower, "darts:sides=1", lower_steps=2, progress=False).run(3)
+    Engine(upper, lower, "darts:scheme=forward", lower_steps=2, progress=False).run(3)
     moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     assert moved == {*lower.names, *upper.names}
 
@@ -168,7 +168,9 @@ def search(form, seed, decay):
     model, upper, lower = program(form, seed, decay=decay)
     lower.optimizer = torch.optim.Adam(lower.variables, lr=0.02)
     upper.optimizer = torch.optim.Adam(upper.variables, lr=0.1)
-    engine = Engine(upper, lower, "darts:sides=1", lower_steps=3, warmup_steps=200, progress=False)
+    engine = Engine(
+        upper, lower, "darts:scheme=forward", lower_steps=3, warmup_steps=200, progress=False
+    )
     engine.run(250)
     return model
 

@@ -78,7 +78,7 @@ def test_an_example_gains_as_far_as_its_gradient_points_to_the_clean_one():
         aligned = flat_gradient(model(**row).loss, lower.variables) @ goal
         expected.append(-0.7 / 6 * u.sigmoid() * (1 - u.sigmoid()) * aligned)
     for product, accuracy in (("exact", 1e-12), ("difference", 1e-6)):
-        method = f"darts:scale=0.7,product={product}"
+        method = f"darts:xi=0.7,product={product}"
         (found,) = hypergradient(upper, lower, method, upper_batch=clean, lower_batch=noisy)
         torch.testing.assert_close(found, torch.stack(expected), rtol=accuracy, atol=accuracy)
 
@@ -97,7 +97,7 @@ def test_meta_weight_net_with_detached_losses_is_the_published_step():
         total = total - 0.7 / 6 * aligned * flat_gradient(weight, upper.variables)
 
     def found(product):
-        method = f"darts:scale=0.7,product={product}"
+        method = f"darts:xi=0.7,product={product}"
         parts = hypergradient(upper, lower, method, upper_batch=clean, lower_batch=noisy)
         return torch.cat([part.flatten() for part in parts])
 
@@ -261,7 +261,7 @@ def test_both_drivers_agree_on_the_first_step(tmp_path):
             upper = Clean(
                 weights, model, data=above, optimizer=torch.optim.SGD([weights.logits], lr=1.0)
             )
-            Engine(upper, lower, "darts:sides=1", progress=False).run(1)
+            Engine(upper, lower, "darts:scheme=forward", progress=False).run(1)
         found.append(weights.logits.detach().clone())
     assert found[0].abs().min() > 0
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-8)

@@ -98,7 +98,7 @@ def chain(levels, seed=0, sizes=SIZES, ridge=0.0):
     )
 
 
-def nested(levels, lowest="exact", above="exact:product=difference,radius=1.0", **options):
+def nested(levels, lowest="exact", above="exact:product=difference,epsilon=1.0", **options):
     """The top level, and those below it as one; ``lowest`` and ``above`` are their estimators."""
     top, *middle, lower = levels
     for level in reversed(middle):

@@ -19,15 +19,15 @@ from hyperopt_peft.utils.reductions import finite, norm
 from tests.support import two_processes
 
 WHOLE = sorted(
-    {*registered(), "darts:sides=1", "darts:product=exact", "cg:product=difference"}
+    {*registered(), "darts:scheme=forward", "darts:product=exact", "cg:product=difference"}
     | {"unrolled:steps=2", "unrolled:product=difference"}
 )
 FIRST_ORDER = [
     "direct",
     "darts",
-    "darts:sides=1,scale=lr",
+    "darts:scheme=forward,xi=lr",
     "sama",
-    "sama:sides=1",
+    "sama:scheme=forward",
     "f2sa",
     "penalty",
     *(
@@ -36,7 +36,7 @@ FIRST_ORDER = [
     ),
 ]
 KEPT = "warm:product=difference"
-SHARDED_RUNS = ["darts:sides=1", "cg:product=difference", KEPT, "f2sa", "penalty"]
+SHARDED_RUNS = ["darts:scheme=forward", "cg:product=difference", KEPT, "f2sa", "penalty"]
 RUNS = [*SHARDED_RUNS, "cg:steps=5", "unrolled:steps=2"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
 SECOND_ORDER += ["sama:product=exact", "nystrom"]

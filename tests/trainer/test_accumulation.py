@@ -102,12 +102,12 @@ def products(upper, lower, batch, kind, **options):
     [
         ("exact", {}, 1e-12),
         ("difference", {}, 1e-8),
-        ("difference", {"sides": 1}, 1e-6),
-        ("difference", {"radius": 1e-2}, 1e-11),
+        ("difference", {"scheme": "forward"}, 1e-6),
+        ("difference", {"epsilon": 1e-2}, 1e-11),
     ],
 )
 def test_second_derivatives_are_those_of_all_examples(kind, options, tolerance, count):
-    """A difference divides rounding by its radius, 1e-5 two-sided and 1e-8 one-sided."""
+    """A difference divides rounding by its epsilon, 1e-5 two-sided and 1e-8 one-sided."""
     upper, lower = levels()
     batch = examples(12)
     expected = products(upper, lower, batch, kind, **options)

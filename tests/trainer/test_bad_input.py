@@ -75,7 +75,7 @@ ARGUMENTS = {
         {"hypergradient": "cg", "xi": 1.0},
         "xi is an option of darts, not of cg",
     ),
-    "ξ negative": ({"xi": -1.0}, "darts: scale must not be negative"),
+    "ξ negative": ({"xi": -1.0}, "darts: xi must not be negative"),
     "ξ NaN": ({"xi": NAN}, "xi must be finite, got nan"),
     "method": ({"method": "bidorra"}, "method must be 'bidora' or 'dora' or 'lora', got 'bidorra'"),
     "γ": ({"gamma": -1e-5}, "gamma must not be negative"),
@@ -226,7 +226,9 @@ def test_models(case, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:use_fast_dora")
-@pytest.mark.parametrize("method", ["darts:sides=1", "cg:product=difference,steps=2", "direct"])
+@pytest.mark.parametrize(
+    "method", ["darts:scheme=forward", "cg:product=difference,steps=2", "direct"]
+)
 def test_a_base_that_cannot_be_read_is_trained_by_first_order_products(method, tmp_path):
     run = trainer(tmp_path, model=quantised(), hypergradient=method)
     run.train()

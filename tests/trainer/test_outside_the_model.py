@@ -37,7 +37,7 @@ def number(value):
 
 
 @pytest.mark.parametrize("lower_steps", [1, 2])
-@pytest.mark.parametrize("estimator", ["darts:sides=1", "darts:product=exact"])
+@pytest.mark.parametrize("estimator", ["darts:scheme=forward", "darts:product=exact"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_every_step_is_that_of_its_own_gradients(tmp_path, lower_steps, estimator, accumulation):
     model, v, u = nn.Module(), number(0.3), number(0.5)

@@ -15,7 +15,7 @@ from tests.support.watch import SGD, batches_of, double, watched
 
 
 @pytest.mark.parametrize(
-    "method", ["direct", "darts:sides=1", "darts", "darts:product=exact,scale=lr", "cg:steps=3"]
+    "method", ["direct", "darts:scheme=forward", "darts", "darts:product=exact,xi=lr", "cg:steps=3"]
 )
 def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(tmp_path, method):
     run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), hypergradient=method)
@@ -68,7 +68,7 @@ def test_both_levels_have_their_own_rate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["darts:sides=1", "darts", "cg:steps=2", "cg:steps=2,product=difference"]
+    "method", ["darts:scheme=forward", "darts", "cg:steps=2", "cg:steps=2,product=difference"]
 )
 def test_accumulation_is_exact(tmp_path, method):
     ends = []
@@ -94,7 +94,7 @@ def test_accumulation_is_exact(tmp_path, method):
 def test_dropout_masks_are_those_of_the_lower_step(tmp_path, micro):
     """A difference over other masks than ∂f/∂u's would be noise of size 1/ε."""
     ends = {}
-    for method in ("darts:product=exact", "darts", "darts:sides=1"):
+    for method in ("darts:product=exact", "darts", "darts:scheme=forward"):
         model = double(peft_model(dropout=0.2))
         run = trainer(
             tmp_path / method.replace(":", "-"),
@@ -105,7 +105,7 @@ def test_dropout_masks_are_those_of_the_lower_step(tmp_path, micro):
         )
         run.train()
         ends[method] = split_parameters(run.model).magnitudes
-    for method, tolerance in (("darts", 1e-7), ("darts:sides=1", 1e-5)):
+    for method, tolerance in (("darts", 1e-7), ("darts:scheme=forward", 1e-5)):
         for name, value in ends[method].items():
             exact = ends["darts:product=exact"][name]
             torch.testing.assert_close(value, exact, rtol=tolerance, atol=tolerance)
@@ -297,5 +297,5 @@ def test_arguments_survive_their_own_parser(tmp_path):
         ["--output_dir", str(tmp_path), "--lower_steps", "3", "--xi", "0.1", "--retrain", "none"]
     )
     assert (parsed.lower_steps, parsed.xi, parsed.retrain) == (3, 0.1, "none")
-    assert parsed.estimator().scale == 0.1
+    assert parsed.estimator().xi == 0.1
     assert arguments(tmp_path).bilevel_settings()["lower_steps"] == 2

@@ -83,7 +83,7 @@ class Solver(BaseSolver):
     requirements = ("pip::hyperopt-peft", "pip::jax")
     sampling_strategy = "callback"
     parameters = {  # noqa: RUF012 - benchopt reads them from the class
-        "hypergradient": ("cg:steps=10", "darts:scale=lr", "neumann:terms=10", "warm"),
+        "hypergradient": ("cg:steps=10", "darts:xi=lr", "neumann:terms=10", "warm"),
         "step_size": (0.1,),
         "outer_ratio": (1.0,),
         "n_inner_steps": (10,),

@@ -16,25 +16,28 @@ class Neumann(Solver):
 
     Its relative error is (1 − ημ)^(terms+1) for the smallest eigenvalue μ; its residual
     would need a product of its own and is not reported. It converges for
-    η < 2/λmax only; ``step`` is η, and None sets it to 1/λmax, with λmax from
+    η < 2/λmax only; ``step_size`` is η, and None sets it to 1/λmax, with λmax from
     ``power_steps`` steps of power iteration. One Hessian-vector product a term, and one a
     power step. Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590 Eq. 8–9.
     """
 
     terms: int = 20
-    step: float | None = None
+    step_size: float | None = None
     power_steps: int = 10
 
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
         self.require(self.terms >= 0, f"terms must not be negative, got {self.terms}")
-        self.require(self.step is None or self.step > 0, f"step must be positive, got {self.step}")
+        self.require(
+            self.step_size is None or self.step_size > 0,
+            f"step_size must be positive, got {self.step_size}",
+        )
         self.require(self.power_steps >= 1, f"power_steps must be ≥ 1, got {self.power_steps}")
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ H⁻¹ b."""
-        eta = self.step
+        eta = self.step_size
         if eta is None:
             largest = largest_eigenvalue(matvec, b, self.power_steps)
             if largest == 0:

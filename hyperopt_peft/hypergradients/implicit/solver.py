@@ -34,16 +34,16 @@ class Solver(Estimator):
     """dF/du = ∂F/∂u − ∂²f/∂u∂w · v, where ``solve`` finds v ≈ [∂²f/∂w²]⁻¹ ∂F/∂w.
 
     ``product`` chooses how second derivatives are taken: ``"exact"`` by double backward, or
-    ``"difference"`` with first-order passes only and a step of length ``radius`` (None:
+    ``"difference"`` with first-order passes only and a step of length ``epsilon`` (None:
     chosen from the precision and ‖w‖). Where ∂F/∂w is zero the result is ∂F/∂u.
     """
 
     product: ProductKind = field(default="exact", kw_only=True)
-    radius: float | None = field(default=None, kw_only=True)
+    epsilon: float | None = field(default=None, kw_only=True)
 
     def check(self) -> None:
         """Check the ranges of the options."""
-        self.require(self.radius is None or self.radius > 0, "radius must be positive")
+        self.require(self.epsilon is None or self.epsilon > 0, "epsilon must be positive")
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
@@ -54,7 +54,7 @@ class Solver(Estimator):
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if b.norm() == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
-        with oracle.product(self.product, radius=self.radius) as product:
+        with oracle.product(self.product, epsilon=self.epsilon) as product:
             found, state = self.advance(self._finite(product.hessian), b, oracle.state)
             implicit = -product.mixed(found.v)
         return Estimate(direct, implicit, found.residual, found.steps, found.note, state)

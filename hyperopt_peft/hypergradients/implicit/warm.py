@@ -25,15 +25,15 @@ class WarmStart(Solver):
     kept, nor has a hypergradient out of training: ``first_steps`` steps from a·b come before,
     as in a Neumann series.
 
-    ``step`` is a, and None sets it to 1/(λmax + damping), with λmax from a power iteration that
-    is kept too. A slower ``decay`` follows a moving level more closely, a faster one averages
+    ``step_size`` is a, and None sets it to 1/(λmax + damping), with λmax from a power iteration
+    that is kept too. A slower ``decay`` follows a moving level more closely, a faster one averages
     more. Where vᵀ(H + damping·I)v is negative, v and k start again, and the note says so. A step
     costs one Hessian-vector product, λmax one an upper step. SOBA: Dagréou et al. 2022,
     arXiv:2201.13409 Eq. 5–6; AmIGO: Arbel & Mairal 2022, arXiv:2111.14580.
     """
 
     steps: int = 1
-    step: float | None = None
+    step_size: float | None = None
     decay: float = 0.5
     first_steps: int = 20
     damping: float = 0.0
@@ -42,7 +42,10 @@ class WarmStart(Solver):
         """Check the ranges of the options."""
         super().check()
         self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        self.require(self.step is None or self.step > 0, f"step must be positive, got {self.step}")
+        self.require(
+            self.step_size is None or self.step_size > 0,
+            f"step_size must be positive, got {self.step_size}",
+        )
         self.require(0 <= self.decay <= 1, f"decay must be in [0, 1], got {self.decay}")
         self.require(self.first_steps >= 1, f"first_steps must be ≥ 1, got {self.first_steps}")
         self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
@@ -53,7 +56,7 @@ class WarmStart(Solver):
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """The solution of this upper step, and what to keep for the next one."""
-        a, direction, largest = self.step, None, 0.0
+        a, direction, largest = self.step_size, None, 0.0
         if a is None:
             direction, largest = self._curvature(matvec, b, state)
             if largest + self.damping == 0:
@@ -73,7 +76,7 @@ class WarmStart(Solver):
                 found = Solution(v, r.norm() / b.norm(), step + self.steps)
             v = v + (a if step < before else a / k**self.decay) * r
         if not v.isfinite():
-            raise NonFiniteError(f"v has diverged; make step smaller than {a:.3g}")
+            raise NonFiniteError(f"v has diverged; make step_size smaller than {a:.3g}")
         kept: dict[str, Vector | float] = {"v": v, "k": k}
         if direction is not None:
             length = r.norm()

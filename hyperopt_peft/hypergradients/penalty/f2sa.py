@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hyperopt_peft.hypergradients.estimator import Estimate
 from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
 from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns, Minimum
-from hyperopt_peft.hypergradients.products import default_radius
+from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import Vector, machine_epsilon, zeros_like
 
@@ -67,7 +67,7 @@ class F2SA(InnerRuns):
         """ν in the scales of f and F at w, where dw_ν/dν ≈ ``response``."""
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
-        nu = default_radius(Vector(w), sides=2, beside=u) / response.norm()
+        nu = default_epsilon(Vector(w), beside=u) / response.norm()
         change = (gradients("upper", nu * response)[1] - b).norm() / b.norm()
         return float(nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(change, 1e-30)))
 

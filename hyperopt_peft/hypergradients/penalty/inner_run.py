@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
-from hyperopt_peft.hypergradients.products import default_radius
+from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.vector import Vector, dot, zeros_like
 
 NOT_CONVEX = "the curvature of f along ∂F/∂w is not positive"
@@ -34,14 +34,14 @@ class InnerRuns(Estimator):
 
     A run takes at most ``inner_steps`` gradient steps. It ends where the gradient has shrunk to
     ``tolerance`` of that at w, or the curvature along a step was not positive; of all its points,
-    w among them, that of least gradient counts. ``step`` is what a gradient is multiplied by;
+    w among them, that of least gradient counts. ``step_size`` is what a gradient is multiplied by;
     None takes the shorter one of Barzilai & Borwein 1988 (doi:10.1093/imanum/8.1.141),
     ⟨s, y⟩/⟨y, y⟩ after a step s that changed the gradient by y. ``damping`` adds
     ½ damping‖x‖² to the objective at w + x, for an f that is not convex at w.
     """
 
     inner_steps: int = field(default=15, kw_only=True)
-    step: float | None = field(default=None, kw_only=True)
+    step_size: float | None = field(default=None, kw_only=True)
     tolerance: float = field(default=1e-5, kw_only=True)
     damping: float = field(default=0.0, kw_only=True)
 
@@ -50,7 +50,7 @@ class InnerRuns(Estimator):
         self.require(
             self.inner_steps >= 0, f"inner_steps must not be negative, got {self.inner_steps}"
         )
-        self.require(self.step is None or self.step > 0, "step must be positive")
+        self.require(self.step_size is None or self.step_size > 0, "step_size must be positive")
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
         self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
 
@@ -63,11 +63,11 @@ class InnerRuns(Estimator):
         """
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
-        radius = default_radius(Vector(w), sides=2, beside=u)
+        epsilon = default_epsilon(Vector(w), beside=u)
         for direction in (oracle.state.get("response"), -b):
             if not isinstance(direction, Vector) or direction.norm() == 0:
                 continue
-            probe = direction * (radius / direction.norm())
+            probe = direction * (epsilon / direction.norm())
             change = (gradients("lower", probe)[1] - slope).add_(probe, self.damping)
             product = -dot(b, change)
             if product > 0:
@@ -100,7 +100,7 @@ class InnerRuns(Estimator):
             if product <= 0:
                 note = "negative curvature" if product else ""
                 break
-            length = self.step or product / dot(change, change)
+            length = self.step_size or product / dot(change, change)
             before, slope, x = x, newest, x.copy().add_(newest, -length)
             del moved, change
         return replace(best, note=note)

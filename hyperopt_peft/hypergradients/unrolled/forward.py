@@ -73,7 +73,7 @@ class Forward(Unrolled):
         state = oracle.state if self.carry else {}
         tangents = [_kept(state, j, b, optimizer) for j in range(n)]
         for step in steps:
-            with oracle.product(self.product, at=step, radius=self.radius) as product:
+            with oracle.product(self.product, at=step, epsilon=self.epsilon) as product:
                 for j, (z, moments) in enumerate(tangents):
                     g = product.tangent(z, units[j])
                     options = [slope[j] for slope in slopes]

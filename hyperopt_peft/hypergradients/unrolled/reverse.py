@@ -42,12 +42,12 @@ class Unrolled(Estimator):
 
     steps: int = 1
     product: ProductKind = "exact"
-    radius: float | None = None
+    epsilon: float | None = None
 
     def check(self) -> None:
         """Check the ranges of the options."""
         self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        self.require(self.radius is None or self.radius > 0, "radius must be positive")
+        self.require(self.epsilon is None or self.epsilon > 0, "epsilon must be positive")
 
     @property
     def history(self) -> int:
@@ -78,7 +78,7 @@ class Unrolled(Estimator):
         for step in reversed(steps):
             w_bar, g_bar, moment_adjoint, o_bar = optimizer.vjp(step, adjoint, moment_adjoint)
             implicit = implicit + optimizer.pulled_back(o_bar, oracle.upper.variables)
-            with oracle.product(self.product, at=step, radius=self.radius) as product:
+            with oracle.product(self.product, at=step, epsilon=self.epsilon) as product:
                 implicit = implicit + product.mixed(g_bar)
                 if step is not steps[0]:
                     adjoint = w_bar + product.hessian(g_bar)

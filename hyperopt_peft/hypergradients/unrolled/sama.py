@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.estimator import Estimate
 from hyperopt_peft.hypergradients.oracle import Oracle
-from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.hypergradients.products import ProductKind, Scheme
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.darts import OneStep
 from hyperopt_peft.hypergradients.unrolled.optimizer_diagonal import (
@@ -32,13 +32,13 @@ class SAMA(OneStep):
     is taken to be a constant factor: its change with g, a term along g, is left out.
 
     In training the step is the recorded one, and the product is taken where it began; out of
-    training it is the one that would be taken next, for one forward+backward more. ``radius``,
-    ``sides`` and ``product`` are those of ``darts``, and so is the cost. Choe et al. 2023,
+    training it is the one that would be taken next, for one forward+backward more. ``epsilon``,
+    ``scheme`` and ``product`` are those of ``darts``, and so is the cost. Choe et al. 2023,
     arXiv:2310.05674.
     """
 
-    radius: float | None = None
-    sides: int = 2
+    epsilon: float | None = None
+    scheme: Scheme = "central"
     product: ProductKind = "difference"
 
     @property
