@@ -7,7 +7,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.diagnostics.check import check_problem
 from hyperopt_peft.diagnostics.compare import compare_hypergradients
 from hyperopt_peft.engine.engine import Engine
-from hyperopt_peft.engine.fit import fit, minimise
+from hyperopt_peft.engine.fit import fit, minimise, minimize
 from hyperopt_peft.engine.nested import Nested
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients import (
@@ -44,6 +44,7 @@ __all__ = [
     "fit",
     "hypergradient",
     "minimise",
+    "minimize",
     "register",
     "split_dataset",
 ]

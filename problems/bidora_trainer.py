@@ -264,7 +264,7 @@ class Retrainer(BilevelTrainer):
 def _check_product(model: Any, args: BiDoRATrainingArguments) -> None:
     """Refuse double backward through weights that are not there to be read."""
     estimator = args.estimator()
-    if getattr(estimator, "product", None) != "exact":
+    if not estimator.requirements.second_derivatives:
         return
     adapter = resolve_adapter(model)
     for name, layer in dora_layers(model, adapter):

@@ -115,7 +115,7 @@ def memory(trainer: BiDoRATrainer) -> str:
 
 def _graphs(estimator: Estimator) -> int:
     """How many graphs are alive at once: a double backward keeps that of the gradient as well."""
-    return 2 if getattr(estimator, "product", "difference") == "exact" else 1
+    return 2 if estimator.requirements.second_derivatives else 1
 
 
 def longest_batch(trainer: BiDoRATrainer) -> tuple[Any, int]:

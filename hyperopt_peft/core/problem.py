@@ -50,7 +50,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRecord:
     """One step of a level, as an estimator may look back on it.
 
     ``variables`` are copies from before the step, ``gradient`` is ∂f/∂w before clipping
@@ -152,18 +152,25 @@ class Problem:
         return list(dict.fromkeys(variable.device for variable in self.variables))
 
     def next_batch(self) -> Any:
-        """The next batch of the level's data; None where it has none."""
-        return None if self.batches is None else self.batches.next()
+        """The next batch of the level's data, on its device; None where it has none."""
+        return None if self.batches is None else self.on_device(self.batches.next())
 
     def peek_batch(self) -> Any:
         """The batch that ``next_batch`` will return; it stays the next one."""
-        return None if self.batches is None else self.batches.peek()
+        return None if self.batches is None else self.on_device(self.batches.peek())
+
+    def on_device(self, batch: Any) -> Any:
+        """``batch`` on the device of the first variable.
+
+        Tensors, mappings, tuples, lists and ``BatchEncoding`` are moved; a loss is evaluated many
+        times on one batch, so drivers call this once for each.
+        """
+        return send_to_device(batch, self.variables[0].device)
 
     def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """The loss with its graph, on this process, and the metrics; its value is not looked at.
 
-        ``batch`` is moved to the device of the first variable: tensors, mappings, tuples,
-        lists and ``BatchEncoding`` alike.
+        ``batch`` is where the loss expects it: see `on_device`.
 
         Raises:
             ProblemError: the loss is not a scalar tensor, depends on nothing that requires a
@@ -172,7 +179,7 @@ class Problem:
         if isinstance(batch, Mapping):  # a loss may take entries out, and is evaluated again
             batch = copy(batch)
         try:
-            result = self.loss(send_to_device(batch, self.variables[0].device))
+            result = self.loss(batch)
         except (AttributeError, KeyError, TypeError) as error:
             if lack := lacking(batch, error):
                 raise ProblemError(f"{self.name}: {lack}") from error

@@ -14,7 +14,7 @@ import torch
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, open_oracle
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.utils.vector import Vector, dot
@@ -147,6 +147,7 @@ class _Run:
 def _run(upper: Problem, lower: Problem, estimator: Estimator, seed: int) -> _Run:
     oracle = open_oracle(upper, lower, seed=seed)
     begin = time.perf_counter()
+    check_estimator(estimator, oracle.upper, oracle.lower)
     result = estimate(oracle, estimator)
     for device in {*upper.devices, *lower.devices}:
         if device.type == "cuda":

@@ -16,13 +16,14 @@ def fit(
     problem: Problem,
     steps: int,
     *,
-    callbacks: Sequence[Callable[[dict[str, Any]], object]] = (),
+    callbacks: Sequence[Callable[[Problem, dict[str, Any]], object]] = (),
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Do ``steps`` optimizer steps of ``problem`` on its own; returns a record for each.
 
-    A record has ``step``, ``loss``, ``gradient_norm`` and the loss's metrics, and is given to
-    each of ``callbacks``. A `Nested` level trains those below it as well.
+    A record has ``step``, ``loss``, ``grad_norm`` and the loss's metrics, and is given to
+    each of ``callbacks`` as ``callback(problem, record)``. A `Nested` level trains the levels below
+    as well.
 
     Raises:
         NonFiniteError: a NaN or infinite loss or gradient; the message names the step.
@@ -36,16 +37,16 @@ def fit(
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step + 1}: {error}") from error
             norm = problem.step(evaluation.gradient)
-            record = {"step": step + 1, "loss": evaluation.loss, "gradient_norm": norm}
+            record = {"step": step + 1, "loss": evaluation.loss, "grad_norm": norm}
             record |= evaluation.metrics
             history.append(record)
             bar.set_postfix(loss=f"{evaluation.loss:.4f}", refresh=False)
             for callback in callbacks:
-                callback(record)
+                callback(problem, record)
     return history
 
 
-def minimise(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 1000) -> float:
+def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 1000) -> float:
     """Move the variables to a minimum of a deterministic, full-batch loss by L-BFGS.
 
     For reference problems and small lower levels, where an implicit hypergradient is wanted at
@@ -85,3 +86,6 @@ def minimise(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
             "the loss, or give a larger tolerance"
         )
     return final.loss
+
+
+minimise = minimize

@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.core.optimizer import read_by_options
-from hyperopt_peft.core.problem import Evaluation, Problem, Step, require_read
+from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord
+from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
+from hyperopt_peft.hypergradients.estimate import estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.solver import Solver
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
-from hyperopt_peft.utils.restore import Copies, assign, displaced
+from hyperopt_peft.utils.restore import assign, displaced
 from hyperopt_peft.utils.validation import require_count, require_settings
 from hyperopt_peft.utils.vector import Vector
 
@@ -55,7 +57,7 @@ class Nested(Problem):
     In training each step of ``middle`` comes after ``lower_steps`` of ``lower``. Derivatives of
     f are taken on the batch and the random numbers of its last step; before the first one, on
     the batch that comes next. `Engine`'s records get ``lower_below_loss`` and
-    ``lower_below_gradient_norm`` of the level below, and ``lower_residual`` and
+    ``lower_below_grad_norm`` of the level below, and ``lower_residual`` and
     ``upper_residual``, those of the inner solves for G̃ and for F.
 
     Args:
@@ -95,8 +97,8 @@ class Nested(Problem):
         product: ProductKind = "difference" if len(lower.levels) > 1 else "exact"
         default = ConjugateGradient(steps=20, tolerance=1e-12, product=product)
         self.estimator = get_estimator(hypergradient or default)
-        check_estimator(self.estimator, middle, lower)
-        if self.estimator.upper_share:
+        self._step = BilevelStep(middle, lower, self.estimator, look_back=False)
+        if self.estimator.requirements.upper_weight:
             raise ProblemError(
                 f"{self.estimator.name} owns the updates of both levels, which a chain does not "
                 "give it; choose cg or minres below, and it between the upper two levels"
@@ -110,10 +112,9 @@ class Nested(Problem):
                 'choose one such as "cg", or follow=0'
             )
         self._prepared = 0  # how often the levels below were trained
-        self._last: Step | None = None  # the last step of the level below
+        self._trained = 0  # how many of their steps were taken
         self._below: dict[str, float] = {}  # how it went
         self._rest: Vector | None = None  # ∂f/∂w where nothing is displaced, while `anchored`
-        self._copies = Copies()
         self._read: dict[Tensor, bool] = {}  # whether the level below reads a variable
 
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
@@ -128,7 +129,8 @@ class Nested(Problem):
     @property
     def differences(self) -> int:
         """How many finite differences, one of another, the gradient is made of."""
-        own = getattr(self.estimator, "product", None) == "difference"
+        exact = self.estimator.requirements.second_derivatives
+        own = not (exact or isinstance(self.estimator, Direct))
         return self.lower.differences + own
 
     @property
@@ -159,18 +161,13 @@ class Nested(Problem):
             ProblemError: no loss reads a variable of the level below, at the first step.
             NonFiniteError: a loss or gradient of it is NaN or infinite.
         """
-        w = self.lower.variables
-        for _ in range(self.lower_steps + (0 if self._prepared else self.warmup_steps)):
-            self.lower.prepare()
-            batch, random_state = self.lower.next_batch(), RandomState.capture(self.lower.devices)
-            evaluation = self.lower.gradient(batch, w)
-            if self._last is None:
-                require_read(self.lower, evaluation.gradient)
-            norm = self.lower.step(evaluation.gradient)
-            self._last = Step(batch, random_state)
+        steps = self.lower_steps + (0 if self._prepared else self.warmup_steps)
+        for _ in range(steps):
+            self._trained += 1
+            below = self._step.train_lower(number=self._trained)
         self._prepared += 1
-        below = {"loss": evaluation.loss, "gradient_norm": norm, **evaluation.metrics}
-        self._below = {f"below_{key}": value for key, value in below.items()}
+        log = {"loss": below.loss, "grad_norm": below.grad_norm, **below.metrics}
+        self._below = {f"below_{key}": value for key, value in log.items()}
 
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
         """G and ∂G̃/∂variables; None where no loss from G downwards reads one.
@@ -239,7 +236,8 @@ class Nested(Problem):
         self.check_state(state)
         self.middle.load_state_dict(state["middle"])
         self.lower.load_state_dict(state["below"])
-        self._prepared, self._last = state["prepared"], None
+        self._prepared = state["prepared"]
+        self._step.forget()
 
     def _settings(self) -> dict[str, Any]:
         settings = {key: getattr(self, key) for key in ("lower_steps", "warmup_steps", "follow")}
@@ -254,18 +252,12 @@ class Nested(Problem):
         with replay(RandomState.capture()):
             key = int(torch.randint(2**62, ()))
         own = (self._prepared, *distributed.own())
-        last = self._last
+        last = self._step.last
         if last is None:
-            last = Step(self.lower.peek_batch(), RandomState.seeded(self.devices, "below", *own))
-        return Oracle(
-            _Reading(level, variables),
-            self.lower,
-            batch,
-            last.batch,
-            upper_random=RandomState.seeded(self.devices, key, *own),
-            lower_random=last.random_state,
-            copies=self._copies,
-        )
+            random_state = RandomState.seeded(self.devices, "below", *own)
+            last = StepRecord(self.lower.peek_batch(), random_state)
+        upper_random = RandomState.seeded(self.devices, key, *own)
+        return self._step.oracle(_Reading(level, variables), batch, upper_random, last)
 
     @contextmanager
     def _following(self, oracle: Oracle) -> Iterator[None]:
@@ -274,7 +266,7 @@ class Nested(Problem):
         if self._rest is None or not isinstance(solver, Solver):
             yield
             return
-        with displaced(w, self._copies):
+        with displaced(w):
             with oracle.open():
                 for _ in range(self.follow):
                     residual = oracle.lower_gradient() - self._rest

@@ -43,8 +43,8 @@ def open_oracle(
     def state(level: str) -> RandomState:
         return current if seed is None else RandomState.seeded(devices, seed, level)
 
-    upper_batch = upper.peek_batch() if upper_batch is NEXT else upper_batch
-    lower_batch = lower.peek_batch() if lower_batch is NEXT else lower_batch
+    upper_batch = upper.peek_batch() if upper_batch is NEXT else upper.on_device(upper_batch)
+    lower_batch = lower.peek_batch() if lower_batch is NEXT else lower.on_device(lower_batch)
     return Oracle(upper, lower, upper_batch, lower_batch, state("upper"), state("lower"))
 
 
@@ -55,7 +55,6 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
     """
     estimator = get_estimator(method)
-    check_estimator(estimator, oracle.upper, oracle.lower)
     try:
         with oracle.open():
             result = estimator.estimate(oracle)
@@ -79,11 +78,11 @@ def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> Non
     """
     estimator.check_levels(upper, lower)
     if len(lower.levels) > 1:
-        exact = getattr(estimator, "product", None) == "exact"
-        estimator.require(not exact, f"{lower.name}: {NESTED}")
+        needs = estimator.requirements
+        estimator.require(not needs.second_derivatives, f"{lower.name}: {NESTED}")
         estimator.require(
-            estimator.history <= 1,
-            f"it looks back on {estimator.history} steps of {lower.name}, and the levels below are "
+            needs.history <= 1,
+            f"it looks back on {needs.history} steps of {lower.name}, and the levels below are "
             "no longer where they were then; choose steps=1, or a solver",
         )
 
@@ -116,8 +115,10 @@ def hypergradient(
         ProblemError: unknown method or option, the levels share a tensor, a bad loss.
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
     """
+    estimator = get_estimator(method)
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
-    result = estimate(oracle, method).hypergradient
+    check_estimator(estimator, upper, lower)
+    result = estimate(oracle, estimator).hypergradient
     return like(result, upper.variables)
 
 

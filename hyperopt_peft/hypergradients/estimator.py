@@ -41,6 +41,50 @@ class Estimate:
         return implicit / direct if direct else (float("inf") if implicit else 0.0)
 
 
+@dataclass(frozen=True)
+class Requirements:
+    """What an estimator needs of the run around it; `BilevelStep` alone reads it.
+
+    Args:
+        history: how many of the last lower steps the estimator looks back on.
+        optimizer_state: whether the `StepRecord` of each holds the gradient and the optimizer's
+            state before the step.
+        lower_gradient: whether it holds ∂f/∂u of the lower step's own backward pass, which
+            saves a pass later.
+        upper_weight: lower steps descend f + upper_weight·F, with F on the upper level's next
+            batch.
+        every_step: whether no lower step may come between those that are looked back on.
+        second_derivatives: whether f is differentiated twice.
+
+    Example:
+        >>> from hyperopt_peft.hypergradients import get_estimator
+        >>> get_estimator("cg").requirements.second_derivatives
+        True
+    """
+
+    history: int = 0
+    optimizer_state: bool = False
+    lower_gradient: bool = False
+    upper_weight: float = 0.0
+    every_step: bool = False
+    second_derivatives: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one upper step costs, the lower steps that the estimator needs before it included.
+
+    Args:
+        losses: how often F or f is evaluated.
+        backward_passes: passes through autograd, first and second ones.
+        vectors: how many vectors shaped like w are held at once, beside w and its gradient.
+    """
+
+    losses: int
+    backward_passes: int
+    vectors: int
+
+
 class Estimator(ABC):
     """A way to estimate dF/du; a subclass is a frozen dataclass whose fields are its options.
 
@@ -71,29 +115,13 @@ class Estimator(ABC):
         """Check the ranges of the options."""
 
     @property
-    def history(self) -> int:
-        """How many of the last lower steps the estimator looks back on."""
-        return 0
+    def requirements(self) -> Requirements:
+        """What the estimator needs of the run; nothing by default."""
+        return Requirements()
 
-    @property
-    def reuses_lower_gradient(self) -> bool:
-        """Whether ∂f/∂u, taken in the lower step's own backward pass, saves a pass later."""
-        return False
-
-    @property
-    def needs_optimizer_state(self) -> bool:
-        """Whether the lower steps it looks back on must hold the optimizer's state."""
-        return False
-
-    @property
-    def upper_share(self) -> float:
-        """The lower steps of a run descend f + upper_share·F, F on the upper level's next batch."""
-        return 0.0
-
-    @property
-    def needs_every_step(self) -> bool:
-        """Whether no lower step may come between those it looks back on."""
-        return False
+    def cost(self) -> Cost | None:
+        """What one upper step of a run costs; None where the estimator does not say."""
+        return None
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Raise ProblemError where the estimator does not go with these levels.

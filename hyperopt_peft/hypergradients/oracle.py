@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hyperopt_peft.core.problem import Evaluation, Problem, Step, devices_of, owned
+from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord, devices_of, owned
 from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.products import (
@@ -63,7 +63,7 @@ class Oracle:
     lower_batch: Any
     upper_random: RandomState
     lower_random: RandomState
-    history: Sequence[Step] = ()
+    history: Sequence[StepRecord] = ()
     copies: Copies | None = None
     state: State = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
@@ -130,7 +130,7 @@ class Oracle:
         self,
         kind: ProductKind,
         *,
-        at: Step | None = None,
+        at: StepRecord | None = None,
         epsilon: float | None = None,
         scheme: Scheme = "central",
     ) -> Iterator[Product]:
@@ -188,7 +188,7 @@ class Oracle:
             self.buffers.restore()
         return bool(self.lower.half)
 
-    def _objective(self, at: Step | None) -> Objective:
+    def _objective(self, at: StepRecord | None) -> Objective:
         batch = self.lower_batch if at is None else at.batch
         random_state = self.lower_random if at is None else at.random_state
         return Objective(self.lower, self.upper, batch, random_state, self.passes, self.buffers)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.products import SHARDED
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
 
 if TYPE_CHECKING:
@@ -43,10 +44,11 @@ def _check_fsdp(trainer: SealedTrainer) -> None:
             "a sharded state dict is a pickle, and loading one could run code; set "
             "fsdp_state_dict_type: FULL_STATE_DICT"
         )
-    product = None if trainer.upper is None else getattr(trainer.estimator, "product", None)
-    if product == "exact":
+    exact = trainer.estimator.requirements.second_derivatives
+    if trainer.upper is not None and exact:
         raise ProblemError(f"{trainer.estimator.name}: {SHARDED}")
-    if product is not None and precision != "no":
+    direct = isinstance(trainer.estimator, Direct)
+    if trainer.upper is not None and not direct and precision != "no":
         raise ProblemError(
             f"{precision} does not go with FSDP2: a difference of gradients needs parameters "
             "that are gathered in float32; turn it off"

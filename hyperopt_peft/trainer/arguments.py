@@ -88,12 +88,13 @@ class BilevelTrainingArguments(TrainingArguments):
                 one lower step: the Trainer keeps one.
         """
         estimator = get_estimator(self.hypergradient)
-        if estimator.history > 1:
+        needs = estimator.requirements
+        if needs.history > 1:
             raise ProblemError(
-                f"{estimator.name} looks back on {estimator.history} lower steps, which only the "
+                f"{estimator.name} looks back on {needs.history} lower steps, which only the "
                 "Engine keeps; choose darts, neumann, cg or minres, or one step"
             )
-        if estimator.needs_every_step and self.lower_steps > 1:
+        if needs.every_step and self.lower_steps > 1:
             raise ProblemError(
                 f"{estimator.name} carries over what each lower step did, and the Trainer keeps "
                 f"only one of lower_steps={self.lower_steps}; leave carry out, or use the Engine"

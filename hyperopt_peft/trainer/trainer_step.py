@@ -10,19 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.core.problem import Problem, Step, devices_of, require_read
+from hyperopt_peft.core.problem import Problem, devices_of, require_read
 from hyperopt_peft.engine import checkpoint
-from hyperopt_peft.engine.upper_share import with_upper_share
+from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
-from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.trainer.data import UpperBatches, collating
 from hyperopt_peft.trainer.sealed_trainer import SealedTrainer
 from hyperopt_peft.utils import distributed, versions
 from hyperopt_peft.utils.distributed import full
 from hyperopt_peft.utils.random_state import RandomState
-from hyperopt_peft.utils.restore import Copies
 
 
 class StepTrainer(SealedTrainer):
@@ -33,8 +30,7 @@ class StepTrainer(SealedTrainer):
     """
 
     _upper_batches: UpperBatches | None
-    _unread: set[str] | None = None  # upper variables that f does not read, once known
-    _upper_read = False
+    _checked = False  # whether f reads every lower variable of a run of one level
 
     def _take_levels(self) -> None:
         """Note the levels' variables, which FSDP2 puts shards in the place of, and the optimizer.
@@ -45,9 +41,10 @@ class StepTrainer(SealedTrainer):
         limit = self.args.max_grad_norm or None
         self._accumulated = Accumulated(self.lower, self.optimizer, limit)
         if self.upper is not None:
-            check_estimator(self.estimator, self.upper, self._accumulated)
+            self._step = BilevelStep(
+                self.upper, self._accumulated, self.estimator, seed=self.args.seed
+            )
         self._devices = devices_of(*self._levels)
-        self._copies = Copies()
 
     def _begin_run(self) -> None:
         """Begin without anything of an earlier run."""
@@ -114,89 +111,52 @@ class StepTrainer(SealedTrainer):
             variable.grad = None
         self.lower.require_finite(torch.stack(self._losses).sum(), below)
         self._note({f"lower_{k}": v for k, v in distributed.means(self._metrics).items()})
-        if self._unread is None:
-            require_read(self.lower, below)
-            names = () if self.upper is None else self.upper.names
-            self._unread = {n for n, part in zip(names, of_upper, strict=True) if part is None}
-        if self.upper is not None and self.estimator.upper_share:
-            below = self._with_upper_share(self.upper, below)
+        if self.upper is None:
+            if not self._checked:
+                require_read(self.lower, below)
+                self._checked = True
+        else:
+            self._accumulated.half = self.lower.half
+            done = self.state.global_step
+            number = done + done // self.args.lower_steps
+            self._step.forget()
+            with self.compute_loss_context_manager():
+                below = self._step.record_lower(
+                    list(self._micro),
+                    self._micro[0].random_state,
+                    (*below, *of_upper),
+                    number=done + 1,
+                    next_upper_batch=lambda: self._upper_batch(number),
+                )
         for variable, part in zip(w, below, strict=True):
             variable.grad = part
         if self.upper is not None and (self.state.global_step + 1) % self.args.lower_steps == 0:
-            self._set_hypergradient(self.upper, of_upper)
-
-    def _with_upper_share(
-        self, upper: Problem, gradient: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, ...]:
-        done = self.state.global_step
-        batch = self._upper_batch(done + done // self.args.lower_steps)
-        key = self.args.seed, "lower step", done + 1, *distributed.own()
-        random_state = RandomState.seeded(self._devices, *key)
-        share = self.estimator.upper_share
-        with self.compute_loss_context_manager():
-            return with_upper_share(gradient, share, upper, self.lower, batch, random_state)
+            self._set_hypergradient(self.upper)
 
     def _upper_batch(self, number: int) -> Any:
         assert self._upper_batches is not None
         return self._prepare_inputs(self._upper_batches.batch(number))
 
-    def _set_hypergradient(self, upper: Problem, of_upper: tuple[Tensor | None, ...]) -> None:
+    def _set_hypergradient(self, upper: Problem) -> None:
         step = self.state.global_step + 1
         # Where the lower steps read F, they have taken a batch each.
-        taken = step if self.estimator.upper_share else 0
+        taken = step if self._step.requirements.upper_weight else 0
         batch = self._upper_batch(taken + step // self.args.lower_steps - 1)
-        micro, start = list(self._micro), self._micro[0].random_state
-        history = []
-        if self.estimator.history:  # the step that is about to be taken, from where it starts
-            with_state = self.estimator.needs_optimizer_state
-            history = [
-                Step(
-                    micro,
-                    start,
-                    variables=self._copies.take(self.lower.variables),
-                    gradient=tuple(x.grad for x in self.lower.variables) if with_state else (),
-                    upper_gradient=of_upper if self.estimator.reuses_lower_gradient else None,
-                    optimizer=self._accumulated.optimizer_snapshot(with_state=with_state),
-                )
-            ]
-        self._accumulated.half = self.lower.half
-        oracle = Oracle(
-            upper,
-            self._accumulated,
-            batch,
-            micro,
-            upper_random=RandomState.seeded(
-                self._devices, self.args.seed, step, *distributed.own()
-            ),
-            lower_random=start,
-            history=history,
-            copies=self._copies,
-            state=self._estimator_state(),
-        )
-        try:
-            with self.compute_loss_context_manager():
-                result = estimate(oracle, self.estimator)
-        finally:
-            for past in history:
-                self._copies.give_back(past.variables)
-        self._kept, self._packed = result.state, None
-        above = oracle.upper_gradient.evaluation
-        if not self._upper_read:
-            require_read(upper, above.gradient[: len(upper.variables)], besides=self._unread)
-            self._upper_read = True
-        for variable, part in zip(
-            upper.variables, like(result.hypergradient, upper.variables), strict=True
-        ):
+        self._step.state = self._estimator_state()
+        with self.compute_loss_context_manager():
+            above = self._step.hypergradient(batch, number=step)
+        self._kept, self._packed = self._step.state, None
+        for variable, part in zip(upper.variables, above.hypergradient, strict=True):
             variable.grad = part
         limit = self.args.upper_max_grad_norm or float("inf")
         norm = float(full(self.accelerator.clip_grad_norm_(upper.variables, limit)))
         metrics = {f"upper_{key}": value for key, value in above.metrics.items()}
         own = {
-            "upper_loss": above.loss,
+            "upper_loss": above.log["upper_loss"],
             "upper_grad_norm": norm,
             "upper_learning_rate": self._learning_rate(upper),
-            "implicit_ratio": result.implicit_ratio,
-            "residual": result.residual,
+            "implicit_ratio": above.log["implicit_ratio"],
+            "residual": above.log["residual"],
         }
         self._note({**metrics, **own})
 

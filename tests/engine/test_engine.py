@@ -101,8 +101,8 @@ def test_a_record_tells_the_step() -> None:
         "step": 1,
         "upper_loss": pytest.approx(w**2 + 1),
         "lower_loss": pytest.approx(4),
-        "lower_gradient_norm": pytest.approx(4),
-        "hypergradient_norm": pytest.approx(direct + implicit),
+        "lower_grad_norm": pytest.approx(4),
+        "upper_grad_norm": pytest.approx(direct + implicit),
         "implicit_ratio": pytest.approx(implicit / direct),
         "residual": pytest.approx(0, abs=1e-6),
         "solver_steps": 1,
@@ -166,8 +166,8 @@ def test_each_level_is_clipped_and_scheduled_by_its_own_steps() -> None:
     history = Engine(upper, lower, "direct", lower_steps=2, progress=False).run(2)
     assert u.item() == pytest.approx(1 - 0.25 * (1 + 0.5))
     assert w.item() == pytest.approx(3 - 0.5 * (1 + 0.1 + 0.01 + 0.001))
-    assert history[0]["hypergradient_norm"] == pytest.approx(50)
-    assert history[0]["lower_gradient_norm"] == pytest.approx(7)
+    assert history[0]["upper_grad_norm"] == pytest.approx(50)
+    assert history[0]["lower_grad_norm"] == pytest.approx(7)
 
 
 W, U = leaf(), leaf()

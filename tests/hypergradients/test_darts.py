@@ -99,5 +99,5 @@ def test_the_default_epsilon_is_close_to_the_best(scheme: str) -> None:
 
 def test_only_a_forward_difference_asks_the_lower_step_for_more() -> None:
     options = product(("forward", "central"), ("difference", "exact"))
-    found = [DARTS(scheme=s, product=p).reuses_lower_gradient for s, p in options]
+    found = [DARTS(scheme=s, product=p).requirements.lower_gradient for s, p in options]
     assert found == [True, False, False, False]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD, Adam
 
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
-from hyperopt_peft.engine.upper_share import with_upper_share
+from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.hypergradients import Estimate, Vector, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.problems import logistic, ridge
@@ -336,7 +337,7 @@ def test_a_lower_step_of_the_engine_descends_f_and_a_share_of_the_upper_loss() -
     assert w.item() == pytest.approx(first - 0.1 * (first + 11 / 5))
     assert seen == [10.0, 11.0, 12.0]
     assert record["lower_loss"] == pytest.approx(first**2 / 2)
-    assert record["lower_gradient_norm"] == pytest.approx(first + 11 / 5)
+    assert record["lower_grad_norm"] == pytest.approx(first + 11 / 5)
 
 
 def test_the_share_of_the_upper_loss_leaves_nothing_but_its_gradient() -> None:
@@ -358,15 +359,22 @@ def test_the_share_is_a_function_of_its_own_random_state_and_f_need_not_read_w()
     w, v, u = (torch.ones(4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     upper = FunctionLevel(lambda _: (2 * w * torch.rand(4, dtype=w.dtype)).sum(), [u])
     lower = FunctionLevel(lambda _: v.sum(), [w, v])
+    step = BilevelStep(upper, lower, get_estimator("penalty:gamma=4"), seed=7)
+    here = RandomState.capture()
+
+    def descent(gradient: tuple[Tensor | None, ...], number: int) -> Tensor:
+        found = step.record_lower(None, here, gradient, number=number, next_upper_batch=Mock())
+        assert found[0] is not None and torch.equal(found[1], 3 * v)
+        return found[0]
+
+    descent((w.detach(), 3 * v.detach(), None), 1)  # at the first step f must read each
     found = []
-    for seed, key in ((1, 0), (2, 0), (2, 1)):
+    for seed, number in ((1, 2), (2, 2), (2, 3)):
         torch.manual_seed(seed)
-        own = RandomState.seeded(lower.devices, key)
-        found.append(with_upper_share((None, 3 * v.detach()), 0.25, upper, lower, None, own))
-        with replay(own):
-            expected = 0.25 * 2 * torch.rand(4, dtype=w.dtype)
-        assert torch.equal(found[-1][0], expected) and torch.equal(found[-1][1], 3 * v)
-    assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])
+        found.append(descent((None, 3 * v.detach()), number))
+        with replay(RandomState.seeded(lower.devices, 7, "lower step", number)):
+            assert torch.equal(found[-1], 0.25 * 2 * torch.rand(4, dtype=w.dtype))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:

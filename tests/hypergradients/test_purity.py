@@ -200,7 +200,7 @@ def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case, generators
     Neither the upper level's passes nor its dropout and shuffling may be seen. This is the
     control that exposes an upper level that trains the lower variables.
     """
-    if case.estimator.upper_share:
+    if case.estimator.requirements.upper_weight:
         pytest.skip("it owns the lower steps too")
     upper, lower = network_levels(upper_lr=0.0, generators=generators)
     torch.manual_seed(4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
@@ -32,6 +33,10 @@ class MINRES(Solver):
         self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+
+    def cost(self) -> Cost:
+        """At most ``steps`` products."""
+        return self.products_cost(self.steps, vectors=11)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import Vector, zeros_like
@@ -34,6 +35,12 @@ class Neumann(Solver):
             f"step_size must be positive, got {self.step_size}",
         )
         self.require(self.power_steps >= 1, f"power_steps must be ≥ 1, got {self.power_steps}")
+
+    def cost(self) -> Cost:
+        """``terms`` products, and ``power_steps`` where the step is chosen."""
+        return self.products_cost(
+            self.terms + (self.power_steps if self.step_size is None else 0), 5
+        )
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ H⁻¹ b."""

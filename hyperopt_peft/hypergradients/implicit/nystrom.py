@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.registry import register
@@ -49,6 +50,10 @@ class Nystrom(Solver):
         positive = self.damping is None or self.damping >= 0
         self.require(positive, f"damping must not be negative, got {self.damping}")
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+
+    def cost(self) -> Cost:
+        """``rank`` products, and at most ``steps``; 2·``rank`` vectors are U and HΩ."""
+        return self.products_cost(self.rank + self.steps, vectors=7 + 2 * self.rank)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.vector import Vector, zeros_like
@@ -44,6 +44,20 @@ class Solver(Estimator):
     def check(self) -> None:
         """Check the ranges of the options."""
         self.require(self.epsilon is None or self.epsilon > 0, "epsilon must be positive")
+
+    @property
+    def requirements(self) -> Requirements:
+        """Second derivatives for exact products."""
+        return Requirements(second_derivatives=self.product == "exact")
+
+    def products_cost(self, products: int, vectors: int) -> Cost:
+        """The cost of F, f, ``products`` Hessian-vector products and one mixed product.
+
+        An exact product is one backward pass on a kept graph, a difference two gradients of f.
+        """
+        if self.product == "exact":
+            return Cost(3, 4 + products, vectors)
+        return Cost(4 + 2 * products, 4 + 2 * products, vectors + 2)
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.oracle import State
 from hyperopt_peft.hypergradients.registry import register
@@ -49,6 +50,12 @@ class WarmStart(Solver):
         self.require(0 <= self.decay <= 1, f"decay must be in [0, 1], got {self.decay}")
         self.require(self.first_steps >= 1, f"first_steps must be ≥ 1, got {self.first_steps}")
         self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
+
+    def cost(self) -> Cost:
+        """``steps`` products, and one for the power iteration, after the first upper step."""
+        return self.products_cost(
+            self.steps + (self.step_size is None), vectors=10 if self.product == "exact" else 8
+        )
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b, with nothing kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Estimate
+from hyperopt_peft.hypergradients.estimator import Cost, Estimate
 from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
 from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns, Minimum
 from hyperopt_peft.hypergradients.products import default_epsilon
@@ -39,6 +39,11 @@ class F2SA(InnerRuns):
         """Check the ranges of the options."""
         super().check()
         self.require(self.nu is None or self.nu > 0, "nu must be positive")
+
+    def cost(self) -> Cost:
+        """F and f, f at w and along the first guess, F there; both at each point of two runs."""
+        passes = 5 + 4 * (self.inner_steps + 1)
+        return Cost(passes, passes, 15)
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""

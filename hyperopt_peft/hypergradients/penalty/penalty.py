@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Estimate
+from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns
 from hyperopt_peft.hypergradients.registry import register
@@ -43,9 +43,14 @@ class Penalty(InnerRuns):
         self.require(self.gamma > 0, "gamma must be positive")
 
     @property
-    def upper_share(self) -> float:
+    def requirements(self) -> Requirements:
         """The lower steps descend f + F/γ."""
-        return 1 / self.gamma
+        return Requirements(upper_weight=1 / self.gamma)
+
+    def cost(self) -> Cost:
+        """F twice and f; f at w, along the first guess, and at each point of the run."""
+        passes = 3 if self.free else 6 + self.inner_steps
+        return Cost(passes, passes, 3 if self.free else 14)
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
@@ -62,10 +67,10 @@ class Penalty(InnerRuns):
 
             def gradient(offset: Vector) -> tuple[Vector, Vector]:
                 f = gradients("lower", offset)
-                return f[0], f[1].add_(slope, -1).add_(b, -self.upper_share)
+                return f[0], f[1].add_(slope, -1).add_(b, -self.requirements.upper_weight)
 
-            at_w = of_u, b * -self.upper_share
-            z = self.minimum(gradient, at_w, start * -self.upper_share)
+            at_w = of_u, b * -self.requirements.upper_weight
+            z = self.minimum(gradient, at_w, start * -self.requirements.upper_weight)
         return Estimate(
             direct,
             self.gamma * (of_u - z.of_u),

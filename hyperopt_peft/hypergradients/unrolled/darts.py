@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind, Scheme
 from hyperopt_peft.hypergradients.registry import register
@@ -28,14 +28,17 @@ class OneStep(Estimator):
         self.require(self.epsilon is None or self.epsilon > 0, "epsilon must be positive")
 
     @property
-    def history(self) -> int:
-        """The last lower step: its start is where the mixed product is taken."""
-        return 1
+    def requirements(self) -> Requirements:
+        """The last lower step, where the mixed product is taken.
 
-    @property
-    def reuses_lower_gradient(self) -> bool:
-        """A forward difference needs ∂f/∂u at the unmoved point."""
-        return self.scheme == "forward" and self.product == "difference"
+        A forward difference needs ∂f/∂u at the unmoved point, too.
+        """
+        exact = self.product == "exact"
+        return Requirements(
+            history=1,
+            lower_gradient=self.scheme == "forward" and not exact,
+            second_derivatives=exact,
+        )
 
     def mixed(self, oracle: Oracle, v: Vector) -> Vector:
         """∂²f/∂u∂w · v where the last lower step began; out of training at the current point."""
@@ -88,3 +91,15 @@ class DARTS(OneStep):
         self.require(len(rates) > 0, 'xi="lr" needs an optimizer at the lower level')
         self.require(len(rates) == 1, f'xi="lr" needs one learning rate, there are {rates}')
         return rates.pop()
+
+    def cost(self) -> Cost:
+        """F, f, and the mixed product."""
+        return one_step_cost(self, vectors=3)
+
+
+def one_step_cost(estimator: OneStep, vectors: int) -> Cost:
+    """F and f, and one mixed product: one or two gradients of f, or a graph and its derivative."""
+    if estimator.product == "exact":
+        return Cost(3, 4, vectors + 1)
+    passes = 3 if estimator.scheme == "forward" else 4
+    return Cost(passes, passes, vectors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import zeros_like
@@ -23,3 +23,7 @@ class Direct(Estimator):
         """∂F/∂u at the oracle's point."""
         direct = oracle.upper_gradient.direct
         return Estimate(direct, zeros_like(direct))
+
+    def cost(self) -> Cost:
+        """F and f."""
+        return Cost(2, 2, 1)

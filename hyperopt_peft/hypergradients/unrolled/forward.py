@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.hypergradients.estimator import Estimate
+from hyperopt_peft.hypergradients.estimator import Estimate, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.functional_optimizer import FunctionalOptimizer
@@ -45,9 +45,13 @@ class Forward(Unrolled):
         self.require(self.limit >= 1, f"limit must be at least 1, got {self.limit}")
 
     @property
-    def needs_every_step(self) -> bool:
-        """A step that is left out would be missing from the tangents for ever."""
-        return self.carry
+    def requirements(self) -> Requirements:
+        """As `Unrolled`; with ``carry`` a step that is left out would be missing for ever."""
+        return replace(super().requirements, every_step=self.carry)
+
+    def cost(self) -> None:
+        """A function of the number of upper unknowns, which the estimator does not know."""
+        return None
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Refuse more unknowns than ``limit``, and what `Unrolled` refuses."""

@@ -14,7 +14,7 @@ from torchopt.transform.scale_by_adam import ScaleByAdamState
 from torchopt.transform.trace import TraceState
 
 from hyperopt_peft.core.optimizer import LEARNT, options_by_group, require_known
-from hyperopt_peft.core.problem import Problem, Step
+from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.utils.vector import Vector, widened
 
 
@@ -86,7 +86,7 @@ class FunctionalOptimizer:
         return {name: Vector(parts[k::width]) for k, name in enumerate(self.moment_names)}
 
     def vjp(
-        self, step: Step, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None
+        self, step: StepRecord, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None
     ) -> tuple[Vector, Vector, list[Tensor], list[Tensor]]:
         """Cotangents of Φ's arguments from those of (w', moments'), None standing for zeros."""
         inputs = self._inputs(step)
@@ -110,7 +110,7 @@ class FunctionalOptimizer:
 
     def jvp(
         self,
-        step: Step,
+        step: StepRecord,
         point: Vector,
         gradient: Vector,
         moments: Sequence[Tensor],
@@ -140,7 +140,7 @@ class FunctionalOptimizer:
             )
         return Vector.of(bars, variables)
 
-    def advance(self, step: Step) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def advance(self, step: StepRecord) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """The variables and the optimizer's snapshot after ``step``."""
         point, moments = self._apply(step, *self._inputs(step))
         assert step.optimizer is not None
@@ -154,7 +154,9 @@ class FunctionalOptimizer:
         }
         return tuple(point), {**step.optimizer, "state": state}
 
-    def _inputs(self, step: Step) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    def _inputs(
+        self, step: StepRecord
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Fresh copies of Φ's arguments; moments are ordered by variable."""
         assert step.optimizer is not None
         point = _copies(step.variables)
@@ -166,13 +168,13 @@ class FunctionalOptimizer:
         gradient = Vector.of(step.gradient, point)
         return point, _copies(gradient), _copies(moments), _copies(self.options)
 
-    def _count(self, step: Step, index: int) -> float:
+    def _count(self, step: StepRecord, index: int) -> float:
         assert step.optimizer is not None
         return float(step.optimizer["state"].get(index, {}).get("step", 0))
 
     def _apply(
         self,
-        step: Step,
+        step: StepRecord,
         point: list[Tensor],
         gradient: list[Tensor],
         moments: list[Tensor],

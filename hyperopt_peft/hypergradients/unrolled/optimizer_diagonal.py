@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from hyperopt_peft.core.optimizer import require_known
-from hyperopt_peft.core.problem import Problem, Step
+from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.utils.reductions import norm
 from hyperopt_peft.utils.vector import Vector, widened
@@ -101,7 +101,7 @@ class _SGD(_Form):
 _FORMS: dict[type, type[_Form]] = {SGD: _SGD, Adam: _Adam, AdamW: _Adam, RMSprop: _RMSprop}
 
 
-def step_slope(level: Problem, step: Step) -> Vector:
+def step_slope(level: Problem, step: StepRecord) -> Vector:
     """D = −∂w'/∂g of ``step``, w ↦ w', along the diagonal: the optimizer works entry by entry.
 
     L2 weight decay is part of g, AdamW's is not in D. Clipping is taken to be a constant factor,
@@ -125,7 +125,7 @@ def require_diagonal(level: Problem) -> None:
         require_known(level.name, level.optimizer_snapshot(with_state=False), _FORMS)
 
 
-def last_step(oracle: Oracle) -> Step:
+def last_step(oracle: Oracle) -> StepRecord:
     """The last recorded lower step; out of training the one that would be taken next.
 
     The latter needs ∂f/∂w at the current point, one forward+backward.
@@ -134,11 +134,13 @@ def last_step(oracle: Oracle) -> Step:
         return oracle.history[-1]
     lower, gradient = oracle.lower, oracle.lower_parts()
     snapshot = lower.optimizer_snapshot(with_state=True)
-    return Step(oracle.lower_batch, oracle.lower_random, lower.variables, gradient, None, snapshot)
+    return StepRecord(
+        oracle.lower_batch, oracle.lower_random, lower.variables, gradient, None, snapshot
+    )
 
 
 def _diagonal(
-    level: Problem, step: Step, factor: float, entries: Callable[[_Form], Tensor]
+    level: Problem, step: StepRecord, factor: float, entries: Callable[[_Form], Tensor]
 ) -> Vector:
     snapshot = step.optimizer
     assert snapshot is not None
@@ -161,7 +163,7 @@ def _diagonal(
     return Vector(result[i] for i in range(len(step.variables)))
 
 
-def _clipping(level: Problem, step: Step) -> float:
+def _clipping(level: Problem, step: StepRecord) -> float:
     """The factor by which the gradient was scaled before the step."""
     if level.max_grad_norm is None:
         return 1.0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hyperopt_peft.core.problem import Problem, Step
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.core.problem import Problem, StepRecord
+from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
@@ -50,14 +50,17 @@ class Unrolled(Estimator):
         self.require(self.epsilon is None or self.epsilon > 0, "epsilon must be positive")
 
     @property
-    def history(self) -> int:
-        """The lower steps that are differentiated."""
-        return self.steps
+    def requirements(self) -> Requirements:
+        """The steps that are differentiated, each a function of the optimizer's state."""
+        return Requirements(
+            history=self.steps,
+            optimizer_state=True,
+            second_derivatives=self.product == "exact",
+        )
 
-    @property
-    def needs_optimizer_state(self) -> bool:
-        """A step is also a function of the optimizer's state."""
-        return True
+    def cost(self) -> Cost:
+        """F, and for each step f, its graph, and the products with ∂²f/∂w² and ∂²f/∂u∂w."""
+        return Cost(1 + 2 * self.steps, 5 * self.steps, 7 + 2 * self.steps)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Refuse shards, and an optimizer without a functional form; its options may be learnt."""
@@ -84,23 +87,23 @@ class Unrolled(Estimator):
                     adjoint = w_bar + product.hessian(g_bar)
         return Estimate(direct, implicit, steps=len(steps))
 
-    def _looked_back_on(self, oracle: Oracle) -> tuple[FunctionalOptimizer, Sequence[Step]]:
+    def _looked_back_on(self, oracle: Oracle) -> tuple[FunctionalOptimizer, Sequence[StepRecord]]:
         """The lower optimizer's step as a function, and the steps to differentiate, in order."""
         last = oracle.history[-1].optimizer if oracle.history else None
         snapshot = last or oracle.lower.optimizer_snapshot(with_state=True)
         optimizer = FunctionalOptimizer(oracle.lower, snapshot)
         return optimizer, oracle.history[-self.steps :] or self._simulated(oracle, optimizer)
 
-    def _simulated(self, oracle: Oracle, optimizer: FunctionalOptimizer) -> Sequence[Step]:
+    def _simulated(self, oracle: Oracle, optimizer: FunctionalOptimizer) -> Sequence[StepRecord]:
         """``steps`` lower steps from the current point, on the oracle's lower batch."""
-        steps: list[Step] = []
+        steps: list[StepRecord] = []
         point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
         state = oracle.lower.optimizer_snapshot(with_state=True)
         for _ in range(self.steps):
             with displaced(oracle.lower.variables):
                 assign(oracle.lower.variables, point)
                 gradient = oracle.lower_parts()
-            step = Step(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)
+            step = StepRecord(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)
             steps.append(step)
             point, state = optimizer.advance(step)
         return steps

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.hypergradients.estimator import Estimate
+from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind, Scheme
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.unrolled.darts import OneStep
+from hyperopt_peft.hypergradients.unrolled.darts import OneStep, one_step_cost
 from hyperopt_peft.hypergradients.unrolled.optimizer_diagonal import (
     last_step,
     require_diagonal,
@@ -42,9 +42,9 @@ class SAMA(OneStep):
     product: ProductKind = "difference"
 
     @property
-    def needs_optimizer_state(self) -> bool:
-        """The derivative of a step depends on the optimizer's state."""
-        return True
+    def requirements(self) -> Requirements:
+        """As `OneStep`, with the optimizer's state, of which a step's derivative is a function."""
+        return replace(super().requirements, optimizer_state=True)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """As `Estimator.check_levels`; the optimizer must be a known one."""
@@ -56,3 +56,7 @@ class SAMA(OneStep):
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         along = step_slope(oracle.lower, last_step(oracle)) * b
         return Estimate(direct, -self.mixed(oracle, along))
+
+    def cost(self) -> Cost:
+        """F, f, and the mixed product."""
+        return one_step_cost(self, vectors=6)
