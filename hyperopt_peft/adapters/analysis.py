@@ -4,6 +4,8 @@ Full fine-tuning changes one where it changes the other less; LoRA changes both 
 paper reads this off the line through the points (ΔD, ΔM) of the adapted modules.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +31,8 @@ from hyperopt_peft.errors import ProblemError
 class ModuleChange:
     """The change of one adapted weight since initialisation.
 
-    Attributes:
-        module: its name in ``peft_model.named_modules()``.
-        delta_magnitude: ΔM, the mean over rows of |m − m0|.
-        delta_direction: ΔD, the mean over rows of 1 − cos(V, W0).
+    ``module`` is the weight's module in ``peft_model.named_modules()``, ``delta_magnitude`` is ΔM,
+    the mean over rows of |m − m0|, and ``delta_direction`` ΔD, the mean of 1 − cos(V, W0).
     """
 
     module: str
@@ -42,16 +42,12 @@ class ModuleChange:
 
 @dataclass(frozen=True)
 class LineFit:
-    """The least-squares line ΔM = intercept + slope·ΔD with its uncertainty.
+    """The least-squares line ΔM = intercept + slope·ΔD through ``n`` points, with its uncertainty.
 
-    Attributes:
-        slope: what some papers call the correlation; its unit is ΔM per ΔD.
-        intercept: ΔM at ΔD = 0.
-        pearson_r: correlation coefficient; NaN where ΔM is constant.
-        slope_interval: from Student's t with n − 2 degrees of freedom.
-        pearson_interval: from Fisher's z; [−1, 1] for three points.
-        n: number of points.
-        confidence: level of both intervals.
+    Some papers call the slope the correlation; its unit is ΔM per ΔD. ``pearson_r`` is the
+    correlation coefficient, NaN where ΔM is constant. Both intervals have level ``confidence``:
+    that of the slope is from Student's t with n − 2 degrees of freedom, that of r from Fisher's z,
+    [−1, 1] for three points.
     """
 
     slope: float
@@ -73,8 +69,8 @@ def decompose(peft_model: PeftModel, adapter_name: str | None = None) -> list[Mo
         adapter_name: the active adapter by default.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`, or a layer whose weight
-            cannot be read (quantised and the like).
+        ProblemError: as `lora_layers`, or a layer whose weight cannot be read (quantised and the
+            like).
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     changes = []
@@ -100,23 +96,28 @@ def fit_line(changes: Sequence[ModuleChange], confidence: float = 0.95) -> LineF
 
     Raises:
         ProblemError: fewer than three points, constant ΔD, or a confidence outside (0, 1).
+
+    Example:
+        >>> changes = [ModuleChange(str(x), 2.0 * x + 1.0, x) for x in (0.1, 0.2, 0.4)]
+        >>> round(fit_line(changes).slope, 6)
+        2.0
     """
     # Imported here because training never needs it.
     from scipy import stats
 
     if not 0 < confidence < 1:
-        raise ProblemError(f"confidence must lie between 0 and 1, got {confidence}.")
+        raise ProblemError(f"confidence: must lie between 0 and 1, got {confidence}")
     if len(changes) < 3:
         raise ProblemError(
-            f"A line with an interval needs at least 3 modules, got {len(changes)}; "
-            "pass the changes of more modules or of several checkpoints."
+            f"changes: a line with an interval needs at least 3 modules, got {len(changes)}; "
+            "pass the changes of more modules or of several checkpoints"
         )
     x = [change.delta_direction for change in changes]
     y = [change.delta_magnitude for change in changes]
     if min(x) == max(x):
         raise ProblemError(
-            f"delta_direction is {x[0]} for every module, so no line is defined; "
-            "decompose an adapter that has been trained."
+            f"changes: delta_direction is {x[0]} for every module, so no line is defined; "
+            "decompose an adapter that has been trained"
         )
     if min(y) == max(y):
         # A frozen magnitude: the line is flat and exact, the correlation undefined.
@@ -149,13 +150,13 @@ def plot_decomposition(
         The fitted line of each method.
 
     Raises:
-        ProblemError: no method, or as :func:`fit_line`, with the method's name.
+        ProblemError: no method, or as `fit_line`, with the method's name.
     """
     # Figure, not pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
     if not changes_by_method:
-        raise ProblemError("changes_by_method is empty; pass the changes of at least one method.")
+        raise ProblemError("changes_by_method: is empty; pass the changes of at least one method")
     fits = {}
     for method, changes in changes_by_method.items():
         try:

@@ -15,6 +15,8 @@ layer type is laid out so that an entry of m belongs to a row of V:
     Embedding         embedding dimensions     vocabulary
 """
 
+from __future__ import annotations
+
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.adapters import peft_internals
+from hyperopt_peft.errors import ProblemError, nearest
 
 M = TypeVar("M", bound=nn.Module)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,19 +46,19 @@ def resolve_adapter(peft_model: PeftModel, adapter_name: str | None = None) -> s
     """
     if not isinstance(peft_model, PeftModel):
         raise ProblemError(
-            f"Expected a PeftModel, got {type(peft_model).__name__}; wrap the model with "
-            "peft.get_peft_model first."
+            f"peft_model: must be a PeftModel, got {type(peft_model).__name__}; wrap the model "
+            "with peft.get_peft_model"
         )
     if adapter_name is None:
         active: list[str] = list(peft_model.active_adapters)
         if len(active) != 1:
             raise ProblemError(
-                f"Expected one active adapter, found {active}; choose one with adapter_name."
+                f"peft_model: must have one active adapter, has {active}; choose with adapter_name"
             )
         return active[0]
-    if adapter_name not in peft_model.peft_config:
+    if adapter_name not in (known := sorted(peft_model.peft_config)):
         raise ProblemError(
-            f"Unknown adapter {adapter_name!r}; the model has {sorted(peft_model.peft_config)}."
+            f"adapter_name: the model has no {adapter_name!r}{nearest(adapter_name, known)}"
         )
     return adapter_name
 
@@ -66,8 +69,8 @@ def lora_layers(
     """Every LoRA layer of an adapter with its module name, in model order.
 
     Raises:
-        ProblemError: as :func:`resolve_adapter`; the adapter has no LoRA layer; a layer is merged,
-            so that its base weight is no longer W0.
+        ProblemError: as `resolve_adapter`; the adapter has no LoRA layer; a layer is merged, and
+            its base weight is no longer W0.
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     found = [
@@ -77,11 +80,11 @@ def lora_layers(
         and (adapter in module.lora_A or adapter in module.lora_embedding_A)
     ]
     if not found:
-        raise ProblemError(f"Adapter {adapter!r} has no LoRA layer; create it from a LoraConfig.")
+        raise ProblemError(f"adapter {adapter!r}: has no LoRA layer; create it from a LoraConfig")
     for name, layer in found:
         if layer.merged:
             raise ProblemError(
-                f"{name} has merged adapters {layer.merged_adapters}; call unmerge_adapter() first."
+                f"{name}: has merged adapters {layer.merged_adapters}; call unmerge_adapter() first"
             )
     return found
 
@@ -89,18 +92,18 @@ def lora_layers(
 def dora_layers(
     peft_model: PeftModel, adapter_name: str | None = None
 ) -> list[tuple[str, lora.LoraLayer]]:
-    """As :func:`lora_layers`, for an adapter whose every layer has a magnitude.
+    """As `lora_layers`, for an adapter whose every layer has a magnitude.
 
     Raises:
-        ProblemError: as :func:`lora_layers`; a layer has no magnitude.
+        ProblemError: as `lora_layers`; a layer has no magnitude.
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter)
     for name, layer in layers:
         if adapter not in layer.lora_magnitude_vector:
             raise ProblemError(
-                f"{name} has no magnitude for adapter {adapter!r}; "
-                "create the adapter with LoraConfig(use_dora=True)."
+                f"{name}: has no magnitude for adapter {adapter!r}; "
+                "create the adapter with LoraConfig(use_dora=True)"
             )
     return layers
 
@@ -120,9 +123,9 @@ def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = N
     base: Any = layer.get_base_layer()
     if not isinstance(layer, READABLE_LAYERS) or not _is_plain(layer, base):
         raise ProblemError(
-            f"{name} adapts a {type(base).__name__}, whose weight cannot be read as W0; only "
-            "unquantised nn.Linear, Conv1D, nn.Embedding and nn.Conv layers are supported: "
-            "load the model unquantised or leave this module out of target_modules."
+            f"{name}: adapts a {type(base).__name__}, whose weight cannot be read as W0; load the "
+            "model unquantised or leave out of target_modules what is not nn.Linear, Conv1D, "
+            "nn.Embedding or nn.Conv"
         )
     # PEFT builds lora_A without groups, dilation or padding mode, so what it computes there is
     # not a convolution with W0 + s·B·A.
@@ -130,15 +133,15 @@ def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = N
         base.groups != 1 or any(step != 1 for step in base.dilation) or base.padding_mode != "zeros"
     ):
         raise ProblemError(
-            f"{name} adapts a convolution with groups={base.groups}, dilation={base.dilation}, "
-            f"padding_mode={base.padding_mode!r}; only groups=1, dilation=1 and zero padding are "
-            "supported: leave this module out of target_modules."
+            f"{name}: adapts a convolution with groups={base.groups}, dilation={base.dilation}, "
+            f"padding_mode={base.padding_mode!r}, not 1, 1 and zeros; leave this module out of "
+            "target_modules"
         )
-    variant = layer.lora_variant.get(adapter_name)
+    variant = peft_internals.variant(layer, adapter_name)
     if variant is not None and adapter_name not in layer.lora_magnitude_vector:
         raise ProblemError(
-            f"{name} uses {type(variant).__name__} for adapter {adapter_name!r}; only plain LoRA "
-            "and DoRA are supported."
+            f"{name}: uses {type(variant).__name__} for adapter {adapter_name!r}; create the "
+            "adapter as plain LoRA or DoRA"
         )
 
 
@@ -151,19 +154,13 @@ def base_weight(layer: lora.LoraLayer) -> Tensor:
     return weight.flatten(1)
 
 
-def embed_scale(layer: Any) -> Tensor | None:
-    """The fixed factor by which some embeddings (Gemma's) multiply their rows, or None."""
-    scale: Tensor | None = layer._get_embed_scale()
-    return scale
-
-
 def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
     """V = W0 + s·B·A of shape (out, in), differentiable in A and B (arXiv:2402.09353, Eq. 5).
 
     Computed in float32 at least, under autocast too.
 
     Raises:
-        ProblemError: as :func:`require_plain`.
+        ProblemError: as `require_plain`.
     """
     require_plain(layer, adapter_name)
     w0, (a, b) = base_weight(layer), factors(layer, adapter_name)
@@ -202,7 +199,7 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
         return False
     # A quantised or rescaled layer is often a subclass with a forward of its own. PEFT knows one
     # of them, the embedding with a fixed scale, and applies the scale to the adapter as well.
-    scaled = isinstance(layer, lora.Embedding) and embed_scale(layer) is not None
+    scaled = isinstance(layer, lora.Embedding) and peft_internals.embed_scale(layer) is not None
     if type(base).forward is not plain.forward and not scaled:
         return False
     weight = base.weight

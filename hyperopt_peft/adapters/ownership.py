@@ -1,5 +1,7 @@
 """Which level owns which parameter of a DoRA adapter."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -16,12 +18,9 @@ from hyperopt_peft.errors import ProblemError
 class ParameterSplit:
     """The trainable parameters of a PeftModel in three groups, each in model order.
 
-    Names are those of ``peft_model.named_parameters()``.
-
-    Attributes:
-        magnitudes: m of every DoRA layer.
-        directions: the low-rank factors A and B of every DoRA layer.
-        rest: every other trainable parameter, such as a task head in ``modules_to_save``.
+    ``magnitudes`` are m of every DoRA layer, ``directions`` the low-rank factors A and B, and
+    ``rest`` every other trainable parameter, such as a task head in ``modules_to_save``. Names are
+    those of ``peft_model.named_parameters()``.
     """
 
     magnitudes: dict[str, nn.Parameter]
@@ -39,8 +38,16 @@ def split_parameters(peft_model: PeftModel, adapter_name: str | None = None) -> 
         adapter_name: the active adapter by default.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.dora_layers`; a magnitude or a direction is
-            frozen; a target shares its weight with another module.
+        ProblemError: as `dora_layers`; a magnitude or a direction is frozen; a target shares its
+            weight with another module.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, use_dora=True, target_modules=["0"])
+        >>> split = split_parameters(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> len(split.magnitudes), len(split.directions), len(split.rest)
+        (1, 2, 0)
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = dora_layers(peft_model, adapter)
@@ -60,8 +67,8 @@ def split_parameters(peft_model: PeftModel, adapter_name: str | None = None) -> 
     for name, parameter in (split.magnitudes | split.directions).items():
         if not parameter.requires_grad:
             raise ProblemError(
-                f"{name} is frozen; load adapter {adapter!r} with "
-                "PeftModel.from_pretrained(..., is_trainable=True) or activate it with set_adapter."
+                f"{name}: is frozen; load adapter {adapter!r} with "
+                "PeftModel.from_pretrained(..., is_trainable=True) or activate it with set_adapter"
             )
     return split
 
@@ -94,8 +101,8 @@ def _require_untied(peft_model: PeftModel, layers: list[tuple[str, LoraLayer]]) 
         for reader in readers[_memory(weight)]:
             if not f"{reader}.".startswith(own):
                 raise ProblemError(
-                    f"{name} shares its weight with {reader}, so merging the adapter would change "
-                    "both; untie them (tie_word_embeddings=False) or take it out of target_modules."
+                    f"{name}: shares its weight with {reader}, and merging would change both; "
+                    "untie them (tie_word_embeddings=False) or leave it out of target_modules"
                 )
 
 

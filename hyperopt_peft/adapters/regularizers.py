@@ -1,5 +1,7 @@
 """The orthogonality penalty of BiDoRA's lower level (arXiv:2410.09758)."""
 
+from __future__ import annotations
+
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -17,8 +19,15 @@ def gram_penalty(peft_model: PeftModel, adapter_name: str | None = None) -> Tens
         adapter_name: the active adapter by default.
 
     Raises:
-        ValueError: as :func:`~hyperopt_peft.adapters.lora_layers`, or a layer whose weight
-            cannot be read (quantised and the like).
+        ProblemError: as `lora_layers`, or a layer whose weight cannot be read (quantised and the
+            like).
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, use_dora=True, target_modules=["0"])
+        >>> gram_penalty(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)).shape
+        torch.Size([])
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     penalties = []

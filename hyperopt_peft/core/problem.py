@@ -28,7 +28,7 @@ from hyperopt_peft.core.validation import (
     runs_in_half,
 )
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.utils import distributed, versions
+from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import graph_leaves
 from hyperopt_peft.utils.distributed import is_sharded, seen_parameters, total
 from hyperopt_peft.utils.random_state import RandomState
@@ -289,7 +289,6 @@ class Problem:
                 part = part * factor
             variable.grad = None if part is None else part.to(variable.dtype)
         self.optimizer.step()
-        versions.bump(self.variables)  # kernels of 8-bit optimizers leave no trace
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()

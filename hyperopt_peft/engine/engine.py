@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tqdm.auto import trange
 
-from hyperopt_peft.core.problem import Problem, owned
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep, LowerStep
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
@@ -17,7 +16,7 @@ from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.state import unpacked
-from hyperopt_peft.utils import distributed, versions
+from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import (
     RandomState,
     host_random_state,
@@ -103,17 +102,13 @@ class Engine:
         self._stopped = False
         begin = len(self.history)
         progress = trange(steps, disable=not self.progress, desc="upper steps")
-        variables = owned(self.upper, self.lower)
-        # Callbacks may write to parameters in any way.
-        whole_run = nullcontext() if self.callbacks else versions.tracked(variables)
-        with progress as bar, whole_run:
+        with progress as bar:
             if self.lower_step == 0:
                 self._lower_steps(self.warmup_steps)
             for _ in bar:
                 self._step.forget()
-                with versions.tracked(variables):
-                    self._lower_steps(self.lower_steps)
-                    record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
+                self._lower_steps(self.lower_steps)
+                record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
                 if record is not None:
                     losses = {key: f"{record[f'{key}_loss']:.4f}" for key in ("upper", "lower")}
                     bar.set_postfix(losses, refresh=False)

@@ -17,7 +17,7 @@ from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.trainer.data import UpperBatches, collating
 from hyperopt_peft.trainer.sealed_trainer import SealedTrainer
-from hyperopt_peft.utils import distributed, versions
+from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import full
 from hyperopt_peft.utils.random_state import RandomState
 
@@ -91,14 +91,13 @@ class StepTrainer(SealedTrainer):
         """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
         inputs = self._prepare_inputs(inputs)
         self._micro.append(MicroBatch(inputs, RandomState.capture(self._devices)))
-        with versions.tracked(v for level in self._levels for v in level.variables):
-            loss = distributed.average(super().training_step(model, inputs, *args, **kwargs))
-            self._losses.append(loss)
-            if self.accelerator.sync_gradients:
-                try:
-                    self._set_gradients()
-                except NonFiniteError as error:
-                    self._non_finite(error)
+        loss = distributed.average(super().training_step(model, inputs, *args, **kwargs))
+        self._losses.append(loss)
+        if self.accelerator.sync_gradients:
+            try:
+                self._set_gradients()
+            except NonFiniteError as error:
+                self._non_finite(error)
         return loss
 
     def _set_gradients(self) -> None:

@@ -7,11 +7,14 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as global_hooks
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 HALF = (torch.bfloat16, torch.float16)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
@@ -76,3 +79,25 @@ def without_autocast(function: F) -> F:
             return function(*arguments)
 
     return run  # type: ignore[return-value]
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether one of ``modules`` has a hook, or all modules have one that may change a result.
+
+    Forward pre-hooks of all modules do not count: with these, `restore` finds the buffers in use.
+    """
+    everywhere = global_hooks._global_forward_hooks or global_hooks._global_backward_hooks
+    return bool(everywhere) or any(vars(module)[name] for module in modules for name in HOOKS)
+
+
+def needs_plain_operations(*inputs: Tensor) -> bool:
+    """Whether a function of ``inputs`` must consist of PyTorch's own operations at this moment.
+
+    A custom autograd function has a backward pass alone: no `torch.func` transform, no forward-mode
+    derivative and no `torch.jit.trace` goes through.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    )

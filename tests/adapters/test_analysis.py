@@ -39,7 +39,7 @@ def test_nothing_has_changed_at_initialisation(
 
 def test_an_untrained_adapter_has_no_line() -> None:
     model = dora_bert(target_modules="all-linear", dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"delta_direction is 0\.0 for every module.*trained"):
+    with pytest.raises(ValueError, match=r"changes: .*0\.0"):
         fit_line(decompose(model))
 
 
@@ -143,16 +143,16 @@ def test_a_frozen_magnitude_gives_a_flat_line_without_a_correlation() -> None:
 
 
 def test_errors_of_the_fit() -> None:
-    with pytest.raises(ValueError, match="at least 3 modules, got 2"):
+    with pytest.raises(ValueError, match=r"changes: .*2"):
         fit_line(changes([1, 2], [1, 2]))
-    with pytest.raises(ValueError, match=r"delta_direction is 0\.5 for every module"):
+    with pytest.raises(ValueError, match=r"changes: .*0\.5"):
         fit_line(changes([0.5, 0.5, 0.5], [1, 2, 3]))
-    with pytest.raises(ValueError, match="confidence must lie between 0 and 1, got 95"):
+    with pytest.raises(ValueError, match=r"confidence: .*95"):
         fit_line(changes([1, 2, 3], [1, 2, 3]), confidence=95)
 
 
 def test_errors_of_the_model() -> None:
-    with pytest.raises(ValueError, match="Expected a PeftModel"):
+    with pytest.raises(ValueError, match="peft_model: "):
         decompose(bert())
 
 
@@ -187,7 +187,7 @@ def test_the_plot_has_the_points_and_the_fitted_lines(monkeypatch: pytest.Monkey
 
 
 def test_errors_of_the_plot_name_the_method(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="DoRA: A line with an interval needs"):
+    with pytest.raises(ValueError, match="DoRA: changes: "):
         plot_decomposition({"DoRA": changes([1], [1])}, tmp_path / "plot.png")
-    with pytest.raises(ValueError, match="at least one method"):
+    with pytest.raises(ValueError, match="changes_by_method: "):
         plot_decomposition({}, tmp_path / "plot.png")

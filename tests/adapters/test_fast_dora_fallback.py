@@ -1,15 +1,19 @@
 """Where the fast layer is not the layer it stands for, that one is used."""
 
+from __future__ import annotations
+
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, helpers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+from hyperopt_peft.adapters import direction, set_norm_grad, use_fast_dora
+from hyperopt_peft.adapters.layers import row_norm
 from tests.support.adapted_models import (
     Single,
     adapted_layer,
@@ -68,7 +72,7 @@ def test_an_unreadable_layer_keeps_the_forward_of_peft_and_says_so_once() -> Non
     torch.manual_seed(0)
     model = randomise(wrap(Single(Quantised(4, 5).double())))
     expected = output_and_gradients(model, tokens(3))
-    with pytest.warns(UserWarning, match=r"base_model\.model\.layer cannot be read") as caught:
+    with pytest.warns(UserWarning, match=r"base_model\.model\.layer") as caught:
         use_fast_dora(model)
     assert len(caught) == 1
     with warnings.catch_warnings():
@@ -86,7 +90,7 @@ def test_weights_that_are_elsewhere_at_the_time_keep_the_forward_of_peft() -> No
 
     weight = layer.get_base_layer().weight
     layer.get_base_layer()._parameters["weight"] = weight.detach().as_subclass(Sharded)
-    with pytest.warns(UserWarning, match=r"lora\.Linear cannot be read as W0"):
+    with pytest.warns(UserWarning, match=r"lora\.Linear"):
         torch.testing.assert_close(model(x).as_subclass(Tensor), expected)
 
 
@@ -130,6 +134,59 @@ def test_transforms_of_functions() -> None:
         found.append(torch.func.jacrev(outputs)(b, x)[name])
         found.append(torch.func.vmap(outputs, (None, 0))(b, x))
     torch.testing.assert_close(found[2:], found[:2])
+
+
+def directional(model: PeftModel, x: Tensor) -> tuple[Tensor, ...]:
+    """The derivative of the output along ones, in A, B, m and x at once, in forward mode."""
+    with forward_ad.dual_level():
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        duals = {n: forward_ad.make_dual(p, torch.ones_like(p)) for n, p in trained.items()}
+        y = functional_call(model, duals, (forward_ad.make_dual(x, torch.ones_like(x)),))
+        return forward_ad.unpack_dual(y)
+
+
+def test_forward_mode_derivatives() -> None:
+    model, x = randomise(single()), tokens(3)
+    expected = directional(set_norm_grad(model), x)
+    torch.testing.assert_close(directional(use_fast_dora(model), x), expected)
+    with forward_ad.dual_level():  # of x alone
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    v, m = direction(adapted_layer(model), "default"), adapted_layer(model).lora_magnitude_vector
+    torch.testing.assert_close(
+        tangent, (m["default"].weight * v.sum(1) / row_norm(v)).expand_as(tangent)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_model() -> None:
+    model = use_fast_dora(randomise(single())).eval()
+    traced = torch.jit.trace(model, tokens(3))
+    torch.testing.assert_close(traced(tokens(3) + 1), model(tokens(3) + 1))
+
+
+@pytest.mark.skipif(not hasattr(helpers, "DoraCaching"), reason="PEFT 0.18 has no DoraCaching")
+@pytest.mark.parametrize("norm_grad", ["full", "detach"])
+def test_caching_at_inference_is_that_of_peft(norm_grad: Any) -> None:
+    """The norm of the first pass serves the second; gradients are those without caching."""
+    model, x = randomise(single()), tokens(3)
+    b = adapted_layer(model).lora_B["default"].weight
+    found = []
+    for prepare in (
+        lambda: set_norm_grad(model, "detach"),
+        lambda: use_fast_dora(model, norm_grad),
+    ):
+        prepare().train().eval()  # what was cached is dropped
+        with torch.no_grad(), helpers.DoraCaching():
+            first = model(x)
+            b.mul_(2)
+            found.append((first, model(x)))
+        assert not torch.allclose(found[-1][1], model(x))
+        with torch.no_grad():
+            b.div_(2)
+    torch.testing.assert_close(found[1], found[0])
+    expected = output_and_gradients(set_norm_grad(model, norm_grad), x)
+    with helpers.DoraCaching():
+        assert_same(output_and_gradients(use_fast_dora(model, norm_grad), x), expected, 1e-12)
 
 
 def two_precisions() -> PeftModel:

@@ -92,42 +92,42 @@ def test_an_adapter_can_be_named() -> None:
 
 
 def test_errors_about_the_model_and_the_adapter() -> None:
-    with pytest.raises(ValueError, match=r"Expected a PeftModel, got BertFor.*get_peft_model"):
+    with pytest.raises(ValueError, match=r"peft_model: .*BertFor"):
         lora_layers(bert())
 
     model = dora_bert()
-    with pytest.raises(ValueError, match=r"Unknown adapter 'other'; the model has \['default'\]"):
+    with pytest.raises(ValueError, match=r"adapter_name: .*'other'.*default"):
         lora_layers(model, "other")
 
     model = single()
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"one active adapter, found \['default', 'other'\]"):
+    with pytest.raises(ValueError, match=r"\['default', 'other'\].*adapter_name"):
         lora_layers(model)
     assert len(lora_layers(model, "other")) == 1
 
     ia3 = get_peft_model(bert(), IA3Config(target_modules=["key"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="'default' has no LoRA layer"):
+    with pytest.raises(ValueError, match="adapter 'default'"):
         lora_layers(ia3)
 
 
 def test_error_when_merged_until_unmerged() -> None:
     model = dora_bert()
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"query has merged adapters \['default'\].*unmerge"):
+    with pytest.raises(ValueError, match=r"query: .*merged.*'default'"):
         lora_layers(model)
     model.unmerge_adapter()
     assert len(lora_layers(model)) == 4
 
 
 def test_error_without_a_magnitude_even_if_only_one_layer_lacks_it() -> None:
-    with pytest.raises(ValueError, match=r"layer\.0.*query has no magnitude.*use_dora=True"):
+    with pytest.raises(ValueError, match=r"layer\.0.*query: .*use_dora"):
         dora_layers(dora_bert(use_dora=False))
 
     model = dora_bert()
     lacking = model.base_model.model.bert.encoder.layer[1].attention.self.value
     del lacking.lora_magnitude_vector["default"]
-    with pytest.raises(ValueError, match=r"layer\.1\.attention\.self\.value has no magnitude"):
+    with pytest.raises(ValueError, match=r"layer\.1\.attention\.self\.value: "):
         dora_layers(model)
 
 
@@ -144,17 +144,17 @@ class PackedTensor(torch.Tensor):
 
 def test_error_where_the_base_weight_cannot_be_read() -> None:
     layer = adapted_layer(wrap(Single(QuantisedLinear(4, 5))))
-    with pytest.raises(ValueError, match=r"lora\.Linear adapts a QuantisedLinear.*unquantised"):
+    with pytest.raises(ValueError, match=r"lora\.Linear: .*QuantisedLinear"):
         direction(layer, "default")
 
     layer = adapted_layer(single())
     weight = layer.get_base_layer().weight
     layer.get_base_layer().weight = nn.Parameter(weight.data.as_subclass(PackedTensor))
-    with pytest.raises(ValueError, match="cannot be read as W0"):
+    with pytest.raises(ValueError, match=r"lora\.Linear: .*W0"):
         direction(layer, "default")
 
     layer.get_base_layer().weight = nn.Parameter(weight.to(torch.float8_e4m3fn), False)
-    with pytest.raises(ValueError, match="cannot be read as W0"):
+    with pytest.raises(ValueError, match=r"lora\.Linear: .*W0"):
         direction(layer, "default")
 
     layer.get_base_layer().weight = weight
@@ -174,17 +174,17 @@ def test_error_for_convolutions_that_peft_does_not_adapt_faithfully(
     options: dict[str, object], message: str
 ) -> None:
     layer = adapted_layer(wrap(Single(nn.Conv2d(4, 6, 3, **options))))
-    with pytest.raises(ValueError, match=f"{message}.*leave this module out"):
+    with pytest.raises(ValueError, match=f"lora.Conv2d: .*{message}"):
         direction(layer, "default")
 
 
 def test_error_for_other_lora_layers_and_variants() -> None:
     attention = wrap(Single(nn.MultiheadAttention(4, 2)), use_dora=False)
-    with pytest.raises(ValueError, match=r"model\.layer adapts a MultiheadAttention"):
+    with pytest.raises(ValueError, match=r"model\.layer: .*MultiheadAttention"):
         gram_penalty(attention)
 
     mica = wrap(Single(nn.Linear(4, 5)), use_dora=False, init_lora_weights="mica")
-    with pytest.raises(ValueError, match="here uses MiCALinearVariant for adapter 'default'"):
+    with pytest.raises(ValueError, match=r"here: .*Variant .*'default'"):
         require_plain(adapted_layer(mica), "default", "here")
 
 

@@ -267,7 +267,7 @@ def test_the_saved_adapter_is_a_plain_peft_adapter(tmp_path: Path) -> None:
 
 def test_error_for_an_unknown_choice() -> None:
     choice: Any = "none"
-    with pytest.raises(ValueError, match="norm_grad must be 'full' or 'detach', got 'none'"):
+    with pytest.raises(ValueError, match=r"norm_grad: .*'none'"):
         set_norm_grad(single(), choice)
 
 
@@ -280,7 +280,7 @@ def test_error_names_the_unsupported_module_and_changes_no_layer() -> None:
             self.grouped = nn.Conv2d(4, 6, 3, groups=2)
 
     model = wrap(Model(), target_modules=["first", "grouped"])
-    with pytest.raises(ValueError, match=r"base_model\.model\.grouped adapts a convolution"):
+    with pytest.raises(ValueError, match=r"base_model\.model\.grouped: "):
         set_norm_grad(model)
     layers = dict(dora_layers(model))
     first = layers["base_model.model.first"].lora_variant["default"]
@@ -289,5 +289,5 @@ def test_error_names_the_unsupported_module_and_changes_no_layer() -> None:
 
 
 def test_error_without_dora() -> None:
-    with pytest.raises(ValueError, match=r"model\.layer has no magnitude.*use_dora=True"):
+    with pytest.raises(ValueError, match=r"model\.layer: .*use_dora"):
         set_norm_grad(single(use_dora=False))

@@ -68,26 +68,26 @@ def test_only_the_named_adapter_is_split() -> None:
     split = split_parameters(model)
     assert len(split.magnitudes) == 2
     assert all(".key." in name and ".other." in name for name in split.directions)
-    with pytest.raises(ValueError, match=r"default.weight is frozen.*set_adapter"):
+    with pytest.raises(ValueError, match=r"default.weight: .*set_adapter"):
         split_parameters(model, "default")
 
 
 def test_error_for_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
     dora_bert().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lora_magnitude_vector.* is frozen.*is_trainable=True"):
+    with pytest.raises(ValueError, match=r"lora_magnitude_vector.*: .*is_trainable"):
         split_parameters(PeftModel.from_pretrained(bert(), tmp_path))
 
     model = PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True)
     assert len(split_parameters(model).directions) == 8
     next(iter(split_parameters(model).directions.values())).requires_grad_(False)
-    with pytest.raises(ValueError, match=r"query\.lora_A\.default\.weight is frozen"):
+    with pytest.raises(ValueError, match=r"query\.lora_A\.default\.weight: "):
         split_parameters(model)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(("target", "other"), [("wte", "lm_head"), ("lm_head", "transformer.wte")])
 def test_error_for_a_target_with_a_tied_weight(target: str, other: str) -> None:
-    with pytest.raises(ValueError, match=rf"{target} shares its weight with .*{other}, so merging"):
+    with pytest.raises(ValueError, match=rf"{target}: .*{other}"):
         split_parameters(wrap(gpt2(), target_modules=[target]))
 
     untied: PreTrainedModel = gpt2(tie_word_embeddings=False)
@@ -103,12 +103,12 @@ class Pair(nn.Module):
 def test_tied_weights_are_found_by_memory() -> None:
     """Also where the tie is one module under two names, or one storage in two parameters."""
     shared = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=r"model\.layer shares its weight with .*model\.other"):
+    with pytest.raises(ValueError, match=r"model\.layer: .*model\.other"):
         split_parameters(wrap(Pair(shared, shared)))
 
     view = nn.Linear(3, 3)
     view.weight = nn.Parameter(shared.weight.data.T)
-    with pytest.raises(ValueError, match=r"model\.layer shares its weight with .*model\.other"):
+    with pytest.raises(ValueError, match=r"model\.layer: .*model\.other"):
         split_parameters(wrap(Pair(shared, view)))
 
     assert len(split_parameters(wrap(Pair(shared, nn.Linear(3, 3)))).magnitudes) == 1

@@ -123,7 +123,7 @@ def test_ranks_are_counts_of_weights_at_the_threshold():
     assert list(selected_ranks(model).values()) == [2, 1, 4, 3]
     assert list(selected_ranks(model, 1.3).values()) == [2, 1, 0, 0]
     assert list(selected_ranks(model, 0.45).values()) == [4, 4, 4, 3]
-    with pytest.raises(ProblemError, match=r"threshold=3.* every component; .* weight is 2\.5"):
+    with pytest.raises(ProblemError, match=r"threshold: 3.*2\.5"):
         selected_ranks(model, 3)
 
 
@@ -247,21 +247,21 @@ def frozen(model):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: add_selection(bert()), "Expected a PeftModel"),
-        (lambda: add_selection(embedding()), "no row of A for each component; take it out"),
-        (lambda: add_selection(add_selection(plain())), "has weights of its components already"),
-        (lambda: add_selection(frozen(plain())), "is frozen; .* is_trainable=True"),
-        (lambda: add_selection(plain(), "tanh"), '"softmax" or "sigmoid", got \'tanh\''),
-        (lambda: selected_ranks(plain()), "call add_selection first"),
-        (lambda: selected_state(plain(), RANKS), "call add_selection first"),
-        (lambda: selected_state(embedding(), {"layer": 1}), "call add_selection first"),
-        (lambda: rank_config(plain(), {LAYERS[0]: 1}), "different layers: .*layer.1.*query"),
-        (lambda: rank_config(plain(), RANKS | {LAYERS[0]: -1}), "whole number from 0, got -1"),
-        (lambda: rank_config(plain(), RANKS | {LAYERS[0]: 1.5}), "whole number from 0, got 1.5"),
-        (lambda: rank_config(plain(), dict.fromkeys(LAYERS, 0)), "leaves nothing to train"),
+        (lambda: add_selection(bert()), "peft_model: "),
+        (lambda: add_selection(embedding()), "layer: Embedding"),
+        (lambda: add_selection(add_selection(plain())), "add_selection"),
+        (lambda: add_selection(frozen(plain())), "is_trainable"),
+        (lambda: add_selection(plain(), "tanh"), "form: .*'tanh'"),
+        (lambda: selected_ranks(plain()), "add_selection"),
+        (lambda: selected_state(plain(), RANKS), "add_selection"),
+        (lambda: selected_state(embedding(), {"layer": 1}), "add_selection"),
+        (lambda: rank_config(plain(), {LAYERS[0]: 1}), "ranks: .*layer.1.*query"),
+        (lambda: rank_config(plain(), RANKS | {LAYERS[0]: -1}), "ranks: .*-1"),
+        (lambda: rank_config(plain(), RANKS | {LAYERS[0]: 1.5}), "ranks: .*1.5"),
+        (lambda: rank_config(plain(), dict.fromkeys(LAYERS, 0)), "ranks: "),
         (
             lambda: selected_state(add_selection(plain()), RANKS | {LAYERS[0]: 5}),
-            "has 4 components, not 5",
+            "ranks: .*5",
         ),
     ],
 )
@@ -274,7 +274,7 @@ def test_an_adapter_without_lora_layers_is_named():
     model = get_peft_model(
         bert(), IA3Config(target_modules=["query"], feedforward_modules=[], task_type="SEQ_CLS")
     )
-    with pytest.raises(ProblemError, match="no LoRA layer"):
+    with pytest.raises(ProblemError, match="adapter 'default'"):
         add_selection(model)
 
 
@@ -297,5 +297,5 @@ def test_only_the_named_adapter_gets_weights():
         assert torch.equal(found, a[kept]) and not found.requires_grad
         b = layers[f"base_model.model.{name}"].lora_B["other"].weight
         assert torch.equal(state[f"base_model.model.{name}.lora_B.weight"], b[:, kept])
-    with pytest.raises(ProblemError, match="call add_selection first"):
+    with pytest.raises(ProblemError, match="add_selection"):
         component_weights(model, "default")

@@ -281,9 +281,9 @@ def test_a_search_resumes_bit_by_bit_and_ends_in_a_stock_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: Components(peft_model(dora=False)), "call add_selection first"),
-        (lambda: Selection(peft_model(dora=False)), "call add_selection first"),
-        (lambda: Selection(base_model()), "Expected a PeftModel"),
+        (lambda: Components(peft_model(dora=False)), "add_selection"),
+        (lambda: Selection(peft_model(dora=False)), "add_selection"),
+        (lambda: Selection(base_model()), "peft_model: "),
     ],
 )
 def test_bad_input_is_named(wrong, said):

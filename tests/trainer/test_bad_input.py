@@ -150,17 +150,17 @@ def quantised():
 
 
 MODELS = {
-    "no PeftModel": (lambda _: base_model(), {}, "Expected a PeftModel, got Bert.*get_peft_model"),
-    "no model": (lambda _: nn.Module, {}, "Expected a PeftModel, got type"),
+    "no PeftModel": (lambda _: base_model(), {}, "peft_model: .*Bert"),
+    "no model": (lambda _: nn.Module, {}, "peft_model: .*type"),
     "no magnitudes for bidora": (
         lambda _: peft_model(dora=False),
         {},
-        r"query has no magnitude for adapter 'default'; .*use_dora=True",
+        r"query: .*'default'.*use_dora",
     ),
     "no magnitudes for dora": (
         lambda _: peft_model(dora=False),
         {"method": "dora"},
-        r"query has no magnitude for adapter 'default'; .*use_dora=True",
+        r"query: .*'default'.*use_dora",
     ),
     "magnitudes for lora": (
         lambda _: peft_model(),
@@ -170,7 +170,7 @@ MODELS = {
     "an adapter of another kind": (
         lambda _: get_peft_model(base_model(), IA3Config(target_modules=["key"])),
         {},
-        "'default' has no LoRA layer",
+        "adapter 'default': ",
     ),
     "frozen magnitudes": (
         lambda _: frozen_magnitudes(),
@@ -198,8 +198,8 @@ MODELS = {
         r"one active adapter, found \['default', 'other'\]",
     ),
     "no active adapter": (lambda _: activated(), {}, r"one active adapter, found \[\]"),
-    "merged": (lambda _: merged(), {}, r"has merged adapters .* call unmerge_adapter\(\) first"),
-    "tied target": (lambda _: tied(), {}, "lm_head shares its weight with .*embed_tokens.*untie"),
+    "merged": (lambda _: merged(), {}, "unmerge_adapter"),
+    "tied target": (lambda _: tied(), {}, "lm_head: .*embed_tokens"),
     "quantised, cg": (
         lambda _: quantised(),
         {"hypergradient": "cg"},
@@ -213,7 +213,7 @@ MODELS = {
     "wrapped": (
         lambda _: nn.DataParallel(peft_model()),
         {},
-        "Expected a PeftModel, got DataParallel",
+        "peft_model: .*DataParallel",
     ),
 }
 

@@ -2,7 +2,7 @@
 
 PEFT forms B·A through an identity matrix, and V = W0 + s·B·A, at every forward pass, and keeps two
 outputs for the backward pass. Here the row norms are factored (`row_norms`), and the layer is one
-autograd node that keeps its input and its output only (`dora_function`).
+autograd node that keeps its input and its output only (`function`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import layer as lora
-from peft.tuners.lora import variants
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
+from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.dora.function import DoraDropoutLinear, DoraLinear
-from hyperopt_peft.adapters.dora.row_norms import RowNorm, RowNormCache
-from hyperopt_peft.adapters.dora.variants import NormGrad, require_norm_grad, variant_of
+from hyperopt_peft.adapters.dora.row_norms import RowNorm, measure
+from hyperopt_peft.adapters.dora.variants import (
+    CheckedLinear,
+    FullNormLinear,
+    NormGrad,
+    require_norm_grad,
+    variant_of,
+)
 from hyperopt_peft.adapters.layers import (
     base_weight,
     dora_layers,
@@ -30,8 +35,7 @@ from hyperopt_peft.adapters.layers import (
     resolve_adapter,
 )
 from hyperopt_peft.errors import ProblemError
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from hyperopt_peft.utils.autograd import has_hooks, needs_plain_operations
 
 
 def use_fast_dora(
@@ -43,11 +47,12 @@ def use_fast_dora(
     differentiates through the row norm as well, which PEFT leaves out (arXiv:2402.09353, §4.3).
     Parameters, names, dropout, saving, merging and switching stay PEFT's own.
 
-    Embeddings and convolutions get what :func:`~hyperopt_peft.adapters.set_norm_grad` gives them,
-    and so do linear layers whose base weight is trained, whose parts have hooks, or where several
-    adapters are active at once, and all inside ``torch.func`` transforms. A layer that cannot be
-    read (quantised, sharded) keeps PEFT's own forward pass, with a constant row norm; a warning
-    names those. ``set_norm_grad`` undoes this function.
+    Other layers get the forward pass of `set_norm_grad`: embeddings and convolutions always, a
+    linear layer whose base weight is trained, whose parts have hooks, or where several adapters
+    are active at once, and each layer inside `torch.func` transforms, forward-mode derivatives and
+    `torch.jit.trace`. A layer whose W0 cannot be read (quantised, sharded) keeps PEFT's forward
+    pass, with a constant row norm; a warning names the layer. Inside ``peft.helpers.DoraCaching``
+    inference is PEFT's. `set_norm_grad` undoes this function.
 
     The backward pass needs the layer's output, so autograd refuses an operation that changes it in
     place, such as ``nn.ReLU(inplace=True)`` directly after the layer.
@@ -59,7 +64,14 @@ def use_fast_dora(
         ``peft_model`` itself.
 
     Raises:
-        ProblemError: ``norm_grad`` is neither; as :func:`~hyperopt_peft.adapters.dora_layers`.
+        ProblemError: ``norm_grad`` is neither; as `dora_layers`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, use_dora=True, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> model = use_fast_dora(model, norm_grad="detach")  # PEFT's own gradients
     """
     require_norm_grad(norm_grad)
     adapter = resolve_adapter(peft_model, adapter_name)
@@ -69,64 +81,73 @@ def use_fast_dora(
             require_plain(layer, adapter, name)
         except ProblemError:
             unreadable.append(name)
-            plain = variant_of(layer, "detach")
+            variant = variant_of(layer, "detach")
         else:
-            plain = variant_of(layer, norm_grad)
+            variant = variant_of(layer, norm_grad)
             if isinstance(layer, lora.Linear):
-                plain = FastDora(norm_grad, plain)
-        if plain is not None:
-            layer.lora_variant[adapter] = plain
+                variant = FastFullNorm() if norm_grad == "full" else FastDora()
+        if variant is not None:
+            peft_internals.set_variant(layer, adapter, variant)
     if unreadable:
-        _warn_peft(unreadable)
+        _warn_unreadable(unreadable)
     return peft_model
 
 
-class FastDora(variants.DoraLinearVariant):
-    """The fast forward pass of one linear layer; ``reference`` is the one that it stands for."""
+class FastDora(CheckedLinear):
+    """PEFT's DoRA on a linear layer, with the fast forward pass; the row norm is a constant."""
 
-    def __init__(self, norm_grad: NormGrad, reference: lora.LoraVariant) -> None:
-        self.norm_grad, self.reference = norm_grad, reference
-        self.cache = RowNormCache()
-
+    @staticmethod
     def forward(
-        self, module: lora.Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        module: lora.Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """The layer's output, (…, out).
+        """The layer's output, (…, out), for x (…, in) and the base layer's ``result`` (…, out)."""
+        slow = peft_internals.DoraLinearVariant
+        return _forward(module, active_adapter, x, result, slow, **kwargs)
 
-        Args:
-            module: the layer.
-            x: input, (…, in).
-            result: output of the base layer, (…, out).
-        """
-        if not _is_whole(module, active_adapter, x):
-            _warn_peft([f"lora.{type(module).__name__}"])
-            y: Tensor = super().forward(module, active_adapter, x, result, **kwargs)
-            return y
-        if not _is_alone(module, active_adapter):
-            y = self.reference.forward(
-                module, active_adapter=active_adapter, x=x, result=result, **kwargs
-            )
-            return y
 
-        a, b = factors(module, active_adapter)
-        w0, m = base_weight(module), magnitude(module, active_adapter)
-        s: float = module.scaling[active_adapter]
-        wide = reduce(torch.promote_types, (w0.dtype, m.dtype, a.dtype, torch.float32))
-        norms = self.cache.norms(w0, a, b, s, wide)
-        n = norms.norm
-        if self.norm_grad == "full":
-            n = RowNorm.apply(a.to(wide), b.to(wide), w0, n, norms.v_a, s)
-        g = m.to(wide) / n
+class FastFullNorm(FullNormLinear):
+    """DoRA on a linear layer with the row norm in the graph, with the fast forward pass."""
 
-        dropout, bias = module.lora_dropout[active_adapter], module.get_base_layer().bias
-        base = result.detach().contiguous()
-        x0, a, b = (tensor.to(_product_dtype(x)) for tensor in (x, a, b))
-        if module.training and not isinstance(dropout, nn.Identity):
-            dropped = dropout(x).to(x0.dtype)
-            y, *_ = DoraDropoutLinear.apply(dropped, a, b, g, x0, w0, base, bias, s)
-        else:
-            y, _ = DoraLinear.apply(x0, a, b, g, w0, base, bias, s)
+    @staticmethod
+    def forward(
+        module: lora.Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """The layer's output, (…, out), for x (…, in) and the base layer's ``result`` (…, out)."""
+        return _forward(module, active_adapter, x, result, FullNormLinear, **kwargs)
+
+
+def _forward(
+    module: lora.Linear,
+    adapter: str,
+    x: Tensor,
+    result: Tensor,
+    slow: type[peft_internals.DoraLinearVariant],
+    **kwargs: Any,
+) -> Tensor:
+    """The fast forward pass, or that of ``slow`` or PEFT where the fast one does not apply."""
+    if (instead := _instead(module, adapter, x, slow)) is not None:
+        y: Tensor = instead.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
         return y
+
+    w0, m, (a, b) = base_weight(module), magnitude(module, adapter), factors(module, adapter)
+    s: float = module.scaling[adapter]
+    wide = reduce(torch.promote_types, (w0.dtype, m.dtype, a.dtype, torch.float32))
+    wide_a, wide_b = a.to(wide), b.to(wide)
+    norms = measure(w0, wide_a, wide_b, s)
+    n = norms.norm
+    if slow is FullNormLinear:
+        n = RowNorm.apply(wide_a, wide_b, w0, n, norms.v_a, s)
+    g = m.to(wide) / n
+
+    dropout, bias = module.lora_dropout[adapter], module.get_base_layer().bias
+    base = result.detach().contiguous()
+    x0, a, b = (tensor.to(_product_dtype(x)) for tensor in (x, a, b))
+    if module.training and not isinstance(dropout, nn.Identity):
+        dropped = dropout(x).to(x0.dtype)
+        y, *_ = DoraDropoutLinear.apply(dropped, a, b, g, x0, w0, base, bias, s)
+    else:
+        y, _ = DoraLinear.apply(x0, a, b, g, w0, base, bias, s)
+    return y
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -135,6 +156,19 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def _instead(
+    module: lora.Linear, adapter: str, x: Tensor, slow: type[peft_internals.DoraLinearVariant]
+) -> type[peft_internals.DoraLinearVariant] | None:
+    """The forward pass to use in place of the fast one, None where the fast one applies."""
+    if not _is_whole(module, adapter, x):
+        _warn_unreadable([f"lora.{type(module).__name__}"])
+        return peft_internals.DoraLinearVariant
+    if peft_internals.is_caching(module) and not torch.is_grad_enabled():
+        return peft_internals.DoraLinearVariant
+    inputs = x, *factors(module, adapter), magnitude(module, adapter)
+    return None if _is_alone(module, adapter) and not needs_plain_operations(*inputs) else slow
 
 
 def _is_whole(module: lora.Linear, adapter: str, x: Tensor) -> bool:
@@ -150,18 +184,19 @@ def _is_whole(module: lora.Linear, adapter: str, x: Tensor) -> bool:
 def _is_alone(module: lora.Linear, adapter: str) -> bool:
     """Whether the layer is W0 x + b with W0 fixed, and B A x, and nothing else."""
     base = module.get_base_layer()
-    parts = base, module.lora_A[adapter], module.lora_B[adapter]
-    hooked = global_hooks._global_forward_hooks or any(vars(p)[h] for p in parts for h in HOOKS)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
-    # accelerate replaces the forward of a module that it has placed on a device
-    replaced = "forward" in vars(base) and not hasattr(base, "_hf_hook")
+    replaced = "forward" in vars(base) and not peft_internals.is_placed(base)
     active = [name for name in module.active_adapters if name in module.lora_A]
-    return not (hooked or transformed or replaced or base.weight.requires_grad or len(active) > 1)
+    return not (
+        has_hooks(base, module.lora_A[adapter], module.lora_B[adapter])
+        or replaced
+        or base.weight.requires_grad
+        or len(active) > 1
+    )
 
 
-def _warn_peft(names: list[str]) -> None:
+def _warn_unreadable(names: list[str]) -> None:
     warnings.warn(
         f"use_fast_dora: {', '.join(names)} cannot be read as W0 (quantised or sharded) and keeps "
-        "PEFT's own DoRA, which takes the row norm for a constant.",
+        "PEFT's own DoRA, which takes the row norm for a constant",
         stacklevel=3,
     )

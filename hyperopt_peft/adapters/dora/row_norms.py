@@ -2,8 +2,8 @@
 
     n_j² = ‖W0_j‖² + 2s ⟨(W0 Aᵀ)_j, B_j⟩ + s² ⟨B_j (A Aᵀ), B_j⟩
 
-costs one pass over W0 and r columns, where PEFT forms B·A and V. Everything is in float32 at
-least. The terms cancel where V is much shorter than W0, so those rows are measured on V itself.
+costs one pass over W0 and r columns, where PEFT forms B·A and V. The dtype is that of A and B,
+float32 at least. The terms cancel where V_j is much shorter than W0_j; such a row is measured on V.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.utils import versions
 from hyperopt_peft.utils.autograd import without_autocast
 
 # Below this share of ‖W0_j‖², n_j² has lost two digits and its row is measured on V itself.
@@ -29,29 +28,13 @@ class RowNorms:
     v_a: Tensor
 
 
-class RowNormCache:
-    """The row norms of one layer, kept inside `versions.tracked` while its tensors stand still."""
-
-    def __init__(self) -> None:
-        self._kept: tuple[Any, versions.Snapshot, RowNorms] | None = None
-
-    @torch.no_grad()
-    def norms(self, w0: Tensor, a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> RowNorms:
-        """The norms for W0 (out, in), A (r, in), B (out, r), in ``dtype``."""
-        tensors, key = (w0, a, b), (versions.span(), s, dtype)
-        # Tensors of inference mode have no versions, and may not enter a graph later.
-        inference = torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors)
-        keep = key[0] is not None and not inference
-        if keep and self._kept and self._kept[0] == key and self._kept[1].matches(tensors):
-            return self._kept[2]
-        with torch.autocast(w0.device.type, enabled=False):
-            norms = measure(w0, a.to(dtype), b.to(dtype), s)
-        self._kept = (key, versions.Snapshot(tensors), norms) if keep else None
-        return norms
-
-
+@torch.no_grad()
+@without_autocast
 def measure(w0: Tensor, a: Tensor, b: Tensor, s: float) -> RowNorms:
-    """n and V Aᵀ, in the dtype of A and B; reads back whether a row cancels."""
+    """n and V Aᵀ for W0 (out, in), A (r, in), B (out, r), in the dtype of A and B.
+
+    Reads back from the device whether a row cancels.
+    """
     w0_a = (a @ w0.to(a.dtype).T).T
     v_a = _v_a(w0_a, a, b, s)
     base = torch.linalg.vector_norm(w0, dim=1, dtype=a.dtype).square()

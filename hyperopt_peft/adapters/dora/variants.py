@@ -11,19 +11,20 @@ The variants below replace the forward pass of PEFT's and nothing else: paramete
 initialisation, saving and merging stay PEFT's own.
 """
 
+from __future__ import annotations
+
 from typing import Any, Literal
 
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import layer as lora
-from peft.tuners.lora import variants
 from torch import Tensor, nn
 
+from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.layers import (
     base_weight,
     direction,
     dora_layers,
-    embed_scale,
     magnitude,
     require_plain,
     resolve_adapter,
@@ -49,9 +50,16 @@ def set_norm_grad(
         ``peft_model`` itself.
 
     Raises:
-        ProblemError: ``norm_grad`` is neither; as :func:`~hyperopt_peft.adapters.dora_layers`;
-            with ``"full"``, a layer whose weight cannot be read (quantised, grouped convolution
-            and the like). No layer is changed then.
+        ProblemError: ``norm_grad`` is neither; as `dora_layers`; with ``"full"``, a layer whose
+            weight cannot be read (quantised, grouped convolution and the like). No layer is changed
+            then.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, use_dora=True, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> model = set_norm_grad(model, "full")
     """
     require_norm_grad(norm_grad)
     adapter = resolve_adapter(peft_model, adapter_name)
@@ -62,18 +70,18 @@ def set_norm_grad(
     for _, layer in layers:
         variant = variant_of(layer, norm_grad)
         if variant is not None:
-            layer.lora_variant[adapter] = variant
+            peft_internals.set_variant(layer, adapter, variant)
     return peft_model
 
 
 def require_norm_grad(norm_grad: str) -> None:
     """Raise ProblemError unless ``norm_grad`` is one of the two."""
     if norm_grad not in ("full", "detach"):
-        raise ProblemError(f"norm_grad must be 'full' or 'detach', got {norm_grad!r}.")
+        raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
 
 
-def variant_of(layer: lora.LoraLayer, norm_grad: NormGrad) -> lora.LoraVariant | None:
-    """The forward pass for ``layer``; None for a layer type of PEFT's that is not known here."""
+def variant_of(layer: lora.LoraLayer, norm_grad: NormGrad) -> peft_internals.LoraVariant | None:
+    """The variant for ``layer``; None for a layer type of PEFT's that is not in `VARIANTS`."""
     for kind, (detached, full) in VARIANTS.items():
         if isinstance(layer, kind):
             return full() if norm_grad == "full" else detached()
@@ -123,8 +131,8 @@ def adapted_embedding(
         result: output of the base layer, (..., dim).
     """
     a, b = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
-    ba_x: Tensor = module.scaling[active_adapter] * (module._embed(x, a.T) @ b.T)
-    scale = embed_scale(module)
+    ba_x: Tensor = module.scaling[active_adapter] * (peft_internals.embedded(module, x, a.T) @ b.T)
+    scale = peft_internals.embed_scale(module)
     if scale is not None:
         ba_x = ba_x * scale.to(ba_x.dtype)
     return gain(module, active_adapter) * (result + ba_x)
@@ -133,45 +141,64 @@ def adapted_embedding(
 def _without_bias(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, lora.Linear):
         return F.linear(x, base_weight(layer).to(x.dtype))
-    base = layer.get_base_layer()
-    output: Tensor = layer.conv_fn(x, base.weight.to(x.dtype), None, base.stride, base.padding)
-    return output
+    return peft_internals.convolution(layer, x, layer.get_base_layer().weight.to(x.dtype))
 
 
-class FullNormLinear(variants.DoraLinearVariant):
+class CheckedLinear(peft_internals.DoraLinearVariant):
+    """PEFT's variant for linear layers, with an error where an older PEFT unmerges wrongly."""
+
+    @staticmethod
+    def unmerge(module: lora.Linear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """W0 from the merged weight.
+
+        Raises:
+            ProblemError: a ``Conv1D`` under PEFT before 0.21, which divides along the wrong axis.
+        """
+        if module.fan_in_fan_out and peft_internals.peft_before("0.21"):
+            raise ProblemError(
+                f"lora.{type(module).__name__}: this PEFT unmerges DoRA from a Conv1D wrongly; "
+                "install peft>=0.21 or load the base model again"
+            )
+        w0: Tensor = peft_internals.DoraLinearVariant.unmerge(module, active_adapter, orig_weight)
+        return w0
+
+
+class FullNormLinear(CheckedLinear):
     """DoRA on a linear layer, with the row norm in the graph."""
 
     forward = staticmethod(adapted)
 
 
-class FullNormEmbedding(variants.DoraEmbeddingVariant):
+class FullNormEmbedding(peft_internals.DoraEmbeddingVariant):
     """DoRA on an embedding, with the row norm in the graph."""
 
     forward = staticmethod(adapted_embedding)
 
 
-class FullNormConv1d(variants.DoraConv1dVariant):
+class FullNormConv1d(peft_internals.DoraConv1dVariant):
     """DoRA on a 1-d convolution, with the row norm in the graph."""
 
     forward = staticmethod(adapted)
 
 
-class FullNormConv2d(variants.DoraConv2dVariant):
+class FullNormConv2d(peft_internals.DoraConv2dVariant):
     """DoRA on a 2-d convolution, with the row norm in the graph."""
 
     forward = staticmethod(adapted)
 
 
-class FullNormConv3d(variants.DoraConv3dVariant):
+class FullNormConv3d(peft_internals.DoraConv3dVariant):
     """DoRA on a 3-d convolution, with the row norm in the graph."""
 
     forward = staticmethod(adapted)
 
 
-VARIANTS: dict[type[lora.LoraLayer], tuple[type[lora.LoraVariant], type[lora.LoraVariant]]] = {
-    lora.Linear: (variants.DoraLinearVariant, FullNormLinear),
-    lora.Embedding: (variants.DoraEmbeddingVariant, FullNormEmbedding),
-    lora.Conv1d: (variants.DoraConv1dVariant, FullNormConv1d),
-    lora.Conv2d: (variants.DoraConv2dVariant, FullNormConv2d),
-    lora.Conv3d: (variants.DoraConv3dVariant, FullNormConv3d),
+Variant = type[peft_internals.LoraVariant]
+# For each type of layer: PEFT's variant, and the one with the row norm in the graph.
+VARIANTS: dict[type[lora.LoraLayer], tuple[Variant, Variant]] = {
+    lora.Linear: (peft_internals.DoraLinearVariant, FullNormLinear),
+    lora.Embedding: (peft_internals.DoraEmbeddingVariant, FullNormEmbedding),
+    lora.Conv1d: (peft_internals.DoraConv1dVariant, FullNormConv1d),
+    lora.Conv2d: (peft_internals.DoraConv2dVariant, FullNormConv2d),
+    lora.Conv3d: (peft_internals.DoraConv3dVariant, FullNormConv3d),
 }

@@ -17,6 +17,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.layers import factors, lora_layers, parametrization, resolve_adapter
 from hyperopt_peft.errors import ProblemError
 
@@ -59,7 +60,7 @@ def use_pseudo_svd(peft_model: PeftModel, adapter_name: str | None = None) -> Pe
         ``peft_model`` itself.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; a layer with a variant of
+        ProblemError: as `lora_layers`; a layer with a variant of
             LoRA, DoRA for example; an embedding or a bare parameter; a frozen adapter; a rank above
             the size of the weight; a parametrized A or B, such as P, Λ and Q. Nothing has changed.
     """
@@ -82,7 +83,7 @@ def pseudo_singular_values(
     """λ, of shape (r,), of every layer, by its name in ``peft_model.named_parameters()``.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; :func:`use_pseudo_svd` has
+        ProblemError: as `lora_layers`; `use_pseudo_svd` has
             not been called for the adapter.
     """
     adapter = resolve_adapter(peft_model, adapter_name)
@@ -96,7 +97,7 @@ def orthogonality_penalty(peft_model: PeftModel, adapter_name: str | None = None
     In float32 at least, under autocast too.
 
     Raises:
-        ProblemError: as :func:`pseudo_singular_values`.
+        ProblemError: as `pseudo_singular_values`.
     """
     parts = []
     for _, lora_b, q in _pseudo_layers(peft_model, resolve_adapter(peft_model, adapter_name)):
@@ -118,41 +119,40 @@ def _pseudo_layers(peft_model: PeftModel, adapter: str) -> list[tuple[str, nn.Mo
         b: Any = dict(layer.lora_B).get(adapter)
         if parametrization(b, ScaledColumns) is None:
             raise ProblemError(
-                f"{name} has no pseudo singular values for adapter {adapter!r}; call "
-                "use_pseudo_svd(model) first."
+                f"{name}: has no pseudo singular values for adapter {adapter!r}; call "
+                "use_pseudo_svd(model) first"
             )
         found.append((name, b, factors(layer, adapter)[0]))
     return found
 
 
 def _check(name: str, layer: lora.LoraLayer, adapter: str) -> None:
-    variant = layer.lora_variant.get(adapter)
+    variant = peft_internals.variant(layer, adapter)
     if variant is not None:
         raise ProblemError(
-            f"{name} uses {type(variant).__name__} for adapter {adapter!r}; a pseudo SVD needs "
-            "plain LoRA: create the adapter with use_dora=False and no other variant."
+            f"{name}: uses {type(variant).__name__} for adapter {adapter!r}, and a pseudo SVD "
+            "needs plain LoRA; create the adapter with use_dora=False and no other variant"
         )
-    if adapter not in layer.lora_A or isinstance(layer, lora.ParamWrapper):
+    if adapter not in layer.lora_A or isinstance(layer, peft_internals.ParamWrapper):
         raise ProblemError(
-            f"{name} adapts {type(layer.get_base_layer()).__name__} as lora."
-            f"{type(layer).__name__}; a pseudo SVD needs linear or convolution layers: leave it "
-            "out of target_modules and target_parameters."
+            f"{name}: is a lora.{type(layer).__name__}, and a pseudo SVD needs linear or "
+            "convolution layers; leave it out of target_modules and target_parameters"
         )
     if parametrize.is_parametrized(layer.lora_B[adapter]):
-        raise ProblemError(f"{name} has a parametrized B already; call use_pseudo_svd once only.")
+        raise ProblemError(f"{name}: has a parametrized B already; call use_pseudo_svd once only")
     if parametrize.is_parametrized(layer.lora_A[adapter]):  # what it reads cannot be written
-        raise ProblemError(f"{name} has a parametrized A; use_pseudo_svd comes first.")
+        raise ProblemError(f"{name}: has a parametrized A; call use_pseudo_svd first")
     a, b = factors(layer, adapter)
     rank, size = len(a), min(len(b), a.shape[1])
     if rank > size:
         raise ProblemError(
-            f"{name} has rank {rank}, its weight only {size}: P and Q cannot be orthonormal; "
-            f"give it a rank of at most {size}, with rank_pattern for example."
+            f"{name}: has rank {rank}, its weight only {size}, so P and Q cannot be orthonormal; "
+            f"give it a rank of at most {size}, with rank_pattern for example"
         )
     if not all(m[adapter].weight.requires_grad for m in (layer.lora_A, layer.lora_B)):
         raise ProblemError(
-            f"{name} is frozen; load adapter {adapter!r} with "
-            "PeftModel.from_pretrained(..., is_trainable=True) or activate it with set_adapter."
+            f"{name}: is frozen; load adapter {adapter!r} with "
+            "PeftModel.from_pretrained(..., is_trainable=True) or activate it with set_adapter"
         )
 
 

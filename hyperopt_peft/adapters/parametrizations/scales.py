@@ -37,17 +37,20 @@ def add_hyperparameters(model: PeftModel, decay: float = 1e-2) -> PeftModel:
     """Give each layer of the active adapter a scale of 1 and a ``decay``, as trainable logarithms.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; a decay that is not positive;
+        ProblemError: as `lora_layers`; a decay that is not positive;
             a layer without a trainable matrix B, or with a parametrisation of it already.
     """
     if not 0 < decay < math.inf:
-        raise ProblemError(f"decay is learnt as a logarithm, it must be positive; got {decay}")
+        raise ProblemError(
+            f"decay: must be positive and finite, since its logarithm is trained; got {decay}"
+        )
     matrices = _matrices(model)
     for name, b in matrices.items():
         weight = None if b is None or parametrize.is_parametrized(b) else b.weight
         if weight is None or not weight.requires_grad:
             raise ProblemError(
-                f"{name} has no matrix B that is trainable and without a parametrisation"
+                f"{name}: has no matrix B that is trainable and without a parametrisation; "
+                "leave it out of target_modules"
             )
     for b in matrices.values():
         parametrize.register_parametrization(b, "weight", Scaled(b.weight, decay))
@@ -55,16 +58,16 @@ def add_hyperparameters(model: PeftModel, decay: float = 1e-2) -> PeftModel:
 
 
 def layer_hyperparameters(model: PeftModel) -> dict[str, Scaled]:
-    """What :func:`add_hyperparameters` added, by the layer's name in the model.
+    """What `add_hyperparameters` added, by the layer's name in the model.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; it was not called.
+        ProblemError: as `lora_layers`; it was not called.
     """
     found = {}
     for name, b in _matrices(model).items():
         part = parametrization(b, Scaled)
         if part is None:
-            raise ProblemError(f"{name} has no hyper-parameters; call add_hyperparameters first")
+            raise ProblemError(f"{name}: has no hyper-parameters; call add_hyperparameters first")
         found[name] = part
     return found
 
@@ -73,7 +76,7 @@ def fold_scales(model: PeftModel) -> PeftModel:
     """Multiply each B by its scale and take the hyper-parameters out: a stock adapter is left.
 
     Raises:
-        ProblemError: as :func:`layer_hyperparameters`.
+        ProblemError: as `layer_hyperparameters`.
     """
     layer_hyperparameters(model)
     for b in _matrices(model).values():

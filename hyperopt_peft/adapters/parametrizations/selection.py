@@ -60,7 +60,7 @@ def add_selection(
 
     The logits become parameters of the model, next to the A that they act on, and go into its
     checkpoints. What ``save_pretrained`` writes then is not a stock adapter any more; one is made
-    of :func:`rank_config` and, to keep what was learnt, :func:`selected_state`.
+    of `rank_config` and, to keep what was learnt, `selected_state`.
 
     Args:
         form: ``"softmax"`` or ``"sigmoid"``, see above.
@@ -70,24 +70,26 @@ def add_selection(
         ``peft_model`` itself.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; another ``form``; a layer
+        ProblemError: as `lora_layers`; another ``form``; a layer
             that has weights already, is frozen, or has no row of A for each component
             (embeddings, experts).
     """
     if form not in ("softmax", "sigmoid"):
-        raise ProblemError(f'form must be "softmax" or "sigmoid", got {form!r}')
+        raise ProblemError(f"form: must be 'softmax' or 'sigmoid', got {form!r}")
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter)
     for name, layer in layers:
         if adapter not in layer.lora_A or len(layer.lora_A[adapter].weight) != layer.r[adapter]:
             raise ProblemError(
-                f"{name} ({type(layer).__name__}) has no row of A for each component; take it out "
+                f"{name}: {type(layer).__name__} has no row of A for each component; leave it out "
                 "of target_modules and target_parameters"
             )
         if parametrize.is_parametrized(layer.lora_A[adapter]):
-            raise ProblemError(f"{name} has weights of its components already")
+            raise ProblemError(
+                f"{name}: has weights of its components already; call add_selection once only"
+            )
         if not layer.lora_A[adapter].weight.requires_grad:
-            raise ProblemError(f"{name} is frozen; load the adapter with is_trainable=True")
+            raise ProblemError(f"{name}: is frozen; load the adapter with is_trainable=True")
     for _, layer in layers:
         a: Any = layer.lora_A[adapter]
         parametrize.register_parametrization(a, "weight", ComponentWeights(a.weight, form))
@@ -97,16 +99,18 @@ def add_selection(
 def component_weights(
     peft_model: PeftModel, adapter_name: str | None = None
 ) -> dict[str, ComponentWeights]:
-    """What :func:`add_selection` added, by the layer's name in the base model.
+    """What `add_selection` added, by the layer's name in the base model.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; it was not called.
+        ProblemError: as `lora_layers`; it was not called.
     """
     adapter, found = resolve_adapter(peft_model, adapter_name), {}
     for name, layer in _layers(peft_model, adapter).items():
         part = parametrization(dict(layer.lora_A).get(adapter), ComponentWeights)
         if part is None:
-            raise ProblemError(f"{name} has no weights of its components; call add_selection first")
+            raise ProblemError(
+                f"{name}: has no weights of its components; call add_selection first"
+            )
         found[name] = part
     return found
 
@@ -121,14 +125,15 @@ def selected_ranks(
     softmax without the factor r, and every layer keeps a component; with sigmoid a rank can be 0.
 
     Raises:
-        ProblemError: as :func:`component_weights`; no weight of any layer reaches ``threshold``.
+        ProblemError: as `component_weights`; no weight of any layer reaches ``threshold``.
     """
     weights = {n: w.weights() for n, w in component_weights(peft_model, adapter_name).items()}
     ranks = {name: int((alpha >= threshold).sum()) for name, alpha in weights.items()}
     if not any(ranks.values()):
         largest = max(float(alpha.max()) for alpha in weights.values())
         raise ProblemError(
-            f"threshold={threshold} removes every component; the largest weight is {largest:.4g}"
+            f"threshold: {threshold} removes every component; choose at most {largest:.4g}, the "
+            "largest weight"
         )
     return ranks
 
@@ -141,11 +146,11 @@ def rank_config(
     Every layer keeps its scale s, by ``alpha_pattern``. A layer of rank 0 gets no adapter.
 
     Args:
-        ranks: what :func:`selected_ranks` returns, or other ranks of the same layers.
+        ranks: what `selected_ranks` returns, or other ranks of the same layers.
         adapter_name: the active adapter by default.
 
     Raises:
-        ProblemError: as :func:`~hyperopt_peft.adapters.lora_layers`; ranks of other layers than
+        ProblemError: as `lora_layers`; ranks of other layers than
             the adapter's, one that is no whole number from 0, or none above 0.
     """
     adapter, layers = resolve_adapter(peft_model, adapter_name), _layers(peft_model, adapter_name)
@@ -168,11 +173,11 @@ def selected_state(
 ) -> dict[str, Tensor]:
     """The components of the largest weights, multiplied by these, and the heads.
 
-    ``peft.set_peft_model_state_dict`` takes it for a model made with :func:`rank_config`, whose
+    ``peft.set_peft_model_state_dict`` takes it for a model made with `rank_config`, whose
     training then starts from the result of the search.
 
     Raises:
-        ProblemError: as :func:`component_weights` and :func:`rank_config`; a rank above r.
+        ProblemError: as `component_weights` and `rank_config`; a rank above r.
     """
     adapter, layers = resolve_adapter(peft_model, adapter_name), _layers(peft_model, adapter_name)
     _check_ranks(ranks, layers)
@@ -181,7 +186,7 @@ def selected_state(
     for name, weights in component_weights(peft_model, adapter).items():
         alpha, prefix = weights.weights().flatten(), f"{PREFIX}{name}.lora_"
         if ranks[name] > len(alpha):
-            raise ProblemError(f"{name} has {len(alpha)} components, not {ranks[name]}")
+            raise ProblemError(f"ranks: {name} has {len(alpha)} components, not {ranks[name]}")
         if ranks[name]:
             kept = alpha.topk(ranks[name]).indices.sort().values
             a: Any = layers[name].lora_A[adapter]
@@ -199,9 +204,13 @@ def _layers(peft_model: PeftModel, adapter_name: str | None) -> dict[str, LoraLa
 def _check_ranks(ranks: Mapping[str, int], layers: Mapping[str, LoraLayer]) -> None:
     if ranks.keys() != layers.keys():
         differing = ", ".join(sorted(ranks.keys() ^ layers.keys()))
-        raise ProblemError(f"ranks and adapter have different layers: {differing}")
+        raise ProblemError(
+            f"ranks: layers are not those of the adapter; they differ in {differing}"
+        )
     for name, rank in ranks.items():
         if not isinstance(rank, int) or rank < 0:
-            raise ProblemError(f"{name}: a rank must be a whole number from 0, got {rank!r}")
+            raise ProblemError(f"ranks: {name} must be a whole number from 0, got {rank!r}")
     if not any(ranks.values()):
-        raise ProblemError("every rank is 0, which leaves nothing to train")
+        raise ProblemError(
+            "ranks: every rank is 0, which leaves nothing to train; choose at least one above 0"
+        )

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.hf_argparser import HfArg
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import PLAIN_MODULES
+from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
 from hyperopt_peft.cli.text.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, nearest
 

@@ -1,0 +1,87 @@
+"""Names that PEFT and accelerate use but do not promise: all of them, for all of this library.
+
+PEFT says of the methods of a ``LoraVariant`` that they are "prone to change and should thus
+considered to be private". No public interface replaces the forward pass of a LoRA layer.
+tests/contract/test_peft.py fails with the name that a new release has moved.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from packaging.version import Version
+from peft.tuners.lora import dora
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, ParamWrapper
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import Tensor, nn
+
+__all__ = [
+    "SEQ_CLS_HEAD_NAMES",
+    "DoraConv1dVariant",
+    "DoraConv2dVariant",
+    "DoraConv3dVariant",
+    "DoraEmbeddingVariant",
+    "DoraLinearVariant",
+    "LoraVariant",
+    "ParamWrapper",
+    "convolution",
+    "embed_scale",
+    "embedded",
+    "is_caching",
+    "is_placed",
+    "peft_before",
+    "set_variant",
+    "variant",
+]
+
+
+def variant(layer: LoraLayer, adapter_name: str) -> LoraVariant | None:
+    """The object that computes and merges ``layer``; None for plain LoRA."""
+    return layer.lora_variant.get(adapter_name)
+
+
+def set_variant(layer: LoraLayer, adapter_name: str, value: LoraVariant) -> None:
+    """Give ``layer`` another forward pass and other merging."""
+    layer.lora_variant[adapter_name] = value
+
+
+def embed_scale(layer: Embedding) -> Tensor | None:
+    """The fixed factor by which some embeddings (Gemma's) multiply their rows, or None."""
+    scale: Tensor | None = layer._get_embed_scale()
+    return scale
+
+
+def embedded(layer: Embedding, ids: Tensor, weight: Tensor) -> Tensor:
+    """The rows ``ids`` of ``weight``, with the base embedding's padding and scaling options."""
+    rows: Tensor = layer._embed(ids, weight)
+    return rows
+
+
+def convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """``weight`` applied to x with the base layer's stride and padding, without bias."""
+    base = layer.get_base_layer()
+    output: Tensor = layer.conv_fn(x, weight, None, base.stride, base.padding)
+    return output
+
+
+def is_caching(layer: LoraLayer) -> bool:
+    """Whether ``peft.helpers.DoraCaching`` (PEFT 0.19) lets ``layer`` keep B·A and the norm."""
+    return getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training
+
+
+def is_placed(module: nn.Module) -> bool:
+    """Whether accelerate has placed ``module`` on a device, and replaced its forward for that."""
+    return hasattr(module, "_hf_hook")
+
+
+def peft_before(release: str) -> bool:
+    """Whether the installed PEFT is older than ``release``."""
+    return Version(version("peft")) < Version(release)

@@ -1,0 +1,61 @@
+"""Row norms without forming V: their digits, their dtype, and that each pass measures anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+from hyperopt_peft.adapters.dora.row_norms import measure
+from tests.support.adapted_models import (
+    adapted_layer,
+    assert_same,
+    output_and_gradients,
+    randomise,
+    single,
+    tokens,
+)
+
+
+@pytest.mark.parametrize("power", [-20, 0, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_keep_their_digits_where_the_rows_all_but_vanish(
+    power: int, dtype: torch.dtype
+) -> None:
+    """Of W0 and A of any size, and of a W0 in half precision."""
+    a = 2.0**power * torch.randn(3, 8).to(dtype).float()
+    w0 = -(1 - torch.tensor([0.02, 0.5, 0.05]))[:, None] * a
+    w0 = w0.to(dtype)
+    v = w0.double() + a.double()
+    found = measure(w0, a, torch.eye(3), 1.0)
+    torch.testing.assert_close(found.norm.double(), v.norm(dim=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found.v_a.double(), v @ a.double().T, rtol=1e-5, atol=1e-5 * 4**power
+    )
+
+
+def test_norms_are_in_single_precision_under_autocast() -> None:
+    w0, a, b = torch.randn(5, 8), torch.randn(3, 8), torch.randn(5, 3)
+    expected = measure(w0, a, b, 0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = measure(w0, a, b, 0.5)
+    assert torch.equal(found.norm, expected.norm) and torch.equal(found.v_a, expected.v_a)
+
+
+@pytest.mark.parametrize("part", ["lora_B.default.weight", "base_layer.weight"])
+def test_a_write_that_autograd_does_not_see_counts(part: str) -> None:
+    """8-bit optimizers write behind autograd's back: the version does not move."""
+    model, x = use_fast_dora(randomise(single())), tokens(3)
+    model(x)
+    adapted_layer(model).get_parameter(part).data.mul_(2)
+    actual = model(x)
+    torch.testing.assert_close(actual, set_norm_grad(model)(x), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_of_inference_mode_enter_no_graph() -> None:
+    model, x = use_fast_dora(randomise(single())), tokens(3)
+    expected = output_and_gradients(model, x)
+    with torch.inference_mode():
+        inside = model(x).clone()
+    assert_same(output_and_gradients(model, x), expected, 0)
+    torch.testing.assert_close(inside, expected["output"])

@@ -1,0 +1,144 @@
+"""What PEFT and accelerate do not promise and `peft_internals` uses: a failure names what moved."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model, helpers
+from peft.tuners.lora import dora
+from peft.tuners.lora import layer as lora
+from peft.utils import constants
+from torch import Tensor, nn
+
+from hyperopt_peft.adapters import peft_internals
+from tests.support.adapted_models import KINDS, Single, adapted_layer, layer_input, single, wrap
+
+METHODS = ("init", "merge_safe", "merge_unsafe", "unmerge", "forward")
+VARIANTS = {
+    "linear": peft_internals.DoraLinearVariant,
+    "conv1d_gpt2": peft_internals.DoraLinearVariant,
+    "embedding": peft_internals.DoraEmbeddingVariant,
+    "conv1d": peft_internals.DoraConv1dVariant,
+    "conv2d": peft_internals.DoraConv2dVariant,
+    "conv3d": peft_internals.DoraConv3dVariant,
+}
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_variant_holds_the_variant_of_a_dora_layer(kind: str) -> None:
+    layer = adapted_layer(single(kind))
+    assert isinstance(layer.lora_variant, dict)
+    assert type(layer.lora_variant["default"]) is VARIANTS[kind]
+    assert not adapted_layer(single(kind, use_dora=False)).lora_variant
+
+
+@pytest.mark.parametrize("variant", set(VARIANTS.values()), ids=lambda kind: kind.__name__)
+def test_the_methods_of_a_variant(variant: type[peft_internals.LoraVariant]) -> None:
+    for name in METHODS:
+        assert isinstance(inspect.getattr_static(variant, name), staticmethod), name
+    assert parameters(variant.forward) == ["module", "active_adapter", "x", "result", "kwargs"]
+    for name in ("merge_safe", "merge_unsafe", "unmerge"):
+        found = parameters(getattr(variant, name))
+        assert found == ["module", "active_adapter", "orig_weight"], name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_calls_forward_of_its_variant(kind: str) -> None:
+    model = single(kind)
+    layer, seen = adapted_layer(model), []
+
+    class Watched(VARIANTS[kind]):  # type: ignore[misc,valid-type]
+        @staticmethod
+        def forward(
+            module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        ) -> Tensor:
+            seen.append((module, active_adapter, x.shape, result.shape))
+            return result
+
+    layer.lora_variant["default"] = Watched()
+    x = layer_input(kind)
+    y = model(x)
+    assert seen == [(layer, "default", x.shape, y.shape)]
+
+
+def test_parts_of_a_layer() -> None:
+    layer = adapted_layer(single())
+    for name in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
+        assert isinstance(getattr(layer, name), nn.ModuleDict), name
+    assert layer.scaling == {"default": 1.5} and layer.r == {"default": 2}
+    assert layer.active_adapters == ["default"] and layer.merged_adapters == []
+    assert layer.lora_A["default"].weight.shape == (2, 4)
+    assert layer.lora_magnitude_vector["default"].weight.shape == (5,)
+    embedding = adapted_layer(single("embedding"))
+    assert embedding.lora_embedding_A["default"].shape == (2, 7)
+
+
+def test_embed_and_get_embed_scale_of_an_embedding() -> None:
+    assert parameters(lora.Embedding._get_embed_scale) == ["self"]
+    assert parameters(lora.Embedding._embed)[:3] == ["self", "input", "weight"]
+    layer: Any = adapted_layer(single("embedding"))
+    assert layer._get_embed_scale() is None
+    table = torch.randn(7, 3)
+    assert torch.equal(layer._embed(torch.tensor([6, 2]), table), table[[6, 2]])
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d"])
+def test_conv_fn_of_a_convolution(kind: str) -> None:
+    layer: Any = adapted_layer(single(kind))
+    assert layer.conv_fn is getattr(nn.functional, kind)
+
+
+def test_param_wrapper_is_a_lora_layer() -> None:
+    assert issubclass(peft_internals.ParamWrapper, lora.LoraLayer)
+
+
+def test_enable_dora_caching_is_what_dora_caching_sets() -> None:
+    if not hasattr(helpers, "DoraCaching"):
+        assert peft_internals.peft_before("0.19") and not hasattr(dora, "ENABLE_DORA_CACHING")
+        return
+    layer = adapted_layer(single()).eval()
+    with helpers.DoraCaching():
+        assert dora.ENABLE_DORA_CACHING and peft_internals.is_caching(layer)
+        assert not peft_internals.is_caching(layer.train())
+    assert not peft_internals.is_caching(layer.eval())
+
+
+def test_seq_cls_head_names() -> None:
+    assert set(constants.SEQ_CLS_HEAD_NAMES) == {"score", "classifier"}
+
+
+def test_hf_hook_marks_what_accelerate_has_placed() -> None:
+    module = nn.Linear(2, 2)
+    assert not peft_internals.is_placed(module)
+    add_hook_to_module(module, ModelHook())
+    assert "forward" in vars(module) and peft_internals.is_placed(module)
+
+
+def test_the_name_of_a_parameter() -> None:
+    """Heads, magnitudes and factors are found by these in saved adapters and checkpoints."""
+    names = [
+        name for name, p in wrap(Single(nn.Linear(4, 5))).named_parameters() if p.requires_grad
+    ]
+    parts = (
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+        "lora_magnitude_vector.default.weight",
+    )
+    assert names == [f"base_model.model.layer.{part}" for part in parts]
+
+
+def test_a_variant_may_replace_another_after_the_adapter_was_made() -> None:
+    config = LoraConfig(r=2, use_dora=True, target_modules=["layer"])
+    layer = adapted_layer(get_peft_model(Single(nn.Linear(4, 5)), config))
+    peft_internals.set_variant(layer, "default", variant := peft_internals.DoraLinearVariant())
+    assert peft_internals.variant(layer, "default") is variant
+    assert peft_internals.variant(layer, "other") is None
