@@ -137,16 +137,6 @@ class Problem:
         return {}
 
     @property
-    def levels(self) -> tuple[Problem, ...]:
-        """This level, and in a chain those below it, from above."""
-        return (self,)
-
-    @property
-    def differences(self) -> int:
-        """How many finite differences, one of another, the gradient is made of."""
-        return 0
-
-    @property
     def devices(self) -> list[torch.device]:
         """The devices that hold the variables."""
         return list(dict.fromkeys(variable.device for variable in self.variables))
@@ -203,17 +193,6 @@ class Problem:
         gradient = distributed.mean(gradient, variables)
         value = self.require_finite(distributed.average(loss), gradient)
         return Evaluation(value, metrics, gradient)
-
-    def prepare(self) -> None:
-        """Called in training before each step of the level; a chain trains the levels below."""
-
-    def gradient_of(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
-        """The ``gradient`` of a level above this one; a chain takes it through the levels below."""
-        return level.gradient(batch, variables)
-
-    def anchored(self) -> AbstractContextManager[None]:
-        """Where the variables may be displaced; a chain lets the levels below follow."""
-        return nullcontext()
 
     def backward(
         self, batch: Any, variables: Sequence[Tensor]
@@ -373,11 +352,6 @@ def require_read(
 def devices_of(*levels: Problem) -> list[torch.device]:
     """The devices that hold the variables of ``levels``, each once."""
     return list(dict.fromkeys(device for level in levels for device in level.devices))
-
-
-def owned(*levels: Problem) -> tuple[Tensor, ...]:
-    """The variables of ``levels`` and of those below them."""
-    return tuple(v for level in levels for each in level.levels for v in each.variables)
 
 
 def _form(state: Mapping[str, Any]) -> Any:

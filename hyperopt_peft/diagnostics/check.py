@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_peft.core.chain import gradient_of, is_chain
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Evaluation, Problem, devices_of
 from hyperopt_peft.diagnostics.curvature import Curvature, measure
@@ -115,7 +116,7 @@ class _Examination:
             return
         self._unread(above.gradient, below.gradient)
         if not any(finding.severity == "error" for finding in self.findings):
-            self._second_order("difference" if len(oracle.lower.levels) > 1 else "exact")
+            self._second_order("difference" if is_chain(oracle.lower) else "exact")
 
     def _add(self, kind: Kind, severity: Severity, level: Problem, words: str, advice: str) -> None:
         self.findings.append(Finding(kind, severity, level.name, words, advice))
@@ -157,7 +158,7 @@ class _Examination:
             if level is lower:
                 evaluation = lower.gradient(batch, self._variables)
             else:
-                evaluation = lower.gradient_of(level, batch, self._variables)
+                evaluation = gradient_of(level, lower, batch, self._variables)
         changed = sorted(set(buffers.changed()))
         buffers.restore()
         known = {(finding.kind, finding.level) for finding in self.findings}

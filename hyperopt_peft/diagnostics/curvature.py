@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from scipy.linalg import eigvalsh_tridiagonal
 
+from hyperopt_peft.core.chain import anchored, is_chain
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Estimate
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
@@ -79,7 +80,7 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
     if newton.norm() == 0:  # negative curvature along the gradient itself
         newton = gradient / (max(-smallest, largest) or 1.0)
     here = _hypergradient(oracle, product, steps)
-    with displaced(w) as start, oracle.lower.anchored():
+    with displaced(w) as start, anchored(oracle.lower):
         before = after = _loss(oracle)
         for halvings in range(10):
             assign(w, start, newton.parts, -(0.5**halvings))
@@ -150,7 +151,7 @@ def _loss(oracle: Oracle) -> float:
     """f where the lower variables are now, finite or not."""
     lower, batch = oracle.lower, oracle.lower_batch
     with replay(oracle.lower_random):
-        if len(lower.levels) > 1:  # the levels below follow in its gradient alone
+        if is_chain(lower):  # the levels below follow in its gradient alone
             with suppress(NonFiniteError):
                 return lower.gradient(batch, lower.variables).loss
             return math.inf

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from tqdm.auto import trange
 
+from hyperopt_peft.core.chain import levels_of
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep, LowerStep
@@ -73,7 +74,7 @@ class Engine:
         progress: bool = True,
     ) -> None:
         check_ownership(upper, lower)
-        for level in (upper, *lower.levels):
+        for level in (upper, *levels_of(lower)):
             if level.optimizer is None:
                 raise ProblemError(f"{level.name}: give the level an optimizer to train it")
         require_count("lower_steps", lower_steps, least=1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import trange
 
+from hyperopt_peft.core.chain import is_chain, prepare
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 
@@ -32,7 +33,7 @@ def fit(
     with trange(steps, disable=not progress, desc=problem.name) as bar:
         for step in bar:
             try:
-                problem.prepare()
+                prepare(problem)
                 evaluation = problem.gradient(problem.next_batch(), problem.variables)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step + 1}: {error}") from error
@@ -58,7 +59,7 @@ def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
             level stands on others.
         NonFiniteError: the loss or the gradient is NaN or infinite.
     """
-    if len(problem.levels) > 1:
+    if is_chain(problem):
         raise ProblemError(f"{problem.name} stands on other levels; train it by fit")
     optimizer = torch.optim.LBFGS(
         problem.variables,

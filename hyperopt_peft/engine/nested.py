@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_peft.core.chain import Chain, anchored, differences, is_chain, levels_of
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord
 from hyperopt_peft.engine.step import BilevelStep
@@ -35,7 +36,7 @@ from hyperopt_peft.utils.validation import require_count, require_settings
 from hyperopt_peft.utils.vector import Vector
 
 
-class Nested(Problem):
+class Nested(Chain):
     """The level ``middle`` over the level ``lower``, whose variables w it sees as w*(u, v).
 
     It owns v and minimises G̃(u, v) = G(u, v, w*(u, v)). Its ``gradient`` is the total one,
@@ -94,7 +95,7 @@ class Nested(Problem):
         require_count("lower_steps", lower_steps, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
         self.lower_steps, self.warmup_steps = lower_steps, warmup_steps
-        product: ProductKind = "difference" if len(lower.levels) > 1 else "exact"
+        product: ProductKind = "difference" if is_chain(lower) else "exact"
         default = ConjugateGradient(steps=20, tolerance=1e-12, product=product)
         self.estimator = get_estimator(hypergradient or default)
         self._step = BilevelStep(middle, lower, self.estimator, look_back=False)
@@ -124,14 +125,14 @@ class Nested(Problem):
     @property
     def levels(self) -> tuple[Problem, ...]:
         """This level and those below it."""
-        return (self, *self.lower.levels)
+        return (self, *levels_of(self.lower))
 
     @property
     def differences(self) -> int:
         """How many finite differences, one of another, the gradient is made of."""
         exact = self.estimator.requirements.second_derivatives
         own = not (exact or isinstance(self.estimator, Direct))
-        return self.lower.differences + own
+        return differences(self.lower) + own
 
     @property
     def devices(self) -> list[torch.device]:
@@ -200,14 +201,14 @@ class Nested(Problem):
     def anchored(self) -> Iterator[None]:
         """Let those below follow the levels above, from here; idle in another such body."""
         if self._rest is not None or not self.follow:
-            with self.lower.anchored():
+            with anchored(self.lower):
                 yield
             return
         oracle = self._oracle(self.middle, None, self.variables)
         with oracle.open():
             self._rest = oracle.lower_gradient()
         try:
-            with self.lower.anchored():
+            with anchored(self.lower):
                 yield
         finally:
             self._rest = None

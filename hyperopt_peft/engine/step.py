@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hyperopt_peft.core.chain import gradient_of, prepare
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of, require_read
 from hyperopt_peft.errors import NonFiniteError
@@ -108,7 +109,7 @@ class BilevelStep:
             ProblemError: f does not read one of the lower variables, at the first step.
             NonFiniteError: a loss or a gradient is NaN or infinite; nothing has moved.
         """
-        self.lower.prepare()
+        prepare(self.lower)
         batch, random_state = self.lower.next_batch(), RandomState.capture(self.devices)
         evaluation = self.lower.gradient(batch, self.variables)
         gradient = self.record_lower(
@@ -257,7 +258,7 @@ class BilevelStep:
             unchanged((*self.upper.variables, *w), self.devices),
             replay(self._seeded("lower step", number)),
         ):
-            above = self.lower.gradient_of(self.upper, batch, w).gradient
+            above = gradient_of(self.upper, self.lower, batch, w).gradient
         return tuple(
             f if g is None else weight * g if f is None else f.add(g, alpha=weight)
             for f, g in zip(gradient, above, strict=True)

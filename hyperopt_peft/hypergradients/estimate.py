@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
@@ -77,7 +78,7 @@ def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> Non
     A ``lower`` over other levels has no second derivatives, and one step of the past.
     """
     estimator.check_levels(upper, lower)
-    if len(lower.levels) > 1:
+    if is_chain(lower):
         needs = estimator.requirements
         estimator.require(not needs.second_derivatives, f"{lower.name}: {NESTED}")
         estimator.require(

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord, devices_of, owned
+from hyperopt_peft.core.chain import anchored, gradient_of, is_chain, levels_of, owned
+from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.products import (
@@ -85,7 +86,7 @@ class Oracle:
         self.passes.gradients += 1
         u, w = self.upper.variables, self.lower.variables
         with replay(self.upper_random):
-            evaluation = self.lower.gradient_of(self.upper, self.upper_batch, (*u, *w))
+            evaluation = gradient_of(self.upper, self.lower, self.upper_batch, (*u, *w))
         self.buffers.restore()
         direct, b = evaluation.gradient[: len(u)], evaluation.gradient[len(u) :]
         return UpperGradient(Vector.of(direct, u), Vector.of(b, w), evaluation)
@@ -111,7 +112,7 @@ class Oracle:
         with ExitStack() as stack:
             stack.enter_context(self._single_precision(half))
             point = stack.enter_context(displaced(w, None if half else self.copies))
-            stack.enter_context(self.lower.anchored())
+            stack.enter_context(anchored(self.lower))
 
             def gradients(
                 level: Literal["upper", "lower"], offset: Vector
@@ -141,7 +142,7 @@ class Oracle:
         sharded = is_sharded(*owned(self.upper, self.lower))
         if sharded and kind == "exact":
             raise ProblemError(SHARDED)
-        if len(self.lower.levels) > 1 and kind == "exact":
+        if is_chain(self.lower) and kind == "exact":
             raise ProblemError(f"{self.lower.name}: {NESTED}")
         objective = self._objective(at)
         half, known = self._half(objective), None
@@ -159,7 +160,7 @@ class Oracle:
                 point = at.variables
                 assign(variables, point)
             if kind == "difference":
-                stack.enter_context(self.lower.anchored())
+                stack.enter_context(anchored(self.lower))
                 yield DifferenceProduct(objective, point, epsilon, scheme, known)
             else:
                 yield ExactProduct(objective)
@@ -200,14 +201,14 @@ def check_ownership(*levels: Problem) -> None:
         if not isinstance(level, Problem):
             raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
     for level in levels[:-1]:
-        if len(level.levels) > 1:
+        if is_chain(level):
             raise ProblemError(
                 f"{level.name} stands on other levels, so it must be the lowest of those given: "
                 "write a chain of four as Engine(first, Nested(second, Nested(third, fourth)))"
             )
     named = [
         (f"{level.name}'s {name}", variable)
-        for level in (below for each in levels for below in each.levels)
+        for level in (below for each in levels for below in levels_of(each))
         for name, variable in zip(level.names, level.variables, strict=True)
     ]
     shared = shared_memory(named)

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from hyperopt_peft.core.chain import differences
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
@@ -208,7 +209,7 @@ class DifferenceProduct:
         epsilon = self.epsilon or default_epsilon(
             Vector(self.point),
             self.scheme,
-            self.objective.lower.differences,
+            differences(self.objective.lower),
             beside=self.objective.upper.variables,
         )
         # The factor 1/length would leave the range of float32 where v is tiny.

@@ -11,6 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.trainer_utils import has_length
 
+from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import check_ownership
@@ -76,7 +77,7 @@ def check_arguments(
 def check_levels(levels: Sequence[Problem]) -> None:
     """Refuse levels that share a tensor, stand on others, or have what the trainer has."""
     for level in levels:
-        if isinstance(level, Problem) and len(level.levels) > 1:
+        if is_chain(level):
             raise ProblemError(
                 f"{level.name} stands on other levels, and a trainer has two; train it by Engine"
             )

@@ -16,6 +16,7 @@ from hyperopt_peft import (
     hypergradient,
     minimise,
 )
+from hyperopt_peft.core.chain import levels_of
 from hyperopt_peft.trainer.checks import check_levels
 from tests.support.chains import chain, nested
 from tests.support.quadratic import FunctionLevel
@@ -59,7 +60,7 @@ def test_steps_that_are_not_finite_can_be_skipped():
     engine = three(f=now_and_then, non_finite="skip")
     records = engine.run(4)
     assert engine.skipped == 1 and len(records) >= 3
-    assert all(torch.isfinite(x) for level in engine.lower.levels for x in level.variables)
+    assert all(torch.isfinite(x) for level in levels_of(engine.lower) for x in level.variables)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft import Nested
+from hyperopt_peft.core.chain import is_chain
 from tests.support.quadratic import FunctionLevel, positive
 
 SIZES = (3, 4, 5, 2)
@@ -102,5 +103,5 @@ def nested(levels, lowest="exact", above="exact:product=difference,epsilon=1.0",
     """The top level, and those below it as one; ``lowest`` and ``above`` are their estimators."""
     top, *middle, lower = levels
     for level in reversed(middle):
-        lower = Nested(level, lower, above if len(lower.levels) > 1 else lowest, **options)
+        lower = Nested(level, lower, above if is_chain(lower) else lowest, **options)
     return top, lower
