@@ -56,15 +56,6 @@ def test_python_blocks_run_in_order(page):
         run(block, page, namespace)  # the blocks hold assertions of their own
 
 
-def test_a_method_and_an_estimator_take_as_few_lines_as_the_pages_say():
-    def lines(block):
-        return sum(bool(line.strip()) for line in block.splitlines())
-
-    *method, _ = blocks(PAGES["define-a-method.md"], "python")  # the last is on the Trainer
-    assert sum(map(lines, method)) < 80 and "save_pretrained" in method[-1]
-    assert lines(blocks(PAGES["define-an-estimator.md"], "python")[0]) < 40
-
-
 def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path):
     page = PAGES["define-an-estimator.md"]
     (tmp_path / "secant.py").write_text(blocks(page, "python")[0])

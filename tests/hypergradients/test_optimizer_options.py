@@ -170,7 +170,7 @@ def test_a_hypergradient_writes_no_options():
     (group,) = lower.optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.1, 0)
     taken = lower.optimizer_snapshot(with_state=False)["groups"][0]
-    assert taken["lr"] == float(upper.variables[2].exp())
+    assert taken["lr"] == upper.variables[2].exp().item()
 
 
 def test_a_variable_that_neither_loss_nor_options_read_is_named():
