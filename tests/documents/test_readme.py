@@ -17,7 +17,7 @@ import comparison  # noqa: E402
 RESULTS = ROOT / "benchmarks/results/comparison.json"
 
 
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
@@ -26,7 +26,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert namespace["penalty"][:3].max() < namespace["penalty"][3:].mean()
 
 
-def test_the_estimator_table_is_that_of_the_measurements():
+def test_the_estimator_table_is_that_of_the_measurements() -> None:
     (rows,) = json.loads(RESULTS.read_text())["tables"].values()
     assert [r["estimator"] for r in rows if r["kind"] != "peer"] == comparison.METHODS
     written = README.partition(comparison.BEGIN)[2].partition(comparison.END)[0].strip()
@@ -40,7 +40,7 @@ def test_the_estimator_table_is_that_of_the_measurements():
             assert row[column] == expected, row["estimator"]
 
 
-def test_custom_problem_example_runs():
+def test_custom_problem_example_runs() -> None:
     script = ROOT / "examples/custom_problem.py"
     run = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, check=True, env=os.environ

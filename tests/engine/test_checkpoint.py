@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,21 +31,21 @@ STATE = {"weights": torch.arange(4.0), "steps": [1, 2], "name": "x"}
 class Trap:
     """Unpickled, it makes a file."""
 
-    def __init__(self, marker):
+    def __init__(self, marker: Any) -> None:
         self.marker = marker
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture(autouse=True)
-def _clock(monkeypatch):
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock is a second later."""
     times = iter(range(1000, 10_000))
     monkeypatch.setattr("time.time", lambda: next(times))
 
 
-def write(folder, number, *, whole=True):
+def write(folder: Path, number: Any, *, whole: bool = True) -> Any:
     path = folder / f"checkpoint-{number}"
     (path / "part").mkdir(parents=True)
     write_state(path / "optimizer.pt", STATE)
@@ -53,11 +55,11 @@ def write(folder, number, *, whole=True):
     return path
 
 
-def names(folder):
+def names(folder: Path) -> Any:
     return sorted(int(path.name.partition("-")[2]) for path in folder.iterdir())
 
 
-def test_a_sealed_folder_gives_its_record(tmp_path):
+def test_a_sealed_folder_gives_its_record(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     record = unseal(path)
     assert record.pop("written") == checkpoint.written(path) >= 1000
@@ -71,7 +73,7 @@ def test_a_sealed_folder_gives_its_record(tmp_path):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "part/notes.txt"])
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "changed", "missing"])
-def test_a_damaged_file_is_named(tmp_path, name, damage):
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = write(tmp_path, 3)
     content = (path / name).read_bytes()
     if damage == "missing":
@@ -93,7 +95,7 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
         '{"files": {}, "written": "x"}',
     ],
 )
-def test_a_damaged_seal_is_named(tmp_path, text):
+def test_a_damaged_seal_is_named(tmp_path: Path, text: Any) -> None:
     path = write(tmp_path, 3)
     (path / SEAL).write_text(text)
     with pytest.raises(ProblemError, match=SEAL):
@@ -102,7 +104,7 @@ def test_a_damaged_seal_is_named(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "part"])
-def test_a_seal_reads_no_file_outside_its_folder(tmp_path, name):
+def test_a_seal_reads_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, 3)
     (tmp_path / "secret").write_text("x")
     record = json.loads((path / SEAL).read_text())
@@ -111,7 +113,7 @@ def test_a_seal_reads_no_file_outside_its_folder(tmp_path, name):
         unseal(path)
 
 
-def test_what_is_absent_is_named(tmp_path):
+def test_what_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match="checkpoint-9"):
         unseal(tmp_path / "checkpoint-9")
     with pytest.raises(ProblemError, match=SEAL):
@@ -119,7 +121,7 @@ def test_what_is_absent_is_named(tmp_path):
     assert last_whole(tmp_path) is None and last_whole(tmp_path / "nowhere") is None
 
 
-def test_a_sealed_pickle_is_not_executed(tmp_path):
+def test_a_sealed_pickle_is_not_executed(tmp_path: Path) -> None:
     path = write(tmp_path, 3, whole=False)
     torch.save({"state": Trap(tmp_path / "executed")}, path / "optimizer.pt")
     seal(path, RECORD)
@@ -130,7 +132,9 @@ def test_a_sealed_pickle_is_not_executed(tmp_path):
     assert (tmp_path / "executed").exists()
 
 
-def test_the_last_whole_one_is_the_last_that_was_written(tmp_path, caplog):
+def test_the_last_whole_one_is_the_last_that_was_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in (2, 100, 4, 6):  # 100: of a longer run before
         write(tmp_path, number)
     write(tmp_path, 8, whole=False)
@@ -159,7 +163,9 @@ def test_the_last_whole_one_is_the_last_that_was_written(tmp_path, caplog):
         (3, 6, [4, 6, 8, 100]),
     ],
 )
-def test_the_oldest_are_deleted_but_the_last_and_the_best(tmp_path, limit, best, left):
+def test_the_oldest_are_deleted_but_the_last_and_the_best(
+    tmp_path: Path, limit: int | None, best: int | None, left: Any
+) -> None:
     write(tmp_path, 100, whole=False)  # neither counted nor touched
     for number in (2, 4, 6, 8):
         write(tmp_path, number)
@@ -167,14 +173,14 @@ def test_the_oldest_are_deleted_but_the_last_and_the_best(tmp_path, limit, best,
     assert names(tmp_path) == left
 
 
-def test_the_last_written_one_stays_below_a_higher_number(tmp_path):
+def test_the_last_written_one_stays_below_a_higher_number(tmp_path: Path) -> None:
     for number in (50, 100, 2):
         write(tmp_path, number)
     rotate(tmp_path, 1, None)
     assert names(tmp_path) == [2]
 
 
-def test_a_state_comes_back(tmp_path):
+def test_a_state_comes_back(tmp_path: Path) -> None:
     write_state(tmp_path / "new" / "state.pt", STATE)
     state = read_state(tmp_path / "new" / "state.pt")
     assert torch.equal(state.pop("weights"), STATE["weights"])
@@ -183,12 +189,14 @@ def test_a_state_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
-def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, fails):
+def test_a_state_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
     path = tmp_path / "state.pt"
     write_state(path, STATE)
     before = path.read_bytes()
 
-    def full(*args):
+    def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -204,13 +212,13 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["state.pt"]
 
 
-def test_a_state_needs_a_folder(tmp_path):
+def test_a_state_needs_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ProblemError, match=r"state\.pt"):
         write_state(tmp_path / "file" / "state.pt", STATE)
 
 
-def test_a_truncated_or_changed_state_is_one_error_or_loads(tmp_path):
+def test_a_truncated_or_changed_state_is_one_error_or_loads(tmp_path: Path) -> None:
     """One error at every length; one or none with a byte changed."""
     path = tmp_path / "state.pt"
     write_state(path, STATE)
@@ -230,7 +238,7 @@ def test_a_truncated_or_changed_state_is_one_error_or_loads(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"text", b"\x80\x04.", b"PK\x03\x04", b"\x80\x02N.", None]
 )
-def test_what_is_no_state_is_refused(tmp_path, content):
+def test_what_is_no_state_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "state.pt"
     if content is None:
         path.mkdir()
@@ -241,7 +249,7 @@ def test_what_is_no_state_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_hostile_state_is_not_executed(tmp_path, zipped):
+def test_a_hostile_state_is_not_executed(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "state.pt"
     hostile = {"weights": torch.ones(2), "trap": Trap(tmp_path / "executed")}
     torch.save(hostile, path, _use_new_zipfile_serialization=zipped)
@@ -250,6 +258,6 @@ def test_a_hostile_state_is_not_executed(tmp_path, zipped):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_missing_state_is_named(tmp_path):
+def test_a_missing_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match=r"state\.pt"):
         read_state(tmp_path / "state.pt")

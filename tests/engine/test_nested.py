@@ -4,9 +4,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from hyperopt_peft import Engine, Nested, compare_hypergradients, fit, hypergradient, minimise
@@ -16,7 +18,7 @@ from tests.support.networks import differences
 from tests.support.quadratic import FunctionLevel
 
 
-def relative_error(found, expected):
+def relative_error(found: Any, expected: Any) -> Any:
     return float((found - expected).norm() / expected.norm())
 
 
@@ -31,7 +33,7 @@ OUTER = {
 @pytest.mark.parametrize("method", ["exact", "cg", "minres"])
 @pytest.mark.parametrize("settled", [False, True])
 @pytest.mark.parametrize("seed", range(2))
-def test_three_levels_have_the_closed_form(seed, settled, method):
+def test_three_levels_have_the_closed_form(seed: Any, settled: bool, method: str) -> None:
     """At any point: implicit differentiation takes each level for settled where it is."""
     program = chain(3, seed)
     if settled:
@@ -49,19 +51,19 @@ def test_three_levels_have_the_closed_form(seed, settled, method):
         ("exact:product=difference,epsilon=1.0", "neumann:product=difference,epsilon=1.0,terms=50"),
     ],
 )
-def test_any_solver_will_do_at_either_place(inner, outer):
+def test_any_solver_will_do_at_either_place(inner: str, outer: Any) -> None:
     program = chain(3, sizes=(2, 2, 3), ridge=10.0)
     (found,) = hypergradient(*nested(program.levels(), inner), outer)
     assert relative_error(found, program.hypergradient()) < 1e-10
 
 
-def test_four_levels_have_the_closed_form():
+def test_four_levels_have_the_closed_form() -> None:
     program = chain(4)
     (found,) = hypergradient(*nested(program.levels()), OUTER["cg"])
     assert relative_error(found, program.hypergradient()) < 1e-12
 
 
-def test_the_length_of_a_difference_grows_with_the_chain():
+def test_the_length_of_a_difference_grows_with_the_chain() -> None:
     """Differences of differences: one length for all would be 80 times worse."""
     program = chain(4, sizes=(1, 2, 1, 2))
     method = "exact:product=difference"
@@ -69,7 +71,7 @@ def test_the_length_of_a_difference_grows_with_the_chain():
     assert relative_error(found, program.hypergradient()) < 1e-7
 
 
-def test_any_length_works_by_default():
+def test_any_length_works_by_default() -> None:
     program = chain(5, sizes=(1, 1, 1, 1, 1))
     first, second, third, fourth, fifth = program.levels()
     level = Nested(second, Nested(third, Nested(fourth, fifth)))
@@ -80,14 +82,14 @@ def test_any_length_works_by_default():
     assert relative_error(found, program.hypergradient()) < 1e-5
 
 
-def test_default_options_are_good_to_ten_digits():
+def test_default_options_are_good_to_ten_digits() -> None:
     program = chain(3)
     top, middle, lower = program.levels()
     (found,) = hypergradient(top, Nested(middle, lower), "cg:product=difference,tolerance=1e-12")
     assert relative_error(found, program.hypergradient()) < 1e-10
 
 
-def newton(objective, x, steps=1):
+def newton(objective: Any, x: Tensor, steps: int = 1) -> Any:
     """x after Newton steps that autograd can differentiate; one step minimises a quadratic."""
     for _ in range(steps):
         (g,) = torch.autograd.grad(objective(x), x, create_graph=True)
@@ -96,14 +98,14 @@ def newton(objective, x, steps=1):
     return x
 
 
-def test_it_is_the_derivative_of_the_nested_minima():
+def test_it_is_the_derivative_of_the_nested_minima() -> None:
     """Autograd through argmin f, and through argmin of G over it, knows no implicit formula."""
     program = chain(3)
     program.settle()
     (found,) = hypergradient(*nested(program.levels()), OUTER["exact"])
     u, v, w = (x.detach().clone().requires_grad_() for x in program.blocks)
 
-    def lowest(u, v):
+    def lowest(u: Any, v: Any) -> Any:
         return newton(lambda w: program.objective(2, (u, v, w)), w)
 
     best = newton(lambda v: program.objective(1, (u, v, lowest(u, v))), v)
@@ -111,7 +113,7 @@ def test_it_is_the_derivative_of_the_nested_minima():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_the_gradient_is_the_total_one():
+def test_the_gradient_is_the_total_one() -> None:
     program = chain(3)
     program.settle()
     _, middle = nested(program.levels())
@@ -123,7 +125,7 @@ def test_the_gradient_is_the_total_one():
     assert found.loss == middle.loss(None).item() == program.objective(1, program.blocks).item()
 
 
-def logistic():
+def logistic() -> tuple[Any, ...]:
     """Weights, a penalty for each, and a prior of the penalties, on three sets of points."""
     generator = torch.Generator().manual_seed(0)
     options = {"generator": generator, "dtype": torch.float64}
@@ -135,14 +137,14 @@ def logistic():
     v = torch.full((8,), -2.0, dtype=torch.float64, requires_grad=True)
     w = torch.zeros(8, dtype=torch.float64, requires_grad=True)
 
-    def error(w, index):
+    def error(w: Any, index: Any) -> Any:
         x, y = sets[index]
         return softplus(-y * (x @ w)).mean()
 
-    def f(w, v):
+    def f(w: Any, v: Any) -> Any:
         return error(w, 0) + v.exp() @ w.square() / 2
 
-    def g(w, v, u):
+    def g(w: Any, v: Any, u: Any) -> Any:
         return error(w, 1) + u[0].exp() * (v - u[1]).square().mean() / 2
 
     levels = (
@@ -152,7 +154,7 @@ def logistic():
     )
     minimise(levels[2], tolerance=1e-11)
 
-    def lowest(v):
+    def lowest(v: Any) -> Any:
         return newton(lambda w: f(w, v), w, steps=2)
 
     # The formula of two levels on the reduced objectives, whose derivatives autograd takes.
@@ -168,7 +170,9 @@ def logistic():
     ("options", "least", "most"),
     [({}, 0, 1e-7), ({"follow": 2}, 0, 1e-7), ({"follow": 0}, 0.1, 0.5)],
 )
-def test_without_following_the_second_derivatives_are_wrong(options, least, most):
+def test_without_following_the_second_derivatives_are_wrong(
+    options: dict[str, Any], least: float, most: float
+) -> None:
     """Where no level is quadratic: one Newton step will do, and none is off by a fifth."""
     (top, middle, lower), expected = logistic()
     level = Nested(middle, lower, **options)
@@ -177,7 +181,7 @@ def test_without_following_the_second_derivatives_are_wrong(options, least, most
 
 
 @pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_darts_takes_the_identity_for_the_inverse(scheme):
+def test_darts_takes_the_identity_for_the_inverse(scheme: str) -> None:
     """In training, from the start of the level's last step, with that step's own gradient."""
     program = chain(3, seed=1)
     u = program.blocks[0].detach().clone()
@@ -198,7 +202,7 @@ def test_darts_takes_the_identity_for_the_inverse(scheme):
 
 
 @pytest.mark.parametrize("length", [3, 4])
-def test_training_reaches_the_optimum_of_the_chain(length):
+def test_training_reaches_the_optimum_of_the_chain(length: int) -> None:
     program = chain(length, sizes={3: (2, 2, 3), 4: (1, 1, 1, 1)}[length], ridge=10.0)
     method = "cg:product=difference,epsilon=1.0"
     top, lower = nested(program.levels(lr=0.06), "cg", method, lower_steps=2)
@@ -213,7 +217,7 @@ def test_training_reaches_the_optimum_of_the_chain(length):
     assert record["lower_loss"] == pytest.approx(program.objective(1, program.blocks).item())
 
 
-def test_a_level_comes_after_the_steps_of_the_one_below():
+def test_a_level_comes_after_the_steps_of_the_one_below() -> None:
     log = []
     program = chain(4, sizes=(1, 1, 1, 1))
     for k, level in enumerate(levels := program.levels()):
@@ -230,7 +234,7 @@ def test_a_level_comes_after_the_steps_of_the_one_below():
     assert log == [*inner, *inner]
 
 
-def test_estimators_can_be_compared_on_a_chain():
+def test_estimators_can_be_compared_on_a_chain() -> None:
     levels = nested(chain(3).levels())
     methods = ["cg:product=difference", "cg", "darts", "direct"]
     table = compare_hypergradients(*levels, methods, OUTER["exact"], repeats=1)
@@ -240,7 +244,7 @@ def test_estimators_can_be_compared_on_a_chain():
     assert 0 < darts["cosine"] < 1
 
 
-def test_half_precision_is_displaced_in_single_precision():
+def test_half_precision_is_displaced_in_single_precision() -> None:
     """All levels: eight bits would leave nothing of w's following, nor of a difference."""
     program = chain(3, sizes=(2, 2, 3))
     found = {}
@@ -256,7 +260,7 @@ def test_half_precision_is_displaced_in_single_precision():
     assert relative_error(found[torch.bfloat16].double(), found[torch.float64]) < 0.02
 
 
-def test_the_example_runs():
+def test_the_example_runs() -> None:
     script = Path(__file__).parents[2] / "examples/three_levels.py"
     flags = ["--splits=1", "--steps=2"]
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)

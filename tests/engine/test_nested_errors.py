@@ -1,6 +1,8 @@
 """What a chain refuses, and which level its errors name."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +24,13 @@ from tests.support.chains import chain, nested
 from tests.support.quadratic import FunctionLevel
 
 
-def leaf(value=1.0):
+def leaf(value: float = 1.0) -> Any:
     return torch.tensor([value], requires_grad=True)
 
 
-def three(f=None, g=None, top=None, non_finite="raise", **options):
+def three(
+    f: Any = None, g: Any = None, top: Any = None, non_finite: str = "raise", **options: Any
+) -> Engine:
     """An engine over three levels of one number each, with other losses where given."""
     u, v, w = leaf(), leaf(), leaf()
     g, f, top = (
@@ -43,17 +47,17 @@ def three(f=None, g=None, top=None, non_finite="raise", **options):
 
 
 @pytest.mark.parametrize("level", ["top", "g", "f"])
-def test_a_level_that_is_not_finite_is_named(level):
+def test_a_level_that_is_not_finite_is_named(level: str) -> None:
     name = {"top": "first", "g": "middle", "f": "last"}[level]
     engine = three(**{level: lambda u, v, w: (u + v + w).sum() * float("nan")})
     with pytest.raises(NonFiniteError, match=f"step 1: .*{name}: .*loss"):
         engine.run(1)
 
 
-def test_steps_that_are_not_finite_can_be_skipped():
+def test_steps_that_are_not_finite_can_be_skipped() -> None:
     calls = []
 
-    def now_and_then(u, v, w):
+    def now_and_then(u: Any, v: Any, w: Any) -> Any:
         calls.append(1)
         return (w - v).square().sum() * (float("inf") if len(calls) == 5 else 1)
 
@@ -83,17 +87,17 @@ def test_steps_that_are_not_finite_can_be_skipped():
         ),
     ],
 )
-def test_a_variable_that_no_loss_reads_is_named(losses, name):
+def test_a_variable_that_no_loss_reads_is_named(losses: dict[str, Any], name: str) -> None:
     with pytest.raises(ProblemError, match=name):
         three(**losses).run(1)
 
 
-def test_a_variable_that_only_the_optimizer_below_reads_is_enough():
+def test_a_variable_that_only_the_optimizer_below_reads_is_enough() -> None:
     """One step of the lowest level at the learning rate exp(u), by hand."""
     u, v, w = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-1, 0, 3))
 
     class Lowest(FunctionLevel):
-        def optimizer_options(self):
+        def optimizer_options(self) -> dict[str, Any]:
             return {"lr": u.exp()}
 
     lowest = Lowest(lambda _: (w - 1).square().sum() / 2, [w], optimizer=SGD([w]))
@@ -102,7 +106,7 @@ def test_a_variable_that_only_the_optimizer_below_reads_is_enough():
     torch.testing.assert_close(part, -u.exp() * (w - 2 + v) * (w - 1))
 
 
-def test_a_variable_that_only_a_level_below_reads_is_enough():
+def test_a_variable_that_only_a_level_below_reads_is_enough() -> None:
     """v is read by f alone, as a penalty is, and u by f alone too."""
     engine = three(
         top=lambda u, v, w: (w + v).square().sum(),
@@ -114,11 +118,11 @@ def test_a_variable_that_only_a_level_below_reads_is_enough():
 
 
 class Plain(Problem):
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         return sum(v.sum() for v in self.variables)
 
 
-def plain(value=None, name="level", **options):
+def plain(value: Any = None, name: str = "level", **options: Any) -> Plain:
     tensor = leaf() if value is None else value
     return Plain([tensor], optimizer=SGD([tensor], lr=0.1), name=name, **options)
 
@@ -167,7 +171,7 @@ X = leaf()
         (lambda: check_levels([Nested(plain(), plain()), plain()]), "a trainer has two"),
     ],
 )
-def test_mistakes_are_named(construct, message):
+def test_mistakes_are_named(construct: Callable[..., Any], message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         construct()
 
@@ -176,11 +180,11 @@ def test_mistakes_are_named(construct, message):
 class Own(Estimator):
     """An estimator of one's own that asks for an exact product."""
 
-    def estimate(self, oracle):
+    def estimate(self, oracle: Any) -> None:
         with oracle.product("exact"):
             raise AssertionError
 
 
-def test_an_exact_product_is_refused_whoever_asks():
+def test_an_exact_product_is_refused_whoever_asks() -> None:
     with pytest.raises(ProblemError, match='product="difference"'):
         hypergradient(*nested(chain(3).levels()), Own())

@@ -1,6 +1,9 @@
 """What a chain may change, and what of it is saved: resumed runs, purity, random numbers."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from tests.support.networks import Classify, Network, differences, loader
 from tests.support.quadratic import FunctionLevel
 
 
-def network_chain(dropout=0.3, generators=False, lr=(0.05, 0.05), **options):
+def network_chain(
+    dropout: float = 0.3, generators: bool = False, lr: Any = (0.05, 0.05), **options: Any
+) -> Any:
     """Three levels over one network with dropout and batch norm, on shuffled loaders."""
     torch.manual_seed(0)
     net = Network(dropout)
@@ -39,13 +44,13 @@ METHODS = [
 ]
 
 
-def network_engine(method="darts", generators=False, **options):
+def network_engine(method: str = "darts", generators: bool = False, **options: Any) -> Engine:
     top, middle, lower = network_chain(generators=generators, **options)
     level = Nested(middle, lower, "cg:steps=3", lower_steps=2, warmup_steps=1)
     return Engine(top, level, method, lower_steps=2, progress=False)
 
 
-def everything(engine):
+def everything(engine: Any) -> dict[str, Any]:
     """All that may not change; the data are judged by the batches that they give."""
     net = engine.upper.net
     state = deepcopy(engine.state_dict())
@@ -61,7 +66,7 @@ def everything(engine):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_is_bit_identical(method, tmp_path):
+def test_a_resumed_run_is_bit_identical(method: str, tmp_path: Path) -> None:
     whole = network_engine(method)
     torch.manual_seed(3)
     whole.run(6)
@@ -91,7 +96,9 @@ def test_a_resumed_run_is_bit_identical(method, tmp_path):
         (lambda lower: lower["settings"].update(hypergradient="CG()"), "hypergradient='CG"),
     ],
 )
-def test_states_that_do_not_fit_are_refused_and_nothing_changes(change, message):
+def test_states_that_do_not_fit_are_refused_and_nothing_changes(
+    change: Callable[..., Any], message: str
+) -> None:
     first = network_engine()
     first.run(1)
     state = deepcopy(first.state_dict())
@@ -110,12 +117,12 @@ class Interruption(Exception):
     pass
 
 
-def interrupt(levels, at):
+def interrupt(levels: Any, at: Any) -> Any:
     """Make the ``at``-th evaluation of any loss fail; returns the count."""
     count = 0
 
-    def wrap(loss):
-        def wrapped(batch):
+    def wrap(loss: Any) -> Any:
+        def wrapped(batch: Any) -> Any:
             nonlocal count
             count += 1
             if count == at:
@@ -130,7 +137,7 @@ def interrupt(levels, at):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_hypergradient_leaves_no_trace(method):
+def test_a_hypergradient_leaves_no_trace(method: str) -> None:
     """Also not one that fails in any of its evaluations, nor in the batches to come."""
     engine, twin = network_engine(method), network_engine(method)
     for each in (engine, twin):
@@ -166,7 +173,7 @@ def test_a_hypergradient_leaves_no_trace(method):
 
 @pytest.mark.parametrize("generators", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_levels_above_leak_nothing_into_the_lowest(method, generators):
+def test_the_levels_above_leak_nothing_into_the_lowest(method: str, generators: bool) -> None:
     """At a learning rate of 0 above, it is trained as if alone, bit for bit."""
     engine = network_engine(method, generators, lr=(0.0, 0.0))
     torch.manual_seed(4)
@@ -178,12 +185,12 @@ def test_the_levels_above_leak_nothing_into_the_lowest(method, generators):
     assert not differences(*(dict(level.net.named_buffers()) for level in (engine.upper, alone)))
 
 
-def test_each_step_of_the_middle_draws_its_own_masks():
+def test_each_step_of_the_middle_draws_its_own_masks() -> None:
     """Also where the level below draws no random numbers, which would move the stream."""
     u, v, w = (torch.ones(4, requires_grad=True) for _ in range(3))
     seen = []
 
-    def middle(_):
+    def middle(_: Any) -> Any:
         mask = torch.rand(4)
         seen.append(mask)
         return (mask * (v - w)).square().sum() + (v * u).sum()
@@ -200,12 +207,12 @@ def test_each_step_of_the_middle_draws_its_own_masks():
     assert len(steps) == 3 and all(b - a > 2 for a, b in zip(steps, [*steps[1:], len(seen)]))
 
 
-def test_derivatives_of_the_level_below_are_on_its_last_batch_and_masks():
+def test_derivatives_of_the_level_below_are_on_its_last_batch_and_masks() -> None:
     """In the middle's own gradient and in the hypergradient of the top alike."""
     u, v, w = (torch.ones(3, requires_grad=True) for _ in range(3))
     seen = []
 
-    def below(batch):
+    def below(batch: Any) -> Any:
         mask = torch.rand(3)
         seen.append((batch, mask))
         return batch * (w - mask * v).square().sum()

@@ -3,6 +3,8 @@
 Differences of gradients divide by their step, and their rounding with them.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,25 +16,25 @@ KINDS = ("plain", "ddp", "fsdp")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each process has of every check: one launch for all of them."""
     folder = tmp_path_factory.mktemp("two")
     return two_processes.run(LAUNCHER, "levels_in_processes.py", folder)
 
 
-def distance(found, expected):
+def distance(found: Any, expected: Any) -> Any:
     """The largest relative error of a tensor, by norms."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 
-def rounding(method):
+def rounding(method: str) -> Any:
     first_order = method.startswith(("darts", "sama")) and "exact" not in method
     first_order |= "difference" in method or method in ("f2sa", "penalty")
     return 1e-7 if first_order else 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_are_those_of_the_whole_batch(two, kind):
+def test_losses_and_gradients_are_those_of_the_whole_batch(two: Any, kind: str) -> None:
     """Also of a tensor that one process's rows alone read; and no ``.grad`` has changed."""
     expected = levels.gradients("plain")
     for result in two:
@@ -41,7 +43,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(two, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hypergradients_are_those_of_the_whole_batch(two, kind):
+def test_hypergradients_are_those_of_the_whole_batch(two: Any, kind: str) -> None:
     """Every registered estimator; where parameters are sharded, those with first-order passes."""
     methods = levels.FIRST_ORDER if kind == "fsdp" else levels.WHOLE
     expected = levels.estimates("plain", methods)
@@ -52,7 +54,7 @@ def test_hypergradients_are_those_of_the_whole_batch(two, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_is_that_of_one_process(two, kind):
+def test_training_is_that_of_one_process(two: Any, kind: str) -> None:
     """Records, metrics included, and all variables; bit for bit the same on both processes."""
     for method, (records, variables) in two[0][kind]["runs"].items():
         assert records == two[1][kind]["runs"][method][0], method
@@ -67,7 +69,7 @@ def test_training_is_that_of_one_process(two, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_levels_are_those_of_one_process(two, kind):
+def test_three_levels_are_those_of_one_process(two: Any, kind: str) -> None:
     """Difference quotients of difference quotients: rounding counts for more."""
     _, end = levels.chained("plain")
     (_, first), (_, second) = (result[kind]["chained"] for result in two)
@@ -76,7 +78,7 @@ def test_three_levels_are_those_of_one_process(two, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_state_of_an_adam_below_is_read_where_it_is(two, kind):
+def test_the_state_of_an_adam_below_is_read_where_it_is(two: Any, kind: str) -> None:
     """Its moments are sharded as the variables are."""
     for method, variables in two[0][kind]["adaptive"].items():
         assert all(map(torch.equal, variables, two[1][kind]["adaptive"][method])), method
@@ -85,7 +87,7 @@ def test_the_state_of_an_adam_below_is_read_where_it_is(two, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_an_estimator_keeps_is_whole_and_goes_on(two, kind):
+def test_what_an_estimator_keeps_is_whole_and_goes_on(two: Any, kind: str) -> None:
     """Bit for bit, and in the state of one process: a vector over shards is saved in full."""
     _, expected = levels.resumed("plain", levels.KEPT)
     for result in two:
@@ -101,19 +103,19 @@ def test_what_an_estimator_keeps_is_whole_and_goes_on(two, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_on_one_process_stops_both(two, kind):
+def test_a_nan_on_one_process_stops_both(two: Any, kind: str) -> None:
     for result in two:
         assert result[kind]["poisoned"].startswith("lower step 1: lower: the loss is nan; ")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_upper_losses_draw_numbers_of_their_own(two, kind):
+def test_the_upper_losses_draw_numbers_of_their_own(two: Any, kind: str) -> None:
     """One mask for all processes would be half of the randomness of one."""
     drawn = [x for result in two for x in result[kind]["drawn"]]
     assert len(set(drawn)) == len(drawn) == 6
 
 
-def test_second_derivatives_and_half_precision_of_shards_are_refused(two):
+def test_second_derivatives_and_half_precision_of_shards_are_refused(two: Any) -> None:
     """With the name of what works."""
     for result in two:
         half = result["refusals"].pop("darts")
@@ -122,7 +124,7 @@ def test_second_derivatives_and_half_precision_of_shards_are_refused(two):
         assert all('product="difference"' in text for text in result["refusals"].values())
 
 
-def test_sharded_tensors_are_reduced_as_whole_ones(two):
+def test_sharded_tensors_are_reduced_as_whole_ones(two: Any) -> None:
     """Uneven shards, and parts that several processes hold, count once."""
     expected = pytest.approx((sum(k * k for k in range(21)) + 2) ** 0.5, rel=1e-12)
     for result in two:

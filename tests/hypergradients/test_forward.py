@@ -1,5 +1,8 @@
 """Forward mode is reverse mode, step by step and over a whole run."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
@@ -15,11 +18,11 @@ each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
 @pytest.fixture
-def seen(monkeypatch):
+def seen(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The hypergradients of an Engine's run."""
     found = []
 
-    def spy(oracle, method):
+    def spy(oracle: Any, method: str) -> Any:
         result = estimate(oracle, method)
         found.append(flat(result.hypergradient))
         return result
@@ -30,7 +33,7 @@ def seen(monkeypatch):
 
 @each_optimizer
 @pytest.mark.parametrize("training", [False, True])
-def test_forward_and_reverse_mode_agree(optimizer, training, seen):
+def test_forward_and_reverse_mode_agree(optimizer: str, training: bool, seen: Any) -> None:
     kind, options = OPTIMIZERS[optimizer]
     found = []
     for method in ("forward", "unrolled"):
@@ -45,7 +48,7 @@ def test_forward_and_reverse_mode_agree(optimizer, training, seen):
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-13)
 
 
-def test_each_step_sees_its_own_dropout_mask(seen):
+def test_each_step_sees_its_own_dropout_mask(seen: Any) -> None:
     for method in ("forward", "unrolled"):
         torch.manual_seed(3)
         w, u = start()
@@ -55,7 +58,7 @@ def test_each_step_sees_its_own_dropout_mask(seen):
 
 
 @each_optimizer
-def test_carried_tangents_look_back_on_the_whole_run(optimizer, seen):
+def test_carried_tangents_look_back_on_the_whole_run(optimizer: str, seen: Any) -> None:
     """At a u that rests, six upper steps of one lower step are reverse mode through six."""
     kind, options = OPTIMIZERS[optimizer]
     forward = Engine(
@@ -86,7 +89,7 @@ def test_carried_tangents_look_back_on_the_whole_run(optimizer, seen):
     assert len(again._recent) == 1  # one step is kept, whatever it looks back on
 
 
-def test_without_carry_the_steps_before_the_last_upper_step_are_left_out(seen):
+def test_without_carry_the_steps_before_the_last_upper_step_are_left_out(seen: Any) -> None:
     for method in ("forward:steps=2", "unrolled:steps=2"):
         levels = make(*OPTIMIZERS["adamw"], upper_rate=0.0)
         Engine(*levels, method, lower_steps=2, progress=False).run(3)
@@ -97,7 +100,9 @@ def test_without_carry_the_steps_before_the_last_upper_step_are_left_out(seen):
 @pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 @pytest.mark.parametrize("method", ["forward", "unrolled"])
-def test_a_gradient_that_is_exactly_zero_gives_no_nan(kind, max_grad_norm, method):
+def test_a_gradient_that_is_exactly_zero_gives_no_nan(
+    kind: Any, max_grad_norm: float | None, method: str
+) -> None:
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     u = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     lower = FunctionLevel(
@@ -112,7 +117,7 @@ def test_a_gradient_that_is_exactly_zero_gives_no_nan(kind, max_grad_norm, metho
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("exact", 1e-12), ("difference", 1e-7)])
-def test_the_tangent_of_the_gradient_is_that_of_autograd(kind, tolerance):
+def test_the_tangent_of_the_gradient_is_that_of_autograd(kind: str, tolerance: float) -> None:
     w, u = start()
     upper, lower = make_levels(None, w, u)
     v, e = (Vector(torch.randn_like(x) for x in xs) for xs in (w, u))
@@ -131,14 +136,14 @@ def test_the_tangent_of_the_gradient_is_that_of_autograd(kind, tolerance):
 
 
 @each_optimizer
-def test_differences_agree_with_double_backward(optimizer):
+def test_differences_agree_with_double_backward(optimizer: str) -> None:
     levels = make(*OPTIMIZERS[optimizer])
     exact = flat(hypergradient(*levels, "forward:steps=3"))
     differences = flat(hypergradient(*levels, "forward:steps=3,product=difference"))
     torch.testing.assert_close(differences, exact, rtol=1e-6, atol=1e-8)
 
 
-def test_too_many_unknowns_are_sent_to_reverse_mode():
+def test_too_many_unknowns_are_sent_to_reverse_mode() -> None:
     levels = make(SGD, {"lr": 0.1})
     with pytest.raises(ProblemError, match="limit=5"):
         hypergradient(*levels, "forward:limit=5")
@@ -149,7 +154,7 @@ def test_too_many_unknowns_are_sent_to_reverse_mode():
         hypergradient(*levels, "forward:limit=0")
 
 
-def test_carried_tangents_need_every_lower_step(tmp_path):
+def test_carried_tangents_need_every_lower_step(tmp_path: Path) -> None:
     levels = make(SGD, {"lr": 0.1})
     with pytest.raises(ProblemError, match="lower_steps=3"):
         Engine(*levels, "forward:carry=true", lower_steps=3)

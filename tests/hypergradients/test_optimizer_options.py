@@ -1,5 +1,7 @@
 """Options of the lower optimizer as functions of upper variables, against steps by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
@@ -12,7 +14,14 @@ from tests.support.learnt_options import Learnt, logs, make, rate_and_decay
 from tests.support.quadratic import FunctionLevel, flat
 
 
-def by_hand(kind, options, grouped=False, warmup=0, steps=3, max_norm=None):
+def by_hand(
+    kind: Any,
+    options: Any,
+    grouped: bool = False,
+    warmup: int = 0,
+    steps: int = 3,
+    max_norm: Any = None,
+) -> tuple[Any, ...]:
     """The hypergradient through ``steps`` steps, and where they lead."""
     w, u = start()
     rate, decay = logs()
@@ -29,7 +38,9 @@ def by_hand(kind, options, grouped=False, warmup=0, steps=3, max_norm=None):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
-def test_training_is_differentiated_like_the_steps_by_hand(optimizer, grouped, method):
+def test_training_is_differentiated_like_the_steps_by_hand(
+    optimizer: str, grouped: bool, method: str
+) -> None:
     kind, options = OPTIMIZERS[optimizer]
     upper, lower = make(kind, options, grouped, max_grad_norm=0.3)
     before = flat(upper.variables).detach()
@@ -45,7 +56,7 @@ def test_training_is_differentiated_like_the_steps_by_hand(optimizer, grouped, m
 
 
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
-def test_a_step_of_gradient_descent_falls_by_the_product_of_the_gradients(method):
+def test_a_step_of_gradient_descent_falls_by_the_product_of_the_gradients(method: str) -> None:
     """w' = w − η(g + dw): dF/dη = −⟨g + dw, ∂F/∂w⟩ and dF/dd = −η⟨w, ∂F/∂w⟩."""
     upper, lower = make(SGD, {"lr": 1.0})
     rate, decay = upper.variables[-2:]
@@ -57,7 +68,7 @@ def test_a_step_of_gradient_descent_falls_by_the_product_of_the_gradients(method
     torch.testing.assert_close(found[1], -eta * d * (w @ b), rtol=1e-12, atol=0)
 
 
-def test_options_are_written_before_each_step():
+def test_options_are_written_before_each_step() -> None:
     upper, lower = make(AdamW, {"lr": 9.0})
     rate, decay = upper.variables[-2:]
     with torch.no_grad():
@@ -68,7 +79,7 @@ def test_options_are_written_before_each_step():
     assert isinstance(group["lr"], float)
 
 
-def test_a_schedule_and_a_learnt_decay_go_together():
+def test_a_schedule_and_a_learnt_decay_go_together() -> None:
     """The schedule owns the learning rate: each step is taken, and differentiated, at its own."""
     w, u = start()
     decay = logs()[1]
@@ -94,8 +105,8 @@ def test_a_schedule_and_a_learnt_decay_go_together():
 
 
 @pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,carry=true"])
-def test_a_run_resumes_bit_by_bit(method):
-    def engine():
+def test_a_run_resumes_bit_by_bit(method: str) -> None:
+    def engine() -> Engine:
         return Engine(*make(Adam, {}, True, 0.02), method, lower_steps=2, progress=False)
 
     whole, first, second = engine(), engine(), engine()
@@ -109,7 +120,7 @@ def test_a_run_resumes_bit_by_bit(method):
 
 
 @pytest.mark.parametrize("method", sorted(registered().keys() - {"unrolled", "forward"}))
-def test_estimators_that_do_not_see_options_are_refused(method):
+def test_estimators_that_do_not_see_options_are_refused(method: Any) -> None:
     upper, lower = make(SGD, {"lr": 0.1})
     with pytest.raises(ProblemError, match="variable 2, variable 3"):
         Engine(upper, lower, method, progress=False)
@@ -117,7 +128,7 @@ def test_estimators_that_do_not_see_options_are_refused(method):
         hypergradient(upper, lower, method)
 
 
-def test_options_without_upper_variables_go_with_every_estimator():
+def test_options_without_upper_variables_go_with_every_estimator() -> None:
     w, u = start()
     upper = FunctionLevel(lambda _: upper_f(w, u), u, optimizer=SGD(u, lr=0.1))
     lower = Learnt(
@@ -129,7 +140,7 @@ def test_options_without_upper_variables_go_with_every_estimator():
 
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
 @pytest.mark.parametrize("decay", [0, 0.1, torch.tensor(1)])
-def test_options_that_are_plain_numbers_are_what_they_are(method, decay):
+def test_options_that_are_plain_numbers_are_what_they_are(method: str, decay: Any) -> None:
     """Whole ones too, and without rounding: as if the optimizer had been made with them."""
     found = []
     for options in ({"weight_decay": decay}, {}):
@@ -145,7 +156,9 @@ def test_options_that_are_plain_numbers_are_what_they_are(method, decay):
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_outside_training_a_variable_that_f_does_not_read_does_not_decay(method, steps):
+def test_outside_training_a_variable_that_f_does_not_read_does_not_decay(
+    method: str, steps: int
+) -> None:
     """A step leaves it alone; of the others, w' = w − lr·(2w + u·w)."""
     read, unread = (torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in (1, 3))
     decay = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
@@ -163,7 +176,7 @@ def test_outside_training_a_variable_that_f_does_not_read_does_not_decay(method,
     assert float(h) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_hypergradient_writes_no_options():
+def test_a_hypergradient_writes_no_options() -> None:
     upper, lower = make(SGD, {"lr": 0.1})
     for method in ("unrolled:steps=2", "forward"):
         hypergradient(upper, lower, method)
@@ -173,7 +186,7 @@ def test_a_hypergradient_writes_no_options():
     assert taken["lr"] == upper.variables[2].exp().item()
 
 
-def test_a_variable_that_neither_loss_nor_options_read_is_named():
+def test_a_variable_that_neither_loss_nor_options_read_is_named() -> None:
     upper, lower = make(SGD, {"lr": 0.1})
     lower.options = lambda: {"lr": upper.variables[2].exp()}
     with pytest.raises(ProblemError, match="'variable 3'"):
@@ -190,7 +203,7 @@ def test_a_variable_that_neither_loss_nor_options_read_is_named():
         ({"lr": torch.ones(2)}, r"lr .*\(2,\)"),
     ],
 )
-def test_bad_options_are_named_and_nothing_moves(options, message):
+def test_bad_options_are_named_and_nothing_moves(options: Any, message: str) -> None:
     _, lower = make(SGD, {"lr": 0.1})
     lower.options = lambda: options
     before = flat(lower.variables).detach()
@@ -200,7 +213,7 @@ def test_bad_options_are_named_and_nothing_moves(options, message):
 
 
 @pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,limit=9"])
-def test_a_group_without_variables_has_options_that_nobody_reads(method):
+def test_a_group_without_variables_has_options_that_nobody_reads(method: str) -> None:
     """Transformers makes one of all biases and norms, which an adapter may lack."""
     found = []
     for empty in (False, True):
@@ -216,20 +229,20 @@ def test_a_group_without_variables_has_options_that_nobody_reads(method):
     assert torch.equal(*found)
 
 
-def test_options_need_an_optimizer():
+def test_options_need_an_optimizer() -> None:
     upper, lower = make(SGD, {"lr": 0.1})
     lower.optimizer = None
     with pytest.raises(ProblemError, match="optimizer_options"):
         hypergradient(upper, lower, "cg")
 
 
-def test_a_schedule_and_a_learnt_rate_do_not_go_together():
+def test_a_schedule_and_a_learnt_rate_do_not_go_together() -> None:
     _, lower = make(SGD, {"lr": 0.1})
     lower.scheduler = ExponentialLR(lower.optimizer, 0.9)
     with pytest.raises(ProblemError, match=r"scheduler .*optimizer_options"):
         lower.step(lower.gradient(BATCHES[0], lower.variables).gradient)
 
 
-def test_a_level_has_no_options_by_default():
+def test_a_level_has_no_options_by_default() -> None:
     w, _ = start()
     assert Problem(w).optimizer_options() == {}

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 from hyperopt_peft import Engine, ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
@@ -16,7 +19,7 @@ from tests.support.trainers import CONFIG as SHAPE
 from tests.support.trainers import base_model
 
 
-def dora_model(dropout=0.1, **options):
+def dora_model(dropout: float = 0.1, **options: Any) -> Any:
     torch.manual_seed(0)
     adapter = LoraConfig(
         task_type="SEQ_CLS",
@@ -30,7 +33,7 @@ def dora_model(dropout=0.1, **options):
     return get_peft_model(base_model(dropout=dropout), adapter).train()
 
 
-def batches(seed, count=3, size=8):
+def batches(seed: int, count: int = 3, size: int = 8) -> list[Any]:
     generator = torch.Generator().manual_seed(seed)
     return [
         {
@@ -41,7 +44,7 @@ def batches(seed, count=3, size=8):
     ]
 
 
-def engine(model, estimator="darts:scheme=forward"):
+def engine(model: nn.Module, estimator: str = "darts:scheme=forward") -> Engine:
     """Both levels with AdamW, on batches of their own."""
     parts = split_parameters(model)
     lower = Direction(
@@ -57,15 +60,15 @@ def engine(model, estimator="darts:scheme=forward"):
     return Engine(upper, lower, estimator, lower_steps=2, progress=False)
 
 
-def values(parameters):
+def values(parameters: Any) -> dict[str, Any]:
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-def moved(before, after):
+def moved(before: Any, after: Any) -> Any:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_levels_share_out_the_trainable_parameters():
+def test_levels_share_out_the_trainable_parameters() -> None:
     model = dora_model()
     lower, upper = Direction(model), Magnitude(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -76,7 +79,7 @@ def test_levels_share_out_the_trainable_parameters():
     assert any("classifier" in name for name in lower.names)
 
 
-def test_training_starts_at_the_pretrained_model():
+def test_training_starts_at_the_pretrained_model() -> None:
     model, batch = dora_model(dropout=0.0), batches(4)[0]
     expected = base_model(dropout=0.0).train()
     expected.classifier.load_state_dict(
@@ -86,7 +89,7 @@ def test_training_starts_at_the_pretrained_model():
         torch.testing.assert_close(level.loss(batch), expected(**batch).loss)
 
 
-def test_search_moves_both_levels_and_nothing_else():
+def test_search_moves_both_levels_and_nothing_else() -> None:
     model = dora_model()
     before = values(dict(model.named_parameters()))
     parts = split_parameters(model)
@@ -95,12 +98,12 @@ def test_search_moves_both_levels_and_nothing_else():
     assert moved(before, values(dict(model.named_parameters()))) == owned
 
 
-def test_the_control_owns_all_that_trains():
+def test_the_control_owns_all_that_trains() -> None:
     model = dora_model()
     assert set(Adapter(model).names) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_decay_pulls_magnitudes_to_where_they_started():
+def test_decay_pulls_magnitudes_to_where_they_started() -> None:
     model, batch = dora_model(dropout=0.0), batches(4)[0]
     plain, decayed = Magnitude(model), Magnitude(model, decay=0.7)
     with torch.no_grad():
@@ -117,7 +120,7 @@ def test_decay_pulls_magnitudes_to_where_they_started():
         torch.testing.assert_close(with_decay - without, 0.7 * (m - m0).detach())
 
 
-def test_gamma_adds_the_gram_penalty():
+def test_gamma_adds_the_gram_penalty() -> None:
     model, batch = dora_model(dropout=0.0), batches(4)[0]
     plain, regularised = Direction(model), Direction(model, gamma=0.3)
     loss, metrics = regularised.evaluate(batch)
@@ -126,7 +129,7 @@ def test_gamma_adds_the_gram_penalty():
     assert metrics == pytest.approx({"task_loss": task.item(), "gram": penalty.item()})
 
 
-def levels(norm_grad):
+def levels(norm_grad: Any) -> tuple[Any, ...]:
     """Both levels in float64, away from the start, where B is no longer 0."""
     model = set_norm_grad(dora_model(dropout=0.0).double(), norm_grad)
     with torch.no_grad():
@@ -136,7 +139,7 @@ def levels(norm_grad):
     return Magnitude(model, data=upper_batch), Direction(model, data=lower_batch)
 
 
-def disagreement(norm_grad):
+def disagreement(norm_grad: Any) -> Any:
     """Relative difference between the finite-difference and the double-backward product."""
     rows = compare_hypergradients(
         *levels(norm_grad), ["darts"], "darts:product=exact", repeats=1
@@ -144,19 +147,19 @@ def disagreement(norm_grad):
     return rows[0].relative_error
 
 
-def test_only_a_norm_in_the_graph_makes_both_products_agree():
+def test_only_a_norm_in_the_graph_makes_both_products_agree() -> None:
     assert disagreement("full") < 1e-6
     assert disagreement("detach") > 1e-2
 
 
-def test_hypergradient_is_the_derivative_of_the_validation_loss_after_a_step():
+def test_hypergradient_is_the_derivative_of_the_validation_loss_after_a_step() -> None:
     """ξ = lr: central differences of m ↦ F(w − lr·∂f/∂w(w, m), m), the formula's own definition."""
     upper, lower = levels("full")
     rate, h = 0.05, 1e-5
     start = [w.detach().clone() for w in lower.variables]
     m = upper.variables[0]
 
-    def after_step():
+    def after_step() -> Any:
         gradient = lower.gradient(lower.peek_batch(), lower.variables).gradient
         with torch.no_grad():
             for w, w0, g in zip(lower.variables, start, gradient, strict=True):
@@ -167,7 +170,7 @@ def test_hypergradient_is_the_derivative_of_the_validation_loss_after_a_step():
                 w.copy_(w0)
         return value
 
-    def shifted(delta):
+    def shifted(delta: Any) -> Any:
         with torch.no_grad():
             m[0] += delta
         value = after_step()
@@ -190,7 +193,7 @@ def test_hypergradient_is_the_derivative_of_the_validation_loss_after_a_step():
     assert before - m[0].item() == pytest.approx(numeric, rel=1e-5)
 
 
-def test_every_estimator_family_runs_on_it():
+def test_every_estimator_family_runs_on_it() -> None:
     upper, lower = levels("full")
     lower.optimizer = torch.optim.AdamW(lower.variables, lr=1e-3)
     for method in (
@@ -222,17 +225,17 @@ assert "hyperopt_peft" not in sys.modules
 """
 
 
-def test_stock_peft_loads_and_merges_the_adapter_in_a_fresh_process(tmp_path):
+def test_stock_peft_loads_and_merges_the_adapter_in_a_fresh_process(tmp_path: Path) -> None:
     model = dora_model()
     engine(model).run(3)
     model.save_pretrained(tmp_path / "adapter")
     plain = dora_model()
     plain.save_pretrained(tmp_path / "plain")
 
-    def keys(name):
+    def keys(name: str) -> Any:
         return load_file(tmp_path / name / "adapter_model.safetensors").keys()
 
-    def settings(name):
+    def settings(name: str) -> Any:
         return json.loads((tmp_path / name / "adapter_config.json").read_text())
 
     assert keys("adapter") == keys("plain")
@@ -249,7 +252,7 @@ def test_stock_peft_loads_and_merges_the_adapter_in_a_fresh_process(tmp_path):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_one_seed_is_one_result():
+def test_one_seed_is_one_result() -> None:
     runs = []
     for _ in range(2):
         model = dora_model()
@@ -259,6 +262,6 @@ def test_one_seed_is_one_result():
     assert not moved(*runs)
 
 
-def test_a_model_without_an_adapter_is_refused():
+def test_a_model_without_an_adapter_is_refused() -> None:
     with pytest.raises(ProblemError, match="PeftModel"):
         Direction(base_model())

@@ -1,5 +1,8 @@
 """Mixture weights: their hypergradient, who gains and who loses, and both drivers."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -20,7 +23,7 @@ from tests.support.weighted_levels import Linear, central_difference, regularise
 NAMES = ["right", "wrong", "half"]
 
 
-def pooled(per_source=20):
+def pooled(per_source: int = 20) -> Any:
     """Rows of three sources: the target's labels, ones moved by a class, half of them so."""
     batch, _ = rows(3 * per_source, seed=1)
     batch["source"] = torch.arange(3 * per_source) % 3
@@ -31,7 +34,7 @@ def pooled(per_source=20):
     return batch
 
 
-def linear_levels(logits=(0.0, 0.0, 0.0)):
+def linear_levels(logits: Any = (0.0, 0.0, 0.0)) -> tuple[Any, ...]:
     model, weights = Linear(), SourceWeights(NAMES).double()
     with torch.no_grad():
         weights.logits.copy_(torch.tensor(logits))
@@ -39,7 +42,7 @@ def linear_levels(logits=(0.0, 0.0, 0.0)):
     return upper, lower, rows(50, seed=2)[0], pooled()
 
 
-def test_the_hypergradient_is_the_slope_of_the_value():
+def test_the_hypergradient_is_the_slope_of_the_value() -> None:
     upper, lower, target, mixture = linear_levels((0.3, -0.5, 0.2))
     value(upper, lower, target, mixture)
     (found,) = hypergradient(upper, lower, "exact", upper_batch=target, lower_batch=mixture)
@@ -50,14 +53,14 @@ def test_the_hypergradient_is_the_slope_of_the_value():
     assert float(found.sum()) == pytest.approx(0, abs=1e-12)  # softmax knows differences alone
 
 
-def test_the_right_source_gains_and_the_wrong_one_loses():
+def test_the_right_source_gains_and_the_wrong_one_loses() -> None:
     upper, lower, target, mixture = linear_levels()
     value(upper, lower, target, mixture)
     (slope,) = hypergradient(upper, lower, "exact", upper_batch=target, lower_batch=mixture)
     assert slope[0] < 0 < slope[1]
 
 
-def adapter_levels(sources=3, size=6, kind="causal"):
+def adapter_levels(sources: int = 3, size: int = 6, kind: str = "causal") -> tuple[Any, ...]:
     """Both levels over a two-layer Llama with LoRA in float64, and a batch for each."""
     model = peft_model(kind, dropout=0.0, dora=False).double()
     mixture = default_data_collator([dict(row) for row in data(kind, size, seed=1)])
@@ -68,11 +71,11 @@ def adapter_levels(sources=3, size=6, kind="causal"):
     return model, Target(weights, model), Mixture(model, weights), target, mixture
 
 
-def flat_gradient(loss, variables):
+def flat_gradient(loss: Any, variables: Any) -> Any:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, variables)])
 
 
-def test_a_source_gains_as_far_as_its_gradient_points_to_the_targets():
+def test_a_source_gains_as_far_as_its_gradient_points_to_the_targets() -> None:
     """One step on a causal model: dF/du = −ξ (diag p − p pᵀ) (∇L_s·∇F)_s."""
     model, upper, lower, target, mixture = adapter_levels()
     goal = flat_gradient(upper.loss(target), lower.variables)
@@ -95,14 +98,14 @@ def test_a_source_gains_as_far_as_its_gradient_points_to_the_targets():
         torch.testing.assert_close(found, expected, rtol=accuracy, atol=1e-9)
 
 
-def test_a_source_that_is_the_target_gains_against_one_with_the_opposite_gradient():
+def test_a_source_that_is_the_target_gains_against_one_with_the_opposite_gradient() -> None:
     """Two sources, the target itself and −F: p₀p₁·2‖∇F‖² is what the first one gains."""
     model, upper, lower, target, _ = adapter_levels(2)
     mixture = {k: torch.cat([v, v]) for k, v in target.items()}
     mixture["source"] = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
 
     class Opposed(Mixture):
-        def loss(self, batch):
+        def loss(self, batch: Any) -> Any:
             losses = example_losses(model, batch)
             p = self.weights()
             return p[0] * losses[:4].mean() - p[1] * losses[4:].mean()
@@ -116,7 +119,7 @@ def test_a_source_that_is_the_target_gains_against_one_with_the_opposite_gradien
     torch.testing.assert_close(found, torch.stack([-gain, gain]), rtol=1e-5, atol=0)
 
 
-def test_the_loss_is_the_weighted_sum_of_the_sources_means():
+def test_the_loss_is_the_weighted_sum_of_the_sources_means() -> None:
     model, _, lower, _, mixture = adapter_levels()
     mixture["source"] = torch.tensor([2, 0, 2, 2, 0, 1])
     loss, metrics = lower.evaluate(mixture)
@@ -127,7 +130,7 @@ def test_the_loss_is_the_weighted_sum_of_the_sources_means():
     assert metrics == pytest.approx(expected) and sum(metrics.values()) == pytest.approx(1)
 
 
-def test_a_source_that_is_not_in_the_batch_adds_nothing():
+def test_a_source_that_is_not_in_the_batch_adds_nothing() -> None:
     model, _, lower, _, mixture = adapter_levels()
     mixture["source"] = torch.tensor([0, 0, 2, 2, 0, 2])
     each, p = example_losses(model, mixture), lower.weights()
@@ -135,7 +138,7 @@ def test_a_source_that_is_not_in_the_batch_adds_nothing():
     torch.testing.assert_close(lower.evaluate(mixture)[0], expected)
 
 
-def test_a_weight_of_zero_takes_the_source_out_of_training():
+def test_a_weight_of_zero_takes_the_source_out_of_training() -> None:
     _, upper, lower, target, mixture = adapter_levels()
     with torch.no_grad():
         upper.variables[0][1] = -torch.inf
@@ -148,7 +151,7 @@ def test_a_weight_of_zero_takes_the_source_out_of_training():
     assert slope[1] == 0 and slope[0] != 0
 
 
-def test_the_engine_moves_the_weight_to_the_right_source():
+def test_the_engine_moves_the_weight_to_the_right_source() -> None:
     model, weights = Linear(), SourceWeights(NAMES).double()
     optimizer = torch.optim.Adam(weights.parameters(), lr=0.1)
     upper = Target(weights, model, data=[rows(50, seed=2)[0]], optimizer=optimizer)
@@ -160,7 +163,7 @@ def test_the_engine_moves_the_weight_to_the_right_source():
     assert history[-1]["upper_loss"] < history[0]["upper_loss"]
 
 
-def trainer(folder, weights, train, **options):
+def trainer(folder: Path, weights: Any, train: Any, **options: Any) -> BilevelTrainer:
     settings = {
         "output_dir": str(folder),
         "max_steps": 20,
@@ -185,14 +188,14 @@ def trainer(folder, weights, train, **options):
     )
 
 
-def texts(count, *, words, seed):
+def texts(count: int, *, words: str, seed: int) -> Any:
     """Random tokens, ``words`` different ones."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 3 + words, (count, 6), generator=generator).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def test_the_trainer_moves_the_weight_to_the_targets_source(tmp_path):
+def test_the_trainer_moves_the_weight_to_the_targets_source(tmp_path: Path) -> None:
     sources = [texts(24, words=6, seed=1), texts(24, words=47, seed=2)]
     train = concatenate_datasets(
         [part.add_column("source", [s] * 24) for s, part in enumerate(sources)]
@@ -206,7 +209,7 @@ def test_the_trainer_moves_the_weight_to_the_targets_source(tmp_path):
     assert records[-1]["upper_loss"] < records[0]["upper_loss"]
 
 
-def test_a_source_is_asked_for_before_anything_moves(tmp_path):
+def test_a_source_is_asked_for_before_anything_moves(tmp_path: Path) -> None:
     weights = SourceWeights(["a", "b"])
     train = data("causal")
     with pytest.raises(ProblemError, match="'source'"):
@@ -220,6 +223,6 @@ def test_a_source_is_asked_for_before_anything_moves(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["one"], [], "ab", ["a", "b", "a"]])
-def test_sources_have_names_of_their_own(names):
+def test_sources_have_names_of_their_own(names: Any) -> None:
     with pytest.raises(ProblemError, match="source"):
         SourceWeights(names)

@@ -1,8 +1,11 @@
 """The losses of single examples are those that the model itself has for each of them alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel
 
@@ -11,19 +14,19 @@ from hyperopt_peft.problems.example_weights import HeldOut, column, example_loss
 from tests.support.trainers import base_model, data, peft_model
 
 
-def batch_of(kind, rows=5):
+def batch_of(kind: Any, rows: int = 5) -> dict[str, Any]:
     part = data(kind, rows)
     return {name: torch.tensor(part[name][:]) for name in part.column_names}
 
 
-def alone(model, batch):
+def alone(model: nn.Module, batch: Any) -> Any:
     """The model's own loss on each example as a batch of one."""
     rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))]
     return torch.stack([model(**row).loss for row in rows])
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens", "causal"])
-def test_each_example_has_the_loss_of_a_batch_of_one(kind):
+def test_each_example_has_the_loss_of_a_batch_of_one(kind: str) -> None:
     model, batch = peft_model(kind, dora=False).eval(), batch_of(kind)
     if kind != "classes":
         batch["labels"][0, 2:4] = batch["labels"][3, :3] = -100
@@ -32,7 +35,7 @@ def test_each_example_has_the_loss_of_a_batch_of_one(kind):
     assert found.shape == (5,)
 
 
-def padded(batch, side):
+def padded(batch: Any, side: Any) -> Any:
     """The first four tokens of ``batch``, and three of padding."""
     place = slice(0, 4) if side == "right" else slice(3, 7)
     values = {"input_ids": 1, "attention_mask": 0, "labels": -100}
@@ -42,19 +45,19 @@ def padded(batch, side):
     return values
 
 
-def test_padding_changes_no_loss():
+def test_padding_changes_no_loss() -> None:
     model, batch = peft_model("causal", dora=False).eval(), batch_of("causal", 3)
     expected = example_losses(model, {k: v[:, :4] for k, v in batch.items()})
     torch.testing.assert_close(example_losses(model, padded(batch, "right")), expected)
 
 
-def test_padding_on_the_left_is_what_it_is_to_the_model():
+def test_padding_on_the_left_is_what_it_is_to_the_model() -> None:
     model, batch = peft_model("causal", dora=False).eval(), batch_of("causal", 3)
     batch = padded(batch, "left")
     torch.testing.assert_close(example_losses(model, batch), alone(model, batch))
 
 
-def test_a_causal_model_need_not_be_called_one():
+def test_a_causal_model_need_not_be_called_one() -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2, n_positions=8)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
@@ -63,7 +66,7 @@ def test_a_causal_model_need_not_be_called_one():
     torch.testing.assert_close(example_losses(model, batch), alone(model, batch))
 
 
-def test_a_trained_prompt_is_not_scored():
+def test_a_trained_prompt_is_not_scored() -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(base_model("causal"), config).eval()
     batch = batch_of("causal")
@@ -75,11 +78,11 @@ class Tokenizer:
 
     padding_side, pad_token_id = "right", 0
 
-    def pad(self, features, **_):
+    def pad(self, features: Any, **_: Any) -> dict[str, Any]:
         return {k: torch.tensor([row[k] for row in features]) for k in features[0]}
 
 
-def test_sequence_to_sequence_labels_are_not_shifted():
+def test_sequence_to_sequence_labels_are_not_shifted() -> None:
     model = peft_model("seq2seq", dora=False).eval()
     collate = DataCollatorForSeq2Seq(Tokenizer(), model)
     batch = dict(collate([dict(row) for row in data("seq2seq", 4)]))
@@ -88,7 +91,7 @@ def test_sequence_to_sequence_labels_are_not_shifted():
     torch.testing.assert_close(example_losses(model, batch), expected)
 
 
-def test_no_label_at_all_is_no_loss():
+def test_no_label_at_all_is_no_loss() -> None:
     model, batch = peft_model("causal", dora=False).eval(), batch_of("causal")
     batch["labels"][1] = -100
     losses = example_losses(model, batch)
@@ -98,7 +101,7 @@ def test_no_label_at_all_is_no_loss():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_losses_are_at_least_of_single_precision(dtype):
+def test_losses_are_at_least_of_single_precision(dtype: Any) -> None:
     model, batch = peft_model("causal", dora=False).eval().to(dtype), batch_of("causal")
     losses = example_losses(model, batch)
     assert losses.dtype == torch.promote_types(dtype, torch.float32)
@@ -111,7 +114,7 @@ def test_losses_are_at_least_of_single_precision(dtype):
     torch.testing.assert_close(losses.detach(), expected, rtol=1e-6, atol=0)
 
 
-def test_columns_of_the_weights_do_not_reach_the_model():
+def test_columns_of_the_weights_do_not_reach_the_model() -> None:
     model, batch = peft_model(dora=False).eval(), batch_of("classes")
     more = {**batch, "index": torch.arange(5), "source": torch.zeros(5, dtype=torch.long)}
     assert torch.equal(example_losses(model, more), example_losses(model, batch))
@@ -119,7 +122,7 @@ def test_columns_of_the_weights_do_not_reach_the_model():
     assert torch.equal(HeldOut(weights, model).loss(more), model(**batch).loss)
 
 
-def test_labels_that_are_no_classes_are_named():
+def test_labels_that_are_no_classes_are_named() -> None:
     model, batch = peft_model(dora=False), batch_of("classes")
     del batch["labels"]
     for level_loss in (
@@ -136,8 +139,8 @@ def test_labels_that_are_no_classes_are_named():
         example_losses(model, {**batch, "labels": torch.zeros(5, 6, dtype=torch.long)})
 
 
-def test_a_column_of_numbers_is_checked():
-    def read(values):
+def test_a_column_of_numbers_is_checked() -> None:
+    def read(values: Any) -> Any:
         return column({"index": values, "labels": 0}, "index", 4, "training example")
 
     assert torch.equal(read(torch.tensor([3, 0])), torch.tensor([3, 0]))

@@ -1,12 +1,15 @@
 """Rank selection: who owns what, exact hypergradients, and the ranks of a known update."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import grad
 from transformers import Trainer, TrainingArguments
 
@@ -31,21 +34,21 @@ from tests.support.trainers import arguments, base_model, data, peft_model, valu
 class Sum(nn.Module):
     """y = first(x) + second(z), with the mean square as its loss."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(8, 6, bias=False), nn.Linear(8, 6, bias=False)
 
-    def forward(self, x, z, y):
+    def forward(self, x: Tensor, z: Any, y: Any) -> SimpleNamespace:
         return SimpleNamespace(loss=(self.first(x) + self.second(z) - y).square().mean())
 
 
-def examples(weights, count, noise):
+def examples(weights: Any, count: int, noise: Any) -> dict[str, Any]:
     x, z = torch.randn(2, count, 8, dtype=torch.float64)
     y = x @ weights[0].T + z @ weights[1].T
     return {"x": x, "z": z, "y": y + noise * torch.randn_like(y)}
 
 
-def program(form, seed, *, decay=0.0, count=60):
+def program(form: Any, seed: int, *, decay: float = 0.0, count: int = 60) -> tuple[Any, ...]:
     """Levels on data of W0 plus a rank-1 matrix of norm 2 in ``first``, nothing in ``second``."""
     torch.manual_seed(seed)
     base = Sum().double()
@@ -58,11 +61,11 @@ def program(form, seed, *, decay=0.0, count=60):
     return model, upper, lower
 
 
-def bert(dropout=0.1, form="softmax"):
+def bert(dropout: float = 0.1, form: str = "softmax") -> Any:
     return add_selection(peft_model(dropout=dropout, dora=False), form)
 
 
-def test_levels_share_out_the_trainable_parameters():
+def test_levels_share_out_the_trainable_parameters() -> None:
     model = bert()
     lower, upper = Components(model), Selection(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -74,7 +77,7 @@ def test_levels_share_out_the_trainable_parameters():
 
 
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_the_engine_moves_both_levels_and_nothing_else(form):
+def test_the_engine_moves_both_levels_and_nothing_else(form: str) -> None:
     model = bert(form=form)
     rows = data().with_format("torch")
     batches = [rows[:8], rows[8:16]]
@@ -87,7 +90,7 @@ def test_the_engine_moves_both_levels_and_nothing_else(form):
     assert moved == {*lower.names, *upper.names}
 
 
-def test_decay_is_half_the_squares_of_a_and_b():
+def test_decay_is_half_the_squares_of_a_and_b() -> None:
     model, _, lower = program("softmax", 0, decay=0.3)
     batch = lower.peek_batch()
     squares = sum(p.square().sum() for p in lower.variables)
@@ -96,7 +99,7 @@ def test_decay_is_half_the_squares_of_a_and_b():
     assert float(loss) == pytest.approx(metrics["task_loss"] + 0.15 * float(squares), rel=1e-12)
 
 
-def test_a_head_has_no_decay():
+def test_a_head_has_no_decay() -> None:
     level = Components(bert(0.0), decay=0.3)
     loss, metrics = level.evaluate(data().with_format("torch")[:8])
     factors = [p for name, p in zip(level.names, level.variables) if "classifier" not in name]
@@ -106,7 +109,7 @@ def test_a_head_has_no_decay():
 
 
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_hypergradients_are_those_of_autograd(form):
+def test_hypergradients_are_those_of_autograd(form: str) -> None:
     """−∂²f/∂β∂w H⁻¹ ∂F/∂w + ∂F/∂β, written out with plain autograd."""
     _, upper, lower = program(form, 0, decay=0.5)
     with torch.no_grad():
@@ -114,7 +117,7 @@ def test_hypergradients_are_those_of_autograd(form):
             p += 0.5 * torch.randn_like(p)
     w, beta = lower.variables, upper.variables
 
-    def flat(parts, like):
+    def flat(parts: Any, like: Any) -> Any:
         filled = (torch.zeros_like(x) if p is None else p for p, x in zip(parts, like))
         return torch.cat([p.flatten() for p in filled])
 
@@ -134,7 +137,7 @@ def test_hypergradients_are_those_of_autograd(form):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.05])
-def test_at_the_lower_minimum_only_decay_makes_the_weights_count(decay):
+def test_at_the_lower_minimum_only_decay_makes_the_weights_count(decay: float) -> None:
     _, upper, lower = program("softmax", 0, decay=decay)
     w = lower.variables
     with torch.no_grad():
@@ -149,7 +152,7 @@ def test_at_the_lower_minimum_only_decay_makes_the_weights_count(decay):
         line_search_fn="strong_wolfe",
     )
 
-    def closure():
+    def closure() -> Any:
         optimizer.zero_grad()
         loss = lower.evaluate(lower.peek_batch())[0]
         loss.backward()
@@ -164,7 +167,7 @@ def test_at_the_lower_minimum_only_decay_makes_the_weights_count(decay):
     assert whole < 1e-5 * direct if decay == 0 else whole > 0.1 * direct
 
 
-def search(form, seed, decay):
+def search(form: Any, seed: int, decay: Any) -> Any:
     model, upper, lower = program(form, seed, decay=decay)
     lower.optimizer = torch.optim.Adam(lower.variables, lr=0.02)
     upper.optimizer = torch.optim.Adam(upper.variables, lr=0.1)
@@ -176,22 +179,24 @@ def search(form, seed, decay):
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_the_search_finds_the_ranks_of_the_true_update(seed):
+def test_the_search_finds_the_ranks_of_the_true_update(seed: int) -> None:
     model = search("sigmoid", seed, decay=0.03)
     assert selected_ranks(model, 0.5) == {"first": 1, "second": 0}
     assert list(rank_config(model, {"first": 1, "second": 0}).target_modules) == ["first"]
 
 
-def test_a_softmax_finds_rank_one_and_never_none():
+def test_a_softmax_finds_rank_one_and_never_none() -> None:
     assert selected_ranks(search("softmax", 0, decay=0.0)) == {"first": 1, "second": 1}
 
 
-def collate(rows):
+def collate(rows: int) -> dict[str, Any]:
     return {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in "xzy"}
 
 
 @pytest.mark.parametrize("lower_steps", [1, 2])
-def test_every_step_of_the_trainer_is_that_of_its_own_gradients(tmp_path, lower_steps):
+def test_every_step_of_the_trainer_is_that_of_its_own_gradients(
+    tmp_path: Path, lower_steps: int
+) -> None:
     model, upper, lower = program("softmax", 0, decay=0.1, count=6)
     with torch.no_grad():
         for p in (*upper.variables, *lower.variables):
@@ -242,7 +247,7 @@ def test_every_step_of_the_trainer_is_that_of_its_own_gradients(tmp_path, lower_
         torch.testing.assert_close(found.detach(), value, rtol=1e-10, atol=1e-12)
 
 
-def trainer(folder, **options):
+def trainer(folder: Path, **options: Any) -> BilevelTrainer:
     model = bert()
     return BilevelTrainer(
         model,
@@ -253,7 +258,7 @@ def trainer(folder, **options):
     )
 
 
-def test_a_search_resumes_bit_by_bit_and_ends_in_a_stock_adapter(tmp_path):
+def test_a_search_resumes_bit_by_bit_and_ends_in_a_stock_adapter(tmp_path: Path) -> None:
     whole, resumed = trainer(tmp_path), trainer(tmp_path)
     start = values(whole.model)
     whole.train()
@@ -286,6 +291,6 @@ def test_a_search_resumes_bit_by_bit_and_ends_in_a_stock_adapter(tmp_path):
         (lambda: Selection(base_model()), "peft_model: "),
     ],
 )
-def test_bad_input_is_named(wrong, said):
+def test_bad_input_is_named(wrong: Callable[..., Any], said: str) -> None:
     with pytest.raises(ProblemError, match=said):
         wrong()

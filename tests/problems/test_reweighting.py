@@ -1,5 +1,9 @@
 """Weights of examples: their hypergradient, what they switch off, and both drivers."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -18,7 +22,7 @@ from tests.support.trainers import data, peft_model
 from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
 
 
-def linear_levels(weights, count=30):
+def linear_levels(weights: Any, count: int = 30) -> tuple[Any, ...]:
     """Both levels over the linear classifier, their batches, and which labels were redrawn."""
     model = Linear()
     noisy, redrawn = rows(count, seed=1, noise=0.4)
@@ -28,13 +32,13 @@ def linear_levels(weights, count=30):
     return *levels, clean, noisy, redrawn
 
 
-def sample_weights(count):
+def sample_weights(count: int) -> Any:
     weights = SampleWeights(count).double()
     torch.nn.init.normal_(weights.logits)
     return weights
 
 
-def weight_net():
+def weight_net() -> Any:
     weights = WeightNet(5).double()
     for parameter in weights.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -42,7 +46,7 @@ def weight_net():
 
 
 @pytest.mark.parametrize("make", [lambda: sample_weights(30), weight_net])
-def test_the_hypergradient_is_the_slope_of_the_value(make):
+def test_the_hypergradient_is_the_slope_of_the_value(make: Any) -> None:
     weights = make()
     upper, lower, clean, noisy, _ = linear_levels(weights)
     value(upper, lower, clean, noisy)
@@ -54,7 +58,7 @@ def test_the_hypergradient_is_the_slope_of_the_value(make):
             assert float(slope[entry]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-def adapter_levels(weights, rows=6, kind="classes"):
+def adapter_levels(weights: Any, rows: int = 6, kind: str = "classes") -> tuple[Any, ...]:
     """Both levels over a BERT with LoRA in float64, and a batch for each."""
     model = peft_model(kind, dropout=0.0, dora=False).double()
     noisy = default_data_collator([dict(row) for row in data(kind, rows, seed=1)])
@@ -63,11 +67,11 @@ def adapter_levels(weights, rows=6, kind="classes"):
     return model, Clean(weights, model), Weighted(model, weights), clean, noisy
 
 
-def flat_gradient(loss, variables):
+def flat_gradient(loss: Any, variables: Any) -> Any:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, variables)])
 
 
-def test_an_example_gains_as_far_as_its_gradient_points_to_the_clean_one():
+def test_an_example_gains_as_far_as_its_gradient_points_to_the_clean_one() -> None:
     """One step: dF/du_i = −ξ σ'(u_i)/n · ∇ℓ_i·∇F, each ∇ℓ_i by the model's own loss."""
     weights = sample_weights(6)
     model, upper, lower, clean, noisy = adapter_levels(weights)
@@ -83,7 +87,7 @@ def test_an_example_gains_as_far_as_its_gradient_points_to_the_clean_one():
         torch.testing.assert_close(found, torch.stack(expected), rtol=accuracy, atol=accuracy)
 
 
-def test_meta_weight_net_with_detached_losses_is_the_published_step():
+def test_meta_weight_net_with_detached_losses_is_the_published_step() -> None:
     """dF/du = −ξ/n Σ_i ∇ℓ_i·∇F · ∂V(ℓ_i)/∂u, which differences do not see."""
     weights = weight_net()
     weights.detach = True
@@ -96,7 +100,7 @@ def test_meta_weight_net_with_detached_losses_is_the_published_step():
         aligned = flat_gradient(loss, lower.variables) @ goal
         total = total - 0.7 / 6 * aligned * flat_gradient(weight, upper.variables)
 
-    def found(product):
+    def found(product: Any) -> Any:
         method = f"darts:xi=0.7,product={product}"
         parts = hypergradient(upper, lower, method, upper_batch=clean, lower_batch=noisy)
         return torch.cat([part.flatten() for part in parts])
@@ -107,7 +111,7 @@ def test_meta_weight_net_with_detached_losses_is_the_published_step():
     torch.testing.assert_close(found("difference"), found("exact"), rtol=1e-5, atol=1e-9)
 
 
-def test_a_weight_of_zero_takes_the_example_out_of_training():
+def test_a_weight_of_zero_takes_the_example_out_of_training() -> None:
     weights = sample_weights(6)
     with torch.no_grad():
         weights.logits[2] = -torch.inf
@@ -125,7 +129,7 @@ def test_a_weight_of_zero_takes_the_example_out_of_training():
     assert slope[2] == 0 and slope[rest].abs().min() > 0
 
 
-def test_examples_outside_the_batch_keep_their_weight():
+def test_examples_outside_the_batch_keep_their_weight() -> None:
     weights = sample_weights(9)
     _, upper, lower, clean, noisy = adapter_levels(weights)
     noisy["index"] = torch.tensor([8, 0, 4, 2, 6, 1])
@@ -133,7 +137,7 @@ def test_examples_outside_the_batch_keep_their_weight():
     assert set(slope.nonzero().flatten().tolist()) == {0, 1, 2, 4, 6, 8}
 
 
-def test_weights_and_unweighted_loss_are_logged():
+def test_weights_and_unweighted_loss_are_logged() -> None:
     weights = sample_weights(6)
     model, _, lower, _, noisy = adapter_levels(weights)
     loss, metrics = lower.evaluate(noisy)
@@ -150,7 +154,7 @@ def test_weights_and_unweighted_loss_are_logged():
 @pytest.mark.parametrize(
     "make", [lambda: SampleWeights(60).double(), lambda: WeightNet(8).double()]
 )
-def test_the_engine_finds_wrong_labels(make):
+def test_the_engine_finds_wrong_labels(make: Callable[..., Any]) -> None:
     weights = make()
     model = Linear()
     noisy, redrawn = rows(60, seed=1, noise=0.4)
@@ -172,7 +176,7 @@ def test_the_engine_finds_wrong_labels(make):
     assert found[~wrong].mean() > found[wrong].mean() + 0.1
 
 
-def arguments(folder, **options):
+def arguments(folder: Path, **options: Any) -> BilevelTrainingArguments:
     settings = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -189,7 +193,7 @@ def arguments(folder, **options):
     return BilevelTrainingArguments(**{**settings, **options})
 
 
-def trainer(folder, weights, train, **options):
+def trainer(folder: Path, weights: Any, train: Any, **options: Any) -> BilevelTrainer:
     model = peft_model(dora=False)
     return BilevelTrainer(
         model,
@@ -201,7 +205,7 @@ def trainer(folder, weights, train, **options):
     )
 
 
-def test_the_trainer_moves_the_weights_of_the_examples_it_has_seen(tmp_path):
+def test_the_trainer_moves_the_weights_of_the_examples_it_has_seen(tmp_path: Path) -> None:
     weights = SampleWeights(24)
     train = data().add_column("index", range(24))
     run = trainer(tmp_path, weights, train, max_steps=3)
@@ -216,14 +220,14 @@ def test_the_trainer_moves_the_weights_of_the_examples_it_has_seen(tmp_path):
     assert run.evaluate(data(rows=6, seed=3))["eval_loss"] > 0
 
 
-def test_the_trainer_moves_the_net(tmp_path):
+def test_the_trainer_moves_the_net(tmp_path: Path) -> None:
     weights = WeightNet(4)
     before = [p.detach().clone() for p in weights.parameters()]
     trainer(tmp_path, weights, data()).train()
     assert not any(map(torch.equal, before, weights.parameters()))
 
 
-def test_both_drivers_agree_on_the_first_step(tmp_path):
+def test_both_drivers_agree_on_the_first_step(tmp_path: Path) -> None:
     """One step of SGD at each level, from the same point: the Trainer takes both at once."""
     found = []
     for driver in ("engine", "trainer"):
@@ -267,7 +271,7 @@ def test_both_drivers_agree_on_the_first_step(tmp_path):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-8)
 
 
-def test_an_index_is_asked_for_before_anything_moves(tmp_path):
+def test_an_index_is_asked_for_before_anything_moves(tmp_path: Path) -> None:
     weights = SampleWeights(24)
     with pytest.raises(ProblemError, match=r"'index'.*remove_unused_columns"):
         trainer(tmp_path, weights, data()).train()
@@ -279,6 +283,6 @@ def test_an_index_is_asked_for_before_anything_moves(tmp_path):
     assert not weights.logits.any()
 
 
-def test_there_must_be_an_example():
+def test_there_must_be_an_example() -> None:
     with pytest.raises(ProblemError, match=" 0"):
         SampleWeights(0)

@@ -10,6 +10,7 @@ Sᵀ(A_0 z + a_0), at any z: the formula of implicit differentiation wherever th
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,11 @@ class Chain:
     vectors: list[Tensor]
     blocks: list[Tensor]  # the leaves, from above
 
-    def objective(self, k, blocks):
+    def objective(self, k: int, blocks: Any) -> Any:
         z = torch.cat(list(blocks))
         return z @ self.matrices[k] @ z / 2 + self.vectors[k] @ z
 
-    def levels(self, lr=0.05, data=None):
+    def levels(self, lr: float = 0.05, data: Any = None) -> list[Any]:
         """The levels from above."""
         return [
             FunctionLevel(
@@ -44,7 +45,7 @@ class Chain:
             for k, x in enumerate(self.blocks)
         ]
 
-    def reductions(self):
+    def reductions(self) -> tuple[Any, ...]:
         """(S, s) for z as a function of x_0; and x_0, …, x_k at each level's minimum."""
         sizes = [len(x) for x in self.blocks]
         n = sum(sizes)
@@ -60,13 +61,13 @@ class Chain:
         return basis, offset
 
     @torch.no_grad()
-    def hypergradient(self):
+    def hypergradient(self) -> Any:
         """dF/dx_0 at the current point."""
         z = torch.cat(self.blocks)
         return self.reductions()[0].T @ (self.matrices[0] @ z + self.vectors[0])
 
     @torch.no_grad()
-    def settle(self):
+    def settle(self) -> None:
         """Move every level but the top one to its minimum."""
         basis, offset = self.reductions()
         parts = (basis @ self.blocks[0] + offset).split([len(x) for x in self.blocks])
@@ -74,7 +75,7 @@ class Chain:
             x.copy_(part)
 
     @torch.no_grad()
-    def optimum(self):
+    def optimum(self) -> Any:
         """x_0, …, x_{n−1} at the optimum of the whole chain."""
         basis, offset = self.reductions()
         m = basis.T @ self.matrices[0] @ basis
@@ -83,13 +84,13 @@ class Chain:
         return z.split([len(x) for x in self.blocks])
 
 
-def chain(levels, seed=0, sizes=SIZES, ridge=0.0):
+def chain(levels: int, seed: int = 0, sizes: Any = SIZES, ridge: float = 0.0) -> Chain:
     """A random chain, no level of which is at its minimum; ``ridge`` makes it less coupled."""
     generator = torch.Generator().manual_seed(seed)
     sizes = sizes[:levels]
     n = sum(sizes)
 
-    def normal(size):
+    def normal(size: Any) -> Any:
         return torch.randn(size, dtype=torch.float64, generator=generator)
 
     return Chain(
@@ -99,7 +100,12 @@ def chain(levels, seed=0, sizes=SIZES, ridge=0.0):
     )
 
 
-def nested(levels, lowest="exact", above="exact:product=difference,epsilon=1.0", **options):
+def nested(
+    levels: int,
+    lowest: str = "exact",
+    above: str = "exact:product=difference,epsilon=1.0",
+    **options: Any,
+) -> tuple[Any, ...]:
     """The top level, and those below it as one; ``lowest`` and ``above`` are their estimators."""
     top, *middle, lower = levels
     for level in reversed(middle):

@@ -1,8 +1,13 @@
 """A Trainer whose upper variable, a weight for each class, is no parameter of the model."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Problem
 
@@ -10,11 +15,11 @@ from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Problem
 class Scaled(torch.nn.Module):
     """A classifier of ten numbers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(6, 3)
 
-    def forward(self, x, labels=None):
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
         logits = self.linear(x)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         return {"loss": loss, "logits": logits}
@@ -23,11 +28,11 @@ class Scaled(torch.nn.Module):
 class Weighted(Problem):
     """Cross-entropy with a weight for each class, which is the upper level's."""
 
-    def __init__(self, model, weight, **level):
+    def __init__(self, model: nn.Module, weight: Tensor, **level: Any) -> None:
         self.model, self.weight = model, weight
         super().__init__(model.named_parameters(), **level)
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         logits, labels = self.model(**batch)["logits"], batch["labels"]
         each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         pull = sum(p.square().sum() for p in self.model.parameters())
@@ -37,21 +42,29 @@ class Weighted(Problem):
 class Plain(Problem):
     """The model's own loss, over the class weights."""
 
-    def __init__(self, model, weight, **level):
+    def __init__(self, model: nn.Module, weight: Tensor, **level: Any) -> None:
         self.model = model
         super().__init__([("weight", weight)], **level)
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         return self.model(**batch)["loss"]
 
 
-def rows(count, seed):
+def rows(count: int, seed: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 6, generator=generator)
     return [{"x": x[i], "labels": int(x[i, :3].argmax())} for i in range(count)]
 
 
-def pair(folder, data=None, callbacks=(), *, lower=Weighted, upper=Plain, **settings):
+def pair(
+    folder: Path,
+    data: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    lower: type[Problem] = Weighted,
+    upper: type[Problem] = Plain,
+    **settings: Any,
+) -> tuple[BilevelTrainer, Tensor]:
     """A program whose upper variable is no parameter of the model, over plain lists or ``data``."""
     torch.manual_seed(0)
     model, weight = Scaled(), torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
@@ -82,14 +95,16 @@ def pair(folder, data=None, callbacks=(), *, lower=Weighted, upper=Plain, **sett
 class Stream(IterableDataset):
     """``count`` rows that are read in order."""
 
-    def __init__(self, count):
+    def __init__(self, count: int) -> None:
         self.rows = rows(count, 0)
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         return iter(self.rows)
 
 
-def streamed(folder, callbacks=(), *, count=20, **settings):
+def streamed(
+    folder: Path, callbacks: Sequence[TrainerCallback] = (), *, count: int = 20, **settings: Any
+) -> BilevelTrainer:
     """A trainer over a stream of ``count`` rows, four to a micro-batch."""
     given = {
         "per_device_train_batch_size": 4,

@@ -1,6 +1,8 @@
 """Small models with tokenizers, and data files, as a user of the command line has them."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -29,7 +31,7 @@ KINDS = {
 TARGETS = {"causal": ["q_proj", "v_proj"], "seq2seq": ["q", "v"]}
 
 
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerFast:
     """A word a token; ``[EOS]`` ends a text."""
     words = Tokenizer(WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
@@ -41,7 +43,7 @@ def tokenizer():
     )
 
 
-def save_model(folder, task="text-classification", **config):
+def save_model(folder: Path, task: str = "text-classification", **config: Any) -> Any:
     """A model of the task without a head of the right size, and its tokenizer."""
     model = base_model(KINDS[task], dropout=0.0)
     model.config.update(config)
@@ -50,7 +52,7 @@ def save_model(folder, task="text-classification", **config):
     return str(folder)
 
 
-def rows(task="text-classification", number=24, seed=0):
+def rows(task: str = "text-classification", number: int = 24, seed: int = 0) -> list[Any]:
     """Texts whose first word says the label."""
     generator = torch.Generator().manual_seed(seed)
     words = [
@@ -73,7 +75,7 @@ def rows(task="text-classification", number=24, seed=0):
     return [{"text": t} for t in texts]
 
 
-def write(path, data):
+def write(path: Path, data: Any) -> Any:
     """``data`` in the format that the file's name says; returns the path as text."""
     kind = path.suffix
     if kind == ".csv":
@@ -87,7 +89,7 @@ def write(path, data):
     return str(path)
 
 
-def flags(**options):
+def flags(**options: Any) -> Any:
     """Options as a command line has them."""
     result = []
     for name, value in options.items():

@@ -1,7 +1,10 @@
 """Levels whose learning rate and weight decay are upper variables."""
 
+from typing import Any
+
 import torch
-from torch.optim import SGD
+from torch import Tensor
+from torch.optim import SGD, Optimizer
 
 from tests.support.by_hand import BATCHES, f, start, upper_f
 from tests.support.quadratic import FunctionLevel
@@ -10,26 +13,32 @@ from tests.support.quadratic import FunctionLevel
 class Learnt(FunctionLevel):
     """A lower level whose optimizer's options are ``options()``."""
 
-    def __init__(self, function, owned, options, **level):
+    def __init__(self, function: Any, owned: Any, options: Any, **level: Any) -> None:
         self.options = options
         super().__init__(function, owned, **level)
 
-    def optimizer_options(self):
+    def optimizer_options(self) -> Any:
         return self.options()
 
 
-def logs():
+def logs() -> list[Tensor]:
     """Logarithms of the learning rate and of the decay."""
     return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (-2.0, -1.5)]
 
 
-def rate_and_decay(rate, decay, grouped):
+def rate_and_decay(rate: Tensor, decay: Tensor, grouped: bool) -> Any:
     """The same for both variables, or options of their own for the second one."""
     options = {"lr": rate.exp(), "weight_decay": decay.exp()}
     return [options, {"lr": rate.exp() / 2 + decay.exp() / 9}] if grouped else options
 
 
-def make(kind, options, grouped=False, upper_rate=1.0, **level):
+def make(
+    kind: type[Optimizer],
+    options: dict[str, Any],
+    grouped: bool = False,
+    upper_rate: float = 1.0,
+    **level: Any,
+) -> tuple[FunctionLevel, Learnt]:
     w, u = start()
     rate, decay = logs()
     groups = [{"params": [x]} for x in w] if grouped else w

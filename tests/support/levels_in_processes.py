@@ -3,10 +3,11 @@
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -46,12 +47,12 @@ ADAPTIVE = ["sama", "sama:product=exact"]  # the latter not over shards
 class Block(nn.Module):
     """A frozen layer with a trained one beside it, and its weight decay."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.base, self.adapter = nn.Linear(6, 5).requires_grad_(False), nn.Linear(6, 5)
         self.gate = nn.Parameter(torch.rand(5))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
         h = (self.base(x) + self.adapter(x) * self.gate).tanh()
         return h, sum(p.square().sum() for p in self.adapter.parameters())
 
@@ -59,12 +60,12 @@ class Block(nn.Module):
 class Network(nn.Module):
     """A block, a head and a temperature; no size is a multiple of two."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.block, self.head = Block(), nn.Linear(5, 3)
         self.temperature = nn.Parameter(torch.ones(1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
         h, penalty = self.block(x)
         penalty = penalty + sum(p.square().sum() for p in self.head.parameters())
         return self.head(h) * self.temperature, penalty
@@ -73,12 +74,12 @@ class Network(nn.Module):
 class Level(Problem):
     """Cross entropy with weight decay; some rows read tensors that other rows do not."""
 
-    def __init__(self, net, rare, variables, **options):
+    def __init__(self, net: Any, rare: Any, variables: Any, **options: Any) -> None:
         self.net, self.rare = net, rare
         self.drawn = []
         super().__init__(variables, **options)
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> dict[str, Any]:
         x, y, special = batch
         logits, penalty = self.net(x)
         if special.any():
@@ -90,7 +91,7 @@ class Level(Problem):
         return {"loss": cross_entropy(logits, y) + penalty / 5, "accuracy": accuracy}
 
 
-def batches(count, rank, seed, number=3):
+def batches(count: int, rank: int, seed: int, number: int = 3) -> Any:
     """This process's share of each batch; the first process alone has special rows."""
     generator = torch.Generator().manual_seed(seed)
     result = []
@@ -102,7 +103,7 @@ def batches(count, rank, seed, number=3):
     return result
 
 
-def levels(kind, count=1, rank=0):
+def levels(kind: str, count: int = 1, rank: int = 0) -> tuple[Any, ...]:
     """Upper and lower level over one network, equal at every call."""
     torch.manual_seed(0)
     model = net = Network().double()
@@ -125,12 +126,12 @@ def levels(kind, count=1, rank=0):
     )
 
 
-def whole(tensors):
+def whole(tensors: Any) -> list[Any]:
     """Copies of ``tensors`` in full."""
     return [x.full_tensor() if isinstance(x, DTensor) else x.detach().clone() for x in tensors]
 
 
-def gradients(kind, *place):
+def gradients(kind: str, *place: Any) -> Any:
     """Loss and gradient of each level, and whether a held ``.grad`` survived."""
     upper, lower = levels(kind, *place)
     everything = (*upper.variables, *lower.variables)
@@ -144,19 +145,19 @@ def gradients(kind, *place):
     return result
 
 
-def estimates(kind, methods, *place):
+def estimates(kind: str, methods: Any, *place: Any) -> dict[str, Any]:
     """Every method's hypergradient at one point."""
     return {method: whole(hypergradient(*levels(kind, *place), method)) for method in methods}
 
 
-def trained(kind, method, *place):
+def trained(kind: str, method: str, *place: Any) -> tuple[Any, ...]:
     """The records of a short run, and both levels' variables at its end."""
     upper, lower = levels(kind, *place)
     records = Engine(upper, lower, method, lower_steps=2, progress=False).run(4)
     return records, whole((*upper.variables, *lower.variables))
 
 
-def chained(kind, *place):
+def chained(kind: str, *place: Any) -> tuple[Any, ...]:
     """The records of a short run of three levels, and all variables at its end."""
     middle, lower = levels(kind, *place)
     top, u, optimizer = middle.net, middle.variables[1:2], partial(torch.optim.SGD, lr=0.05)
@@ -170,7 +171,7 @@ def chained(kind, *place):
     return records, whole((*top.variables, *middle.variables, *lower.variables))
 
 
-def adaptive(kind, methods, *place):
+def adaptive(kind: str, methods: Any, *place: Any) -> Any:
     """All variables after runs with estimators that read the state of an Adam below."""
     result = {}
     for method in methods:
@@ -181,7 +182,7 @@ def adaptive(kind, methods, *place):
     return result
 
 
-def resumed(kind, method, *place):
+def resumed(kind: str, method: str, *place: Any) -> tuple[Any, ...]:
     """The variables after the run of `trained`, stopped in its middle, and what was kept."""
     runs = [Engine(*levels(kind, *place), method, lower_steps=2, progress=False) for _ in range(2)]
     runs[0].run(2)
@@ -191,7 +192,7 @@ def resumed(kind, method, *place):
     return whole((*runs[1].upper.variables, *runs[1].lower.variables)), state["estimator"]
 
 
-def refusals(kind, *place):
+def refusals(kind: str, *place: Any) -> Any:
     """What second-order methods, and differences in half precision, say of shards."""
     messages = {}
     for method in [*SECOND_ORDER, "darts"]:
@@ -204,7 +205,7 @@ def refusals(kind, *place):
     return messages
 
 
-def poisoned(kind, *place):
+def poisoned(kind: str, *place: Any) -> Any:
     """What a process says where another one's batch has a NaN."""
     upper, lower = levels(kind, *place)
     if dist.get_rank() == 1:
@@ -216,14 +217,14 @@ def poisoned(kind, *place):
         return str(error)
 
 
-def drawn(kind, *place):
+def drawn(kind: str, *place: Any) -> Any:
     """The random numbers of the upper losses."""
     upper, lower = levels(kind, *place)
     Engine(upper, lower, "direct", progress=False).run(3)
     return upper.drawn
 
 
-def reductions():
+def reductions() -> dict[str, Any]:
     """Norms of one tensor in different shards, and whether a single NaN or ∞ is noticed."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     x = torch.arange(21.0).reshape(7, 3)
@@ -241,7 +242,7 @@ def reductions():
     return {"norms": norms, "noticed": all(noticed.values()), "huge": finite(huge)}
 
 
-def main(folder):
+def main(folder: Path) -> None:
     two_processes.start()
     dist.init_process_group("gloo")
     place = dist.get_world_size(), dist.get_rank()

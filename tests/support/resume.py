@@ -1,9 +1,14 @@
 """A Trainer's run that is stopped, resumed and compared with one left alone."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 from transformers import PrinterCallback, TrainerCallback
 
 from hyperopt_peft.engine.checkpoint import last_whole
+from hyperopt_peft.problems import BiDoRATrainer
 from tests.support.networks import differences
 from tests.support.trainers import trainer
 
@@ -17,16 +22,18 @@ class Stop(Exception):
 class StopAt(TrainerCallback):
     """Raises in a step, before what it logs and saves, of the search or the retraining."""
 
-    def __init__(self, step, phase="search"):
+    def __init__(self, step: int, phase: str = "search") -> None:
         self.step, self.phase = step, phase
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         phase = "retrain" if args.output_dir.endswith("retrain") else "search"
         if (state.global_step, phase) == (self.step, self.phase):
             raise Stop
 
 
-def saving(folder, callbacks=(), *, options=None, **settings):
+def saving(
+    folder: Path, callbacks: Sequence[TrainerCallback] = (), *, options: Any = None, **settings: Any
+) -> BiDoRATrainer:
     """A trainer that logs every second step and saves every third."""
     common = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
     options = {"callbacks": list(callbacks), **(options or {})}
@@ -35,14 +42,16 @@ def saving(folder, callbacks=(), *, options=None, **settings):
     return made
 
 
-def interrupted(folder, stop, make=saving, **settings):
+def interrupted(
+    folder: Path, stop: tuple[int, str] | tuple[int], make: Any = saving, **settings: Any
+) -> None:
     """Train until ``stop``, from the last whole checkpoint where there is one."""
     made = make(folder, [StopAt(*stop)], **settings)
     with pytest.raises(Stop):
         made.train(resume_from_checkpoint=last_whole(folder) is not None)
 
 
-def end(made):
+def end(made: Any) -> dict[str, Any]:
     """All that should be the same."""
     last = getattr(made, "retrainer", None) or made
     logs = [
@@ -65,7 +74,9 @@ def end(made):
     }
 
 
-def require_same_end(folder, *stops, make=saving, resume=True, **settings):
+def require_same_end(
+    folder: Path, *stops: Any, make: Any = saving, resume: bool = True, **settings: Any
+) -> tuple[Any, ...]:
     whole = make(folder / "whole", **settings)
     output = whole.train()
     expected = end(whole)

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -49,7 +50,7 @@ REFUSED = {
 }
 
 
-def make(folder, batch=4, **options):
+def make(folder: Path, batch: int = 4, **options: Any) -> Any:
     """A trainer of 16 lower and 8 upper rows in float64, without dropout.
 
     The second process begins with other values, which do not count.
@@ -72,7 +73,7 @@ def make(folder, batch=4, **options):
     )
 
 
-def train(folder, batch, resume=None, **options):
+def train(folder: Path, batch: Any, resume: Any = None, **options: Any) -> tuple[Any, ...]:
     """The logs of both phases, and the parameters at the end."""
     trainer = make(folder, batch, **options)
     trainer.train(resume)
@@ -83,7 +84,7 @@ def train(folder, batch, resume=None, **options):
     return logs, {n: full(value) for n, value in models.values(trainer.model).items()}
 
 
-def refusal(folder, **options):
+def refusal(folder: Path, **options: Any) -> Any:
     """What a trainer says that cannot be made."""
     try:
         make(folder, 2, **options)
@@ -91,12 +92,12 @@ def refusal(folder, **options):
         return str(error)
 
 
-def stopped(folder, batch):
+def stopped(folder: Path, batch: Any) -> Any:
     """What a process says where another one's loss is NaN at the fourth step."""
     trainer = make(folder, batch)
     loss = trainer.lower.task_loss
 
-    def poisoned(inputs):
+    def poisoned(inputs: Any) -> Any:
         here = dist.get_rank() == 1 and trainer.state.global_step == 3
         return loss(inputs) * (torch.nan if here else 1)
 
@@ -107,7 +108,7 @@ def stopped(folder, batch):
         return str(error)
 
 
-def main(folder):
+def main(folder: Path) -> None:
     two_processes.start()
     folder = Path(folder)
     sharded = "ACCELERATE_USE_FSDP" in os.environ

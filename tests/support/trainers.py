@@ -2,10 +2,13 @@
 
 import copy
 import gc
+from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -33,7 +36,7 @@ LENGTH = 6
 gc.freeze()
 
 
-def base_model(kind="classes", dropout=0.1, seed=0):
+def base_model(kind: str = "classes", dropout: float = 0.1, seed: int = 0) -> Any:
     """An untrained model of the task."""
     torch.manual_seed(seed)
     config = copy.deepcopy(CONFIG)
@@ -81,7 +84,9 @@ TASKS = {
 }
 
 
-def peft_model(kind="classes", dropout=0.1, dora=True, **options):
+def peft_model(
+    kind: str = "classes", dropout: float = 0.1, dora: bool = True, **options: Any
+) -> Any:
     """The model with an adapter whose B is not zero, so that A has a gradient."""
     task, targets = TASKS[kind]
     model = base_model(kind, dropout)
@@ -103,7 +108,7 @@ def peft_model(kind="classes", dropout=0.1, dora=True, **options):
     return model
 
 
-def data(kind="classes", rows=24, seed=0):
+def data(kind: str = "classes", rows: int = 24, seed: int = 0) -> Any:
     """Rows of ``LENGTH`` tokens, every class a third of them."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 50, (rows, LENGTH), generator=generator)
@@ -121,7 +126,7 @@ def data(kind="classes", rows=24, seed=0):
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def arguments(folder, **options):
+def arguments(folder: Path, **options: Any) -> BiDoRATrainingArguments:
     """Six lower steps, an upper one after every second, on the CPU, without a bar."""
     settings = {
         "max_steps": 6,
@@ -140,13 +145,22 @@ def arguments(folder, **options):
     return BiDoRATrainingArguments(output_dir=str(folder), **{**settings, **options})
 
 
-def trainer(folder, kind="classes", *, dropout=0.1, rows=24, model=None, options=None, **settings):
+def trainer(
+    folder: Path,
+    kind: str = "classes",
+    *,
+    dropout: float = 0.1,
+    rows: int = 24,
+    model: nn.Module | None = None,
+    options: Any = None,
+    **settings: Any,
+) -> BiDoRATrainer:
     """A `BiDoRATrainer` of the task; ``settings`` are arguments, ``options`` the Trainer's."""
     model = model or peft_model(kind, dropout, dora=settings.get("method") != "lora")
     given = {"train_dataset": data(kind, rows), **(options or {})}
     return BiDoRATrainer(model, arguments(folder, **settings), **given)
 
 
-def values(model):
+def values(model: nn.Module) -> dict[str, Any]:
     """Copies of the trainable parameters by name."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -14,7 +15,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def run(launcher, script, folder, *arguments):
+def run(launcher: Any, script: str, folder: Path, *arguments: Any) -> list[Any]:
     """What each of two processes wrote to ``folder``, by rank."""
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
@@ -29,13 +30,13 @@ def run(launcher, script, folder, *arguments):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def start():
+def start() -> None:
     """One thread, and one that hangs ends with a trace of where it is."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(200, exit=True)
 
 
-def leave():
+def leave() -> None:
     """End the process group once no model holds it.
 
     Where DDP is the last to hold it, Python waits for gloo's threads while they wait for Python to

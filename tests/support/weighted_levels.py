@@ -1,26 +1,27 @@
 """A linear classifier whose lower level has one minimum, and derivatives of its value."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 
 class Linear(nn.Module):
     """A classifier of three classes with the interface of a Transformers model."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
 
-    def forward(self, x, labels=None):
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
         logits = x @ self.w
         loss = None if labels is None else cross_entropy(logits, labels)
         return SimpleNamespace(logits=logits, loss=loss)
 
 
-def rows(count, seed, noise=0.0):
+def rows(count: int, seed: int, noise: float = 0.0) -> tuple[Any, ...]:
     """Rows with the labels of one fixed rule, a share ``noise`` of them redrawn."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
@@ -31,11 +32,11 @@ def rows(count, seed, noise=0.0):
     return {"x": x, "labels": labels}, redrawn
 
 
-def regularised(level):
+def regularised(level: Any) -> Any:
     """``level`` with ½·0.1‖w‖² in its loss, so that its minimum is one point."""
 
     class Regularised(type(level)):
-        def loss(self, batch):
+        def loss(self, batch: Any) -> Any:
             penalty = sum(w.square().sum() for w in self.variables)
             return super().loss(batch)["loss"] + 0.05 * penalty
 
@@ -43,7 +44,7 @@ def regularised(level):
     return level
 
 
-def value(upper, lower, upper_batch, lower_batch):
+def value(upper: Any, lower: Any, upper_batch: Any, lower_batch: Any) -> Any:
     """F at the lower level's minimum, found from 0 by Newton's method."""
     (w,) = lower.variables
     with torch.no_grad():
@@ -59,7 +60,7 @@ def value(upper, lower, upper_batch, lower_batch):
     return float(upper.loss(upper_batch))
 
 
-def central_difference(variable, entry, function, step=1e-4):
+def central_difference(variable: Any, entry: Any, function: Any, step: float = 1e-4) -> Any:
     """d function/d variable[entry], where ``function`` takes no argument."""
     found = []
     for sign in (1, -1):
