@@ -57,6 +57,7 @@ def test_python_blocks_run_in_order(page: str) -> None:
         run(block, page, namespace)  # the blocks hold assertions of their own
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path: Path) -> None:
     page = PAGES["define-an-estimator.md"]
     (tmp_path / "secant.py").write_text(blocks(page, "python")[0])

@@ -29,6 +29,9 @@ def run(*flags: Any) -> Any:
     return subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
 
 
+pytestmark = pytest.mark.slow  # it starts a process and loads the pretrained encoder
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     folder = tmp_path_factory.mktemp("example")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.slow  # each starts a process and loads the pretrained encoder
 
 
 def run(script: str, folder: Path, **flags: Any) -> Any:
@@ -78,6 +79,15 @@ def test_hyperparameters(tmp_path: Path) -> None:
     assert first["learning_rate"] == pytest.approx(5e-5)
     assert all(last[name] != first[name] for name in first)
     assert len(results["results"]) == 4
+
+
+def test_three_levels() -> None:
+    command = [sys.executable, EXAMPLES / "three_levels.py", "--splits=1", "--steps=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, *rows = done.stdout.splitlines()
+    assert len(rows) == 4 and rows[-1].startswith("with a prior, three levels")
+    assert all(0 < float(row.split("(")[0].split()[-1]) < 1 for row in rows)
 
 
 def test_only_the_published_ratings_are_read(
