@@ -50,6 +50,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 PROGRAMS = [n for n, text in PAGES.items() if "```python" in text and n != "command-line.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PROGRAMS)
 def test_python_blocks_run_in_order(page: str) -> None:
     namespace = {}

@@ -216,7 +216,7 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
     [
         ({"lower_steps": 1}, "lower_steps=2.* 1"),
         ({"seed": 5}, "seed=0.* 5"),
-        ({"method": "darts:xi=2"}, r"hypergradient=.*scale=1.0.*scale=2"),
+        ({"method": "darts:xi=2"}, r"hypergradient=.*xi=1.0.*xi=2"),
     ],
 )
 def test_refusals_name_the_setting(options: dict[str, Any], message: str) -> None:
