@@ -1,6 +1,9 @@
 """P Λ Q in place of B A: the same function, plain files, and PEFT's own merging."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +35,11 @@ from tests.support.adapted_models import (
 KINDS = ("linear", "conv1d_gpt2", "conv1d", "conv2d", "conv3d")
 
 
-def lora(kind="linear", **options):
+def lora(kind: str = "linear", **options: Any) -> Any:
     return single(kind, use_dora=False, **options)
 
 
-def parts(model):
+def parts(model: nn.Module) -> tuple[Any, ...]:
     """P (out, r), λ (r,) and Q (r, in) of the model's one layer."""
     layer = adapted_layer(model)
     b = layer.lora_B["default"].parametrizations.weight
@@ -47,14 +50,14 @@ def parts(model):
     )
 
 
-def assert_orthonormal(p, q):
+def assert_orthonormal(p: Any, q: Any) -> None:
     identity = torch.eye(len(q), dtype=q.dtype)
     torch.testing.assert_close(p.T @ p, identity)
     torch.testing.assert_close(q @ q.T, identity)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_adapter_starts_at_the_pretrained_model(kind):
+def test_a_new_adapter_starts_at_the_pretrained_model(kind: str) -> None:
     model, x = lora(kind), layer_input(kind)
     expected = model(x)
     use_pseudo_svd(model)
@@ -69,7 +72,7 @@ def test_a_new_adapter_starts_at_the_pretrained_model(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_adapter_is_decomposed(kind):
+def test_a_trained_adapter_is_decomposed(kind: str) -> None:
     model, x = randomise(lora(kind)), layer_input(kind)
     layer = adapted_layer(model)
     expected, v = model(x), direction(layer, "default")
@@ -84,7 +87,7 @@ def test_a_trained_adapter_is_decomposed(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_update_is_s_p_lambda_q(kind):
+def test_update_is_s_p_lambda_q(kind: str) -> None:
     model = randomise(use_pseudo_svd(lora(kind)))
     layer = adapted_layer(model)
     p, values, q = parts(model)
@@ -93,7 +96,7 @@ def test_update_is_s_p_lambda_q(kind):
     torch.testing.assert_close(update, 3 / 2 * p @ torch.diag(values) @ q)
 
 
-def test_penalty_is_its_formula():
+def test_penalty_is_its_formula() -> None:
     model = randomise(use_pseudo_svd(lora("conv2d")))
     p, _, q = parts(model)
     identity = torch.eye(2, dtype=p.dtype)
@@ -101,7 +104,7 @@ def test_penalty_is_its_formula():
     torch.testing.assert_close(orthogonality_penalty(model).detach(), expected)
 
 
-def test_penalty_is_the_sum_over_layers_in_float32():
+def test_penalty_is_the_sum_over_layers_in_float32() -> None:
     model = use_pseudo_svd(dora_bert(use_dora=False, dtype=torch.bfloat16))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -116,7 +119,7 @@ def test_penalty_is_the_sum_over_layers_in_float32():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_saved_adapter_is_plain_lora(kind, tmp_path):
+def test_the_saved_adapter_is_plain_lora(kind: str, tmp_path: Path) -> None:
     model, x = randomise(use_pseudo_svd(lora(kind))), layer_input(kind)
     expected = model(x)
     saved = get_peft_model_state_dict(model)
@@ -129,17 +132,17 @@ def test_the_saved_adapter_is_plain_lora(kind, tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
-def test_the_rank_may_be_that_of_the_weight():
+def test_the_rank_may_be_that_of_the_weight() -> None:
     model = use_pseudo_svd(lora(r=4))
     assert_orthonormal(*parts(model)[::2])
 
 
-def test_a_state_dict_of_b_alone_is_plain_too():
+def test_a_state_dict_of_b_alone_is_plain_too() -> None:
     b = adapted_layer(use_pseudo_svd(lora())).lora_B["default"]
     assert list(b.state_dict()) == ["weight"]
 
 
-def test_a_state_dict_returns():
+def test_a_state_dict_returns() -> None:
     """With columns of P that are unit vectors and λ ≥ 0, P Λ is taken apart exactly."""
     model = use_pseudo_svd(randomise(lora()))
     other = use_pseudo_svd(lora())
@@ -148,7 +151,7 @@ def test_a_state_dict_returns():
         torch.testing.assert_close(one, two)
 
 
-def test_a_zero_column_of_b_gets_a_direction():
+def test_a_zero_column_of_b_gets_a_direction() -> None:
     model, other = use_pseudo_svd(randomise(lora())), use_pseudo_svd(lora())
     with torch.no_grad():
         next(iter(pseudo_singular_values(model).values()))[1] = 0
@@ -158,7 +161,7 @@ def test_a_zero_column_of_b_gets_a_direction():
     torch.testing.assert_close(p.norm(dim=0), torch.ones(2, dtype=p.dtype))
 
 
-def test_copies_are_apart():
+def test_copies_are_apart() -> None:
     model, x = randomise(use_pseudo_svd(lora())), layer_input("linear")
     twin, expected = copy.deepcopy(model), model(x)
     randomise(twin, seed=4)
@@ -166,7 +169,7 @@ def test_copies_are_apart():
     assert torch.equal(model(x), expected)
 
 
-def test_gpt2_and_the_other_penalty():
+def test_gpt2_and_the_other_penalty() -> None:
     """Conv1D layers in a whole model; functions that read V see P Λ Q."""
     model = wrap(gpt2(), target_modules=["c_attn"], use_dora=False, fan_in_fan_out=True)
     randomise(model).eval()
@@ -177,7 +180,7 @@ def test_gpt2_and_the_other_penalty():
     torch.testing.assert_close(gram_penalty(model), gram)
 
 
-def parameter_adapter():
+def parameter_adapter() -> Any:
     model = nn.Module()
     model.layer = nn.Linear(4, 5)
     options = {"target_modules": [], "target_parameters": ["layer.weight"], "use_dora": False}
@@ -186,13 +189,13 @@ def parameter_adapter():
     return adapted
 
 
-def frozen():
+def frozen() -> Any:
     model = lora()
     model.base_model.set_requires_grad("default", False)
     return model
 
 
-def merged():
+def merged() -> Any:
     model = randomise(lora())
     model.merge_adapter()
     return model
@@ -219,12 +222,12 @@ def merged():
         (lambda: orthogonality_penalty(lora("embedding")), "use_pseudo_svd"),
     ],
 )
-def test_bad_input_is_named(wrong, said):
+def test_bad_input_is_named(wrong: Callable[..., Any], said: str) -> None:
     with pytest.raises(ProblemError, match=said):
         wrong()
 
 
-def test_components_are_selected_after_the_decomposition():
+def test_components_are_selected_after_the_decomposition() -> None:
     """Weights of 1 change nothing, and P, Λ and Q are still what they are called."""
     model = use_pseudo_svd(randomise(lora()))
     x = layer_input("linear")
@@ -234,7 +237,7 @@ def test_components_are_selected_after_the_decomposition():
     assert orthogonality_penalty(model) < 1e-8
 
 
-def test_a_refused_model_is_unchanged():
+def test_a_refused_model_is_unchanged() -> None:
     """The last layer is refused; none before it has been changed."""
     model = dora_bert(use_dora=False, target_modules=["query", "value", "word_embeddings"])
     before = {name: t.clone() for name, t in model.state_dict().items()}

@@ -2,6 +2,9 @@
 
 import copy
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.adapters import (
@@ -40,20 +43,20 @@ V = "bert.encoder.layer.{}.attention.self.value"
 LAYERS = [Q.format(0), V.format(0), Q.format(1), V.format(1)]
 
 
-def lora_bert(**options):
+def lora_bert(**options: Any) -> Any:
     """BERT with LoRA of rank 4 on four layers, away from its start; the head is trained."""
     usual = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "use_dora": False}
     return randomise(wrap(bert(), r=4, lora_alpha=6, **usual | options)).eval()
 
 
-def set_weights(model, alpha):
+def set_weights(model: nn.Module, alpha: Any) -> None:
     """Logits from the softmax's weights ``alpha``, a list for each layer."""
     for part, values in zip(component_weights(model).values(), alpha, strict=True):
         with torch.no_grad():
             part.logits.copy_(torch.tensor(values, dtype=torch.float64).log().view_as(part.logits))
 
 
-def uneven(model, seed=5):
+def uneven(model: nn.Module, seed: int = 5) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for part in component_weights(model).values():
         noise = torch.randn(part.logits.shape, generator=generator, dtype=torch.float64)
@@ -64,7 +67,7 @@ def uneven(model, seed=5):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_the_start_outputs_are_those_of_lora_bit_by_bit(kind, form):
+def test_at_the_start_outputs_are_those_of_lora_bit_by_bit(kind: str, form: str) -> None:
     model, x = randomise(single(kind, use_dora=False, r=3)), layer_input(kind)
     expected = model(x)
     assert torch.equal(add_selection(model, form)(x), expected)
@@ -72,7 +75,7 @@ def test_at_the_start_outputs_are_those_of_lora_bit_by_bit(kind, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_component_is_multiplied_by_its_weight(kind, form):
+def test_each_component_is_multiplied_by_its_weight(kind: str, form: str) -> None:
     model = uneven(add_selection(randomise(single(kind, use_dora=False, r=3)), form))
     x = layer_input(kind)
     (part,) = component_weights(model).values()
@@ -93,7 +96,7 @@ def test_each_component_is_multiplied_by_its_weight(kind, form):
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_dora_layers_take_weights_too(fast):
+def test_dora_layers_take_weights_too(fast: bool) -> None:
     model, ids = lora_bert(use_dora=True), token_ids()
     expected = model(ids).logits
     assert torch.equal(add_selection(model)(ids).logits, expected)
@@ -106,7 +109,7 @@ def test_dora_layers_take_weights_too(fast):
     torch.testing.assert_close(searched(ids).logits, stock_model(ids).logits, rtol=1e-9, atol=1e-9)
 
 
-def test_a_copied_model_has_weights_of_its_own():
+def test_a_copied_model_has_weights_of_its_own() -> None:
     model = add_selection(lora_bert())
     twin = uneven(copy.deepcopy(model))
     ids = token_ids()
@@ -114,7 +117,7 @@ def test_a_copied_model_has_weights_of_its_own():
     torch.testing.assert_close(model(ids).logits, lora_bert()(ids).logits, rtol=0, atol=0)
 
 
-def test_ranks_are_counts_of_weights_at_the_threshold():
+def test_ranks_are_counts_of_weights_at_the_threshold() -> None:
     model = add_selection(lora_bert())
     assert selected_ranks(model) == dict.fromkeys(LAYERS, 4)
     # Weights by hand, r = 4: (1.5, 1.5, 0.5, 0.5), (2.5, 0.5, 0.5, 0.5), (1, 1, 1, 1) and
@@ -127,7 +130,7 @@ def test_ranks_are_counts_of_weights_at_the_threshold():
         selected_ranks(model, 3)
 
 
-def test_a_sigmoid_can_leave_a_layer_nothing():
+def test_a_sigmoid_can_leave_a_layer_nothing() -> None:
     model = add_selection(lora_bert(), "sigmoid")
     for part, beta in zip(component_weights(model).values(), [-1.0, 0.0, 1.0, -0.01], strict=True):
         nn.init.constant_(part.logits, beta)
@@ -136,7 +139,7 @@ def test_a_sigmoid_can_leave_a_layer_nothing():
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=64), st.booleans())
-def test_a_softmax_leaves_every_layer_a_component(logits, equal):
+def test_a_softmax_leaves_every_layer_a_component(logits: Tensor, equal: Any) -> None:
     part = ComponentWeights(torch.zeros(len(logits), 2), "softmax")
     with torch.no_grad():
         part.logits.copy_(torch.tensor(logits).view(-1, 1))
@@ -147,7 +150,7 @@ def test_a_softmax_leaves_every_layer_a_component(logits, equal):
         assert part.weights().mean() == pytest.approx(1, rel=1e-5)
 
 
-def stock(config, tmp_path, state=None):
+def stock(config: Any, tmp_path: Path, state: Any = None) -> tuple[Any, ...]:
     """A model of ``config``, saved and loaded by PEFT alone, in eval mode; and before that."""
     model = get_peft_model(bert(), config)
     if state is not None:
@@ -162,7 +165,7 @@ RANKS = dict(zip(LAYERS, [3, 0, 4, 1], strict=True))
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.filterwarnings("ignore:Using Rank-Stabilized")
-def test_the_config_gives_each_layer_its_rank_and_scale(tmp_path, rslora):
+def test_the_config_gives_each_layer_its_rank_and_scale(tmp_path: Path, rslora: bool) -> None:
     searched = add_selection(lora_bert(use_rslora=rslora))
     scale, wanted = 6 / 2 if rslora else 6 / 4, {n: r for n, r in RANKS.items() if r}
     with warnings.catch_warnings():
@@ -182,15 +185,15 @@ def test_the_config_gives_each_layer_its_rank_and_scale(tmp_path, rslora):
 class Nested(nn.Module):
     """A layer whose name is the end of another's name."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer, self.block = nn.Linear(4, 4), nn.ModuleDict({"layer": nn.Linear(4, 4)})
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.block["layer"](self.layer(x))
 
 
-def test_a_rank_is_that_of_one_layer_only():
+def test_a_rank_is_that_of_one_layer_only() -> None:
     model = wrap(Nested(), use_dora=False, r=4)
     wanted = {"layer": 1, "block.layer": 3}
     again = get_peft_model(Nested(), rank_config(model, wanted))
@@ -198,7 +201,7 @@ def test_a_rank_is_that_of_one_layer_only():
     assert found == wanted
 
 
-def test_with_all_components_the_state_is_the_searched_function(tmp_path):
+def test_with_all_components_the_state_is_the_searched_function(tmp_path: Path) -> None:
     searched, ids = uneven(add_selection(lora_bert())), token_ids()
     ranks = dict.fromkeys(LAYERS, 4)
     state = selected_state(searched, ranks)
@@ -206,7 +209,7 @@ def test_with_all_components_the_state_is_the_searched_function(tmp_path):
         torch.testing.assert_close(model(ids).logits, searched(ids).logits, rtol=1e-10, atol=1e-10)
 
 
-def test_the_state_keeps_the_largest_weights(tmp_path):
+def test_the_state_keeps_the_largest_weights(tmp_path: Path) -> None:
     searched, ids = uneven(add_selection(lora_bert())), token_ids()
     state = selected_state(searched, RANKS)
     # The same function as without the columns of B that go with the others.
@@ -220,7 +223,7 @@ def test_the_state_keeps_the_largest_weights(tmp_path):
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_search_is_saved_and_loaded_with_its_weights(tmp_path):
+def test_a_search_is_saved_and_loaded_with_its_weights(tmp_path: Path) -> None:
     searched, ids = uneven(add_selection(lora_bert())), token_ids()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -231,15 +234,15 @@ def test_a_search_is_saved_and_loaded_with_its_weights(tmp_path):
     assert torch.equal(again(ids).logits, searched(ids).logits)
 
 
-def plain():
+def plain() -> Any:
     return lora_bert()
 
 
-def embedding():
+def embedding() -> Any:
     return single("embedding", use_dora=False)
 
 
-def frozen(model):
+def frozen(model: nn.Module) -> Any:
     model.requires_grad_(False)
     return model
 
@@ -265,12 +268,12 @@ def frozen(model):
         ),
     ],
 )
-def test_bad_input_is_named(wrong, said):
+def test_bad_input_is_named(wrong: Callable[..., Any], said: str) -> None:
     with pytest.raises(ProblemError, match=said):
         wrong()
 
 
-def test_an_adapter_without_lora_layers_is_named():
+def test_an_adapter_without_lora_layers_is_named() -> None:
     model = get_peft_model(
         bert(), IA3Config(target_modules=["query"], feedforward_modules=[], task_type="SEQ_CLS")
     )
@@ -278,7 +281,7 @@ def test_an_adapter_without_lora_layers_is_named():
         add_selection(model)
 
 
-def test_only_the_named_adapter_gets_weights():
+def test_only_the_named_adapter_gets_weights() -> None:
     model = lora_bert()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["value"], task_type="SEQ_CLS"))
     model.set_adapter("other")
