@@ -34,6 +34,8 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft import compare_hypergradients, split_dataset
 from hyperopt_peft.adapters import decompose, plot_decomposition
 from hyperopt_peft.diagnostics.compare import Comparison
+from hyperopt_peft.diagnostics.curvature import spectrum
+from hyperopt_peft.diagnostics.recommend import recommend
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 
@@ -65,7 +67,7 @@ class Arguments:
         default_factory=lambda: ["pooler", "classifier"], help="modules trained in full"
     )
     reference_steps: int = HfArg(
-        default=40, help="MINRES steps of the reference in the comparison of estimators"
+        default=20, help="steps of each retraining that estimators are compared with"
     )
     quick: bool = HfArg(
         default=False,
@@ -161,25 +163,28 @@ def train(
 def compare(model: Any, arguments: Arguments, training: Training, data: TextData) -> Comparison:
     """Every estimator at the trained point, on one batch a level.
 
-    The lower Hessian has tens of thousands of rows and is indefinite, so the reference is a long
-    damped MINRES instead of a dense solve, and every solver gets the same damping.
+    The reference is how the loss of the upper batch changes when the lower level is trained
+    again with the magnitudes moved. Solvers get the damping of the measured spectrum.
     """
     parts = split_dataset(data.train, training.upper_fraction, training.seed)
     size = training.per_device_train_batch_size
     below, above = (data.batches(part, size, shuffle=True) for part in parts)
     lower, upper = Direction(model, data=below), Magnitude(model, data=above)
     model.train()
-    damping = "damping=1.0"
+    measured = spectrum(upper, lower)
+    damping = f"damping={measured.damping():.2g}"
     methods = [
         "direct",
         "darts:scheme=forward",
-        "darts:scheme=central",
+        f"darts:scheme=forward,xi={training.learning_rate:g}",
         f"cg:steps=5,{damping}",
         f"minres:steps=5,{damping}",
         f"minres:steps=5,{damping},product=difference",
+        f"minres:steps=20,{damping}",
         "neumann:terms=5",
     ]
-    reference = f"minres:steps={arguments.reference_steps},{damping}"
+    steps = f"steps={arguments.reference_steps},directions=4"
+    reference = f"retraining:{steps},lr={1 / measured.radius:.2g}"
     return compare_hypergradients(upper, lower, methods, reference, repeats=1)
 
 
@@ -205,7 +210,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown methods {sorted(unknown)}; known are lora, dora, bidora")
     if arguments.quick:
-        arguments = replace(arguments, train_size=300, test_size=400, reference_steps=6)
+        arguments = replace(arguments, train_size=300, test_size=400, reference_steps=2)
         training.max_steps = 12 if training.retrain != "none" else 24
         training.retrain_steps, training.logging_steps = 12, 4
     quiet()
@@ -227,7 +232,7 @@ def main() -> None:
         if method == "bidora":
             reload(model, arguments.model, data, output / "adapter")
             comparison = compare(model, arguments, training, data)
-            print(comparison)
+            print(f"{comparison}\n{recommend(comparison)}")
             estimators(comparison, output / "estimators.png")
     learning_curves(curves, output / "learning_curves.png")
     plot_decomposition(changes, output / "decomposition.png")

@@ -1,27 +1,28 @@
-"""hyperopt-peft check: estimators on your own model and data, and which of them to use."""
+"""hyperopt-peft compare-estimators: which estimator is worth its price on your model and data."""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import compare_hypergradients
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text.setup import TYPES, prepare
-from hyperopt_peft.core.data import Batches
+from hyperopt_peft.cli.text.setup import TYPES, Setup, prepare
+from hyperopt_peft.diagnostics.compare import Comparison, get_reference
+from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.recommend import Thresholds, recommend
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients import Comparison, get_estimator
-from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft.hypergradients import get_estimator
+from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
 
 @dataclass
-class CheckArguments:
+class EstimatorArguments:
     """What is compared, where, and what is close enough."""
 
     _argument_group_name = "command"
@@ -32,13 +33,21 @@ class CheckArguments:
         help="estimators with options; if not given direct, darts (ξ of 1 and of the learning "
         "rate), neumann, cg and minres, the last two with the damping",
     )
-    damping: float = HfArg(
-        default=1.0,
-        help="of the reference and of the default cg and minres: the Hessian of a network is "
-        "indefinite, and H + damping·I is solved with",
+    damping: float | None = HfArg(
+        default=None,
+        help="of the default cg and minres, which solve with H + damping·I; if not given the "
+        "smallest for which its condition number is 10, by the measured spectrum",
     )
-    reference_steps: int = HfArg(default=40, help="MINRES steps of the reference")
-    repeats: int = HfArg(default=3, help="draws of dropout masks; medians are reported")
+    reference: str | None = HfArg(
+        default=None,
+        help="what is taken for the truth: an estimator, or retraining with options; if not given "
+        "retraining by gradient descent with the lower variables' largest stable rate",
+    )
+    reference_steps: int = HfArg(default=20, help="steps of each retraining of the reference")
+    directions: int = HfArg(
+        default=4, help="random directions of the reference, beside those of the methods"
+    )
+    repeats: int = HfArg(default=1, help="draws of dropout masks; medians are reported")
     min_cosine: float = HfArg(default=0.95, help="to the reference, from which one will do")
     max_relative_error: float = HfArg(default=0.3, help="to the reference, up to which one will do")
     max_residual: float = HfArg(
@@ -51,17 +60,20 @@ class CheckArguments:
         if self.repeats < 1:
             raise ProblemError(f"repeats must be at least 1, got {self.repeats}")
         self.thresholds()
-        for method in [*self.chosen(), self.reference()]:
+        known = Spectrum(1.0, 1.0)
+        get_reference(self.truth(known))
+        for method in self.chosen(known, 1.0):
             get_estimator(method)
 
     def thresholds(self) -> Thresholds:
         """What is close enough."""
         return Thresholds(self.min_cosine, self.max_relative_error, self.max_residual)
 
-    def chosen(self) -> list[str]:
-        """The estimators to compare."""
-        damped = f"damping={self.damping:g}"
-        return self.methods or [
+    def chosen(self, measured: Spectrum, learning_rate: float) -> list[str]:
+        """The estimators to compare; ``xi=lr`` is the learning rate of the options."""
+        damping = measured.damping() if self.damping is None else self.damping
+        damped = f"damping={damping:.3g}"
+        methods = self.methods or [
             "direct",
             "darts:scheme=forward",
             "darts:scheme=forward,xi=lr",
@@ -69,11 +81,15 @@ class CheckArguments:
             f"cg:steps=5,{damped}",
             f"minres:steps=5,{damped}",
             f"minres:steps=5,{damped},product=difference",
+            f"minres:steps=40,{damped}",
         ]
+        return [method.replace("xi=lr", f"xi={learning_rate:g}") for method in methods]
 
-    def reference(self) -> str:
-        """What is taken for the truth."""
-        return f"minres:steps={self.reference_steps},damping={self.damping:g}"
+    def truth(self, measured: Spectrum) -> str:
+        """The reference."""
+        rate = 1 / measured.radius if measured.radius else 1.0
+        steps = f"steps={self.reference_steps},directions={self.directions}"
+        return self.reference or f"retraining:{steps},lr={rate:.3g}"
 
 
 def run(argv: Sequence[str]) -> None:
@@ -83,21 +99,40 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a bad option, model or data set.
         NonFiniteError: a loss or the reference is not finite.
     """
-    own, model_args, data, args = parse("check", __doc__, (CheckArguments, *TYPES), argv)
-    setup = prepare(model_args, data)
-    args.method, args.retrain, args.max_steps = "bidora", "none", own.steps
-    args.save_strategy = type(args.save_strategy)("no")
-    with tempfile.TemporaryDirectory() as folder:  # nothing of the training is kept
-        args.output_dir = folder
-        model = setup.model(args.seed, dora=True)
-        trainer = setup.trainer(model, args)
-        if own.steps:
-            trainer.train()
-    comparison = compare(trainer, own)
+    kinds = (EstimatorArguments, *TYPES)
+    own, model_args, data, args = parse("compare-estimators", __doc__, kinds, argv)
+    comparison = compare(trained(prepare(model_args, data), args, own.steps), own)
     print(f"{comparison}\n\n{recommend(comparison, own.thresholds())}")
 
 
-def compare(trainer: BiDoRATrainer, own: CheckArguments) -> Comparison:
+def trained(setup: Setup, args: BiDoRATrainingArguments, steps: int) -> BiDoRATrainer:
+    """A BiDoRA trainer after ``steps`` lower steps of the search; nothing is written."""
+    args.method, args.retrain, args.max_steps = "bidora", "none", steps
+    args.save_strategy = type(args.save_strategy)("no")
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = folder
+        trainer = setup.trainer(setup.model(args.seed, dora=True), args)
+        if steps:
+            trainer.train()
+    trainer.model.train()
+    return trainer
+
+
+def first_batches(trainer: BiDoRATrainer) -> dict[str, Any]:
+    """The first batch of each level's examples, ``upper_batch`` and ``lower_batch``."""
+    args = trainer.args
+    size = args.per_device_train_batch_size
+
+    def batch(data: Any, size: int) -> Any:
+        return trainer.data_collator([data[row] for row in range(min(size, len(data)))])
+
+    return {
+        "upper_batch": batch(trainer.upper_dataset, args.per_device_upper_batch_size or size),
+        "lower_batch": batch(trainer.train_dataset, size),
+    }
+
+
+def compare(trainer: BiDoRATrainer, own: EstimatorArguments) -> Comparison:
     """The estimators at the trainer's point, on the first batch of each level.
 
     Raises:
@@ -106,20 +141,16 @@ def compare(trainer: BiDoRATrainer, own: CheckArguments) -> Comparison:
     """
     args, lower, upper = trainer.args, trainer.lower, trainer.upper
     assert upper is not None
-    trainer.model.train()
-    size = args.per_device_train_batch_size
-    lower.batches = _first_batch(trainer, trainer.train_dataset, size)
-    upper.batches = _first_batch(
-        trainer, trainer.upper_dataset, args.per_device_upper_batch_size or size
-    )
-    # For ξ = lr there must be an optimizer; nothing steps it.
-    lower.optimizer = torch.optim.SGD(lower.variables, lr=args.learning_rate)
+    batches = first_batches(trainer)
     with trainer.compute_loss_context_manager():
+        measured = spectrum(upper, lower, **batches, seed=args.seed)
         return compare_hypergradients(
-            upper, lower, own.chosen(), own.reference(), repeats=own.repeats, seed=args.seed
+            upper,
+            lower,
+            own.chosen(measured, args.learning_rate),
+            own.truth(measured),
+            repeats=own.repeats,
+            seed=args.seed,
+            **batches,
+            progress=sys.stderr.isatty(),
         )
-
-
-def _first_batch(trainer: BiDoRATrainer, data: Any, size: int) -> Batches:
-    rows = [data[row] for row in range(min(size, len(data)))]
-    return Batches([trainer.data_collator(rows)], "check")

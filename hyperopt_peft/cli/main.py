@@ -9,11 +9,17 @@ from collections.abc import Sequence
 import datasets
 import transformers
 
-from hyperopt_peft.cli import compare_estimators, compare_methods, merge, train
+from hyperopt_peft.cli import check, compare_estimators, compare_methods, merge, train
 from hyperopt_peft.cli.options import summary
 from hyperopt_peft.errors import NonFiniteError, ProblemError, nearest
 
-COMMANDS = {"train": train, "compare": compare_methods, "check": compare_estimators, "merge": merge}
+COMMANDS = {
+    "train": train,
+    "compare": compare_methods,
+    "check": check,
+    "compare-estimators": compare_estimators,
+    "merge": merge,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,5 +53,5 @@ def usage() -> str:
     """The commands, each with the first line of its module."""
     lines = ["usage: hyperopt-peft COMMAND [config.yaml] [options]", ""]
     for name, module in COMMANDS.items():
-        lines.append(f"  {name:9}{summary(module.__doc__)}")
+        lines.append(f"  {name:20}{summary(module.__doc__)}")
     return "\n".join([*lines, "", "hyperopt-peft COMMAND --help lists the options of one."])

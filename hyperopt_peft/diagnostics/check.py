@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,10 +16,12 @@ from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Evaluation, Problem, devices_of
 from hyperopt_peft.diagnostics.curvature import Curvature, measure
 from hyperopt_peft.diagnostics.findings import Check, Finding, Kind, Severity
+from hyperopt_peft.diagnostics.progress import counted
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import open_oracle
+from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.utils.autograd import refuses_in_place_edit
 from hyperopt_peft.utils.distributed import local
 from hyperopt_peft.utils.random_state import (
     RandomState,
@@ -36,10 +39,11 @@ def check_problem(
     upper: Problem,
     lower: Problem,
     *,
-    upper_batch: Any = None,
-    lower_batch: Any = None,
+    upper_batch: Any = NEXT,
+    lower_batch: Any = NEXT,
     seed: int = 0,
     steps: int = 20,
+    progress: bool = True,
 ) -> Check:
     """Examine two levels at the current point, before they are trained or after.
 
@@ -56,7 +60,10 @@ def check_problem(
     for any constant added to f; above 0.1 it is a warning. It is that of the batch that is
     examined: where f is a mean over data, give a ``lower_batch`` that is large enough.
 
-    Costs 4·``steps`` second derivative products at most, and some twenty passes. Variables,
+    `Check.curvature` has a damping for ``cg``, ``minres`` and ``warm`` and a ξ for ``darts``, both
+    in the units of this f.
+
+    Costs 5·``steps`` second derivative products at most, and some twenty passes. Variables,
     gradients, buffers, data and random states are bit-identical afterwards; a counter that
     a loss keeps for itself has moved on.
 
@@ -64,11 +71,22 @@ def check_problem(
         upper_batch, lower_batch: what the losses are given; by default what each level's data
             will give next. Levels for a Trainer have no data of their own: give batches.
         seed: of the losses' random numbers.
-        steps: of the solvers.
+        steps: of the solvers; half of them take half of the time and see less of the spectrum.
+        progress: whether to show a bar.
 
     Raises:
         ProblemError: ``steps`` is not positive, or `Problem.optimizer_options` are none.
         Exception: whatever a loss raises that is none of the above.
+
+    Example:
+        >>> from hyperopt_peft import check_problem, minimize
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> [finding.kind for finding in check_problem(upper, lower, progress=False).findings]
+        ['far from stationary']
+        >>> _ = minimize(lower)
+        >>> check_problem(upper, lower, progress=False).ok
+        True
     """
     if steps < 1:
         raise ProblemError(f"steps must be at least 1, got {steps}")
@@ -77,12 +95,14 @@ def check_problem(
     except ProblemError as error:
         advice = "each level needs tensors of its own"
         return Check((Finding("shared tensor", "error", "both levels", str(error), advice),))
-    batches = {"upper_batch": upper_batch, "lower_batch": lower_batch}
-    given = {name: batch for name, batch in batches.items() if batch is not None}
-    oracle = open_oracle(upper, lower, seed=seed, **given)
+    oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     host = host_random_state()  # after the data's own draws, which stay drawn
     try:
-        with displaced((*upper.variables, *lower.variables)) as start, oracle.open():
+        with ExitStack() as stack:
+            most = 5 * steps + 20
+            oracle.passes = stack.enter_context(counted("check", most, progress=progress))
+            start = stack.enter_context(displaced((*upper.variables, *lower.variables)))
+            stack.enter_context(oracle.open())
             examination = _Examination(oracle, start, seed, steps)
             examination.run()
     finally:
@@ -140,7 +160,7 @@ class _Examination:
                 advice = "return a scalar tensor that is computed from the variables"
                 self._add("bad loss", "error", level, words, advice)
         except RuntimeError as error:  # an edit that autograd itself refuses
-            if not any(word in str(error) for word in ("in-place", "inplace")):
+            if not refuses_in_place_edit(error):
                 raise
             words = f"the loss edits a tensor in place: {error}"
             self._add("in-place edit", "error", level, words, _NO_EDITS)
@@ -154,6 +174,7 @@ class _Examination:
 
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> Evaluation:
         buffers, lower = self.oracle.buffers, self.oracle.lower
+        self.oracle.passes.gradients += 1
         with replay(random):  # of F too with what stands below the lower level as a function of it
             if level is lower:
                 evaluation = lower.gradient(batch, self._variables)
@@ -273,11 +294,12 @@ class _Examination:
         kinds = {finding.kind for finding in self.findings}
         if not found.implicit and not kinds & {"no mixed derivative", "no implicit term"}:
             self._no_mixed()
+        darts = f"darts:xi={found.xi:.2g}" if found.xi > 0 else "direct"
         if found.smallest < -1e-3 * abs(found.largest):
             words = f"the lower Hessian has negative curvature, {found.smallest:.2g}"
             advice = (
-                f"this is no minimum: take more lower steps, give cg or minres a damping of "
-                f"{-2 * found.smallest:.1g} or more, or use darts"
+                f"this is no minimum: take more lower steps, give cg, minres or warm "
+                f"damping={found.damping():.2g}, or use {darts}"
             )
             self._add("negative curvature", "warning", lower, words, advice)
         if found.residual > 0.1:
@@ -285,7 +307,10 @@ class _Examination:
                 f"after {self.steps} steps of minres the residual is still {found.residual:.2g}; "
                 f"the condition number is {found.condition:.1g} or more"
             )
-            advice = "give the solver more steps or a damping, or regularise the lower loss"
+            advice = (
+                f"give the solver more steps or damping={found.damping():.2g}, or regularise the "
+                "lower loss"
+            )
             self._add("ill-conditioned", "warning", lower, words, advice)
         if found.change > 0.1:
             before, after = found.losses

@@ -10,75 +10,90 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.memory import peak_memory
+from hyperopt_peft.diagnostics.progress import counted
+from hyperopt_peft.diagnostics.retraining import Coordinates, Retraining
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, open_oracle
-from hyperopt_peft.hypergradients.estimator import Estimator
-from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, estimate, open_oracle
+from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.registry import get_estimator, with_options
 from hyperopt_peft.utils.vector import Vector, dot
 
 
 @dataclass(frozen=True)
-class Record:
+class ComparisonRow:
     """How one estimator did, medians over the repeats.
 
     ``cosine``, ``relative_error`` and ``norm_ratio`` are against the reference on the same
-    batches and random numbers; ``residual`` is the largest of the solver's own, ‖b − Hv‖/‖b‖;
+    batches and random numbers; ``factor`` is the number that the implicit term would have to be
+    multiplied by to come closest to the reference, 1 where its length is right (``darts`` is best
+    at ``factor`` times its ξ); ``residual`` is the largest of the solver's own, ‖b − Hv‖/‖b‖;
     ``spread`` is the standard deviation of the estimate over the repeats, relative to its mean;
     ``gradients`` and ``products`` count forward+backward passes and second backward passes;
-    ``peak_memory`` is in bytes, above what was held before. ``note`` is what the estimator said
-    of its own work first, for example that it met negative curvature; ``problem`` says why it
-    gave no number.
+    ``peak_memory`` is in bytes, above what was held before, None where it was not asked for.
+    ``note`` is what the estimator said of its own work first, for example that it met negative
+    curvature, or that its damping dominates H; ``problem`` says why it gave no number.
     """
 
     method: str
     cosine: float = float("nan")
     relative_error: float = float("nan")
     norm_ratio: float = float("nan")
+    factor: float = float("nan")
     residual: float | None = None
     spread: float = float("nan")
     gradients: int = 0
     products: int = 0
     seconds: float = float("nan")
-    peak_memory: int = 0
+    peak_memory: int | None = None
     note: str = ""
     problem: str = ""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of `Record`s; ``print`` it, or take ``records()``.
+    """A table of `ComparisonRow`s; ``print`` it, or take ``records()``.
 
-    ``reference_residual`` says how far the reference itself can be trusted: it is the largest
-    residual of its solves, None where it has none; ``reference_note`` is what its solver noted.
+    ``reference_residual`` says how far the reference itself can be trusted: the largest residual
+    of its solves, or the relative error of a retraining; None where it has none.
+    ``reference_note`` is what was noted of it. ``spectrum`` holds the ends of the lower Hessian's
+    spectrum where an estimator or the reference has a damping.
     """
 
     reference: str
     reference_residual: float | None
     reference_note: str
     repeats: int
-    rows: tuple[Record, ...]
+    rows: tuple[ComparisonRow, ...]
+    spectrum: Spectrum | None = None
 
     def records(self) -> list[dict[str, Any]]:
         """One plain dict for each method."""
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        head = ("method", "cosine", "rel. error", "norm ratio", "residual", "spread")
+        head = ("method", "cosine", "rel. error", "norm ratio", "factor", "residual", "spread")
         table: list[tuple[str, ...]] = [(*head, "fwd+bwd", "products", "seconds", "MB")]
         for row in self.rows:
             numbers = (
                 _cell(row.cosine, ".4f"),  # none where an estimate is zero
                 _cell(row.relative_error, ".2g"),
                 _cell(row.norm_ratio, ".3f"),
+                _cell(row.factor, ".2g"),
                 _cell(row.residual, ".2g"),
                 _cell(row.spread, ".2g"),
             )
             cost = (str(row.gradients), str(row.products), f"{row.seconds:.3g}")
-            cells = (*numbers, *cost, f"{row.peak_memory / 2**20:.1f}")
+            memory = None if row.peak_memory is None else row.peak_memory / 2**20
+            cells = (*numbers, *cost, _cell(memory, ".1f"))
             table.append((row.method, *cells) if not row.problem else (row.method, row.problem))
+        if all(row.peak_memory is None for row in self.rows):
+            table = [row[:-1] if len(row) > 2 else row for row in table]
         widths = [max(len(row[i]) for row in table if len(row) > 2) for i in range(len(table[0]))]
         widths[0] = max(len(r[0]) for r in table)
         lines = [
@@ -90,7 +105,8 @@ class Comparison:
         ]
         lines += [f"{row.method}: {row.note}" for row in self.rows if row.note]
         known = self.reference_residual
-        accuracy = "" if known is None else f" (residual {known:.2g})"
+        kind = "relative error" if self.reference.startswith(Retraining.name) else "residual"
+        accuracy = "" if known is None else f" ({kind} {known:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
         lines.append(f"against {self.reference}{accuracy}{note}; {self.repeats} repeats")
         return "\n".join(lines)
@@ -103,93 +119,190 @@ def compare_hypergradients(
     reference: str | Estimator = "exact",
     repeats: int = 3,
     seed: int = 0,
+    *,
+    upper_batch: Any = NEXT,
+    lower_batch: Any = NEXT,
+    memory: bool = False,
+    progress: bool = True,
 ) -> Comparison:
     """Run ``methods`` at the current point and compare each with ``reference``.
 
-    Each repeat draws new random numbers (dropout masks), the same for every method; the
-    batches are those that the levels' data will give next. Nothing is trained or changed.
+    Each repeat draws new random numbers (dropout masks), the same for every method. Nothing is
+    trained or changed.
+
+    With ``reference="retraining"`` the truth is measured, by `Retraining` the lower level with u
+    moved: along the direct and implicit terms of all methods, which gives each row's inner
+    product with the truth, and along random directions, which stand for all others: with ``m``
+    of n dimensions measured and K random directions beyond them of slopes s,
+    ‖dF/du‖² ≈ Σ_m slope² + (n − m)/K·Σ_K s². The note says how much lies beyond: no combination
+    of the methods reaches that part.
 
     Args:
         methods: names with options, or estimators; one of them or several.
-        reference: what is taken for the truth: ``"exact"`` (up to 5,000 lower unknowns), or a
-            long solve such as ``"cg:steps=200,tolerance=1e-10"``.
+        reference: what is taken for the truth: ``"exact"`` (up to 5,000 lower unknowns), a
+            long solve such as ``"cg:steps=200,tolerance=1e-10"``, or, independent of all
+            estimators, ``"retraining:steps=20,directions=4"``.
         repeats: how often; medians are reported.
         seed: of the random numbers.
+        upper_batch, lower_batch: as for `hypergradient`: by default what each level's data will
+            give next. Levels for a Trainer have no data of their own: give batches.
+        memory: whether to measure each method's peak memory, by one more run of it.
+        progress: whether to show bars.
 
     Raises:
         ProblemError: an unknown method, no methods, or ``repeats`` below 1.
         NonFiniteError: the reference is not finite.
+
+    Example:
+        >>> from hyperopt_peft import compare_hypergradients, minimize
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> _ = minimize(lower)
+        >>> table = compare_hypergradients(upper, lower, ["darts", "cg"], progress=False)
+        >>> [row.cosine > 0.999 for row in table.rows]
+        [False, True]
     """
     if isinstance(methods, str | Estimator):
         methods = [methods]
     chosen = [(m if isinstance(m, str) else repr(m), get_estimator(m)) for m in methods]
     if not chosen or repeats < 1:
         raise ProblemError("compare_hypergradients needs at least one method and one repeat")
-    truth = get_estimator(reference)
-    exact = [_run(upper, lower, truth, seed + k) for k in range(repeats)]
-    truths = [run.hypergradient for run in exact]
-    rows = [_record(upper, lower, name, estimator, truths, seed) for name, estimator in chosen]
+    truth = get_reference(reference)
+    batches = {"upper_batch": upper_batch, "lower_batch": lower_batch}
+
+    def oracle(repeat: int) -> Oracle:
+        return open_oracle(upper, lower, seed=seed + repeat, **batches)
+
+    seeds = range(repeats)
+    runs: dict[str, list[_Run] | ProblemError | NonFiniteError] = {}
+    with tqdm(total=len(chosen) * repeats, desc="estimates", disable=not progress) as bar:
+        if not isinstance(truth, Retraining):
+            bar.total += repeats
+            solved = [_ticked(bar, "reference", oracle(k), truth) for k in seeds]
+            truths = [_Truth(run.estimate.hypergradient) for run in solved]
+            residual, note = _largest_residual(solved), _first_note(solved)
+        for name, estimator in chosen:
+            try:
+                runs[name] = [_ticked(bar, name, oracle(k), estimator) for k in seeds]
+            except (ProblemError, NonFiniteError) as error:
+                runs[name] = error
+    if isinstance(truth, Retraining):
+        done = [each for each in runs.values() if isinstance(each, list)]
+        measured = [
+            _retrained(oracle(k), truth, [run[k].estimate for run in done], progress) for k in seeds
+        ]
+        truths = [_Truth(c.slopes, c.project) for c in measured]
+        residual, note = max(c.error for c in measured), measured[0].note
+    ends = None
+    if any(getattr(e, "damping", 0) for e in (truth, *(e for _, e in chosen))):
+        ends = spectrum(upper, lower, **batches, seed=seed)
+    rows = []
+    for name, estimator in chosen:
+        found = runs[name]
+        if not isinstance(found, list):
+            rows.append(ComparisonRow(name, problem=str(found)))
+            continue
+        held = None
+        if memory:
+            held = peak_memory(lambda e=estimator: _run(oracle(0), e), upper.devices[0])
+        rows.append(_row(name, found, truths, held, _dominance(estimator, ends)))
     name = reference if isinstance(reference, str) else repr(truth)
-    note = _first_note(exact)
-    return Comparison(name, _largest_residual(exact), note, repeats, tuple(rows))
+    note = "; ".join(filter(None, (_dominance(truth, ends), note)))
+    return Comparison(name, residual, note, repeats, tuple(rows), ends)
+
+
+def get_reference(reference: str | Estimator) -> Estimator:
+    """The estimator, or the `Retraining`, that ``reference`` names.
+
+    Raises:
+        ProblemError: an unknown name or option, or a bad value.
+    """
+    if isinstance(reference, str) and reference.partition(":")[0] == Retraining.name:
+        return with_options(Retraining, reference.partition(":")[2])
+    return get_estimator(reference)
+
+
+def _dominance(estimator: Estimator, ends: Spectrum | None) -> str:
+    damping = getattr(estimator, "damping", 0.0)
+    if ends is None or not ends.dominated_by(damping):
+        return ""
+    return (
+        f"damping {damping:g} dominates the Hessian, whose eigenvalues are within "
+        f"±{ends.radius:.2g}: the solve is close to darts with ξ = {1 / damping:.2g}"
+    )
 
 
 @dataclass(frozen=True)
 class _Run:
-    hypergradient: Vector
-    residual: float | None
-    note: str
+    estimate: Estimate
     gradients: int
     products: int
     seconds: float
 
 
-def _run(upper: Problem, lower: Problem, estimator: Estimator, seed: int) -> _Run:
-    oracle = open_oracle(upper, lower, seed=seed)
+@dataclass(frozen=True)
+class _Truth:
+    """What an estimate h of one repeat is held against: ``value`` against ``project(h)``."""
+
+    value: Vector
+    project: Callable[[Vector], Vector] = lambda h: h
+
+
+def _run(oracle: Oracle, estimator: Estimator) -> _Run:
     begin = time.perf_counter()
     check_estimator(estimator, oracle.upper, oracle.lower)
     result = estimate(oracle, estimator)
-    for device in {*upper.devices, *lower.devices}:
+    for device in {*oracle.upper.devices, *oracle.lower.devices}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begin
-    passes = oracle.passes
-    counts = passes.gradients, passes.products
-    return _Run(result.hypergradient, result.residual, result.note, *counts, seconds)
+    return _Run(result, oracle.passes.gradients, oracle.passes.products, seconds)
 
 
-def _record(
-    upper: Problem,
-    lower: Problem,
-    name: str,
-    estimator: Estimator,
-    truths: Sequence[Vector],
-    seed: int,
-) -> Record:
-    try:
-        runs = [_run(upper, lower, estimator, seed + k) for k in range(len(truths))]
-        memory = peak_memory(lambda: _run(upper, lower, estimator, seed), upper.devices[0])
-    except (ProblemError, NonFiniteError) as error:
-        return Record(name, problem=str(error))
-    estimates = [run.hypergradient for run in runs]
+def _ticked(bar: Any, name: str, oracle: Oracle, estimator: Estimator) -> _Run:
+    bar.set_postfix_str(name)
+    run = _run(oracle, estimator)
+    bar.update()
+    return run
+
+
+def _retrained(
+    oracle: Oracle, truth: Retraining, estimates: Sequence[Estimate], progress: bool
+) -> Coordinates:
+    parts = [part for e in estimates for part in (e.direct, e.implicit)]
+    most = truth.passes(min(len(parts), len(estimates) + 1) + truth.directions)
+    with counted("retrainings", most, progress=progress) as oracle.passes, oracle.open():
+        return truth.coordinates(oracle, parts)
+
+
+def _row(
+    name: str, runs: Sequence[_Run], truths: Sequence[_Truth], memory: int | None, note: str
+) -> ComparisonRow:
+    estimates = [run.estimate.hypergradient for run in runs]
     mean = sum(estimates[1:], start=estimates[0]) / len(estimates)
     variance = statistics.fmean((h - mean).norm() ** 2 for h in estimates)
 
     def median(measure: Callable[[Vector, Vector], float]) -> float:
-        return statistics.median(measure(h, t) for h, t in zip(estimates, truths, strict=True))
+        pairs = zip(estimates, truths, strict=True)
+        return statistics.median(measure(truth.project(h), truth.value) for h, truth in pairs)
 
-    return Record(
+    def factor(run: _Run, truth: _Truth) -> float:
+        direct, implicit = truth.project(run.estimate.direct), truth.project(run.estimate.implicit)
+        return _ratio(dot(implicit, truth.value - direct), dot(implicit, implicit))
+
+    return ComparisonRow(
         name,
         cosine=median(lambda h, t: _ratio(dot(h, t), h.norm() * t.norm())),
         relative_error=median(lambda h, t: _ratio((h - t).norm(), t.norm())),
         norm_ratio=median(lambda h, t: _ratio(h.norm(), t.norm())),
+        factor=statistics.median(map(factor, runs, truths)),
         residual=_largest_residual(runs),
         spread=_ratio(variance**0.5, mean.norm()),
         gradients=runs[0].gradients,
         products=runs[0].products,
         seconds=statistics.median(run.seconds for run in runs),
         peak_memory=memory,
-        note=_first_note(runs),
+        note="; ".join(filter(None, (note, _first_note(runs)))),
     )
 
 
@@ -198,11 +311,12 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _first_note(runs: Sequence[_Run]) -> str:
-    return next((run.note for run in runs if run.note), "")
+    return next((run.estimate.note for run in runs if run.estimate.note), "")
 
 
 def _largest_residual(runs: Sequence[_Run]) -> float | None:
-    return max((run.residual for run in runs if run.residual is not None), default=None)
+    residuals = (run.estimate.residual for run in runs)
+    return max((residual for residual in residuals if residual is not None), default=None)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

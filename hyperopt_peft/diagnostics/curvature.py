@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from scipy.linalg import eigvalsh_tridiagonal
 
 from hyperopt_peft.core.chain import anchored, is_chain
-from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
 from hyperopt_peft.hypergradients.estimator import Estimate
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
@@ -20,44 +22,142 @@ from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import replay
 from hyperopt_peft.utils.restore import assign, displaced
-from hyperopt_peft.utils.vector import Vector, dot
+from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
+
+CONDITION = 10.0
 
 
 @dataclass(frozen=True)
-class Curvature:
-    """The second order of a lower level at one point.
+class Spectrum:
+    """The smallest and the largest eigenvalue of the lower Hessian H, as Lanczos found them.
 
-    ``smallest`` and ``largest`` eigenvalue of H are estimates from within; ``residual`` is that of
-    a MINRES solve for the hypergradient, ‖b − Hv‖/‖b‖; ``change`` is how far a Newton step below
-    moves the hypergradient, relative to ‖direct‖ + ‖implicit‖, and ``losses`` are f before and
-    after that step. ``implicit`` says whether the implicit term is other than zero at either point.
+    Both are estimates from within: H's own ends lie at or beyond them.
+
+    Example:
+        >>> from hyperopt_peft.diagnostics.curvature import Spectrum
+        >>> round(Spectrum(-0.11, 0.43).damping(), 3)
+        0.17
+        >>> Spectrum(-0.11, 0.43).dominated_by(1.0)
+        True
     """
 
     smallest: float
     largest: float
+
+    @property
+    def radius(self) -> float:
+        """|λ|max, the spectral radius; gradient descent with lr = 1/|λ|max does not diverge."""
+        return max(abs(self.smallest), abs(self.largest))
+
+    @property
+    def condition(self) -> float:
+        """The least condition number that H can have: |λ|max/|λ|min."""
+        least = min(abs(self.smallest), abs(self.largest))
+        return self.radius / least if least else math.inf
+
+    def damping(self, condition: float = CONDITION) -> float:
+        """The least δ ≥ 0 for which H + δI is positive definite with this condition number.
+
+            (λmax + δ)/(λmin + δ) = κ,   δ = max(0, (λmax − κ·λmin)/(κ − 1))
+
+        In units of H: a multiple of f has that multiple of δ. With κ = 10 five steps of CG or
+        MINRES leave a residual of some percent, and λmin may be lower than was measured by a
+        tenth of the spectrum's width.
+
+        Raises:
+            ProblemError: ``condition`` is not above 1.
+        """
+        if not condition > 1:
+            raise ProblemError(f"condition must be above 1, got {condition}")
+        return max(0.0, (self.largest - condition * self.smallest) / (condition - 1))
+
+    def dominated_by(self, damping: float) -> bool:
+        """Whether δ ≥ |λ|max, so that (H + δI)⁻¹ is little else than I/δ."""
+        return damping > 0 and damping >= self.radius
+
+
+@dataclass(frozen=True)
+class Curvature(Spectrum):
+    """The second order of a lower level at one point.
+
+    ``residual`` is that of an undamped MINRES solve for the hypergradient, ‖b − Hv‖/‖b‖;
+    ``change`` is how far a Newton step of the lower level moves the hypergradient, relative to
+    ‖direct‖ + ‖implicit‖, and ``losses`` are f before and after that step. ``implicit`` says
+    whether the implicit term is other than zero at either point. ``xi`` is the ξ of ``darts``
+    with the implicit term closest to that of a solve with H + damping·I:
+    ξ = ⟨d, r⟩/⟨d, d⟩, where d is the implicit term of ``darts`` at ξ = 1 and r that of the solve.
+    """
+
     implicit: bool
     losses: tuple[float, float]
     change: float
     residual: float
     implicit_ratio: float
-
-    @property
-    def condition(self) -> float:
-        """The least condition number that H can have: |λ|max/|λ|min."""
-        ends = abs(self.smallest), abs(self.largest)
-        return max(ends) / min(ends) if min(ends) else math.inf
+    xi: float
 
     def __str__(self) -> str:
         return (
             f"eigenvalues of the lower Hessian from {self.smallest:.2g} to {self.largest:.2g} at "
-            f"least; residual {self.residual:.1g}; implicit/direct {self.implicit_ratio:.2g}; a "
-            f"Newton step below changes f from {self.losses[0]:.4g} to {self.losses[1]:.4g} and "
-            f"the hypergradient by {self.change:.1%}"
+            f"least, damping {self.damping():.2g} for a condition number of {CONDITION:g}; "
+            f"residual {self.residual:.1g}; implicit/direct {self.implicit_ratio:.2g}; ξ of "
+            f"darts {self.xi:.2g}; a Newton step of the lower level changes f from "
+            f"{self.losses[0]:.4g} to {self.losses[1]:.4g} and the hypergradient by "
+            f"{self.change:.1%}"
         )
 
 
+def spectrum(
+    upper: Problem,
+    lower: Problem,
+    *,
+    upper_batch: Any = NEXT,
+    lower_batch: Any = NEXT,
+    seed: int = 0,
+    steps: int = 10,
+) -> Spectrum:
+    """The ends of the lower Hessian's spectrum at the current point, by ``steps`` products.
+
+    Nothing is changed. Products are exact where f has a second derivative, else differences.
+
+    Args:
+        upper_batch, lower_batch: as for `hypergradient`.
+        seed: of dropout and of the vector that Lanczos starts from.
+        steps: of Lanczos; the ends move outwards as they grow.
+
+    Raises:
+        ProblemError: ``steps`` is not positive, or the levels share a tensor.
+        NonFiniteError: f or a product is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt_peft.diagnostics.curvature import spectrum
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> spectrum(upper, lower).smallest > 0  # ridge regression is strictly convex
+        True
+    """
+    oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
+    with oracle.open():
+        if not is_chain(lower):
+            with suppress(ProblemError):  # f has no second derivative
+                return _ends(oracle, "exact", steps, seed)
+        return _ends(oracle, "difference", steps, seed)
+
+
+def _ends(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Spectrum:
+    with oracle.product(product) as second:
+        return lanczos(second.hessian, random_like(oracle.lower.variables, seed), steps)
+
+
+def random_like(variables: Any, seed: int) -> Vector:
+    """A vector of the shape of ``variables`` with standard normal entries."""
+    zero = Vector.of([None] * len(variables), variables)
+    entries = torch.randn(zero.numel(), generator=torch.Generator().manual_seed(seed))
+    return zero.with_entries(entries.to(zero.flat()))
+
+
 def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curvature:
-    """The curvature at the oracle's point, by 4·``steps`` products at most.
+    """The curvature at the oracle's point, by 5·``steps`` products at most.
 
     The oracle is open. The lower variables move; whoever calls puts them back.
 
@@ -67,19 +167,15 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
     """
     w = oracle.lower.variables
     gradient = oracle.lower_gradient()
-    generator = torch.Generator().manual_seed(seed)
-    flat = torch.randn(gradient.numel(), generator=generator)
-    some = gradient.with_entries(flat.to(gradient.flat()))
     with oracle.product(product) as second:
-        spectrum = Spectrum(second.hessian)
-        MINRES(steps=steps).solve(spectrum, some)
+        ends = lanczos(second.hessian, random_like(w, seed), steps)
         newton = gradient
         if gradient.norm() > 0:
             newton = ConjugateGradient(steps=steps).solve(second.hessian, gradient).v
-    smallest, largest = spectrum.ends()
     if newton.norm() == 0:  # negative curvature along the gradient itself
-        newton = gradient / (max(-smallest, largest) or 1.0)
-    here = _hypergradient(oracle, product, steps)
+        newton = gradient / (max(-ends.smallest, ends.largest) or 1.0)
+    here = _hypergradient(oracle, MINRES(steps=steps, product=product))
+    xi = _xi(oracle, product, ends.damping(), steps)
     with displaced(w) as start, anchored(oracle.lower):
         before = after = _loss(oracle)
         for halvings in range(10):
@@ -87,7 +183,7 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
             torch.clear_autocast_cache()  # it holds half-precision copies of where w was
             after = _loss(oracle)
             if after < before:
-                there = _hypergradient(oracle, product, steps)
+                there = _hypergradient(oracle, MINRES(steps=steps, product=product))
                 break
         else:  # no step is short enough: this is a minimum, to rounding
             after, there = before, here
@@ -95,56 +191,68 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
     size = max(e.direct.norm() + e.implicit.norm() for e in (here, there))
     moved = (there.hypergradient - here.hypergradient).norm()
     return Curvature(
-        smallest,
-        largest,
+        ends.smallest,
+        ends.largest,
         here.implicit.norm() + there.implicit.norm() > 0,
         (before, after),
         moved / size if size else 0.0,
         here.residual or 0.0,
         here.implicit_ratio,
+        xi,
     )
 
 
-@dataclass
-class Spectrum:
-    """The extreme eigenvalues of a symmetric matrix, as a by-product of MINRES.
+def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
+    """The extreme eigenvalues of a symmetric matrix, as ``steps`` products from ``start`` see them.
 
-    MINRES multiplies by the orthonormal vectors of Lanczos; their products with the matrix hold its
-    tridiagonal form, whose eigenvalues lie inside the matrix's own.
+    They are those of the tridiagonal form of the matrix in the Krylov space of ``start``, and
+    so lie inside its spectrum. Lanczos 1950, doi:10.6028/jres.045.026.
+
+    Raises:
+        ProblemError: ``steps`` is not positive.
+        NonFiniteError: a product is NaN or infinite.
     """
-
-    matvec: Matvec
-    diagonal: list[float] = field(default_factory=list)
-    beside: list[float] = field(default_factory=list)
-    _last: Vector | None = None
-
-    def __call__(self, q: Vector) -> Vector:
-        """The product with ``q``.
-
-        Raises:
-            NonFiniteError: it is NaN or infinite.
-        """
-        product = self.matvec(q)
+    if steps < 1:
+        raise ProblemError(f"steps must be at least 1, got {steps}")
+    q, previous, beta = start / start.norm(), zeros_like(start), 0.0
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(steps):
+        product = matvec(q)
         if not product.isfinite():
             raise NonFiniteError("a Hessian-vector product is not finite")
-        if self._last is not None:
-            self.beside.append(dot(q, self._last))
-        self.diagonal.append(dot(q, product))
-        self._last = product
-        return product
+        diagonal.append(dot(q, product))
+        rest = product - diagonal[-1] * q - beta * previous
+        beta = rest.norm()
+        if beta <= 10 * machine_epsilon(start) * product.norm():  # the space is invariant
+            break
+        beside.append(beta)
+        q, previous = rest / beta, q
+    upper = torch.diag(torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64), 1)
+    form = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + upper + upper.T
+    values = torch.linalg.eigvalsh(form)
+    return Spectrum(float(values[0]), float(values[-1]))
 
-    def ends(self) -> tuple[float, float]:
-        """The smallest and the largest eigenvalue that were met."""
-        values = eigvalsh_tridiagonal(self.diagonal, self.beside)
-        return float(values[0]), float(values[-1])
 
-
-def _hypergradient(oracle: Oracle, product: ProductKind, steps: int) -> Estimate:
+def _hypergradient(oracle: Oracle, solver: MINRES) -> Estimate:
     """At the point where the lower variables are now, at fixed options of the lower optimizer."""
-    result = MINRES(steps=steps, product=product).estimate(replace(oracle))
+    result = solver.estimate(replace(oracle))
     if not result.hypergradient.isfinite():
         raise NonFiniteError("the hypergradient is not finite")
     return result
+
+
+def _xi(oracle: Oracle, product: ProductKind, damping: float, steps: int) -> float:
+    """ξ = ⟨d, r⟩/⟨d, d⟩, see `Curvature`; 0 where ``darts`` has no implicit term."""
+    b = oracle.upper_gradient.b
+    if b.norm() == 0:
+        return 0.0
+    solver = MINRES(steps=steps, damping=damping, tolerance=1e-3)
+    with oracle.product(product) as second:
+        d = second.mixed(b)
+        r = second.mixed(solver.solve(second.hessian, b).v)
+    square = dot(d, d)
+    return dot(d, r) / square if square else 0.0
 
 
 def _loss(oracle: Oracle) -> float:

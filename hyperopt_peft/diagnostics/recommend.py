@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.diagnostics.compare import Record
+from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow
+from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients import DARTS, Comparison, get_estimator
+from hyperopt_peft.hypergradients import get_estimator, registered
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """``method`` is what to use, None where no estimator is close enough; ``reasons`` say why."""
+    """``method`` is what to use, None where no estimator is close enough; ``reasons`` say why.
+
+    ``xi`` is the ξ with which ``darts`` comes closest to the reference, 0 where its implicit term
+    points away from it; None where ``darts`` was not compared.
+    """
 
     method: str | None
     reasons: tuple[str, ...]
+    xi: float | None = None
 
     def __str__(self) -> str:
         return "\n".join(self.reasons)
@@ -48,8 +54,20 @@ class Recommendation:
 def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recommendation:
     """The quickest estimator within ``limits``.
 
-    A reference that did not converge, estimates of the wrong length and estimators without a
-    number are warned of, whatever is recommended.
+    A reference that did not converge, estimates of the wrong length, a damping that dominates
+    the Hessian and estimators without a number are warned of, whatever is recommended. The ξ of
+    ``darts`` is the least-squares one: with the direct term e, the implicit term d at ξ = 1 and the
+    reference t, ξ = ⟨d, t − e⟩/⟨d, d⟩.
+
+    Example:
+        >>> from hyperopt_peft import compare_hypergradients, minimize
+        >>> from hyperopt_peft.diagnostics.recommend import recommend
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> _ = minimize(lower)
+        >>> table = compare_hypergradients(upper, lower, ["darts", "cg"], progress=False)
+        >>> recommend(table).method
+        'cg'
     """
     limits = limits or Thresholds()
     reasons = [*_of_reference(comparison, limits)]
@@ -83,38 +101,59 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
         reasons.append("No estimator gave a number that can be compared.")
     reasons += [text for row in rows for text in _of_length(row, limits)]
     reasons += [
+        f"Warning: {row.method}: {row.note}."
+        for row in rows
+        if comparison.spectrum and comparison.spectrum.dominated_by(_option(row, "damping") or 0.0)
+    ]
+    xi = next((found for row in rows if (found := _best_xi(row)) is not None), None)
+    if xi is not None:
+        reasons.append(
+            f"darts comes closest to the reference with ξ = {xi:.2g}."
+            if xi > 0
+            else "The implicit term of darts points away from the reference: no ξ above 0 is "
+            "better than direct."
+        )
+    reasons += [
         f"{row.method} gave no number: {row.problem}" for row in comparison.rows if row.problem
     ]
-    return Recommendation(None if best is None else best.method, tuple(reasons))
+    return Recommendation(None if best is None else best.method, tuple(reasons), xi)
 
 
 def _of_reference(comparison: Comparison, limits: Thresholds) -> list[str]:
     warnings = []
-    residual = comparison.reference_residual
+    residual, name = comparison.reference_residual, comparison.reference.partition(":")[0]
     if residual is not None and not residual <= limits.residual:
+        of, advice = "residual", "raise its steps or its damping"
+        if name == Retraining.name:
+            of, advice = "relative error", "raise its steps or lr, or set its epsilon"
         warnings.append(
-            f"Warning: the reference is itself far from the solution, residual {residual:.3g} > "
-            f"{limits.residual:g}, so what follows is uncertain; raise reference_steps or damping."
+            f"Warning: the reference is itself uncertain, {of} {residual:.3g} > "
+            f"{limits.residual:g}, and so is what follows; {advice}."
         )
-    if comparison.reference_note:
-        warnings.append(
-            f"Warning: the reference met {comparison.reference_note}; raise damping beyond it."
-        )
+    if comparison.reference_note and name != Retraining.name:
+        warnings.append(f"Warning: of the reference: {comparison.reference_note}.")
     return warnings
 
 
-def _of_length(row: Record, limits: Thresholds) -> list[str]:
+def _of_length(row: ComparisonRow, limits: Thresholds) -> list[str]:
     """Too long is wrong for all; too short only where the length is a choice, not a few steps."""
-    darts = row.method.partition(":")[0] == "darts"
     long = row.norm_ratio > limits.ratio
-    if not long and not (darts and row.norm_ratio < 1 / limits.ratio):
-        return []
-    how = f"{row.norm_ratio:.2g} times as long as the reference"
-    if not darts:
-        return [f"Warning: {row.method} is {how}."]
-    estimator = get_estimator(row.method)
-    assert isinstance(estimator, DARTS)
-    return [
-        f"Warning: {row.method} is {how}; its length is a choice, ξ = {estimator.xi}: "
-        f"{'lower' if long else 'raise'} xi."
-    ]
+    if long or (_xi(row) is not None and row.norm_ratio < 1 / limits.ratio):
+        return [f"Warning: {row.method} is {row.norm_ratio:.2g} times as long as the reference."]
+    return []
+
+
+def _option(row: ComparisonRow, name: str) -> float | None:
+    """A number that is an option of the row's estimator; None where there is none."""
+    known = row.method.partition(":")[0] in registered()
+    value = getattr(get_estimator(row.method), name, None) if known else None
+    return value if isinstance(value, int | float) else None
+
+
+def _xi(row: ComparisonRow) -> float | None:
+    return _option(row, "xi") if row.method.partition(":")[0] == "darts" else None
+
+
+def _best_xi(row: ComparisonRow) -> float | None:
+    xi = _xi(row)
+    return None if xi is None or math.isnan(row.factor) else max(0.0, xi * row.factor)

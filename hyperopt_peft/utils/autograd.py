@@ -46,6 +46,11 @@ def once_differentiable_functions(tensor: Tensor) -> list[str]:
     return sorted(function.__name__ for function in functions if marked(function))
 
 
+def refuses_in_place_edit(error: RuntimeError) -> bool:
+    """Whether ``error`` is autograd's: a tensor that a gradient needs was written to."""
+    return any(word in str(error) for word in ("in-place", "inplace"))
+
+
 def is_half(node: Any) -> bool:
     """Whether the node's result is in bfloat16 or float16."""
     return any(output.dtype in HALF for output in getattr(node, "_input_metadata", ()))

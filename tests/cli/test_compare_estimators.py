@@ -1,18 +1,21 @@
-"""``check``: the table of estimators at the user's own point, and a recommendation in words."""
+"""``compare-estimators`` and ``check``: at the user's own point, and in words."""
 
 import re
 
 import pytest
 
-from hyperopt_peft.cli.compare_estimators import CheckArguments
+from hyperopt_peft.cli.compare_estimators import EstimatorArguments
 from hyperopt_peft.cli.main import main
+from hyperopt_peft.diagnostics.curvature import Spectrum
 from tests.cli.test_main import failure
 from tests.cli.test_train import given
 from tests.support.files import flags
 
+QUICK = {"reference_steps": 2, "directions": 1}
 
-def check(capsys, folder, **options):
-    assert main(["check", *flags(**given(folder), **options)]) == 0
+
+def compared(capsys, folder, **options):
+    assert main(["compare-estimators", *flags(**given(folder), **options)]) == 0
     return capsys.readouterr().out
 
 
@@ -24,49 +27,57 @@ def table(text):
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_every_default_estimator_is_in_the_table(tmp_path, capsys, steps):
-    text = check(capsys, tmp_path, steps=steps, reference_steps=20, repeats=1)
-    assert list(table(text)) == CheckArguments().chosen()
-    assert "against minres:steps=20,damping=1" in text
+    text = compared(capsys, tmp_path, steps=steps, **QUICK)
+    chosen = EstimatorArguments().chosen(Spectrum(1.0, 1.0), 1.0)
+    assert [m.partition(":")[0] for m in table(text)] == [m.partition(":")[0] for m in chosen]
+    assert "against retraining:steps=2,directions=1,lr=" in text and "ξ =" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_the_damping_is_the_measured_spectrum_s_or_one_s_own():
+    measured = Spectrum(-0.11, 0.43)
+    found = EstimatorArguments().chosen(measured, 1.0)
+    assert f"cg:steps=5,damping={measured.damping():.3g}" in found
+    assert "cg:steps=5,damping=7" in EstimatorArguments(damping=7.0).chosen(measured, 1.0)
+    assert EstimatorArguments().truth(measured).endswith("lr=2.33")
 
 
 def test_the_reference_itself_is_recommended_when_it_is_the_only_one(tmp_path, capsys):
     method = "minres:steps=20,damping=10"
-    text = check(
-        capsys,
-        tmp_path,
-        methods=["direct", method],
-        damping=10,
-        reference_steps=20,
-        repeats=1,
-        min_cosine=0.9999,
-    )
+    options = {"methods": ["direct", method], "reference": method, "min_cosine": 0.9999}
+    text = compared(capsys, tmp_path, **options)
     assert table(text)[method] == (1, 0)
     assert f"Use {method}: of 1 within cosine ≥ 0.9999" in text
 
 
-def test_xi_of_the_learning_rate_is_that_of_the_options(tmp_path, capsys):
-    methods = [
-        "darts:xi=0.01,scheme=forward",
-        "darts:xi=lr,scheme=forward",
-        "darts:xi=0.02,scheme=forward",
-    ]
-    rows = table(check(capsys, tmp_path, methods=methods, reference_steps=5, repeats=1))
-    same, by_name, other = (rows[method] for method in methods)
-    assert same == by_name != other
+def test_xi_of_the_learning_rate_is_that_of_the_options():
+    methods = ["darts:xi=lr,scheme=forward"]
+    chosen = EstimatorArguments(methods=methods).chosen(Spectrum(1.0, 1.0), 0.01)
+    assert chosen == ["darts:xi=0.01,scheme=forward"]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_check_is_in_words(tmp_path, capsys, steps):
+    assert main(["check", *flags(**given(tmp_path), steps=steps, solver_steps=3)]) == 0
+    text = capsys.readouterr().out
+    assert "eigenvalues of the lower Hessian" in text and "note: " in text
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("command", "options", "named"),
     [
-        ({"methods": ["drts"]}, "unknown estimator 'drts'; did you mean 'darts'?"),
-        ({"reference_steps": 0}, "minres: steps must be at least 1"),
-        ({"damping": -1}, "damping must not be negative"),
-        ({"steps": -1}, "steps must not be negative, got -1"),
-        ({"repeats": 0}, "repeats must be at least 1, got 0"),
-        ({"max_relative_error": 0}, "max_relative_error must be positive"),
+        ("compare-estimators", {"methods": ["drts"]}, "'drts'.*'darts'"),
+        ("compare-estimators", {"reference": "exakt"}, "'exakt'.*'exact'"),
+        ("compare-estimators", {"reference_steps": 0}, "steps"),
+        ("compare-estimators", {"damping": -1}, "damping"),
+        ("compare-estimators", {"steps": -1}, "steps.*-1"),
+        ("compare-estimators", {"repeats": 0}, "repeats.*0"),
+        ("compare-estimators", {"max_relative_error": 0}, "max_relative_error"),
+        ("check", {"steps": -1}, "steps.*-1"),
+        ("check", {"solver_steps": 0}, "solver_steps.*0"),
     ],
 )
-def test_bad_options_are_refused_before_any_work(options, message, capsys):
+def test_bad_options_are_refused_before_any_work(command, options, named, capsys):
     given = {"model": "none", "task": "causal-lm", "train_file": "none.csv"}
-    assert message in failure(capsys, "check", *flags(**given, **options))
+    assert re.search(named, failure(capsys, command, *flags(**given, **options)))

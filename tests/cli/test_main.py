@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperopt_peft.cli import compare_estimators, compare_methods, merge, train
+from hyperopt_peft.cli import check, compare_estimators, compare_methods, merge, train
 from hyperopt_peft.cli.main import COMMANDS, main
 from hyperopt_peft.cli.options import Parser
 from tests.support.files import SMALL, flags, rows, save_model, write
@@ -48,7 +48,8 @@ def test_every_option_has_help_and_a_default_that_is_shown(command, capsys):
     own = {
         "train": (train.TrainArguments, *train.TYPES),
         "compare": (compare_methods.CompareArguments, *compare_methods.TYPES),
-        "check": (compare_estimators.CheckArguments, *compare_estimators.TYPES),
+        "check": (check.CheckArguments, *check.TYPES),
+        "compare-estimators": (compare_estimators.EstimatorArguments, *compare_estimators.TYPES),
         "merge": (merge.MergeArguments,),
     }
     assert all(action.help for action in Parser(own[command])._actions)

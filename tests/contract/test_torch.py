@@ -129,3 +129,17 @@ def test_the_node_of_a_reentrant_checkpoint_is_called_checkpoint_function() -> N
     x = torch.ones(2, requires_grad=True)
     y = checkpoint(torch.sin, x, use_reentrant=True)
     assert any("CheckpointFunction" in type(node).__name__ for node in autograd.graph_nodes([y]))
+
+
+def test_the_words_of_an_in_place_edit_that_autograd_refuses() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError) as refused:
+        leaf.mul_(2)
+    assert autograd.refuses_in_place_edit(refused.value)
+    result = leaf.exp()
+    with torch.no_grad():
+        result.add_(1)  # exp's derivative is its result
+    with pytest.raises(RuntimeError) as refused:
+        result.sum().backward()
+    assert autograd.refuses_in_place_edit(refused.value)
+    assert not autograd.refuses_in_place_edit(RuntimeError("out of memory"))

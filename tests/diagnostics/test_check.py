@@ -28,7 +28,7 @@ def examine(upper, lower, **options):
         return [values, torch.get_rng_state(), host_random_state()]
 
     before = state()
-    check = check_problem(upper, lower, **options)
+    check = check_problem(upper, lower, progress=False, **options)
     assert differences(before, state()) == []
     return check
 
@@ -269,7 +269,12 @@ def test_negative_curvature():
     assert check.curvature.smallest == pytest.approx(-0.3, rel=1e-6)
     assert check.curvature.largest == pytest.approx(5.0, rel=1e-6)
     assert "-0.3" in found(check, "negative curvature").words
-    assert "damping of 0.6 or more, or use darts" in found(check, "negative curvature").advice
+    damping = (5.0 + 10 * 0.3) / 9  # (5 + δ)/(δ − 0.3) = 10
+    assert check.curvature.damping() == pytest.approx(damping, rel=1e-6)
+    assert f"damping={damping:.2g}" in found(check, "negative curvature").advice
+    v = torch.linalg.solve(quadratic.h + damping * torch.eye(6).double(), quadratic.b)
+    d, r = quadratic.implicit(quadratic.b), quadratic.implicit(v)
+    assert check.curvature.xi == pytest.approx(float(d @ r / (d @ d)), rel=1e-2)
 
 
 def test_an_ill_conditioned_lower_level():

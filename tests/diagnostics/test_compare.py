@@ -66,7 +66,9 @@ def test_medians_and_spread_are_over_new_masks() -> None:
 
 
 def test_a_table_can_be_read() -> None:
-    table = compare_hypergradients(*program(0).levels(), ["cg:steps=3", "direct"], repeats=2)
+    table = compare_hypergradients(
+        *program(0).levels(), ["cg:steps=3", "direct"], repeats=2, memory=True
+    )
     assert isinstance(table, Comparison)
     head, first, second, last = str(table).splitlines()
     assert head.startswith("method") and all(column in head for column in COLUMNS)
@@ -227,6 +229,8 @@ def test_double_backward_holds_more_than_differences() -> None:
 
     upper = FunctionLevel(lambda _: w.square().sum(), [u])
     methods = ["direct", "darts", "darts:product=exact"]
-    table = compare_hypergradients(upper, FunctionLevel(deep, [w]), methods, "direct", repeats=1)
+    table = compare_hypergradients(
+        upper, FunctionLevel(deep, [w]), methods, "direct", repeats=1, memory=True
+    )
     direct, differences, exact = (record["peak_memory"] for record in table.records())
     assert 0 < direct < differences < exact

@@ -50,8 +50,6 @@ WITHOUT: set[str] = {
     "WarmStart",
     "add_hyperparameters",
     "add_selection",
-    "check_problem",
-    "compare_hypergradients",
     "component_weights",
     "decompose",
     "direction",

@@ -1,0 +1,52 @@
+"""hyperopt-peft check: what is wrong with the two levels on your model and data, in words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft import check_problem
+from hyperopt_peft.cli.compare_estimators import first_batches, trained
+from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.text.setup import TYPES, prepare
+from hyperopt_peft.errors import ProblemError
+
+
+@dataclass
+class CheckArguments:
+    """Where the levels are examined, and how closely."""
+
+    _argument_group_name = "command"
+
+    steps: int = HfArg(default=0, help="lower steps of the search before the check")
+    solver_steps: int = HfArg(default=10, help="steps of the solvers that look at the curvature")
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ProblemError(f"steps must not be negative, got {self.steps}")
+        if self.solver_steps < 1:
+            raise ProblemError(f"solver_steps must be at least 1, got {self.solver_steps}")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse ``argv``, train for the steps asked for, examine both levels on one batch each.
+
+    Raises:
+        ProblemError: a bad option, model or data set.
+    """
+    own, model_args, data, args = parse("check", __doc__, (CheckArguments, *TYPES), argv)
+    trainer = trained(prepare(model_args, data), args, own.steps)
+    assert trainer.upper is not None
+    with trainer.compute_loss_context_manager():
+        found = check_problem(
+            trainer.upper,
+            trainer.lower,
+            **first_batches(trainer),
+            seed=args.seed,
+            steps=own.solver_steps,
+            progress=sys.stderr.isatty(),
+        )
+    print(found)

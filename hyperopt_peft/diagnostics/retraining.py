@@ -1,0 +1,250 @@
+"""The finite-difference hypergradient: how F changes when the lower level is trained again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hyperopt_peft.core.chain import differences
+from hyperopt_peft.core.optimizer import present_options
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.diagnostics.curvature import random_like
+from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.products import default_epsilon
+from hyperopt_peft.utils.reductions import norm
+from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.vector import Vector, dot, widened
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """⟨dF/du, d⟩ for some directions d, and how far each can be trusted.
+
+    ``of_epsilon`` is the change of the slope when ε is doubled, three times the O(ε²) error of a
+    central difference, or its rounding; ``of_length`` the change from half of the steps to all
+    of them, about what is missing to a lower level that is trained to its end.
+    """
+
+    values: Tensor
+    of_epsilon: Tensor
+    of_length: Tensor
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """dF/du in an orthonormal basis of some vectors, and random directions for all the others.
+
+    ``slopes`` are ⟨dF/du, q⟩ for q of ``basis``, then √((n − m)/K)·⟨dF/du, d⟩ for K random d
+    orthogonal to these m, so that ‖slopes‖² is an estimate of ‖dF/du‖² without bias. ``error``
+    is the larger of two relative errors, see `Slopes`, and ``beyond`` the share of ‖dF/du‖
+    outside of the basis.
+    """
+
+    basis: Sequence[Vector]
+    slopes: Vector
+    of_epsilon: float
+    of_length: float
+
+    @property
+    def error(self) -> float:
+        """The larger of the relative errors."""
+        return max(self.of_epsilon, self.of_length)
+
+    @property
+    def beyond(self) -> float:
+        """The share of ‖dF/du‖ that no combination of the vectors reaches."""
+        (all_slopes,) = self.slopes
+        size = float(all_slopes.norm())
+        return float(all_slopes[len(self.basis) :].norm()) / size if size else 0.0
+
+    @property
+    def note(self) -> str:
+        """The errors in words."""
+        return (
+            f"{self.of_epsilon:.1g} by ε, {self.of_length:.1g} by half of the steps; "
+            f"{self.beyond:.0%} of its length lies beyond all of the methods"
+        )
+
+    def project(self, h: Vector) -> Vector:
+        """The coordinates of a vector in the span of ``basis``."""
+        (like,) = self.slopes
+        found = torch.zeros_like(like)
+        entries = [dot(q, h) for q in self.basis]
+        found[: len(entries)] = torch.tensor(entries, dtype=like.dtype)
+        return Vector([found])
+
+
+@dataclass(frozen=True)
+class Retraining(Estimator):
+    """dF/du along directions d by training the lower level again with u moved.
+
+        ⟨dF/du, d⟩ ≈ [F(u + εd, w_K(u + εd)) − F(u − εd, w_K(u − εd))]/2ε
+
+    w_K(u) is reached from the present w by ``steps`` steps of the lower optimizer, of which a
+    copy is made, state and clipping included; with ``lr`` by gradient descent at that rate. Both
+    sides see one batch and one dropout mask a level, those that every estimator sees, so nothing
+    but u makes them differ. No derivative of second order and no code of the estimators is
+    involved: this is what they are held against, the *reference* of `compare_hypergradients`.
+    After few steps it is the derivative of these steps, ``unrolled``'s, and after many of w*(u).
+
+    As an estimator it measures the implicit term along ``directions`` random orthonormal d, all
+    of u's space where that is no larger, and leaves out the rest; ``residual`` is the largest of
+    its two relative errors, see `Slopes`. ``epsilon`` is ε, a length in u's space; None: chosen
+    from the precision and ‖u‖.
+
+    Costs 4·``directions``·(``steps`` + 2) forward+backward passes. Variables, the optimizer, data
+    and random states are as before afterwards.
+
+    Raises:
+        ProblemError: an option out of range, or neither ``lr`` nor an optimizer.
+        NonFiniteError: the retraining diverges.
+
+    Example:
+        >>> from hyperopt_peft import hypergradient
+        >>> from hyperopt_peft.diagnostics.retraining import Retraining
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> truth, = hypergradient(upper, lower, Retraining(steps=20, lr=0.1))
+    """
+
+    name = "retraining"
+    steps: int = 20
+    directions: int = 4
+    epsilon: float | None = None
+    lr: float | None = None
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        self.require(self.directions >= 1, f"directions must be positive, got {self.directions}")
+        for option in ("epsilon", "lr"):
+            value = getattr(self, option)
+            self.require(value is None or value > 0, f"{option} must be positive, got {value}")
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Raise ProblemError where nothing says how to train the lower level."""
+        self.require(
+            self.lr is not None or lower.optimizer is not None,
+            f"{lower.name} has no optimizer to train it with; give an lr",
+        )
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        direct = oracle.upper_gradient.direct
+        basis = orthonormal(random_directions(direct, self.directions))
+        slopes = self.slopes(oracle, basis)
+        implicit = 0.0 * direct
+        for d, slope in zip(basis, slopes.values.tolist(), strict=True):
+            implicit = implicit + (slope - dot(direct, d)) * d
+        size = float(slopes.values.norm())
+        error = max(float(slopes.of_epsilon.norm()), float(slopes.of_length.norm()))
+        return Estimate(direct, implicit, error / size if size else 0.0, self.steps)
+
+    def passes(self, directions: int) -> int:
+        """The forward+backward passes that the slopes along so many directions take."""
+        return 4 * directions * (self.steps + 2)
+
+    def coordinates(self, oracle: Oracle, vectors: Sequence[Vector]) -> Coordinates:
+        """dF/du along ``vectors`` and ``directions`` random ones; the oracle is open."""
+        unknowns = Vector(oracle.upper.variables)
+        basis = orthonormal(vectors)
+        rest = orthonormal(random_directions(unknowns, self.directions), basis)
+        slopes = self.slopes(oracle, [*basis, *rest])
+        weight = torch.ones(len(basis) + len(rest), dtype=torch.float64)
+        if rest:
+            weight[len(basis) :] = ((unknowns.numel() - len(basis)) / len(rest)) ** 0.5
+        values = weight * slopes.values
+        size = float(values.norm()) or math.inf
+        errors = (weight * part for part in (slopes.of_epsilon, slopes.of_length))
+        return Coordinates(basis, Vector([values]), *(float(e.norm()) / size for e in errors))
+
+    def slopes(self, oracle: Oracle, directions: Sequence[Vector]) -> Slopes:
+        """⟨dF/du, d⟩ for each d of ``directions``, unit vectors; the oracle is open."""
+        self.check_levels(oracle.upper, oracle.lower)
+        u, w = oracle.upper.variables, oracle.lower.variables
+        found = []
+        with oracle.moved(), displaced(u) as here:
+            start = tuple(x.detach().clone() for x in w)
+            epsilon = self.epsilon or default_epsilon(
+                Vector(here), "central", differences(oracle.lower), beside=start
+            )
+            for d in directions:
+                quotients = []
+                for length in (epsilon, 2 * epsilon):
+                    sides = []
+                    for signed in (length, -length):
+                        assign(u, here, d.parts, signed)
+                        sides.append(self._losses(oracle, start))
+                    quotients.append((sides[0] - sides[1]) / (2 * length))
+                found.append(torch.stack(quotients))
+        (half, full), (_, doubled) = torch.stack(found, -1).unbind()
+        return Slopes(full, (doubled - full).abs(), (full - half).abs())
+
+    def _losses(self, oracle: Oracle, start: Sequence[Tensor]) -> Tensor:
+        """F after half of the steps from ``start`` and after all of them, ``(2,)`` in float64."""
+        lower = oracle.lower
+        assign(lower.variables, start)
+        copies = [x.clone() for x in start]
+        optimizer = self._optimizer(lower, copies)
+        losses = []
+        for step in range(self.steps):
+            if step == self.steps // 2:
+                losses.append(_upper_loss(oracle))
+            gradient = oracle.lower_parts()
+            size = norm(part for part in gradient if part is not None)
+            factor = 1.0 if self.lr else lower.clipping(size)
+            for copy, part in zip(copies, gradient, strict=True):
+                copy.grad = None if part is None else factor * part
+            optimizer.step()
+            assign(lower.variables, copies)
+        return torch.tensor([*losses, _upper_loss(oracle)], dtype=torch.float64)
+
+    def _optimizer(self, lower: Problem, copies: Sequence[Tensor]) -> Optimizer:
+        """An optimizer over ``copies``: gradient descent, or a twin of the level's own."""
+        if self.lr is not None:
+            return torch.optim.SGD(copies, lr=self.lr)
+        own: Any = getattr(lower.optimizer, "optimizer", lower.optimizer)  # accelerate wraps it
+        memo = {id(x): copy for x, copy in zip(lower.variables, copies, strict=True)}
+        twin: Optimizer = deepcopy(own, memo)
+        for group, options in zip(twin.param_groups, present_options(lower)):  # functions of u
+            group.update(options)
+        for state in twin.state.values():
+            state.update({k: widened(x) for k, x in state.items() if isinstance(x, Tensor)})
+        return twin
+
+
+def _upper_loss(oracle: Oracle) -> float:
+    """F where the variables are now."""
+    return replace(oracle).upper_gradient.evaluation.loss
+
+
+def random_directions(like: Vector, count: int) -> list[Vector]:
+    """``count`` random vectors shaped like ``like``, or its dimension where that is less."""
+    return [random_like(like.parts, seed) for seed in range(min(count, like.numel()))]
+
+
+def orthonormal(vectors: Iterable[Vector], beyond: Sequence[Vector] = ()) -> list[Vector]:
+    """An orthonormal basis of what ``vectors`` add to ``beyond``, itself orthonormal.
+
+    A vector with less than a hundredth of its length outside of the others is left out.
+    Gram–Schmidt, done twice.
+    """
+    basis: list[Vector] = []
+    for vector in vectors:
+        size = vector.norm()
+        if not size or not math.isfinite(size):
+            continue
+        unit = rest = vector / size
+        for q in (*beyond, *basis) * 2:
+            rest = rest - dot(q, rest) * q
+        if (length := rest.norm()) > 1e-2 * unit.norm():
+            basis.append(rest / length)
+    return basis

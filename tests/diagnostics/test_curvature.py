@@ -1,0 +1,69 @@
+"""The ends of the spectrum, and the damping that follows from them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.diagnostics.curvature import Spectrum, lanczos, spectrum
+from hyperopt_peft.hypergradients import Vector
+from tests.support.networks import differences, network_levels
+from tests.support.quadratic import CONDITION, program, symmetric
+
+
+@given(seed=st.integers(0, 1000), size=st.integers(1, 8), scale=st.floats(1e-6, 1e6))
+def test_the_whole_krylov_space_has_the_matrix_s_own_ends(
+    seed: int, size: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = scale * torch.randn(size, dtype=torch.float64, generator=generator)
+    matrix = symmetric(values, generator)
+    start = Vector([torch.randn(size, dtype=torch.float64, generator=generator)])
+    found = lanczos(lambda v: Vector([matrix @ v.parts[0]]), start, 2 * size)
+    tolerance = 1e-6 * float(values.abs().max())
+    assert found.smallest == pytest.approx(float(values.min()), abs=tolerance)
+    assert found.largest == pytest.approx(float(values.max()), abs=tolerance)
+
+
+@given(
+    ends=st.tuples(st.floats(-10, 10), st.floats(-10, 10)).map(sorted),
+    condition=st.floats(1.5, 1e3),
+)
+def test_damping_is_the_least_that_gives_the_condition_number(
+    ends: list[float], condition: float
+) -> None:
+    found = Spectrum(*ends)
+    damping = found.damping(condition)
+    low, high = ends[0] + damping, ends[1] + damping
+    if damping > 0:
+        assert high == pytest.approx(condition * low, abs=1e-9)
+    else:
+        assert 0 <= high <= condition * low + 1e-9
+
+
+def test_the_spectrum_of_a_level_and_its_scale() -> None:
+    found = spectrum(*program(0).levels(), steps=12)
+    assert (found.smallest, found.largest) == pytest.approx((1, CONDITION))
+    assert found.damping() == pytest.approx(0, abs=1e-6)
+    scaled = spectrum(*program(0).levels(scale=1e3), steps=12)
+    assert scaled.damping(2) == pytest.approx(1e3 * found.damping(2), rel=1e-6)
+    assert found.dominated_by(CONDITION * 1.01) and not found.dominated_by(CONDITION / 2)
+
+
+def test_looking_at_the_spectrum_changes_nothing() -> None:
+    upper, lower = network_levels()
+    before = [upper.state_dict(), lower.state_dict(), upper.net.state_dict()]
+    lower.peek_batch(), upper.peek_batch()
+    copy = [lower.state_dict(), upper.net.state_dict(), torch.get_rng_state()]
+    spectrum(upper, lower)
+    after = [lower.state_dict(), upper.net.state_dict(), torch.get_rng_state()]
+    assert len(before) == 3 and differences(copy, after) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: Spectrum(0, 1).damping(1.0), lambda: spectrum(*program(0).levels(), steps=0)]
+)
+def test_bad_arguments_are_refused(wrong: object) -> None:
+    with pytest.raises(ProblemError):
+        wrong()  # type: ignore[operator]

@@ -1,0 +1,267 @@
+"""The finite-difference hypergradient: closed forms, unrolled steps, errors, and no trace."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperopt_peft import (
+    NonFiniteError,
+    Problem,
+    ProblemError,
+    compare_hypergradients,
+    hypergradient,
+)
+from hyperopt_peft.diagnostics.retraining import Retraining
+from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.utils.random_state import host_random_state
+from tests.support.by_hand import OPTIMIZERS
+from tests.support.networks import differences, network_levels
+from tests.support.quadratic import FunctionLevel, Level, Program, flat, program
+
+SMALL: dict[str, Any] = {"w_shapes": [(2,), ()], "u_shapes": [(), (2,)]}
+# Polyak's best rate and momentum for eigenvalues from 1 to 10: errors halve with each step.
+RATE, MOMENTUM = 4 / (10**0.5 + 1) ** 2, ((10**0.5 - 1) / (10**0.5 + 1)) ** 2
+
+
+def quick_levels(quadratic: Program, scale: float = 1.0) -> tuple[Level, Level]:
+    """Levels of which the lower one is trained to its end in some thirty steps."""
+    upper, lower = quadratic.levels(scale=scale)
+    lower.optimizer = torch.optim.SGD(lower.variables, lr=RATE / scale, momentum=MOMENTUM)
+    return upper, lower
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def linear_above(seed: int = 0) -> Program:
+    """A program whose F is linear in w, so that it does not matter where F is differentiated."""
+    quadratic = program(seed, **SMALL)
+    zero = torch.zeros_like(quadratic.r)
+    moved = replace(quadratic, p_matrix=zero, r=zero)
+    for leaf in moved.w:
+        leaf.data += 0.5
+    return moved
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_long_retrainings_are_the_closed_form(seed: int) -> None:
+    quadratic = program(seed, **SMALL)
+    expected = quadratic.direct + quadratic.exact_implicit
+    method = Retraining(steps=30, directions=3)
+    assert relative(flat(hypergradient(*quick_levels(quadratic), method)), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_short_retrainings_are_the_unrolled_steps(name: str, max_grad_norm: float | None) -> None:
+    """By the level's own optimizer, whose state is that of some steps before."""
+    quadratic = linear_above()
+    upper, lower = quadratic.levels()
+    kind, options = OPTIMIZERS[name]
+    lower.optimizer = kind(lower.variables, **options)
+    lower.max_grad_norm = max_grad_norm
+    for _ in range(2):
+        lower.step(lower.gradient(None, lower.variables).gradient)
+    expected = flat(hypergradient(upper, lower, "unrolled:steps=3"))
+    found = flat(hypergradient(upper, lower, Retraining(steps=3, directions=3)))
+    assert relative(found, expected) < 1e-7
+
+
+def test_with_a_rate_it_is_gradient_descent() -> None:
+    quadratic = linear_above()
+    upper, lower = quadratic.levels(lr=0.07)
+    expected = flat(hypergradient(upper, lower, "unrolled:steps=4"))
+    lower.optimizer = None
+    found = flat(hypergradient(upper, lower, Retraining(steps=4, directions=3, lr=0.07)))
+    assert relative(found, expected) < 1e-7
+
+
+def test_options_of_the_optimizer_may_be_functions_of_u() -> None:
+    """The learning rate is the exponential of u."""
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    u = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+
+    class Learnt(FunctionLevel):
+        def optimizer_options(self) -> dict[str, Tensor]:
+            return {"lr": u.exp()}
+
+    lower = Learnt(lambda _: w.square().sum(), [w], optimizer=torch.optim.SGD([w], lr=0.1))
+    upper = FunctionLevel(lambda _: w.sum(), [u])
+    expected = flat(hypergradient(upper, lower, "unrolled:steps=3"))
+    found = flat(hypergradient(upper, lower, Retraining(steps=3)))
+    assert expected.abs() > 0.1 and relative(found, expected) < 1e-7
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_the_residual_bounds_what_more_steps_would_change(steps: int) -> None:
+    quadratic = program(1, **SMALL)
+    method = Retraining(steps=steps, directions=3, lr=0.1)
+    result = estimate(open_oracle(*quadratic.levels()), method)
+    error = relative(flat(result.hypergradient), quadratic.direct + quadratic.exact_implicit)
+    assert result.residual is not None and 0.3 * error < result.residual < 1
+
+
+def test_the_residual_bounds_the_error_of_a_coarse_epsilon() -> None:
+    """F is cubic in u: the central difference is off by ε²."""
+    u = torch.ones((), dtype=torch.float64, requires_grad=True)
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    levels = FunctionLevel(lambda _: u**3 + 0 * w, [u]), FunctionLevel(lambda _: (w - u) ** 2, [w])
+    method = Retraining(steps=1, epsilon=0.1, lr=0.1)
+    result = estimate(open_oracle(*levels), method)
+    assert float(flat(result.hypergradient)) == pytest.approx(3 + 0.1**2)
+    assert result.residual == pytest.approx(3 * 0.1**2 / 3.01)
+
+
+def state(upper: Any, lower: Any) -> Any:
+    variables = (*upper.variables, *lower.variables)
+    return [
+        [[x.detach().clone(), x.grad.clone()] for x in variables],
+        [deepcopy(level.state_dict()) for level in (upper, lower)],
+        deepcopy(upper.net.state_dict()),
+        torch.get_rng_state(),
+        host_random_state(),
+    ]
+
+
+def retrained(method: Retraining) -> Callable[[Problem, Problem], object]:
+    return lambda *levels: hypergradient(*levels, method)
+
+
+def compared(upper: Problem, lower: Problem) -> object:
+    reference = Retraining(steps=2, directions=1)
+    return compare_hypergradients(upper, lower, ["darts", "cg:steps=2"], reference, repeats=1)
+
+
+@pytest.mark.parametrize(
+    ("run", "error"),
+    [
+        (retrained(Retraining(steps=3)), None),
+        (retrained(Retraining(steps=3, lr=1e30)), NonFiniteError),
+        (compared, None),
+    ],
+)
+def test_everything_is_bit_identical_afterwards(run: Any, error: Any) -> None:
+    upper, lower = network_levels()
+    lower.step(lower.gradient(lower.next_batch(), lower.variables).gradient)
+    for k, variable in enumerate((*upper.variables, *lower.variables)):
+        variable.grad = torch.full_like(variable, k)
+    lower.peek_batch(), upper.peek_batch()
+    assert lower.optimizer is not None
+    moments = [s["momentum_buffer"] for s in lower.optimizer.state.values()]
+    before = state(upper, lower)
+    if error is None:
+        run(upper, lower)
+    else:
+        with pytest.raises(error):
+            run(upper, lower)
+    assert differences(before, state(upper, lower)) == []
+    after = [s["momentum_buffer"] for s in lower.optimizer.state.values()]
+    assert all(a is b for a, b in zip(moments, after, strict=True))
+
+
+def test_both_sides_see_the_same_masks() -> None:
+    """With masks of their own the quotient of two losses would be noise divided by ε."""
+    levels = network_levels(dropout=0.5)
+    oracle = open_oracle(*levels, seed=3)
+    result = estimate(oracle, Retraining(steps=4, directions=2))
+    assert result.residual is not None and result.residual < 1
+    again = estimate(open_oracle(*levels, seed=3), Retraining(steps=4, directions=2))
+    assert torch.equal(flat(result.hypergradient), flat(again.hypergradient))
+
+
+def test_half_precision_variables_are_moved_in_single_precision() -> None:
+    u = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    upper = FunctionLevel(lambda _: (w - 3).square().sum(), [u])
+    adam = torch.optim.Adam([w], lr=0.01)
+    lower = FunctionLevel(lambda _: (w - u).square().sum(), [w], optimizer=adam)
+    lower.step(lower.gradient(None, [w]).gradient)
+    before = w.detach().clone()
+    found = flat(hypergradient(upper, lower, Retraining(steps=12, directions=3, lr=0.25)))
+    torch.testing.assert_close(found.float(), torch.full((3,), -4.0), rtol=2e-2, atol=0)
+    hypergradient(upper, lower, Retraining(steps=2))  # by the twin of Adam
+    assert torch.equal(w, before)
+
+
+def test_a_level_without_optimizer_needs_a_rate() -> None:
+    upper, lower = program(0).levels()
+    lower.optimizer = None
+    with pytest.raises(ProblemError, match="lr"):
+        hypergradient(upper, lower, Retraining())
+
+
+@pytest.mark.parametrize("option", ["steps", "directions", "epsilon", "lr"])
+def test_options_are_positive(option: str) -> None:
+    with pytest.raises(ProblemError, match=option):
+        Retraining(**{option: 0})
+
+
+# As the reference of a comparison.
+
+METHODS = ["direct", "darts", "minres:steps=3"]
+
+
+def test_with_all_directions_the_rows_are_those_against_the_truth() -> None:
+    levels = quick_levels(program(2, **SMALL))
+    truth = compare_hypergradients(*levels, METHODS, "exact", repeats=1)
+    reference = "retraining:steps=30,directions=3"
+    found = compare_hypergradients(*levels, METHODS, reference, repeats=1)
+    for a, b in zip(truth.rows, found.rows, strict=True):
+        assert b.cosine == pytest.approx(a.cosine, abs=1e-5)
+        assert b.relative_error == pytest.approx(a.relative_error, abs=1e-4)
+        assert b.factor == pytest.approx(a.factor, abs=1e-4, nan_ok=True)
+    assert found.reference_residual is not None and found.reference_residual < 1e-3
+    assert "relative error" in str(found).splitlines()[-1]
+
+
+def test_few_directions_leave_only_the_length_of_the_truth_uncertain() -> None:
+    """Every row has the same denominator, so ratios of cosines are those against the truth."""
+    levels = quick_levels(program(0))
+    truth = compare_hypergradients(*levels, METHODS, "exact", repeats=1).rows
+    reference = "retraining:steps=30,directions=1"
+    found = compare_hypergradients(*levels, METHODS, reference, repeats=1).rows
+    for a, b in zip(truth, found, strict=True):
+        ratio = truth[0].cosine / found[0].cosine
+        assert ratio * b.cosine == pytest.approx(a.cosine, rel=1e-4)
+        assert b.factor == pytest.approx(a.factor, rel=1e-3, nan_ok=True)
+
+
+def test_a_dominating_damping_flatters_darts_and_the_retraining_does_not() -> None:
+    quadratic = program(3)
+    upper, lower = quick_levels(quadratic, 0.05)  # eigenvalues from 0.05 to 0.5
+    method = "darts:xi=1"
+    flattered = compare_hypergradients(upper, lower, method, "minres:damping=5", repeats=1)
+    assert flattered.rows[0].cosine > 0.99
+    assert "damping 5 dominates the Hessian" in flattered.reference_note
+    assert "damping 5 dominates the Hessian" in str(flattered)
+    assert flattered.spectrum is not None and flattered.spectrum.radius == pytest.approx(0.5)
+    reference = "retraining:steps=20,directions=1"
+    free = compare_hypergradients(upper, lower, method, reference, repeats=1)
+    assert free.rows[0].cosine < 0.95 and free.spectrum is None
+
+
+def test_levels_of_a_trainer_are_given_batches() -> None:
+    """Neither has data or an optimizer."""
+    seen: set[float] = set()
+    w, u = (torch.ones(2, requires_grad=True) for _ in range(2))
+
+    def loss(batch: Tensor) -> Tensor:
+        seen.add(float(batch))
+        return batch * (w - u).square().sum()
+
+    batches = {"upper_batch": torch.tensor(2.0), "lower_batch": torch.tensor(3.0)}
+    levels = FunctionLevel(loss, [u]), FunctionLevel(loss, [w])
+    reference = "retraining:steps=2,lr=0.1,directions=1"
+    compare_hypergradients(*levels, ["darts", "cg:damping=1"], reference, **batches, memory=True)
+    assert seen == {2.0, 3.0}
+
+
+def test_a_misspelt_option_is_named() -> None:
+    with pytest.raises(ProblemError, match=r"step.*steps"):
+        compare_hypergradients(*program(0).levels(), "direct", "retraining:step=3")
