@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -115,24 +115,3 @@ def snapshot(
         "groups": [group for group in groups if group["variables"]],
         "state": {position[id(x)]: deepcopy(state) for x, state in kept if id(x) in position},
     }
-
-
-def require_known(level: str, taken: Mapping[str, Any], known: Collection[type]) -> None:
-    """Raise ProblemError unless ``taken``, of ``level``'s optimizer, is of a ``known`` kind.
-
-    There the form of a step is known, but not with ``amsgrad`` or ``maximize``.
-    """
-    kind = taken["kind"]
-    if kind is None:
-        raise ProblemError(
-            f"{level}: the estimator differentiates or reads the optimizer's step, and the level "
-            "has no optimizer; give it one"
-        )
-    if kind not in known:
-        raise ProblemError(
-            f"{level}: the form of {kind.__name__}'s step is not known; use one of "
-            f"{', '.join(each.__name__ for each in known)}"
-        )
-    for flag in ("amsgrad", "maximize"):
-        if any(group.get(flag) for group in taken["groups"]):
-            raise ProblemError(f"{level}: the form of a step with {flag} is not known; turn it off")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Optimizer, RAdam, RMSprop
 
 from hyperopt_peft import Engine
 from tests.support.quadratic import FunctionLevel, flat
@@ -22,6 +22,17 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], Options]] = {
     "adam": (Adam, {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6}),
     "adam-decay": (Adam, {"lr": 0.05, "weight_decay": 0.1}),
     "adamw": (AdamW, {"lr": 0.05, "weight_decay": 0.3}),
+    "maximize": (SGD, {"lr": 0.2, "momentum": 0.8, "weight_decay": 0.1, "maximize": True}),
+    "amsgrad": (Adam, {"lr": 0.05, "amsgrad": True, "betas": (0.8, 0.6), "weight_decay": 0.1}),
+    "amsgrad-w": (AdamW, {"lr": 0.05, "amsgrad": True, "maximize": True, "weight_decay": 0.3}),
+    "rmsprop": (RMSprop, {"lr": 0.02}),
+    "rmsprop-momentum": (RMSprop, {"lr": 0.02, "momentum": 0.7, "weight_decay": 0.1, "alpha": 0.8}),
+    "rmsprop-centered": (RMSprop, {"lr": 0.02, "centered": True, "eps": 1e-4, "alpha": 0.7}),
+    "adagrad": (Adagrad, {"lr": 0.1, "lr_decay": 0.3, "initial_accumulator_value": 0.2}),
+    "adadelta": (Adadelta, {"lr": 0.5, "rho": 0.8, "eps": 1e-3, "weight_decay": 0.1}),
+    "adamax": (Adamax, {"lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0.1}),
+    "radam": (RAdam, {"lr": 0.05, "betas": (0.8, 0.6)}),  # rectified from the third step on
+    "radam-w": (RAdam, {"lr": 0.05, "weight_decay": 0.3, "decoupled_weight_decay": True}),
 }
 
 
@@ -59,36 +70,81 @@ def make_levels(optimizer: Optimizer | None, w: Leaves, u: Leaves, **options: An
     return upper, lower
 
 
-def sgd_step(w: Tensor, g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
-    g = g + o.get("weight_decay", 0.0) * w
+# A rule gives the update lr·Δ of w, where g holds any L2 decay, in its t-th step.
+
+
+def sgd(g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
     if o.get("momentum"):
         state[:] = [o["momentum"] * state[0] + (1 - o.get("dampening", 0)) * g if state else g]
         g = g + o["momentum"] * state[0] if o.get("nesterov") else state[0]
-    return w - o["lr"] * g
+    return o["lr"] * g
 
 
-def adam_step(
-    w: Tensor, g: Tensor, state: list[Tensor], t: int, o: Options, decoupled: bool = False
-) -> Tensor:
-    (beta1, beta2), eps, decay = o.get("betas", (0.9, 0.999)), o.get("eps", 1e-8), o["weight_decay"]
-    if decoupled:
-        w = w - o["lr"] * decay * w
-    else:
-        g = g + decay * w
-    m, v = state or (torch.zeros_like(g), torch.zeros_like(g))
+def moments(g: Tensor, state: list[Tensor], o: Options) -> tuple[Tensor, Tensor]:
+    (beta1, beta2), zero = o.get("betas", (0.9, 0.999)), torch.zeros_like(g)
+    m, v, *rest = state or (zero, zero)
     m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-    state[:] = [m, v]
-    return w - o["lr"] * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    state[:] = [m, v, *rest]
+    return m, v
 
 
-def rmsprop_step(w: Tensor, g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
-    alpha, g = o.get("alpha", 0.99), g + o["weight_decay"] * w
+def adam(g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
+    (beta1, beta2), eps = o.get("betas", (0.9, 0.999)), o.get("eps", 1e-8)
+    m, v = moments(g, state, o)
+    if o.get("amsgrad"):
+        v = torch.maximum(state[2], v) if len(state) == 3 else v
+        state[2:] = [v]
+    return o["lr"] * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+
+
+def radam(g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
+    (beta1, beta2), eps = o.get("betas", (0.9, 0.999)), o.get("eps", 1e-8)
+    m, v = moments(g, state, o)
+    bound = 2 / (1 - beta2) - 1
+    rho = bound - 2 * t * beta2**t / (1 - beta2**t)
+    m = m / (1 - beta1**t)
+    if rho <= 5:
+        return o["lr"] * m
+    root = (rho - 4) * (rho - 2) * bound / ((bound - 4) * (bound - 2) * rho)
+    return o["lr"] * m * root**0.5 * (1 - beta2**t) ** 0.5 / (v.sqrt() + eps)
+
+
+def adamax(g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
+    (beta1, beta2), eps = o.get("betas", (0.9, 0.999)), o.get("eps", 1e-8)
+    m, largest = state or (torch.zeros_like(g), torch.zeros_like(g))
+    m, largest = beta1 * m + (1 - beta1) * g, torch.maximum(beta2 * largest, g.abs() + eps)
+    state[:] = [m, largest]
+    return o["lr"] * m / (1 - beta1**t) / largest
+
+
+def adagrad(g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
+    (total,) = state or [torch.full_like(g, o.get("initial_accumulator_value", 0.0))]
+    state[:] = [total + g * g]
+    rate = o["lr"] / (1 + (t - 1) * o.get("lr_decay", 0.0))
+    return rate * g / (state[0].sqrt() + o.get("eps", 1e-10))
+
+
+def adadelta(g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
+    rho, eps = o.get("rho", 0.9), o.get("eps", 1e-6)
+    square, moved = state or (torch.zeros_like(g), torch.zeros_like(g))
+    square = rho * square + (1 - rho) * g * g
+    step = ((moved + eps) / (square + eps)).sqrt() * g
+    state[:] = [square, rho * moved + (1 - rho) * step * step]
+    return o["lr"] * step
+
+
+def rmsprop(g: Tensor, state: list[Tensor], t: int, o: Options) -> Tensor:
+    alpha = o.get("alpha", 0.99)
     v, a, buffer = state or [torch.zeros_like(g)] * 3
     v, a = alpha * v + (1 - alpha) * g * g, alpha * a + (1 - alpha) * g
     root = (v - a * a if o.get("centered") else v).sqrt()
     buffer = o.get("momentum", 0.0) * buffer + g / (root + o.get("eps", 1e-8))
     state[:] = [v, a, buffer]
-    return w - o["lr"] * buffer
+    return o["lr"] * buffer
+
+
+RULES = {SGD: sgd, Adam: adam, AdamW: adam, RMSprop: rmsprop, Adagrad: adagrad}
+RULES |= {Adadelta: adadelta, Adamax: adamax, RAdam: radam}
 
 
 class ByHand:
@@ -112,12 +168,12 @@ class ByHand:
         after = []
         for x, g, state, o in zip(w, gradient, self.state, self.options, strict=True):
             o = o | {"lr": o["lr"] * self.gamma ** (self.t - 1)}
-            if self.kind is SGD:
-                after.append(sgd_step(x, g, state, self.t, o))
-            elif self.kind is RMSprop:
-                after.append(rmsprop_step(x, g, state, self.t, o))
+            g = -g if o.get("maximize") else g
+            if self.kind is AdamW or o.get("decoupled_weight_decay"):
+                x = x - o["lr"] * o["weight_decay"] * x
             else:
-                after.append(adam_step(x, g, state, self.t, o, decoupled=self.kind is AdamW))
+                g = g + o["weight_decay"] * x
+            after.append(x - RULES[self.kind](g, state, self.t, o))
         return after
 
     def run(self, steps: int, w: Leaves, u: Leaves, batches: Sequence[Any]) -> list[Tensor]:

@@ -190,9 +190,9 @@ TRAINING = {
         "Direction: the form of Adafactor's step is not known; use one of SGD",
     ),
     "an optimizer that cannot be unrolled": (
-        step(hypergradient="unrolled:steps=1", optim="adagrad"),
+        step(hypergradient="unrolled:steps=1", optim="adafactor"),
         {},
-        "Direction: the form of Adagrad's step is not known; use one of SGD",
+        "Direction: the form of Adafactor's step is not known; use one of SGD",
     ),
     "an optimizer that chooses its parameters": (
         step(options={"optimizer_cls_and_kwargs": (layer_wise, {})}),

@@ -11,8 +11,8 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.estimator import Estimate, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.unrolled.functional_optimizer import FunctionalOptimizer
-from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled, last_steps
 from hyperopt_peft.utils.vector import Vector, dot, zeros_like
 
 
@@ -67,7 +67,7 @@ class Forward(Unrolled):
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         n = direct.numel()
-        optimizer, steps = self._looked_back_on(oracle)
+        optimizer, steps = last_steps(oracle, self.steps)
         # Row k: how the optimizer's k-th option depends on each unknown.
         slopes = [
             optimizer.pulled_back(list(row), oracle.upper.variables).flat()
@@ -92,7 +92,7 @@ class Forward(Unrolled):
 
 
 def _kept(
-    state: State, unknown: int, like: Vector, optimizer: FunctionalOptimizer
+    state: State, unknown: int, like: Vector, optimizer: OptimizerStep
 ) -> tuple[Vector, list[Tensor]]:
     """The tangents of w and of the moments by ``unknown``, zero where none are kept."""
 

@@ -12,7 +12,7 @@ from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Re
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.unrolled.functional_optimizer import FunctionalOptimizer
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.restore import assign, displaced
 from hyperopt_peft.utils.vector import zeros_like
@@ -23,8 +23,8 @@ from hyperopt_peft.utils.vector import zeros_like
 class Unrolled(Estimator):
     """dF/du = ∂F/∂u + (dw_K/du)ᵀ ∂F/∂w, where w_K = Φ(…Φ(w_0, u)…, u) after K = ``steps`` steps.
 
-    Φ is the lower optimizer's own step (SGD, Adam, AdamW: learning rate, momentum, weight
-    decay, bias correction and clipping included) in TorchOpt's functional form. The adjoint
+    Φ is the lower optimizer's own step, an `OptimizerStep`: learning rate, momentum, weight decay,
+    bias correction and clipping included. The adjoint
     λ_k of w_k runs backwards, λ_K = ∂F/∂w:
 
         ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
@@ -70,12 +70,12 @@ class Unrolled(Estimator):
             'solver with product="difference"',
         )
         if lower.optimizer is not None:
-            FunctionalOptimizer(lower, lower.optimizer_snapshot(with_state=False))
+            OptimizerStep(lower, lower.optimizer_snapshot(with_state=False))
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
         direct, adjoint = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        optimizer, steps = self._looked_back_on(oracle)
+        optimizer, steps = last_steps(oracle, self.steps)
         implicit = zeros_like(direct)
         moment_adjoint: list[Tensor] | None = None
         for step in reversed(steps):
@@ -87,23 +87,26 @@ class Unrolled(Estimator):
                     adjoint = w_bar + product.hessian(g_bar)
         return Estimate(direct, implicit, steps=len(steps))
 
-    def _looked_back_on(self, oracle: Oracle) -> tuple[FunctionalOptimizer, Sequence[StepRecord]]:
-        """The lower optimizer's step as a function, and the steps to differentiate, in order."""
-        last = oracle.history[-1].optimizer if oracle.history else None
-        snapshot = last or oracle.lower.optimizer_snapshot(with_state=True)
-        optimizer = FunctionalOptimizer(oracle.lower, snapshot)
-        return optimizer, oracle.history[-self.steps :] or self._simulated(oracle, optimizer)
 
-    def _simulated(self, oracle: Oracle, optimizer: FunctionalOptimizer) -> Sequence[StepRecord]:
-        """``steps`` lower steps from the current point, on the oracle's lower batch."""
-        steps: list[StepRecord] = []
-        point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
-        state = oracle.lower.optimizer_snapshot(with_state=True)
-        for _ in range(self.steps):
-            with displaced(oracle.lower.variables):
-                assign(oracle.lower.variables, point)
-                gradient = oracle.lower_parts()
-            step = StepRecord(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)
-            steps.append(step)
-            point, state = optimizer.advance(step)
-        return steps
+def last_steps(oracle: Oracle, count: int) -> tuple[OptimizerStep, Sequence[StepRecord]]:
+    """The lower optimizer's step as a function, and the last ``count`` lower steps, in order.
+
+    Out of training these are simulated from the current point, on the oracle's lower batch.
+    """
+    last = oracle.history[-1].optimizer if oracle.history else None
+    state = last or oracle.lower.optimizer_snapshot(with_state=True)
+    optimizer = OptimizerStep(oracle.lower, state)
+    if oracle.history:
+        return optimizer, oracle.history[-count:]
+    steps: list[StepRecord] = []
+    point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
+    while True:
+        with displaced(oracle.lower.variables):
+            assign(oracle.lower.variables, point)
+            gradient = oracle.lower_parts()
+        steps.append(
+            StepRecord(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)
+        )
+        if len(steps) == count:
+            return optimizer, steps
+        point, state = optimizer.advance(steps[-1])

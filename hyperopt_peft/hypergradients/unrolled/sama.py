@@ -1,4 +1,4 @@
-"""One unrolled step of the lower optimizer, by finite differences: its diagonal × difference."""
+"""One unrolled step of the lower optimizer, by finite differences."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind, Scheme
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.darts import OneStep, one_step_cost
-from hyperopt_peft.hypergradients.unrolled.optimizer_diagonal import (
-    last_step,
-    require_diagonal,
-    step_slope,
-)
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.reverse import last_steps
 
 
 @register("sama", kind="unrolled")
 @dataclass(frozen=True)
 class SAMA(OneStep):
-    """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · (D ∘ ∂F/∂w), where D = −∂w'/∂g is of the lower step g ↦ w'.
+    """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · D ∂F/∂w, where D = −(∂w'/∂g)ᵀ is of the lower step g ↦ w'.
 
-    D is the diagonal of the optimizer's own derivative, bias correction included. For Adam,
-    with g, m and v as in the step, c = 1 − βᵗ and s = √(v/c2):
+    D is the derivative of the optimizer's own step, an `OptimizerStep`. Without clipping D is
+    diagonal. For Adam, with g, m and v as in the step, c = 1 − βᵗ and s = √(v/c2):
 
         D = lr·[(1−β1)/(c1(s+eps)) − (m/c1)(1−β2)g / (c2·s·(s+eps)²)]
 
-    Also SGD (momentum, dampening, Nesterov), AdamW and RMSprop, with the options of each
-    parameter group. This is ``unrolled:steps=1`` by first-order passes, but for clipping, which
-    is taken to be a constant factor: its change with g, a term along g, is left out.
+    This is ``unrolled:steps=1`` by first-order passes. In training the step is the recorded one,
+    and the product is taken where it began; out of training it is the one that would be taken
+    next, for one forward+backward more. ``epsilon``, ``scheme`` and ``product`` are those of
+    ``darts``, and so is the cost. Choe et al. 2023, arXiv:2310.05674.
 
-    In training the step is the recorded one, and the product is taken where it began; out of
-    training it is the one that would be taken next, for one forward+backward more. ``epsilon``,
-    ``scheme`` and ``product`` are those of ``darts``, and so is the cost. Choe et al. 2023,
-    arXiv:2310.05674.
+    Example:
+        >>> from hyperopt_peft.hypergradients import get_estimator
+        >>> get_estimator("sama:scheme=forward")
+        SAMA(epsilon=None, scheme='forward', product='difference')
     """
 
     epsilon: float | None = None
@@ -47,15 +45,17 @@ class SAMA(OneStep):
         return replace(super().requirements, optimizer_state=True)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """As `Estimator.check_levels`; the optimizer must be a known one."""
+        """As `Estimator.check_levels`; the optimizer must have an `OptimizerStep`."""
         super().check_levels(upper, lower)
-        require_diagonal(lower)
+        if lower.optimizer is not None:
+            OptimizerStep(lower, lower.optimizer_snapshot(with_state=False))
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        along = step_slope(oracle.lower, last_step(oracle)) * b
-        return Estimate(direct, -self.mixed(oracle, along))
+        optimizer, (step,) = last_steps(oracle, 1)
+        _, along, _, _ = optimizer.vjp(step, b)
+        return Estimate(direct, self.mixed(oracle, along))
 
     def cost(self) -> Cost:
         """F, f, and the mixed product."""

@@ -1,0 +1,144 @@
+"""The update rules of torch's optimizers as functions, by TorchOpt: the one file that knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torchopt
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+Options = Mapping[str, Any]
+Moments = Mapping[str, Sequence[Tensor]]
+# A square root has no derivative at 0, where a second moment is if every gradient has been 0
+# (lora_A's, at B = 0). This much more in it gives one, and is far below eps².
+TINY = 1e-36
+
+
+@dataclass(frozen=True)
+class Rule:
+    """(g, moments) ↦ (Δ, moments'): w moves by lr·Δ, where g holds any L2 decay.
+
+    ``make`` makes TorchOpt's transformation for a parameter group's options, with a learning rate
+    of 1 and no decay: TorchOpt takes these as plain floats only. ``moments`` has torch's names
+    for the fields of TorchOpt's state.
+
+    Example:
+        >>> import torch
+        >>> options = {"momentum": 0.5, "dampening": 0.0, "nesterov": False}
+        >>> g, buffer = torch.tensor([1.0]), torch.tensor([2.0])
+        >>> RULES[torch.optim.SGD].update(options, [g], {"momentum_buffer": [buffer]}, 0, [False])
+        ((tensor([-2.]),), {'momentum_buffer': [tensor([2.])]})
+    """
+
+    make: Callable[[Options], GradientTransformation]
+    moments: Mapping[str, str]
+
+    def names(self, options: Options) -> list[str]:
+        """torch's names of the moments that a step with ``options`` has."""
+        state: Any = self.make(options).init(())
+        fields = {field for part in state for field in part._fields}
+        return [name for field, name in self.moments.items() if field in fields]
+
+    def update(
+        self,
+        options: Options,
+        gradient: Sequence[Tensor],
+        moments: Moments,
+        count: int,
+        fresh: Sequence[bool],
+    ) -> tuple[Sequence[Tensor], dict[str, Sequence[Tensor]]]:
+        """Δ and the moments after a step that follows ``count`` others.
+
+        ``gradient`` and ``moments`` are of some variables; ``fresh`` are those without a state.
+        """
+        damped, momentum = options.get("dampening", 0.0), options.get("momentum", 0.0)
+        if momentum and damped:  # a new buffer is the gradient itself
+            gradient = [g if new else (1 - damped) * g for g, new in zip(gradient, fresh)]
+        held: dict[str, Any] = {
+            field: moments[name] for field, name in self.moments.items() if name in moments
+        }
+        for field in {"nu", "sum_of_squares", "peak"} & set(held):
+            held[field] = [moment + TINY for moment in held[field]]
+        if "trace" in held:  # TorchOpt's first call adds the gradient to the trace as it is
+            held["trace"] = [momentum * moment for moment in held["trace"]]
+        counts = [torch.tensor(count, dtype=torch.float64) for _ in gradient]
+        held |= {"count": counts, "t": count + 1}
+        transformation, params = self.make(options), tuple(gradient)
+        state: Any = transformation.init(params)
+        state = tuple(
+            part._replace(**{field: held[field] for field in part._fields if field in held})
+            for part in state
+        )
+        updates: Any
+        updates, state = transformation.update(params, state, params=params, inplace=False)
+        found = {field: getattr(part, field) for part in state for field in part._fields}
+        return updates, {self.moments[f]: found[f] for f in self.moments if f in found}
+
+
+class _AMSGradState(NamedTuple):
+    mu: Sequence[Tensor]
+    nu: Sequence[Tensor]
+    peak: Sequence[Tensor]
+    count: Sequence[Tensor]
+
+
+def _amsgrad(beta1: float, beta2: float, eps: float) -> GradientTransformation:
+    """Adam with the largest v so far in place of v, which TorchOpt does not have."""
+
+    def init(params: Any) -> Any:
+        return (_AMSGradState(params, params, params, params),)
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = False) -> Any:
+        (old,) = state
+        mu = [beta1 * m + (1 - beta1) * g for m, g in zip(old.mu, updates)]
+        nu = [beta2 * v + (1 - beta2) * g * g for v, g in zip(old.nu, updates)]
+        peak = [torch.maximum(p, v) for p, v in zip(old.peak, nu)]
+        steps = [
+            -(m / (1 - beta1 ** (t + 1))) / ((p / (1 - beta2 ** (t + 1))).sqrt() + eps)
+            for m, p, t in zip(mu, peak, old.count)
+        ]
+        return steps, (_AMSGradState(mu, nu, peak, old.count),)
+
+    return GradientTransformation(init, update)
+
+
+def _adam(o: Options) -> GradientTransformation:
+    beta1, beta2 = map(float, o["betas"])
+    if o.get("amsgrad"):
+        return _amsgrad(beta1, beta2, o["eps"])
+    return torchopt.adam(1.0, betas=(beta1, beta2), eps=o["eps"])
+
+
+def _passing(make: Callable[..., GradientTransformation], *names: str) -> Any:
+    """``make`` with a learning rate of 1 and the options that ``names`` lists."""
+    return lambda o: make(1.0, **{name: o[name] for name in names})
+
+
+_ADAM = Rule(_adam, {"mu": "exp_avg", "nu": "exp_avg_sq", "peak": "max_exp_avg_sq"})
+RULES: dict[type, Rule] = {
+    torch.optim.SGD: Rule(
+        _passing(torchopt.sgd, "momentum", "nesterov"), {"trace": "momentum_buffer"}
+    ),
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    torch.optim.RMSprop: Rule(
+        _passing(torchopt.rmsprop, "alpha", "eps", "momentum", "centered"),
+        {"mu": "grad_avg", "nu": "square_avg", "trace": "momentum_buffer"},
+    ),
+    torch.optim.Adagrad: Rule(
+        _passing(torchopt.adagrad, "lr_decay", "eps"), {"sum_of_squares": "sum"}
+    ),
+    torch.optim.Adadelta: Rule(
+        _passing(torchopt.adadelta, "rho", "eps"), {"mu": "square_avg", "nu": "acc_delta"}
+    ),
+    torch.optim.Adamax: Rule(
+        _passing(torchopt.adamax, "betas", "eps"), {"mu": "exp_avg", "nu": "exp_inf"}
+    ),
+    torch.optim.RAdam: Rule(
+        _passing(torchopt.radam, "betas", "eps"), {"mu": "exp_avg", "nu": "exp_avg_sq"}
+    ),
+}

@@ -1,0 +1,246 @@
+"""The lower optimizer's step as a function that has derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from hyperopt_peft.core.optimizer import LEARNT, options_by_group
+from hyperopt_peft.core.problem import Problem, StepRecord
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
+from hyperopt_peft.utils.distributed import local
+from hyperopt_peft.utils.vector import Vector, dot, widened
+
+
+class OptimizerStep:
+    """Φ(w, g, moments, options) → (w', moments'), the step of a level's optimizer with clipping.
+
+    torch's SGD, Adam, AdamW (both with ``amsgrad``), RMSprop, Adagrad, Adadelta, Adamax and
+    RAdam, with all their options. ``snapshot`` is what `Problem.optimizer_snapshot` returned. The
+    options that are differentiated are those of `Problem.optimizer_options`, as they are now; the
+    others, and all where that has none, are the snapshot's.
+
+    Raises:
+        ProblemError: the level has no optimizer, or one of another kind.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt_peft import Problem
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> level = Problem([w], optimizer=torch.optim.Adagrad([w], lr=0.1))
+        >>> OptimizerStep(level, level.optimizer_snapshot(with_state=True)).moment_names
+        ('sum',)
+    """
+
+    def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
+        kind = snapshot["kind"]
+        if kind is None:
+            raise ProblemError(
+                f"{level.name}: the estimator differentiates the optimizer's step, and the level "
+                "has no optimizer; give it one"
+            )
+        if kind not in RULES:
+            raise ProblemError(
+                f"{level.name}: the form of {kind.__name__}'s step is not known; use one of "
+                f"{', '.join(each.__name__ for each in RULES)}"
+            )
+        self.level, self._rule = level, RULES[kind]
+        self._decoupled = kind is torch.optim.AdamW
+        used = [self._rule.names(group) for group in snapshot["groups"]]
+        #: torch's names of the moments that some group's step has.
+        self.moment_names = tuple(dict.fromkeys(name for names in used for name in names))
+        self._learnt = options_by_group(level)
+        if level.optimizer is not None:  # as the snapshot, without groups of no variable
+            pairs = zip(level.optimizer.param_groups, self._learnt, strict=False)
+            self._learnt = [options for group, options in pairs if group["params"]]
+        #: The options that are functions of upper variables, with their graphs.
+        self.options = [value for options in self._learnt for value in options.values()]
+
+    def moments(self, parts: Sequence[Tensor]) -> dict[str, Vector]:
+        """Moments as `vjp` and `jvp` have them, as vectors shaped like w, by torch's names."""
+        width = len(self.moment_names)
+        return {name: Vector(parts[k::width]) for k, name in enumerate(self.moment_names)}
+
+    def vjp(
+        self, step: StepRecord, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None = None
+    ) -> tuple[Vector, Vector, list[Tensor], list[Tensor]]:
+        """Cotangents of Φ's arguments from those of (w', moments'), None standing for zeros."""
+        leaves = [[x.requires_grad_() for x in group] for group in self._inputs(step)]
+        point, moments = self._apply(step, *leaves)
+        outputs, cotangents = list(point), list(local(adjoint))
+        if moment_adjoint is not None:
+            # A moment that no group of the variable has does not depend on the leaves.
+            pairs = [(m, c) for m, c in zip(moments, moment_adjoint) if m.requires_grad]
+            outputs += [m for m, _ in pairs]
+            cotangents += [c for _, c in pairs]
+        flat = [x for group in leaves for x in group]
+        bars = torch.autograd.grad(outputs, flat, cotangents, materialize_grads=True)
+        n, m = len(leaves[0]), len(leaves[2])
+        return (
+            _shaped(bars[:n], step.variables),
+            self._clipping_derivative(step, _shaped(bars[n : 2 * n], step.variables)),
+            list(bars[2 * n : 2 * n + m]),
+            list(bars[2 * n + m :]),
+        )
+
+    def jvp(
+        self,
+        step: StepRecord,
+        point: Vector,
+        gradient: Vector,
+        moments: Sequence[Tensor],
+        options: Sequence[Tensor],
+    ) -> tuple[Vector, list[Tensor]]:
+        """Tangents of (w', moments') from those of Φ's arguments."""
+        gradient = self._clipping_derivative(step, gradient)
+        tangents = (local(point), local(gradient), moments, options)
+        with forward_ad.dual_level():
+            duals = [
+                [forward_ad.make_dual(x, t.to(x)) for x, t in zip(group, along, strict=True)]
+                for group, along in zip(self._inputs(step), tangents, strict=True)
+            ]
+            after, moments_after = (
+                [_tangent(x) for x in outputs] for outputs in self._apply(step, *duals)
+            )
+        return _shaped(after, step.variables), moments_after
+
+    def pulled_back(self, options: Sequence[Tensor], variables: Sequence[Tensor]) -> Vector:
+        """The cotangent of the upper ``variables`` from that of the options."""
+        pairs = [(x, c.to(x)) for x, c in zip(self.options, options) if x.requires_grad]
+        bars: Sequence[Tensor | None] = [None] * len(variables)
+        if pairs:
+            outputs, cotangents = zip(*pairs, strict=True)
+            bars = torch.autograd.grad(
+                outputs, variables, cotangents, retain_graph=True, allow_unused=True
+            )
+        return Vector.of(bars, variables)
+
+    def advance(self, step: StepRecord) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """The variables and the optimizer's snapshot after ``step``."""
+        point, moments = self._apply(step, *self._inputs(step))
+        width = len(self.moment_names)
+        state = {i: dict(_state(step, i)) for i in range(len(point))}
+        for i, gradient in enumerate(step.gradient):
+            if gradient is not None:
+                new = dict(zip(self.moment_names, moments[i * width :], strict=False))
+                state[i] |= {"step": _count(step, i) + 1, **new}
+        return tuple(point), {**_snapshot(step), "state": state}
+
+    def _inputs(
+        self, step: StepRecord
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Copies of Φ's arguments, g clipped, of shards the local part; moments by variable."""
+        point = _copies(step.variables)
+        moments: list[Tensor] = []
+        for i, variable in enumerate(point):
+            held = [_state(step, i).get(name) for name in self.moment_names]
+            moments += [torch.zeros_like(variable) if m is None else m for m in held]
+        factor, _, gradient = self._clipping(step)
+        return (
+            point,
+            _copies(gradient if factor == 1 else gradient * factor),
+            _copies(moments),
+            _copies(self.options),
+        )
+
+    def _apply(
+        self,
+        step: StepRecord,
+        point: list[Tensor],
+        gradient: list[Tensor],
+        moments: list[Tensor],
+        options: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        groups, values = _snapshot(step)["groups"], iter(options)
+        after, moments_after = list(point), list(moments)
+        width = len(self.moment_names)
+        for group, names in zip(groups, self._learnt or [{}] * len(groups), strict=True):
+            group = {**group, **{name: next(values) for name in names}}
+            for count, indices in _alike(step, group["variables"]):
+                params = tuple(point[i] for i in indices)
+                grads = tuple(-gradient[i] if group["maximize"] else gradient[i] for i in indices)
+                # To each variable's own device; a number is one already.
+                lr, decay = ([_like(group[name], p) for p in params] for name in LEARNT)
+                decayed = params
+                if self._decoupled or group.get("decoupled_weight_decay"):
+                    decayed = tuple(p - a * (d * p) for p, a, d in zip(params, lr, decay))
+                elif isinstance(group["weight_decay"], Tensor) or group["weight_decay"]:
+                    grads = tuple(g + d * p for g, d, p in zip(grads, decay, params))
+                held = {
+                    name: [moments[i * width + k] for i in indices]
+                    for k, name in enumerate(self.moment_names)
+                }
+                fresh = [not _state(step, i) for i in indices]
+                updates, new = self._rule.update(group, grads, held, count, fresh)
+                for position, i in enumerate(indices):
+                    # Counts are float64, which a variable of no dimension would be promoted to.
+                    moved = decayed[position] + lr[position] * updates[position]
+                    after[i] = moved.to(point[i].dtype)
+                    for k, name in enumerate(self.moment_names):
+                        if name in new:
+                            moments_after[i * width + k] = new[name][position]
+        return after, moments_after
+
+    def _clipping(self, step: StepRecord) -> tuple[float, float, Vector]:
+        """c and ‖g‖, where the step is along c·g, and g."""
+        gradient = Vector.of(step.gradient, step.variables)
+        norm = 0.0 if self.level.max_grad_norm is None else gradient.norm()
+        return self.level.clipping(norm), norm, gradient
+
+    def _clipping_derivative(self, step: StepRecord, x: Vector) -> Vector:
+        """d(cg)/dg·x = c·x − c⟨g, x⟩/(‖g‖(‖g‖ + 1e-6))·g, which is symmetric, of c < 1."""
+        factor, norm, g = self._clipping(step)
+        if factor == 1:
+            return x
+        along = dot(g, x) / (norm * (norm + 1e-6)) if norm else 0.0
+        return (x - along * g) * factor
+
+
+def _snapshot(step: StepRecord) -> Mapping[str, Any]:
+    assert step.optimizer is not None
+    return step.optimizer
+
+
+def _state(step: StepRecord, index: int) -> Mapping[str, Any]:
+    state: Mapping[str, Any] = _snapshot(step)["state"].get(index, {})
+    return state
+
+
+def _count(step: StepRecord, index: int) -> int:
+    return int(_state(step, index).get("step", 0))
+
+
+def _alike(step: StepRecord, indices: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
+    """Those of ``indices`` that the step moves, by the steps that each has behind it.
+
+    A variable that the loss did not read has no gradient, and torch leaves it alone.
+    """
+    counts = {i: _count(step, i) for i in indices if step.gradient[i] is not None}
+    for count in dict.fromkeys(counts.values()):
+        yield count, [i for i, taken in counts.items() if taken == count]
+
+
+def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [widened(tensor.detach().clone()) for tensor in local(tensors)]
+
+
+def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
+    """``parts``, local ones of shards, as a vector like the variables ``like``."""
+    whole = [widened(torch.zeros_like(x)) for x in like]
+    for x, part in zip(local(whole), parts, strict=True):
+        x.copy_(part)
+    return Vector(whole)
+
+
+def _like(option: Tensor | float, variable: Tensor) -> Tensor | float:
+    return option.to(variable) if isinstance(option, Tensor) else option
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    value, tangent = forward_ad.unpack_dual(dual)
+    return torch.zeros_like(value) if tangent is None else tangent
