@@ -13,7 +13,7 @@ from hyperopt_peft.core.optimizer import LEARNT, options_by_group
 from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
-from hyperopt_peft.utils.distributed import local
+from hyperopt_peft.utils.distributed import is_sharded, local
 from hyperopt_peft.utils.vector import Vector, dot, widened
 
 
@@ -231,6 +231,8 @@ def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
     """``parts``, local ones of shards, as a vector like the variables ``like``."""
+    if not is_sharded(*like):
+        return Vector(parts)
     whole = [widened(torch.zeros_like(x)) for x in like]
     for x, part in zip(local(whole), parts, strict=True):
         x.copy_(part)

@@ -27,7 +27,7 @@ class SAMA(OneStep):
     This is ``unrolled:steps=1`` by first-order passes. In training the step is the recorded one,
     and the product is taken where it began; out of training it is the one that would be taken
     next, for one forward+backward more. ``epsilon``, ``scheme`` and ``product`` are those of
-    ``darts``, and so is the cost. Choe et al. 2023, arXiv:2310.05674.
+    ``darts``, and so are the passes through a model. Choe et al. 2023, arXiv:2310.05674.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -54,9 +54,10 @@ class SAMA(OneStep):
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         optimizer, (step,) = last_steps(oracle, 1)
-        _, along, _, _ = optimizer.vjp(step, b)
+        along = optimizer.vjp(step, b)[1]
         return Estimate(direct, self.mixed(oracle, along))
 
     def cost(self) -> Cost:
-        """F, f, and the mixed product."""
-        return one_step_cost(self, vectors=6)
+        """As `OneStep`, and a pass through the optimizer's own step, which is elementwise."""
+        cost = one_step_cost(self, vectors=9)
+        return replace(cost, backward_passes=cost.backward_passes + 1)
