@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hyperopt_peft.cli import compare_estimators, compare_methods, merge, train
+from hyperopt_peft.cli import check, compare_estimators, compare_methods, merge, train
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.options import Parser
 from hyperopt_peft.cli.text.tasks import TASKS
@@ -21,7 +21,7 @@ def test_yaml_example_is_planned(tmp_path, monkeypatch, capsys):
     assert main(["train", "config.yaml", *flags(model=model), "--dry-run", "--use_cpu"]) == 0
     printed = capsys.readouterr().out
     assert "method: bidora\n" in printed
-    assert "estimator: MINRES(" in printed and "steps=5, damping=1.0" in printed
+    assert "estimator: MINRES(" in printed and "steps=5, damping=0.2" in printed
     # 48 examples after the evaluation's 12: 38 and 10; 5 epochs of 3 batches, and again.
     assert "examples: 38 lower level, 10 upper level, 48 retraining, 12 evaluation" in printed
     assert "steps: 15 lower in the search, 7 upper, 15 in the retraining" in printed
@@ -33,7 +33,8 @@ def test_named_options_and_tasks_exist():
         train.TrainArguments,
         *train.TYPES,
         compare_methods.CompareArguments,
-        compare_estimators.CheckArguments,
+        check.CheckArguments,
+        compare_estimators.EstimatorArguments,
         merge.MergeArguments,
     )
     known = {
