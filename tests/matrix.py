@@ -1,0 +1,158 @@
+"""The test-suite on the oldest and the newest packages that pyproject.toml allows.
+
+    python -m tests.matrix                                 every set, in a temporary folder
+    python -m tests.matrix oldest --folder ~/matrix        one set, whose environment is kept
+    python -m tests.matrix --json matrix.json -- -m "not slow"
+
+Each set gets a virtual environment of its own outside the repository, with this checkout installed
+editable. The set ``oldest`` has each dependency at its lower bound. The set ``peft`` runs PEFT's
+own tests of DoRA, from PEFT's source distribution, with the fast layer in place of PEFT's; tests
+that need a model from the hub are skipped, since nothing is downloaded but packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+INTERPRETERS = {
+    "oldest": "python3.11",
+    "newest": "python3.11",
+    "python3.13": "python3.13",
+    "peft": "python3.11",
+}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "torchopt", "numpy")
+Row = dict[str, Any]
+
+
+def lower_bounds() -> list[str]:
+    """``torch==2.10`` for ``torch>=2.10`` in pyproject.toml, and so on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [re.sub(r">=([\d.]+).*", r"==\1", bound) for bound in project["dependencies"]]
+
+
+def environment(name: str, folder: Path) -> Path:
+    """The interpreter of the set ``name``; its environment is made unless ``folder`` has it."""
+    home = folder / name
+    python = home / "bin" / "python"
+    if not (home / "complete").exists():
+        shutil.rmtree(home, ignore_errors=True)
+        base = shutil.which(INTERPRETERS[name]) or sys.exit(f"{name}: no {INTERPRETERS[name]}")
+        subprocess.run([base, "-m", "venv", home], check=True)
+        pinned = home / "constraints.txt"
+        pinned.write_text("\n".join(lower_bounds()) if name == "oldest" else "")
+        install = [python, "-m", "pip", "install", "-q"]
+        more = ["parameterized"] if name == "peft" else []
+        subprocess.run([*install, "--upgrade", "pip"], check=True)
+        subprocess.run([*install, "-c", pinned, "-e", f"{ROOT}[dev]", *more], check=True)
+        (home / "complete").touch()
+    return python
+
+
+def versions(python: Path) -> Row:
+    """The versions of Python and of `PACKAGES` in an environment."""
+    program = (
+        "import json, platform, sys; from importlib.metadata import version;"
+        "print(json.dumps({'Python': platform.python_version()}"
+        "| {name: version(name) for name in sys.argv[1:]}))"
+    )
+    done = subprocess.run(
+        [python, "-c", program, *PACKAGES], check=True, capture_output=True, text=True
+    )
+    found: Row = json.loads(done.stdout)
+    return found
+
+
+def peft_source(python: Path, folder: Path) -> Path:
+    """The unpacked source distribution of the PEFT that ``python`` has."""
+    release = f"peft=={versions(python)['peft']}"
+    download = ["pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", folder]
+    subprocess.run([python, "-m", *download, release], check=True)
+    (archive,) = folder.glob(f"{release.replace('==', '-')}.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def run(name: str, python: Path, folder: Path, options: list[str]) -> Row:
+    """One row of the table: versions, how many tests passed, failed and were skipped, seconds."""
+    report, where, tests = folder / f"{name}.xml", ROOT, options
+    variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if name == "peft":
+        where = peft_source(python, folder)
+        tests = ["tests", "-k", "dora", "-p", "fast_dora_in_peft", "-o", "addopts="]
+        variables["PYTHONPATH"] = str(ROOT / "tests" / "support")
+    begin = time.perf_counter()
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    subprocess.run([*command, *tests], cwd=where, env=os.environ | variables)
+    seconds = time.perf_counter() - begin
+    return {"set": name} | versions(python) | counts(report) | {"seconds": round(seconds)}
+
+
+def counts(report: Path) -> Row:
+    """Passed, failed (errors included) and skipped, and the names of what failed."""
+    if not report.exists():
+        return {"passed": 0, "failed": 1, "skipped": 0, "failures": ["pytest wrote no report"]}
+    cases = list(ElementTree.parse(report).iter("testcase"))
+
+    def having(*kinds: str) -> list[str]:
+        found = [case for case in cases if any(case.find(kind) is not None for kind in kinds)]
+        return [f"{case.get('classname')}::{case.get('name')}" for case in found]
+
+    failures, skipped = having("failure", "error"), having("skipped")
+    passed = len(cases) - len(failures) - len(skipped)
+    return {
+        "passed": passed,
+        "failed": len(failures),
+        "skipped": len(skipped),
+        "failures": failures,
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    heads = [head for head in rows[0] if head != "failures"]
+    lines = [heads, ["---"] * len(heads), *([str(row[head]) for head in heads] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> int:
+    """Run the sets that were asked for; 1 where a test failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("sets", nargs="*", metavar="set", help=", ".join(INTERPRETERS))
+    parser.add_argument("--folder", type=Path, help="keep the environments here")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
+    if unknown := set(given.sets) - INTERPRETERS.keys():
+        parser.error(f"set: no {', '.join(unknown)}; known are {', '.join(INTERPRETERS)}")
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (given.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in given.sets or INTERPRETERS:
+            rows.append(run(name, environment(name, folder), folder, options))
+            print(f"\n{table(rows)}\n", flush=True)
+            if given.json is not None:
+                given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        print(*(f"{row['set']}: {failure}" for failure in row["failures"]), sep="\n")
+    return int(any(row["failed"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
