@@ -183,9 +183,9 @@ def test_error_for_other_lora_layers_and_variants() -> None:
     with pytest.raises(ValueError, match=r"model\.layer: .*MultiheadAttention"):
         gram_penalty(attention)
 
-    mica = wrap(Single(nn.Linear(4, 5)), use_dora=False, init_lora_weights="mica")
+    alora = wrap(Single(nn.Linear(4, 5)), use_dora=False, alora_invocation_tokens=[1])
     with pytest.raises(ValueError, match=r"here: .*Variant .*'default'"):
-        require_plain(adapted_layer(mica), "default", "here")
+        require_plain(adapted_layer(alora), "default", "here")
 
 
 def test_gpt2_layers_have_out_by_in_directions() -> None:
