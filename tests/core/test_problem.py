@@ -53,6 +53,7 @@ def evaluate(result: Any) -> Callable[[], object]:
     return lambda: FunctionLevel(lambda _: result, [W], name="fit").evaluate(None)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize(
     ("construct", "message"),
     [

@@ -235,6 +235,7 @@ def test_a_truncated_or_changed_state_is_one_error_or_loads(tmp_path: Path) -> N
             read_state(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "content", [b"", b"text", b"\x80\x04.", b"PK\x03\x04", b"\x80\x02N.", None]
 )
