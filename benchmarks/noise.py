@@ -38,7 +38,7 @@ from hyperopt_peft.core.data import Batches
 from hyperopt_peft.hypergradients import registered
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.oracle import State
-from hyperopt_peft.problems.hypercleaning import Clean, Weighted, digits
+from hyperopt_peft.problems.hypercleaning import CleanImages, WeightedImages, digits
 
 SIZE = 64  # of a batch
 SKIPPED = {"exact"}  # one product for each of 640 unknowns; a long cg is the same solution
@@ -57,7 +57,7 @@ OPTIONS = (
 Row = dict[str, Any]
 
 
-class LowerRows(Weighted):
+class LowerRows(WeightedImages):
     """The lower level on the images of a batch of row numbers; None stands for all."""
 
     def loss(self, batch: Tensor | None) -> Tensor:
@@ -68,7 +68,7 @@ class LowerRows(Weighted):
         return (weights * each).mean() + 0.02 * self.w.square().sum()
 
 
-class UpperRows(Clean):
+class UpperRows(CleanImages):
     """The upper level on the clean images of a batch of row numbers; None stands for all."""
 
     def loss(self, batch: Tensor | None) -> Tensor:

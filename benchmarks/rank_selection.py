@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import Engine
 from hyperopt_peft.adapters import add_selection, rank_config, selected_ranks
-from hyperopt_peft.problems.bidora import Adapter
+from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.rank_selection import Components, Selection
 
 LAYERS = [f"layers.{index}" for index in range(4)]

@@ -135,14 +135,14 @@ class Begin(TrainerCallback):  # type: ignore[misc]
 def small_trainer(
     folder: Path, callbacks: Sequence[TrainerCallback] = (), **settings: Any
 ) -> BiDoRATrainer:
-    """A BiDoRA trainer that logs every 3 steps and saves every 4."""
+    """A BiDoRA trainer that logs every step and saves every fourth."""
     common = {
         "max_steps": 22,
         "lower_steps": 2,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "upper_learning_rate": 1e-2,
-        "logging_steps": 3,
+        "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": 4,
         "retrain": "none",
@@ -177,8 +177,8 @@ def trainer_run(folder: Path, ready: Callable[[], object], **settings: Any) -> F
 
 
 def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A Trainer's log without seconds and rates."""
-    times = ("_runtime", "_per_second")
+    """A Trainer's log without seconds, rates and the mean loss since a run was resumed."""
+    times = ("_runtime", "_per_second", "train_loss")
     return [{k: v for k, v in record.items() if not k.endswith(times)} for record in history]
 
 

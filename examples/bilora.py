@@ -30,8 +30,8 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.adapters import pseudo_singular_values, use_pseudo_svd
-from hyperopt_peft.problems.bidora import Adapter
 from hyperopt_peft.problems.bilora import SingularValues, SingularVectors
+from hyperopt_peft.problems.common import Adapter
 
 
 @dataclass

@@ -10,19 +10,15 @@ arXiv:2410.09758.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from hyperopt_peft.adapters import gram_penalty, split_parameters
-from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.errors import ProblemError
-
-TaskLoss = Callable[[Any], Tensor]
+from hyperopt_peft.problems.common import TaskLevel, TaskLoss
 
 
-class Direction(Problem):
+class Direction(TaskLevel):
     """Lower level: all A and B, and the task head, on D_train; m is read and never moved.
 
     Args:
@@ -35,10 +31,10 @@ class Direction(Problem):
     def __init__(
         self, model: Any, *, gamma: float = 0.0, task_loss: TaskLoss | None = None, **level: Any
     ) -> None:
-        self.model, self.gamma = model, gamma
-        self.task_loss = task_loss or own_loss(model)
+        self.gamma = gamma
         parts = split_parameters(model)
-        super().__init__([*parts.directions.items(), *parts.rest.items()], **level)
+        owned = [*parts.directions.items(), *parts.rest.items()]
+        super().__init__(model, owned, task_loss=task_loss, **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
         """L(A, B, m) + γ·R; the two are logged apart."""
@@ -49,7 +45,7 @@ class Direction(Problem):
         return {"loss": task + self.gamma * penalty, "task_loss": task, "gram": penalty}
 
 
-class Magnitude(Problem):
+class Magnitude(TaskLevel):
     """Upper level: all m, on D_val; A, B and head are read.
 
     Args:
@@ -63,9 +59,9 @@ class Magnitude(Problem):
     def __init__(
         self, model: Any, *, decay: float = 0.0, task_loss: TaskLoss | None = None, **level: Any
     ) -> None:
-        self.model, self.decay = model, decay
-        self.task_loss = task_loss or own_loss(model)
-        super().__init__(split_parameters(model).magnitudes.items(), **level)
+        self.decay = decay
+        owned = split_parameters(model).magnitudes
+        super().__init__(model, owned, task_loss=task_loss, **level)
         self.start = [m.detach().clone() for m in self.variables]
 
     def loss(self, batch: Any) -> Tensor:
@@ -75,37 +71,3 @@ class Magnitude(Problem):
             return task
         moved = zip(self.variables, self.start, strict=True)
         return task + self.decay / 2 * sum((m - m0.to(m)).square().sum() for m, m0 in moved)
-
-
-class Adapter(Problem):
-    """One level alone, all trainable parameters: LoRA, or DoRA, the controls.
-
-    Args:
-        model: a PeftModel whose forward returns ``.loss``.
-        task_loss: L as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
-    """
-
-    def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
-        self.task_loss = task_loss or own_loss(model)
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if not trained:
-            raise ProblemError(
-                "no parameter of the model is trainable; load the adapter with "
-                "PeftModel.from_pretrained(..., is_trainable=True)"
-            )
-        super().__init__(trained, **level)
-
-    def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
-        """L of the adapter."""
-        return self.task_loss(batch)
-
-
-def own_loss(model: Any) -> TaskLoss:
-    """The loss that ``model``'s forward returns for a batch of its arguments."""
-
-    def loss(batch: Any) -> Tensor:
-        result: Tensor = model(**batch).loss
-        return result
-
-    return loss

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from datasets import concatenate_datasets
-from torch import Tensor
-from transformers import Trainer
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.adapters import dora_layers, lora_layers, set_norm_grad, use_fast_dora
@@ -20,7 +18,8 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
-from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude
+from hyperopt_peft.problems.bidora import Direction, Magnitude
+from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import require_examples
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -35,9 +34,21 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
     """`BilevelTrainingArguments` and BiDoRA's own: the search has the inherited ones.
 
     Raises:
-        ProblemError: a value out of range, or ``xi`` for an estimator that has no ξ.
+        ProblemError: a value out of range, ``xi`` for an estimator that has no ξ, or an option
+            that contradicts ``preset``.
+
+    Example:
+        >>> args = BiDoRATrainingArguments(
+        ...     output_dir="outputs", preset="published", report_to="none"
+        ... )
+        >>> args.hypergradient, args.xi
+        ('darts:scheme=forward', 1.0)
     """
 
+    preset: Literal["published"] | None = HfArg(
+        default=None,
+        help="settings by name: published has the estimator of BiDoRA's code, darts with xi=1",
+    )
     method: Literal["bidora", "dora", "lora"] = HfArg(
         default="bidora",
         help="bidora, or a control that trains all of the adapter on all of the data: dora, lora",
@@ -75,10 +86,23 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.preset == "published":
+            self._prefer(hypergradient="darts:scheme=forward", xi=1.0)
         super().__post_init__()
         self._require("not be negative", lambda x: x >= 0, "gamma", "magnitude_decay")
         self._require("not be negative", lambda x: x >= 0, "retrain_learning_rate")
         self._require("be positive", lambda x: x > 0, "retrain_epochs", "retrain_steps")
+
+    def _prefer(self, **preset: Any) -> None:
+        """Set what is at its default; raise ProblemError where another value is given."""
+        defaults = {each.name: each.default for each in fields(self)}
+        for name, value in preset.items():
+            if getattr(self, name) not in (defaults[name], value):
+                raise ProblemError(
+                    f"{name}: preset={self.preset!r} has {value!r}, got {getattr(self, name)!r}; "
+                    "leave one of them out"
+                )
+            setattr(self, name, value)
 
     def estimator(self) -> Estimator:
         """The estimator that ``hypergradient`` and ``xi`` name."""
@@ -106,11 +130,11 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
 class BiDoRATrainer(BilevelTrainer):
     """BiDoRA (arXiv:2410.09758) by `transformers.Trainer`: search, then retraining.
 
-    In place of ``Trainer(model, args, train_dataset=…)`` for a PeftModel with
-    ``use_dora=True``; ``compute_loss_func`` and ``label_smoothing_factor`` mean what they mean
-    there, at both levels. ``train`` leaves the adapter of the last phase in ``model``, a plain
-    PEFT adapter. The retraining is a trainer of its own, ``retrainer``, with its own
-    ``state.log_history``.
+    In place of ``Trainer(model, args, train_dataset=…)`` for a PeftModel with ``use_dora=True``;
+    ``compute_loss``, ``compute_loss_func`` and ``label_smoothing_factor`` mean what they mean
+    there, at both levels and in both phases. ``train`` leaves the adapter of the last phase in
+    ``model``, a plain PEFT adapter. The retraining is a trainer of its own, ``retrainer``, with
+    its own ``state.log_history``.
 
     Args:
         model: a PeftModel; for ``method="lora"`` without magnitudes.
@@ -118,15 +142,20 @@ class BiDoRATrainer(BilevelTrainer):
         train_dataset: all training examples (split by ``args.upper_fraction``), or the lower
             level's, where ``upper_dataset`` is given.
         upper_dataset: the examples on which magnitudes are trained. Never ``eval_dataset``.
+        callbacks: of both phases; the retraining begins with copies as they are now.
         trainer: what else `transformers.Trainer` takes.
 
     Raises:
         ProblemError: as `BilevelTrainer`; a model that does not fit the method; an exact product
             over a quantised base; labels that the model has no output for.
+
+    Example:
+        >>> args = BiDoRATrainingArguments(output_dir="outputs", report_to="none", use_cpu=True)
+        >>> args.for_retraining().output_dir
+        'outputs/retrain'
     """
 
     args: BiDoRATrainingArguments
-    trainer_loss = True
 
     def __init__(
         self,
@@ -140,68 +169,41 @@ class BiDoRATrainer(BilevelTrainer):
     ) -> None:
         if not isinstance(args, BiDoRATrainingArguments):
             raise ProblemError(f"args must be BiDoRATrainingArguments, got {type(args).__name__}")
+        _check_model(model, args)
         if upper_dataset is None:
             everything = train_dataset
-        elif args.method == "bidora":
+        else:
             everything = _joined(train_dataset, upper_dataset)
-        else:  # a control trains on all that bidora is given
-            everything, upper_dataset = _joined(train_dataset, upper_dataset), None
-            train_dataset = everything
-        lower, upper = self._make_levels(model, args)
+            if args.method != "bidora":  # a control trains on all that bidora is given
+                train_dataset, upper_dataset = everything, None
         # As they are now, before the search changes them: callbacks count.
         again = [copy.copy(callback) for callback in callbacks or ()]
-        options = {**trainer, "train_dataset": everything, "callbacks": again}
-        self._retraining = options
-        self.retrainer: BilevelTrainer | None = None
-        self._start = [variable.detach().clone() for variable in lower.variables]
+        self._retraining = {**trainer, "train_dataset": everything, "callbacks": again}
+        self.retrainer: Retrainer | None = None
         super().__init__(
             model,
-            lower=lower,
-            upper=upper,
+            lower=_lower,
+            upper=_upper if args.method == "bidora" else None,
             args=args,
             train_dataset=train_dataset,
             upper_dataset=upper_dataset,
-            callbacks=list(callbacks or ()),
+            callbacks=callbacks,
             **trainer,
         )
+        self._start = [variable.detach().clone() for variable in self.lower.variables]
         if self.is_fsdp_enabled and args.gamma + args.magnitude_decay > 0:
             raise ProblemError(
                 "gamma and magnitude_decay read parameters outside of the model's forward pass, "
                 "where FSDP2 has shards only; set both to 0"
             )
 
-    def _make_levels(
-        self, model: Any, args: BiDoRATrainingArguments
-    ) -> tuple[Problem, Problem | None]:
-        loss = self._task_loss
-        layers = lora_layers(model)
-        # Levels remember where they start: magnitude_decay's m0, scratch's initial values.
-        distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
-        if args.method == "lora":
-            if any(layer.use_dora[a] for _, layer in layers for a in layer.use_dora):
-                raise ProblemError('method="lora" needs an adapter with use_dora=False')
-            return Adapter(model, task_loss=loss), None
-        if args.method == "bidora":
-            _check_product(model, args)
-        norm_grad = args.norm_grad if args.method == "bidora" else "detach"
-        (use_fast_dora if args.fast_dora else set_norm_grad)(model, norm_grad)
-        if args.method == "dora":
-            return Adapter(model, task_loss=loss), None
-        return (
-            Direction(model, gamma=args.gamma, task_loss=loss),
-            Magnitude(model, decay=args.magnitude_decay, task_loss=loss),
-        )
-
-    def _task_loss(self, batch: Any) -> Tensor:
-        """The Trainer's own loss of the model."""
-        try:
-            loss: Tensor = Trainer.compute_loss(self, self.model, dict(batch))
-        except (TypeError, ValueError, IndexError) as error:
-            raise ProblemError(
-                f"the model has no loss for a batch of {sorted(batch)}: {error}; the data must "
-                "have the columns that its forward takes, labels that it knows among them"
-            ) from error
-        return loss
+    def settings(self) -> dict[str, Any]:
+        """As `BilevelTrainer.settings`, with the adapter; the retraining's come with its begin."""
+        own = {k: v for k, v in super().settings().items() if not k.startswith("retrain")}
+        config = self.model.peft_config[resolve_adapter(self.model)]
+        names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+        adapter = {name: getattr(config, name) for name in names}
+        return {"method": own["method"], **own, **adapter}
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -220,22 +222,20 @@ class BiDoRATrainer(BilevelTrainer):
             if self.args.retrain == "scratch":
                 self._keep_start(found is not None)
             output = self._train_from(found, *args, **kwargs)
-            if self._signalled:  # the search is to go on
+            if self.signalled:  # the search is to go on
                 return output
             reshard(self.model)
             if self.args.retrain == "scratch":
                 self._return_to_start()
             found = None
-        lower = Direction(self.model, gamma=self.args.gamma, task_loss=self._task_loss)
-        options = {**self._retraining, "optimizers": (None, None)}
-        self.retrainer = Retrainer(self.model, lower=lower, upper=None, args=arguments, **options)
+        self.retrainer = Retrainer(self, arguments, **self._retraining)
         return self.retrainer._train_from(found, *args, **kwargs)
 
-    def _release_models(self) -> None:
+    def release_models(self) -> None:
         """As `BilevelTrainer` does, of both phases."""
         if self.retrainer is not None:
-            self.retrainer._release_models()
-        super()._release_models()
+            self.retrainer.release_models()
+        super().release_models()
 
     def _keep_start(self, resumed: bool) -> None:
         """Write the initial values to a file; a resumed run has those of the file."""
@@ -244,7 +244,9 @@ class BiDoRATrainer(BilevelTrainer):
         if resumed:
             kept = checkpoint.read_state(path)
             if {n: v.shape for n, v in kept.items()} != {n: v.shape for n, v in values.items()}:
-                raise ProblemError(f"{path} holds the initial values of another model")
+                raise ProblemError(
+                    f"{path}: the initial values are of another model; start a new run"
+                )
             self._start = [kept[name] for name in self.lower.names]
         elif self.args.should_save:
             checkpoint.write_state(path, values)
@@ -256,9 +258,57 @@ class BiDoRATrainer(BilevelTrainer):
 
 
 class Retrainer(BilevelTrainer):
-    """The second phase: directions and head alone, by the loss of the first phase."""
+    """The second phase: directions and head alone, by the loss of the ``search``."""
 
-    trainer_loss = True
+    def __init__(
+        self, search: BiDoRATrainer, args: BiDoRATrainingArguments, **trainer: Any
+    ) -> None:
+        self.search = search
+        options = {**trainer, "optimizers": (None, None)}
+        super().__init__(search.model, lower=_direction, upper=None, args=args, **options)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The search's, which a subclass may have overridden."""
+        return self.search.compute_loss(*args, **kwargs)
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the search, which made the magnitudes, and of the retraining."""
+        own = self.search.args.bilevel_settings()
+        return {**self.search.settings(), **{k: v for k, v in own.items() if "retrain" in k}}
+
+
+def _lower(trainer: BilevelTrainer) -> Problem:
+    """The lower level of the method; the model's layers are made those of the method."""
+    model, args = trainer.model, trainer.args
+    # Levels remember where they start: magnitude_decay's m0, scratch's initial values.
+    distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
+    if args.method != "lora":
+        norm_grad = args.norm_grad if args.method == "bidora" else "detach"
+        (use_fast_dora if args.fast_dora else set_norm_grad)(model, norm_grad)
+    if args.method == "bidora":
+        return _direction(trainer)
+    return Adapter(model, task_loss=trainer.task_loss)
+
+
+def _direction(trainer: BilevelTrainer) -> Problem:
+    return Direction(trainer.model, gamma=trainer.args.gamma, task_loss=trainer.task_loss)
+
+
+def _upper(trainer: BilevelTrainer) -> Problem:
+    decay = trainer.args.magnitude_decay
+    return Magnitude(trainer.model, decay=decay, task_loss=trainer.task_loss)
+
+
+def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:
+    """Refuse a model that does not fit the method, before anything of it is changed."""
+    layers = lora_layers(model)
+    if args.method == "lora":
+        if any(layer.use_dora[adapter] for _, layer in layers for adapter in layer.use_dora):
+            raise ProblemError('model: method="lora" needs an adapter with use_dora=False')
+        return
+    dora_layers(model, resolve_adapter(model))
+    if args.method == "bidora":
+        _check_product(model, args)
 
 
 def _check_product(model: Any, args: BiDoRATrainingArguments) -> None:

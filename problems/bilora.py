@@ -23,11 +23,10 @@ from hyperopt_peft.adapters.parametrizations.pseudo_svd import (
     orthogonality_penalty,
     pseudo_singular_values,
 )
-from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.problems.bidora import TaskLoss, own_loss
+from hyperopt_peft.problems.common import TaskLevel, TaskLoss, trainable
 
 
-class SingularVectors(Problem):
+class SingularVectors(TaskLevel):
     """Lower level: all P and Q, and the task head, on D_train; Λ is read and never moved.
 
     Args:
@@ -43,11 +42,9 @@ class SingularVectors(Problem):
     def __init__(
         self, model: Any, *, gamma: float = 0.1, task_loss: TaskLoss | None = None, **level: Any
     ) -> None:
-        self.model, self.gamma = model, gamma
-        self.task_loss = task_loss or own_loss(model)
-        above = pseudo_singular_values(model)
-        trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-        super().__init__([(n, p) for n, p in trained if n not in above], **level)
+        self.gamma = gamma
+        owned = trainable(model, without=pseudo_singular_values(model))
+        super().__init__(model, owned, task_loss=task_loss, **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
         """L(P, Q, Λ) + γ·R; the two are logged apart."""
@@ -58,7 +55,7 @@ class SingularVectors(Problem):
         return {"loss": task + self.gamma * penalty, "task_loss": task, "orthogonality": penalty}
 
 
-class SingularValues(Problem):
+class SingularValues(TaskLevel):
     """Upper level: the diagonal of every Λ, on D_val; P, Q and head are read.
 
     Args:
@@ -71,9 +68,4 @@ class SingularValues(Problem):
     """
 
     def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
-        self.task_loss = task_loss or own_loss(model)
-        super().__init__(pseudo_singular_values(model).items(), **level)
-
-    def loss(self, batch: Any) -> Tensor:
-        """L(P, Q, Λ)."""
-        return self.task_loss(batch)
+        super().__init__(model, pseudo_singular_values(model), task_loss=task_loss, **level)

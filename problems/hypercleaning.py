@@ -37,7 +37,7 @@ class Digits:
     redrawn: Tensor
 
 
-class Weighted(Problem):
+class WeightedImages(Problem):
     """Lower level: a linear classifier W ``(64, 10)`` on the noisy images, weighted by σ(x)."""
 
     def __init__(self, w: Tensor, sample_logits: Tensor, data: Digits) -> None:
@@ -50,7 +50,7 @@ class Weighted(Problem):
         return (self.sample_logits.sigmoid() * each).mean() + 0.02 * self.w.square().sum()
 
 
-class Clean(Problem):
+class CleanImages(Problem):
     """Upper level: the logits x ``(n_train,)`` of the sample weights, fitted to clean images."""
 
     def __init__(self, sample_logits: Tensor, w: Tensor, data: Digits) -> None:
@@ -69,7 +69,7 @@ class Clean(Problem):
         return float((predicted == self.data.y_test).double().mean())
 
 
-def digits(noise: float = 0.5) -> tuple[Clean, Weighted]:
+def digits(noise: float = 0.5) -> tuple[CleanImages, WeightedImages]:
     """The two levels on scikit-learn's digits, float64: 800 noisy, 400 clean, 597 test images.
 
     ``noise`` is the share of training labels redrawn at random; W and x start at zero.
@@ -86,4 +86,4 @@ def digits(noise: float = 0.5) -> tuple[Clean, Weighted]:
     data = Digits(x, y, x_val, y_val, x_test, y_test, torch.from_numpy(redrawn))
     w = torch.zeros(x.shape[1], 10, dtype=x.dtype, requires_grad=True)
     logits = torch.zeros(len(x), dtype=x.dtype, requires_grad=True)
-    return Clean(logits, w, data), Weighted(w, logits, data)
+    return CleanImages(logits, w, data), WeightedImages(w, logits, data)

@@ -26,12 +26,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from hyperopt_peft.adapters import layer_hyperparameters
-from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.bidora import TaskLoss, own_loss
+from hyperopt_peft.problems.common import TaskLevel, TaskLoss, trainable
 
 
-class Hyperparameters(Problem):
+class Hyperparameters(TaskLevel):
     """Upper level: log decays, log scales and the log learning rate, on D_val.
 
     Args:
@@ -51,7 +50,7 @@ class Hyperparameters(Problem):
         task_loss: TaskLoss | None = None,
         **level: Any,
     ) -> None:
-        layers, self.task_loss = layer_hyperparameters(model), task_loss or own_loss(model)
+        layers = layer_hyperparameters(model)
         if not set(learn) <= {"decay", "scale"}:
             raise ProblemError(f'learn takes "decay" and "scale", got {learn!r}')
         named = {f"{n}.{k}": getattr(x, f"log_{k}") for k in learn for n, x in layers.items()}
@@ -62,18 +61,14 @@ class Hyperparameters(Problem):
             like = next(iter(layers.values())).log_scale
             self.log_rate = like.new_tensor(math.log(learning_rate)).requires_grad_()
             named["learning_rate"] = self.log_rate
-        super().__init__(named, **level)
-
-    def loss(self, batch: Any) -> Tensor:
-        """L of the scaled adapter."""
-        return self.task_loss(batch)
+        super().__init__(model, named, task_loss=task_loss, **level)
 
     def values(self) -> dict[str, float]:
         """What is learnt, as it is now, by name: exp(d_l), exp(s_l) and η."""
         return {n: float(v.exp()) for n, v in zip(self.names, self.variables, strict=True)}
 
 
-class Regularised(Problem):
+class Regularised(TaskLevel):
     """Lower level: A and B of all layers, and the task head, on D_train.
 
     Args:
@@ -91,11 +86,10 @@ class Regularised(Problem):
         task_loss: TaskLoss | None = None,
         **level: Any,
     ) -> None:
-        self.layers, self.task_loss = layer_hyperparameters(model), task_loss or own_loss(model)
-        self.upper = upper
+        self.layers, self.upper = layer_hyperparameters(model), upper
         learnt = {id(p) for part in self.layers.values() for p in part.parameters()}
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        super().__init__([(n, p) for n, p in trained if id(p) not in learnt], **level)
+        owned = [(name, p) for name, p in trainable(model) if id(p) not in learnt]
+        super().__init__(model, owned, task_loss=task_loss, **level)
 
     def loss(self, batch: Any) -> dict[str, Tensor]:
         """L + ½ Σ_l exp(d_l)·‖θ_l‖²; L is logged apart."""

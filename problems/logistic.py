@@ -29,7 +29,7 @@ class Logistic(Problem):
         return softplus(-self.y * (self.x @ self.w)).mean() + penalty / 2
 
 
-class Validation(Problem):
+class LogisticValidation(Problem):
     """Upper level: the logarithms l ``(d,)`` of the penalties, fitted to the validation rows."""
 
     def __init__(self, log_penalty: Tensor, w: Tensor, x: Tensor, y: Tensor) -> None:
@@ -42,7 +42,7 @@ class Validation(Problem):
         return softplus(-self.y * (self.x @ self.w)).mean()
 
 
-def breast_cancer(log_penalty: float = -2.0) -> tuple[Validation, Logistic]:
+def breast_cancer(log_penalty: float = -2.0) -> tuple[LogisticValidation, Logistic]:
     """The two levels on scikit-learn's breast cancer data, float64, split 60/40, labels ±1.
 
     w starts at zero, every l_j at ``log_penalty``.
@@ -54,4 +54,6 @@ def breast_cancer(log_penalty: float = -2.0) -> tuple[Validation, Logistic]:
     x, x_val = standardised(x, x_val)
     w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
     penalties = torch.full_like(w, log_penalty, requires_grad=True)
-    return Validation(penalties, w, x_val, 2 * y_val - 1), Logistic(w, penalties, x, 2 * y - 1)
+    return LogisticValidation(penalties, w, x_val, 2 * y_val - 1), Logistic(
+        w, penalties, x, 2 * y - 1
+    )

@@ -27,11 +27,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from hyperopt_peft.adapters import component_weights
-from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.problems.bidora import TaskLoss, own_loss
+from hyperopt_peft.problems.common import TaskLevel, TaskLoss, trainable
 
 
-class Components(Problem):
+class Components(TaskLevel):
     """Lower level: A and B of all layers, and the task head, on D_train; α is read.
 
     Args:
@@ -50,13 +49,9 @@ class Components(Problem):
         **level: Any,
     ) -> None:
         logits = {id(part.logits) for part in component_weights(model).values()}
-        trained = [
-            (name, p)
-            for name, p in model.named_parameters()
-            if p.requires_grad and id(p) not in logits
-        ]
-        self.decay, self.task_loss = decay, task_loss or own_loss(model)
-        super().__init__(trained, **level)
+        self.decay = decay
+        owned = [(name, p) for name, p in trainable(model) if id(p) not in logits]
+        super().__init__(model, owned, task_loss=task_loss, **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
         """L + decay·½(‖A‖² + ‖B‖²); L is logged apart."""
@@ -69,7 +64,7 @@ class Components(Problem):
         return {"loss": task + self.decay / 2 * squares, "task_loss": task}
 
 
-class Selection(Problem):
+class Selection(TaskLevel):
     """Upper level: the logits β of all layers' weights α, on D_val; A, B and head are read.
 
     Args:
@@ -82,10 +77,5 @@ class Selection(Problem):
         self, model: PeftModel, *, task_loss: TaskLoss | None = None, **level: Any
     ) -> None:
         logits = {id(part.logits) for part in component_weights(model).values()}
-        self.task_loss = task_loss or own_loss(model)
         named = [(name, p) for name, p in model.named_parameters() if id(p) in logits]
-        super().__init__(named, **level)
-
-    def loss(self, batch: Any) -> Tensor:
-        """L of the adapter with α."""
-        return self.task_loss(batch)
+        super().__init__(model, named, task_loss=task_loss, **level)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.bidora import Adapter
+from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.example_weights import HeldOut, column, example_losses
 
 
@@ -75,7 +75,7 @@ class Weighted(Adapter):
     """
 
     def __init__(self, model: Any, weights: nn.Module, **level: Any) -> None:
-        self.model, self.weights = model, weights
+        self.weights = weights
         super().__init__(model, **level)
 
     def loss(self, batch: Any) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class Ridge(Problem):
         self.w.copy_(torch.linalg.solve(gram, self.x.T @ self.y / len(self.x)))
 
 
-class Validation(Problem):
+class RidgeValidation(Problem):
     """Upper level: the logarithms l ``(d,)`` of the penalties, fitted to the validation rows."""
 
     def __init__(self, log_penalty: Tensor, w: Tensor, x: Tensor, y: Tensor) -> None:
@@ -47,7 +47,7 @@ class Validation(Problem):
         return (self.x @ self.w - self.y).square().mean() / 2
 
 
-def diabetes(log_penalty: float = -2.0) -> tuple[Validation, Ridge]:
+def diabetes(log_penalty: float = -2.0) -> tuple[RidgeValidation, Ridge]:
     """The two levels on scikit-learn's diabetes data, float64, split 60/40, standardised.
 
     w starts at zero, every l_j at ``log_penalty``.
@@ -60,7 +60,7 @@ def diabetes(log_penalty: float = -2.0) -> tuple[Validation, Ridge]:
     y, y_val = standardised(y, y_val)
     w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
     penalties = torch.full_like(w, log_penalty, requires_grad=True)
-    return Validation(penalties, w, x_val, y_val), Ridge(w, penalties, x, y)
+    return RidgeValidation(penalties, w, x_val, y_val), Ridge(w, penalties, x, y)
 
 
 def standardised(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,6 @@ from hyperopt_peft.errors import ProblemError
 
 SEAL = "bilevel.json"
 PREFIX = "checkpoint-"
-# The Trainer's mark of a folder that it is writing on SIGTERM.
-INCOMPLETE = "checkpoint-is-incomplete.txt"
 logger = logging.getLogger(__name__)
 
 
@@ -39,12 +37,17 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     # torch.save and safetensors have errors of their own kinds for a disk that is full.
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        whole = last_whole(folder.parent)
-        rest = f"the last whole one is {whole}" if whole else "there is no earlier one"
-        raise ProblemError(
-            f"could not write the checkpoint {folder} ({error}); make room and resume: {rest}"
-        ) from error
+        raise failed(folder, error) from error
+
+
+def failed(folder: Path, error: Exception) -> ProblemError:
+    """What to raise where ``error`` ended the writing of ``folder``, which is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    whole = last_whole(folder.parent)
+    rest = f"the last whole one is {whole}" if whole else "there is no earlier one"
+    return ProblemError(
+        f"{folder}: the checkpoint could not be written ({error}); make room and resume: {rest}"
+    )
 
 
 def seal(folder: Path, record: Mapping[str, Any]) -> None:
@@ -65,8 +68,7 @@ def unseal(folder: Path) -> dict[str, Any]:
     It has the time at which it was ``written``, in seconds.
 
     Raises:
-        ProblemError: no checkpoint there, one that is not whole, or one with a pickle that
-            holds more than tensors and plain values.
+        ProblemError: no checkpoint there, or one that is not whole.
     """
     if not folder.is_dir():
         raise ProblemError(f"there is no checkpoint {folder}")
@@ -92,9 +94,6 @@ def unseal(folder: Path) -> dict[str, Any]:
                 f"{path} is not what was written (truncated or changed); resume from an earlier "
                 "checkpoint"
             )
-        # The arguments are for people: nothing here loads them.
-        if path.suffix in (".pt", ".pth") or path.name == "optimizer.bin":
-            read_state(path)
     return dict(record)
 
 
@@ -193,8 +192,7 @@ def read_state(path: Path) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    marks = (SEAL, INCOMPLETE)
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(marks))
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(SEAL))
 
 
 def _in_order(*folders: Path) -> list[Path]:

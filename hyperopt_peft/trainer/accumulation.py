@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.utils.distributed import means
+from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
+
+#: Entries of a batch that `BilevelTrainer.task_loss` reads and removes.
+ITEMS, WEIGHT = "num_items_in_batch", "loss_weight"
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,21 @@ class MicroBatch:
 class Accumulated(Problem):
     """A level whose batch is a list of `MicroBatch`; its loss is the mean of ``level``'s losses.
 
-    It shares the variables of ``level``. Each micro-batch sees its own random numbers again at
+        f(w) = 1/n Σ_i f_i(w)   over n micro-batches
+
+    The variables are those of ``level``. Each micro-batch sees its own random numbers again at
     every evaluation, and first-order passes hold one micro-batch in memory at a time.
     ``optimizer`` moves these variables, and may move others.
+
+    Example:
+        >>> w = torch.ones((), requires_grad=True)
+        >>> class Scale(Problem):
+        ...     def loss(self, batch):
+        ...         return w * batch
+        >>> start = RandomState.capture()
+        >>> batch = [MicroBatch(torch.tensor(x), start) for x in (1.0, 3.0)]
+        >>> Accumulated(Scale([w])).gradient(batch, (w,)).gradient
+        (tensor(2.),)
     """
 
     def __init__(
@@ -40,6 +55,7 @@ class Accumulated(Problem):
             name=level.name,
         )
         self.optimizer = optimizer
+        self.half = level.half
 
     def evaluate(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, float]]:
         """The mean loss with the graphs of all micro-batches, and the mean metrics."""
@@ -50,7 +66,7 @@ class Accumulated(Problem):
             losses.append(loss)
             metrics.append(values)
         self.half = self.level.half
-        return torch.stack(losses).mean(), means(metrics)
+        return torch.stack(losses).mean(), distributed.means(metrics)
 
     def backward(
         self, batch: Sequence[MicroBatch], variables: Sequence[Tensor]
@@ -69,4 +85,46 @@ class Accumulated(Problem):
                     share = part / len(batch)
                     total[index] = share if known is None else known.add_(share)
         self.half = self.level.half
-        return torch.stack(losses).mean(), means(metrics), tuple(total)
+        return torch.stack(losses).mean(), distributed.means(metrics), tuple(total)
+
+
+def label_weights(
+    batches: Sequence[Any], *, shifted: bool, items: bool, across_processes: bool
+) -> list[dict[str, Tensor]]:
+    """What to add to each of one step's ``batches`` for a mean over all of its labels.
+
+    The loss of a micro-batch is the mean over its c_i labels that are not -100; a step's loss is
+    the mean over all of its labels, on all P processes:
+
+        1/(nP) Σ_i,p weight_i,p · loss_i,p,   weight_i,p = c_i,p · nP / Σ c
+
+    Args:
+        batches: the n micro-batches of this process. Nothing is added where one has no ``labels``.
+        shifted: the labels are those of the next token, so that the first of a row is not scored.
+        items: the loss takes ``num_items_in_batch``, c_i.
+        across_processes: the Trainer multiplies a loss that takes it by P, which c_i·P undoes.
+    """
+    counts = [_labels(batch, shifted) for batch in batches]
+    known = [count for count in counts if count is not None]
+    if not known or len(known) < len(batches):
+        return [{} for _ in batches]
+    # Apple's devices have no floats of 64 bits.
+    exact = torch.float32 if known[0].is_mps else torch.float64
+    mean = distributed.average(torch.stack(known).sum().to(exact)) / len(known)
+    factor = distributed.count() if across_processes else 1
+    return [
+        {WEIGHT: count / mean, **({ITEMS: count.clamp(min=1) * factor} if items else {})}
+        for count in known
+    ]
+
+
+def _labels(batch: Any, shifted: bool) -> Tensor | None:
+    """How many labels of ``batch`` are scored; None where it has none."""
+    if not isinstance(batch, Mapping):
+        return None
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = batch.get("labels")
+        if shifted and isinstance(labels, Tensor):
+            labels = labels[..., 1:]
+    return labels.ne(-100).sum() if isinstance(labels, Tensor) else None

@@ -1,10 +1,10 @@
-"""The arguments of `BilevelTrainer`: those of `transformers.Trainer`, and their upper twins."""
+"""The arguments of `BilevelTrainer`: those of `transformers.Trainer`, and the upper level's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from transformers import TrainingArguments
@@ -14,6 +14,48 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.utils.validation import matches, spelt
 
+#: The estimator where none is chosen.
+DEFAULT_ESTIMATOR = "darts:scheme=forward"
+
+#: The fields of `transformers.TrainingArguments` that a run's result depends on, of all versions.
+DECISIVE = (
+    "accelerator_config",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "average_tokens_across_devices",
+    "bf16",
+    "data_seed",
+    "dataloader_drop_last",
+    "full_determinism",
+    "gradient_accumulation_steps",
+    "group_by_length",
+    "ignore_data_skip",
+    "label_names",
+    "label_smoothing_factor",
+    "learning_rate",
+    "length_column_name",
+    "liger_kernel_config",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_steps",
+    "neftune_noise_alpha",
+    "num_train_epochs",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "per_device_train_batch_size",
+    "remove_unused_columns",
+    "seed",
+    "tf32",
+    "train_sampling_strategy",
+    "use_liger_kernel",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+)
+
 
 @dataclass
 class BilevelTrainingArguments(TrainingArguments):
@@ -21,13 +63,21 @@ class BilevelTrainingArguments(TrainingArguments):
 
     Epochs and steps count optimizer steps of the lower level. The learning rate schedule
     (``lr_scheduler_type``, ``warmup_steps``) is that of both levels, each with its own peak.
+    Callbacks with a state, such as ``EarlyStoppingCallback``, resume with it.
 
     Raises:
         ProblemError: an unknown estimator or option, or a value out of range.
+
+    Example:
+        >>> args = BilevelTrainingArguments(
+        ...     output_dir="outputs", hypergradient="cg:steps=5,damping=1.0", report_to="none"
+        ... )
+        >>> args.estimator()
+        ConjugateGradient(...)
     """
 
     hypergradient: str = HfArg(
-        default="darts:scheme=forward",
+        default=DEFAULT_ESTIMATOR,
         help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
     lower_steps: int = HfArg(
@@ -54,6 +104,10 @@ class BilevelTrainingArguments(TrainingArguments):
         default="raise",
         help="what a NaN or infinite loss, gradient or curvature does: raise (a checkpoint is "
         "written first), or skip (the step is left out and counted)",
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "whether callbacks such as early stopping resume with their state"},
     )
 
     def __post_init__(self) -> None:
@@ -91,17 +145,25 @@ class BilevelTrainingArguments(TrainingArguments):
         needs = estimator.requirements
         if needs.history > 1:
             raise ProblemError(
-                f"{estimator.name} looks back on {needs.history} lower steps, which only the "
-                "Engine keeps; choose darts, neumann, cg or minres, or one step"
+                f"hypergradient: {estimator.name} looks back on {needs.history} lower steps, of "
+                "which the Trainer keeps one; choose darts, neumann, cg or minres, or one step"
             )
         if needs.every_step and self.lower_steps > 1:
             raise ProblemError(
-                f"{estimator.name} carries over what each lower step did, and the Trainer keeps "
-                f"only one of lower_steps={self.lower_steps}; leave carry out, or use the Engine"
+                f"hypergradient: {estimator.name} carries over what each lower step did, and the "
+                f"Trainer keeps one of lower_steps={self.lower_steps}; leave carry out, or use "
+                "the Engine"
             )
         return estimator
 
     def bilevel_settings(self) -> dict[str, Any]:
         """The fields of this class and its subclasses, without those of TrainingArguments."""
-        inherited = TrainingArguments.__dataclass_fields__
-        return {n: getattr(self, n) for n in self.__dataclass_fields__ if n not in inherited}
+        inherited = {each.name for each in fields(TrainingArguments)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
+
+    def decisive_settings(self) -> dict[str, Any]:
+        """The arguments that a run's result depends on, as plain values."""
+        known = self.to_dict()
+        own = self.bilevel_settings()
+        own.pop("non_finite")  # may change when a run goes on
+        return {**{name: known[name] for name in DECISIVE if name in known}, **own}

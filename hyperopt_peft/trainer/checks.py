@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import ClassLabel, Dataset, Value
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim import Optimizer
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import check_ownership
+from hyperopt_peft.hypergradients.products import SHARDED
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed
+
+if TYPE_CHECKING:
+    from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 # They take the model in place of parameters, and some step in hooks of the backward pass.
 SELF_WILLED = ("galore", "apollo", "lomo", "adalomo")
 
 
 def check_arguments(
-    args: Any, model: Any, options: Mapping[str, Any], *, trainer_loss: bool
+    args: Any, model: Any, options: Mapping[str, Any], *, trainer_loss: bool, own_loss: bool
 ) -> None:
     """Refuse what would train, and train something else than a bilevel program.
 
@@ -33,6 +37,7 @@ def check_arguments(
         model: the trainer's model.
         options: what else `transformers.Trainer` is given.
         trainer_loss: whether the levels' losses are the Trainer's own.
+        own_loss: whether the trainer's class has a ``compute_loss`` of its own.
     """
     if not isinstance(args, BilevelTrainingArguments):
         raise ProblemError(f"args must be BilevelTrainingArguments, got {type(args).__name__}")
@@ -40,35 +45,48 @@ def check_arguments(
         raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     wrapped = isinstance(model, DataParallel | DistributedDataParallel)
     smoothing, optim = args.label_smoothing_factor, args.optim.value
-    own_loss = "the levels have losses of their own; put it into these"
+    theirs = (
+        "the levels have losses of their own; put it into these, or give the levels as functions "
+        "of the trainer and let them read trainer.task_loss"
+    )
     refused = {
-        "fp16=True": (args.fp16, "its loss scale is part of the gradients; use bf16"),
-        "deepspeed": (args.deepspeed, "it keeps gradients to itself; use DDP"),
+        "fp16=True": (args.fp16, "the loss scale is part of the gradients; use bf16"),
+        "deepspeed": (args.deepspeed, "DeepSpeed keeps gradients to itself; use DDP"),
         "fsdp": (
             args.fsdp and distributed.count() == 1,
             "one process has nothing to shard; start several, or use DDP",
         ),
-        f"n_gpu={args.n_gpu}": (args.n_gpu > 1, "start one process a device, with torchrun"),
-        f"a {type(model).__name__} model": (wrapped, "give the model inside, and use torchrun"),
+        f"n_gpu={args.n_gpu}": (
+            args.n_gpu > 1,
+            "threads split a batch out of sight; start one process a device, with torchrun",
+        ),
+        f"a {type(model).__name__} model": (
+            wrapped,
+            "levels own the parameters of the model inside; give that, and use torchrun",
+        ),
         "auto_find_batch_size=True": (
             args.auto_find_batch_size,
-            "it starts again in the middle of a step; give per_device_train_batch_size",
+            "the Trainer starts again within a step; give per_device_train_batch_size",
         ),
         f"optim={optim!r}": (
             optim.startswith(SELF_WILLED),
-            "it chooses its own parameters; choose one that takes groups, such as adamw_torch",
+            "the optimizer chooses its own parameters; use one that takes groups, as adamw_torch",
         ),
         "torch_compile=True": (
             args.torch_compile,
             "the levels call the model itself, and not what it is wrapped in; use model.compile()",
         ),
-        "model_init": (options.get("model_init"), "levels own the tensors of one model"),
-        "compute_loss_func": (not trainer_loss and options.get("compute_loss_func"), own_loss),
-        f"label_smoothing_factor={smoothing}": (not trainer_loss and smoothing, own_loss),
+        "model_init": (
+            options.get("model_init"),
+            "levels own the tensors of one model; make the model first",
+        ),
+        "compute_loss_func": (not trainer_loss and options.get("compute_loss_func"), theirs),
+        "compute_loss": (not trainer_loss and own_loss, theirs),
+        f"label_smoothing_factor={smoothing}": (not trainer_loss and smoothing, theirs),
     }
     for name, (given, reason) in refused.items():
         if given:
-            raise ProblemError(f"{name} does not go with bilevel training: {reason}")
+            raise ProblemError(f"{name}: bilevel training does not go with this, since {reason}")
     optimizers = options.get("optimizers", (None, None))
     if not isinstance(optimizers, Sequence) or len(optimizers) != 2:
         raise ProblemError(f"optimizers must be (optimizer, scheduler), got {optimizers!r}")
@@ -79,7 +97,7 @@ def check_levels(levels: Sequence[Problem]) -> None:
     for level in levels:
         if is_chain(level):
             raise ProblemError(
-                f"{level.name} stands on other levels, and a trainer has two; train it by Engine"
+                f"{level.name}: the level has levels below, and a trainer has two; use the Engine"
             )
     check_ownership(*levels)
     for level in levels:
@@ -99,40 +117,12 @@ def check_levels(levels: Sequence[Problem]) -> None:
             )
 
 
-def check_optimizer(optimizer: Any, scheduler: Any, levels: Sequence[Problem]) -> None:
-    """Refuse a user's optimizer unless it holds the levels' variables, each level's apart."""
-    if optimizer is None:
-        if scheduler is not None:
-            raise ProblemError("there is a scheduler without an optimizer; give both or neither")
-        return
-    if not isinstance(optimizer, Optimizer):
-        raise ProblemError(f"the optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ProblemError("the scheduler drives another optimizer than the one it is given with")
-    names = {id(v): n for level in levels for n, v in zip(level.names, level.variables)}
-    groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    foreign = [tuple(p.shape) for p in held if id(p) not in names]
-    missing = [name for key, name in names.items() if not any(key in group for group in groups)]
-    if missing or foreign:
-        raise ProblemError(
-            "the optimizer must hold exactly the variables of both levels; it lacks "
-            f"{missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
-        )
-    owned = [{id(v) for v in level.variables} for level in levels]
-    if any(sum(bool(group & own) for own in owned) > 1 for group in groups):
-        raise ProblemError(
-            "a group of the optimizer holds variables of both levels, which would share a "
-            "learning rate; give each level groups of its own"
-        )
-
-
 def check_batches(args: BilevelTrainingArguments, data: Any) -> None:
     """Refuse a training set that ``dataloader_drop_last`` leaves without a batch."""
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and has_length(data) and len(data) < batch:
         raise ProblemError(
-            f"dataloader_drop_last=True leaves no batch of {batch} of the {len(data)} examples of "
+            f"dataloader_drop_last: True leaves no batch of {batch} of the {len(data)} examples of "
             "train_dataset; lower per_device_train_batch_size"
         )
 
@@ -157,13 +147,69 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
     dtype = feature.dtype if isinstance(feature, ClassLabel | Value) else ""
     if "string" in dtype:
         raise ProblemError(
-            f"the labels in {column!r} are text; number them with class_encode_column({column!r})"
+            f"{column}: the labels are text; number them with class_encode_column({column!r})"
         )
     if "int" not in dtype:
         return
     largest = max(filter(None, data.unique(column)), default=0)
     if largest >= classes:
         raise ProblemError(
-            f"the data have class {largest} in {column!r}, but the model's num_labels is {classes} "
+            f"{column}: the data have class {largest}, but the model's num_labels is {classes} "
             f"(classes 0 to {classes - 1}); load the model with num_labels={largest + 1}"
         )
+
+
+def check_accelerator(trainer: BilevelTrainer) -> None:
+    """Raise ProblemError where ``trainer`` would train something else than its levels.
+
+    DDP is as good as one process. FSDP2 is for estimators with first-order products, in float32.
+    """
+    accelerator = trainer.accelerator
+    if trainer.is_deepspeed_enabled:
+        raise ProblemError("deepspeed: DeepSpeed keeps gradients to itself; use DDP or FSDP2")
+    if accelerator.mixed_precision == "fp16":
+        raise ProblemError("fp16: the loss scale is part of the gradients; use bf16")
+    if distributed.count() != trainer.args.world_size:
+        raise ProblemError(
+            f"world_size: there are {distributed.count()} processes, but the Trainer counts "
+            f"{trainer.args.world_size}, so that each would train alone on all data and write to "
+            "one folder; on CPUs set use_cpu=True"
+        )
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer)
+    elif trainer.args.fsdp:
+        raise ProblemError("fsdp: accelerate has FSDP for GPUs only; use DDP on CPUs")
+
+
+def _check_fsdp(trainer: BilevelTrainer) -> None:
+    plugin, precision = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.mixed_precision
+    if plugin.fsdp_version != 2:
+        raise ProblemError("fsdp_version: FSDP1 hides the parameters that a level owns; set 2")
+    if "FULL" not in str(plugin.state_dict_type):
+        raise ProblemError(
+            "fsdp_state_dict_type: a sharded state dict is a pickle, and loading one could run "
+            "code; set FULL_STATE_DICT"
+        )
+    if trainer.upper is not None and trainer.estimator.requirements.second_derivatives:
+        raise ProblemError(f"{trainer.estimator.name}: {SHARDED}")
+    differences = trainer.upper is not None and not isinstance(trainer.estimator, Direct)
+    if differences and precision != "no":
+        raise ProblemError(
+            f"mixed_precision: {precision} does not go with FSDP2, since a difference of gradients "
+            "needs parameters that are gathered in float32; turn it off"
+        )
+    of_model = {id(parameter) for parameter in trainer.model.parameters()}
+    for level in trainer.levels:
+        for name, variable in zip(level.names, level.variables, strict=True):
+            if id(variable) not in of_model:
+                raise ProblemError(
+                    f"{level.name}: {name} is no parameter of the model, and FSDP2 shards "
+                    "nothing else; make it one"
+                )
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether the loss of ``model`` compares a token with the label of the next one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return decoder and getattr(base, "loss_type", None) == "ForCausalLM"

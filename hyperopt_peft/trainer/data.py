@@ -1,19 +1,21 @@
-"""The upper level's examples: a part of the training set, in batches by number."""
+"""The levels' examples: their split, their checks, and what a checkpoint knows them by."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
-import torch
+import pyarrow
 from datasets import ClassLabel, Dataset, Value
+from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils.random_state import RandomState, replay
 
 
 def split_dataset(
@@ -69,6 +71,30 @@ def split_dataset(
     return train.select(parts["train"]["row"][:]), train.select(parts["test"]["row"][:])
 
 
+def data_of_levels(
+    train: Any, upper: Any, evaluation: Any, args: Any, *, bilevel: bool
+) -> tuple[Any, Any]:
+    """The lower and the upper level's examples: ``train`` is split where ``upper`` is None.
+
+    Raises:
+        ProblemError: see `split_dataset`, `require_examples` and `require_apart`; ``upper`` is
+            given without an upper level.
+    """
+    require_examples("train_dataset", train)
+    if not bilevel:
+        if upper is not None:
+            raise ProblemError("upper_dataset: there is no upper level to give it to; leave it out")
+        return train, None
+    if upper is None:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        train, upper = split_dataset(train, args.upper_fraction, seed)
+        require_apart(None, upper, evaluation)
+    else:
+        require_examples("upper_dataset", upper, by_index=True)
+        require_apart(train, upper, evaluation)
+    return train, upper
+
+
 def label_column(data: Dataset) -> str | None:
     """The column of ``data`` that Transformers' models and collators take for labels, if any."""
     return next((column for column in ("label", "labels") if column in data.column_names), None)
@@ -113,6 +139,8 @@ def collating(name: str) -> Iterator[None]:
     """Make one ProblemError of what a data collator says of the examples of ``name``."""
     try:
         yield
+    except ProblemError:
+        raise
     except (TypeError, ValueError, LookupError) as error:
         raise ProblemError(
             f"the data collator makes no batch of examples of {name} ({error}); tokens of "
@@ -164,55 +192,58 @@ def shared(data: Any, other: Any) -> int:
     return sum(digest in known for digest in _digests(data, _columns(data, other)))
 
 
+#: Rows of a data set that a fingerprint reads at most, evenly spaced.
+FINGERPRINT_ROWS = 100_000
+
+
+def fingerprint(data: Any) -> str | int | None:
+    """What a checkpoint knows ``data`` again by: the contents, the order and the number of rows.
+
+    Of a `datasets.Dataset`, a list or a tuple it is a hash; of more than `FINGERPRINT_ROWS` rows
+    those evenly spaced are read. Other data may cost or draw random numbers to read: of these it
+    is the length, or None.
+    """
+    if not isinstance(data, Dataset | list | tuple):
+        return len(data) if has_length(data) else None
+    rows = range(0, len(data), max(1, len(data) // FINGERPRINT_ROWS))
+    if not isinstance(data, Dataset):
+        return str(Hasher.hash((len(data), [data[row] for row in rows])))
+    digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
+    read = data if rows.step == 1 else data.select(rows)
+    for table in read.with_format("arrow").iter(1000):
+        plain = pyarrow.Table.from_arrays(table.columns, names=table.column_names)
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, plain.schema) as stream:
+            stream.write_table(plain.combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+class Endless(IterableDataset[Any]):
+    """The examples of a stream again and again, in one pass that never ends.
+
+    The Trainer resumes within a pass by reading what came before, and does not know the passes
+    of a stream without a length.
+
+    Raises:
+        ProblemError: a pass without examples.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in count():
+            if hasattr(self.stream, "set_epoch"):
+                self.stream.set_epoch(epoch)
+            row = None
+            for row in self.stream:
+                yield row
+            if row is None:
+                raise ProblemError("train_dataset: the stream has no examples; give it some")
+
+
 def _digests(data: Dataset, columns: list[str]) -> Iterator[int]:
     """A hash of each row as it is stored, whatever format it is read in."""
     for table in data.select_columns(columns).with_format("arrow").iter(1000):
         yield from map(hash, map(repr, table.select(columns).to_pylist()))
-
-
-class UpperBatches:
-    """The upper level's batches, each a function of its number alone, so that a run can resume.
-
-    Args:
-        data: examples by index, with a length.
-        size: examples a batch and process.
-        seed: of the order, which changes from epoch to epoch.
-        collate: makes a batch from a list of examples.
-        rank, processes: which share of each batch is this process's.
-
-    Raises:
-        ProblemError: no examples, or an iterable data set, which has no order to return to.
-    """
-
-    def __init__(
-        self,
-        data: Any,
-        size: int,
-        *,
-        seed: int,
-        collate: Callable[[Sequence[Any]], Any],
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        require_examples("upper_dataset", data, by_index=True)
-        if len(data) < processes:
-            raise ProblemError(
-                f"the upper level has {len(data)} examples for {processes} processes; raise "
-                "upper_fraction or give a larger upper_dataset"
-            )
-        self.data, self.seed, self.collate = data, seed, collate
-        self.rank, self.processes = rank, processes
-        self.size = min(size, len(data) // processes)
-        self.per_epoch = len(data) // (self.size * processes)
-
-    def batch(self, number: int) -> Any:
-        """This process's share of batch ``number``, from 0; an epoch drops a smaller last one."""
-        epoch, position = divmod(number, self.per_epoch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.data), generator=generator)
-        begin = (position * self.processes + self.rank) * self.size
-        rows = order[begin : begin + self.size].tolist()
-        # Also where an example or the collator draws random numbers.
-        random_state = RandomState.seeded((), self.seed, number, self.rank)
-        with replay(random_state), collating("upper_dataset"):
-            return self.collate([self.data[row] for row in rows])

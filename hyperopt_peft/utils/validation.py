@@ -38,8 +38,15 @@ def spelt(hint: Any) -> str:
 
 
 def require_settings(made: str, known: Mapping[str, Any], has: str, now: Mapping[str, Any]) -> None:
-    """Raise ProblemError where ``known``, what was ``made`` with, differs from ``now``."""
-    for key, value in now.items():
-        before = known.get(key)
-        if before != value:
-            raise ProblemError(f"{made} was made with {key}={before!r}, {has} has {value!r}")
+    """Raise ProblemError where ``known``, what was ``made`` with, differs from ``now``.
+
+    The first difference is named, with both values, and the others are counted.
+    """
+    different = [key for key in {**now, **known} if known.get(key) != now.get(key)]
+    if different:
+        first, *others = different
+        more = f" ({len(others)} more settings differ)" if others else ""
+        raise ProblemError(
+            f"{first}: {made} was made with {known.get(first)!r}, {has} has {now.get(first)!r}"
+            f"{more}; resume with the same settings, or start a new run"
+        )

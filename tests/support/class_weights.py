@@ -103,9 +103,14 @@ class Stream(IterableDataset):
 
 
 def streamed(
-    folder: Path, callbacks: Sequence[TrainerCallback] = (), *, count: int = 20, **settings: Any
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    count: int = 20,
+    data: Any = None,
+    **settings: Any,
 ) -> BilevelTrainer:
-    """A trainer over a stream of ``count`` rows, four to a micro-batch."""
+    """A trainer over a stream, of ``count`` rows where none is given, four to a micro-batch."""
     given = {
         "per_device_train_batch_size": 4,
         "max_steps": 9,
@@ -116,6 +121,6 @@ def streamed(
         "hypergradient": "darts",
         **settings,
     }
-    made, _ = pair(folder, Stream(count), callbacks, **given)
+    made, _ = pair(folder, data or Stream(count), callbacks, **given)
     made.remove_callback(PrinterCallback)
     return made

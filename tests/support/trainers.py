@@ -91,15 +91,8 @@ def peft_model(
     task, targets = TASKS[kind]
     model = base_model(kind, dropout)
     torch.manual_seed(1)
-    adapter = LoraConfig(
-        task_type=task,
-        r=2,
-        lora_alpha=4,
-        lora_dropout=dropout,
-        target_modules=targets,
-        use_dora=dora,
-        **options,
-    )
+    given = {"r": 2, "lora_alpha": 4, "lora_dropout": dropout, "target_modules": targets}
+    adapter = LoraConfig(task_type=task, use_dora=dora, **{**given, **options})
     model = get_peft_model(model, adapter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -69,7 +69,7 @@ DATA = {
             .remove_columns("labels")
             .add_column("label", ["good", "bad", "fair"] * 8)
         },
-        r"labels in 'label' are text; .* class_encode_column\('label'\)",
+        "label.*class_encode_column",
     ),
     "labels that are missing": (
         {"train_dataset": unlabelled()},
@@ -125,7 +125,7 @@ DATA = {
     ),
     "more classes than outputs": (
         {"train_dataset": relabelled(["a", "b", "c", "d"])},
-        "class 3 in 'labels', but the model's num_labels is 3 .*num_labels=4",
+        "labels.*num_labels=4",
     ),
     "more classes than outputs, upper": (
         {
@@ -136,7 +136,7 @@ DATA = {
                 "label", Value("int64")
             ),
         },
-        "class 3 in 'label', but the model's num_labels is 3 .*num_labels=4",
+        "label.*num_labels=4",
     ),
     "columns of another model": (
         {"train_dataset": Dataset.from_dict({"text": ["a"] * 10})},
@@ -154,7 +154,7 @@ def test_data(case, tmp_path):
 
 def test_more_examples_a_batch_than_there_are_makes_one_batch_of_all(tmp_path):
     run = trainer(tmp_path, rows=30, per_device_upper_batch_size=100)
-    batch = run._upper_batches.batch(3)
+    batch = run.upper_batches.batch(3)
     assert len(batch["labels"]) == len(run.upper_dataset) == 6
 
 
@@ -178,7 +178,7 @@ def test_labels_that_a_collator_changes_are_left_to_it(tmp_path):
 
 def test_no_batch_is_left(tmp_path):
     """24 examples give the lower level 19: less than a batch of 20, which is then dropped."""
-    with pytest.raises(ProblemError, match="leaves no batch of 20 of the 19 examples of train_da"):
+    with pytest.raises(ProblemError, match="dataloader_drop_last"):
         trainer(tmp_path, per_device_train_batch_size=20, dataloader_drop_last=True)
     run = trainer(tmp_path, per_device_train_batch_size=19, dataloader_drop_last=True)
     run.train()

@@ -1,5 +1,8 @@
 """Bad settings and models get one error that names them and says what to do, before training."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -11,93 +14,69 @@ from tests.support.refusals import cases
 from tests.support.trainers import arguments, base_model, data, peft_model, trainer
 
 NAN, INFINITE = float("nan"), float("inf")
-ARGUMENTS = {
-    "no lower step": ({"lower_steps": 0}, "lower_steps must be at least 1, got 0"),
-    "half a lower step": ({"lower_steps": 1.5}, "lower_steps must be int, got 1.5"),
-    "lower steps as truth value": ({"lower_steps": True}, "lower_steps must be int, got True"),
-    "upper learning rate as text": (
-        {"upper_learning_rate": "1e-3"},
-        "upper_learning_rate must be float, got '1e-3'",
-    ),
-    "upper learning rate NaN": (
-        {"upper_learning_rate": NAN},
-        "upper_learning_rate must be finite, got nan",
-    ),
-    "upper learning rate infinite": (
-        {"upper_learning_rate": INFINITE},
-        "upper_learning_rate must be finite, got inf",
-    ),
-    "upper learning rate negative": (
-        {"upper_learning_rate": -1e-3},
-        "upper_learning_rate must not be negative, got -0.001",
-    ),
-    "learning rate NaN": ({"learning_rate": NAN}, "learning_rate must be finite, got nan"),
-    "learning rate as text": ({"learning_rate": "1"}, "learning_rate must be float, got '1'"),
-    "weight decay NaN": ({"weight_decay": NAN}, "weight_decay must be finite, got nan"),
-    "norm limit negative": ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
-    "batch size": (
-        {"per_device_train_batch_size": 0},
-        "per_device_train_batch_size must be at least 1, got 0",
-    ),
-    "micro-batches": (
-        {"gradient_accumulation_steps": 0},
-        "gradient_accumulation_steps must be at least 1, got 0",
-    ),
-    "upper weight decay": ({"upper_weight_decay": -1.0}, "upper_weight_decay must not be negative"),
-    "upper norm limit": ({"upper_max_grad_norm": -1.0}, "upper_max_grad_norm must not be negative"),
-    "upper norm limit missing": (
-        {"upper_max_grad_norm": None},
-        "upper_max_grad_norm must be float, got None",
-    ),
-    "upper batch size": (
-        {"per_device_upper_batch_size": 0},
-        "per_device_upper_batch_size must be at least 1, got 0",
-    ),
-    "upper fraction zero": ({"upper_fraction": 0.0}, r"upper_fraction must be in \(0, 1\), got 0"),
-    "upper fraction one": ({"upper_fraction": 1.0}, r"upper_fraction must be in \(0, 1\), got 1"),
-    "upper fraction in per cent": ({"upper_fraction": 20}, r"must be in \(0, 1\), got 20"),
-    "what a NaN does": ({"non_finite": "ignore"}, "non_finite must be 'raise' or 'skip'"),
-    "estimator unknown": ({"hypergradient": "dart"}, "unknown estimator 'dart'; .*'darts'"),
-    "estimator's option unknown": (
-        {"hypergradient": "cg:step=5"},
-        "cg: unknown option 'step'; did you mean 'steps'",
-    ),
-    "estimator's option out of range": (
-        {"hypergradient": "neumann:terms=-1"},
-        "neumann: terms must not be negative, got -1",
-    ),
-    "estimator of no known kind": ({"hypergradient": 3}, "hypergradient must be str, got 3"),
-    "unrolled": (
-        {"hypergradient": "unrolled:steps=2"},
-        "unrolled .* only the Engine .* choose darts",
-    ),
-    "ξ of an estimator without": (
-        {"hypergradient": "cg", "xi": 1.0},
-        "xi is an option of darts, not of cg",
-    ),
-    "ξ negative": ({"xi": -1.0}, "darts: xi must not be negative"),
-    "ξ NaN": ({"xi": NAN}, "xi must be finite, got nan"),
-    "method": ({"method": "bidorra"}, "method must be 'bidora' or 'dora' or 'lora', got 'bidorra'"),
-    "γ": ({"gamma": -1e-5}, "gamma must not be negative"),
-    "γ as text": ({"gamma": "small"}, "gamma must be float, got 'small'"),
-    "magnitude decay": ({"magnitude_decay": -1.0}, "magnitude_decay must not be negative"),
-    "norm gradient": ({"norm_grad": "none"}, "norm_grad must be 'full' or 'detach', got 'none'"),
-    "fast layer": ({"fast_dora": "no"}, "fast_dora must be bool, got 'no'"),
-    "retraining": ({"retrain": True}, "retrain must be 'none' or 'warm' or 'scratch', got True"),
-    "retraining's learning rate": (
-        {"retrain_learning_rate": -1.0},
-        "retrain_learning_rate must not be negative",
-    ),
-    "retraining's epochs": ({"retrain_epochs": 0.0}, "retrain_epochs must be positive, got 0.0"),
-    "retraining's steps": ({"retrain_steps": 0}, "retrain_steps must be positive, got 0"),
+# Each argument that an error must name, with values that it refuses.
+ARGUMENTS: dict[str, list[Any]] = {
+    "lower_steps": [0, 1.5, True],
+    "upper_learning_rate": ["1e-3", NAN, INFINITE, -1e-3],
+    "learning_rate": [NAN, "1"],
+    "weight_decay": [NAN],
+    "max_grad_norm": [-1.0],
+    "per_device_train_batch_size": [0],
+    "gradient_accumulation_steps": [0],
+    "upper_weight_decay": [-1.0],
+    "upper_max_grad_norm": [-1.0, None],
+    "per_device_upper_batch_size": [0],
+    "upper_fraction": [0.0, 1.0, 20],
+    "non_finite": ["ignore"],
+    "hypergradient": [3, "unrolled:steps=2"],
+    "xi": [NAN, -1.0],
+    "method": ["bidorra"],
+    "gamma": [-1e-5, "small"],
+    "magnitude_decay": [-1.0],
+    "norm_grad": ["none"],
+    "fast_dora": ["no"],
+    "preset": ["darts"],
+    "retrain": [True],
+    "retrain_learning_rate": [-1.0],
+    "retrain_epochs": [0.0],
+    "retrain_steps": [0],
 }
 
 
-@cases(ARGUMENTS)
-def test_arguments(case, tmp_path):
-    fields, message = case
-    with pytest.raises(ProblemError, match=message):
-        arguments(tmp_path, **fields)
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in ARGUMENTS.items() for value in values]
+)
+def test_an_argument_out_of_range_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ProblemError, match=name):
+        arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [("dart", "'darts'"), ("cg:step=5", "'steps'"), ("neumann:terms=-1", "terms")],
+)
+def test_an_estimator_that_is_not_known_as_it_is_written(
+    tmp_path: Path, method: str, named: str
+) -> None:
+    with pytest.raises(ProblemError, match=named):
+        arguments(tmp_path, hypergradient=method)
+
+
+@pytest.mark.parametrize("named", ["xi", "cg"])
+def test_xi_is_for_darts_alone(tmp_path: Path, named: str) -> None:
+    with pytest.raises(ProblemError, match=named):
+        arguments(tmp_path, hypergradient="cg", xi=1.0)
+
+
+def test_a_preset_is_a_set_of_options(tmp_path: Path) -> None:
+    args = arguments(tmp_path, preset="published")
+    assert (
+        args.estimator()
+        == arguments(tmp_path, hypergradient="darts:scheme=forward,xi=1").estimator()
+    )
+    for name, value in (("hypergradient", "cg"), ("xi", 0.5)):
+        with pytest.raises(ProblemError, match=f"{name}.*published"):
+            arguments(tmp_path, preset="published", **{name: value})
 
 
 def frozen_magnitudes():
@@ -165,7 +144,7 @@ MODELS = {
     "magnitudes for lora": (
         lambda _: peft_model(),
         {"method": "lora"},
-        'method="lora" needs an adapter with use_dora=False',
+        "use_dora=False",
     ),
     "an adapter of another kind": (
         lambda _: get_peft_model(base_model(), IA3Config(target_modules=["key"])),
@@ -175,22 +154,22 @@ MODELS = {
     "frozen magnitudes": (
         lambda _: frozen_magnitudes(),
         {},
-        r"magnitude_vector.* is frozen; load adapter .*is_trainable=True",
+        "magnitude_vector",
     ),
     "loaded for inference, bidora": (
         lambda folder: for_inference(folder, dora=True),
         {},
-        r"is frozen; load adapter .*is_trainable=True",
+        "is_trainable=True",
     ),
     "loaded for inference, dora": (
         lambda folder: for_inference(folder, dora=True),
         {"method": "dora"},
-        r"no parameter of the model is trainable; .*is_trainable=True",
+        "is_trainable=True",
     ),
     "loaded for inference, lora": (
         lambda folder: for_inference(folder, dora=False),
         {"method": "lora"},
-        r"no parameter of the model is trainable; .*is_trainable=True",
+        "is_trainable=True",
     ),
     "two active adapters": (
         lambda _: activated("default", "other"),

@@ -49,76 +49,76 @@ class Half(Problem):
 PLAIN = {
     "arguments of the Trainer": (
         lambda m, f: {"args": TrainingArguments(str(f), report_to="none")},
-        "args must be BilevelTrainingArguments, got TrainingArguments",
+        "args",
     ),
     "arguments as a dict": (
         lambda m, f: {"args": {"lower_steps": 2}},
-        "args must be BilevelTrainingArguments, got dict",
+        "args",
     ),
-    "fp16": (lambda m, f: with_argument("fp16", True)(f), "fp16=True does not go .* use bf16"),
+    "fp16": (lambda m, f: with_argument("fp16", True)(f), "fp16"),
     "deepspeed": (
         lambda m, f: with_argument("deepspeed", "zero2.json")(f),
-        "deepspeed does not go .* use DDP",
+        "deepspeed",
     ),
-    "fsdp": (lambda m, f: with_argument("fsdp", True)(f), "fsdp does not go .* use DDP"),
+    "fsdp": (lambda m, f: with_argument("fsdp", True)(f), "fsdp"),
     "threads of DataParallel": (
         lambda m, f: with_argument("_n_gpu", 2)(f),
-        "n_gpu=2 does not go .* with torchrun",
+        "n_gpu",
     ),
     "batch size by trial": (
         lambda m, f: with_argument("auto_find_batch_size", True)(f),
-        "auto_find_batch_size=True does not go .* give per_device_train_batch_size",
+        "auto_find_batch_size",
     ),
     "an optimizer that steps in hooks": (
         lambda m, f: {"args": arguments(f, optim="galore_adamw_layerwise")},
-        "optim='galore_adamw_layerwise' does not go .* such as adamw_torch",
+        "optim.*galore",
     ),
     "an optimizer that takes the model": (
         lambda m, f: {"args": arguments(f, optim="lomo")},
-        "optim='lomo' does not go .* such as adamw_torch",
+        "optim.*lomo",
     ),
-    "model_init": (lambda m, f: {"model_init": peft_model}, "model_init does not go"),
+    "model_init": (lambda m, f: {"model_init": peft_model}, "model_init"),
     "compute_loss_func": (
         lambda m, f: {"compute_loss_func": lambda *_, **__: 0},
-        "compute_loss_func does not go .*the levels have losses of their own",
+        "compute_loss_func",
     ),
     "label smoothing": (
         lambda m, f: {"args": arguments(f, label_smoothing_factor=0.1)},
-        "label_smoothing_factor=0.1 does not go .*the levels have losses of their own",
+        "label_smoothing_factor",
     ),
     "compilation": (
         lambda m, f: {"args": arguments(f, torch_compile=True)},
-        r"torch_compile=True does not go .*the levels call the model itself.*use model.compile\(\)",
+        "torch_compile",
     ),
     "no level": (lambda m, f: {"lower": None}, "a level must be a Problem, got NoneType"),
     "a module as level": (lambda m, f: {"upper": m}, "a level must be a Problem, got PeftModel"),
     "data of a level": (
         lambda m, f: levels(m, data=[{}]),
-        "Direction: give data and optimizer to the trainer",
+        "Direction",
     ),
     "optimizer of a level": (
         lambda m, f: levels(m, optimizer=torch.optim.SGD(Direction(m).variables, 0.1)),
-        "Direction: give data and optimizer to the trainer",
+        "Direction",
     ),
     "norm limit of a level": (
         lambda m, f: levels(m, max_grad_norm=1.0),
-        "Direction: give the limit .* as the argument max_grad_norm or upper_max_grad_norm",
+        "max_grad_norm",
     ),
     "a tensor of both levels": (
         lambda m, f: {"upper": Half(Direction(m).variables[:1], name="Half")},
-        "both levels own the same tensor: (Direction|Half)'s .* give it to one level",
+        "Direction.*Half|Half.*Direction",
     ),
     "upper data without upper level": (
         lambda m, f: {"upper": None},
-        "there is an upper_dataset, but no upper level",
+        "upper_dataset",
     ),
     "upper data that are a stream": (
         lambda m, f: {"upper_dataset": stream()},
-        "upper_dataset must have examples by index .*; got a IterableDataset",
+        "upper_dataset.*IterableDataset",
     ),
     "upper data without a length": (
         lambda m, f: {"upper_dataset": Unsized()},
-        "upper_dataset must have examples by index and a length.*; got a Unsized",
+        "upper_dataset.*Unsized",
     ),
     "upper data of another model": (
         lambda m, f: {
@@ -133,15 +133,15 @@ PLAIN = {
     ),
     "an optimizer's class": (
         lambda m, f: {"optimizers": (torch.optim.AdamW, None)},
-        "the optimizer must be a torch.optim.Optimizer, got <class",
+        "optimizers",
     ),
     "an optimizer alone": (
         lambda m, f: {"optimizers": adamw(m)},
-        r"optimizers must be \(optimizer, scheduler\), got AdamW",
+        "optimizers",
     ),
     "an optimizer without a level": (
         lambda m, f: {"optimizers": (torch.optim.AdamW(groups(m, 1e-3, 1e-3)[:1]), None)},
-        "must hold exactly the variables of both levels; it lacks .*magnitude.* shape none",
+        "optimizers.*magnitude.* shape none",
     ),
     "an optimizer with a foreign tensor": (
         lambda m, f: {
@@ -150,28 +150,26 @@ PLAIN = {
                 None,
             )
         },
-        r"it lacks none and also holds tensors of shape \[\(7,\)\]",
+        r"optimizers.*none.*\(7,\)",
     ),
     "an optimizer with a group of both levels": (
         lambda m, f: (
-            {"optimizers": (torch.optim.AdamW(m.parameters()), None)}
-            if False
-            else {
+            {
                 "optimizers": (
                     torch.optim.AdamW([v for x in levels(m).values() for v in x.variables]),
                     None,
                 )
             }
         ),
-        "a group of the optimizer holds variables of both levels",
+        "optimizers.*group",
     ),
     "a scheduler without optimizer": (
         lambda m, f: {"optimizers": (None, torch.optim.lr_scheduler.ConstantLR(adamw(m)))},
-        "there is a scheduler without an optimizer",
+        "optimizers.*scheduler",
     ),
     "a scheduler of another optimizer": (
         lambda m, f: {"optimizers": (adamw(m), torch.optim.lr_scheduler.ConstantLR(adamw(m)))},
-        "the scheduler drives another optimizer",
+        "optimizers.*scheduler",
     ),
 }
 

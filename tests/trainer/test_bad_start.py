@@ -44,43 +44,43 @@ LEVELS = {
         product,
         {"lower": ("weight", "idle"), "upper": ("scale",)},
         ProblemError,
-        "lower: no gradient reaches the variable 'idle' at the first step; use it in the loss",
+        "lower.*'idle'",
     ),
     "an upper variable that no loss reads": (
         product,
         {"lower": ("weight",), "upper": ("scale", "idle")},
         ProblemError,
-        "upper: no gradient reaches the variable 'idle' at the first step; use it in the loss",
+        "upper.*'idle'",
     ),
     "a loss for every example": (
         lambda y, scale: (y * scale).mean(1),
         {},
         ProblemError,
-        r"lower: loss must be a real scalar tensor, got \(4,\)",
+        r"lower.*\(4,\)",
     ),
     "a loss that is a number": (
         lambda y, scale: product(y, scale).item(),
         {},
         ProblemError,
-        "lower: loss must be a real scalar tensor, got float",
+        "lower.*float",
     ),
     "a loss that is cut off": (
         lambda y, scale: product(y, scale).detach(),
         {},
         ProblemError,
-        r"lower: the loss does not depend on any tensor .* look for detach\(\)",
+        "lower.*detach",
     ),
     "a loss that is NaN": (
         lambda y, scale: product(y, scale) * float("nan"),
         {},
         NonFiniteError,
-        r"step 1 .*: the loss is nan; lower the .*; the state before it is in .*checkpoint-0",
+        "step 1 .*nan.*checkpoint-0",
     ),
     "a gradient that is infinite": (
         lambda y, scale: product(y, scale) + (y[0, 0] * 0).sqrt() * 0,
         {},
         NonFiniteError,
-        r"step 1 \(epoch .*lower: the gradient is not finite at loss",
+        "step 1 .*lower.*gradient",
     ),
 }
 
@@ -124,27 +124,27 @@ TRAINING = {
     "no labels": (
         step(options={"train_dataset": data().remove_columns("labels")}),
         {},
-        r"no loss for a batch of \['attention_mask', 'input_ids'\]: .* must have .*labels",
+        "batch of .*'input_ids'.*labels",
     ),
     "labels without an output": (
         step(options=UNKNOWN),
         {},
-        "the model has no loss for a batch of .*: Target 3 is out of bounds.*labels that it knows",
+        "batch of .*Target 3",
     ),
     "labels that are no classes": (
         step(options={"train_dataset": data().cast_column("labels", Value("float32"))}),
         {},
-        r"the model has no loss for a batch of .*: Target size \(torch.Size\(\[4\]\)\)",
+        "batch of .*Target size",
     ),
     "tokens outside the vocabulary": (
         step(options={"train_dataset": data().map(lambda row: {"input_ids": [50] * 6})}),
         {},
-        "the model has no loss for a batch of .*: index out of range",
+        "batch of .*index out of range",
     ),
     "examples of different length": (
         step(options={"train_dataset": ragged()}),
         {},
-        "makes no batch of examples of train_dataset .* DataCollatorWithPadding",
+        "train_dataset.*DataCollatorWithPadding",
     ),
     "text beside tokens": (
         step(
@@ -152,64 +152,68 @@ TRAINING = {
             remove_unused_columns=False,
         ),
         {},
-        "makes no batch of examples of train_dataset .* columns of text must be removed",
+        "train_dataset.*columns of text",
     ),
     "an upper set of different length": (
         step(options={**APART, "upper_dataset": ragged()}, lower_steps=1),
         {},
-        "makes no batch of examples of upper_dataset .* DataCollatorWithPadding",
-    ),
-    "options of another optimizer": (
-        step(options={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"beta": 0.9})}),
-        {},
-        r"SGD does not take \{'beta': 0.9\}",
-    ),
-    "options out of the optimizer's range": (
-        step(adam_beta1=1.5),
-        {},
-        "AdamW does not take .*: Invalid beta parameter at index 0: 1.5",
+        "upper_dataset.*DataCollatorWithPadding",
     ),
     "more lower steps than steps": (
         step(max_steps=3, lower_steps=4),
         {},
-        "lower_steps=4 leaves no upper step in a run of 3 steps; .* lower lower_steps",
+        "lower_steps",
     ),
     "more lower steps than the epochs have": (
         step(max_steps=-1, num_train_epochs=2, lower_steps=11),
         {},
-        "lower_steps=11 leaves no upper step in a run of 10 steps",
+        "lower_steps",
     ),
     "checkpointing that hides variables": (
         step(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
         {},
-        "reentrant gradient checkpointing hides variables .*use_reentrant",
-    ),
-    "an optimizer whose step sama does not know": (
-        step(hypergradient="sama", optim="adafactor"),
-        {},
-        "Direction: the form of Adafactor's step is not known; use one of SGD",
-    ),
-    "an optimizer that cannot be unrolled": (
-        step(hypergradient="unrolled:steps=1", optim="adafactor"),
-        {},
-        "Direction: the form of Adafactor's step is not known; use one of SGD",
-    ),
-    "an optimizer that chooses its parameters": (
-        step(options={"optimizer_cls_and_kwargs": (layer_wise, {})}),
-        {},
-        "the optimizer layer_wise chooses its own parameters; .* such as adamw_torch",
+        "use_reentrant",
     ),
     "nothing to resume from": (
         step(),
         {"resume_from_checkpoint": True},
-        "there is no whole checkpoint in",
+        "no whole checkpoint",
     ),
     "no such checkpoint": (
         step(),
         {"resume_from_checkpoint": "nowhere"},
-        "there is no checkpoint nowhere",
+        "nowhere",
     ),
 }
+
+
+# What can be known when the trainer is made.
+OPTIMIZERS = {
+    "options of another": (
+        {"options": {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"beta": 0.9})}},
+        "SGD.*beta",
+    ),
+    "options out of range": ({"adam_beta1": 1.5}, "AdamW.*1.5"),
+    "a step that sama does not know": (
+        {"hypergradient": "sama", "optim": "adafactor"},
+        "Adafactor",
+    ),
+    "a step that cannot be unrolled": (
+        {"hypergradient": "unrolled:steps=1", "optim": "adafactor"},
+        "Adafactor",
+    ),
+    "one that chooses its parameters": (
+        {"options": {"optimizer_cls_and_kwargs": (layer_wise, {})}},
+        "layer_wise",
+    ),
+}
+
+
+@cases(OPTIMIZERS)
+def test_an_optimizer_is_refused_before_training(case, tmp_path):
+    settings, message = case
+    model = peft_model()
+    refuses(ProblemError, message, model, lambda: trainer(tmp_path, model=model, **settings))
 
 
 @cases(TRAINING)

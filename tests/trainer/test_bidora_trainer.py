@@ -122,7 +122,7 @@ def test_label_smoothing_and_loss_functions_keep_their_meaning(tmp_path):
             **settings,
         )
         bilevel.train()
-        batch = bilevel._upper_batches.batch(0)
+        batch = bilevel.upper_batches.batch(0)
         fresh = trainer(tmp_path / "fresh", dropout=0.0, options=options, **settings)
         fresh.model.train()
         expected = fresh.upper.loss(batch).item()

@@ -31,7 +31,7 @@ def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path, micro):
                 named[name].copy_(value)
         batches = lower_batches[step * micro : (step + 1) * micro]
         parts = [lower.gradient(batch, lower.variables) for batch in batches]
-        above = upper.gradient(run._upper_batches.batch(step + step // 2), lower.variables)
+        above = upper.gradient(run.upper_batches.batch(step + step // 2), lower.variables)
         assert losses[step] == pytest.approx(sum(part.loss for part in parts) / micro, abs=1e-4)
         for k, name in enumerate(lower.names):
             expected = sum(part.gradient[k] for part in parts) / micro
@@ -39,7 +39,7 @@ def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path, micro):
             torch.testing.assert_close(watch.gradients[step][name], expected, rtol=1e-9, atol=1e-12)
         if step % 2 == 1 and micro == 1:
             number = step + 1 + (step + 1) // 2 - 1
-            given = {"upper_batch": run._upper_batches.batch(number), "lower_batch": batches[0]}
+            given = {"upper_batch": run.upper_batches.batch(number), "lower_batch": batches[0]}
             expected = hypergradient(upper, lower, method, **given)
             for name, part in zip(upper.names, expected, strict=True):
                 found = watch.gradients[step][name]

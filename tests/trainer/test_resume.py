@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from hyperopt_peft import (
     BilevelTrainer,
@@ -22,9 +22,8 @@ RUNS = {
     "plain": {},
     "micro-batches": {"gradient_accumulation_steps": 2},
     "micro-batches, a last step of one": {"gradient_accumulation_steps": 2, "rows": 26},
-    "one log at the end": {"logging_steps": 100},
     "no log": {"logging_strategy": "no"},
-    "the regulariser's numbers": {"gamma": 1e-3, "lower_steps": 3, "logging_steps": 5},
+    "the regulariser's numbers": {"gamma": 1e-3, "lower_steps": 3},
     "products": {"hypergradient": "cg:steps=2,damping=1.0"},
     "a vector kept between upper steps": {"hypergradient": "warm:damping=1.0", "lower_steps": 2},
     "inner runs": {"hypergradient": "f2sa:inner_steps=2"},
@@ -41,6 +40,7 @@ RUNS = {
         "eval_steps": 2,
         "options": {"eval_dataset": data(rows=9, seed=5)},
     },
+    "dispatched batches": {"accelerator_config": {"dispatch_batches": True}, "rows": 20},
     "dora": {"method": "dora"},
     "lora": {"method": "lora"},
     "the other tasks": {"kind": "causal"},
@@ -57,12 +57,9 @@ def test_a_resumed_search_is_bit_identical(tmp_path, name):
     ("kept", "message"),
     [
         (None, "written without estimator.pt"),
-        (
-            {"v": [torch.ones(2)], "k": 1},
-            "the estimator's 'v' is not that of these lower variables",
-        ),
-        ({"k": 1}, "warm: the kept state has no vector 'direction'"),
-        ([], "what the estimator kept must be a mapping"),
+        ({"v": [torch.ones(2)], "k": 1}, "'v'"),
+        ({"k": 1}, "'direction'"),
+        ([], "mapping"),
     ],
 )
 def test_what_the_estimator_kept_must_fit(tmp_path, kept, message):
@@ -83,8 +80,10 @@ def test_what_the_estimator_kept_must_fit(tmp_path, kept, message):
 @pytest.mark.parametrize("stop", [4, 5, 6, 8])
 def test_epochs_begin_and_end_anywhere(tmp_path, stop):
     """Five steps an epoch, saved at the end of each."""
-    require_same_end(tmp_path, (6,), rows=25, save_strategy="epoch", max_steps=11)
+    settings = {"rows": 25, "save_strategy": "epoch", "max_steps": 11, "logging_steps": 5}
+    require_same_end(tmp_path, (6,), **settings)
     settings = {"rows": 20, "save_steps": 1, "max_steps": -1, "num_train_epochs": 2.25}
+    settings["logging_steps"] = 1
     require_same_end(tmp_path / "steps", (stop,), **settings)
 
 
@@ -139,7 +138,7 @@ def reweighting(folder, callbacks=(), **settings):
     options = {
         "max_steps": 8,
         "save_steps": 3,
-        "logging_steps": 2,
+        "logging_steps": 3,
         "upper_learning_rate": 0.1,
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 4,
@@ -180,6 +179,7 @@ def test_gradients_of_variables_outside_the_model_do_not_add_up(tmp_path):
 
 
 BEST = {
+    "logging_steps": 2,
     "eval_strategy": "steps",
     "save_strategy": "steps",
     "eval_steps": 2,
@@ -223,7 +223,7 @@ def test_a_damaged_best_model_is_one_error(tmp_path):
                 path.write_bytes(path.read_bytes()[:-1])
 
     made = reweighting(tmp_path, [Damage()], **BEST, learning_rate=0.1)
-    with pytest.raises(ProblemError, match=r"levels\.safetensors is not what was written"):
+    with pytest.raises(ProblemError, match=r"levels\.safetensors"):
         made.train()
 
 
@@ -283,3 +283,41 @@ def test_a_checkpoint_of_the_retraining_can_be_named(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "retrain" / "checkpoint-3"))
     assert not differences(end(resumed), end(expected))
     assert "loss" not in str(resumed.state.log_history)  # the search was not run again
+
+
+def test_early_stopping_counts_on(tmp_path):
+    """Two evaluations without a better score end a run, wherever it was interrupted."""
+
+    def stopping(folder, callbacks=()):
+        def score(prediction):
+            return {"score": -made.state.global_step}
+
+        options = {"eval_dataset": data(rows=9, seed=5), "compute_metrics": score}
+        callbacks = [EarlyStoppingCallback(early_stopping_patience=2), *callbacks]
+        settings = {**BEST, "metric_for_best_model": "score", "greater_is_better": True}
+        made = saving(folder, callbacks, options=options, **settings)
+        return made
+
+    whole, resumed = require_same_end(tmp_path, (5,), make=stopping)
+    assert whole.state.global_step == resumed.state.global_step == 6
+
+
+def test_the_checkpoint_that_is_taken_is_said(tmp_path, caplog):
+    interrupted(tmp_path, (5,))
+    saving(tmp_path).train(resume_from_checkpoint=True)
+    assert str(tmp_path / "checkpoint-3") in caplog.text
+
+
+def test_an_epoch_that_a_callback_ended_is_warned_of(tmp_path, caplog):
+    """Five steps an epoch, of which the first has three."""
+
+    class Leave(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 3
+
+    settings = {"rows": 25, "save_steps": 1, "logging_steps": 1}
+    with pytest.raises(Stop):
+        saving(tmp_path, [Leave(), StopAt(5)], **settings).train()
+    resumed = saving(tmp_path, [Leave()], **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert "should_epoch_stop" in caplog.text and resumed.state.global_step == 9

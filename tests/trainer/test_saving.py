@@ -1,35 +1,16 @@
 """What the Trainer does with a checkpoint, it does with one that is whole."""
 
-from pathlib import Path
-
 import pytest
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from hyperopt_peft.engine.checkpoint import last_whole, unseal
+from hyperopt_peft.engine.checkpoint import last_whole
 from tests.support.networks import differences
 from tests.support.resume import end, saving
 
 
-def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
-    pushed = []
-
-    def push(self, folder):
-        unseal(Path(folder))
-        pushed.append(Path(folder).name)
-
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
-    made = saving(tmp_path)
-    made.args.push_to_hub = True  # given at construction, it asks the Hub for a repository
-    made.train()
-    assert pushed == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
-
-
 @pytest.mark.parametrize("retrain", ["none", "warm"])
 def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(tmp_path, retrain):
-    """The Trainer's mark of a folder that it is writing is removed when that is done.
-
-    And a search that has not ended is not followed by a retraining.
-    """
+    """And a search that has not ended is not followed by a retraining."""
 
     class Ask(TrainerCallback):
         """As SIGTERM does, three seconds later."""

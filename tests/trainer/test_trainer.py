@@ -45,7 +45,7 @@ def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(tmp_path,
             upper,
             lower,
             method,
-            upper_batch=run._upper_batches.batch((step + 1) // 2 - 1),
+            upper_batch=run.upper_batches.batch((step + 1) // 2 - 1),
             lower_batch=lower_batches[step],
         )
         lower.optimizer = None
@@ -172,7 +172,7 @@ def test_what_is_logged(tmp_path):
     first = run.state.log_history[0]
     expected = {"upper_loss", "upper_grad_norm", "upper_learning_rate", "implicit_ratio"}
     expected |= {"loss", "grad_norm", "learning_rate", "residual", "epoch", "step"}
-    expected |= {"lower_task_loss", "lower_gram"}
+    expected |= {"lower_task_loss", "lower_gram", "lower_grad_norm", "solver_steps"}
     assert set(first) == expected
     assert all(math.isfinite(value) for value in first.values())
     assert first["loss"] == pytest.approx(
@@ -219,7 +219,7 @@ def test_best_model_early_stopping_and_metrics(tmp_path):
     from safetensors.torch import load_file
 
     best = load_file(tmp_path / "checkpoint-4" / "levels.safetensors")
-    for name, value in run._named_variables():
+    for name, value in run.named_variables():
         assert torch.equal(value, best[name])
 
 
@@ -239,17 +239,15 @@ def test_bfloat16_autocast(tmp_path):
 
 def test_an_upper_variable_outside_the_model(tmp_path):
     run, weight = pair(tmp_path)
-    before = run.upper.evaluate(run._upper_batches.batch(0))[0].item()
+    before = run.upper.evaluate(run.upper_batches.batch(0))[0].item()
     run.train()
     assert weight.max() - weight.min() < 1.5  # from 2: skewed classes cost the upper level
-    assert run.upper.evaluate(run._upper_batches.batch(0))[0].item() < before
+    assert run.upper.evaluate(run.upper_batches.batch(0))[0].item() < before
 
 
 def test_levels_by_the_model_s_own_names_get_the_decay_of_the_trainer(tmp_path):
     run, _ = pair(tmp_path, weight_decay=0.5, upper_weight_decay=0.25)
     groups = run.create_optimizer().param_groups
-    decays = {tuple(p.shape): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decays == {(3, 6): 0.5, (3,): 0.0} or decays == {(3, 6): 0.5, (3,): 0.25}
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.25]
     assert [group["lr"] for group in groups] == [0.1, 0.1, 0.1]
 
@@ -285,6 +283,7 @@ def test_settings_go_to_their_own_file_and_the_model_card(tmp_path):
     assert not settings.keys() & adapter.keys()
     card = (tmp_path / "README.md").read_text()
     assert "- hypergradient: cg:steps=2,damping=1.0" in card
+    assert "from scratch" not in card or not run.model.config.name_or_path
     assert "last upper_loss" in card
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperopt_peft import ProblemError, split_dataset
-from hyperopt_peft.trainer.data import UpperBatches, require_apart, require_examples
+from hyperopt_peft.trainer.data import require_apart, require_examples
+from hyperopt_peft.trainer.upper_batches import UpperBatches
 
 N = 40
 
@@ -227,3 +228,29 @@ def test_the_shares_of_processes_make_the_batch_of_one(rows, size, seed, process
     together = [x for share in shares for x in share.batch(number)]
     whole = UpperBatches(range(rows), shares[0].size * processes, seed=seed, collate=list)
     assert together == whole.batch(number)
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 1, "prefetch_factor": 4}])
+def test_workers_make_the_batches_of_one_process(options):
+    """Random numbers of a collator included, and none are drawn from the training stream."""
+
+    def collate(found):
+        return torch.tensor(found), torch.rand(3)
+
+    one = UpperBatches(range(23), 4, seed=1, collate=collate)
+    several = UpperBatches(range(23), 4, seed=1, collate=collate, **options)
+    state = torch.get_rng_state()
+    for number in (0, 1, 2, 7, 8, 3):
+        for part, other in zip(several.batch(number), one.batch(number), strict=True):
+            assert torch.equal(part, other)
+    several.close()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_epoch_has_one_permutation(monkeypatch):
+    calls, permutation = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: calls.append(a) or permutation(*a, **k))
+    batches = UpperBatches(range(12), 3, seed=0, collate=list)
+    for number in range(9):  # four to an epoch
+        batches.batch(number)
+    assert len(calls) == 3

@@ -1,0 +1,194 @@
+"""`BilevelCallback`: what two levels add to the checkpoints of `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.internals import NEEDED, save_checkpoint
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.distributed import full, sharded_like
+from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.validation import require_settings
+
+if TYPE_CHECKING:
+    from hyperopt_peft.trainer.trainer import BilevelTrainer
+
+LEVELS, ESTIMATOR = "levels.safetensors", "estimator.pt"
+logger = logging.getLogger(__name__)
+
+
+class BilevelCallback(TrainerCallback):
+    """Writes, seals and restores the part of a checkpoint that the Trainer does not know.
+
+    A checkpoint has both levels' variables (a level may own tensors outside the model), the
+    estimator's state, each process's random states now and where the epoch began, and the seal:
+    settings and the hashes of all files, written last. A callback without a state of its own in
+    ``trainer_state.json``: the Trainer would make it anew from plain values, without ``trainer``.
+    """
+
+    def __init__(self, trainer: BilevelTrainer) -> None:
+        self.trainer = trainer
+        self.begin(None)
+
+    def begin(self, found: tuple[Path, Mapping[str, Any]] | None) -> None:
+        """Forget an earlier run, and resume from the checkpoint ``found``, if any.
+
+        Raises:
+            ProblemError: the checkpoint is of other settings or data, or lacks a file.
+        """
+        self.writing: Path | None = None  # a checkpoint without its seal
+        self.signalled = False  # whether SIGTERM asked for a checkpoint and ended the run
+        self.resumed = None if found is None else found[0]
+        self.settings = self.trainer.settings() if hasattr(self.trainer, "lower") else {}
+        if found is None:
+            return
+        folder, record = found
+        if missing := {"settings", "skipped"} - record.keys():
+            raise ProblemError(f"{folder / checkpoint.SEAL}: damaged, without {sorted(missing)}")
+        for name in (LEVELS, ESTIMATOR, *NEEDED):
+            if not (folder / name).is_file():
+                raise ProblemError(
+                    f"{folder}: written without {name} (save_only_model?), so there is nothing to "
+                    "resume from; use an earlier checkpoint, or start a new run"
+                )
+        require_settings(str(folder), record["settings"], "this run", self.settings)
+        self.trainer.skipped = record["skipped"]
+        logger.warning("resuming from %s", folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the levels' files into ``folder``, which has no seal until `seal`."""
+        trainer, args = self.trainer, self.trainer.args
+        self.writing = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.should_save:
+            (folder / checkpoint.SEAL).unlink(missing_ok=True)
+        values = {n: full(v.detach()).contiguous() for n, v in trainer.named_variables()}
+        step = trainer.bilevel_step
+        state = {} if step is None else step.state_dict()
+        if args.should_save:
+            save_file(values, folder / LEVELS)
+            torch.save(state, folder / ESTIMATOR)
+        now = RandomState.capture(trainer.devices)
+        position = {"step": self.epoch_step, "epoch": dict(self.epoch_random.states)}
+        torch.save({**position, "now": dict(now.states)}, _position(folder))
+
+    def seal(self) -> None:
+        """Declare the checkpoint whole that was written last, then delete older ones."""
+        trainer, args, folder = self.trainer, self.trainer.args, self.writing
+        if folder is None:
+            return
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            checkpoint.seal(folder, {"settings": self.settings, "skipped": trainer.skipped})
+        self.writing = None
+        if args.should_save:
+            best = trainer.state.best_model_checkpoint
+            checkpoint.rotate(folder.parent, trainer.save_total_limit, best)
+
+    def save_before(self, step_begin: RandomState) -> str:
+        """Write a checkpoint of where a step began that cannot be taken; where it is, in words."""
+        trainer, done = self.trainer, self.trainer.state.global_step
+        # A run that resumes at an epoch's begin draws what the epoch's begin draws.
+        (self.epoch_random if self.epoch_step == done else step_begin).restore()
+        folder = Path(trainer.args.output_dir) / f"{checkpoint.PREFIX}{done}"
+        try:
+            with checkpoint.writing(folder):
+                if not (folder / checkpoint.SEAL).exists():
+                    save_checkpoint(trainer)
+                    self.seal()
+        except ProblemError:
+            return "no checkpoint could be written"
+        finally:
+            self.writing = None
+        return f"the state before it is in {folder}"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the levels, whose variables have the identities of the whole run by now."""
+        self.trainer.take_over()
+        if self.resumed is not None:
+            # The model's files need not have the variables as they are, a product for example.
+            self._load_levels(self.resumed)
+            self.trainer.bilevel_step.load_state_dict(
+                checkpoint.read_state(self.resumed / ESTIMATOR)
+            )
+
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Note where the epoch begins; a resumed one begins as it did, for the same order."""
+        done = state.global_step
+        if done >= state.max_steps:  # resumed at the end, where the Trainer takes one more step
+            control.should_training_stop = True
+        folder, self.resumed = self.resumed, None
+        self.epoch_step = done
+        if folder is not None:
+            position = checkpoint.read_state(_position(folder))
+            steps = state.max_steps
+            if has_length(train_dataloader):
+                steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+            if position["step"] not in (done - done % steps, done - (done % steps or steps)):
+                logger.warning(
+                    "%s: an epoch ended early (should_epoch_stop), so that the order of the data "
+                    "is not that of a run without interruption",
+                    folder,
+                )
+            within = done % steps > 0 and not args.ignore_data_skip
+            RandomState(position["epoch" if within else "now"]).restore()
+            self.epoch_step = position["step"] if within else done
+            if hasattr(train_dataloader, "set_epoch"):  # accelerate's skipping does not hand it on
+                train_dataloader.set_epoch(done // steps)
+        self.epoch_random = RandomState.capture(self.trainer.devices)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal what the Trainer has written."""
+        self.seal()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the levels of the best model, which the Trainer has loaded."""
+        self._seal_of_signal(args, state, control)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            best = Path(state.best_model_checkpoint)
+            checkpoint.unseal(best)
+            self._load_levels(best)
+
+    def _seal_of_signal(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # On SIGTERM the Trainer writes a checkpoint in any of these events, and no save follows.
+        if self.writing is not None:
+            self.seal()
+            self.signalled = True
+
+    on_step_begin = on_pre_optimizer_step = on_step_end = on_epoch_end = _seal_of_signal
+
+    @torch.no_grad()
+    def _load_levels(self, folder: Path) -> None:
+        values = load_file(folder / LEVELS)
+        for name, variable in self.trainer.named_variables():
+            variable.copy_(sharded_like(values[name], variable))
+
+
+def _position(folder: Path) -> Path:
+    return folder / f"epoch_{distributed.rank()}.pt"
+
+
+def model_card(card: str, trainer: BilevelTrainer) -> str:
+    """``card``, which the Trainer has written, with the bilevel settings and the last numbers."""
+    base = getattr(getattr(trainer.model, "config", None), "name_or_path", "")
+    if base:  # where that is a folder, the Trainer takes the model for one that starts from zero
+        card = card.replace("was trained from scratch", f"is a fine-tuned version of `{base}`")
+    settings = {"levels": {x.name: len(x.variables) for x in trainer.levels}}
+    lines = {**settings, **trainer.args.bilevel_settings()}
+    logs = [r for r in trainer.state.log_history if "loss" in r and "step" in r]
+    keys = ("step", "loss", "upper_loss", "implicit_ratio", "residual")
+    lines |= {f"last {key}": logs[-1][key] for key in keys if logs and key in logs[-1]}
+    text = "".join(f"- {key}: {value}\n" for key, value in lines.items())
+    return f"{card}\n\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n{text}"

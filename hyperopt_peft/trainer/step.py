@@ -1,0 +1,183 @@
+"""One optimizer step of a `BilevelTrainer`: from its micro-batches to each ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import Trainer
+
+from hyperopt_peft.core.problem import require_read
+from hyperopt_peft.engine.step import BilevelStep, Gradient
+from hyperopt_peft.trainer.accumulation import MicroBatch, label_weights
+from hyperopt_peft.trainer.checks import shifts_labels
+from hyperopt_peft.trainer.optimizer import learning_rate
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.distributed import full
+from hyperopt_peft.utils.random_state import RandomState
+
+if TYPE_CHECKING:
+    from hyperopt_peft.trainer.trainer import BilevelTrainer
+
+#: What is logged of an upper step.
+UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
+
+
+class OptimizerStep:
+    """A step of both levels at one point: the lower gradient, and the hypergradient when due.
+
+    Begins without gradients: the Trainer clears those of its model, and a variable may be outside.
+
+    Args:
+        trainer: whose levels and optimizer they are.
+        batches: the step's micro-batches.
+    """
+
+    def __init__(self, trainer: BilevelTrainer, batches: Sequence[Any]) -> None:
+        self.trainer, self.expected = trainer, len(batches)
+        self.micro: list[MicroBatch] = []
+        self._losses: list[Tensor] = []
+        self._metrics: list[dict[str, float]] = []
+        self._weights = self._label_weights(batches)
+        #: The Trainer's counters, for a checkpoint of where the step began.
+        self.begun = trainer.current_flos, trainer.state.num_input_tokens_seen
+        self.clear_gradients()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all micro-batches were evaluated."""
+        return len(self.micro) == self.expected
+
+    def clear_gradients(self) -> None:
+        """Leave no gradient in the levels' variables."""
+        for _, variable in self.trainer.named_variables():
+            variable.grad = None
+
+    def evaluate(self, inputs: Any) -> Tensor:
+        """The share of the next micro-batch in the lower loss, with its graph."""
+        trainer = self.trainer
+        batch = self._on_device(inputs, self._weights[len(self.micro)])
+        self.micro.append(MicroBatch(batch, RandomState.capture(trainer.devices)))
+        with trainer.compute_loss_context_manager():
+            loss, metrics = trainer.lower.evaluate(batch)
+        loss = loss / self.expected
+        self._losses.append(loss.detach())
+        self._metrics.append(metrics)
+        return loss
+
+    def set_gradients(self) -> None:
+        """Leave in each ``.grad`` what the variable is to move by, clipped; None for no move.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
+        """
+        trainer, log = self.trainer, self.trainer.step_log
+        w = trainer.lower.variables
+        u = () if trainer.upper is None else trainer.upper.variables
+        gradient = distributed.mean([x.grad for x in (*w, *u)], (*w, *u))
+        loss = distributed.average(torch.stack(self._losses).sum())
+        trainer.lower.require_finite(loss, gradient[: len(w)])
+        for variable in u:
+            variable.grad = None
+        noted = {f"lower_{k}": v for k, v in distributed.means(self._metrics).items()}
+        descent = gradient[: len(w)]
+        if trainer.bilevel_step is not None:
+            descent = self._upper(trainer.bilevel_step, gradient, noted)
+        elif trainer.state.global_step == 0:
+            require_read(trainer.lower, descent)
+        norm = self._move(w, descent, trainer.max_grad_norm)
+        log.add({**noted, "lower_grad_norm": norm})
+        log.last["grad_norm"] = norm
+        log.last["learning_rate"] = learning_rate(trainer.optimizer, trainer.lower)
+
+    def _upper(self, bilevel: BilevelStep, gradient: Gradient, noted: dict[str, Any]) -> Gradient:
+        """What the lower level descends along; each ``lower_steps``-th step moves u as well."""
+        trainer, step = self.trainer, self.trainer.state.global_step + 1
+        every, shared = trainer.args.lower_steps, bilevel.requirements.upper_weight > 0
+        bilevel.lower.half = trainer.lower.half
+        with trainer.compute_loss_context_manager():
+            descent = bilevel.record_lower(
+                list(self.micro),
+                self.micro[0].random_state,
+                gradient,
+                number=step,
+                next_upper_batch=lambda: self._upper_batch(step - 1 + (step - 1) // every),
+            )
+        if step % every == 0:
+            # Where the lower steps descend F too, each has taken a batch.
+            batch = self._upper_batch((step if shared else 0) + step // every - 1)
+            with trainer.compute_loss_context_manager():
+                above = bilevel.hypergradient(batch, number=step)
+            noted |= {key: above.log[key] for key in UPPER_NUMBERS}
+            noted |= {f"upper_{key}": value for key, value in above.metrics.items()}
+            u, limit = bilevel.upper.variables, trainer.args.upper_max_grad_norm
+            noted["upper_grad_norm"] = self._move(u, above.hypergradient, limit)
+            rate = learning_rate(trainer.optimizer, bilevel.upper)
+            trainer.step_log.last["upper_learning_rate"] = rate
+            bilevel.forget()
+        return descent
+
+    def _move(
+        self, variables: Sequence[Tensor], gradient: Sequence[Tensor | None], limit: float | None
+    ) -> Tensor:
+        """Set each ``.grad``, clip them together, and return their norm before that."""
+        for variable, part in zip(variables, gradient, strict=True):
+            variable.grad = part
+        clip = self.trainer.accelerator.clip_grad_norm_
+        return full(clip(variables, limit or float("inf")))
+
+    def _upper_batch(self, number: int) -> Any:
+        assert self.trainer.upper_batches is not None
+        batch = self.trainer.upper_batches.batch(number)
+        return self._on_device(batch, self._label_weights([batch])[0])
+
+    def _label_weights(self, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
+        trainer = self.trainer
+        if not trainer.trainer_loss:
+            return [{} for _ in batches]
+        causal, own = shifts_labels(trainer.model), type(trainer).compute_loss
+        return label_weights(
+            batches,
+            shifted=causal,
+            items=causal or own is not Trainer.compute_loss or bool(trainer.compute_loss_func),
+            across_processes=trainer.args.average_tokens_across_devices,
+        )
+
+    def _on_device(self, inputs: Any, weight: Mapping[str, Tensor]) -> Any:
+        batch = send_to_device(inputs, self.trainer.args.device, non_blocking=True)
+        return {**batch, **weight} if weight else batch
+
+
+class StepLog:
+    """The numbers of the steps since the last log, and the last of those that are not averaged.
+
+    Example:
+        >>> log = StepLog()
+        >>> log.add({"loss": 1.0}), log.add({"loss": 3.0, "residual": None})
+        (None, None)
+        >>> log.read()
+        ({'loss': 2.0}, {})
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
+        self._values: dict[str, list[Any]] = {}
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Add a step's numbers; None and infinity (‖implicit‖/‖direct‖ without direct) are none."""
+        for key, value in values.items():
+            if value is not None and value != float("inf"):
+                self._values.setdefault(key, []).append(value)
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The means over steps and processes, and the last numbers; the means begin again."""
+        each = {(key, i): float(v) for key, vs in self._values.items() for i, v in enumerate(vs)}
+        means: dict[str, list[float]] = {}
+        for (key, _), value in distributed.averages(each).items():
+            means.setdefault(key, []).append(value)
+        self._values = {}
+        last = {key: float(value) for key, value in self.last.items() if value is not None}
+        return {key: sum(values) / len(values) for key, values in means.items()}, last

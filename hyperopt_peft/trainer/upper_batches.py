@@ -1,0 +1,155 @@
+"""The upper level's batches by number, made by a DataLoader in a repeatable order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import collating, require_examples
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.random_state import RandomState, replay
+
+if TYPE_CHECKING:
+    from hyperopt_peft.trainer.trainer import BilevelTrainer
+
+
+class UpperBatches:
+    """The upper level's batches, each a function of its number alone, so that a run can resume.
+
+    Args:
+        data: examples by index, with a length.
+        size: examples a batch and process.
+        seed: of the order, which changes from epoch to epoch.
+        collate: makes a batch from a list of examples.
+        rank, processes: which share of each batch is this process's.
+        loading: what `torch.utils.data.DataLoader` takes: ``num_workers``, ``pin_memory``.
+
+    Raises:
+        ProblemError: no examples, or an iterable data set, which has no order to return to.
+
+    Example:
+        >>> batches = UpperBatches(range(4), 2, seed=0, collate=list)
+        >>> batches.batch(1) == batches.batch(1)
+        True
+        >>> sorted(batches.batch(0) + batches.batch(1))
+        [0, 1, 2, 3]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        size: int,
+        *,
+        seed: int,
+        collate: Callable[[Sequence[Any]], Any],
+        rank: int = 0,
+        processes: int = 1,
+        **loading: Any,
+    ) -> None:
+        require_examples("upper_dataset", data, by_index=True)
+        if len(data) < processes:
+            raise ProblemError(
+                f"the upper level has {len(data)} examples for {processes} processes; raise "
+                "upper_fraction or give a larger upper_dataset"
+            )
+        self.data, self.seed, self.collate = data, seed, collate
+        self.rank, self.processes, self.loading = rank, processes, loading
+        self.size = min(size, len(data) // processes)
+        self.per_epoch = len(data) // (self.size * processes)
+        self.close()
+
+    def batch(self, number: int) -> Any:
+        """This process's share of batch ``number``, from 0; an epoch drops a smaller last one."""
+        if self._batches is None or number != self._next:
+            self.close()
+            # The loader seeds its workers from a generator, which is not the training stream's.
+            loader: DataLoader[Any] = DataLoader(
+                _Collated(self),
+                batch_size=None,
+                sampler=_Rows(self, number),
+                collate_fn=_as_it_is,
+                generator=torch.Generator().manual_seed(self.seed),
+                **self.loading,
+            )
+            self._batches = iter(loader)
+        self._next = number + 1
+        with collating("upper_dataset"):
+            return next(self._batches)
+
+    def close(self) -> None:
+        """End the workers; the next ``batch`` starts them again."""
+        self._batches: Iterator[Any] | None = None
+        self._next = 0
+
+
+class _Rows(Sampler[tuple[int, list[int]]]):
+    """The numbers of batches from ``begin``, each with its rows; one permutation an epoch."""
+
+    def __init__(self, of: UpperBatches, begin: int) -> None:
+        self.of, self.begin = of, begin
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        of, known, order = self.of, -1, torch.empty(0, dtype=torch.int64)
+        for number in count(self.begin):
+            epoch, position = divmod(number, of.per_epoch)
+            if epoch != known:
+                generator = torch.Generator().manual_seed(of.seed * 1_000_003 + epoch)
+                known, order = epoch, torch.randperm(len(of.data), generator=generator)
+            first = (position * of.processes + of.rank) * of.size
+            yield number, order[first : first + of.size].tolist()
+
+
+class _Collated(Dataset[Any]):
+    """By number and rows, the batch; random numbers of an example or the collator are of it."""
+
+    def __init__(self, of: UpperBatches) -> None:
+        self.of = of
+
+    def __getitem__(self, index: tuple[int, list[int]]) -> Any:
+        number, rows = index
+        of, together = self.of, getattr(self.of.data, "__getitems__", None)
+        with replay(RandomState.seeded((), of.seed, number, of.rank)):
+            return of.collate(together(rows) if together else [of.data[row] for row in rows])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
+    """Those of ``trainer.upper_dataset``, with the collator, columns and workers of its loaders."""
+    data, args = trainer.upper_dataset, trainer.args
+    loader = loader_of(trainer, data, "upper_dataset")
+    if isinstance(data, datasets.Dataset):
+        data = data.select_columns(loader.dataset.column_names)
+    return UpperBatches(
+        data,
+        args.per_device_upper_batch_size or args.per_device_train_batch_size,
+        seed=args.seed,
+        collate=loader.collate_fn,
+        rank=distributed.rank(),
+        processes=distributed.count(),
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory and args.device.type != "cpu",
+        prefetch_factor=loader.prefetch_factor,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def loader_of(trainer: BilevelTrainer, data: Any, name: str) -> Any:
+    """A loader of ``data``, or of its first row, as the Trainer makes one.
+
+    Raises:
+        ProblemError: ``data``, the argument ``name``, has no column that the model takes.
+    """
+    try:
+        few = data.select(range(1)) if isinstance(data, datasets.Dataset) else data
+        return trainer.get_test_dataloader(few)
+    except ValueError as error:
+        raise ProblemError(f"{name}: {error}") from error

@@ -1,0 +1,82 @@
+"""The names of transformers and accelerate that are not promised, and the public ones overridden.
+
+A release that moves one of them fails here, with the name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+from transformers import Trainer, TrainerCallback
+from transformers.hf_argparser import HfArg
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from hyperopt_peft import BilevelTrainer
+from hyperopt_peft.trainer.callback import BilevelCallback
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_a_checkpoint_can_be_written_within_a_step() -> None:
+    assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
+
+
+def test_the_files_of_a_checkpoint_have_their_names() -> None:
+    assert (SCHEDULER_NAME, TRAINER_STATE_NAME) == ("scheduler.pt", "trainer_state.json")
+
+
+def test_arguments_are_made_by_hf_arg() -> None:
+    assert {"default", "help"} <= set(parameters(HfArg))
+
+
+# What is overridden, with the parameters that a caller gives.
+OVERRIDDEN = {
+    "train": ["resume_from_checkpoint"],
+    "create_optimizer": [],
+    "create_scheduler": ["num_training_steps", "optimizer"],
+    "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    "training_step": ["model", "inputs", "num_items_in_batch"],
+    "log": ["logs", "start_time"],
+    "save_model": ["output_dir", "_internal_call"],
+    "create_model_card": [],
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_what_is_overridden_is_called_as_it_was(name: str) -> None:
+    assert set(OVERRIDDEN[name]) <= set(parameters(getattr(Trainer, name)))
+
+
+def test_nothing_private_is_overridden() -> None:
+    """Neither by the Trainer nor by the callback, and nothing that is not listed above."""
+    ours = {name for name in vars(BilevelTrainer) if not name.startswith("__")}
+    assert {name for name in ours if hasattr(Trainer, name)} == set(OVERRIDDEN)
+    events = {name for name in vars(BilevelCallback) if hasattr(TrainerCallback, name)}
+    assert {name for name in events if name.startswith("_")} <= {
+        name for name in dir(object) if name.startswith("__")
+    } | {"__dict__", "__weakref__", "__module__", "__doc__", "__firstlineno__"}
+
+
+READ = ["current_flos", "is_fsdp_enabled", "is_deepspeed_enabled", "optimizer_cls_and_kwargs"]
+
+
+@pytest.mark.parametrize("name", [*READ, "compute_loss_func", "model_wrapped", "accelerator"])
+def test_the_attributes_that_are_read_are_there(name: str) -> None:
+    """Set where a Trainer is made."""
+    source = inspect.getsource(Trainer.__init__) + inspect.getsource(
+        Trainer.create_accelerator_and_postprocess
+    )
+    assert f"self.{name} =" in source or f"self.{name}," in source
+
+
+@pytest.mark.parametrize("method", ["compute_loss", "compute_loss_context_manager"])
+def test_the_methods_that_are_called_are_there(method: str) -> None:
+    assert callable(getattr(Trainer, method))
+
+
+def test_the_loss_takes_its_number_of_items() -> None:
+    assert "num_items_in_batch" in parameters(Trainer.compute_loss)

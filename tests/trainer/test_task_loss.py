@@ -1,0 +1,196 @@
+"""One loss everywhere: what the Trainer would train, at both levels and in each hypergradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from hyperopt_peft import BilevelTrainer, ProblemError
+from hyperopt_peft.problems import BiDoRATrainer
+from tests.support.class_weights import Plain, Scaled, Weighted, rows
+from tests.support.trainers import arguments, data, peft_model, values
+from tests.support.watch import SGD, Watch
+
+
+class Hundredfold(BiDoRATrainer):
+    """A loss of one's own, a hundred times the model's."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return (100 * result[0], result[1]) if return_outputs else 100 * result
+
+
+def trained(make: Any, folder: Path, *, table: Dataset | None = None, **settings: Any) -> Any:
+    """A run of three steps in float64, its gradients, and the logs of the search."""
+    watch, options = Watch(), settings.pop("options", {})
+    run = make(
+        peft_model(settings.pop("kind", "classes"), dropout=0.0).double(),
+        arguments(folder, **{**SGD, "max_steps": 3, "lower_steps": 1, **settings}),
+        train_dataset=data() if table is None else table,
+        eval_dataset=data(rows=6, seed=5),
+        callbacks=[watch],
+        **options,
+    )
+    run.train()
+    return run, watch.gradients, [log for log in run.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("method", ["direct", "darts", "cg:steps=2,product=difference"])
+def test_a_loss_of_one_s_own_is_that_of_both_levels(tmp_path: Path, method: str) -> None:
+    """Each loss and the upper gradient are a hundred times the model's own, also in a solve."""
+    settings = {"hypergradient": method, "learning_rate": 0.0, "upper_learning_rate": 0.0}
+    settings["weight_decay"] = 0.0
+    _, plain, logs = trained(BiDoRATrainer, tmp_path / "plain", **settings)
+    run, ours, own = trained(Hundredfold, tmp_path / "own", **settings)
+    for log, other in zip(own, logs, strict=True):
+        assert log["loss"] == pytest.approx(100 * other["loss"], rel=1e-5, abs=6e-3)
+        assert log["upper_loss"] == pytest.approx(100 * other["upper_loss"], rel=1e-5)
+    magnitudes = {name for name in values(run.model) if "magnitude" in name}
+    # darts has ξ in the place of an inverse Hessian, so that f's scale is squared.
+    if method != "darts":
+        for gradient, expected in zip(ours, plain, strict=True):
+            for name in magnitudes:
+                torch.testing.assert_close(
+                    gradient[name], 100 * expected[name], rtol=1e-5, atol=1e-7
+                )
+    assert run.evaluate()["eval_loss"] > 50
+
+
+def test_a_loss_of_one_s_own_is_that_of_the_retraining(tmp_path: Path) -> None:
+    settings = {"retrain": "warm", "learning_rate": 0.0, "upper_learning_rate": 0.0}
+    last = []
+    for make in (BiDoRATrainer, Hundredfold):
+        run, _, _ = trained(make, tmp_path / make.__name__, logging_steps=1, **settings)
+        last.append(run.retrainer.state.log_history[0]["loss"])
+    assert last[1] == pytest.approx(100 * last[0], rel=1e-5, abs=6e-3)
+
+
+def test_levels_with_losses_of_their_own_refuse_another(tmp_path: Path) -> None:
+    class Own(BilevelTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    model, weight = Scaled(), torch.zeros(3, requires_grad=True)
+    with pytest.raises(ProblemError, match="compute_loss"):
+        Own(
+            model,
+            lower=Weighted(model, weight),
+            upper=Plain(model, weight),
+            args=arguments(tmp_path),
+            train_dataset=rows(8, 0),
+            upper_dataset=rows(8, 1),
+        )
+
+
+def ragged(kind: str, count: int = 24) -> Dataset:
+    """Rows of which a different number of tokens is scored."""
+    table = data(kind, count)
+    labels = [[-100] * (row % 5) + label[row % 5 :] for row, label in enumerate(table["labels"][:])]
+    return table.remove_columns("labels").add_column(
+        "labels", labels, feature=table.features["labels"]
+    )
+
+
+def by_sum(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    """The sum over the labels divided by their number in the step, as the Trainer asks for."""
+    assert num_items_in_batch is not None
+    logits = outputs["logits"]
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (
+        num_items_in_batch
+    )
+
+
+def stock(folder: Path, table: Dataset, kind: str, **settings: Any) -> Any:
+    common = {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "seed": 3}
+    options = settings.pop("options", {})
+    run = Trainer(
+        peft_model(kind, dropout=0.0).double(),
+        TrainingArguments(
+            output_dir=str(folder),
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **common,
+            **settings,
+        ),
+        train_dataset=table,
+        **options,
+    )
+    run.train()
+    return run
+
+
+def test_a_loss_function_gets_its_number_of_items_as_in_the_trainer(tmp_path: Path) -> None:
+    """Under accumulation the stock Trainer's losses and variables, to rounding."""
+    table = ragged("tokens")
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    settings |= {"optim": "sgd", "max_grad_norm": 0.0}
+    options = {"compute_loss_func": by_sum}
+    plain = stock(tmp_path / "plain", table, "tokens", options=options, **settings)
+    run, _, logs = trained(
+        BiDoRATrainer,
+        tmp_path / "ours",
+        kind="tokens",
+        table=table,
+        method="dora",
+        fast_dora=False,
+        options=options,
+        **settings,
+    )
+    expected = [log["loss"] for log in plain.state.log_history if "loss" in log]
+    assert [log["loss"] for log in logs] == pytest.approx(expected, rel=1e-6, abs=1.1e-4)
+    for name, value in values(plain.model).items():
+        torch.testing.assert_close(values(run.model)[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("tokens", {}), ("tokens", {"compute_loss_func": by_sum}), ("causal", {}), ("seq2seq", {})],
+)
+def test_accumulation_is_a_mean_over_labels(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    """Of both levels and in the hypergradient: one batch and its parts are the same step."""
+    table, ends = ragged(kind), []
+    for size, micro in ((6, 1), (2, 3)):
+        run, gradients, logs = trained(
+            BiDoRATrainer,
+            tmp_path / str(size),
+            kind=kind,
+            table=table,
+            hypergradient="cg:steps=2,damping=1.0",
+            gamma=0.1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=micro,
+            per_device_upper_batch_size=4,
+            options=dict(options),
+        )
+        ends.append((gradients, [log["loss"] for log in logs], values(run.model)))
+    (gradients, losses, model), (parts, others, again) = ends
+    assert others == pytest.approx(losses, rel=1e-6, abs=1.1e-4)
+    for gradient, part in zip(gradients, parts, strict=True):
+        for name, expected in gradient.items():
+            torch.testing.assert_close(part[name], expected, rtol=1e-5, atol=1e-7)
+    for name, value in model.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_micro_batch_without_labels_of_a_language_model_counts_nothing(tmp_path: Path) -> None:
+    table = data("causal")
+    labels = [[-100] * 6 if row % 3 == 0 else label for row, label in enumerate(table["labels"][:])]
+    table = table.remove_columns("labels").add_column(
+        "labels", labels, feature=table.features["labels"]
+    )
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    _, _, logs = trained(
+        BiDoRATrainer, tmp_path, kind="causal", table=table, method="dora", **settings
+    )
+    assert all(log["loss"] == log["loss"] for log in logs)
