@@ -1,10 +1,13 @@
 """examples/accelerate: accelerate accepts every file, and the CPU ones start what they say."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -68,7 +71,7 @@ if tasks.exists():  # gloo's threads would abort the process at its exit
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.iterdir()))
-def test_accelerate_accepts_the_file(name):
+def test_accelerate_accepts_the_file(name: Any) -> None:
     config = load_config_from_file(str(CONFIGS / name))
     assert config.num_machines == 1
     given = launch_command_parser().parse_args(["--config_file", str(CONFIGS / name), "train.py"])
@@ -79,7 +82,7 @@ def test_accelerate_accepts_the_file(name):
     assert args.use_cpu == ("cpu" in name)
 
 
-def launch(name, script, folder):
+def launch(name: Any, script: Any, folder: Path) -> Any:
     """Run ``script`` with a config."""
     (folder / "train.py").write_text(script)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -89,20 +92,20 @@ def launch(name, script, folder):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def launched(name, folder):
+def launched(name: Any, folder: Path) -> Any:
     """The records of the processes of ``SCRIPT``, by rank."""
     run = launch(name, SCRIPT, folder)
     assert run.returncode == 0, run.stderr
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
 
 
-def test_one_cpu(tmp_path):
+def test_one_cpu(tmp_path: Path) -> None:
     (record,) = launched("one_cpu.yaml", tmp_path)
     assert (record["processes"], record["type"], record["device"]) == (1, "NO", "cpu")
     assert record["written"].count("adapter_config.json") == 1
 
 
-def test_two_cpu_processes_train_one_model_and_save_it_once(tmp_path):
+def test_two_cpu_processes_train_one_model_and_save_it_once(tmp_path: Path) -> None:
     first, second = launched("two_cpu_processes.yaml", tmp_path)
     assert first.pop("written").count("adapter_config.json") == 1
     assert second.pop("written") == []
@@ -112,7 +115,7 @@ def test_two_cpu_processes_train_one_model_and_save_it_once(tmp_path):
     assert (tmp_path / "outputs/adapter_model.safetensors").exists()
 
 
-def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path):
+def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path: Path) -> None:
     """Without ``use_cpu`` and a GPU, the Trainer takes each of them for the only one."""
     script = SCRIPT.replace('"max_steps": 2', '"use_cpu": False')
     run = launch("two_cpu_processes.yaml", script, tmp_path)
@@ -121,7 +124,7 @@ def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path):
     assert not any((tmp_path / "outputs").iterdir())  # nothing was written
 
 
-def test_fp16_of_the_launcher_is_refused(tmp_path, monkeypatch):
+def test_fp16_of_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ProblemError, match="fp16's loss scale"):
         trainer(tmp_path)

@@ -1,5 +1,9 @@
 """A step of several micro-batches is a step on all of their examples, to rounding."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,56 +22,56 @@ CPU = [torch.device("cpu")]
 class Net(nn.Module):
     """Two layers, with a gate that another level owns between them, in float64."""
 
-    def __init__(self, dropout=0.0):
+    def __init__(self, dropout: Any = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second = nn.Linear(5, 4).double(), nn.Linear(4, 1).double()
         self.gate = nn.Parameter(torch.linspace(0.5, 1.5, 4, dtype=torch.float64))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.second(self.drop(torch.tanh(self.first(x))) * self.gate)
 
 
 class Fit(Problem):
     """Mean squared error, and a penalty that reads no example."""
 
-    def __init__(self, net, variables, name):
+    def __init__(self, net: Any, variables: Any, name: Any) -> None:
         self.net = net
         super().__init__(variables, name=name)
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         x, y = batch
         error = (self.net(x) - y).square().mean()
         pull = sum(w.square().sum() for w in self.net.first.parameters())
         return {"loss": error + 0.1 * pull, "error": error}
 
 
-def levels(dropout=0.0):
+def levels(dropout: Any = 0.0) -> Any:
     net = Net(dropout).train()
     weights = [*net.first.named_parameters(prefix="first"), *net.second.named_parameters("second")]
     return Fit(net, {"gate": net.gate}, "upper"), Fit(net, weights, "lower")
 
 
-def examples(count, seed=1):
+def examples(count: Any, seed: Any = 1) -> Any:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 5, generator=generator, dtype=torch.float64)
     return x, torch.randn(count, 1, generator=generator, dtype=torch.float64)
 
 
-def parts(batch, count):
+def parts(batch: Any, count: Any) -> Any:
     """``batch`` in equal parts, each with a random state of its own."""
     pieces = zip(*(tensor.chunk(count) for tensor in batch), strict=True)
     return [MicroBatch(piece, RandomState.seeded(CPU, 7, k)) for k, piece in enumerate(pieces)]
 
 
-def close(actual, expected, tolerance=1e-12):
+def close(actual: Any, expected: Any, tolerance: Any = 1e-12) -> None:
     torch.testing.assert_close(list(actual), list(expected), rtol=tolerance, atol=tolerance)
 
 
 @given(count=st.integers(1, 6), size=st.integers(1, 5))
 @settings(max_examples=20)
-def test_loss_metrics_and_gradient_are_those_of_all_examples(count, size):
+def test_loss_metrics_and_gradient_are_those_of_all_examples(count: Any, size: Any) -> None:
     upper, lower = levels()
     batch = examples(count * size)
     variables = (*lower.variables, *upper.variables)
@@ -83,12 +87,12 @@ def test_loss_metrics_and_gradient_are_those_of_all_examples(count, size):
     close(torch.autograd.grad(loss, variables), expected.gradient)
 
 
-def oracle(upper, lower, batch):
+def oracle(upper: Any, lower: Any, batch: Any) -> Any:
     state = RandomState.seeded(CPU, 0)
     return Oracle(upper, lower, examples(6, seed=2), batch, state, state)
 
 
-def products(upper, lower, batch, kind, **options):
+def products(upper: Any, lower: Any, batch: Any, kind: Any, **options: Any) -> Any:
     """H v and ∂²f/∂u∂w v along a fixed v."""
     torch.manual_seed(3)
     v = Vector([torch.randn_like(w) for w in lower.variables])
@@ -106,7 +110,9 @@ def products(upper, lower, batch, kind, **options):
         ("difference", {"epsilon": 1e-2}, 1e-11),
     ],
 )
-def test_second_derivatives_are_those_of_all_examples(kind, options, tolerance, count):
+def test_second_derivatives_are_those_of_all_examples(
+    kind: Any, options: Any, tolerance: Any, count: Any
+) -> None:
     """A difference divides rounding by its epsilon, 1e-5 two-sided and 1e-8 one-sided."""
     upper, lower = levels()
     batch = examples(12)
@@ -116,7 +122,7 @@ def test_second_derivatives_are_those_of_all_examples(kind, options, tolerance, 
 
 
 @pytest.mark.parametrize("method", ["darts:product=exact", "cg:damping=0.1", "neumann:terms=5"])
-def test_hypergradients_are_those_of_all_examples(method):
+def test_hypergradients_are_those_of_all_examples(method: Any) -> None:
     upper, lower = levels()
     batch, above = examples(12), examples(6, seed=2)
     expected = hypergradient(upper, lower, method, upper_batch=above, lower_batch=batch)
@@ -126,7 +132,7 @@ def test_hypergradients_are_those_of_all_examples(method):
     close(found, expected, 1e-10)
 
 
-def test_every_micro_batch_sees_its_own_mask_again():
+def test_every_micro_batch_sees_its_own_mask_again() -> None:
     """At every evaluation, by either way, whatever the random state then is."""
     _, lower = levels(dropout=0.5)
     batch = parts(examples(12), 3)
@@ -147,7 +153,7 @@ def test_every_micro_batch_sees_its_own_mask_again():
         close(found.gradient, gradient)
 
 
-def test_masks_differ_from_micro_batch_to_micro_batch():
+def test_masks_differ_from_micro_batch_to_micro_batch() -> None:
     """Equal examples of two micro-batches have other losses, as other draws have."""
     _, lower = levels(dropout=0.5)
     batch = examples(4)
@@ -157,7 +163,7 @@ def test_masks_differ_from_micro_batch_to_micro_batch():
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_directional_differences_are_of_one_function():
+def test_directional_differences_are_of_one_function() -> None:
     """With dropout, a two-sided difference comes to the exact product under the same masks."""
     upper, lower = levels(dropout=0.5)
     accumulated = Accumulated(lower)
@@ -168,13 +174,13 @@ def test_directional_differences_are_of_one_function():
 
 
 class Halved(Fit):
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return super().loss([x.float() for x in batch])["loss"]
 
 
 @pytest.mark.parametrize("ask", ["evaluate", "gradient"])
-def test_it_runs_in_half_precision_where_the_level_does(ask):
+def test_it_runs_in_half_precision_where_the_level_does(ask: Any) -> None:
     """Differences are taken in single precision then, and would be noise otherwise."""
     net = Net().float()
     for kind in (Fit, Halved):
@@ -186,11 +192,11 @@ def test_it_runs_in_half_precision_where_the_level_does(ask):
         assert accumulated.half is (kind is Halved)
 
 
-def test_a_variable_that_one_micro_batch_does_not_read_counts_as_zero_there():
+def test_a_variable_that_one_micro_batch_does_not_read_counts_as_zero_there() -> None:
     w, v = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (2.0, 3.0))
 
     class Some(Problem):
-        def loss(self, batch):
+        def loss(self, batch: Any) -> Any:
             return w * batch if batch > 0 else v * batch
 
     idle = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -201,7 +207,7 @@ def test_a_variable_that_one_micro_batch_does_not_read_counts_as_zero_there():
     assert found.gradient == (3 / 4, -10 / 4, None)
 
 
-def test_it_owns_what_the_level_owns():
+def test_it_owns_what_the_level_owns() -> None:
     _, lower = levels()
     accumulated = Accumulated(lower)
     assert accumulated.name == lower.name and accumulated.names == lower.names
@@ -209,7 +215,7 @@ def test_it_owns_what_the_level_owns():
     assert all(variable.grad is None for variable in accumulated.variables)
 
 
-def test_no_gradient_is_left_behind():
+def test_no_gradient_is_left_behind() -> None:
     upper, lower = levels()
     for variable in (*lower.variables, *upper.variables):
         variable.grad = torch.ones_like(variable)
@@ -218,9 +224,9 @@ def test_no_gradient_is_left_behind():
         assert torch.equal(variable.grad, torch.ones_like(variable))
 
 
-def test_a_metric_of_some_micro_batches_is_the_mean_over_these():
+def test_a_metric_of_some_micro_batches_is_the_mean_over_these() -> None:
     class Sometimes(Fit):
-        def loss(self, batch):
+        def loss(self, batch: Any) -> Any:
             found = super().loss(batch)
             return {"loss": found["loss"], ("long" if len(batch[0]) > 2 else "short"): 1.0}
 

@@ -1,5 +1,10 @@
 """Data that do not fit get one error that names them and says what to do, before training."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Value
@@ -9,7 +14,7 @@ from tests.support.refusals import APART, cases, refuses, relabelled, rows, stre
 from tests.support.trainers import data, peft_model, trainer
 
 
-def rare(times):
+def rare(times: Any) -> Any:
     """Class c in ``times`` of 48 rows only."""
     table = data(rows=48).remove_columns("labels")
     labels = [2] * times + [row % 2 for row in range(48 - times)]
@@ -18,7 +23,7 @@ def rare(times):
     )
 
 
-def unlabelled():
+def unlabelled() -> Any:
     """Two rows without a class."""
     table = data()
     labels = [None if row < 2 else label for row, label in enumerate(table["labels"])]
@@ -27,7 +32,7 @@ def unlabelled():
     )
 
 
-def again(table):
+def again(table: Any) -> Any:
     """The same rows in another object with another fingerprint, columns in another order."""
     columns = table.column_names[::-1]
     copied = Dataset.from_dict({c: table[c][:] for c in columns}, features=table.features)
@@ -146,28 +151,28 @@ DATA = {
 
 
 @cases(DATA)
-def test_data(case, tmp_path):
+def test_data(case: Any, tmp_path: Path) -> None:
     options, message = case
     model = peft_model()
     refuses(ProblemError, message, model, lambda: trainer(tmp_path, model=model, options=options))
 
 
-def test_more_examples_a_batch_than_there_are_makes_one_batch_of_all(tmp_path):
+def test_more_examples_a_batch_than_there_are_makes_one_batch_of_all(tmp_path: Path) -> None:
     run = trainer(tmp_path, rows=30, per_device_upper_batch_size=100)
     batch = run.upper_batches.batch(3)
     assert len(batch["labels"]) == len(run.upper_dataset) == 6
 
 
-def test_a_part_of_the_training_set_may_be_evaluated_on(tmp_path):
+def test_a_part_of_the_training_set_may_be_evaluated_on(tmp_path: Path) -> None:
     """`eval_dataset` may be the training set itself, for a measure of the fit."""
     table = data()
     trainer(tmp_path, options={"train_dataset": table, "eval_dataset": table})
 
 
-def test_labels_that_a_collator_changes_are_left_to_it(tmp_path):
+def test_labels_that_a_collator_changes_are_left_to_it(tmp_path: Path) -> None:
     table = relabelled(["a", "b", "c", "d"])
 
-    def folded(examples):
+    def folded(examples: Any) -> Any:
         batch = {key: torch.tensor([row[key] for row in examples]) for key in examples[0]}
         return {**batch, "labels": batch["labels"] % 3}
 
@@ -176,7 +181,7 @@ def test_labels_that_a_collator_changes_are_left_to_it(tmp_path):
     assert run.state.global_step == 6
 
 
-def test_no_batch_is_left(tmp_path):
+def test_no_batch_is_left(tmp_path: Path) -> None:
     """24 examples give the lower level 19: less than a batch of 20, which is then dropped."""
     with pytest.raises(ProblemError, match="dataloader_drop_last"):
         trainer(tmp_path, per_device_train_batch_size=20, dataloader_drop_last=True)

@@ -1,5 +1,7 @@
 """Bad settings and models get one error that names them and says what to do, before training."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def test_a_preset_is_a_set_of_options(tmp_path: Path) -> None:
             arguments(tmp_path, preset="published", **{name: value})
 
 
-def frozen_magnitudes():
+def frozen_magnitudes() -> Any:
     model = peft_model()
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
@@ -87,12 +89,12 @@ def frozen_magnitudes():
     return model
 
 
-def for_inference(tmp_path, dora):
+def for_inference(tmp_path: Path, dora: Any) -> Any:
     peft_model(dora=dora).save_pretrained(tmp_path / "adapter")
     return PeftModel.from_pretrained(base_model(), tmp_path / "adapter")
 
 
-def activated(*names):
+def activated(*names: Any) -> Any:
     config = LoraConfig(target_modules=["query"], use_dora=True)
     model = get_peft_model(base_model(), config)
     model.add_adapter("other", config)
@@ -100,13 +102,13 @@ def activated(*names):
     return model
 
 
-def merged():
+def merged() -> Any:
     model = peft_model()
     model.merge_adapter()
     return model
 
 
-def tied():
+def tied() -> Any:
     base = base_model("causal")
     base.config.tie_word_embeddings = True
     base.lm_head.weight = base.model.embed_tokens.weight
@@ -116,11 +118,11 @@ def tied():
 class Quantised(nn.Linear):
     """What a quantised layer looks like: a forward of its own."""
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x)
 
 
-def quantised():
+def quantised() -> Any:
     base = base_model()
     for layer in base.bert.encoder.layer:
         old = layer.attention.self.query
@@ -198,7 +200,7 @@ MODELS = {
 
 
 @cases(MODELS)
-def test_models(case, tmp_path):
+def test_models(case: Any, tmp_path: Path) -> None:
     make, settings, message = case
     with pytest.raises(ProblemError, match=message):
         BiDoRATrainer(make(tmp_path), arguments(tmp_path, **settings), train_dataset=data())
@@ -208,14 +210,16 @@ def test_models(case, tmp_path):
 @pytest.mark.parametrize(
     "method", ["darts:scheme=forward", "cg:product=difference,steps=2", "direct"]
 )
-def test_a_base_that_cannot_be_read_is_trained_by_first_order_products(method, tmp_path):
+def test_a_base_that_cannot_be_read_is_trained_by_first_order_products(
+    method: Any, tmp_path: Path
+) -> None:
     run = trainer(tmp_path, model=quantised(), hypergradient=method)
     run.train()
     assert run.state.global_step == 6
 
 
 @pytest.mark.parametrize("make", [BilevelTrainingArguments, TrainingArguments, dict])
-def test_arguments_of_another_trainer(make, tmp_path):
+def test_arguments_of_another_trainer(make: Any, tmp_path: Path) -> None:
     args = make(output_dir=str(tmp_path))
     message = f"args must be BiDoRATrainingArguments, got {make.__name__}"
     with pytest.raises(ProblemError, match=message):

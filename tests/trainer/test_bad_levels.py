@@ -1,5 +1,10 @@
 """What a `BilevelTrainer` refuses to be made of: settings, levels, data and optimizers."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset
@@ -15,23 +20,23 @@ from tests.support.trainers import arguments, data, peft_model
 class Unsized(torch.utils.data.Dataset):
     """Examples by index, without a length."""
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return data()[index]
 
 
-def groups(model, *rates):
+def groups(model: Any, *rates: Any) -> Any:
     parts = levels(model).values()
     return [{"params": x.variables, "lr": rate} for x, rate in zip(parts, rates, strict=True)]
 
 
-def adamw(model):
+def adamw(model: Any) -> Any:
     return torch.optim.AdamW(groups(model, 1e-3, 1e-3))
 
 
-def with_argument(name, value):
+def with_argument(name: Any, value: Any) -> Any:
     """Arguments with a field that this machine would not let be set."""
 
-    def make(folder):
+    def make(folder: Path) -> Any:
         args = arguments(folder)
         setattr(args, name, value)
         return {"args": args}
@@ -175,14 +180,14 @@ PLAIN = {
 
 
 @cases(PLAIN)
-def test_trainers(case, tmp_path):
+def test_trainers(case: Any, tmp_path: Path) -> None:
     make, message = case
     model = peft_model()
     refuses(ProblemError, message, model, lambda: plain(model, tmp_path, **make(model, tmp_path)))
 
 
 @pytest.mark.parametrize("model", [None, peft_model, nn.DataParallel(nn.Linear(2, 2))])
-def test_models_of_a_plain_trainer(model, tmp_path):
+def test_models_of_a_plain_trainer(model: Any, tmp_path: Path) -> None:
     parts = levels(peft_model())
     with pytest.raises(
         ProblemError, match=r"must be a torch.nn.Module|DataParallel model does not"

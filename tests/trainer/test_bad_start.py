@@ -1,5 +1,10 @@
 """What shows only when training begins is refused before anything has moved."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import torch
 from datasets import Value
 from torch import nn
@@ -12,30 +17,30 @@ from tests.support.trainers import arguments, data, peft_model, trainer, values
 class Fading(nn.Module):
     """A model whose loss is ``form`` of its outputs."""
 
-    def __init__(self, form):
+    def __init__(self, form: Any) -> None:
         super().__init__()
         self.form = form
         self.weight = nn.Parameter(torch.ones(6))
         self.scale = nn.Parameter(torch.ones(6))
         self.idle = nn.Parameter(torch.ones(2))
 
-    def forward(self, input_ids=None, labels=None):
+    def forward(self, input_ids: Any = None, labels: Any = None) -> Any:
         return {"loss": self.form(input_ids * self.weight, self.scale)}
 
 
 class Own(Problem):
     """The model's own loss."""
 
-    def __init__(self, model, *variables, name=None):
+    def __init__(self, model: Any, *variables: Any, name: Any = None) -> None:
         self.model = model
         named = dict(model.named_parameters())
         super().__init__([(key, named[key]) for key in variables], name=name)
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         return self.model(**batch)
 
 
-def product(y, scale):
+def product(y: Any, scale: Any) -> Any:
     return (y * scale).square().mean()
 
 
@@ -86,7 +91,7 @@ LEVELS = {
 
 
 @cases(LEVELS)
-def test_losses(case, tmp_path):
+def test_losses(case: Any, tmp_path: Path) -> None:
     form, owned, error, message = case
     owned = {"lower": ("weight",), "upper": ("scale",), **owned}
     model = Fading(form)
@@ -96,20 +101,20 @@ def test_losses(case, tmp_path):
     refuses(error, message, model, run.train)
 
 
-def step(*, options=None, **settings):
+def step(*, options: Any = None, **settings: Any) -> Any:
     """A `BiDoRATrainer` that is built without an error."""
     return lambda model, folder: trainer(folder, model=model, options=options, **settings)
 
 
-def layer_wise(model):
+def layer_wise(model: Any) -> None:
     """A function that makes an optimizer of a whole model."""
 
 
-def as_tensors(examples):
+def as_tensors(examples: Any) -> Any:
     return {key: torch.tensor([row[key] for row in examples]) for key in examples[0]}
 
 
-def ragged():
+def ragged() -> Any:
     """Other examples than `data`'s, of two lengths."""
     table = data(seed=4)
     lengths = lambda row, index: {"input_ids": row["input_ids"][: 5 + index % 2]}  # noqa: E731
@@ -210,14 +215,14 @@ OPTIMIZERS = {
 
 
 @cases(OPTIMIZERS)
-def test_an_optimizer_is_refused_before_training(case, tmp_path):
+def test_an_optimizer_is_refused_before_training(case: Any, tmp_path: Path) -> None:
     settings, message = case
     model = peft_model()
     refuses(ProblemError, message, model, lambda: trainer(tmp_path, model=model, **settings))
 
 
 @cases(TRAINING)
-def test_the_beginning_of_training(case, tmp_path):
+def test_the_beginning_of_training(case: Any, tmp_path: Path) -> None:
     make, options, message = case
     model = peft_model()
     run = make(model, tmp_path)
@@ -225,7 +230,7 @@ def test_the_beginning_of_training(case, tmp_path):
     assert run.state.global_step == 0
 
 
-def test_as_many_lower_steps_as_steps_make_one_upper_step(tmp_path):
+def test_as_many_lower_steps_as_steps_make_one_upper_step(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=4, lower_steps=4)
     before = {m: v for m, v in values(run.model).items() if "magnitude" in m}
     run.train()
@@ -233,13 +238,15 @@ def test_as_many_lower_steps_as_steps_make_one_upper_step(tmp_path):
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_control_has_no_upper_steps_to_miss(tmp_path):
+def test_a_control_has_no_upper_steps_to_miss(tmp_path: Path) -> None:
     run = trainer(tmp_path, method="dora", max_steps=1, lower_steps=4)
     run.train()
     assert run.state.global_step == 1
 
 
-def test_label_smoothing_is_the_levels_own_where_the_losses_are_the_trainers(tmp_path):
+def test_label_smoothing_is_the_levels_own_where_the_losses_are_the_trainers(
+    tmp_path: Path,
+) -> None:
     run = trainer(tmp_path, label_smoothing_factor=0.1, retrain="warm", retrain_steps=1)
     run.train()
     assert run.retrainer.state.global_step == 1

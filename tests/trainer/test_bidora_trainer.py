@@ -1,7 +1,11 @@
 """`BiDoRATrainer`: every task, both phases, the controls, and a plain PEFT adapter at the end."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from tests.support.trainers import TASKS, arguments, base_model, data, peft_mode
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("method", ["bidora", "dora", "lora"])
-def test_every_task_and_method(tmp_path, kind, method):
+def test_every_task_and_method(tmp_path: Path, kind: Any, method: Any) -> None:
     """The loss on the training data falls, and stock PEFT loads what was saved."""
     run = trainer(
         tmp_path, kind, dropout=0.0, method=method, max_steps=60, learning_rate=3e-2, retrain="none"
@@ -31,7 +35,7 @@ def test_every_task_and_method(tmp_path, kind, method):
         )
 
 
-def test_the_adapter_loads_with_this_library_absent(tmp_path):
+def test_the_adapter_loads_with_this_library_absent(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run")
     run.train()
     run.save_model(str(tmp_path / "adapter"))
@@ -50,8 +54,8 @@ print(PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}).peft_type.v
 
 @pytest.mark.parametrize("retrain", ["warm", "scratch"])
 def test_retraining_moves_directions_on_all_data_with_magnitudes_as_the_search_left_them(
-    tmp_path, retrain
-):
+    tmp_path: Path, retrain: Any
+) -> None:
     model = peft_model()
     start = values(model)
     options = {"retrain": retrain, "retrain_steps": 1, "retrain_learning_rate": 0.0}
@@ -73,7 +77,7 @@ def test_retraining_moves_directions_on_all_data_with_magnitudes_as_the_search_l
     assert run.retrainer.state.global_step == 5
 
 
-def test_retraining_has_its_own_length_and_rate(tmp_path):
+def test_retraining_has_its_own_length_and_rate(tmp_path: Path) -> None:
     run = trainer(tmp_path, retrain="warm", retrain_epochs=2, retrain_learning_rate=5e-4)
     run.train()
     assert run.retrainer.state.global_step == 2 * 6  # 24 examples in batches of 4
@@ -81,8 +85,8 @@ def test_retraining_has_its_own_length_and_rate(tmp_path):
     assert run.args.learning_rate == 1e-2
 
 
-def test_label_smoothing_and_loss_functions_keep_their_meaning(tmp_path):
-    def loss_function(outputs, labels, num_items_in_batch=None):
+def test_label_smoothing_and_loss_functions_keep_their_meaning(tmp_path: Path) -> None:
+    def loss_function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         return 2 * torch.nn.functional.cross_entropy(outputs["logits"], labels)
 
     for settings, options in (
@@ -131,7 +135,7 @@ def test_label_smoothing_and_loss_functions_keep_their_meaning(tmp_path):
         assert expected != pytest.approx(plain_loss, rel=1e-3)
 
 
-def test_controls_get_all_of_the_data(tmp_path):
+def test_controls_get_all_of_the_data(tmp_path: Path) -> None:
     train, upper = data(rows=18), data(rows=6, seed=5)
     for method, lower, above in (("bidora", 18, 6), ("dora", 24, 0)):
         options = {"train_dataset": train, "upper_dataset": upper}
@@ -141,7 +145,7 @@ def test_controls_get_all_of_the_data(tmp_path):
         run.train()
 
 
-def test_the_magnitudes_start_is_where_decay_pulls_to(tmp_path):
+def test_the_magnitudes_start_is_where_decay_pulls_to(tmp_path: Path) -> None:
     model = peft_model(dropout=0.0)
     start = {n: p.detach().clone() for n, p in split_parameters(model).magnitudes.items()}
     ends = []
@@ -156,7 +160,7 @@ def test_the_magnitudes_start_is_where_decay_pulls_to(tmp_path):
     assert ends[1] < 0.5 * ends[0]
 
 
-def test_upper_split_is_stratified_and_seeded(tmp_path):
+def test_upper_split_is_stratified_and_seeded(tmp_path: Path) -> None:
     splits = [
         trainer(tmp_path, data_seed=seed, rows=30).upper_dataset["labels"][:] for seed in (1, 1, 2)
     ]
@@ -168,7 +172,7 @@ def test_upper_split_is_stratified_and_seeded(tmp_path):
     assert inputs[0] != inputs[1]
 
 
-def test_arguments_of_the_retraining_leave_those_of_the_search_alone(tmp_path):
+def test_arguments_of_the_retraining_leave_those_of_the_search_alone(tmp_path: Path) -> None:
     args = arguments(tmp_path, retrain="warm", retrain_learning_rate=1.0, retrain_epochs=3.0)
     second = args.for_retraining()
     assert (second.learning_rate, second.num_train_epochs, second.max_steps) == (1.0, 3.0, -1)

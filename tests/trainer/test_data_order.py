@@ -1,6 +1,10 @@
 """A resumed run reads the data in the order of the one before it, whatever chose the order."""
 
+from __future__ import annotations
+
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import TrainingArguments
@@ -18,14 +22,14 @@ else:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_draws_what_it_drew(tmp_path, name):
+def test_a_sampler_draws_what_it_drew(tmp_path: Path, name: Any) -> None:
     settings = {"rows": 25, "max_steps": 13, **SAMPLERS[name]}
     require_same_end(tmp_path, (4,), (8,), (11,), **settings)
 
 
 @pytest.mark.parametrize("stop", [5, 6, 8])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_a_stream_that_begins_again(tmp_path, stop, micro):
+def test_a_stream_that_begins_again(tmp_path: Path, stop: Any, micro: Any) -> None:
     """Five batches long, of which two make a step or one."""
     settings = {"gradient_accumulation_steps": micro, "save_steps": 1}
     require_same_end(tmp_path, (stop,), make=streamed, **settings)

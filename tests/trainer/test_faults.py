@@ -1,5 +1,7 @@
 """Damaged checkpoints, a full disk, NaN: one clear error, nothing executed, and a way to go on."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -8,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ FILES = (
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run's folder, with checkpoints 3, 6 and 9, and how it ended."""
     folder = tmp_path_factory.mktemp("ended")
     made = saving(folder)
@@ -44,14 +47,14 @@ def ended(tmp_path_factory):
 
 
 @pytest.fixture
-def copied(ended, tmp_path):
+def copied(ended: Any, tmp_path: Path) -> Any:
     """A copy of the folder, its last checkpoint, and how the run ended."""
     folder = tmp_path / "run"
     shutil.copytree(ended[0], folder)
     return folder, folder / "checkpoint-9", ended[1]
 
 
-def require_refused(folder, message, expected, **settings):
+def require_refused(folder: Path, message: Any, expected: Any, **settings: Any) -> None:
     """The last checkpoint is refused; the run goes on from the one before, to the same end."""
     made = saving(folder, **settings)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
@@ -64,12 +67,12 @@ def require_refused(folder, message, expected, **settings):
     assert not differences(end(resumed), expected)
 
 
-def test_these_are_the_files_of_a_checkpoint(copied):
+def test_these_are_the_files_of_a_checkpoint(copied: Any) -> None:
     assert set(json.loads((copied[1] / SEAL).read_text())["files"]) == set(FILES)
 
 
 @pytest.mark.parametrize("name", [*FILES, SEAL])
-def test_a_truncated_file_is_refused(copied, name):
+def test_a_truncated_file_is_refused(copied: Any, name: Any) -> None:
     folder, last, expected = copied
     os.truncate(last / name, (last / name).stat().st_size * 2 // 3)
     message = SEAL if name == SEAL else name
@@ -77,14 +80,14 @@ def test_a_truncated_file_is_refused(copied, name):
 
 
 @pytest.mark.parametrize("name", [*FILES, SEAL])
-def test_a_missing_file_is_refused(copied, name):
+def test_a_missing_file_is_refused(copied: Any, name: Any) -> None:
     folder, last, expected = copied
     (last / name).unlink()
     message = SEAL if name == SEAL else name
     require_refused(folder, message, expected)
 
 
-def test_a_missing_folder_is_refused(copied):
+def test_a_missing_folder_is_refused(copied: Any) -> None:
     folder, last, expected = copied
     shutil.rmtree(last)
     require_refused(folder, "checkpoint-9", expected)
@@ -93,17 +96,17 @@ def test_a_missing_folder_is_refused(copied):
 class Trap:
     """Unpickled, it makes a folder."""
 
-    def __init__(self, marker):
+    def __init__(self, marker: Any) -> None:
         self.marker = marker
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize(
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "estimator.pt", "epoch_0.pt"]
 )
-def test_a_pickle_that_runs_code_is_not_executed(copied, name):
+def test_a_pickle_that_runs_code_is_not_executed(copied: Any, name: Any) -> None:
     """Its hash is that of the seal, so only the loading itself can refuse it."""
     folder, last, _ = copied
     last = folder / "checkpoint-6"
@@ -117,7 +120,7 @@ def test_a_pickle_that_runs_code_is_not_executed(copied, name):
     assert (folder / "executed").exists()
 
 
-def test_the_pickled_arguments_are_never_loaded(copied):
+def test_the_pickled_arguments_are_never_loaded(copied: Any) -> None:
     folder, last, expected = copied
     record = unseal(last)
     torch.save(Trap(folder / "executed"), last / "training_args.bin")
@@ -128,25 +131,25 @@ def test_the_pickled_arguments_are_never_loaded(copied):
 
 
 @pytest.mark.parametrize("key", ["settings", "skipped"])
-def test_a_seal_of_another_program_is_refused(copied, key):
+def test_a_seal_of_another_program_is_refused(copied: Any, key: Any) -> None:
     last = copied[1]
     seal(last, {k: v for k, v in unseal(last).items() if k != key})
     with pytest.raises(ProblemError, match=key):
         saving(copied[0]).train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path: Path) -> None:
     interrupted(tmp_path, (5,), save_only_model=True)
     with pytest.raises(ProblemError, match="save_only_model"):
         saving(tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_there_must_be_a_checkpoint_to_resume(tmp_path):
+def test_there_must_be_a_checkpoint_to_resume(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match=tmp_path.name):
         saving(tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_initial_values_that_are_lost_are_missed_before_the_search(tmp_path):
+def test_initial_values_that_are_lost_are_missed_before_the_search(tmp_path: Path) -> None:
     interrupted(tmp_path, (5,), retrain="scratch")
     (tmp_path / "initial.pt").write_bytes(b"")
     with pytest.raises(ProblemError, match=r"initial\.pt"):
@@ -163,17 +166,19 @@ def test_initial_values_that_are_lost_are_missed_before_the_search(tmp_path):
 class Full(TrainerCallback):
     """From a step on the system writes no file beyond ``size`` bytes."""
 
-    def __init__(self, step, size):
+    def __init__(self, step: Any, size: Any) -> None:
         self.step, self.size = step, size
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
 
 
 @pytest.mark.parametrize("size", [1_500, 4_500, 15_000])  # in an adapter, in a pickle
-def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(ended, tmp_path, size):
+def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(
+    ended: Any, tmp_path: Path, size: Any
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     made = saving(tmp_path, [Full(6, size)], save_total_limit=1)
     try:
@@ -190,8 +195,10 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(ended, tmp_path
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_disk_that_fails_at_the_seal_is_one_error(tmp_path, monkeypatch, function):
-    def full(*args):
+def test_a_disk_that_fails_at_the_seal_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: Any
+) -> None:
+    def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     made = saving(tmp_path)
@@ -201,7 +208,7 @@ def test_a_disk_that_fails_at_the_seal_is_one_error(tmp_path, monkeypatch, funct
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def spoil(made, level, step, kind):
+def spoil(made: Any, level: Any, step: Any, kind: Any) -> Any:
     """Make the level's loss infinite, or its gradient NaN, at one evaluation in a step.
 
     ``kind``: "loss", "gradient", or "curvature": only where the lower variables are displaced.
@@ -209,7 +216,7 @@ def spoil(made, level, step, kind):
     problem = getattr(made, level)
     loss, start = problem.task_loss, []
 
-    def spoilt(batch):
+    def spoilt(batch: Any) -> Any:
         value = loss(batch)
         if made.state.global_step + 1 != step:
             return value
@@ -239,7 +246,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_not_finite_stops_with_a_checkpoint_of_the_step_before(tmp_path, fault, micro):
+def test_what_is_not_finite_stops_with_a_checkpoint_of_the_step_before(
+    tmp_path: Path, fault: Any, micro: Any
+) -> None:
     """From which the run goes on as if nothing had been."""
     level, kind, message = FAULTS[fault]
     settings = {"gradient_accumulation_steps": micro, "gamma": 1e-3}
@@ -256,16 +265,18 @@ def test_what_is_not_finite_stops_with_a_checkpoint_of_the_step_before(tmp_path,
     assert not differences(end(resumed), end(whole))
 
 
-def test_what_is_not_finite_in_the_first_step_leaves_a_checkpoint_too(tmp_path):
+def test_what_is_not_finite_in_the_first_step_leaves_a_checkpoint_too(tmp_path: Path) -> None:
     require_goes_on_after(tmp_path, step=1)
 
 
 @pytest.mark.parametrize("step", [5, 6, 7])
-def test_what_is_not_finite_about_the_begin_of_an_epoch_leaves_a_checkpoint_too(tmp_path, step):
+def test_what_is_not_finite_about_the_begin_of_an_epoch_leaves_a_checkpoint_too(
+    tmp_path: Path, step: Any
+) -> None:
     require_goes_on_after(tmp_path, step=step, rows=25)
 
 
-def require_goes_on_after(folder, step, **settings):
+def require_goes_on_after(folder: Path, step: Any, **settings: Any) -> None:
     whole = saving(folder / "whole", **settings)
     whole.train()
     made = spoil(saving(folder / "spoilt", **settings), "lower", step, "loss")
@@ -276,7 +287,7 @@ def require_goes_on_after(folder, step, **settings):
     assert not differences(end(resumed), end(whole))
 
 
-def test_what_is_not_finite_on_a_full_disk_is_still_named(tmp_path):
+def test_what_is_not_finite_on_a_full_disk_is_still_named(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     made = spoil(saving(tmp_path, [Full(7, 1_500)]), "lower", 8, "loss")
     try:
@@ -289,12 +300,14 @@ def test_what_is_not_finite_on_a_full_disk_is_still_named(tmp_path):
 
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_not_finite_can_be_skipped_and_is_counted(tmp_path, fault, micro):
+def test_what_is_not_finite_can_be_skipped_and_is_counted(
+    tmp_path: Path, fault: Any, micro: Any
+) -> None:
     level, kind, _ = FAULTS[fault]
     states = {}
 
     class Keep(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             values = dict(made.model.named_parameters())
             states[state.global_step] = {n: p.detach().clone() for n, p in values.items()}
 
@@ -309,7 +322,7 @@ def test_what_is_not_finite_can_be_skipped_and_is_counted(tmp_path, fault, micro
     assert logs == {**dict.fromkeys(range(1, 8)), 8: 1, 9: 1}
 
 
-def test_the_count_of_skipped_steps_is_resumed(tmp_path):
+def test_the_count_of_skipped_steps_is_resumed(tmp_path: Path) -> None:
     whole = spoil(saving(tmp_path / "whole", non_finite="skip"), "lower", 5, "loss")
     whole.train()
     made = spoil(saving(tmp_path / "broken", [StopAt(8)], non_finite="skip"), "lower", 5, "loss")
@@ -320,7 +333,7 @@ def test_the_count_of_skipped_steps_is_resumed(tmp_path):
     assert resumed.skipped == 1 and not differences(end(resumed), end(whole))
 
 
-def test_runs_that_are_killed_end_as_if_left_alone():
+def test_runs_that_are_killed_end_as_if_left_alone() -> None:
     """SIGKILL three times, by the benchmark, in a process of its own, since it forks."""
     program = "import json, faults; print(json.dumps(faults.kills(3, 0, faults.RUNS[1:4], 1)[1]))"
     command = [sys.executable, "-W", "ignore", "-c", program]

@@ -1,5 +1,10 @@
 """`sama` reads the lower optimizer's state, under the Trainer, whose optimizer it is."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,41 +17,43 @@ X, STEPS, RATES = [1.0, 2.0, 4.0, 5.0], 5, (0.05, 0.2)
 BETAS, EPS, DECAY = (0.8, 0.95), 1e-3, 0.1
 
 
-def f(w, u, x):
+def f(w: Any, u: Any, x: Any) -> Any:
     """A lower loss whose gradient and Hessian change from step to step."""
     return ((w.square() - u * x[:, None]).square()).mean() + 0.3 * w.square().sum()
 
 
-def upper_f(w, u):
+def upper_f(w: Any, u: Any) -> Any:
     return (w - torch.arange(3).double()).square().sum() / 2 + u.square() / 20
 
 
 class Lower(Problem):
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         self.model = model
         super().__init__([("w", model.w)])
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         return f(self.model.w, self.model.u, batch["x"].double())
 
 
 class Upper(Problem):
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         self.model = model
         super().__init__([("u", model.u)])
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         return upper_f(self.model.w, self.model.u)
 
 
-def start():
+def start() -> Any:
     model = nn.Module()
     model.w = nn.Parameter(torch.tensor([0.5, -0.8, 1.2], dtype=torch.float64))
     model.u = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
     return model
 
 
-def trained(folder, method, lower_steps, accumulation, max_grad_norm):
+def trained(
+    folder: Path, method: Any, lower_steps: Any, accumulation: Any, max_grad_norm: Any
+) -> Any:
     """w and u after a run; each of its steps has all of ``X``."""
     model = start()
     BilevelTrainer(
@@ -86,12 +93,12 @@ def trained(folder, method, lower_steps, accumulation, max_grad_norm):
 class ByHand:
     """The same run in plain torch: AdamW's step on w as a differentiable function of u."""
 
-    def __init__(self, max_grad_norm):
+    def __init__(self, max_grad_norm: Any) -> None:
         self.max_grad_norm = max_grad_norm
         self.m = self.v = torch.zeros(3, dtype=torch.float64)
         self.t = 0
 
-    def step(self, w, u):
+    def step(self, w: Any, u: Any) -> Any:
         """w after a step; clipping is a constant factor."""
         (g,) = torch.autograd.grad(f(w, u, torch.tensor(X).double()), w, create_graph=True)
         if self.max_grad_norm:
@@ -102,12 +109,12 @@ class ByHand:
         m, v = (x / (1 - beta**self.t) for x, beta in zip((self.m, self.v), BETAS, strict=True))
         return w * (1 - RATES[0] * DECAY) - RATES[0] * m / (v.sqrt() + EPS)
 
-    def hypergradient(self, w, u, after):
+    def hypergradient(self, w: Any, u: Any, after: Any) -> Any:
         """At w, where the step to ``after`` begins."""
         direct, b = torch.autograd.grad(upper_f(w, u), (u, w))
         return direct + torch.autograd.grad(after, u, b, retain_graph=True)[0]
 
-    def run(self, lower_steps):
+    def run(self, lower_steps: Any) -> Any:
         model = start()
         w, u = model.w, model.u
         upper = AdamW([u], lr=RATES[1], betas=BETAS, eps=EPS, weight_decay=0.0)
@@ -125,7 +132,9 @@ class ByHand:
 @pytest.mark.parametrize(
     ("lower_steps", "accumulation", "max_grad_norm"), [(1, 1, 0.0), (2, 2, 0.0), (2, 1, 0.5)]
 )
-def test_a_run_is_that_of_plain_torch(tmp_path, method, lower_steps, accumulation, max_grad_norm):
+def test_a_run_is_that_of_plain_torch(
+    tmp_path: Path, method: Any, lower_steps: Any, accumulation: Any, max_grad_norm: Any
+) -> None:
     """The step is the one about to be taken, from the optimizer's state before it."""
     found = trained(tmp_path, method, lower_steps, accumulation, max_grad_norm)
     expected = ByHand(max_grad_norm).run(lower_steps)

@@ -1,5 +1,10 @@
 """Variables that the model does not hold: the Trainer clears, saves and moves the model's alone."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,11 +16,11 @@ from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Problem
 class Follow(Problem):
     """f = ½ mean (w − u x)² + ½ (v − u)²; only w is the model's."""
 
-    def __init__(self, model, v, u):
+    def __init__(self, model: Any, v: Any, u: Any) -> None:
         self.model, self.v, self.u = model, v, u
         super().__init__([("w", model.w), ("v", v)])
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         return ((self.model.w - self.u * batch["x"].double()) ** 2).mean() / 2 + (
             self.v - self.u
         ) ** 2 / 2
@@ -24,22 +29,24 @@ class Follow(Problem):
 class Target(Problem):
     """F = ½ (w − 1)² + ½ (v − 2)²."""
 
-    def __init__(self, model, v, u):
+    def __init__(self, model: Any, v: Any, u: Any) -> None:
         self.model, self.v = model, v
         super().__init__([("u", u)])
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         return ((self.model.w - 1) ** 2 + (self.v - 2) ** 2) / 2
 
 
-def number(value):
+def number(value: Any) -> Any:
     return torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("lower_steps", [1, 2])
 @pytest.mark.parametrize("estimator", ["darts:scheme=forward", "darts:product=exact"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_every_step_is_that_of_its_own_gradients(tmp_path, lower_steps, estimator, accumulation):
+def test_every_step_is_that_of_its_own_gradients(
+    tmp_path: Path, lower_steps: Any, estimator: Any, accumulation: Any
+) -> None:
     model, v, u = nn.Module(), number(0.3), number(0.5)
     model.w = nn.Parameter(number(-0.4).detach())
     x = torch.tensor([1.0, 2.0, 4.0, 5.0])

@@ -1,5 +1,10 @@
 """`f2sa` and `penalty` under the Trainer: what the lower steps descend, and that they train."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +18,7 @@ GAMMA = 5.0
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path, micro):
+def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path: Path, micro: Any) -> None:
     """Each on an upper batch of its own, a function of the step; and u moves at the same point."""
     method = f"penalty:gamma={GAMMA},inner_steps=3"
     settings = {"hypergradient": method, "gradient_accumulation_steps": micro, "rows": 30}
@@ -49,7 +54,7 @@ def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path, micro):
 @pytest.mark.parametrize(
     "method", ["f2sa:inner_steps=2", "penalty:inner_steps=3", "penalty:free=True"]
 )
-def test_they_train(tmp_path, method):
+def test_they_train(tmp_path: Path, method: Any) -> None:
     """The training loss falls, the upper level moves, and the log tells of its steps."""
     watch = Watch()
     settings = {"hypergradient": method, "max_steps": 40, "lower_steps": 4, "learning_rate": 3e-2}

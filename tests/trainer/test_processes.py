@@ -4,7 +4,10 @@ Each of the two has half of every micro-batch, and the one twice as many example
 processes are started with the configurations that are shipped, for DDP and for FSDP2.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +27,12 @@ RUNS += [("fsdp", name) for name in in_processes.SHARDED]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def two(folders):
+def two(folders: Any) -> Any:
     """What each process has of every run: one launch a kind for all of them."""
     results = {}
     for kind, file in KINDS.items():
@@ -40,11 +43,11 @@ def two(folders):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The logs and parameters of each method in one process."""
     known = {}
 
-    def train(name):
+    def train(name: Any) -> Any:
         if name not in known:
             folder = tmp_path_factory.mktemp("one")
             known[name] = in_processes.train(folder, 4, **in_processes.RUNS[name])
@@ -53,12 +56,12 @@ def one(tmp_path_factory):
     return train
 
 
-def same(a, b):
+def same(a: Any, b: Any) -> Any:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS)
-def test_two_processes_train_as_one_does(two, one, kind, name):
+def test_two_processes_train_as_one_does(two: Any, one: Any, kind: Any, name: Any) -> None:
     """Losses, gradient norms, the levels' metrics, and every parameter at the end."""
     expected_logs, expected = one(name)
     tolerance = ROUNDING.get(name, 1e-12)
@@ -74,7 +77,7 @@ def test_two_processes_train_as_one_does(two, one, kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS)
-def test_what_is_saved_is_a_plain_adapter(two, folders, kind, name):
+def test_what_is_saved_is_a_plain_adapter(two: Any, folders: Any, kind: Any, name: Any) -> None:
     """Whole, and once."""
     plain = models.base_model(dropout=0.0).double()
     loaded = PeftModel.from_pretrained(plain, folders[kind] / name / "adapter", is_trainable=True)
@@ -82,7 +85,9 @@ def test_what_is_saved_is_a_plain_adapter(two, folders, kind, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_resume_from_a_checkpoint_that_is_written_once(two, folders, kind):
+def test_two_processes_resume_from_a_checkpoint_that_is_written_once(
+    two: Any, folders: Any, kind: Any
+) -> None:
     """With the random states of both; the best model comes back at the end."""
     for result in two[kind]:
         (logs, values), (logs_resumed, values_resumed) = result["saved"], result["resumed"]
@@ -94,7 +99,7 @@ def test_two_processes_resume_from_a_checkpoint_that_is_written_once(two, folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_on_one_process_stops_both(two, folders, kind):
+def test_a_nan_on_one_process_stops_both(two: Any, folders: Any, kind: Any) -> None:
     """After the state before the step was written."""
     for result in two[kind]:
         assert "step 4 (epoch 0.75, 1 micro-batches)" in result["stopped"]
@@ -103,7 +108,7 @@ def test_a_nan_on_one_process_stops_both(two, folders, kind):
     assert (folders[kind] / "stopped" / "checkpoint-3" / "bilevel.json").is_file()
 
 
-def test_what_shards_cannot_do_is_refused(two):
+def test_what_shards_cannot_do_is_refused(two: Any) -> None:
     """Before anything is trained."""
     for result in two["fsdp"]:
         refused = result["refused"]

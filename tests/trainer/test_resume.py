@@ -1,5 +1,10 @@
 """Interrupted and resumed, a Trainer's run is bit-identical to one that was left alone."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -48,7 +53,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_search_is_bit_identical(tmp_path, name):
+def test_a_resumed_search_is_bit_identical(tmp_path: Path, name: Any) -> None:
     """Stopped before a save, in between, and again after it was resumed."""
     require_same_end(tmp_path, (4,), (6,), (8,), **RUNS[name])
 
@@ -62,7 +67,7 @@ def test_a_resumed_search_is_bit_identical(tmp_path, name):
         ([], "mapping"),
     ],
 )
-def test_what_the_estimator_kept_must_fit(tmp_path, kept, message):
+def test_what_the_estimator_kept_must_fit(tmp_path: Path, kept: Any, message: Any) -> None:
     interrupted(tmp_path, (4,), hypergradient="warm")
     folder = tmp_path / "checkpoint-3"
     record = unseal(folder)
@@ -78,7 +83,7 @@ def test_what_the_estimator_kept_must_fit(tmp_path, kept, message):
 
 
 @pytest.mark.parametrize("stop", [4, 5, 6, 8])
-def test_epochs_begin_and_end_anywhere(tmp_path, stop):
+def test_epochs_begin_and_end_anywhere(tmp_path: Path, stop: Any) -> None:
     """Five steps an epoch, saved at the end of each."""
     settings = {"rows": 25, "save_strategy": "epoch", "max_steps": 11, "logging_steps": 5}
     require_same_end(tmp_path, (6,), **settings)
@@ -97,12 +102,12 @@ def test_epochs_begin_and_end_anywhere(tmp_path, stop):
         pytest.param([(4, "search"), (1, "retrain"), (4, "retrain")], id="in both"),
     ],
 )
-def test_both_phases_resume(tmp_path, retrain, stops):
+def test_both_phases_resume(tmp_path: Path, retrain: Any, stops: Any) -> None:
     settings = {"retrain_learning_rate": 5e-3, "gradient_accumulation_steps": 2, "rows": 30}
     require_same_end(tmp_path, *stops, retrain=retrain, **settings)
 
 
-def test_a_finished_run_takes_no_step_more(tmp_path):
+def test_a_finished_run_takes_no_step_more(tmp_path: Path) -> None:
     """Neither within an epoch, nor at its end, nor where the rate is not zero by then."""
     for steps, rows in ((9, 25), (10, 25)):
         settings = {"max_steps": steps, "rows": rows, "lr_scheduler_type": "constant"}
@@ -119,18 +124,20 @@ def test_a_finished_run_takes_no_step_more(tmp_path):
 class Weighted(Problem):
     """Cross-entropy with a weight for each class, which no module holds."""
 
-    def __init__(self, model, weights, variables, *, weighted, name):
+    def __init__(
+        self, model: Any, weights: Any, variables: Any, *, weighted: Any, name: Any
+    ) -> None:
         self.model, self.weights, self.weighted = model, weights, weighted
         super().__init__(variables, name=name)
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         batch = dict(batch)
         labels = batch.pop("labels")
         losses = cross_entropy(self.model(**batch).logits, labels, reduction="none")
         return (losses * self.weights[labels].exp()).mean() if self.weighted else losses.mean()
 
 
-def reweighting(folder, callbacks=(), **settings):
+def reweighting(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
     """The lower level trains a whole model, the upper one owns the classes' weights."""
     model, weights = base_model(), nn.Parameter(torch.zeros(3))
     lower = Weighted(model, weights, model.named_parameters(), weighted=True, name="below")
@@ -159,16 +166,16 @@ def reweighting(folder, callbacks=(), **settings):
     return made
 
 
-def test_upper_variables_outside_the_model_resume(tmp_path):
+def test_upper_variables_outside_the_model_resume(tmp_path: Path) -> None:
     _, resumed = require_same_end(tmp_path, (4,), (7,), make=reweighting)
     assert resumed.upper.variables[0].abs().min() > 0.01
 
 
-def test_gradients_of_variables_outside_the_model_do_not_add_up(tmp_path):
+def test_gradients_of_variables_outside_the_model_do_not_add_up(tmp_path: Path) -> None:
     """The Trainer empties those of its model alone; emptied by hand, nothing is different."""
 
     class Empty(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             by_hand.upper.variables[0].grad = None
 
     made = reweighting(tmp_path / "made")
@@ -189,7 +196,7 @@ BEST = {
 }
 
 
-def test_the_best_model_is_loaded_at_the_end(tmp_path):
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     """Also where its checkpoint is older than the one that was resumed from."""
     options = {"eval_dataset": data(rows=9, seed=5)}
     settings = {**BEST, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
@@ -202,11 +209,11 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     )
 
 
-def test_the_best_variables_outside_the_model_are_loaded_too(tmp_path):
+def test_the_best_variables_outside_the_model_are_loaded_too(tmp_path: Path) -> None:
     weights = {}
 
     class Keep(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             weights[state.global_step] = made.upper.variables[0].detach().clone()
 
     made = reweighting(tmp_path, [Keep()], **BEST, learning_rate=0.1)
@@ -215,9 +222,9 @@ def test_the_best_variables_outside_the_model_are_loaded_too(tmp_path):
     assert best < 8 and torch.equal(made.upper.variables[0], weights[best])
 
 
-def test_a_damaged_best_model_is_one_error(tmp_path):
+def test_a_damaged_best_model_is_one_error(tmp_path: Path) -> None:
     class Damage(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 8:
                 path = tmp_path / f"checkpoint-{state.best_global_step}" / "levels.safetensors"
                 path.write_bytes(path.read_bytes()[:-1])
@@ -227,10 +234,12 @@ def test_a_damaged_best_model_is_one_error(tmp_path):
         made.train()
 
 
-def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_the_old_checkpoint_stays_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen, seal = [], checkpoint.seal
 
-    def look(folder, record):
+    def look(folder: Path, record: Any) -> None:
         assert not (folder / SEAL).exists()
         seen.append((last_whole(tmp_path), folder.name))
         seal(folder, record)
@@ -243,7 +252,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypat
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
 
 
-def test_a_run_resumes_itself_and_not_a_longer_one_before_it(tmp_path):
+def test_a_run_resumes_itself_and_not_a_longer_one_before_it(tmp_path: Path) -> None:
     expected = saving(tmp_path / "alone")
     expected.train()
     saving(tmp_path / "shared", max_steps=12, upper_learning_rate=0.5, retrain="warm").train()
@@ -255,7 +264,7 @@ def test_a_run_resumes_itself_and_not_a_longer_one_before_it(tmp_path):
     assert not differences(end(resumed), end(expected))
 
 
-def test_a_run_does_not_take_up_the_retraining_of_one_before_it(tmp_path):
+def test_a_run_does_not_take_up_the_retraining_of_one_before_it(tmp_path: Path) -> None:
     expected = saving(tmp_path / "alone", retrain="warm")
     expected.train()
     saving(tmp_path / "shared", upper_learning_rate=0.5, retrain="warm").train()
@@ -268,7 +277,7 @@ def test_a_run_does_not_take_up_the_retraining_of_one_before_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-6"])
-def test_any_checkpoint_can_be_named(tmp_path, name):
+def test_any_checkpoint_can_be_named(tmp_path: Path, name: Any) -> None:
     expected = saving(tmp_path)
     expected.train()
     resumed = saving(tmp_path)
@@ -276,7 +285,7 @@ def test_any_checkpoint_can_be_named(tmp_path, name):
     assert not differences(end(resumed), end(expected))
 
 
-def test_a_checkpoint_of_the_retraining_can_be_named(tmp_path):
+def test_a_checkpoint_of_the_retraining_can_be_named(tmp_path: Path) -> None:
     expected = saving(tmp_path, retrain="warm")
     expected.train()
     resumed = saving(tmp_path, retrain="warm")
@@ -285,11 +294,11 @@ def test_a_checkpoint_of_the_retraining_can_be_named(tmp_path):
     assert "loss" not in str(resumed.state.log_history)  # the search was not run again
 
 
-def test_early_stopping_counts_on(tmp_path):
+def test_early_stopping_counts_on(tmp_path: Path) -> None:
     """Two evaluations without a better score end a run, wherever it was interrupted."""
 
-    def stopping(folder, callbacks=()):
-        def score(prediction):
+    def stopping(folder: Path, callbacks: Any = ()) -> Any:
+        def score(prediction: Any) -> Any:
             return {"score": -made.state.global_step}
 
         options = {"eval_dataset": data(rows=9, seed=5), "compute_metrics": score}
@@ -302,17 +311,21 @@ def test_early_stopping_counts_on(tmp_path):
     assert whole.state.global_step == resumed.state.global_step == 6
 
 
-def test_the_checkpoint_that_is_taken_is_said(tmp_path, caplog):
+def test_the_checkpoint_that_is_taken_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     interrupted(tmp_path, (5,))
     saving(tmp_path).train(resume_from_checkpoint=True)
     assert str(tmp_path / "checkpoint-3") in caplog.text
 
 
-def test_an_epoch_that_a_callback_ended_is_warned_of(tmp_path, caplog):
+def test_an_epoch_that_a_callback_ended_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Five steps an epoch, of which the first has three."""
 
     class Leave(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_epoch_stop = state.global_step == 3
 
     settings = {"rows": 25, "save_steps": 1, "logging_steps": 1}

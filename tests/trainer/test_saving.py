@@ -1,5 +1,10 @@
 """What the Trainer does with a checkpoint, it does with one that is whole."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 from transformers import TrainerCallback
 
@@ -9,13 +14,15 @@ from tests.support.resume import end, saving
 
 
 @pytest.mark.parametrize("retrain", ["none", "warm"])
-def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(tmp_path, retrain):
+def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(
+    tmp_path: Path, retrain: Any
+) -> None:
     """And a search that has not ended is not followed by a retraining."""
 
     class Ask(TrainerCallback):
         """As SIGTERM does, three seconds later."""
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 4 and not args.output_dir.endswith("retrain"):
                 callbacks = made.callback_handler.callbacks
                 (found,) = [c for c in callbacks if type(c).__name__ == "JITCheckpointCallback"]

@@ -1,6 +1,10 @@
 """What a step of `BilevelTrainer` is made of, and what is logged of it."""
 
+from __future__ import annotations
+
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +17,11 @@ from tests.support.resume import end, saving
 from tests.support.trainers import peft_model, trainer
 
 
-def logs(made):
+def logs(made: Any) -> Any:
     return [record for record in made.state.log_history if "loss" in record]
 
 
-def test_a_stream_begins_again_within_a_step(tmp_path):
+def test_a_stream_begins_again_within_a_step(tmp_path: Path) -> None:
     """A stream of five micro-batches, two to a step, is one of ten, read twice as long."""
     five = streamed(tmp_path / "5", count=20, gradient_accumulation_steps=2)
     whole = Stream(20)
@@ -29,13 +33,13 @@ def test_a_stream_begins_again_within_a_step(tmp_path):
     assert not differences(end(five)["values"], end(twice)["values"])
 
 
-def test_a_step_that_a_callback_breaks_off_leaves_nothing_to_the_next(tmp_path):
+def test_a_step_that_a_callback_breaks_off_leaves_nothing_to_the_next(tmp_path: Path) -> None:
     """A stream that is left in its second step is one of a single step."""
 
     class Leave(TrainerCallback):
         left = False
 
-        def on_substep_end(self, args, state, control, **kwargs):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_epoch_stop = state.global_step == 1 and not self.left
             self.left |= control.should_epoch_stop
 
@@ -51,7 +55,7 @@ class Talks(Weighted):
 
     calls = 0
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         self.calls += 1
         loss = super().loss(batch)
         return {"loss": loss, "task": loss, **({"odd": 1.0} if self.calls % 2 else {})}
@@ -60,24 +64,24 @@ class Talks(Weighted):
 class Boasts(Plain):
     """Its numbers have the names of the Trainer's own."""
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         return {"loss": super().loss(batch), "grad_norm": -1.0, "learning_rate": -1.0}
 
 
-def test_a_number_that_only_some_micro_batches_have(tmp_path):
+def test_a_number_that_only_some_micro_batches_have(tmp_path: Path) -> None:
     made = streamed(tmp_path, lower=Talks, gradient_accumulation_steps=2)
     made.train()
     assert all(record["lower_task"] == pytest.approx(record["loss"]) for record in logs(made))
 
 
-def test_the_trainer_s_own_numbers_keep_their_names(tmp_path):
+def test_the_trainer_s_own_numbers_keep_their_names(tmp_path: Path) -> None:
     made = streamed(tmp_path, upper=Boasts)
     made.train()
     for record in logs(made):
         assert record["upper_grad_norm"] >= 0 and record["upper_learning_rate"] > 0
 
 
-def test_a_level_s_numbers_are_means_over_the_steps_as_the_loss_is(tmp_path):
+def test_a_level_s_numbers_are_means_over_the_steps_as_the_loss_is(tmp_path: Path) -> None:
     """The last step of an epoch has one micro-batch, the others have two."""
     settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 5, "rows": 31}
     made = saving(tmp_path, logging_steps=3, gamma=0.1, **settings)
@@ -91,13 +95,13 @@ def test_a_level_s_numbers_are_means_over_the_steps_as_the_loss_is(tmp_path):
 class Fails(Talks):
     """Its second loss is NaN."""
 
-    def loss(self, batch):
+    def loss(self, batch: Any) -> Any:
         result = super().loss(batch)
         spoilt = math.nan if self.calls == 2 else 1.0
         return {**result, "loss": result["loss"] * spoilt, "task": result["task"] * spoilt}
 
 
-def test_a_skipped_step_is_in_no_mean_and_in_no_later_run(tmp_path):
+def test_a_skipped_step_is_in_no_mean_and_in_no_later_run(tmp_path: Path) -> None:
     settings = {"hypergradient": "direct", "non_finite": "skip", "logging_steps": 3}
     made = streamed(tmp_path, lower=Fails, **settings)
     made.train()
@@ -108,7 +112,9 @@ def test_a_skipped_step_is_in_no_mean_and_in_no_later_run(tmp_path):
 
 
 @pytest.mark.parametrize("number", [float, torch.tensor])
-def test_each_level_s_rate_is_logged_in_whatever_order_the_groups_are(tmp_path, number):
+def test_each_level_s_rate_is_logged_in_whatever_order_the_groups_are(
+    tmp_path: Path, number: Any
+) -> None:
     model = peft_model()
     parts = split_parameters(model)
     optimizer = torch.optim.Adam(

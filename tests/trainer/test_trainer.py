@@ -1,6 +1,10 @@
 """`BilevelTrainer`: what it moves the variables by, and that what it inherits keeps its meaning."""
 
+from __future__ import annotations
+
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +21,9 @@ from tests.support.watch import SGD, batches_of, double, watched
 @pytest.mark.parametrize(
     "method", ["direct", "darts:scheme=forward", "darts", "darts:product=exact,xi=lr", "cg:steps=3"]
 )
-def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(tmp_path, method):
+def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(
+    tmp_path: Path, method: Any
+) -> None:
     run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), hypergradient=method)
     lower_batches = batches_of(run, 6)
     start = values(run.model)
@@ -53,7 +59,7 @@ def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(tmp_path,
             torch.testing.assert_close(watch.gradients[step][name], part, rtol=1e-6, atol=1e-9)
 
 
-def test_both_levels_have_their_own_rate(tmp_path):
+def test_both_levels_have_their_own_rate(tmp_path: Path) -> None:
     run, watch = watched(
         tmp_path, double(peft_model(dropout=0.0)), max_steps=2, upper_learning_rate=0.3
     )
@@ -70,7 +76,7 @@ def test_both_levels_have_their_own_rate(tmp_path):
 @pytest.mark.parametrize(
     "method", ["darts:scheme=forward", "darts", "cg:steps=2", "cg:steps=2,product=difference"]
 )
-def test_accumulation_is_exact(tmp_path, method):
+def test_accumulation_is_exact(tmp_path: Path, method: Any) -> None:
     ends = []
     for size, micro in ((4, 1), (2, 2), (1, 4)):
         run, _ = watched(
@@ -91,7 +97,7 @@ def test_accumulation_is_exact(tmp_path, method):
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_dropout_masks_are_those_of_the_lower_step(tmp_path, micro):
+def test_dropout_masks_are_those_of_the_lower_step(tmp_path: Path, micro: Any) -> None:
     """A difference over other masks than ∂f/∂u's would be noise of size 1/ε."""
     ends = {}
     for method in ("darts:product=exact", "darts", "darts:scheme=forward"):
@@ -111,7 +117,7 @@ def test_dropout_masks_are_those_of_the_lower_step(tmp_path, micro):
             torch.testing.assert_close(value, exact, rtol=tolerance, atol=tolerance)
 
 
-def test_one_level_alone_is_the_trainer_itself(tmp_path):
+def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
     """Same batches, masks, schedule, clipping and logs, bit by bit."""
     settings = {
         "max_steps": 7,
@@ -148,7 +154,7 @@ def test_one_level_alone_is_the_trainer_itself(tmp_path):
     assert len(logs[0]) == 3
 
 
-def test_each_level_is_clipped_apart(tmp_path):
+def test_each_level_is_clipped_apart(tmp_path: Path) -> None:
     run, watch = watched(
         tmp_path, peft_model(dropout=0.0), max_grad_norm=0.5, upper_max_grad_norm=0.01
     )
@@ -166,7 +172,7 @@ def test_each_level_is_clipped_apart(tmp_path):
         assert not above or torch.stack(above).norm() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_what_is_logged(tmp_path):
+def test_what_is_logged(tmp_path: Path) -> None:
     run = trainer(tmp_path, logging_steps=4, hypergradient="cg:steps=2,damping=1.0", gamma=1e-3)
     run.train()
     first = run.state.log_history[0]
@@ -180,7 +186,7 @@ def test_what_is_logged(tmp_path):
     )
 
 
-def test_frozen_parameters_and_magnitudes_at_rate_zero_do_not_move(tmp_path):
+def test_frozen_parameters_and_magnitudes_at_rate_zero_do_not_move(tmp_path: Path) -> None:
     model = peft_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     run = trainer(tmp_path, model=model, upper_learning_rate=0.0)
@@ -190,10 +196,10 @@ def test_frozen_parameters_and_magnitudes_at_rate_zero_do_not_move(tmp_path):
     assert moved == {*parts.directions, *parts.rest}
 
 
-def test_best_model_early_stopping_and_metrics(tmp_path):
+def test_best_model_early_stopping_and_metrics(tmp_path: Path) -> None:
     seen = []
 
-    def accuracy(prediction):
+    def accuracy(prediction: Any) -> Any:
         # A metric that is best at the second evaluation, whatever the model.
         seen.append((prediction.predictions.argmax(1) == prediction.label_ids).mean())
         return {"score": [0.1, 0.9, 0.5, 0.4][len(seen) - 1]}
@@ -223,7 +229,7 @@ def test_best_model_early_stopping_and_metrics(tmp_path):
         assert torch.equal(value, best[name])
 
 
-def test_bfloat16_autocast(tmp_path):
+def test_bfloat16_autocast(tmp_path: Path) -> None:
     ends = {}
     for bf16 in (False, True):
         run, watch = watched(
@@ -237,7 +243,7 @@ def test_bfloat16_autocast(tmp_path):
     assert 0 < difference < 0.1
 
 
-def test_an_upper_variable_outside_the_model(tmp_path):
+def test_an_upper_variable_outside_the_model(tmp_path: Path) -> None:
     run, weight = pair(tmp_path)
     before = run.upper.evaluate(run.upper_batches.batch(0))[0].item()
     run.train()
@@ -245,14 +251,14 @@ def test_an_upper_variable_outside_the_model(tmp_path):
     assert run.upper.evaluate(run.upper_batches.batch(0))[0].item() < before
 
 
-def test_levels_by_the_model_s_own_names_get_the_decay_of_the_trainer(tmp_path):
+def test_levels_by_the_model_s_own_names_get_the_decay_of_the_trainer(tmp_path: Path) -> None:
     run, _ = pair(tmp_path, weight_decay=0.5, upper_weight_decay=0.25)
     groups = run.create_optimizer().param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.25]
     assert [group["lr"] for group in groups] == [0.1, 0.1, 0.1]
 
 
-def test_a_user_s_optimizer_is_used_as_it_is(tmp_path):
+def test_a_user_s_optimizer_is_used_as_it_is(tmp_path: Path) -> None:
     model = peft_model()
     parts = split_parameters(model)
     optimizer = torch.optim.Adam(
@@ -268,7 +274,7 @@ def test_a_user_s_optimizer_is_used_as_it_is(tmp_path):
     assert (record["learning_rate"], record["upper_learning_rate"]) == (1e-3, 5e-3)
 
 
-def test_settings_go_to_their_own_file_and_the_model_card(tmp_path):
+def test_settings_go_to_their_own_file_and_the_model_card(tmp_path: Path) -> None:
     run = trainer(tmp_path, hypergradient="cg:steps=2,damping=1.0")
     run.train()
     run.save_model()
@@ -287,7 +293,7 @@ def test_settings_go_to_their_own_file_and_the_model_card(tmp_path):
     assert "last upper_loss" in card
 
 
-def test_arguments_survive_their_own_parser(tmp_path):
+def test_arguments_survive_their_own_parser(tmp_path: Path) -> None:
     from transformers import HfArgumentParser
 
     from hyperopt_peft.problems import BiDoRATrainingArguments

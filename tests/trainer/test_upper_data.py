@@ -1,6 +1,9 @@
 """How the training set is divided, and the upper level's batches by number."""
 
+from __future__ import annotations
+
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +18,14 @@ from hyperopt_peft.trainer.upper_batches import UpperBatches
 N = 40
 
 
-def table(labels, feature=None, name="labels"):
+def table(labels: Any, feature: Any = None, name: Any = "labels") -> Any:
     """Rows that are told apart by ``row``."""
     columns = {"row": list(range(len(labels))), name: labels}
     features = Features({"row": Value("int64"), name: feature or Value("int64")})
     return Dataset.from_dict(columns, features=features)
 
 
-def classes(counts, **options):
+def classes(counts: Any, **options: Any) -> Any:
     """As many rows of each class as ``counts`` says, the last class first."""
     labels = [c for c, count in reversed(list(enumerate(counts))) for _ in range(count)]
     names = [f"class {c}" for c in range(len(counts))]
@@ -34,7 +37,7 @@ COUNTS = st.lists(st.integers(10, 40), min_size=2, max_size=4)
 
 @given(counts=COUNTS, share=st.floats(0.2, 0.8), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=20)
-def test_classes_have_their_shares_in_both_parts(counts, share, seed):
+def test_classes_have_their_shares_in_both_parts(counts: Any, share: Any, seed: Any) -> None:
     """To one example a class; no row is lost or doubled."""
     data = classes(counts)
     lower, upper = split_dataset(data, share, seed)
@@ -47,7 +50,7 @@ def test_classes_have_their_shares_in_both_parts(counts, share, seed):
 
 @given(counts=COUNTS, seed=st.integers(0, 1000))
 @settings(max_examples=10)
-def test_a_split_is_that_of_datasets(counts, seed):
+def test_a_split_is_that_of_datasets(counts: Any, seed: Any) -> None:
     data = classes(counts)
     lower, upper = split_dataset(data, 0.3, seed)
     expected = data.train_test_split(0.3, seed=seed, stratify_by_column="labels")
@@ -57,7 +60,7 @@ def test_a_split_is_that_of_datasets(counts, seed):
 
 
 @pytest.mark.parametrize("name", ["label", "labels"])
-def test_whole_numbers_that_come_again_are_classes(name):
+def test_whole_numbers_that_come_again_are_classes(name: Any) -> None:
     """They are divided as the same classes with names, whatever the numbers."""
     labels = [(7, -3, 100)[row % 3] for row in range(N)]
     lower, upper = split_dataset(table(labels, name=name), 0.25, 0)
@@ -77,14 +80,14 @@ def test_whole_numbers_that_come_again_are_classes(name):
     ],
     ids=["regression", "counts", "no label", "text"],
 )
-def test_what_holds_no_classes_is_shuffled(data):
+def test_what_holds_no_classes_is_shuffled(data: Any) -> None:
     lower, upper = split_dataset(data, 0.25, 3)
     expected = data.train_test_split(0.25, seed=3)
     assert lower["row"][:] == expected["train"]["row"][:]
     assert upper["row"][:] == expected["test"]["row"][:]
 
 
-def test_the_label_can_be_named():
+def test_the_label_can_be_named() -> None:
     data = classes([30, 10], name="topic")
     lower, upper = split_dataset(data, 0.5, 1, label="topic")
     assert Counter(lower["topic"]) == Counter(upper["topic"]) == {0: 15, 1: 5}
@@ -92,21 +95,21 @@ def test_the_label_can_be_named():
         split_dataset(data, 0.5, 1, label="tpic")
 
 
-def test_a_split_is_a_function_of_the_seed():
+def test_a_split_is_a_function_of_the_seed() -> None:
     data = classes([20, 20])
     again = split_dataset(data, 0.2, 5)[1]["row"][:]
     assert split_dataset(data, 0.2, 5)[1]["row"][:] == again
     assert split_dataset(data, 0.2, 6)[1]["row"][:] != again
 
 
-def test_a_split_leaves_the_random_state_alone():
+def test_a_split_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     split_dataset(classes([20, 20]), 0.2, 5)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 3, float("nan")])
-def test_shares_that_leave_a_level_out(share):
+def test_shares_that_leave_a_level_out(share: Any) -> None:
     with pytest.raises(ProblemError, match=r"upper_fraction must be in \(0, 1\)"):
         split_dataset(classes([20, 20]), share, 0)
 
@@ -117,7 +120,7 @@ def test_shares_that_leave_a_level_out(share):
     kind=st.sampled_from([None, "torch", "numpy", "arrow"]),
 )
 @settings(max_examples=30)
-def test_examples_of_both_levels_are_counted(rows, begin, kind):
+def test_examples_of_both_levels_are_counted(rows: Any, begin: Any, kind: Any) -> None:
     """In any format, and told apart by what the formats round."""
     values = [[1 + x * 1e-9, 0.0] for x in range(60)]
     data = Dataset.from_dict({"x": values, "id": list(range(60))})
@@ -132,7 +135,7 @@ def test_examples_of_both_levels_are_counted(rows, begin, kind):
         require_apart(lower, upper, None)
 
 
-def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart():
+def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart() -> None:
     """Data sets repeat themselves: only an upper set that lies in the evaluation set is refused."""
     data = table(list(range(N)))
     lower, upper = data.select(range(20)), data.select(range(20, 30))
@@ -144,16 +147,16 @@ def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart():
 @pytest.mark.parametrize(
     "evaluation", [None, {}, {"a": None}, [1, 2], Dataset.from_dict({"y": [1, 2]})]
 )
-def test_other_evaluation_sets_are_apart(evaluation):
+def test_other_evaluation_sets_are_apart(evaluation: Any) -> None:
     require_apart(table([1, 2]).select([0]), table([1, 2]).select([1]), evaluation)
 
 
-def test_a_stream_has_no_batches_by_number():
+def test_a_stream_has_no_batches_by_number() -> None:
     class Sized(torch.utils.data.IterableDataset):
-        def __iter__(self):
+        def __iter__(self) -> Any:
             return iter(range(3))
 
-        def __len__(self):
+        def __len__(self) -> Any:
             return 3
 
     for data in (Sized(), iter([1]), {"a": 1}, "abc", None, []):
@@ -167,7 +170,7 @@ SIZES = {"rows": st.integers(1, 25), "size": st.integers(1, 9), "seed": st.integ
 
 @given(**SIZES, numbers=st.lists(st.integers(0, 200), min_size=1, max_size=6))
 @settings(max_examples=30)
-def test_a_batch_is_a_function_of_its_number(rows, size, seed, numbers):
+def test_a_batch_is_a_function_of_its_number(rows: Any, size: Any, seed: Any, numbers: Any) -> None:
     """Asked for in any order, by any stream, whatever the random state; none is drawn from it."""
     one = UpperBatches(range(rows), size, seed=seed, collate=list)
     expected = {number: one.batch(number) for number in sorted(numbers)}
@@ -182,7 +185,7 @@ def test_a_batch_is_a_function_of_its_number(rows, size, seed, numbers):
 
 @given(**SIZES, epoch=st.integers(0, 50))
 @settings(max_examples=30)
-def test_an_epoch_has_no_example_twice(rows, size, seed, epoch):
+def test_an_epoch_has_no_example_twice(rows: Any, size: Any, seed: Any, epoch: Any) -> None:
     """Each once where the batches divide the examples; otherwise a smaller last one is left out."""
     batches = UpperBatches(range(rows), size, seed=seed, collate=list)
     count = batches.per_epoch
@@ -193,15 +196,15 @@ def test_an_epoch_has_no_example_twice(rows, size, seed, epoch):
         assert sorted(drawn) == list(range(rows))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
-    def epoch(number, seed):
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    def epoch(number: Any, seed: Any) -> Any:
         batches = UpperBatches(range(20), 20, seed=seed, collate=tuple)
         return batches.batch(number)
 
     assert len({epoch(number, seed) for number in range(4) for seed in range(4)}) == 16
 
 
-def test_random_numbers_of_a_collator_are_of_its_batch():
+def test_random_numbers_of_a_collator_are_of_its_batch() -> None:
     """A resumed run finds them again, and the lower level's are as if none had been drawn."""
     found = []
     for seed, number in ((1, 3), (2, 3), (2, 4)):
@@ -215,7 +218,9 @@ def test_random_numbers_of_a_collator_are_of_its_batch():
 
 @given(**SIZES, processes=st.integers(1, 4), number=st.integers(0, 50))
 @settings(max_examples=30)
-def test_the_shares_of_processes_make_the_batch_of_one(rows, size, seed, processes, number):
+def test_the_shares_of_processes_make_the_batch_of_one(
+    rows: Any, size: Any, seed: Any, processes: Any, number: Any
+) -> None:
     if rows < processes:
         with pytest.raises(ProblemError, match=f"{rows} examples for {processes} processes"):
             UpperBatches(range(rows), size, seed=seed, collate=list, processes=processes)
@@ -231,10 +236,10 @@ def test_the_shares_of_processes_make_the_batch_of_one(rows, size, seed, process
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 1, "prefetch_factor": 4}])
-def test_workers_make_the_batches_of_one_process(options):
+def test_workers_make_the_batches_of_one_process(options: Any) -> None:
     """Random numbers of a collator included, and none are drawn from the training stream."""
 
-    def collate(found):
+    def collate(found: Any) -> Any:
         return torch.tensor(found), torch.rand(3)
 
     one = UpperBatches(range(23), 4, seed=1, collate=collate)
@@ -247,7 +252,7 @@ def test_workers_make_the_batches_of_one_process(options):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_epoch_has_one_permutation(monkeypatch):
+def test_an_epoch_has_one_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, permutation = [], torch.randperm
     monkeypatch.setattr(torch, "randperm", lambda *a, **k: calls.append(a) or permutation(*a, **k))
     batches = UpperBatches(range(12), 3, seed=0, collate=list)
