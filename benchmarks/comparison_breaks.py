@@ -28,8 +28,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hyperopt_peft import NonFiniteError, Problem, ProblemError
 from hyperopt_peft.adapters import split_parameters
-from hyperopt_peft.hypergradients import Vector, dot
-from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients import Vector, dot, get_estimator
+from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, open_oracle
 from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.utils.distributed import full
 
@@ -121,6 +121,7 @@ def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> V
     try:
         if not isinstance(method, str):
             return Vector(full(x) for x in method(*levels))
+        check_estimator(get_estimator(method), *levels)
         oracle = open_oracle(*levels, seed=0)
         oracle.passes = passes or oracle.passes
         return Vector(full(x) for x in estimate(oracle, method).hypergradient)

@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader
 
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.core.data import Batches
-from hyperopt_peft.hypergradients import registered
-from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients import get_estimator, registered
+from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, open_oracle
 from hyperopt_peft.hypergradients.oracle import State
 from hyperopt_peft.problems.hypercleaning import CleanImages, WeightedImages, digits
 
@@ -125,6 +125,7 @@ def noise(
     method: str, upper: Problem, lower: Problem, draws: Draws, count: int, settle: int
 ) -> Row:
     """Error, bias and spread of ``method`` over ``count`` draws of the batches."""
+    check_estimator(get_estimator(method), upper, lower)
     (exact,) = hypergradient(upper, lower, "exact", upper_batch=None, lower_batch=None)
     random = torch.Generator().manual_seed(0)
     state: State = {}
