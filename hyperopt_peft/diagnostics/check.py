@@ -42,7 +42,7 @@ def check_problem(
     upper_batch: Any = NEXT,
     lower_batch: Any = NEXT,
     seed: int = 0,
-    steps: int = 20,
+    steps: int = 10,
     progress: bool = True,
 ) -> Check:
     """Examine two levels at the current point, before they are trained or after.
@@ -71,7 +71,7 @@ def check_problem(
         upper_batch, lower_batch: what the losses are given; by default what each level's data
             will give next. Levels for a Trainer have no data of their own: give batches.
         seed: of the losses' random numbers.
-        steps: of the solvers; half of them take half of the time and see less of the spectrum.
+        steps: of the solvers; twice as many take twice the time and see more of the spectrum.
         progress: whether to show a bar.
 
     Raises:

@@ -175,9 +175,9 @@ def compare_hypergradients(
 
     seeds = range(repeats)
     runs: dict[str, list[_Run] | ProblemError | NonFiniteError] = {}
-    with tqdm(total=len(chosen) * repeats, desc="estimates", disable=not progress) as bar:
+    most = (len(chosen) + (not isinstance(truth, Retraining))) * repeats
+    with tqdm(total=most, desc="estimates", disable=not progress) as bar:
         if not isinstance(truth, Retraining):
-            bar.total += repeats
             solved = [_ticked(bar, "reference", oracle(k), truth) for k in seeds]
             truths = [_Truth(run.estimate.hypergradient) for run in solved]
             residual, note = _largest_residual(solved), _first_note(solved)

@@ -247,7 +247,7 @@ def _xi(oracle: Oracle, product: ProductKind, damping: float, steps: int) -> flo
     b = oracle.upper_gradient.b
     if b.norm() == 0:
         return 0.0
-    solver = MINRES(steps=steps, damping=damping, tolerance=1e-3)
+    solver = MINRES(steps=steps, damping=damping, tolerance=1e-2)
     with oracle.product(product) as second:
         d = second.mixed(b)
         r = second.mixed(solver.solve(second.hessian, b).v)

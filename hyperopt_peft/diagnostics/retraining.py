@@ -212,7 +212,9 @@ class Retraining(Estimator):
         if self.lr is not None:
             return torch.optim.SGD(copies, lr=self.lr)
         own: Any = getattr(lower.optimizer, "optimizer", lower.optimizer)  # accelerate wraps it
-        memo = {id(x): copy for x, copy in zip(lower.variables, copies, strict=True)}
+        memo: dict[int, Any] = {
+            id(x): copy for x, copy in zip(lower.variables, copies, strict=True)
+        }
         twin: Optimizer = deepcopy(own, memo)
         for group, options in zip(twin.param_groups, present_options(lower)):  # functions of u
             group.update(options)
