@@ -35,6 +35,7 @@ INTERPRETERS = {
     "peft": "python3.11",
 }
 PEFT_TESTS = ("custom_models", "helpers", "initialization", "lora_variants")
+PEFT_NEEDS = ("attrs", "diffusers", "parameterized")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "torchopt", "numpy")
 Row = dict[str, Any]
 
@@ -56,7 +57,7 @@ def environment(name: str, folder: Path) -> Path:
         subprocess.run([base, "-m", "venv", home], check=True)
         pinned = home / "constraints.txt"
         pinned.write_text("\n".join(lower_bounds()) if name == "oldest" else "")
-        more = ["parameterized"] if name == "peft" else []
+        more = list(PEFT_NEEDS) if name == "peft" else []
         subprocess.run([*install, "--upgrade", "pip"], check=True)
         subprocess.run([*install, "-c", pinned, "-e", f"{ROOT}[dev]", *more], check=True)
         (home / "complete").touch()

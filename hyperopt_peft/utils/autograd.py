@@ -103,6 +103,6 @@ def needs_plain_operations(*inputs: Tensor) -> bool:
     """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
     )

@@ -162,11 +162,12 @@ def _instead(
     module: lora.Linear, adapter: str, x: Tensor, slow: type[peft_internals.DoraLinearVariant]
 ) -> type[peft_internals.DoraLinearVariant] | None:
     """The forward pass to use in place of the fast one, None where the fast one applies."""
+    of_peft: type[peft_internals.DoraLinearVariant] = peft_internals.DoraLinearVariant
     if not _is_whole(module, adapter, x):
         _warn_unreadable([f"lora.{type(module).__name__}"])
-        return peft_internals.DoraLinearVariant
+        return of_peft
     if peft_internals.is_caching(module) and not torch.is_grad_enabled():
-        return peft_internals.DoraLinearVariant
+        return of_peft
     inputs = x, *factors(module, adapter), magnitude(module, adapter)
     return None if _is_alone(module, adapter) and not needs_plain_operations(*inputs) else slow
 
