@@ -31,7 +31,7 @@ from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, open_oracle
 from hyperopt_peft.hypergradients.products import Passes
-from hyperopt_peft.utils.distributed import full
+from hyperopt_peft.utils.distributed import gather
 
 
 class OnBatch(Problem):
@@ -120,11 +120,11 @@ def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> V
     """The hypergradient, or in a few words why there is none; ``passes`` counts what it took."""
     try:
         if not isinstance(method, str):
-            return Vector(full(x) for x in method(*levels))
+            return Vector(gather(x) for x in method(*levels))
         check_estimator(get_estimator(method), *levels)
         oracle = open_oracle(*levels, seed=0)
         oracle.passes = passes or oracle.passes
-        return Vector(full(x) for x in estimate(oracle, method).hypergradient)
+        return Vector(gather(x) for x in estimate(oracle, method).hypergradient)
     except (ProblemError, NonFiniteError) as error:
         return refusal(error)
     except (RuntimeError, ArithmeticError, AttributeError, TypeError) as error:

@@ -21,7 +21,7 @@ from torch.autograd import grad
 
 from hyperopt_peft import Problem
 from hyperopt_peft.hypergradients import Vector
-from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.restore import assign_, perturbed
 
 Peer = Callable[[Problem, Problem], Vector]
 
@@ -51,7 +51,7 @@ def betty(method: str, options: dict[str, Any], upper: Problem, lower: Problem) 
         _strategy="default",
     )
     above = SimpleNamespace(trainable_parameters=lambda: upper.variables)
-    with displaced(lower.variables):  # what it leaves displaced would falsify the next one's
+    with perturbed(lower.variables):  # what it leaves displaced would falsify the next one's
         return direct + Vector(jvp_fn_mapping[method](b, below, above, False))
 
 
@@ -94,9 +94,9 @@ def independent_difference(upper: Problem, lower: Problem) -> Vector:
     direct, b = _parts(upper, lower)
     length = Vector(b).norm()
     sides = []
-    with displaced(lower.variables) as point:
+    with perturbed(lower.variables) as point:
         for sign in (1, -1):
-            assign(lower.variables, point, b, sign * 0.01 / length)
+            assign_(lower.variables, point, b, sign * 0.01 / length)
             gradient = lower.gradient(lower.peek_batch(), upper.variables).gradient
             sides.append(Vector.of(gradient, upper.variables))
     return direct - (sides[0] - sides[1]) * (length / 0.02)

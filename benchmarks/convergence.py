@@ -22,7 +22,7 @@ from measure import Target, arguments, report
 
 from hyperopt_peft import Engine, NonFiniteError, ProblemError, minimise
 from hyperopt_peft.problems import hypercleaning, logistic
-from hyperopt_peft.utils.restore import displaced
+from hyperopt_peft.utils.restore import perturbed
 
 METHODS = [
     "direct",
@@ -66,7 +66,7 @@ def problem_b() -> tuple[Any, Any, Any]:
 
 def value(upper: Any, lower: Any) -> float:
     """F(u, w*(u)); w is put back."""
-    with displaced(lower.variables):
+    with perturbed(lower.variables):
         if isinstance(lower, logistic.Logistic):
             newton(lower)
         else:

@@ -33,7 +33,7 @@ from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Vector, dot
 from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
-from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.restore import assign_, perturbed
 
 try:
     from betty.hypergradient import jvp_fn_mapping
@@ -93,7 +93,7 @@ def lower_point(
     with open_oracle(upper, lower, seed=seed).open() as oracle:
         b = oracle.upper_gradient.b
         torch.manual_seed(seed)
-        with displaced(lower.variables) as point:
+        with perturbed(lower.variables) as point:
             yield point, b
 
 
@@ -103,7 +103,7 @@ def independent_masks(upper: Problem, lower: Problem, seed: int) -> Vector:
         epsilon = default_epsilon(Vector(point))
         sides = []
         for sign in (1, -1):
-            assign(lower.variables, point, b.parts, sign * epsilon / b.norm())
+            assign_(lower.variables, point, b.parts, sign * epsilon / b.norm())
             gradient = lower.gradient(lower.peek_batch(), upper.variables).gradient
             sides.append(Vector.of(gradient, upper.variables))
         return (sides[1] - sides[0]) * (b.norm() / (2 * epsilon))

@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
-from hyperopt_peft.core.data import Batches
+from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.hypergradients import get_estimator, registered
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, open_oracle
 from hyperopt_peft.hypergradients.oracle import State
@@ -85,7 +85,7 @@ def levels() -> tuple[UpperRows, LowerRows]:
     for level, labels in ((upper, below.data.y_val), (lower, below.data.y)):
         rows: Any = torch.arange(len(labels))
         loader = DataLoader(rows, batch_size=SIZE, shuffle=True, drop_last=True)
-        level.batches = Batches(loader, level.name)
+        level.batches = DataStream(loader, level.name)
     return upper, lower
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
 
 from hyperopt_peft import Engine, Problem
-from hyperopt_peft.engine.checkpoint import SEAL, last_whole, read_state, written
+from hyperopt_peft.engine.checkpoint import SEAL, last_valid, read_state, written
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
 transformers.utils.logging.set_verbosity_error()
@@ -70,7 +70,7 @@ class Run:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint of search or retraining."""
-    found = [last_whole(phase) for phase in (folder, folder / "retrain")]
+    found = [last_valid(phase) for phase in (folder, folder / "retrain")]
     return max(filter(None, found), key=written, default=None)
 
 
@@ -162,9 +162,9 @@ def small_trainer(
 def trainer_run(folder: Path, ready: Callable[[], object], **settings: Any) -> Final:
     """`small_trainer` to its end; the logs without what measures time."""
     trainer = small_trainer(folder, [Begin(ready)], **settings)
-    trainer.train(resume_from_checkpoint=last_whole(folder) is not None)
+    trainer.train(resume_from_checkpoint=last_valid(folder) is not None)
     last = trainer.retrainer or trainer
-    search = last_whole(folder)
+    search = last_valid(folder)
     assert search is not None
     state = json.loads((search / "trainer_state.json").read_text())
     return {

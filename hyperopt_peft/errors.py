@@ -17,7 +17,7 @@ NON_FINITE_ADVICE = (
 )
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """How an error about an unknown ``word`` ends: the nearest of the known ones, or all."""
     names = list(known)
     close = difflib.get_close_matches(word, names, n=1)

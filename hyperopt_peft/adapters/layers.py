@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from hyperopt_peft.adapters import peft_internals
-from hyperopt_peft.errors import ProblemError, nearest
+from hyperopt_peft.errors import ProblemError, did_you_mean
 
 M = TypeVar("M", bound=nn.Module)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,7 +58,7 @@ def resolve_adapter(peft_model: PeftModel, adapter_name: str | None = None) -> s
         return active[0]
     if adapter_name not in (known := sorted(peft_model.peft_config)):
         raise ProblemError(
-            f"adapter_name: the model has no {adapter_name!r}{nearest(adapter_name, known)}"
+            f"adapter_name: the model has no {adapter_name!r}{did_you_mean(adapter_name, known)}"
         )
     return adapter_name
 

@@ -19,7 +19,7 @@ from hyperopt_peft import split_dataset
 from hyperopt_peft.cli.options import parse
 from hyperopt_peft.cli.plan import phases
 from hyperopt_peft.cli.text.setup import TYPES, Setup, prepare
-from hyperopt_peft.errors import ProblemError, nearest
+from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.problems import BiDoRATrainingArguments
 from hyperopt_peft.utils import distributed
 
@@ -119,7 +119,7 @@ def arguments_of(method: str, args: BiDoRATrainingArguments) -> BiDoRATrainingAr
     name = next((known for known in METHODS if known == word), None)
     if name is None:
         hint = "; in YAML quotes keep the commas of an estimator" if "=" in word else ""
-        raise ProblemError(f"methods: unknown method {word!r}{nearest(word, METHODS)}{hint}")
+        raise ProblemError(f"methods: unknown method {word!r}{did_you_mean(word, METHODS)}{hint}")
     if ":" in method and name != "bidora":
         raise ProblemError(f"methods: {name} takes no estimator, got {method!r}")
     own = copy.copy(args)

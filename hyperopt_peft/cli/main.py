@@ -11,7 +11,7 @@ import transformers
 
 from hyperopt_peft.cli import check, compare_estimators, compare_methods, merge, train
 from hyperopt_peft.cli.options import summary
-from hyperopt_peft.errors import NonFiniteError, ProblemError, nearest
+from hyperopt_peft.errors import NonFiniteError, ProblemError, did_you_mean
 
 COMMANDS = {
     "train": train,
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         transformers.utils.logging.disable_progress_bar()
     try:
         if name not in COMMANDS:
-            raise ProblemError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
+            raise ProblemError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
         with warnings.catch_warnings():
             # What PEFT and Transformers will rename is none of the user's affairs.
             warnings.simplefilter("ignore", FutureWarning)

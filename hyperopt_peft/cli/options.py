@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hyperopt_peft.errors import ProblemError, nearest
+from hyperopt_peft.errors import ProblemError, did_you_mean
 
 
 class Parser(HfArgumentParser):
@@ -134,5 +134,5 @@ def _text(value: Any) -> str:
 
 def _near(name: str, known: Iterable[str]) -> str:
     """The nearest option; not all hundred of them where none is near."""
-    hint = nearest(name, known)
+    hint = did_you_mean(name, known)
     return hint if hint.startswith("; did") else "; --help lists the options"

@@ -13,7 +13,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 
-class Batches:
+class DataStream:
     """Cycles through ``data`` for ever and can return to any position.
 
     What ``data`` draws from PyTorch's CPU generator (the order of a shuffled DataLoader) comes

@@ -87,7 +87,7 @@ def _number(level: Problem, name: str, value: Tensor | float) -> Tensor:
     return number.reshape(())
 
 
-def snapshot(
+def optimizer_state_copy(
     optimizer: Any,
     variables: Sequence[Tensor],
     *,

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from hyperopt_peft.core.data import Batches
-from hyperopt_peft.core.optimizer import present_options, snapshot, write_options
+from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.core.optimizer import optimizer_state_copy, present_options, write_options
 from hyperopt_peft.core.validation import (
     Variables,
     check_optimizer,
     check_scheduler,
     is_number,
-    lacking,
     loss_and_metrics,
+    missing_input_hint,
     named_variables,
     runs_in_half,
 )
@@ -32,7 +32,7 @@ from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import graph_leaves
 from hyperopt_peft.utils.distributed import is_sharded, seen_parameters, total
 from hyperopt_peft.utils.random_state import RandomState
-from hyperopt_peft.utils.reductions import finite, read, sums
+from hyperopt_peft.utils.reductions import all_finite, sums, to_floats
 from hyperopt_peft.utils.reductions import norm as norm_of
 
 
@@ -103,7 +103,7 @@ class Problem:
     ) -> None:
         self.name = name or type(self).__name__
         self.names, self.variables = named_variables(variables, self.name)
-        self.batches = None if data is None else Batches(data, self.name)
+        self.batches = None if data is None else DataStream(data, self.name)
         self.optimizer, self.scheduler = optimizer, scheduler
         if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
             raise ProblemError(
@@ -171,7 +171,7 @@ class Problem:
         try:
             result = self.loss(batch)
         except (AttributeError, KeyError, TypeError) as error:
-            if lack := lacking(batch, error):
+            if lack := missing_input_hint(batch, error):
                 raise ProblemError(f"{self.name}: {lack}") from error
             raise
         loss, metrics = loss_and_metrics(result, self.name)
@@ -209,7 +209,7 @@ class Problem:
                 "nothing that a level owns, or make the levels anew"
             )
         # The reducers of a distributed model wait for all of its parameters.
-        alone = distributed.count() == 1 and not is_sharded(*variables)
+        alone = distributed.world_size() == 1 and not is_sharded(*variables)
         watch: AbstractContextManager[list[Tensor]]
         watch = nullcontext([]) if alone else seen_parameters()
         with watch as sharded:
@@ -241,10 +241,10 @@ class Problem:
             NonFiniteError: it is NaN or infinite, or an entry of ``gradient`` is.
         """
         parts = [part for part in gradient if part is not None]
-        value, *summed = read([loss, *sums(parts)])
+        value, *summed = to_floats([loss, *sums(parts)])
         if not math.isfinite(value):
             raise NonFiniteError(f"{self.name}: the loss is {value}")
-        if not math.isfinite(total(summed, parts)) and not finite(parts):
+        if not math.isfinite(total(summed, parts)) and not all_finite(parts):
             raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
         return value
 
@@ -279,11 +279,13 @@ class Problem:
         return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
-        """`snapshot` of the optimizer, with its present options; of none where there is none."""
+        """The optimizer's kind, options and, if asked for, state; see `optimizer_state_copy`."""
         if self.optimizer is None:
             return {"kind": None, "groups": [], "state": {}}
         options = present_options(self)
-        return snapshot(self.optimizer, self.variables, with_state=with_state, options=options)
+        return optimizer_state_copy(
+            self.optimizer, self.variables, with_state=with_state, options=options
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the variables, and the states of optimizer, scheduler and data."""

@@ -125,7 +125,7 @@ def runs_in_half(loss: Tensor, level: str) -> bool:
     return any(is_half(node) for node in nodes)
 
 
-def lacking(batch: Any, error: Exception) -> str:
+def missing_input_hint(batch: Any, error: Exception) -> str:
     """What ``batch`` lacks, if that is why a loss raised ``error``; else empty."""
     if batch is None and "NoneType" in str(error):
         return f"the loss was given no batch ({error}); give the level data, or the call a batch"

@@ -22,14 +22,14 @@ from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.autograd import refuses_in_place_edit
-from hyperopt_peft.utils.distributed import local
+from hyperopt_peft.utils.distributed import to_local
 from hyperopt_peft.utils.random_state import (
     RandomState,
     host_random_state,
     replay,
     restore_host_random_state,
 )
-from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
 _NO_EDITS = "compute a new tensor in place of writing, and leave every write to the optimizer"
@@ -101,7 +101,7 @@ def check_problem(
         with ExitStack() as stack:
             most = 5 * steps + 20
             oracle.passes = stack.enter_context(counted("check", most, progress=progress))
-            start = stack.enter_context(displaced((*upper.variables, *lower.variables)))
+            start = stack.enter_context(perturbed((*upper.variables, *lower.variables)))
             stack.enter_context(oracle.open())
             examination = _Examination(oracle, start, seed, steps)
             examination.run()
@@ -199,12 +199,12 @@ class _Examination:
         edited = [
             name
             for name, x, version, now, start in zip(
-                names, self._variables, versions, local(self._variables), local(self.start)
+                names, self._variables, versions, to_local(self._variables), to_local(self.start)
             )
             if x._version != version or not torch.allclose(now, start, 0, 0, equal_nan=True)
         ]
         if edited:
-            assign(self._variables, self.start)
+            assign_(self._variables, self.start)
         return edited
 
     def _randomness(

@@ -21,7 +21,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import replay
-from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
 
 CONDITION = 10.0
@@ -176,10 +176,10 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
         newton = gradient / (max(-ends.smallest, ends.largest) or 1.0)
     here = _hypergradient(oracle, MINRES(steps=steps, product=product))
     xi = _xi(oracle, product, ends.damping(), steps)
-    with displaced(w) as start, anchored(oracle.lower):
+    with perturbed(w) as start, anchored(oracle.lower):
         before = after = _loss(oracle)
         for halvings in range(10):
-            assign(w, start, newton.parts, -(0.5**halvings))
+            assign_(w, start, newton.parts, -(0.5**halvings))
             torch.clear_autocast_cache()  # it holds half-precision copies of where w was
             after = _loss(oracle)
             if after < before:

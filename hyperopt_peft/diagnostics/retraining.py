@@ -20,7 +20,7 @@ from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.reductions import norm
-from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.vector import Vector, dot, widened
 
 
@@ -171,7 +171,7 @@ class Retraining(Estimator):
         self.check_levels(oracle.upper, oracle.lower)
         u, w = oracle.upper.variables, oracle.lower.variables
         found = []
-        with oracle.moved(), displaced(u) as here:
+        with oracle.moved(), perturbed(u) as here:
             start = tuple(x.detach().clone() for x in w)
             epsilon = self.epsilon or default_epsilon(
                 Vector(here), "central", differences(oracle.lower), beside=start
@@ -181,7 +181,7 @@ class Retraining(Estimator):
                 for length in (epsilon, 2 * epsilon):
                     sides = []
                     for signed in (length, -length):
-                        assign(u, here, d.parts, signed)
+                        assign_(u, here, d.parts, signed)
                         sides.append(self._losses(oracle, start))
                     quotients.append((sides[0] - sides[1]) / (2 * length))
                 found.append(torch.stack(quotients))
@@ -191,7 +191,7 @@ class Retraining(Estimator):
     def _losses(self, oracle: Oracle, start: Sequence[Tensor]) -> Tensor:
         """F after half of the steps from ``start`` and after all of them, ``(2,)`` in float64."""
         lower = oracle.lower
-        assign(lower.variables, start)
+        assign_(lower.variables, start)
         copies = [x.clone() for x in start]
         optimizer = self._optimizer(lower, copies)
         losses = []
@@ -204,7 +204,7 @@ class Retraining(Estimator):
             for copy, part in zip(copies, gradient, strict=True):
                 copy.grad = None if part is None else factor * part
             optimizer.step()
-            assign(lower.variables, copies)
+            assign_(lower.variables, copies)
         return torch.tensor([*losses, _upper_loss(oracle)], dtype=torch.float64)
 
     def _optimizer(self, lower: Problem, copies: Sequence[Tensor]) -> Optimizer:

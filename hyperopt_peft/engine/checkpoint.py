@@ -43,8 +43,8 @@ def writing(folder: Path) -> Iterator[None]:
 def failed(folder: Path, error: Exception) -> ProblemError:
     """What to raise where ``error`` ended the writing of ``folder``, which is removed."""
     shutil.rmtree(folder, ignore_errors=True)
-    whole = last_whole(folder.parent)
-    rest = f"the last whole one is {whole}" if whole else "there is no earlier one"
+    last = last_valid(folder.parent)
+    rest = f"the last whole one is {last}" if last else "there is no earlier one"
     return ProblemError(
         f"{folder}: the checkpoint could not be written ({error}); make room and resume: {rest}"
     )
@@ -97,7 +97,7 @@ def unseal(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def whole(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def valid_checkpoints(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The checkpoints in ``folders`` that `unseal` accepts, with their records; it warns of others.
 
     The last written one is first: not the one with the highest number, which a longer run may
@@ -112,9 +112,9 @@ def whole(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield path, record
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The last written checkpoint in ``folder`` that is `whole`."""
-    return next((path for path, _ in whole(folder)), None)
+def last_valid(folder: Path) -> Path | None:
+    """The last written checkpoint in ``folder`` that `unseal` accepts."""
+    return next((path for path, _ in valid_checkpoints(folder)), None)
 
 
 def to_resume(given: str | bool | None, *folders: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -125,7 +125,7 @@ def to_resume(given: str | bool | None, *folders: Path) -> tuple[Path, dict[str,
     """
     if given is not True:
         return (Path(given), unseal(Path(given))) if given else None
-    for found in whole(*folders):
+    for found in valid_checkpoints(*folders):
         return found
     raise ProblemError(f"there is no whole checkpoint in {folders[0]}")
 

@@ -31,7 +31,7 @@ from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
-from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.validation import require_count, require_settings
 from hyperopt_peft.utils.vector import Vector
 
@@ -252,7 +252,7 @@ class Nested(Chain):
         """
         with replay(RandomState.capture()):
             key = int(torch.randint(2**62, ()))
-        own = (self._prepared, *distributed.own())
+        own = (self._prepared, *distributed.rank_key())
         last = self._step.last
         if last is None:
             random_state = RandomState.seeded(self.devices, "below", *own)
@@ -267,7 +267,7 @@ class Nested(Chain):
         if self._rest is None or not isinstance(solver, Solver):
             yield
             return
-        with displaced(w):
+        with perturbed(w):
             with oracle.open():
                 for _ in range(self.follow):
                     residual = oracle.lower_gradient() - self._rest
@@ -275,7 +275,7 @@ class Nested(Chain):
                         break
                     with oracle.product(solver.product, epsilon=solver.epsilon) as product:
                         newton = solver.solve(product.hessian, residual).v
-                    assign(w, w, newton.parts, -1.0)
+                    assign_(w, w, newton.parts, -1.0)
             yield
 
     def _reads_below(self, variable: Tensor, oracle: Oracle) -> bool:

@@ -23,7 +23,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
-from hyperopt_peft.utils.restore import Copies, unchanged
+from hyperopt_peft.utils.restore import TensorPool, preserve_state
 
 Gradient = tuple[Tensor | None, ...]
 
@@ -88,7 +88,7 @@ class BilevelStep:
         self.devices = devices_of(upper, lower)
         self.state: State = {}  # the estimator's own
         self._records: deque[StepRecord] = deque(maxlen=max(1, self.requirements.history))
-        self._copies = Copies()
+        self._copies = TensorPool()
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
         self._upper_read = False
 
@@ -255,7 +255,7 @@ class BilevelStep:
         """
         weight, w = self.requirements.upper_weight, self.lower.variables
         with (
-            unchanged((*self.upper.variables, *w), self.devices),
+            preserve_state((*self.upper.variables, *w), self.devices),
             replay(self._seeded("lower step", number)),
         ):
             above = gradient_of(self.upper, self.lower, batch, w).gradient
@@ -265,7 +265,7 @@ class BilevelStep:
         )
 
     def _seeded(self, *key: int | str) -> RandomState:
-        return RandomState.seeded(self.devices, self.seed, *key, *distributed.own())
+        return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())
 
     def _forget(self) -> None:
         record = self._records.popleft()

@@ -11,7 +11,7 @@ from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import Oracle, State
-from hyperopt_peft.utils.validation import matches, spelt
+from hyperopt_peft.utils.validation import matches, type_name
 from hyperopt_peft.utils.vector import Vector
 
 
@@ -102,7 +102,7 @@ class Estimator(ABC):
             value = getattr(self, option.name)
             if not matches(value, hints[option.name]):
                 self.require(
-                    False, f"{option.name} must be {spelt(hints[option.name])}, got {value!r}"
+                    False, f"{option.name} must be {type_name(hints[option.name])}, got {value!r}"
                 )
         self.check()
 

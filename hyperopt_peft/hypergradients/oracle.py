@@ -29,7 +29,7 @@ from hyperopt_peft.utils.autograd import HALF
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.precision import autocast_enabled, single_precision
 from hyperopt_peft.utils.random_state import RandomState, replay
-from hyperopt_peft.utils.restore import Buffers, Copies, assign, displaced, unchanged
+from hyperopt_peft.utils.restore import Buffers, TensorPool, assign_, perturbed, preserve_state
 from hyperopt_peft.utils.vector import Vector
 
 #: What an estimator keeps between two upper steps: vectors shaped like w, and numbers.
@@ -65,7 +65,7 @@ class Oracle:
     upper_random: RandomState
     lower_random: RandomState
     history: Sequence[StepRecord] = ()
-    copies: Copies | None = None
+    copies: TensorPool | None = None
     state: State = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
     buffers: Buffers = field(default_factory=Buffers)
@@ -74,7 +74,7 @@ class Oracle:
     def open(self) -> Iterator[Oracle]:
         """Answer questions in the body; afterwards everything is as it was before."""
         variables = (*self.upper.variables, *self.lower.variables)
-        with unchanged(variables, devices_of(self.upper, self.lower)) as self.buffers:
+        with preserve_state(variables, devices_of(self.upper, self.lower)) as self.buffers:
             yield self
 
     @cached_property
@@ -111,13 +111,13 @@ class Oracle:
         half = self._half(objective) or bool(self.upper.half)
         with ExitStack() as stack:
             stack.enter_context(self._single_precision(half))
-            point = stack.enter_context(displaced(w, None if half else self.copies))
+            point = stack.enter_context(perturbed(w, None if half else self.copies))
             stack.enter_context(anchored(self.lower))
 
             def gradients(
                 level: Literal["upper", "lower"], offset: Vector
             ) -> tuple[Vector, Vector]:
-                assign(w, point, offset.parts, 1.0)
+                assign_(w, point, offset.parts, 1.0)
                 if level == "upper":
                     above = self._upper_gradient()
                     return above.direct, above.b
@@ -155,10 +155,10 @@ class Oracle:
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
                 copies = None if half else self.copies  # the variables are float32 now
-                point = stack.enter_context(displaced(variables, copies))
+                point = stack.enter_context(perturbed(variables, copies))
             if at is not None:
                 point = at.variables
-                assign(variables, point)
+                assign_(variables, point)
             if kind == "difference":
                 stack.enter_context(anchored(self.lower))
                 yield DifferenceProduct(objective, point, epsilon, scheme, known)

@@ -26,7 +26,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import graph_nodes, once_differentiable_functions
 from hyperopt_peft.utils.random_state import RandomState, replay
-from hyperopt_peft.utils.restore import Buffers, assign, displaced
+from hyperopt_peft.utils.restore import Buffers, assign_, perturbed
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
 ProductKind = Literal["exact", "difference"]
@@ -192,7 +192,7 @@ class DifferenceProduct:
 
     def tangent(self, v: Vector, e: Vector) -> Vector:
         """∂²f/∂w² v + ∂²f/∂w∂u e, by differences of ∂f/∂w with both w and u displaced."""
-        with displaced(self.objective.upper.variables) as here:
+        with perturbed(self.objective.upper.variables) as here:
             return self._difference("lower", self.objective.lower.variables, v, (here, e))
 
     def _difference(
@@ -217,10 +217,10 @@ class DifferenceProduct:
 
         def gradient(shift: float) -> Vector:
             w = self.objective.lower.variables
-            assign(w, self.point, along.parts, shift / scale)
+            assign_(w, self.point, along.parts, shift / scale)
             if upper is not None:
                 here, e = upper
-                assign(self.objective.upper.variables, here, e.parts, shift / length)
+                assign_(self.objective.upper.variables, here, e.parts, shift / length)
             return self.objective.gradient(variables)
 
         if self.scheme == "central":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
-from hyperopt_peft.errors import ProblemError, nearest
+from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.hypergradients.estimator import Estimator
 
 Kind = Literal["direct", "identity", "implicit", "unrolled", "penalty"]
@@ -87,7 +87,7 @@ def get_estimator(method: str | Estimator) -> Estimator:
         )
     name, _, text = method.partition(":")
     if name not in _ENTRIES:
-        raise ProblemError(f"unknown estimator {name!r}{nearest(name, list(_ENTRIES))}")
+        raise ProblemError(f"unknown estimator {name!r}{did_you_mean(name, list(_ENTRIES))}")
     return with_options(_ENTRIES[name].estimator, text)
 
 
@@ -105,7 +105,7 @@ def with_options(estimator: type[T], text: str) -> T:
         if not equals:
             raise ProblemError(f"{name}: write options as option=value, got {part!r}")
         if option not in known:
-            raise ProblemError(f"{name}: unknown option {option!r}{nearest(option, known)}")
+            raise ProblemError(f"{name}: unknown option {option!r}{did_you_mean(option, known)}")
         if option in options:
             raise ProblemError(f"{name}: option {option!r} is given twice")
         options[option] = _literal(value)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import State
-from hyperopt_peft.utils.distributed import full, is_sharded, sharded_like
+from hyperopt_peft.utils.distributed import gather, is_sharded, sharded_like
 from hyperopt_peft.utils.vector import Vector
 
 
 def packed(state: State) -> dict[str, Any]:
     """``state`` as numbers and lists of whole tensors, in memory of their own."""
     return {
-        key: [full(part).clone() for part in value] if isinstance(value, Vector) else value
+        key: [gather(part).clone() for part in value] if isinstance(value, Vector) else value
         for key, value in state.items()
     }
 

@@ -111,7 +111,7 @@ def label_weights(
     # Apple's devices have no floats of 64 bits.
     exact = torch.float32 if known[0].is_mps else torch.float64
     mean = distributed.average(torch.stack(known).sum().to(exact)) / len(known)
-    factor = distributed.count() if across_processes else 1
+    factor = distributed.world_size() if across_processes else 1
     return [
         {WEIGHT: count / mean, **({ITEMS: count.clamp(min=1) * factor} if items else {})}
         for count in known

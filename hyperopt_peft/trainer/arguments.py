@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
-from hyperopt_peft.utils.validation import matches, spelt
+from hyperopt_peft.utils.validation import matches, type_name
 
 #: The estimator where none is chosen.
 DEFAULT_ESTIMATOR = "darts:scheme=forward"
@@ -118,7 +118,7 @@ class BilevelTrainingArguments(TrainingArguments):
         for name in (*rates, *counts, *self.bilevel_settings()):
             value = getattr(self, name)
             if not matches(value, hints[name]):
-                raise ProblemError(f"{name} must be {spelt(hints[name])}, got {value!r}")
+                raise ProblemError(f"{name} must be {type_name(hints[name])}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ProblemError(f"{name} must be finite, got {value}")
         self.estimator()

@@ -16,7 +16,7 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import NEEDED, save_checkpoint
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.distributed import full, sharded_like
+from hyperopt_peft.utils.distributed import gather, sharded_like
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.validation import require_settings
 
@@ -72,7 +72,7 @@ class BilevelCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         if args.should_save:
             (folder / checkpoint.SEAL).unlink(missing_ok=True)
-        values = {n: full(v.detach()).contiguous() for n, v in trainer.named_variables()}
+        values = {n: gather(v.detach()).contiguous() for n, v in trainer.named_variables()}
         step = trainer.bilevel_step
         state = {} if step is None else step.state_dict()
         if args.should_save:

@@ -53,7 +53,7 @@ def check_arguments(
         "fp16=True": (args.fp16, "the loss scale is part of the gradients; use bf16"),
         "deepspeed": (args.deepspeed, "DeepSpeed keeps gradients to itself; use DDP"),
         "fsdp": (
-            args.fsdp and distributed.count() == 1,
+            args.fsdp and distributed.world_size() == 1,
             "one process has nothing to shard; start several, or use DDP",
         ),
         f"n_gpu={args.n_gpu}": (
@@ -169,9 +169,9 @@ def check_accelerator(trainer: BilevelTrainer) -> None:
         raise ProblemError("deepspeed: DeepSpeed keeps gradients to itself; use DDP or FSDP2")
     if accelerator.mixed_precision == "fp16":
         raise ProblemError("fp16: the loss scale is part of the gradients; use bf16")
-    if distributed.count() != trainer.args.world_size:
+    if distributed.world_size() != trainer.args.world_size:
         raise ProblemError(
-            f"world_size: there are {distributed.count()} processes, but the Trainer counts "
+            f"world_size: there are {distributed.world_size()} processes, but the Trainer counts "
             f"{trainer.args.world_size}, so that each would train alone on all data and write to "
             "one folder; on CPUs set use_cpu=True"
         )

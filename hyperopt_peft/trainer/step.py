@@ -16,7 +16,7 @@ from hyperopt_peft.trainer.accumulation import MicroBatch, label_weights
 from hyperopt_peft.trainer.checks import shifts_labels
 from hyperopt_peft.trainer.optimizer import learning_rate
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.distributed import full
+from hyperopt_peft.utils.distributed import gather
 from hyperopt_peft.utils.random_state import RandomState
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class OptimizerStep:
         for variable, part in zip(variables, gradient, strict=True):
             variable.grad = part
         clip = self.trainer.accelerator.clip_grad_norm_
-        return full(clip(variables, limit or float("inf")))
+        return gather(clip(variables, limit or float("inf")))
 
     def _upper_batch(self, number: int) -> Any:
         assert self.trainer.upper_batches is not None

@@ -166,7 +166,7 @@ class BilevelTrainer(Trainer):
         settings = {
             **self.args.decisive_settings(),
             "hypergradient": repr(self.estimator) if self.upper is not None else None,
-            "processes": distributed.count(),
+            "processes": distributed.world_size(),
             **self._fingerprints,
             **{name: list(variable.shape) for name, variable in self.named_variables()},
         }

@@ -134,7 +134,7 @@ def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
         seed=args.seed,
         collate=loader.collate_fn,
         rank=distributed.rank(),
-        processes=distributed.count(),
+        processes=distributed.world_size(),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory and args.device.type != "cpu",
         prefetch_factor=loader.prefetch_factor,

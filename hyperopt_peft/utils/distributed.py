@@ -18,17 +18,17 @@ from hyperopt_peft.utils.autograd import HALF
 K = TypeVar("K", bound=Hashable)
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes share the work: 1 where ``torch.distributed`` is not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Which of them this one is."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def own() -> tuple[int, ...]:
+def rank_key() -> tuple[int, ...]:
     """What tells this process's random numbers from the first one's: nothing in the first."""
     return (rank(),) if rank() else ()
 
@@ -44,7 +44,7 @@ def mean(
     the shapes of parts that may be None. Every process must call this with parts of the same
     shapes. One reduction a dtype, half precision in float32.
     """
-    processes = count()
+    processes = world_size()
     like = like or [part for part in parts if part is not None]
     plain = [index for index, tensor in enumerate(like) if not is_sharded(tensor)]
     if processes == 1 or not plain:
@@ -69,9 +69,9 @@ def mean(
 
 def averages(values: Mapping[K, float]) -> dict[K, float]:
     """Each value's mean over those processes that have it."""
-    if count() == 1:
+    if world_size() == 1:
         return dict(values)
-    gathered: list[dict[K, float]] = [{}] * count()
+    gathered: list[dict[K, float]] = [{}] * world_size()
     dist.all_gather_object(gathered, dict(values))
     return means(gathered)
 
@@ -97,7 +97,7 @@ def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
 
     Shards stay as they are.
     """
-    if count() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             if not is_sharded(tensor):
                 sent = tensor.to(device)
@@ -111,12 +111,12 @@ def is_sharded(*tensors: Tensor) -> bool:
 
 
 @torch.no_grad()
-def local(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def to_local(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """What this process holds of each tensor, in the tensor's own memory; all of a plain one."""
     return tuple(x.to_local() if isinstance(x, DTensor) else x for x in tensors)
 
 
-def full(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """All of ``tensor``, on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.utils.autograd import HALF
-from hyperopt_peft.utils.distributed import local, total
+from hyperopt_peft.utils.distributed import to_local, total
 
 
-def read(scalars: Sequence[Tensor]) -> list[float]:
+def to_floats(scalars: Sequence[Tensor]) -> list[float]:
     """The values of scalar tensors."""
     if not scalars:
         return []
@@ -28,30 +28,32 @@ def sums(tensors: Iterable[Tensor]) -> list[Tensor]:
     It is NaN or infinite if an entry is, and otherwise only where it overflows: a test far
     cheaper than that of each entry.
     """
-    return [x.detach().sum(dtype=_wide(x)) for x in local(tensors)]
+    return [x.detach().sum(dtype=_wide(x)) for x in to_local(tensors)]
 
 
-def finite(tensors: Iterable[Tensor]) -> bool:
+def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
     tensors = list(tensors)
-    if math.isfinite(total(read(sums(tensors)), tensors)):
+    if math.isfinite(total(to_floats(sums(tensors)), tensors)):
         return True
-    return total(read([(~x.isfinite()).sum() for x in local(tensors)]), tensors) == 0
+    return total(to_floats([(~x.isfinite()).sum() for x in to_local(tensors)]), tensors) == 0
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Σ ⟨a_k, b_k⟩, in blocks of float32 at least whose sums are added in float64."""
-    pairs = [(x.flatten(), y.flatten()) for x, y in zip(local(a), local(b), strict=True)]
+    pairs = [(x.flatten(), y.flatten()) for x, y in zip(to_local(a), to_local(b), strict=True)]
     blocks = [
         (whole, x, y)
         for whole, pair in zip(a, pairs)
         for x, y in zip(*map(_blocks, pair), strict=True)
     ]
-    result = total(read([torch.dot(x, y) for _, x, y in blocks]), [whole for whole, *_ in blocks])
+    result = total(
+        to_floats([torch.dot(x, y) for _, x, y in blocks]), [whole for whole, *_ in blocks]
+    )
     if 1e-24 < abs(result) < 1e24:
         return result
     # The products may have left the range of float32; this is ten times slower.
-    return total(read([torch.dot(x.double(), y.double()) for x, y in pairs]), a)
+    return total(to_floats([torch.dot(x.double(), y.double()) for x, y in pairs]), a)
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.utils.distributed import local
+from hyperopt_peft.utils.distributed import to_local
 from hyperopt_peft.utils.random_state import RandomState
 
 
@@ -48,7 +48,9 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 @contextmanager
-def unchanged(variables: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterator[Buffers]:
+def preserve_state(
+    variables: Sequence[Tensor], devices: Sequence[torch.device]
+) -> Iterator[Buffers]:
     """Run the body and put back ``.grad``s, buffers and random states, exceptions included.
 
     Buffers (BatchNorm's statistics) are found by watching which modules run, so a loss may
@@ -70,7 +72,7 @@ def unchanged(variables: Sequence[Tensor], devices: Sequence[torch.device]) -> I
         random_state.restore()
 
 
-class Copies:
+class TensorPool:
     """Copies of some variables, in memory that is used again: fresh pages cost more than a copy."""
 
     def __init__(self) -> None:
@@ -81,7 +83,7 @@ class Copies:
         copies = self._free.pop() if self._free else ()
         if [(x.dtype, x.device) for x in copies] != [(x.dtype, x.device) for x in variables]:
             copies = tuple(torch.empty_like(x, requires_grad=False) for x in variables)
-        assign(copies, variables)
+        assign_(copies, variables)
         return copies
 
     def give_back(self, copies: tuple[Tensor, ...]) -> None:
@@ -90,30 +92,30 @@ class Copies:
 
 
 @contextmanager
-def displaced(
-    variables: Sequence[Tensor], copies: Copies | None = None
+def perturbed(
+    variables: Sequence[Tensor], copies: TensorPool | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Let the body move ``variables``, with `assign`; then put them back by copy, bit for bit.
+    """Let the body move ``variables``, with `assign_`; then put them back by copy, bit for bit.
 
     Yields copies of where they were.
     """
-    copies = copies or Copies()
+    copies = copies or TensorPool()
     saved = copies.take(variables)
     try:
         yield saved
     finally:
-        assign(variables, saved)
+        assign_(variables, saved)
         copies.give_back(saved)
 
 
 @torch.no_grad()
-def assign(
+def assign_(
     variables: Sequence[Tensor],
     values: Sequence[Tensor],
     direction: Sequence[Tensor] = (),
     length: float = 0.0,
 ) -> None:
     """Move ``variables`` in place to values + length·direction."""
-    torch._foreach_copy_(local(variables), local(values))
+    torch._foreach_copy_(to_local(variables), to_local(values))
     if direction:
-        torch._foreach_add_(local(variables), local(direction), alpha=length)
+        torch._foreach_add_(to_local(variables), to_local(direction), alpha=length)

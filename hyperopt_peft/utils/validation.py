@@ -28,10 +28,10 @@ def require_count(name: str, value: Any, *, least: int) -> None:
         raise ProblemError(f"{name} must be a whole number from {least}, got {value!r}")
 
 
-def spelt(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """``hint`` in the words of an error message."""
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(spelt(choice) for choice in get_args(hint))
+        return " or ".join(type_name(choice) for choice in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

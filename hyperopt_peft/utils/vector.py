@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperopt_peft.utils import reductions
 from hyperopt_peft.utils.autograd import HALF
-from hyperopt_peft.utils.distributed import full, local, sharded_like
+from hyperopt_peft.utils.distributed import gather, sharded_like, to_local
 
 
 class Vector:
@@ -65,17 +65,17 @@ class Vector:
 
     def add_(self, other: Vector, factor: float = 1.0) -> Vector:
         """This vector becomes self + factor·other."""
-        torch._foreach_add_(local(self), local(other), alpha=factor)
+        torch._foreach_add_(to_local(self), to_local(other), alpha=factor)
         return self
 
     def mul_(self, factor: float) -> Vector:
         """This vector becomes factor·self."""
-        torch._foreach_mul_(local(self), factor)
+        torch._foreach_mul_(to_local(self), factor)
         return self
 
     def copy_(self, other: Vector) -> Vector:
         """This vector becomes equal to ``other``."""
-        torch._foreach_copy_(local(self), local(other))
+        torch._foreach_copy_(to_local(self), to_local(other))
         return self
 
     def norm(self) -> float:
@@ -89,7 +89,7 @@ class Vector:
     def flat(self) -> Tensor:
         """All parts as one ``(numel,)`` tensor on the first part's device."""
         device = self.parts[0].device
-        return torch.cat([full(part).reshape(-1).to(device) for part in self.parts])
+        return torch.cat([gather(part).reshape(-1).to(device) for part in self.parts])
 
     def with_entries(self, flat: Tensor) -> Vector:
         """A vector of this shape with the entries of ``flat``, a ``(numel,)`` tensor."""
@@ -98,7 +98,7 @@ class Vector:
 
     def isfinite(self) -> bool:
         """Whether no entry is NaN or infinite."""
-        return reductions.finite(self.parts)
+        return reductions.all_finite(self.parts)
 
 
 def dot(a: Vector, b: Vector) -> float:

@@ -18,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from hyperopt_peft.core.data import Batches
+from hyperopt_peft.core.data import DataStream
 from tests.support.networks import differences
 
 N = 7
@@ -70,7 +70,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def draw(batches: Batches, count: int) -> list[Any]:
+def draw(batches: DataStream, count: int) -> list[Any]:
     return [batches.next() for _ in range(count)]
 
 
@@ -82,7 +82,7 @@ def test_a_stream_returns_to_where_its_state_was_taken(
 ) -> None:
     """In a new stream, and in the old one after ``other`` further batches."""
     torch.manual_seed(1)
-    batches = Batches(LOADERS[kind](), "fit")
+    batches = DataStream(LOADERS[kind](), "fit")
     draw(batches, before)
     if peek:
         batches.peek()
@@ -91,7 +91,7 @@ def test_a_stream_returns_to_where_its_state_was_taken(
     draw(batches, other)
 
     torch.manual_seed(2)
-    resumed = batches if reused else Batches(LOADERS[kind](), "fit")
+    resumed = batches if reused else DataStream(LOADERS[kind](), "fit")
     outside = torch.get_rng_state()
     resumed.load_state_dict(state)
     assert torch.equal(torch.get_rng_state(), outside)
@@ -102,10 +102,10 @@ def test_a_stream_returns_to_where_its_state_was_taken(
 @given(before=st.integers(0, 9))
 @settings(max_examples=10)
 def test_two_streams_that_share_a_generator_return_together(before: int) -> None:
-    def streams() -> list[Batches]:
+    def streams() -> list[DataStream]:
         generator = own()
         return [
-            Batches(DataLoader(list(range(n)), 2, shuffle=True, generator=generator), "fit")
+            DataStream(DataLoader(list(range(n)), 2, shuffle=True, generator=generator), "fit")
             for n in (5, 8)
         ]
 
@@ -123,7 +123,7 @@ def test_two_streams_that_share_a_generator_return_together(before: int) -> None
 
 @pytest.mark.parametrize("kind", ["shuffled", "own generator", "weighted"])
 def test_every_epoch_has_an_order_of_its_own(kind: str) -> None:
-    batches = Batches(LOADERS[kind](), "fit")
+    batches = DataStream(LOADERS[kind](), "fit")
     epochs = [torch.cat(draw(batches, 4)).tolist() for _ in range(4)]
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
@@ -133,7 +133,7 @@ def test_every_epoch_has_an_order_of_its_own(kind: str) -> None:
 @settings(max_examples=10)
 def test_the_batch_that_was_peeked_at_comes_next(kind: str, drawn: int) -> None:
     torch.manual_seed(1)
-    batches = Batches(LOADERS[kind](), "fit")
+    batches = DataStream(LOADERS[kind](), "fit")
     draw(batches, drawn)
     random = torch.get_rng_state()
     peeked = batches.peek()
@@ -145,7 +145,7 @@ def test_the_batch_that_was_peeked_at_comes_next(kind: str, drawn: int) -> None:
 
 def test_states_are_plain_values_and_tensors() -> None:
     """So that they can be saved and loaded without executing code."""
-    batches = Batches(LOADERS["own generator"](), "fit")
+    batches = DataStream(LOADERS["own generator"](), "fit")
     draw(batches, 3)
 
     def plain(value: Any) -> bool:

@@ -16,7 +16,7 @@ from hyperopt_peft import ProblemError
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.checkpoint import (
     SEAL,
-    last_whole,
+    last_valid,
     read_state,
     rotate,
     seal,
@@ -100,7 +100,7 @@ def test_a_damaged_seal_is_named(tmp_path: Path, text: Any) -> None:
     (path / SEAL).write_text(text)
     with pytest.raises(ProblemError, match=SEAL):
         unseal(path)
-    assert last_whole(tmp_path) is None
+    assert last_valid(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "part"])
@@ -118,7 +118,7 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
         unseal(tmp_path / "checkpoint-9")
     with pytest.raises(ProblemError, match=SEAL):
         unseal(write(tmp_path, 3, whole=False))
-    assert last_whole(tmp_path) is None and last_whole(tmp_path / "nowhere") is None
+    assert last_valid(tmp_path) is None and last_valid(tmp_path / "nowhere") is None
 
 
 def test_a_sealed_pickle_is_not_executed(tmp_path: Path) -> None:
@@ -139,13 +139,13 @@ def test_the_last_whole_one_is_the_last_that_was_written(
         write(tmp_path, number)
     write(tmp_path, 8, whole=False)
     (tmp_path / "checkpoint-best").mkdir()
-    assert last_whole(tmp_path).name == "checkpoint-6"
+    assert last_valid(tmp_path).name == "checkpoint-6"
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
     caplog.clear()
-    assert last_whole(tmp_path).name == "checkpoint-4"
+    assert last_valid(tmp_path).name == "checkpoint-4"
     assert "checkpoint-6 lacks the file optimizer.pt" in caplog.text
     shutil.copytree(tmp_path, tmp_path / "copy")  # the order survives a copy
-    assert last_whole(tmp_path / "copy").name == "checkpoint-4"
+    assert last_valid(tmp_path / "copy").name == "checkpoint-4"
 
 
 @pytest.mark.parametrize(

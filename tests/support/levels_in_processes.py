@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyperopt_peft import Engine, Nested, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import registered
-from hyperopt_peft.utils.reductions import finite, norm
+from hyperopt_peft.utils.reductions import all_finite, norm
 from tests.support import two_processes
 
 WHOLE = sorted(
@@ -237,9 +237,9 @@ def reductions() -> dict[str, Any]:
                 bad = x.clone()
                 bad.view(-1)[place] = value
                 parts[0] = distribute_tensor(bad, mesh, [placement])
-                noticed[placement, place, value] = not finite(parts)
+                noticed[placement, place, value] = not all_finite(parts)
     huge = [distribute_tensor(torch.full((7,), 3e38), mesh, [Shard(0)])]
-    return {"norms": norms, "noticed": all(noticed.values()), "huge": finite(huge)}
+    return {"norms": norms, "noticed": all(noticed.values()), "huge": all_finite(huge)}
 
 
 def main(folder: Path) -> None:

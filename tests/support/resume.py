@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PrinterCallback, TrainerCallback
 
-from hyperopt_peft.engine.checkpoint import last_whole
+from hyperopt_peft.engine.checkpoint import last_valid
 from tests.support.networks import differences
 from tests.support.trainers import trainer
 
@@ -53,7 +53,7 @@ def interrupted(
     """Train until ``stop``, from the last whole checkpoint where there is one."""
     made = make(folder, [StopAt(*stop)], **settings)
     with pytest.raises(Stop):
-        made.train(resume_from_checkpoint=last_whole(folder) is not None)
+        made.train(resume_from_checkpoint=last_valid(folder) is not None)
 
 
 def end(made: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch import distributed as dist
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.utils.distributed import full
+from hyperopt_peft.utils.distributed import gather
 from tests.support import trainers as models
 from tests.support import two_processes
 
@@ -81,7 +81,7 @@ def train(folder: Path, batch: Any, resume: Any = None, **options: Any) -> tuple
     logs = list(trainer.state.log_history)
     if trainer.retrainer is not None:
         logs += trainer.retrainer.state.log_history
-    return logs, {n: full(value) for n, value in models.values(trainer.model).items()}
+    return logs, {n: gather(value) for n, value in models.values(trainer.model).items()}
 
 
 def refusal(folder: Path, **options: Any) -> Any:

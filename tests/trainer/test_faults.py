@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.engine.checkpoint import SEAL, last_whole, seal, unseal, write_state
+from hyperopt_peft.engine.checkpoint import SEAL, last_valid, seal, unseal, write_state
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, interrupted, saving
 
@@ -61,7 +61,7 @@ def require_refused(folder: Path, message: Any, expected: Any, **settings: Any) 
     with pytest.raises(ProblemError, match=message):
         made.train(resume_from_checkpoint=str(folder / "checkpoint-9"))
     assert not differences(dict(made.model.named_parameters()), before)
-    assert last_whole(folder) == folder / "checkpoint-6"
+    assert last_valid(folder) == folder / "checkpoint-6"
     resumed = saving(folder)
     resumed.train(resume_from_checkpoint=True)
     assert not differences(end(resumed), expected)
@@ -160,7 +160,7 @@ def test_initial_values_that_are_lost_are_missed_before_the_search(tmp_path: Pat
     (tmp_path / "initial.pt").unlink()
     with pytest.raises(ProblemError, match=r"initial\.pt"):
         saving(tmp_path, retrain="scratch").train(resume_from_checkpoint=True)
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-3"
+    assert last_valid(tmp_path) == tmp_path / "checkpoint-3"
 
 
 class Full(TrainerCallback):
@@ -259,7 +259,7 @@ def test_what_is_not_finite_stops_with_a_checkpoint_of_the_step_before(
     kept = f"the state before it is in {tmp_path}/spoilt/checkpoint-7$"
     with pytest.raises(NonFiniteError, match=f"{where}.*{kept}"):
         made.train()
-    assert last_whole(tmp_path / "spoilt").name == "checkpoint-7"
+    assert last_valid(tmp_path / "spoilt").name == "checkpoint-7"
     resumed = saving(tmp_path / "spoilt", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert not differences(end(resumed), end(whole))
@@ -295,7 +295,7 @@ def test_what_is_not_finite_on_a_full_disk_is_still_named(tmp_path: Path) -> Non
             made.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-6"
+    assert last_valid(tmp_path) == tmp_path / "checkpoint-6"
 
 
 @pytest.mark.parametrize("micro", [1, 2])

@@ -18,7 +18,7 @@ from hyperopt_peft import (
     ProblemError,
 )
 from hyperopt_peft.engine import checkpoint
-from hyperopt_peft.engine.checkpoint import SEAL, last_whole, unseal
+from hyperopt_peft.engine.checkpoint import SEAL, last_valid, unseal
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, interrupted, require_same_end, saving
 from tests.support.trainers import base_model, data
@@ -241,7 +241,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(
 
     def look(folder: Path, record: Any) -> None:
         assert not (folder / SEAL).exists()
-        seen.append((last_whole(tmp_path), folder.name))
+        seen.append((last_valid(tmp_path), folder.name))
         seal(folder, record)
 
     monkeypatch.setattr(checkpoint, "seal", look)

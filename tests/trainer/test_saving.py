@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from hyperopt_peft.engine.checkpoint import last_whole
+from hyperopt_peft.engine.checkpoint import last_valid
 from tests.support.networks import differences
 from tests.support.resume import end, saving
 
@@ -34,7 +34,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(
     made = saving(tmp_path / "broken", [Ask()], **settings)
     made.train()
     assert made.state.global_step < 9 and made.retrainer is None
-    assert last_whole(tmp_path / "broken").name == "checkpoint-4"
+    assert last_valid(tmp_path / "broken").name == "checkpoint-4"
     resumed = saving(tmp_path / "broken", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert not differences(end(resumed), end(whole))

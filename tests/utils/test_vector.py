@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperopt_peft.hypergradients import ConjugateGradient, Vector, dot, zeros_like
-from hyperopt_peft.utils.restore import Copies
+from hyperopt_peft.utils.restore import TensorPool
 
 SHAPES = ((2, 3), (), (4,))
 
@@ -105,7 +105,7 @@ def test_conjugate_gradients_at_any_scale(scale: float) -> None:
 
 
 def test_copies_fit_what_they_copy() -> None:
-    copies, w = Copies(), (torch.ones(2), torch.ones(3))
+    copies, w = TensorPool(), (torch.ones(2), torch.ones(3))
     first = copies.take(w)
     memory = [x.data_ptr() for x in first]
     copies.give_back(first)

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.errors import ProblemError, nearest
+from hyperopt_peft.errors import ProblemError, did_you_mean
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -195,7 +195,7 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
         if column not in data.column_names:
             separated = any(mark in data.column_names[0] for mark in ";|\t")
             raise ProblemError(
-                f"{where} have no column {column!r}{nearest(column, data.column_names)}"
+                f"{where} have no column {column!r}{did_you_mean(column, data.column_names)}"
                 + ("; in a CSV file commas separate the columns, in TSV tabs" if separated else "")
             )
         if missing := data.data.column(column).null_count:

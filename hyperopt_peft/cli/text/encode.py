@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from hyperopt_peft.cli.text.data import DataArguments, kind_of
 from hyperopt_peft.cli.text.tasks import IGNORED, TASKS
-from hyperopt_peft.errors import ProblemError, nearest
+from hyperopt_peft.errors import ProblemError, did_you_mean
 
 Rows = Mapping[str, Any]
 
@@ -101,7 +101,8 @@ class Encoder:
     def _number(self, name: str) -> int:
         if name not in self.names:
             raise ProblemError(
-                f"the label {name!r} is not in the training examples{nearest(name, self.names)}; "
+                f"the label {name!r} is not in the training examples"
+                f"{did_you_mean(name, self.names)}; "
                 "take its rows out, or add such examples to those"
             )
         return self.names.index(name)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from hyperopt_peft.adapters.layers import PLAIN_MODULES
 from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
 from hyperopt_peft.cli.text.tasks import Task, TaskName
-from hyperopt_peft.errors import ProblemError, nearest
+from hyperopt_peft.errors import ProblemError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 Dtype = Literal["float32", "bfloat16", "auto"]
@@ -150,7 +150,7 @@ def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
     for name in args.modules_to_save or []:
         if name not in names:
-            raise ProblemError(f"modules_to_save: no module {name!r}{nearest(name, names)}")
+            raise ProblemError(f"modules_to_save: no module {name!r}{did_you_mean(name, names)}")
     targets = require_targets(model, args.target_modules)
     if targets == [ALL_LINEAR]:
         targets = linear_layers(model, besides=[*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or [])])
@@ -188,7 +188,9 @@ def require_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
         found = [name for name in modules if name == target or name.endswith(f".{target}")]
         leaves = sorted({name.rpartition(".")[2] for name in plain})
         if not found:
-            raise ProblemError(f"target_modules: no module {target!r}{nearest(target, leaves)}")
+            raise ProblemError(
+                f"target_modules: no module {target!r}{did_you_mean(target, leaves)}"
+            )
         if other := [name for name in found if name not in plain]:
             kind = type(modules[other[0]]).__name__
             raise ProblemError(

@@ -13,7 +13,7 @@ from hyperopt_peft.core.optimizer import LEARNT, options_by_group
 from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
-from hyperopt_peft.utils.distributed import is_sharded, local
+from hyperopt_peft.utils.distributed import is_sharded, to_local
 from hyperopt_peft.utils.vector import Vector, dot, widened
 
 
@@ -72,7 +72,7 @@ class OptimizerStep:
         """Cotangents of Φ's arguments from those of (w', moments'), None standing for zeros."""
         leaves = [[x.requires_grad_() for x in group] for group in self._inputs(step)]
         point, moments = self._apply(step, *leaves)
-        outputs, cotangents = list(point), list(local(adjoint))
+        outputs, cotangents = list(point), list(to_local(adjoint))
         if moment_adjoint is not None:
             # A moment that no group of the variable has does not depend on the leaves.
             pairs = [(m, c) for m, c in zip(moments, moment_adjoint) if m.requires_grad]
@@ -98,7 +98,7 @@ class OptimizerStep:
     ) -> tuple[Vector, list[Tensor]]:
         """Tangents of (w', moments') from those of Φ's arguments."""
         gradient = self._clipping_derivative(step, gradient)
-        tangents = (local(point), local(gradient), moments, options)
+        tangents = (to_local(point), to_local(gradient), moments, options)
         with forward_ad.dual_level():
             duals = [
                 [forward_ad.make_dual(x, t.to(x)) for x, t in zip(group, along, strict=True)]
@@ -226,7 +226,7 @@ def _alike(step: StepRecord, indices: Iterable[int]) -> Iterator[tuple[int, list
 
 
 def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [widened(tensor.detach().clone()) for tensor in local(tensors)]
+    return [widened(tensor.detach().clone()) for tensor in to_local(tensors)]
 
 
 def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
@@ -234,7 +234,7 @@ def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
     if not is_sharded(*like):
         return Vector(parts)
     whole = [widened(torch.zeros_like(x)) for x in like]
-    for x, part in zip(local(whole), parts, strict=True):
+    for x, part in zip(to_local(whole), parts, strict=True):
         x.copy_(part)
     return Vector(whole)
 

@@ -14,7 +14,7 @@ from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
 from hyperopt_peft.utils.distributed import is_sharded
-from hyperopt_peft.utils.restore import assign, displaced
+from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.vector import zeros_like
 
 
@@ -101,8 +101,8 @@ def last_steps(oracle: Oracle, count: int) -> tuple[OptimizerStep, Sequence[Step
     steps: list[StepRecord] = []
     point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
     while True:
-        with displaced(oracle.lower.variables):
-            assign(oracle.lower.variables, point)
+        with perturbed(oracle.lower.variables):
+            assign_(oracle.lower.variables, point)
             gradient = oracle.lower_parts()
         steps.append(
             StepRecord(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)
