@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ def compare_hypergradients(
             continue
         held = None
         if memory:
-            held = peak_memory(lambda e=estimator: _run(oracle(0), e), upper.devices[0])
+            held = peak_memory(partial(_run, oracle(0), estimator), upper.devices[0])
         rows.append(_row(name, found, truths, held, _dominance(estimator, ends)))
     name = reference if isinstance(reference, str) else repr(truth)
     note = "; ".join(filter(None, (_dominance(truth, ends), note)))

@@ -83,7 +83,7 @@ class _AMSGradState(NamedTuple):
     mu: Sequence[Tensor]
     nu: Sequence[Tensor]
     peak: Sequence[Tensor]
-    count: Sequence[Tensor]
+    count: Sequence[Tensor]  # type: ignore[assignment]  # as TorchOpt's own states name it
 
 
 def _amsgrad(beta1: float, beta2: float, eps: float) -> GradientTransformation:

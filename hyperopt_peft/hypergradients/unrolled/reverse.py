@@ -58,7 +58,7 @@ class Unrolled(Estimator):
             second_derivatives=self.product == "exact",
         )
 
-    def cost(self) -> Cost:
+    def cost(self) -> Cost | None:
         """F, and for each step f, its graph, and the products with ∂²f/∂w² and ∂²f/∂u∂w."""
         return Cost(1 + 2 * self.steps, 5 * self.steps, 7 + 2 * self.steps)
 
