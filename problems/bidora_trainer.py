@@ -280,10 +280,13 @@ class Retrainer(BilevelTrainer):
 def _lower(trainer: BilevelTrainer) -> Problem:
     """The lower level of the method; the model's layers are made those of the method."""
     model, args = trainer.model, trainer.args
+    assert isinstance(args, BiDoRATrainingArguments)
     # Levels remember where they start: magnitude_decay's m0, scratch's initial values.
     distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
     if args.method != "lora":
-        norm_grad = args.norm_grad if args.method == "bidora" else "detach"
+        norm_grad: Literal["full", "detach"] = "detach"
+        if args.method == "bidora":
+            norm_grad = args.norm_grad
         (use_fast_dora if args.fast_dora else set_norm_grad)(model, norm_grad)
     if args.method == "bidora":
         return _direction(trainer)

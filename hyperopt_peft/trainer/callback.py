@@ -118,9 +118,9 @@ class BilevelCallback(TrainerCallback):
         if self.resumed is not None:
             # The model's files need not have the variables as they are, a product for example.
             self._load_levels(self.resumed)
-            self.trainer.bilevel_step.load_state_dict(
-                checkpoint.read_state(self.resumed / ESTIMATOR)
-            )
+            state, step = checkpoint.read_state(self.resumed / ESTIMATOR), self.trainer.bilevel_step
+            if step is not None:
+                step.load_state_dict(state)
 
     def on_epoch_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any

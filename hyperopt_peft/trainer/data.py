@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-import pyarrow
+import pyarrow  # type: ignore[import-untyped]
 from datasets import ClassLabel, Dataset, Value
 from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset

@@ -79,6 +79,7 @@ class BilevelTrainer(Trainer):
             ignore (a loss function, a ``compute_loss`` of one's own, label smoothing, compilation).
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(1, 1)
         >>> class Fit(Problem):
         ...     def loss(self, batch):
@@ -93,6 +94,7 @@ class BilevelTrainer(Trainer):
 
     args: BilevelTrainingArguments
     optimizer: Any
+    current_flos: float
 
     def __init__(
         self,
@@ -133,8 +135,8 @@ class BilevelTrainer(Trainer):
             callbacks=[self._callback, *(callbacks or ())],
             **trainer,
         )
-        self.lower: Problem = lower(self) if _is_function(lower) else lower
-        self.upper: Problem | None = upper(self) if _is_function(upper) else upper
+        self.lower: Problem = _made(lower, self)
+        self.upper: Problem | None = _made(upper, self)
         checks.check_levels(self.levels)
         self.estimator = args.estimator()
         checks.check_accelerator(self)
@@ -297,7 +299,7 @@ class BilevelTrainer(Trainer):
         inputs = dict(batch)
         items, weight = inputs.pop(ITEMS, None), inputs.pop(WEIGHT, None)
         try:
-            loss = self.compute_loss(self.model, inputs, num_items_in_batch=items)
+            loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
         except (TypeError, ValueError, IndexError) as error:
             raise ProblemError(
                 f"the model has no loss for a batch of {sorted(batch)}: {error}; the data must "
@@ -376,3 +378,7 @@ class BilevelTrainer(Trainer):
 
 def _is_function(level: Any) -> bool:
     return callable(level) and not isinstance(level, Problem | nn.Module | type)
+
+
+def _made(level: Any, trainer: BilevelTrainer) -> Any:
+    return level(trainer) if _is_function(level) else level

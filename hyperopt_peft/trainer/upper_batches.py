@@ -62,7 +62,8 @@ class UpperBatches:
         self.rank, self.processes, self.loading = rank, processes, loading
         self.size = min(size, len(data) // processes)
         self.per_epoch = len(data) // (self.size * processes)
-        self.close()
+        self._batches: Iterator[Any] | None = None
+        self._next = 0
 
     def batch(self, number: int) -> Any:
         """This process's share of batch ``number``, from 0; an epoch drops a smaller last one."""
@@ -84,8 +85,7 @@ class UpperBatches:
 
     def close(self) -> None:
         """End the workers; the next ``batch`` starts them again."""
-        self._batches: Iterator[Any] | None = None
-        self._next = 0
+        self._batches = None
 
 
 class _Rows(Sampler[tuple[int, list[int]]]):

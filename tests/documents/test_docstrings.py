@@ -17,10 +17,6 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = ("", ".adapters", ".hypergradients", ".problems")
 # Public names that have no example yet.
 WITHOUT: set[str] = {
-    "BiDoRATrainer",
-    "BiDoRATrainingArguments",
-    "BilevelTrainer",
-    "BilevelTrainingArguments",
     "Comparison",
     "ConjugateGradient",
     "DARTS",

@@ -176,15 +176,15 @@ MODELS = {
     "two active adapters": (
         lambda _: activated("default", "other"),
         {},
-        r"one active adapter, found \['default', 'other'\]",
+        "'default', 'other'",
     ),
-    "no active adapter": (lambda _: activated(), {}, r"one active adapter, found \[\]"),
+    "no active adapter": (lambda _: activated(), {}, "adapter_name"),
     "merged": (lambda _: merged(), {}, "unmerge_adapter"),
     "tied target": (lambda _: tied(), {}, "lm_head: .*embed_tokens"),
     "quantised, cg": (
         lambda _: quantised(),
         {"hypergradient": "cg"},
-        "hypergradient='cg' .*choose product=difference, or darts .*query adapts a Quantised",
+        "hypergradient='cg'.*Quantised",
     ),
     "quantised, darts with an exact product": (
         lambda _: quantised(),
