@@ -1,4 +1,4 @@
-"""An endless, resumable stream of batches over any re-iterable of batches."""
+"""An endless stream of a level's batches, which can be resumed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 
 class DataStream:
-    """Cycles through ``data`` for ever and can return to any position.
+    """The batches of ``data``, epoch after epoch; any position can be restored.
 
-    What ``data`` draws from PyTorch's CPU generator (the order of a shuffled DataLoader) comes
-    from a stream of the level's own, a function of the generator's state at construction and the
-    level's name, so neither looking at a batch nor the other level changes what training draws.
-    Generators that ``data`` carries, a loader's or its sampler's, are used as they are. An epoch
-    is a function of the states at which it began; ``state_dict`` keeps these and the position.
+    A shuffled DataLoader draws its order from PyTorch's CPU generator. Here ``data`` draws from a
+    random stream of its own, seeded by the generator's state at construction and by ``name``. The
+    order then depends neither on `peek` nor on other levels. A generator that was given to the
+    DataLoader or to its sampler is used unchanged.
+
+    The order of an epoch is a function of the generator states at its start. ``state_dict``
+    contains these states and the position in the epoch.
+
+    Args:
+        data: an iterable of batches that can be iterated again, such as a DataLoader.
+        name: the level's name, which also enters the seed.
 
     Raises:
-        ProblemError: ``data`` is empty, or cannot be iterated twice.
+        ProblemError: ``data`` is empty, or can be iterated only once.
+
+    Example:
+        >>> stream = DataStream(["a", "b"], name="lower")
+        >>> [stream.next() for _ in range(3)], stream.peek()
+        (['a', 'b', 'a'], 'b')
     """
 
     def __init__(self, data: Iterable[Any], name: str) -> None:
@@ -34,8 +45,8 @@ class DataStream:
             )
         if isinstance(data, Iterator):
             raise ProblemError(
-                f"{name}: data is an iterator that can be read only once; give a re-iterable "
-                "such as a DataLoader or a list of batches"
+                f"{name}: data is an iterator, which can be read only once; give a DataLoader or a "
+                "list of batches"
             )
         self.data, self.name = data, name
         if _length(data) == 0:
@@ -48,19 +59,19 @@ class DataStream:
         self._peeked: list[Any] = []
 
     def peek(self) -> Any:
-        """The batch that ``next`` will return, which stays the next one."""
+        """The batch that ``next`` will return; the position does not change."""
         if not self._peeked:
             self._peeked.append(self._draw())
         return self._peeked[0]
 
     def next(self) -> Any:
-        """The next batch; after the last one of ``data`` the first of a new epoch."""
+        """The next batch; the first of a new epoch after the last batch of ``data``."""
         batch = self.peek()
         self._peeked.clear()
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: generator states, now and as the epoch began, and the position."""
+        """The position, and the generator states now and at the start of the epoch."""
         return {
             "now": self._capture(),
             "epoch_state": dict(self._epoch_state),
@@ -69,13 +80,16 @@ class DataStream:
         }
 
     def check_state(self, state: Any) -> None:
-        """Raise ProblemError where ``state`` is not what ``state_dict`` returns."""
+        """Raise ProblemError unless ``state`` has the entries of ``state_dict``."""
         expected = {"now", "epoch_state", "position", "peeked"}
         if not isinstance(state, Mapping) or set(state) != expected:
-            raise ProblemError(f"{self.name}: the data's state must have {sorted(expected)}")
+            raise ProblemError(
+                f"{self.name}: the data's state must have the entries {sorted(expected)}; use a "
+                "state of this level"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with the batch that followed when ``state`` was taken."""
+        """Continue with the batch that came next when ``state_dict`` returned ``state``."""
         self._iterator, self._position = None, 0
         self._peeked.clear()
         if state["position"] > 0:
@@ -104,10 +118,10 @@ class DataStream:
         raise ProblemError(self._empty())
 
     def _empty(self) -> str:
-        return f"{self.name}: data has no batch; the split is empty or smaller than one batch"
+        return f"{self.name}: data has no batch; give a split that holds at least one batch"
 
     def _generators(self) -> dict[str, torch.Generator]:
-        """The generators that decide the order: the loader's own and its samplers'."""
+        """The generators that the loader's and the samplers' order comes from."""
         owners: dict[str, Any] = {"loader": self.data}
         owners |= {key: getattr(self.data, key, None) for key in ("sampler", "batch_sampler")}
         owners["inner_sampler"] = getattr(owners["batch_sampler"], "sampler", None)
@@ -121,7 +135,7 @@ class DataStream:
     def _restore(self, states: Mapping[str, Tensor]) -> None:
         self._random = states["stream"]
         for key, generator in self._generators().items():
-            # A sampler that had no generator before its first epoch makes itself one.
+            # A sampler may create its generator only in its first epoch.
             if key in states:
                 generator.set_state(states[key])
 

@@ -1,4 +1,4 @@
-"""Options of a level's optimizer that are functions of upper variables."""
+"""Optimizer options that are functions of upper variables, and copies of optimizer states."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ LEARNT = ("lr", "weight_decay")
 
 
 def options_by_group(level: Problem) -> list[dict[str, Tensor]]:
-    """What ``level.optimizer_options()`` says, for each group of the optimizer's parameters.
+    """``level.optimizer_options()``, one mapping for each parameter group of the optimizer.
 
-    The numbers keep their graphs.
+    The values are scalar tensors with their autograd graphs.
 
     Raises:
-        ProblemError: an option other than ``lr`` and ``weight_decay``, a value that is no finite
-            number from 0, another number of mappings than of groups, no optimizer, or a learning
-            rate beside a scheduler, which sets it too.
+        ProblemError: an option other than ``lr`` and ``weight_decay``; a value that is negative,
+            not finite or not a single number; a number of mappings that differs from the number of
+            groups; no optimizer; or a learning rate that a scheduler sets as well.
     """
     given = level.optimizer_options()
     if not given:
         return []
     if level.optimizer is None:
-        raise ProblemError(f"{level.name}: there are optimizer_options, but no optimizer")
+        raise ProblemError(f"{level.name}: optimizer_options need an optimizer; give the level one")
     groups = level.optimizer.param_groups
     options = [given] * len(groups) if isinstance(given, Mapping) else list(given)
     if len(options) != len(groups):
@@ -45,7 +45,7 @@ def options_by_group(level: Problem) -> list[dict[str, Tensor]]:
 
 
 def present_options(level: Problem) -> list[dict[str, float]]:
-    """The values of `options_by_group` at the moment."""
+    """The current values of `options_by_group`, as numbers."""
     return [
         {name: float(value.detach()) for name, value in options.items()}
         for options in options_by_group(level)
@@ -53,7 +53,7 @@ def present_options(level: Problem) -> list[dict[str, float]]:
 
 
 def write_options(level: Problem) -> None:
-    """Write the present values of ``level.optimizer_options()`` into the optimizer's groups."""
+    """Write the current values of ``level.optimizer_options()`` into the optimizer's groups."""
     options = present_options(level)
     if options and level.optimizer is not None:
         for group, values in zip(level.optimizer.param_groups, options, strict=True):
@@ -61,7 +61,7 @@ def write_options(level: Problem) -> None:
 
 
 def read_by_options(level: Problem) -> set[int]:
-    """The ids of the leaves that the level's options are functions of."""
+    """The ids of the leaf tensors that the options of ``level`` are functions of."""
     values = [value for group in options_by_group(level) for value in group.values()]
     return {id(leaf) for value in values if value.requires_grad for leaf in graph_leaves(value)}
 
@@ -69,7 +69,8 @@ def read_by_options(level: Problem) -> set[int]:
 def _number(level: Problem, name: str, value: Tensor | float) -> Tensor:
     if name not in LEARNT:
         raise ProblemError(
-            f"{level.name}: optimizer_options can set {' and '.join(LEARNT)}, not {name!r}"
+            f"{level.name}: optimizer_options has {name!r}; only {' and '.join(LEARNT)} can be "
+            "functions of variables"
         )
     if name == "lr" and level.scheduler is not None:
         raise ProblemError(
@@ -81,8 +82,8 @@ def _number(level: Problem, name: str, value: Tensor | float) -> Tensor:
     if number.numel() != 1 or not (math.isfinite(number.detach()) and number >= 0):
         shown = number.item() if number.numel() == 1 else f"shape {tuple(number.shape)}"
         raise ProblemError(
-            f"{level.name}: {name} must be a finite number from 0, optimizer_options gives {shown};"
-            " the exponential of a variable is always positive"
+            f"{level.name}: {name} in optimizer_options must be a finite number from 0, got "
+            f"{shown}; use the exponential of a variable, which is positive"
         )
     return number.reshape(())
 
@@ -94,12 +95,24 @@ def optimizer_state_copy(
     with_state: bool,
     options: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, Any]:
-    """The options of ``optimizer`` for ``variables`` and, if asked for, copies of its state.
+    """Copies of the options and the state of ``optimizer`` for ``variables``.
 
-    ``"kind"``: the optimizer's class. ``"groups"``: the options of each parameter group that
-    holds some of ``variables``, with ``"variables"``, the positions of these; ``options`` has for
-    each group those that take the place of its own. ``"state"``: by position, the tensors that
-    the optimizer keeps for that variable.
+    Args:
+        optimizer: a ``torch.optim.Optimizer``, or accelerate's wrapper around one.
+        variables: the tensors whose options and state are copied.
+        with_state: whether to copy the state; otherwise ``"state"`` is empty.
+        options: values that replace the options of each parameter group.
+
+    Returns:
+        ``"kind"``, the optimizer's class; ``"groups"``, the options of each parameter group with
+        some of ``variables``, whose positions are under ``"variables"``; ``"state"``, a mapping
+        from a variable's position to the optimizer's state of the variable (its momentum).
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> copied = optimizer_state_copy(torch.optim.SGD([w], lr=0.1), [w], with_state=True)
+        >>> copied["kind"].__name__, copied["groups"][0]["lr"], copied["state"]
+        ('SGD', 0.1, {})
     """
     position = {id(variable): index for index, variable in enumerate(variables)}
     groups = [

@@ -1,4 +1,4 @@
-"""A `Problem` is one level of a bilevel program: its variables, loss, data and optimizer."""
+"""One level of a bilevel program: variables, loss, data and optimizer."""
 
 from __future__ import annotations
 
@@ -40,8 +40,13 @@ from hyperopt_peft.utils.reductions import norm as norm_of
 class Evaluation:
     """A loss at one point, and its gradient.
 
-    ``gradient`` has one entry for each tensor that was asked for, in that tensor's shape and
-    dtype; None where the loss does not read the tensor.
+    ``gradient`` has one entry for each requested variable, in the variable's shape and dtype. An
+    entry is None where the loss does not read the variable. ``metrics`` are the other numbers
+    that the loss returned.
+
+    Example:
+        >>> Evaluation(loss=0.5, metrics={}, gradient=(torch.ones(2), None)).loss
+        0.5
     """
 
     loss: float
@@ -51,12 +56,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of a level, as an estimator may look back on it.
+    """One optimizer step of the lower level, recorded for estimators that look back on steps.
 
-    ``variables`` are copies from before the step, ``gradient`` is ∂f/∂w before clipping
-    (None where the batch's loss did not read the variable, which the step then left alone),
-    ``upper_gradient`` is ∂f/∂u from the same backward pass (None where it was not asked
-    for), ``optimizer`` what `Problem.optimizer_snapshot` returned before it.
+    Attributes:
+        batch: the batch of f.
+        random_state: the generator states before f was evaluated.
+        variables: copies of w from before the step.
+        gradient: ∂f/∂w before clipping; None for a variable that f did not read, which the step
+            did not move.
+        upper_gradient: ∂f/∂u from the same backward pass; None where no estimator requires it.
+        optimizer: `Problem.optimizer_snapshot` from before the step.
+
+    Example:
+        >>> StepRecord(batch=None, random_state=RandomState.capture()).variables
+        ()
     """
 
     batch: Any
@@ -68,27 +81,40 @@ class StepRecord:
 
 
 class Problem:
-    """One level: it owns ``variables`` and minimises ``loss`` over them.
+    """One level: minimise ``loss`` over ``variables``.
 
-    Subclass it and define ``loss``. The two levels of a program are two Problems, usually
-    over the same modules: a level *owns* some tensors and may *read* any.
+    A subclass defines ``loss``. The two levels of a bilevel program are two Problems, usually over
+    the same model: a level *owns* its variables, and its loss may *read* any tensor.
 
     Args:
-        variables: what the level owns: tensors or ``(name, tensor)`` pairs, leaves that
-            require a gradient, for example ``model.named_parameters()``. Of a model that FSDP2
-            shards, the parameters after ``fully_shard``; the loss must then read them through
-            the model.
-        data: any re-iterable of batches, a shuffled DataLoader for example; it is cycled.
-            Without data, ``loss`` is given None.
-        optimizer: used as given, never rebuilt; it must hold exactly ``variables``.
-        scheduler: stepped after each step of the optimizer.
-        max_grad_norm: the gradient is scaled down to this 2-norm before each step.
-        name: what error messages and logs call the level; the class's name by default.
+        variables: the tensors that the level owns, or ``(name, tensor)`` pairs such as
+            ``model.named_parameters()``. Each is a leaf that requires a gradient. For a model
+            under FSDP2 they are the parameters after ``fully_shard``, and the loss must read
+            these through the model.
+        data: an iterable of batches that can be iterated again, such as a shuffled DataLoader;
+            after its last batch a new epoch begins. Without data the batch is None.
+        optimizer: a ``torch.optim.Optimizer`` over exactly ``variables``.
+        scheduler: a learning rate schedule, stepped after each step of the optimizer.
+        max_grad_norm: the largest 2-norm of a step's gradient; a longer one is scaled down.
+        name: the level's name in errors and logs; by default the name of the class.
 
     Raises:
-        ProblemError: no variables, one that is not a leaf, needs no gradient or is complex, one
-            that is given twice, an optimizer that does not hold exactly the variables, or data
-            that are empty or cannot be read twice.
+        ProblemError: there are no variables; a variable is given twice, is complex, is no leaf or
+            requires no gradient; the optimizer is over other tensors; or the data are empty or
+            can be iterated only once.
+
+    Example:
+        >>> class Fit(Problem):
+        ...     def loss(self, batch):
+        ...         return (self.variables[0] - batch).square().sum()
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> lower = Fit([w], data=[torch.ones(2)], optimizer=torch.optim.SGD([w], lr=0.5))
+        >>> evaluation = lower.gradient(lower.next_batch(), lower.variables)
+        >>> evaluation.loss, evaluation.gradient
+        (2.0, (tensor([-2., -2.]),))
+        >>> norm = lower.step(evaluation.gradient)
+        >>> w
+        tensor([1., 1.], requires_grad=True)
     """
 
     def __init__(
@@ -120,19 +146,20 @@ class Problem:
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """The level's objective on ``batch``.
 
-        Returns a scalar tensor, or a mapping with the scalar under ``"loss"``, a Hugging Face
-        ``ModelOutput`` for example. Its other entries that are single numbers are logged.
+        Returns a scalar tensor, or a mapping with the scalar under ``"loss"``, such as a Hugging
+        Face ``ModelOutput``. Other entries of the mapping are logged if they are single numbers.
         """
         raise ProblemError(f"{self.name}: define loss(self, batch)")
 
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
-        """Options of the optimizer that are functions of upper variables; none by default.
+        """Optimizer options that are functions of upper variables; none by default.
 
-        ``{"lr": self.log_lr.exp()}`` for example: ``lr`` and ``weight_decay``, single numbers, one
-        mapping for all groups of parameters or one for each. They are written into the groups
-        before each step, in place of what these were made with. ``"unrolled"`` and ``"forward"``
-        take hypergradients with respect to them; other estimators refuse. A scheduler sets the
-        learning rate itself, so beside one only ``weight_decay`` is allowed.
+        ``{"lr": self.log_lr.exp()}`` is an example. The options are ``lr`` and ``weight_decay``,
+        each a single number. One mapping sets all parameter groups, a list of mappings sets each
+        group. The values replace the options of the groups before each step. The estimators
+        ``"unrolled"`` and ``"forward"`` differentiate through these options; others raise
+        ProblemError. With a scheduler only ``weight_decay`` may be given, since the scheduler
+        sets ``lr``.
         """
         return {}
 
@@ -142,37 +169,37 @@ class Problem:
         return list(dict.fromkeys(variable.device for variable in self.variables))
 
     def next_batch(self) -> Any:
-        """The next batch of the level's data, on its device; None where it has none."""
+        """The next batch of the level's data, on the level's device; None without data."""
         return None if self.batches is None else self.on_device(self.batches.next())
 
     def peek_batch(self) -> Any:
-        """The batch that ``next_batch`` will return; it stays the next one."""
+        """The batch that ``next_batch`` will return; the data's position does not change."""
         return None if self.batches is None else self.on_device(self.batches.peek())
 
     def on_device(self, batch: Any) -> Any:
         """``batch`` on the device of the first variable.
 
-        Tensors, mappings, tuples, lists and ``BatchEncoding`` are moved; a loss is evaluated many
-        times on one batch, so drivers call this once for each.
+        Tensors in mappings, tuples, lists and ``BatchEncoding`` are moved as well. A loss is
+        evaluated many times on one batch; the batch is moved once.
         """
         return send_to_device(batch, self.variables[0].device)
 
     def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        """The loss with its graph, on this process, and the metrics; its value is not looked at.
+        """The loss with its autograd graph, on this process, and the metrics.
 
-        ``batch`` is where the loss expects it: see `on_device`.
+        The loss may be NaN or infinite. ``batch`` is on the device that `on_device` moves to.
 
         Raises:
-            ProblemError: the loss is not a scalar tensor, depends on nothing that requires a
-                gradient, or stumbles over a batch that is None or lacks a column.
+            ProblemError: the loss is not a scalar tensor, depends on no tensor that requires a
+                gradient, or needs an entry that ``batch`` does not have.
         """
-        if isinstance(batch, Mapping):  # a loss may take entries out, and is evaluated again
+        if isinstance(batch, Mapping):  # a loss may remove entries, and is evaluated again
             batch = copy(batch)
         try:
             result = self.loss(batch)
         except (AttributeError, KeyError, TypeError) as error:
-            if lack := missing_input_hint(batch, error):
-                raise ProblemError(f"{self.name}: {lack}") from error
+            if hint := missing_input_hint(batch, error):
+                raise ProblemError(f"{self.name}: {hint}") from error
             raise
         loss, metrics = loss_and_metrics(result, self.name)
         if self.half is None:
@@ -180,11 +207,11 @@ class Problem:
         return loss, metrics
 
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
-        """The loss on ``batch`` and its gradient with respect to ``variables``.
+        """The loss on ``batch`` and the gradient with respect to ``variables``.
 
-        Taken by ``loss.backward`` and read from ``.grad``, so that the hooks of a wrapped
-        model fire; every ``.grad`` is afterwards as it was. In a distributed run, loss and
-        gradient are averages over the processes, each with its own part of the batch.
+        The gradient is that of ``loss.backward``, so that hooks of a wrapped model run. Every
+        ``.grad`` is restored afterwards. In a distributed run, loss and gradient are averages over
+        the processes, each of which has its own part of the batch.
 
         Raises:
             NonFiniteError: the loss or a gradient is NaN or infinite, on any process.
@@ -197,18 +224,20 @@ class Problem:
     def backward(
         self, batch: Any, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-        """Loss, metrics and gradient of this process alone, unchecked; no ``.grad`` changes.
+        """Loss, metrics and gradient of this process alone, which may be NaN or infinite.
+
+        Every ``.grad`` is restored afterwards.
 
         Raises:
-            ProblemError: see `evaluate`; one of ``variables`` was frozen after it was given, or
-                has a sparse gradient.
+            ProblemError: as `evaluate`; or a variable no longer requires a gradient, or has a
+                sparse one.
         """
         if frozen := [tuple(v.shape) for v in variables if not v.requires_grad]:
             raise ProblemError(
-                f"{self.name}: variables of shape {frozen} no longer require a gradient; freeze "
-                "nothing that a level owns, or make the levels anew"
+                f"{self.name}: variables of shape {frozen} no longer require a gradient; do not "
+                "freeze variables of a level, or create the levels again"
             )
-        # The reducers of a distributed model wait for all of its parameters.
+        # A distributed model's reducers wait for the gradients of all of its parameters.
         alone = distributed.world_size() == 1 and not is_sharded(*variables)
         watch: AbstractContextManager[list[Tensor]]
         watch = nullcontext([]) if alone else seen_parameters()
@@ -238,7 +267,7 @@ class Problem:
         """The value of ``loss``.
 
         Raises:
-            NonFiniteError: it is NaN or infinite, or an entry of ``gradient`` is.
+            NonFiniteError: ``loss`` or an entry of ``gradient`` is NaN or infinite.
         """
         parts = [part for part in gradient if part is not None]
         value, *summed = to_floats([loss, *sums(parts)])
@@ -249,15 +278,18 @@ class Problem:
         return value
 
     def step(self, gradient: Sequence[Tensor | None]) -> float:
-        """One step of the optimizer, and of the scheduler, along ``gradient``.
+        """One step of the optimizer along ``gradient``, then one of the scheduler.
 
-        A variable whose part is None is left alone. Returns the 2-norm before clipping.
+        A variable whose gradient is None does not move. Returns the 2-norm before clipping.
 
         Raises:
-            NonFiniteError: the norm is NaN or infinite; nothing has moved.
+            ProblemError: the level has no optimizer.
+            NonFiniteError: the norm is NaN or infinite; no variable has moved.
         """
         if self.optimizer is None:
-            raise ProblemError(f"{self.name}: give the level an optimizer to train it")
+            raise ProblemError(
+                f"{self.name}: the level has no optimizer; give one to train the level"
+            )
         norm = norm_of(part for part in gradient if part is not None)
         if not math.isfinite(norm):
             raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
@@ -274,7 +306,7 @@ class Problem:
         return norm
 
     def clipping(self, norm: float) -> float:
-        """What a step multiplies a gradient of 2-norm ``norm`` by, as `clip_grad_norm_` does."""
+        """min(1, max_grad_norm/(norm + 1e-6)), the factor of torch's ``clip_grad_norm_``."""
         limit = self.max_grad_norm
         return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
@@ -299,34 +331,43 @@ class Problem:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ProblemError where ``state`` is not that of a level like this one."""
+        """Raise ProblemError where ``state`` does not fit this level."""
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "batches": self.batches}
         expected = {"variables"} | {k for k, part in parts.items() if part is not None}
         if not isinstance(state, Mapping) or set(state) != expected:
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise ProblemError(
-                f"{self.name}: the state must have {sorted(expected)}, it has {found}"
+                f"{self.name}: the state must have {sorted(expected)}, got {found}; use a state "
+                "of this level"
             )
         for key, part in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             if part is not None and _form(state[key]) != _form(part.state_dict()):
                 raise ProblemError(
-                    f"{self.name}: the state is that of another {key} than the level's "
-                    f"{type(part).__name__}, or has other parameter groups"
+                    f"{self.name}: the {key}'s state does not fit {type(part).__name__} or its "
+                    f"parameter groups; create the level with the {key} of the saved run"
                 )
         if self.batches is not None:
             self.batches.check_state(state["batches"])
         shapes = {name: tuple(v.shape) for name, v in zip(self.names, self.variables, strict=True)}
         for name in shapes.keys() ^ state["variables"].keys():
-            raise ProblemError(f"{self.name}: variable {name!r} is only in one of level and state")
+            raise ProblemError(
+                f"{self.name}: variable {name!r} is in only one of level and state; create the "
+                "level with the variables of the saved run"
+            )
         for name, shape in shapes.items():
             if tuple(state["variables"][name].shape) != shape:
                 raise ProblemError(
-                    f"{self.name}: variable {name!r} has shape {shape}, "
-                    f"the state {tuple(state['variables'][name].shape)}"
+                    f"{self.name}: variable {name!r} has shape {shape}, in the state "
+                    f"{tuple(state['variables'][name].shape)}; create the level with the "
+                    "variables of the saved run"
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to ``state``; nothing is changed where it does not fit (ProblemError)."""
+        """Restore ``state``, of `state_dict`.
+
+        Raises:
+            ProblemError: ``state`` does not fit this level; nothing has changed.
+        """
         self.check_state(state)
         with torch.no_grad():
             for name, variable in zip(self.names, self.variables, strict=True):
@@ -342,21 +383,27 @@ class Problem:
 def require_read(
     level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
 ) -> None:
-    """Raise ProblemError for a variable without gradient, of ``besides`` only if given."""
+    """Raise ProblemError where a variable has no gradient: all variables, or those ``besides``.
+
+    Args:
+        level: the owner of the variables.
+        gradient: the gradient at the first step, one entry a variable.
+        besides: names of the variables to check, those that no other loss reads; None for all.
+    """
     for name, part in zip(level.names, gradient, strict=True):
         if part is None and (besides is None or name in besides):
             raise ProblemError(
-                f"{level.name}: no gradient reaches the variable {name!r} at the first step; use "
-                "it in the loss, or do not give it to the level"
+                f"{level.name}: no gradient reaches variable {name!r} at the first step; use the "
+                "variable in the loss, or do not give it to the level"
             )
 
 
 def devices_of(*levels: Problem) -> list[torch.device]:
-    """The devices that hold the variables of ``levels``, each once."""
+    """The devices of the variables of ``levels``, each once."""
     return list(dict.fromkeys(device for level in levels for device in level.devices))
 
 
 def _form(state: Mapping[str, Any]) -> Any:
-    """What two states of one kind of optimizer or scheduler have in common."""
+    """The entries and the shape of the parameter groups, equal for states of one kind."""
     groups = state.get("param_groups", [])
     return set(state), [(len(group["params"]), set(group) - {"params"}) for group in groups]

@@ -1,4 +1,4 @@
-"""The tensors a level owns: named, checked, and no two over the same memory."""
+"""Checks of a level's variables, loss, optimizer and scheduler."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tenso
 
 
 def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """The names and the tensors of ``variables``.
+    """The names and the tensors of ``variables``; a tensor without a name gets a number.
 
     Raises:
-        ProblemError: no variables, one that is no leaf, needs no gradient or is complex, two of
-            one name or over the same memory.
+        ProblemError: there are no variables; one is complex, is no leaf or requires no gradient;
+            or two have one name or share memory.
+
+    Example:
+        >>> import torch
+        >>> named_variables([torch.ones(1, requires_grad=True)], "lower")
+        (('variable 0',), (tensor([1.], requires_grad=True),))
     """
     if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
         raise ProblemError(
@@ -40,33 +45,35 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
             )
         name, tensor = str(pair[0]), pair[1]
         if not tensor.requires_grad:
-            raise ProblemError(f"{level}: {name} does not require a gradient; it cannot be learnt")
+            raise ProblemError(f"{level}: {name} requires no gradient; give requires_grad_() first")
         if not tensor.is_leaf:
             raise ProblemError(
-                f"{level}: {name} is computed from other tensors; own the leaf it is computed from"
+                f"{level}: {name} is computed from other tensors; give the leaf it is computed from"
             )
         if tensor.is_complex():
             raise ProblemError(
-                f"{level}: {name} is complex; own a real tensor with a last dimension of 2, and "
-                "let the loss read it through torch.view_as_complex"
+                f"{level}: {name} is complex; give a real tensor with a last dimension of 2, and "
+                "read it in the loss through torch.view_as_complex"
             )
         pairs.append((name, tensor))
     if not pairs:
-        raise ProblemError(f"{level}: the level has no variables")
+        raise ProblemError(f"{level}: the level has no variables; give at least one tensor")
     names, tensors = zip(*pairs, strict=True)
     for name, count in Counter(names).items():
         if count > 1:
-            raise ProblemError(f"{level}: two variables are called {name!r}")
+            raise ProblemError(f"{level}: two variables are called {name!r}; give unique names")
     shared = shared_memory(pairs)
     if shared is not None:
-        raise ProblemError(f"{level}: {shared[0]} and {shared[1]} are the same tensor or overlap")
+        raise ProblemError(
+            f"{level}: {shared[0]} and {shared[1]} share memory; give each tensor once"
+        )
     return names, tensors
 
 
 def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two tensors over the same memory, or None.
+    """The names of two tensors that share memory, or None.
 
-    Tensors without memory of their own (empty, meta, sharded) are told apart by identity.
+    Tensors without memory of their own (empty, meta, sharded) are compared by identity.
     """
     spans = []
     for name, tensor in named:
@@ -86,32 +93,34 @@ def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None
 
 
 def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]:
-    """The scalar of ``result``, with its graph, and the other single numbers in it.
+    """The loss in ``result`` as a scalar tensor, and the other single numbers in ``result``.
 
     Raises:
-        ProblemError: it is no real scalar, or depends on nothing that requires a gradient.
+        ProblemError: the loss is no real scalar, or depends on no tensor that requires a gradient.
     """
     metrics: dict[str, float] = {}
     if isinstance(result, Mapping):
         if "loss" not in result:
             raise ProblemError(
-                f'{level}: loss returned a mapping without "loss", only {list(result)}'
+                f'{level}: loss returned a mapping with {list(result)}; put the scalar under "loss"'
             )
         metrics = {k: _plain(v) for k, v in result.items() if k != "loss" and is_number(v)}
         result = result["loss"]
     if not isinstance(result, Tensor) or result.numel() != 1 or result.is_complex():
         shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ProblemError(f"{level}: loss must be a real scalar tensor, got {shape}")
+        raise ProblemError(
+            f"{level}: loss must be a real scalar tensor, got {shape}; return a mean or a sum"
+        )
     if not result.requires_grad:
         raise ProblemError(
-            f"{level}: the loss does not depend on any tensor that requires a gradient; "
-            "look for detach(), .item(), torch.no_grad() or frozen variables"
+            f"{level}: the loss depends on no tensor that requires a gradient; look for "
+            "detach(), .item(), torch.no_grad() or frozen variables"
         )
     return result.reshape(()), metrics
 
 
 def runs_in_half(loss: Tensor, level: str) -> bool:
-    """Whether a pass behind ``loss`` is in half precision, as its graph shows.
+    """Whether a part of the autograd graph of ``loss`` is in half precision.
 
     Raises:
         ProblemError: reentrant gradient checkpointing hides the graph.
@@ -120,26 +129,31 @@ def runs_in_half(loss: Tensor, level: str) -> bool:
     if any("CheckpointFunction" in node.name() for node in nodes):
         raise ProblemError(
             f"{level}: reentrant gradient checkpointing hides variables from the "
-            'loss; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
+            'loss; enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
     return any(is_half(node) for node in nodes)
 
 
 def missing_input_hint(batch: Any, error: Exception) -> str:
-    """What ``batch`` lacks, if that is why a loss raised ``error``; else empty."""
+    """A sentence on the missing input where that is why a loss raised ``error``; else empty.
+
+    Example:
+        >>> missing_input_hint({"x": 1}, KeyError("labels"))
+        "the loss reads 'labels', and the batch has only x; ..."
+    """
     if batch is None and "NoneType" in str(error):
-        return f"the loss was given no batch ({error}); give the level data, or the call a batch"
+        return f"the loss got no batch ({error}); give the level data, or the call a batch"
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     if not isinstance(key, str) or not isinstance(batch, Mapping) or key in batch:
         return ""
     return (
         f"the loss reads {key!r}, and the batch has only {', '.join(map(str, batch))}; "
-        "the Trainer takes out what the model does not read, unless remove_unused_columns=False"
+        "add the column, and set remove_unused_columns=False where the Trainer removes it"
     )
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is one real number, as a Python number or a tensor."""
+    """Whether ``value`` is one real number: an int, a float or a tensor of one entry."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -157,7 +171,9 @@ def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer | None, level: 
             f"metric, got {type(scheduler).__name__}"
         )
     if scheduler.optimizer is not optimizer:
-        raise ProblemError(f"{level}: the scheduler drives another optimizer")
+        raise ProblemError(
+            f"{level}: scheduler drives another optimizer; create it with the level's optimizer"
+        )
 
 
 def check_optimizer(
@@ -175,9 +191,9 @@ def check_optimizer(
     missing = [name for key, name in known.items() if key not in {id(t) for t in held}]
     if missing or foreign:
         raise ProblemError(
-            f"{level}: the optimizer must hold exactly the level's variables; "
-            f"it lacks {missing or 'none'} and also holds tensors of shape {foreign or 'none'}"
+            f"{level}: optimizer must hold exactly the level's variables; add {missing or 'none'}, "
+            f"and remove tensors of shape {foreign or 'none'}"
         )
     if len(held) > len(known):  # torch warns, and moves it twice a step
         twice = sorted({known[id(x)] for x in held if sum(x is y for y in held) > 1})
-        raise ProblemError(f"{level}: the optimizer holds {twice} twice; give each once")
+        raise ProblemError(f"{level}: optimizer holds {twice} twice; give each variable once")

@@ -76,7 +76,9 @@ class Engine:
         check_ownership(upper, lower)
         for level in (upper, *levels_of(lower)):
             if level.optimizer is None:
-                raise ProblemError(f"{level.name}: give the level an optimizer to train it")
+                raise ProblemError(
+                    f"{level.name}: the level has no optimizer; give one to train the level"
+                )
         require_count("lower_steps", lower_steps, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
         if non_finite not in ("raise", "skip"):

@@ -36,7 +36,6 @@ WITHOUT: set[str] = {
     "Oracle",
     "ParameterSplit",
     "Penalty",
-    "Problem",
     "Product",
     "SAMA",
     "Solution",
