@@ -1,11 +1,15 @@
 """Writes benchmarks/README.md and its figure from the JSON files in benchmarks/results.
 
 python benchmarks/write_results.py
+python benchmarks/write_results.py --print noise  # the tables of results/noise.json instead
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,104 +18,146 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from measure import table
 
 HERE = Path(__file__).parent
-SCRIPTS = ("dora_layer", "step_cost", "estimators", "fidelity", "scaling", "faults", "noise")
 INTRODUCTION = """# Benchmarks
 
-What the library's claims rest on. Each script prints its tables and, with `--json FILE`, writes
-them with versions, machine and targets; each takes under 10 minutes, and under one with `--quick`.
-All that is compared runs interleaved in one process; times are medians, ratios are medians of the
-ratios within each round. Other libraries are measured where they are installed:
+The measurements behind the library's claims. All that is compared runs interleaved in one process;
+times are medians, ratios are medians of the ratios within each round. A script prints its tables
+and takes under 10 minutes, or under one with `--quick`; `--json FILE` writes tables, targets,
+versions and machine.
 
 ```sh
 pip install -e ".[dev]"
-pip install --no-deps --ignore-requires-python betty-ml==0.2.1  # a peer, no dependency
-for name in dora_layer step_cost estimators fidelity scaling faults noise; do
+pip install --no-deps --ignore-requires-python betty-ml==0.2.1  # for the rows of Betty
+for name in SCRIPTS; do
     python benchmarks/$name.py --json benchmarks/results/$name.json
 done
-python benchmarks/write_results.py  # this file and its figure
+python benchmarks/write_results.py                # writes this page and its figure
+python benchmarks/write_results.py --print noise  # prints all tables of results/noise.json
 ```
-
-`comparison.py` and `convergence.py` compare the estimators themselves:
-[docs/comparison.md](../docs/comparison.md). `rank_selection.py` asks whether searched ranks help.
+"""
+OTHERS = """\
+`comparison.py` and `convergence.py` compare the estimators: [their page](../docs/comparison.md).
+`rank_selection.py` asks whether searched ranks help: [its figures](../docs/methods.md#rank-selection).
+[`benchopt`](benchopt) has a solver for benchopt's bilevel benchmark.
 """
 
-
-READING = {
-    "dora_layer": """\
-The fast layer takes LoRA's time; what that is in terms of PEFT's DoRA hangs on the allocator. By
-default the C library gives the free top of its heap back to the system, or not, and then every
-step pays about 2 µs for each 4 KiB page that it touches again. PEFT's layer, which touches most,
-pays most, so LoRA itself was seen between 0.5 and 0.85 of PEFT's time from one process to the
-next, and the fast layer between 0.60 and 0.73. The last rows are of a process that keeps its
-memory: there the frozen model without an adapter takes about 0.74 of PEFT's time, so no DoRA
-layer could take 0.65. On large layers with few tokens the gain is in the arithmetic: half the
-time at 4096², 256 tokens. On a single small layer with few tokens, fixed costs make it no faster
-than PEFT's.
-
-With dropout in the adapter W0 is applied to two different inputs, forward and backward, which no
-factoring avoids.
-
-Kept activations: the layers themselves keep 0.49 of what PEFT's keep. The whole model keeps more
-than 0.55, since 0.40 is the frozen model's own, and since a layer's output y is kept also where
-nothing else keeps it: before a residual's dropout, and before attention with dropout, which keeps
-scaled copies of queries and keys. LoRA, which has no need of y, keeps 0.57.
-
-bfloat16: the fast layer is closer to the float64 result than PEFT's. In float64 they agree to
-rounding.""",
-    "step_cost": """\
-A bilevel iteration with one-sided `darts` is three passes and nothing else: lower, upper, and one
-along the difference, the last with respect to the magnitudes only. With PEFT's layer these come
-to 1 + 0.99 + 0.93 DoRA steps. The fast layer brings each down to LoRA's price (see above), and a
-further factor of 0.6 would have to come from the frozen model, whose own three passes take 2.2
-PEFT steps where memory is kept. With four lower steps an upper step the third and the second pass
-are shared by four. An exact product keeps the graph of a double backward, which is where the
-memory goes.""",
-    "estimators": """\
-`direct` is two passes, so `darts:scheme=forward` at 2.3 would leave 0.3 of a pass for its third.
-The rest is the cost of small tensors: an optimizer step, the norm, the copy and the check for NaN
-at each level; the plain loop without any of them, which is two-sided, shows what they amount to. On
-a Hessian that is not positive definite the solvers are damped here so as to take all their steps;
-the errors are those at the lower minimum of problems A and B. Betty's conjugate gradients of this
-release are wrong, whatever they cost.""",
-    "fidelity": """\
-Passes that see one mask have an error of rounding at any dropout; passes with masks of their own
-have a cosine of 0.06 at dropout 0.05 already, and relative errors of 15 to 34. The spread over
-draws is that of the exact term itself for the former, 30 times as much for the latter. In
-bfloat16 (autocast) the difference is taken in float32, so the error is that of ∂F/∂w, which is
-rounded; Betty's difference is rounded as well, and off by 20 % without any dropout.""",
-    "scaling": """\
-Three passes, whatever the rank, the number of modules and the length; about three adapters of
-extra memory: a copy of w, ∂f/∂u and ∂F/∂w. A step of CG costs a product on the kept graph, about
-1.2 plain steps, and no more memory than the first.""",
-    "noise": """\
-A solver that starts anew on each batch inverts that batch's Hessian; `warm` averages over batches.
-A bias near the sampling error is none: that of `warm` with a constant small step falls with the
-number of draws, that of `cg` does not. Advice is in
+#: The question that a script answers, and its answer. The scripts' order is the page's.
+QUESTIONS = {
+    "dora_layer": (
+        "Is the fast DoRA layer as quick as LoRA?",
+        """\
+Yes: 0.64 of PEFT's DoRA in time where LoRA takes 0.61, and half the time at 4096² with 256 tokens.
+With dropout in the adapter the ratio is 0.84, since W0 is applied to two inputs. A single small
+layer with few tokens is no faster than PEFT's. In float64 the two layers agree to rounding; in
+bfloat16 the fast one is closer to the float64 result.""",
+    ),
+    "step_cost": (
+        "What does a step of BiDoRA cost?",
+        """\
+Three passes with `darts:scheme=forward`: the lower one, the upper one, and one along the
+difference, with respect to the magnitudes alone. Four lower steps an upper step share the last
+two. The extra memory is three adapters; an exact product holds the graph of a double backward,
+some 90 adapters.""",
+    ),
+    "estimators": (
+        "What does an iteration of the Engine cost, in forward+backward passes of a small MLP?",
+        """\
+1.95 with `direct`, 2.7 with `darts:scheme=forward` (Betty's two-sided one: 2.9), 10.6 with
+`neumann` of five terms, 12.5 with `cg` of five steps. The solvers are damped so that they take all
+their steps. The errors are those at the lower minimum of problems A and B.""",
+    ),
+    "fidelity": (
+        "Is the implicit term right under dropout and in bfloat16?",
+        """\
+Yes where all passes see one mask: its error is that of rounding at any dropout. With a mask of its
+own for each pass (Betty) the cosine is 0.06 at dropout 0.05 and 0.02 at 0.1. Under autocast the
+difference runs in float32; the error left is that of ∂F/∂w.""",
+    ),
+    "scaling": (
+        "How does the cost grow with rank, adapted modules and length?",
+        """\
+In time, three passes whatever they are; in memory, about three adapters beyond a plain step. A step
+of `cg` costs about 1.2 plain steps, and no memory beyond that of the first.""",
+    ),
+    "faults": (
+        "Does a run survive SIGKILL, damaged files, full disks and NaN?",
+        """\
+Yes: a killed run resumes bit for bit, and each damaged checkpoint is one error. A run that was
+killed before its first whole checkpoint begins anew. A loss of power is not tested, but the hashes
+notice a file that did not reach the disk. A full disk is a limit on the size of files here. Not
+tested: several processes, GPUs, collators that draw random numbers.""",
+    ),
+    "noise": (
+        "What do minibatches do to an estimator?",
+        """\
+A solver that starts anew on each batch inverts that batch's Hessian, and its bias does not average
+out: 0.34 for `cg`. `warm` averages over the batches: 0.05. Table and advice are in
 [the mathematics](../docs/mathematics.md#minibatches).""",
-    "faults": """\
-Small models, so that a run is a second and many can be killed: what is tested is what is written
-and in which order, not how long it takes. A run begins anew where it was killed before its first
-checkpoint was whole. SIGKILL ends a process, not the machine: what the system had not yet written
-to the disk when its power fails is noticed by the hashes, and the checkpoint before is used. A full
-disk is here a limit on the size of files, at which the system refuses to go on in the middle of
-one. Not covered: several processes, GPUs, and collators that draw random numbers, which draw others
-after a resumption.""",
+    ),
+}
+#: Why a target is missed, by how its name begins.
+REASONS = {
+    "DoRA layer, kept activations ÷ PEFT, whole MiniLM": """\
+0.40 is the frozen model's own, and LoRA has 0.57. A layer's output y is held also where nothing
+else holds it: before a residual's dropout, and before attention with dropout, which holds scaled
+copies of queries and keys. The adapted layers alone hold 0.49.""",
+    "DoRA layer, time ÷ PEFT, MiniLM, freed memory": """\
+In a process that does not return freed memory to the system, PEFT's layer pays for no page faults.
+The frozen model without an adapter takes 0.74 there, so that no DoRA layer can take 0.65.""",
+    "BiDoRA step ÷ PEFT DoRA step": """\
+Three passes cost 1 + 0.99 + 0.93 DoRA steps with PEFT's layer. The fast layer brings each down to
+LoRA's price. The three passes of the frozen model alone take 2.2 PEFT steps where memory is not
+returned.""",
+    "4 lower steps an upper step": """\
+The upper and the directional pass run here on batches as large as the lower level's.""",
+    "upper iteration on the MLP": """\
+`direct` takes 1.95, which leaves 0.35 of a pass for the third one. On tensors this small an
+optimizer step, a norm, a copy and the check for NaN cost as much as a pass.""",
 }
 
 
 def main() -> None:
-    """Read the results, write the page and the figure."""
-    results = {
-        name: json.loads((HERE / "results" / f"{name}.json").read_text()) for name in SCRIPTS
-    }
+    """Write the page and the figure, or print the tables of one script."""
+    parser = argparse.ArgumentParser(description="this folder's README from the results")
+    parser.add_argument("--print", choices=[*QUESTIONS], help="print this script's tables instead")
+    name = parser.parse_args().print
+    if name is not None:
+        for title, rows in _read(name)["tables"].items():
+            print(f"\n{title}\n\n{table(rows)}")
+        return
+    results = {name: _read(name) for name in QUESTIONS}
     targets = [target for result in results.values() for target in result["targets"]]
-    parts = [INTRODUCTION, _machine(results["estimators"]), f"## Targets\n\n{table(targets)}\n"]
+    met = [target for target in targets if target["met"]]
+    missed = [target for target in targets if not target["met"]]
+    begin, end = INTRODUCTION.split("SCRIPTS")
+    parts = [begin + " ".join(QUESTIONS) + end, _machine(results["estimators"])]
     parts.append("![Cost and error of estimators; cost of a bilevel step](cost.png)\n")
-    for name, result in results.items():
-        parts.append(f"## `{name}.py`\n\n{READING[name]}\n")
-        parts += [f"**{title}**\n\n{table(rows)}\n" for title, rows in result["tables"].items()]
-    (HERE / "README.md").write_text("\n".join(parts))
+    parts.append(f"## Targets that are missed\n\n{_numbers(missed)}\n\n{_reasons(missed)}\n")
+    parts.append(f"## Targets that are met\n\n{_numbers(met)}\n\n## Scripts\n")
+    for name, (question, answer) in QUESTIONS.items():
+        files = f"[`{name}.py`]({name}.py), [its tables](results/{name}.json)"
+        parts.append(f"**{question}** ({files})\n{answer}\n")
+    (HERE / "README.md").write_text("\n".join([*parts, OTHERS]))
     figure(results)
+
+
+def _read(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return result
+
+
+def _numbers(targets: Sequence[dict[str, Any]]) -> str:
+    return table([{key: target[key] for key in ("name", "value", "target")} for target in targets])
+
+
+def _reasons(missed: Sequence[dict[str, Any]]) -> str:
+    """Why each of ``missed`` is missed; a target without a reason is left to its row."""
+    names = [target["name"] for target in missed]
+    return "\n".join(
+        textwrap.indent(f"- *{begin}*. {why}", "  ").removeprefix("  ")
+        for begin, why in REASONS.items()
+        if any(name.startswith(begin) for name in names)
+    )
 
 
 def _machine(result: dict[str, Any]) -> str:
