@@ -37,7 +37,7 @@ python benchmarks/write_results.py --print noise  # prints all tables of results
 """
 OTHERS = """\
 `comparison.py` and `convergence.py` compare the estimators: [their page](../docs/comparison.md).
-`rank_selection.py` asks whether searched ranks help: [its figures](../docs/methods.md#rank-selection).
+`rank_selection.py` asks whether searched ranks help: [figures](../docs/methods.md#rank-selection).
 [`benchopt`](benchopt) has a solver for benchopt's bilevel benchmark.
 """
 
