@@ -151,22 +151,6 @@ def test_tables_list_every_argument_with_its_default() -> None:
         assert f"| `{name}` |" in first
 
 
-def anchors(text: str) -> Any:
-    """The anchors that GitHub makes of the headings."""
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", list(PAGES))
-def test_links_lead_somewhere(page: Any) -> None:
-    for link in re.findall(r"\]\((?!http)([^)]*)\)", PAGES[page]):
-        path, _, anchor = link.partition("#")
-        target = (ROOT / "docs" / path).resolve() if path else ROOT / "docs" / page
-        assert target.exists(), link
-        assert not anchor or anchor in anchors(target.read_text()), link
-
-
 def test_what_is_said_of_betty_is_in_betty() -> None:
     betty = pytest.importorskip("betty", reason="Betty is installed on its own")
     from betty.configs import Config, EngineConfig

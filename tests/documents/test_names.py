@@ -1,0 +1,60 @@
+"""What the pages name exists: linked files and headings, modules, paths and estimators."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from hyperopt_peft.hypergradients import get_estimator, registered
+
+ROOT = Path(__file__).parents[2]
+FILES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = pytest.mark.parametrize("page", FILES, ids=lambda page: str(page.relative_to(ROOT)))
+#: An option whose value is written out, and not a letter for any value.
+VALUE = r"\w+=(?:[-\d.]+(?:e-?\d+)?|true|false|lr|exact|difference|forward|central)"
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def code(page: Path) -> list[str]:
+    """What stands between single backticks, outside of blocks."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"`([^`]+)`", prose)
+
+
+@PAGES
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]*)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@PAGES
+def test_dotted_names_import(page: Path) -> None:
+    for name in set(re.findall(r"\bhyperopt_peft(?:\.\w+)+", page.read_text())):
+        module, _, attribute = name.rpartition(".")
+        if not hasattr(importlib.import_module(module), attribute):
+            importlib.import_module(name)
+
+
+@PAGES
+def test_paths_exist(page: Path) -> None:
+    names = set(re.findall(r"\b(?:tests|benchmarks|examples)/[\w./]*\.\w+", page.read_text()))
+    for name in names | {word for word in code(page) if re.fullmatch(r"(\w+/)+\w+\.py", word)}:
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "hyperopt_peft")), name
+
+
+@PAGES
+def test_estimators_are_known(page: Path) -> None:
+    known = "|".join(registered())
+    for word in code(page):
+        if re.fullmatch(rf"(?:{known}):{VALUE}(?:,{VALUE})*", word):
+            get_estimator(word)
