@@ -13,9 +13,6 @@ from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
-# Vectors of the lower level's size that an estimator holds at once, ∂F/∂w among them.
-VECTORS = {"direct": 1, "darts": 4, "neumann": 4, "cg": 6, "minres": 8}
-
 
 def steps_of(args: BiDoRATrainingArguments, examples: int) -> int:
     """Optimizer steps of one phase on ``examples``, as `transformers.Trainer` counts them."""
@@ -97,10 +94,14 @@ def memory(trainer: BiDoRATrainer) -> str:
     batch, size = longest_batch(trainer)
     with trainer.compute_loss_context_manager():
         graph = kept_bytes(lambda: trainer.lower.evaluate(batch)[0], trainer.model.parameters())
-    vectors, graphs = 0, 1
+    vectors, graphs, unknown = 0, 1, ""
     if trainer.upper is not None:
         estimator = trainer.args.estimator()
-        vectors, graphs = VECTORS.get(estimator.name, max(VECTORS.values())), _graphs(estimator)
+        cost, graphs = estimator.cost(), _graphs(estimator)
+        if cost is None:
+            unknown = f"the vectors of {estimator.name}, "
+        else:
+            vectors = cost.vectors
     held = vectors * sum(4 * v.numel() for v in lower)
     total = weights + (1 + moments) * trained + graphs * graph + held
     return (
@@ -108,8 +109,8 @@ def memory(trainer: BiDoRATrainer) -> str:
         f"{_size(trained)} + AdamW's two moments {_size(moments * trained)} + activations "
         f"{_size(graphs * graph)} (kept by a forward pass of the {size} longest examples, measured"
         f"{', twice, as this estimator differentiates a gradient' if graphs > 1 else ''}) + "
-        f"{vectors} vectors of the hypergradient {_size(held)}; not counted: PyTorch itself, "
-        "what an operation holds while it runs, the data, evaluation"
+        f"{vectors} vectors of the hypergradient {_size(held)}; not counted: {unknown}"
+        "PyTorch itself, what an operation holds while it runs, the data, evaluation"
     )
 
 

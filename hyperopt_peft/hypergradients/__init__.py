@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hyperopt_peft.hypergradients.estimate import hypergradient
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
+from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.exact import Exact
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
@@ -34,6 +34,7 @@ __all__ = [
     "SAMA",
     "Comparison",
     "ConjugateGradient",
+    "Cost",
     "Direct",
     "Estimate",
     "Estimator",
@@ -45,6 +46,7 @@ __all__ = [
     "Oracle",
     "Penalty",
     "Product",
+    "Requirements",
     "Solution",
     "Solver",
     "Unrolled",

@@ -78,6 +78,11 @@ class Cost:
         losses: how often F or f is evaluated.
         backward_passes: passes through autograd, first and second ones.
         vectors: how many vectors shaped like w are held at once, beside w and its gradient.
+
+    Example:
+        >>> from hyperopt_peft.hypergradients import get_estimator
+        >>> get_estimator("direct").cost()
+        Cost(losses=2, backward_passes=2, vectors=1)
     """
 
     losses: int
