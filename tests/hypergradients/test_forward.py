@@ -27,7 +27,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Any:
         found.append(flat(result.hypergradient))
         return result
 
-    monkeypatch.setattr("hyperopt_peft.engine.engine.estimate", spy)
+    monkeypatch.setattr("hyperopt_peft.engine.step.estimate", spy)
     return found
 
 
@@ -86,7 +86,7 @@ def test_carried_tangents_look_back_on_the_whole_run(optimizer: str, seen: Any) 
         )
         reverse.run(1)
         torch.testing.assert_close(carried, seen[-1], rtol=1e-12, atol=1e-12)
-    assert len(again._recent) == 1  # one step is kept, whatever it looks back on
+    assert len(again._step._records) == 1  # one step is kept, whatever it looks back on
 
 
 def test_without_carry_the_steps_before_the_last_upper_step_are_left_out(seen: Any) -> None:

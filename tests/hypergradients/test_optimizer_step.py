@@ -30,7 +30,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Points:
             points.append((flat(functional.advance(step)[0]), flat(truth).detach().clone()))
         return estimate(oracle, method)
 
-    monkeypatch.setattr("hyperopt_peft.engine.engine.estimate", spy)
+    monkeypatch.setattr("hyperopt_peft.engine.step.estimate", spy)
     return points
 
 

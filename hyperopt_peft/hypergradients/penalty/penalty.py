@@ -32,6 +32,18 @@ class Penalty(InnerRuns):
     it leaves out is the implicit term. It is wrong by all of that where F's minimum in w is
     elsewhere, and u does not move at all where F does not read it. Shen & Chen 2023,
     arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709; free: Jiang et al. 2025, arXiv:2507.20400.
+
+    Example:
+        First-order passes alone come within 1 % of the implicit formula.
+
+        >>> from hyperopt_peft import hypergradient
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> lower.solve()
+        >>> found, = hypergradient(upper, lower, "penalty")
+        >>> truth, = hypergradient(upper, lower, "exact")
+        >>> ((found - truth).norm() < 0.01 * truth.norm()).item()
+        True
     """
 
     gamma: float = 100.0
@@ -48,7 +60,7 @@ class Penalty(InnerRuns):
         return Requirements(upper_weight=1 / self.gamma)
 
     def cost(self) -> Cost:
-        """F twice and f; f at w, along the first guess, and at each point of the run."""
+        """At most: F twice and f; f at w, along the first guess, and at each point of the run."""
         passes = 3 if self.free else 6 + self.inner_steps
         return Cost(passes, passes, 3 if self.free else 14)
 

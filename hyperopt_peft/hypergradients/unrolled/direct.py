@@ -17,6 +17,15 @@ class Direct(Estimator):
 
     One forward+backward. The baseline that an implicit estimator has to beat; first-order
     DARTS (Liu, Simonyan & Yang 2019, arXiv:1806.09055 §2.3, ξ = 0).
+
+    Example:
+        The validation loss does not read the penalties, so that ∂F/∂u is zero.
+
+        >>> from hyperopt_peft import hypergradient
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> hypergradient(upper, lower, "direct")[0].any().item()
+        False
     """
 
     def estimate(self, oracle: Oracle) -> Estimate:

@@ -38,6 +38,18 @@ class Unrolled(Estimator):
     dropout masks. Outside training K steps from the current point are simulated, and F is
     differentiated at the current point. Franceschi et al. 2017 (arXiv:1703.01785, Alg. 1);
     truncation: Shaban et al. 2019 (arXiv:1810.10667).
+
+    Example:
+        The error of 1, 5 and 50 steps from the minimum of f, against the implicit formula.
+
+        >>> from hyperopt_peft import hypergradient
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> lower.solve()
+        >>> truth, = hypergradient(upper, lower, "exact")
+        >>> found = [hypergradient(upper, lower, f"unrolled:steps={k}")[0] for k in (1, 5, 50)]
+        >>> [round(((x - truth).norm() / truth.norm()).item(), 2) for x in found]
+        [0.7, 0.18, 0.01]
     """
 
     steps: int = 1
@@ -66,8 +78,8 @@ class Unrolled(Estimator):
         """Refuse shards, and an optimizer without a functional form; its options may be learnt."""
         self.require(
             not is_sharded(*upper.variables, *lower.variables),
-            "the optimizer's step on FSDP's shards cannot be differentiated; choose darts, or a "
-            'solver with product="difference"',
+            "steps of the lower optimizer on FSDP's shards are not unrolled; choose sama for the "
+            'last one, darts, or a solver with product="difference"',
         )
         if lower.optimizer is not None:
             OptimizerStep(lower, lower.optimizer_snapshot(with_state=False))
