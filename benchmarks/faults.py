@@ -4,7 +4,7 @@
 
 Each run is a process of its own, forked from this one, and ended by SIGKILL: at a moment drawn
 from its whole length, every other time at one drawn from the writing of its next checkpoint. Then
-a new process goes on from the last whole checkpoint, and may be killed again. What it ends with is
+a new process goes on from the last complete checkpoint, and may be killed again. The end result is
 held against a run that was left alone: variables, optimizer, schedule and logs.
 
 The second table damages a checkpoint, or the disk below it, or the numbers: the run must end in one

@@ -44,7 +44,7 @@ Final = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One way to train in a folder, from its last whole checkpoint or, without one, anew.
+    """One way to train in a folder, from its last complete checkpoint or, without one, anew.
 
     ``train(folder, ready)`` calls ``ready`` before its first steps and returns all that should be
     the same however often it was killed: variables, optimizers, schedules, logs.
@@ -69,7 +69,7 @@ class Run:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint of search or retraining."""
+    """The last complete checkpoint of search or retraining."""
     found = [last_valid(phase) for phase in (folder, folder / "retrain")]
     return max(filter(None, found), key=written, default=None)
 

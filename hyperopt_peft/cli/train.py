@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _resume(args: BiDoRATrainingArguments) -> str | bool | None:
-    """A folder, or whether to resume from the last whole checkpoint."""
+    """A folder, or whether to resume from the last complete checkpoint."""
     given: str | None = args.resume_from_checkpoint
     return {"true": True, "false": None}.get(str(given).lower(), given)
 

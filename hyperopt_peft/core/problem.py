@@ -154,12 +154,11 @@ class Problem:
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
         """Optimizer options that are functions of upper variables; none by default.
 
-        ``{"lr": self.log_lr.exp()}`` is an example. The options are ``lr`` and ``weight_decay``,
-        each a single number. One mapping sets all parameter groups, a list of mappings sets each
-        group. The values replace the options of the groups before each step. The estimators
-        ``"unrolled"`` and ``"forward"`` differentiate through these options; others raise
-        ProblemError. With a scheduler only ``weight_decay`` may be given, since the scheduler
-        sets ``lr``.
+        ``{"lr": self.log_lr.exp()}`` is an example. The options are ``lr``, which no scheduler may
+        set too, and ``weight_decay``, each a single number. One mapping sets all parameter groups;
+        a list has a mapping for each group. Each step begins by writing the values into the
+        groups. ``"unrolled"`` and ``"forward"`` differentiate through these options; other
+        estimators raise ProblemError.
         """
         return {}
 
@@ -179,8 +178,7 @@ class Problem:
     def on_device(self, batch: Any) -> Any:
         """``batch`` on the device of the first variable.
 
-        Tensors in mappings, tuples, lists and ``BatchEncoding`` are moved as well. A loss is
-        evaluated many times on one batch; the batch is moved once.
+        Tensors in mappings, tuples, lists and ``BatchEncoding`` are moved as well.
         """
         return send_to_device(batch, self.variables[0].device)
 
@@ -209,9 +207,8 @@ class Problem:
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
         """The loss on ``batch`` and the gradient with respect to ``variables``.
 
-        The gradient is that of ``loss.backward``, so that hooks of a wrapped model run. Every
-        ``.grad`` is restored afterwards. In a distributed run, loss and gradient are averages over
-        the processes, each of which has its own part of the batch.
+        ``loss.backward`` is called, so that hooks of a wrapped model run; every ``.grad`` is
+        restored afterwards. Loss and gradient are averages over the processes.
 
         Raises:
             NonFiniteError: the loss or a gradient is NaN or infinite, on any process.
@@ -349,17 +346,12 @@ class Problem:
         if self.batches is not None:
             self.batches.check_state(state["batches"])
         shapes = {name: tuple(v.shape) for name, v in zip(self.names, self.variables, strict=True)}
-        for name in shapes.keys() ^ state["variables"].keys():
-            raise ProblemError(
-                f"{self.name}: variable {name!r} is in only one of level and state; create the "
-                "level with the variables of the saved run"
-            )
-        for name, shape in shapes.items():
-            if tuple(state["variables"][name].shape) != shape:
+        saved = {name: tuple(v.shape) for name, v in state["variables"].items()}
+        for name in (*shapes, *saved):
+            if shapes.get(name) != saved.get(name):
                 raise ProblemError(
-                    f"{self.name}: variable {name!r} has shape {shape}, in the state "
-                    f"{tuple(state['variables'][name].shape)}; create the level with the "
-                    "variables of the saved run"
+                    f"{self.name}: variable {name!r} has shape {shapes.get(name)} in the level and "
+                    f"{saved.get(name)} in the state; use the variables of the saved run"
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -383,12 +375,9 @@ class Problem:
 def require_read(
     level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
 ) -> None:
-    """Raise ProblemError where a variable has no gradient: all variables, or those ``besides``.
+    """Raise ProblemError where an entry of ``gradient``, one for each variable, is None.
 
-    Args:
-        level: the owner of the variables.
-        gradient: the gradient at the first step, one entry a variable.
-        besides: names of the variables to check, those that no other loss reads; None for all.
+    ``besides`` has the names of the variables to check, which no other loss reads; None for all.
     """
     for name, part in zip(level.names, gradient, strict=True):
         if part is None and (besides is None or name in besides):

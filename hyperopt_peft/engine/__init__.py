@@ -1,1 +1,1 @@
-"""The plain training loop over two levels."""
+"""Training without a Trainer: two levels, chains of levels, one level, checkpoints."""

@@ -1,4 +1,8 @@
-"""Checkpoints that are whole or are not used: sealed by their files' hashes, never executed."""
+"""Checkpoints that are complete or are not used.
+
+The seal, a JSON file with the hashes of all other files, is written last. A checkpoint is complete
+if its files have these hashes. Files are read without executing code.
+"""
 
 from __future__ import annotations
 
@@ -27,31 +31,41 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Write the files of a checkpoint in the body; where that fails, ``folder`` is removed.
+    """Write the files of the checkpoint ``folder`` in the body; remove ``folder`` on failure.
 
     Raises:
-        ProblemError: a file could not be written, a full disk for example; names the last
-            whole checkpoint.
+        ProblemError: a file could not be written, for example to a full disk; the message names
+            the last complete checkpoint.
     """
     try:
         yield
-    # torch.save and safetensors have errors of their own kinds for a disk that is full.
+    # On a full disk torch.save raises RuntimeError, and safetensors its own error.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise failed(folder, error) from error
 
 
 def failed(folder: Path, error: Exception) -> ProblemError:
-    """What to raise where ``error`` ended the writing of ``folder``, which is removed."""
+    """Remove ``folder``, whose writing ended in ``error``; returns the exception to raise."""
     shutil.rmtree(folder, ignore_errors=True)
     last = last_valid(folder.parent)
-    rest = f"the last whole one is {last}" if last else "there is no earlier one"
+    rest = f"the last complete one is {last}" if last else "there is no earlier one"
     return ProblemError(
         f"{folder}: the checkpoint could not be written ({error}); make room and resume: {rest}"
     )
 
 
 def seal(folder: Path, record: Mapping[str, Any]) -> None:
-    """Declare ``folder`` whole: write the hashes of its files and ``record``, last and at once."""
+    """Declare ``folder`` complete: write the hashes of its files, and ``record``, to the seal.
+
+    The seal appears in one atomic rename, so an interrupted write leaves a folder without seal.
+
+    Example:
+        >>> folder = Path("checkpoint-1")
+        >>> write_state(folder / "state.pt", {"step": 1})
+        >>> seal(folder, {"seed": 0})
+        >>> unseal(folder)["seed"], read_state(folder / "state.pt")
+        (0, {'step': 1})
+    """
     files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
     text = json.dumps({**record, "written": time.time(), "files": files}, indent=1)
     temporary = folder / (SEAL + ".part")
@@ -63,19 +77,20 @@ def seal(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def unseal(folder: Path) -> dict[str, Any]:
-    """The record of the checkpoint in ``folder``, whose files are what they were when sealed.
+    """The record in the seal of ``folder``, after all files were compared with their hashes.
 
-    It has the time at which it was ``written``, in seconds.
+    ``"written"`` is the time of sealing in seconds.
 
     Raises:
-        ProblemError: no checkpoint there, or one that is not whole.
+        ProblemError: ``folder`` does not exist, has no readable seal, or has a file that is
+            missing or has changed.
     """
     if not folder.is_dir():
-        raise ProblemError(f"there is no checkpoint {folder}")
+        raise ProblemError(f"{folder}: there is no such checkpoint; give the path of another")
     if not (folder / SEAL).is_file():
         raise ProblemError(
-            f"{folder} has no {SEAL}: writing it was interrupted, or another program wrote it; "
-            "resume from an earlier checkpoint"
+            f"{folder}: the file {SEAL} is missing, since writing was interrupted or another "
+            "program wrote the folder; resume from an earlier checkpoint"
         )
     try:
         record = json.loads((folder / SEAL).read_text())
@@ -83,55 +98,63 @@ def unseal(folder: Path) -> dict[str, Any]:
         record["written"] = float(record["written"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProblemError(
-            f"{folder / SEAL} is damaged ({error}); resume from an earlier checkpoint"
+            f"{folder / SEAL}: the file is damaged ({error}); resume from an earlier checkpoint"
         ) from error
     for name, digest in files.items():
         path = folder / name
         if folder.resolve() not in path.resolve().parents or not path.is_file():
-            raise ProblemError(f"{folder} lacks the file {name}; resume from an earlier checkpoint")
+            raise ProblemError(
+                f"{folder}: the file {name} is missing; resume from an earlier checkpoint"
+            )
         if _digest(path) != digest:
             raise ProblemError(
-                f"{path} is not what was written (truncated or changed); resume from an earlier "
+                f"{path}: the file was truncated or changed after writing; resume from an earlier "
                 "checkpoint"
             )
     return dict(record)
 
 
 def valid_checkpoints(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The checkpoints in ``folders`` that `unseal` accepts, with their records; it warns of others.
+    """The complete checkpoints in ``folders`` with their records, the last written one first.
 
-    The last written one is first: not the one with the highest number, which a longer run may
-    have left there before.
+    The order is by time of writing, since an earlier run may have left higher numbers. An
+    incomplete checkpoint is skipped with a warning.
     """
     for path in reversed(_in_order(*folders)):
         try:
             record = unseal(path)
         except ProblemError as error:
-            logger.warning("skipped %s: %s", path, error)
+            logger.warning("skipped %s", error)
         else:
             yield path, record
 
 
 def last_valid(folder: Path) -> Path | None:
-    """The last written checkpoint in ``folder`` that `unseal` accepts."""
+    """The last written complete checkpoint in ``folder``, or None."""
     return next((path for path, _ in valid_checkpoints(folder)), None)
 
 
 def to_resume(given: str | bool | None, *folders: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint ``given`` and its record; for True the last whole one in ``folders``.
+    """The checkpoint to resume from, and its record; None for a new run.
+
+    Args:
+        given: the checkpoint's path; True for the last complete one in ``folders``; else None.
+        folders: where checkpoints are written.
 
     Raises:
-        ProblemError: there is none there, or `unseal` does not accept it.
+        ProblemError: there is no complete checkpoint, or ``given`` is incomplete.
     """
     if given is not True:
         return (Path(given), unseal(Path(given))) if given else None
     for found in valid_checkpoints(*folders):
         return found
-    raise ProblemError(f"there is no whole checkpoint in {folders[0]}")
+    raise ProblemError(
+        f"{folders[0]}: there is no complete checkpoint; give the path of one, or start a new run"
+    )
 
 
 def written(folder: Path) -> float:
-    """When the checkpoint in ``folder`` was sealed, in seconds; -∞ where that cannot be read."""
+    """The time in seconds at which ``folder`` was sealed; -∞ without a readable seal."""
     try:
         return float(json.loads((folder / SEAL).read_text())["written"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -139,9 +162,10 @@ def written(folder: Path) -> float:
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Delete the first written checkpoints in ``folder`` until ``limit`` are left.
+    """Delete the oldest checkpoints in ``folder`` until ``limit`` are left; None keeps all.
 
-    The last one and ``best`` stay. A folder without seal is neither counted nor deleted.
+    The newest checkpoint and ``best`` are never deleted. A folder without seal is neither counted
+    nor deleted.
     """
     paths = [path for path in _in_order(folder) if (path / SEAL).is_file()]
     kept = [path for path in paths if best and path.resolve() == Path(best).resolve()]
@@ -152,10 +176,10 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values to the file ``path``, all or nothing.
+    """Write tensors and plain values to the file ``path`` in one atomic replacement.
 
     Raises:
-        ProblemError: the file could not be written; what ``path`` held before is still there.
+        ProblemError: the file could not be written; an earlier file at ``path`` is unchanged.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -168,27 +192,29 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()
-        raise ProblemError(f"could not write {path} ({error}); make room for it") from error
+        raise ProblemError(f"{path}: the file could not be written ({error}); make room") from error
 
 
 def read_state(path: Path) -> Any:
-    """What `write_state`, or a Trainer, wrote: tensors and plain values; nothing is executed.
+    """The tensors and plain values in the file ``path``, of `write_state` or ``torch.save``.
 
     Raises:
-        ProblemError: no file, a truncated one, or a pickle that would run code.
+        ProblemError: the file does not exist, is damaged, or is a pickle that would execute code.
     """
     try:
         return safe_load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ProblemError(f"there is no checkpoint {path}") from error
+        raise ProblemError(f"{path}: there is no such file; give the path of another") from error
     except pickle.UnpicklingError as error:
         raise ProblemError(
-            f"{path} is truncated or asks to run code; it was not loaded. Use a checkpoint of your "
-            "own"
+            f"{path}: the file is truncated or would execute code, and was not loaded; use a "
+            "checkpoint that you wrote yourself"
         ) from error
-    # A damaged file ends the unpickler in errors of any kind.
+    # On a damaged file the unpickler raises exceptions of any kind.
     except Exception as error:
-        raise ProblemError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
+        raise ProblemError(
+            f"{path}: the file is damaged ({error}); use an earlier checkpoint"
+        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -196,7 +222,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _in_order(*folders: Path) -> list[Path]:
-    """The checkpoints as they were written; those without a readable seal first."""
+    """The checkpoints by time of writing; those without a readable seal come first."""
     found = (path for folder in folders for path in folder.glob(f"{PREFIX}*"))
     paths = [path for path in found if path.name[len(PREFIX) :].isdigit()]
     return sorted(paths, key=lambda path: (written(path), int(path.name[len(PREFIX) :])))

@@ -1,4 +1,4 @@
-"""The plain loop over two levels."""
+"""The training loop over two levels."""
 
 from __future__ import annotations
 
@@ -30,34 +30,49 @@ T = TypeVar("T")
 
 
 class Engine:
-    """Trains two levels: ``lower_steps`` steps of the lower one, then one of the upper one.
+    """min over u of F(u, w*),  w*(u) = argmin over w of f(u, w): the training of two levels.
+
+    Each upper step u ← step(u, dF/du) follows ``lower_steps`` steps w ← step(w, ∂f/∂w), each by
+    the level's own optimizer.
 
     Args:
-        upper, lower: the levels; both need an optimizer, and they may not own the same tensor.
-            ``lower`` may stand on further levels: see `Nested`.
-        hypergradient: an estimator or its name, with options (``"cg:steps=20"``). Where it
-            has an ``upper_weight``, each lower step takes a batch of the upper level's data too.
-        lower_steps: lower steps before each upper step.
-        warmup_steps: further lower steps before the very first upper step.
-        seed: of the upper loss's random numbers (dropout), which are a function of it and
-            the step, so that the upper level does not disturb the lower one's.
-        non_finite: ``"raise"`` on a NaN or infinite loss, gradient or curvature, or
-            ``"skip"`` the step and count it in ``skipped``.
-        callbacks: called as ``callback(engine, record)`` after each upper step; ``stop()``
-            ends the run.
-        progress: whether to show a bar.
+        upper: the level with loss F and variables u.
+        lower: the level with loss f and variables w; a `Nested` level in a chain.
+        hypergradient: an estimator of dF/du, or its name with options (``"cg:steps=20"``). With
+            an estimator that has an ``upper_weight``, each lower step takes an upper batch too.
+        lower_steps: the number of lower steps before each upper step.
+        warmup_steps: the number of additional lower steps before the first upper step.
+        seed: the seed of F's random numbers (dropout). They are a function of the seed and the
+            step, so that the random numbers of f do not depend on F.
+        non_finite: ``"raise"`` raises NonFiniteError on a NaN or infinite loss, gradient or
+            curvature; ``"skip"`` omits the step and adds 1 to ``skipped``.
+        callbacks: each is called as ``callback(engine, record)`` after an upper step, and may
+            call ``engine.stop()``.
+        progress: whether to show a progress bar.
 
-    A loss must not write to parameters through ``.data``, which autograd does not see.
+    ``history`` has one record for each upper step:
 
-    ``history`` has one record an upper step: ``step``, ``upper_loss``, ``lower_loss``,
-    ``lower_grad_norm``, ``upper_grad_norm`` (of the hypergradient), ``implicit_ratio``
-    (‖implicit‖/‖direct‖), ``residual`` and ``solver_steps`` (None where the estimator has none),
-    ``gradients`` and ``products`` (the hypergradient's forward+backward passes and second backward
-    passes), ``note``, and each level's own metrics as ``upper_…`` and ``lower_…``.
+    - ``step``, ``upper_loss`` (F), ``lower_loss`` (f of the last lower step);
+    - ``upper_grad_norm`` (‖dF/du‖), ``lower_grad_norm`` (‖∂f/∂w‖);
+    - ``implicit_ratio`` (‖implicit term‖/‖direct term‖), ``residual``, ``solver_steps`` and
+      ``note`` of the estimator, None where the estimator has none;
+    - ``gradients`` and ``products``, the forward+backward passes and the second backward passes
+      of the hypergradient;
+    - the metrics of each loss as ``upper_…`` and ``lower_…``.
+
+    A loss must not write to parameters through ``.data``, which autograd does not record.
 
     Raises:
-        ProblemError: a level without optimizer, a tensor owned by both, an unknown
-            estimator or option, or (at the first step) a variable that no loss reads.
+        ProblemError: a level has no optimizer; both levels own one tensor; the estimator or an
+            option is unknown; or, at the first step, no loss reads a variable.
+
+    Example:
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> engine = Engine(upper, lower, "cg", warmup_steps=100, progress=False)
+        >>> history = engine.run(20)
+        >>> history[-1]["upper_loss"] < history[0]["upper_loss"]
+        True
     """
 
     def __init__(
@@ -82,7 +97,7 @@ class Engine:
         require_count("lower_steps", lower_steps, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
         if non_finite not in ("raise", "skip"):
-            raise ProblemError(f'non_finite must be "raise" or "skip", got {non_finite!r}')
+            raise ProblemError(f'non_finite: must be "raise" or "skip", got {non_finite!r}')
         self.upper, self.lower = upper, lower
         self.estimator = get_estimator(hypergradient)
         self._step = BilevelStep(upper, lower, self.estimator, seed=seed)
@@ -95,11 +110,12 @@ class Engine:
         self._stopped = False
 
     def run(self, steps: int) -> list[StepLog]:
-        """Do ``steps`` more upper steps; returns their records.
+        """Do ``steps`` further upper steps; returns their records.
 
         Raises:
-            NonFiniteError: see ``non_finite``; the message names the step.
-            ProblemError: at the first step, a variable that no loss reads.
+            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite, and
+                ``non_finite`` is ``"raise"``; the message names the step.
+            ProblemError: at the first step, no loss reads a variable.
         """
         require_count("steps", steps, least=0)
         self._stopped = False
@@ -122,14 +138,14 @@ class Engine:
         return self.history[begin:]
 
     def stop(self) -> None:
-        """End the current ``run`` after this upper step."""
+        """End the current ``run`` after the current upper step."""
         self._stopped = True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a bit-identical continuation needs, as tensors and plain values.
+        """The state that a bit-identical continuation needs, as tensors and plain values.
 
-        Not what neither level owns: a model's buffers (BatchNorm's statistics) and frozen
-        weights belong into the model's own checkpoint.
+        Tensors that no level owns are not included: buffers (BatchNorm's statistics) and frozen
+        weights must be saved with the model.
         """
         return {
             "settings": self._settings(),
@@ -145,16 +161,19 @@ class Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to ``state``; nothing is changed where it does not fit.
+        """Restore ``state``, of `state_dict`.
 
         Raises:
-            ProblemError: ``state`` is incomplete, of other levels or of other settings.
+            ProblemError: ``state`` is incomplete, or that of other levels or other settings;
+                nothing has changed.
         """
         expected = {"settings", "step", "lower_step", "skipped", "upper", "lower", "random"}
         expected |= {"host_random", "history", "estimator"}
         if not isinstance(state, Mapping) or not expected <= state.keys():
             missing = sorted(expected - (state.keys() if isinstance(state, Mapping) else set()))
-            raise ProblemError(f"this is not an Engine's state: it lacks {missing}")
+            raise ProblemError(
+                f"state: the entries {missing} are missing; use a state of Engine.state_dict"
+            )
         require_settings("the state", state["settings"], "this Engine", self._settings())
         self.upper.check_state(state["upper"])
         self.lower.check_state(state["lower"])
@@ -169,19 +188,19 @@ class Engine:
         restore_host_random_state(state["host_random"])
 
     def save(self, path: str | Path) -> None:
-        """Write ``state_dict()`` to the file ``path``, all or nothing, in a callback for example.
+        """Write ``state_dict()`` to the file ``path`` in one atomic replacement.
 
         Raises:
-            ProblemError: it could not be written (a full disk); an older file is still whole.
+            ProblemError: the file could not be written; an earlier file at ``path`` is unchanged.
         """
         checkpoint.write_state(Path(path), self.state_dict())
 
     def load(self, path: str | Path) -> None:
-        """Continue from what ``save`` wrote, bit for bit; nothing in the file is executed.
+        """Restore the state in the file ``path``, of `save`, without executing code.
 
         Raises:
-            ProblemError: no such file, a damaged one, one with more than tensors and plain
-                values, or one that ``load_state_dict`` refuses. Nothing has changed then.
+            ProblemError: the file does not exist, is damaged, or has objects other than tensors
+                and plain values; or as `load_state_dict`. Nothing has changed.
         """
         self.load_state_dict(checkpoint.read_state(Path(path)))
 
@@ -221,7 +240,7 @@ class Engine:
         return record
 
     def _guarded(self, step: Callable[[], T], where: str) -> T | None:
-        """Do ``step``; name it in a NonFiniteError, or count it where steps may be skipped."""
+        """Do ``step``; a NonFiniteError gets the name ``where``, or is counted in ``skipped``."""
         try:
             return step()
         except NonFiniteError as error:
@@ -232,15 +251,15 @@ class Engine:
 
 
 def _require_history(estimator: Estimator, lower_steps: int) -> None:
-    """Raise ProblemError where the lower steps between upper ones do not suit ``estimator``."""
+    """Raise ProblemError unless ``lower_steps`` records are what ``estimator`` requires."""
     needs = estimator.requirements
     if needs.history > lower_steps:
         raise ProblemError(
-            f"{estimator.name} looks back on {needs.history} lower steps, but only "
-            f"lower_steps={lower_steps} come between upper steps; raise lower_steps"
+            f"lower_steps: {estimator.name} needs {needs.history} lower steps between upper "
+            f"steps, got {lower_steps}; raise lower_steps"
         )
     if needs.every_step and needs.history < lower_steps:
         raise ProblemError(
-            f"{estimator.name} carries over what each lower step did, but looks back on "
-            f"{needs.history} of lower_steps={lower_steps}; give steps={lower_steps}"
+            f"{estimator.name}: steps must be lower_steps={lower_steps}, since the estimator "
+            f"needs every lower step, got {needs.history}; give steps={lower_steps}"
         )

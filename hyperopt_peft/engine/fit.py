@@ -1,4 +1,4 @@
-"""One level alone: a baseline, a warm start, a retraining, a solved lower level."""
+"""The training of one level alone: by its optimizer, or by L-BFGS to a minimum."""
 
 from __future__ import annotations
 
@@ -20,14 +20,27 @@ def fit(
     callbacks: Sequence[Callable[[Problem, dict[str, Any]], object]] = (),
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Do ``steps`` optimizer steps of ``problem`` on its own; returns a record for each.
+    """Do ``steps`` optimizer steps of ``problem`` alone; returns a record for each.
 
-    A record has ``step``, ``loss``, ``grad_norm`` and the loss's metrics, and is given to
-    each of ``callbacks`` as ``callback(problem, record)``. A `Nested` level trains the levels below
-    as well.
+    A record has ``step``, ``loss``, ``grad_norm`` and the metrics of the loss. A `Nested` level
+    also trains the levels below.
+
+    Args:
+        problem: the level to train.
+        steps: the number of steps.
+        callbacks: each is called as ``callback(problem, record)`` after a step.
+        progress: whether to show a progress bar.
 
     Raises:
-        NonFiniteError: a NaN or infinite loss or gradient; the message names the step.
+        ProblemError: the level has no optimizer.
+        NonFiniteError: a loss or a gradient is NaN or infinite; the message names the step.
+
+    Example:
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> _, lower = diabetes()
+        >>> history = fit(lower, steps=10, progress=False)
+        >>> history[-1]["loss"] < history[0]["loss"]
+        True
     """
     history = []
     with trange(steps, disable=not progress, desc=problem.name) as bar:
@@ -48,19 +61,31 @@ def fit(
 
 
 def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 1000) -> float:
-    """Move the variables to a minimum of a deterministic, full-batch loss by L-BFGS.
+    """Move the variables to a minimum of a deterministic loss by L-BFGS; returns the loss.
 
-    For reference problems and small lower levels, where an implicit hypergradient is wanted at
-    the minimum itself; the level's own optimizer and data are not used. Ends where no entry of
-    the gradient exceeds ``tolerance``, and returns the loss.
+    The minimisation ends where no entry of the gradient exceeds ``tolerance``. The loss gets the
+    batch None; the level's optimizer and data are not used. An implicit hypergradient is exact at
+    such a minimum.
+
+    Args:
+        problem: the level, usually the lower one of a small program.
+        tolerance: the largest entry of the gradient at the end.
+        max_steps: the largest number of L-BFGS steps.
 
     Raises:
-        ProblemError: the gradient is still above 1,000 × ``tolerance`` after ``max_steps``, or the
-            level stands on others.
+        ProblemError: an entry of the gradient exceeds 1,000 × ``tolerance`` after ``max_steps``;
+            or the level has levels below.
         NonFiniteError: the loss or the gradient is NaN or infinite.
+
+    Example:
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> loss = minimize(lower)
+        >>> bool(lower.gradient(None, lower.variables).gradient[0].abs().max() < 1e-6)
+        True
     """
     if is_chain(problem):
-        raise ProblemError(f"{problem.name} stands on other levels; train it by fit")
+        raise ProblemError(f"{problem.name}: the level has levels below; train them by fit")
     optimizer = torch.optim.LBFGS(
         problem.variables,
         max_iter=max_steps,

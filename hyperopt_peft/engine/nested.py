@@ -1,9 +1,9 @@
-"""A `Nested` level stands on a level of its own: chains of three levels and more.
+"""Chains of three or more levels.
 
     min_u F(u, v*, w*),   v*(u) = argmin_v G(u, v, w*(u, v)),   w*(u, v) = argmin_w f(u, v, w)
 
-is ``Engine(top, Nested(middle, lower), "cg:product=difference")``; below the top of a chain of
-four stands ``Nested(second, Nested(third, fourth))``.
+is ``Engine(top, Nested(middle, lower), "cg:product=difference")``. The lower level of a chain of
+four levels is ``Nested(second, Nested(third, fourth))``.
 """
 
 from __future__ import annotations
@@ -37,44 +37,62 @@ from hyperopt_peft.utils.vector import Vector
 
 
 class Nested(Chain):
-    """The level ``middle`` over the level ``lower``, whose variables w it sees as w*(u, v).
+    """G̃(u, v) = G(u, v, w*(u, v)),  w*(u, v) = argmin over w of f(u, v, w).
 
-    It owns v and minimises G̃(u, v) = G(u, v, w*(u, v)). Its ``gradient`` is the total one,
-    with respect to any x of u and v:
+    The level owns v. Its ``gradient`` is a total derivative; with x a variable of u or v:
 
         ∂G̃/∂x = ∂G/∂x − ∂²f/∂x∂w · [∂²f/∂w²]⁻¹ · ∂G/∂w
 
-    The level above needs no more than this gradient at displaced points, since ∂²G̃/∂u∂v is
-    symmetric: any estimator with ``product="difference"`` will do. F is a function of u and v
-    too: where it reads w, `gradient_of` takes its derivatives through w*.
+    An estimator of the level above must have ``product="difference"``: it takes second
+    derivatives of G̃ as differences of this gradient. `gradient_of` is the total derivative of F,
+    which may read w too.
 
-    Where v is displaced, w follows by Newton steps on f, and is put back bit for bit:
+    At a perturbed v, w follows w* by Newton steps on f; afterwards w is restored bit for bit:
 
-        w ← w − [∂²f/∂w²]⁻¹ (∂f/∂w − g),   g = ∂f/∂w where nothing is displaced
+        w ← w − [∂²f/∂w²]⁻¹ (∂f/∂w − g),   g = ∂f/∂w before the perturbation
 
-    With g, the w that training has reached counts as w*, however far it has come. One step is
-    exact on a quadratic f; on another, its error is that of the difference itself.
+    Subtracting g treats the current w as w*, though training has not reached the minimum. One
+    Newton step is exact for a quadratic f. For any other f the error of one step is of the order
+    of the finite difference's own error.
 
-    In training each step of ``middle`` comes after ``lower_steps`` of ``lower``. Derivatives of
-    f are taken on the batch and the random numbers of its last step; before the first one, on
-    the batch that comes next. `Engine`'s records get ``lower_below_loss`` and
-    ``lower_below_grad_norm`` of the level below, and ``lower_residual`` and
-    ``upper_residual``, those of the inner solves for G̃ and for F.
+    ``lower_steps`` steps of ``lower`` precede each step of ``middle``. Derivatives of f use the
+    batch and the random numbers of the last lower step; before the first lower step, they use the
+    next batch. The records of `Engine` have ``lower_below_loss`` and ``lower_below_grad_norm`` of
+    the level below, and ``lower_residual`` and ``upper_residual`` of the solves for G̃ and for F.
 
     Args:
-        middle: the level above ``lower``; its variables, optimizer and data are this level's.
-        lower: the level below, itself a `Nested` in a chain of four levels and more.
-        hypergradient: the estimator of the total derivatives. Their differences are divided by
-            a small step, so a solver should do a fixed number of steps or have a small
-            ``tolerance``: by default CG, 20 steps, 1e-12.
-        lower_steps: steps of ``lower`` before each of ``middle``.
-        warmup_steps: further ones before the very first.
-        follow: Newton steps of w. 1 by default; 0, the default of estimators that are no
-            solvers (darts), holds w where it is and so leaves a part of ∂²G̃ out.
+        middle: the level with loss G; its variables v, optimizer and data become this level's.
+        lower: the level with loss f; a `Nested` level in a chain of four or more levels.
+        hypergradient: the estimator of ∂G̃/∂x. A finite difference divides the error of a solve by
+            a small step, so a solver needs a fixed number of steps or a small ``tolerance``. The
+            default is CG with 20 steps and tolerance 1e-12.
+        lower_steps: the number of steps of ``lower`` before each step of ``middle``.
+        warmup_steps: the number of additional steps of ``lower`` before the first step.
+        follow: the number of Newton steps. The default is 1 for a solver, and 0 for any other
+            estimator (darts). With 0, w does not move and ∂²G̃ lacks the term of ∂w*/∂v.
 
     Raises:
-        ProblemError: levels that share a tensor, a nested ``middle``, an estimator that does
-            not fit, or (at the first step) a variable of ``lower`` that no loss reads.
+        ProblemError: two levels own one tensor; ``middle`` is a `Nested` level; the estimator
+            cannot be used in a chain; or, at the first step, no loss reads a variable of
+            ``lower``.
+
+    Example:
+        >>> from hyperopt_peft import Engine
+        >>> class Level(Problem):
+        ...     def __init__(self, variable, function):
+        ...         self.function = function
+        ...         super().__init__([variable], optimizer=torch.optim.SGD([variable], lr=0.2))
+        ...
+        ...     def loss(self, batch):
+        ...         return self.function()
+        >>> u, v, w = (torch.zeros((), requires_grad=True) for _ in range(3))
+        >>> top = Level(u, lambda: (v - 1) ** 2)  # v* = 1 where u = 2
+        >>> middle = Level(v, lambda: (v + w - u) ** 2)  # v* = u/2, since w* = v
+        >>> lower = Level(w, lambda: (w - v) ** 2)  # w* = v
+        >>> engine = Engine(top, Nested(middle, lower), "cg:product=difference", progress=False)
+        >>> history = engine.run(40)
+        >>> round(u.item(), 1)
+        2.0
     """
 
     def __init__(
@@ -101,46 +119,46 @@ class Nested(Chain):
         self._step = BilevelStep(middle, lower, self.estimator, look_back=False)
         if self.estimator.requirements.upper_weight:
             raise ProblemError(
-                f"{self.estimator.name} owns the updates of both levels, which a chain does not "
-                "give it; choose cg or minres below, and it between the upper two levels"
+                f"{self.name}: {self.estimator.name} changes the lower steps, which a chain does "
+                "not allow; choose cg or minres here"
             )
         solves = isinstance(self.estimator, Solver)
         self.follow = int(solves) if follow is None else follow
         require_count("follow", self.follow, least=0)
         if self.follow and not solves:
             raise ProblemError(
-                f"{self.name}: {self.estimator.name} is no solver, so {lower.name} cannot follow; "
-                'choose one such as "cg", or follow=0'
+                f"{self.name}: follow={self.follow} needs a solver, and {self.estimator.name} is "
+                'none; choose one such as "cg", or follow=0'
             )
-        self._prepared = 0  # how often the levels below were trained
-        self._trained = 0  # how many of their steps were taken
-        self._below: dict[str, float] = {}  # how it went
-        self._rest: Vector | None = None  # ∂f/∂w where nothing is displaced, while `anchored`
+        self._prepared = 0  # calls of `prepare`
+        self._trained = 0  # lower steps
+        self._below: dict[str, float] = {}  # the log of the last lower step
+        self._rest: Vector | None = None  # g within `anchored`
         self._read: dict[Tensor, bool] = {}  # whether the level below reads a variable
 
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
-        """Those of the middle level."""
+        """The options of the middle level."""
         return self.middle.optimizer_options()
 
     @property
     def levels(self) -> tuple[Problem, ...]:
-        """This level and those below it."""
+        """This level, then the levels below, from top to bottom."""
         return (self, *levels_of(self.lower))
 
     @property
     def differences(self) -> int:
-        """How many finite differences, one of another, the gradient is made of."""
+        """The depth of finite differences in ``gradient``: 2 for a difference of differences."""
         exact = self.estimator.requirements.second_derivatives
         own = not (exact or isinstance(self.estimator, Direct))
         return differences(self.lower) + own
 
     @property
     def devices(self) -> list[torch.device]:
-        """The devices that hold the variables of this level and of those below."""
+        """The devices that hold the variables of this level and of the levels below."""
         return list(dict.fromkeys([*super().devices, *self.lower.devices]))
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
-        """G where w is now."""
+        """G at the current w."""
         return self.middle.loss(batch)
 
     def next_batch(self) -> Any:
@@ -148,7 +166,7 @@ class Nested(Chain):
         return self.middle.next_batch()
 
     def peek_batch(self) -> Any:
-        """The batch that ``next_batch`` will return."""
+        """The batch that ``next_batch`` will return; the data's position does not change."""
         return self.middle.peek_batch()
 
     def step(self, gradient: Sequence[Tensor | None]) -> float:
@@ -156,11 +174,11 @@ class Nested(Chain):
         return self.middle.step(gradient)
 
     def prepare(self) -> None:
-        """``lower_steps`` steps of the level below.
+        """Do ``lower_steps`` steps of the level below.
 
         Raises:
-            ProblemError: no loss reads a variable of the level below, at the first step.
-            NonFiniteError: a loss or gradient of it is NaN or infinite.
+            ProblemError: at the first step, no loss reads a variable of the level below.
+            NonFiniteError: a loss or a gradient of the level below is NaN or infinite.
         """
         steps = self.lower_steps + (0 if self._prepared else self.warmup_steps)
         for _ in range(steps):
@@ -171,7 +189,7 @@ class Nested(Chain):
         self._below = {f"below_{key}": value for key, value in log.items()}
 
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
-        """G and ∂G̃/∂variables; None where no loss from G downwards reads one.
+        """G and ∂G̃/∂variables; None for a variable that neither G nor a loss below reads.
 
         Raises:
             NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
@@ -180,7 +198,7 @@ class Nested(Chain):
         return replace(evaluation, metrics=evaluation.metrics | self._below)
 
     def gradient_of(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
-        """The loss of ``level`` and its gradient, with w a function of all other variables."""
+        """The loss of ``level`` and its total derivative, with w = w*(u, v)."""
         oracle = self._oracle(level, batch, variables)
         try:
             with self._following(oracle):
@@ -199,7 +217,10 @@ class Nested(Chain):
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
-        """Let those below follow the levels above, from here; idle in another such body."""
+        """Within the body, w follows w* when a variable above is perturbed.
+
+        The current point becomes the reference, where g = ∂f/∂w. A nested use has no effect.
+        """
         if self._rest is not None or not self.follow:
             with anchored(self.lower):
                 yield
@@ -214,7 +235,7 @@ class Nested(Chain):
             self._rest = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of ``middle`` and of the levels below, and what they were trained with."""
+        """The states of ``middle`` and of the levels below, and the settings of this level."""
         return {
             "middle": self.middle.state_dict(),
             "below": self.lower.state_dict(),
@@ -223,17 +244,23 @@ class Nested(Chain):
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ProblemError where ``state`` is not that of a chain like this one."""
+        """Raise ProblemError where ``state`` does not fit this chain."""
         parts = {"middle", "below", "prepared", "settings"}
         if not isinstance(state, Mapping) or state.keys() != parts:
-            raise ProblemError(f"{self.name}: the state is not that of a level over others")
+            raise ProblemError(
+                f"{self.name}: the state must have {sorted(parts)}; use a state of a Nested level"
+            )
         made = f"{self.name}: the state"
         require_settings(made, state["settings"], "this level", self._settings())
         self.middle.check_state(state["middle"])
         self.lower.check_state(state["below"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to ``state``; nothing is changed where it does not fit (ProblemError)."""
+        """Restore ``state``, of `state_dict`.
+
+        Raises:
+            ProblemError: ``state`` does not fit this chain; nothing has changed.
+        """
         self.check_state(state)
         self.middle.load_state_dict(state["middle"])
         self.lower.load_state_dict(state["below"])
@@ -245,10 +272,10 @@ class Nested(Chain):
         return {**settings, "hypergradient": repr(self.estimator)}
 
     def _oracle(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Oracle:
-        """``level`` over the level below, with the random numbers of this moment for ``level``.
+        """The oracle of ``level`` and the level below, with random numbers for ``level``.
 
-        They are a function of the current random state, which is not used up, and of the
-        step: the training of the level below goes on as if nothing had been asked.
+        The random numbers are a function of the current random state and of the step. The random
+        state does not change, so that the training of the level below is not affected.
         """
         with replay(RandomState.capture()):
             key = int(torch.randint(2**62, ()))
@@ -262,7 +289,7 @@ class Nested(Chain):
 
     @contextmanager
     def _following(self, oracle: Oracle) -> Iterator[None]:
-        """Run the body where w has followed, if this level is `anchored`."""
+        """Within the body, w has moved by the Newton steps, if this level is `anchored`."""
         solver, w = self.estimator, self.lower.variables
         if self._rest is None or not isinstance(solver, Solver):
             yield
@@ -279,7 +306,7 @@ class Nested(Chain):
             yield
 
     def _reads_below(self, variable: Tensor, oracle: Oracle) -> bool:
-        """Whether the level below reads ``variable``, in its loss or its optimizer; asked once."""
+        """Whether the loss or the optimizer options of the level below read ``variable``."""
         if variable not in self._read:
             with oracle.open(), replay(oracle.lower_random):
                 (part,) = self.lower.gradient(oracle.lower_batch, (variable,)).gradient
@@ -289,7 +316,7 @@ class Nested(Chain):
 
 
 class _Reading(Problem):
-    """The loss of ``level`` as a function of ``variables``, whoever owns them."""
+    """The loss of ``level`` as a function of ``variables``, which other levels may own."""
 
     def __init__(self, level: Problem, variables: Sequence[Tensor]) -> None:
         self.level = level

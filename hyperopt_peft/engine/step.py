@@ -1,7 +1,9 @@
-"""One bilevel step: what every driver does between its batches and its optimizers.
+"""One bilevel step, which every driver shares.
 
-lower step:  ∂f/∂w, or ∂(f + upper_weight·F)/∂w, and a `StepRecord` of it where one is needed
-upper step:  dF/du by the estimator, at the last lower step's batch and random numbers
+    lower step: w ← step(w, ∂f/∂w)          or along ∂(f + upper_weight·F)/∂w
+    upper step: u ← step(u, dF/du)          dF/du by an estimator
+
+The estimator evaluates f on the batch and the random numbers of the last lower step.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ Gradient = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class UpperStep:
-    """A hypergradient, shaped like the upper variables, and the numbers that are logged.
+    """The hypergradient at one point, and the numbers for the log.
 
-    ``log`` has ``upper_loss``, ``implicit_ratio`` (‖implicit‖/‖direct‖), ``residual`` and
-    ``solver_steps`` (None where the estimator has none), ``gradients`` and ``products`` (the
-    forward+backward passes and the second backward passes), and ``note``. ``metrics`` are the
-    upper loss's own, on this process.
+    Attributes:
+        hypergradient: dF/du, one tensor for each upper variable.
+        log: ``upper_loss``; ``implicit_ratio`` (‖implicit term‖/‖direct term‖); ``residual``,
+            ``solver_steps`` and ``note``, None where the estimator has none; ``gradients`` and
+            ``products``, the forward+backward passes and the second backward passes.
+        metrics: the metrics of F on this process.
     """
 
     hypergradient: tuple[Tensor, ...]
@@ -45,7 +49,7 @@ class UpperStep:
 
 @dataclass(frozen=True)
 class LowerStep:
-    """A step that the lower level took: f and its metrics, and the gradient's 2-norm."""
+    """A step of the lower level: f, the 2-norm of ∂f/∂w, and the metrics of f."""
 
     loss: float
     grad_norm: float
@@ -53,23 +57,33 @@ class LowerStep:
 
 
 class BilevelStep:
-    """What an estimator needs of a run: records of lower steps, an oracle, its own state.
+    """The lower step and the hypergradient of `Engine`, `Nested` and `BilevelTrainer`.
 
-    The driver has the loop and moves the upper variables; this object does what is the same in
-    `Engine`, `Nested` and `BilevelTrainer`. It alone reads `Estimator.requirements`.
+    A driver has the loop and moves the upper variables. A BilevelStep records lower steps,
+    builds the estimator's `Oracle`, and has the estimator's state. No driver reads
+    `Estimator.requirements`.
 
     Args:
-        upper: the upper level, with loss F.
-        lower: the lower level, with loss f.
-        estimator: what takes dF/du.
-        seed: of F's random numbers (dropout), which are a function of it and the step, so that
-            the upper level does not disturb the lower one's.
-        look_back: whether estimators see records of lower steps; not in a chain, where
-            hypergradients are taken at displaced points.
+        upper: the upper level, with loss F and variables u.
+        lower: the lower level, with loss f and variables w.
+        estimator: the estimator of dF/du.
+        seed: the seed of F's random numbers (dropout). They are a function of the seed and the
+            step, so that the random numbers of f do not depend on F.
+        look_back: whether the estimator gets records of lower steps. A chain takes
+            hypergradients at perturbed points, to which no record belongs.
 
     Raises:
-        ProblemError: the estimator does not go with the levels; at the first step, a variable
-            that no loss reads.
+        ProblemError: the estimator cannot be used with these levels.
+
+    Example:
+        >>> from hyperopt_peft.hypergradients import get_estimator
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> step = BilevelStep(upper, lower, get_estimator("cg"))
+        >>> lower_step = step.train_lower(number=1)
+        >>> upper_step = step.hypergradient(upper.next_batch(), number=1)
+        >>> upper_step.hypergradient[0].shape
+        torch.Size([10])
     """
 
     def __init__(
@@ -94,20 +108,20 @@ class BilevelStep:
 
     @property
     def variables(self) -> tuple[Tensor, ...]:
-        """What the next lower gradient is taken with respect to: w, and u where it is needed."""
+        """The variables of the next lower gradient: w, and u where ∂f/∂u is required."""
         first = self._unread is None
         u = self.upper.variables if first or self.requirements.lower_gradient else ()
         return (*self.lower.variables, *u)
 
     def train_lower(self, *, number: int) -> LowerStep:
-        """Move the lower variables by a step of their optimizer, on the level's next batch.
+        """Do one lower step, on the lower level's next batch.
 
         Args:
-            number: of the lower step, from 1.
+            number: the number of the lower step, from 1.
 
         Raises:
-            ProblemError: f does not read one of the lower variables, at the first step.
-            NonFiniteError: a loss or a gradient is NaN or infinite; nothing has moved.
+            ProblemError: at the first step, f does not read a lower variable.
+            NonFiniteError: a loss or a gradient is NaN or infinite; no variable has moved.
         """
         prepare(self.lower)
         batch, random_state = self.lower.next_batch(), RandomState.capture(self.devices)
@@ -131,18 +145,21 @@ class BilevelStep:
         number: int,
         next_upper_batch: Callable[[], Any],
     ) -> Gradient:
-        """The gradient that a lower step descends along; its record is kept until `forget`.
+        """Record a lower step, and return the gradient that the step descends along.
+
+        The gradient is ∂f/∂w, or ∂(f + upper_weight·F)/∂w with an ``upper_weight``.
 
         Args:
-            batch: what f was given.
-            random_state: the state that f's random numbers were drawn from.
-            gradient: of f with respect to ``variables``, as it was when f was evaluated.
-            number: of the lower step, from 1.
-            next_upper_batch: gives the next batch of F, where lower steps descend F too.
+            batch: the batch of f.
+            random_state: the generator states before f was evaluated.
+            gradient: the gradient of f with respect to ``variables``, at the value of
+                ``variables`` when f was evaluated.
+            number: the number of the lower step, from 1.
+            next_upper_batch: returns the next batch of F; called only with an ``upper_weight``.
 
         Raises:
-            ProblemError: f does not read one of the lower variables, at the first step.
-            NonFiniteError: F or its gradient is NaN or infinite.
+            ProblemError: at the first step, f does not read a lower variable.
+            NonFiniteError: F or the gradient of F is NaN or infinite.
         """
         needs, w = self.requirements, self.lower.variables
         of_w, of_u = tuple(gradient[: len(w)]), tuple(gradient[len(w) :])
@@ -157,7 +174,7 @@ class BilevelStep:
             self._forget()
         record = StepRecord(batch, random_state)
         if self.look_back:
-            # torch's Nesterov step over many tensors at once writes to the gradient.
+            # torch's foreach step with Nesterov momentum overwrites the gradient.
             copies = [g if g is None else g.clone() for g in of_w if needs.optimizer_state]
             record = StepRecord(
                 batch,
@@ -172,19 +189,19 @@ class BilevelStep:
 
     @property
     def last(self) -> StepRecord | None:
-        """The last lower step, if there was one since `forget`."""
+        """The last lower step since `forget`, or None."""
         return self._records[-1] if self._records else None
 
     def oracle(
         self, upper: Problem, batch: Any, upper_random: RandomState, last: StepRecord
     ) -> Oracle:
-        """What an estimator may ask of ``upper`` and the lower level.
+        """The losses, gradients and products of ``upper`` and the lower level, for an estimator.
 
         Args:
             upper: the level with loss F.
-            batch: what F is given.
-            upper_random: where F's random numbers begin.
-            last: the lower step whose batch and random numbers f has.
+            batch: the batch of F.
+            upper_random: the generator states from which F's random numbers are drawn.
+            last: the lower step whose batch and random numbers f gets.
         """
         return Oracle(
             upper,
@@ -199,19 +216,22 @@ class BilevelStep:
         )
 
     def hypergradient(self, batch: Any, *, number: int) -> UpperStep:
-        """dF/du at the current point; nothing moves.
+        """dF/du at the current point; no variable moves.
 
         Args:
-            batch: what F is given.
-            number: of the upper step; F's random numbers are a function of it and the seed.
+            batch: the batch of F.
+            number: the number of the upper step; F's random numbers are a function of the number
+                and the seed.
 
         Raises:
-            ProblemError: no loss reads one of the upper variables, at the first step.
-            NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite, or
-                there was no lower step since `forget`.
+            ProblemError: at the first step, no loss reads an upper variable.
+            NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite; or
+                no lower step was recorded since `forget`.
         """
         if self.last is None:
-            raise NonFiniteError("no lower step was possible since the last upper step")
+            raise NonFiniteError(
+                f"{self.lower.name}: no lower step was finite since the last upper step"
+            )
         oracle = self.oracle(self.upper, batch, self._seeded(number), self.last)
         result = estimate(oracle, self.estimator)
         self.state = result.state
@@ -231,7 +251,7 @@ class BilevelStep:
         return UpperStep(like(result.hypergradient, u), log, above.metrics)
 
     def forget(self) -> None:
-        """Drop the records of lower steps: estimators look back to the last upper step."""
+        """Delete the records of lower steps; drivers call this after each upper step."""
         while self._records:
             self._forget()
 
@@ -240,18 +260,18 @@ class BilevelStep:
         return packed(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to ``state``, of `state_dict`; records of lower steps are dropped.
+        """Restore ``state``, of `state_dict`, and delete the records of lower steps.
 
         Raises:
-            ProblemError: ``state`` is not that of these levels; nothing has changed then.
+            ProblemError: ``state`` does not fit these levels; nothing has changed.
         """
         self.state = unpacked(state, self.lower.variables)
         self.forget()
 
     def _with_upper_loss(self, gradient: Gradient, batch: Any, number: int) -> Gradient:
-        """∂/∂w (f + upper_weight·F) from ∂f/∂w, by one forward+backward of F.
+        """∂(f + upper_weight·F)/∂w from ∂f/∂w, by one forward+backward pass of F.
 
-        Buffers and random states are afterwards as before.
+        Buffers and random states are restored afterwards.
         """
         weight, w = self.requirements.upper_weight, self.lower.variables
         with (

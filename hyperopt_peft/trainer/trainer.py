@@ -183,7 +183,7 @@ class BilevelTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As `transformers.Trainer.train`; ``True`` resumes from the last whole checkpoint.
+        """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
 
         A resumed run has bit by bit the variables, optimizer, schedule, order of the data, random
         numbers, estimator's state and counters of one that was not interrupted. The numbers of a
@@ -193,7 +193,7 @@ class BilevelTrainer(Trainer):
         or evaluation at the end of an epoch whose last step wrote the checkpoint.
 
         Raises:
-            ProblemError: no whole checkpoint, a damaged one, or one of other settings or data;
+            ProblemError: no complete checkpoint, a damaged one, or one of other settings or data;
                 fewer steps than ``lower_steps``; examples of which no batch can be made; a loss
                 that is no scalar, or a variable that no loss reads, at the level's first step.
             NonFiniteError: see ``args.non_finite``; names step and batch.

@@ -152,7 +152,7 @@ def test_resumed_run_ends_in_the_same_adapter(tmp_path):
 
 def test_nothing_to_resume_from_is_said(tmp_path, capsys):
     argv = flags(**given(tmp_path), resume_from_checkpoint="true")
-    assert "there is no whole checkpoint in" in failure(capsys, "train", *argv)
+    assert "there is no complete checkpoint in" in failure(capsys, "train", *argv)
 
 
 @pytest.mark.parametrize(

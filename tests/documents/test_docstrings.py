@@ -19,14 +19,12 @@ PUBLIC = ("", ".adapters", ".hypergradients", ".problems")
 WITHOUT: set[str] = {
     "Comparison",
     "ConjugateGradient",
-    "Engine",
     "Estimate",
     "Estimator",
     "Exact",
     "LineFit",
     "MINRES",
     "ModuleChange",
-    "Nested",
     "Neumann",
     "Nystrom",
     "Oracle",
@@ -43,7 +41,6 @@ WITHOUT: set[str] = {
     "direction",
     "dora_layers",
     "dot",
-    "fit",
     "fit_line",
     "fold_scales",
     "get_estimator",
@@ -52,7 +49,6 @@ WITHOUT: set[str] = {
     "hypergradient",
     "layer_hyperparameters",
     "lora_layers",
-    "minimise",
     "orthogonality_penalty",
     "plot_decomposition",
     "pseudo_singular_values",
@@ -67,7 +63,6 @@ WITHOUT: set[str] = {
     "use_fast_dora",
     "use_pseudo_svd",
     "zeros_like",
-    "minimize",
 }
 
 

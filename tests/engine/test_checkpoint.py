@@ -143,7 +143,7 @@ def test_the_last_whole_one_is_the_last_that_was_written(
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
     caplog.clear()
     assert last_valid(tmp_path).name == "checkpoint-4"
-    assert "checkpoint-6 lacks the file optimizer.pt" in caplog.text
+    assert "checkpoint-6: the file optimizer.pt" in caplog.text
     shutil.copytree(tmp_path, tmp_path / "copy")  # the order survives a copy
     assert last_valid(tmp_path / "copy").name == "checkpoint-4"
 

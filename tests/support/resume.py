@@ -50,7 +50,7 @@ def saving(
 def interrupted(
     folder: Path, stop: Sequence[Any], make: Callable[..., Any] = saving, **settings: Any
 ) -> None:
-    """Train until ``stop``, from the last whole checkpoint where there is one."""
+    """Train until ``stop``, from the last complete checkpoint where there is one."""
     made = make(folder, [StopAt(*stop)], **settings)
     with pytest.raises(Stop):
         made.train(resume_from_checkpoint=last_valid(folder) is not None)

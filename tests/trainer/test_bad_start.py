@@ -182,7 +182,7 @@ TRAINING = {
     "nothing to resume from": (
         step(),
         {"resume_from_checkpoint": True},
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
     "no such checkpoint": (
         step(),
