@@ -1,4 +1,8 @@
-"""Averages over the processes of a distributed run; one process is a run of its own."""
+"""Averages, sums and copies over the processes of a distributed run, and shards of tensors.
+
+Every function works in a run of one process, where ``torch.distributed`` is not initialised. There
+the average of a tensor is the tensor.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,20 @@ K = TypeVar("K", bound=Hashable)
 
 
 def world_size() -> int:
-    """How many processes share the work: 1 where ``torch.distributed`` is not initialised."""
+    """The number of processes; 1 where ``torch.distributed`` is not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is."""
+    """The number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def rank_key() -> tuple[int, ...]:
-    """What tells this process's random numbers from the first one's: nothing in the first."""
+    """The part of a random seed that differs between processes; empty in process 0.
+
+    Process 0 of a distributed run then has the random numbers of a run of one process.
+    """
     return (rank(),) if rank() else ()
 
 
@@ -37,12 +44,20 @@ def rank_key() -> tuple[int, ...]:
 def mean(
     parts: Sequence[Tensor | None], like: Sequence[Tensor] | None = None
 ) -> tuple[Tensor | None, ...]:
-    """Each part's average over the processes; ``parts`` as they are in a run of one.
+    """The average of each part over the processes.
 
-    A part that is None on some processes counts as zero there, and stays None where it is None
-    on all. A sharded part is an average already: FSDP2 reduces what it scatters. ``like`` gives
-    the shapes of parts that may be None. Every process must call this with parts of the same
-    shapes. One reduction a dtype, half precision in float32.
+    A part that is None counts as zero; the result is None where the part is None on all processes.
+    A sharded part is returned unchanged, since FSDP2 has averaged it. There is one reduction for
+    each dtype and device; half precision is averaged in float32. Every process must call this
+    function, with parts of the same shapes.
+
+    Args:
+        parts: the tensors of this process.
+        like: tensors with the shapes and dtypes of ``parts``; required if a part is None.
+
+    Example:
+        >>> mean([torch.ones(2), None])  # in a run of one process
+        (tensor([1., 1.]), None)
     """
     processes = world_size()
     like = like or [part for part in parts if part is not None]
@@ -68,7 +83,7 @@ def mean(
 
 
 def averages(values: Mapping[K, float]) -> dict[K, float]:
-    """Each value's mean over those processes that have it."""
+    """The mean of each value over the processes that have the value."""
     if world_size() == 1:
         return dict(values)
     gathered: list[dict[K, float]] = [{}] * world_size()
@@ -77,7 +92,12 @@ def averages(values: Mapping[K, float]) -> dict[K, float]:
 
 
 def means(parts: Sequence[Mapping[K, float]]) -> dict[K, float]:
-    """Each value's mean over those of ``parts`` that have it."""
+    """The mean of each value over those of ``parts`` that have the value.
+
+    Example:
+        >>> means([{"loss": 1.0}, {"loss": 3.0, "accuracy": 0.5}])
+        {'loss': 2.0, 'accuracy': 0.5}
+    """
     keys = {key: None for part in parts for key in part}
     of = {key: [part[key] for part in parts if key in part] for key in keys}
     return {key: sum(values) / len(values) for key, values in of.items()}
@@ -85,7 +105,7 @@ def means(parts: Sequence[Mapping[K, float]]) -> dict[K, float]:
 
 @torch.no_grad()
 def average(tensor: Tensor) -> Tensor:
-    """The average of ``tensor``, detached, over the processes."""
+    """The average of ``tensor`` over the processes, detached."""
     (result,) = mean([tensor.detach()])
     assert result is not None
     return result
@@ -93,9 +113,9 @@ def average(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Give every process the first one's ``tensors``, in place and by way of ``device``.
+    """Copy the ``tensors`` of process 0 to all processes, in place.
 
-    Shards stay as they are.
+    The tensors are sent from and to ``device``. Sharded tensors do not change.
     """
     if world_size() > 1:
         for tensor in tensors:
@@ -106,23 +126,23 @@ def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
 
 
 def is_sharded(*tensors: Tensor) -> bool:
-    """Whether any of ``tensors`` is spread over the processes."""
+    """Whether any of ``tensors`` is sharded over the processes."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 @torch.no_grad()
 def to_local(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """What this process holds of each tensor, in the tensor's own memory; all of a plain one."""
+    """The shard of each tensor on this process, in shared memory; a plain tensor itself."""
     return tuple(x.to_local() if isinstance(x, DTensor) else x for x in tensors)
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, on every process."""
+    """The full ``tensor`` on every process, gathered from its shards."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
-    """``whole`` in the dtype, on the device and with the shards of ``like``."""
+    """The full tensor ``whole``, sharded and placed as ``like``, in the dtype of ``like``."""
     if not isinstance(like, DTensor):
         return whole.to(like)
     whole = whole.to(like.device, like.dtype)
@@ -130,11 +150,12 @@ def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward pass without a backward pass has left gathered of ``model``.
+    """Free the gathered parameters of ``model``, so that its parameters are shards again.
 
-    Until then the gathered tensors are its parameters, and what is written to shards unseen.
+    FSDP2 frees gathered parameters in the backward pass. After a forward pass without a backward
+    pass the gathered tensors remain the parameters, and changes of the shards have no effect.
     """
-    from torch.distributed.fsdp import FSDPModule  # takes half a second, of use to few
+    from torch.distributed.fsdp import FSDPModule  # the import takes half a second
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -143,9 +164,10 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def seen_parameters() -> Iterator[list[Tensor]]:
-    """The sharded parameters of the modules that run in the body.
+    """The sharded parameters of the modules whose forward pass runs in the body.
 
-    A backward pass leaves gradients in them, and autograd's graph does not lead to them.
+    A backward pass writes the gradients of these parameters, though they are not in autograd's
+    graph.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -163,10 +185,18 @@ def seen_parameters() -> Iterator[list[Tensor]]:
 
 
 def total(values: Sequence[float], of: Sequence[Tensor]) -> float:
-    """Σ of ``values`` over all of the tensors ``of``, from values that describe their local parts.
+    """Σ_k values_k over the shards of all processes.
 
-    A plain tensor is the same on every process and counts once, and so does a part that several
-    processes hold. Every process must call this with tensors of the same kinds.
+    A plain tensor is equal on all processes and counts once. A shard that several processes have
+    counts once as well. Every process must call this function, with tensors of the same sharding.
+
+    Args:
+        values: for each tensor a number of its shard on this process, for example a sum.
+        of: the tensors.
+
+    Example:
+        >>> total([1.0, 2.0], [torch.ones(1), torch.ones(2)])  # plain tensors
+        3.0
     """
     result = sum(v for v, x in zip(values, of, strict=True) if not isinstance(x, DTensor))
     parts = [v / _holders(x) for v, x in zip(values, of, strict=True) if isinstance(x, DTensor)]
@@ -179,7 +209,7 @@ def total(values: Sequence[float], of: Sequence[Tensor]) -> float:
 
 
 def _holders(tensor: DTensor) -> int:
-    """How many processes hold the same part of ``tensor``."""
+    """The number of processes that have the same shard of ``tensor``."""
     mesh = tensor.device_mesh
     sizes = (mesh.size(k) for k, p in enumerate(tensor.placements) if isinstance(p, Shard))
     return dist.get_world_size() // math.prod(sizes)

@@ -1,4 +1,4 @@
-"""The state of the random number generators a loss draws from, captured and replayed."""
+"""States of random number generators: captured, derived from a seed, and replayed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """The generator state of the CPU and of every accelerator in use.
+    """The states of PyTorch's generators on the CPU and on accelerators.
 
-    Dropout masks are a function of it: two evaluations from one state see one mask.
-    ``states`` maps a device (``"cpu"``, ``"cuda:0"``) to its generator's state.
+    Dropout masks are a function of the state: two evaluations from one state have equal masks.
+    ``states`` maps a device (``"cpu"``, ``"cuda:0"``) to the state of the device's generator.
+
+    Example:
+        >>> state = RandomState.capture()
+        >>> first = torch.rand(3)
+        >>> state.restore()
+        >>> torch.equal(torch.rand(3), first)
+        True
     """
 
     states: Mapping[str, Tensor]
 
     @classmethod
     def capture(cls, devices: Iterable[torch.device] = ()) -> RandomState:
-        """The current state of the CPU's generator and of those of ``devices``."""
+        """The current states of the generators of the CPU and of ``devices``."""
         states = {"cpu": torch.get_rng_state()}
         for device in devices:
             if device.type != "cpu":
@@ -34,13 +41,13 @@ class RandomState:
 
     @classmethod
     def seeded(cls, devices: Iterable[torch.device], *key: int | str) -> RandomState:
-        """A state of its own for every ``key``, for example ``(seed, step, "upper")``."""
+        """The state that is a function of ``key``, for example ``(seed, step, "upper")``."""
         seed = random.Random(":".join(map(str, key))).getrandbits(63)
         names = {"cpu", *(str(device) for device in devices)}
         return cls({name: torch.Generator(name).manual_seed(seed).get_state() for name in names})
 
     def restore(self) -> None:
-        """Make this the current state."""
+        """Set the generators to these states."""
         for name, state in self.states.items():
             if name == "cpu":
                 torch.set_rng_state(state)
@@ -49,9 +56,9 @@ class RandomState:
 
 
 def host_random_state() -> dict[str, Any]:
-    """The states of Python's and NumPy's own generators, which a data set may draw from.
+    """The states of the global generators of Python and NumPy, which a data set may use.
 
-    Plain values and a tensor, so that ``torch.load(..., weights_only=True)`` reads them.
+    The result has plain values and a tensor, which ``torch.load(..., weights_only=True)`` reads.
     """
     kind, keys, *rest = np.random.get_state(legacy=True)
     words = torch.from_numpy(np.asarray(keys, dtype=np.int64))
@@ -59,7 +66,7 @@ def host_random_state() -> dict[str, Any]:
 
 
 def restore_host_random_state(state: Mapping[str, Any]) -> None:
-    """Make ``state``, of `host_random_state`, the current one."""
+    """Set the global generators of Python and NumPy to ``state``, of `host_random_state`."""
     random.setstate(state["python"])
     kind, words, *rest = state["numpy"]
     np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
@@ -67,7 +74,16 @@ def restore_host_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replay(state: RandomState) -> Iterator[None]:
-    """Run the body from ``state``; the state outside is the same before and after."""
+    """Run the body from ``state``; restore the current state afterwards.
+
+    Example:
+        >>> state = RandomState.seeded([], "upper", 1)
+        >>> with replay(state):
+        ...     first = torch.rand(3)
+        >>> with replay(state):
+        ...     torch.equal(torch.rand(3), first)
+        True
+    """
     outside = RandomState.capture(torch.device(name) for name in state.states)
     state.restore()
     try:

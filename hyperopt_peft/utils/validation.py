@@ -1,4 +1,4 @@
-"""Whether a value is of the type that an option's hint names."""
+"""Checks of option values against type hints, and of settings against saved ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from hyperopt_peft.errors import ProblemError
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether ``value`` fits ``hint``: a class, a Literal or a union; a whole number is a float."""
+    """Whether ``value`` is of the type ``hint``: a class, a Literal or a union of these.
+
+    An int is accepted as a float; a bool is accepted neither as an int nor as a float.
+
+    Example:
+        >>> matches(3, float | None), matches(True, int), matches("cg", Literal["cg", "minres"])
+        (True, False, True)
+    """
     if get_origin(hint) in (Union, UnionType):
         return any(matches(value, choice) for choice in get_args(hint))
     if get_origin(hint) is Literal:
@@ -23,13 +30,24 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def require_count(name: str, value: Any, *, least: int) -> None:
-    """Raise ProblemError unless ``value`` is a whole number from ``least``."""
+    """Raise ProblemError unless ``value`` is an int ≥ ``least``.
+
+    Example:
+        >>> require_count("steps", -1, least=0)
+        Traceback (most recent call last):
+        hyperopt_peft.errors.ProblemError: steps: must be a whole number from 0, got -1
+    """
     if not matches(value, int) or value < least:
-        raise ProblemError(f"{name} must be a whole number from {least}, got {value!r}")
+        raise ProblemError(f"{name}: must be a whole number from {least}, got {value!r}")
 
 
 def type_name(hint: Any) -> str:
-    """``hint`` in the words of an error message."""
+    """The type ``hint`` as an error message names it.
+
+    Example:
+        >>> type_name(int | None), type_name(Literal["cg", "minres"])
+        ('int or None', "'cg' or 'minres'")
+    """
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(type_name(choice) for choice in get_args(hint))
     if get_origin(hint) is Literal:
@@ -38,9 +56,15 @@ def type_name(hint: Any) -> str:
 
 
 def require_settings(made: str, known: Mapping[str, Any], has: str, now: Mapping[str, Any]) -> None:
-    """Raise ProblemError where ``known``, what was ``made`` with, differs from ``now``.
+    """Raise ProblemError where saved settings differ from current ones.
 
-    The first difference is named, with both values, and the others are counted.
+    The message has the name and both values of the first difference, and the number of others.
+
+    Args:
+        made: the name of the saved object in the message.
+        known: the settings of the saved object.
+        has: the name of the current object in the message.
+        now: the settings of the current object.
     """
     different = [key for key in {**now, **known} if known.get(key) != now.get(key)]
     if different:
