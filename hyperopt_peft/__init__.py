@@ -9,7 +9,7 @@ from hyperopt_peft.diagnostics.compare import compare_hypergradients
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.engine.fit import fit, minimise, minimize
 from hyperopt_peft.engine.nested import Nested
-from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients import (
     Estimator,
     Solver,
@@ -34,6 +34,7 @@ __all__ = [
     "BilevelTrainingArguments",
     "Engine",
     "Estimator",
+    "HypergradientWarning",
     "Nested",
     "NonFiniteError",
     "Problem",

@@ -28,6 +28,10 @@ class NonFiniteError(FloatingPointError):
     """
 
 
+class HypergradientWarning(UserWarning):
+    """An estimate whose residual says that its implicit term is far off."""
+
+
 NON_FINITE_ADVICE = (
     "lower the learning rate or max_grad_norm, or leave such steps out with non_finite='skip'"
 )

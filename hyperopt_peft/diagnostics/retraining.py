@@ -112,7 +112,7 @@ class Retraining(Estimator):
         >>> from hyperopt_peft.diagnostics.retraining import Retraining
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
-        >>> truth, = hypergradient(upper, lower, Retraining(steps=20, lr=0.1))
+        >>> truth, = hypergradient(upper, lower, Retraining(steps=50, lr=0.4, directions=10))
     """
 
     name = "retraining"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.problem import Problem, devices_of
-from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import NESTED
@@ -18,6 +19,8 @@ from hyperopt_peft.utils.random_state import RandomState
 
 #: The batch that a level's data will give next.
 NEXT: Any = object()
+#: A relative residual above which `hypergradient` warns.
+LARGE_RESIDUAL = 0.1
 
 
 def open_oracle(
@@ -115,12 +118,25 @@ def hypergradient(
     Raises:
         ProblemError: unknown method or option, the levels share a tensor, a bad loss.
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
+
+    Warns:
+        HypergradientWarning: the estimator's relative residual is above 0.1. In training there is
+            no warning, since the log holds each step's ``residual``.
     """
     estimator = get_estimator(method)
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     check_estimator(estimator, upper, lower)
-    result = estimate(oracle, estimator).hypergradient
-    return like(result, upper.variables)
+    result = estimate(oracle, estimator)
+    if result.residual is not None and result.residual > LARGE_RESIDUAL:
+        reason = f" ({result.note})" if result.note else ""
+        warnings.warn(
+            f"{estimator.name}: the relative residual is {result.residual:.3g} after "
+            f"{result.steps} steps{reason}, so the implicit term may be far off; take more steps, "
+            "add damping, or choose an estimator by compare_hypergradients",
+            HypergradientWarning,
+            stacklevel=2,
+        )
+    return like(result.hypergradient, upper.variables)
 
 
 def like(vector: Sequence[Tensor] | Any, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -82,6 +82,7 @@ def test_with_a_rate_it_is_gradient_descent() -> None:
     assert relative(found, expected) < 1e-7
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 def test_options_of_the_optimizer_may_be_functions_of_u() -> None:
     """The learning rate is the exponential of u."""
     w = torch.ones(2, dtype=torch.float64, requires_grad=True)
@@ -138,6 +139,7 @@ def compared(upper: Problem, lower: Problem) -> object:
     return compare_hypergradients(upper, lower, ["darts", "cg:steps=2"], reference, repeats=1)
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize(
     ("run", "error"),
     [
@@ -175,6 +177,7 @@ def test_both_sides_see_the_same_masks() -> None:
     assert torch.equal(flat(result.hypergradient), flat(again.hypergradient))
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 def test_half_precision_variables_are_moved_in_single_precision() -> None:
     u = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     w = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)

@@ -136,6 +136,7 @@ def interrupt(levels: Any, at: Any) -> Any:
     return lambda: count
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_hypergradient_leaves_no_trace(method: str) -> None:
     """Also not one that fails in any of its evaluations, nor in the batches to come."""

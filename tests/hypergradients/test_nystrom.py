@@ -113,6 +113,7 @@ def test_the_columns_do_not_matter_once_it_has_converged(rank: int, seed: int, o
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @given(rank=st.integers(1, 11), scale=st.floats(1e-3, 1e3), steps=st.sampled_from([0, 2]))
 @EXAMPLES
 def test_scaling_f_changes_nothing_before_convergence_either(
@@ -148,6 +149,7 @@ def test_negative_curvature_is_left_out_or_ends_it(rank: int, seed: int) -> None
     assert v.isfinite().all() and "negative curvature" in solution.note
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize("steps", [0, 5])
 def test_a_hessian_that_is_zero_leaves_the_direct_term(steps: int) -> None:
     quadratic = program(0)

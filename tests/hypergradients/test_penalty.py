@@ -1,5 +1,6 @@
 """`f2sa` and `penalty`: closed forms, orders, scales, and what they do in training."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
@@ -10,7 +11,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD, Adam
 
-from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
+from hyperopt_peft import (
+    Engine,
+    HypergradientWarning,
+    NonFiniteError,
+    Problem,
+    ProblemError,
+    hypergradient,
+)
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.hypergradients import Estimate, Vector, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
@@ -33,6 +41,13 @@ def displaced(quadratic: Program) -> Program:
         for part in quadratic.w:
             part.add_(torch.linspace(-1, 1, part.numel(), dtype=part.dtype).reshape(part.shape))
     return quadratic
+
+
+def asked(levels: Any, method: str, state: Any = None) -> tuple[Estimate, int]:
+    """An estimate and the passes that it cost."""
+    oracle = open_oracle(*levels, seed=0)
+    oracle.state = state or {}
+    return estimate(oracle, method), oracle.passes.gradients
 
 
 def central(p: Program, nu: float) -> Tensor:
@@ -88,6 +103,28 @@ def test_away_from_the_minimum_they_tend_to_the_implicit_formula(method: str, se
     assert relative(found, quadratic.direct + quadratic.exact_implicit) < 1e-7
 
 
+@pytest.mark.parametrize(("method", "passes"), [("f2sa", 150), ("penalty", 75)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_defaults_are_close_at_a_condition_number_of_112(
+    method: str, passes: int, seed: int
+) -> None:
+    """Where 15 steps leave errors of up to a tenth."""
+    shapes = [(20,)]
+    quadratic = program(seed, shapes, shapes)
+    spectrum = torch.logspace(0, math.log10(112), 20, dtype=torch.float64)
+    h = symmetric(spectrum, torch.Generator().manual_seed(seed))
+    upper, _ = quadratic.levels()
+    lower = Level(
+        lambda w, u: w @ h @ w / 2 + w @ quadratic.c_mixed @ u,
+        quadratic.w,
+        quadratic.w,
+        quadratic.u,
+    )
+    found, cost = asked((upper, lower), method)
+    assert relative(flat(found.hypergradient), flat(hypergradient(upper, lower, "exact"))) < 0.02
+    assert cost < passes
+
+
 @pytest.mark.parametrize("method", ["f2sa", "penalty"])
 def test_damping_adds_to_the_diagonal_of_the_hessian(method: str) -> None:
     quadratic = displaced(program(0))
@@ -121,7 +158,9 @@ def test_a_small_gradient_of_a_curved_upper_loss_makes_nu_no_larger() -> None:
     _, lower = quadratic.levels()
     exact = flat(hypergradient(upper, lower, "exact"))
     assert relative(flat(hypergradient(upper, lower, f"f2sa:{LONG}")), exact) < 1e-3
-    assert relative(flat(hypergradient(upper, lower, f"f2sa:nu=1,{LONG}")), exact) > 0.1
+    with pytest.warns(HypergradientWarning, match="f2sa"):
+        far = flat(hypergradient(upper, lower, f"f2sa:nu=1,{LONG}"))
+    assert relative(far, exact) > 0.1
 
 
 def test_nu_moves_w_by_the_best_length_of_a_central_difference() -> None:
@@ -130,12 +169,12 @@ def test_nu_moves_w_by_the_best_length_of_a_central_difference() -> None:
     here, lengths = flat(quadratic.w).detach().clone(), []
 
     def f(w: Tensor, u: Tensor) -> Tensor:
-        lengths.append(float((w - here).norm()))
+        lengths.append(float((w - here).detach().norm()))
         return quadratic.f(w, u)
 
     upper = Level(lambda w, u: w.sum(), quadratic.u, quadratic.w, quadratic.u)
     lower = Level(f, quadratic.w, quadratic.w, quadratic.u)
-    hypergradient(upper, lower, "f2sa:inner_steps=0")
+    asked((upper, lower), "f2sa:inner_steps=0")
     best = (torch.finfo(torch.float64).eps * (1 + float(here.norm()))) ** (1 / 3)
     assert [x for x in lengths if x] == pytest.approx([best] * 3, rel=1e-5)
 
@@ -149,22 +188,15 @@ def test_a_fixed_step_is_that_of_gradient_descent() -> None:
     contraction = torch.linalg.matrix_power(torch.eye(len(b)).to(b) - eta * h, steps)
     x = end + contraction @ (start - end)
     method = f"penalty:gamma={gamma},step_size={eta},inner_steps={steps},tolerance=0.0"
-    found = flat(hypergradient(*quadratic.levels(), method)) - quadratic.direct
+    found = flat(asked(quadratic.levels(), method)[0].implicit)
     assert relative(found, -gamma * quadratic.c_mixed.T @ x) < 1e-6
-
-
-def asked(levels: Any, method: str, state: Any = None) -> tuple[Estimate, int]:
-    """An estimate and the passes that it cost."""
-    oracle = open_oracle(*levels, seed=0)
-    oracle.state = state or {}
-    return estimate(oracle, method), oracle.passes.gradients
 
 
 @pytest.mark.parametrize(("method", "passes"), [("f2sa", 8), ("penalty", 4)])
 def test_runs_start_where_they_ended(method: str, passes: int) -> None:
     levels = displaced(program(1)).levels()
-    first, cost = asked(levels, f"{method}:inner_steps=100")
-    again, warm = asked(levels, f"{method}:inner_steps=100", first.state)
+    first, cost = asked(levels, f"{method}:tolerance=1e-5")
+    again, warm = asked(levels, f"{method}:tolerance=1e-5", first.state)
     assert warm == passes < cost and again.steps == 0
     assert again.residual is not None and again.residual <= 1e-4
     assert relative(flat(again.hypergradient), flat(first.hypergradient)) < 1e-3

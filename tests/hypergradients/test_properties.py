@@ -51,6 +51,7 @@ def test_every_kind_is_registered() -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @cases("implicit", "penalty")
 @given(program=programs())
 @EXAMPLES
@@ -99,6 +100,7 @@ def test_direct_estimators_return_the_partial_derivative(case: Case, program: Pr
     assert_close(estimate(case, program), program.direct, program.direct, case.rounding)
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @cases("implicit")
 @given(program=programs(), scale=st.floats(1e-3, 1e3))
 @EXAMPLES

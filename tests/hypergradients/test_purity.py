@@ -14,6 +14,8 @@ from tests.support.cases import Case, cases
 from tests.support.networks import Classify, Network, differences, loader, network_levels, owned
 
 Levels = tuple[Classify, Classify]
+# The lower loss of a network in training is not convex, and most solvers end far from a solution.
+pytestmark = pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 
 
 def trained_levels(**options: Any) -> Levels:

@@ -118,7 +118,7 @@ def test_the_figures_of_the_ridge_regression() -> None:
         ("minres:steps=10", 1e-6, 0.0025),
         ("nystrom:rank=10,steps=10", 1e-5, 0.0025),
         ("unrolled:steps=10", 0.06, None),
-        ("f2sa", 3e-5, 1e-3),
+        ("f2sa:tolerance=1e-5", 3e-5, 1e-3),
         ("penalty", 0.006, 0.03),
     ],
 )

@@ -106,6 +106,7 @@ def flash(w: Tensor) -> Tensor:
         pytest.param(Once.apply, id="once differentiable"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize("method", ["darts", "cg"])
 def test_operations_without_second_derivative_are_refused_with_advice(
     operation: Callable[[Tensor], Tensor], method: str

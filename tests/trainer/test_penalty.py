@@ -17,6 +17,7 @@ from tests.support.watch import Watch, batches_of, double, watched
 GAMMA = 5.0
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize("micro", [1, 2])
 def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path: Path, micro: Any) -> None:
     """Each on an upper batch of its own, a function of the step; and u moves at the same point."""
