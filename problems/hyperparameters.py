@@ -65,7 +65,7 @@ class Hyperparameters(TaskLevel):
 
     def values(self) -> dict[str, float]:
         """What is learnt, as it is now, by name: exp(d_l), exp(s_l) and η."""
-        return {n: float(v.exp()) for n, v in zip(self.names, self.variables, strict=True)}
+        return {n: float(v.detach().exp()) for n, v in zip(self.names, self.variables, strict=True)}
 
 
 class Regularised(TaskLevel):

@@ -14,7 +14,8 @@ from torch import nn
 
 from hyperopt_peft import Engine, ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
-from hyperopt_peft.problems.bidora import Adapter, Direction, Magnitude
+from hyperopt_peft.problems.bidora import Direction, Magnitude
+from hyperopt_peft.problems.common import Adapter
 from tests.support.trainers import CONFIG as SHAPE
 from tests.support.trainers import base_model
 
