@@ -100,7 +100,7 @@ def lower_point(
 def independent_masks(upper: Problem, lower: Problem, seed: int) -> Vector:
     """The two-sided difference of ``darts``, written as a loop that leaves dropout to itself."""
     with lower_point(upper, lower, seed) as (point, b):
-        epsilon = default_epsilon(Vector(point))
+        epsilon = float(default_epsilon(point))
         sides = []
         for sign in (1, -1):
             assign_(lower.variables, point, b.parts, sign * epsilon / b.norm())

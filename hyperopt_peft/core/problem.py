@@ -30,10 +30,11 @@ from hyperopt_peft.core.validation import (
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import graph_leaves
-from hyperopt_peft.utils.distributed import is_sharded, seen_parameters, total
+from hyperopt_peft.utils.distributed import is_sharded, seen_parameters
 from hyperopt_peft.utils.random_state import RandomState
-from hyperopt_peft.utils.reductions import all_finite, sums, to_floats
+from hyperopt_peft.utils.reductions import all_finite, to_floats
 from hyperopt_peft.utils.reductions import norm as norm_of
+from hyperopt_peft.utils.reductions import squares as squares_of
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,18 @@ class Evaluation:
     """A loss at one point, and its gradient.
 
     ``gradient`` has one entry for each requested variable, in the variable's shape and dtype. An
-    entry is None where the loss does not read the variable. ``metrics`` are the other numbers
-    that the loss returned.
+    entry is None where the loss does not read the variable. ``norms`` are the 2-norms of the
+    entries, 0 for None. ``metrics`` are the other numbers that the loss returned.
 
     Example:
-        >>> Evaluation(loss=0.5, metrics={}, gradient=(torch.ones(2), None)).loss
+        >>> Evaluation(0.5, {}, (torch.ones(4), None), norms=(2.0, 0.0)).loss
         0.5
     """
 
     loss: float
     metrics: dict[str, float]
     gradient: tuple[Tensor | None, ...]
+    norms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -213,10 +215,16 @@ class Problem:
         Raises:
             NonFiniteError: the loss or a gradient is NaN or infinite, on any process.
         """
+        loss, metrics, gradient = self.differentiate(batch, variables)
+        value, norms = self.require_finite(loss, gradient)
+        return Evaluation(value, metrics, gradient, norms)
+
+    def differentiate(
+        self, batch: Any, variables: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
+        """As `gradient`, but the loss stays on its device and nothing is checked."""
         loss, metrics, gradient = self.backward(batch, variables)
-        gradient = distributed.mean(gradient, variables)
-        value = self.require_finite(distributed.average(loss), gradient)
-        return Evaluation(value, metrics, gradient)
+        return distributed.average(loss), metrics, distributed.mean(gradient, variables)
 
     def backward(
         self, batch: Any, variables: Sequence[Tensor]
@@ -260,24 +268,28 @@ class Problem:
             )
         return loss.detach(), metrics, gradient
 
-    def require_finite(self, loss: Tensor, gradient: Sequence[Tensor | None]) -> float:
-        """The value of ``loss``.
+    def require_finite(
+        self, loss: Tensor, gradient: Sequence[Tensor | None]
+    ) -> tuple[float, tuple[float, ...]]:
+        """The value of ``loss``, and the 2-norm of each part of ``gradient``, 0 for None.
 
         Raises:
             NonFiniteError: ``loss`` or an entry of ``gradient`` is NaN or infinite.
         """
         parts = [part for part in gradient if part is not None]
-        value, *summed = to_floats([loss, *sums(parts)])
+        value, *squares = to_floats([loss, *squares_of(parts)])
         if not math.isfinite(value):
             raise NonFiniteError(f"{self.name}: the loss is {value}")
-        if not math.isfinite(total(summed, parts)) and not all_finite(parts):
+        if not math.isfinite(sum(squares)) and not all_finite(parts):
             raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
-        return value
+        found = iter(squares)
+        return value, tuple(0.0 if part is None else next(found) ** 0.5 for part in gradient)
 
-    def step(self, gradient: Sequence[Tensor | None]) -> float:
+    def step(self, gradient: Sequence[Tensor | None], norm: float | None = None) -> float:
         """One step of the optimizer along ``gradient``, then one of the scheduler.
 
-        A variable whose gradient is None does not move. Returns the 2-norm before clipping.
+        A variable whose gradient is None does not move. Returns the 2-norm before clipping, which
+        is ``norm`` where the caller knows it.
 
         Raises:
             ProblemError: the level has no optimizer.
@@ -287,7 +299,8 @@ class Problem:
             raise ProblemError(
                 f"{self.name}: the level has no optimizer; give one to train the level"
             )
-        norm = norm_of(part for part in gradient if part is not None)
+        if norm is None:
+            norm = norm_of(part for part in gradient if part is not None)
         if not math.isfinite(norm):
             raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
         write_options(self)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils.autograd import graph_nodes, is_half
+from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_half
 
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
@@ -126,7 +126,7 @@ def runs_in_half(loss: Tensor, level: str) -> bool:
         ProblemError: reentrant gradient checkpointing hides the graph.
     """
     nodes = list(graph_nodes([loss]))
-    if any("CheckpointFunction" in node.name() for node in nodes):
+    if any(map(is_checkpoint, nodes)):
         raise ProblemError(
             f"{level}: reentrant gradient checkpointing hides variables from the "
             'loss; enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}'

@@ -173,8 +173,8 @@ class Retraining(Estimator):
         found = []
         with oracle.moved(), perturbed(u) as here:
             start = tuple(x.detach().clone() for x in w)
-            epsilon = self.epsilon or default_epsilon(
-                Vector(here), "central", differences(oracle.lower), beside=start
+            epsilon = self.epsilon or float(
+                default_epsilon(here, "central", differences(oracle.lower), beside=start)
             )
             for d in directions:
                 quotients = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -188,14 +187,17 @@ class Nested(Chain):
         log = {"loss": below.loss, "grad_norm": below.grad_norm, **below.metrics}
         self._below = {f"below_{key}": value for key, value in log.items()}
 
-    def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+    def differentiate(
+        self, batch: Any, variables: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         """G and ∂G̃/∂variables; None for a variable that neither G nor a loss below reads.
 
         Raises:
             NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
         """
         evaluation = self.gradient_of(self.middle, batch, variables)
-        return replace(evaluation, metrics=evaluation.metrics | self._below)
+        loss = torch.tensor(evaluation.loss, dtype=torch.float64)
+        return loss, evaluation.metrics | self._below, evaluation.gradient
 
     def gradient_of(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
         """The loss of ``level`` and its total derivative, with w = w*(u, v)."""
@@ -213,7 +215,9 @@ class Nested(Chain):
             raise NonFiniteError(f"{self.name} over {self.lower.name}: {error}") from error
         self.half = bool(self.middle.half or self.lower.half)
         residual = {} if result.residual is None else {"residual": result.residual}
-        return replace(evaluation, metrics=evaluation.metrics | residual, gradient=gradient)
+        metrics = evaluation.metrics | residual
+        _, norms = level.require_finite(torch.tensor(evaluation.loss), gradient)
+        return Evaluation(evaluation.loss, metrics, gradient, norms)
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
@@ -322,5 +326,7 @@ class _Reading(Problem):
         self.level = level
         super().__init__(variables, name=level.name)
 
-    def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
-        return self.level.gradient(batch, variables)
+    def differentiate(
+        self, batch: Any, variables: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
+        return self.level.differentiate(batch, variables)

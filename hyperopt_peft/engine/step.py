@@ -8,6 +8,7 @@ The estimator evaluates f on the batch and the random numbers of the last lower 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ class BilevelStep:
             number=number,
             next_upper_batch=self.upper.next_batch,
         )
-        norm = self.lower.step(gradient)
+        known = None if self.requirements.upper_weight else evaluation.norms[: len(gradient)]
+        norm = self.lower.step(gradient, None if known is None else math.hypot(*known))
         return LowerStep(evaluation.loss, norm, evaluation.metrics)
 
     def record_lower(

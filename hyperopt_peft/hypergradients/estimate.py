@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +18,8 @@ from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import NESTED
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.vector import inner
 
 #: The batch that a level's data will give next.
 NEXT: Any = object()
@@ -63,16 +67,30 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
         with oracle.open():
             result = estimator.estimate(oracle)
     except NonFiniteError as error:
+        _require_finite(
+            estimator, oracle.lower, to_floats(oracle.losses)
+        )  # where the others come from
         raise NonFiniteError(f"{estimator.name}: {error}") from error
     if not isinstance(result, Estimate):
         raise ProblemError(
             f"{estimator.name}: estimate must return an Estimate, got {type(result).__name__}"
         )
-    if not result.hypergradient.isfinite():
+    vectors = result.hypergradient, result.direct, result.implicit
+    values = to_floats([*oracle.losses, *(inner(x, x) for x in vectors)])
+    _require_finite(estimator, oracle.lower, values[:-3])
+    if not math.isfinite(sum(values[-3:])) and not result.hypergradient.isfinite():
         raise NonFiniteError(
             f"{estimator.name}: the hypergradient is not finite (residual {result.residual})"
         )
-    return result
+    norm, direct, implicit = map(math.sqrt, values[-3:])
+    return replace(result, norms=(norm, direct, implicit))
+
+
+def _require_finite(estimator: Estimator, lower: Problem, losses: Sequence[float]) -> None:
+    """Raise NonFiniteError where f was NaN or infinite at one of its evaluations."""
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"{estimator.name}: {lower.name}: the loss is {loss}")
 
 
 def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> None:

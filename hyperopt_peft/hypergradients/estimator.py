@@ -19,7 +19,8 @@ from hyperopt_peft.utils.vector import Vector
 class Estimate:
     """A hypergradient: ``direct`` is ∂F/∂u, ``implicit`` the second term with its sign.
 
-    ``state`` is what the estimator finds in the oracle at the next upper step of a run.
+    ``state`` is what the estimator finds in the oracle at the next upper step of a run. ``norms``
+    are the 2-norms of dF/du, ``direct`` and ``implicit``, as `estimate` reads them.
     """
 
     direct: Vector
@@ -28,6 +29,7 @@ class Estimate:
     steps: int | None = None
     note: str = ""
     state: State = field(default_factory=dict)
+    norms: tuple[float, float, float] | None = None
 
     @property
     def hypergradient(self) -> Vector:
@@ -37,7 +39,7 @@ class Estimate:
     @property
     def implicit_ratio(self) -> float:
         """‖implicit‖/‖direct‖; infinite where F does not read u itself."""
-        direct, implicit = self.direct.norm(), self.implicit.norm()
+        _, direct, implicit = self.norms or (0.0, self.direct.norm(), self.implicit.norm())
         return implicit / direct if direct else (float("inf") if implicit else 0.0)
 
 

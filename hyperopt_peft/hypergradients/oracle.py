@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -40,10 +41,11 @@ Gradients = Callable[[Literal["upper", "lower"], Vector], tuple[Vector, Vector]]
 
 @dataclass(frozen=True)
 class UpperGradient:
-    """∂F/∂u (``direct``) and ∂F/∂w (``b``), zero where F does not read a variable."""
+    """∂F/∂u (``direct``), ∂F/∂w (``b``) and ‖b‖; zero where F does not read a variable."""
 
     direct: Vector
     b: Vector
+    norm: float
     evaluation: Evaluation
 
 
@@ -69,6 +71,7 @@ class Oracle:
     state: State = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
     buffers: Buffers = field(default_factory=Buffers)
+    losses: list[Tensor] = field(default_factory=list)
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:
@@ -89,7 +92,8 @@ class Oracle:
             evaluation = gradient_of(self.upper, self.lower, self.upper_batch, (*u, *w))
         self.buffers.restore()
         direct, b = evaluation.gradient[: len(u)], evaluation.gradient[len(u) :]
-        return UpperGradient(Vector.of(direct, u), Vector.of(b, w), evaluation)
+        norm = math.hypot(*evaluation.norms[len(u) :])
+        return UpperGradient(Vector.of(direct, u), Vector.of(b, w), norm, evaluation)
 
     def lower_gradient(self) -> Vector:
         """∂f/∂w where the lower variables are now, by one forward+backward."""
@@ -97,7 +101,10 @@ class Oracle:
 
     def lower_parts(self) -> tuple[Tensor | None, ...]:
         """As ``lower_gradient``, but None where f does not read a variable: a step leaves it."""
-        return self._objective(None).parts(self.lower.variables)
+        objective = self._objective(None)
+        parts = objective.parts(self.lower.variables)
+        self.lower.require_finite(objective.losses[-1], parts)
+        return parts
 
     @contextmanager
     def moved(self) -> Iterator[Gradients]:
@@ -192,7 +199,15 @@ class Oracle:
     def _objective(self, at: StepRecord | None) -> Objective:
         batch = self.lower_batch if at is None else at.batch
         random_state = self.lower_random if at is None else at.random_state
-        return Objective(self.lower, self.upper, batch, random_state, self.passes, self.buffers)
+        return Objective(
+            self.lower,
+            self.upper,
+            batch,
+            random_state,
+            self.passes,
+            self.buffers,
+            self.losses,
+        )
 
 
 def check_ownership(*levels: Problem) -> None:

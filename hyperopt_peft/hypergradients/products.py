@@ -7,7 +7,6 @@ once more; `DifferenceProduct` needs first-order passes only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,18 +15,22 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperopt_peft.core.chain import differences
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.autograd import graph_nodes, once_differentiable_functions
+from hyperopt_peft.utils import distributed, reductions
+from hyperopt_peft.utils.autograd import (
+    graph_nodes,
+    lacks_second_derivative,
+    once_differentiable_functions,
+    raises_when_differentiated,
+)
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import Buffers, assign_, perturbed
-from hyperopt_peft.utils.vector import Vector, machine_epsilon
+from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon
 
 ProductKind = Literal["exact", "difference"]
 Scheme = Literal["central", "forward"]
@@ -53,7 +56,11 @@ class Passes:
 
 @dataclass(frozen=True)
 class Objective:
-    """The lower objective on one batch, with the random numbers of every evaluation fixed."""
+    """The lower objective on one batch, with the random numbers of every evaluation fixed.
+
+    The value of f at each evaluation is added to ``losses`` and stays on its device. Gradients are
+    not checked: a NaN shows in the numbers that a solver reads, and `estimate` reads the losses.
+    """
 
     lower: Problem
     upper: Problem
@@ -61,6 +68,7 @@ class Objective:
     random_state: RandomState
     passes: Passes
     buffers: Buffers
+    losses: list[Tensor]
 
     def gradient(self, variables: tuple[Tensor, ...]) -> Vector:
         """∂f/∂variables at the current point, by one forward+backward."""
@@ -70,7 +78,8 @@ class Objective:
         """As ``gradient``, in the variables' dtypes; None where f does not read one."""
         self.passes.gradients += 1
         with replay(self.random_state):
-            gradient = self.lower.gradient(self.batch, variables).gradient
+            loss, _, gradient = self.lower.differentiate(self.batch, variables)
+        self.losses.append(loss)
         self.buffers.restore()  # so that the next evaluation is of the same function
         return gradient
 
@@ -99,7 +108,6 @@ class ExactProduct:
 
     Raises:
         ProblemError: an operation of the loss has no second derivative, or a module is sharded.
-        NonFiniteError: the loss is NaN or infinite.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -107,7 +115,7 @@ class ExactProduct:
         objective.passes.gradients += 1
         with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), _without_reducers():
             loss, _ = objective.lower.evaluate(objective.batch)
-        objective.lower.require_finite(distributed.average(loss), ())
+        objective.losses.append(distributed.average(loss))
         self._loss = loss
         self.gradient = _slopes(loss, objective.lower.variables)
 
@@ -152,7 +160,7 @@ def _slopes(loss: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
         # Autograd never reaches their error: it leads nowhere, or is not even in the graph.
         marked = once_differentiable_functions(loss)
-        if marked or any("Error" in node.name() for node in graph_nodes(slopes)):
+        if marked or any(map(raises_when_differentiated, graph_nodes(slopes))):
             names = ", ".join(marked) or "a function"
             raise RuntimeError(f"{names} is marked once_differentiable, not twice")
         return slopes
@@ -203,40 +211,45 @@ class DifferenceProduct:
         upper: tuple[Sequence[Tensor], Vector] | None = None,
     ) -> Vector:
         """``upper``: where u is and the direction that it moves along, if it moves too."""
-        length = v.norm() if upper is None else math.hypot(v.norm(), upper[1].norm())
-        if length == 0:
-            return Vector.of([None] * len(variables), variables)
-        epsilon = self.epsilon or default_epsilon(
-            Vector(self.point),
+        square = inner(v, v) if upper is None else inner(v, v) + inner(upper[1], upper[1])
+        h = self._length / square.sqrt()
+        h = torch.where(square > 0, h, 0.0)  # nothing moves along a v of zero
+        moves = [(self.objective.lower.variables, self.point, v * h)]
+        if upper is not None:
+            moves.append((self.objective.upper.variables, upper[0], upper[1] * h))
+
+        def gradient(side: float) -> Vector:
+            for moved, here, along in moves:
+                assign_(moved, here, along.parts, side)
+            return self.objective.gradient(variables)
+
+        ahead = gradient(1.0)
+        if self.scheme == "central":
+            behind, h = gradient(-1.0), 2 * h
+        else:
+            if level not in self._unmoved:
+                self._unmoved[level] = gradient(0.0)
+            behind = self._unmoved[level]
+        return ahead.add_(behind, -1.0).mul_(torch.where(square > 0, 1 / h, 0.0))
+
+    @cached_property
+    def _length(self) -> float | Tensor:
+        """The length of a step in the space of w, once for the point."""
+        return self.epsilon or default_epsilon(
+            self.point,
             self.scheme,
             differences(self.objective.lower),
             beside=self.objective.upper.variables,
         )
-        # The factor 1/length would leave the range of float32 where v is tiny.
-        along, scale = (v, length) if length > 1e-30 else (v / length, 1.0)
-
-        def gradient(shift: float) -> Vector:
-            w = self.objective.lower.variables
-            assign_(w, self.point, along.parts, shift / scale)
-            if upper is not None:
-                here, e = upper
-                assign_(self.objective.upper.variables, here, e.parts, shift / length)
-            return self.objective.gradient(variables)
-
-        if self.scheme == "central":
-            return (gradient(epsilon) - gradient(-epsilon)) * (length / (2 * epsilon))
-        if level not in self._unmoved:
-            self._unmoved[level] = gradient(0.0)
-        return (gradient(epsilon) - self._unmoved[level]) * (length / epsilon)
 
 
 def default_epsilon(
-    point: Vector,
+    point: Sequence[Tensor],
     scheme: Scheme = "central",
     differences: int = 0,
     *,
     beside: Sequence[Tensor] = (),
-) -> float:
+) -> Tensor:
     """(δ·(1 + ‖w‖))^(1/(1+p)), δ the machine epsilon of the coarsest part of w and ``beside``.
 
     p is 2 for the central and 1 for the forward scheme. The length balances the truncation
@@ -244,9 +257,10 @@ def default_epsilon(
     difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3). Balanced, they
     are O(δ^(2/3)) for the central scheme: the δ of a gradient that is itself made of differences.
     """
-    delta = machine_epsilon(Vector((*point, *beside))) ** ((2 / 3) ** differences)
+    delta = machine_epsilon((*point, *beside)) ** ((2 / 3) ** differences)
     order = 2 if scheme == "central" else 1
-    return float((delta * (1 + point.norm())) ** (1 / (1 + order)))
+    length = reductions.summed(reductions.squares(point)).sqrt()
+    return (delta * (1 + length)) ** (1 / (1 + order))
 
 
 @contextmanager
@@ -256,10 +270,13 @@ def _without_reducers() -> Iterator[None]:
     Raises:
         ProblemError: a module's parameters are sharded.
     """
+    if not distributed.initialised():
+        yield
+        return
     silenced = []
 
     def silence(module: nn.Module, _inputs: object) -> None:
-        if isinstance(module, FSDPModule):
+        if distributed.shards(module):
             raise ProblemError(SHARDED)
         if isinstance(module, DistributedDataParallel) and module.require_backward_grad_sync:
             module.require_backward_grad_sync = False
@@ -284,10 +301,9 @@ def _second_derivatives() -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
-        text = str(error)
-        if not any(word in text for word in ("not implemented", "double", "twice")):
+        if not lacks_second_derivative(error):
             raise
         raise ProblemError(
-            f"the lower loss has no second derivative ({text}); "
+            f"the lower loss has no second derivative ({error}); "
             'choose product="difference", which needs first-order passes only'
         ) from error

@@ -51,6 +51,26 @@ def refuses_in_place_edit(error: RuntimeError) -> bool:
     return any(word in str(error) for word in ("in-place", "inplace"))
 
 
+def is_checkpoint(node: Any) -> bool:
+    """Whether ``node`` is a reentrant gradient checkpoint, behind which no graph is seen."""
+    return "CheckpointFunction" in node.name()
+
+
+def raises_when_differentiated(node: Any) -> bool:
+    """Whether ``node`` stands for an operation without a derivative: its pass raises."""
+    return "Error" in node.name()
+
+
+def lacks_second_derivative(error: RuntimeError) -> bool:
+    """Whether a double backward raised ``error`` since an operation cannot be differentiated."""
+    return any(word in str(error) for word in ("not implemented", "double", "twice"))
+
+
+def recomputed_in_other_dtypes(error: RuntimeError) -> bool:
+    """Whether a checkpoint raised ``error`` since its second forward pass ran in other dtypes."""
+    return any(word in str(error) for word in ("same dtype", "Recomputed"))
+
+
 def is_half(node: Any) -> bool:
     """Whether the node's result is in bfloat16 or float16."""
     return any(output.dtype in HALF for output in getattr(node, "_input_metadata", ()))

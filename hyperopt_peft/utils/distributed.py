@@ -7,15 +7,19 @@ the average of a tensor is the tensor.
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 
 from hyperopt_peft.utils.autograd import HALF
 
@@ -24,7 +28,12 @@ K = TypeVar("K", bound=Hashable)
 
 def world_size() -> int:
     """The number of processes; 1 where ``torch.distributed`` is not initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if initialised() else 1
+
+
+def initialised() -> bool:
+    """Whether ``torch.distributed`` is in use, by one process perhaps."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
@@ -141,6 +150,46 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@dataclass(frozen=True)
+class Form:
+    """The shape of a tensor, and how the tensor is spread over the processes.
+
+    ``here`` is the shape of this process's part, and ``holders`` the number of processes that
+    hold the same part: 0 for a plain tensor, which is the same on every process.
+    """
+
+    shape: torch.Size
+    here: torch.Size
+    stride: tuple[int, ...] = ()
+    mesh: DeviceMesh | None = None
+    placements: tuple[Placement, ...] = ()
+    holders: int = 0
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        """The form of ``tensor``."""
+        if not isinstance(tensor, DTensor):
+            return cls(tensor.shape, tensor.shape)
+        mesh, placements = tensor.device_mesh, tensor.placements
+        split = (mesh.size(k) for k, p in enumerate(placements) if isinstance(p, Shard))
+        holders = dist.get_world_size() // math.prod(split)
+        here = tensor.to_local().shape
+        return cls(tensor.shape, here, tensor.stride(), mesh, placements, holders)
+
+    def shaped(self, part: Tensor) -> Tensor:
+        """The tensor of this form whose part on this process has the entries ``part``."""
+        if self.mesh is None:
+            return part.view(self.shape)
+        return DTensor.from_local(
+            part.view(self.here),
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=self.shape,
+            stride=self.stride,
+        )
+
+
 def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
     """The full tensor ``whole``, sharded and placed as ``like``, in the dtype of ``like``."""
     if not isinstance(like, DTensor):
@@ -155,11 +204,15 @@ def reshard(model: nn.Module) -> None:
     FSDP2 frees gathered parameters in the backward pass. After a forward pass without a backward
     pass the gathered tensors remain the parameters, and changes of the shards have no effect.
     """
-    from torch.distributed.fsdp import FSDPModule  # the import takes half a second
-
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if shards(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def shards(module: nn.Module) -> bool:
+    """Whether FSDP2 spreads the parameters of ``module`` over the processes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # half a second to import, of use to few
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @contextmanager
@@ -169,12 +222,10 @@ def seen_parameters() -> Iterator[list[Tensor]]:
     A backward pass writes the gradients of these parameters, though they are not in autograd's
     graph.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     found: list[Tensor] = []
 
     def see(module: nn.Module, _inputs: object) -> None:
-        if isinstance(module, FSDPModule):
+        if shards(module):
             found.extend(p for p in module.parameters() if is_sharded(p))
 
     hook = nn.modules.module.register_module_forward_pre_hook(see)
@@ -184,32 +235,21 @@ def seen_parameters() -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def total(values: Sequence[float], of: Sequence[Tensor]) -> float:
-    """Σ_k values_k over the shards of all processes.
+def totals(values: Sequence[Tensor], holders: Sequence[int]) -> list[Tensor]:
+    """``values``, each a scalar of one tensor's shard on this process, over the shards of all.
 
-    A plain tensor is equal on all processes and counts once. A shard that several processes have
-    counts once as well. Every process must call this function, with tensors of the same sharding.
+    A plain tensor is equal on all processes: its value stays. Every process must call this
+    function, with tensors of the same sharding.
 
     Args:
-        values: for each tensor a number of its shard on this process, for example a sum.
-        of: the tensors.
-
-    Example:
-        >>> total([1.0, 2.0], [torch.ones(1), torch.ones(2)])  # plain tensors
-        3.0
+        values: for each tensor a scalar of its shard on this process, for example a sum.
+        holders: `Form.holders` of each tensor.
     """
-    result = sum(v for v, x in zip(values, of, strict=True) if not isinstance(x, DTensor))
-    parts = [v / _holders(x) for v, x in zip(values, of, strict=True) if isinstance(x, DTensor)]
-    if parts:
-        device = next(x.device for x in of if isinstance(x, DTensor))
-        here = torch.tensor(sum(parts), dtype=torch.float64, device=device)
+    result = list(values)
+    sharded = [k for k, count in enumerate(holders) if count]
+    if sharded:
+        here = torch.stack([values[k].double() / holders[k] for k in sharded])
         dist.all_reduce(here)
-        result += float(here)
+        for k, value in zip(sharded, here, strict=True):
+            result[k] = value
     return result
-
-
-def _holders(tensor: DTensor) -> int:
-    """The number of processes that have the same shard of ``tensor``."""
-    mesh = tensor.device_mesh
-    sizes = (mesh.size(k) for k, p in enumerate(tensor.placements) if isinstance(p, Shard))
-    return dist.get_world_size() // math.prod(sizes)

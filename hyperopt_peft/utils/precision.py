@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils.autograd import HALF
+from hyperopt_peft.utils.autograd import HALF, recomputed_in_other_dtypes
 from hyperopt_peft.utils.vector import widened
 
 _CASTS: dict[Any, Callable[..., Tensor]] = {
@@ -87,7 +87,7 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
         with SinglePrecision():
             yield
     except RuntimeError as error:
-        if "same dtype" not in str(error) and "Recomputed" not in str(error):
+        if not recomputed_in_other_dtypes(error):
             raise
         raise ProblemError(
             "gradient checkpointing computes half-precision parts of the loss again where they "

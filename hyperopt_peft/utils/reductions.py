@@ -1,4 +1,8 @@
-"""Numbers read back from tensors, with one transfer from the device each time."""
+"""Sums over many tensors that stay on their device, and the one function that reads numbers back.
+
+A read waits for the device, so a solver has at most one a step: sums are scalar tensors, and
+`to_floats` brings several of these over at once.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hyperopt_peft.utils.autograd import HALF
-from hyperopt_peft.utils.distributed import to_local, total
+from hyperopt_peft.utils.distributed import Form, to_local, totals
+
+BLOCK = 2**16  # entries that a CPU widens at a time, which then stay in its cache
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
-    """The values of scalar tensors."""
+    """The values of scalar tensors, by one transfer from the device."""
     if not scalars:
         return []
     if len({(x.dtype, x.device) for x in scalars}) > 1:
@@ -22,50 +27,49 @@ def to_floats(scalars: Sequence[Tensor]) -> list[float]:
     return values
 
 
-def sums(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The sum of each tensor's local part, in float32 at least.
-
-    It is NaN or infinite if an entry is, and otherwise only where it overflows: a test far
-    cheaper than that of each entry.
-    """
-    return [x.detach().sum(dtype=_wide(x)) for x in to_local(tensors)]
-
-
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
     tensors = list(tensors)
-    if math.isfinite(total(to_floats(sums(tensors)), tensors)):
-        return True
-    return total(to_floats([(~x.isfinite()).sum() for x in to_local(tensors)]), tensors) == 0
+    return not any(to_floats(_whole([(~x.isfinite()).sum() for x in to_local(tensors)], tensors)))
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Σ ⟨a_k, b_k⟩, in blocks of float32 at least whose sums are added in float64."""
-    pairs = [(x.flatten(), y.flatten()) for x, y in zip(to_local(a), to_local(b), strict=True)]
-    blocks = [
-        (whole, x, y)
-        for whole, pair in zip(a, pairs)
-        for x, y in zip(*map(_blocks, pair), strict=True)
-    ]
-    result = total(
-        to_floats([torch.dot(x, y) for _, x, y in blocks]), [whole for whole, *_ in blocks]
-    )
-    if 1e-24 < abs(result) < 1e24:
-        return result
-    # The products may have left the range of float32; this is ten times slower.
-    return total(to_floats([torch.dot(x.double(), y.double()) for x, y in pairs]), a)
+def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Σ x² over the entries of each tensor, scalars in float64.
+
+    One is NaN or infinite if an entry is, and otherwise only where float64 cannot hold the square.
+    """
+    if not tensors:
+        return []
+    norms = torch._foreach_norm([x.detach() for x in to_local(tensors)], 2, torch.float64)
+    return _whole([x.square() for x in norms], tensors)
+
+
+def summed(scalars: Sequence[Tensor]) -> Tensor:
+    """The sum of scalar tensors, in float64 on the device of the first."""
+    first, *others = scalars
+    result = first.double()
+    for other in others:
+        result = result + other.to(result)
+    return result
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of two tensors, in float64: squares stay in range, and small terms are not lost."""
+    a, b = a.detach().flatten(), b.detach().flatten()
+    if a.dtype == torch.float64 or a.device.type != "cpu" or len(a) <= BLOCK:
+        return _wide_dot(a, b)
+    return torch.stack([_wide_dot(*pair) for pair in zip(a.split(BLOCK), b.split(BLOCK))]).sum()
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """The 2-norm of all entries."""
-    parts = [x.detach().to(_wide(x)) for x in tensors]
-    return math.sqrt(dot(parts, parts))
+    return math.sqrt(sum(to_floats(squares(list(tensors)))))
 
 
-def _blocks(vector: Tensor) -> Sequence[Tensor]:
-    """Parts short enough for a CPU's float32 sum; a GPU sums in a tree."""
-    return vector.split(2**16) if vector.device.type == "cpu" else (vector,)
+def _wide_dot(a: Tensor, b: Tensor) -> Tensor:
+    wide = a.double()
+    return torch.dot(wide, wide if b is a else b.double())
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype in HALF else tensor.dtype
+def _whole(values: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+    return totals(values, [Form.of(x).holders for x in of])

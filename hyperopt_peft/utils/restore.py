@@ -37,9 +37,14 @@ class Buffers:
     @torch.no_grad()
     def restore(self) -> None:
         """Put them back, changed in place, replaced, or made where there was None."""
-        for (_, name), (module, buffer, before) in self._seen.items():
-            if buffer is not None and before is not None:
-                buffer.copy_(before)
+        pairs = [
+            (buffer, before)
+            for _, buffer, before in self._seen.values()
+            if buffer is not None and before is not None
+        ]
+        if pairs:  # all of them: a write through ``.data`` leaves no trace
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        for (_, name), (module, buffer, _) in self._seen.items():
             module._buffers[name] = buffer
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules import module as modules
 from torch.utils.checkpoint import checkpoint
 
@@ -110,16 +112,6 @@ def test_input_metadata_has_the_dtypes_of_a_node() -> None:
 
 
 def test_forward_cls_of_a_once_differentiable_function() -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x * 2
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, dy: Tensor) -> Tensor:
-            return 2 * dy
-
     x = torch.ones(2, requires_grad=True)
     assert autograd.once_differentiable_functions(Once.apply(x).sum()) == ["Once"]
     assert not autograd.once_differentiable_functions(Squared.apply(x, x).sum())
@@ -128,7 +120,7 @@ def test_forward_cls_of_a_once_differentiable_function() -> None:
 def test_the_node_of_a_reentrant_checkpoint_is_called_checkpoint_function() -> None:
     x = torch.ones(2, requires_grad=True)
     y = checkpoint(torch.sin, x, use_reentrant=True)
-    assert any("CheckpointFunction" in type(node).__name__ for node in autograd.graph_nodes([y]))
+    assert any(map(autograd.is_checkpoint, autograd.graph_nodes([y])))
 
 
 def test_the_words_of_an_in_place_edit_that_autograd_refuses() -> None:
@@ -143,3 +135,50 @@ def test_the_words_of_an_in_place_edit_that_autograd_refuses() -> None:
         result.sum().backward()
     assert autograd.refuses_in_place_edit(refused.value)
     assert not autograd.refuses_in_place_edit(RuntimeError("out of memory"))
+
+
+class Once(torch.autograd.Function):
+    """2x, marked as differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return 2 * dy
+
+
+def test_the_node_of_a_derivative_that_raises_has_error_in_its_name() -> None:
+    x = torch.ones(2, requires_grad=True)
+    (slope,) = torch.autograd.grad(Once.apply(x.sin()).square().sum(), x, create_graph=True)
+    assert any(map(autograd.raises_when_differentiated, autograd.graph_nodes([slope])))
+    (slope,) = torch.autograd.grad(x.sin().sum(), x, create_graph=True)
+    assert not any(map(autograd.raises_when_differentiated, autograd.graph_nodes([slope])))
+
+
+def test_the_words_of_a_double_backward_that_is_refused() -> None:
+    x = torch.ones(2, requires_grad=True)
+    (slope,) = torch.autograd.grad(Once.apply(x.sin()).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError) as twice:
+        slope.sum().backward()
+    assert autograd.lacks_second_derivative(twice.value)
+    query = torch.ones(1, 1, 4, 8, requires_grad=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attention = scaled_dot_product_attention(query, query, query).sum()
+    (slope,) = torch.autograd.grad(attention, query, create_graph=True)
+    with pytest.raises(RuntimeError) as missing:
+        torch.autograd.grad(slope.sum(), query)
+    assert autograd.lacks_second_derivative(missing.value)
+    assert not autograd.lacks_second_derivative(RuntimeError("shapes do not match"))
+
+
+def test_the_words_of_a_checkpoint_that_is_computed_again_in_other_dtypes() -> None:
+    x = torch.ones(2, requires_grad=True)
+    w = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    z = checkpoint(lambda x: (x * w).sin(), x.bfloat16(), use_reentrant=False)
+    w.data = w.data.float()
+    with pytest.raises(RuntimeError) as error:
+        z.sum().backward()
+    assert autograd.recomputed_in_other_dtypes(error.value)

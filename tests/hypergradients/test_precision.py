@@ -186,7 +186,7 @@ def test_a_difference_is_along_a_direction_of_any_length(length: float, scheme: 
 
 def test_the_radius_follows_the_coarsest_part() -> None:
     wide, narrow = torch.ones(3, dtype=torch.float64), torch.ones(3)
-    assert default_epsilon(Vector([wide, narrow])) == pytest.approx(
+    assert float(default_epsilon([wide, narrow])) == pytest.approx(
         (torch.finfo(torch.float32).eps * (1 + 6**0.5)) ** (1 / 3)
     )
 

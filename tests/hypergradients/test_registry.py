@@ -175,6 +175,17 @@ def test_a_refused_estimator_is_not_registered() -> None:
     assert registered() == before
 
 
+@pytest.mark.parametrize("answer", [lambda b: b, lambda b: Solution([b]), lambda b: None])
+def test_a_solver_that_returns_no_solution_is_named(answer: Callable[[Vector], Any]) -> None:
+    @dataclass(frozen=True)
+    class Careless(Solver):
+        def solve(self, matvec: Matvec, b: Vector) -> Solution:
+            return answer(b)  # type: ignore[no-any-return]
+
+    with pytest.raises(ProblemError, match=r"Careless: .*Solution"):
+        hypergradient(*program(0).levels(), Careless())
+
+
 def test_a_solver_of_the_user_is_a_few_lines() -> None:
     @register("richardson", kind="implicit", tolerance=1e-3)
     @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hyperopt_peft.hypergradients import ConjugateGradient, Vector, dot, zeros_like
 from hyperopt_peft.utils.restore import TensorPool
+from hyperopt_peft.utils.vector import inner, normalised
 
 SHAPES = ((2, 3), (), (4,))
 
@@ -73,6 +74,33 @@ def test_arithmetic_in_place_is_that_of_new_vectors() -> None:
     assert changed.add_(b, -0.5) is changed and torch.equal(changed.flat(), (a - 0.5 * b).flat())
     assert torch.equal(changed.copy_(a).flat(), a.flat())
     assert torch.equal(changed.mul_(3.0).flat(), (3.0 * a).flat())
+
+
+@pytest.mark.parametrize("factor", [0.5, torch.tensor(0.5, dtype=torch.float64)])
+def test_a_factor_is_a_number_or_a_scalar_on_the_device(factor: float | torch.Tensor) -> None:
+    a, b = vector(0, torch.float32), vector(1, torch.float32)
+    x, y = a.flat().clone(), b.flat().clone()
+    pairs = [(a.plus(b, factor), x + y / 2), (a.copy().add_(b, factor), x + y / 2)]
+    pairs += [(a.copy().mul_add_(factor, b), x / 2 + y), (a.copy().mul_(factor), x / 2)]
+    pairs += [(a * factor, x / 2), (a / factor, 2 * x)]
+    for found, expected in pairs:
+        torch.testing.assert_close(found.flat(), expected)
+
+
+def test_many_leaves_are_one_buffer() -> None:
+    """Of each dtype; the parts are views, and a vector has memory of its own."""
+    leaves = [torch.full((2,), float(k)) for k in range(5)] + [torch.ones(3, dtype=torch.float64)]
+    a = Vector(leaves)
+    assert [len(buffer) for buffer in a.buffers] == [10, 3]
+    a.add_(a.copy())
+    assert torch.equal(a.parts[4], 2 * leaves[4]) and torch.equal(a.parts[5], 2 * leaves[5])
+    assert float(leaves[4][0]) == 4.0
+    assert float(inner(a, a)) == dot(a, a) == 4 * (2 * (1 + 4 + 9 + 16) + 3)
+
+
+def test_a_direction_has_length_one_or_zero() -> None:
+    assert normalised(1e-30 * vector(0, torch.float32)).norm() == pytest.approx(1.0)
+    assert normalised(zeros_like(vector(0))).norm() == 0.0
 
 
 def test_none_stands_for_zeros_and_graphs_are_left_behind() -> None:

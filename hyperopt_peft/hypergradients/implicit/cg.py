@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Cost
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, require_finite
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
+from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_like
 
 
 @register("cg", kind="implicit", tolerance=1e-2)
@@ -51,31 +52,43 @@ def conjugate_gradients(
     *,
     precondition: Matvec | None = None,
 ) -> Solution:
-    """v ≈ (H + damping·I)⁻¹ b; ``precondition`` is a positive definite P⁻¹, None for I."""
+    """v ≈ (H + damping·I)⁻¹ b; ``precondition`` is a positive definite P⁻¹, None for I.
+
+    The step is taken before its curvature is read with the new residual, in one transfer; a step
+    that should not have been taken is seen then, and ``best`` is from before it.
+    """
     v, r, best = zeros_like(b), b.copy(), zeros_like(b)
     z = r if precondition is None else precondition(r)
-    p = z.copy()
-    square = start = least = dot(b, b)
-    rho = square if z is r else dot(r, z)
-    largest = 0.0
+    p, square = z.copy(), inner(r, r)
+    rho = square if z is r else inner(r, z)
+    known, start, least, largest = [square], 0.0, 0.0, 0.0
     for step in range(steps):
-        if square <= tolerance**2 * start:
-            return Solution(v, (square / start) ** 0.5, step)
-        q, length = matvec(p), dot(p, p)
-        curvature = dot(p, q) / length + damping
+        q = matvec(p)
+        length, along = inner(p, p), inner(p, q)
+        alpha = rho / (along + damping * length)
+        v.add_(p, alpha)
+        r.add_(q, -alpha)
+        if damping:
+            r.add_(p, -alpha * damping)
+        z = r if precondition is None else precondition(r)
+        square = inner(r, r)
+        rho, previous = square if z is r else inner(r, z), rho
+        bent, size, now, *first = to_floats([along, length, square, *known])
+        if first:
+            known, (start,) = [], first
+            least = start
+        require_finite(bent, size)
+        curvature = bent / size + damping
         largest = max(largest, abs(curvature))
-        if curvature <= 10 * machine_epsilon(b) * largest:
+        if curvature <= 10 * machine_epsilon(b) * largest:  # this step led nowhere
             kind = "negative" if curvature < 0 else "zero"
             note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
             return Solution(best, (least / start) ** 0.5, step, note)
-        alpha = rho / (curvature * length)
-        v.add_(p, alpha)
-        r.add_(q, -alpha).add_(p, -alpha * damping)
-        z = r if precondition is None else precondition(r)
-        square = dot(r, r)
-        rho, previous = square if z is r else dot(r, z), rho
-        p.mul_(rho / previous).add_(z)
-        if square < least:
+        require_finite(now)
+        if now <= tolerance**2 * start or step + 1 == steps:
+            break
+        if now < least:
             best.copy_(v)
-            least = square
-    return Solution(v, (square / start) ** 0.5, steps)
+            least = now
+        p.mul_add_(rho / previous, z)
+    return Solution(v, (now / start) ** 0.5, step + 1)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
 
@@ -49,6 +50,7 @@ class Exact(Solver):
         rhs = b.flat()
         columns = [matvec(b.with_entries(unit)).flat() for unit in torch.eye(n).to(rhs)]
         hessian = (torch.stack(columns) + torch.stack(columns, dim=1)) / 2
+        read_finite(hessian.sum())
         if self.float64:
             hessian, rhs = hessian.double(), rhs.double()
         hessian.diagonal().add_(self.damping)
@@ -56,12 +58,13 @@ class Exact(Solver):
         rhs = vectors.T @ rhs
         noise = machine_epsilon(b)
         null = values.abs() <= n * noise * values.abs().max()
-        if rhs[null].norm() > noise**0.5 * rhs.norm():
+        solution = torch.where(null, 0, rhs / values.where(~null, torch.ones_like(values)))
+        norms = [x.norm() for x in (rhs * null, rhs, rhs - values * solution)]
+        missed, length, residual, rank = to_floats([*norms, (~null).sum()])
+        if missed > noise**0.5 * length:
             raise ProblemError(
                 "exact: the lower Hessian is singular along ∂F/∂w; regularise the lower loss, add "
                 "damping, or look for a lower variable that the loss does not read"
             )
-        solution = torch.where(null, 0, rhs / values.where(~null, torch.ones_like(values)))
-        residual = (rhs - values * solution).norm() / rhs.norm()
-        note = f"the Hessian has rank {n - int(null.sum())} of {n}" if null.any() else ""
-        return Solution(b.with_entries(vectors @ solution), float(residual), n, note)
+        note = f"the Hessian has rank {rank:.0f} of {n}" if rank < n else ""
+        return Solution(b.with_entries(vectors @ solution), residual / length, n, note)

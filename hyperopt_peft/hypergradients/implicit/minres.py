@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Cost
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
+from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_like
 
 
 @register("minres", kind="implicit", tolerance=1e-2)
@@ -40,18 +40,22 @@ class MINRES(Solver):
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""
-        start = b.norm()
-        v, residual = zeros_like(b), start
-        lanczos, previous = b / start, zeros_like(b)  # orthonormal q_k, q_{k-1}
-        beta = largest = 0.0
+        v, square = zeros_like(b), inner(b, b)
+        lanczos, previous = b / square.sqrt(), zeros_like(b)  # orthonormal q_k, q_{k-1}
+        start = residual = beta = largest = 0.0
         noise = 10 * machine_epsilon(b)
         direction, older = zeros_like(b), zeros_like(b)  # columns of Q R⁻¹
         (c, s), (c_older, s_older) = (1.0, 0.0), (1.0, 0.0)
         for step in range(self.steps):
-            q = matvec(lanczos) + self.damping * lanczos - beta * previous
-            alpha = dot(lanczos, q)
-            q = q - alpha * lanczos
-            beta, beta_old = q.norm(), beta
+            q = matvec(lanczos).plus(previous, -beta)
+            if self.damping:
+                q.add_(lanczos, self.damping)
+            along = inner(lanczos, q)
+            q.add_(lanczos, -along)
+            alpha, of_q, of_b = read_finite(along, inner(q, q), square)
+            if step == 0:
+                start = residual = math.sqrt(of_b)
+            beta, beta_old = math.sqrt(of_q), beta
             # The new column (beta_old, alpha, beta) of the tridiagonal, rotated twice.
             epsilon, entry = s_older * beta_old, c_older * beta_old
             delta, gamma = c * entry + s * alpha, c * alpha - s * entry
@@ -62,11 +66,12 @@ class MINRES(Solver):
             if stationary or rho <= noise * largest:
                 note = "the Hessian is singular: least-squares solution"
                 return Solution(v, abs(residual) / start, step, note)
-            direction, older = (lanczos - delta * direction - epsilon * older) / rho, direction
+            older.mul_add_(-epsilon, lanczos).add_(direction, -delta).mul_(1 / rho)
+            direction, older = older, direction
             (c, s), (c_older, s_older) = (gamma / rho, beta / rho), (c, s)
-            v = v + (c * residual) * direction
+            v.add_(direction, c * residual)
             residual = -s * residual
             if beta <= noise * largest or abs(residual) <= self.tolerance * start:
                 return Solution(v, abs(residual) / start, step + 1)
-            previous, lanczos = lanczos, q / beta
+            previous, lanczos = lanczos, q.mul_(1 / beta)
         return Solution(v, abs(residual) / start, self.steps)

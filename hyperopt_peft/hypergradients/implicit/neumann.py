@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Cost
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.utils.vector import Vector, zeros_like
+from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
 
 @register("neumann", kind="implicit", tolerance=0.15)
@@ -53,17 +54,14 @@ class Neumann(Solver):
         p, total = b.copy(), b.copy()  # p = (I − ηH)^k b: the residual of the sum before it
         for _ in range(self.terms):
             total.add_(p.add_(matvec(p), -eta))
-        note = f"the series diverges at step {eta:.3g}" if p.norm() > b.norm() else ""
+        last, first = read_finite(inner(p, p), inner(b, b))
+        note = f"the series diverges at step_size {eta:.3g}" if last > first else ""
         return Solution(total.mul_(eta), None, self.terms, note)
 
 
 def largest_eigenvalue(matvec: Matvec, start: Vector, steps: int) -> float:
     """|λ|max of a symmetric matrix from below, by ``steps`` of power iteration from ``start``."""
-    v, norm = start / start.norm(), 0.0
+    v = start
     for _ in range(steps):
-        v = matvec(v)
-        norm = v.norm()
-        if norm == 0:
-            return 0.0
-        v = v / norm
-    return norm
+        v = matvec(normalised(v))
+    return math.sqrt(*read_finite(inner(v, v)))

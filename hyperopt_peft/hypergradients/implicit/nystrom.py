@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
+from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalised, zeros_like
 
 
 @register("nystrom", kind="implicit", tolerance=1e-2)
@@ -65,7 +65,7 @@ class Nystrom(Solver):
             """[U(Λ + damping)⁻¹Uᵀ + (I − UUᵀ)/floor] r."""
             result = r / floor
             for value, u in zip(values, vectors, strict=True):
-                result.add_(u, dot(u, r) * (1 / (value + damping) - 1 / floor))
+                result.add_(u, inner(u, r) * (1 / (value + damping) - 1 / floor))
             return result
 
         if self.steps == 0:
@@ -92,9 +92,8 @@ def _orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
     for vector in vectors:
         for _ in range(2):  # once more, for orthogonality to rounding
             for other in result:
-                vector.add_(other, -dot(other, vector))
-            vector.mul_(1 / vector.norm())
-        result.append(vector)
+                vector.add_(other, -inner(other, vector))
+        result.append(normalised(vector))
     return result
 
 
@@ -105,7 +104,9 @@ def _low_rank(matvec: Matvec, columns: Sequence[Vector]) -> tuple[list[float], l
     """
     images = [matvec(column) for column in columns]
     small = machine_epsilon(columns[0]) ** 0.5
-    core = torch.tensor([[dot(c, y) for y in images] for c in columns], dtype=torch.float64)
+    k = len(columns)
+    products = [inner(x, y) for x in (*columns, *images) for y in images]
+    core, gram = torch.tensor(read_finite(*products), dtype=torch.float64).view(2, k, k)
     values, basis = torch.linalg.eigh((core + core.T) / 2)
     least, size = float(values[0]), float(values.abs().max())
     if size == 0:
@@ -113,7 +114,6 @@ def _low_rank(matvec: Matvec, columns: Sequence[Vector]) -> tuple[list[float], l
     note = f"negative curvature {least:.3g} left out" if least < -small * size else ""
     found = values > small * size
     half = basis[:, found] / values[found].sqrt()  # B = YΩ·half, with UΛUᵀ = BBᵀ
-    gram = torch.tensor([[dot(x, y) for y in images] for x in images], dtype=torch.float64)
     squares, rotation = torch.linalg.eigh(half.T @ gram @ half)
     found = squares > small * size
     weights = (half @ rotation[:, found] / squares[found].sqrt()).flip(1)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, zeros_like
 
 Matvec = Callable[[Vector], Vector]
@@ -65,26 +69,50 @@ class Solver(Estimator):
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
-        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        if b.norm() == 0:
+        above = oracle.upper_gradient
+        direct, b = above.direct, above.b
+        if above.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         with oracle.product(self.product, epsilon=self.epsilon) as product:
-            found, state = self.advance(self._finite(product.hessian), b, oracle.state)
-            implicit = -product.mixed(found.v)
+            found, state = self.advance(product.hessian, b, oracle.state)
+            self.require(
+                isinstance(found, Solution) and isinstance(found.v, Vector),
+                f"solve must return a Solution of a Vector, Solution(v), got {_shown(found)}",
+            )
+            implicit = product.mixed(found.v).mul_(-1.0)
         return Estimate(direct, implicit, found.residual, found.steps, found.note, state)
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """What ``solve`` finds, and what to keep for the next upper step; ``state`` was kept."""
         return self.solve(matvec, b), {}
 
-    def _finite(self, matvec: Matvec) -> Matvec:
-        def checked(v: Vector) -> Vector:
-            result = matvec(v)
-            if not result.isfinite():
-                raise NonFiniteError(
-                    "a Hessian-vector product is not finite; lower the learning "
-                    "rate, or bound the solver by fewer steps or by damping"
-                )
-            return result
 
-        return checked
+def read_finite(*scalars: Tensor) -> list[float]:
+    """The values of scalar tensors that products with H lead to, by one transfer.
+
+    Raises:
+        NonFiniteError: see `require_finite`.
+    """
+    return require_finite(*to_floats(scalars))
+
+
+def require_finite(*values: float) -> list[float]:
+    """``values``, which products with H have led to.
+
+    A NaN or an infinity in Hv shows in ⟨v, Hv⟩ and in ‖Hv‖, so a solver that reads one of these
+    needs no other test.
+
+    Raises:
+        NonFiniteError: one of them is NaN or infinite.
+    """
+    if not all(map(math.isfinite, values)):
+        raise NonFiniteError(
+            "a Hessian-vector product is not finite; lower the learning "
+            "rate, or bound the solver by fewer steps or by damping"
+        )
+    return list(values)
+
+
+def _shown(answer: object) -> str:
+    kind = type(answer).__name__
+    return f"Solution({type(answer.v).__name__})" if isinstance(answer, Solution) else kind

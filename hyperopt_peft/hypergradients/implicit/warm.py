@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Cost
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.solver import (
+    Matvec,
+    Solution,
+    Solver,
+    read_finite,
+    require_finite,
+)
 from hyperopt_peft.hypergradients.oracle import State
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.utils.vector import Vector, dot, zeros_like
+from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
 FORGET = 0.97  # of the largest curvature seen, what counts next: some batches are steeper than most
 TILT = 0.1  # of the power iteration's vector towards the residual, where a divergence shows
@@ -74,34 +82,33 @@ class WarmStart(Solver):
         k = _number(state, "k") + 1 if state else 1
         before, note = 0 if state else self.first_steps, ""
         for step in range(before + self.steps):
-            q = matvec(v) + self.damping * v
-            if dot(v, q) < 0:
+            q = matvec(v).plus(v, self.damping)
+            (along,) = to_floats([inner(v, q)])
+            if step and not math.isfinite(along):
+                raise NonFiniteError(f"v has diverged; make step_size smaller than {a:.3g}")
+            if require_finite(along) < [0.0]:
                 v, k, note = a * b, 1, "negative curvature along v, which starts again"
-                q = matvec(v) + self.damping * v
+                q = matvec(v).plus(v, self.damping)
             r = b - q
             if step == before:
-                found = Solution(v, r.norm() / b.norm(), step + self.steps)
-            v = v + (a if step < before else a / k**self.decay) * r
-        if not v.isfinite():
+                found, left = v, inner(r, r)
+            v = v.plus(r, a if step < before else a / k**self.decay)
+        of_v, residual, of_b = to_floats([inner(v, v), left, inner(b, b)])
+        if not math.isfinite(of_v):
             raise NonFiniteError(f"v has diverged; make step_size smaller than {a:.3g}")
         kept: dict[str, Vector | float] = {"v": v, "k": k}
         if direction is not None:
-            length = r.norm()
-            tilted = direction + (TILT / length) * r if length else direction
-            kept |= {"direction": tilted, "largest": largest}
-        return replace(found, note=note), kept
+            kept |= {"direction": direction.plus(normalised(r), TILT), "largest": largest}
+        return Solution(found, math.sqrt(residual / of_b), before + self.steps, note), kept
 
     def _curvature(self, matvec: Matvec, b: Vector, state: State) -> tuple[Vector, float]:
         """The power iteration's vector, of length 1, and |λ|max."""
         direction = _vector(state, "direction") if state else b
         largest = FORGET * _number(state, "largest") if state else 0.0
         for _ in range(1 if state else self.first_steps):
-            direction = matvec(direction / direction.norm())
-            length = direction.norm()
-            if length == 0:
-                return b / b.norm(), largest
-            direction = direction / length
-        return direction, max(largest, length)
+            direction = matvec(normalised(direction))
+        length = math.sqrt(*read_finite(inner(direction, direction)))
+        return normalised(direction if length else b), max(largest, length)
 
 
 def _vector(state: State, key: str) -> Vector:

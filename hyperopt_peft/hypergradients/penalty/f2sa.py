@@ -84,7 +84,7 @@ class F2SA(InnerRuns):
         """ν in the scales of f and F at w, where dw_ν/dν ≈ ``response``."""
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
-        nu = default_epsilon(Vector(w), beside=u) / response.norm()
+        nu = float(default_epsilon(w, beside=u)) / response.norm()
         change = (gradients("upper", nu * response)[1] - b).norm() / b.norm()
         return float(nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(change, 1e-30)))
 

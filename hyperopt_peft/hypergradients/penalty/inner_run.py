@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
@@ -67,13 +69,15 @@ class InnerRuns(Estimator):
         """
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
-        epsilon = default_epsilon(Vector(w), beside=u)
+        epsilon = float(default_epsilon(w, beside=u))
         for direction in (oracle.state.get("response"), -b):
             if not isinstance(direction, Vector) or direction.norm() == 0:
                 continue
             probe = direction * (epsilon / direction.norm())
             change = (gradients("lower", probe)[1] - slope).add_(probe, self.damping)
             product = -dot(b, change)
+            if not math.isfinite(product):
+                raise NonFiniteError("a gradient beside w is not finite")
             if product > 0:
                 return probe * (product / dot(change, change))
         return zeros_like(b)
@@ -95,6 +99,8 @@ class InnerRuns(Estimator):
         for taken in range(self.inner_steps + 1):
             of_u, newest = gradient(x)
             residual = newest.add_(x, self.damping).norm() / scale
+            if not math.isfinite(residual):
+                raise NonFiniteError("a gradient of an inner run is not finite")
             if residual < best.residual:
                 best = Minimum(x, of_u, residual, taken)
             if residual <= self.tolerance or taken == self.inner_steps:

@@ -1,0 +1,97 @@
+"""How often a hypergradient waits for the device: each read of a number is counted."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hyperopt_peft import hypergradient
+from hyperopt_peft.utils import reductions
+from tests.support.quadratic import program
+
+READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Count the reads of tensors by name, and the calls of the one function for them."""
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for name in READS:
+            patch.setattr(Tensor, name, counting(name, getattr(Tensor, name)))
+        yield counts
+
+
+def reads(method: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    levels = program(0).levels()
+    hypergradient(*levels, method)  # whether f runs in half precision is found once
+    with counted(monkeypatch) as counts:
+        hypergradient(*levels, method)
+    return sum(counts.values())
+
+
+@pytest.mark.parametrize("product", ["exact", "difference"])
+@pytest.mark.parametrize("solver", ["cg", "minres"])
+@pytest.mark.parametrize("steps", [1, 5, 10])
+def test_a_krylov_solver_reads_once_a_step(
+    solver: str, steps: int, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside that F with its gradient is read once, and f with the result once."""
+    method = f"{solver}:steps={steps},tolerance=0,product={product}"
+    assert reads(method, monkeypatch) == steps + 2
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        ("direct", 2),
+        ("darts", 2),
+        ("darts:scheme=forward", 2),
+        ("neumann:terms=20", 4),
+        ("neumann:terms=20,product=difference", 4),
+        ("exact", 4),
+        ("nystrom:rank=3,steps=0", 9),
+        ("nystrom:rank=3,steps=5,tolerance=0", 3 + 5 + 9),
+        ("warm:first_steps=20", 20 + 5),
+    ],
+)
+def test_no_estimator_reads_more_than_once_a_step(
+    method: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reads(method, monkeypatch) <= most
+
+
+def test_all_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: a read that is not made by `reductions.to_floats` counts as well."""
+    with counted(monkeypatch) as counts:
+        x = torch.ones(())
+        values = float(x), x.item(), bool(x), x.tolist(), reductions.to_floats([x, 2 * x])
+    assert sum(counts.values()) == len(values)
+
+
+def test_hooks_go_in_once_a_hypergradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.modules.module
+    install, installed = module.register_module_forward_pre_hook, 0
+
+    def counting(hook: Any) -> Any:
+        nonlocal installed
+        installed += 1
+        return install(hook)
+
+    monkeypatch.setattr(module, "register_module_forward_pre_hook", counting)
+    for product in ("exact", "difference"):
+        installed = 0
+        hypergradient(*program(0).levels(), f"cg:steps=5,product={product}")
+        assert installed == 1
