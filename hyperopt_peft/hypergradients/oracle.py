@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -91,9 +91,11 @@ class Oracle:
         with replay(self.upper_random):
             evaluation = gradient_of(self.upper, self.lower, self.upper_batch, (*u, *w))
         self.buffers.restore()
-        direct, b = evaluation.gradient[: len(u)], evaluation.gradient[len(u) :]
-        norm = math.hypot(*evaluation.norms[len(u) :])
-        return UpperGradient(Vector.of(direct, u), Vector.of(b, w), norm, evaluation)
+        given, norm = evaluation.gradient, math.hypot(*evaluation.norms[len(u) :])
+        direct, b = Vector.of(given[: len(u)], u), Vector.of(given[len(u) :], w)
+        views = (None if g is None else x for g, x in zip(given, (*direct, *b), strict=True))
+        evaluation = replace(evaluation, gradient=tuple(views))  # once in memory, not twice
+        return UpperGradient(direct, b, norm, evaluation)
 
     def lower_gradient(self) -> Vector:
         """∂f/∂w where the lower variables are now, by one forward+backward."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hyperopt_peft.utils.distributed import Form, to_local, totals
 
-BLOCK = 2**16  # entries that a CPU widens at a time, which then stay in its cache
+BLOCK = 2**14  # entries that a CPU widens at a time, which then stay in its cache
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:

@@ -16,7 +16,7 @@ from hyperopt_peft.hypergradients import get_estimator, registered
 from hyperopt_peft.hypergradients.estimator import Cost
 from tests.support.quadratic import FunctionLevel
 
-SIZE = 50_000  # of w; everything else is small beside it
+SIZE = 200_000  # of w; everything else is small beside it
 
 
 def documented() -> dict[str, tuple[int, int, int]]:

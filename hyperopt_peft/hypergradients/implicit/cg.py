@@ -36,7 +36,7 @@ class ConjugateGradient(Solver):
 
     def cost(self) -> Cost:
         """At most ``steps`` products."""
-        return self.products_cost(self.steps, vectors=8)
+        return self.products_cost(self.steps, vectors=9)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

@@ -36,7 +36,7 @@ class MINRES(Solver):
 
     def cost(self) -> Cost:
         """At most ``steps`` products."""
-        return self.products_cost(self.steps, vectors=11)
+        return self.products_cost(self.steps, vectors=9)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

@@ -53,7 +53,7 @@ class Nystrom(Solver):
 
     def cost(self) -> Cost:
         """``rank`` products, and at most ``steps``; 2·``rank`` vectors are U and HΩ."""
-        return self.products_cost(self.rank + self.steps, vectors=7 + 2 * self.rank)
+        return self.products_cost(self.rank + self.steps, vectors=8 + 2 * self.rank)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

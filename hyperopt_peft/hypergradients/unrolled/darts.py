@@ -106,12 +106,12 @@ class DARTS(OneStep):
 
     def cost(self) -> Cost:
         """F, f, and the mixed product."""
-        return one_step_cost(self, vectors=3)
+        return one_step_cost(self, vectors=4)
 
 
 def one_step_cost(estimator: OneStep, vectors: int) -> Cost:
     """F and f, and one mixed product: one or two gradients of f, or a graph and its derivative."""
     if estimator.product == "exact":
-        return Cost(3, 4, vectors + 1)
+        return Cost(3, 4, vectors)
     passes = 3 if estimator.scheme == "forward" else 4
     return Cost(passes, passes, vectors)

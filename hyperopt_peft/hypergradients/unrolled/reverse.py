@@ -72,7 +72,7 @@ class Unrolled(Estimator):
 
     def cost(self) -> Cost | None:
         """F, and for each step f, its graph, and the products with ∂²f/∂w² and ∂²f/∂u∂w."""
-        return Cost(1 + 2 * self.steps, 5 * self.steps, 7 + 2 * self.steps)
+        return Cost(1 + 2 * self.steps, 5 * self.steps, 9 + 2 * self.steps)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Refuse shards, and an optimizer without a functional form; its options may be learnt."""

@@ -59,5 +59,5 @@ class SAMA(OneStep):
 
     def cost(self) -> Cost:
         """As `OneStep`, and a pass through the optimizer's own step, which is elementwise."""
-        cost = one_step_cost(self, vectors=9)
+        cost = one_step_cost(self, vectors=11)
         return replace(cost, backward_passes=cost.backward_passes + 1)
