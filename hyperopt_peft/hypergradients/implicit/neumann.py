@@ -40,7 +40,7 @@ class Neumann(Solver):
     def cost(self) -> Cost:
         """``terms`` products, and ``power_steps`` where the step is chosen."""
         return self.products_cost(
-            self.terms + (self.power_steps if self.step_size is None else 0), 5
+            self.terms + (self.power_steps if self.step_size is None else 0), 6
         )
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
