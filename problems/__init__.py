@@ -1,4 +1,4 @@
-"""Bilevel programs, ready to run and to copy."""
+"""Bilevel programs: BiDoRA and others, to use or to adapt."""
 
 from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
 

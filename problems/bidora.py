@@ -1,11 +1,11 @@
-"""BiDoRA: DoRA's magnitudes and directions, learnt on different data as a bilevel program.
+"""BiDoRA: the magnitudes of DoRA learnt on validation data, the directions on training data.
 
     upper: min over m        L(A*, B*, m; D_val)
     lower: A*, B*(m) = argmin over A, B, head   L(A, B, m; D_train) + γ·R(W0 + sBA)
 
-where W' = m ⊙ (W0 + sBA)/‖W0 + sBA‖, one norm an output row, D_train and D_val are parts of
-the training set, and R pushes the directions' columns towards orthogonality. Qin et al. 2024,
-arXiv:2410.09758.
+The weight of a layer is W' = m ⊙ (W0 + sBA)/‖W0 + sBA‖, with one norm for each output row. D_train
+and D_val are disjoint parts of the training set. R is small where the columns of the directions
+are orthogonal. Qin et al. 2024, arXiv:2410.09758.
 """
 
 from __future__ import annotations
@@ -19,13 +19,24 @@ from hyperopt_peft.problems.common import TaskLevel, TaskLoss
 
 
 class Direction(TaskLevel):
-    """Lower level: all A and B, and the task head, on D_train; m is read and never moved.
+    """Lower level: min over A, B, head of L(A, B, m; D_train) + γ·R.
 
     Args:
         model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
-        gamma: γ, the weight of the Gram regulariser; 0 leaves it out.
-        task_loss: L as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        gamma: γ, the weight of the Gram regulariser R.
+        task_loss, level: as in `TaskLevel`.
+
+    Raises:
+        ProblemError: the model has no DoRA layer; or as `Problem`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> lower = Direction(model, task_loss=lambda x: model(x).square().mean())
+        >>> [tuple(variable.shape) for variable in lower.variables]  # A, B
+        [(2, 4), (3, 2)]
     """
 
     def __init__(
@@ -37,7 +48,7 @@ class Direction(TaskLevel):
         super().__init__(model, owned, task_loss=task_loss, **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
-        """L(A, B, m) + γ·R; the two are logged apart."""
+        """L(A, B, m) + γ·R; L and R are metrics too."""
         task = self.task_loss(batch)
         if self.gamma == 0:
             return task
@@ -46,14 +57,26 @@ class Direction(TaskLevel):
 
 
 class Magnitude(TaskLevel):
-    """Upper level: all m, on D_val; A, B and head are read.
+    """Upper level: min over m of L(A, B, m; D_val) + decay·½‖m − m0‖², m0 the initial m.
+
+    The weight decay of an optimizer would shrink m towards 0, and with m the pretrained weights.
 
     Args:
         model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
-        decay: the weight of ½‖m − m0‖², m0 being m as it is now; decay towards zero, as an
-            optimizer's weight decay would have it, shrinks the pretrained weights themselves.
-        task_loss: L as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        decay: the weight of ½‖m − m0‖².
+        task_loss, level: as in `TaskLevel`.
+
+    Raises:
+        ProblemError: the model has no DoRA layer; or as `Problem`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> upper = Magnitude(model, task_loss=lambda x: model(x).square().mean())
+        >>> [tuple(variable.shape) for variable in upper.variables]
+        [(3,)]
     """
 
     def __init__(

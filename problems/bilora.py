@@ -1,11 +1,12 @@
-"""BiLoRA: the update's singular values and vectors, learnt on different data as a bilevel program.
+"""BiLoRA: the singular values of an update learnt on validation data, its vectors on training data.
 
     upper: min over Λ          L(P*, Q*, Λ; D_val)
     lower: P*, Q*(Λ) = argmin over P, Q, head   L(P, Q, Λ; D_train) + γ·R(P, Q)
 
-where W' = W0 + s·P Λ Q with a diagonal Λ, and R = Σ over layers of ‖PᵀP − I‖² + ‖QQᵀ − I‖² keeps
-P and Q near orthonormal columns and rows. D_train and D_val are parts of the training set. Qiang
-et al. 2024, arXiv:2403.13037, whose Λ with real values this is.
+The weight of a layer is W' = W0 + s·P Λ Q with a diagonal Λ. R = Σ over layers of
+‖PᵀP − I‖² + ‖QQᵀ − I‖² is 0 where P has orthonormal columns and Q orthonormal rows. D_train and
+D_val are disjoint parts of the training set. Qiang et al. 2024, arXiv:2403.13037, variant with real
+values in Λ.
 
     model = use_pseudo_svd(get_peft_model(base, LoraConfig(...)))
     lower, upper = SingularVectors(model, gamma=0.1), SingularValues(model)
@@ -27,27 +28,36 @@ from hyperopt_peft.problems.common import TaskLevel, TaskLoss, trainable
 
 
 class SingularVectors(TaskLevel):
-    """Lower level: all P and Q, and the task head, on D_train; Λ is read and never moved.
+    """Lower level: min over P, Q, head of L(P, Q, Λ; D_train) + γ·R(P, Q).
 
     Args:
         model: a PeftModel after `hyperopt_peft.adapters.use_pseudo_svd`.
-        gamma: γ, the weight of the penalty; 0 leaves it out.
-        task_loss: L as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        gamma: γ, the weight of the orthogonality penalty R.
+        task_loss, level: as in `TaskLevel`.
 
     Raises:
-        ProblemError: the model has no pseudo singular values; as `Problem`.
+        ProblemError: the model has no pseudo singular values; or as `Problem`.
+
+    Example:
+        >>> from hyperopt_peft.adapters import use_pseudo_svd
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = use_pseudo_svd(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> lower = SingularVectors(model, task_loss=lambda x: model(x).square().mean())
+        >>> [tuple(variable.shape) for variable in lower.variables]  # Q, P
+        [(2, 4), (3, 2)]
     """
 
     def __init__(
         self, model: Any, *, gamma: float = 0.1, task_loss: TaskLoss | None = None, **level: Any
     ) -> None:
         self.gamma = gamma
-        owned = trainable(model, without=pseudo_singular_values(model))
+        owned = trainable(model, without=pseudo_singular_values(model).values())
         super().__init__(model, owned, task_loss=task_loss, **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
-        """L(P, Q, Λ) + γ·R; the two are logged apart."""
+        """L(P, Q, Λ) + γ·R; L and R are metrics too."""
         task = self.task_loss(batch)
         if self.gamma == 0:
             return task
@@ -56,15 +66,24 @@ class SingularVectors(TaskLevel):
 
 
 class SingularValues(TaskLevel):
-    """Upper level: the diagonal of every Λ, on D_val; P, Q and head are read.
+    """Upper level: min over the diagonals of Λ of L(P, Q, Λ; D_val).
 
     Args:
         model: a PeftModel after `hyperopt_peft.adapters.use_pseudo_svd`.
-        task_loss: L as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        task_loss, level: as in `TaskLevel`.
 
     Raises:
-        ProblemError: the model has no pseudo singular values; as `Problem`.
+        ProblemError: the model has no pseudo singular values; or as `Problem`.
+
+    Example:
+        >>> from hyperopt_peft.adapters import use_pseudo_svd
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = use_pseudo_svd(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> upper = SingularValues(model, task_loss=lambda x: model(x).square().mean())
+        >>> [tuple(variable.shape) for variable in upper.variables]
+        [(2,)]
     """
 
     def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:

@@ -1,8 +1,8 @@
-"""What programs over a model with an adapter share: the task's loss, and levels that have it."""
+"""Levels of programs over a model with an adapter: the loss of a task, and the variables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ TaskLoss = Callable[[Any], Tensor]
 
 
 def own_loss(model: Any) -> TaskLoss:
-    """The loss that ``model``'s forward returns for a batch of its arguments."""
+    """The function batch ↦ ``model(**batch).loss``."""
 
     def loss(batch: Any) -> Tensor:
         result: Tensor = model(**batch).loss
@@ -25,26 +25,35 @@ def own_loss(model: Any) -> TaskLoss:
     return loss
 
 
-def trainable(model: Any, *, without: Collection[str] = ()) -> list[tuple[str, Tensor]]:
-    """The parameters of ``model`` that require a gradient, by name, but those ``without``.
+def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
+    """The parameters of ``model`` that require a gradient, except those in ``without``, by name.
 
     Example:
         >>> from torch import nn
-        >>> [name for name, _ in trainable(nn.Linear(2, 1), without=["bias"])]
+        >>> model = nn.Linear(2, 1)
+        >>> [name for name, _ in trainable(model, without=[model.bias])]
         ['weight']
     """
+    excluded = {id(parameter) for parameter in without}
     named = model.named_parameters()
-    return [(n, p) for n, p in named if p.requires_grad and n not in without]
+    return [(name, p) for name, p in named if p.requires_grad and id(p) not in excluded]
 
 
 class TaskLevel(Problem):
-    """A level with the loss of a task: what its subclasses own, and which terms they add, differs.
+    """A level with the loss L of a task; subclasses define the variables and may add terms.
 
     Args:
-        model: a model whose forward returns ``.loss``.
-        variables: what the level owns.
-        task_loss: the loss as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        model: a model whose forward returns ``.loss``, such as one of Transformers.
+        variables: the tensors that the level owns.
+        task_loss: L as a function of the batch; by default ``model(**batch).loss``.
+        level: arguments of `Problem`: data, optimizer, scheduler, max_grad_norm, name.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> model = nn.Linear(2, 1)
+        >>> level = TaskLevel(model, [model.bias], task_loss=lambda x: model(x).square().mean())
+        >>> level.loss(ones(3, 2)).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -55,20 +64,27 @@ class TaskLevel(Problem):
         super().__init__(variables, **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
-        """The task's loss."""
+        """L."""
         return self.task_loss(batch)
 
 
 class Adapter(TaskLevel):
-    """One level alone, all trainable parameters: LoRA, or DoRA, the controls.
+    """min over all trainable parameters of L: the training of LoRA or DoRA as one level.
 
     Args:
         model: a PeftModel whose forward returns ``.loss``.
-        task_loss: L as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        task_loss, level: as in `TaskLevel`.
 
     Raises:
-        ProblemError: no parameter of the model is trainable.
+        ProblemError: no parameter of the model is trainable; or as `Problem`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
+        >>> level = Adapter(model, task_loss=lambda x: model(x).square().mean())
+        >>> [tuple(variable.shape) for variable in level.variables]  # A, B
+        [(8, 4), (3, 8)]
     """
 
     def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:

@@ -1,10 +1,9 @@
-"""How much of each data source to train on, learnt on the data that matter.
+"""Weights of data sources, learnt on validation data of a target task.
 
     upper: min over u   L(w*(u); validation data of the target)
     lower: w*(u) = argmin over the adapter w   Σ_s p_s L_s(w),   p = softmax(u)
 
-where L_s is the mean loss of the examples from source s. Pan et al. 2024 (ScaleBiO),
-arXiv:2406.19976.
+L_s is the mean loss of the examples of source s. Pan et al. 2024 (ScaleBiO), arXiv:2406.19976.
 """
 
 from __future__ import annotations
@@ -21,31 +20,52 @@ from hyperopt_peft.problems.example_weights import HeldOut, column, example_loss
 
 
 class SourceWeights(nn.Module):
-    """p = softmax(u): a weight for each of the sources ``names``, all equal at first."""
+    """p = softmax(u), a weight for each of the sources ``names``; initially u = 0.
+
+    Raises:
+        ProblemError: there are fewer than two names, or two equal ones.
+
+    Example:
+        >>> SourceWeights(["wiki", "code"])().tolist()
+        [0.5, 0.5]
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         if isinstance(names, str) or len(names) < 2 or len(set(names)) < len(names):
-            raise ProblemError(f"give two or more sources, each a name of its own, got {names!r}")
+            raise ProblemError(f"names: must be two or more different sources, got {names!r}")
         self.names = list(names)
         self.logits = nn.Parameter(torch.zeros(len(self.names)))
 
     def forward(self) -> Tensor:
-        """The weights ``(number of sources,)``, which add up to 1."""
+        """p, ``(number of sources,)``; the sum is 1."""
         return self.logits.softmax(0)
 
 
 class Mixture(Adapter):
-    """Lower level: all that trains of the model, on examples of all sources.
+    """Lower level: min over the trainable parameters w of Σ_s p_s L_s(w).
 
-    Batches say in the column ``source`` where each example is from, a number from 0 in the order
-    of ``weights.names``. A source that a batch lacks adds nothing to its loss, so give every
-    source about as many examples, or batches that are large enough to hold each.
+    The column ``source`` of a batch has the source of each example, a number from 0 in the order
+    of ``weights.names``. A source without an example in the batch adds nothing to the loss. So
+    batches should be large enough to have examples of every source.
 
     Args:
-        model: a Transformers model with an adapter; a language model or a classifier.
-        weights: the mixture.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        model: a Transformers model with an adapter, for classification or language modelling.
+        weights: the weights p.
+        level: as in `TaskLevel`.
+
+    Raises:
+        ProblemError: no parameter of the model is trainable; or as `Problem`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
+        >>> lower = Mixture(model, SourceWeights(["wiki", "code"]))
+        >>> ids, labels = torch.ones(2, 4, dtype=torch.int64), torch.tensor([0, 1])
+        >>> sorted(lower.loss({"input_ids": ids, "labels": labels, "source": labels}))
+        ['loss', 'weight_code', 'weight_wiki']
     """
 
     def __init__(self, model: Any, weights: SourceWeights, **level: Any) -> None:
@@ -53,7 +73,7 @@ class Mixture(Adapter):
         super().__init__(model, **level)
 
     def loss(self, batch: Any) -> dict[str, Tensor]:
-        """Σ_s p_s · mean loss of source s; p is logged by name."""
+        """Σ_s p_s L_s; each p_s is a metric, ``weight_`` and the source's name."""
         weights, names = self.weights(), self.weights.names
         source = column(batch, "source", len(names), "source")
         losses = example_losses(self.model, batch)
@@ -63,4 +83,9 @@ class Mixture(Adapter):
 
 
 class Target(HeldOut):
-    """Upper level: the logits u of the mixture, on the target's data; the adapter is read."""
+    """Upper level: min over the logits u of L(w; validation data of the target).
+
+    Example:
+        >>> Target(SourceWeights(["wiki", "code"]), model=None).names
+        ('logits',)
+    """

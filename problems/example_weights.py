@@ -1,4 +1,4 @@
-"""What programs that weight training examples share: losses one by one, and the upper level."""
+"""Losses of single examples, and the upper level of programs that weight training examples."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 
-#: Columns that tell a lower level which weight an example has; no model takes them.
+#: Columns with the number of an example's weight, which are no arguments of a model.
 COLUMNS = ("index", "source")
 
 
 class HeldOut(Problem):
-    """Upper level: the parameters of ``weights``, judged by the model's loss on held-out data.
+    """Upper level: min over the parameters of ``weights`` of the model's loss on held-out data.
 
     Args:
         weights: the module whose parameters the level owns.
-        model: a model whose forward returns ``.loss``; it is read and never moved.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        model: a model whose forward returns ``.loss``; no parameter of the model moves.
+        level: as in `TaskLevel`.
+
+    Example:
+        >>> HeldOut(nn.Linear(1, 1), model=None).names
+        ('weight', 'bias')
     """
 
     def __init__(self, weights: nn.Module, model: Any, **level: Any) -> None:
@@ -31,36 +35,42 @@ class HeldOut(Problem):
         super().__init__(weights.named_parameters(), **level)
 
     def loss(self, batch: Any) -> Tensor:
-        """The model's own loss."""
+        """The loss of the model."""
         require_labels(batch)
         result: Tensor = self.model(**without(batch, COLUMNS)).loss
         return result
 
 
 def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The cross entropy of each example, ``(n,)``: of a model of classes, of tokens or of text.
+    """The cross entropy ℓ_i of each example, ``(n,)``, where a model returns only the mean.
 
-    Transformers' models return a batch's mean alone. The loss of an example with a label for each
-    token is the mean over these. As in the models' own losses, the labels of a causal language
-    model are those of the next token (pad on the right: a first token that follows padding is
-    scored too), and -100 is left out; an example of nothing else has loss 0.
+    With a label for each token, ℓ_i is the mean over the tokens of example i, as in the model's own
+    loss: the label -100 is ignored, and a causal language model predicts the next token. An
+    example with no other label has ℓ_i = 0. Text must be padded on the right, since a token after
+    padding is predicted as well.
 
     Args:
         model: a Transformers model, with or without a PEFT adapter.
-        batch: its arguments and ``labels``, whole numbers; a sequence-to-sequence model needs
-            ``decoder_input_ids`` too, which ``DataCollatorForSeq2Seq(tokenizer, model)`` adds.
+        batch: the model's arguments and ``labels``, whole numbers. A sequence-to-sequence model
+            also needs ``decoder_input_ids``, of ``DataCollatorForSeq2Seq(tokenizer, model)``.
 
     Raises:
-        ProblemError: no labels, or labels that are not classes.
+        ProblemError: there are no labels, or labels that are not classes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = lambda x: SimpleNamespace(logits=x)
+        >>> example_losses(model, {"x": torch.zeros(3, 2), "labels": torch.tensor([0, 1, 1])})
+        tensor([0.6931, 0.6931, 0.6931])
     """
     labels = require_labels(batch)
     logits = model(**without(batch, ("labels", *COLUMNS))).logits
     if labels.is_floating_point() or labels.dim() != logits.dim() - 1:
         raise ProblemError(
-            f"labels must be one class an example or token, whole numbers; they are {labels.dtype} "
-            f"of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
+            f"labels: must be a whole number for each example or token, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
         )
-    if labels.dim() > 1:  # a trained prompt comes before the tokens
+    if labels.dim() > 1:  # prompt tuning adds logits before those of the tokens
         labels = pad(labels, (logits.shape[1] - labels.shape[1], 0), value=-100)
     if _is_causal(model):
         labels = pad(labels, (0, 1), value=-100)[:, 1:]
@@ -72,35 +82,42 @@ def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def column(batch: Any, name: str, count: int, what: str) -> Tensor:
-    """``batch[name]``, ``(n,)``: whole numbers from 0 that are less than ``count``.
+    """``batch[name]``, ``(n,)``: whole numbers from 0 and below ``count``.
 
     Raises:
-        ProblemError: there is no such column, or it holds something else.
+        ProblemError: there is no such column, or the column has other values.
+
+    Example:
+        >>> column({"source": torch.tensor([0, 1])}, "source", 2, "source")
+        tensor([0, 1])
     """
     if name not in batch:
         raise ProblemError(
-            f"the batch has no column {name!r}, the number of each example's {what}, only "
-            f"{sorted(batch)}; add it to the training set, and keep it with "
-            "remove_unused_columns=False where the Trainer makes the batches"
+            f"column {name!r}: the batch has only {sorted(batch)}; add the number of the {what} to "
+            "each row of the training set, and set remove_unused_columns=False in a Trainer"
         )
     values = batch[name]
     if not isinstance(values, Tensor) or values.dim() != 1 or values.dtype != torch.int64:
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise ProblemError(f"column {name!r} must hold one whole number an example, got {kind}")
+        raise ProblemError(f"column {name!r}: must be a whole number an example, got {kind}")
     low, high = (int(x) for x in values.aminmax())
     if low < 0 or high >= count:
         raise ProblemError(
-            f"column {name!r} has {low if low < 0 else high}, but there is no such {what}: "
-            f"there are {count}, numbered from 0"
+            f"column {name!r}: {low if low < 0 else high} is no {what} of {count}; use "
+            f"numbers from 0 to {count - 1}"
         )
     return values
 
 
 def require_labels(batch: Any) -> Tensor:
-    """``batch["labels"]``; raises ProblemError where there are none."""
+    """``batch["labels"]``.
+
+    Raises:
+        ProblemError: there are no labels, or they are no tensor.
+    """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ProblemError(f"the batch must have labels, a tensor; it has {found}")
+        raise ProblemError(f"labels: the batch must have a tensor of labels, got {found}")
     labels: Tensor = batch["labels"]
     return labels
 

@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: a weight for each training image, learnt from clean ones (digits).
+"""Data hyper-cleaning: a weight for each training image, learnt on clean images (digits).
 
     upper: min over x   mean CE(W*; clean images)
     lower: W*(x) = argmin over W   mean σ(x_i) CE_i(W; images with partly random labels) + 0.02 ‖W‖²
@@ -23,9 +23,9 @@ from hyperopt_peft.problems.ridge import standardised
 
 @dataclass(frozen=True)
 class Digits:
-    """Standardised pixels ``x`` and labels ``y`` of the three parts.
+    """Standardised pixels ``x`` ``(n, 64)`` and labels ``y`` ``(n,)`` of the three parts.
 
-    ``redrawn``, ``(n_train,)``: which training labels were replaced by random ones.
+    ``redrawn`` ``(n_train,)`` is true where the training label was replaced by a random one.
     """
 
     x: Tensor
@@ -38,7 +38,7 @@ class Digits:
 
 
 class WeightedImages(Problem):
-    """Lower level: a linear classifier W ``(64, 10)`` on the noisy images, weighted by σ(x)."""
+    """Lower level: min over W ``(64, 10)`` of mean σ(x_i) CE_i(W) + 0.02 ‖W‖², noisy images."""
 
     def __init__(self, w: Tensor, sample_logits: Tensor, data: Digits) -> None:
         self.w, self.sample_logits, self.data = w, sample_logits, data
@@ -51,7 +51,7 @@ class WeightedImages(Problem):
 
 
 class CleanImages(Problem):
-    """Upper level: the logits x ``(n_train,)`` of the sample weights, fitted to clean images."""
+    """Upper level: min over the logits x ``(n_train,)`` of mean CE(W) on clean images."""
 
     def __init__(self, sample_logits: Tensor, w: Tensor, data: Digits) -> None:
         self.w, self.data = w, data
@@ -59,20 +59,25 @@ class CleanImages(Problem):
         super().__init__([("sample_logits", sample_logits)], optimizer=optimizer)
 
     def loss(self, batch: None) -> Tensor:
-        """Mean CE on the clean images."""
+        """Mean CE(W) on the clean images."""
         return cross_entropy(self.data.x_val @ self.w, self.data.y_val)
 
     @torch.no_grad()
     def test_accuracy(self) -> float:
-        """The share of test images that W classifies rightly."""
+        """The fraction of test images that W classifies correctly."""
         predicted = (self.data.x_test @ self.w).argmax(1)
         return float((predicted == self.data.y_test).double().mean())
 
 
 def digits(noise: float = 0.5) -> tuple[CleanImages, WeightedImages]:
-    """The two levels on scikit-learn's digits, float64: 800 noisy, 400 clean, 597 test images.
+    """The two levels on scikit-learn's digits in float64: 800 noisy, 400 clean, 597 test images.
 
-    ``noise`` is the share of training labels redrawn at random; W and x start at zero.
+    ``noise`` is the fraction of training labels that are redrawn at random. W = 0 and x = 0.
+
+    Example:
+        >>> upper, lower = digits()
+        >>> upper.variables[0].shape, lower.variables[0].shape
+        (torch.Size([800]), torch.Size([64, 10]))
     """
     x, y = load_digits(return_X_y=True)
     x, x_test, y, y_test = train_test_split(x, y, test_size=597, random_state=0)

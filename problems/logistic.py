@@ -1,4 +1,4 @@
-"""Logistic regression with a penalty per feature (breast cancer).
+"""Logistic regression with a penalty for each feature (breast cancer).
 
 upper: min over l   mean softplus(−y_val X_val w*)
 lower: w*(l) = argmin over w   mean softplus(−y X w) + ½ Σ_j exp(l_j) w_j²
@@ -17,7 +17,7 @@ from hyperopt_peft.problems.ridge import standardised
 
 
 class Logistic(Problem):
-    """Lower level: the weights w ``(d,)``, fitted to the training rows under the penalty exp l."""
+    """Lower level: min over w ``(d,)`` of mean softplus(−y Xw) + ½ Σ_j exp(l_j) w_j²."""
 
     def __init__(self, w: Tensor, log_penalty: Tensor, x: Tensor, y: Tensor) -> None:
         self.w, self.log_penalty, self.x, self.y = w, log_penalty, x, y
@@ -30,7 +30,7 @@ class Logistic(Problem):
 
 
 class LogisticValidation(Problem):
-    """Upper level: the logarithms l ``(d,)`` of the penalties, fitted to the validation rows."""
+    """Upper level: min over the log penalties l ``(d,)`` of mean softplus(−y_val X_val w)."""
 
     def __init__(self, log_penalty: Tensor, w: Tensor, x: Tensor, y: Tensor) -> None:
         self.w, self.x, self.y = w, x, y
@@ -43,9 +43,14 @@ class LogisticValidation(Problem):
 
 
 def breast_cancer(log_penalty: float = -2.0) -> tuple[LogisticValidation, Logistic]:
-    """The two levels on scikit-learn's breast cancer data, float64, split 60/40, labels ±1.
+    """The two levels on scikit-learn's breast cancer data in float64, split 60/40, labels ±1.
 
-    w starts at zero, every l_j at ``log_penalty``.
+    Initially w = 0, and every l_j is ``log_penalty``.
+
+    Example:
+        >>> upper, lower = breast_cancer()
+        >>> upper.variables[0].shape, lower.variables[0].shape
+        (torch.Size([30]), torch.Size([30]))
     """
     x, y = load_breast_cancer(return_X_y=True)
     x, x_val, y, y_val = (

@@ -1,20 +1,21 @@
-"""The rank of each LoRA layer, found by weighing its rank-1 components on validation data.
+"""The rank of each LoRA layer, from weights of its rank-1 components learnt on validation data.
 
     upper: min over β       L(A*, B*, α(β); D_val)
     lower: A*, B*(β) = argmin over A, B, head   L(A, B, α(β); D_train) + decay·½(‖A‖² + ‖B‖²)
 
-where ΔW = s·Σ_j α_j B_{:,j} A_{j,:} in each layer. Components whose α ends below a threshold are
-dropped, and an adapter with the ranks that are left is trained anew, on all data. With softmax and
-without decay this is AutoLoRA: Zhang et al. 2024, arXiv:2403.09113.
+The update of a layer is ΔW = s·Σ_j α_j B_{:,j} A_{j,:}. Components with α_j below a threshold are
+removed. An adapter with the remaining ranks is then trained from the beginning, on all data. With
+softmax and without decay this is AutoLoRA, Zhang et al. 2024, arXiv:2403.09113.
 
-Without decay any positive α admits the same ΔW, so that at the lower minimum F does not depend on
-α at all: what moves α is that the lower level has not arrived. With decay a component of small α is
-a dear one, so that the lower level gathers ΔW in few components, and F says which layers need them.
-Softmax leaves every layer one component; sigmoids may leave it none.
+Without decay every positive α allows the same ΔW. F then does not depend on α at the lower
+minimum; α moves only because the lower level is not at the minimum. With decay a component of
+small α needs large factors, whose decay is costly. The lower level then uses few components, and
+the hypergradient shows which layers need more. Softmax leaves at least one component in each
+layer; sigmoids may leave none.
 
     add_selection(model)                    # model: a PeftModel with LoRA
     lower, upper = Components(model), Selection(model)
-    ...                                     # train them with Engine or BilevelTrainer
+    ...                                     # train both with Engine or BilevelTrainer
     config = rank_config(model, selected_ranks(model))
     model = get_peft_model(pretrained, config)
 """
@@ -31,13 +32,25 @@ from hyperopt_peft.problems.common import TaskLevel, TaskLoss, trainable
 
 
 class Components(TaskLevel):
-    """Lower level: A and B of all layers, and the task head, on D_train; α is read.
+    """Lower level: min over A, B, head of L(A, B, α; D_train) + decay·½(‖A‖² + ‖B‖²).
 
     Args:
         model: a PeftModel after `add_selection` whose forward returns ``.loss``.
-        decay: the weight of ½(‖A‖² + ‖B‖²), A without α.
-        task_loss: L as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        decay: the weight of ½(‖A‖² + ‖B‖²), in which A is not multiplied by α.
+        task_loss, level: as in `TaskLevel`.
+
+    Raises:
+        ProblemError: the model has no component weights; or as `Problem`.
+
+    Example:
+        >>> from hyperopt_peft.adapters import add_selection
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = add_selection(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> lower = Components(model, task_loss=lambda x: model(x).square().mean())
+        >>> [tuple(variable.shape) for variable in lower.variables]  # A, B
+        [(2, 4), (3, 2)]
     """
 
     def __init__(
@@ -48,13 +61,13 @@ class Components(TaskLevel):
         task_loss: TaskLoss | None = None,
         **level: Any,
     ) -> None:
-        logits = {id(part.logits) for part in component_weights(model).values()}
         self.decay = decay
-        owned = [(name, p) for name, p in trainable(model) if id(p) not in logits]
+        logits = [part.logits for part in component_weights(model).values()]
+        owned = trainable(model, without=logits)
         super().__init__(model, owned, task_loss=task_loss, **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
-        """L + decay·½(‖A‖² + ‖B‖²); L is logged apart."""
+        """L + decay·½(‖A‖² + ‖B‖²); L is a metric too."""
         task = self.task_loss(batch)
         if self.decay == 0:
             return task
@@ -65,12 +78,24 @@ class Components(TaskLevel):
 
 
 class Selection(TaskLevel):
-    """Upper level: the logits β of all layers' weights α, on D_val; A, B and head are read.
+    """Upper level: min over the logits β of L(A, B, α(β); D_val).
 
     Args:
         model: a PeftModel after `add_selection` whose forward returns ``.loss``.
-        task_loss: L as a function of the batch, in place of the model's own.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        task_loss, level: as in `TaskLevel`.
+
+    Raises:
+        ProblemError: the model has no component weights; or as `Problem`.
+
+    Example:
+        >>> from hyperopt_peft.adapters import add_selection
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = add_selection(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> upper = Selection(model, task_loss=lambda x: model(x).square().mean())
+        >>> [tuple(variable.shape) for variable in upper.variables]
+        [(2, 1)]
     """
 
     def __init__(

@@ -3,9 +3,10 @@
     upper: min over u   L(w*(u); clean)
     lower: w*(u) = argmin over adapter and head w   mean_i v_i ℓ_i(w; noisy)
 
-where v_i = σ(u_i), a logit an example (`SampleWeights`: Franceschi et al. 2017, arXiv:1703.01785
-§5.1), or v_i = V(ℓ_i; u), a small net's judgement of the example's loss (`WeightNet`:
-Meta-Weight-Net, Shu et al. 2019, arXiv:1902.07379).
+`SampleWeights`: v_i = σ(u_i), with a logit for each example. Franceschi et al. 2017,
+arXiv:1703.01785 §5.1.
+`WeightNet`: v_i = V(ℓ_i; u), with a small net V. Meta-Weight-Net, Shu et al. 2019,
+arXiv:1902.07379.
 """
 
 from __future__ import annotations
@@ -21,35 +22,41 @@ from hyperopt_peft.problems.example_weights import HeldOut, column, example_loss
 
 
 class SampleWeights(nn.Module):
-    """v_i = σ(u_i): a weight for each of ``count`` training examples, all 1/2 at first.
+    """v_i = σ(u_i), a weight for each of ``count`` training examples; initially u = 0.
 
-    Batches say in the column ``index`` which examples they hold, numbers from 0.
+    The column ``index`` of a batch has the number of each example, from 0.
+
+    Example:
+        >>> weights = SampleWeights(5)
+        >>> weights(torch.ones(2), {"index": torch.tensor([3, 4])}).tolist()
+        [0.5, 0.5]
     """
 
     def __init__(self, count: int) -> None:
         super().__init__()
         if count < 1:
-            raise ProblemError(f"there must be at least one training example, got {count}")
+            raise ProblemError(f"count: must be a whole number from 1, got {count}")
         self.logits = nn.Parameter(torch.zeros(count))
 
     def forward(self, losses: Tensor, batch: Any) -> Tensor:
-        """The weights ``(n,)`` of the batch's examples; their losses do not matter."""
+        """The weights ``(n,)`` of the examples in the batch; ``losses`` is not used."""
         index = column(batch, "index", len(self.logits), "training example")
         return self.logits[index].sigmoid()
 
 
 class WeightNet(nn.Module):
-    """v_i = V(ℓ_i; u): a net with one hidden layer that sees an example's loss alone.
-
-    By default the lower level's objective is what is written above, in which the adapter moves
-    v_i through ℓ_i: every estimator then sees one and the same function.
+    """v_i = V(ℓ_i; u), with a net V of one hidden layer and a sigmoid.
 
     Args:
-        hidden: units of the hidden layer.
-        detach: hold v_i constant while the adapter moves, as the published algorithm does. The
-            lower level then follows no function's gradient, and differences of losses do not see
-            what is held constant: use an estimator with exact products, such as
+        hidden: the number of hidden units.
+        detach: whether ∂v_i/∂w is omitted from the lower gradient, as in the published algorithm.
+            The lower gradient is then the gradient of no function. Finite differences of losses
+            would include the omitted term; use an estimator with exact products, such as
             ``"darts:product=exact"``.
+
+    Example:
+        >>> WeightNet(hidden=4)(torch.ones(3), batch={}).shape
+        torch.Size([3])
     """
 
     def __init__(self, hidden: int = 100, *, detach: bool = False) -> None:
@@ -58,20 +65,32 @@ class WeightNet(nn.Module):
         self.detach = detach
 
     def forward(self, losses: Tensor, batch: Any) -> Tensor:
-        """The weights ``(n,)`` of examples with the ``losses`` ``(n,)``."""
+        """The weights ``(n,)`` of examples with ``losses`` ``(n,)``; ``batch`` is not used."""
         seen = losses.detach() if self.detach else losses
         weights: Tensor = self.net(seen[:, None]).sigmoid()[:, 0]
         return weights
 
 
 class Weighted(Adapter):
-    """Lower level: all that trains of the model, adapter and head, on noisy labels.
+    """Lower level: min over the trainable parameters w of mean v_i ℓ_i(w), noisy labels.
 
     Args:
-        model: a Transformers model with an adapter; a classifier or a language model.
-        weights: `SampleWeights`, `WeightNet`, or any module that takes the losses ``(n,)`` and
-            the batch and returns the weights ``(n,)``.
-        level: what `Problem` takes: data, optimizer, scheduler, max_grad_norm.
+        model: a Transformers model with an adapter, for classification or language modelling.
+        weights: `SampleWeights`, `WeightNet`, or a module (losses ``(n,)``, batch) ↦ v ``(n,)``.
+        level: as in `TaskLevel`.
+
+    Raises:
+        ProblemError: no parameter of the model is trainable; or as `Problem`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
+        >>> lower = Weighted(model, WeightNet())
+        >>> ids = torch.ones(2, 4, dtype=torch.int64)
+        >>> sorted(lower.loss({"input_ids": ids, "labels": torch.tensor([0, 1])}))
+        ['loss', 'task_loss', 'weight']
     """
 
     def __init__(self, model: Any, weights: nn.Module, **level: Any) -> None:
@@ -79,7 +98,7 @@ class Weighted(Adapter):
         super().__init__(model, **level)
 
     def loss(self, batch: Any) -> dict[str, Tensor]:
-        """Mean v_i ℓ_i; the mean weight and the mean loss without weights are logged."""
+        """Mean v_i ℓ_i; ``weight`` (mean v_i) and ``task_loss`` (mean ℓ_i) are metrics."""
         losses = example_losses(self.model, batch)
         weights = self.weights(losses, batch)
         return {
@@ -90,4 +109,9 @@ class Weighted(Adapter):
 
 
 class Clean(HeldOut):
-    """Upper level: the parameters u of the weights, on clean labels; adapter and head are read."""
+    """Upper level: min over the parameters u of the weights of L(w), clean labels.
+
+    Example:
+        >>> Clean(SampleWeights(5), model=None).names
+        ('logits',)
+    """

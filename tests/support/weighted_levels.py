@@ -57,7 +57,7 @@ def value(upper: Any, lower: Any, upper_batch: Any, lower_batch: Any) -> Any:
         with torch.no_grad():
             w -= torch.linalg.solve(torch.stack(rows), gradient.view(-1)).view_as(w)
     assert gradient.norm() < 1e-12
-    return float(upper.loss(upper_batch))
+    return float(upper.loss(upper_batch).detach())
 
 
 def central_difference(variable: Any, entry: Any, function: Any, step: float = 1e-4) -> Any:
