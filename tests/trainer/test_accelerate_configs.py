@@ -126,5 +126,5 @@ def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path: Path)
 
 def test_fp16_of_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ProblemError, match="fp16's loss scale"):
+    with pytest.raises(ProblemError, match="fp16"):
         trainer(tmp_path)
