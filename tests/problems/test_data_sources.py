@@ -126,7 +126,7 @@ def test_the_loss_is_the_weighted_sum_of_the_sources_means() -> None:
     each, p = example_losses(model, mixture), lower.weights()
     means = torch.stack([each[mixture["source"] == s].mean() for s in range(3)])
     torch.testing.assert_close(loss, p @ means)
-    expected = {f"weight_{s}": float(p[s]) for s in range(3)}
+    expected = {f"weight_{s}": p[s].item() for s in range(3)}
     assert metrics == pytest.approx(expected) and sum(metrics.values()) == pytest.approx(1)
 
 

@@ -100,8 +100,8 @@ def test_a_head_has_no_decay() -> None:
     (loss, metrics), decays = level.evaluate(batch), layer_hyperparameters(model)
     factors = [p for n, p in zip(level.names, level.variables, strict=True) if "lora_" in n]
     assert len(factors) == 2 * len(decays) < len(level.variables)
-    squares = sum(float(p.square().sum()) for p in factors)
-    assert float(loss) == pytest.approx(metrics["task_loss"] + 0.01 / 2 * squares, rel=1e-5)
+    squares = sum(p.square().sum().item() for p in factors)
+    assert loss.item() == pytest.approx(metrics["task_loss"] + 0.01 / 2 * squares, rel=1e-5)
 
 
 def test_implicit_hypergradients_are_those_of_autograd() -> None:

@@ -96,7 +96,7 @@ def test_decay_is_half_the_squares_of_a_and_b() -> None:
     squares = sum(p.square().sum() for p in lower.variables)
     loss, metrics = lower.evaluate(batch)
     assert metrics["task_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-12)
-    assert float(loss) == pytest.approx(metrics["task_loss"] + 0.15 * float(squares), rel=1e-12)
+    assert loss.item() == pytest.approx(metrics["task_loss"] + 0.15 * squares.item(), rel=1e-12)
 
 
 def test_a_head_has_no_decay() -> None:
@@ -104,8 +104,8 @@ def test_a_head_has_no_decay() -> None:
     loss, metrics = level.evaluate(data().with_format("torch")[:8])
     factors = [p for name, p in zip(level.names, level.variables) if "classifier" not in name]
     assert len(factors) == 2 * 6
-    squares = sum(float(p.square().sum()) for p in factors)
-    assert float(loss) == pytest.approx(metrics["task_loss"] + 0.15 * squares, rel=1e-5)
+    squares = sum(p.square().sum().item() for p in factors)
+    assert loss.item() == pytest.approx(metrics["task_loss"] + 0.15 * squares, rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])

@@ -147,8 +147,8 @@ def test_weights_and_unweighted_loss_are_logged() -> None:
         reduction="none",
     )
     v = weights.logits.sigmoid()
-    assert float(loss) == pytest.approx(float((v * each).mean()))
-    assert metrics == pytest.approx({"weight": float(v.mean()), "task_loss": float(each.mean())})
+    assert loss.item() == pytest.approx((v * each).mean().item())
+    assert metrics == pytest.approx({"weight": v.mean().item(), "task_loss": each.mean().item()})
 
 
 @pytest.mark.parametrize(
