@@ -65,6 +65,11 @@ def test_a_krylov_solver_reads_once_a_step(
         ("nystrom:rank=3,steps=0", 9),
         ("nystrom:rank=3,steps=5,tolerance=0", 3 + 5 + 9),
         ("warm:first_steps=20", 20 + 5),
+        ("penalty:inner_steps=5,tolerance=0.0", 6 + 4),
+        ("penalty:inner_steps=9,tolerance=0.0", 10 + 4),
+        # Two runs, with F evaluated and checked at each point beside.
+        ("f2sa:inner_steps=5,tolerance=0.0", 2 * (6 + 6) + 8),
+        ("f2sa:inner_steps=9,tolerance=0.0", 2 * (10 + 10) + 8),
     ],
 )
 def test_no_estimator_reads_more_than_once_a_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate
@@ -9,7 +10,8 @@ from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
 from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns, Minimum
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.utils.vector import Vector, machine_epsilon, zeros_like
+from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_like
 
 
 @register("f2sa", kind="penalty", tolerance=0.1)
@@ -60,12 +62,12 @@ class F2SA(InnerRuns):
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        if b.norm() == 0:
+        if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         with oracle.moved() as gradients:
             at_w = gradients("lower", zeros_like(b))
             start = self.response(oracle, gradients, at_w[1])
-            if start.norm() == 0:
+            if start is None:
                 return Estimate(direct, zeros_like(direct), 1.0, 0, NOT_CONVEX)
             nu = self.nu or self._relative(oracle, gradients, start)
             above = self._side(nu, oracle, gradients, at_w, nu * start)
@@ -84,9 +86,12 @@ class F2SA(InnerRuns):
         """ν in the scales of f and F at w, where dw_ν/dν ≈ ``response``."""
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
-        nu = float(default_epsilon(w, beside=u)) / response.norm()
-        change = (gradients("upper", nu * response)[1] - b).norm() / b.norm()
-        return float(nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(change, 1e-30)))
+        epsilon, square = to_floats([default_epsilon(w, beside=u), inner(response, response)])
+        nu = epsilon / math.sqrt(square)
+        change = gradients("upper", nu * response)[1] - b
+        changed, of_b = to_floats([inner(change, change), inner(b, b)])
+        share = math.sqrt(changed / of_b)
+        return float(nu * min(1.0, machine_epsilon(b) ** (1 / 3) / max(share, 1e-30)))
 
     def _side(
         self,

@@ -10,7 +10,8 @@ from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
-from hyperopt_peft.utils.vector import Vector, dot, zeros_like
+from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
 NOT_CONVEX = "the curvature of f along ∂F/∂w is not positive"
 
@@ -60,27 +61,27 @@ class InnerRuns(Estimator):
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
         self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
 
-    def response(self, oracle: Oracle, gradients: Gradients, slope: Vector) -> Vector:
+    def response(self, oracle: Oracle, gradients: Gradients, slope: Vector) -> Vector | None:
         """What dw/dν = −H⁻¹b is taken to be at first, w the minimum of f + νF.
 
         It is a multiple of what the last upper step found, or else of −b: that which leaves the
-        least gradient, from one pass each. It is zero where neither leaves less than b, since f
+        least gradient, from one pass each. It is None where neither leaves less than b, since f
         is not convex along them. ``slope`` is ∂f/∂w at w.
         """
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
-        epsilon = float(default_epsilon(w, beside=u))
+        epsilon = default_epsilon(w, beside=u)
         for direction in (oracle.state.get("response"), -b):
-            if not isinstance(direction, Vector) or direction.norm() == 0:
+            if not isinstance(direction, Vector):
                 continue
-            probe = direction * (epsilon / direction.norm())
+            probe = normalised(direction) * epsilon
             change = (gradients("lower", probe)[1] - slope).add_(probe, self.damping)
-            product = -dot(b, change)
+            product, square = to_floats([inner(b, change), inner(change, change)])
             if not math.isfinite(product):
                 raise NonFiniteError("a gradient beside w is not finite")
-            if product > 0:
-                return probe * (product / dot(change, change))
-        return zeros_like(b)
+            if product < 0:
+                return probe * (-product / square)
+        return None
 
     def minimum(
         self,
@@ -98,19 +99,22 @@ class InnerRuns(Estimator):
         best = Minimum(before, of_u, 1.0, 0)
         for taken in range(self.inner_steps + 1):
             of_u, newest = gradient(x)
-            residual = newest.add_(x, self.damping).norm() / scale
+            newest.add_(x, self.damping)
+            moved, change = x - before, newest - slope
+            square, product, curvature = to_floats(
+                [inner(newest, newest), inner(moved, change), inner(change, change)]
+            )
+            residual = math.sqrt(square) / scale
             if not math.isfinite(residual):
                 raise NonFiniteError("a gradient of an inner run is not finite")
             if residual < best.residual:
                 best = Minimum(x, of_u, residual, taken)
             if residual <= self.tolerance or taken == self.inner_steps:
                 break
-            moved, change = x - before, newest - slope
-            product = dot(moved, change)
             if product <= 0:
                 note = "negative curvature" if product else ""
                 break
-            length = self.step_size or product / dot(change, change)
-            before, slope, x = x, newest, x.copy().add_(newest, -length)
+            length = self.step_size or product / curvature
+            before, slope, x = x, newest, x.plus(newest, -length)
             del moved, change
         return replace(best, note=note)

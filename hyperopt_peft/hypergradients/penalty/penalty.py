@@ -69,12 +69,12 @@ class Penalty(InnerRuns):
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if self.free:
             return Estimate(direct, zeros_like(direct))
-        if b.norm() == 0:
+        if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         with oracle.moved() as gradients:
             of_u, slope = gradients("lower", zeros_like(b))
             start = self.response(oracle, gradients, slope)
-            if start.norm() == 0:
+            if start is None:
                 return Estimate(direct, zeros_like(direct), 1.0, 0, NOT_CONVEX)
 
             def gradient(offset: Vector) -> tuple[Vector, Vector]:
