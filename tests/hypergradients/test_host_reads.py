@@ -14,6 +14,8 @@ from hyperopt_peft.utils import reductions
 from tests.support.quadratic import program
 
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
+# A few steps are counted, whatever they reach.
+pytestmark = pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 
 
 @contextmanager
