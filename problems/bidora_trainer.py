@@ -45,6 +45,12 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
         ('darts:scheme=forward', 1.0)
     """
 
+    # Equal in quality to the solvers and to darts on development tasks, and the cheapest
+    # (benchmarks/bidora_estimators.py).
+    hypergradient: str = HfArg(
+        default="direct",
+        help="hypergradient estimator, with options: minres:steps=5,damping=1.0",
+    )
     preset: Literal["published"] | None = HfArg(
         default=None,
         help="settings by name: published has the estimator of BiDoRA's code, darts with xi=1",
@@ -110,7 +116,9 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
         if self.xi is None:
             return estimator
         if not isinstance(estimator, DARTS):
-            raise ProblemError(f"xi is an option of darts, not of {estimator.name}")
+            raise ProblemError(
+                f"xi: an option of darts, not of {estimator.name}; give hypergradient=darts"
+            )
         return replace(estimator, xi=self.xi)
 
     def for_retraining(self) -> BiDoRATrainingArguments:

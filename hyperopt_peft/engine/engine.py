@@ -15,7 +15,7 @@ from hyperopt_peft.engine.step import BilevelStep, LowerStep
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import check_ownership
-from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.hypergradients.registry import DEFAULT, get_estimator
 from hyperopt_peft.hypergradients.state import unpacked
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import (
@@ -79,7 +79,7 @@ class Engine:
         self,
         upper: Problem,
         lower: Problem,
-        hypergradient: str | Estimator = "cg",
+        hypergradient: str | Estimator = DEFAULT,
         *,
         lower_steps: int = 1,
         warmup_steps: int = 0,

@@ -16,7 +16,7 @@ from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemEr
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import NESTED
-from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.hypergradients.registry import DEFAULT, get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import inner
@@ -112,7 +112,7 @@ def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> Non
 def hypergradient(
     upper: Problem,
     lower: Problem,
-    method: str | Estimator = "cg",
+    method: str | Estimator = DEFAULT,
     *,
     upper_batch: Any = NEXT,
     lower_batch: Any = NEXT,

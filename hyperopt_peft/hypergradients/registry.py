@@ -13,6 +13,8 @@ from hyperopt_peft.hypergradients.estimator import Estimator
 
 Kind = Literal["direct", "identity", "implicit", "unrolled", "penalty"]
 E = TypeVar("E", bound=type[Estimator])
+#: Where none is chosen: of the comparison's rows (docs/comparison.md) no cheaper one is closer.
+DEFAULT = "cg"
 T = TypeVar("T", bound=Estimator)
 
 

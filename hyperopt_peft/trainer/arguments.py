@@ -12,10 +12,8 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
+from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.utils.validation import matches, type_name
-
-#: The estimator where none is chosen.
-DEFAULT_ESTIMATOR = "darts:scheme=forward"
 
 #: The fields of `transformers.TrainingArguments` that a run's result depends on, of all versions.
 DECISIVE = (
@@ -77,7 +75,7 @@ class BilevelTrainingArguments(TrainingArguments):
     """
 
     hypergradient: str = HfArg(
-        default=DEFAULT_ESTIMATOR,
+        default=DEFAULT,
         help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
     lower_steps: int = HfArg(

@@ -122,6 +122,7 @@ def data(kind: str = "classes", rows: int = 24, seed: int = 0) -> Any:
 def arguments(folder: Path, **options: Any) -> BiDoRATrainingArguments:
     """Six lower steps, an upper one after every second, on the CPU, without a bar."""
     settings = {
+        "hypergradient": "darts:scheme=forward",
         "max_steps": 6,
         "lower_steps": 2,
         "per_device_train_batch_size": 4,
