@@ -168,9 +168,9 @@ class Nested(Chain):
         """The batch that ``next_batch`` will return; the data's position does not change."""
         return self.middle.peek_batch()
 
-    def step(self, gradient: Sequence[Tensor | None]) -> float:
+    def step(self, gradient: Sequence[Tensor | None], norm: float | None = None) -> float:
         """One step of ``middle``'s optimizer and scheduler; see `Problem.step`."""
-        return self.middle.step(gradient)
+        return self.middle.step(gradient, norm)
 
     def prepare(self) -> None:
         """Do ``lower_steps`` steps of the level below.

@@ -84,7 +84,7 @@ class Cost:
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
         >>> get_estimator("direct").cost()
-        Cost(losses=2, backward_passes=2, vectors=1)
+        Cost(losses=2, backward_passes=2, vectors=2)
     """
 
     losses: int
