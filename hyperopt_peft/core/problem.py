@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -383,21 +383,6 @@ class Problem:
             self.scheduler.load_state_dict(deepcopy(state["scheduler"]))
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
-
-
-def require_read(
-    level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
-) -> None:
-    """Raise ProblemError where an entry of ``gradient``, one for each variable, is None.
-
-    ``besides`` has the names of the variables to check, which no other loss reads; None for all.
-    """
-    for name, part in zip(level.names, gradient, strict=True):
-        if part is None and (besides is None or name in besides):
-            raise ProblemError(
-                f"{level.name}: no gradient reaches variable {name!r} at the first step; use the "
-                "variable in the loss, or do not give it to the level"
-            )
 
 
 def devices_of(*levels: Problem) -> list[torch.device]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,6 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_half
+
+if TYPE_CHECKING:
+    from hyperopt_peft.core.problem import Problem
 
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
@@ -150,6 +153,21 @@ def missing_input_hint(batch: Any, error: Exception) -> str:
         f"the loss reads {key!r}, and the batch has only {', '.join(map(str, batch))}; "
         "add the column, and set remove_unused_columns=False where the Trainer removes it"
     )
+
+
+def require_read(
+    level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
+) -> None:
+    """Raise ProblemError where an entry of ``gradient``, one for each variable, is None.
+
+    ``besides`` has the names of the variables to check, which no other loss reads; None for all.
+    """
+    for name, part in zip(level.names, gradient, strict=True):
+        if part is None and (besides is None or name in besides):
+            raise ProblemError(
+                f"{level.name}: no gradient reaches variable {name!r} at the first step; use the "
+                "variable in the loss, or do not give it to the level"
+            )
 
 
 def is_number(value: Any) -> bool:

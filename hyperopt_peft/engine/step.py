@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hyperopt_peft.core.chain import gradient_of, prepare
 from hyperopt_peft.core.optimizer import read_by_options
-from hyperopt_peft.core.problem import Problem, StepRecord, devices_of, require_read
+from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
+from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator

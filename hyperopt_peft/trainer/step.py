@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import Trainer
 
-from hyperopt_peft.core.problem import require_read
+from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient
 from hyperopt_peft.trainer.accumulation import MicroBatch, label_weights
 from hyperopt_peft.trainer.checks import shifts_labels
