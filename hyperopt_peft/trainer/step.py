@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import Trainer
 
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient
@@ -138,11 +137,11 @@ class OptimizerStep:
         trainer = self.trainer
         if not trainer.trainer_loss:
             return [{} for _ in batches]
-        causal, own = shifts_labels(trainer.model), type(trainer).compute_loss
+        causal = shifts_labels(trainer.model)
         return label_weights(
             batches,
             shifted=causal,
-            items=causal or own is not Trainer.compute_loss or bool(trainer.compute_loss_func),
+            items=causal or trainer.own_loss or bool(trainer.compute_loss_func),
             across_processes=trainer.args.average_tokens_across_devices,
         )
 
@@ -178,6 +177,6 @@ class StepLog:
         means: dict[str, list[float]] = {}
         for (key, _), value in distributed.averages(each).items():
             means.setdefault(key, []).append(value)
-        self._values = {}
         last = {key: float(value) for key, value in self.last.items() if value is not None}
+        self._values, self.last = {}, {}
         return {key: sum(values) / len(values) for key, values in means.items()}, last

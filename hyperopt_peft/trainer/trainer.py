@@ -109,9 +109,9 @@ class BilevelTrainer(Trainer):
         **trainer: Any,
     ) -> None:
         self.trainer_loss = _is_function(lower)
-        own_loss = type(self).compute_loss is not Trainer.compute_loss
+        self.own_loss = type(self).compute_loss is not BilevelTrainer.compute_loss
         checks.check_arguments(
-            args, model, trainer, trainer_loss=self.trainer_loss, own_loss=own_loss
+            args, model, trainer, trainer_loss=self.trainer_loss, own_loss=self.own_loss
         )
         if self.trainer_loss:
             for data in (train_dataset, upper_dataset):
@@ -306,6 +306,22 @@ class BilevelTrainer(Trainer):
                 "have the columns that its forward takes, labels that it knows among them"
             ) from error
         return loss if weight is None else loss * weight.to(loss.dtype)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As `transformers.Trainer.compute_loss`, right in an evaluation by several processes.
+
+        The Trainer multiplies a loss by the number of processes where it counts labels, also that
+        of a model whose loss is a mean over its own rows, whatever the count.
+        """
+        if not (checks.shifts_labels(self.model) or self.compute_loss_func):
+            num_items_in_batch = None
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _non_finite(self, error: NonFiniteError) -> None:
         """Skip the step and count it, or write a checkpoint of where it began and stop."""

@@ -125,8 +125,9 @@ def test_a_sealed_pickle_is_not_executed(tmp_path: Path) -> None:
     path = write(tmp_path, 3, whole=False)
     torch.save({"state": Trap(tmp_path / "executed")}, path / "optimizer.pt")
     seal(path, RECORD)
+    unseal(path)  # the seal is of the bytes, whatever they are
     with pytest.raises(ProblemError, match=r"optimizer\.pt"):
-        unseal(path)
+        read_state(path / "optimizer.pt")
     assert not (tmp_path / "executed").exists()
     torch.load(path / "optimizer.pt", weights_only=False)  # the trap works
     assert (tmp_path / "executed").exists()

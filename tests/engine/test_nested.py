@@ -219,7 +219,7 @@ def test_a_level_comes_after_the_steps_of_the_one_below() -> None:
     program = chain(4, sizes=(1, 1, 1, 1))
     for k, level in enumerate(levels := program.levels()):
         inner = level.step
-        level.step = lambda gradient, k=k, inner=inner: (log.append(k), inner(gradient))[1]
+        level.step = lambda *given, k=k, inner=inner: (log.append(k), inner(*given))[1]
     first, second, third, fourth = levels
     lower = Nested(third, fourth, lower_steps=2, warmup_steps=3)
     lower = Nested(second, lower, "cg:product=difference")

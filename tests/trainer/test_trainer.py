@@ -18,6 +18,8 @@ from tests.support.trainers import arguments, data, peft_model, trainer, values
 from tests.support.watch import SGD, batches_of, double, watched
 
 
+# A solve that stops early is the same early.
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
 @pytest.mark.parametrize(
     "method", ["direct", "darts:scheme=forward", "darts", "darts:product=exact,xi=lr", "cg:steps=3"]
 )
@@ -298,8 +300,9 @@ def test_arguments_survive_their_own_parser(tmp_path: Path) -> None:
 
     from hyperopt_peft.problems import BiDoRATrainingArguments
 
+    options = ["--lower_steps", "3", "--hypergradient", "darts", "--xi", "0.1", "--retrain", "none"]
     (parsed,) = HfArgumentParser(BiDoRATrainingArguments).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--lower_steps", "3", "--xi", "0.1", "--retrain", "none"]
+        ["--output_dir", str(tmp_path), *options]
     )
     assert (parsed.lower_steps, parsed.xi, parsed.retrain) == (3, 0.1, "none")
     assert parsed.estimator().xi == 0.1
