@@ -13,8 +13,9 @@ from hyperopt_peft.hypergradients.estimator import Estimator
 
 Kind = Literal["direct", "identity", "implicit", "unrolled", "penalty"]
 E = TypeVar("E", bound=type[Estimator])
-#: Where none is chosen: of the comparison's rows (docs/comparison.md) no cheaper one is closer.
-DEFAULT = "cg"
+#: Where none is chosen. A network's Hessian is indefinite away from minima, where cg gives up and
+#: minres goes on; no cheaper row of docs/comparison.md is closer on all problems.
+DEFAULT = "minres"
 T = TypeVar("T", bound=Estimator)
 
 
