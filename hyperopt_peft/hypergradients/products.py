@@ -212,11 +212,13 @@ class DifferenceProduct:
     ) -> Vector:
         """``upper``: where u is and the direction that it moves along, if it moves too."""
         square = inner(v, v) if upper is None else inner(v, v) + inner(upper[1], upper[1])
-        h = self._length / square.sqrt()
-        h = torch.where(square > 0, h, 0.0)  # nothing moves along a v of zero
-        moves = [(self.objective.lower.variables, self.point, v * h)]
+        # Half of the scale at a time: all of it may be beyond float32 where v is tiny.
+        root = (self._length / square.sqrt()).sqrt()
+        root = torch.where(square > 0, root, 0.0)  # nothing moves along a v of zero
+        moves = [(self.objective.lower.variables, self.point, (v * root).mul_(root))]
         if upper is not None:
-            moves.append((self.objective.upper.variables, upper[0], upper[1] * h))
+            along = (upper[1] * root).mul_(root)
+            moves.append((self.objective.upper.variables, upper[0], along))
 
         def gradient(side: float) -> Vector:
             for moved, here, along in moves:
@@ -225,12 +227,13 @@ class DifferenceProduct:
 
         ahead = gradient(1.0)
         if self.scheme == "central":
-            behind, h = gradient(-1.0), 2 * h
+            behind, root = gradient(-1.0), 2**0.5 * root
         else:
             if level not in self._unmoved:
                 self._unmoved[level] = gradient(0.0)
             behind = self._unmoved[level]
-        return ahead.add_(behind, -1.0).mul_(torch.where(square > 0, 1 / h, 0.0))
+        back = torch.where(square > 0, 1 / root, 0.0)
+        return ahead.add_(behind, -1.0).mul_(back).mul_(back)
 
     @cached_property
     def _length(self) -> float | Tensor:

@@ -41,7 +41,9 @@ def test_lora_variant_holds_the_variant_of_a_dora_layer(kind: str) -> None:
     assert not adapted_layer(single(kind, use_dora=False)).lora_variant
 
 
-@pytest.mark.parametrize("variant", set(VARIANTS.values()), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "variant", dict.fromkeys(VARIANTS.values()), ids=lambda kind: kind.__name__
+)
 def test_the_methods_of_a_variant(variant: type[peft_internals.LoraVariant]) -> None:
     for name in METHODS:
         assert isinstance(inspect.getattr_static(variant, name), staticmethod), name

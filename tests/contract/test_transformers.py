@@ -42,6 +42,7 @@ OVERRIDDEN = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "log": ["logs", "start_time"],
     "save_model": ["output_dir", "_internal_call"],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_model_card": [],
 }
 

@@ -235,6 +235,7 @@ def test_both_drivers_agree_on_the_first_step(tmp_path: Path) -> None:
         train = data().add_column("index", range(24))
         settings = arguments(
             tmp_path,
+            hypergradient="darts:scheme=forward",
             max_steps=1,
             optim="sgd",
             upper_learning_rate=1.0,
