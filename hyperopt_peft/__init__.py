@@ -1,31 +1,43 @@
-"""Bilevel optimisation for parameter-efficient fine-tuning."""
+"""Bilevel optimisation for parameter-efficient fine-tuning.
+
+A name is imported when it is used: ``import hyperopt_peft`` alone loads no PyTorch, and a program
+with an `Engine` and two `Problem`\\ s loads no transformers.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.diagnostics.check import check_problem
-from hyperopt_peft.diagnostics.compare import compare_hypergradients
-from hyperopt_peft.engine.engine import Engine
-from hyperopt_peft.engine.fit import fit, minimise, minimize
-from hyperopt_peft.engine.nested import Nested
-from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients import (
-    Estimator,
-    Solver,
-    hypergradient,
-    register,
-)
-
 if TYPE_CHECKING:
+    from hyperopt_peft.core.problem import Problem
+    from hyperopt_peft.diagnostics.check import check_problem
+    from hyperopt_peft.diagnostics.compare import compare_hypergradients
+    from hyperopt_peft.engine.engine import Engine
+    from hyperopt_peft.engine.fit import fit, minimise, minimize
+    from hyperopt_peft.engine.nested import Nested
+    from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
+    from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
     from hyperopt_peft.trainer.data import split_dataset
     from hyperopt_peft.trainer.trainer import BilevelTrainer
 
-# Imported when they are asked for: Trainer and Datasets take longer to import than all the rest.
-_LATER = {
+_MODULES = {
     "BilevelTrainer": "trainer.trainer",
     "BilevelTrainingArguments": "trainer.arguments",
+    "Engine": "engine.engine",
+    "Estimator": "hypergradients",
+    "HypergradientWarning": "errors",
+    "Nested": "engine.nested",
+    "NonFiniteError": "errors",
+    "Problem": "core.problem",
+    "ProblemError": "errors",
+    "Solver": "hypergradients",
+    "check_problem": "diagnostics.check",
+    "compare_hypergradients": "diagnostics.compare",
+    "fit": "engine.fit",
+    "hypergradient": "hypergradients",
+    "minimise": "engine.fit",
+    "minimize": "engine.fit",
+    "register": "hypergradients",
     "split_dataset": "trainer.data",
 }
 
@@ -52,6 +64,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(f"hyperopt_peft.{_LATER[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("hyperopt-peft")
+    elif name in _MODULES:
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES, "__version__"]

@@ -72,8 +72,6 @@ def test_arrows_point_down(room: str) -> None:
 def test_tests_share_helpers_through_support_alone() -> None:
     """No test module imports another, and every import is absolute."""
     for path in (ROOT / "tests").rglob("*.py"):
-        if path.parent.name == "cli":
-            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, path

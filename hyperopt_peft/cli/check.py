@@ -12,7 +12,7 @@ from hyperopt_peft import check_problem
 from hyperopt_peft.cli.compare_estimators import first_batches, trained
 from hyperopt_peft.cli.options import parse
 from hyperopt_peft.cli.text.setup import TYPES, prepare
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.validation import require_count
 
 
 @dataclass
@@ -25,10 +25,8 @@ class CheckArguments:
     solver_steps: int = HfArg(default=10, help="steps of the solvers that look at the curvature")
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ProblemError(f"steps must not be negative, got {self.steps}")
-        if self.solver_steps < 1:
-            raise ProblemError(f"solver_steps must be at least 1, got {self.solver_steps}")
+        require_count("steps", self.steps, least=0)
+        require_count("solver_steps", self.solver_steps, least=1)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -37,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ProblemError: a bad option, model or data set.
     """
-    own, model_args, data, args = parse("check", __doc__, (CheckArguments, *TYPES), argv)
+    own, model_args, data, args = parse("check", (CheckArguments, *TYPES), argv)
     trainer = trained(prepare(model_args, data), args, own.steps)
     assert trainer.upper is not None
     with trainer.compute_loss_context_manager():

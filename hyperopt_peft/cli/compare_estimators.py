@@ -16,9 +16,9 @@ from hyperopt_peft.cli.text.setup import TYPES, Setup, prepare
 from hyperopt_peft.diagnostics.compare import Comparison, get_reference
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.recommend import Thresholds, recommend
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import get_estimator
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.utils.validation import require_count
 
 
 @dataclass
@@ -55,10 +55,8 @@ class EstimatorArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ProblemError(f"steps must not be negative, got {self.steps}")
-        if self.repeats < 1:
-            raise ProblemError(f"repeats must be at least 1, got {self.repeats}")
+        require_count("steps", self.steps, least=0)
+        require_count("repeats", self.repeats, least=1)
         self.thresholds()
         known = Spectrum(1.0, 1.0)
         get_reference(self.truth(known))
@@ -100,7 +98,7 @@ def run(argv: Sequence[str]) -> None:
         NonFiniteError: a loss or the reference is not finite.
     """
     kinds = (EstimatorArguments, *TYPES)
-    own, model_args, data, args = parse("compare-estimators", __doc__, kinds, argv)
+    own, model_args, data, args = parse("compare-estimators", kinds, argv)
     comparison = compare(trained(prepare(model_args, data), args, own.steps), own)
     print(f"{comparison}\n\n{recommend(comparison, own.thresholds())}")
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from matplotlib.figure import Figure
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import split_dataset
-from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.comparison import Run, bootstrap, markdown, picture, summarise
+from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.plan import phases
 from hyperopt_peft.cli.text.setup import TYPES, Setup, prepare
 from hyperopt_peft.errors import ProblemError, did_you_mean
@@ -48,30 +46,6 @@ class CompareArguments:
                 raise ProblemError(f"{name}: {min(twice)} is given twice")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One method with one seed; ``seconds`` are those of training."""
-
-    method: str
-    seed: int
-    metrics: dict[str, float]
-    seconds: float
-    trainable_parameters: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method; ``mean`` and ``spread`` (sample standard deviation) over the seeds' metrics."""
-
-    method: str
-    mean: float
-    spread: float | None
-    seconds: float
-    trainable_parameters: int
-    steps: int
-
-
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train every method with every seed, write table, picture and JSON.
 
@@ -79,8 +53,9 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a bad option, model or data set; no evaluation examples.
         NonFiniteError: see the option non_finite.
     """
-    own, model_args, data, args = parse("compare", __doc__, (CompareArguments, *TYPES), argv)
+    own, model_args, data, args = parse("compare", (CompareArguments, *TYPES), argv)
     chosen = {method: arguments_of(method, args) for method in own.methods}
+    require_folder(args.output_dir)
     setup = prepare(model_args, data)
     if setup.evaluation is None:
         raise ProblemError(
@@ -88,25 +63,37 @@ def run(argv: Sequence[str]) -> None:
         )
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    metric, runs = f"eval_{setup.task.metric}", list[Run]()
+    metric, runs, size = f"eval_{setup.task.metric}", list[Run](), len(setup.evaluation)
     for seed in own.seeds:
         budget = steps_in_all(args, setup, seed)
         for method, settings in chosen.items():
-            runs.append(train(method, seed, settings, budget, setup))
+            found = train(method, seed, settings, budget, setup)
+            runs.append(found)
             if distributed.rank():
                 continue
-            print(f"{method}, seed {seed}: {metric} {runs[-1].metrics[metric]:.4f}", flush=True)
+            value = f"{found.metrics[metric]:.4f} ± {found.draws.std():.4f} on {size} rows"
+            print(f"{method}, seed {seed}: {setup.task.metric} {value}", flush=True)
             # After each, so that an interruption loses one run and not all.
-            record = {"metric": metric, "runs": [asdict(each) for each in runs]}
             rows = summarise(runs, metric)
-            record["methods"] = [asdict(row) for row in rows]
+            record = {
+                "metric": metric,
+                "test_rows": size,
+                "runs": [each.record() for each in runs],
+                "methods": [asdict(row) for row in rows],
+            }
             (output / "comparison.json").write_text(json.dumps(record, indent=1))
     if distributed.rank():
         return
-    table = markdown(rows, metric, len(own.seeds))
+    table = markdown(rows, metric, others(runs[0].metrics, metric), len(own.seeds), size)
     (output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
     picture(runs, rows, metric, setup.task.lower_is_better, output / "comparison.png")
     print(f"\n{table}\n\ntable, picture and numbers are in {output}")
+
+
+def others(metrics: Iterable[str], metric: str) -> list[str]:
+    """The task's metrics and the loss beside ``metric``, without the Trainer's timings."""
+    timings = ("_runtime", "_per_second", "_time")
+    return [name for name in metrics if name != metric and not name.endswith(timings)]
 
 
 def arguments_of(method: str, args: BiDoRATrainingArguments) -> BiDoRATrainingArguments:
@@ -150,62 +137,14 @@ def train(method: str, seed: int, args: BiDoRATrainingArguments, budget: int, se
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
-    metrics = {key: value for key, value in trainer.evaluate().items() if key != "epoch"}
+    tested = trainer.predict(setup.evaluation, metric_key_prefix="eval")
+    draws = bootstrap(
+        lambda rows: setup.task.metrics(rows)[setup.task.metric],
+        tested.predictions,
+        tested.label_ids,
+    )
     steps = trainer.state.global_step
     if trainer.retrainer is not None:
         steps += trainer.retrainer.state.global_step
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Run(method, seed, metrics, seconds, trainable, steps)
-
-
-def summarise(runs: Sequence[Run], metric: str) -> list[Row]:
-    """A row for each method, in the order of ``runs``."""
-    rows = []
-    for method in dict.fromkeys(run.method for run in runs):
-        own = [run for run in runs if run.method == method]
-        values = [run.metrics[metric] for run in own]
-        rows.append(
-            Row(
-                method,
-                mean=statistics.fmean(values),
-                spread=statistics.stdev(values) if len(values) > 1 else None,
-                seconds=statistics.fmean(run.seconds for run in own),
-                trainable_parameters=own[0].trainable_parameters,
-                steps=own[0].steps,
-            )
-        )
-    return rows
-
-
-def markdown(rows: Sequence[Row], metric: str, seeds: int) -> str:
-    """The table."""
-    lines = [
-        f"| method | {metric}, mean of {seeds} | spread | seconds | trainable parameters | steps |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        spread = "–" if row.spread is None else f"{row.spread:.4f}"
-        lines.append(
-            f"| {row.method} | {row.mean:.4f} | {spread} | {row.seconds:.1f} "
-            f"| {row.trainable_parameters:,} | {row.steps} |"
-        )
-    return "\n".join(lines)
-
-
-def picture(
-    runs: Sequence[Run], rows: Sequence[Row], metric: str, lower_is_better: bool, path: Path
-) -> None:
-    """Every run a dot, every method's mean and spread a bar, a method a column."""
-    figure = Figure(figsize=(max(4.0, 1.6 * len(rows)), 4), layout="constrained")
-    axes = figure.add_subplot()
-    for column, row in enumerate(rows):
-        values = [run.metrics[metric] for run in runs if run.method == row.method]
-        axes.scatter([column] * len(values), values, s=30, color=f"C{column}", alpha=0.6)
-        bar = row.spread if row.spread is not None and math.isfinite(row.spread) else 0.0
-        axes.errorbar(column + 0.15, row.mean, bar, fmt="_", markersize=12, color=f"C{column}")
-    names = [row.method.replace(":", ":\n") for row in rows]
-    axes.set_xticks(range(len(rows)), names, fontsize="small")
-    axes.set_xlim(-0.5, len(rows) - 0.5)
-    axes.set_ylabel(f"{metric} ({'lower' if lower_is_better else 'higher'} is better)")
-    axes.grid(axis="y", alpha=0.25)
-    figure.savefig(path, dpi=150)
+    return Run(method, seed, tested.metrics, draws, seconds, trainable, steps)

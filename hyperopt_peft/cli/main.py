@@ -2,56 +2,70 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 
-import datasets
-import transformers
-
-from hyperopt_peft.cli import check, compare_estimators, compare_methods, merge, train
-from hyperopt_peft.cli.options import summary
+from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.errors import NonFiniteError, ProblemError, did_you_mean
 
-COMMANDS = {
-    "train": train,
-    "compare": compare_methods,
-    "check": check,
-    "compare-estimators": compare_estimators,
-    "merge": merge,
-}
+INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that ``argv`` (by default the process's own) names.
 
     Returns:
-        The exit status: 0, or 2 after an error of the user's, which is one line on stderr.
+        The exit status: 0; 2 after an error of the user's, and 130 after Ctrl-C, each of them
+        one line on stderr.
+
+    Example:
+        >>> from hyperopt_peft.cli.main import main
+        >>> main(["--help"])
+        usage: hyperopt-peft COMMAND [config.yaml] [options]
+        ...
+        0
     """
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
         return 0
-    if not sys.stderr.isatty():  # a log file wants no bars
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
     try:
         if name not in COMMANDS:
             raise ProblemError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
-        with warnings.catch_warnings():
-            # What PEFT and Transformers will rename is none of the user's affairs.
-            warnings.simplefilter("ignore", FutureWarning)
-            COMMANDS[name].run(options)
+        _run(name, options)
+        return 0
     except (ProblemError, NonFiniteError) as error:
-        command = f"hyperopt-peft {name}" if name in COMMANDS else "hyperopt-peft"
-        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        message, status = " ".join(str(error).split()), 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", INTERRUPTED
+    # The error is gone and with it the trainer, whose progress bar then ends its own line.
+    gc.collect()
+    command = f"hyperopt-peft {name}" if name in COMMANDS else "hyperopt-peft"
+    print(f"{command}: {message}", file=sys.stderr)
+    return status
+
+
+def _run(name: str, options: Sequence[str]) -> None:
+    """Import the command, which takes seconds, and run it."""
+    module = import_module(f"hyperopt_peft.cli.{COMMANDS[name].module}")
+    if not sys.stderr.isatty():  # a log file wants no bars
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # What PEFT and Transformers will rename is none of the user's affairs.
+        warnings.simplefilter("ignore", FutureWarning)
+        module.run(options)
 
 
 def usage() -> str:
-    """The commands, each with the first line of its module."""
+    """The commands, and what each of them does."""
     lines = ["usage: hyperopt-peft COMMAND [config.yaml] [options]", ""]
-    for name, module in COMMANDS.items():
-        lines.append(f"  {name:20}{summary(module.__doc__)}")
+    width = max(map(len, COMMANDS)) + 2
+    lines += [f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "hyperopt-peft COMMAND --help lists the options of one."])

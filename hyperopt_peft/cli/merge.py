@@ -27,6 +27,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 class MergeArguments:
     """What to merge, and where to."""
 
+    _argument_group_name = "command"
+
     adapter: str = HfArg(help="the folder of the adapter")
     output_dir: str = HfArg(help="where the merged model is written; must be empty or not exist")
     model: str | None = HfArg(
@@ -44,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a folder that is not empty, an adapter that cannot be loaded onto the base
             model, or logits that differ by more than rounding: nothing is saved then.
     """
-    (args,) = parse("merge", __doc__, (MergeArguments,), argv)
+    (args,) = parse("merge", (MergeArguments,), argv)
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ProblemError(f"output_dir: {output} is not an empty folder; choose another")

@@ -2,109 +2,88 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
+from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
+YAML = (".yaml", ".yml")
 
-class Parser(HfArgumentParser):
-    """An HfArgumentParser whose errors are raised, and that knows its options by name."""
 
+class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise ``message`` as a ProblemError."""
         raise ProblemError(message)
 
-    @property
-    def by_name(self) -> dict[str, argparse.Action]:
-        """The options by field; of a switch and its ``--no_…`` the switch."""
-        options: dict[str, argparse.Action] = {}
-        for action in self._actions:
-            options.setdefault(action.dest, action)
-        return options
 
-
-def summary(documentation: str | None) -> str:
-    """What a command does, from the first line of its module: ``"hyperopt-peft …: what"``."""
-    return (documentation or "").partition("\n")[0].partition(": ")[2]
-
-
-def parse(
-    command: str, documentation: str | None, types: Sequence[type], argv: Sequence[str]
-) -> Any:
+def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
     """One instance of each dataclass in ``types``.
 
+    The options of a YAML file are read as flags are, by the same rules.
+
     Args:
-        command: the subcommand, for messages.
-        documentation: the command's module's.
+        command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options.
         argv: a YAML file (optional, first), then flags.
 
     Raises:
         ProblemError: an unknown option (with the nearest known one), a bad value, or a file
-            that is no mapping of options.
+            that is no mapping of options or gives one twice.
     """
-    parser = Parser(
+    hints = {
+        field.name: get_type_hints(own)[field.name]
+        for own in types
+        for field in fields(own)
+        if field.init
+    }
+    parser = _Parser(
         types,
         prog=f"hyperopt-peft {command}",
         usage="%(prog)s [config.yaml] [options]",
-        description=summary(documentation),
+        description=COMMANDS[command].summary,
         allow_abbrev=False,
     )
-    _order_help(parser, types)
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
-        flags = [*flags_of(Path(flags.pop(0)), parser), *flags]
-    known = {flag for action in parser._actions for flag in action.option_strings}
-    switches = {f for a in parser._actions if a.nargs == "?" for f in a.option_strings}
-    late = "unexpected argument {!r}; a YAML file comes before the options"
-    for before, flag in zip(["", *flags], flags):
-        if before in switches and flag.endswith((".yaml", ".yml")):
-            raise ProblemError(late.format(flag))
-        name = flag.partition("=")[0]
-        if name.startswith("--") and name not in known:
-            raise ProblemError(f"unknown option {name}{_near(name, known)}")
+        flags = [*flags_of(Path(flags.pop(0)), hints), *flags]
+    for flag in flags:
+        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name.removeprefix("no_") not in {*hints, "help"}:
+            raise ProblemError(f"unknown option --{name}{_near(name, hints)}")
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
-    except ProblemError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:  # from the dataclasses' own checks
+        if rest:
+            raise ProblemError(f"unexpected argument {rest[0]!r}")
+    except (ValueError, TypeError, ImportError) as error:  # argparse's, and the dataclasses' own
+        if late := next((flag for flag in argv[1:] if flag.endswith(YAML)), None):
+            raise ProblemError(f"{late}: a YAML file comes before the options") from error
         raise ProblemError(str(error)) from error
-    if rest:
-        raise ProblemError(late.format(rest[0]))
     return parsed
 
 
-def _order_help(parser: Parser, types: Sequence[type]) -> None:
-    """Give the two levels a group of their own; the Trainer's hundred arguments come last."""
-    trainers = [own for own in types if issubclass(own, TrainingArguments)]
-    names = {field.name for own in trainers for field in fields(own)}
-    names -= {field.name for field in fields(TrainingArguments)}
-    levels, rest = parser.add_argument_group("two levels"), parser._optionals
-    levels._group_actions += [action for action in rest._group_actions if action.dest in names]
-    rest._group_actions = [action for action in rest._group_actions if action.dest not in names]
-    parser._action_groups.sort(key=lambda group: group is rest)
+def flags_of(path: Path, hints: Mapping[str, Any]) -> list[str]:
+    """The options in the YAML file ``path`` as flags; null leaves an option at its default.
 
-
-def flags_of(path: Path, parser: Parser) -> list[str]:
-    """The options in the YAML file ``path`` as flags, so that both are read by the same rules.
-
-    A value of null leaves the option at its default.
+    Args:
+        path: the file.
+        hints: the type of every option.
 
     Raises:
-        ProblemError: no such file, no mapping, an unknown option, or a list for one value.
+        ProblemError: no such file, no mapping, an unknown option, an option that is given
+            twice, or a list for one value.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
     except OSError as error:
         raise ProblemError(f"cannot read {path} ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -114,18 +93,48 @@ def flags_of(path: Path, parser: Parser) -> list[str]:
     flags = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in parser.by_name or name == "help":
-            raise ProblemError(f"{path}: unknown option {name!r}{_near(name, parser.by_name)}")
-        if value is None:
-            continue
-        many = parser.by_name[name].nargs == "+"
-        if isinstance(value, list) and not many:
+        if name not in hints:
+            raise ProblemError(f"{path}: unknown option {name!r}{_near(name, hints)}")
+        if isinstance(value, list) and not _takes_many(hints[name]):
             raise ProblemError(f"{path}: {name} takes one value, got the list {value}")
-        if many:
-            flags += [f"--{name}", *map(_text, value if isinstance(value, list) else [value])]
-        else:
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(_text, value)]
+        elif value is not None:
             flags.append(f"--{name}={_text(value)}")
     return flags
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if lines.setdefault(key.value, line) != line:
+                raise ProblemError(
+                    f"{key.start_mark.name}: {key.value} is given twice, in line "
+                    f"{lines[key.value]} and in line {line}; take one out"
+                )
+        result: dict[Any, Any] = super().construct_mapping(node, deep)
+        return result
+
+
+def require_folder(path: str) -> None:
+    """Raise ProblemError unless ``path``, the ``output_dir``, can be written to; makes nothing."""
+    folder = Path(path)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ProblemError(f"output_dir: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise ProblemError(f"output_dir: {existing} cannot be written to; name another folder")
+
+
+def _takes_many(hint: Any) -> bool:
+    """Whether an option of this type takes several values."""
+    choices = get_args(hint)
+    several = any(get_origin(choice) is list for choice in (hint, *choices))
+    return several and (get_origin(hint) is list or str not in choices)
 
 
 def _text(value: Any) -> str:

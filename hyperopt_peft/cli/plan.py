@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.adapters import split_parameters
-from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
 
@@ -70,7 +69,7 @@ def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
             f"{everything if again else 0} retraining, {evaluation} evaluation",
             f"steps: {search} lower in the search, {search // args.lower_steps} upper, "
             f"{again} in the retraining",
-            f"estimator: {args.estimator()!r}",
+            f"estimator: {args.estimator()!r}{_cost(args)}",
         ]
     else:
         lines += [
@@ -78,6 +77,13 @@ def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
             f"steps: {steps_of(args, lower)}",
         ]
     return "\n".join([*lines, memory(trainer)])
+
+
+def _cost(args: BiDoRATrainingArguments) -> str:
+    cost = args.estimator().cost()
+    if cost is None:
+        return ""
+    return f", an upper step of {cost.losses} losses and {cost.backward_passes} backward passes"
 
 
 def _count(parameters: Iterable[Tensor]) -> str:
@@ -88,35 +94,30 @@ def _count(parameters: Iterable[Tensor]) -> str:
 def memory(trainer: BiDoRATrainer) -> str:
     """An estimate of the memory that training takes, part by part, in words."""
     lower, upper = trainer.lower.variables, () if trainer.upper is None else trainer.upper.variables
-    weights = sum(_bytes(trainer.model.parameters()))
-    trained = sum(_bytes([*lower, *upper]))
-    moments = 2 if "adam" in str(trainer.args.optim.value) else 0
+    trained = _bytes([*lower, *upper])
     batch, size = longest_batch(trainer)
     with trainer.compute_loss_context_manager():
         graph = kept_bytes(lambda: trainer.lower.evaluate(batch)[0], trainer.model.parameters())
-    vectors, graphs, unknown = 0, 1, ""
+    parts = {
+        "weights": _bytes(trainer.model.parameters()),
+        "gradients of what is trained": trained,
+        f"activations (of a forward pass of the {size} longest examples, measured)": graph,
+    }
+    if "adam" in str(trainer.args.optim.value):
+        parts["AdamW's two moments"] = 2 * trained
+    missing = ["PyTorch itself", "what an operation holds while it runs", "the data", "evaluation"]
     if trainer.upper is not None:
         estimator = trainer.args.estimator()
-        cost, graphs = estimator.cost(), _graphs(estimator)
-        if cost is None:
-            unknown = f"the vectors of {estimator.name}, "
+        if estimator.requirements.second_derivatives:
+            parts["activations again (the estimator differentiates a gradient)"] = graph
+        if (cost := estimator.cost()) is None:
+            missing.insert(0, f"the vectors of {estimator.name}")
         else:
-            vectors = cost.vectors
-    held = vectors * sum(4 * v.numel() for v in lower)
-    total = weights + (1 + moments) * trained + graphs * graph + held
-    return (
-        f"memory: about {_size(total)} = weights {_size(weights)} + gradients of what is trained "
-        f"{_size(trained)} + AdamW's two moments {_size(moments * trained)} + activations "
-        f"{_size(graphs * graph)} (kept by a forward pass of the {size} longest examples, measured"
-        f"{', twice, as this estimator differentiates a gradient' if graphs > 1 else ''}) + "
-        f"{vectors} vectors of the hypergradient {_size(held)}; not counted: {unknown}"
-        "PyTorch itself, what an operation holds while it runs, the data, evaluation"
-    )
-
-
-def _graphs(estimator: Estimator) -> int:
-    """How many graphs are alive at once: a double backward keeps that of the gradient as well."""
-    return 2 if estimator.requirements.second_derivatives else 1
+            held = cost.vectors * _bytes(lower)
+            parts[f"{cost.vectors} vectors of the hypergradient"] = held
+    words = " + ".join(f"{name} {_size(value)}" for name, value in parts.items())
+    total = _size(sum(parts.values()))
+    return f"memory: about {total} = {words}; not counted: {', '.join(missing)}"
 
 
 def longest_batch(trainer: BiDoRATrainer) -> tuple[Any, int]:
@@ -145,8 +146,8 @@ def kept_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def _bytes(tensors: Iterable[Tensor]) -> list[int]:
-    return [t.numel() * t.element_size() for t in tensors]
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _size(size: int) -> str:

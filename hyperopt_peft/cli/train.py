@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.plan import plan
 from hyperopt_peft.cli.text.setup import TYPES, prepare
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
@@ -37,7 +37,8 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a bad option, model or data set.
         NonFiniteError: see the option non_finite.
     """
-    own, model_args, data, args = parse("train", __doc__, (TrainArguments, *TYPES), argv)
+    own, model_args, data, args = parse("train", (TrainArguments, *TYPES), argv)
+    require_folder(args.output_dir)
     setup = prepare(model_args, data)
     model = setup.model(args.seed, dora=args.method != "lora")
     if own.dry_run:

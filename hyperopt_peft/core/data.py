@@ -13,6 +13,26 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """``batch`` with every tensor on ``device``.
+
+    Tensors and whatever else has a method ``to`` (``BatchEncoding``), mappings, lists, tuples
+    and named tuples of these; any other value is returned as it is.
+
+    Example:
+        >>> to_device({"x": torch.ones(2), "name": "a"}, torch.device("cpu"))
+        {'x': tensor([1., 1.]), 'name': 'a'}
+    """
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return type(batch)({key: to_device(value, device) for key, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, list | tuple):
+        parts = [to_device(value, device) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
 class DataStream:
     """The batches of ``data``, epoch after epoch; any position can be restored.
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.optimizer import optimizer_state_copy, present_options, write_options
 from hyperopt_peft.core.validation import (
     Variables,
@@ -182,7 +181,7 @@ class Problem:
 
         Tensors in mappings, tuples, lists and ``BatchEncoding`` are moved as well.
         """
-        return send_to_device(batch, self.variables[0].device)
+        return to_device(batch, self.variables[0].device)
 
     def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """The loss with its autograd graph, on this process, and the metrics.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -58,19 +58,42 @@ def type_name(hint: Any) -> str:
 def require_settings(made: str, known: Mapping[str, Any], has: str, now: Mapping[str, Any]) -> None:
     """Raise ProblemError where saved settings differ from current ones.
 
-    The message has the name and both values of the first difference, and the number of others.
+    The message has the name and both values of the first difference, however deep in lists and
+    mappings, and the number of others.
 
     Args:
         made: the name of the saved object in the message.
         known: the settings of the saved object.
         has: the name of the current object in the message.
         now: the settings of the current object.
+
+    Example:
+        >>> require_settings("the state", {"a": [2, 8]}, "this run", {"a": [4, 8]})
+        Traceback (most recent call last):
+        hyperopt_peft.errors.ProblemError: a[0]: the state was made with 2, this run has 4; ...
     """
-    different = [key for key in {**now, **known} if known.get(key) != now.get(key)]
-    if different:
-        first, *others = different
+    if found := list(_differences("", known, now)):
+        (name, before, after), *others = found
         more = f" ({len(others)} more settings differ)" if others else ""
         raise ProblemError(
-            f"{first}: {made} was made with {known.get(first)!r}, {has} has {now.get(first)!r}"
-            f"{more}; resume with the same settings, or start a new run"
+            f"{name}: {made} was made with {_short(before)}, {has} has {_short(after)}{more}; "
+            "resume with the same settings, or start a new run"
         )
+
+
+def _differences(name: str, known: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The entries in which two nests of mappings and lists differ, with both values."""
+    if isinstance(known, Mapping) and isinstance(now, Mapping):
+        for key in {**now, **known}:
+            inner = f"{name}.{key}" if name else str(key)
+            yield from _differences(inner, known.get(key), now.get(key))
+    elif isinstance(known, list) and isinstance(now, list) and len(known) == len(now):
+        for position, (before, after) in enumerate(zip(known, now)):
+            yield from _differences(f"{name}[{position}]", before, after)
+    elif known != now:
+        yield name, known, now
+
+
+def _short(value: Any, limit: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

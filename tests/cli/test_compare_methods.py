@@ -2,39 +2,37 @@
 
 import json
 import statistics
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hyperopt_peft import ProblemError
-from hyperopt_peft.cli.compare_methods import (
-    CompareArguments,
-    Run,
-    arguments_of,
-    markdown,
-    summarise,
-)
+from hyperopt_peft.cli.compare_methods import CompareArguments, arguments_of
+from hyperopt_peft.cli.comparison import Run, bootstrap, markdown, mean_and_error, summarise
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
 from hyperopt_peft.problems import BiDoRATrainingArguments
-from tests.cli.test_main import failure
-from tests.cli.test_train import given
+from tests.support.cli import NOWHERE, failure, given
 from tests.support.files import flags
 
+Compared = tuple[Path, dict[str, Any]]
 METHODS = ["lora", "dora", "bidora", "bidora:cg:steps=2,damping=1.0"]
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     folder = tmp_path_factory.mktemp("compare")
     options = given(folder, methods=METHODS, seeds=[0, 1], retrain_steps=3)
     assert main(["compare", *flags(**options)]) == 0
     return folder / "out", json.loads((folder / "out/comparison.json").read_text())
 
 
-def test_every_method_has_the_same_budget(compared):
+def test_every_method_has_the_same_budget(compared: Compared) -> None:
     _, record = compared
     assert [(run["method"], run["seed"]) for run in record["runs"]] == [
         (method, seed) for seed in (0, 1) for method in METHODS
@@ -42,29 +40,37 @@ def test_every_method_has_the_same_budget(compared):
     assert {run["steps"] for run in record["runs"]} == {4 + 3}
 
 
-def test_the_table_is_what_the_runs_found(compared):
+def test_the_table_is_what_the_runs_found(compared: Compared) -> None:
     folder, record = compared
     table = (folder / "comparison.md").read_text()
+    assert f"2 seeds on {record['test_rows']} test rows" in table and record["test_rows"] == 10
+    found = {
+        method: [run["metrics"] for run in record["runs"] if run["method"] == method]
+        for method in METHODS
+    }
     for row in record["methods"]:
-        values = [
-            run["metrics"]["eval_accuracy"]
-            for run in record["runs"]
-            if run["method"] == row["method"]
-        ]
-        assert row["mean"] == pytest.approx(statistics.fmean(values))
+        for name in ("eval_accuracy", "eval_macro_f1", "eval_loss"):
+            values = [metrics[name] for metrics in found[row["method"]]]
+            assert row["metrics"][name] == pytest.approx(statistics.fmean(values))
+            assert f"{row['metrics'][name]:.4f}" in table
+        values = [metrics["eval_accuracy"] for metrics in found[row["method"]]]
         assert row["spread"] == pytest.approx(statistics.stdev(values))
-        assert f"| {row['method']} | {row['mean']:.4f} | {row['spread']:.4f} |" in table
+        if row["method"] != METHODS[0]:
+            first = [metrics["eval_accuracy"] for metrics in found[METHODS[0]]]
+            differences = [a - b for a, b in zip(values, first, strict=True)]
+            assert row["difference"] == pytest.approx(statistics.fmean(differences))
     trainable = {row["method"]: row["trainable_parameters"] for row in record["methods"]}
     assert trainable["dora"] == trainable["bidora"] > trainable["lora"]
+    assert "runtime" not in table and "per_second" not in table
 
 
-def test_a_picture_and_no_checkpoints(compared):
+def test_a_picture_and_no_checkpoints(compared: Compared) -> None:
     folder, _ = compared
     assert (folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(folder.rglob("checkpoint-*"))
 
 
-def test_one_seed_is_one_start(tmp_path):
+def test_one_seed_is_one_start(tmp_path: Path) -> None:
     options = given(tmp_path)
     args = ModelArguments(options["model"], options["task"], rank=2)
     data = DataArguments([options["train_file"]], max_length=16)
@@ -86,7 +92,7 @@ def test_one_seed_is_one_start(tmp_path):
     assert any("lora_A" in name for name in weights["lora"])
 
 
-def test_a_second_model_saves_the_same_modules(tmp_path):
+def test_a_second_model_saves_the_same_modules(tmp_path: Path) -> None:
     options = given(tmp_path)
     args = ModelArguments(options["model"], options["task"], modules_to_save=["pooler"])
     setup = prepare(args, DataArguments([options["train_file"]], max_length=16))
@@ -94,19 +100,40 @@ def test_a_second_model_saves_the_same_modules(tmp_path):
     assert saved[0] == saved[1] and "pooler" in saved[0] and args.modules_to_save == ["pooler"]
 
 
-def test_rows_of_runs_by_hand():
+def test_bootstrap_is_the_binomial_error() -> None:
+    labels = np.zeros(400, dtype=int)
+    predictions = (np.arange(400) % 5 == 0).astype(int)  # a fifth is wrong
+    draws = bootstrap(
+        lambda rows: float((rows.predictions == rows.label_ids).mean()), predictions, labels
+    )
+    assert draws.std() == pytest.approx((0.8 * 0.2 / 400) ** 0.5, rel=0.15)
+
+
+def test_equal_values_of_two_seeds_have_the_error_of_the_test_rows() -> None:
+    draws = np.array([0.7, 0.9])
+    assert mean_and_error([0.8, 0.8], [draws, draws]) == pytest.approx((0.8, 0.1))
+    # Rows' and seeds' errors add in squares: √(s²/2 + 0.1²) with s² = 0.02.
+    assert mean_and_error([0.7, 0.9], [draws, draws])[1] == pytest.approx((0.01 + 0.01) ** 0.5)
+
+
+def test_rows_of_runs_by_hand() -> None:
+    draws = np.array([0.0, 2.0])
     runs = [
-        Run("a", 0, {"m": 1.0}, 2.0, 5, 7),
-        Run("b", 0, {"m": 4.0}, 1.0, 6, 7),
-        Run("a", 1, {"m": 3.0}, 4.0, 5, 7),
+        Run("a", 0, {"m": 1.0, "loss": 0.5}, draws, 2.0, 5, 7),
+        Run("b", 0, {"m": 4.0, "loss": 0.25}, draws + 3, 1.0, 6, 7),
+        Run("a", 1, {"m": 3.0, "loss": 0.7}, draws, 4.0, 5, 7),
     ]
     a, b = summarise(runs, "m")
-    assert (a.mean, a.spread, a.seconds) == (2.0, pytest.approx(2**0.5), 3.0)
-    assert (b.mean, b.spread) == (4.0, None)
-    assert markdown([b], "m", 1).splitlines()[2] == "| b | 4.0000 | – | 1.0 | 6 | 7 |"
+    assert (a.metrics["m"], a.metrics["loss"], a.seconds) == (2.0, pytest.approx(0.6), 3.0)
+    assert a.spread == pytest.approx(2**0.5) and a.difference is None
+    assert a.standard_error == pytest.approx((1 + 1) ** 0.5)
+    # On the same rows and the same seed b is 3 better in every draw: no error of the rows is left.
+    assert (b.spread, b.difference, b.difference_error) == (None, 3.0, 0.0)
+    table = markdown([a, b], "m", ["loss"], 2, 40).splitlines()
+    assert table[3] == "| b | 4.0000 ± 1.0000 | +3.0000 ± 0.0000 | 0.2500 | 1.0 | 6 | 7 |"
 
 
-def test_a_method_may_name_its_estimator(tmp_path):
+def test_a_method_may_name_its_estimator(tmp_path: Path) -> None:
     args = BiDoRATrainingArguments(str(tmp_path), xi=0.1, use_cpu=True)
     assert arguments_of("bidora", args).estimator().xi == 0.1
     own = arguments_of("bidora:cg:steps=3", args)
@@ -120,22 +147,25 @@ def test_a_method_may_name_its_estimator(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("method", "named"),
     [
-        ("bidorra", "unknown method 'bidorra'; did you mean 'bidora'"),
-        ("damping=1.0", "known are lora, dora, bidora; in YAML quotes keep the commas"),
-        ("lora:cg", "lora takes no estimator, got 'lora:cg'"),
-        ("bidora:dart", "unknown estimator 'dart'; did you mean 'darts'"),
+        ("bidorra", "'bidora'"),
+        ("damping=1.0", "quotes"),
+        ("lora:cg", "'lora:cg'"),
+        ("bidora:dart", "'darts'"),
     ],
 )
-def test_unknown_methods_are_refused_before_any_work(tmp_path, method, message, capsys):
-    options = {"model": "none", "task": "causal-lm", "train_file": "none.csv"}
-    assert message in failure(capsys, "compare", *flags(**options, methods=["lora", method]))
+def test_unknown_methods_are_refused_before_any_work(
+    method: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in failure(capsys, "compare", *flags(**NOWHERE, methods=["lora", method]))
 
 
-def test_methods_twice_and_no_evaluation_are_refused(tmp_path, capsys):
-    with pytest.raises(ProblemError, match="seeds: 3 is given twice"):
+def test_methods_twice_and_no_evaluation_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ProblemError, match="seeds: 3"):
         CompareArguments(seeds=[3, 1, 3])
     options = given(tmp_path, eval_fraction=0)
     del options["eval_file"]
-    assert "compare needs evaluation examples" in failure(capsys, "compare", *flags(**options))
+    assert "eval_file" in failure(capsys, "compare", *flags(**options))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -11,7 +12,7 @@ from hyperopt_peft.cli.text.data import DataArguments, hold_out, load
 from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
-from tests.cli.test_main import failure
+from tests.support.cli import failure
 from tests.support.files import WORDS, flags, rows, save_model, tokenizer, write
 
 CLASSES = "text-classification"
@@ -321,3 +322,29 @@ def test_tokenizer_of_another_model_is_refused(tmp_path, capsys):
     path = write(tmp_path / "a.csv", rows())
     given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16}
     assert "has 43 tokens, the model 40" in failure(capsys, "train", *flags(**given))
+
+
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [
+        (b"text,label\nw1,a\nw2\rw3,b\nw4,a\n", 2),
+        (b"text,label\r\nw1,a\r\nw2,b\r\nw3\r,b\r\n", 3),
+        (b'text,label\n"w1\nw1",a\nw2\rw3,b\n', 2),
+    ],
+)
+def test_a_carriage_return_within_a_row_is_named(tmp_path: Path, table: bytes, row: int) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(table)
+    with pytest.raises(ProblemError, match=rf"train_file: .*a\.csv.* row {row} "):
+        load(DataArguments([str(path)]), CLASSES)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [b'text,label\n"w1\rw1",a\nw2,b\n', b"text,label\rw1,a\rw2,b\r", b"text,label\r\nw1,a\r\nw2,b"],
+)
+def test_carriage_returns_in_quotes_and_at_line_ends_are_read(tmp_path: Path, table: bytes) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(table)
+    train, _ = load(DataArguments([str(path)]), CLASSES)
+    assert train["label"][:] == ["a", "b"]

@@ -3,16 +3,19 @@
 import re
 from pathlib import Path
 
-from hyperopt_peft.cli import check, compare_estimators, compare_methods, merge, train
+import pytest
+
+from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.main import main
-from hyperopt_peft.cli.options import Parser
 from hyperopt_peft.cli.text.tasks import TASKS
 from tests.support.files import flags, rows, save_model, write
 
 TEXT = (Path(__file__).parents[2] / "docs/command-line.md").read_text()
 
 
-def test_yaml_example_is_planned(tmp_path, monkeypatch, capsys):
+def test_yaml_example_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
     Path("config.yaml").write_text(example)
@@ -28,20 +31,12 @@ def test_yaml_example_is_planned(tmp_path, monkeypatch, capsys):
     assert not Path("outputs").exists()
 
 
-def test_named_options_and_tasks_exist():
-    types = (
-        train.TrainArguments,
-        *train.TYPES,
-        compare_methods.CompareArguments,
-        check.CheckArguments,
-        compare_estimators.EstimatorArguments,
-        merge.MergeArguments,
-    )
-    known = {
-        flag
-        for own in types
-        for action in Parser((own,))._actions
-        for flag in action.option_strings
-    }
+def test_named_options_and_tasks_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    known = set()
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known |= set(re.findall(r"--\w[\w-]*", capsys.readouterr().out))
     assert set(re.findall(r"--\w[\w-]*", TEXT)) <= known
     assert set(re.findall(r"^\| `([\w-]+)`", TEXT, re.MULTILINE)) == set(TASKS)
+    assert set(re.findall(r"^## (\S+)$", TEXT, re.MULTILINE)) == set(COMMANDS)

@@ -1,61 +1,57 @@
-"""The entry point: usage, unknown commands, and errors that are one line."""
+"""The entry point: usage, unknown commands, and ends that are one line and an exit status."""
 
-import os
+from __future__ import annotations
+
+import signal
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
-from hyperopt_peft.cli import check, compare_estimators, compare_methods, merge, train
-from hyperopt_peft.cli.main import COMMANDS, main
-from hyperopt_peft.cli.options import Parser
-from tests.support.files import SMALL, flags, rows, save_model, write
-
-ROOT = Path(__file__).parents[2]
-
-
-def failure(capsys, *argv):
-    """What a command that fails writes to stderr: one line."""
-    assert main([str(x) for x in argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    return captured.err.strip()
+import hyperopt_peft
+from hyperopt_peft.cli import COMMANDS, train
+from hyperopt_peft.cli.main import main
+from tests.support.cli import ROOT, failure, given, start
+from tests.support.files import flags
 
 
-def test_usage_names_every_command(capsys):
+def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in ([], ["--help"]):
         assert main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
 
 
-def test_unknown_command_gets_the_nearest(capsys):
-    assert failure(capsys, "trian").endswith("unknown command 'trian'; did you mean 'train'?")
+def test_usage_and_version_load_no_library() -> None:
+    program = (
+        "import sys, hyperopt_peft; from hyperopt_peft.cli.main import main\n"
+        "main(['--help']); print(hyperopt_peft.__version__)\n"
+        "assert not {'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == version("hyperopt-peft") == hyperopt_peft.__version__
+
+
+def test_unknown_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'trian'; did you mean 'train'?" in failure(capsys, "trian")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_help_and_a_default_that_is_shown(command, capsys):
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert "[config.yaml] [options]" in text
-    if command != "merge":  # what is of this library comes before the Trainer's hundred arguments
-        assert text.index("\ntwo levels:\n  --hypergradient ") < text.index("\noptions:\n")
-        assert text.index("--retrain_steps ") < text.index("\noptions:\n") < text.index("--optim ")
-    own = {
-        "train": (train.TrainArguments, *train.TYPES),
-        "compare": (compare_methods.CompareArguments, *compare_methods.TYPES),
-        "check": (check.CheckArguments, *check.TYPES),
-        "compare-estimators": (compare_estimators.EstimatorArguments, *compare_estimators.TYPES),
-        "merge": (merge.MergeArguments,),
-    }
-    assert all(action.help for action in Parser(own[command])._actions)
+    assert f"hyperopt-peft {command} [config.yaml] [options]" in text
+    assert COMMANDS[command].summary in " ".join(text.split())
 
 
-def test_no_warnings_of_other_libraries_renamings(monkeypatch):
+def test_no_warnings_of_other_libraries_renamings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "run", lambda _: warnings.warn("renamed", FutureWarning, 2))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -64,31 +60,40 @@ def test_no_warnings_of_other_libraries_renamings(monkeypatch):
     assert len(seen) == 1  # and only while a command runs
 
 
-def test_a_process_of_its_own_ends_with_one_line_and_status_2(tmp_path):
-    def run(*argv):
-        return subprocess.run(
-            [sys.executable, "-m", "hyperopt_peft", *argv],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-
-    model = save_model(tmp_path / "model")
-    data = write(tmp_path / "train.csv", rows())
-    given = {"model": model, "task": "text-classification", "train_file": data, **SMALL}
-    done = run("train", *flags(**given), "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("method: bidora\n")
-    done = run("train", *flags(**given, text_columns="txet"))
-    assert done.returncode == 2
-    assert done.stderr == (
-        "hyperopt-peft train: the training examples have no column 'txet'; did you mean 'text'?\n"
-    )
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("process")
+    return given(folder, save_strategy="no", disable_tqdm=False)
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    def broken(argv):
+def test_an_error_in_training_is_the_last_line_and_not_the_progress_bars(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """In a process of its own; at that learning rate the second step's loss is not finite."""
+    process = start(tmp_path, "train", *flags(**{**options, "learning_rate": 1e30}))
+    out, err = process.communicate()
+    assert process.returncode == 2, err
+    assert "it/s" in err or "?it" in err  # there was a bar
+    last = err.rstrip("\n").splitlines()[-1]
+    assert last.startswith("hyperopt-peft train: ") and "not finite" in last
+    assert "Traceback" not in err + out
+
+
+def test_ctrl_c_is_one_line_and_status_130(options: dict[str, Any], tmp_path: Path) -> None:
+    process = start(tmp_path, "train", *flags(**{**options, "max_steps": 100_000}))
+    assert process.stderr is not None
+    seen = ""
+    while "0/100000" not in seen and (character := process.stderr.read(1)):
+        seen += character
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, seen + err
+    assert "Traceback" not in err
+    assert err.rstrip("\n").splitlines()[-1] == "hyperopt-peft train: interrupted"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(argv: object) -> NoReturn:
         raise KeyError("a bug")
 
     monkeypatch.setattr(train, "run", broken)

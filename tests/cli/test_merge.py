@@ -11,8 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hyperopt_peft import ProblemError
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.merge import merge
-from tests.cli.test_main import failure
-from tests.cli.test_train import given, stock
+from tests.support.cli import failure, given, stock
 from tests.support.files import KINDS, flags, save_model
 
 

@@ -146,7 +146,9 @@ def _read_file(path: Path, option: str) -> Dataset:
     if path.stat().st_size == 0:
         raise ProblemError(f"{option}: {path} is empty")
     options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    if kind == "csv":  # "None" and "NA" are classes and words, not empty cells
+    if kind == "csv":
+        _require_line_ends(path, option)
+        # "None" and "NA" are classes and words, not empty cells.
         options |= {"keep_default_na": False, "na_values": [""]}
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the error below is the one line
@@ -163,6 +165,27 @@ def _read_file(path: Path, option: str) -> Dataset:
     if not data:
         raise ProblemError(f"{option}: {path} is empty: it has no rows")
     return data
+
+
+def _require_line_ends(path: Path, option: str) -> None:
+    """Raise ProblemError for a carriage return that would cut a row in two.
+
+    Outside of quotes it ends a row as a line feed does; a file may have the one or the other.
+    """
+    row, quoted = 0, False
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if b"\0" in line:  # not UTF-8, which reading it says
+                return
+            parts = line.removesuffix(b"\n").removesuffix(b"\r").split(b'"')
+            open_parts = parts[quoted::2]
+            row += not quoted
+            if any(b"\r" in part for part in open_parts) and (number or line.endswith(b"\n")):
+                raise ProblemError(
+                    f"{option}: {path}: a carriage return within row {row - 1} ends the row there; "
+                    "put quotes around the text, or take the carriage return out"
+                )
+            quoted ^= len(parts) % 2 == 0
 
 
 def _rows(parts: list[Dataset], names: str) -> Dataset:

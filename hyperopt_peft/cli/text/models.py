@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
@@ -64,8 +65,22 @@ def load_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        local = "" if Path(name).exists() else f"there is no folder {name} here, and "
-        raise ProblemError(f"cannot load the model {name!r}: {local}{error}") from error
+        raise ProblemError(f"model: {_why_not(name, error)}") from error
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """Why nothing could be loaded by ``name``, in place of a hub's troubles with a path."""
+    if Path(name).is_dir():
+        reason = str(error).partition("Model type should be one of")[0]  # a hundred of them
+        return f"cannot load the folder {name}: {reason}"
+    if isinstance(error.__cause__, HFValidationError):
+        return f"there is no folder {name}"
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        return (
+            f"{name} is neither a folder nor in the local cache, and the hub cannot be reached; "
+            "correct the name, or connect once to download it"
+        )
+    return f"cannot load {name}: {error}"
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
@@ -93,7 +108,7 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise ProblemError(f"cannot load the tokenizer {name!r}: {error}") from error
+        raise ProblemError(f"tokenizer: {_why_not(name, error)}") from error
     limit = min(
         tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_length
     )
@@ -133,8 +148,7 @@ def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, li
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).partition("Model type should be one of")[0]  # a hundred of them
-        raise ProblemError(f"cannot load the model {name!r}: {reason}") from error
+        raise ProblemError(f"model: {_why_not(name, error)}") from error
     finally:
         logging.set_verbosity(level)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]

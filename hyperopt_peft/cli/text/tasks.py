@@ -77,7 +77,7 @@ def classification_metrics(result: Any) -> dict[str, float]:
     true, predicted = result.label_ids[labelled], result.predictions[labelled]
     return {
         "accuracy": float(accuracy_score(true, predicted)),
-        "macro_f1": float(f1_score(true, predicted, average="macro")),
+        "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0.0)),
     }
 
 

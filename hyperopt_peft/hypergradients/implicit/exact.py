@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
@@ -39,14 +40,19 @@ class Exact(Solver):
         self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
         self.require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
 
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """As `Estimator.check_levels`; the lower level must have at most ``max_size`` unknowns."""
+        super().check_levels(upper, lower)
+        n = sum(variable.numel() for variable in lower.variables)
+        self.require(
+            n <= self.max_size,
+            f"{lower.name} has {n} unknowns, more than max_size={self.max_size}; use "
+            '"cg:steps=100", or raise max_size',
+        )
+
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v = (H + damping·I)⁻¹ b."""
         n = b.numel()
-        if n > self.max_size:
-            raise ProblemError(
-                f"exact: the lower level has {n} unknowns, more than max_size={self.max_size}; "
-                'use "cg:steps=100", or raise max_size'
-            )
         rhs = b.flat()
         columns = [matvec(b.with_entries(unit)).flat() for unit in torch.eye(n).to(rhs)]
         hessian = (torch.stack(columns) + torch.stack(columns, dim=1)) / 2

@@ -12,7 +12,6 @@ from torch.autograd import forward_ad
 from hyperopt_peft.core.optimizer import LEARNT, options_by_group
 from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
 from hyperopt_peft.utils.distributed import is_sharded, to_local
 from hyperopt_peft.utils.vector import Vector, dot, widened
 
@@ -38,6 +37,9 @@ class OptimizerStep:
     """
 
     def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
+        # TorchOpt is imported for the estimators that use it, and not with the registry.
+        from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
+
         kind = snapshot["kind"]
         if kind is None:
             raise ProblemError(

@@ -1,0 +1,81 @@
+"""Small runs of the command line: their options, what they print, and the adapters they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer
+
+from hyperopt_peft.cli.main import main
+from hyperopt_peft.cli.text.tasks import TASKS
+from tests.support.files import SMALL, flags, rows, save_model, write
+
+ROOT = Path(__file__).parents[2]
+COLUMNS: dict[str, dict[str, Any]] = {
+    "token-classification": {"label_column": "tags"},
+    "seq2seq": {"target_column": "target"},
+}
+NOWHERE = {"model": "none", "task": "causal-lm", "train_file": "none.csv"}
+
+
+def given(folder: Path, task: str = "text-classification", **options: Any) -> dict[str, Any]:
+    """Options of a small run in ``folder``, whose model and data are written there."""
+    data = {
+        "model": save_model(folder / "model", task),
+        "task": task,
+        "train_file": write(folder / "train.jsonl", rows(task)),
+        "eval_file": write(folder / "eval.jsonl", rows(task, number=10, seed=1)),
+        "output_dir": folder / "out",
+    }
+    return {**data, **COLUMNS.get(task, {}), **SMALL, **options}
+
+
+def run(command: str, **options: Any) -> None:
+    """The command, which must succeed."""
+    assert main([command, *flags(**options)]) == 0
+
+
+def failure(capsys: pytest.CaptureFixture[str], command: str, *argv: object) -> str:
+    """What a command that fails writes to stderr: one line."""
+    assert main([command, *map(str, argv)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err.strip()
+
+
+def start(folder: Path, *argv: object) -> subprocess.Popen[str]:
+    """The command line as a process of its own in ``folder``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "hyperopt_peft", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # A shell starts what runs in its background deaf to Ctrl-C, tests included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def stock(folder: Path, task: str = "text-classification") -> tuple[Any, Any]:
+    """The adapter on its base model, loaded without this library, and its tokenizer."""
+    config = AutoConfig.from_pretrained(folder / "out/base_config")
+    base = TASKS[task].model.from_pretrained(
+        folder / "model", config=config, ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(base, folder / "out").eval()
+    return model, AutoTokenizer.from_pretrained(folder / "out")
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """The Trainer's state that a run wrote to ``folder``."""
+    result: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())
+    return result

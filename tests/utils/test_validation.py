@@ -1,0 +1,39 @@
+"""Settings of a run that resumes: the first difference by name, and how many more there are."""
+
+from __future__ import annotations
+
+import pytest
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.utils.validation import require_settings
+
+
+def test_equal_settings_pass() -> None:
+    require_settings("the state", {"a": [1, {"b": 2}]}, "this run", {"a": [1, {"b": 2}]})
+
+
+def test_another_rank_is_one_short_line() -> None:
+    def settings(rank: int) -> dict[str, object]:
+        shapes = {f"layers.{i}.lora_A": [rank, 384] for i in range(200)}
+        return {"seed": 0, "shapes": shapes}
+
+    with pytest.raises(ProblemError, match=r"shapes\.layers\.0\.lora_A\[0\]: ") as error:
+        require_settings("the state", settings(8), "this run", settings(16))
+    assert "199 more" in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("known", "now", "named"),
+    [
+        ({"a": 1}, {"a": 2}, "a: "),
+        ({}, {"a": 2}, "None"),
+        ({"a": 1, "b": 1}, {"a": 1}, "b: "),
+        ({"a": [1, 2]}, {"a": [1]}, "[1, 2]"),
+        ({"a": "x" * 9000}, {"a": "y"}, "'xxx"),
+    ],
+)
+def test_the_entry_is_named(known: dict[str, object], now: dict[str, object], named: str) -> None:
+    with pytest.raises(ProblemError) as error:
+        require_settings("the state", known, "this run", now)
+    assert named in str(error.value) and len(str(error.value)) < 250
+    assert "more" not in str(error.value)
