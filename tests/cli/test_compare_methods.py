@@ -134,7 +134,7 @@ def test_rows_of_runs_by_hand() -> None:
 
 
 def test_a_method_may_name_its_estimator(tmp_path: Path) -> None:
-    args = BiDoRATrainingArguments(str(tmp_path), xi=0.1, use_cpu=True)
+    args = BiDoRATrainingArguments(str(tmp_path), hypergradient="darts", xi=0.1, use_cpu=True)
     assert arguments_of("bidora", args).estimator().xi == 0.1
     own = arguments_of("bidora:cg:steps=3", args)
     assert (own.method, own.estimator().steps) == ("bidora", 3)
