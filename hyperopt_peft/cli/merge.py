@@ -20,7 +20,8 @@ from hyperopt_peft.cli.train import BASE_CONFIG
 from hyperopt_peft.errors import ProblemError
 
 # Relative to the largest logit; merged weights are rounded to the base model's precision.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Of the largest logit: bfloat16 has eight bits, and each layer rounds its outputs once more.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
 
 @dataclass

@@ -262,8 +262,8 @@ def default_epsilon(
     """
     delta = machine_epsilon((*point, *beside)) ** ((2 / 3) ** differences)
     order = 2 if scheme == "central" else 1
-    length = reductions.summed(reductions.squares(point)).sqrt()
-    return (delta * (1 + length)) ** (1 / (1 + order))
+    length: Tensor = reductions.summed(reductions.squares(point)).sqrt()
+    return (1 + length).mul(delta).pow(1 / (1 + order))
 
 
 @contextmanager

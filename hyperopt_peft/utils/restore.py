@@ -43,7 +43,8 @@ class Buffers:
             if buffer is not None and before is not None
         ]
         if pairs:  # all of them: a write through ``.data`` leaves no trace
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            buffers, before = zip(*pairs, strict=True)
+            torch._foreach_copy_(buffers, before)
         for (_, name), (module, buffer, _) in self._seen.items():
             module._buffers[name] = buffer
 
