@@ -37,6 +37,7 @@ python benchmarks/write_results.py --print noise  # prints all tables of results
 """
 OTHERS = """\
 `comparison.py` and `convergence.py` compare the estimators: [their page](../docs/comparison.md).
+`bidora_estimators.py` asks which estimator BiDoRA needs: [figures](../docs/methods.md#bidora).
 `rank_selection.py` asks whether searched ranks help: [figures](../docs/methods.md#rank-selection).
 [`benchopt`](benchopt) has a solver for benchopt's bilevel benchmark.
 """
