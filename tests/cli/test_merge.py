@@ -41,7 +41,15 @@ def test_merged_model_loads_alone_and_is_the_same_function(run, tmp_path, capsys
 
 @pytest.mark.parametrize("task", [task for task in KINDS if task != "text-classification"])
 def test_every_task_merges(task, tmp_path):
-    assert main(["train", *flags(**given(tmp_path, task, max_steps=2, retrain="none"))]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *flags(**given(tmp_path, task, max_steps=2, retrain="none", learning_rate=1e-3)),
+            ]
+        )
+        == 0
+    )
     merge = flags(adapter=tmp_path / "out", output_dir=tmp_path / "merged", dtype="bfloat16")
     assert main(["merge", *merge]) == 0
     config = json.loads((tmp_path / "merged/config.json").read_text())
