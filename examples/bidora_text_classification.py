@@ -67,7 +67,7 @@ class Arguments:
         default_factory=lambda: ["pooler", "classifier"], help="modules trained in full"
     )
     reference_steps: int = HfArg(
-        default=20, help="steps of each retraining that estimators are compared with"
+        default=5, help="steps of each retraining that estimators are compared with"
     )
     quick: bool = HfArg(
         default=False,
