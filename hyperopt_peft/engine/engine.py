@@ -224,7 +224,7 @@ class Engine:
         batch = self.upper.next_batch()
         self.step += 1
         above, below = self._step.hypergradient(batch, number=self.step), self._lower_log
-        norm = self.upper.step(above.hypergradient)
+        norm = self.upper.step(above.hypergradient, above.grad_norm)
         record: StepLog = {
             "step": self.step,
             "lower_loss": below.loss,

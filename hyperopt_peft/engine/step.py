@@ -38,6 +38,7 @@ class UpperStep:
 
     Attributes:
         hypergradient: dF/du, one tensor for each upper variable.
+        grad_norm: ‖dF/du‖₂.
         log: ``upper_loss``; ``implicit_ratio`` (‖implicit term‖/‖direct term‖); ``residual``,
             ``solver_steps`` and ``note``, None where the estimator has none; ``gradients`` and
             ``products``, the forward+backward passes and the second backward passes.
@@ -45,6 +46,7 @@ class UpperStep:
     """
 
     hypergradient: tuple[Tensor, ...]
+    grad_norm: float
     log: dict[str, Any]
     metrics: dict[str, float]
 
@@ -61,9 +63,8 @@ class LowerStep:
 class BilevelStep:
     """The lower step and the hypergradient of `Engine`, `Nested` and `BilevelTrainer`.
 
-    A driver has the loop and moves the upper variables. A BilevelStep records lower steps,
-    builds the estimator's `Oracle`, and has the estimator's state. No driver reads
-    `Estimator.requirements`.
+    A driver has the loop and moves the upper variables. A BilevelStep records of the
+    lower steps what the estimator requires, builds the estimator's `Oracle`, and has its state.
 
     Args:
         upper: the upper level, with loss F and variables u.
@@ -251,7 +252,8 @@ class BilevelStep:
             "products": oracle.passes.products,
             "note": result.note,
         }
-        return UpperStep(like(result.hypergradient, u), log, above.metrics)
+        assert result.norms is not None  # `estimate` has read them
+        return UpperStep(like(result.hypergradient, u), result.norms[0], log, above.metrics)
 
     def forget(self) -> None:
         """Delete the records of lower steps; drivers call this after each upper step."""

@@ -67,9 +67,8 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
         with oracle.open():
             result = estimator.estimate(oracle)
     except NonFiniteError as error:
-        _require_finite(
-            estimator, oracle.lower, to_floats(oracle.losses)
-        )  # where the others come from
+        # A loss that is not finite is where the other numbers come from.
+        _require_finite(estimator, oracle.lower, to_floats(oracle.losses))
         raise NonFiniteError(f"{estimator.name}: {error}") from error
     if not isinstance(result, Estimate):
         raise ProblemError(

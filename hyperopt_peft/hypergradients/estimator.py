@@ -45,7 +45,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an estimator needs of the run around it; `BilevelStep` alone reads it.
+    """What an estimator needs of the run around it, which `BilevelStep` provides.
 
     Args:
         history: how many of the last lower steps the estimator looks back on.

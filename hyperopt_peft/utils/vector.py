@@ -23,7 +23,7 @@ class Space:
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.forms = [Form.of(part) for part in parts]
         kinds = [
-            (torch.float32 if part.dtype in HALF else part.dtype, part.device, form.holders)
+            (widened_dtype(part), part.device, form.holders)
             for part, form in zip(parts, self.forms)
         ]
         self.kinds = list(dict.fromkeys(kinds))

@@ -66,7 +66,9 @@ def test_training_is_that_of_one_process(two: Any, kind: str) -> None:
         for record, other in zip(records, expected, strict=True):
             for key, value in other.items():
                 if isinstance(value, float):
-                    value = pytest.approx(value, rel=rounding(method), abs=1e-12)
+                    # A residual is itself relative to what the estimator solves for.
+                    least = rounding(method) if key == "residual" else 1e-12
+                    value = pytest.approx(value, rel=rounding(method), abs=least)
                 assert record[key] == value, (method, key)
 
 

@@ -15,6 +15,9 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded, to_local
 from hyperopt_peft.utils.vector import Vector, dot, widened
 
+#: c and ‖g‖, where a step is along c·g, and g.
+Clipping = tuple[float, float, Vector]
+
 
 class OptimizerStep:
     """Φ(w, g, moments, options) → (w', moments'), the step of a level's optimizer with clipping.
@@ -72,7 +75,8 @@ class OptimizerStep:
         self, step: StepRecord, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None = None
     ) -> tuple[Vector, Vector, list[Tensor], list[Tensor]]:
         """Cotangents of Φ's arguments from those of (w', moments'), None standing for zeros."""
-        leaves = [[x.requires_grad_() for x in group] for group in self._inputs(step)]
+        clipping = self._clipping(step)
+        leaves = [[x.requires_grad_() for x in group] for group in self._inputs(step, clipping)]
         point, moments = self._apply(step, *leaves)
         outputs, cotangents = list(point), list(to_local(adjoint))
         if moment_adjoint is not None:
@@ -85,7 +89,7 @@ class OptimizerStep:
         n, m = len(leaves[0]), len(leaves[2])
         return (
             _shaped(bars[:n], step.variables),
-            self._clipping_derivative(step, _shaped(bars[n : 2 * n], step.variables)),
+            _clipping_derivative(clipping, _shaped(bars[n : 2 * n], step.variables)),
             list(bars[2 * n : 2 * n + m]),
             list(bars[2 * n + m :]),
         )
@@ -99,12 +103,13 @@ class OptimizerStep:
         options: Sequence[Tensor],
     ) -> tuple[Vector, list[Tensor]]:
         """Tangents of (w', moments') from those of Φ's arguments."""
-        gradient = self._clipping_derivative(step, gradient)
+        clipping = self._clipping(step)
+        gradient = _clipping_derivative(clipping, gradient)
         tangents = (to_local(point), to_local(gradient), moments, options)
         with forward_ad.dual_level():
             duals = [
                 [forward_ad.make_dual(x, t.to(x)) for x, t in zip(group, along, strict=True)]
-                for group, along in zip(self._inputs(step), tangents, strict=True)
+                for group, along in zip(self._inputs(step, clipping), tangents, strict=True)
             ]
             after, moments_after = (
                 [_tangent(x) for x in outputs] for outputs in self._apply(step, *duals)
@@ -124,7 +129,7 @@ class OptimizerStep:
 
     def advance(self, step: StepRecord) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """The variables and the optimizer's snapshot after ``step``."""
-        point, moments = self._apply(step, *self._inputs(step))
+        point, moments = self._apply(step, *self._inputs(step, self._clipping(step)))
         width = len(self.moment_names)
         state = {i: dict(_state(step, i)) for i in range(len(point))}
         for i, gradient in enumerate(step.gradient):
@@ -134,7 +139,7 @@ class OptimizerStep:
         return tuple(point), {**_snapshot(step), "state": state}
 
     def _inputs(
-        self, step: StepRecord
+        self, step: StepRecord, clipping: Clipping
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Copies of Φ's arguments, g clipped, of shards the local part; moments by variable."""
         point = _copies(step.variables)
@@ -142,7 +147,7 @@ class OptimizerStep:
         for i, variable in enumerate(point):
             held = [_state(step, i).get(name) for name in self.moment_names]
             moments += [torch.zeros_like(variable) if m is None else m for m in held]
-        factor, _, gradient = self._clipping(step)
+        factor, _, gradient = clipping
         return (
             point,
             _copies(gradient if factor == 1 else gradient * factor),
@@ -188,19 +193,20 @@ class OptimizerStep:
                             moments_after[i * width + k] = new[name][position]
         return after, moments_after
 
-    def _clipping(self, step: StepRecord) -> tuple[float, float, Vector]:
+    def _clipping(self, step: StepRecord) -> Clipping:
         """c and ‖g‖, where the step is along c·g, and g."""
         gradient = Vector.of(step.gradient, step.variables)
         norm = 0.0 if self.level.max_grad_norm is None else gradient.norm()
         return self.level.clipping(norm), norm, gradient
 
-    def _clipping_derivative(self, step: StepRecord, x: Vector) -> Vector:
-        """d(cg)/dg·x = c·x − c⟨g, x⟩/(‖g‖(‖g‖ + 1e-6))·g, which is symmetric, of c < 1."""
-        factor, norm, g = self._clipping(step)
-        if factor == 1:
-            return x
-        along = dot(g, x) / (norm * (norm + 1e-6)) if norm else 0.0
-        return (x - along * g) * factor
+
+def _clipping_derivative(clipping: Clipping, x: Vector) -> Vector:
+    """d(cg)/dg·x = c·x − c⟨g, x⟩/(‖g‖(‖g‖ + 1e-6))·g, which is symmetric, of c < 1."""
+    factor, norm, g = clipping
+    if factor == 1:
+        return x
+    along = dot(g, x) / (norm * (norm + 1e-6)) if norm else 0.0
+    return (x - along * g) * factor
 
 
 def _snapshot(step: StepRecord) -> Mapping[str, Any]:
