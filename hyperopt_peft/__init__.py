@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hyperopt_peft.attribution.attribute import attribute
     from hyperopt_peft.core.problem import Problem
     from hyperopt_peft.diagnostics.check import check_problem
     from hyperopt_peft.diagnostics.compare import compare_hypergradients
@@ -31,6 +32,7 @@ _MODULES = {
     "Problem": "core.problem",
     "ProblemError": "errors",
     "Solver": "hypergradients",
+    "attribute": "attribution.attribute",
     "check_problem": "diagnostics.check",
     "compare_hypergradients": "diagnostics.compare",
     "fit": "engine.fit",
@@ -52,6 +54,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Solver",
+    "attribute",
     "check_problem",
     "compare_hypergradients",
     "fit",

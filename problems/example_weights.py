@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    mse_loss,
+    pad,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hyperopt_peft.core.problem import Problem
@@ -15,6 +20,7 @@ from hyperopt_peft.errors import ProblemError
 
 #: Columns with the number of an example's weight, which are no arguments of a model.
 COLUMNS = ("index", "source")
+MULTI_LABEL = "multi_label_classification"
 
 
 class HeldOut(Problem):
@@ -42,20 +48,12 @@ class HeldOut(Problem):
 
 
 def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The cross entropy ℓ_i of each example, ``(n,)``, where a model returns only the mean.
+    """The loss ℓ_i of each example, ``(n,)``: its sum by its count, see `example_sums`.
 
-    With a label for each token, ℓ_i is the mean over the tokens of example i, as in the model's own
-    loss: the label -100 is ignored, and a causal language model predicts the next token. An
-    example with no other label has ℓ_i = 0. Text must be padded on the right, since a token after
-    padding is predicted as well.
-
-    Args:
-        model: a Transformers model, with or without a PEFT adapter.
-        batch: the model's arguments and ``labels``, whole numbers. A sequence-to-sequence model
-            also needs ``decoder_input_ids``, of ``DataCollatorForSeq2Seq(tokenizer, model)``.
+    An example without a label to score has ℓ_i = 0.
 
     Raises:
-        ProblemError: there are no labels, or labels that are not classes.
+        ProblemError: see `example_sums`.
 
     Example:
         >>> from types import SimpleNamespace
@@ -63,22 +61,66 @@ def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
         >>> example_losses(model, {"x": torch.zeros(3, 2), "labels": torch.tensor([0, 1, 1])})
         tensor([0.6931, 0.6931, 0.6931])
     """
+    sums, counts = example_sums(model, batch)
+    return sums / counts.clamp(min=1)
+
+
+def example_sums(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The summed loss of each example, ``(n,)``, and how many labels it has, ``(n,)``.
+
+    The model's own loss, of which it returns only the mean, is the sum of all by the count of all:
+    the cross entropy of whole numbers, the squared error of floating-point labels, and the binary
+    cross entropy of these where ``problem_type`` is ``multi_label_classification``. With a label
+    for each token, -100 is ignored, and a causal language model predicts the next token. Text
+    must be padded on the right, since a token after padding is predicted as well.
+
+    Args:
+        model: a Transformers model, with or without a PEFT adapter.
+        batch: the model's arguments and ``labels``. A sequence-to-sequence model also needs
+            ``decoder_input_ids``, of ``DataCollatorForSeq2Seq(tokenizer, model)``.
+
+    Raises:
+        ProblemError: there are no labels, or labels that do not fit the logits.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = lambda x: SimpleNamespace(logits=x)
+        >>> example_sums(model, {"x": torch.zeros(2, 1), "labels": torch.tensor([1.0, 3.0])})
+        (tensor([1., 9.]), tensor([1, 1]))
+    """
     labels = require_labels(batch)
     logits = model(**without(batch, ("labels", *COLUMNS))).logits
-    if labels.is_floating_point() or labels.dim() != logits.dim() - 1:
-        raise ProblemError(
-            f"labels: must be a whole number for each example or token, got {labels.dtype} of "
-            f"shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
-        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if labels.is_floating_point():
+        return _of_numbers(model, logits, labels)
+    if labels.dim() != logits.dim() - 1:
+        raise _unfit(labels, logits)
     if labels.dim() > 1:  # prompt tuning adds logits before those of the tokens
         labels = pad(labels, (logits.shape[1] - labels.shape[1], 0), value=-100)
     if _is_causal(model):
         labels = pad(labels, (0, 1), value=-100)[:, 1:]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     each = cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
-    if labels.dim() == 1:
-        return each
-    return each.view_as(labels).sum(1) / (labels != -100).sum(1).clamp(min=1)
+    rows = each.view(len(labels), -1).sum(1)
+    return rows, (labels != -100).view(len(labels), -1).sum(1)
+
+
+def _of_numbers(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if labels.numel() != logits.numel():
+        raise _unfit(labels, logits)
+    labels = labels.to(logits.dtype).view_as(logits)
+    if getattr(getattr(model, "config", None), "problem_type", None) == MULTI_LABEL:
+        each = binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    else:
+        each = mse_loss(logits, labels, reduction="none")
+    rows = each.view(len(labels), -1)
+    return rows.sum(1), torch.full_like(rows[:, 0], rows.shape[1], dtype=torch.int64)
+
+
+def _unfit(labels: Tensor, logits: Tensor) -> ProblemError:
+    return ProblemError(
+        f"labels: must be a class for each example or token, or a number for each logit, got "
+        f"{labels.dtype} of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
+    )
 
 
 def column(batch: Any, name: str, count: int, what: str) -> Tensor:

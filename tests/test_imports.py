@@ -19,11 +19,12 @@ ALLOWED = {
     "adapters": {"errors", "utils"},
     "trainer": LEVELS | {"engine"},
     "problems": LEVELS | {"engine", "adapters", "trainer"},
-    "cli": LEVELS | {"engine", "diagnostics", "adapters", "trainer", "problems", ""},
+    "attribution": LEVELS | {"adapters", "trainer", "problems"},
+    "cli": LEVELS | {"engine", "diagnostics", "adapters", "trainer", "problems", "attribution", ""},
 }
 # The rooms that may import a library. GPT-2's Conv1D, a layer that PEFT adapts, is transformers's.
 LIBRARIES = {
-    "transformers": {"trainer", "problems", "cli"},
+    "transformers": {"trainer", "problems", "attribution", "cli"},
     "transformers.pytorch_utils": {"adapters"},
     "peft": {"adapters", "problems", "cli"},
 }

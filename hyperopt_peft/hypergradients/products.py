@@ -93,8 +93,14 @@ class Product(Protocol):
     def mixed(self, v: Vector) -> Vector:
         """∂²f/∂u∂w v, shaped like the upper variables."""
 
+    def both(self, v: Vector) -> tuple[Vector, Vector]:
+        """∂²f/∂w² v and ∂²f/∂u∂w v, at the cost of one of them."""
+
     def tangent(self, v: Vector, e: Vector) -> Vector:
         """∂²f/∂w² v + ∂²f/∂w∂u e: how ∂f/∂w changes as w moves along v and u along e."""
+
+    def lower_gradient(self) -> tuple[Tensor | None, ...]:
+        """∂f/∂w, in the variables' dtypes; by a pass of its own unless a graph has it."""
 
 
 class ExactProduct:
@@ -127,9 +133,19 @@ class ExactProduct:
         """∂²f/∂u∂w v = ∂⟨∂f/∂w, v⟩/∂u."""
         return self._derivative(self.objective.upper.variables, v)
 
+    def both(self, v: Vector) -> tuple[Vector, Vector]:
+        """∂²f/∂w² v and ∂²f/∂u∂w v = ∂⟨∂f/∂w, v⟩/∂(w, u), by one backward pass."""
+        w, u = self.objective.lower.variables, self.objective.upper.variables
+        return _parted(self._derivative((*w, *u), v), len(w))
+
     def tangent(self, v: Vector, e: Vector) -> Vector:
         """∂²f/∂w² v + ∂²f/∂w∂u e = ∂(⟨∂f/∂w, v⟩ + ⟨∂f/∂u, e⟩)/∂w."""
         return self._derivative(self.objective.lower.variables, v, e)
+
+    def lower_gradient(self) -> tuple[Tensor | None, ...]:
+        """∂f/∂w, which the graph has; zero where f does not read a variable."""
+        w = self.objective.lower.variables
+        return tuple(distributed.mean([part.detach() for part in self.gradient], w))
 
     @cached_property
     def _upper_gradient(self) -> tuple[Tensor, ...]:
@@ -198,10 +214,21 @@ class DifferenceProduct:
         """∂²f/∂u∂w v, by differences of ∂f/∂u."""
         return self._difference("upper", self.objective.upper.variables, v)
 
+    def both(self, v: Vector) -> tuple[Vector, Vector]:
+        """∂²f/∂w² v and ∂²f/∂u∂w v, by differences of ∂f/∂(w, u)."""
+        w, u = self.objective.lower.variables, self.objective.upper.variables
+        return _parted(self._difference("both", (*w, *u), v), len(w))
+
     def tangent(self, v: Vector, e: Vector) -> Vector:
         """∂²f/∂w² v + ∂²f/∂w∂u e, by differences of ∂f/∂w with both w and u displaced."""
         with perturbed(self.objective.upper.variables) as here:
             return self._difference("lower", self.objective.lower.variables, v, (here, e))
+
+    def lower_gradient(self) -> tuple[Tensor | None, ...]:
+        """∂f/∂w at ``point``, by one forward+backward."""
+        w = self.objective.lower.variables
+        assign_(w, self.point)
+        return self.objective.parts(w)
 
     def _difference(
         self,
@@ -244,6 +271,11 @@ class DifferenceProduct:
             differences(self.objective.lower),
             beside=self.objective.upper.variables,
         )
+
+
+def _parted(vector: Vector, size: int) -> tuple[Vector, Vector]:
+    """The first ``size`` parts, and the others."""
+    return Vector(vector.parts[:size]), Vector(vector.parts[size:])
 
 
 def default_epsilon(

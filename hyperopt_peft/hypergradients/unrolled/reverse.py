@@ -30,10 +30,11 @@ class Unrolled(Estimator):
         ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
         dF/du += ∂²f/∂u∂w · ḡ_k;   λ_k += ∂²f/∂w² · ḡ_k
 
-    so each step costs one forward+backward and two products (the first step one). Each step's
-    graph is built anew and freed before the next one's: the memory for it does not grow with K.
-    What is kept of each step is w, ∂f/∂w and the optimizer's state before it. Where the lower level
-    has `Problem.optimizer_options`, Φ's derivative with respect to them is part of dF/du.
+    so each step costs one forward+backward and one product with both second derivatives. Each
+    step's graph is built anew and freed before the next one's, so the memory for it does not grow
+    with K. What is kept of each step is w, ∂f/∂w and the optimizer's state before it. Where the
+    lower level has `Problem.optimizer_options`, Φ's derivative with respect to them is part of
+    dF/du.
     In training these are the last K steps since the last upper step, on their own batches and
     dropout masks. Outside training K steps from the current point are simulated, and F is
     differentiated at the current point. Franceschi et al. 2017 (arXiv:1703.01785, Alg. 1);
@@ -71,8 +72,8 @@ class Unrolled(Estimator):
         )
 
     def cost(self) -> Cost | None:
-        """F, and for each step f, its graph, and the products with ∂²f/∂w² and ∂²f/∂u∂w."""
-        return Cost(1 + 2 * self.steps, 5 * self.steps, 9 + 2 * self.steps)
+        """F, and for each step f, its graph, and the product with ∂²f/∂(w, u)∂w."""
+        return Cost(1 + 2 * self.steps, 1 + 4 * self.steps, 9 + 2 * self.steps)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Refuse shards, and an optimizer without a functional form; its options may be learnt."""
@@ -94,9 +95,11 @@ class Unrolled(Estimator):
             w_bar, g_bar, moment_adjoint, o_bar = optimizer.vjp(step, adjoint, moment_adjoint)
             implicit = implicit + optimizer.pulled_back(o_bar, oracle.upper.variables)
             with oracle.product(self.product, at=step, epsilon=self.epsilon) as product:
-                implicit = implicit + product.mixed(g_bar)
-                if step is not steps[0]:
-                    adjoint = w_bar + product.hessian(g_bar)
+                if step is steps[0]:
+                    implicit = implicit + product.mixed(g_bar)
+                else:
+                    hessian, mixed = product.both(g_bar)
+                    implicit, adjoint = implicit + mixed, w_bar + hessian
         return Estimate(direct, implicit, steps=len(steps))
 
 

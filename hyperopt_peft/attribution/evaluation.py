@@ -1,0 +1,80 @@
+"""Φ, the loss on the rows that a user cares about, as the upper level of an attribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.errors import ProblemError
+
+#: Returns a loss, or its share of one that is computed in parts.
+LossPart = Callable[[], Tensor]
+#: Φ; or Φ in parts that are summed.
+Loss = LossPart | Sequence[LossPart]
+
+
+class Evaluation(Problem):
+    """min over the row weights v of Φ: a batch is the parts of one slice's Φ, which are summed.
+
+    One part's graph is in memory at a time.
+
+    Args:
+        weights: the row weights v, ``(n,)``.
+        slices: by name, the parts of Φ; or of a single Φ, whose name is ``"all"``.
+
+    Raises:
+        ProblemError: there is no slice, or one without parts.
+
+    Example:
+        >>> import torch
+        >>> v, w = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
+        >>> level = Evaluation(v, lambda: w.square())
+        >>> level.gradient(level.slices["all"], (w,)).gradient
+        (tensor(2.),)
+    """
+
+    def __init__(self, weights: Tensor, slices: Loss | Mapping[str, Loss]) -> None:
+        super().__init__([("weights", weights)], name="evaluation")
+        named = slices if isinstance(slices, Mapping) else {"all": slices}
+        self.slices: dict[str, Sequence[LossPart]] = {
+            str(name): [loss] if callable(loss) else list(loss) for name, loss in named.items()
+        }
+        empty = [name for name, parts in self.slices.items() if not parts]
+        if empty or not self.slices:
+            raise ProblemError(
+                f"evaluation: no rows{f' in slice {empty[0]!r}' if empty else ''}; give some"
+            )
+
+    def loss(self, batch: Sequence[LossPart]) -> Tensor:
+        """Φ, with the graphs of all parts."""
+        total = batch[0]()
+        for part in batch[1:]:
+            total = total + part()
+        return total
+
+    def backward(
+        self, batch: Sequence[LossPart], variables: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
+        """Φ and the sum of the parts' gradients, one part after the other."""
+        total: list[Tensor | None] = [None] * len(variables)
+        losses = []
+        for part in batch:
+            loss, _, gradient = super().backward([part], variables)
+            losses.append(loss)
+            total = [_sum(known, g) for known, g in zip(total, gradient, strict=True)]
+        return sum(losses[1:], losses[0]), {}, tuple(total)
+
+    def value(self, name: str) -> float:
+        """Φ of the slice ``name`` at the current point."""
+        with torch.no_grad():
+            return sum(float(part()) for part in self.slices[name])
+
+
+def _sum(known: Tensor | None, part: Any) -> Tensor | None:
+    if known is None or part is None:
+        return part if known is None else known
+    return known.add_(part)

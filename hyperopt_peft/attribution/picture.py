@@ -1,0 +1,66 @@
+"""A picture of the scores: their distribution, and the rows at both ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hyperopt_peft.errors import ProblemError
+
+if TYPE_CHECKING:
+    from hyperopt_peft.attribution.result import Attribution
+
+HURT, HELP = "tab:red", "tab:blue"
+
+
+def picture(result: Attribution, path: str | Path | None = None, count: int = 10) -> Any:
+    """The distribution of the scores, and the ``count`` rows at each end.
+
+    Args:
+        result: the scores.
+        path: the file to write; None writes none.
+        count: how many rows at each end.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ProblemError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    seen = result.scores[~result.scores.isnan()]
+    order = torch.argsort(torch.nan_to_num(result.scores), descending=True).tolist()
+    hurt = [row for row in order if result.scores[row] > 0][:count]
+    help_ = [row for row in reversed(order) if result.scores[row] < 0][:count]
+    rows = [*hurt, *reversed(help_)]
+    figure = Figure(figsize=(11, 2.5 + 0.24 * max(len(rows), 6)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    left.hist(seen.numpy(), bins=min(40, max(5, len(seen) // 5)), color="0.6")
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_xlabel("score dΦ/dv: helps < 0 < hurts")
+    left.set_ylabel("training rows")
+    left.set_title(f"{len(seen)} rows, {float((seen > 0).double().mean()):.0%} of them hurt")
+    places = list(range(len(rows)))
+    values = [float(result.scores[row]) for row in rows]
+    right.barh(places, values, color=[HURT if value > 0 else HELP for value in values])
+    right.set_yticks(places, [_line(result, row) for row in rows], fontsize=8, parse_math=False)
+    right.invert_yaxis()
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_title(f"the {len(hurt)} rows that hurt most, the {len(help_)} that help most")
+    right.set_xlabel("score")
+    if path is not None:
+        try:
+            figure.savefig(path, dpi=120)
+        except OSError as error:
+            raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
+    return figure
+
+
+def _line(result: Attribution, row: int) -> str:
+    shown = " · ".join(
+        " ".join(str(values[row]).split())[:44] for values in result.columns.values()
+    )
+    return f"{row}  {shown}".rstrip()

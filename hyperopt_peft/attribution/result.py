@@ -1,0 +1,271 @@
+"""`Attribution`: the scores of the training rows, and what can be done with them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.attribution.check import Check, check
+from hyperopt_peft.attribution.methods import Method, Report, Setting
+from hyperopt_peft.attribution.suspects import Suspects, suspects
+from hyperopt_peft.errors import ProblemError
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a test set says of training without some rows.
+
+    ``measures`` are numbers of the test set, such as ``loss``, after each training: ``plain`` on
+    all rows, ``without`` the rows that the scores say hurt most, ``highest_loss`` without as many
+    rows of the highest mean training loss, and ``random`` without as many random rows, once for
+    each draw.
+    """
+
+    count: int
+    plain: Mapping[str, float]
+    without: Mapping[str, float]
+    highest_loss: Mapping[str, float]
+    random: Sequence[Mapping[str, float]]
+
+    def __str__(self) -> str:
+        lines = [f"{'training':34}" + "".join(f"{name:>10}" for name in self.plain)]
+        rows = [("on all rows", self.plain), (f"without {self.count} rows by score", self.without)]
+        rows += [(f"without {self.count} of highest loss", self.highest_loss)]
+        rows += [(f"without {self.count} random rows", values) for values in self.random]
+        for title, values in rows:
+            lines.append(f"{title:34}" + "".join(f"{value:10.4f}" for value in values.values()))
+        return "\n".join(lines)
+
+
+@dataclass
+class Attribution:
+    """One score a training row: how Φ changes where the row counts more.
+
+    Attributes:
+        scores: dΦ/dv, ``(n,)`` in float64. Positive: the row hurts. NaN: the run never saw it.
+        by_slice: the scores of each slice of the evaluation rows; ``scores`` is their mean, each
+            with its share of the rows.
+        losses: the mean training loss of each row over its visits, relative to the batch, ``(n,)``.
+        values: Φ of each slice after the run.
+        settings: what the scores were made with.
+        labels: of a Trainer of a classifier, the class of each row, ``(n,)``.
+        columns: of a Trainer's data, columns of the rows by name, for `to_csv` and `table`.
+    """
+
+    scores: Tensor
+    by_slice: dict[str, Tensor]
+    losses: Tensor
+    values: dict[str, float]
+    settings: dict[str, Any]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    labels: Tensor | None = None
+    _setting: Any = field(default=None, repr=False)
+    _method: Any = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        setting: Setting,
+        method: Method,
+        by_slice: dict[str, Tensor],
+        report: Report,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Attribution:
+        """The result of ``method`` on ``setting``; rows that the run never saw get NaN."""
+        run = setting.run
+        unseen = run.visits == 0
+        named = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
+        settings = {
+            "method": repr(method.estimator),
+            "steps": len(run.steps),
+            "rows": len(run.center),
+            "unseen": int(unseen.sum()),
+            "variables": sum(v.numel() for v in run.level.variables),
+            "gradients": report.passes.gradients,
+            "products": report.passes.products,
+            "residuals": report.residuals,
+            "notes": report.notes,
+        }
+        losses = run.losses / run.visits
+        values = setting.value()
+        whole = setting.whole(named)
+        return cls(
+            whole, named, losses, values, settings, columns or {}, setting.labels, setting, method
+        )
+
+    def check(
+        self,
+        retrainings: int = 20,
+        *,
+        share: float = 0.05,
+        perturbation: float | None = 0.1,
+        seed: int = 0,
+    ) -> Check:
+        """How well the scores predict retrainings without random rows; see `Check`.
+
+        Costs a training for each of ``retrainings``, and with ``perturbation`` another attribution.
+
+        Raises:
+            ProblemError: fewer than 5 retrainings, or a share that leaves out no row, or all.
+            NonFiniteError: a retraining diverges.
+        """
+        options = {"share": share, "perturbation": perturbation, "seed": seed}
+        return check(
+            self._setting,
+            self._method,
+            self.by_slice,
+            self.values,
+            retrainings=retrainings,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def ranks(self) -> Tensor:
+        """The rank of each row, ``(n,)``: 1 for the row that hurts most; 0 for an unseen row."""
+        order = torch.argsort(torch.nan_to_num(self.scores, nan=-torch.inf), descending=True)
+        ranks = torch.empty_like(order)
+        ranks[order] = torch.arange(1, len(order) + 1)
+        return ranks.masked_fill(self.scores.isnan(), 0)
+
+    def weights(self, strength: float = 1.0) -> Tensor:
+        """Row weights ``(n,)`` for another training, of mean 1: below 1 for a row that hurts.
+
+        v_i ∝ clip(1 − strength·s_i/σ, 0, 2), with σ the standard deviation of the scores: one step
+        against the gradient, bounded. An unseen row has the weight 1 before scaling.
+
+        Raises:
+            ProblemError: a strength that is not positive.
+        """
+        if not strength > 0:
+            raise ProblemError(f"strength: must be positive, got {strength}")
+        known = self.scores[~self.scores.isnan()]
+        scale = float(known.std()) if len(known) > 1 else 0.0
+        moved = torch.nan_to_num(self.scores) * (strength / scale if scale else 0.0)
+        weights = (1 - moved).clamp(0, 2)
+        return weights / weights.mean()
+
+    def without(self, share: float) -> list[int]:
+        """The rows to keep, in order: all but the ``share`` that hurts most, of positive score.
+
+        Raises:
+            ProblemError: a share that is not between 0 and 1.
+        """
+        out = set(self._worst(self._count(share)))
+        return [row for row in range(len(self.scores)) if row not in out]
+
+    def removal(self, share: float, test: Any = None, *, draws: int = 5, seed: int = 0) -> Removal:
+        """Train without the rows that hurt most, and judge on rows that nothing has seen.
+
+        Beside it: the plain training, the removal of as many rows of the highest training loss,
+        and of as many random rows. All trainings have the order and random numbers of the run.
+
+        Args:
+            share: the share of the rows to leave out.
+            test: of a level, a function that returns a loss or a mapping of numbers; of a Trainer,
+                a data set that is neither trained nor evaluated on.
+            draws: how often random rows are left out.
+            seed: of the random rows.
+
+        Raises:
+            ProblemError: no test rows, or a share that is not between 0 and 1.
+        """
+        setting: Setting = self._setting
+        measure = setting.measure(test)
+        worst = self._worst(self._count(share))
+        loss = torch.nan_to_num(self.losses, nan=-torch.inf)
+        highest = torch.argsort(loss, descending=True)[: len(worst)].tolist()
+        generator = torch.Generator().manual_seed(seed)
+        seen = (~self.scores.isnan()).nonzero().flatten()
+        random = [
+            seen[torch.randperm(len(seen), generator=generator)[: len(worst)]].tolist()
+            for _ in range(draws)
+        ]
+
+        def after(out: list[int]) -> Mapping[str, float]:
+            weights = setting.run.center.clone()
+            weights[out] = 0.0
+            with setting.run.repeated(weights):
+                return measure()
+
+        return Removal(
+            len(worst), after([]), after(worst), after(highest), [after(out) for out in random]
+        )
+
+    def suspects(self, folds: int = 5, *, seed: int = 0) -> Suspects:
+        """Rows whose labels may be wrong, which the scores do not answer; see `Suspects`.
+
+        Costs ``folds`` trainings. With cleanlab installed (``hyperopt-peft[cleanlab]``) its
+        confident learning reads the out-of-fold probabilities.
+
+        Raises:
+            ProblemError: a level of one's own, a task without one class a row, or fewer than 2
+                folds.
+        """
+        if self.labels is None:
+            raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
+        return suspects(self._setting, self.labels, self.scores, self.losses, folds, seed)
+
+    def table(self, count: int = 10) -> str:
+        """The ``count`` rows that hurt most and the ``count`` that help most, as lines of text."""
+        order = torch.argsort(torch.nan_to_num(self.scores), descending=True).tolist()
+        hurt = [row for row in order if self.scores[row] > 0][:count]
+        help_ = [row for row in reversed(order) if self.scores[row] < 0][:count]
+        lines = []
+        for title, rows in (("hurt most", hurt), ("help most", help_)):
+            lines.append(f"{title}:")
+            lines += [f"{row:7d} {self.scores[row]:+.2e}  {self._shown(row)}" for row in rows]
+        return "\n".join(lines)
+
+    def to_csv(self, path: str | Path, extra: Mapping[str, Sequence[Any]] | None = None) -> None:
+        """Write row, the data's columns, score, rank, weight and the scores of slices.
+
+        Args:
+            path: the file.
+            extra: more columns, by name.
+
+        Raises:
+            ProblemError: the file cannot be written.
+        """
+        names = {f"score_{k}": v.tolist() for k, v in self.by_slice.items()}
+        table: dict[str, Sequence[Any]] = {
+            "row": range(len(self.scores)),
+            **self.columns,
+            "score": self.scores.tolist(),
+            "rank": self.ranks().tolist(),
+            "weight": self.weights().tolist(),
+            "training_loss": self.losses.tolist(),
+            **(names if len(names) > 1 else {}),
+            **(extra or {}),
+        }
+        try:
+            with Path(path).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(table)
+                writer.writerows(zip(*table.values(), strict=True))
+        except OSError as error:
+            raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
+
+    def plot(self, path: str | Path | None = None, count: int = 10) -> Any:
+        """A figure with the distribution of the scores and the rows at both ends; see `picture`."""
+        from hyperopt_peft.attribution.picture import picture
+
+        return picture(self, path, count)
+
+    def _shown(self, row: int) -> str:
+        return " | ".join(
+            " ".join(str(values[row]).split())[:80] for values in self.columns.values()
+        )
+
+    def _count(self, share: float) -> int:
+        if not 0 < share < 1:
+            raise ProblemError(f"share: must be between 0 and 1, got {share}")
+        return max(1, round(share * len(self.scores)))
+
+    def _worst(self, count: int) -> list[int]:
+        order = torch.argsort(torch.nan_to_num(self.scores), descending=True)[:count].tolist()
+        return [row for row in order if self.scores[row] > 0]

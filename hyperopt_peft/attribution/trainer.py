@@ -1,0 +1,407 @@
+"""The run, Φ and the rows of a `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from tempfile import mkdtemp
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from hyperopt_peft.adapters.dora.fast import FastFullNorm
+from hyperopt_peft.adapters.dora.variants import VARIANTS
+from hyperopt_peft.attribution.evaluation import Evaluation
+from hyperopt_peft.attribution.methods import Setting
+from hyperopt_peft.attribution.run import Run
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.common import trainable
+from hyperopt_peft.problems.example_weights import example_sums, require_labels
+from hyperopt_peft.trainer.accumulation import (
+    ITEMS,
+    WEIGHT,
+    Accumulated,
+    MicroBatch,
+    label_weights,
+)
+from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.checks import shifts_labels
+from hyperopt_peft.trainer.data import collating, label_column, require_examples, shared
+from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.trainer.upper_batches import loader_of
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.random_state import RandomState, replay
+
+logger = logging.get_logger(__name__)
+INDEX = "index"
+
+
+def of_trainer(
+    trainer: Any,
+    evaluation: Any,
+    slices: str | None,
+    *,
+    second_derivatives: bool,
+    memory_limit: float,
+    progress: bool,
+) -> tuple[Setting, dict[str, Sequence[Any]]]:
+    """Train what ``trainer`` trains, and return the run and the columns of the rows.
+
+    Args:
+        trainer: gives model, arguments, training set and collator; it is not trained itself.
+        evaluation: the rows of Φ; by default ``trainer.eval_dataset``.
+        slices: the column of ``evaluation`` that groups its rows.
+        second_derivatives: whether the method differentiates the run's gradients.
+        memory_limit: see `Run`.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ProblemError: see `attribute`.
+    """
+    if not isinstance(trainer, Trainer):
+        raise ProblemError(
+            f"training: must be a Problem or a transformers.Trainer, got {type(trainer).__name__}"
+        )
+    _check_loss(trainer)
+    rows = _rows_of(trainer, trainer.train_dataset, "train_dataset")
+    given = trainer.eval_dataset if evaluation is None else evaluation
+    above = _rows_of(trainer, given, "evaluation")
+    common = shared(given, trainer.train_dataset)
+    if given is trainer.train_dataset or common == len(above):
+        raise ProblemError(
+            "evaluation: every row of it is a training row too, and would explain itself; give "
+            "rows that are not trained on"
+        )
+    if common:
+        logger.warning("%d of %d evaluation rows are training rows too", common, len(above))
+    groups = _groups(given, slices, len(above))
+    model = _model(trainer)
+    if second_derivatives:
+        require_norm_in_graph(model)
+    recorder = _Recorder(len(rows), memory_limit)
+    runner = BilevelTrainer(
+        model,
+        lower=recorder.level,
+        upper=None,
+        args=_arguments(trainer.args, progress),
+        train_dataset=rows,
+        data_collator=_Collator(trainer.data_collator),
+        processing_class=trainer.processing_class,
+        callbacks=[recorder],
+    )
+    recorder.runner = runner
+    runner.train()
+    run = recorder.run
+    assert run is not None
+    reader = _Model(runner, trainer.data_collator)
+    parts = {name: reader.parts(above, chosen) for name, chosen in groups.items()}
+    setting = Setting(
+        run,
+        Evaluation(run.weights, parts),
+        {name: len(chosen) / len(above) for name, chosen in groups.items()},
+        Accumulated(RowWeighted(runner, run.weights, training=False)),
+        lambda: reader.micro_batches(rows),
+        measure=lambda test: reader.measure(_rows_of(trainer, test, "test")),
+        probabilities=lambda chosen: reader.probabilities(rows, chosen),
+        labels=reader.labels(rows),
+    )
+    return setting, _columns(trainer.train_dataset)
+
+
+class RowWeighted(Problem):
+    """The Trainer's loss with a weight for each row: Σ v_i s_i / Σ c_i over the rows of a batch.
+
+    s_i is the summed loss of row i and c_i the count of its labels, so that at v = 1 it is the mean
+    over all labels, the loss that the Trainer trains.
+
+    Args:
+        trainer: the trainer, with the model.
+        weights: v, ``(n,)``.
+        training: whether dropout is on.
+
+    Raises:
+        ProblemError: the model's loss is another than that of `example_sums`.
+    """
+
+    def __init__(self, trainer: BilevelTrainer, weights: Tensor, *, training: bool = True) -> None:
+        self.trainer, self.weights, self.training = trainer, weights, training
+        self._compared = not training
+        super().__init__(trainable(trainer.model), name="training")
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Σ v_i s_i / Σ c_i."""
+        inputs, model = dict(batch), self.trainer.model
+        index, weight = inputs.pop(INDEX), inputs.pop(WEIGHT, None)
+        inputs.pop(ITEMS, None)
+        model.train(self.training)
+        before = RandomState.capture(self.devices)
+        with self.trainer.compute_loss_context_manager():
+            sums, counts = example_sums(model, inputs)
+        loss = (self.weights[index].to(sums.dtype) * sums).sum() / counts.sum().clamp(min=1)
+        if not self._compared:
+            self._compare(inputs, loss, before)
+        return loss if weight is None else loss * weight.to(loss.dtype)
+
+    @torch.no_grad()
+    def _compare(self, inputs: Mapping[str, Any], loss: Tensor, before: RandomState) -> None:
+        self._compared = True
+        with replay(before), self.trainer.compute_loss_context_manager():
+            own = self.trainer.model(**inputs).loss
+        if not torch.allclose(own.to(loss.dtype), loss, rtol=1e-2, atol=1e-4):
+            raise ProblemError(
+                f"the model's loss is {float(own):.4g}, and the mean over its rows "
+                f"{float(loss):.4g}: a loss that is no mean over rows has no score for each; "
+                "use attribute with a level of your own"
+            )
+
+
+class _Recorder(TrainerCallback):
+    """Records the steps of a run as the Trainer takes them."""
+
+    def __init__(self, rows: int, memory_limit: float) -> None:
+        self.rows, self.memory_limit = rows, memory_limit
+        self.runner: Any = None
+        self.run: Run | None = None
+
+    def level(self, trainer: BilevelTrainer) -> RowWeighted:
+        kinds = [parameter.dtype for _, parameter in trainable(trainer.model)]
+        dtype = torch.promote_types(kinds[0], torch.float32) if kinds else torch.float32
+        device = trainer.args.device
+        weights = torch.ones(self.rows, dtype=dtype, device=device, requires_grad=True)
+        return RowWeighted(trainer, weights)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        runner = self.runner
+        level = Accumulated(runner.lower, runner.optimizer, runner.max_grad_norm or None)
+        self.run = Run(level, runner.lower.weights, state.max_steps, memory_limit=self.memory_limit)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.run is not None
+        step, weights = self.runner._step, self.run.weights
+        (share,) = distributed.mean((weights.grad,), (weights,))
+        weights.grad = None
+        gradient = [v.grad for v in self.run.level.variables]
+        self.run.record(list(step.micro), step.micro[0].random_state, [*gradient, share])
+
+
+class _Rows(Dataset[Any]):
+    """Rows with their numbers."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {**self.data[row], INDEX: row}
+
+
+class _Collator:
+    """A collator that hands the numbers of the rows on, ``(n,)``."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        index = torch.tensor([row[INDEX] for row in rows])
+        plain = [{key: value for key, value in row.items() if key != INDEX} for row in rows]
+        return {**self.collate(plain), INDEX: index}
+
+
+class _Model:
+    """The model on rows, without dropout, a batch at a time."""
+
+    def __init__(self, trainer: BilevelTrainer, collate: Callable[[Sequence[Any]], Any]) -> None:
+        self.trainer, self.collate = trainer, _Collator(collate)
+        self.causal = shifts_labels(trainer.model)
+
+    def batches(self, rows: _Rows, chosen: Sequence[int] | None = None) -> list[Any]:
+        size = self.trainer.args.per_device_eval_batch_size
+        data: Any = rows if chosen is None else torch.utils.data.Subset(rows, chosen)
+        with replay(RandomState.capture()), collating("the rows"):
+            found = list(DataLoader(data, batch_size=size, collate_fn=self.collate))
+        return [
+            {key: value.to(self.trainer.args.device) for key, value in batch.items()}
+            for batch in found
+        ]
+
+    def micro_batches(self, rows: _Rows) -> list[MicroBatch]:
+        """All rows, as one step's micro-batches, with the weights for a mean over all labels."""
+        batches = self.batches(rows)
+        added = label_weights(batches, shifted=self.causal, items=False, across_processes=False)
+        state = RandomState.capture()
+        return [MicroBatch({**b, **w}, state) for b, w in zip(batches, added, strict=True)]
+
+    def sums(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        inputs = {key: value for key, value in batch.items() if key != INDEX}
+        self.trainer.model.eval()
+        with self.trainer.compute_loss_context_manager():
+            return example_sums(self.trainer.model, inputs)
+
+    @torch.no_grad()
+    def parts(self, rows: _Rows, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:
+        """The mean loss over the labels of the rows ``chosen``, a part for each batch."""
+        batches = self.batches(rows, chosen)
+        total = int(sum(self.sums(batch)[1].sum() for batch in batches))
+        if total == 0:
+            raise ProblemError("evaluation: no row has a label; give rows with labels")
+        return [partial(self._part, batch, total) for batch in batches]
+
+    def _part(self, batch: Mapping[str, Any], total: int) -> Tensor:
+        return self.sums(batch)[0].sum() / total
+
+    def measure(self, rows: _Rows) -> Callable[[], Mapping[str, float]]:
+        """A function that measures loss and, of classifiers, accuracy over labels on ``rows``."""
+        batches = self.batches(rows)
+
+        @torch.no_grad()
+        def measured() -> Mapping[str, float]:
+            loss = right = count = 0.0
+            for batch in batches:
+                sums, counts = self.sums(batch)
+                loss, count = loss + float(sums.sum()), count + float(counts.sum())
+                labels = require_labels(batch)
+                if not labels.is_floating_point() and not self.causal:
+                    logits = self._logits(batch)
+                    right += float(((logits.argmax(-1) == labels) & (labels != -100)).sum())
+            return {"loss": loss / count} | ({"accuracy": right / count} if right else {})
+
+        return measured
+
+    def labels(self, rows: _Rows) -> Tensor | None:
+        """The class of each row, ``(n,)``, where each has one."""
+        found = [batch.get("labels") for batch in self.batches(rows)]
+        whole = all(
+            isinstance(x, Tensor) and x.dtype == torch.int64 and x.dim() == 1 for x in found
+        )
+        return torch.cat(found).cpu() if whole else None
+
+    @torch.no_grad()
+    def probabilities(self, rows: _Rows, chosen: Sequence[int]) -> Tensor:
+        """The class probabilities of the rows ``chosen``, ``(n, classes)``."""
+        found = [self._logits(batch).softmax(-1) for batch in self.batches(rows, chosen)]
+        return torch.cat(found).to("cpu", torch.float64)
+
+    def _logits(self, batch: Mapping[str, Any]) -> Tensor:
+        self.trainer.model.eval()
+        inputs = {k: v for k, v in batch.items() if k not in (INDEX, "labels")}
+        logits: Tensor = self.trainer.model(**inputs).logits
+        return logits
+
+
+def _check_loss(trainer: Any) -> None:
+    """Raise ProblemError where the trainer trains a loss that `example_sums` does not know."""
+    own = type(trainer).compute_loss not in (Trainer.compute_loss, BilevelTrainer.compute_loss)
+    if own or trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
+        raise ProblemError(
+            "training: the trainer has a loss of its own (compute_loss, compute_loss_func or label "
+            "smoothing), whose share of each row is not known; use attribute with a level of your "
+            "own"
+        )
+    if getattr(trainer, "upper", None) is not None:
+        raise ProblemError(
+            "training: a bilevel run has two training losses; give the trainer of one level, such "
+            "as a transformers.Trainer of the adapter"
+        )
+
+
+def require_norm_in_graph(model: Any) -> None:
+    """Raise ProblemError where a DoRA layer leaves its norm out of the gradient, as PEFT's do.
+
+    Such a gradient is that of no function, and double backward does not give its derivative.
+    """
+    full: tuple[Any, ...] = (FastFullNorm, *(variant for _, variant in VARIANTS.values()))
+    detached = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "lora_magnitude_vector", None)
+        and not all(isinstance(variant, full) for variant in module.lora_variant.values())
+    ]
+    if detached:
+        raise ProblemError(
+            f"training: {len(detached)} DoRA layers, such as {detached[0]}, leave their norm out "
+            "of the gradient; call hyperopt_peft.adapters.use_fast_dora(model) before training, "
+            'or choose method="unrolled:product=difference"'
+        )
+
+
+def _model(trainer: Any) -> Any:
+    if trainer.state.global_step == 0:
+        return trainer.model
+    if trainer.model_init is None:
+        raise ProblemError(
+            "training: the trainer has trained already, and the run has to begin where it began; "
+            "give a new trainer, or one with model_init"
+        )
+    return trainer.call_model_init()
+
+
+def _arguments(args: Any, progress: bool) -> BilevelTrainingArguments:
+    """``args`` for a run that writes, evaluates and reports nothing."""
+    given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    known = {field.name for field in fields(BilevelTrainingArguments)}
+    given = {name: value for name, value in given.items() if name in known}
+    return BilevelTrainingArguments(
+        **given
+        | {
+            "output_dir": mkdtemp(prefix="attribution-"),
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "load_best_model_at_end": False,
+            "push_to_hub": False,
+            "report_to": "none",
+            "logging_strategy": "no",
+            "remove_unused_columns": False,
+            "disable_tqdm": not progress,
+        }
+    )
+
+
+def _rows_of(trainer: Any, data: Any, name: str) -> _Rows:
+    """``data`` with the columns that the model takes.
+
+    Raises:
+        ProblemError: no data, or data without a length or an index.
+    """
+    require_examples(name, data, by_index=True)
+    if isinstance(data, datasets.Dataset) and trainer.args.remove_unused_columns:
+        data = data.select_columns(loader_of(trainer, data, name).dataset.column_names)
+    assert has_length(data)
+    return _Rows(data)
+
+
+def _groups(data: Any, column: str | None, count: int) -> dict[str, list[int]]:
+    """The rows of each value of ``column``."""
+    if column is None:
+        return {"all": list(range(count))}
+    if not isinstance(data, datasets.Dataset) or column not in data.column_names:
+        known = getattr(data, "column_names", type(data).__name__)
+        raise ProblemError(f"slices: the evaluation rows have no column {column!r}, only {known}")
+    groups: dict[str, list[int]] = {}
+    for row, value in enumerate(data[column]):
+        groups.setdefault(str(value), []).append(row)
+    return groups
+
+
+def _columns(data: Any) -> dict[str, Sequence[Any]]:
+    """Text and labels of ``data``, to show."""
+    if not isinstance(data, datasets.Dataset):
+        return {}
+    label = label_column(data)
+    shown = {
+        name: data[name][:]
+        for name, feature in data.features.items()
+        if getattr(feature, "dtype", "") == "string" or name == label
+    }
+    if label and isinstance(data.features[label], datasets.ClassLabel):
+        shown[label] = [data.features[label].int2str(value) for value in shown[label]]
+    return shown

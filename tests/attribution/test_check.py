@@ -1,0 +1,52 @@
+"""`Check`: what it says of exact, of worthless and of noisy scores."""
+
+import math
+
+import pytest
+import torch
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.attribution import Check
+from tests.support.attributed import scored_levels
+
+
+def test_exact_scores_of_a_smooth_run_predict_retraining() -> None:
+    check = scored_levels().check(12, share=0.1)
+    assert check.lds > 0.95 and 0.8 < check.slope < 1.25 and check.trustworthy
+    assert check.metasmoothness is not None and check.metasmoothness > 0.95
+
+
+def test_retrainings_are_those_without_the_rows() -> None:
+    """Predicted changes add up scores; a seed gives the same rows again."""
+    result = scored_levels()
+    one, other = (result.check(6, share=0.1, perturbation=None, seed=3) for _ in range(2))
+    assert torch.equal(one.actual, other.actual) and one.metasmoothness is None
+    assert set(one.predicted.tolist()) <= {-float(score) for score in result.scores}
+
+
+def test_wrong_scores_are_called_worthless() -> None:
+    result = scored_levels()
+    result.by_slice["all"] = -result.by_slice["all"]
+    check = result.check(12, share=0.1, perturbation=None)
+    assert check.lds < -0.9 and not check.trustworthy
+    assert "do not act" in check.advice
+
+
+def test_the_interval_is_that_of_a_rank_correlation() -> None:
+    """Of 95 % of samples with a known correlation it holds the truth."""
+    generator, rho, inside = torch.Generator().manual_seed(0), 0.7, 0
+    truth = 6 / math.pi * math.asin(rho / 2)  # Spearman's of a normal pair
+    for _ in range(400):
+        x, e = torch.randn(2, 40, generator=generator)
+        low, high = Check(x, rho * x + math.sqrt(1 - rho**2) * e, None, 0.05).interval
+        inside += low < truth < high
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("retrainings", "share", "named"),
+    [(4, 0.1, "retrainings"), (6, 0.0, "share"), (6, 1.0, "share")],
+)
+def test_bad_arguments_are_named(retrainings: int, share: float, named: str) -> None:
+    with pytest.raises(ProblemError, match=named):
+        scored_levels().check(retrainings, share=share)

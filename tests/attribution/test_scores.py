@@ -1,0 +1,192 @@
+"""Scores against central differences of retraining, in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperopt_peft import NonFiniteError, Problem, ProblemError, attribute
+from tests.support.attributed import ROWS, STEPS, differences, levels, scored, setting_of
+
+OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    (torch.optim.Adam, {"lr": 1e-2, "amsgrad": True}),
+    (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+    (torch.optim.RMSprop, {"lr": 1e-2, "momentum": 0.5, "centered": True}),
+    (torch.optim.Adagrad, {"lr": 1e-1}),
+    (torch.optim.Adadelta, {"lr": 1.0}),
+    (torch.optim.Adamax, {"lr": 1e-2}),
+    (torch.optim.RAdam, {"lr": 1e-2}),
+]
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_the_whole_run_is_differentiated(
+    optimizer: Any, options: dict[str, Any], clip: float | None
+) -> None:
+    """Dropout masks, momentum, a schedule and clipping included."""
+    result = scored(levels(optimizer, clip=clip, scheduled=True, **options))
+    assert error(result.scores, differences(result)) < 1e-6
+
+
+def test_a_repetition_is_the_run_itself() -> None:
+    given = levels(scheduled=True, clip=0.2)
+    result = scored(given)
+    ends = [v.detach().clone() for v in given[0].variables]
+    run = setting_of(result).run
+    with run.repeated(run.center):
+        for variable, end in zip(given[0].variables, ends, strict=True):
+            assert torch.allclose(variable, end, rtol=1e-12, atol=1e-14)
+    assert all(map(torch.equal, given[0].variables, ends))
+    assert torch.equal(given[1], torch.ones_like(given[1]))
+
+
+def test_checkpoints_change_the_memory_and_nothing_else() -> None:
+    every, some = (scored(levels(), memory_limit=limit) for limit in (1.0, 1e-5))
+    assert setting_of(every).run.every == 1 < setting_of(some).run.every
+    assert error(some.scores, every.scores) < 1e-12
+
+
+def test_passes_are_at_most_four_trainings() -> None:
+    """Training, the repetition between checkpoints, and two passes a step backwards."""
+    for limit in (1.0, 1e-5):
+        settings = scored(levels(), memory_limit=limit).settings
+        assert settings["gradients"] + settings["products"] + STEPS <= 4 * STEPS + 1
+
+
+def test_slices_are_those_of_one_run() -> None:
+    """Each as on its own, and the whole is their mean."""
+    lower, weights, first = levels()
+    x = lower.x[:2]  # type: ignore[attr-defined]
+
+    def second() -> Tensor:
+        return lower.net[3](lower.net[1](lower.net[0](x))).square().sum()  # type: ignore[attr-defined]
+
+    result = scored((lower, weights, {"a": first, "b": [second, first]}))  # type: ignore[arg-type]
+    assert error(result.by_slice["a"], scored(levels()).scores) < 1e-12
+    assert torch.allclose(result.scores, (result.by_slice["a"] + result.by_slice["b"]) / 2)
+    assert error(result.scores, differences(result)) < 1e-6
+
+
+def test_truncation_and_first_order_products() -> None:
+    exact = scored(levels()).scores
+    last = scored(levels(), method=f"unrolled:steps={STEPS}").scores
+    short = scored(levels(), method="unrolled:steps=5").scores
+    difference = scored(levels(), method="unrolled:product=difference").scores
+    assert error(last, exact) < 1e-12
+    assert error(short, exact) > 0.1
+    assert error(difference, exact) < 1e-4
+
+
+def test_an_implicit_method_is_the_influence_function() -> None:
+    """−∂²f/∂v∂w [∂²f/∂w² + damping]⁻¹ ∂Φ/∂w by autograd, for a model without dropout."""
+    torch.manual_seed(0)
+    x, y = torch.randn(ROWS, 3, dtype=torch.float64), torch.randn(ROWS, dtype=torch.float64)
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    v = torch.ones(ROWS, dtype=torch.float64, requires_grad=True)
+
+    class Ridge(Problem):
+        def loss(self, rows: Tensor) -> Tensor:
+            return (v[rows] * (x[rows] @ w - y[rows]).square()).mean()
+
+    lower = Ridge([w], data=list(torch.arange(ROWS).split(4)), optimizer=torch.optim.SGD([w], 0.1))
+    point = torch.ones(3, dtype=torch.float64)
+
+    def evaluation() -> Tensor:
+        return (w @ point - 1).square()
+
+    result = attribute(lower, v, evaluation, steps=20, method="minres:steps=50", progress=False)
+    end = w.detach()
+    residual = x @ end - y
+    hessian = 2 / ROWS * x.T @ x
+    b = 2 * (end @ point - 1) * point
+    rows = 2 / ROWS * residual[:, None] * x
+    assert error(result.scores, -rows @ torch.linalg.solve(hessian, b)) < 1e-6
+    result = scored((lower, v, evaluation), steps=3, method="gradient")
+    end = w.detach()
+    rows, b = 2 / ROWS * (x @ end - y)[:, None] * x, 2 * (end @ point - 1) * point
+    assert error(result.scores, -rows @ b) < 1e-6
+    result = scored((lower, v, evaluation), steps=3, method="gradient:cosine=true")
+    rows, b = (x @ w.detach() - y)[:, None] * x, 2 * (w.detach() @ point - 1) * point
+    assert error(result.scores, -(rows @ b) / (rows.norm(dim=1) * b.norm())) < 1e-6
+
+
+def test_gradients_along_the_run() -> None:
+    """Σ over points of rate times product, each as at the end of a shorter run."""
+    result = scored(levels(torch.optim.SGD, lr=0.1), method="gradient:checkpoints=3")
+    expected = torch.zeros(ROWS, dtype=torch.float64)
+    for steps in (0, 10, 20):
+        given = levels(torch.optim.SGD, lr=0.1)
+        if steps:
+            expected += 0.1 * scored(given, steps=steps, method="gradient").scores.nan_to_num()
+        else:
+            given = levels(torch.optim.SGD, lr=1e-300)
+            expected += 0.1 * scored(given, steps=1, method="gradient").scores.nan_to_num()
+    assert error(result.scores[:5], expected[:5]) < 0.2
+    assert result.scores.isfinite().all()
+
+
+def test_unseen_rows_have_no_score() -> None:
+    result = scored(levels(rows=10))
+    assert result.scores[10:].isnan().all() and result.scores[:10].isfinite().all()
+    assert result.settings["unseen"] == 2 and (result.ranks()[10:] == 0).all()
+
+
+def test_the_weights_and_the_rows_to_keep_follow_the_scores() -> None:
+    result = scored(levels())
+    weights = result.weights()
+    assert float(weights.mean()) == pytest.approx(1)
+    assert torch.equal(weights.argsort(stable=True)[-1], result.scores.argsort(stable=True)[0])
+    worst = int(result.scores.argmax())
+    assert result.without(1 / ROWS) == [row for row in range(ROWS) if row != worst]
+
+
+def test_a_removal_is_the_training_without_the_rows() -> None:
+    given = levels()
+    result = scored(given)
+    removal = result.removal(0.2, given[2], draws=2)
+    setting, weights = setting_of(result), torch.ones(ROWS, dtype=torch.float64)
+    weights[result.scores.argsort(descending=True)[: removal.count]] = 0
+    with setting.run.repeated(weights):
+        assert removal.without["loss"] == pytest.approx(float(given[2]()), rel=1e-12)
+    assert removal.plain["loss"] == pytest.approx(result.values["all"], rel=1e-12)
+    assert len(removal.random) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"method": "darts"}, "method"),
+        ({"method": "gradient:cosin=true"}, "cosin"),
+        ({"method": "gradient:checkpoints=-1"}, "checkpoints"),
+        ({"steps": None}, "steps"),
+        ({"steps": 0}, "steps"),
+        ({"memory_limit": 1e-9}, "memory_limit"),
+        ({"slices": "kind"}, "slices"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ProblemError, match=named):
+        scored(levels(), **change)
+
+
+def test_bad_levels_are_named() -> None:
+    lower, weights, evaluation = levels()
+    with pytest.raises(ProblemError, match="row_weights"):
+        scored((lower, torch.ones(ROWS), evaluation))
+    with pytest.raises(ProblemError, match="evaluation"):
+        scored((lower, weights, None))  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="evaluation"):
+        scored((lower, weights, {}))  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="weights"):  # others than those that the loss reads
+        scored((lower, torch.ones(ROWS, requires_grad=True), evaluation))
+    with pytest.raises(ProblemError, match="LBFGS"):
+        scored(levels(torch.optim.LBFGS))
+    with pytest.raises(NonFiniteError, match="loss is"):
+        scored(levels(torch.optim.SGD, lr=1e300))

@@ -1,0 +1,207 @@
+"""`attribute` of a Trainer: the run is the Trainer's, and scores are slopes of retraining."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from hyperopt_peft import ProblemError, attribute
+from hyperopt_peft.attribution import Attribution
+from tests.support.attributed import differences
+from tests.support.trainers import data, peft_model, values
+
+KINDS = ("classes", "regression", "tokens", "causal")
+
+
+def stock(folder: Path, kind: str = "classes", **options: Any) -> Trainer:
+    """A stock Trainer in float64, with dropout, accumulation, clipping, warm-up and decay."""
+    model = peft_model(kind, dora=False).double()
+    settings: dict[str, Any] = {
+        "max_steps": 10,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "warmup_steps": 3,
+        "max_grad_norm": 0.5,
+        "per_device_eval_batch_size": 5,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    args = TrainingArguments(str(folder), **{**settings, **options.pop("args", {})})
+    given = {"train_dataset": data(kind, 14), "eval_dataset": data(kind, 7, seed=1), **options}
+    return Trainer(model, args, **given)
+
+
+def attributed(trainer: Any, **options: Any) -> Attribution:
+    return attribute(trainer, progress=False, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_slopes_of_retraining(tmp_path: Path, kind: str) -> None:
+    """Rows with a varying number of labels included."""
+    rows = data(kind, 14)
+    if kind in ("tokens", "causal"):
+        labels = [[-100] * (row % 3) + rows["labels"][row][row % 3 :] for row in range(14)]
+        rows = rows.remove_columns("labels").add_column("labels", labels)
+    result = attributed(stock(tmp_path, kind, train_dataset=rows))
+    # Transformers' Llama computes norms and losses in float32, whatever the dtype of its weights.
+    epsilon, tolerance = (1e-2, 1e-2) if kind == "causal" else (1e-5, 1e-6)
+    truth = differences(result, epsilon)
+    assert float((result.scores - truth).norm() / truth.norm()) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str) -> None:
+    """With weights of one: variables and evaluation loss of the stock Trainer."""
+    args = {"gradient_accumulation_steps": 1}  # which rounds in another order
+    plain = stock(tmp_path, kind, args=args)
+    plain.train()
+    watched = stock(tmp_path, kind, args=args)
+    result = attributed(watched)
+    rounding = 1e-4 if kind == "causal" else 1e-12  # Llama computes in float32
+    for name, value in values(watched.model).items():
+        own = values(plain.model)[name]
+        assert float((value - own).norm() / own.norm()) < rounding, name
+    expected = plain.evaluate()["eval_loss"]
+    if kind not in ("tokens", "causal"):  # of tokens the Trainer averages over batches
+        assert result.values["all"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_slices_have_a_loss_each(tmp_path: Path) -> None:
+    rows = data(rows=7, seed=1).add_column("source", ["x", "y", "x", "x", "y", "x", "x"])
+    result = attributed(stock(tmp_path, eval_dataset=rows), slices="source")
+    alone = attributed(stock(tmp_path, eval_dataset=rows.select([1, 4])))
+    assert set(result.by_slice) == {"x", "y"}
+    assert torch.allclose(result.by_slice["y"], alone.scores, rtol=1e-9)
+    whole = (5 * result.by_slice["x"] + 2 * result.by_slice["y"]) / 7
+    assert torch.allclose(result.scores, whole)
+
+
+@pytest.mark.parametrize(
+    "method", ["minres:damping=0.1", "nystrom:damping=1.0", "cg:steps=5,damping=1.0", "gradient"]
+)
+def test_methods_of_the_end_swap_by_name(tmp_path: Path, method: str) -> None:
+    result = attributed(stock(tmp_path), method=method)
+    assert result.scores.isfinite().all() and result.scores.abs().sum() > 0
+
+
+def test_a_finished_run_begins_again_with_model_init(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    fresh = attributed(stock(tmp_path)).scores
+    trainer.train()
+    with pytest.raises(ProblemError, match="model_init"):
+        attributed(trainer)
+    trainer.model_init = lambda: peft_model(dora=False).double()
+    again = attributed(trainer).scores
+    assert again.isfinite().all() and len(again) == len(fresh)
+
+
+def test_what_a_user_does_with_it(tmp_path: Path) -> None:
+    """Table, file, picture, suspects and a removal judged on other rows."""
+    rows = data(rows=14).add_column("text", [f"row, {k}" for k in range(14)])
+    result = attributed(stock(tmp_path, train_dataset=rows))
+    assert "row, " in result.table(2)
+    result.to_csv(tmp_path / "attribution.csv")
+    with (tmp_path / "attribution.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["text"] for row in table] == rows["text"][:]
+    assert sorted(int(row["rank"]) for row in table) == list(range(1, 15))
+    result.plot(tmp_path / "attribution.png")
+    assert (tmp_path / "attribution.png").stat().st_size > 10_000
+    found = result.suspects(folds=3)
+    assert found.probabilities.sum(1).allclose(torch.ones(14, dtype=torch.float64))
+    assert found.confidence.shape == (14,)
+    removal = result.removal(0.2, data(rows=9, seed=2), draws=1)
+    assert {"loss", "accuracy"} <= {*removal.plain} | {"accuracy"} and "random" in str(removal)
+
+
+def test_out_of_fold_probabilities_are_of_runs_without_the_fold(tmp_path: Path) -> None:
+    """A row whose weight is zero changes nothing: other labels, the same probabilities."""
+
+    def changed(rows: Dataset, row: int) -> Dataset:
+        labels = rows["labels"][:]
+        labels[row] = (labels[row] + 1) % 3
+        return rows.remove_columns("labels").add_column("labels", labels)
+
+    rows, row = data(rows=14), 5
+    one = attributed(stock(tmp_path, train_dataset=rows)).suspects(folds=14)
+    other = attributed(stock(tmp_path, train_dataset=changed(rows, row))).suspects(folds=14)
+    assert torch.allclose(one.probabilities[row], other.probabilities[row], rtol=1e-9)
+    assert not torch.allclose(one.probabilities[0], other.probabilities[0], rtol=1e-9)
+
+
+def dora(folder: Path) -> Trainer:
+    """With PEFT's own layers."""
+    given = {"train_dataset": data(rows=14), "eval_dataset": data(rows=7, seed=1)}
+    return Trainer(peft_model(), stock(folder).args, **given)
+
+
+def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    rows = data(rows=14)
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "no evaluation": (stock(folder, eval_dataset=None), {}),
+        "evaluation is training": (stock(folder, train_dataset=rows, eval_dataset=rows), {}),
+        "no training rows": (stock(folder, train_dataset=rows.select([])), {}),
+        "no such slice": (stock(folder), {"slices": "source"}),
+        "own loss": (stock(folder, compute_loss_func=lambda o, y, n: o.logits.sum()), {}),
+        "smoothing": (stock(folder, args={"label_smoothing_factor": 0.1}), {}),
+        "not a trainer": (object(), {}),
+        "norm": (
+            Trainer(
+                peft_model(),
+                stock(folder).args,
+                train_dataset=rows,
+                eval_dataset=data(rows=7, seed=1),
+            ),
+            {},
+        ),
+        "steps": (stock(folder), {"steps": 3}),
+        "optimizer": (stock(folder, args={"optim": "adafactor"}), {}),
+    }
+    return cases[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("no evaluation", "evaluation"),
+        ("evaluation is training", "evaluation"),
+        ("no training rows", "train_dataset"),
+        ("no such slice", "slices"),
+        ("own loss", "loss"),
+        ("smoothing", "loss"),
+        ("not a trainer", "training"),
+        ("steps", "steps"),
+        ("norm", "norm"),
+        ("optimizer", "Adafactor"),
+    ],
+)
+def test_bad_input_is_named(tmp_path: Path, name: str, named: str) -> None:
+    trainer, options = bad(name, tmp_path)
+    with pytest.raises(ProblemError, match=named):
+        attributed(trainer, **options)
+
+
+def test_scores_of_a_row_twice_are_alike(tmp_path: Path) -> None:
+    """The scores of copies of a row, in one batch, are equal without dropout."""
+    rows = data(rows=4)
+    twice = Dataset.from_dict({k: [*rows[k], *rows[k]] for k in rows.column_names})
+    trainer = stock(
+        tmp_path,
+        train_dataset=twice,
+        args={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    )
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    scores: Tensor = attributed(trainer).scores
+    assert torch.allclose(scores[:4], scores[4:], rtol=1e-9)

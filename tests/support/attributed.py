@@ -1,0 +1,86 @@
+"""A small network trained with a weight for each row, and its attribution."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from hyperopt_peft import Problem, attribute
+from hyperopt_peft.attribution import Attribution
+from hyperopt_peft.attribution.methods import Setting
+
+ROWS, STEPS = 12, 30
+Levels = tuple[Problem, Tensor, Callable[[], Tensor]]
+
+
+class RowWeighted(Problem):
+    """1/B Σ v_i ℓ_i over a batch of row numbers, by a network with dropout."""
+
+    def __init__(self, net: nn.Module, weights: Tensor, **options: Any) -> None:
+        source = torch.Generator().manual_seed(0)
+        self.x = torch.randn(ROWS, 3, generator=source, dtype=torch.float64)
+        self.y = torch.randint(0, 2, (ROWS,), generator=source).double()
+        self.net, self.weights = net, weights
+        super().__init__(net.named_parameters(), **options)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        logits = self.net(self.x[rows]).squeeze(-1)
+        each = binary_cross_entropy_with_logits(logits, self.y[rows], reduction="none")
+        return (self.weights[rows] * each).mean()
+
+
+def levels(
+    optimizer: Any = torch.optim.AdamW,
+    *,
+    clip: float | None = None,
+    scheduled: bool = False,
+    rows: int = ROWS,
+    **options: Any,
+) -> Levels:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 1)).double()
+    weights = torch.ones(ROWS, dtype=torch.float64, requires_grad=True)
+    steps = optimizer(net.parameters(), **(options or {"lr": 1e-2}))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(steps, 0.95) if scheduled else None
+    batches = [torch.arange(k, min(k + 5, rows)) for k in range(0, rows, 5)]
+    lower = RowWeighted(
+        net, weights, data=batches, optimizer=steps, scheduler=schedule, max_grad_norm=clip
+    )
+    x = torch.randn(6, 3, dtype=torch.float64)
+
+    def evaluation() -> Tensor:
+        return (net[3](net[1](net[0](x))) - 1).square().mean()
+
+    return lower, weights, evaluation
+
+
+def scored(given: Levels, **options: Any) -> Attribution:
+    lower, weights, evaluation = given
+    options = {"steps": STEPS, "progress": False, **options}
+    return attribute(lower, weights, evaluation, **options)
+
+
+def setting_of(result: Attribution) -> Setting:
+    found: Setting = result._setting
+    return found
+
+
+def differences(result: Attribution, epsilon: float = 1e-5) -> Tensor:
+    """dΦ/dv by retraining with each row's weight moved up and down."""
+    setting, slopes = setting_of(result), []
+    for row in range(len(result.scores)):
+        values = []
+        for side in (epsilon, -epsilon):
+            weights = setting.run.center.clone()
+            weights[row] += side
+            with setting.run.repeated(weights):
+                values.append(setting.whole(setting.value()))
+        slopes.append((values[0] - values[1]) / (2 * epsilon))
+    return torch.tensor(slopes, dtype=torch.float64)
+
+
+def scored_levels() -> Attribution:
+    """The whole run of `levels`."""
+    return scored(levels())
