@@ -20,7 +20,7 @@ from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
 FORGET = 0.97  # decay of the largest curvature an upper step: a few batches have a far larger one
-TILT = 0.1  # weight of the residual, which grows along divergence, in the power iteration's vector
+TILT = 0.1  # share of the residual, which a divergence aligns with, in the power iteration's vector
 
 
 @register("warm", kind="implicit", tolerance=0.15)
