@@ -209,7 +209,7 @@ def selected_state(
         >>> config = LoraConfig(r=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
         >>> state = selected_state(add_selection(model), {"0": 1})
-        >>> [tuple(tensor.shape) for tensor in state.values()]  # A, B
+        >>> sorted(tuple(tensor.shape) for tensor in state.values())  # A, B
         [(1, 4), (3, 1)]
     """
     adapter, layers = resolve_adapter(peft_model, adapter_name), _layers(peft_model, adapter_name)
