@@ -176,7 +176,7 @@ class BiDoRATrainer(BilevelTrainer):
         **trainer: Any,
     ) -> None:
         if not isinstance(args, BiDoRATrainingArguments):
-            raise ProblemError(f"args must be BiDoRATrainingArguments, got {type(args).__name__}")
+            raise ProblemError(f"args: must be BiDoRATrainingArguments, got {type(args).__name__}")
         _check_model(model, args)
         if upper_dataset is None:
             everything = train_dataset
@@ -201,8 +201,8 @@ class BiDoRATrainer(BilevelTrainer):
         self._start = [variable.detach().clone() for variable in self.lower.variables]
         if self.is_fsdp_enabled and args.gamma + args.magnitude_decay > 0:
             raise ProblemError(
-                "gamma and magnitude_decay read parameters outside of the model's forward pass, "
-                "where FSDP2 has shards only; set both to 0"
+                "gamma, magnitude_decay: FSDP2 does not support reads of parameters outside of the "
+                "model's forward pass; set both to 0"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -344,4 +344,4 @@ def _joined(train: Any, upper: Any) -> Any:
     try:
         return concatenate_datasets([train, upper])
     except (ValueError, TypeError, AttributeError) as error:
-        raise ProblemError(f"train_dataset and upper_dataset do not join: {error}") from error
+        raise ProblemError(f"train_dataset, upper_dataset: cannot be concatenated: {error}") from error

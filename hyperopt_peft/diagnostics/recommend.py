@@ -29,10 +29,10 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         if not -1 <= self.cosine <= 1:
-            raise ProblemError(f"min_cosine must be in [-1, 1], got {self.cosine}")
+            raise ProblemError(f"min_cosine: must be in [-1, 1], got {self.cosine}")
         for name in ("relative_error", "residual"):
             if getattr(self, name) <= 0:
-                raise ProblemError(f"max_{name} must be positive, got {getattr(self, name)}")
+                raise ProblemError(f"max_{name}: must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
