@@ -176,7 +176,7 @@ class BiDoRATrainer(BilevelTrainer):
         **trainer: Any,
     ) -> None:
         if not isinstance(args, BiDoRATrainingArguments):
-            raise ProblemError(f"args: must be BiDoRATrainingArguments, got {type(args).__name__}")
+            raise ProblemError(f"args must be BiDoRATrainingArguments, got {type(args).__name__}")
         _check_model(model, args)
         if upper_dataset is None:
             everything = train_dataset
@@ -344,4 +344,4 @@ def _joined(train: Any, upper: Any) -> Any:
     try:
         return concatenate_datasets([train, upper])
     except (ValueError, TypeError, AttributeError) as error:
-        raise ProblemError(f"train_dataset, upper_dataset: cannot be concatenated: {error}") from error
+        raise ProblemError(f"train_dataset and upper_dataset do not join: {error}") from error

@@ -230,7 +230,7 @@ def check_ownership(*levels: Problem) -> None:
     """Raise ProblemError if two levels own the same memory, or an argument is not a Problem."""
     for level in levels:
         if not isinstance(level, Problem):
-            raise ProblemError(f"level: must be a Problem, got {type(level).__name__}")
+            raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
     for level in levels[:-1]:
         if is_chain(level):
             raise ProblemError(
