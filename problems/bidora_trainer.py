@@ -201,8 +201,8 @@ class BiDoRATrainer(BilevelTrainer):
         self._start = [variable.detach().clone() for variable in self.lower.variables]
         if self.is_fsdp_enabled and args.gamma + args.magnitude_decay > 0:
             raise ProblemError(
-                "gamma, magnitude_decay: FSDP2 does not support reads of parameters outside of the "
-                "model's forward pass; set both to 0"
+                "gamma and magnitude_decay read parameters outside of the model's forward pass, "
+                "where FSDP2 has shards only; set both to 0"
             )
 
     def settings(self) -> dict[str, Any]:
