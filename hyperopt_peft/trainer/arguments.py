@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
+from hyperopt_peft.engine.step import require_history
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
@@ -136,22 +137,11 @@ class BilevelTrainingArguments(TrainingArguments):
         """The estimator that ``hypergradient`` names.
 
         Raises:
-            ProblemError: an unknown one, an unknown option, or one that looks back on more than
-                one lower step: the Trainer keeps one.
+            ProblemError: an unknown estimator or option, or an estimator that needs records of
+                more than one lower step.
         """
         estimator = get_estimator(self.hypergradient)
-        needs = estimator.requirements
-        if needs.history > 1:
-            raise ProblemError(
-                f"hypergradient: {estimator.name} looks back on {needs.history} lower steps, of "
-                "which the Trainer keeps one; choose darts, neumann, cg or minres, or one step"
-            )
-        if needs.every_step and self.lower_steps > 1:
-            raise ProblemError(
-                f"hypergradient: {estimator.name} carries over what each lower step did, and the "
-                f"Trainer keeps one of lower_steps={self.lower_steps}; leave carry out, or use "
-                "the Engine"
-            )
+        require_history(estimator, lower_steps=self.lower_steps, recorded=1)
         return estimator
 
     def bilevel_settings(self) -> dict[str, Any]:
