@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
@@ -69,17 +68,17 @@ def load_config(name: str) -> Any:
 
 
 def _why_not(name: str, error: Exception) -> str:
-    """Why nothing could be loaded by ``name``, in place of a hub's troubles with a path."""
+    """Why loading ``name`` failed; the hub's own message does not know that it may be a path."""
     if Path(name).is_dir():
         reason = str(error).partition("Model type should be one of")[0]  # a hundred of them
         return f"cannot load the folder {name}: {reason}"
-    if isinstance(error.__cause__, HFValidationError):
-        return f"there is no folder {name}"
-    if isinstance(error.__cause__, LocalEntryNotFoundError):
+    if isinstance(error.__cause__, FileNotFoundError):  # no entry in the cache
         return (
             f"{name} is neither a folder nor in the local cache, and the hub cannot be reached; "
             "correct the name, or connect once to download it"
         )
+    if isinstance(error.__cause__, ValueError):  # no valid name on the hub
+        return f"there is no folder {name}"
     return f"cannot load {name}: {error}"
 
 
