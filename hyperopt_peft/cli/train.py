@@ -14,6 +14,7 @@ from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.plan import plan
 from hyperopt_peft.cli.text.setup import TYPES, prepare
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
 
@@ -51,9 +52,8 @@ def run(argv: Sequence[str]) -> None:
                 print(f"labels: {', '.join(setup.config.id2label.values())}")
         return
     trainer = setup.trainer(model, args)
-    result = trainer.train(_resume(args))
-    metrics = {} if setup.evaluation is None else trainer.evaluate()
-    save(trainer, result.metrics, metrics)
+    trainer.train(_resume(args))
+    save(trainer, {} if setup.evaluation is None else trainer.evaluate())
     names = data.train_file or [data.dataset]
     trainer.create_model_card(dataset=[Path(name).name for name in names])
     if trainer.is_world_process_zero():
@@ -67,17 +67,31 @@ def _resume(args: BiDoRATrainingArguments) -> str | bool | None:
     return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
-def save(trainer: BiDoRATrainer, trained: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Write the adapter, the base model's configuration, results and states."""
+def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
+    """Write the adapter, the base model's configuration, results and states.
+
+    ``all_results.json`` has the numbers of the search (or of a control) under the names of
+    `transformers`, those of the retraining as ``retrain_…``, and those of the last model as
+    ``eval_…``.
+    """
     trainer.save_model()
     if trainer.is_world_process_zero():
         # For the number and names of the labels. Not beside the adapter: Transformers takes a
         # folder with a configuration for a whole model.
         trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
-    for split, values in (("train", trained), ("eval", metrics)):
+    results = {"train": _last_metrics(trainer), "eval": evaluation}
+    if trainer.retrainer is not None:
+        again = _last_metrics(trainer.retrainer)
+        results["retrain"] = {f"retrain_{k.removeprefix('train_')}": v for k, v in again.items()}
+        trainer.retrainer.save_state()
+    for split, values in results.items():
         if values:
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
     trainer.save_state()
-    if trainer.retrainer is not None:
-        trainer.retrainer.save_state()
+
+
+def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:
+    """The numbers that the Trainer logs at the end of training; none of an omitted search."""
+    records = [record for record in trainer.state.log_history if "train_runtime" in record]
+    return {key: value for key, value in records[-1].items() if key != "step"} if records else {}
