@@ -16,7 +16,7 @@ from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.utils.validation import matches, type_name
 
-#: The fields of `transformers.TrainingArguments` that a run's result depends on, of all versions.
+#: The fields of `transformers.TrainingArguments`, of all versions, that change a run's result.
 DECISIVE = (
     "accelerator_config",
     "adam_beta1",
@@ -58,11 +58,10 @@ DECISIVE = (
 
 @dataclass
 class BilevelTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, which keep their meaning for the lower level, and more.
+    """`transformers.TrainingArguments` of the lower level, and arguments of the upper level.
 
-    Epochs and steps count optimizer steps of the lower level. The learning rate schedule
-    (``lr_scheduler_type``, ``warmup_steps``) is that of both levels, each with its own peak.
-    Callbacks with a state, such as ``EarlyStoppingCallback``, resume with it.
+    Epochs and steps count optimizer steps of the lower level. Both levels have the same learning
+    rate schedule, each with its own peak. Callbacks with a state resume with their state.
 
     Raises:
         ProblemError: an unknown estimator or option, or a value out of range.
@@ -134,7 +133,7 @@ class BilevelTrainingArguments(TrainingArguments):
                 raise ProblemError(f"{name} must {words}, got {value}")
 
     def estimator(self) -> Estimator:
-        """The estimator that ``hypergradient`` names.
+        """The estimator with the name and options ``hypergradient``.
 
         Raises:
             ProblemError: an unknown estimator or option, or an estimator that needs records of
@@ -150,8 +149,8 @@ class BilevelTrainingArguments(TrainingArguments):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
 
     def decisive_settings(self) -> dict[str, Any]:
-        """The arguments that a run's result depends on, as plain values."""
+        """The arguments that change a run's result, as plain values."""
         known = self.to_dict()
         own = self.bilevel_settings()
-        own.pop("non_finite")  # may change when a run goes on
+        own.pop("non_finite")  # a resumed run may change it
         return {**{name: known[name] for name in DECISIVE if name in known}, **own}

@@ -1,4 +1,4 @@
-"""The upper level's batches by number, made by a DataLoader in a repeatable order."""
+"""The upper level's batches, each a function of its number, from a DataLoader."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class UpperBatches:
 
     Args:
         data: examples by index, with a length.
-        size: examples a batch and process.
-        seed: of the order, which changes from epoch to epoch.
+        size: the number of examples in a batch of one process.
+        seed: the seed of the order, which differs between epochs.
         collate: makes a batch from a list of examples.
-        rank, processes: which share of each batch is this process's.
-        loading: what `torch.utils.data.DataLoader` takes: ``num_workers``, ``pin_memory``.
+        rank: the number of this process.
+        processes: the number of processes, which share each batch.
+        loading: options of `torch.utils.data.DataLoader`: ``num_workers``, ``pin_memory``.
 
     Raises:
-        ProblemError: no examples, or an iterable data set, which has no order to return to.
+        ProblemError: no examples, or an iterable data set.
 
     Example:
         >>> batches = UpperBatches(range(4), 2, seed=0, collate=list)
@@ -69,7 +70,7 @@ class UpperBatches:
         """This process's share of batch ``number``, from 0; an epoch drops a smaller last one."""
         if self._batches is None or number != self._next:
             self.close()
-            # The loader seeds its workers from a generator, which is not the training stream's.
+            # The loader seeds its workers from this generator and not from the training stream.
             loader: DataLoader[Any] = DataLoader(
                 _Collated(self),
                 batch_size=None,
@@ -89,7 +90,7 @@ class UpperBatches:
 
 
 class _Rows(Sampler[tuple[int, list[int]]]):
-    """The numbers of batches from ``begin``, each with its rows; one permutation an epoch."""
+    """The numbers of the batches from ``begin``, each with its rows; one permutation an epoch."""
 
     def __init__(self, of: UpperBatches, begin: int) -> None:
         self.of, self.begin = of, begin
@@ -106,7 +107,7 @@ class _Rows(Sampler[tuple[int, list[int]]]):
 
 
 class _Collated(Dataset[Any]):
-    """By number and rows, the batch; random numbers of an example or the collator are of it."""
+    """The batch by number and rows; the number seeds the random numbers of data and collator."""
 
     def __init__(self, of: UpperBatches) -> None:
         self.of = of
@@ -123,7 +124,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
-    """Those of ``trainer.upper_dataset``, with the collator, columns and workers of its loaders."""
+    """Batches of ``trainer.upper_dataset``, with collator, columns and workers of the Trainer."""
     data, args = trainer.upper_dataset, trainer.args
     loader = loader_of(trainer, data, "upper_dataset")
     if isinstance(data, datasets.Dataset):
@@ -143,10 +144,10 @@ def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
 
 
 def loader_of(trainer: BilevelTrainer, data: Any, name: str) -> Any:
-    """A loader of ``data``, or of its first row, as the Trainer makes one.
+    """The Trainer's loader of ``data``, or of its first row.
 
     Raises:
-        ProblemError: ``data``, the argument ``name``, has no column that the model takes.
+        ProblemError: ``data``, the argument ``name``, has no column that the model reads.
     """
     try:
         few = data.select(range(1)) if isinstance(data, datasets.Dataset) else data
