@@ -21,29 +21,29 @@ BASE_CONFIG = "base_config"
 
 @dataclass
 class TrainArguments:
-    """What the command itself is asked for."""
+    """Options of the command itself."""
 
     _argument_group_name = "command"
 
     dry_run: bool = HfArg(
         default=False,
-        help="print who owns what, examples, steps and an estimate of the memory; train nothing",
+        help="print owners of parameters, examples, steps and an estimate of memory; train nothing",
     )
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train, evaluate, and write adapter, results and model card to output_dir.
+    """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``.
 
     Raises:
         ProblemError: a bad option, model or data set.
-        NonFiniteError: see the option non_finite.
+        NonFiniteError: as the option ``non_finite`` says.
     """
     own, model_args, data, args = parse("train", (TrainArguments, *TYPES), argv)
     require_folder(args.output_dir)
     setup = prepare(model_args, data)
     model = setup.model(args.seed, dora=args.method != "lora")
     if own.dry_run:
-        with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output_dir
+        with tempfile.TemporaryDirectory() as folder:  # the trainer creates its output_dir
             args.output_dir = folder
             trainer = setup.trainer(model, args)
             rows = 0 if setup.evaluation is None else len(setup.evaluation)
@@ -76,8 +76,8 @@ def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
     """
     trainer.save_model()
     if trainer.is_world_process_zero():
-        # For the number and names of the labels. Not beside the adapter: Transformers takes a
-        # folder with a configuration for a whole model.
+        # The configuration has the names of the labels. Transformers would load a folder with an
+        # adapter and a configuration as a whole model.
         trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
     results = {"train": _last_metrics(trainer), "eval": evaluation}
     if trainer.retrainer is not None:
@@ -92,6 +92,6 @@ def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
 
 
 def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:
-    """The numbers that the Trainer logs at the end of training; none of an omitted search."""
+    """The numbers that the Trainer logs at the end of training; none if it has not trained."""
     records = [record for record in trainer.state.log_history if "train_runtime" in record]
     return {key: value for key, value in records[-1].items() if key != "step"} if records else {}

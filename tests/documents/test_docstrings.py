@@ -58,7 +58,6 @@ WITHOUT: set[str] = {
     "selected_ranks",
     "selected_state",
     "set_norm_grad",
-    "split_dataset",
     "split_parameters",
     "use_fast_dora",
     "use_pseudo_svd",
