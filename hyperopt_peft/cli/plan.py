@@ -97,15 +97,15 @@ def memory(trainer: BiDoRATrainer) -> str:
     trained = _bytes([*lower, *upper])
     batch, size = longest_batch(trainer)
     with trainer.compute_loss_context_manager():
-        graph = kept_bytes(lambda: trainer.lower.evaluate(batch)[0], trainer.model.parameters())
+        graph = saved_bytes(lambda: trainer.lower.evaluate(batch)[0], trainer.model.parameters())
     parts = {
         "weights": _bytes(trainer.model.parameters()),
-        "gradients of what is trained": trained,
+        "gradients of trained parameters": trained,
         f"activations (of a forward pass of the {size} longest examples, measured)": graph,
     }
     if "adam" in str(trainer.args.optim.value):
         parts["AdamW's two moments"] = 2 * trained
-    missing = ["PyTorch itself", "what an operation holds while it runs", "the data", "evaluation"]
+    missing = ["PyTorch itself", "temporary tensors of an operation", "the data", "evaluation"]
     if trainer.upper is not None:
         estimator = trainer.args.estimator()
         if estimator.requirements.second_derivatives:
@@ -129,21 +129,21 @@ def longest_batch(trainer: BiDoRATrainer) -> tuple[Any, int]:
     return trainer.data_collator([data[row] for row in rows]), len(rows)
 
 
-def kept_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """The bytes that the graph of ``loss`` saves for backward, without ``parameters``."""
     known = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         graph = loss()  # the graph lives, so that no address is used twice
     del graph
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

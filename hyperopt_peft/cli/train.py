@@ -71,8 +71,8 @@ def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
     """Write the adapter, the base model's configuration, results and states.
 
     ``all_results.json`` has the numbers of the search (or of a control) under the names of
-    `transformers`, those of the retraining as ``retrain_…``, and those of the last model as
-    ``eval_…``.
+    `transformers`, the numbers of the retraining as ``retrain_…``, and the evaluation of the
+    final model as ``eval_…``.
     """
     trainer.save_model()
     if trainer.is_world_process_zero():

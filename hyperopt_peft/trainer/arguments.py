@@ -1,4 +1,4 @@
-"""The arguments of `BilevelTrainer`: those of `transformers.Trainer`, and the upper level's."""
+"""The arguments of `BilevelTrainer`: `transformers.TrainingArguments` and the upper level's."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ class BilevelTrainingArguments(TrainingArguments):
     )
     non_finite: Literal["raise", "skip"] = HfArg(
         default="raise",
-        help="what a NaN or infinite loss, gradient or curvature does: raise (a checkpoint is "
-        "written first), or skip (the step is left out and counted)",
+        help="response to a NaN or infinite loss, gradient or curvature: raise (after a checkpoint "
+        "is written), or skip (the step is counted)",
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,

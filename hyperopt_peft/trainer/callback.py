@@ -1,4 +1,4 @@
-"""`BilevelCallback`: what two levels add to the checkpoints of `transformers.Trainer`."""
+"""`BilevelCallback`: the files of two levels in the checkpoints of `transformers.Trainer`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from hyperopt_peft.utils.random_state import RandomState
 if TYPE_CHECKING:
     from hyperopt_peft.trainer.trainer import BilevelTrainer
 
-#: What is logged of an upper step.
+#: The logged numbers of an upper step.
 UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
 
 
@@ -104,18 +104,18 @@ class OptimizerStep:
         trainer.lower.require_finite(loss, gradient[: len(w)])
         for variable in u:
             variable.grad = None
-        noted = {f"lower_{k}": v for k, v in distributed.means(self._metrics).items()}
+        numbers = {f"lower_{k}": v for k, v in distributed.means(self._metrics).items()}
         descent = gradient[: len(w)]
         if trainer.bilevel_step is not None:
-            descent = self._upper(trainer.bilevel_step, gradient, noted)
+            descent = self._upper(trainer.bilevel_step, gradient, numbers)
         elif trainer.state.global_step == 0:
             require_read(trainer.lower, descent)
         norm = self._move(w, descent, trainer.max_grad_norm)
-        log.add({**noted, "lower_grad_norm": norm})
+        log.add({**numbers, "lower_grad_norm": norm})
         log.last["grad_norm"] = norm
         log.last["learning_rate"] = learning_rate(trainer.optimizer, trainer.lower)
 
-    def _upper(self, bilevel: BilevelStep, gradient: Gradient, noted: dict[str, Any]) -> Gradient:
+    def _upper(self, bilevel: BilevelStep, gradient: Gradient, numbers: dict[str, Any]) -> Gradient:
         """The lower level's direction; each ``lower_steps``-th step sets the ``.grad`` of u too."""
         trainer, step = self.trainer, self.trainer.state.global_step + 1
         every, shared = trainer.args.lower_steps, bilevel.requirements.upper_weight > 0
@@ -132,11 +132,11 @@ class OptimizerStep:
             # With an upper weight each lower step has read an upper batch.
             batch = self._upper_batch((step if shared else 0) + step // every - 1)
             with trainer.compute_loss_context_manager():
-                above = bilevel.hypergradient(batch, number=step)
-            noted |= {key: above.log[key] for key in UPPER_NUMBERS}
-            noted |= {f"upper_{key}": value for key, value in above.metrics.items()}
+                upper = bilevel.hypergradient(batch, number=step)
+            numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}
+            numbers |= {f"upper_{key}": value for key, value in upper.metrics.items()}
             u, limit = bilevel.upper.variables, trainer.args.upper_max_grad_norm
-            noted["upper_grad_norm"] = self._move(u, above.hypergradient, limit)
+            numbers["upper_grad_norm"] = self._move(u, upper.hypergradient, limit)
             rate = learning_rate(trainer.optimizer, bilevel.upper)
             trainer.step_log.last["upper_learning_rate"] = rate
             bilevel.forget()

@@ -55,8 +55,8 @@ class BilevelTrainer(Trainer):
         lower: the lower level, without data and optimizer.
         upper: the upper level, likewise; None trains the lower level alone, as a baseline.
         args: the settings.
-        train_dataset: the lower level's examples, or those of both levels, which are then split
-            by ``args.upper_fraction``.
+        train_dataset: the lower level's examples, or the examples of both levels, which
+            ``args.upper_fraction`` then divides.
         upper_dataset: the upper level's examples. Never ``eval_dataset``.
         callbacks: as for `transformers.Trainer`.
         trainer: further arguments of `transformers.Trainer`.
@@ -271,8 +271,8 @@ class BilevelTrainer(Trainer):
             loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
         except (TypeError, ValueError, IndexError) as error:
             raise ProblemError(
-                f"the model has no loss for a batch of {sorted(batch)}: {error}; the data must "
-                "have the columns that its forward takes, labels that it knows among them"
+                f"the model has no loss for a batch of {sorted(batch)}: {error}; give the data the "
+                "columns of the model's forward, with valid labels"
             ) from error
         return loss if weight is None else loss * weight.to(loss.dtype)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.cli.main import main
-from hyperopt_peft.cli.plan import kept_bytes
+from hyperopt_peft.cli.plan import saved_bytes
 from hyperopt_peft.cli.text.models import require_targets
 from hyperopt_peft.hypergradients import get_estimator, registered
 from tests.support.cli import failure, given, state
@@ -146,11 +146,11 @@ def test_too_many_unknowns_for_exact_are_refused_before_training(
     assert not (tmp_path / "out/checkpoint-2").exists()
 
 
-def test_kept_bytes_of_a_graph() -> None:
+def test_saved_bytes_of_a_graph() -> None:
     w, x = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     # x for the gradient of w; the product (5, 3) for the sine; nothing for the sum.
-    assert kept_bytes(lambda: (x @ w.T).sin().sum(), [w]) == 4 * (5 * 4 + 5 * 3)
-    assert kept_bytes(lambda: (x @ w.T).sum(), [w, x]) == 0
+    assert saved_bytes(lambda: (x @ w.T).sin().sum(), [w]) == 4 * (5 * 4 + 5 * 3)
+    assert saved_bytes(lambda: (x @ w.T).sum(), [w, x]) == 0
 
 
 def test_a_model_without_layers_to_adapt_is_refused() -> None:
