@@ -318,6 +318,6 @@ def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) ->
     which = "every lower step" if needs.every_step else f"the last {needs.history} lower steps"
     raise ProblemError(
         f"hypergradient: {estimator.name} needs {which} before each upper step, got "
-        f"{min(needs.history, recorded)} of lower_steps={lower_steps}; give the estimator as many "
-        "steps as are recorded (lower_steps in the Engine, 1 in the Trainer)"
+        f"{min(needs.history, recorded)} of lower_steps={lower_steps}; use the Engine with "
+        f"lower_steps={needs.history}, or change the options of the estimator"
     )
