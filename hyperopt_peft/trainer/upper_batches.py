@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import collating, require_examples
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 
-class UpperBatches:
+class UpperBatches(Dataset[Any]):
     """The upper level's batches, each a function of its number alone, so that a run can resume.
 
     Args:
@@ -72,9 +72,9 @@ class UpperBatches:
             self.close()
             # The loader seeds its workers from this generator and not from the training stream.
             loader: DataLoader[Any] = DataLoader(
-                _Collated(self),
+                self,
                 batch_size=None,
-                sampler=_Rows(self, number),
+                sampler=self._numbered_rows(number),
                 collate_fn=_as_it_is,
                 generator=torch.Generator().manual_seed(self.seed),
                 **self.loading,
@@ -88,35 +88,23 @@ class UpperBatches:
         """End the workers; the next ``batch`` starts them again."""
         self._batches = None
 
-
-class _Rows(Sampler[tuple[int, list[int]]]):
-    """The numbers of the batches from ``begin``, each with its rows; one permutation an epoch."""
-
-    def __init__(self, of: UpperBatches, begin: int) -> None:
-        self.of, self.begin = of, begin
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        of, known, order = self.of, -1, torch.empty(0, dtype=torch.int64)
-        for number in count(self.begin):
-            epoch, position = divmod(number, of.per_epoch)
+    def _numbered_rows(self, begin: int) -> Iterator[tuple[int, list[int]]]:
+        """The numbers of the batches from ``begin`` with their rows; one permutation an epoch."""
+        known, order = -1, torch.empty(0, dtype=torch.int64)
+        for number in count(begin):
+            epoch, position = divmod(number, self.per_epoch)
             if epoch != known:
-                generator = torch.Generator().manual_seed(of.seed * 1_000_003 + epoch)
-                known, order = epoch, torch.randperm(len(of.data), generator=generator)
-            first = (position * of.processes + of.rank) * of.size
-            yield number, order[first : first + of.size].tolist()
-
-
-class _Collated(Dataset[Any]):
-    """The batch by number and rows; the number seeds the random numbers of data and collator."""
-
-    def __init__(self, of: UpperBatches) -> None:
-        self.of = of
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                known, order = epoch, torch.randperm(len(self.data), generator=generator)
+            first = (position * self.processes + self.rank) * self.size
+            yield number, order[first : first + self.size].tolist()
 
     def __getitem__(self, index: tuple[int, list[int]]) -> Any:
         number, rows = index
-        of, together = self.of, getattr(self.of.data, "__getitems__", None)
-        with replay(RandomState.seeded((), of.seed, number, of.rank)):
-            return of.collate(together(rows) if together else [of.data[row] for row in rows])
+        together = getattr(self.data, "__getitems__", None)
+        # The number of the batch seeds the random numbers of the data and the collator.
+        with replay(RandomState.seeded((), self.seed, number, self.rank)):
+            return self.collate(together(rows) if together else [self.data[row] for row in rows])
 
 
 def _as_it_is(batch: Any) -> Any:
