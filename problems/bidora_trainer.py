@@ -209,9 +209,9 @@ class BiDoRATrainer(BilevelTrainer):
         """As `BilevelTrainer.settings`, with the adapter's options, and without retraining's."""
         own = {k: v for k, v in super().settings().items() if not k.startswith("retrain")}
         config = self.model.peft_config[resolve_adapter(self.model)]
-        names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
         adapter = {name: getattr(config, name) for name in names}
-        return {"method": own["method"], **own, **adapter}
+        return {"method": own["method"], **adapter, **own}
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

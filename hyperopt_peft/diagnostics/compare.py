@@ -202,7 +202,7 @@ def compare_hypergradients(
         truths = [_Truth(c.slopes, c.project) for c in measured]
         residual, note = max(c.error for c in measured), measured[0].note
     ends = None
-    if any(getattr(e, "damping", 0) for e in (truth, *(e for _, e in chosen))):
+    if any(option(e, "damping") for e in (truth, *(e for _, e in chosen))):
         ends = spectrum(upper, lower, **batches, seed=seed)
     rows = []
     for name, estimator in chosen:
@@ -230,8 +230,14 @@ def get_reference(reference: str | Estimator) -> Estimator:
     return get_estimator(reference)
 
 
+def option(estimator: Estimator, name: str) -> float | None:
+    """The option ``name`` of ``estimator``; None if the option is no number or does not exist."""
+    value = vars(estimator).get(name)
+    return value if isinstance(value, int | float) else None
+
+
 def _dominance(estimator: Estimator, ends: Spectrum | None) -> str:
-    damping = getattr(estimator, "damping", 0.0)
+    damping = option(estimator, "damping") or 0.0
     if ends is None or not ends.dominated_by(damping):
         return ""
     return (

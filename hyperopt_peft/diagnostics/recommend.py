@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow
+from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow, option
 from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import get_estimator, registered
@@ -145,8 +145,7 @@ def _of_length(row: ComparisonRow, limits: Thresholds) -> list[str]:
 def _option(row: ComparisonRow, name: str) -> float | None:
     """The value of a numeric option of the row's estimator; None if it has no such option."""
     known = row.method.partition(":")[0] in registered()
-    value = getattr(get_estimator(row.method), name, None) if known else None
-    return value if isinstance(value, int | float) else None
+    return option(get_estimator(row.method), name) if known else None
 
 
 def _xi(row: ComparisonRow) -> float | None:
