@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
@@ -184,9 +185,15 @@ ERRORS = {
 }
 
 
+# An older datasets cannot read them at all.
+MIXED = ("numbers and words", "texts and numbers", "a word among numbers")
+
+
 @pytest.mark.parametrize("case", ERRORS)
 def test_bad_data_is_one_line_that_names_it(tmp_path, model, case, capsys):
     data, options, message = ERRORS[case]
+    if case in MIXED and not hasattr(datasets, "Json"):
+        message = "; make all values of a column of one type"
     path = write(tmp_path / "a.json", data)
     given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16, **options}
     assert message in failure(capsys, "train", *flags(**given))
