@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
+import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
@@ -131,6 +132,16 @@ class BilevelTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not rule(value):
                 raise ProblemError(f"{name} must {words}, got {value}")
+
+    @property
+    def device(self) -> torch.device:
+        """As `transformers.TrainingArguments.device`; a CPU is without a number.
+
+        accelerate numbers it in several processes, and Transformers 5.0 asks `torch.load` for that
+        device when it resumes, which knows no such CPU.
+        """
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def estimator(self) -> Estimator:
         """The estimator with the name and options ``hypergradient``.

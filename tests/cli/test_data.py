@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
@@ -179,11 +180,17 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
 }
 
 
+# An older datasets cannot read them at all.
+MIXED = ("numbers and words", "texts and numbers", "a word among numbers")
+
+
 @pytest.mark.parametrize("case", ERRORS)
 def test_bad_data_is_one_line_that_names_it(
     tmp_path: Path, model: str, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, options, named = ERRORS[case]
+    if case in MIXED and not hasattr(datasets, "Json"):
+        named = ("one type",)
     path = write(tmp_path / "a.json", data)
     given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16, **options}
     error = failure(capsys, "train", *flags(**given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# What pyarrow and datasets say of values of several types, before datasets had a type for them.
+MIXED = re.compile("Conversion failed for column|Failed to convert pandas DataFrame")
 
 
 @dataclass
@@ -174,7 +177,11 @@ def _read_file(path: Path, option: str) -> Dataset:
     except (DatasetsError, ValueError, OSError) as error:
         if "corresponds to no data" not in str(error):
             reason = error.__cause__ or error
-            hint = "; save it as UTF-8" if isinstance(reason, UnicodeDecodeError) else ""
+            hint = ""
+            if isinstance(reason, UnicodeDecodeError):
+                hint = "; save it as UTF-8"
+            elif MIXED.search(str(reason)):
+                hint = "; make all values of a column of one type"
             raise ProblemError(f"{option}: cannot read {path}: {reason}{hint}") from error
         data = None
     finally:
