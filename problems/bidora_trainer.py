@@ -31,11 +31,11 @@ INITIAL = "initial.pt"
 
 @dataclass
 class BiDoRATrainingArguments(BilevelTrainingArguments):
-    """`BilevelTrainingArguments` and BiDoRA's own: the search has the inherited ones.
+    """The arguments of `BiDoRATrainer`; those of `BilevelTrainingArguments` are for the search.
 
     Raises:
-        ProblemError: a value out of range, ``xi`` for an estimator that has no ξ, or an option
-            that contradicts ``preset``.
+        ProblemError: a value is out of range; the estimator has no option ``xi``; or an option
+            contradicts ``preset``.
 
     Example:
         >>> args = BiDoRATrainingArguments(
@@ -100,7 +100,7 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
         self._require("be positive", lambda x: x > 0, "retrain_epochs", "retrain_steps")
 
     def _prefer(self, **preset: Any) -> None:
-        """Set what is at its default; raise ProblemError where another value is given."""
+        """Set options that have their defaults; raise ProblemError for one with another value."""
         defaults = {each.name: each.default for each in fields(self)}
         for name, value in preset.items():
             if getattr(self, name) not in (defaults[name], value):
@@ -136,26 +136,26 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
 
 
 class BiDoRATrainer(BilevelTrainer):
-    """BiDoRA (arXiv:2410.09758) by `transformers.Trainer`: search, then retraining.
+    """BiDoRA (arXiv:2410.09758) by `transformers.Trainer`: a search, then a retraining.
 
-    In place of ``Trainer(model, args, train_dataset=…)`` for a PeftModel with ``use_dora=True``;
-    ``compute_loss``, ``compute_loss_func`` and ``label_smoothing_factor`` mean what they mean
-    there, at both levels and in both phases. ``train`` leaves the adapter of the last phase in
-    ``model``, a plain PEFT adapter. The retraining is a trainer of its own, ``retrainer``, with
-    its own ``state.log_history``.
+    The class replaces ``Trainer(model, args, train_dataset=…)`` for a PeftModel with
+    ``use_dora=True``. ``compute_loss``, ``compute_loss_func`` and ``label_smoothing_factor`` apply
+    to both levels and both phases. After ``train``, ``model`` has the adapter of the last phase, a
+    plain PEFT adapter. The retraining has its own trainer, ``retrainer``, with its own
+    ``state.log_history``.
 
     Args:
         model: a PeftModel; for ``method="lora"`` without magnitudes.
         args: the settings.
-        train_dataset: all training examples (split by ``args.upper_fraction``), or the lower
-            level's, where ``upper_dataset`` is given.
-        upper_dataset: the examples on which magnitudes are trained. Never ``eval_dataset``.
-        callbacks: of both phases; the retraining begins with copies as they are now.
-        trainer: what else `transformers.Trainer` takes.
+        train_dataset: all training examples, split by ``args.upper_fraction``; the lower level's
+            examples if ``upper_dataset`` is given.
+        upper_dataset: the examples for the magnitudes; not ``eval_dataset``.
+        callbacks: the callbacks of the search; the retraining has copies in their initial state.
+        trainer: further arguments of `transformers.Trainer`.
 
     Raises:
-        ProblemError: as `BilevelTrainer`; a model that does not fit the method; an exact product
-            over a quantised base; labels that the model has no output for.
+        ProblemError: as `BilevelTrainer`; the model does not fit the method; a product is exact
+            over a quantised base; or the model has no output for a label.
 
     Example:
         >>> args = BiDoRATrainingArguments(output_dir="outputs", report_to="none", use_cpu=True)
@@ -184,7 +184,7 @@ class BiDoRATrainer(BilevelTrainer):
             everything = _joined(train_dataset, upper_dataset)
             if args.method != "bidora":  # a control trains on all that bidora is given
                 train_dataset, upper_dataset = everything, None
-        # As they are now, before the search changes them: callbacks count.
+        # Copies before the search, which changes the state of callbacks.
         again = [copy.copy(callback) for callback in callbacks or ()]
         self._retraining = {**trainer, "train_dataset": everything, "callbacks": again}
         self.retrainer: Retrainer | None = None
@@ -206,20 +206,20 @@ class BiDoRATrainer(BilevelTrainer):
             )
 
     def settings(self) -> dict[str, Any]:
-        """As `BilevelTrainer.settings`, with the adapter; the retraining's come with its begin."""
+        """As `BilevelTrainer.settings`, with the adapter's options, and without retraining's."""
         own = {k: v for k, v in super().settings().items() if not k.startswith("retrain")}
         config = self.model.peft_config[resolve_adapter(self.model)]
-        names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
         adapter = {name: getattr(config, name) for name in names}
-        return {"method": own["method"], **own, **adapter}
+        return {"method": own["method"], **adapter, **own}
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Search and retraining, or the control; what the last phase's ``Trainer.train`` returns.
+        """Do the search and the retraining, or the control; returns the last phase's result.
 
-        ``True`` resumes from the last whole checkpoint of the phase that was reached, and a
-        folder from that checkpoint. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
+        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the last complete
+        checkpoint of either phase. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
         """
         if self.args.method != "bidora" or self.args.retrain == "none":
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -230,7 +230,7 @@ class BiDoRATrainer(BilevelTrainer):
             if self.args.retrain == "scratch":
                 self._keep_start(found is not None)
             output = self._train_from(found, *args, **kwargs)
-            if self.signalled:  # the search is to go on
+            if self.signalled:  # the search is unfinished
                 return output
             reshard(self.model)
             if self.args.retrain == "scratch":
@@ -240,7 +240,7 @@ class BiDoRATrainer(BilevelTrainer):
         return self.retrainer._train_from(found, *args, **kwargs)
 
     def release_models(self) -> None:
-        """As `BilevelTrainer` does, of both phases."""
+        """As `BilevelTrainer.release_models`, for both phases."""
         if self.retrainer is not None:
             self.retrainer.release_models()
         super().release_models()
@@ -266,7 +266,7 @@ class BiDoRATrainer(BilevelTrainer):
 
 
 class Retrainer(BilevelTrainer):
-    """The second phase: directions and head alone, by the loss of the ``search``."""
+    """The second phase: min over A, B and head of the loss of ``search``."""
 
     def __init__(
         self, search: BiDoRATrainer, args: BiDoRATrainingArguments, **trainer: Any
@@ -276,20 +276,20 @@ class Retrainer(BilevelTrainer):
         super().__init__(search.model, lower=_direction, upper=None, args=args, **options)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The search's, which a subclass may have overridden."""
+        """The loss of the search, whose class may override ``compute_loss``."""
         return self.search.compute_loss(*args, **kwargs)
 
     def settings(self) -> dict[str, Any]:
-        """Those of the search, which made the magnitudes, and of the retraining."""
+        """The settings of the search and of the retraining."""
         own = self.search.args.bilevel_settings()
         return {**self.search.settings(), **{k: v for k, v in own.items() if "retrain" in k}}
 
 
 def _lower(trainer: BilevelTrainer) -> Problem:
-    """The lower level of the method; the model's layers are made those of the method."""
+    """The lower level of the method; the forward passes of the layers are set for the method."""
     model, args = trainer.model, trainer.args
     assert isinstance(args, BiDoRATrainingArguments)
-    # Levels remember where they start: magnitude_decay's m0, scratch's initial values.
+    # Levels copy initial values (m0, retrain="scratch"), which must be equal on all processes.
     distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
     if args.method != "lora":
         norm_grad: Literal["full", "detach"] = "detach"
@@ -311,7 +311,7 @@ def _upper(trainer: BilevelTrainer) -> Problem:
 
 
 def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:
-    """Refuse a model that does not fit the method, before anything of it is changed."""
+    """Raise ProblemError for a model that does not fit the method; nothing has changed."""
     layers = lora_layers(model)
     if args.method == "lora":
         if any(layer.use_dora[adapter] for _, layer in layers for adapter in layer.use_dora):
@@ -323,7 +323,7 @@ def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:
 
 
 def _check_product(model: Any, args: BiDoRATrainingArguments) -> None:
-    """Refuse double backward through weights that are not there to be read."""
+    """Raise ProblemError for double backward through weights that cannot be read."""
     estimator = args.estimator()
     if not estimator.requirements.second_derivatives:
         return

@@ -7,7 +7,7 @@
 Each set gets a virtual environment of its own outside the repository, with this checkout installed
 editable. The set ``oldest`` has each dependency at its lower bound. The set ``peft`` runs PEFT's
 own tests of DoRA, from PEFT's source distribution, with the fast layer in place of PEFT's: those
-files of them that need neither a GPU nor a model from the hub.
+files of them that need no GPU, without the tests that ask for a model from the hub.
 """
 
 from __future__ import annotations

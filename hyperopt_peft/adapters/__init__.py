@@ -1,4 +1,4 @@
-"""What touches PEFT: parameter ownership, DoRA's gradient, penalties, ranks, scales, analysis."""
+"""Functions on PEFT models: parameter ownership, DoRA's gradient, penalties, ranks, scales."""
 
 from hyperopt_peft.adapters.analysis import (
     LineFit,

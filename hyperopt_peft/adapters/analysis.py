@@ -1,7 +1,6 @@
-"""How training moved magnitude and direction apart (arXiv:2402.09353, §3.2).
+"""The changes of magnitude (ΔM) and direction (ΔD) by training, and the line through them.
 
-Full fine-tuning changes one where it changes the other less; LoRA changes both together. The
-paper reads this off the line through the points (ΔD, ΔM) of the adapted modules.
+In full fine-tuning the slope of ΔM on ΔD is negative, in LoRA positive (arXiv:2402.09353, §3.2).
 """
 
 from __future__ import annotations
@@ -31,8 +30,12 @@ from hyperopt_peft.errors import ProblemError
 class ModuleChange:
     """The change of one adapted weight since initialisation.
 
-    ``module`` is the weight's module in ``peft_model.named_modules()``, ``delta_magnitude`` is ΔM,
-    the mean over rows of |m − m0|, and ``delta_direction`` ΔD, the mean of 1 − cos(V, W0).
+    ``module`` is the module's name in ``peft_model.named_modules()``; ``delta_magnitude`` is ΔM,
+    the mean over rows of |m − m0|; ``delta_direction`` is ΔD, the mean over rows of 1 − cos(V, W0).
+
+    Example:
+        >>> ModuleChange("encoder.0", delta_magnitude=0.1, delta_direction=0.02).delta_direction
+        0.02
     """
 
     module: str
@@ -42,12 +45,16 @@ class ModuleChange:
 
 @dataclass(frozen=True)
 class LineFit:
-    """The least-squares line ΔM = intercept + slope·ΔD through ``n`` points, with its uncertainty.
+    """The least-squares line ΔM = intercept + slope·ΔD through ``n`` points.
 
-    Some papers call the slope the correlation; its unit is ΔM per ΔD. ``pearson_r`` is the
-    correlation coefficient, NaN where ΔM is constant. Both intervals have level ``confidence``:
-    that of the slope is from Student's t with n − 2 degrees of freedom, that of r from Fisher's z,
-    [−1, 1] for three points.
+    ``pearson_r`` is the correlation coefficient, NaN if ΔM is constant. The intervals have level
+    ``confidence``: for the slope from Student's t with n − 2 degrees of freedom, for r from
+    Fisher's z, [−1, 1] if n = 3.
+
+    Example:
+        >>> changes = [ModuleChange(str(x), 2.0 * x + 1.0, x) for x in (0.1, 0.2, 0.4)]
+        >>> round(fit_line(changes).intercept, 6)
+        1.0
     """
 
     slope: float
@@ -63,14 +70,21 @@ class LineFit:
 def decompose(peft_model: PeftModel, adapter_name: str | None = None) -> list[ModuleChange]:
     """ΔM and ΔD of every adapted module (arXiv:2402.09353, Eq. 3 and 4), in model order.
 
-    m0 are the row norms of W0. For LoRA without a magnitude, m are the row norms of V.
+    m0 is the row norm of W0; without DoRA m is the row norm of V.
 
     Args:
         adapter_name: the active adapter by default.
 
     Raises:
-        ProblemError: as `lora_layers`, or a layer whose weight cannot be read (quantised and the
-            like).
+        ProblemError: as `lora_layers` and `require_plain`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> decompose(model)
+        [ModuleChange(module='base_model.model.0', delta_magnitude=0.0, delta_direction=0.0)]
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     changes = []
@@ -80,7 +94,7 @@ def decompose(peft_model: PeftModel, adapter_name: str | None = None) -> list[Mo
         m0, n = row_norm(w0), row_norm(v)
         m_start, m = m0, n
         if adapter in layer.lora_magnitude_vector:
-            # PEFT starts from norms rounded to the dtype of W0; left there, m has not moved.
+            # PEFT rounds the initial m to the dtype of W0.
             m_start = _float64(row_norm(base_weight(layer)))
             m = _float64(magnitude(layer, adapter))
         # 1 − cos(V_j, W0_j) without the cancellation of a cosine near one
@@ -142,15 +156,21 @@ def fit_line(changes: Sequence[ModuleChange], confidence: float = 0.95) -> LineF
 def plot_decomposition(
     changes_by_method: Mapping[str, Sequence[ModuleChange]], path: str | Path
 ) -> dict[str, LineFit]:
-    """Draw ΔM against ΔD, a colour and a fitted line per method, and save it to ``path``.
+    """Plot ΔM against ΔD with a fitted line for each method, and save the figure to ``path``.
 
-    The legend gives each slope and r with its 95 % interval.
+    The legend has each slope and r with its 95 % interval.
 
     Returns:
         The fitted line of each method.
 
     Raises:
-        ProblemError: no method, or as `fit_line`, with the method's name.
+        ProblemError: there is no method; or as `fit_line`, with the method's name.
+
+    Example:
+        >>> changes = [ModuleChange(str(x), 2.0 * x + 1.0, x) for x in (0.1, 0.2, 0.4)]
+        >>> lines = plot_decomposition({"lora": changes}, "changes.png")
+        >>> round(lines["lora"].slope, 6)
+        2.0
     """
     # Figure, not pyplot: no global state, no display.
     from matplotlib.figure import Figure

@@ -66,11 +66,17 @@ def resolve_adapter(peft_model: PeftModel, adapter_name: str | None = None) -> s
 def lora_layers(
     peft_model: PeftModel, adapter_name: str | None = None
 ) -> list[tuple[str, lora.LoraLayer]]:
-    """Every LoRA layer of an adapter with its module name, in model order.
+    """The name and module of every LoRA layer of an adapter, in model order.
 
     Raises:
-        ProblemError: as `resolve_adapter`; the adapter has no LoRA layer; a layer is merged, and
-            its base weight is no longer W0.
+        ProblemError: as `resolve_adapter`; the adapter has no LoRA layer; or a layer is merged.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> [name for name, _ in lora_layers(model)]
+        ['base_model.model.0']
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     found = [
@@ -92,10 +98,17 @@ def lora_layers(
 def dora_layers(
     peft_model: PeftModel, adapter_name: str | None = None
 ) -> list[tuple[str, lora.LoraLayer]]:
-    """As `lora_layers`, for an adapter whose every layer has a magnitude.
+    """As `lora_layers`, for an adapter with a magnitude in every layer (DoRA).
 
     Raises:
-        ProblemError: as `lora_layers`; a layer has no magnitude.
+        ProblemError: as `lora_layers`; or a layer has no magnitude.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, use_dora=True, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> [name for name, _ in dora_layers(model)]
+        ['base_model.model.0']
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter)
@@ -124,8 +137,8 @@ def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = N
     if not isinstance(layer, READABLE_LAYERS) or not _is_plain(layer, base):
         raise ProblemError(
             f"{name}: adapts a {type(base).__name__}, whose weight cannot be read as W0; load the "
-            "model unquantised or leave out of target_modules what is not nn.Linear, Conv1D, "
-            "nn.Embedding or nn.Conv"
+            "model unquantised, or have only nn.Linear, Conv1D, nn.Embedding and nn.Conv in "
+            "target_modules"
         )
     # PEFT builds lora_A without groups, dilation or padding mode, so what it computes there is
     # not a convolution with W0 + s·B·A.
@@ -155,12 +168,19 @@ def base_weight(layer: lora.LoraLayer) -> Tensor:
 
 
 def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
-    """V = W0 + s·B·A of shape (out, in), differentiable in A and B (arXiv:2402.09353, Eq. 5).
+    """V = W0 + s·B·A, (out, in), differentiable in A and B (arXiv:2402.09353, Eq. 5).
 
-    Computed in float32 at least, under autocast too.
+    The dtype is float32 or wider, also under autocast.
 
     Raises:
         ProblemError: as `require_plain`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> direction(lora_layers(model)[0][1], "default").shape
+        torch.Size([3, 4])
     """
     require_plain(layer, adapter_name)
     w0, (a, b) = base_weight(layer), factors(layer, adapter_name)
@@ -171,14 +191,14 @@ def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
 
 
 def magnitude(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
-    """m of shape (out,): a view of the trainable magnitude."""
+    """m, (out,), a view of the trainable magnitude."""
     owner: Any = layer.lora_magnitude_vector[adapter_name]
     vector: Tensor = owner.weight
     return vector.flatten()
 
 
 def row_norm(matrix: Tensor) -> Tensor:
-    """Euclidean norm of every row: (out, in) to (out,)."""
+    """The 2-norms, (out,), of the rows of ``matrix``, (out, in)."""
     norm: Tensor = torch.linalg.vector_norm(matrix, dim=1)
     return norm
 
@@ -209,6 +229,6 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
 
 
 def parametrization(module: Any, kind: type[M]) -> M | None:
-    """What parametrises the weight of ``module``, PEFT's A or B, if it is of ``kind``."""
+    """The parametrisation of the weight of ``module`` if it is a ``kind``, else None."""
     found = module.parametrizations.weight[0] if is_parametrized(module, "weight") else None
     return found if isinstance(found, kind) else None

@@ -1,4 +1,4 @@
-"""Which level owns which parameter of a DoRA adapter."""
+"""The parameters of a DoRA adapter for each level."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from hyperopt_peft.errors import ProblemError
 class ParameterSplit:
     """The trainable parameters of a PeftModel in three groups, each in model order.
 
-    ``magnitudes`` are m of every DoRA layer, ``directions`` the low-rank factors A and B, and
-    ``rest`` every other trainable parameter, such as a task head in ``modules_to_save``. Names are
-    those of ``peft_model.named_parameters()``.
+    ``magnitudes`` are m of every DoRA layer, ``directions`` the factors A and B, and ``rest`` every
+    other trainable parameter, such as a task head. Names are those of ``named_parameters()``.
+
+    Example:
+        >>> head = dict(nn.Linear(2, 1).named_parameters())
+        >>> list(ParameterSplit(magnitudes={}, directions={}, rest=head).rest)
+        ['weight', 'bias']
     """
 
     magnitudes: dict[str, nn.Parameter]
@@ -84,7 +88,7 @@ def _direction_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
 
 
 def _require_untied(peft_model: PeftModel, layers: list[tuple[str, LoraLayer]]) -> None:
-    """Merging rewrites the base weight in place: a second reader of it would change as well."""
+    """Raise ProblemError if a second module reads a base weight, which merging overwrites."""
     readers: dict[Hashable, list[str]] = defaultdict(list)
     for name, parameter in peft_model.named_parameters(remove_duplicate=False):
         readers[_memory(parameter)].append(name.rpartition(".")[0])
@@ -107,7 +111,7 @@ def _require_untied(peft_model: PeftModel, layers: list[tuple[str, LoraLayer]]) 
 
 
 def _memory(tensor: Tensor) -> Hashable:
-    """A key that two tensors share when they are, or start at, the same memory."""
+    """A key that is equal for tensors at the same memory address."""
     address = tensor.data_ptr()
     # Tensors without storage (meta, sharded) all report address 0.
     return (tensor.device, address) if address else id(tensor)

@@ -12,15 +12,13 @@ from hyperopt_peft.adapters.layers import direction, lora_layers, require_plain,
 def gram_penalty(peft_model: PeftModel, adapter_name: str | None = None) -> Tensor:
     """Mean over the adapted modules of ‖DᵀD − I‖_F, D the column-normalised direction V.
 
-    A scalar, differentiable (twice) in A and B. Multiply by the γ of the recipe, 1e-5 in the
-    paper's code.
+    The result is a scalar, twice differentiable in A and B. The paper's code has weight γ = 1e-5.
 
     Args:
         adapter_name: the active adapter by default.
 
     Raises:
-        ProblemError: as `lora_layers`, or a layer whose weight cannot be read (quantised and the
-            like).
+        ProblemError: as `lora_layers` and `require_plain`.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -39,14 +37,17 @@ def gram_penalty(peft_model: PeftModel, adapter_name: str | None = None) -> Tens
 
 
 def gram(v: Tensor) -> Tensor:
-    """‖DᵀD − I‖_F for V of shape (out, in), D = V with unit columns; a scalar.
+    """‖DᵀD − I‖_F, a scalar, for V of shape (out, in) and D = V with unit columns.
 
-    Builds the smaller of the two Gram matrices: for out < in,
+    For out < in the smaller Gram matrix is used,
 
-        ‖DᵀD − I‖² = ‖DDᵀ‖² − 2·tr(DᵀD) + in,
+        ‖DᵀD − I‖² = ‖DDᵀ‖² − 2·tr(DᵀD) + in ≥ in − out.
 
-    which does not cancel: DᵀD has rank at most out, so the value is at least in − out ≥ 1.
-    A zero column stays zero and has zero gradient.
+    A zero column of V is zero in D and has zero gradient.
+
+    Example:
+        >>> gram(torch.eye(3))
+        tensor(0.)
     """
     out_features, in_features = v.shape
     # Squares and a guarded root, because a norm has no second derivative at a zero column.

@@ -1,10 +1,10 @@
-"""The command line ``hyperopt-peft``: a subcommand a file, and what they share."""
+"""The command line ``hyperopt-peft``: one file for each subcommand."""
 
 from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A subcommand: the module of this folder whose ``run`` it is, and what it does."""
+    """A subcommand: the module of this folder with its ``run``, and a summary."""
 
     module: str
     summary: str
@@ -16,8 +16,8 @@ COMMANDS = {
         "compare_methods", "methods side by side: same data, budget and start, several seeds"
     ),
     "compare-estimators": Command(
-        "compare_estimators", "which estimator is worth its price on your model and data"
+        "compare_estimators", "estimators side by side on your model and data, and a recommendation"
     ),
-    "check": Command("check", "what is wrong with the two levels on your model and data, in words"),
+    "check": Command("check", "diagnose the two levels on your model and data, in words"),
     "merge": Command("merge", "put an adapter into its base model's weights, and check the result"),
 }

@@ -1,4 +1,4 @@
-"""hyperopt-peft check: what is wrong with the two levels on your model and data, in words."""
+"""hyperopt-peft check: a diagnosis of the two levels on your model and data, in words."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hyperopt_peft.utils.validation import require_count
 
 @dataclass
 class CheckArguments:
-    """Where the levels are examined, and how closely."""
+    """The point at which the levels are examined, and the accuracy."""
 
     _argument_group_name = "command"
 
     steps: int = HfArg(default=0, help="lower steps of the search before the check")
-    solver_steps: int = HfArg(default=10, help="steps of the solvers that look at the curvature")
+    solver_steps: int = HfArg(default=10, help="steps of the solvers that measure the curvature")
 
     def __post_init__(self) -> None:
         require_count("steps", self.steps, least=0)
@@ -30,7 +30,7 @@ class CheckArguments:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train for the steps asked for, examine both levels on one batch each.
+    """Parse ``argv``, train for ``steps`` steps, examine each level on one batch.
 
     Raises:
         ProblemError: a bad option, model or data set.

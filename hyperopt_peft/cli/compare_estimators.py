@@ -1,4 +1,4 @@
-"""hyperopt-peft compare-estimators: which estimator is worth its price on your model and data."""
+"""hyperopt-peft compare-estimators: estimators side by side on your model and data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hyperopt_peft.utils.validation import require_count
 
 @dataclass
 class EstimatorArguments:
-    """What is compared, where, and what is close enough."""
+    """The estimators, the point of comparison, and the thresholds of the recommendation."""
 
     _argument_group_name = "command"
 
@@ -36,23 +36,21 @@ class EstimatorArguments:
     damping: float | None = HfArg(
         default=None,
         help="of the default cg and minres, which solve with H + damping·I; if not given the "
-        "smallest for which its condition number is 10, by the measured spectrum",
+        "smallest with a condition number of 10, by the measured spectrum",
     )
     reference: str | None = HfArg(
         default=None,
-        help="what is taken for the truth: an estimator, or retraining with options; if not given "
-        "retraining by gradient descent with the lower variables' largest stable rate",
+        help="the reference: an estimator, or retraining with options; if not given retraining by "
+        "gradient descent with the largest stable learning rate of the lower variables",
     )
     reference_steps: int = HfArg(default=20, help="steps of each retraining of the reference")
     directions: int = HfArg(
         default=4, help="random directions of the reference, beside those of the methods"
     )
     repeats: int = HfArg(default=1, help="draws of dropout masks; medians are reported")
-    min_cosine: float = HfArg(default=0.95, help="to the reference, from which one will do")
-    max_relative_error: float = HfArg(default=0.3, help="to the reference, up to which one will do")
-    max_residual: float = HfArg(
-        default=0.1, help="of the reference, above which it is not to be trusted"
-    )
+    min_cosine: float = HfArg(default=0.95, help="smallest acceptable cosine to the reference")
+    max_relative_error: float = HfArg(default=0.3, help="largest acceptable error")
+    max_residual: float = HfArg(default=0.1, help="largest residual of a reference that is trusted")
 
     def __post_init__(self) -> None:
         require_count("steps", self.steps, least=0)
@@ -64,11 +62,11 @@ class EstimatorArguments:
             get_estimator(method)
 
     def thresholds(self) -> Thresholds:
-        """What is close enough."""
+        """The thresholds of the recommendation."""
         return Thresholds(self.min_cosine, self.max_relative_error, self.max_residual)
 
     def chosen(self, measured: Spectrum, learning_rate: float) -> list[str]:
-        """The estimators to compare; ``xi=lr`` is the learning rate of the options."""
+        """The estimators to compare, with ``learning_rate`` for ``lr`` in ``xi=lr``."""
         damping = measured.damping() if self.damping is None else self.damping
         damped = f"damping={damping:.3g}"
         methods = self.methods or [
@@ -84,14 +82,14 @@ class EstimatorArguments:
         return [method.replace("xi=lr", f"xi={learning_rate:g}") for method in methods]
 
     def truth(self, measured: Spectrum) -> str:
-        """The reference."""
+        """The reference, by default a retraining with learning rate 1/|λ|max."""
         rate = 1 / measured.radius if measured.radius else 1.0
         steps = f"steps={self.reference_steps},directions={self.directions}"
         return self.reference or f"retraining:{steps},lr={rate:.3g}"
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train for the steps asked for, compare on one batch a level, recommend.
+    """Parse ``argv``, train for ``steps`` steps, compare on one batch a level, recommend.
 
     Raises:
         ProblemError: a bad option, model or data set.

@@ -1,4 +1,4 @@
-"""hyperopt-peft compare: methods side by side, same data, budget and start, several seeds."""
+"""hyperopt-peft compare: methods with the same data, budget and start, for several seeds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS: tuple[Literal["lora", "dora", "bidora"], ...] = ("lora", "dora", "bidor
 
 @dataclass
 class CompareArguments:
-    """Which methods, how often."""
+    """The methods and the seeds."""
 
     _argument_group_name = "command"
 
@@ -36,14 +36,14 @@ class CompareArguments:
     )
     seeds: list[int] = HfArg(
         default_factory=lambda: [0, 1, 2],
-        help="of the start, the split and the order of examples; a run of each method for each",
+        help="of the start, the split and the order of examples; each method runs once a seed",
     )
 
     def __post_init__(self) -> None:
         for name in ("methods", "seeds"):
             values = getattr(self, name)
             if twice := {value for value in values if values.count(value) > 1}:
-                raise ProblemError(f"{name}: {min(twice)} is given twice")
+                raise ProblemError(f"{name}: {min(twice)} is given twice; leave one out")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -59,7 +59,8 @@ def run(argv: Sequence[str]) -> None:
     setup = prepare(model_args, data)
     if setup.evaluation is None:
         raise ProblemError(
-            "compare needs evaluation examples: eval_file, eval_split, eval_fraction"
+            "eval_fraction: compare needs evaluation examples; give eval_file, eval_split or "
+            "eval_fraction"
         )
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def run(argv: Sequence[str]) -> None:
                 continue
             value = f"{found.metrics[metric]:.4f} ± {found.draws.std():.4f} on {size} rows"
             print(f"{method}, seed {seed}: {setup.task.metric} {value}", flush=True)
-            # After each, so that an interruption loses one run and not all.
+            # Written after each run, so that an interruption loses one run only.
             rows = summarise(runs, metric)
             record = {
                 "metric": metric,
@@ -97,7 +98,7 @@ def others(metrics: Iterable[str], metric: str) -> list[str]:
 
 
 def arguments_of(method: str, args: BiDoRATrainingArguments) -> BiDoRATrainingArguments:
-    """``args`` for ``method``, whose estimator, where it names one, has its own ξ.
+    """``args`` for ``method``, with the estimator that ``method`` may name.
 
     Raises:
         ProblemError: an unknown method or estimator.
@@ -108,7 +109,7 @@ def arguments_of(method: str, args: BiDoRATrainingArguments) -> BiDoRATrainingAr
         hint = "; in YAML quotes keep the commas of an estimator" if "=" in word else ""
         raise ProblemError(f"methods: unknown method {word!r}{did_you_mean(word, METHODS)}{hint}")
     if ":" in method and name != "bidora":
-        raise ProblemError(f"methods: {name} takes no estimator, got {method!r}")
+        raise ProblemError(f"methods: {name} takes no estimator, got {method!r}; give {name!r}")
     own = copy.copy(args)
     own.method = name
     if estimator:
@@ -120,13 +121,13 @@ def arguments_of(method: str, args: BiDoRATrainingArguments) -> BiDoRATrainingAr
 
 
 def steps_in_all(args: BiDoRATrainingArguments, setup: Setup, seed: int) -> int:
-    """Lower steps of bidora's search and retraining: the budget of every method."""
+    """The lower steps of bidora's search and retraining, which are the budget of every method."""
     lower, _ = split_dataset(setup.train, args.upper_fraction, seed)
     return sum(phases(args, len(lower), len(setup.train)))
 
 
 def train(method: str, seed: int, args: BiDoRATrainingArguments, budget: int, setup: Setup) -> Run:
-    """One run, from the start that all methods have with this ``seed``."""
+    """One run; all methods have the same start for one ``seed``."""
     own = copy.copy(args)
     own.seed, own.data_seed = seed, seed
     own.output_dir = str(Path(args.output_dir) / f"{method.replace(':', '-')}-seed{seed}")

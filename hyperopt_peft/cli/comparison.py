@@ -1,4 +1,4 @@
-"""What compare found: means, standard errors and paired differences, as a table and a picture."""
+"""Means, standard errors and paired differences of runs, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Run:
     """One method with one seed.
 
     Attributes:
-        method: its name.
-        seed: of the start, the split and the order of examples.
-        metrics: of the evaluation, by name.
-        draws: the compared metric on `DRAWS` bootstrap samples of the test rows, which are the
-            same samples for every run, so that runs can be compared draw by draw.
-        seconds: those of training.
-        trainable_parameters: how many numbers are trained.
-        steps: optimizer steps.
+        method: the name of the method.
+        seed: the seed of the start, the split and the order of examples.
+        metrics: the metrics of the evaluation, by name.
+        draws: the compared metric on `DRAWS` bootstrap samples of the test rows, the same samples
+            for every run, so that runs can be compared draw by draw; shape (DRAWS,).
+        seconds: the time of training in seconds.
+        trainable_parameters: the number of trained parameters.
+        steps: the number of optimizer steps.
     """
 
     method: str
@@ -42,7 +42,7 @@ class Run:
     steps: int
 
     def record(self) -> dict[str, Any]:
-        """For JSON: the draws as their standard deviation, the standard error of the test."""
+        """Plain values for JSON, with the standard deviation of the draws instead of the draws."""
         return {**asdict(self), "draws": None, "test_standard_error": float(self.draws.std())}
 
 
@@ -51,16 +51,17 @@ class Row:
     """One method, over its seeds.
 
     Attributes:
-        method: its name.
-        metrics: means over the seeds.
-        spread: sample standard deviation of the compared metric over the seeds; None for one.
-        standard_error: of the compared metric's mean; see `mean_and_error`.
-        difference: of that mean to the first method's, paired by seed and test row; None for the
-            first.
-        difference_error: its standard error.
-        seconds: means over the seeds.
-        trainable_parameters: how many numbers are trained.
-        steps: optimizer steps.
+        method: the name of the method.
+        metrics: the means over the seeds.
+        spread: the sample standard deviation of the compared metric over the seeds; None for one
+            seed.
+        standard_error: the standard error of the compared metric's mean; see `mean_and_error`.
+        difference: the mean difference to the first method, paired by seed and test row; None for
+            the first method.
+        difference_error: the standard error of ``difference``.
+        seconds: the mean time of training in seconds.
+        trainable_parameters: the number of trained parameters.
+        steps: the number of optimizer steps.
     """
 
     method: str
@@ -77,8 +78,8 @@ class Row:
 def bootstrap(metric: Callable[[Any], float], predictions: Any, labels: Any) -> Numbers:
     """``metric`` on `DRAWS` samples with replacement of the test rows, the same at every call.
 
-    Their standard deviation is the metric's standard error as an estimate for the population
-    that the test rows are a sample of (Efron 1979, doi:10.1214/aos/1176344552).
+    The standard deviation of the result, of shape (DRAWS,), is the standard error of the metric as
+    an estimate for the population of the test rows (Efron 1979, doi:10.1214/aos/1176344552).
     """
     rows = np.random.default_rng(0).integers(len(labels), size=(DRAWS, len(labels)))
     return np.array([metric(EvalPrediction(predictions[own], labels[own])) for own in rows])
@@ -87,8 +88,8 @@ def bootstrap(metric: Callable[[Any], float], predictions: Any, labels: Any) -> 
 def mean_and_error(values: Sequence[float], draws: Sequence[Numbers]) -> tuple[float, float]:
     """The mean over k seeds and its standard error, √(s²/k + e²).
 
-    s is the sample standard deviation over the seeds (0 for one seed, which does not show it), e
-    the standard deviation over bootstrap draws of the mean over the seeds: they share test rows.
+    s is the sample standard deviation over the seeds (0 for one seed), and e the standard deviation
+    over bootstrap draws of the mean over the seeds, which share the test rows.
     """
     over_seeds = float(np.var(values, ddof=1)) / len(values) if len(values) > 1 else 0.0
     over_rows = float(np.nanvar(np.mean(draws, axis=0)))
@@ -96,7 +97,7 @@ def mean_and_error(values: Sequence[float], draws: Sequence[Numbers]) -> tuple[f
 
 
 def summarise(runs: Sequence[Run], metric: str) -> list[Row]:
-    """A row for each method, in the order of ``runs``; the first is what others differ from."""
+    """A row for each method, in the order of ``runs``; differences are to the first method."""
     rows = []
     methods = list(dict.fromkeys(run.method for run in runs))
     first = {run.seed: run for run in runs if run.method == methods[0]}
@@ -128,14 +129,14 @@ def summarise(runs: Sequence[Run], metric: str) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row], metric: str, others: Sequence[str], seeds: int, size: int) -> str:
-    """The table, and what its errors are of.
+    """The table, and a line about its standard errors.
 
     Args:
         rows: the methods.
-        metric: the metric that they are compared by.
-        others: the metrics beside it.
-        seeds: how many.
-        size: how many test rows.
+        metric: the compared metric.
+        others: further metrics.
+        seeds: the number of seeds.
+        size: the number of test rows.
     """
     title = metric.removeprefix("eval_")
     heads = ["method", title, f"difference to {rows[0].method}"]
@@ -172,7 +173,7 @@ def markdown(rows: Sequence[Row], metric: str, others: Sequence[str], seeds: int
 def picture(
     runs: Sequence[Run], rows: Sequence[Row], metric: str, lower_is_better: bool, path: Path
 ) -> None:
-    """Every run a dot, every method's mean and standard error a bar, a method a column."""
+    """A column for each method: a dot for each run, a bar for mean and standard error."""
     figure = Figure(figsize=(max(4.0, 1.6 * len(rows)), 4), layout="constrained")
     axes = figure.add_subplot()
     for column, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The entry point ``hyperopt-peft``: finds the subcommand, and prints errors as one line."""
+"""The entry point ``hyperopt-peft``: runs the subcommand, and prints an error as one line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that ``argv`` (by default the process's own) names.
 
     Returns:
-        The exit status: 0; 2 after an error of the user's, and 130 after Ctrl-C, each of them
-        one line on stderr.
+        The exit status: 0; 2 after an error of the user's, 130 after Ctrl-C, both with one line
+        on stderr.
 
     Example:
         >>> from hyperopt_peft.cli.main import main
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status = " ".join(str(error).split()), 2
     except KeyboardInterrupt:
         message, status = "interrupted", INTERRUPTED
-    # The error is gone and with it the trainer, whose progress bar then ends its own line.
+    # This deletes the trainer, whose progress bar then ends its line.
     gc.collect()
     command = f"hyperopt-peft {name}" if name in COMMANDS else "hyperopt-peft"
     print(f"{command}: {message}", file=sys.stderr)
@@ -58,13 +58,13 @@ def _run(name: str, options: Sequence[str]) -> None:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
-        # What PEFT and Transformers will rename is none of the user's affairs.
+        # A user of the command line cannot act on renamings in PEFT and Transformers.
         warnings.simplefilter("ignore", FutureWarning)
         module.run(options)
 
 
 def usage() -> str:
-    """The commands, and what each of them does."""
+    """The commands and their summaries."""
     lines = ["usage: hyperopt-peft COMMAND [config.yaml] [options]", ""]
     width = max(map(len, COMMANDS)) + 2
     lines += [f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()]

@@ -26,16 +26,16 @@ class _Parser(HfArgumentParser):
 def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
     """One instance of each dataclass in ``types``.
 
-    The options of a YAML file are read as flags are, by the same rules.
+    The options in a YAML file are read by the rules of flags.
 
     Args:
         command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options.
-        argv: a YAML file (optional, first), then flags.
+        argv: a YAML file (optional), then flags.
 
     Raises:
-        ProblemError: an unknown option (with the nearest known one), a bad value, or a file
-            that is no mapping of options or gives one twice.
+        ProblemError: an unknown option (the message has the nearest known one), a bad value, or a
+            file that is no mapping of options or gives one twice.
     """
     hints = {
         field.name: get_type_hints(own)[field.name]
@@ -62,10 +62,12 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
             flags, return_remaining_strings=True, look_for_args_file=False
         )
         if rest:
-            raise ProblemError(f"unexpected argument {rest[0]!r}")
-    except (ValueError, TypeError, ImportError) as error:  # argparse's, and the dataclasses' own
+            raise ProblemError(f"{rest[0]!r}: unexpected argument; give options as --name value")
+    except (ValueError, TypeError, ImportError) as error:  # of argparse and of the dataclasses
         if late := next((flag for flag in argv[1:] if flag.endswith(YAML)), None):
-            raise ProblemError(f"{late}: a YAML file comes before the options") from error
+            raise ProblemError(
+                f"{late}: a YAML file comes before the options; put it first"
+            ) from error
         raise ProblemError(str(error)) from error
     return parsed
 
@@ -75,7 +77,7 @@ def flags_of(path: Path, hints: Mapping[str, Any]) -> list[str]:
 
     Args:
         path: the file.
-        hints: the type of every option.
+        hints: the type of each option.
 
     Raises:
         ProblemError: no such file, no mapping, an unknown option, an option that is given
@@ -85,18 +87,20 @@ def flags_of(path: Path, hints: Mapping[str, Any]) -> list[str]:
         with path.open(encoding="utf-8") as file:
             values = yaml.load(file, _Loader)
     except OSError as error:
-        raise ProblemError(f"cannot read {path} ({error.strerror})") from error
+        raise ProblemError(
+            f"{path}: cannot be read ({error.strerror}); correct the path"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProblemError(f"{path} is not YAML: {error}") from error
+        raise ProblemError(f"{path}: no valid YAML ({error}); correct the file") from error
     if not isinstance(values, dict):
-        raise ProblemError(f"{path} must hold options as `name: value`")
+        raise ProblemError(f"{path}: no mapping; write options as `name: value`")
     flags = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:
             raise ProblemError(f"{path}: unknown option {name!r}{_near(name, hints)}")
         if isinstance(value, list) and not _takes_many(hints[name]):
-            raise ProblemError(f"{path}: {name} takes one value, got the list {value}")
+            raise ProblemError(f"{path}: {name} takes one value, got {value}; give one of them")
         if isinstance(value, list):
             flags += [f"--{name}", *map(_text, value)]
         elif value is not None:
@@ -105,7 +109,7 @@ def flags_of(path: Path, hints: Mapping[str, Any]) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last in silence."""
+    """Refuses a key that is given twice, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
@@ -121,7 +125,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def require_folder(path: str) -> None:
-    """Raise ProblemError unless ``path``, the ``output_dir``, can be written to; makes nothing."""
+    """Raise ProblemError unless ``path``, the ``output_dir``, is writable; nothing is created."""
     folder = Path(path)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
@@ -131,7 +135,7 @@ def require_folder(path: str) -> None:
 
 
 def _takes_many(hint: Any) -> bool:
-    """Whether an option of this type takes several values."""
+    """Whether an option of the type ``hint`` takes several values."""
     choices = get_args(hint)
     several = any(get_origin(choice) is list for choice in (hint, *choices))
     return several and (get_origin(hint) is list or str not in choices)
@@ -142,6 +146,6 @@ def _text(value: Any) -> str:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    """The nearest option; not all hundred of them where none is near."""
+    """The most similar option, or --help instead of a list of all options."""
     hint = did_you_mean(name, known)
     return hint if hint.startswith("; did") else "; --help lists the options"

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: who owns what, how many steps, how much memory."""
+"""The plan of a run: owners of the parameters, examples, steps, and an estimate of memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
 
 def steps_of(args: BiDoRATrainingArguments, examples: int) -> int:
-    """Optimizer steps of one phase on ``examples``, as `transformers.Trainer` counts them."""
+    """The optimizer steps of one phase on ``examples``, as `transformers.Trainer` counts them."""
     if args.max_steps > 0:
         return int(args.max_steps)
     size: int = args.train_batch_size * args.world_size
@@ -24,12 +24,12 @@ def steps_of(args: BiDoRATrainingArguments, examples: int) -> int:
 
 
 def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[int, int]:
-    """Lower steps of bidora's search and of its retraining.
+    """The lower steps of bidora's search and of its retraining.
 
     Args:
         args: the settings.
-        lower: examples of the lower level.
-        everything: examples of both levels.
+        lower: the number of examples of the lower level.
+        everything: the number of examples of both levels.
     """
     search = steps_of(args, lower)
     again = 0 if args.retrain == "none" else steps_of(args.for_retraining(), everything)
@@ -37,15 +37,15 @@ def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[
 
 
 def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
-    """The plan in lines; runs one forward pass, and trains nothing.
+    """The plan in lines, by one forward pass and without training.
 
     Args:
-        trainer: ready to train.
-        everything: training examples of both levels.
-        evaluation: evaluation examples.
+        trainer: the trainer of the run.
+        everything: the number of training examples of both levels.
+        evaluation: the number of evaluation examples.
 
     Raises:
-        ProblemError: so few steps that the upper level would not move.
+        ProblemError: the run has no upper step.
     """
     args, model = trainer.args, trainer.model
     lines = [f"method: {args.method}"]
@@ -92,20 +92,20 @@ def _count(parameters: Iterable[Tensor]) -> str:
 
 
 def memory(trainer: BiDoRATrainer) -> str:
-    """An estimate of the memory that training takes, part by part, in words."""
+    """An estimate of the memory of training, as a sum of named parts."""
     lower, upper = trainer.lower.variables, () if trainer.upper is None else trainer.upper.variables
     trained = _bytes([*lower, *upper])
     batch, size = longest_batch(trainer)
     with trainer.compute_loss_context_manager():
-        graph = kept_bytes(lambda: trainer.lower.evaluate(batch)[0], trainer.model.parameters())
+        graph = saved_bytes(lambda: trainer.lower.evaluate(batch)[0], trainer.model.parameters())
     parts = {
         "weights": _bytes(trainer.model.parameters()),
-        "gradients of what is trained": trained,
+        "gradients of trained parameters": trained,
         f"activations (of a forward pass of the {size} longest examples, measured)": graph,
     }
     if "adam" in str(trainer.args.optim.value):
         parts["AdamW's two moments"] = 2 * trained
-    missing = ["PyTorch itself", "what an operation holds while it runs", "the data", "evaluation"]
+    missing = ["PyTorch itself", "temporary tensors of an operation", "the data", "evaluation"]
     if trainer.upper is not None:
         estimator = trainer.args.estimator()
         if estimator.requirements.second_derivatives:
@@ -121,7 +121,7 @@ def memory(trainer: BiDoRATrainer) -> str:
 
 
 def longest_batch(trainer: BiDoRATrainer) -> tuple[Any, int]:
-    """A lower batch of the longest examples, and how many they are."""
+    """A lower batch of the longest examples, and their number."""
     data: Any = trainer.train_dataset
     lengths = [len(ids) for ids in data["input_ids"]]
     longest = sorted(range(len(data)), key=lambda row: -lengths[row])
@@ -129,21 +129,21 @@ def longest_batch(trainer: BiDoRATrainer) -> tuple[Any, int]:
     return trainer.data_collator([data[row] for row in rows]), len(rows)
 
 
-def kept_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that the graph of ``loss`` keeps for its backward pass, without ``parameters``."""
+def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """The bytes that the graph of ``loss`` saves for backward, without ``parameters``."""
     known = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = loss()  # alive, so that no address is used twice
+        graph = loss()  # the graph lives, so that no address is used twice
     del graph
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

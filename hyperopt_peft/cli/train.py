@@ -14,35 +14,36 @@ from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.plan import plan
 from hyperopt_peft.cli.text.setup import TYPES, prepare
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
 
 
 @dataclass
 class TrainArguments:
-    """What the command itself is asked for."""
+    """Options of the command itself."""
 
     _argument_group_name = "command"
 
     dry_run: bool = HfArg(
         default=False,
-        help="print who owns what, examples, steps and an estimate of the memory; train nothing",
+        help="print owners of parameters, examples, steps and an estimate of memory; train nothing",
     )
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train, evaluate, and write adapter, results and model card to output_dir.
+    """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``.
 
     Raises:
         ProblemError: a bad option, model or data set.
-        NonFiniteError: see the option non_finite.
+        NonFiniteError: as the option ``non_finite`` says.
     """
     own, model_args, data, args = parse("train", (TrainArguments, *TYPES), argv)
     require_folder(args.output_dir)
     setup = prepare(model_args, data)
     model = setup.model(args.seed, dora=args.method != "lora")
     if own.dry_run:
-        with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output_dir
+        with tempfile.TemporaryDirectory() as folder:  # the trainer creates its output_dir
             args.output_dir = folder
             trainer = setup.trainer(model, args)
             rows = 0 if setup.evaluation is None else len(setup.evaluation)
@@ -51,9 +52,8 @@ def run(argv: Sequence[str]) -> None:
                 print(f"labels: {', '.join(setup.config.id2label.values())}")
         return
     trainer = setup.trainer(model, args)
-    result = trainer.train(_resume(args))
-    metrics = {} if setup.evaluation is None else trainer.evaluate()
-    save(trainer, result.metrics, metrics)
+    trainer.train(_resume(args))
+    save(trainer, {} if setup.evaluation is None else trainer.evaluate())
     names = data.train_file or [data.dataset]
     trainer.create_model_card(dataset=[Path(name).name for name in names])
     if trainer.is_world_process_zero():
@@ -67,17 +67,31 @@ def _resume(args: BiDoRATrainingArguments) -> str | bool | None:
     return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
-def save(trainer: BiDoRATrainer, trained: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Write the adapter, the base model's configuration, results and states."""
+def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
+    """Write the adapter, the base model's configuration, results and states.
+
+    ``all_results.json`` has the numbers of the search (or of a control) under the names of
+    `transformers`, the numbers of the retraining as ``retrain_…``, and the evaluation of the
+    final model as ``eval_…``.
+    """
     trainer.save_model()
     if trainer.is_world_process_zero():
-        # For the number and names of the labels. Not beside the adapter: Transformers takes a
-        # folder with a configuration for a whole model.
+        # The configuration has the names of the labels. Transformers would load a folder with an
+        # adapter and a configuration as a whole model.
         trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
-    for split, values in (("train", trained), ("eval", metrics)):
+    results = {"train": _last_metrics(trainer), "eval": evaluation}
+    if trainer.retrainer is not None:
+        again = _last_metrics(trainer.retrainer)
+        results["retrain"] = {f"retrain_{k.removeprefix('train_')}": v for k, v in again.items()}
+        trainer.retrainer.save_state()
+    for split, values in results.items():
         if values:
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
     trainer.save_state()
-    if trainer.retrainer is not None:
-        trainer.retrainer.save_state()
+
+
+def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:
+    """The numbers that the Trainer logs at the end of training; none if it has not trained."""
+    records = [record for record in trainer.state.log_history if "train_runtime" in record]
+    return {key: value for key, value in records[-1].items() if key != "step"} if records else {}

@@ -17,7 +17,7 @@ from hyperopt_peft.core.problem import Evaluation, Problem
 
 
 class Chain(Problem):
-    """A level whose loss is taken at the minimum of the level below.
+    """A level whose loss is a function of the minimum of the level below.
 
     G̃(u, v) = G(u, v, w*(u, v)) with w* the minimum of the level below; ``gradient`` is the total
     derivative of G̃. A subclass defines how the levels below are trained, and how w follows w*

@@ -122,9 +122,9 @@ def optimizer_state_copy(
             optimizer.param_groups, options or [{}] * len(optimizer.param_groups), strict=True
         )
     ]
-    kept = optimizer.state.items() if with_state else ()
+    states = optimizer.state.items() if with_state else ()
     return {
         "kind": type(getattr(optimizer, "optimizer", optimizer)),  # accelerate wraps it
         "groups": [group for group in groups if group["variables"]],
-        "state": {position[id(x)]: deepcopy(state) for x, state in kept if id(x) in position},
+        "state": {position[id(x)]: deepcopy(state) for x, state in states if id(x) in position},
     }

@@ -18,12 +18,15 @@ from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.optimizer import optimizer_state_copy, present_options, write_options
 from hyperopt_peft.core.validation import (
     Variables,
+    check_level_state,
+    check_max_grad_norm,
     check_optimizer,
     check_scheduler,
-    is_number,
     loss_and_metrics,
     missing_input_hint,
     named_variables,
+    require_dense,
+    require_unfrozen,
     runs_in_half,
 )
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -100,9 +103,8 @@ class Problem:
         name: the level's name in errors and logs; by default the name of the class.
 
     Raises:
-        ProblemError: there are no variables; a variable is given twice, is complex, is no leaf or
-            requires no gradient; the optimizer is over other tensors; or the data are empty or
-            can be iterated only once.
+        ProblemError: as `named_variables`; the optimizer is over other tensors; or the data are
+            empty or can be iterated only once.
 
     Example:
         >>> class Fit(Problem):
@@ -132,10 +134,7 @@ class Problem:
         self.names, self.variables = named_variables(variables, self.name)
         self.batches = None if data is None else DataStream(data, self.name)
         self.optimizer, self.scheduler = optimizer, scheduler
-        if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
-            raise ProblemError(
-                f"{self.name}: max_grad_norm must be a positive number, got {max_grad_norm!r}"
-            )
+        check_max_grad_norm(max_grad_norm, self.name)
         self.max_grad_norm = max_grad_norm
         #: Whether the loss runs in half precision; None until it is first evaluated.
         self.half: bool | None = None
@@ -153,13 +152,12 @@ class Problem:
         raise ProblemError(f"{self.name}: define loss(self, batch)")
 
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
-        """Optimizer options that are functions of upper variables; none by default.
+        """Optimizer options that are functions of upper variables: ``{"lr": self.log_lr.exp()}``.
 
-        ``{"lr": self.log_lr.exp()}`` is an example. The options are ``lr``, which no scheduler may
-        set too, and ``weight_decay``, each a single number. One mapping sets all parameter groups;
-        a list has a mapping for each group. Each step begins by writing the values into the
-        groups. ``"unrolled"`` and ``"forward"`` differentiate through these options; other
-        estimators raise ProblemError.
+        The options are ``lr`` (then without a scheduler) and ``weight_decay``, each a single
+        number. One mapping is for all parameter groups; a list has one for each. Each step first
+        writes the values into the groups. ``"unrolled"`` and ``"forward"`` differentiate through
+        the options; other estimators raise ProblemError.
         """
         return {}
 
@@ -177,10 +175,7 @@ class Problem:
         return None if self.batches is None else self.on_device(self.batches.peek())
 
     def on_device(self, batch: Any) -> Any:
-        """``batch`` on the device of the first variable.
-
-        Tensors in mappings, tuples, lists and ``BatchEncoding`` are moved as well.
-        """
+        """``batch`` on the device of the first variable; see `to_device`."""
         return to_device(batch, self.variables[0].device)
 
     def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
@@ -236,11 +231,7 @@ class Problem:
             ProblemError: as `evaluate`; or a variable no longer requires a gradient, or has a
                 sparse one.
         """
-        if frozen := [tuple(v.shape) for v in variables if not v.requires_grad]:
-            raise ProblemError(
-                f"{self.name}: variables of shape {frozen} no longer require a gradient; do not "
-                "freeze variables of a level, or create the levels again"
-            )
+        require_unfrozen(variables, self.name)
         # A distributed model's reducers wait for the gradients of all of its parameters.
         alone = distributed.world_size() == 1 and not is_sharded(*variables)
         watch: AbstractContextManager[list[Tensor]]
@@ -258,13 +249,7 @@ class Problem:
         finally:
             for tensor, grad in zip(touched, held, strict=True):
                 tensor.grad = grad
-        if sparse := [
-            tuple(part.shape) for part in gradient if part is not None and part.is_sparse
-        ]:
-            raise ProblemError(
-                f"{self.name}: the gradients of variables of shape {sparse} are sparse; make their "
-                "embeddings with sparse=False"
-            )
+        require_dense(gradient, self.name)
         return loss.detach(), metrics, gradient
 
     def require_finite(
@@ -330,41 +315,15 @@ class Problem:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the variables, and the states of optimizer, scheduler and data."""
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "batches": self.batches}
+        variables = zip(self.names, self.variables, strict=True)
         return {
-            "variables": {
-                name: variable.detach().clone()
-                for name, variable in zip(self.names, self.variables, strict=True)
-            },
-            **{key: deepcopy(part.state_dict()) for key, part in parts.items() if part is not None},
+            "variables": {name: variable.detach().clone() for name, variable in variables},
+            **{key: deepcopy(part.state_dict()) for key, part in self._parts().items()},
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``state`` does not fit this level."""
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "batches": self.batches}
-        expected = {"variables"} | {k for k, part in parts.items() if part is not None}
-        if not isinstance(state, Mapping) or set(state) != expected:
-            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ProblemError(
-                f"{self.name}: the state must have {sorted(expected)}, got {found}; use a state "
-                "of this level"
-            )
-        for key, part in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
-            if part is not None and _form(state[key]) != _form(part.state_dict()):
-                raise ProblemError(
-                    f"{self.name}: the {key}'s state does not fit {type(part).__name__} or its "
-                    f"parameter groups; create the level with the {key} of the saved run"
-                )
-        if self.batches is not None:
-            self.batches.check_state(state["batches"])
-        shapes = {name: tuple(v.shape) for name, v in zip(self.names, self.variables, strict=True)}
-        saved = {name: tuple(v.shape) for name, v in state["variables"].items()}
-        for name in (*shapes, *saved):
-            if shapes.get(name) != saved.get(name):
-                raise ProblemError(
-                    f"{self.name}: variable {name!r} has shape {shapes.get(name)} in the level and "
-                    f"{saved.get(name)} in the state; use the variables of the saved run"
-                )
+        check_level_state(self, state, self._parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``, of `state_dict`.
@@ -376,20 +335,15 @@ class Problem:
         with torch.no_grad():
             for name, variable in zip(self.names, self.variables, strict=True):
                 variable.copy_(state["variables"][name])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(deepcopy(state["scheduler"]))
-        if self.batches is not None:
-            self.batches.load_state_dict(state["batches"])
+        for key, part in self._parts().items():
+            part.load_state_dict(deepcopy(state[key]))
+
+    def _parts(self) -> dict[str, Any]:
+        """The objects with a state of their own."""
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "batches": self.batches}
+        return {key: part for key, part in parts.items() if part is not None}
 
 
 def devices_of(*levels: Problem) -> list[torch.device]:
     """The devices of the variables of ``levels``, each once."""
     return list(dict.fromkeys(device for level in levels for device in level.devices))
-
-
-def _form(state: Mapping[str, Any]) -> Any:
-    """The entries and the shape of the parameter groups, equal for states of one kind."""
-    groups = state.get("param_groups", [])
-    return set(state), [(len(group["params"]), set(group) - {"params"}) for group in groups]

@@ -1,4 +1,4 @@
-"""Checks of a level's variables, loss, optimizer and scheduler."""
+"""Checks of a level's variables, loss, gradient, optimizer, scheduler and saved state."""
 
 from __future__ import annotations
 
@@ -179,6 +179,63 @@ def is_number(value: Any) -> bool:
 
 def _plain(value: Any) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def require_unfrozen(variables: Sequence[Tensor], level: str) -> None:
+    """Raise ProblemError unless all ``variables`` require a gradient."""
+    if frozen := [tuple(v.shape) for v in variables if not v.requires_grad]:
+        raise ProblemError(
+            f"{level}: variables of shape {frozen} no longer require a gradient; do not freeze "
+            "variables of a level, or create the levels again"
+        )
+
+
+def require_dense(gradient: Sequence[Tensor | None], level: str) -> None:
+    """Raise ProblemError if an entry of ``gradient`` is sparse."""
+    if sparse := [tuple(part.shape) for part in gradient if part is not None and part.is_sparse]:
+        raise ProblemError(
+            f"{level}: the gradients of variables of shape {sparse} are sparse; make their "
+            "embeddings with sparse=False"
+        )
+
+
+def check_max_grad_norm(limit: Any, level: str) -> None:
+    """Raise ProblemError unless ``limit`` is a positive number or None."""
+    if limit is not None and not (is_number(limit) and limit > 0):
+        raise ProblemError(f"{level}: max_grad_norm must be a positive number, got {limit!r}")
+
+
+def check_level_state(level: Problem, state: Any, parts: Mapping[str, Any]) -> None:
+    """Raise ProblemError where ``state`` does not fit ``level``, whose ``parts`` have states."""
+    expected = {"variables", *parts}
+    if not isinstance(state, Mapping) or set(state) != expected:
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ProblemError(
+            f"{level.name}: the state must have {sorted(expected)}, got {found}; use a state of "
+            "this level"
+        )
+    for key in ("optimizer", "scheduler"):
+        if key in parts and _form(state[key]) != _form(parts[key].state_dict()):
+            raise ProblemError(
+                f"{level.name}: the {key}'s state does not fit {type(parts[key]).__name__} or its "
+                f"parameter groups; create the level with the {key} of the saved run"
+            )
+    if level.batches is not None:
+        level.batches.check_state(state["batches"])
+    shapes = {name: tuple(v.shape) for name, v in zip(level.names, level.variables, strict=True)}
+    saved = {name: tuple(v.shape) for name, v in state["variables"].items()}
+    for name in (*shapes, *saved):
+        if shapes.get(name) != saved.get(name):
+            raise ProblemError(
+                f"{level.name}: variable {name!r} has shape {shapes.get(name)} in the level and "
+                f"{saved.get(name)} in the state; use the variables of the saved run"
+            )
+
+
+def _form(state: Mapping[str, Any]) -> Any:
+    """The entries and the shape of the parameter groups, equal for states of one kind."""
+    groups = state.get("param_groups", [])
+    return set(state), [(len(group["params"]), set(group) - {"params"}) for group in groups]
 
 
 def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer | None, level: str) -> None:

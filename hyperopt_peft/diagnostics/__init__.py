@@ -1,1 +1,1 @@
-"""Whether a pair of levels is sound, and which estimator suits it."""
+"""Checks of a pair of levels, and comparisons of estimators on it."""

@@ -1,4 +1,4 @@
-"""What is wrong with a pair of levels, in words, before they are trained."""
+"""A check of a pair of levels, with findings in words."""
 
 from __future__ import annotations
 
@@ -45,38 +45,36 @@ def check_problem(
     steps: int = 10,
     progress: bool = True,
 ) -> Check:
-    """Examine two levels at the current point, before they are trained or after.
+    """Check two levels at the current point, before or after training.
 
-    Errors: a tensor that both own; a variable that no loss reads; a loss that is not a scalar
-    with a gradient, is not finite, writes to a variable, or is not a function of its batch, the
-    variables and PyTorch's random state. Warnings: no implicit term; f without second derivative;
-    negative curvature; a linear system that ``steps`` steps do not solve; a lower level far from
-    its minimum. Notes: dropout, buffers that a loss changes, a level without optimizer.
+    Errors: a tensor that both levels own; a variable that no loss reads; a loss that is not a
+    scalar with a gradient, is not finite, writes to a variable, or is not a function of its batch,
+    the variables and PyTorch's random state. Warnings: no implicit term; f without second
+    derivative; negative curvature; a linear system that ``steps`` steps do not solve; a lower level
+    far from its minimum. Notes: dropout; buffers that a loss changes; a level without optimizer.
 
-    *Far from its minimum* is measured by what it does to the hypergradient, since neither ‖∂f/∂w‖
-    nor f itself says anything without a scale: a Newton step (by conjugate gradients, and short
-    enough to lower f) is taken on copies, and the hypergradient is computed again. The change,
-    relative to ‖direct‖ + ‖implicit‖, is the same for any multiple of f, of F and of w, and
-    for any constant added to f; above 0.1 it is a warning. It is that of the batch that is
-    examined: where f is a mean over data, give a ``lower_batch`` that is large enough.
+    The distance from the lower minimum is measured by its effect on the hypergradient: the change
+    of the hypergradient by a Newton step on copies of w (by conjugate gradients, shortened until f
+    falls), divided by ‖direct‖ + ‖implicit‖. This ratio is invariant to factors of f, F and w. A
+    ratio above 0.1 is a warning. The ratio is that of one batch; if f is a mean over data, give a
+    large ``lower_batch``.
 
     `Check.curvature` has a damping for ``cg``, ``minres`` and ``warm`` and a ξ for ``darts``, both
     in the units of this f.
 
-    Costs 5·``steps`` second derivative products at most, and some twenty passes. Variables,
-    gradients, buffers, data and random states are bit-identical afterwards; a counter that
-    a loss keeps for itself has moved on.
+    The cost is at most 5·``steps`` second-derivative products and about twenty passes. Variables,
+    gradients, buffers, data and random states are bit-identical afterwards.
 
     Args:
-        upper_batch, lower_batch: what the losses are given; by default what each level's data
-            will give next. Levels for a Trainer have no data of their own: give batches.
-        seed: of the losses' random numbers.
-        steps: of the solvers; twice as many take twice the time and see more of the spectrum.
-        progress: whether to show a bar.
+        upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
+            for a Trainer have no data, and need batches.
+        seed: the seed of the losses' random numbers.
+        steps: the number of steps of each solver.
+        progress: whether to show a progress bar.
 
     Raises:
-        ProblemError: ``steps`` is not positive, or `Problem.optimizer_options` are none.
-        Exception: whatever a loss raises that is none of the above.
+        ProblemError: ``steps`` is not positive, or `Problem.optimizer_options` are invalid.
+        Exception: any other exception of a loss.
 
     Example:
         >>> from hyperopt_peft import check_problem, minimize
@@ -89,14 +87,14 @@ def check_problem(
         True
     """
     if steps < 1:
-        raise ProblemError(f"steps must be at least 1, got {steps}")
+        raise ProblemError(f"steps: must be at least 1, got {steps}")
     try:
         check_ownership(upper, lower)
     except ProblemError as error:
         advice = "each level needs tensors of its own"
         return Check((Finding("shared tensor", "error", "both levels", str(error), advice),))
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
-    host = host_random_state()  # after the data's own draws, which stay drawn
+    host = host_random_state()  # after the draws of the data, which are not undone
     try:
         with ExitStack() as stack:
             most = 5 * steps + 20
@@ -146,7 +144,7 @@ class _Examination:
         return (*self.oracle.upper.variables, *self.oracle.lower.variables)
 
     def _first_order(self, level: Problem, batch: Any, random: RandomState) -> Evaluation | None:
-        """What some evaluations of a loss show; None where it has no gradient to go on with."""
+        """Add the findings of a few evaluations of a loss; None if the loss has no gradient."""
         versions, host = [x._version for x in self._variables], host_random_state()
         evaluation = None
         try:
@@ -175,7 +173,7 @@ class _Examination:
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> Evaluation:
         buffers, lower = self.oracle.buffers, self.oracle.lower
         self.oracle.passes.gradients += 1
-        with replay(random):  # of F too with what stands below the lower level as a function of it
+        with replay(random):  # F too is differentiated through the levels below the lower one
             if level is lower:
                 evaluation = lower.gradient(batch, self._variables)
             else:
@@ -193,7 +191,7 @@ class _Examination:
         return evaluation
 
     def _edited(self, versions: list[int]) -> list[str]:
-        """The variables that were written to, by version or, as through ``.data``, by value."""
+        """The variables that were written to: another version, or value (through ``.data``)."""
         levels = (self.oracle.upper, self.oracle.lower)
         names = [f"{level.name}'s {name}" for level in levels for name in level.names]
         edited = [
@@ -215,7 +213,7 @@ class _Examination:
         first: Evaluation,
         host: Mapping[str, Any],
     ) -> None:
-        """Whether the loss is a function of PyTorch's random state, and of nothing else."""
+        """Add findings if the loss is random, or depends on other state than PyTorch's."""
         if self._differs(level, first, self._evaluate(level, batch, random)):
             restore_host_random_state(host)
             of_host = not self._differs(level, first, self._evaluate(level, batch, random))
@@ -232,14 +230,14 @@ class _Examination:
             self._add("random", "note", level, words, advice)
 
     def _differs(self, level: Problem, one: Evaluation, other: Evaluation) -> bool:
-        """Whether two evaluations differ by more than the order of a device's sums."""
+        """Whether two evaluations differ by more than the rounding of sums in another order."""
         a, b = (Vector.of(e.gradient, self._variables) for e in (one, other))
         epsilon = torch.finfo(torch.bfloat16).eps if level.half else machine_epsilon(a)
         apart = abs(one.loss - other.loss) > 10 * epsilon * abs(one.loss)
         return apart or (a - b).norm() > 10 * epsilon * a.norm()
 
     def _unread(self, above: Sequence[Tensor | None], below: Sequence[Tensor | None]) -> None:
-        """Variables without a gradient, and levels that do not meet."""
+        """Add findings on variables without a gradient, and on a missing implicit term."""
         upper, lower = self.oracle.upper, self.oracle.lower
         count = len(upper.variables)
         unread = [(lower, n) for n, g in zip(lower.names, below[count:]) if g is None]
@@ -266,7 +264,7 @@ class _Examination:
         return read_by_options(self.oracle.lower)
 
     def _no_mixed(self) -> None:
-        if self._options:  # they move what the lower level reaches, without a derivative of f
+        if self._options:  # u acts through the optimizer, without a derivative of f
             return
         words = "∂²f/∂u∂w is zero here: the upper variables do not move the lower minimum"
         advice = (

@@ -1,4 +1,4 @@
-"""Estimators side by side on the user's own problem."""
+"""Comparisons of estimators on one problem."""
 
 from __future__ import annotations
 
@@ -28,17 +28,21 @@ from hyperopt_peft.utils.vector import Vector, dot
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """How one estimator did, medians over the repeats.
+    """One estimator in a `Comparison`, with medians over the repeats.
 
-    ``cosine``, ``relative_error`` and ``norm_ratio`` are against the reference on the same
-    batches and random numbers; ``factor`` is the number that the implicit term would have to be
-    multiplied by to come closest to the reference, 1 where its length is right (``darts`` is best
-    at ``factor`` times its ξ); ``residual`` is the largest of the solver's own, ‖b − Hv‖/‖b‖;
-    ``spread`` is the standard deviation of the estimate over the repeats, relative to its mean;
-    ``gradients`` and ``products`` count forward+backward passes and second backward passes;
-    ``peak_memory`` is in bytes, above what was held before, None where it was not asked for.
-    ``note`` is what the estimator said of its own work first, for example that it met negative
-    curvature, or that its damping dominates H; ``problem`` says why it gave no number.
+    Attributes:
+        method: the estimator's name with options.
+        cosine, relative_error, norm_ratio: of the estimate h to the reference t with equal batches
+            and random numbers: ⟨h, t⟩/(‖h‖‖t‖), ‖h − t‖/‖t‖ and ‖h‖/‖t‖.
+        factor: the least-squares factor of the implicit term; ``darts`` has the smallest error at
+            ``factor``·ξ.
+        residual: the largest ‖b − Hv‖/‖b‖ of the solver.
+        spread: the standard deviation of h over the repeats, divided by the norm of the mean.
+        gradients, products: the numbers of forward+backward and of second backward passes.
+        seconds: the time of one estimate.
+        peak_memory: the additional memory in bytes; None if not measured.
+        note: the estimator's first note, for example on negative curvature or a dominant damping.
+        problem: the error of an estimator without a result.
     """
 
     method: str
@@ -58,12 +62,16 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of `ComparisonRow`s; ``print`` it, or take ``records()``.
+    """A table of `ComparisonRow`s, to print or to read by ``records()``.
 
-    ``reference_residual`` says how far the reference itself can be trusted: the largest residual
-    of its solves, or the relative error of a retraining; None where it has none.
-    ``reference_note`` is what was noted of it. ``spectrum`` holds the ends of the lower Hessian's
-    spectrum where an estimator or the reference has a damping.
+    ``reference_residual`` is the largest residual of the reference's solves, or the relative error
+    of a retraining; None if unknown. ``reference_note`` is the reference's note. ``spectrum`` has
+    the extreme eigenvalues of the lower Hessian if an estimator or the reference has a damping.
+
+    Example:
+        >>> row = ComparisonRow("darts", cosine=0.9, relative_error=0.5)
+        >>> Comparison("exact", 0.0, "", repeats=1, rows=(row,)).records()[0]["cosine"]
+        0.9
     """
 
     reference: str
@@ -82,7 +90,7 @@ class Comparison:
         table: list[tuple[str, ...]] = [(*head, "fwd+bwd", "products", "seconds", "MB")]
         for row in self.rows:
             numbers = (
-                _cell(row.cosine, ".4f"),  # none where an estimate is zero
+                _cell(row.cosine, ".4f"),  # NaN for a zero estimate
                 _cell(row.relative_error, ".2g"),
                 _cell(row.norm_ratio, ".3f"),
                 _cell(row.factor, ".2g"),
@@ -126,32 +134,31 @@ def compare_hypergradients(
     memory: bool = False,
     progress: bool = True,
 ) -> Comparison:
-    """Run ``methods`` at the current point and compare each with ``reference``.
+    """Compare the estimates of ``methods`` at the current point with a reference.
 
-    Each repeat draws new random numbers (dropout masks), the same for every method. Nothing is
-    trained or changed.
+    Each repeat has other random numbers (dropout masks), equal for all methods. Nothing changes.
 
-    With ``reference="retraining"`` the truth is measured, by `Retraining` the lower level with u
-    moved: along the direct and implicit terms of all methods, which gives each row's inner
-    product with the truth, and along random directions, which stand for all others: with ``m``
-    of n dimensions measured and K random directions beyond them of slopes s,
-    ‖dF/du‖² ≈ Σ_m slope² + (n − m)/K·Σ_K s². The note says how much lies beyond: no combination
-    of the methods reaches that part.
+    With ``reference="retraining"`` the reference is measured by `Retraining`, along the direct and
+    implicit terms of all methods, m orthonormal directions, and along K random directions
+    orthogonal to these. For n upper unknowns, with the slopes s of the random directions,
+
+        ‖dF/du‖² ≈ Σ_m slope² + (n − m)/K·Σ_K s²
+
+    The note has the share of dF/du outside the span of the methods' terms.
 
     Args:
-        methods: names with options, or estimators; one of them or several.
-        reference: what is taken for the truth: ``"exact"`` (up to 5,000 lower unknowns), a
-            long solve such as ``"cg:steps=200,tolerance=1e-10"``, or, independent of all
-            estimators, ``"retraining:steps=20,directions=4"``.
-        repeats: how often; medians are reported.
-        seed: of the random numbers.
-        upper_batch, lower_batch: as for `hypergradient`: by default what each level's data will
-            give next. Levels for a Trainer have no data of their own: give batches.
-        memory: whether to measure each method's peak memory, by one more run of it.
-        progress: whether to show bars.
+        methods: an estimator, its name with options, or several of these.
+        reference: ``"exact"`` (up to 5,000 lower unknowns); a long solve, such as
+            ``"cg:steps=200,tolerance=1e-10"``; or ``"retraining:steps=20,directions=4"``.
+        repeats: the number of repeats.
+        seed: the seed of the random numbers.
+        upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
+            for a Trainer have no data, and need batches.
+        memory: whether to measure the peak memory, by one more run of each method.
+        progress: whether to show progress bars.
 
     Raises:
-        ProblemError: an unknown method, no methods, or ``repeats`` below 1.
+        ProblemError: a method is unknown; there is no method; or ``repeats`` is below 1.
         NonFiniteError: the reference is not finite.
 
     Example:
@@ -167,7 +174,7 @@ def compare_hypergradients(
         methods = [methods]
     chosen = [(m if isinstance(m, str) else repr(m), get_estimator(m)) for m in methods]
     if not chosen or repeats < 1:
-        raise ProblemError("compare_hypergradients needs at least one method and one repeat")
+        raise ProblemError("methods, repeats: give at least one method and one repeat")
     truth = get_reference(reference)
     batches = {"upper_batch": upper_batch, "lower_batch": lower_batch}
 
@@ -195,7 +202,7 @@ def compare_hypergradients(
         truths = [_Truth(c.slopes, c.project) for c in measured]
         residual, note = max(c.error for c in measured), measured[0].note
     ends = None
-    if any(getattr(e, "damping", 0) for e in (truth, *(e for _, e in chosen))):
+    if any(option(e, "damping") for e in (truth, *(e for _, e in chosen))):
         ends = spectrum(upper, lower, **batches, seed=seed)
     rows = []
     for name, estimator in chosen:
@@ -213,18 +220,24 @@ def compare_hypergradients(
 
 
 def get_reference(reference: str | Estimator) -> Estimator:
-    """The estimator, or the `Retraining`, that ``reference`` names.
+    """The estimator, or the `Retraining`, named by ``reference``.
 
     Raises:
-        ProblemError: an unknown name or option, or a bad value.
+        ProblemError: the name or an option is unknown, or a value is invalid.
     """
     if isinstance(reference, str) and reference.partition(":")[0] == Retraining.name:
         return with_options(Retraining, reference.partition(":")[2])
     return get_estimator(reference)
 
 
+def option(estimator: Estimator, name: str) -> float | None:
+    """The option ``name`` of ``estimator``; None if the option is no number or does not exist."""
+    value = vars(estimator).get(name)
+    return value if isinstance(value, int | float) else None
+
+
 def _dominance(estimator: Estimator, ends: Spectrum | None) -> str:
-    damping = getattr(estimator, "damping", 0.0)
+    damping = option(estimator, "damping") or 0.0
     if ends is None or not ends.dominated_by(damping):
         return ""
     return (
@@ -243,7 +256,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Truth:
-    """What an estimate h of one repeat is held against: ``value`` against ``project(h)``."""
+    """The reference of one repeat: an estimate h is compared as ``project(h)`` with ``value``."""
 
     value: Vector
     project: Callable[[Vector], Vector] = lambda h: h

@@ -1,4 +1,4 @@
-"""The lower level's curvature at a point, and what a Newton step from there would change."""
+"""The lower level's curvature at a point, and the effect of a Newton step."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CONDITION = 10.0
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The smallest and the largest eigenvalue of the lower Hessian H, as Lanczos found them.
+    """Lanczos estimates of the smallest and the largest eigenvalue of the lower Hessian H.
 
-    Both are estimates from within: H's own ends lie at or beyond them.
+    Both lie within the spectrum of H.
 
     Example:
         >>> from hyperopt_peft.diagnostics.curvature import Spectrum
@@ -46,12 +46,12 @@ class Spectrum:
 
     @property
     def radius(self) -> float:
-        """|λ|max, the spectral radius; gradient descent with lr = 1/|λ|max does not diverge."""
+        """|λ|max, the spectral radius."""
         return max(abs(self.smallest), abs(self.largest))
 
     @property
     def condition(self) -> float:
-        """The least condition number that H can have: |λ|max/|λ|min."""
+        """|λ|max/|λ|min of the two estimates, a lower bound of the condition number of H."""
         least = min(abs(self.smallest), abs(self.largest))
         return self.radius / least if least else math.inf
 
@@ -60,32 +60,35 @@ class Spectrum:
 
             (λmax + δ)/(λmin + δ) = κ,   δ = max(0, (λmax − κ·λmin)/(κ − 1))
 
-        In units of H: a multiple of f has that multiple of δ. With κ = 10 five steps of CG or
-        MINRES leave a residual of some percent, and λmin may be lower than was measured by a
-        tenth of the spectrum's width.
+        δ has the units of H. At κ = 10, five steps of CG or MINRES leave a residual of a few
+        percent, and H + δI is positive definite even if the true λmin is lower by a tenth of
+        λmax − λmin.
 
         Raises:
             ProblemError: ``condition`` is not above 1.
         """
         if not condition > 1:
-            raise ProblemError(f"condition must be above 1, got {condition}")
+            raise ProblemError(f"condition: must be above 1, got {condition}")
         return max(0.0, (self.largest - condition * self.smallest) / (condition - 1))
 
     def dominated_by(self, damping: float) -> bool:
-        """Whether δ ≥ |λ|max, so that (H + δI)⁻¹ is little else than I/δ."""
+        """Whether δ ≥ |λ|max, so that (H + δI)⁻¹ is close to I/δ."""
         return damping > 0 and damping >= self.radius
 
 
 @dataclass(frozen=True)
 class Curvature(Spectrum):
-    """The second order of a lower level at one point.
+    """The lower curvature at one point, and the effect of a Newton step of the lower level.
 
-    ``residual`` is that of an undamped MINRES solve for the hypergradient, ‖b − Hv‖/‖b‖;
-    ``change`` is how far a Newton step of the lower level moves the hypergradient, relative to
-    ‖direct‖ + ‖implicit‖, and ``losses`` are f before and after that step. ``implicit`` says
-    whether the implicit term is other than zero at either point. ``xi`` is the ξ of ``darts``
-    with the implicit term closest to that of a solve with H + damping·I:
-    ξ = ⟨d, r⟩/⟨d, d⟩, where d is the implicit term of ``darts`` at ξ = 1 and r that of the solve.
+    Attributes:
+        implicit: whether the implicit term is nonzero, before or after the Newton step.
+        losses: f before and after the Newton step.
+        change: the change of the hypergradient by the Newton step, relative to
+            ‖direct‖ + ‖implicit‖.
+        residual: ‖b − Hv‖/‖b‖ of an undamped MINRES solve.
+        implicit_ratio: ‖implicit‖/‖direct‖.
+        xi: the least-squares ξ of ``darts``, ⟨d, r⟩/⟨d, d⟩, where d is the implicit term of
+            ``darts`` at ξ = 1, and r that of a solve with H + damping·I.
     """
 
     implicit: bool
@@ -115,14 +118,14 @@ def spectrum(
     seed: int = 0,
     steps: int = 10,
 ) -> Spectrum:
-    """The ends of the lower Hessian's spectrum at the current point, by ``steps`` products.
+    """The extreme eigenvalues of the lower Hessian at the current point; nothing changes.
 
-    Nothing is changed. Products are exact where f has a second derivative, else differences.
+    Products are exact if f has a second derivative, and differences otherwise.
 
     Args:
-        upper_batch, lower_batch: as for `hypergradient`.
-        seed: of dropout and of the vector that Lanczos starts from.
-        steps: of Lanczos; the ends move outwards as they grow.
+        upper_batch, lower_batch: as in `hypergradient`.
+        seed: the seed of dropout and of the initial Lanczos vector.
+        steps: the number of Lanczos steps, of one product each.
 
     Raises:
         ProblemError: ``steps`` is not positive, or the levels share a tensor.
@@ -150,19 +153,19 @@ def _ends(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Spectr
 
 
 def random_like(variables: Any, seed: int) -> Vector:
-    """A vector of the shape of ``variables`` with standard normal entries."""
+    """A vector shaped like ``variables`` with standard normal entries."""
     zero = Vector.of([None] * len(variables), variables)
     entries = torch.randn(zero.numel(), generator=torch.Generator().manual_seed(seed))
     return zero.with_entries(entries.to(zero.flat()))
 
 
 def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curvature:
-    """The curvature at the oracle's point, by 5·``steps`` products at most.
+    """The curvature at the point of an open oracle, by at most 5·``steps`` products.
 
-    The oracle is open. The lower variables move; whoever calls puts them back.
+    The caller restores the lower variables, which move.
 
     Raises:
-        ProblemError: exact products, and f has no second derivative.
+        ProblemError: ``product`` is exact, and f has no second derivative.
         NonFiniteError: f, F, or a product is NaN or infinite.
     """
     w = oracle.lower.variables
@@ -180,7 +183,7 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
         before = after = _loss(oracle)
         for halvings in range(10):
             assign_(w, start, newton.parts, -(0.5**halvings))
-            torch.clear_autocast_cache()  # it holds half-precision copies of where w was
+            torch.clear_autocast_cache()  # of half-precision copies of the previous w
             after = _loss(oracle)
             if after < before:
                 there = _hypergradient(oracle, MINRES(steps=steps, product=product))
@@ -203,17 +206,17 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
 
 
 def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
-    """The extreme eigenvalues of a symmetric matrix, as ``steps`` products from ``start`` see them.
+    """The extreme eigenvalues of a symmetric matrix in the Krylov space of ``start``.
 
-    They are those of the tridiagonal form of the matrix in the Krylov space of ``start``, and
-    so lie inside its spectrum. Lanczos 1950, doi:10.6028/jres.045.026.
+    They are the eigenvalues of the tridiagonal matrix of ``steps`` Lanczos steps, and lie within
+    the spectrum. Lanczos 1950, doi:10.6028/jres.045.026.
 
     Raises:
         ProblemError: ``steps`` is not positive.
         NonFiniteError: a product is NaN or infinite.
     """
     if steps < 1:
-        raise ProblemError(f"steps must be at least 1, got {steps}")
+        raise ProblemError(f"steps: must be at least 1, got {steps}")
     q, previous, beta = start / start.norm(), zeros_like(start), 0.0
     diagonal: list[float] = []
     beside: list[float] = []
@@ -235,7 +238,7 @@ def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
 
 
 def _hypergradient(oracle: Oracle, solver: MINRES) -> Estimate:
-    """At the point where the lower variables are now, at fixed options of the lower optimizer."""
+    """The estimate at the current w, without a derivative of the lower optimizer's options."""
     result = solver.estimate(replace(oracle))
     if not result.hypergradient.isfinite():
         raise NonFiniteError("the hypergradient is not finite")
@@ -243,7 +246,7 @@ def _hypergradient(oracle: Oracle, solver: MINRES) -> Estimate:
 
 
 def _xi(oracle: Oracle, product: ProductKind, damping: float, steps: int) -> float:
-    """ξ = ⟨d, r⟩/⟨d, d⟩, see `Curvature`; 0 where ``darts`` has no implicit term."""
+    """ξ = ⟨d, r⟩/⟨d, d⟩, see `Curvature`; 0 if d is zero."""
     b = oracle.upper_gradient.b
     if b.norm() == 0:
         return 0.0
@@ -256,10 +259,10 @@ def _xi(oracle: Oracle, product: ProductKind, damping: float, steps: int) -> flo
 
 
 def _loss(oracle: Oracle) -> float:
-    """f where the lower variables are now, finite or not."""
+    """f at the current w, finite or not."""
     lower, batch = oracle.lower, oracle.lower_batch
     with replay(oracle.lower_random):
-        if is_chain(lower):  # the levels below follow in its gradient alone
+        if is_chain(lower):  # only the gradient moves the levels below
             with suppress(NonFiniteError):
                 return lower.gradient(batch, lower.variables).loss
             return math.inf

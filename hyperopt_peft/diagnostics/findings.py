@@ -1,4 +1,4 @@
-"""What a check found, in words."""
+"""The findings of a check."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One finding: its ``kind``, the name of the ``level``, a description, and advice.
 
-    ``level`` is the level's name, ``words`` say what is so, ``advice`` what to do. An
-    ``"error"`` stops training or makes hypergradients wrong, a ``"warning"`` makes them poor
-    or pointless, a ``"note"`` is taken care of, or is for you to know.
+    The severity is ``"error"`` if training fails or hypergradients are wrong, ``"warning"`` if
+    hypergradients are inaccurate or useless, ``"note"`` if nothing has to change.
     """
 
     kind: Kind
@@ -48,14 +47,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """The findings, worst first; ``curvature`` is None where an error came before it."""
+    """The findings, by severity; ``curvature`` is None if an error prevented its measurement."""
 
     findings: tuple[Finding, ...]
     curvature: Curvature | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether there are no errors and no warnings; notes do not count."""
+        """Whether there are no errors and no warnings."""
         return all(finding.severity == "note" for finding in self.findings)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The most memory a computation held at once."""
+"""The peak memory of a computation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that ``run`` held at once on ``device``, above what was held before.
+    """The peak memory of ``run`` on ``device`` in bytes, above the memory in use before.
 
-    CUDA's allocator keeps count. Elsewhere every storage that an operation returns is
-    followed until it is freed; what an operation holds only while it runs is not seen.
+    On CUDA the value is the allocator's. Elsewhere it is the sum of the live storages that
+    operations return, without memory that an operation uses internally.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -29,7 +29,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 
 class _StorageCount(TorchDispatchMode):
-    """Adds up the storages that come into being and are still alive."""
+    """The sum of the sizes of live storages created within the mode."""
 
     def __init__(self) -> None:
         super().__init__()

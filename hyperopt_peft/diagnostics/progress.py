@@ -1,4 +1,4 @@
-"""A progress bar whose unit is a pass over the model."""
+"""A progress bar of passes through a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hyperopt_peft.hypergradients.products import Passes
 
 
 class CountedPasses(Passes):
-    """Counts passes and products as `Passes` does, and moves a bar by one for each."""
+    """`Passes` that advance a progress bar by one for each pass or product."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -27,6 +27,6 @@ class CountedPasses(Passes):
 
 @contextmanager
 def counted(description: str, most: int, *, progress: bool) -> Iterator[CountedPasses]:
-    """Passes under a bar that ends at ``most`` of them, or before where fewer are enough."""
+    """Counts of passes, shown in a progress bar of at most ``most`` passes."""
     with tqdm(total=most, desc=description, unit="pass", leave=False, disable=not progress) as bar:
         yield CountedPasses(bar)

@@ -1,11 +1,11 @@
-"""Which estimator to use, from a comparison of them: a rule, and its reasons in words."""
+"""A recommended estimator from a comparison, with reasons in words."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow
+from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow, option
 from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import get_estimator, registered
@@ -13,13 +13,13 @@ from hyperopt_peft.hypergradients import get_estimator, registered
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What an estimate must keep to, against the reference.
+    """The limits of an acceptable estimate; see `ComparisonRow`.
 
     Attributes:
-        cosine: at least this.
-        relative_error: at most this.
-        residual: at most this, of the reference itself.
-        ratio: of norms; beyond it, or below its inverse, an estimate is too long or too short.
+        cosine: the smallest cosine.
+        relative_error: the largest relative error.
+        residual: the largest residual of the reference.
+        ratio: the largest norm ratio; its inverse is the smallest.
     """
 
     cosine: float = 0.95
@@ -29,18 +29,17 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         if not -1 <= self.cosine <= 1:
-            raise ProblemError(f"min_cosine must be in [-1, 1], got {self.cosine}")
+            raise ProblemError(f"min_cosine: must be in [-1, 1], got {self.cosine}")
         for name in ("relative_error", "residual"):
             if getattr(self, name) <= 0:
-                raise ProblemError(f"max_{name} must be positive, got {getattr(self, name)}")
+                raise ProblemError(f"max_{name}: must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """``method`` is what to use, None where no estimator is close enough; ``reasons`` say why.
+    """The recommended ``method``, None if no estimator is within the limits, and the ``reasons``.
 
-    ``xi`` is the ξ with which ``darts`` comes closest to the reference, 0 where its implicit term
-    points away from it; None where ``darts`` was not compared.
+    ``xi`` is the ξ ≥ 0 at which ``darts`` is closest to the reference; None without ``darts``.
     """
 
     method: str | None
@@ -52,12 +51,12 @@ class Recommendation:
 
 
 def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recommendation:
-    """The quickest estimator within ``limits``.
+    """The fastest estimator within ``limits``.
 
-    A reference that did not converge, estimates of the wrong length, a damping that dominates
-    the Hessian and estimators without a number are warned of, whatever is recommended. The ξ of
-    ``darts`` is the least-squares one: with the direct term e, the implicit term d at ξ = 1 and the
-    reference t, ξ = ⟨d, t − e⟩/⟨d, d⟩.
+    The reasons include warnings of a reference that did not converge, estimates of wrong norm, a
+    damping that dominates the Hessian, and estimators without a result. The ξ of ``darts`` is the
+    least-squares one: ξ = ⟨d, t − e⟩/⟨d, d⟩, with the direct term e, the implicit term d at ξ = 1
+    and the reference t.
 
     Example:
         >>> from hyperopt_peft import compare_hypergradients, minimize
@@ -136,7 +135,7 @@ def _of_reference(comparison: Comparison, limits: Thresholds) -> list[str]:
 
 
 def _of_length(row: ComparisonRow, limits: Thresholds) -> list[str]:
-    """Too long is wrong for all; too short only where the length is a choice, not a few steps."""
+    """A warning of a wrong norm. A small norm is a warning for ``darts`` only, where ξ sets it."""
     long = row.norm_ratio > limits.ratio
     if long or (_xi(row) is not None and row.norm_ratio < 1 / limits.ratio):
         return [f"Warning: {row.method} is {row.norm_ratio:.2g} times as long as the reference."]
@@ -144,10 +143,9 @@ def _of_length(row: ComparisonRow, limits: Thresholds) -> list[str]:
 
 
 def _option(row: ComparisonRow, name: str) -> float | None:
-    """A number that is an option of the row's estimator; None where there is none."""
+    """The value of a numeric option of the row's estimator; None if it has no such option."""
     known = row.method.partition(":")[0] in registered()
-    value = getattr(get_estimator(row.method), name, None) if known else None
-    return value if isinstance(value, int | float) else None
+    return option(get_estimator(row.method), name) if known else None
 
 
 def _xi(row: ComparisonRow) -> float | None:

@@ -1,4 +1,4 @@
-"""The finite-difference hypergradient: how F changes when the lower level is trained again."""
+"""The finite-difference hypergradient, by retrainings of the lower level at perturbed u."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from hyperopt_peft.utils.vector import Vector, dot, widened
 
 @dataclass(frozen=True)
 class Slopes:
-    """⟨dF/du, d⟩ for some directions d, and how far each can be trusted.
+    """⟨dF/du, d⟩ for directions d, ``(K,)``, and two error indicators for each.
 
-    ``of_epsilon`` is the change of the slope when ε is doubled, three times the O(ε²) error of a
-    central difference, or its rounding; ``of_length`` the change from half of the steps to all
-    of them, about what is missing to a lower level that is trained to its end.
+    ``of_epsilon`` is the change of the slope when ε is doubled: three times the O(ε²) error of the
+    central difference, or its rounding error. ``of_length`` is the change of the slope from half of
+    the steps to all steps. It indicates, and does not bound, the error of a lower level that is not
+    trained to its minimum; slow convergence can make that error much larger.
     """
 
     values: Tensor
@@ -40,12 +41,11 @@ class Slopes:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """dF/du in an orthonormal basis of some vectors, and random directions for all the others.
+    """dF/du along an orthonormal ``basis`` of m vectors, and along K random directions.
 
-    ``slopes`` are ⟨dF/du, q⟩ for q of ``basis``, then √((n − m)/K)·⟨dF/du, d⟩ for K random d
-    orthogonal to these m, so that ‖slopes‖² is an estimate of ‖dF/du‖² without bias. ``error``
-    is the larger of two relative errors, see `Slopes`, and ``beyond`` the share of ‖dF/du‖
-    outside of the basis.
+    ``slopes`` are ⟨dF/du, q⟩ for each q of ``basis``, then √((n − m)/K)·⟨dF/du, d⟩ for K random d
+    orthogonal to the basis, so that ‖slopes‖² is an unbiased estimate of ‖dF/du‖².
+    ``of_epsilon`` and ``of_length`` are relative, see `Slopes`.
     """
 
     basis: Sequence[Vector]
@@ -55,12 +55,12 @@ class Coordinates:
 
     @property
     def error(self) -> float:
-        """The larger of the relative errors."""
+        """The larger one of ``of_epsilon`` and ``of_length``."""
         return max(self.of_epsilon, self.of_length)
 
     @property
     def beyond(self) -> float:
-        """The share of ‖dF/du‖ that no combination of the vectors reaches."""
+        """The share of ‖dF/du‖ outside the span of ``basis``."""
         (all_slopes,) = self.slopes
         size = float(all_slopes.norm())
         return float(all_slopes[len(self.basis) :].norm()) / size if size else 0.0
@@ -70,7 +70,7 @@ class Coordinates:
         """The errors in words."""
         return (
             f"{self.of_epsilon:.1g} by ε, {self.of_length:.1g} by half of the steps; "
-            f"{self.beyond:.0%} of its length lies beyond all of the methods"
+            f"{self.beyond:.0%} of its norm is outside the span of all methods"
         )
 
     def project(self, h: Vector) -> Vector:
@@ -84,27 +84,25 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Retraining(Estimator):
-    """dF/du along directions d by training the lower level again with u moved.
+    """dF/du along directions d, by retrainings of the lower level at perturbed u.
 
         ⟨dF/du, d⟩ ≈ [F(u + εd, w_K(u + εd)) − F(u − εd, w_K(u − εd))]/2ε
 
-    w_K(u) is reached from the present w by ``steps`` steps of the lower optimizer, of which a
-    copy is made, state and clipping included; with ``lr`` by gradient descent at that rate. Both
-    sides see one batch and one dropout mask a level, those that every estimator sees, so nothing
-    but u makes them differ. No derivative of second order and no code of the estimators is
-    involved: this is what they are held against, the *reference* of `compare_hypergradients`.
-    After few steps it is the derivative of these steps, ``unrolled``'s, and after many of w*(u).
+    w_K(u) is the result of ``steps`` steps from the current w, by a copy of the lower optimizer
+    with its state and clipping, or by gradient descent at rate ``lr``. All evaluations of a level
+    have equal batches and dropout masks. The estimate needs no second derivatives and no code of
+    the estimators, so that it can be their reference in `compare_hypergradients`. For small K it is
+    the derivative through K optimizer steps; for large K it tends to the derivative through w*(u).
 
-    As an estimator it measures the implicit term along ``directions`` random orthonormal d, all
-    of u's space where that is no larger, and leaves out the rest; ``residual`` is the largest of
-    its two relative errors, see `Slopes`. ``epsilon`` is ε, a length in u's space; None: chosen
-    from the precision and ‖u‖.
+    The implicit term is measured along ``directions`` random orthonormal d, at most n, and is zero
+    along all others; ``residual`` is the larger one of the two relative errors of `Slopes`.
+    ``epsilon`` is ε, a length in the space of u (`default_epsilon` if None).
 
-    Costs 4·``directions``·(``steps`` + 2) forward+backward passes. Variables, the optimizer, data
-    and random states are as before afterwards.
+    The cost is 4·``directions``·(``steps`` + 2) forward+backward passes. All state is restored
+    afterwards.
 
     Raises:
-        ProblemError: an option out of range, or neither ``lr`` nor an optimizer.
+        ProblemError: an option is out of range, or there is neither ``lr`` nor an optimizer.
         NonFiniteError: the retraining diverges.
 
     Example:
@@ -112,7 +110,10 @@ class Retraining(Estimator):
         >>> from hyperopt_peft.diagnostics.retraining import Retraining
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
-        >>> truth, = hypergradient(upper, lower, Retraining(steps=50, lr=0.4, directions=10))
+        >>> lower.solve()
+        >>> found, = hypergradient(upper, lower, Retraining(steps=20, lr=0.4, directions=10))
+        >>> found.allclose(hypergradient(upper, lower, "unrolled:steps=20")[0], rtol=1e-3)
+        True
     """
 
     name = "retraining"
@@ -130,7 +131,7 @@ class Retraining(Estimator):
             self.require(value is None or value > 0, f"{option} must be positive, got {value}")
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError where nothing says how to train the lower level."""
+        """Raise ProblemError if there is neither ``lr`` nor a lower optimizer."""
         self.require(
             self.lr is not None or lower.optimizer is not None,
             f"{lower.name} has no optimizer to train it with; give an lr",
@@ -149,7 +150,7 @@ class Retraining(Estimator):
         return Estimate(direct, implicit, error / size if size else 0.0, self.steps)
 
     def passes(self, directions: int) -> int:
-        """The forward+backward passes that the slopes along so many directions take."""
+        """The number of forward+backward passes for the slopes along ``directions`` directions."""
         return 4 * directions * (self.steps + 2)
 
     def coordinates(self, oracle: Oracle, vectors: Sequence[Vector]) -> Coordinates:
@@ -208,7 +209,7 @@ class Retraining(Estimator):
         return torch.tensor([*losses, _upper_loss(oracle)], dtype=torch.float64)
 
     def _optimizer(self, lower: Problem, copies: Sequence[Tensor]) -> Optimizer:
-        """An optimizer over ``copies``: gradient descent, or a twin of the level's own."""
+        """An optimizer over ``copies``: gradient descent, or a copy of the level's own."""
         if self.lr is not None:
             return torch.optim.SGD(copies, lr=self.lr)
         own: Any = getattr(lower.optimizer, "optimizer", lower.optimizer)  # accelerate wraps it
@@ -224,20 +225,20 @@ class Retraining(Estimator):
 
 
 def _upper_loss(oracle: Oracle) -> float:
-    """F where the variables are now."""
+    """F at the current variables."""
     return replace(oracle).upper_gradient.evaluation.loss
 
 
 def random_directions(like: Vector, count: int) -> list[Vector]:
-    """``count`` random vectors shaped like ``like``, or its dimension where that is less."""
+    """min(``count``, n) random vectors shaped like ``like``."""
     return [random_like(like.parts, seed) for seed in range(min(count, like.numel()))]
 
 
 def orthonormal(vectors: Iterable[Vector], beyond: Sequence[Vector] = ()) -> list[Vector]:
-    """An orthonormal basis of what ``vectors`` add to ``beyond``, itself orthonormal.
+    """Orthonormal vectors that extend the orthonormal ``beyond`` to the span of ``vectors``.
 
-    A vector with less than a hundredth of its length outside of the others is left out.
-    Gram–Schmidt, done twice.
+    Gram–Schmidt, applied twice. A vector is omitted if less than 1 % of its norm is outside the
+    span of the previous ones.
     """
     basis: list[Vector] = []
     for vector in vectors:

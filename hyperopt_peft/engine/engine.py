@@ -11,7 +11,7 @@ from tqdm.auto import trange
 from hyperopt_peft.core.chain import levels_of
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
-from hyperopt_peft.engine.step import BilevelStep, LowerStep
+from hyperopt_peft.engine.step import BilevelStep, LowerStep, require_history
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import check_ownership
@@ -101,7 +101,7 @@ class Engine:
         self.upper, self.lower = upper, lower
         self.estimator = get_estimator(hypergradient)
         self._step = BilevelStep(upper, lower, self.estimator, seed=seed)
-        _require_history(self.estimator, lower_steps)
+        require_history(self.estimator, lower_steps=lower_steps, recorded=lower_steps)
         self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
         self.history: list[StepLog] = []
@@ -248,18 +248,3 @@ class Engine:
                 raise NonFiniteError(f"{where}: {error}; {NON_FINITE_ADVICE}") from error
             self.skipped += 1
             return None
-
-
-def _require_history(estimator: Estimator, lower_steps: int) -> None:
-    """Raise ProblemError unless ``lower_steps`` records are what ``estimator`` requires."""
-    needs = estimator.requirements
-    if needs.history > lower_steps:
-        raise ProblemError(
-            f"lower_steps: {estimator.name} needs {needs.history} lower steps between upper "
-            f"steps, got {lower_steps}; raise lower_steps"
-        )
-    if needs.every_step and needs.history < lower_steps:
-        raise ProblemError(
-            f"{estimator.name}: steps must be lower_steps={lower_steps}, since the estimator "
-            f"needs every lower step, got {needs.history}; give steps={lower_steps}"
-        )

@@ -20,7 +20,7 @@ from hyperopt_peft.core.chain import gradient_of, prepare
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
-from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
@@ -296,3 +296,28 @@ class BilevelStep:
         record = self._records.popleft()
         if record.variables:
             self._copies.give_back(record.variables)
+
+
+def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) -> None:
+    """Raise ProblemError where ``estimator`` needs more records of lower steps than there are.
+
+    Args:
+        estimator: the estimator of dF/du.
+        lower_steps: the number of lower steps before each upper step.
+        recorded: how many of these the driver records: all in the Engine, the last in the Trainer.
+
+    Example:
+        >>> from hyperopt_peft.hypergradients import get_estimator
+        >>> require_history(get_estimator("unrolled:steps=3"), lower_steps=2, recorded=2)
+        Traceback (most recent call last):
+        hyperopt_peft.errors.ProblemError: hypergradient: unrolled needs the last 3 lower steps ...
+    """
+    needs = estimator.requirements
+    if needs.history <= recorded and not (needs.every_step and needs.history < lower_steps):
+        return
+    which = "every lower step" if needs.every_step else f"the last {needs.history} lower steps"
+    raise ProblemError(
+        f"hypergradient: {estimator.name} needs {which} before each upper step, got "
+        f"{min(needs.history, recorded)} of lower_steps={lower_steps}; use the Engine with "
+        f"lower_steps={needs.history}, or change the options of the estimator"
+    )

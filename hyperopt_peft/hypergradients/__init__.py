@@ -1,4 +1,4 @@
-"""Hypergradient estimators: one a file, a registry, and the products they share."""
+"""Hypergradient estimators, their registry, and second-derivative products."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -21,7 +21,7 @@ from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import inner
 
-#: The batch that a level's data will give next.
+#: Stands for the next batch of a level's data.
 NEXT: Any = object()
 #: A relative residual above which `hypergradient` warns.
 LARGE_RESIDUAL = 0.1
@@ -35,11 +35,10 @@ def open_oracle(
     lower_batch: Any = NEXT,
     seed: int | None = None,
 ) -> Oracle:
-    """The two levels at the current point, outside training.
+    """The oracle of two levels at the current point, outside training.
 
-    A batch that is not given is the one the level's data will give next; it stays the next
-    one. The random numbers of both losses continue from the current random state, or are a
-    function of ``seed``.
+    A batch that is not given is the next one of the level's data, whose position does not change.
+    The random numbers of both losses start from the current random state, or from ``seed``.
 
     Raises:
         ProblemError: both levels own the same tensor.
@@ -57,7 +56,7 @@ def open_oracle(
 
 
 def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
-    """``method``'s estimate at the oracle's point; afterwards everything is as it was before.
+    """The estimate of ``method`` at the oracle's point; all state is restored afterwards.
 
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
@@ -67,7 +66,7 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
         with oracle.open():
             result = estimator.estimate(oracle)
     except NonFiniteError as error:
-        # A loss that is not finite is where the other numbers come from.
+        # A loss that is not finite is the cause, and the better message.
         _require_finite(estimator, oracle.lower, to_floats(oracle.losses))
         raise NonFiniteError(f"{estimator.name}: {error}") from error
     if not isinstance(result, Estimate):
@@ -86,16 +85,16 @@ def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
 
 
 def _require_finite(estimator: Estimator, lower: Problem, losses: Sequence[float]) -> None:
-    """Raise NonFiniteError where f was NaN or infinite at one of its evaluations."""
+    """Raise NonFiniteError if one of the values ``losses`` of f is NaN or infinite."""
     for loss in losses:
         if not math.isfinite(loss):
             raise NonFiniteError(f"{estimator.name}: {lower.name}: the loss is {loss}")
 
 
 def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> None:
-    """Raise ProblemError where ``estimator`` does not go with the levels.
+    """Raise ProblemError if ``estimator`` cannot be used with the levels.
 
-    A ``lower`` over other levels has no second derivatives, and one step of the past.
+    A ``lower`` with levels below has no exact second derivatives, and a history of one step.
     """
     estimator.check_levels(upper, lower)
     if is_chain(lower):
@@ -103,8 +102,8 @@ def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> Non
         estimator.require(not needs.second_derivatives, f"{lower.name}: {NESTED}")
         estimator.require(
             needs.history <= 1,
-            f"it looks back on {needs.history} steps of {lower.name}, and the levels below are "
-            "no longer where they were then; choose steps=1, or a solver",
+            f"needs a history of {needs.history} steps of {lower.name}, whose levels below have "
+            "moved since; choose steps=1, or a solver",
         )
 
 
@@ -117,28 +116,36 @@ def hypergradient(
     lower_batch: Any = NEXT,
     seed: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """dF/du at the current point: a tensor for each upper variable, alike in shape and dtype.
+    """dF/du at the current point: one tensor for each upper variable, in its shape and dtype.
 
         dF/du = ∂F/∂u − ∂²f/∂u∂w · [∂²f/∂w²]⁻¹ · ∂F/∂w
 
-    Nothing is trained and nothing changes: parameters, buffers, gradients, optimizers, data
-    and random states are bit-identical afterwards, also where an exception is raised.
+    Parameters, buffers, gradients, optimizers, data and random states are bit-identical afterwards,
+    also after an exception.
 
     Args:
         upper: the upper level, with loss F.
         lower: the lower level, with loss f, at (or near) its minimum for the current u.
-        method: an estimator or its name, with options: ``"cg:steps=40"``.
-        upper_batch, lower_batch: what the losses are given; by default what each level's
-            data will give next, None for a level without data.
-        seed: makes dropout a function of the seed rather than of the current random state.
+        method: an estimator, or its name with options: ``"cg:steps=40"``.
+        upper_batch, lower_batch: the batches of the losses; by default the next ones of each
+            level's data, None for a level without data.
+        seed: the seed of both losses' random numbers (dropout); by default they start from the
+            current random state.
 
     Raises:
-        ProblemError: unknown method or option, the levels share a tensor, a bad loss.
+        ProblemError: an unknown method or option; levels that share a tensor; an invalid loss.
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
 
     Warns:
-        HypergradientWarning: the estimator's relative residual is above 0.1. In training there is
-            no warning, since the log holds each step's ``residual``.
+        HypergradientWarning: the estimator's relative residual is above 0.1. Training does not
+            warn, since its log has each step's ``residual``.
+
+    Example:
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> lower.solve()
+        >>> [tuple(part.shape) for part in hypergradient(upper, lower, "cg")]
+        [(10,)]
     """
     estimator = get_estimator(method)
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)

@@ -1,4 +1,4 @@
-"""What an estimator is: an implicit one is a `Solver` times a product."""
+"""The interface of an estimator: its result, requirements, cost and options."""
 
 from __future__ import annotations
 
@@ -17,10 +17,22 @@ from hyperopt_peft.utils.vector import Vector
 
 @dataclass(frozen=True)
 class Estimate:
-    """A hypergradient: ``direct`` is ∂F/∂u, ``implicit`` the second term with its sign.
+    """A hypergradient dF/du = ``direct`` + ``implicit``, and a report of the computation.
 
-    ``state`` is what the estimator finds in the oracle at the next upper step of a run. ``norms``
-    are the 2-norms of dF/du, ``direct`` and ``implicit``, as `estimate` reads them.
+    Attributes:
+        direct: ∂F/∂u, shaped like the upper variables.
+        implicit: the implicit term with its sign, in the same shapes.
+        residual: ‖b − Hv‖/‖b‖ of a solve; None if the estimator does not measure it.
+        steps: the number of steps of the solver.
+        note: a message for the user.
+        state: `Oracle.state` at the next upper step.
+        norms: the 2-norms of dF/du, ``direct`` and ``implicit``; set by `estimate`.
+
+    Example:
+        >>> from torch import ones
+        >>> x = Vector([ones(2)])
+        >>> Estimate(direct=x, implicit=-0.5 * x).hypergradient.parts
+        (tensor([0.5000, 0.5000]),)
     """
 
     direct: Vector
@@ -38,24 +50,23 @@ class Estimate:
 
     @property
     def implicit_ratio(self) -> float:
-        """‖implicit‖/‖direct‖; infinite where F does not read u itself."""
+        """‖implicit‖/‖direct‖; infinite where only ``direct`` is zero."""
         _, direct, implicit = self.norms or (0.0, self.direct.norm(), self.implicit.norm())
         return implicit / direct if direct else (float("inf") if implicit else 0.0)
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an estimator needs of the run around it, which `BilevelStep` provides.
+    """The data that an estimator requires from training, by `BilevelStep`.
 
     Args:
-        history: how many of the last lower steps the estimator looks back on.
-        optimizer_state: whether the `StepRecord` of each holds the gradient and the optimizer's
-            state before the step.
-        lower_gradient: whether it holds ∂f/∂u of the lower step's own backward pass, which
-            saves a pass later.
+        history: the number of last lower steps with a `StepRecord`.
+        optimizer_state: whether a record has the gradient, and the optimizer's state before the
+            step.
+        lower_gradient: whether a record has ∂f/∂u, of the lower step's own backward pass.
         upper_weight: lower steps descend f + upper_weight·F, with F on the upper level's next
             batch.
-        every_step: whether no lower step may come between those that are looked back on.
+        every_step: whether every lower step must have a record.
         second_derivatives: whether f is differentiated twice.
 
     Example:
@@ -74,12 +85,12 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one upper step costs, the lower steps that the estimator needs before it included.
+    """The cost of one upper step, with the lower steps that the estimator requires.
 
     Args:
-        losses: how often F or f is evaluated.
-        backward_passes: passes through autograd, first and second ones.
-        vectors: how many vectors shaped like w are held at once, beside w and its gradient.
+        losses: the number of evaluations of F and f.
+        backward_passes: the number of first and second backward passes.
+        vectors: the largest number of vectors shaped like w in memory, beside w and its gradient.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -93,12 +104,24 @@ class Cost:
 
 
 class Estimator(ABC):
-    """A way to estimate dF/du; a subclass is a frozen dataclass whose fields are its options.
+    """An estimator of dF/du; a subclass is a frozen dataclass whose fields are the options.
 
-    Options are checked against their type hints at construction, then by ``check``.
+    The constructor checks options against their type hints, then calls ``check``.
 
     Raises:
-        ProblemError: an option of the wrong type or out of range.
+        ProblemError: an option has the wrong type or is out of range.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Scaled(Estimator):
+        ...     factor: float = 1.0
+        ...
+        ...     def estimate(self, oracle):
+        ...         direct = oracle.upper_gradient.direct
+        ...         return Estimate(self.factor * direct, 0 * direct)
+        >>> Scaled(factor="two")
+        Traceback (most recent call last):
+        hyperopt_peft.errors.ProblemError: Scaled: factor must be float, got 'two'
     """
 
     name: ClassVar[str] = ""
@@ -114,7 +137,7 @@ class Estimator(ABC):
         self.check()
 
     def require(self, condition: bool, message: str) -> None:
-        """Raise ProblemError with ``message`` under the estimator's name unless ``condition``."""
+        """Raise ProblemError with the estimator's name and ``message`` unless ``condition``."""
         if not condition:
             raise ProblemError(f"{self.name or type(self).__name__}: {message}")
 
@@ -123,26 +146,25 @@ class Estimator(ABC):
 
     @property
     def requirements(self) -> Requirements:
-        """What the estimator needs of the run; nothing by default."""
+        """The estimator's requirements of training; none by default."""
         return Requirements()
 
     def cost(self) -> Cost | None:
-        """What one upper step of a run costs; None where the estimator does not say."""
+        """The cost of one upper step in training; None if unknown."""
         return None
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError where the estimator does not go with these levels.
+        """Raise ProblemError if the estimator cannot be used with these levels.
 
-        Most see the lower loss alone, and refuse a lower level whose `Problem.optimizer_options`
-        are functions of upper variables.
+        By default ``lower`` must have no `Problem.optimizer_options` that are functions of upper
+        variables, since most estimators do not differentiate the optimizer.
         """
         read = read_by_options(lower)
         names = [n for n, u in zip(upper.names, upper.variables, strict=True) if id(u) in read]
         self.require(
             not names,
-            f"{lower.name}'s optimizer_options read {', '.join(names)}, which this estimator does "
-            'not see; choose one that differentiates the optimizer\'s steps, "unrolled" or '
-            '"forward"',
+            f"the optimizer_options of {lower.name} read {', '.join(names)}, and this estimator "
+            'does not differentiate the optimizer; choose "unrolled" or "forward"',
         )
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What an estimator may ask about a pair of levels at the current point."""
+"""Gradients and second-derivative products of two levels at the current point."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import Buffers, TensorPool, assign_, perturbed, preserve_state
 from hyperopt_peft.utils.vector import Vector
 
-#: What an estimator keeps between two upper steps: vectors shaped like w, and numbers.
+#: An estimator's state between two upper steps: vectors shaped like w, and numbers.
 State = Mapping[str, Vector | float]
 #: (∂/∂u, ∂/∂w) of a level's loss at w + offset.
 Gradients = Callable[[Literal["upper", "lower"], Vector], tuple[Vector, Vector]]
@@ -41,7 +41,7 @@ Gradients = Callable[[Literal["upper", "lower"], Vector], tuple[Vector, Vector]]
 
 @dataclass(frozen=True)
 class UpperGradient:
-    """∂F/∂u (``direct``), ∂F/∂w (``b``) and ‖b‖; zero where F does not read a variable."""
+    """∂F/∂u (``direct``), ∂F/∂w (``b``) and ‖b‖₂; zero for a variable that F does not read."""
 
     direct: Vector
     b: Vector
@@ -51,13 +51,27 @@ class UpperGradient:
 
 @dataclass
 class Oracle:
-    """First- and second-order information on F and f, batches and random numbers fixed.
+    """First and second derivatives of F and f, for fixed batches and random numbers.
 
-    All evaluations of one objective see the same dropout masks: those of ``upper_random``
-    for F and of ``lower_random`` for f. ``history`` holds the lower steps that led to the
-    current point since the last upper step, oldest first; it is empty where the estimate
-    is asked for out of training. ``copies`` holds copies of the lower variables. ``state`` is
-    what the estimator kept at the last upper step; it is empty at the first, and out of training.
+    Attributes:
+        upper, lower: the levels with losses F and f.
+        upper_batch, lower_batch: the batches of F and f.
+        upper_random, lower_random: the generator states at the start of each evaluation of F and
+            f, so that all evaluations of a loss have equal dropout masks.
+        history: the last lower steps, oldest first; empty outside training.
+        copies: the memory for copies of the lower variables.
+        state: `Estimate.state` of the last upper step; empty before, and outside training.
+        passes: the number of passes so far.
+        buffers: the modules' buffers, restored after each evaluation.
+        losses: the values of f so far, on their device.
+
+    Example:
+        >>> from hyperopt_peft.hypergradients.estimate import open_oracle
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> oracle = open_oracle(*diabetes())
+        >>> with oracle.open(), oracle.product("exact") as product:
+        ...     product.mixed(oracle.upper_gradient.b).numel()
+        10
     """
 
     upper: Problem
@@ -75,14 +89,14 @@ class Oracle:
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:
-        """Answer questions in the body; afterwards everything is as it was before."""
+        """Within the body, the oracle can be used; afterwards all state is restored."""
         variables = (*self.upper.variables, *self.lower.variables)
         with preserve_state(variables, devices_of(self.upper, self.lower)) as self.buffers:
             yield self
 
     @cached_property
     def upper_gradient(self) -> UpperGradient:
-        """∂F/∂u and ∂F/∂w, by one forward+backward."""
+        """∂F/∂u and ∂F/∂w, by one forward+backward pass."""
         return self._upper_gradient()
 
     def _upper_gradient(self) -> UpperGradient:
@@ -94,15 +108,15 @@ class Oracle:
         given, norm = evaluation.gradient, math.hypot(*evaluation.norms[len(u) :])
         direct, b = Vector.of(given[: len(u)], u), Vector.of(given[len(u) :], w)
         views = (None if g is None else x for g, x in zip(given, (*direct, *b), strict=True))
-        evaluation = replace(evaluation, gradient=tuple(views))  # once in memory, not twice
+        evaluation = replace(evaluation, gradient=tuple(views))  # frees the first copy
         return UpperGradient(direct, b, norm, evaluation)
 
     def lower_gradient(self) -> Vector:
-        """∂f/∂w where the lower variables are now, by one forward+backward."""
+        """∂f/∂w at the current w, by one forward+backward pass."""
         return Vector.of(self.lower_parts(), self.lower.variables)
 
     def lower_parts(self) -> tuple[Tensor | None, ...]:
-        """As ``lower_gradient``, but None where f does not read a variable: a step leaves it."""
+        """As ``lower_gradient``, with None for a variable that f does not read."""
         objective = self._objective(None)
         parts = objective.parts(self.lower.variables)
         self.lower.require_finite(objective.losses[-1], parts)
@@ -110,10 +124,10 @@ class Oracle:
 
     @contextmanager
     def moved(self) -> Iterator[Gradients]:
-        """Gradients of both losses where w is moved, one forward+backward each.
+        """Gradients of both losses at w + offset, by one forward+backward pass each.
 
-        They are taken in single precision, since they are made for differences. Afterwards w is
-        put back bit for bit.
+        The passes run in single precision, for use in differences. Afterwards w is restored bit
+        for bit.
         """
         objective, u = self._objective(None), self.upper.variables
         w = self.lower.variables
@@ -146,7 +160,7 @@ class Oracle:
     ) -> Iterator[Product]:
         """Second-derivative products of f at the current point, or at the start of step ``at``.
 
-        A forward difference takes ∂f/∂u from the step where the step has recorded it.
+        A forward difference uses ``at.upper_gradient``, if recorded.
         """
         sharded = is_sharded(*owned(self.upper, self.lower))
         if sharded and kind == "exact":
@@ -159,11 +173,11 @@ class Oracle:
             known = Vector.of(at.upper_gradient, self.upper.variables)
         variables = self.lower.variables
         with ExitStack() as stack:
-            stack.callback(self.buffers.restore)  # an exact product's graph needs its own till then
+            stack.callback(self.buffers.restore)  # after the body, whose graph reads the buffers
             stack.enter_context(self._single_precision(half))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
-                copies = None if half else self.copies  # the variables are float32 now
+                copies = None if half else self.copies  # half: the variables are float32 here
                 point = stack.enter_context(perturbed(variables, copies))
             if at is not None:
                 point = at.variables
@@ -176,12 +190,12 @@ class Oracle:
 
     @contextmanager
     def _single_precision(self, half: bool) -> Iterator[None]:
-        """Passes in single precision where they would run in ``half``."""
+        """Within the body, passes run in single precision if ``half``."""
         variables = owned(self.upper, self.lower)
         if half and is_sharded(*variables):
             raise ProblemError(
-                "a difference of gradients needs single precision, which cannot be had "
-                "over shards whose loss runs in half precision; turn mixed precision off"
+                "a difference of gradients needs single precision, which sharded variables do not "
+                "support when the loss runs in half precision; turn mixed precision off"
             )
         with single_precision(variables) if half else nullcontext():
             yield
@@ -192,7 +206,7 @@ class Oracle:
         if autocast_enabled() or any(variable.dtype in HALF for variable in variables):
             return True
         if self.lower.half is None:  # f has never been evaluated
-            # With its backward pass, which the reducers of DDP and FSDP2 wait for.
+            # The reducers of DDP and FSDP2 expect a backward pass after a forward pass.
             with replay(objective.random_state):
                 self.lower.gradient(objective.batch, (*self.upper.variables, *self.lower.variables))
             self.buffers.restore()
@@ -213,15 +227,15 @@ class Oracle:
 
 
 def check_ownership(*levels: Problem) -> None:
-    """Raise ProblemError where two levels own the same memory, or one of them is no level."""
+    """Raise ProblemError if two levels own the same memory, or an argument is not a Problem."""
     for level in levels:
         if not isinstance(level, Problem):
             raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
     for level in levels[:-1]:
         if is_chain(level):
             raise ProblemError(
-                f"{level.name} stands on other levels, so it must be the lowest of those given: "
-                "write a chain of four as Engine(first, Nested(second, Nested(third, fourth)))"
+                f"{level.name}: a level with levels below must be the lowest one given; write a "
+                "chain of four as Engine(first, Nested(second, Nested(third, fourth)))"
             )
     named = [
         (f"{level.name}'s {name}", variable)

@@ -1,8 +1,9 @@
 """Second-derivative products of the lower objective f at one point.
 
-A product is ``hessian(v) = ∂²f/∂w² v``, ``mixed(v) = ∂²f/∂u∂w v`` or ``tangent(v, e) =
-∂²f/∂w² v + ∂²f/∂w∂u e``, on one batch and one random state. `ExactProduct` differentiates ∂f/∂w
-once more; `DifferenceProduct` needs first-order passes only.
+    hessian(v) = ∂²f/∂w² v     mixed(v) = ∂²f/∂u∂w v     tangent(v, e) = ∂²f/∂w² v + ∂²f/∂w∂u e
+
+on one batch and one random state. `ExactProduct` differentiates ∂f/∂w; `DifferenceProduct` needs
+first-order passes only.
 """
 
 from __future__ import annotations
@@ -35,20 +36,18 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon
 ProductKind = Literal["exact", "difference"]
 Scheme = Literal["central", "forward"]
 SHARDED = (
-    "an exact product differentiates twice, which FSDP's shards cannot do; choose "
+    "an exact product differentiates twice, which FSDP does not support; choose "
     'product="difference", which needs first-order passes only'
 )
-
 NESTED = (
-    "the level stands on another, whose derivatives of second order would need a third; choose "
+    "an exact product is not available for a level with levels below; choose "
     'product="difference", which needs first-order passes only'
 )
 
 
 @dataclass
 class Passes:
-    """What an estimate cost: ``gradients`` are forward+backward passes, ``products`` second
-    backward passes over a kept graph."""
+    """Counts: ``gradients`` of forward+backward passes, ``products`` of second backward passes."""
 
     gradients: int = 0
     products: int = 0
@@ -56,10 +55,10 @@ class Passes:
 
 @dataclass(frozen=True)
 class Objective:
-    """The lower objective on one batch, with the random numbers of every evaluation fixed.
+    """f on one batch, with the same random numbers at every evaluation.
 
-    The value of f at each evaluation is added to ``losses`` and stays on its device. Gradients are
-    not checked: a NaN shows in the numbers that a solver reads, and `estimate` reads the losses.
+    Each evaluation appends f to ``losses``, a scalar on its device. Gradients are not checked for
+    NaN here: solvers check the numbers that they read, and `estimate` checks the losses.
     """
 
     lower: Problem
@@ -71,21 +70,30 @@ class Objective:
     losses: list[Tensor]
 
     def gradient(self, variables: tuple[Tensor, ...]) -> Vector:
-        """∂f/∂variables at the current point, by one forward+backward."""
+        """∂f/∂variables at the current point, by one forward+backward pass."""
         return Vector.of(self.parts(variables), variables)
 
     def parts(self, variables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """As ``gradient``, in the variables' dtypes; None where f does not read one."""
+        """As ``gradient``, in the variables' dtypes; None for a variable that f does not read."""
         self.passes.gradients += 1
         with replay(self.random_state):
             loss, _, gradient = self.lower.differentiate(self.batch, variables)
         self.losses.append(loss)
-        self.buffers.restore()  # so that the next evaluation is of the same function
+        self.buffers.restore()  # the next evaluation must be of the same function
         return gradient
 
 
 class Product(Protocol):
-    """Second-derivative products at a fixed point."""
+    """Second-derivative products of f at a fixed point; see `Oracle.product`.
+
+    Example:
+        >>> from hyperopt_peft.hypergradients.estimate import open_oracle
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> oracle = open_oracle(*diabetes())
+        >>> with oracle.open(), oracle.product("difference") as product:
+        ...     product.hessian(oracle.upper_gradient.b).numel()
+        10
+    """
 
     def hessian(self, v: Vector) -> Vector:
         """∂²f/∂w² v, shaped like the lower variables."""
@@ -97,20 +105,18 @@ class Product(Protocol):
         """∂²f/∂w² v and ∂²f/∂u∂w v, at the cost of one of them."""
 
     def tangent(self, v: Vector, e: Vector) -> Vector:
-        """∂²f/∂w² v + ∂²f/∂w∂u e: how ∂f/∂w changes as w moves along v and u along e."""
+        """∂²f/∂w² v + ∂²f/∂w∂u e, the derivative of ∂f/∂w as w moves along v and u along e."""
 
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
         """∂f/∂w, in the variables' dtypes; by a pass of its own unless a graph has it."""
 
 
 class ExactProduct:
-    """Products by double backward on one kept graph (Pearlmutter 1994).
+    """Products by double backward through one autograd graph (Pearlmutter 1994).
 
-    Attention runs in its math kernel, the only one with a second derivative. A custom
-    ``autograd.Function`` must have a differentiable backward, or be marked
-    ``once_differentiable``, which is noticed.
-
-    In a distributed run a product is the average over the processes.
+    Attention runs in PyTorch's math kernel, the only one with a second derivative. The backward
+    pass of a custom ``autograd.Function`` must be differentiable, or be marked
+    ``once_differentiable``, which is an error. A product is an average over the processes.
 
     Raises:
         ProblemError: an operation of the loss has no second derivative, or a module is sharded.
@@ -171,10 +177,10 @@ class ExactProduct:
 
 
 def _slopes(loss: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """∂loss/∂variables with a graph, zero where the loss does not read one."""
+    """∂loss/∂variables with its graph, zero for a variable that the loss does not read."""
     with _second_derivatives():
         slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
-        # Autograd never reaches their error: it leads nowhere, or is not even in the graph.
+        # Autograd raises no error for such a function where its node is not on a path.
         marked = once_differentiable_functions(loss)
         if marked or any(map(raises_when_differentiated, graph_nodes(slopes))):
             names = ", ".join(marked) or "a function"
@@ -184,15 +190,19 @@ def _slopes(loss: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @dataclass
 class DifferenceProduct:
-    """Products by finite differences of ∂f/∂w and ∂f/∂u along v, with h = epsilon/‖v‖.
+    """Products by finite differences of g = ∂f/∂w or ∂f/∂u along v, with h = epsilon/‖v‖.
 
-    Central: (g(w+hv) − g(w−hv))/2h, error O(h²). Forward: (g(w+hv) − g(w))/h, error
-    O(h), and g(w) is evaluated once, or not at all where ``upper_gradient``, ∂f/∂u as the
-    lower step has already computed it, is given. ``epsilon`` is a length in the space of w;
-    see `default_epsilon`. DARTS, arXiv:1806.09055 Eq. 8.
+        central   (g(w+hv) − g(w−hv))/2h    error O(h²)
+        forward   (g(w+hv) − g(w))/h        error O(h); g(w) is evaluated once
 
-    ``point`` is w, in memory of its own; the lower variables are left anywhere, and whoever
-    makes the product puts them back.
+    DARTS, arXiv:1806.09055 Eq. 8.
+
+    Args:
+        objective: f.
+        point: a copy of w. The caller restores the lower variables, which a product moves.
+        epsilon: the 2-norm of the change of w; `default_epsilon` if None.
+        scheme: ``"central"`` or ``"forward"``.
+        upper_gradient: ∂f/∂u at w, if known; a forward difference then does not evaluate it.
     """
 
     objective: Objective
@@ -220,7 +230,7 @@ class DifferenceProduct:
         return _parted(self._difference("both", (*w, *u), v), len(w))
 
     def tangent(self, v: Vector, e: Vector) -> Vector:
-        """∂²f/∂w² v + ∂²f/∂w∂u e, by differences of ∂f/∂w with both w and u displaced."""
+        """∂²f/∂w² v + ∂²f/∂w∂u e, by differences of ∂f/∂w with both w and u perturbed."""
         with perturbed(self.objective.upper.variables) as here:
             return self._difference("lower", self.objective.lower.variables, v, (here, e))
 
@@ -237,11 +247,11 @@ class DifferenceProduct:
         v: Vector,
         upper: tuple[Sequence[Tensor], Vector] | None = None,
     ) -> Vector:
-        """``upper``: where u is and the direction that it moves along, if it moves too."""
+        """A difference along v; ``upper`` is u and the direction of its perturbation, if any."""
         square = inner(v, v) if upper is None else inner(v, v) + inner(upper[1], upper[1])
-        # Half of the scale at a time: all of it may be beyond float32 where v is tiny.
+        # The factor epsilon/‖v‖ may overflow float32 for a tiny v; its square root does not.
         root = (self._length / square.sqrt()).sqrt()
-        root = torch.where(square > 0, root, 0.0)  # nothing moves along a v of zero
+        root = torch.where(square > 0, root, 0.0)  # v = 0
         moves = [(self.objective.lower.variables, self.point, (v * root).mul_(root))]
         if upper is not None:
             along = (upper[1] * root).mul_(root)
@@ -264,7 +274,7 @@ class DifferenceProduct:
 
     @cached_property
     def _length(self) -> float | Tensor:
-        """The length of a step in the space of w, once for the point."""
+        """The 2-norm of the perturbation of w."""
         return self.epsilon or default_epsilon(
             self.point,
             self.scheme,
@@ -285,12 +295,12 @@ def default_epsilon(
     *,
     beside: Sequence[Tensor] = (),
 ) -> Tensor:
-    """(δ·(1 + ‖w‖))^(1/(1+p)), δ the machine epsilon of the coarsest part of w and ``beside``.
+    """ε = (δ·(1 + ‖w‖))^(1/(1+p)), δ the largest machine epsilon of w and ``beside``.
 
-    p is 2 for the central and 1 for the forward scheme. The length balances the truncation
-    error, O(ε^p), and the rounding error, O(δ/ε), of a
-    difference quotient (Knoll & Keyes 2004, doi:10.1016/j.jcp.2003.08.010, §2.3). Balanced, they
-    are O(δ^(2/3)) for the central scheme: the δ of a gradient that is itself made of differences.
+    p is 2 for the central and 1 for the forward scheme. ε balances the truncation error O(ε^p) and
+    the rounding error O(δ/ε) of a difference quotient (Knoll & Keyes 2004,
+    doi:10.1016/j.jcp.2003.08.010, §2.3). For the central scheme both are then O(δ^(2/3)), which
+    replaces δ once for each of the ``differences`` inside the gradient itself.
     """
     delta = machine_epsilon((*point, *beside)) ** ((2 / 3) ** differences)
     order = 2 if scheme == "central" else 1
@@ -300,7 +310,7 @@ def default_epsilon(
 
 @contextmanager
 def _without_reducers() -> Iterator[None]:
-    """Forward passes after which DistributedDataParallel models expect no ``backward``.
+    """Within the body, DistributedDataParallel forward passes expect no ``backward``.
 
     Raises:
         ProblemError: a module's parameters are sharded.
@@ -328,9 +338,9 @@ def _without_reducers() -> Iterator[None]:
 
 @contextmanager
 def _second_derivatives() -> Iterator[None]:
-    """Backward passes of an exact product, with advice where an operation refuses them.
+    """Within the body, an operation without second derivative raises ProblemError with advice.
 
-    Checkpointed parts of the loss run again in them, so the attention kernel is chosen here too.
+    Gradient checkpointing reruns forward passes in the body, so attention uses the math kernel.
     """
     try:
         with sdpa_kernel(SDPBackend.MATH):

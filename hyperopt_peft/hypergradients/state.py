@@ -1,4 +1,4 @@
-"""What an estimator keeps between two upper steps, as a checkpoint holds it."""
+"""An estimator's state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hyperopt_peft.utils.vector import Vector
 
 
 def packed(state: State) -> dict[str, Any]:
-    """``state`` as numbers and lists of whole tensors, in memory of their own."""
+    """A copy of ``state`` as numbers and lists of full (unsharded) tensors."""
     return {
         key: [gather(part).clone() for part in value] if isinstance(value, Vector) else value
         for key, value in state.items()
@@ -22,13 +22,14 @@ def packed(state: State) -> dict[str, Any]:
 
 
 def unpacked(state: Mapping[str, Any], variables: Sequence[Tensor]) -> State:
-    """What `packed` made, on the devices and shards of the lower ``variables``.
+    """The inverse of `packed`, on the devices and shards of the lower ``variables``.
 
     Raises:
-        ProblemError: no mapping, or an entry is neither a number nor shaped like ``variables``.
+        ProblemError: ``state`` is no mapping, or has an entry that is neither a number nor shaped
+            like ``variables``.
     """
     if not isinstance(state, Mapping):
-        raise ProblemError(f"what the estimator kept must be a mapping, got {state!r}")
+        raise ProblemError(f"the estimator's state: must be a mapping, got {state!r}")
     shapes = [tuple(variable.shape) for variable in variables]
     result: dict[str, Vector | float] = {}
     for key, value in state.items():
@@ -37,10 +38,13 @@ def unpacked(state: Mapping[str, Any], variables: Sequence[Tensor]) -> State:
         elif isinstance(value, list) and [tuple(getattr(x, "shape", ())) for x in value] == shapes:
             result[key] = Vector(_placed(x, v) for x, v in zip(value, variables, strict=True))
         else:
-            raise ProblemError(f"the estimator's {key!r} is not that of these lower variables")
+            raise ProblemError(
+                f"the estimator's state: {key!r} does not have the shapes of the lower variables; "
+                "use a state of the same levels"
+            )
     return result
 
 
 def _placed(whole: Tensor, like: Tensor) -> Tensor:
-    """``whole`` where ``like`` is, in its own dtype: a vector is wider than half precision."""
+    """``whole`` on the device and shards of ``like``; the dtype of a `Vector` may be wider."""
     return sharded_like(whole, like) if is_sharded(like) else whole.to(like.device)

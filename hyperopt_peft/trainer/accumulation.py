@@ -1,4 +1,4 @@
-"""One objective over several micro-batches, as gradient accumulation has it."""
+"""Gradient accumulation: one objective over several micro-batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ITEMS, WEIGHT = "num_items_in_batch", "loss_weight"
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a step's batch, and the random state its loss was evaluated from."""
+    """A part of a step's batch, and the random states before its loss was evaluated."""
 
     batch: Any
     random_state: RandomState
@@ -30,9 +30,8 @@ class Accumulated(Problem):
 
         f(w) = 1/n Σ_i f_i(w)   over n micro-batches
 
-    The variables are those of ``level``. Each micro-batch sees its own random numbers again at
-    every evaluation, and first-order passes hold one micro-batch in memory at a time.
-    ``optimizer`` moves these variables, and may move others.
+    The variables are the level's. Every evaluation of a micro-batch has the same random numbers,
+    and first-order passes hold one graph at a time. ``optimizer`` may own other tensors too.
 
     Example:
         >>> w = torch.ones((), requires_grad=True)
@@ -91,18 +90,18 @@ class Accumulated(Problem):
 def label_weights(
     batches: Sequence[Any], *, shifted: bool, items: bool, across_processes: bool
 ) -> list[dict[str, Tensor]]:
-    """What to add to each of one step's ``batches`` for a mean over all of its labels.
+    """The entries of each batch that make a step's loss the mean over all of its labels.
 
-    The loss of a micro-batch is the mean over its c_i labels that are not -100; a step's loss is
-    the mean over all of its labels, on all P processes:
+    The loss of micro-batch i on process p is the mean over its c_ip labels that are not -100. The
+    loss of a step of n micro-batches on P processes is
 
-        1/(nP) Σ_i,p weight_i,p · loss_i,p,   weight_i,p = c_i,p · nP / Σ c
+        1/(nP) Σ_ip weight_ip · loss_ip,   weight_ip = c_ip · nP / Σ c
 
     Args:
-        batches: the n micro-batches of this process. Nothing is added where one has no ``labels``.
-        shifted: the labels are those of the next token, so that the first of a row is not scored.
-        items: the loss takes ``num_items_in_batch``, c_i.
-        across_processes: the Trainer multiplies a loss that takes it by P, which c_i·P undoes.
+        batches: the n micro-batches of this process; without ``labels`` there are no entries.
+        shifted: whether a label is the next token's, so that the first one of a row is not scored.
+        items: whether the loss takes ``num_items_in_batch``, c_ip.
+        across_processes: whether the Trainer multiplies such a loss by P, which c_ip·P undoes.
     """
     counts = [_labels(batch, shifted) for batch in batches]
     known = [count for count in counts if count is not None]
@@ -119,7 +118,7 @@ def label_weights(
 
 
 def _labels(batch: Any, shifted: bool) -> Tensor | None:
-    """How many labels of ``batch`` are scored; None where it has none."""
+    """The number of labels of ``batch`` that are scored; None without labels."""
     if not isinstance(batch, Mapping):
         return None
     labels = batch.get("shift_labels")

@@ -1,4 +1,4 @@
-"""The arguments of `BilevelTrainer`: those of `transformers.Trainer`, and the upper level's."""
+"""The arguments of `BilevelTrainer`: `transformers.TrainingArguments` and the upper level's."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
+import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
+from hyperopt_peft.engine.step import require_history
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.utils.validation import matches, type_name
 
-#: The fields of `transformers.TrainingArguments` that a run's result depends on, of all versions.
+#: The fields of `transformers.TrainingArguments`, of all versions, that change a run's result.
 DECISIVE = (
     "accelerator_config",
     "adam_beta1",
@@ -57,11 +59,10 @@ DECISIVE = (
 
 @dataclass
 class BilevelTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, which keep their meaning for the lower level, and more.
+    """`transformers.TrainingArguments` of the lower level, and arguments of the upper level.
 
-    Epochs and steps count optimizer steps of the lower level. The learning rate schedule
-    (``lr_scheduler_type``, ``warmup_steps``) is that of both levels, each with its own peak.
-    Callbacks with a state, such as ``EarlyStoppingCallback``, resume with it.
+    Epochs and steps count optimizer steps of the lower level. Both levels have the same learning
+    rate schedule, each with its own peak. Callbacks with a state resume with their state.
 
     Raises:
         ProblemError: an unknown estimator or option, or a value out of range.
@@ -100,8 +101,8 @@ class BilevelTrainingArguments(TrainingArguments):
     )
     non_finite: Literal["raise", "skip"] = HfArg(
         default="raise",
-        help="what a NaN or infinite loss, gradient or curvature does: raise (a checkpoint is "
-        "written first), or skip (the step is left out and counted)",
+        help="response to a NaN or infinite loss, gradient or curvature: raise (after a checkpoint "
+        "is written), or skip (the step is counted)",
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
@@ -132,26 +133,25 @@ class BilevelTrainingArguments(TrainingArguments):
             if value is not None and not rule(value):
                 raise ProblemError(f"{name} must {words}, got {value}")
 
+    @property
+    def device(self) -> torch.device:
+        """As `transformers.TrainingArguments.device`; a CPU is without a number.
+
+        accelerate numbers it in several processes, and Transformers 5.0 asks `torch.load` for that
+        device when it resumes, which knows no such CPU.
+        """
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def estimator(self) -> Estimator:
-        """The estimator that ``hypergradient`` names.
+        """The estimator with the name and options ``hypergradient``.
 
         Raises:
-            ProblemError: an unknown one, an unknown option, or one that looks back on more than
-                one lower step: the Trainer keeps one.
+            ProblemError: an unknown estimator or option, or an estimator that needs records of
+                more than one lower step.
         """
         estimator = get_estimator(self.hypergradient)
-        needs = estimator.requirements
-        if needs.history > 1:
-            raise ProblemError(
-                f"hypergradient: {estimator.name} looks back on {needs.history} lower steps, of "
-                "which the Trainer keeps one; choose darts, neumann, cg or minres, or one step"
-            )
-        if needs.every_step and self.lower_steps > 1:
-            raise ProblemError(
-                f"hypergradient: {estimator.name} carries over what each lower step did, and the "
-                f"Trainer keeps one of lower_steps={self.lower_steps}; leave carry out, or use "
-                "the Engine"
-            )
+        require_history(estimator, lower_steps=self.lower_steps, recorded=1)
         return estimator
 
     def bilevel_settings(self) -> dict[str, Any]:
@@ -160,8 +160,8 @@ class BilevelTrainingArguments(TrainingArguments):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
 
     def decisive_settings(self) -> dict[str, Any]:
-        """The arguments that a run's result depends on, as plain values."""
+        """The arguments that change a run's result, as plain values."""
         known = self.to_dict()
         own = self.bilevel_settings()
-        own.pop("non_finite")  # may change when a run goes on
+        own.pop("non_finite")  # a resumed run may change it
         return {**{name: known[name] for name in DECISIVE if name in known}, **own}

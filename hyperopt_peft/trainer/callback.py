@@ -1,13 +1,16 @@
-"""`BilevelCallback`: what two levels add to the checkpoints of `transformers.Trainer`."""
+"""`BilevelCallback`: the files of two levels in the checkpoints of `transformers.Trainer`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
@@ -28,45 +31,63 @@ logger = logging.getLogger(__name__)
 
 
 class BilevelCallback(TrainerCallback):
-    """Writes, seals and restores the part of a checkpoint that the Trainer does not know.
+    """Writes, seals and restores the files of a checkpoint that the Trainer does not know.
 
-    A checkpoint has both levels' variables (a level may own tensors outside the model), the
-    estimator's state, each process's random states now and where the epoch began, and the seal:
-    settings and the hashes of all files, written last. A callback without a state of its own in
-    ``trainer_state.json``: the Trainer would make it anew from plain values, without ``trainer``.
+    These are the variables of both levels (a level may own tensors outside the model), the state
+    of the estimator, the random states of each process now and at the beginning of the epoch, and
+    the seal: settings and hashes of all files, written last. The callback has no state in
+    ``trainer_state.json``, from which the Trainer would rebuild it without ``trainer``.
     """
 
     def __init__(self, trainer: BilevelTrainer) -> None:
         self.trainer = trainer
-        self.begin(None)
-
-    def begin(self, found: tuple[Path, Mapping[str, Any]] | None) -> None:
-        """Forget an earlier run, and resume from the checkpoint ``found``, if any.
-
-        Raises:
-            ProblemError: the checkpoint is of other settings or data, or lacks a file.
-        """
         self.writing: Path | None = None  # a checkpoint without its seal
         self.signalled = False  # whether SIGTERM asked for a checkpoint and ended the run
+
+    @contextmanager
+    def run(self, found: tuple[Path, Mapping[str, Any]] | None) -> Iterator[None]:
+        """Train in the body, from the checkpoint ``found`` and its record unless None.
+
+        Raises:
+            ProblemError: the checkpoint is of other settings or data, lacks a file or is damaged;
+                or a checkpoint could not be written.
+        """
+        self.writing, self.signalled = None, False
         self.resumed = None if found is None else found[0]
-        self.settings = self.trainer.settings() if hasattr(self.trainer, "lower") else {}
-        if found is None:
-            return
-        folder, record = found
+        self.settings = self.trainer.settings()
+        if found is not None:
+            self._check(*found)
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            if self.writing is not None:
+                raise checkpoint.failed(self.writing, error) from error
+            if isinstance(error, SafetensorError | pickle.UnpicklingError):
+                raise ProblemError(
+                    "the checkpoint: a file is damaged or would run code, and was not loaded "
+                    f"({error}); use an earlier checkpoint"
+                ) from error
+            raise
+
+    def _check(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Raise ProblemError unless the run can resume from the checkpoint ``folder``."""
         if missing := {"settings", "skipped"} - record.keys():
-            raise ProblemError(f"{folder / checkpoint.SEAL}: damaged, without {sorted(missing)}")
+            raise ProblemError(
+                f"{folder / checkpoint.SEAL}: the entries {sorted(missing)} are missing; use an "
+                "earlier checkpoint"
+            )
         for name in (LEVELS, ESTIMATOR, *NEEDED):
             if not (folder / name).is_file():
                 raise ProblemError(
-                    f"{folder}: written without {name} (save_only_model?), so there is nothing to "
-                    "resume from; use an earlier checkpoint, or start a new run"
+                    f"{folder}: written without {name} (save_only_model?); use an earlier "
+                    "checkpoint, or start a new run"
                 )
         require_settings(str(folder), record["settings"], "this run", self.settings)
         self.trainer.skipped = record["skipped"]
         logger.warning("resuming from %s", folder)
 
     def write(self, folder: Path) -> None:
-        """Write the levels' files into ``folder``, which has no seal until `seal`."""
+        """Write the files of the levels into ``folder``, which stays without a seal."""
         trainer, args = self.trainer, self.trainer.args
         self.writing = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +104,7 @@ class BilevelCallback(TrainerCallback):
         torch.save({**position, "now": dict(now.states)}, _position(folder))
 
     def seal(self) -> None:
-        """Declare the checkpoint whole that was written last, then delete older ones."""
+        """Seal the last written checkpoint, then delete older ones."""
         trainer, args, folder = self.trainer, self.trainer.args, self.writing
         if folder is None:
             return
@@ -96,9 +117,12 @@ class BilevelCallback(TrainerCallback):
             checkpoint.rotate(folder.parent, trainer.save_total_limit, best)
 
     def save_before(self, step_begin: RandomState) -> str:
-        """Write a checkpoint of where a step began that cannot be taken; where it is, in words."""
+        """Write a checkpoint of the state before the present step; returns where, in words.
+
+        ``step_begin`` has the random states at the beginning of the step.
+        """
         trainer, done = self.trainer, self.trainer.state.global_step
-        # A run that resumes at an epoch's begin draws what the epoch's begin draws.
+        # A run that resumes at the beginning of an epoch draws the order of the data again.
         (self.epoch_random if self.epoch_step == done else step_begin).restore()
         folder = Path(trainer.args.output_dir) / f"{checkpoint.PREFIX}{done}"
         try:
@@ -113,10 +137,10 @@ class BilevelCallback(TrainerCallback):
         return f"the state before it is in {folder}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the levels, whose variables have the identities of the whole run by now."""
+        """Restore the levels, after the Trainer has prepared model and optimizer."""
         self.trainer.take_over()
         if self.resumed is not None:
-            # The model's files need not have the variables as they are, a product for example.
+            # A variable need not be a parameter of the model.
             self._load_levels(self.resumed)
             state, step = checkpoint.read_state(self.resumed / ESTIMATOR), self.trainer.bilevel_step
             if step is not None:
@@ -125,7 +149,7 @@ class BilevelCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Note where the epoch begins; a resumed one begins as it did, for the same order."""
+        """Record the beginning of the epoch; a resumed epoch gets its first random state again."""
         done = state.global_step
         if done >= state.max_steps:  # resumed at the end, where the Trainer takes one more step
             control.should_training_stop = True
@@ -145,12 +169,12 @@ class BilevelCallback(TrainerCallback):
             within = done % steps > 0 and not args.ignore_data_skip
             RandomState(position["epoch" if within else "now"]).restore()
             self.epoch_step = position["step"] if within else done
-            if hasattr(train_dataloader, "set_epoch"):  # accelerate's skipping does not hand it on
+            if hasattr(train_dataloader, "set_epoch"):  # accelerate's skip_first_batches forgets it
                 train_dataloader.set_epoch(done // steps)
         self.epoch_random = RandomState.capture(self.trainer.devices)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Seal what the Trainer has written."""
+        """Seal the checkpoint that the Trainer has written."""
         self.seal()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -162,7 +186,7 @@ class BilevelCallback(TrainerCallback):
             self._load_levels(best)
 
     def _seal_of_signal(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # On SIGTERM the Trainer writes a checkpoint in any of these events, and no save follows.
+        # On SIGTERM the Trainer writes a checkpoint in any of these events, without `on_save`.
         if self.writing is not None:
             self.seal()
             self.signalled = True
@@ -181,9 +205,9 @@ def _position(folder: Path) -> Path:
 
 
 def model_card(card: str, trainer: BilevelTrainer) -> str:
-    """``card``, which the Trainer has written, with the bilevel settings and the last numbers."""
+    """The Trainer's ``card`` with the bilevel settings and the last logged numbers."""
     base = getattr(getattr(trainer.model, "config", None), "name_or_path", "")
-    if base:  # where that is a folder, the Trainer takes the model for one that starts from zero
+    if base:  # the Trainer does not recognise a folder as a base model
         card = card.replace("was trained from scratch", f"is a fine-tuned version of `{base}`")
     settings = {"levels": {x.name: len(x.variables) for x in trainer.levels}}
     lines = {**settings, **trainer.args.bilevel_settings()}

@@ -1,9 +1,8 @@
-"""The levels' examples: their split, their checks, and what a checkpoint knows them by."""
+"""The levels' examples: their split, their checks and their fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -21,14 +20,26 @@ from hyperopt_peft.errors import ProblemError
 def split_dataset(
     train: Dataset, upper_fraction: float, seed: int, label: str | None = None
 ) -> tuple[Dataset, Dataset]:
-    """The lower and the upper level's part of the training set, seeded.
+    """The lower and the upper level's part of the training set, a function of ``seed``.
 
-    Stratified where ``label`` (by default the column ``label`` or ``labels``) holds classes: a
-    ClassLabel, or whole numbers with at least three rows for each on average.
+    The split is stratified if the column ``label`` (by default ``label`` or ``labels``) holds
+    classes: a ClassLabel, or integers with at least three rows for each on average.
+
+    Args:
+        train: the training set.
+        upper_fraction: the upper level's share of the rows, in (0, 1).
+        seed: the seed of the permutation.
+        label: the column of the classes.
 
     Raises:
         ProblemError: the split would leave a level empty or without one of the classes, an
-            example has none, or ``train`` has no such column.
+            example has no class, or ``train`` has no column ``label``.
+
+    Example:
+        >>> train = Dataset.from_dict({"label": [0, 1] * 10})
+        >>> lower, upper = split_dataset(train, 0.2, seed=0)
+        >>> len(lower), sorted(upper["label"])
+        (16, [0, 0, 1, 1])
     """
     if not isinstance(train, Dataset):
         raise ProblemError(
@@ -39,34 +50,30 @@ def split_dataset(
         raise ProblemError(f"upper_fraction must be in (0, 1), got {upper_fraction}")
     if label is not None and label not in train.column_names:
         raise ProblemError(f"the training set has no column {label!r}, only {train.column_names}")
-    values = _classes(train, label or label_column(train))
-    classes = values is not None
+    values = _classes(train, label or label_column(train)) or []
     rows = Dataset.from_dict({"row": range(len(train))})
-    if values is not None:
-        if None in values:
-            raise ProblemError(
-                f"{values.count(None)} of {len(train)} training examples have no label; remove them"
-            )
-        names = sorted(set(values))
-        stratum = [names.index(value) for value in values]
-        rows = rows.add_column("class", stratum).cast_column(
-            "class", ClassLabel(names=[str(name) for name in names])
+    if None in values:
+        raise ProblemError(
+            f"{values.count(None)} of {len(train)} training examples have no label; remove them"
         )
+    names = sorted(set(values))
+    if names:
+        rows = rows.add_column("class", [names.index(value) for value in values])
+        rows = rows.cast_column("class", ClassLabel(names=[str(name) for name in names]))
     where = f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper level"
     try:
         parts = rows.train_test_split(
-            test_size=upper_fraction, seed=seed, stratify_by_column="class" if classes else None
+            test_size=upper_fraction, seed=seed, stratify_by_column="class" if names else None
         )
     except ValueError as error:
         raise ProblemError(f"{where}: {error}") from error
-    if classes:
-        counts = Counter(stratum)
-        for part, level in ((parts["train"], "lower"), (parts["test"], "upper")):
-            missing = sorted(set(counts) - set(part["class"][:]))
-            if missing:
+    for part, level in ((parts["train"], "lower"), (parts["test"], "upper")):
+        present = set(part["class"]) if names else set()
+        for number, name in enumerate(names):
+            if number not in present:
                 raise ProblemError(
-                    f"{where}: class {names[missing[0]]!r} has only {counts[missing[0]]} examples, "
-                    f"and the {level} level would get none; change upper_fraction or the data"
+                    f"{where}: class {name!r} has only {values.count(name)} examples, and the "
+                    f"{level} level would get none; change upper_fraction or the data"
                 )
     return train.select(parts["train"]["row"][:]), train.select(parts["test"]["row"][:])
 
@@ -74,50 +81,55 @@ def split_dataset(
 def data_of_levels(
     train: Any, upper: Any, evaluation: Any, args: Any, *, bilevel: bool
 ) -> tuple[Any, Any]:
-    """The lower and the upper level's examples: ``train`` is split where ``upper`` is None.
+    """The lower and the upper level's examples: ``train`` is split if ``upper`` is None.
 
     Raises:
-        ProblemError: see `split_dataset`, `require_examples` and `require_apart`; ``upper`` is
-            given without an upper level.
+        ProblemError: as `split_dataset`, `require_examples` and `require_apart`; ``upper`` is
+            given without an upper level; or ``dataloader_drop_last`` leaves no batch.
     """
     require_examples("train_dataset", train)
-    if not bilevel:
-        if upper is not None:
-            raise ProblemError("upper_dataset: there is no upper level to give it to; leave it out")
-        return train, None
-    if upper is None:
-        seed = args.seed if args.data_seed is None else args.data_seed
-        train, upper = split_dataset(train, args.upper_fraction, seed)
-        require_apart(None, upper, evaluation)
-    else:
+    if not bilevel and upper is not None:
+        raise ProblemError("upper_dataset: there is no upper level; leave upper_dataset out")
+    if upper is not None:
         require_examples("upper_dataset", upper, by_index=True)
         require_apart(train, upper, evaluation)
+    elif bilevel:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        train, upper = split_dataset(train, args.upper_fraction, seed)
+    if not has_length(train):
+        return Endless(train), upper
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < batch:
+        raise ProblemError(
+            f"dataloader_drop_last: True leaves no batch of {batch} of the {len(train)} examples "
+            "of train_dataset; lower per_device_train_batch_size"
+        )
     return train, upper
 
 
 def label_column(data: Dataset) -> str | None:
-    """The column of ``data`` that Transformers' models and collators take for labels, if any."""
+    """The column of ``data`` that models and collators of Transformers read as labels, if any."""
     return next((column for column in ("label", "labels") if column in data.column_names), None)
 
 
 def _classes(data: Dataset, column: str | None) -> list[Any] | None:
-    """The entries of ``column`` where they are classes."""
+    """The entries of ``column`` if they are classes."""
     feature = None if column is None else data.features[column]
-    whole = isinstance(feature, Value) and "int" in feature.dtype
-    if not whole and not isinstance(feature, ClassLabel):
+    integer = isinstance(feature, Value) and "int" in feature.dtype
+    if not integer and not isinstance(feature, ClassLabel):
         return None
     values: list[Any] = data.with_format(None)[column][:]
-    # Whole numbers are classes where each of them is found again and again, ratings or counts not.
+    # Few different integers are classes; many may be ratings or counts.
     return values if isinstance(feature, ClassLabel) or 3 * len(set(values)) <= len(data) else None
 
 
 def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
-    """Raise ProblemError where ``data``, the argument ``name``, is no data set or an empty one.
+    """Raise ProblemError if ``data``, the argument ``name``, is no data set or an empty one.
 
-    ``by_index``: nor one that is read in order, or has no length.
+    With ``by_index`` the data set must have examples by index and a length.
     """
     if data is None:
-        raise ProblemError(f"give the trainer a {name}")
+        raise ProblemError(f"{name}: there is none; give the trainer a {name}")
     if isinstance(data, str | Mapping):
         raise ProblemError(
             f"{name} must be one data set, got a {type(data).__name__}; give one part of it, "
@@ -127,57 +139,45 @@ def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
         isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and has_length(data))
     ):
         raise ProblemError(
-            f"{name} must have examples by index and a length, for batches that a resumed run "
-            f"finds again; got a {type(data).__name__}"
+            f"{name} must have examples by index and a length, so that a resumed run reads the "
+            f"same batches; got a {type(data).__name__}"
         )
     if has_length(data) and len(data) == 0:
-        raise ProblemError(f"{name} has no examples")
+        raise ProblemError(f"{name} has no examples; give it some")
 
 
 @contextmanager
 def collating(name: str) -> Iterator[None]:
-    """Make one ProblemError of what a data collator says of the examples of ``name``."""
+    """Turn the errors of a data collator on the examples of ``name`` into a ProblemError."""
     try:
         yield
     except ProblemError:
         raise
     except (TypeError, ValueError, LookupError) as error:
         raise ProblemError(
-            f"the data collator makes no batch of examples of {name} ({error}); tokens of "
-            "different length need a data_collator that pads, such as DataCollatorWithPadding, and "
-            "columns of text must be removed"
+            f"the data collator makes no batch of examples of {name} ({error}); use a "
+            "data_collator that pads, such as DataCollatorWithPadding, and remove columns of text"
         ) from error
 
 
 def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
-    """Raise ProblemError where two of the data sets are one, or the levels' share an example.
-
-    Without ``lower``, ``upper`` is a part of the training set, which may be evaluated on, too.
-    """
+    """Raise ProblemError if the levels share an example, or ``upper`` is in the evaluation set."""
     for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
-        if _same(upper, held_out) or (lower is not None and shared(upper, held_out) == len(upper)):
+        if upper is held_out or shared(upper, held_out) == len(upper):
             raise ProblemError(
-                "eval_dataset is given as the upper level's data: then it is trained on, and "
-                "measures nothing; give a part of the training set, or upper_fraction"
+                "eval_dataset is given as the upper level's data, so that the evaluation is on "
+                "training data; give a part of the training set, or upper_fraction"
             )
     if isinstance(lower, Dataset) and isinstance(upper, Dataset) and not _columns(lower, upper):
         raise ProblemError(
             f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
-            f"and {upper.column_names}"
+            f"and {upper.column_names}; rename the columns"
         )
-    common = len(upper) if _same(upper, lower) else shared(upper, lower)
-    if common:
+    if common := len(upper) if upper is lower else shared(upper, lower):
         raise ProblemError(
-            f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too: the "
-            "upper level must not judge on what the lower one fits; take them out of one"
+            f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too, so that "
+            "the upper level does not see held-out data; remove them from one of the two"
         )
-
-
-def _same(one: Any, other: Any) -> bool:
-    fingerprint = getattr(one, "_fingerprint", None)
-    return one is other or (
-        fingerprint is not None and fingerprint == getattr(other, "_fingerprint", None)
-    )
 
 
 def _columns(one: Dataset, other: Dataset) -> list[str]:
@@ -185,23 +185,23 @@ def _columns(one: Dataset, other: Dataset) -> list[str]:
 
 
 def shared(data: Any, other: Any) -> int:
-    """How many examples of ``data`` are in ``other`` too; 0 where that cannot be told."""
+    """The number of examples of ``data`` that are in ``other`` too; 0 if that is unknown."""
     if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
         return 0
     known = set(_digests(other, _columns(data, other)))
     return sum(digest in known for digest in _digests(data, _columns(data, other)))
 
 
-#: Rows of a data set that a fingerprint reads at most, evenly spaced.
+#: The largest number of rows that a fingerprint reads, evenly spaced.
 FINGERPRINT_ROWS = 100_000
 
 
 def fingerprint(data: Any) -> str | int | None:
-    """What a checkpoint knows ``data`` again by: the contents, the order and the number of rows.
+    """The identity of ``data`` in a checkpoint: contents, order and number of rows.
 
-    Of a `datasets.Dataset`, a list or a tuple it is a hash; of more than `FINGERPRINT_ROWS` rows
-    those evenly spaced are read. Other data may cost or draw random numbers to read: of these it
-    is the length, or None.
+    Of a `datasets.Dataset`, a list or a tuple the fingerprint is a hash of at most
+    `FINGERPRINT_ROWS` rows. Other data, whose reading may be slow or draw random numbers, have
+    their length as fingerprint, or None.
     """
     if not isinstance(data, Dataset | list | tuple):
         return len(data) if has_length(data) else None
@@ -220,10 +220,9 @@ def fingerprint(data: Any) -> str | int | None:
 
 
 class Endless(IterableDataset[Any]):
-    """The examples of a stream again and again, in one pass that never ends.
+    """The examples of a stream without a length, repeated in one pass that never ends.
 
-    The Trainer resumes within a pass by reading what came before, and does not know the passes
-    of a stream without a length.
+    The Trainer resumes within one pass by reading the earlier examples again.
 
     Raises:
         ProblemError: a pass without examples.
@@ -244,6 +243,6 @@ class Endless(IterableDataset[Any]):
 
 
 def _digests(data: Dataset, columns: list[str]) -> Iterator[int]:
-    """A hash of each row as it is stored, whatever format it is read in."""
+    """A hash of each stored row, independent of the format of ``data``."""
     for table in data.select_columns(columns).with_format("arrow").iter(1000):
         yield from map(hash, map(repr, table.select(columns).to_pylist()))

@@ -1,4 +1,4 @@
-"""The names of `transformers` that it does not promise, each with a test in tests/contract."""
+"""Private names of `transformers`, each with a test in tests/contract."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ NEEDED = (SCHEDULER_NAME, TRAINER_STATE_NAME)
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """Write a checkpoint now; in public the Trainer writes one after a whole step only."""
+    """Write a checkpoint now; the public interface writes one only after a complete step."""
     trainer._save_checkpoint(trainer.model, None)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def new_optimizer(trainer: BilevelTrainer) -> Any:
-    """``args.optim`` over the variables of both levels, each with its rate and weight decay.
+    """The optimizer ``args.optim`` over both levels, each with its rate and weight decay.
 
     Raises:
-        ProblemError: the optimizer takes no groups of parameters, or not these options.
+        ProblemError: the optimizer takes no groups of parameters, or refuses the options.
     """
     cls, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
         trainer.args, trainer.model
@@ -28,16 +28,18 @@ def new_optimizer(trainer: BilevelTrainer) -> Any:
     takes_groups = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
     if not takes_groups or options.keys() & {"params", "model", "optimizer_dict"}:
         raise ProblemError(
-            f"optim: {name} chooses its own parameters; use one that takes groups, as adamw_torch"
+            f"optim: {name} takes no groups of parameters; use one that does, such as adamw_torch"
         )
     try:
         return cls(_groups(trainer), **options)
     except (TypeError, ValueError) as error:
-        raise ProblemError(f"optim: {name} does not take {options} ({error})") from error
+        raise ProblemError(
+            f"optim: {name} does not take {options} ({error}); change the options"
+        ) from error
 
 
 def _groups(trainer: BilevelTrainer) -> list[dict[str, Any]]:
-    """The lower level's variables with and without decay, as the Trainer has it, and the upper."""
+    """The lower variables with and without the Trainer's weight decay, and the upper variables."""
     args, upper = trainer.args, trainer.upper
     named = dict(trainer.model.named_parameters(remove_duplicate=False))
     plain = {id(p) for p in named.values()}
@@ -69,7 +71,7 @@ def learning_rate(optimizer: Any, level: Problem) -> float | None:
 
 
 def check_optimizer(optimizer: Any, scheduler: Any, levels: Sequence[Problem]) -> None:
-    """Refuse a user's optimizer unless it holds the levels' variables, each level's apart."""
+    """Raise ProblemError unless a user's optimizer has the levels' variables, in own groups."""
     if optimizer is None:
         if scheduler is not None:
             raise ProblemError("optimizers: a scheduler without an optimizer; give both or neither")

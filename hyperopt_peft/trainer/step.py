@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient
+from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError
 from hyperopt_peft.trainer.accumulation import MicroBatch, label_weights
 from hyperopt_peft.trainer.checks import shifts_labels
 from hyperopt_peft.trainer.optimizer import learning_rate
@@ -21,18 +22,19 @@ from hyperopt_peft.utils.random_state import RandomState
 if TYPE_CHECKING:
     from hyperopt_peft.trainer.trainer import BilevelTrainer
 
-#: What is logged of an upper step.
+#: The logged numbers of an upper step.
 UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
 
 
 class OptimizerStep:
     """A step of both levels at one point: the lower gradient, and the hypergradient when due.
 
-    Begins without gradients: the Trainer clears those of its model, and a variable may be outside.
+    The gradients of the levels' variables are cleared, since a variable need not be a parameter of
+    the model, whose gradients the Trainer clears.
 
     Args:
-        trainer: whose levels and optimizer they are.
-        batches: the step's micro-batches.
+        trainer: the owner of the levels and the optimizer.
+        batches: the micro-batches of the step.
     """
 
     def __init__(self, trainer: BilevelTrainer, batches: Sequence[Any]) -> None:
@@ -41,7 +43,7 @@ class OptimizerStep:
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
         self._weights = self._label_weights(batches)
-        #: The Trainer's counters, for a checkpoint of where the step began.
+        #: The Trainer's counters at the beginning of the step.
         self.begun = trainer.current_flos, trainer.state.num_input_tokens_seen
         self.clear_gradients()
 
@@ -51,12 +53,12 @@ class OptimizerStep:
         return len(self.micro) == self.expected
 
     def clear_gradients(self) -> None:
-        """Leave no gradient in the levels' variables."""
+        """Set each ``.grad`` of the levels' variables to None."""
         for _, variable in self.trainer.named_variables():
             variable.grad = None
 
     def evaluate(self, inputs: Any) -> Tensor:
-        """The share of the next micro-batch in the lower loss, with its graph."""
+        """The lower loss of the next micro-batch divided by their number, a scalar."""
         trainer = self.trainer
         batch = self._on_device(inputs, self._weights[len(self.micro)])
         self.micro.append(MicroBatch(batch, RandomState.capture(trainer.devices)))
@@ -67,12 +69,33 @@ class OptimizerStep:
         self._metrics.append(metrics)
         return loss
 
-    def set_gradients(self) -> None:
-        """Leave in each ``.grad`` what the variable is to move by, clipped; None for no move.
+    def set_gradients(self, save: Callable[[RandomState], str]) -> None:
+        """Set each ``.grad`` to the clipped direction of the step; None for no move.
+
+        Args:
+            save: writes a checkpoint of the state before the step, from the random states at its
+                beginning; returns where, in words.
 
         Raises:
-            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
+            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite, unless
+                ``args.non_finite`` skips the step.
         """
+        try:
+            self._set_gradients()
+        except NonFiniteError as error:
+            self.clear_gradients()
+            trainer, state = self.trainer, self.trainer.state
+            if trainer.args.non_finite == "skip":
+                trainer.skipped += 1
+                return
+            trainer.current_flos, state.num_input_tokens_seen = self.begun
+            written = save(self.micro[0].random_state)
+            raise NonFiniteError(
+                f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {self.expected} "
+                f"micro-batches): {error}; {NON_FINITE_ADVICE}; {written}"
+            ) from error
+
+    def _set_gradients(self) -> None:
         trainer, log = self.trainer, self.trainer.step_log
         w = trainer.lower.variables
         u = () if trainer.upper is None else trainer.upper.variables
@@ -81,19 +104,19 @@ class OptimizerStep:
         trainer.lower.require_finite(loss, gradient[: len(w)])
         for variable in u:
             variable.grad = None
-        noted = {f"lower_{k}": v for k, v in distributed.means(self._metrics).items()}
+        numbers = {f"lower_{k}": v for k, v in distributed.means(self._metrics).items()}
         descent = gradient[: len(w)]
         if trainer.bilevel_step is not None:
-            descent = self._upper(trainer.bilevel_step, gradient, noted)
+            descent = self._upper(trainer.bilevel_step, gradient, numbers)
         elif trainer.state.global_step == 0:
             require_read(trainer.lower, descent)
         norm = self._move(w, descent, trainer.max_grad_norm)
-        log.add({**noted, "lower_grad_norm": norm})
+        log.add({**numbers, "lower_grad_norm": norm})
         log.last["grad_norm"] = norm
         log.last["learning_rate"] = learning_rate(trainer.optimizer, trainer.lower)
 
-    def _upper(self, bilevel: BilevelStep, gradient: Gradient, noted: dict[str, Any]) -> Gradient:
-        """What the lower level descends along; each ``lower_steps``-th step moves u as well."""
+    def _upper(self, bilevel: BilevelStep, gradient: Gradient, numbers: dict[str, Any]) -> Gradient:
+        """The lower level's direction; each ``lower_steps``-th step sets the ``.grad`` of u too."""
         trainer, step = self.trainer, self.trainer.state.global_step + 1
         every, shared = trainer.args.lower_steps, bilevel.requirements.upper_weight > 0
         bilevel.lower.half = trainer.lower.half
@@ -106,14 +129,14 @@ class OptimizerStep:
                 next_upper_batch=lambda: self._upper_batch(step - 1 + (step - 1) // every),
             )
         if step % every == 0:
-            # Where the lower steps descend F too, each has taken a batch.
+            # With an upper weight each lower step has read an upper batch.
             batch = self._upper_batch((step if shared else 0) + step // every - 1)
             with trainer.compute_loss_context_manager():
-                above = bilevel.hypergradient(batch, number=step)
-            noted |= {key: above.log[key] for key in UPPER_NUMBERS}
-            noted |= {f"upper_{key}": value for key, value in above.metrics.items()}
+                upper = bilevel.hypergradient(batch, number=step)
+            numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}
+            numbers |= {f"upper_{key}": value for key, value in upper.metrics.items()}
             u, limit = bilevel.upper.variables, trainer.args.upper_max_grad_norm
-            noted["upper_grad_norm"] = self._move(u, above.hypergradient, limit)
+            numbers["upper_grad_norm"] = self._move(u, upper.hypergradient, limit)
             rate = learning_rate(trainer.optimizer, bilevel.upper)
             trainer.step_log.last["upper_learning_rate"] = rate
             bilevel.forget()
@@ -122,7 +145,7 @@ class OptimizerStep:
     def _move(
         self, variables: Sequence[Tensor], gradient: Sequence[Tensor | None], limit: float | None
     ) -> Tensor:
-        """Set each ``.grad``, clip them together, and return their norm before that."""
+        """Set each ``.grad`` and clip them together; returns their norm before clipping."""
         for variable, part in zip(variables, gradient, strict=True):
             variable.grad = part
         clip = self.trainer.accelerator.clip_grad_norm_
@@ -151,7 +174,7 @@ class OptimizerStep:
 
 
 class StepLog:
-    """The numbers of the steps since the last log, and the last of those that are not averaged.
+    """The numbers of the steps since the last log: to be averaged, and the last of others.
 
     Example:
         >>> log = StepLog()
@@ -166,13 +189,13 @@ class StepLog:
         self._values: dict[str, list[Any]] = {}
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Add a step's numbers; None and infinity (‖implicit‖/‖direct‖ without direct) are none."""
+        """Add a step's numbers without None and infinity (‖implicit‖/‖direct‖ with direct = 0)."""
         for key, value in values.items():
             if value is not None and value != float("inf"):
                 self._values.setdefault(key, []).append(value)
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The means over steps and processes, and the last numbers; the means begin again."""
+        """The means over steps and processes, and the last numbers; both are then cleared."""
         each = {(key, i): float(v) for key, vs in self._values.items() for i, v in enumerate(vs)}
         means: dict[str, list[float]] = {}
         for (key, _), value in distributed.averages(each).items():

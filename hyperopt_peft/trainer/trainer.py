@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -12,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
-from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.accumulation import ITEMS, WEIGHT, Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback, model_card
-from hyperopt_peft.trainer.data import Endless, collating, data_of_levels, fingerprint
+from hyperopt_peft.trainer.data import collating, data_of_levels, fingerprint
 from hyperopt_peft.trainer.optimizer import check_optimizer, held, new_optimizer
 from hyperopt_peft.trainer.step import OptimizerStep, StepLog
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
@@ -40,43 +37,35 @@ Level = Problem | Callable[["BilevelTrainer"], Problem]
 class BilevelTrainer(Trainer):
     """`transformers.Trainer` for a lower and an upper level over one model.
 
-    Every optimizer step is one of the lower level; each ``lower_steps``-th moves the upper
-    level too, by the hypergradient at the same point, on the step's own lower batch (all of its
-    micro-batches and processes) and the upper level's next batch. One optimizer holds both, a
-    group or more each, so schedules, checkpoints and resuming are the Trainer's own.
+    Every optimizer step moves the lower level. Each ``lower_steps``-th step moves the upper level
+    too, by the hypergradient at the same point, on the step's lower batch (all of its micro-batches
+    and processes) and the upper level's next batch. One optimizer has both levels in groups of
+    their own.
 
-    The loss that is trained is the levels'; what is evaluated is the model's own. A level that is
-    given as a function of the trainer can read ``trainer.task_loss``, the loss that the Trainer
-    itself would train: `compute_loss` with ``compute_loss_func``, label smoothing and a mean over
-    all labels of a step. Other losses are averaged over the micro-batches of a step.
+    Training uses the losses of the levels, evaluation the loss of the model. A level that is a
+    function of the trainer can read ``trainer.task_loss``, the loss that the Trainer itself would
+    train. Other losses are averaged over the micro-batches of a step.
 
-    Several processes that share each batch train as one with all of it does: with DDP for every
-    estimator, with accelerate's FSDP2 for those with first-order products, in float32. Under
-    FSDP2 a loss must read its variables through the model.
+    N processes train as one process with the whole batch: with DDP for every estimator, with
+    accelerate's FSDP2 for estimators with first-order products, in float32. Under FSDP2 a loss must
+    read its variables through the model. docs/training-reference.md lists the logged numbers.
 
     Args:
-        model: what the Trainer saves, evaluates and moves to its device.
-        lower: the lower level, without data and optimizer: the Trainer has them.
+        model: the model that the Trainer saves, evaluates and moves to its device.
+        lower: the lower level, without data and optimizer.
         upper: the upper level, likewise; None trains the lower level alone, as a baseline.
         args: the settings.
-        train_dataset: the lower level's examples, or those of both levels, to be split by
-            ``args.upper_fraction``.
+        train_dataset: the lower level's examples, or the examples of both levels, which
+            ``args.upper_fraction`` then divides.
         upper_dataset: the upper level's examples. Never ``eval_dataset``.
         callbacks: as for `transformers.Trainer`.
-        trainer: what else `transformers.Trainer` takes.
-
-    Logged beside the Trainer's own ``loss``, ``grad_norm``, ``learning_rate`` (the lower
-    level's): ``lower_grad_norm`` and ``upper_grad_norm`` (of the gradient and the hypergradient
-    before clipping), ``upper_learning_rate``, ``upper_loss``, ``implicit_ratio``
-    (‖implicit‖/‖direct‖), ``residual``, ``solver_steps``, ``skipped``, and the numbers that the
-    levels' losses return, as ``upper_…`` and ``lower_…``; means over the steps since the last log.
+        trainer: further arguments of `transformers.Trainer`.
 
     Raises:
-        ProblemError: levels that share a tensor or have data or an optimizer of their own, data
-            sets that overlap, an optimizer that does not hold exactly the levels' variables, or
-            a setting under which hypergradients would be wrong (fp16, DeepSpeed, FSDP1, FSDP2
-            with second-order products, threads of ``DataParallel``) or that the levels would
-            ignore (a loss function, a ``compute_loss`` of one's own, label smoothing, compilation).
+        ProblemError: levels that share a tensor or have data or an optimizer, data sets that
+            overlap, an optimizer that does not hold exactly the levels' variables, or a setting
+            that would make hypergradients wrong or that the levels would ignore
+            (docs/training-reference.md lists these).
 
     Example:
         >>> import torch
@@ -123,9 +112,6 @@ class BilevelTrainer(Trainer):
             args,
             bilevel=upper is not None,
         )
-        checks.check_batches(args, train_dataset)
-        if not has_length(train_dataset):
-            train_dataset = Endless(train_dataset)
         self.skipped = 0
         self._callback = BilevelCallback(self)
         super().__init__(
@@ -164,7 +150,7 @@ class BilevelTrainer(Trainer):
         return self._callback.signalled
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the run that resumes from it, as JSON has it."""
+        """The settings in which a checkpoint and the run that resumes must agree, as JSON."""
         settings = {
             **self.args.decisive_settings(),
             "hypergradient": repr(self.estimator) if self.upper is not None else None,
@@ -185,18 +171,14 @@ class BilevelTrainer(Trainer):
     ) -> Any:
         """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
 
-        A resumed run has bit by bit the variables, optimizer, schedule, order of the data, random
-        numbers, estimator's state and counters of one that was not interrupted. The numbers of a
-        log whose steps lie on both sides of the checkpoint are means over those after it. Not
-        bit by bit resume: a ``data_collator`` or data set that draws random numbers, such as
-        masks; ``dataloader_persistent_workers``; an epoch that a callback ended early; and a log
-        or evaluation at the end of an epoch whose last step wrote the checkpoint.
+        A resumed run is bit for bit the run without interruption, with the exceptions in
+        docs/distributed.md.
 
         Raises:
             ProblemError: no complete checkpoint, a damaged one, or one of other settings or data;
-                fewer steps than ``lower_steps``; examples of which no batch can be made; a loss
+                fewer steps than ``lower_steps``; examples that the collator cannot batch; a loss
                 that is no scalar, or a variable that no loss reads, at the level's first step.
-            NonFiniteError: see ``args.non_finite``; names step and batch.
+            NonFiniteError: as ``args.non_finite`` says; the message names step and batch.
         """
         found = checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir))
         return self._train_from(found, *args, **kwargs)
@@ -204,32 +186,22 @@ class BilevelTrainer(Trainer):
     def _train_from(
         self, found: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """``found``: the checkpoint to resume from, with its record."""
-        self.step_log = StepLog()
-        self.skipped = 0
-        self._callback.begin(found)
-        distributed.broadcast([v for _, v in self.named_variables()], self.args.device)
-        limits = self.args.max_grad_norm, self.args.save_total_limit
+        """Train from the checkpoint ``found``, with its record; None for a new run."""
+        self.step_log, self.skipped = StepLog(), 0
         self.save_total_limit = self.args.save_total_limit
+        limits = self.args.max_grad_norm, self.args.save_total_limit
         try:
-            return super().train(None if found is None else str(found[0]), *args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            if self._callback.writing is not None:
-                raise checkpoint.failed(self._callback.writing, error) from error
-            if isinstance(error, SafetensorError | pickle.UnpicklingError):
-                raise ProblemError(
-                    f"the checkpoint: a file is damaged or asks to run code ({error}); nothing of "
-                    "it was executed, use an earlier checkpoint"
-                ) from error
-            raise
+            with self._callback.run(found):
+                distributed.broadcast([v for _, v in self.named_variables()], self.args.device)
+                return super().train(None if found is None else str(found[0]), *args, **kwargs)
         finally:
             self.args.max_grad_norm, self.args.save_total_limit = limits
             if self.upper_batches is not None:
                 self.upper_batches.close()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """``args.optim`` over both levels, with groups of their own."""
-        if self.is_fsdp_enabled:  # an evaluation leaves whole parameters in the place of shards
+        """The optimizer ``args.optim`` over both levels, with groups of their own."""
+        if self.is_fsdp_enabled:  # an evaluation replaces the shards by whole parameters
             reshard(self.model)
         if self.optimizer is None:
             self.optimizer = new_optimizer(self)
@@ -237,12 +209,12 @@ class BilevelTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `transformers.Trainer.create_scheduler`, for a run in which the upper level moves."""
+        """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step."""
         self.require_upper_step(num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def require_upper_step(self, steps: int) -> None:
-        """Raise ProblemError where a run of ``steps`` lower steps has no upper one."""
+        """Raise ProblemError if a run of ``steps`` lower steps has no upper step."""
         if self.upper is not None and steps < self.args.lower_steps:
             raise ProblemError(
                 f"lower_steps: {self.args.lower_steps} leaves no upper step in a run of "
@@ -250,10 +222,10 @@ class BilevelTrainer(Trainer):
             )
 
     def take_over(self) -> None:
-        """Take the variables' identities from the optimizer, and clipping from the Trainer.
+        """Replace the levels' variables by the optimizer's, and do the Trainer's clipping.
 
-        Called when the Trainer has prepared model and optimizer: FSDP2 puts shards in the place of
-        the parameters, in the optimizer's groups too.
+        The callback calls this after the Trainer has prepared model and optimizer: FSDP2 replaces
+        the parameters, also in the optimizer, by shards.
         """
         now = dict(zip(map(id, self._held), held(self.optimizer), strict=True))
         for level in self.levels:
@@ -262,7 +234,7 @@ class BilevelTrainer(Trainer):
         self.args.max_grad_norm, self.args.save_total_limit = 0.0, None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """A step's micro-batches; none where the run has ended."""
+        """The micro-batches of the next step; none at the end of the run."""
         if self.control.should_training_stop:
             return [], None
         with collating("train_dataset"):
@@ -271,7 +243,7 @@ class BilevelTrainer(Trainer):
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch; after a step's last one each ``.grad`` is what the variable moves by."""
+        """The loss of one micro-batch; after the last one ``.grad`` is the step's direction."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -281,20 +253,17 @@ class BilevelTrainer(Trainer):
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         if self._step.whole:
-            try:
-                self._step.set_gradients()
-            except NonFiniteError as error:
-                self._non_finite(error)
+            self._step.set_gradients(self._callback.save_before)
         return loss.detach()
 
     def task_loss(self, batch: Any) -> Tensor:
-        """The loss that the Trainer trains: the mean over the labels of ``batch``, weighted.
+        """The loss that the Trainer would train: a scalar, the weighted mean over the labels.
 
-        The weight makes the mean over the micro-batches and processes of a step one over all of
-        its labels.
+        With the weights, the mean over the micro-batches and processes of a step is the mean over
+        all of its labels.
 
         Raises:
-            ProblemError: the model has no loss for the batch.
+            ProblemError: the model cannot compute a loss for ``batch``.
         """
         inputs = dict(batch)
         items, weight = inputs.pop(ITEMS, None), inputs.pop(WEIGHT, None)
@@ -302,8 +271,8 @@ class BilevelTrainer(Trainer):
             loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
         except (TypeError, ValueError, IndexError) as error:
             raise ProblemError(
-                f"the model has no loss for a batch of {sorted(batch)}: {error}; the data must "
-                "have the columns that its forward takes, labels that it knows among them"
+                f"the model has no loss for a batch of {sorted(batch)}: {error}; give the data the "
+                "columns of the model's forward, with valid labels"
             ) from error
         return loss if weight is None else loss * weight.to(loss.dtype)
 
@@ -314,30 +283,17 @@ class BilevelTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """As `transformers.Trainer.compute_loss`, right in an evaluation by several processes.
+        """As `transformers.Trainer.compute_loss`, corrected for evaluation by several processes.
 
-        The Trainer multiplies a loss by the number of processes where it counts labels, also that
-        of a model whose loss is a mean over its own rows, whatever the count.
+        With a count of labels the Trainer multiplies the loss by the number of processes, even the
+        loss of a model that is a mean over the process's rows whatever the count.
         """
         if not (checks.shifts_labels(self.model) or self.compute_loss_func):
             num_items_in_batch = None
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _non_finite(self, error: NonFiniteError) -> None:
-        """Skip the step and count it, or write a checkpoint of where it began and stop."""
-        self._step.clear_gradients()
-        if self.args.non_finite == "skip":
-            self.skipped += 1
-            return
-        step = self.state.global_step + 1
-        micro = self._step.micro
-        where = f"step {step} (epoch {self.state.epoch or 0:.2f}, {len(micro)} micro-batches)"
-        self.current_flos, self.state.num_input_tokens_seen = self._step.begun
-        written = self._callback.save_before(micro[0].random_state)
-        raise NonFiniteError(f"{where}: {error}; {NON_FINITE_ADVICE}; {written}") from error
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `transformers.Trainer.log`, with the levels' own numbers beside the loss."""
+        """As `transformers.Trainer.log`, with the numbers of the levels."""
         if "loss" in logs:
             means, last = self.step_log.read()
             logs |= {key: value for key, value in means.items() if key not in logs} | last
@@ -346,7 +302,7 @@ class BilevelTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `transformers.Trainer.save_model`, with the settings; levels too in a checkpoint."""
+        """As `transformers.Trainer.save_model`, with the settings; the levels in checkpoints."""
         folder = Path(output_dir or self.args.output_dir)
         if _internal_call and folder.name.startswith(checkpoint.PREFIX):
             self._callback.write(folder)
@@ -363,26 +319,26 @@ class BilevelTrainer(Trainer):
             path.write_text(model_card(path.read_text(), self))
 
     def end_training(self) -> None:
-        """Leave the other processes, after all else: the last line of a script.
+        """End the process group: the last line of a script.
 
-        A process that exits while threads of gloo hold its tensors is aborted; they end with the
-        process group. DDP goes first: where it is the last to hold the group, Python waits for
-        those threads, and they for Python.
+        A process that exits while threads of gloo hold its tensors is aborted; the threads end
+        with the process group. DDP is deleted first: if it held the last reference to the group,
+        Python and the threads would wait for each other.
         """
         self.release_models()
         gc.collect()
         self.accelerator.end_training()
 
     def release_models(self) -> None:
-        """Let go of what `accelerate` wrapped the model in."""
+        """Delete the wrapper of `accelerate` around the model."""
         self.model_wrapped = self.model
         self.accelerator.free_memory()
 
     def _take_levels(self, optimizer: Any) -> None:
-        """Make the step of the levels as they are now.
+        """Build the bilevel step of the levels' present variables.
 
         Raises:
-            ProblemError: the estimator does not go with the levels or the optimizer.
+            ProblemError: the estimator cannot be used with the levels or the optimizer.
         """
         self.max_grad_norm = self.args.max_grad_norm
         self.bilevel_step: BilevelStep | None = None

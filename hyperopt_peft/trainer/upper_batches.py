@@ -1,4 +1,4 @@
-"""The upper level's batches by number, made by a DataLoader in a repeatable order."""
+"""The upper level's batches, each a function of its number, from a DataLoader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import collating, require_examples
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 
-class UpperBatches:
+class UpperBatches(Dataset[Any]):
     """The upper level's batches, each a function of its number alone, so that a run can resume.
 
     Args:
         data: examples by index, with a length.
-        size: examples a batch and process.
-        seed: of the order, which changes from epoch to epoch.
+        size: the number of examples in a batch of one process.
+        seed: the seed of the order, which differs between epochs.
         collate: makes a batch from a list of examples.
-        rank, processes: which share of each batch is this process's.
-        loading: what `torch.utils.data.DataLoader` takes: ``num_workers``, ``pin_memory``.
+        rank: the number of this process.
+        processes: the number of processes, which share each batch.
+        loading: options of `torch.utils.data.DataLoader`: ``num_workers``, ``pin_memory``.
 
     Raises:
-        ProblemError: no examples, or an iterable data set, which has no order to return to.
+        ProblemError: no examples, or an iterable data set.
 
     Example:
         >>> batches = UpperBatches(range(4), 2, seed=0, collate=list)
@@ -69,11 +70,11 @@ class UpperBatches:
         """This process's share of batch ``number``, from 0; an epoch drops a smaller last one."""
         if self._batches is None or number != self._next:
             self.close()
-            # The loader seeds its workers from a generator, which is not the training stream's.
+            # The loader seeds its workers from this generator and not from the training stream.
             loader: DataLoader[Any] = DataLoader(
-                _Collated(self),
+                self,
                 batch_size=None,
-                sampler=_Rows(self, number),
+                sampler=self._numbered_rows(number),
                 collate_fn=_as_it_is,
                 generator=torch.Generator().manual_seed(self.seed),
                 **self.loading,
@@ -87,35 +88,23 @@ class UpperBatches:
         """End the workers; the next ``batch`` starts them again."""
         self._batches = None
 
-
-class _Rows(Sampler[tuple[int, list[int]]]):
-    """The numbers of batches from ``begin``, each with its rows; one permutation an epoch."""
-
-    def __init__(self, of: UpperBatches, begin: int) -> None:
-        self.of, self.begin = of, begin
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        of, known, order = self.of, -1, torch.empty(0, dtype=torch.int64)
-        for number in count(self.begin):
-            epoch, position = divmod(number, of.per_epoch)
+    def _numbered_rows(self, begin: int) -> Iterator[tuple[int, list[int]]]:
+        """The numbers of the batches from ``begin`` with their rows; one permutation an epoch."""
+        known, order = -1, torch.empty(0, dtype=torch.int64)
+        for number in count(begin):
+            epoch, position = divmod(number, self.per_epoch)
             if epoch != known:
-                generator = torch.Generator().manual_seed(of.seed * 1_000_003 + epoch)
-                known, order = epoch, torch.randperm(len(of.data), generator=generator)
-            first = (position * of.processes + of.rank) * of.size
-            yield number, order[first : first + of.size].tolist()
-
-
-class _Collated(Dataset[Any]):
-    """By number and rows, the batch; random numbers of an example or the collator are of it."""
-
-    def __init__(self, of: UpperBatches) -> None:
-        self.of = of
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                known, order = epoch, torch.randperm(len(self.data), generator=generator)
+            first = (position * self.processes + self.rank) * self.size
+            yield number, order[first : first + self.size].tolist()
 
     def __getitem__(self, index: tuple[int, list[int]]) -> Any:
         number, rows = index
-        of, together = self.of, getattr(self.of.data, "__getitems__", None)
-        with replay(RandomState.seeded((), of.seed, number, of.rank)):
-            return of.collate(together(rows) if together else [of.data[row] for row in rows])
+        together = getattr(self.data, "__getitems__", None)
+        # The number of the batch seeds the random numbers of the data and the collator.
+        with replay(RandomState.seeded((), self.seed, number, self.rank)):
+            return self.collate(together(rows) if together else [self.data[row] for row in rows])
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -123,7 +112,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
-    """Those of ``trainer.upper_dataset``, with the collator, columns and workers of its loaders."""
+    """Batches of ``trainer.upper_dataset``, with collator, columns and workers of the Trainer."""
     data, args = trainer.upper_dataset, trainer.args
     loader = loader_of(trainer, data, "upper_dataset")
     if isinstance(data, datasets.Dataset):
@@ -143,10 +132,10 @@ def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
 
 
 def loader_of(trainer: BilevelTrainer, data: Any, name: str) -> Any:
-    """A loader of ``data``, or of its first row, as the Trainer makes one.
+    """The Trainer's loader of ``data``, or of its first row.
 
     Raises:
-        ProblemError: ``data``, the argument ``name``, has no column that the model takes.
+        ProblemError: ``data``, the argument ``name``, has no column that the model reads.
     """
     try:
         few = data.select(range(1)) if isinstance(data, datasets.Dataset) else data

@@ -1,4 +1,4 @@
-"""What the autograd graph of a loss tells about how it was computed."""
+"""Queries of the autograd graph of a loss, and conditions for custom autograd functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the graph that leads to ``tensors``, once."""
+    """Every node of the autograd graph of ``tensors``, once."""
     waiting: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen: set[Any] = set()
     while waiting:
@@ -30,13 +30,13 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
 
 
 def graph_leaves(tensor: Tensor) -> list[Tensor]:
-    """The tensors that ``tensor.backward()`` leaves a gradient in."""
+    """The tensors whose ``.grad`` ``tensor.backward()`` writes."""
     found = (getattr(node, "variable", None) for node in graph_nodes([tensor]))
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
 def once_differentiable_functions(tensor: Tensor) -> list[str]:
-    """The names of the custom functions in the graph of ``tensor`` that are marked as such."""
+    """The names of the ``once_differentiable`` custom functions in the graph of ``tensor``."""
 
     def marked(function: Any) -> bool:  # the mark is a wrapper, defined in torch's own module
         backward = getattr(function, "backward", None)
@@ -47,40 +47,40 @@ def once_differentiable_functions(tensor: Tensor) -> list[str]:
 
 
 def refuses_in_place_edit(error: RuntimeError) -> bool:
-    """Whether ``error`` is autograd's: a tensor that a gradient needs was written to."""
+    """Whether ``error`` says that a tensor was edited in place which a gradient needs."""
     return any(word in str(error) for word in ("in-place", "inplace"))
 
 
 def is_checkpoint(node: Any) -> bool:
-    """Whether ``node`` is a reentrant gradient checkpoint, behind which no graph is seen."""
+    """Whether ``node`` is a reentrant gradient checkpoint, which hides the graph of its body."""
     return "CheckpointFunction" in node.name()
 
 
 def raises_when_differentiated(node: Any) -> bool:
-    """Whether ``node`` stands for an operation without a derivative: its pass raises."""
+    """Whether ``node`` is the derivative of a non-differentiable operation, and only raises."""
     return "Error" in node.name()
 
 
 def lacks_second_derivative(error: RuntimeError) -> bool:
-    """Whether a double backward raised ``error`` since an operation cannot be differentiated."""
+    """Whether ``error`` says that an operation has no second derivative."""
     return any(word in str(error) for word in ("not implemented", "double", "twice"))
 
 
 def recomputed_in_other_dtypes(error: RuntimeError) -> bool:
-    """Whether a checkpoint raised ``error`` since its second forward pass ran in other dtypes."""
+    """Whether ``error`` says that a checkpoint was recomputed in other dtypes."""
     return any(word in str(error) for word in ("same dtype", "Recomputed"))
 
 
 def is_half(node: Any) -> bool:
-    """Whether the node's result is in bfloat16 or float16."""
+    """Whether a result of ``node`` is in bfloat16 or float16."""
     return any(output.dtype in HALF for output in getattr(node, "_input_metadata", ()))
 
 
 def needed_inputs(node: Any, count: int) -> tuple[bool, ...]:
-    """For each of the first ``count`` inputs of a running custom backward, whether it is asked for.
+    """For each of the first ``count`` inputs, whether the running backward pass needs its gradient.
 
-    ``needs_input_grad`` says what requires a gradient; a pass over some of the variables
-    (``backward(inputs=…)``) needs fewer. All ``count`` inputs of the function must be tensors.
+    ``node.needs_input_grad`` is True for every input that requires a gradient; a pass over some of
+    the variables (``backward(inputs=…)``) needs fewer. The ``count`` inputs must be tensors.
     """
 
     def asked(index: int) -> bool:
@@ -88,14 +88,14 @@ def needed_inputs(node: Any, count: int) -> tuple[bool, ...]:
             return False
         try:
             return bool(torch._C._will_engine_execute_node(node.next_functions[index][0]))
-        except RuntimeError:  # a leaf that autograd.grad has been asked for
+        except RuntimeError:  # a leaf among the inputs of autograd.grad
             return True
 
     return tuple(asked(index) for index in range(count))
 
 
 def without_autocast(function: F) -> F:
-    """A static method of a custom autograd function that runs in the dtypes of its arguments."""
+    """``function``, a method of a custom autograd function, with autocast disabled."""
 
     @wraps(function)
     def run(*arguments: Any) -> Any:
@@ -107,19 +107,19 @@ def without_autocast(function: F) -> F:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether one of ``modules`` has a hook, or all modules have one that may change a result.
+    """Whether one of ``modules`` has a hook, or a global forward or backward hook is registered.
 
-    Forward pre-hooks of all modules do not count: with these, `restore` finds the buffers in use.
+    Global forward pre-hooks do not count: `utils.restore` and `utils.distributed` register some.
     """
     everywhere = global_hooks._global_forward_hooks or global_hooks._global_backward_hooks
     return bool(everywhere) or any(vars(module)[name] for module in modules for name in HOOKS)
 
 
 def needs_plain_operations(*inputs: Tensor) -> bool:
-    """Whether a function of ``inputs`` must consist of PyTorch's own operations at this moment.
+    """Whether a function of ``inputs`` must use PyTorch's own operations now.
 
-    A custom autograd function has a backward pass alone: no `torch.func` transform, no forward-mode
-    derivative and no `torch.jit.trace` goes through.
+    Inside `torch.func` transforms, forward-mode derivatives and `torch.jit.trace`, a custom
+    autograd function that defines a backward pass alone fails.
     """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,4 +1,4 @@
-"""Passes in single precision over a model that is held or run in half precision."""
+"""Single-precision passes over a model whose weights or operations are in half precision."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CASTS: dict[Any, Callable[..., Tensor]] = {
 
 
 class SinglePrecision(TorchFunctionMode):
-    """Runs every operation in float32 that would run in bfloat16 or float16.
+    """Every operation that would run in bfloat16 or float16 runs in float32.
 
-    A finite difference divides by its step: the eight bits of a bfloat16 activation, weight
-    or autocast matrix product would leave nothing but rounding. Half-precision arguments
-    are widened, casts to half precision become casts to float32, and autocast is off.
+    A finite difference divides rounding errors by its step; at the 8 bits of bfloat16 the result
+    would be all rounding. Half-precision arguments are converted to float32, casts to half
+    precision become casts to float32, and autocast is off.
     """
 
     def __torch_function__(
@@ -37,7 +37,7 @@ class SinglePrecision(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # What is written to must be the tensor itself, not a widened copy.
+        # An argument that the function writes to must not be replaced by a copy.
         written = 1 if _writes(getattr(func, "__name__", "")) else 0
         kept, args = args[:written], args[written:]
         args, kwargs = tree_map(_widened, (args, kwargs))
@@ -67,18 +67,18 @@ def _autocast_devices() -> list[str]:
 
 
 def autocast_enabled() -> bool:
-    """Whether operations are being cast to half precision now, on any device."""
+    """Whether autocast is enabled, on any device."""
     return bool(_autocast_devices())
 
 
 @contextmanager
 def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
-    """Hold half-precision ``variables`` in float32, and run in single precision.
+    """Within the body, ``variables`` are float32 and operations run in `SinglePrecision`.
 
-    The tensors get their own data back at the end, bit for bit.
+    Afterwards the variables have their half-precision data again, bit for bit.
 
     Raises:
-        ProblemError: a part of the loss is computed again in the backward pass, out of reach.
+        ProblemError: gradient checkpointing recomputes a half-precision part of the loss.
     """
     narrow = [(variable, variable.data) for variable in variables if variable.dtype in HALF]
     try:
@@ -90,8 +90,8 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
         if not recomputed_in_other_dtypes(error):
             raise
         raise ProblemError(
-            "gradient checkpointing computes half-precision parts of the loss again where they "
-            "cannot be held in float32; turn it off, or load the model in float32"
+            "gradient checkpointing: the backward pass recomputes half-precision parts of the "
+            "loss, which must run in float32; turn it off, or load the model in float32"
         ) from error
     finally:
         for variable, data in narrow:

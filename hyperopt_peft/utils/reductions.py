@@ -1,7 +1,7 @@
-"""Sums over many tensors that stay on their device, and the one function that reads numbers back.
+"""Sums over the entries of tensors, and the read of their values.
 
-A read waits for the device, so a solver has at most one a step: sums are scalar tensors, and
-`to_floats` brings several of these over at once.
+A read from the device waits for all earlier operations. So sums are scalar tensors on the device,
+and `to_floats` reads several of them at once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hyperopt_peft.utils.distributed import Form, to_local, totals
 
-BLOCK = 2**14  # entries that a CPU widens at a time, which then stay in its cache
+BLOCK = 2**14  # entries that a CPU converts to float64 at a time, so that they stay in its cache
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
-    """The values of scalar tensors, by one transfer from the device."""
+    """The values of scalar tensors, by one read from the device."""
     if not scalars:
         return []
     if len({(x.dtype, x.device) for x in scalars}) > 1:
@@ -34,9 +34,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Σ x² over the entries of each tensor, scalars in float64.
+    """Σ x² over the entries of each tensor, a float64 scalar on the tensor's device.
 
-    One is NaN or infinite if an entry is, and otherwise only where float64 cannot hold the square.
+    A sum is NaN or infinite if an entry is, or if the sum overflows float64.
     """
     if not tensors:
         return []
@@ -45,7 +45,7 @@ def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def summed(scalars: Sequence[Tensor]) -> Tensor:
-    """The sum of scalar tensors, in float64 on the device of the first."""
+    """The float64 sum of scalar tensors, on the device of the first."""
     first, *others = scalars
     result = first.double()
     for other in others:
@@ -54,7 +54,7 @@ def summed(scalars: Sequence[Tensor]) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of two tensors, in float64: squares stay in range, and small terms are not lost."""
+    """⟨a, b⟩ of two tensors, a scalar summed in float64 against overflow and rounding."""
     a, b = a.detach().flatten(), b.detach().flatten()
     if a.dtype == torch.float64 or a.device.type != "cpu" or len(a) <= BLOCK:
         return _wide_dot(a, b)
@@ -62,7 +62,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """The 2-norm of all entries."""
+    """The 2-norm of all entries of ``tensors``."""
     return math.sqrt(sum(to_floats(squares(list(tensors)))))
 
 

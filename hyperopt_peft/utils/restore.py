@@ -1,4 +1,4 @@
-"""Evaluations that leave no trace: everything a hypergradient touches is put back."""
+"""Variables, buffers, gradients and random states, restored after evaluations of a loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hyperopt_peft.utils.random_state import RandomState
 
 
 class Buffers:
-    """The buffers of the modules that run, as they were before they ran."""
+    """The buffers of the modules that run, with their values before the first forward pass."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor | None, Tensor | None]] = {}
 
     def see(self, module: nn.Module, _inputs: object) -> None:
-        """Forward pre-hook: remember the module's buffers before it can change them."""
+        """Forward pre-hook: copy the module's buffers before its first forward pass."""
         for name, buffer in module._buffers.items():
             key = id(module), name
             if key not in self._seen:
@@ -27,7 +27,7 @@ class Buffers:
                 self._seen[key] = (module, buffer, before)
 
     def changed(self) -> list[str]:
-        """Those that are not as they were, as ``Module.buffer``."""
+        """The names, ``Module.buffer``, of the buffers whose values have changed."""
         return [
             f"{type(module).__name__}.{name}"
             for (_, name), (module, _, before) in self._seen.items()
@@ -36,13 +36,13 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put them back, changed in place, replaced, or made where there was None."""
+        """Restore every buffer: one changed in place, replaced, or created in place of None."""
         pairs = [
             (buffer, before)
             for _, buffer, before in self._seen.values()
             if buffer is not None and before is not None
         ]
-        if pairs:  # all of them: a write through ``.data`` leaves no trace
+        if pairs:  # all of them, since a write through ``.data`` does not raise ``_version``
             buffers, before = zip(*pairs, strict=True)
             torch._foreach_copy_(buffers, before)
         for (_, name), (module, buffer, _) in self._seen.items():
@@ -57,10 +57,9 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 def preserve_state(
     variables: Sequence[Tensor], devices: Sequence[torch.device]
 ) -> Iterator[Buffers]:
-    """Run the body and put back ``.grad``s, buffers and random states, exceptions included.
+    """Restore ``.grad``, buffers and random states after the body, also after an exception.
 
-    Buffers (BatchNorm's statistics) are found by watching which modules run, so a loss may
-    reach its modules in any way.
+    The buffers (BatchNorm's statistics) are those of every module whose forward pass runs.
     """
     buffers = Buffers()
     random_state = RandomState.capture(devices)
@@ -79,13 +78,13 @@ def preserve_state(
 
 
 class TensorPool:
-    """Copies of some variables, in memory that is used again: fresh pages cost more than a copy."""
+    """Copies of variables in reused memory, since new pages cost more time than the copy."""
 
     def __init__(self) -> None:
         self._free: list[tuple[Tensor, ...]] = []
 
     def take(self, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """A copy of ``variables``, the same ones each time."""
+        """A copy of ``variables``."""
         copies = self._free.pop() if self._free else ()
         if [(x.dtype, x.device) for x in copies] != [(x.dtype, x.device) for x in variables]:
             copies = tuple(torch.empty_like(x, requires_grad=False) for x in variables)
@@ -93,7 +92,7 @@ class TensorPool:
         return copies
 
     def give_back(self, copies: tuple[Tensor, ...]) -> None:
-        """Allow the memory of ``copies``, which `take` gave, to be used for others."""
+        """Reuse the memory of ``copies``, of `take`, for a later copy."""
         self._free.append(copies)
 
 
@@ -101,9 +100,9 @@ class TensorPool:
 def perturbed(
     variables: Sequence[Tensor], copies: TensorPool | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Let the body move ``variables``, with `assign_`; then put them back by copy, bit for bit.
+    """Restore ``variables`` by copy after the body, which may change them in place.
 
-    Yields copies of where they were.
+    Yields copies of the values before the body; their memory is from the pool ``copies``.
     """
     copies = copies or TensorPool()
     saved = copies.take(variables)
@@ -121,7 +120,7 @@ def assign_(
     direction: Sequence[Tensor] = (),
     length: float = 0.0,
 ) -> None:
-    """Move ``variables`` in place to values + length·direction."""
+    """variables ← values + length·direction, in place."""
     torch._foreach_copy_(to_local(variables), to_local(values))
     if direction:
         torch._foreach_add_(to_local(variables), to_local(direction), alpha=length)

@@ -1,4 +1,4 @@
-"""Vectors over several tensors, with the arithmetic that a linear solver needs."""
+"""Vectors over several tensors, with the arithmetic of a linear solver."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from hyperopt_peft.utils.distributed import Form, gather, sharded_like, to_local
 
 
 class Space:
-    """How the parts of a vector lie in its buffers: one buffer for each dtype and device.
+    """The layout of a vector: one flat buffer for each dtype, device and `Form.holders`.
 
-    Of a sharded part the buffer holds what this process holds, beside others that as many
-    processes hold alike.
+    The buffer has the local shard of a sharded part.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -32,7 +31,7 @@ class Space:
         self.holders = [holders for _, _, holders in self.kinds]
 
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Buffers with copies of ``parts``."""
+        """New buffers with the entries of ``parts``."""
         here = to_local(parts)
         return [
             torch.cat([here[i].reshape(-1) for i in self._indices(k)]).to(device, dtype)
@@ -52,12 +51,12 @@ class Space:
 
 
 class Vector:
-    """A point of the product space of some tensors, in memory of its own.
+    """A vector with the shapes and copies of the entries of the tensors ``parts``.
 
-    All parts of one dtype and device are one flat buffer, so that an operation is one call
-    however many the parts are. Half-precision parts are widened to float32, since a solver's
-    recurrences lose their meaning at eight bits. Operators give new vectors; methods that end in
-    an underscore change this one. Factors are numbers, or scalar tensors that stay on the device.
+    Parts of one dtype and device share one flat buffer, so that an operation is one kernel for any
+    number of parts. Half-precision parts become float32. Operators return new vectors; methods
+    that end in an underscore change this one. A factor is a number or a scalar tensor; a tensor is
+    not read from the device.
 
     Example:
         >>> x = Vector([torch.ones(2, 2), torch.zeros(3)])
@@ -75,7 +74,7 @@ class Vector:
 
     @classmethod
     def of(cls, gradient: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
-        """``gradient`` with zeros where it is None."""
+        """The vector of ``gradient``, with zeros for an entry that is None."""
         return cls(
             torch.zeros_like(tensor) if part is None else part
             for part, tensor in zip(gradient, like, strict=True)
@@ -83,7 +82,7 @@ class Vector:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The vector in the shapes of the tensors: views of its memory."""
+        """The parts in their own shapes: views of the buffers."""
         if self._parts is None:
             self._parts = self._space.split(self.buffers)
         return self._parts
@@ -101,7 +100,7 @@ class Vector:
         return self._with(map(torch.sub, self.buffers, other.buffers))
 
     def __mul__(self, factor: float | Tensor | Vector) -> Vector:
-        """With a number, or entry by entry with another vector."""
+        """factor·self, entry by entry where ``factor`` is a vector."""
         if isinstance(factor, Vector):
             return self._with(map(torch.mul, self.buffers, factor.buffers))
         return self._with(x * _at(factor, x) for x in self.buffers)
@@ -115,50 +114,50 @@ class Vector:
         return self._with(map(torch.neg, self.buffers))
 
     def copy(self) -> Vector:
-        """The same point in other memory."""
+        """A copy."""
         return self._with(map(torch.clone, self.buffers))
 
     def plus(self, other: Vector, factor: float | Tensor) -> Vector:
-        """self + factor·other, in one operation."""
+        """self + factor·other, by one kernel a buffer."""
         pairs = zip(self.buffers, other.buffers, strict=True)
         return self._with(_axpy(x, y, factor) for x, y in pairs)
 
     def add_(self, other: Vector, factor: float | Tensor = 1.0) -> Vector:
-        """This vector becomes self + factor·other."""
+        """self ← self + factor·other."""
         for x, y in zip(self.buffers, other.buffers, strict=True):
             _axpy(x, y, factor, out=x)
         return self
 
     def mul_add_(self, factor: float | Tensor, other: Vector) -> Vector:
-        """This vector becomes factor·self + other."""
+        """self ← factor·self + other."""
         for x, y in zip(self.buffers, other.buffers, strict=True):
             _axpy(y, x, factor, out=x)
         return self
 
     def mul_(self, factor: float | Tensor) -> Vector:
-        """This vector becomes factor·self."""
+        """self ← factor·self."""
         for x in self.buffers:
             x.mul_(_at(factor, x))
         return self
 
     def copy_(self, other: Vector) -> Vector:
-        """This vector becomes equal to ``other``."""
+        """self ← other."""
         for x, y in zip(self.buffers, other.buffers, strict=True):
             x.copy_(y)
         return self
 
     def norm(self) -> float:
-        """The 2-norm, read from the device."""
+        """The 2-norm; one read from the device."""
         return math.sqrt(dot(self, self))
 
     def numel(self) -> int:
-        """The dimension of the space."""
+        """The number of entries."""
         return sum(form.shape.numel() for form in self._space.forms)
 
     def flat(self) -> Tensor:
         """All entries in the order of the parts, ``(numel,)``, on the first part's device.
 
-        The buffer itself where there is one that is not sharded.
+        The result is the buffer itself where the vector has a single one that is not sharded.
         """
         if self._space.holders == [0]:
             return self.buffers[0]
@@ -166,7 +165,7 @@ class Vector:
         return torch.cat([gather(part).reshape(-1).to(device) for part in self.parts])
 
     def with_entries(self, flat: Tensor) -> Vector:
-        """The vector of this space with the entries of ``flat``, a ``(numel,)`` tensor."""
+        """A vector of this layout with the entries ``flat``, ``(numel,)``; inverse of `flat`."""
         chunks = flat.split([form.shape.numel() for form in self._space.forms])
         return Vector(sharded_like(x.reshape(p.shape), p) for x, p in zip(chunks, self.parts))
 
@@ -181,34 +180,44 @@ class Vector:
 
 
 def inner(a: Vector, b: Vector) -> Tensor:
-    """⟨a, b⟩ in float64, a scalar on the device; see `reductions.to_floats`."""
+    """⟨a, b⟩ in float64, a scalar tensor on the device."""
     sums = list(map(reductions.dot, a.buffers, b.buffers))
     return reductions.summed(totals(sums, a._space.holders))
 
 
 def dot(a: Vector, b: Vector) -> float:
-    """⟨a, b⟩ in float64, read from the device."""
+    """⟨a, b⟩, summed in float64; one read from the device.
+
+    Example:
+        >>> dot(Vector([torch.tensor([1.0, 2.0])]), Vector([torch.tensor([3.0, 4.0])]))
+        11.0
+    """
     return reductions.to_floats([inner(a, b)])[0]
 
 
 def normalised(vector: Vector) -> Vector:
-    """``vector`` with length 1, or zero where it is zero; nothing is read."""
+    """vector/‖vector‖, or zero for a zero vector; no read from the device."""
     length = inner(vector, vector).sqrt()
     return vector * torch.where(length > 0, 1 / length, 0.0)
 
 
 def machine_epsilon(tensors: Iterable[Tensor]) -> float:
-    """The relative rounding error of the coarsest of ``tensors``, half precision as float32."""
+    """The largest machine epsilon of ``tensors``; half precision counts as float32."""
     return max(float(torch.finfo(widened_dtype(x)).eps) for x in tensors)
 
 
 def zeros_like(vector: Vector) -> Vector:
-    """The zero of the vector's space."""
+    """The zero vector with the shapes of ``vector``.
+
+    Example:
+        >>> zeros_like(Vector([torch.ones(2)])).parts
+        (tensor([0., 0.]),)
+    """
     return vector._with(map(torch.zeros_like, vector.buffers))
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32 where it is in half precision, itself otherwise."""
+    """``tensor``, in float32 if it is in half precision."""
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
@@ -218,12 +227,12 @@ def widened_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _at(factor: float | Tensor, like: Tensor) -> float | Tensor:
-    """``factor`` where an operation on ``like`` can use it without a read."""
+    """``factor`` on the device and in the dtype of ``like``."""
     return factor.to(like.device, like.dtype) if isinstance(factor, Tensor) else factor
 
 
 def _axpy(x: Tensor, y: Tensor, factor: float | Tensor, out: Tensor | None = None) -> Tensor:
-    """x + factor·y, by one kernel and without a read."""
+    """x + factor·y, by one kernel and without a read from the device."""
     if isinstance(factor, Tensor):
         return torch.addcmul(x, y, factor.to(y.device, y.dtype), out=out)
     return torch.add(x, y, alpha=factor, out=out)

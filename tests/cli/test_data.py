@@ -1,9 +1,13 @@
 """Files are read alike in every format; what cannot be trained on is named before any work."""
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path
+from typing import Any, Literal
 
+import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
@@ -15,20 +19,20 @@ from hyperopt_peft.cli.text.setup import prepare
 from tests.support.cli import failure
 from tests.support.files import WORDS, flags, rows, save_model, tokenizer, write
 
-CLASSES = "text-classification"
+CLASSES: Literal["text-classification"] = "text-classification"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("model")))
 
 
-def prepared(model, path, task=CLASSES, **options):
-    return prepare(ModelArguments(model, task), DataArguments([path], max_length=16, **options))
+def prepared(model: str, path: str, **options: Any) -> Any:
+    return prepare(ModelArguments(model, CLASSES), DataArguments([path], max_length=16, **options))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet"])
-def test_every_format_holds_the_same_examples(tmp_path, model, name):
+def test_every_format_holds_the_same_examples(tmp_path: Path, model: str, name: str) -> None:
     setup = prepared(model, write(tmp_path / name, rows()), eval_fraction=0)
     expected = tokenizer()([row["text"] for row in rows()])["input_ids"]
     assert setup.train["input_ids"][:] == expected
@@ -38,7 +42,7 @@ def test_every_format_holds_the_same_examples(tmp_path, model, name):
     assert setup.evaluation is None
 
 
-def test_files_are_joined_and_tabs_separate(tmp_path, model):
+def test_files_are_joined_and_tabs_separate(tmp_path: Path, model: str) -> None:
     table = "text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows(number=6))
     (tmp_path / "a.tsv").write_text(table)
     args = DataArguments([str(tmp_path / "a.tsv"), write(tmp_path / "b.csv", rows())])
@@ -46,7 +50,9 @@ def test_files_are_joined_and_tabs_separate(tmp_path, model):
     assert train["text"][:] == [row["text"] for row in rows(number=6) + rows()]
 
 
-def test_numbers_are_classes_in_their_order_and_eval_files_share_them(tmp_path, model):
+def test_numbers_are_classes_in_their_order_and_eval_files_share_them(
+    tmp_path: Path, model: str
+) -> None:
     data = [{"text": row["text"], "label": (9, 10, 11)[i % 3]} for i, row in enumerate(rows())]
     held_out = [{"text": "w1", "label": "10"}]
     train, evaluation = write(tmp_path / "a.csv", data), write(tmp_path / "b.json", held_out)
@@ -56,7 +62,7 @@ def test_numbers_are_classes_in_their_order_and_eval_files_share_them(tmp_path, 
     assert len(setup.train) == 24
 
 
-def test_pairs_of_texts_are_one_example(tmp_path, model):
+def test_pairs_of_texts_are_one_example(tmp_path: Path, model: str) -> None:
     data = [{"a": "w1 w2", "b": "w3", "label": "xy"[i % 2]} for i in range(8)]
     setup = prepared(
         model, write(tmp_path / "a.csv", data), text_columns=["a", "b"], eval_fraction=0
@@ -64,7 +70,9 @@ def test_pairs_of_texts_are_one_example(tmp_path, model):
     assert setup.train["input_ids"][0] == tokenizer()("w1 w2", "w3")["input_ids"]
 
 
-def test_held_out_examples_are_stratified_apart_and_the_same_each_time(tmp_path, model):
+def test_held_out_examples_are_stratified_apart_and_the_same_each_time(
+    tmp_path: Path, model: str
+) -> None:
     path = write(tmp_path / "a.csv", rows())
     first, second = (prepared(model, path, eval_fraction=0.25) for _ in range(2))
     assert first.evaluation["input_ids"][:] == second.evaluation["input_ids"][:]
@@ -73,23 +81,25 @@ def test_held_out_examples_are_stratified_apart_and_the_same_each_time(tmp_path,
     assert sorted(every) == sorted(tokenizer()([r["text"] for r in rows()])["input_ids"])
 
 
-def encoded(task, data, names=(), features=None, **options):
+def encoded(
+    task: str, rows: list[Any], names: tuple[str, ...] = (), features: Any = None, **options: Any
+) -> Any:
     args = DataArguments(["unused"], **{"max_length": 5, **options})
-    data = Dataset.from_list(data, features=features)
+    data = Dataset.from_list(rows, features=features)
     return Encoder(task, args, tokenizer(), names).encode(data, "the examples")
 
 
-def ids(text):
+def ids(text: str) -> list[int]:
     return [{"[EOS]": 2}.get(word) or 3 + WORDS.index(word) for word in text.split()]
 
 
-def test_text_ends_in_end_of_text_and_is_its_own_label():
+def test_text_ends_in_end_of_text_and_is_its_own_label() -> None:
     result = encoded("causal-lm", [{"text": "w1 w2"}, {"text": "w1 w2 w3 w4 w5 w6"}])
     assert result["input_ids"][:] == [ids("w1 w2 [EOS]"), ids("w1 w2 w3 w4 w5")]
     assert result["labels"][:] == result["input_ids"][:]
 
 
-def test_a_prompt_has_no_labels_and_loses_its_beginning_first():
+def test_a_prompt_has_no_labels_and_loses_its_beginning_first() -> None:
     data = [{"text": "w1", "target": "w2"}, {"text": "w1 w2 w3 w4", "target": "w5 w6"}]
     result = encoded("causal-lm", data, target_column="target")
     # The tokenizer ends every text, the prompt included, with [EOS].
@@ -97,20 +107,20 @@ def test_a_prompt_has_no_labels_and_loses_its_beginning_first():
     assert result["labels"][:] == [[-100, -100, *ids("w2 [EOS]")], [-100] * 2 + ids("w5 w6 [EOS]")]
 
 
-def test_a_target_longer_than_the_limit_leaves_no_prompt():
+def test_a_target_longer_than_the_limit_leaves_no_prompt() -> None:
     data = [{"text": "w1", "target": "w2 w3 w4 w5 w6 w7"}]
     result = encoded("causal-lm", data, target_column="target")
     assert result["labels"][0] == result["input_ids"][0] == ids("w2 w3 w4 w5 w6")
 
 
-def test_source_and_target_are_cut_apart():
+def test_source_and_target_are_cut_apart() -> None:
     data = [{"text": "w1 w2", "target": "w3 w4 w5 w6 w7"}]
     result = encoded("seq2seq", data, target_column="target")
     assert result["input_ids"][0] == ids("w1 w2 [EOS]")
     assert result["labels"][0] == ids("w3 w4 w5 w6 [EOS]")
 
 
-def test_the_first_token_of_a_word_has_its_tag():
+def test_the_first_token_of_a_word_has_its_tag() -> None:
     # Two tokens a word, for "w1-w2" is split at "-", which is itself unknown.
     data = [{"tokens": ["w1-w2", "w3"], "label": [1, 0]}]
     features = Features(
@@ -123,107 +133,111 @@ def test_the_first_token_of_a_word_has_its_tag():
     assert result["labels"][0] == [1, -100, -100, 0, -100]
 
 
-def bad(rows, **change):
-    return [{**row, **change} if i == 1 else row for i, row in enumerate(rows)]
+def bad(data: list[Any], **change: Any) -> list[Any]:
+    """``data`` with another second row."""
+    return [{**row, **change} if i == 1 else row for i, row in enumerate(data)]
 
 
-ERRORS = {
-    "a missing column": (rows(), {"text_columns": "txt"}, "no column 'txt'; did you mean 'text'?"),
-    "no such label": (rows(), {"label_column": "y"}, "no column 'y'; known are text, label"),
-    "an empty cell": (
-        bad(rows(), text=None),
-        {},
-        "column 'text' is empty in 1 of 24 rows, first in row 2",
-    ),
-    "a blank text": (bad(rows(), text=" "), {}, "column 'text' is blank in row 2; take it out"),
-    "a blank label": (bad(rows(), label=""), {}, "column 'label' has a blank label"),
-    "numbers and words": (bad(rows(), label=1), {}, "column 'label' holds int, str; make all"),
-    "no classes": ([{**r, "label": {"a": 1}} for r in rows()], {}, "'label' holds dict; make all"),
-    "texts and numbers": (bad(rows(), text=1), {}, "column 'text' holds json, not text"),
+# Data, options, and the words that the error must have.
+ERRORS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
+    "a missing column": (rows(), {"text_columns": "txt"}, ["'txt'", "'text'"]),
+    "no such label": (rows(), {"label_column": "y"}, ["'y'", "text, label"]),
+    "an empty cell": (bad(rows(), text=None), {}, ["'text'", "1 of 24", "row 2"]),
+    "a blank text": (bad(rows(), text=" "), {}, ["'text'", "row 2"]),
+    "a blank label": (bad(rows(), label=""), {}, ["'label'", "blank"]),
+    "numbers and words": (bad(rows(), label=1), {}, ["'label'", "int, str"]),
+    "no classes": ([{**r, "label": {"a": 1}} for r in rows()], {}, ["'label'", "dict"]),
+    "texts and numbers": (bad(rows(), text=1), {}, ["'text'", "json"]),
     "a word among numbers": (
         bad([{**r, "label": 0.5} for r in rows()], label="high"),
         {"task": "regression"},
-        "column 'label' holds json, not numbers; row 2 has 'high'",
+        ["'label'", "row 2", "'high'"],
     ),
-    "the label as text": (rows(), {"text_columns": ["text", "label"]}, "'label' is named twice"),
-    "a class once": (bad(rows(), label="d"), {}, "the label 'd' occurs once in the training"),
-    "one class": (
-        [{**r, "label": "a"} for r in rows()],
-        {},
-        "all training examples have the label 'a'",
-    ),
+    "the label as text": (rows(), {"text_columns": ["text", "label"]}, ["'label'", "twice"]),
+    "a class once": (bad(rows(), label="d"), {}, ["'d'", "once"]),
+    "one class": ([{**r, "label": "a"} for r in rows()], {}, ["'a'"]),
     "fractions as classes": (
         [{**r, "label": 0.5} for r in rows()],
         {},
-        "column 'label' holds float64, not classes; numbers are for task regression",
+        ["'label'", "float64", "regression"],
     ),
-    "text as numbers": (
-        rows(),
-        {"task": "regression"},
-        "'label' holds string, not numbers; row 1 has 'a'",
-    ),
+    "text as numbers": (rows(), {"task": "regression"}, ["'label'", "string", "row 1", "'a'"]),
     "numbers as text": (
         [{"text": 1, "label": "ab"[i % 2]} for i in range(8)],
         {},
-        "column 'text' holds int64, not text",
+        ["'text'", "int64"],
     ),
     "texts as words": (
         rows(),
         {"task": "token-classification", "tokens_column": "text"},
-        "column 'label' holds string, not lists of classes (JSON or Parquet has them)",
+        ["'label'", "string", "lists"],
     ),
-    "no target": ([{"text": "w1"}], {"task": "seq2seq"}, "seq2seq needs target_column"),
-    "three texts": (rows(), {"text_columns": ["a", "b", "c"]}, "takes 2, got a, b, c"),
-    "too few to hold out": (
-        rows(number=9),
-        {"eval_fraction": 0.1},
-        "cannot hold out eval_fraction=0.1",
-    ),
-    "long examples": (rows(), {"max_length": 600}, "max_length=600 is more than the model's 512"),
-    "no examples": (rows(), {"eval_file": "none.csv"}, "eval_file: there is no file none.csv"),
+    "no target": ([{"text": "w1"}], {"task": "seq2seq"}, ["seq2seq", "target_column"]),
+    "three texts": (rows(), {"text_columns": ["a", "b", "c"]}, ["text_columns", "a, b, c"]),
+    "too few to hold out": (rows(number=9), {"eval_fraction": 0.1}, ["eval_fraction=0.1"]),
+    "long examples": (rows(), {"max_length": 600}, ["max_length=600", "512"]),
+    "no examples": (rows(), {"eval_file": "none.csv"}, ["eval_file", "none.csv"]),
 }
 
 
+# An older datasets cannot read them at all.
+MIXED = ("numbers and words", "texts and numbers", "a word among numbers")
+
+
 @pytest.mark.parametrize("case", ERRORS)
-def test_bad_data_is_one_line_that_names_it(tmp_path, model, case, capsys):
-    data, options, message = ERRORS[case]
+def test_bad_data_is_one_line_that_names_it(
+    tmp_path: Path, model: str, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, options, named = ERRORS[case]
+    if case in MIXED and not hasattr(datasets, "Json"):
+        named = ("one type",)
     path = write(tmp_path / "a.json", data)
     given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16, **options}
-    assert message in failure(capsys, "train", *flags(**given))
+    error = failure(capsys, "train", *flags(**given))
+    assert all(word in error for word in named), error
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "named"),
     [
-        ("a.csv", "", "a.csv is empty"),
-        ("a.csv", "text,label\n", "a.csv is empty: it has no rows"),
+        ("a.csv", "", "empty"),
+        ("a.csv", "text,label\n", "no rows"),
         ("a.json", '{"text": ', "cannot read"),
-        ("a.xls", "x", "is none of .csv, .tsv, .json, .jsonl, .parquet"),
+        ("a.xls", "x", ".parquet"),
         ("a.parquet", "x", "cannot read"),
     ],
 )
-def test_bad_files_are_one_line_that_names_them(tmp_path, model, name, text, message, capsys):
+def test_bad_files_are_one_line_that_names_them(
+    tmp_path: Path,
+    model: str,
+    name: str,
+    text: str,
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = tmp_path / name
     path.write_text(text)
     given = {"model": model, "task": CLASSES, "train_file": path}
     error = failure(capsys, "train", *flags(**given))
-    assert message in error and name in error
+    assert "train_file" in error and name in error and named in error
 
 
-def test_another_encoding_is_one_line(tmp_path, model, capsys):
+def test_another_encoding_is_one_line(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("text,label\nna\xefve,a\n".encode("latin-1"))
     error = failure(capsys, "train", *flags(model=model, task=CLASSES, train_file=path))
-    assert "a.csv" in error and error.endswith("invalid continuation byte; save it as UTF-8")
+    assert "a.csv" in error and "UTF-8" in error
 
 
-def test_another_separator_is_named(tmp_path, model):
+def test_another_separator_is_named(tmp_path: Path, model: str) -> None:
     (tmp_path / "a.csv").write_text("text;label\nw1;a\n")
-    with pytest.raises(ProblemError, match="known are text;label; in a CSV file commas separate"):
+    with pytest.raises(ProblemError, match=r"text;label.*CSV.*commas"):
         prepared(model, str(tmp_path / "a.csv"))
 
 
-def test_words_for_nothing_are_classes_and_texts(tmp_path, model):
+def test_words_for_nothing_are_classes_and_texts(tmp_path: Path, model: str) -> None:
     names = ["NA", "None", "null"]
     table = "".join(f"{['n/a', 'w1'][i % 2]},{names[i % 3]}\n" for i in range(24))
     (tmp_path / "a.csv").write_text(f"text,label\n{table}")
@@ -235,93 +249,92 @@ def test_words_for_nothing_are_classes_and_texts(tmp_path, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "train_file or as dataset"),
-        ({"train_file": ["a"], "dataset": "b"}, "train_file or as dataset"),
-        ({"train_file": ["a"], "eval_split": "b"}, "eval_split belongs to dataset"),
-        (
-            {"train_file": ["a"], "eval_file": ["./a"]},
-            "./a is given as train_file and as eval_file",
-        ),
-        (
-            {"dataset": "a", "eval_split": "train"},
-            "train is given as train_split and as eval_split",
-        ),
-        ({"dataset": "a", "eval_split": "b", "eval_file": ["c"]}, "not both"),
-        ({"train_file": ["a"], "eval_fraction": 1.0}, "eval_fraction must be in [0, 1)"),
-        ({"train_file": ["a"], "max_length": 1}, "max_length must be at least 2"),
+        ({}, "train_file.*dataset"),
+        ({"train_file": ["a"], "dataset": "b"}, "train_file.*dataset"),
+        ({"train_file": ["a"], "eval_split": "b"}, "eval_split.*dataset"),
+        ({"train_file": ["a"], "eval_file": ["./a"]}, "eval_file.*./a.*train_file"),
+        ({"dataset": "a", "eval_split": "train"}, "eval_split.*train_split"),
+        ({"dataset": "a", "eval_split": "b", "eval_file": ["c"]}, "eval_split.*eval_file"),
+        ({"train_file": ["a"], "eval_fraction": 1.0}, "eval_fraction.*1.0"),
+        ({"train_file": ["a"], "max_length": 1}, "max_length.*1"),
     ],
 )
-def test_contradictory_options_are_refused(options, message):
-    with pytest.raises(ProblemError, match=message.replace("[", r"\[").replace(")", r"\)")):
+def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
         DataArguments(**options)
 
 
-def test_an_unknown_label_of_the_evaluation_is_named(tmp_path, model):
+def test_an_unknown_label_of_the_evaluation_is_named(tmp_path: Path, model: str) -> None:
     train = write(tmp_path / "a.csv", rows())
     held_out = write(tmp_path / "b.csv", [{"text": "w1", "label": "e"}])
-    with pytest.raises(ProblemError, match=r"evaluation examples: the label 'e' is not in.*take"):
+    with pytest.raises(ProblemError, match=r"evaluation examples.*'e'"):
         prepared(model, train, eval_file=[held_out])
 
 
-def test_evaluation_on_training_examples_is_warned_of(tmp_path, model, caplog):
+def test_evaluation_on_training_examples_is_warned_of(
+    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
     train, others = write(tmp_path / "a.csv", rows()), rows(number=5, seed=1)
     prepared(model, train, eval_file=[write(tmp_path / "b.csv", others)])
-    assert "training examples too" not in caplog.text
+    assert "evaluation examples" not in caplog.text
     prepared(model, train, eval_file=[write(tmp_path / "c.csv", [*others, *rows()[:2]])])
-    assert "2 of 7 evaluation examples are training examples too" in caplog.text
+    assert "2 of 7 evaluation examples" in caplog.text
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_label_that_is_not_finite_is_named(value):
+def test_a_label_that_is_not_finite_is_named(value: float) -> None:
     data = [{"text": "w1", "label": 0.5}, {"text": "w2", "label": value}]
-    with pytest.raises(ProblemError, match=f"the examples: the label of row 2 is {value}"):
+    with pytest.raises(ProblemError, match=f"the examples.*row 2.*{value}"):
         encoded("regression", data)
 
 
-def test_an_empty_word_is_named():
+def test_an_empty_word_is_named() -> None:
     data = [{"tokens": ["w1", None], "label": ["O", "O"]}]
-    with pytest.raises(ProblemError, match="the examples: row 1 has an empty word"):
+    with pytest.raises(ProblemError, match=r"the examples.*row 1.*empty word"):
         encoded("token-classification", data, ("O",))
 
 
-def test_words_and_tags_must_be_as_many():
+def test_words_and_tags_must_be_as_many() -> None:
     data = [{"tokens": ["w1", "w2"], "label": ["O"]}]
-    with pytest.raises(ProblemError, match="the examples: row 1 has 2 words and 1 tags"):
+    with pytest.raises(ProblemError, match=r"the examples.*row 1.*2 words and 1 tags"):
         encoded("token-classification", data, ("O",))
 
 
-def test_an_example_without_a_token_to_predict_is_named(monkeypatch):
+def test_an_example_without_a_token_to_predict_is_named() -> None:
     data = [{"text": "w1 w2"}, {"text": ""}]
-    with pytest.raises(ProblemError, match="row 2 has no token to predict"):
+    with pytest.raises(ProblemError, match="row 2"):
         encoded("causal-lm", data)
 
 
-def test_local_folder_of_a_data_set(tmp_path, model):
+def test_local_folder_of_a_data_set(tmp_path: Path, model: str) -> None:
     for split, number in (("train", 24), ("validation", 6)):
         write(tmp_path / f"{split}.jsonl", rows(number=number))
     args = DataArguments(dataset=str(tmp_path), eval_split="validation")
     train, evaluation = load(args, CLASSES)
     assert (len(train), len(evaluation)) == (24, 6)
-    with pytest.raises(ProblemError, match=r"cannot load tset of the data set"):
+    with pytest.raises(ProblemError, match="tset"):
         load(DataArguments(dataset=str(tmp_path), eval_split="tset"), CLASSES)
-    with pytest.raises(ProblemError, match=r"cannot load train of the data set no/such"):
+    with pytest.raises(ProblemError, match=r"no/such.*train|train.*no/such"):
         load(DataArguments(dataset="no/such"), CLASSES)
 
 
-def test_regression_is_held_out_without_strata():
+def test_regression_is_held_out_without_strata() -> None:
     data = Dataset.from_dict({"labels": [0.5 * i for i in range(10)]})
     rest, held_out = hold_out(data, 0.2)
     assert (len(rest), len(held_out)) == (8, 2)
     assert sorted(rest["labels"][:] + held_out["labels"][:]) == data["labels"][:]
 
 
-def test_tokenizer_of_another_model_is_refused(tmp_path, capsys):
+def test_tokenizer_of_another_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_model(tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "vocab_size": 40}))
     path = write(tmp_path / "a.csv", rows())
     given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16}
-    assert "has 43 tokens, the model 40" in failure(capsys, "train", *flags(**given))
+    error = failure(capsys, "train", *flags(**given))
+    assert "43" in error and "40" in error and "tokenizer" in error
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 from hyperopt_peft.cli.text.tasks import TASKS, next_token_losses, token_losses
 
 
-def test_perplexity_of_uniform_logits_is_the_vocabulary():
+def test_perplexity_of_uniform_logits_is_the_vocabulary() -> None:
     logits, labels = torch.zeros(2, 4, 7), torch.tensor([[1, 2, 3, -100], [4, -100, -100, -100]])
     losses = token_losses(logits, labels)
     assert losses[:, 1].tolist() == [3, 1]
@@ -20,7 +20,7 @@ def test_perplexity_of_uniform_logits_is_the_vocabulary():
     assert metrics["token_loss"] == pytest.approx(math.log(7))
 
 
-def test_language_loss_weighs_tokens_alike_and_looks_one_ahead():
+def test_language_loss_weighs_tokens_alike_and_looks_one_ahead() -> None:
     logits = torch.randn(2, 5, 7)
     labels = torch.randint(7, (2, 5))
     labels[1, 3:] = -100
@@ -33,7 +33,7 @@ def test_language_loss_weighs_tokens_alike_and_looks_one_ahead():
     assert metrics["token_loss"] == pytest.approx(float(torch.stack(single).mean()), rel=1e-6)
 
 
-def test_token_metrics_leave_out_ignored_labels():
+def test_token_metrics_leave_out_ignored_labels() -> None:
     labels = np.array([[0, 1, -100], [1, 2, -100]])
     logits = torch.nn.functional.one_hot(torch.tensor([[0, 1, 2], [0, 2, 2]])).float()
     task = TASKS["token-classification"]
@@ -44,7 +44,7 @@ def test_token_metrics_leave_out_ignored_labels():
     assert metrics["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
 
 
-def test_correlations_of_a_monotone_map():
+def test_correlations_of_a_monotone_map() -> None:
     true = np.array([0.0, 1.0, 2.0, 3.0])
     task = TASKS["regression"]
     metrics = task.metrics(EvalPrediction(np.exp(true), true))

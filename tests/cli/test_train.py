@@ -1,6 +1,9 @@
 """``train``: every task, and what it writes says what stock PEFT and plain PyTorch find."""
 
+from __future__ import annotations
+
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,15 @@ from sklearn.metrics import f1_score
 
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.tasks import TASKS
-from tests.support.cli import failure, given, stock
+from tests.support.cli import failure, given, state, stock
 from tests.support.files import KINDS, flags, rows, write
 from tests.support.trainers import base_model
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def trained(request, tmp_path_factory):
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """The folder of a finished run, and its task."""
     folder = tmp_path_factory.mktemp("run")
     assert main(["train", *flags(**given(folder, request.param))]) == 0
@@ -26,7 +31,7 @@ def trained(request, tmp_path_factory):
 
 
 @torch.no_grad()
-def expected(model, tokenizer, task):
+def expected(model: Any, tokenizer: Any, task: str) -> dict[str, float]:
     """The metrics of the evaluation examples, one example at a time."""
     config, examples = model.config, rows(task, number=10, seed=1)
     true, predicted, losses = [], [], []
@@ -67,23 +72,37 @@ def expected(model, tokenizer, task):
     }
 
 
-def test_results_are_what_stock_peft_finds(trained):
+def results_of(folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((folder / "out/all_results.json").read_text())
+    return results
+
+
+def test_results_are_what_stock_peft_finds(trained: tuple[Path, str]) -> None:
     folder, task = trained
-    results = json.loads((folder / "out/all_results.json").read_text())
+    results = results_of(folder)
     model, tokenizer = stock(folder, task)
     found = expected(model, tokenizer, task)
     assert TASKS[task].metric in found
     for name, value in found.items():
         assert results[f"eval_{name}"] == pytest.approx(value, rel=1e-4, abs=1e-5)
-    assert results["train_loss"] > 0
 
 
-def test_both_phases_and_levels_were_trained(trained):
+def test_results_have_the_numbers_of_each_phase_apart(trained: tuple[Path, str]) -> None:
+    """``train_loss`` is the mean over the steps, each of which is logged here."""
+    folder, _ = trained
+    results = results_of(folder)
+    for phase, prefix in (("out", "train"), ("out/retrain", "retrain")):
+        losses = [
+            record["loss"] for record in state(folder / phase)["log_history"] if "loss" in record
+        ]
+        assert results[f"{prefix}_loss"] == pytest.approx(sum(losses) / 4, rel=1e-3)
+        assert results[f"{prefix}_runtime"] > 0
+    assert results["train_loss"] != results["retrain_loss"]
+
+
+def test_both_phases_and_levels_were_trained(trained: tuple[Path, str]) -> None:
     folder, task = trained
-    search, again = (
-        json.loads((folder / name / "trainer_state.json").read_text())
-        for name in ("out", "out/retrain")
-    )
+    search, again = state(folder / "out"), state(folder / "out/retrain")
     assert (search["global_step"], again["global_step"]) == (4, 4)
     assert sum("upper_loss" in record for record in search["log_history"]) == 2
     model, _ = stock(folder, task)
@@ -94,24 +113,27 @@ def test_both_phases_and_levels_were_trained(trained):
     assert "library_name: peft" in card and "- method: bidora" in card
 
 
-def test_a_control_is_trained_in_one_phase(tmp_path):
+def test_a_control_is_trained_in_one_phase(tmp_path: Path) -> None:
     options = given(tmp_path, method="lora", target_modules=["query", "value"])
     assert main(["train", *flags(**options)]) == 0
     adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert adapter["use_dora"] is False
     assert sorted(adapter["target_modules"]) == ["query", "value"]
     assert not (tmp_path / "out/retrain").exists()
+    assert results_of(tmp_path)["train_loss"] > 0
 
 
-def test_without_evaluation_there_are_no_metrics(tmp_path):
+def test_without_evaluation_there_are_no_metrics(tmp_path: Path) -> None:
     options = given(tmp_path, eval_fraction=0, method="dora", max_steps=1)
     del options["eval_file"]
     assert main(["train", *flags(**options)]) == 0
-    results = json.loads((tmp_path / "out/all_results.json").read_text())
-    assert not [name for name in results if name.startswith("eval")]
+    assert not [name for name in results_of(tmp_path) if name.startswith("eval")]
 
 
-def test_resumed_run_ends_in_the_same_adapter(tmp_path):
+def test_resumed_run_ends_in_the_same_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another rank the run is refused: the first setting is named, the others are counted."""
     options = given(tmp_path, retrain="none", save_strategy="steps", save_steps=2, dropout=0.1)
     argv = ["train", *flags(**options)]
     assert main(argv) == 0
@@ -119,7 +141,12 @@ def test_resumed_run_ends_in_the_same_adapter(tmp_path):
     whole = adapter.read_bytes()
     shutil.rmtree(tmp_path / "out/checkpoint-4")
     adapter.unlink()
-    assert main([*argv, "--resume_from_checkpoint", "true"]) == 0
+    capsys.readouterr()
+    resume = ["--resume_from_checkpoint", "true"]
+    error = failure(capsys, *argv, "--rank", "4", *resume)
+    assert re.search(r"train: r: .*checkpoint-2 .*\b2\b.*\b4\b.*\d+ more settings", error), error
+    assert len(error) < 500 and not adapter.exists()
+    assert main([*argv, *resume]) == 0
     assert adapter.read_bytes() == whole
 
 
@@ -157,25 +184,24 @@ def test_bad_options_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tied_target_is_named(tmp_path, capsys):
+def test_a_tied_target_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = given(tmp_path, "causal-lm", target_modules=["embed_tokens"])
     model = base_model("causal")
     model.lm_head.weight = model.model.embed_tokens.weight
     model.config.tie_word_embeddings = True
     model.save_pretrained(tmp_path / "model")
-    assert "shares its weight with" in failure(capsys, "train", *flags(**options))
+    assert "embed_tokens" in failure(capsys, "train", *flags(**options))
 
 
-def test_a_decoder_classifies_texts_of_different_lengths(tmp_path):
+def test_a_decoder_classifies_texts_of_different_lengths(tmp_path: Path) -> None:
     options = {**given(tmp_path, "causal-lm"), "task": "text-classification"}
     short = [{**r, "text": r["text"][: 3 + 3 * (i % 5)]} for i, r in enumerate(rows())]
     options["train_file"] = write(tmp_path / "train.csv", short)
     options["eval_file"] = write(tmp_path / "eval.csv", rows(number=10, seed=1))
     assert main(["train", *flags(**options)]) == 0
-    results = json.loads((tmp_path / "out/all_results.json").read_text())
     model, tokenizer = stock(tmp_path, "text-classification")
     found = expected(model, tokenizer, "text-classification")
-    assert results["eval_accuracy"] == pytest.approx(found["accuracy"])
+    assert results_of(tmp_path)["eval_accuracy"] == pytest.approx(found["accuracy"])
     adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert adapter["modules_to_save"] == ["classifier", "score"]
     assert not [name for name in adapter["target_modules"] if "score" in name]

@@ -131,7 +131,11 @@ def test_every_diff_changes_nothing_but_the_names() -> None:
 
 
 def test_tables_list_every_argument_with_its_default() -> None:
-    text = PAGES["training.md"].partition("## The upper level's arguments")[2].partition("\n## ")[0]
+    text = (
+        PAGES["training-reference.md"]
+        .partition("## The upper level's arguments")[2]
+        .partition("\n## ")[0]
+    )
     listed = {}
     for cells in re.findall(r"^\| (`.*?) \| (.*?) \|", text, re.MULTILINE):
         listed |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[1].strip("`"))

@@ -133,7 +133,7 @@ def test_negative_curvature_starts_again_and_damping_prevents_it() -> None:
     h, b = symmetric(eigenvalues, torch.Generator().manual_seed(0)), random(4)
     *found, _ = calls(WarmStart(decay=0.0), [(h, b)] * 400, {})
     notes = [each.note for each in found]
-    assert "negative curvature along v, which starts again" in notes and "" in notes
+    assert "negative curvature along v, which is reset" in notes and "" in notes
     # Of v with vᵀHv ≥ 0, the negative direction has at most √10 times as much as the others.
     assert max(each.v.norm() for each in found) < 5 * b.norm()
     *found, _ = calls(WarmStart(decay=0.0, damping=1.0), [(h, b)] * 400, {})

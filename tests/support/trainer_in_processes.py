@@ -37,6 +37,7 @@ SHARDED = ["darts", "minres", "penalty", "retrain", "dora"]
 OWN_WEIGHTS = {
     "fsdp": True,
     "fsdp_config": {
+        "version": 2,
         "transformer_layer_cls_to_wrap": "BertLayer",
         "cpu_ram_efficient_loading": False,
     },
@@ -46,7 +47,6 @@ REFUSED = {
     "gamma": {"gamma": 0.1},
     "bf16": {"bf16": True},
     "version": {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}},
-    "state": {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
 }
 
 
@@ -124,7 +124,10 @@ def main(folder: Path) -> None:
     results["resumed"] = train(folder / "saved", 2, str(last), **saving)
     results["stopped"] = stopped(folder / "stopped", 2)
     if sharded:
-        results["refused"] = {n: refusal(folder / n, **options) for n, options in REFUSED.items()}
+        refused = {name: refusal(folder / name, **options) for name, options in REFUSED.items()}
+        # As a file of accelerate's sets it; Transformers 5.0 has no argument for it.
+        os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
+        results["refused"] = refused | {"state": refusal(folder / "state")}
     torch.save(results, folder / f"{dist.get_rank()}.pt")
     two_processes.leave()
 

@@ -96,6 +96,11 @@ def launched(name: Any, folder: Path) -> Any:
     """The records of the processes of ``SCRIPT``, by rank."""
     run = launch(name, SCRIPT, folder)
     assert run.returncode == 0, run.stderr
+    return records(folder)
+
+
+def records(folder: Path) -> Any:
+    """What the processes wrote, by rank."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
 
 
@@ -119,7 +124,11 @@ def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path: Path)
     """Without ``use_cpu`` and a GPU, the Trainer takes each of them for the only one."""
     script = SCRIPT.replace('"max_steps": 2', '"use_cpu": False')
     run = launch("two_cpu_processes.yaml", script, tmp_path)
-    assert run.returncode != 0
+    if run.returncode == 0:  # an older accelerate counts them all the same
+        first, second = records(tmp_path)
+        assert first["processes"] == 2 and first["trained"] == second["trained"]
+        assert first["written"] and not second["written"]
+        return
     assert "there are 2 processes, but the Trainer counts 1" in run.stderr
     assert not any((tmp_path / "outputs").iterdir())  # nothing was written
 

@@ -64,6 +64,13 @@ def test_an_estimator_that_is_not_known_as_it_is_written(
         arguments(tmp_path, hypergradient=method)
 
 
+@pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:carry=true"])
+def test_the_trainer_records_one_lower_step(tmp_path: Path, method: str) -> None:
+    named = rf"hypergradient: {method.partition(':')[0]} .* 1 of lower_steps=2; .*Engine"
+    with pytest.raises(ProblemError, match=named):
+        arguments(tmp_path, hypergradient=method, lower_steps=2)
+
+
 @pytest.mark.parametrize("named", ["xi", "cg"])
 def test_xi_is_for_darts_alone(tmp_path: Path, named: str) -> None:
     with pytest.raises(ProblemError, match=named):

@@ -1,1 +1,1 @@
-"""DoRA's layer: its norm in the graph, and a fast form."""
+"""DoRA layers with the row norm in the graph, and a fast forward pass."""

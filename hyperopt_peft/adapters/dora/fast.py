@@ -1,8 +1,8 @@
-"""A DoRA layer for about the price of LoRA, with PEFT's own parameters, saving and merging.
+"""A DoRA layer at about the cost of LoRA, with PEFT's own parameters, saving and merging.
 
-PEFT forms B·A through an identity matrix, and V = W0 + s·B·A, at every forward pass, and keeps two
-outputs for the backward pass. Here the row norms are factored (`row_norms`), and the layer is one
-autograd node that keeps its input and its output only (`function`).
+PEFT forms B·A and V = W0 + s·B·A at every forward pass, and saves two outputs for the backward
+pass. Here the row norms are computed from the factors (`row_norms`), and the layer is one autograd
+node that saves its input and its output only (`function`).
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _forward(
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast runs matrix products of x in."""
+    """The dtype of matrix products of x, under autocast or not."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -173,7 +173,7 @@ def _instead(
 
 
 def _is_whole(module: lora.Linear, adapter: str, x: Tensor) -> bool:
-    """Whether every weight is here in full: not sharded, not offloaded."""
+    """Whether every weight is in full on the device of x: not sharded, not offloaded."""
     weights = (module.get_base_layer().weight, *factors(module, adapter))
     return (
         all(type(w) in (Tensor, nn.Parameter) and w.device == x.device for w in weights)
@@ -183,7 +183,7 @@ def _is_whole(module: lora.Linear, adapter: str, x: Tensor) -> bool:
 
 
 def _is_alone(module: lora.Linear, adapter: str) -> bool:
-    """Whether the layer is W0 x + b with W0 fixed, and B A x, and nothing else."""
+    """Whether the layer is W0 x + b with a constant W0, and one B A x, without hooks."""
     base = module.get_base_layer()
     replaced = "forward" in vars(base) and not peft_internals.is_placed(base)
     active = [name for name in module.active_adapters if name in module.lora_A]

@@ -1,4 +1,4 @@
-"""DoRA's linear layer as one autograd node, which rebuilds in its backward what it needs.
+"""DoRA's linear layer as one autograd node, whose backward recomputes intermediates.
 
     y = g ∘ V x + b     V = W0 + s·B·A     g = m / ‖V_j‖
 
@@ -32,9 +32,8 @@ Gradients = tuple[Tensor | None, ...]
 class DoraLinear(torch.autograd.Function):
     """y = g ∘ V x + b, given ``base`` = W0 x + b without its graph.
 
-    Returns y and (A x)ᵀ, which has no gradient and is kept. V x is not kept: it is (y − b)/g, and
-    y is what the next operation is likely to keep anyway. Where g is close to zero, V x is
-    computed again for those rows.
+    Returns y and (A x)ᵀ, which has no gradient. V x is not saved, since it is (y − b)/g, and y is
+    usually saved by the next operation. V x is recomputed for rows where g is close to zero.
     """
 
     @staticmethod
@@ -89,7 +88,7 @@ class DoraDropoutLinear(torch.autograd.Function):
     """y = W0 x0 + b + (g − 1) ∘ W0 x + g ∘ s·B A x, where x is x0 after dropout.
 
     ``base`` is W0 x0 + b without its graph. Returns y, (A x)ᵀ and V x; the latter two have no
-    gradient and are kept.
+    gradient.
     """
 
     @staticmethod

@@ -2,9 +2,9 @@
 
     ΔW = s·P Λ Q      P (out, r), Q (r, in), Λ = diag(λ), λ (r,), s PEFT's scaling
 
-Q is PEFT's A, and P Λ a parametrization of PEFT's B: forward pass, dropout, merging and switching
-stay PEFT's own. State dicts have B = P Λ in place of P and λ, so that whatever is saved, a
-checkpoint of the Trainer too, is a LoRA adapter that loads without this library.
+Q is PEFT's A, and P Λ a parametrization of PEFT's B, so that forward pass, dropout, merging and
+switching are PEFT's. State dicts have B = P Λ in place of P and λ, so that a saved adapter or
+checkpoint is a LoRA adapter, which loads without this library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ScaledColumns(nn.Module):
         return p * values.view(-1, *(1,) * (p.dim() - 2))
 
     def right_inverse(self, b: Tensor) -> tuple[Tensor, Tensor]:
-        """P with unit columns, and λ ≥ 0; a zero column of B gets λ = 0 and a random direction."""
+        """P with unit columns, and λ ≥ 0; for a zero column of B λ = 0 and P is random."""
         columns = b.flatten(1)
         values = torch.linalg.vector_norm(columns, dim=0)
         zero = values == 0
@@ -43,15 +43,14 @@ class ScaledColumns(nn.Module):
 
 
 def use_pseudo_svd(peft_model: PeftModel, adapter_name: str | None = None) -> PeftModel:
-    """Give every layer of a LoRA adapter P, Λ and Q in place of B and A; its outputs stay.
+    """Replace B and A by P, Λ and Q in every layer of a LoRA adapter, with equal outputs.
 
-    P Λ Q is the singular value decomposition of B·A. Where B = 0, as in a new adapter, λ = 0 and P
-    and Q are random with orthonormal columns and rows: the model starts at the pretrained one, the
-    penalty at its minimum, and the gradient in λ is not zero. (With P = 0 the penalty would be
-    far from its minimum and without a gradient.)
+    P Λ Q is the singular value decomposition of B·A. If B = 0, as in a new adapter, λ = 0, and P
+    and Q are random with orthonormal columns and rows; the penalty is then at its minimum, and
+    ∂L/∂λ is not zero.
 
-    Linear and convolution layers, over a quantised base too. A saved adapter is read again by
-    ``PeftModel.from_pretrained(..., is_trainable=True)`` and this function.
+    Layers are linear or convolutions, also over a quantised base. To load a saved adapter, call
+    ``PeftModel.from_pretrained(..., is_trainable=True)`` and then this function.
 
     Args:
         adapter_name: the active adapter by default.
@@ -60,9 +59,16 @@ def use_pseudo_svd(peft_model: PeftModel, adapter_name: str | None = None) -> Pe
         ``peft_model`` itself.
 
     Raises:
-        ProblemError: as `lora_layers`; a layer with a variant of
-            LoRA, DoRA for example; an embedding or a bare parameter; a frozen adapter; a rank above
-            the size of the weight; a parametrized A or B, such as P, Λ and Q. Nothing has changed.
+        ProblemError: as `lora_layers`; a layer with a variant of LoRA such as DoRA; an embedding or
+            a bare parameter; a frozen adapter; a rank above the size of the weight; or a
+            parametrized A or B. Nothing has changed.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = use_pseudo_svd(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> sorted(get_peft_model_state_dict(model))
+        ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter)
@@ -80,11 +86,17 @@ def use_pseudo_svd(peft_model: PeftModel, adapter_name: str | None = None) -> Pe
 def pseudo_singular_values(
     peft_model: PeftModel, adapter_name: str | None = None
 ) -> dict[str, nn.Parameter]:
-    """λ, of shape (r,), of every layer, by its name in ``peft_model.named_parameters()``.
+    """λ, (r,), of every layer, by its name in ``peft_model.named_parameters()``.
 
     Raises:
-        ProblemError: as `lora_layers`; `use_pseudo_svd` has
-            not been called for the adapter.
+        ProblemError: as `lora_layers`; or `use_pseudo_svd` was not called for the adapter.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = use_pseudo_svd(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> [values.tolist() for values in pseudo_singular_values(model).values()]
+        [[0.0, 0.0]]
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = _pseudo_layers(peft_model, adapter)
@@ -92,12 +104,19 @@ def pseudo_singular_values(
 
 
 def orthogonality_penalty(peft_model: PeftModel, adapter_name: str | None = None) -> Tensor:
-    """Σ over layers of ‖PᵀP − I‖² + ‖QQᵀ − I‖² in Frobenius norms, a scalar in P and Q.
+    """Σ over layers of ‖PᵀP − I‖² + ‖QQᵀ − I‖² (Frobenius norms), a scalar.
 
-    In float32 at least, under autocast too.
+    The dtype is float32 or wider, also under autocast.
 
     Raises:
         ProblemError: as `pseudo_singular_values`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = use_pseudo_svd(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> orthogonality_penalty(model).item() < 1e-6  # orthonormal at the start
+        True
     """
     parts = []
     for _, lora_b, q in _pseudo_layers(peft_model, resolve_adapter(peft_model, adapter_name)):

@@ -1,9 +1,9 @@
-"""A learnable scale, and a decay, for each LoRA layer.
+"""A learnable log scale s_l and log decay d_l for each LoRA layer l.
 
     ΔW_l = exp(s_l)·(α/r)·B_l·A_l
 
-B is multiplied by exp(s) where it is read, a parametrisation as PyTorch has it, so that forward
-pass, dropout and merging stay PEFT's own. The log decay d_l lies beside s_l, for a loss to read.
+exp(s)·B is a parametrization of PEFT's B, so that forward pass, dropout and merging are PEFT's. A
+loss may read d_l.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Scaled(nn.Module):
 
     def __init__(self, b: Tensor, decay: float) -> None:
         super().__init__()
-        shape = [1] * b.ndim  # PEFT takes a flat tensor beside B for a broken one
+        shape = [1] * b.ndim  # PEFT assumes that a flat parameter of lora_B is a broken B
         self.log_scale = nn.Parameter(b.new_zeros(shape))
         self.log_decay = nn.Parameter(b.new_full(shape, math.log(decay)))
 
@@ -34,11 +34,19 @@ class Scaled(nn.Module):
 
 
 def add_hyperparameters(model: PeftModel, decay: float = 1e-2) -> PeftModel:
-    """Give each layer of the active adapter a scale of 1 and a ``decay``, as trainable logarithms.
+    """Add trainable s = 0 and d = log ``decay`` to each layer of the active adapter.
 
     Raises:
-        ProblemError: as `lora_layers`; a decay that is not positive;
-            a layer without a trainable matrix B, or with a parametrisation of it already.
+        ProblemError: as `lora_layers`; ``decay`` is not positive; or a layer has no trainable B, or
+            a parametrized one.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> (part,) = layer_hyperparameters(add_hyperparameters(model)).values()
+        >>> part.log_scale.item()
+        0.0
     """
     if not 0 < decay < math.inf:
         raise ProblemError(
@@ -58,10 +66,17 @@ def add_hyperparameters(model: PeftModel, decay: float = 1e-2) -> PeftModel:
 
 
 def layer_hyperparameters(model: PeftModel) -> dict[str, Scaled]:
-    """What `add_hyperparameters` added, by the layer's name in the model.
+    """The modules with ``log_scale`` and ``log_decay``, by the layer's name in the model.
 
     Raises:
-        ProblemError: as `lora_layers`; it was not called.
+        ProblemError: as `lora_layers`; or `add_hyperparameters` was not called.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> list(layer_hyperparameters(add_hyperparameters(model)))
+        ['base_model.model.0']
     """
     found = {}
     for name, b in _matrices(model).items():
@@ -73,10 +88,18 @@ def layer_hyperparameters(model: PeftModel) -> dict[str, Scaled]:
 
 
 def fold_scales(model: PeftModel) -> PeftModel:
-    """Multiply each B by its scale and take the hyper-parameters out: a stock adapter is left.
+    """Replace each B by exp(s)·B and remove s and d; the result is a stock adapter.
 
     Raises:
         ProblemError: as `layer_hyperparameters`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> model = fold_scales(add_hyperparameters(model))
+        >>> any("log_scale" in name for name, _ in model.named_parameters())
+        False
     """
     layer_hyperparameters(model)
     for b in _matrices(model).values():

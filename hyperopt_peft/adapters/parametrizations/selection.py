@@ -1,14 +1,13 @@
-"""A weight for each rank-1 component of a LoRA layer, and the ranks that follow.
+"""A weight for each rank-1 component of a LoRA layer, and ranks from these weights.
 
     ΔW = s·Σ_j α_j B_{:,j} A_{j,:}
 
-α is a function of free logits β in one of two forms, both 1 at β = 0, where this is plain LoRA:
+α is a function of logits β in one of two forms; both are 1 at β = 0, which is plain LoRA:
 
-    softmax    α_j = r·exp β_j / Σ_i exp β_i    the weights of a layer compete; their mean stays 1
-    sigmoid    α_j = 2/(1 + exp(−β_j))          each on its own, between 0 and 2
+    softmax    α_j = r·exp β_j / Σ_i exp β_i    the mean over a layer is 1
+    sigmoid    α_j = 2/(1 + exp(−β_j))          independent, between 0 and 2
 
-The rows of A are multiplied by α where they are read, a parametrisation as PyTorch has it, so that
-forward pass, dropout and merging stay PEFT's own.
+diag(α)·A is a parametrization of PEFT's A, so that forward pass, dropout and merging are PEFT's.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ class ComponentWeights(nn.Module):
     def __init__(self, a: Tensor, form: Form) -> None:
         super().__init__()
         self.form = form
-        # As many dimensions as A: PEFT takes a flat tensor beside A for a broken one.
+        # As many dimensions as A: PEFT assumes that a flat parameter of lora_A is a broken A.
         self.logits = nn.Parameter(a.new_zeros(len(a), *[1] * (a.ndim - 1)))
 
     def weights(self) -> Tensor:
         """α, in the shape of ``logits``."""
         if self.form == "sigmoid":
             return 2 * self.logits.sigmoid()
-        # Divided by their mean, equal ones are exactly 1, and the largest is never below 1.
+        # Division by the mean makes equal weights exactly 1, and the largest at least 1.
         e = (self.logits - self.logits.detach().max()).exp()
         return e / e.mean()
 
@@ -56,23 +55,29 @@ class ComponentWeights(nn.Module):
 def add_selection(
     peft_model: PeftModel, form: Form = "softmax", adapter_name: str | None = None
 ) -> PeftModel:
-    """Give each component of each LoRA layer a trainable weight, 1 at the start.
+    """Add a trainable weight, initially 1, to each component of each LoRA layer.
 
-    The logits become parameters of the model, next to the A that they act on, and go into its
-    checkpoints. What ``save_pretrained`` writes then is not a stock adapter any more; one is made
-    of `rank_config` and, to keep what was learnt, `selected_state`.
+    The logits are parameters of the model and part of its checkpoints, so that
+    ``save_pretrained`` does not write a stock adapter; see `rank_config` and `selected_state`.
 
     Args:
-        form: ``"softmax"`` or ``"sigmoid"``, see above.
+        form: ``"softmax"`` or ``"sigmoid"``, see the module.
         adapter_name: the active adapter by default.
 
     Returns:
         ``peft_model`` itself.
 
     Raises:
-        ProblemError: as `lora_layers`; another ``form``; a layer
-            that has weights already, is frozen, or has no row of A for each component
-            (embeddings, experts).
+        ProblemError: as `lora_layers`; another ``form``; or a layer that has weights already, is
+            frozen, or has no row of A for each component (embeddings, experts).
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> (part,) = component_weights(add_selection(model)).values()
+        >>> part.weights().flatten().tolist()
+        [1.0, 1.0]
     """
     if form not in ("softmax", "sigmoid"):
         raise ProblemError(f"form: must be 'softmax' or 'sigmoid', got {form!r}")
@@ -99,10 +104,17 @@ def add_selection(
 def component_weights(
     peft_model: PeftModel, adapter_name: str | None = None
 ) -> dict[str, ComponentWeights]:
-    """What `add_selection` added, by the layer's name in the base model.
+    """The modules with the logits β, by the layer's name in the base model.
 
     Raises:
-        ProblemError: as `lora_layers`; it was not called.
+        ProblemError: as `lora_layers`; or `add_selection` was not called.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> list(component_weights(add_selection(model)))
+        ['0']
     """
     adapter, found = resolve_adapter(peft_model, adapter_name), {}
     for name, layer in _layers(peft_model, adapter).items():
@@ -119,13 +131,20 @@ def component_weights(
 def selected_ranks(
     peft_model: PeftModel, threshold: float = 1.0, adapter_name: str | None = None
 ) -> dict[str, int]:
-    """How many weights of each layer are ``threshold`` or more, by its name in the base model.
+    """The number of weights ≥ ``threshold`` of each layer, by its name in the base model.
 
-    The default is where all weights start. With softmax it is AutoLoRA's threshold, 1/r on a
-    softmax without the factor r, and every layer keeps a component; with sigmoid a rank can be 0.
+    The default is the initial weight; with softmax it is AutoLoRA's threshold, and every rank is at
+    least 1. With sigmoid a rank can be 0.
 
     Raises:
-        ProblemError: as `component_weights`; no weight of any layer reaches ``threshold``.
+        ProblemError: as `component_weights`; or every weight is below ``threshold``.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> selected_ranks(add_selection(model))
+        {'0': 2}
     """
     weights = {n: w.weights() for n, w in component_weights(peft_model, adapter_name).items()}
     ranks = {name: int((alpha >= threshold).sum()) for name, alpha in weights.items()}
@@ -141,17 +160,24 @@ def selected_ranks(
 def rank_config(
     peft_model: PeftModel, ranks: Mapping[str, int], adapter_name: str | None = None
 ) -> LoraConfig:
-    """The adapter's config with a rank for each layer, as ``peft.get_peft_model`` takes it.
+    """The adapter's config with a rank for each layer, for ``peft.get_peft_model``.
 
-    Every layer keeps its scale s, by ``alpha_pattern``. A layer of rank 0 gets no adapter.
+    The scale s of a layer does not change (``alpha_pattern``). A layer of rank 0 has no adapter.
 
     Args:
-        ranks: what `selected_ranks` returns, or other ranks of the same layers.
+        ranks: the rank of each layer of the adapter, for example from `selected_ranks`.
         adapter_name: the active adapter by default.
 
     Raises:
-        ProblemError: as `lora_layers`; ranks of other layers than
-            the adapter's, one that is no whole number from 0, or none above 0.
+        ProblemError: as `lora_layers`; ``ranks`` has other layers than the adapter; a rank is no
+            whole number from 0; or all ranks are 0.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> rank_config(model, {"0": 1}).rank_pattern
+        {'^0': 1}
     """
     adapter, layers = resolve_adapter(peft_model, adapter_name), _layers(peft_model, adapter_name)
     _check_ranks(ranks, layers)
@@ -160,7 +186,7 @@ def rank_config(
     config.target_modules = {name for name in layers if ranks[name]}
     config.rank_pattern, config.alpha_pattern = {}, {}
     for name in config.target_modules:
-        # PEFT reads a key as the end of a name, in the language of regular expressions.
+        # PEFT matches a key, a regular expression, with the end of a name.
         key, divisor = f"^{re.escape(name)}", ranks[name] ** (0.5 if config.use_rslora else 1)
         config.rank_pattern[key] = ranks[name]
         config.alpha_pattern[key] = layers[name].scaling[adapter] * divisor
@@ -171,13 +197,20 @@ def rank_config(
 def selected_state(
     peft_model: PeftModel, ranks: Mapping[str, int], adapter_name: str | None = None
 ) -> dict[str, Tensor]:
-    """The components of the largest weights, multiplied by these, and the heads.
+    """The state dict of the components of largest weight, multiplied by the weights, and the heads.
 
-    ``peft.set_peft_model_state_dict`` takes it for a model made with `rank_config`, whose
-    training then starts from the result of the search.
+    ``peft.set_peft_model_state_dict`` loads the state dict into a model made with `rank_config`.
 
     Raises:
-        ProblemError: as `component_weights` and `rank_config`; a rank above r.
+        ProblemError: as `component_weights` and `rank_config`; or a rank is above r.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> state = selected_state(add_selection(model), {"0": 1})
+        >>> sorted(tuple(tensor.shape) for tensor in state.values())  # A, B
+        [(1, 4), (3, 1)]
     """
     adapter, layers = resolve_adapter(peft_model, adapter_name), _layers(peft_model, adapter_name)
     _check_ranks(ranks, layers)

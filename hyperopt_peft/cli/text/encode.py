@@ -1,4 +1,4 @@
-"""From rows with texts to rows with token numbers and labels, a function a task."""
+"""Encoding of rows with texts as token numbers and labels, one function for each task."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Encoder:
     """Encodes the rows of one task.
 
     Attributes:
-        task: its name.
-        args: the columns and the length.
-        tokenizer: the model's.
-        names: the classes in the order of their numbers; none where labels are no classes.
+        task: the name of the task.
+        args: the columns and the maximum length.
+        tokenizer: the tokenizer of the model.
+        names: the classes in the order of their numbers; empty if labels are no classes.
     """
 
     task: str
@@ -33,15 +33,15 @@ class Encoder:
     names: tuple[str, ...] = ()
 
     def encode(self, data: Dataset, where: str) -> Dataset:
-        """What the model's forward takes, with ``labels``.
+        """The arguments of the model's forward, with ``labels``.
 
         Args:
-            data: rows with the task's columns.
-            where: what an error calls the data.
+            data: rows with the columns of the task.
+            where: the name of the data in errors.
 
         Raises:
-            ProblemError: a column of the wrong kind, a class that is unknown, words and tags
-                of different number, or a row that leaves nothing to learn.
+            ProblemError: a column of the wrong kind, an unknown class, different numbers of words
+                and tags, or a row without a label to learn.
         """
         self._require_kinds(data, where)
         functions: dict[str, Callable[[Rows, list[int]], Rows]] = {
@@ -79,15 +79,15 @@ class Encoder:
             if not kinds[column].endswith("string") or kinds[column].startswith("list") != words:
                 wanted = "lists of words (JSON or Parquet has them)" if words else "text"
                 raise ProblemError(
-                    f"{where}: column {column!r} holds {kinds[column]}, not {wanted}"
+                    f"{where}: column {column!r} holds {kinds[column]}, not {wanted}; name another"
                 )
         label = kinds.get(args.label_column, "")
         if self.task == "regression" and not label.startswith(("int", "uint", "float")):
             values = data[args.label_column][:]
             row = next((n for n, value in enumerate(values) if not _is_number(value)), 0)
             raise ProblemError(
-                f"{where}: column {args.label_column!r} holds {label}, not numbers; row {row + 1} "
-                f"has {values[row]!r}"
+                f"{where}: column {args.label_column!r} holds {label}, not numbers; correct row "
+                f"{row + 1}, {values[row]!r}"
             )
 
     def _texts(self, rows: Rows, indices: list[int]) -> dict[str, Any]:
@@ -95,15 +95,14 @@ class Encoder:
         for name, texts in zip(self.args.text_columns, columns, strict=True):
             for text, index in zip(texts, indices, strict=True):
                 if not text.strip():
-                    raise ProblemError(f"column {name!r} is blank in row {index + 1}; take it out")
+                    raise ProblemError(f"column {name!r} is blank in row {index + 1}; remove it")
         return dict(self.tokenizer(*columns, truncation=True, max_length=self.args.max_length))
 
     def _number(self, name: str) -> int:
         if name not in self.names:
             raise ProblemError(
                 f"the label {name!r} is not in the training examples"
-                f"{did_you_mean(name, self.names)}; "
-                "take its rows out, or add such examples to those"
+                f"{did_you_mean(name, self.names)}; remove its rows, or add training examples of it"
             )
         return self.names.index(name)
 
@@ -115,15 +114,15 @@ class Encoder:
         numbers = rows[self.args.label_column]
         for number, index in zip(numbers, indices, strict=True):
             if not math.isfinite(number):
-                raise ProblemError(f"the label of row {index + 1} is {number}; take it out")
+                raise ProblemError(f"the label of row {index + 1} is {number}; remove the row")
         return {**self._texts(rows, indices), "labels": numbers}
 
     def _tags(self, rows: Rows, indices: list[int]) -> Rows:
-        """The first token of a word has its tag, the others the ignored label."""
+        """The first token of a word has the word's tag, the others the ignored label."""
         words, tags = rows[self.args.tokens_column], rows[self.args.label_column]
         for own, index in zip(words, indices, strict=True):
             if None in own:
-                raise ProblemError(f"row {index + 1} has an empty word; fill it or take it out")
+                raise ProblemError(f"row {index + 1} has an empty word; fill or remove it")
         result = self.tokenizer(
             words, is_split_into_words=True, truncation=True, max_length=self.args.max_length
         )
@@ -131,7 +130,8 @@ class Encoder:
         for row, index in enumerate(indices):
             if len(words[row]) != len(tags[row]):
                 raise ProblemError(
-                    f"row {index + 1} has {len(words[row])} words and {len(tags[row])} tags"
+                    f"row {index + 1} has {len(words[row])} words and {len(tags[row])} tags; give "
+                    "each word a tag"
                 )
             last, own = None, []
             for word in result.word_ids(row):
@@ -142,7 +142,7 @@ class Encoder:
         return {**result, "labels": labels}
 
     def _language(self, rows: Rows, indices: list[int]) -> Rows:
-        """Text and end-of-text token; with a target, the prompt before it has no labels."""
+        """Text and end-of-text token; a prompt before a target has no labels."""
         (column,), limit = self.args.text_columns, self.args.max_length
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
@@ -155,12 +155,12 @@ class Encoder:
                 target = rows[self.args.target_column][row]
                 answer = self.tokenizer(target, add_special_tokens=False)["input_ids"]
                 answer = [*answer, *end][:limit]
-                # The nearest part of a long prompt stays.
+                # A long prompt loses its beginning.
                 prompt = text[max(0, len(text) + len(answer) - limit) :]
             ids = prompt + answer
             labels = [IGNORED] * len(prompt) + answer
             if all(label == IGNORED for label in labels[1:]):
-                raise ProblemError(f"row {index + 1} has no token to predict; take it out")
+                raise ProblemError(f"row {index + 1} has no token to predict; remove it")
             encoded["input_ids"].append(ids)
             encoded["attention_mask"].append([1] * len(ids))
             encoded["labels"].append(labels)
@@ -174,17 +174,17 @@ class Encoder:
         )["input_ids"]
         for target, index in zip(targets, indices, strict=True):
             if not target:
-                raise ProblemError(f"row {index + 1} has no token to predict; take it out")
+                raise ProblemError(f"row {index + 1} has no token to predict; remove it")
         return {**self._texts(rows, indices), "labels": targets}
 
 
 def class_names(data: Dataset, column: str, tags: bool) -> tuple[str, ...]:
-    """The classes in ``column``, numbers in their order and words in the alphabet's.
+    """The classes in ``column``, sorted as numbers or as words.
 
     Args:
         data: the training examples.
-        column: classes, or lists of them.
-        tags: whether lists are expected.
+        column: the name of the column of classes, or of lists of classes.
+        tags: whether the column must hold lists.
 
     Raises:
         ProblemError: the column does not hold classes.
@@ -192,7 +192,7 @@ def class_names(data: Dataset, column: str, tags: bool) -> tuple[str, ...]:
     kind, feature = kind_of(data.features[column]), data.features[column]
     wanted = "lists of classes (JSON or Parquet has them)" if tags else "classes"
     if kind.startswith("list") != tags or "float" in kind or kind.count("list") > 1:
-        hint = "; numbers are for task regression" if kind.startswith("float") else ""
+        hint = "; use task regression for numbers" if kind.startswith("float") else ""
         raise ProblemError(f"column {column!r} holds {kind}, not {wanted}{hint}")
     inner = feature.feature if tags else feature
     if isinstance(inner, ClassLabel):
@@ -200,13 +200,13 @@ def class_names(data: Dataset, column: str, tags: bool) -> tuple[str, ...]:
     every = [tag for row in data[column] for tag in row] if tags else data[column][:]
     try:
         names = tuple(str(value) for value in sorted(set(every)))
-    except TypeError as error:  # numbers beside words, or what is neither
+    except TypeError as error:  # numbers and words, or other types
         kinds = ", ".join(sorted({type(value).__name__ for value in every}))
         raise ProblemError(
             f"column {column!r} holds {kinds}; make all classes words, or all numbers"
         ) from error
     if not all(name.strip() for name in names):
-        raise ProblemError(f"column {column!r} has a blank label; fill it or take its rows out")
+        raise ProblemError(f"column {column!r} has a blank label; fill it or remove its rows")
     return names
 
 
@@ -219,7 +219,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _named(data: Dataset, column: str) -> Dataset:
-    """``data`` with each class by its name, whatever it was stored as."""
+    """``data`` with the name of each class, whatever the stored type."""
     feature = data.features[column]
     tags = kind_of(feature).startswith("list")
     inner = feature.feature if tags else feature
@@ -227,7 +227,7 @@ def _named(data: Dataset, column: str) -> Dataset:
     def name(value: Any) -> str:
         if not isinstance(inner, ClassLabel):
             return str(value)
-        # Unlabelled examples of hub data sets have the class -1.
+        # Unlabelled examples in data sets of the hub have the class -1.
         return inner.int2str(value) if value >= 0 else str(value)
 
     named = [[name(tag) for tag in row] if tags else name(row) for row in data[column]]

@@ -1,4 +1,4 @@
-"""The base model, its tokenizer and the adapter, from options; checked before they are used."""
+"""The base model, its tokenizer and the adapter, from options, and checks of these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
@@ -27,12 +26,12 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 
 @dataclass
 class ModelArguments:
-    """Which model, for what, with which adapter."""
+    """The model, the task and the adapter."""
 
     _argument_group_name = "model and adapter"
 
     model: str = HfArg(help="the base model: a local folder or a hub name")
-    task: TaskName = HfArg(help="what it is to learn")
+    task: TaskName = HfArg(help="the task to learn")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
     dtype: Dtype = HfArg(
         default="float32", help="of the base model's weights; auto: as they were saved"
@@ -45,7 +44,7 @@ class ModelArguments:
         help="names (or ends of names) of the modules to adapt, or all-linear",
     )
     modules_to_save: list[str] | None = HfArg(
-        default=None, help="modules that are trained in full; a task's new head always is"
+        default=None, help="modules that are trained in full; a new head of the task always is"
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +59,7 @@ def load_config(name: str) -> Any:
     """The configuration of the model ``name``.
 
     Raises:
-        ProblemError: there is no such model.
+        ProblemError: the model does not exist.
     """
     try:
         return AutoConfig.from_pretrained(name)
@@ -69,22 +68,22 @@ def load_config(name: str) -> Any:
 
 
 def _why_not(name: str, error: Exception) -> str:
-    """Why nothing could be loaded by ``name``, in place of a hub's troubles with a path."""
+    """Why loading ``name`` failed; the hub's own message does not know that it may be a path."""
     if Path(name).is_dir():
-        reason = str(error).partition("Model type should be one of")[0]  # a hundred of them
+        reason = str(error).partition("Model type should be one of")[0]  # a hundred names
         return f"cannot load the folder {name}: {reason}"
-    if isinstance(error.__cause__, HFValidationError):
-        return f"there is no folder {name}"
-    if isinstance(error.__cause__, LocalEntryNotFoundError):
+    if isinstance(error.__cause__, FileNotFoundError):  # no entry in the cache
         return (
             f"{name} is neither a folder nor in the local cache, and the hub cannot be reached; "
             "correct the name, or connect once to download it"
         )
+    if isinstance(error.__cause__, ValueError):  # no valid name on the hub
+        return f"there is no folder {name}"
     return f"cannot load {name}: {error}"
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
-    """``config`` with the head that ``task`` needs: a class a name, or one number."""
+    """``config`` with the head of ``task``: one output for each class, or one number."""
     if task == "regression":
         config.num_labels, config.problem_type = 1, "regression"
     elif names:
@@ -99,11 +98,11 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     """The tokenizer ``name``, with a padding token, for texts of ``max_length`` tokens.
 
     Raises:
-        ProblemError: no such tokenizer, one that does not go with the model or the task, or
-            texts longer than the model reads.
+        ProblemError: the tokenizer does not exist or does not fit the model or the task, or
+            ``max_length`` exceeds the model's limit.
     """
     words = task == "token-classification"
-    # Byte-level tokenizers need it for words that come as lists.
+    # Byte-level tokenizers need this for lists of words.
     options = {"add_prefix_space": True} if words else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -119,26 +118,30 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
         )
     if len(tokenizer) > (getattr(config, "vocab_size", None) or len(tokenizer)):
         raise ProblemError(
-            f"the tokenizer {name!r} has {len(tokenizer)} tokens, the model {config.vocab_size}; "
-            "they do not belong together"
+            f"tokenizer: {name!r} has {len(tokenizer)} tokens, the model {config.vocab_size}; give "
+            "the tokenizer of the model"
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ProblemError(f"the tokenizer {name!r} has no padding token and no end of text")
+            raise ProblemError(
+                f"tokenizer: {name!r} has neither a padding nor an end-of-text token; give another"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if words and not tokenizer.is_fast:
-        raise ProblemError(f"token-classification needs a fast tokenizer, which {name!r} is not")
+        raise ProblemError(
+            f"tokenizer: {name!r} is not fast, which token-classification needs; give another"
+        )
     return tokenizer
 
 
 def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, list[str]]:
-    """The base model, and the names of its weights that are new, drawn from the current seed.
+    """The base model, and the names of its new weights, which depend on the current seed.
 
     Raises:
-        ProblemError: there is no such model, or none of it for the task.
+        ProblemError: the model does not exist or has no class for the task.
     """
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report on a new head, forty lines long, is no news
+    logging.set_verbosity_error()  # the report on a new head has forty lines
     try:
         model, report = task.model.from_pretrained(
             name,
@@ -156,10 +159,10 @@ def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, li
 
 
 def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
-    """``model`` with a new adapter, A drawn from the current seed, in train mode.
+    """``model`` in train mode with a new adapter, whose A depends on the current seed.
 
     Raises:
-        ProblemError: an unknown target module, or one that cannot be adapted.
+        ProblemError: an unknown target module, or a module that cannot be adapted.
     """
     names = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
     for name in args.modules_to_save or []:
@@ -180,21 +183,22 @@ def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
     try:
         return get_peft_model(model, config).train()
     except (ValueError, TypeError) as error:
-        raise ProblemError(f"cannot adapt the model: {error}") from error
+        raise ProblemError(f"target_modules: the model cannot be adapted: {error}") from error
 
 
 def require_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """``targets``, each the name of a layer that DoRA can adapt, or all-linear.
 
     Raises:
-        ProblemError: an unknown name, one of another kind of module, or no such layer at all.
+        ProblemError: an unknown name, a module that DoRA cannot adapt, or a model without such
+            layers.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     plain = {name for name, module in modules.items() if isinstance(module, PLAIN_MODULES)}
     if not plain:
         raise ProblemError(
             f"{type(model).__name__} has no layer that DoRA can adapt: no linear, Conv1D, "
-            "embedding or convolution"
+            "embedding or convolution; give another model"
         )
     if list(targets) == [ALL_LINEAR]:
         return list(targets)
@@ -208,16 +212,16 @@ def require_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
         if other := [name for name in found if name not in plain]:
             kind = type(modules[other[0]]).__name__
             raise ProblemError(
-                f"target_modules: {other[0]} is a {kind}, which DoRA cannot adapt; adaptable are "
+                f"target_modules: {other[0]} is a {kind}, which DoRA cannot adapt; choose among "
                 f"{', '.join(leaves)}"
             )
     return list(targets)
 
 
 def linear_layers(model: Any, besides: Sequence[str]) -> list[str]:
-    """Every linear layer but the output layer and what is in a module called as in ``besides``.
+    """All linear layers except the output layer and those in modules with a name in ``besides``.
 
-    PEFT's own ``all-linear`` adapts the head of a token classifier, and what is to be saved.
+    The ``all-linear`` of PEFT would adapt the head of a token classifier and ``modules_to_save``.
     """
     output = model.get_output_embeddings()
     return [
@@ -230,7 +234,7 @@ def linear_layers(model: Any, besides: Sequence[str]) -> list[str]:
 
 
 def untrained(model: Any, new: Sequence[str]) -> list[str]:
-    """Of the base model's ``new`` weights those that the PeftModel ``model`` does not train."""
+    """The ``new`` weights of the base model that the PeftModel ``model`` does not train."""
     trained = [
         name.replace(".modules_to_save.default", "")
         for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""What train, compare and check have in common: one model, one data set, one way to train."""
+"""The model, the data and the trainer of the commands that train."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ TYPES = (ModelArguments, DataArguments, BiDoRATrainingArguments)
 
 @dataclass(frozen=True)
 class Setup:
-    """The data, encoded, and how to build models and trainers for them.
+    """The encoded data, and the construction of models and trainers for the data.
 
     Attributes:
-        args: the model's options.
+        args: the options of the model.
         task: the task.
-        config: the base model's configuration, with the task's head.
-        tokenizer: the base model's.
-        train: encoded training examples, of both levels.
-        evaluation: encoded examples that are never trained on; None for no evaluation.
+        config: the base model's configuration, with the head of the task.
+        tokenizer: the base model's tokenizer.
+        train: the encoded training examples of both levels.
+        evaluation: the encoded evaluation examples, or None.
     """
 
     args: ModelArguments
@@ -48,7 +48,7 @@ class Setup:
     evaluation: Dataset | None
 
     def model(self, seed: int, *, dora: bool) -> Any:
-        """A new PeftModel, for one ``seed`` always the same; a warning names random weights."""
+        """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
         set_seed(seed)
         base, new = models.load_base(self.task, self.args.model, self.config, self.args.dtype)
         if getattr(base.config, "pad_token_id", None) is None:
@@ -56,8 +56,7 @@ class Setup:
         model = models.adapted(base, self.args, self.task, dora=dora)
         if names := models.untrained(model, new):
             logger.warning_once(
-                f"{', '.join(names)} are new, random and frozen; name their modules in "
-                "modules_to_save"
+                f"{', '.join(names)}: new, random and frozen; name their modules in modules_to_save"
             )
         return model
 
@@ -65,7 +64,7 @@ class Setup:
         """The trainer of ``model``.
 
         Raises:
-            ProblemError: arguments that do not go together.
+            ProblemError: incompatible arguments.
         """
         try:
             return BiDoRATrainer(
@@ -81,12 +80,12 @@ class Setup:
             )
         except ProblemError:
             raise
-        # The Trainer's: of the latter kinds a logger that is not installed, a hub out of reach.
+        # Of the Trainer: a logger that is not installed, or an unreachable hub, for example.
         except (ValueError, RuntimeError, OSError) as error:
             raise ProblemError(str(error)) from error
 
     def collator(self) -> Any:
-        """Makes a padded batch from encoded examples."""
+        """The collator that pads encoded examples to a batch."""
         if self.task.peft == "SEQ_CLS":
             return DataCollatorWithPadding(self.tokenizer)
         if self.task.peft == "TOKEN_CLS":
@@ -95,10 +94,10 @@ class Setup:
 
 
 def prepare(args: ModelArguments, data: DataArguments) -> Setup:
-    """Read and encode the data for the model; no weights are loaded.
+    """Read and encode the data for the model, without loading weights.
 
     Raises:
-        ProblemError: data that cannot be trained on, or a model that cannot be loaded.
+        ProblemError: invalid data, or a model that cannot be loaded.
     """
     task = TASKS[args.task]
     train, evaluation = load(data, args.task)
@@ -113,8 +112,8 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
         evaluation = encoder.encode(evaluation, "the evaluation examples")
         if common := shared(evaluation, train):
             logger.warning(
-                f"{common} of {len(evaluation)} evaluation examples are training examples too; "
-                "what is measured on them says little"
+                f"{common} of {len(evaluation)} evaluation examples are training examples too, so "
+                "that the metrics are too good; remove them"
             )
     held_out = evaluation is None and data.eval_fraction > 0
     if args.task == "text-classification":

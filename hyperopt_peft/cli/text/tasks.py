@@ -1,4 +1,4 @@
-"""What can be trained: the model class and the evaluation metrics of each task."""
+"""The tasks: the model class and the evaluation metrics of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 TaskName = Literal[
     "text-classification", "regression", "token-classification", "causal-lm", "seq2seq"
 ]
-IGNORED = -100  # the label that the losses of Transformers leave out
+IGNORED = -100  # the label that the losses of Transformers ignore
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Task:
     """One task.
 
     Attributes:
-        model: the Auto class that loads its models.
-        peft: PEFT's name of it.
-        metric: the evaluation metric that methods are compared by.
-        lower_is_better: whether a small value of it is good.
+        model: the Auto class of the models.
+        peft: the name of the task in PEFT.
+        metric: the evaluation metric by which methods are compared.
+        lower_is_better: whether a smaller ``metric`` is better.
         classes: whether labels are classes, of examples or of tokens.
-        reduce: from logits and labels of a batch to what is kept for ``metrics``.
-        metrics: from all that was kept and all labels to named numbers.
+        reduce: maps the logits and labels of a batch to the predictions for ``metrics``.
+        metrics: maps all predictions and labels to named numbers.
     """
 
     model: Any
@@ -44,35 +44,35 @@ class Task:
 
 
 def argmax(logits: Any, labels: Tensor) -> Tensor:
-    """The class of the largest logit, (…, classes) to (…)."""
+    """The class of the largest logit, from shape (…, classes) to (…)."""
     return _first(logits).argmax(-1)
 
 
 def prediction(logits: Any, labels: Tensor) -> Tensor:
-    """The predicted number, (examples, 1) to (examples)."""
+    """The predicted number, from shape (examples, 1) to (examples,)."""
     return _first(logits).squeeze(-1)
 
 
 def next_token_losses(logits: Any, labels: Tensor) -> Tensor:
-    """`token_losses` where the logits of a position predict the token after it."""
+    """`token_losses` of logits that predict the next token."""
     return token_losses(_first(logits)[:, :-1], labels[:, 1:])
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
-    """Summed negative log-likelihood and number of tokens of each example, (examples, 2)."""
+    """The sum of the negative log-likelihoods and the number of tokens, of shape (examples, 2)."""
     scores = _first(logits).float()
     losses = cross_entropy(scores.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return torch.stack([losses.sum(1), (labels != IGNORED).sum(1).to(losses)], 1)
 
 
 def _first(logits: Any) -> Tensor:
-    """The logits, without what some models return beside them."""
+    """The logits, without the further outputs of some models."""
     result: Tensor = logits[0] if isinstance(logits, tuple) else logits
     return result
 
 
 def classification_metrics(result: Any) -> dict[str, float]:
-    """Accuracy and macro-F1 over all labels that are not ignored."""
+    """The accuracy and the macro-F1 over all labels that are not ignored."""
     labelled = result.label_ids != IGNORED
     true, predicted = result.label_ids[labelled], result.predictions[labelled]
     return {
@@ -82,7 +82,7 @@ def classification_metrics(result: Any) -> dict[str, float]:
 
 
 def regression_metrics(result: Any) -> dict[str, float]:
-    """Mean squared error, Pearson's and Spearman's correlation (NaN for constant numbers)."""
+    """Mean squared error, Pearson's and Spearman's correlation (NaN for constant values)."""
     true, predicted = result.label_ids, result.predictions
     varied = min(np.ptp(true), np.ptp(predicted)) > 0
     return {
@@ -93,7 +93,7 @@ def regression_metrics(result: Any) -> dict[str, float]:
 
 
 def language_metrics(result: Any) -> dict[str, float]:
-    """Mean loss of a token, whatever the batches, and its exponential, the perplexity."""
+    """The mean loss over all tokens and its exponential, the perplexity."""
     total, tokens = result.predictions.sum(0)
     return {"token_loss": float(total / tokens), "perplexity": float(np.exp(total / tokens))}
 

@@ -1,1 +1,1 @@
-"""Estimators that solve a linear system with the lower Hessian."""
+"""Estimators that solve a linear system with the lower Hessian H."""

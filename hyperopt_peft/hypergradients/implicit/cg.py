@@ -16,11 +16,16 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_lik
 class ConjugateGradient(Solver):
     """v ≈ (H + damping·I)⁻¹ b by at most ``steps`` conjugate-gradient steps.
 
-    Ends at relative residual ``tolerance``, or at a curvature that is not positive beyond
-    rounding: the note then says so, and the iterate of least residual is returned, zero where
-    it is met at once. (On a positive definite system the last iterate is the best.) One
-    Hessian-vector product a step. Hestenes & Stiefel 1952, doi:10.6028/jres.049.044; as a
-    hypergradient: Pedregosa 2016, arXiv:1602.02355.
+    The solver stops at relative residual ``tolerance``, or at a curvature that is zero (to
+    rounding) or negative. In the latter case ``note`` reports the curvature, and v is the iterate
+    of least residual. Each step costs one Hessian-vector product. Hestenes & Stiefel 1952,
+    doi:10.6028/jres.049.044; as a hypergradient: Pedregosa 2016, arXiv:1602.02355.
+
+    Example:
+        >>> from torch import tensor
+        >>> h, b = Vector([tensor([1.0, 4.0])]), Vector([tensor([1.0, 1.0])])  # H = diag(1, 4)
+        >>> ConjugateGradient().solve(lambda v: h * v, b).v.parts
+        (tensor([1.0000, 0.2500]),)
     """
 
     steps: int = 10
@@ -54,8 +59,8 @@ def conjugate_gradients(
 ) -> Solution:
     """v ≈ (H + damping·I)⁻¹ b; ``precondition`` is a positive definite P⁻¹, None for I.
 
-    The step is taken before its curvature is read with the new residual, in one transfer; a step
-    that should not have been taken is seen then, and ``best`` is from before it.
+    Each step has one read from the device, of the curvature and the new residual, after v has
+    moved. If the curvature is not positive, the result is the best iterate before the step.
     """
     v, r, best = zeros_like(b), b.copy(), zeros_like(b)
     z = r if precondition is None else precondition(r)
@@ -80,7 +85,7 @@ def conjugate_gradients(
         require_finite(bent, size)
         curvature = bent / size + damping
         largest = max(largest, abs(curvature))
-        if curvature <= 10 * machine_epsilon(b) * largest:  # this step led nowhere
+        if curvature <= 10 * machine_epsilon(b) * largest:  # the step is invalid
             kind = "negative" if curvature < 0 else "zero"
             note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
             return Solution(best, (least / start) ** 0.5, step, note)

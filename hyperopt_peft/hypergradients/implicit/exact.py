@@ -1,4 +1,4 @@
-"""The dense solve: the reference for every other estimator."""
+"""The dense solve, the reference for every other estimator."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from hyperopt_peft.utils.vector import Vector, machine_epsilon
 class Exact(Solver):
     """v = (H + damping·I)⁻¹ b from the eigenvalues of the dense Hessian.
 
-    The Hessian is built from one Hessian-vector product for each of the n lower unknowns,
-    symmetrised, and decomposed in float64 (``float64=False``: in the variables' precision).
-    Where it is singular and ∂F/∂w has no part in its null space, v has none either.
-    More than ``max_size`` unknowns are refused: time grows as n products, memory as n².
-    The textbook form of the implicit function theorem (Bengio 2000,
-    doi:10.1162/089976600300015187).
+    The n columns of H are Hessian-vector products, n the number of lower unknowns. H is
+    symmetrised and decomposed in float64, or in the variables' precision with ``float64=False``.
+    If H is singular and b has no component in its null space, v is the solution of least norm.
+    Time grows as n products, memory as n². Bengio 2000, doi:10.1162/089976600300015187.
 
     Raises:
-        ProblemError: n exceeds ``max_size``, or the Hessian is singular along ∂F/∂w.
+        ProblemError: n exceeds ``max_size``, or H is singular along b.
+
+    Example:
+        >>> h, b = Vector([torch.tensor([1.0, 4.0])]), Vector([torch.ones(2)])  # H = diag(1, 4)
+        >>> Exact().solve(lambda v: h * v, b).v.parts
+        (tensor([1.0000, 0.2500]),)
     """
 
     damping: float = 0.0
@@ -70,7 +73,7 @@ class Exact(Solver):
         if missed > noise**0.5 * length:
             raise ProblemError(
                 "exact: the lower Hessian is singular along ∂F/∂w; regularise the lower loss, add "
-                "damping, or look for a lower variable that the loss does not read"
+                "damping, or remove a lower variable that the loss does not read"
             )
         note = f"the Hessian has rank {rank:.0f} of {n}" if rank < n else ""
         return Solution(b.with_entries(vectors @ solution), residual / length, n, note)

@@ -16,11 +16,17 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_lik
 class MINRES(Solver):
     """v ≈ (H + damping·I)⁻¹ b, the v of least residual in a Krylov space of ``steps`` dimensions.
 
-    H may be indefinite, as it is away from a minimum of f: the residual never grows. Ends at
-    relative residual ``tolerance``, or where H is singular and no v has a smaller one, which
-    the note then says. One Hessian-vector product a step.
-    Lanczos tridiagonalisation and a QR factorisation by rotations (c, s), updated step by
-    step: Paige & Saunders 1975, doi:10.1137/0712047.
+    H may be indefinite, as it is away from a minimum of f; the residual does not grow from step to
+    step. The solver stops at relative residual ``tolerance``, or, for a singular H, at the
+    least-squares solution, which ``note`` reports. Each step costs one Hessian-vector product.
+    Lanczos tridiagonalisation with a QR factorisation by rotations (c, s): Paige & Saunders 1975,
+    doi:10.1137/0712047.
+
+    Example:
+        >>> from torch import tensor
+        >>> h, b = Vector([tensor([1.0, -4.0])]), Vector([tensor([1.0, 1.0])])  # H = diag(1, −4)
+        >>> MINRES().solve(lambda v: h * v, b).v.parts
+        (tensor([ 1.0000, -0.2500]),)
     """
 
     steps: int = 10
@@ -61,7 +67,7 @@ class MINRES(Solver):
             delta, gamma = c * entry + s * alpha, c * alpha - s * entry
             largest = max(largest, math.hypot(alpha, beta, beta_old))
             rho = math.hypot(gamma, beta)
-            # ‖Hr‖/‖r‖ of the residual so far is hypot(γ, cβ): zero where no v does better.
+            # ‖Hr‖/‖r‖ is hypot(γ, cβ), zero at a least-squares solution.
             stationary = math.hypot(gamma, c * beta) <= max(self.tolerance, noise) * largest
             if stationary or rho <= noise * largest:
                 note = "the Hessian is singular: least-squares solution"

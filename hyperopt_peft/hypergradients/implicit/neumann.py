@@ -14,13 +14,19 @@ from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 @register("neumann", kind="implicit", tolerance=0.15)
 @dataclass(frozen=True)
 class Neumann(Solver):
-    """v = η Σ_{k=0}^{terms} (I − ηH)^k b, the series of H⁻¹ b cut after the power ``terms``.
+    """v = η Σ_{k=0}^{terms} (I − ηH)^k b, the series of H⁻¹ b truncated at the power ``terms``.
 
-    Its relative error is (1 − ημ)^(terms+1) for the smallest eigenvalue μ; its residual
-    would need a product of its own and is not reported. It converges for
-    η < 2/λmax only; ``step_size`` is η, and None sets it to 1/λmax, with λmax from
-    ``power_steps`` steps of power iteration. One Hessian-vector product a term, and one a
-    power step. Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590 Eq. 8–9.
+    The relative error is at most (1 − ημ)^(terms+1), μ the smallest eigenvalue, for
+    η ≤ 1/λmax. The series diverges for η > 2/λmax. ``step_size`` is η; None sets η = 1/λmax, with
+    λmax from ``power_steps`` steps of power iteration. Each term and each power step costs one
+    Hessian-vector product. The residual, which would cost one more, is not reported. Lorraine,
+    Vicol & Duvenaud 2020, arXiv:1911.02590 Eq. 8–9.
+
+    Example:
+        >>> from torch import tensor
+        >>> h, b = Vector([tensor([1.0, 4.0])]), Vector([tensor([1.0, 1.0])])  # H = diag(1, 4)
+        >>> Neumann(terms=1, step_size=0.25).solve(lambda v: h * v, b).v.parts  # v_1 = ¼ + ¼·¾
+        (tensor([0.4375, 0.2500]),)
     """
 
     terms: int = 20
@@ -38,7 +44,7 @@ class Neumann(Solver):
         self.require(self.power_steps >= 1, f"power_steps must be ≥ 1, got {self.power_steps}")
 
     def cost(self) -> Cost:
-        """``terms`` products, and ``power_steps`` where the step is chosen."""
+        """``terms`` products, and ``power_steps`` more without a ``step_size``."""
         return self.products_cost(
             self.terms + (self.power_steps if self.step_size is None else 0), 6
         )
@@ -51,7 +57,7 @@ class Neumann(Solver):
             if largest == 0:
                 return Solution(zeros_like(b), 1.0, 0, "the Hessian is zero along ∂F/∂w")
             eta = 1 / largest
-        p, total = b.copy(), b.copy()  # p = (I − ηH)^k b: the residual of the sum before it
+        p, total = b.copy(), b.copy()  # p = (I − ηH)^k b, the residual of the sum of k terms
         for _ in range(self.terms):
             total.add_(p.add_(matvec(p), -eta))
         last, first = read_finite(inner(p, p), inner(b, b))
@@ -60,7 +66,7 @@ class Neumann(Solver):
 
 
 def largest_eigenvalue(matvec: Matvec, start: Vector, steps: int) -> float:
-    """|λ|max of a symmetric matrix from below, by ``steps`` of power iteration from ``start``."""
+    """A lower bound of |λ|max of a symmetric matrix, by ``steps`` of power iteration."""
     v = start
     for _ in range(steps):
         v = matvec(normalised(v))

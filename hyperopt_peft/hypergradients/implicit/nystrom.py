@@ -1,4 +1,4 @@
-"""A random low-rank approximation of the Hessian, as a preconditioner or alone."""
+"""A random low-rank approximation of the Hessian, as a preconditioner or as the solution."""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalise
 class Nystrom(Solver):
     """v ≈ (H + damping·I)⁻¹ b by ``steps`` steps of CG, preconditioned by H ≈ UΛUᵀ of ``rank`` k.
 
-    With k random orthonormal columns Ω, drawn from ``seed`` alone,
+    With k random orthonormal columns Ω, a function of ``seed``,
 
         UΛUᵀ = (HΩ)(ΩᵀHΩ)⁻¹(HΩ)ᵀ
         P⁻¹  = U(Λ + damping)⁻¹Uᵀ + (I − UUᵀ)/(λ_k + damping)
 
-    λ_k is the smallest eigenvalue found, so that P follows the scale of f. What the columns show
-    of negative curvature is left out of P, which must be positive; CG ends where it meets some,
-    as in ``cg``. ``steps=0`` is the approximation alone, v = (UΛUᵀ + damping·I)⁻¹ b by Woodbury's
-    formula (damping None: v = P⁻¹b). That is good where H is damping·I but for k directions, and
-    poor where eigenvalues fall slowly. At k = n both are exact.
+    λ_k is the smallest eigenvalue in Λ, so that P scales with f. Negative eigenvalues are omitted
+    from Λ, since P must be positive definite; CG stops at negative curvature, as in ``cg``. With
+    ``steps=0`` the estimate is v = (UΛUᵀ + damping·I)⁻¹ b by Woodbury's formula, or P⁻¹b if
+    ``damping`` is None. This v is accurate if H is damping·I except in k directions, inaccurate
+    if eigenvalues decay slowly, and exact for k = n.
 
-    k Hessian-vector products, and one a step; up to 3k vectors. As a hypergradient: Hataya &
-    Yamada 2023, arXiv:2302.09726; as a preconditioner: Frangella, Tropp & Udell 2021,
+    The cost is k Hessian-vector products, one more a step, and 3k vectors. As a hypergradient:
+    Hataya & Yamada 2023, arXiv:2302.09726; as a preconditioner: Frangella, Tropp & Udell 2021,
     arXiv:2110.02820.
+
+    Example:
+        >>> h, b = Vector([torch.tensor([1.0, 4.0])]), Vector([torch.ones(2)])  # H = diag(1, 4)
+        >>> Nystrom(rank=2, steps=0).solve(lambda v: h * v, b).v.parts
+        (tensor([1.0000, 0.2500]),)
     """
 
     rank: int = 10
@@ -78,7 +83,7 @@ class Nystrom(Solver):
 
 
 def _columns(like: Vector, count: int, seed: int) -> list[Vector]:
-    """Random orthonormal vectors, the same on every process; no more than there are dimensions."""
+    """``count`` random orthonormal vectors, at most n, equal on every process."""
     generator, size = torch.Generator().manual_seed(seed), like.numel()
     numbers = (
         torch.randn(size, generator=generator, dtype=torch.float32) for _ in range(min(count, size))
@@ -87,7 +92,7 @@ def _columns(like: Vector, count: int, seed: int) -> list[Vector]:
 
 
 def _orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
-    """``vectors``, which are changed, made orthonormal in their order (Gram and Schmidt)."""
+    """Gram–Schmidt of ``vectors``, which are overwritten."""
     result: list[Vector] = []
     for vector in vectors:
         for _ in range(2):  # once more, for orthogonality to rounding
@@ -98,9 +103,9 @@ def _orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
 
 
 def _low_rank(matvec: Matvec, columns: Sequence[Vector]) -> tuple[list[float], list[Vector], str]:
-    """Eigenvalues, largest first, and eigenvectors of the approximation; a note on the curvature.
+    """Eigenvalues, largest first, and eigenvectors of UΛUᵀ; a note on negative curvature.
 
-    What is no larger than the square root of the rounding error counts as zero.
+    An eigenvalue below √δ·|λ|max counts as zero, δ the machine epsilon.
     """
     images = [matvec(column) for column in columns]
     small = machine_epsilon(columns[0]) ** 0.5

@@ -1,4 +1,4 @@
-"""A solver of Hv = b times a product: an implicit estimator."""
+"""An implicit estimator: a solver of Hv = b, and a second-derivative product."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ Matvec = Callable[[Vector], Vector]
 
 @dataclass(frozen=True)
 class Solution:
-    """v ≈ H⁻¹b, and how it was reached.
+    """v ≈ H⁻¹b, and a report of the solve.
 
-    ``residual`` is ‖b − Hv‖/‖b‖ (None where the solver does not know it), ``steps`` the
-    iterations done, ``note`` anything the user should know, such as negative curvature.
+    ``residual`` is ‖b − Hv‖/‖b‖, None if unknown; ``steps`` is the number of iterations; ``note``
+    is a message for the user, for example of negative curvature.
+
+    Example:
+        >>> from torch import ones
+        >>> Solution(Vector([ones(2)]), residual=0.01).residual
+        0.01
     """
 
     v: Vector
@@ -35,11 +40,22 @@ class Solution:
 
 @dataclass(frozen=True)
 class Solver(Estimator):
-    """dF/du = ∂F/∂u − ∂²f/∂u∂w · v, where ``solve`` finds v ≈ [∂²f/∂w²]⁻¹ ∂F/∂w.
+    """dF/du = ∂F/∂u − ∂²f/∂u∂w · v, with v ≈ [∂²f/∂w²]⁻¹ ∂F/∂w by ``solve`` of a subclass.
 
-    ``product`` chooses how second derivatives are taken: ``"exact"`` by double backward, or
-    ``"difference"`` with first-order passes only and a step of length ``epsilon`` (None:
-    chosen from the precision and ‖w‖). Where ∂F/∂w is zero the result is ∂F/∂u.
+    ``product`` is the kind of second derivatives: ``"exact"`` by double backward, or
+    ``"difference"`` by first-order passes at a distance ``epsilon`` of w (`default_epsilon` if
+    None). If ∂F/∂w is zero, the result is ∂F/∂u.
+
+    Example:
+        >>> from hyperopt_peft import hypergradient
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> class Half(Solver):
+        ...     def solve(self, matvec, b):
+        ...         return Solution(0.5 * b)
+        >>> upper, lower = diabetes()
+        >>> half, = hypergradient(upper, lower, Half())
+        >>> half.allclose(hypergradient(upper, lower, "darts:xi=0.5")[0])
+        True
     """
 
     product: ProductKind = field(default="exact", kw_only=True)
@@ -55,17 +71,14 @@ class Solver(Estimator):
         return Requirements(second_derivatives=self.product == "exact")
 
     def products_cost(self, products: int, vectors: int) -> Cost:
-        """The cost of F, f, ``products`` Hessian-vector products and one mixed product.
-
-        An exact product is one backward pass on a kept graph, a difference two gradients of f.
-        """
+        """The cost of F, f, ``products`` Hessian-vector products and one mixed product."""
         if self.product == "exact":
             return Cost(3, 4 + products, vectors)
         return Cost(4 + 2 * products, 4 + 2 * products, vectors + 2)
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
-        """v ≈ H⁻¹ b, where ``matvec(v)`` is Hv and b is not zero."""
+        """v ≈ H⁻¹ b, with ``matvec(v)`` = Hv and b ≠ 0."""
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
@@ -83,27 +96,23 @@ class Solver(Estimator):
         return Estimate(direct, implicit, found.residual, found.steps, found.note, state)
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
-        """What ``solve`` finds, and what to keep for the next upper step; ``state`` was kept."""
+        """The solution, and the next ``state``; a subclass may use ``state`` as a warm start."""
         return self.solve(matvec, b), {}
 
 
 def read_finite(*scalars: Tensor) -> list[float]:
-    """The values of scalar tensors that products with H lead to, by one transfer.
-
-    Raises:
-        NonFiniteError: see `require_finite`.
-    """
+    """The values of ``scalars``, by one read from the device, after `require_finite`."""
     return require_finite(*to_floats(scalars))
 
 
 def require_finite(*values: float) -> list[float]:
-    """``values``, which products with H have led to.
+    """``values``, numbers computed from Hessian-vector products.
 
-    A NaN or an infinity in Hv shows in ⟨v, Hv⟩ and in ‖Hv‖, so a solver that reads one of these
-    needs no other test.
+    A NaN or infinite entry of Hv makes ⟨v, Hv⟩ and ‖Hv‖ NaN or infinite, so that a check of one of
+    these numbers is enough.
 
     Raises:
-        NonFiniteError: one of them is NaN or infinite.
+        NonFiniteError: a value is NaN or infinite.
     """
     if not all(map(math.isfinite, values)):
         raise NonFiniteError(

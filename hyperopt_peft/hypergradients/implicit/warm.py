@@ -1,4 +1,4 @@
-"""One step an upper step on the Hessian system, from where the last one ended."""
+"""Iterative steps on the Hessian system, with a warm start from the last upper step."""
 
 from __future__ import annotations
 
@@ -19,26 +19,33 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
-FORGET = 0.97  # of the largest curvature seen, what counts next: some batches are steeper than most
-TILT = 0.1  # of the power iteration's vector towards the residual, where a divergence shows
+FORGET = 0.97  # decay of the largest curvature an upper step: a few batches have a far larger one
+TILT = 0.1  # share of the residual, which a divergence aligns with, in the power iteration's vector
 
 
 @register("warm", kind="implicit", tolerance=0.15)
 @dataclass(frozen=True)
 class WarmStart(Solver):
-    """v ← v − (a/k^decay)·((H + damping·I)v − b) at the k-th upper step, from the last one's v.
+    """v ← v − (a/k^decay)·((H + damping·I)v − b) at the k-th upper step, from the previous v.
 
-    The hypergradient is taken along v as it was kept, then v moves by ``steps`` such steps. So v
-    does not depend on the batch that it is used on, and averages H and b over the batches before:
-    where those vary about a fixed point, its mean is H⁻¹b. The first upper step has nothing
-    kept, nor has a hypergradient out of training: ``first_steps`` steps from a·b come before,
-    as in a Neumann series.
+    The hypergradient uses the v of the previous upper step; then v moves by ``steps`` such steps.
+    So v does not depend on the current batch, and averages H and b over the earlier ones: at a
+    fixed point (u, w) the mean of v is H⁻¹b. At the first upper step, and outside training,
+    ``first_steps`` constant steps from a·b precede, as in a Neumann series.
 
-    ``step_size`` is a, and None sets it to 1/(λmax + damping), with λmax from a power iteration
-    that is kept too. A slower ``decay`` follows a moving level more closely, a faster one averages
-    more. Where vᵀ(H + damping·I)v is negative, v and k start again, and the note says so. A step
-    costs one Hessian-vector product, λmax one an upper step. SOBA: Dagréou et al. 2022,
-    arXiv:2201.13409 Eq. 5–6; AmIGO: Arbel & Mairal 2022, arXiv:2111.14580.
+    ``step_size`` is a; None sets a = 1/(λmax + damping), with λmax from a power iteration that also
+    continues over upper steps. A small ``decay`` follows moving levels faster, a large one
+    averages more batches. If vᵀ(H + damping·I)v is negative, v and k are reset, which ``note``
+    reports. A step costs one Hessian-vector product, λmax one more an upper step. SOBA: Dagréou et
+    al. 2022, arXiv:2201.13409 Eq. 5–6; AmIGO: Arbel & Mairal 2022, arXiv:2111.14580.
+
+    Example:
+        >>> from torch import tensor
+        >>> h, b = Vector([tensor([1.0, 4.0])]), Vector([tensor([1.0, 1.0])])  # H = diag(1, 4)
+        >>> first, state = WarmStart().advance(lambda v: h * v, b, {})
+        >>> second, _ = WarmStart().advance(lambda v: h * v, b, state)
+        >>> second.residual < first.residual
+        True
     """
 
     steps: int = 1
@@ -66,11 +73,11 @@ class WarmStart(Solver):
         )
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
-        """v ≈ (H + damping·I)⁻¹ b, with nothing kept."""
+        """v ≈ (H + damping·I)⁻¹ b, without a warm start."""
         return self.advance(matvec, b, {})[0]
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
-        """The solution of this upper step, and what to keep for the next one."""
+        """The solution of this upper step, and the state for the next one."""
         a, direction, largest = self.step_size, None, 0.0
         if a is None:
             direction, largest = self._curvature(matvec, b, state)
@@ -87,7 +94,7 @@ class WarmStart(Solver):
             if step and not math.isfinite(along):
                 raise NonFiniteError(f"v has diverged; make step_size smaller than {a:.3g}")
             if require_finite(along) < [0.0]:
-                v, k, note = a * b, 1, "negative curvature along v, which starts again"
+                v, k, note = a * b, 1, "negative curvature along v, which is reset"
                 q = matvec(v).plus(v, self.damping)
             r = b - q
             if step == before:
@@ -102,7 +109,7 @@ class WarmStart(Solver):
         return Solution(found, math.sqrt(residual / of_b), before + self.steps, note), kept
 
     def _curvature(self, matvec: Matvec, b: Vector, state: State) -> tuple[Vector, float]:
-        """The power iteration's vector, of length 1, and |λ|max."""
+        """The power iteration's unit vector, and an estimate of |λ|max."""
         direction = _vector(state, "direction") if state else b
         largest = FORGET * _number(state, "largest") if state else 0.0
         for _ in range(1 if state else self.first_steps):
@@ -114,12 +121,12 @@ class WarmStart(Solver):
 def _vector(state: State, key: str) -> Vector:
     value = state.get(key)
     if not isinstance(value, Vector):
-        raise ProblemError(f"warm: the kept state has no vector {key!r}; it is another estimator's")
+        raise ProblemError(f"warm: the state has no vector {key!r}; use a state of this estimator")
     return value
 
 
 def _number(state: State, key: str) -> float:
     value = state.get(key)
     if not isinstance(value, int | float):
-        raise ProblemError(f"warm: the kept state has no number {key!r}; it is another estimator's")
+        raise ProblemError(f"warm: the state has no number {key!r}; use a state of this estimator")
     return value

@@ -1,1 +1,1 @@
-"""Estimators from first-order passes at perturbed minima."""
+"""Estimators from first-order passes at minima of penalised objectives."""

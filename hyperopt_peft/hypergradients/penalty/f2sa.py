@@ -1,4 +1,4 @@
-"""The central difference of a penalised value function: two short inner runs."""
+"""The central difference of a penalised value function."""
 
 from __future__ import annotations
 
@@ -19,23 +19,20 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_lik
 class F2SA(InnerRuns):
     """dF/du ≈ [∂/∂u (f + νF)(u, w_ν) − ∂/∂u (f − νF)(u, w_−ν)] / 2ν, w_±ν = argmin_w f ± νF.
 
-    With φ(ν, u) = min_w f + νF, ∂φ/∂ν is F at the minimum w_ν and ∂φ/∂u is ∂/∂u (f + νF) there.
-    So dF/du = ∂²φ/∂ν∂u at ν = 0, and this is its central difference, with an error of O(ν²).
+    For φ(ν, u) = min_w f + νF, ∂φ/∂ν = F(w_ν) and ∂φ/∂u = ∂/∂u (f + νF)(w_ν). So
+    dF/du = ∂²φ/∂ν∂u at ν = 0, of which the estimate is a central difference with an error of O(ν²).
 
-    A batch's f is not at its minimum in w, and a run of a few steps would not get there. So f
-    stands for f − ⟨∂f/∂w(w), ·⟩, whose minimum is w: the estimate tends to the implicit formula
-    at w, as those of the solvers do, and is the paper's where ∂f/∂w = 0.
+    In these formulas f is f − ⟨∂f/∂w(w), ·⟩, whose minimum is the current w. So the estimate tends
+    to the implicit formula at w, as that of a solver, though w is not the minimum of f on a batch.
+    If ∂f/∂w = 0, the estimate is that of the papers.
 
-    ``nu`` is ν in units of f/F. None chooses it so that w moves by the length at which a central
-    difference of ∂f is best, or by less where ∂F/∂w would change by a larger share of itself
-    than the cube root of the machine epsilon. Multiplying f or F by a constant then changes
-    nothing but the constant. At each side every point of a run costs a pass of f and one of F.
-    The second run starts at the first one's mirror image; at the next upper step both start
-    where they ended. Kwon et al. 2023, arXiv:2301.10945 (one-sided); Chen et al. 2025,
-    arXiv:2509.02937 (F2SA-2).
+    ``nu`` is ν, in units of f/F. None sets ν so that w moves by `default_epsilon`, or less, so that
+    the relative change of ∂F/∂w is at most δ^(1/3), δ the machine epsilon. The estimate is then
+    equivariant to factors of f and F. Each point of an `InnerRuns` costs a pass of f and one of F.
+    Kwon et al. 2023, arXiv:2301.10945 (one-sided); Chen et al. 2025, arXiv:2509.02937 (F2SA-2).
 
     Example:
-        First-order passes alone come within 1 % of the implicit formula.
+        The relative error to the implicit formula is below 1 %.
 
         >>> from hyperopt_peft import hypergradient
         >>> from hyperopt_peft.problems.ridge import diabetes
@@ -55,7 +52,7 @@ class F2SA(InnerRuns):
         self.require(self.nu is None or self.nu > 0, "nu must be positive")
 
     def cost(self) -> Cost:
-        """At most: F and f, f at w and along the first guess, F there; both at each inner point."""
+        """The cost at ``inner_steps`` steps of each run."""
         passes = 5 + 4 * (self.inner_steps + 1)
         return Cost(passes, passes, 15)
 
@@ -83,7 +80,7 @@ class F2SA(InnerRuns):
         )
 
     def _relative(self, oracle: Oracle, gradients: Gradients, response: Vector) -> float:
-        """ν in the scales of f and F at w, where dw_ν/dν ≈ ``response``."""
+        """The default ν, where dw_ν/dν ≈ ``response`` at ν = 0."""
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
         epsilon, square = to_floats([default_epsilon(w, beside=u), inner(response, response)])
@@ -101,7 +98,7 @@ class F2SA(InnerRuns):
         at_w: tuple[Vector, Vector],
         start: Vector,
     ) -> Minimum:
-        """The minimum of f + ``nu``·F near w, f less its slope at w."""
+        """The minimum of f − ⟨∂f/∂w(w), ·⟩ + ``nu``·F near w."""
         of_u, slope = at_w
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
 

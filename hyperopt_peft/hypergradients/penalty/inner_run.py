@@ -1,4 +1,4 @@
-"""Short runs of gradient descent from w to a minimum nearby, and back: gradients alone."""
+"""Short runs of gradient descent from w to the minimum of a perturbed objective."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NOT_CONVEX = "the curvature of f along ∂F/∂w is not positive"
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where an inner run ended: w + ``offset``, and ∂/∂u of its objective there.
+    """The result of an inner run: the point w + ``offset``, and ∂/∂u of the objective there.
 
-    ``residual`` is the norm of the gradient relative to that at w, ``steps`` the steps taken
-    until then, ``note`` whether the curvature was not positive.
+    ``residual`` is the gradient's norm divided by its norm at w; ``steps`` is the number of steps;
+    ``note`` reports negative curvature.
     """
 
     offset: Vector
@@ -33,18 +33,16 @@ class Minimum:
 
 @dataclass(frozen=True)
 class InnerRuns(Estimator):
-    """An estimator that compares f at minima near w, which it finds by first-order passes.
+    """An estimator from the minima of perturbed objectives near w, by gradient descent.
 
-    A run takes at most ``inner_steps`` gradient steps. It ends where the gradient has shrunk to
-    ``tolerance`` of that at w, or the curvature along a step was not positive; of all its points,
-    w among them, that of least gradient counts. On quadratics the default ``tolerance`` ends a run
-    after about 15 steps at a condition number of 10 and 45 at 112, with an error of at most 1 % of
-    the hypergradient; the default ``inner_steps`` ends runs at 1000.
+    A run stops after ``inner_steps`` steps, at a gradient norm of ``tolerance`` times that at w, or
+    at a step along which the curvature is not positive. The result is the point of least gradient
+    norm, w included. On quadratics with condition numbers 10 and 112 the default ``tolerance``
+    needs about 15 and 45 steps, for an error of at most 1 % of the hypergradient.
 
-    ``step_size`` is what a gradient is multiplied by; None takes the shorter one of Barzilai &
-    Borwein 1988 (doi:10.1093/imanum/8.1.141), ⟨s, y⟩/⟨y, y⟩ after a step s that changed the
-    gradient by y. ``damping`` adds ½ damping‖x‖² to the objective at w + x, for an f that is not
-    convex at w.
+    ``step_size`` is the step size; None is the shorter one of Barzilai & Borwein 1988
+    (doi:10.1093/imanum/8.1.141), ⟨s, y⟩/⟨y, y⟩ for the last step s and its change y of the
+    gradient. ``damping`` adds ½·damping·‖x‖² to the objective at w + x, for a nonconvex f.
     """
 
     inner_steps: int = field(default=100, kw_only=True)
@@ -62,11 +60,10 @@ class InnerRuns(Estimator):
         self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
 
     def response(self, oracle: Oracle, gradients: Gradients, slope: Vector) -> Vector | None:
-        """What dw/dν = −H⁻¹b is taken to be at first, w the minimum of f + νF.
+        """An initial guess r of dw_ν/dν = −H⁻¹b at ν = 0; ``slope`` is ∂f/∂w at w.
 
-        It is a multiple of what the last upper step found, or else of −b: that which leaves the
-        least gradient, from one pass each. It is None where neither leaves less than b, since f
-        is not convex along them. ``slope`` is ∂f/∂w at w.
+        r minimises ‖Hr + b‖ over multiples of the last upper step's response, or of −b if f is not
+        convex along the former, by one pass each. r is None if f is not convex along either.
         """
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
@@ -78,7 +75,7 @@ class InnerRuns(Estimator):
             change = (gradients("lower", probe)[1] - slope).add_(probe, self.damping)
             product, square = to_floats([inner(b, change), inner(change, change)])
             if not math.isfinite(product):
-                raise NonFiniteError("a gradient beside w is not finite")
+                raise NonFiniteError("a gradient near w is not finite")
             if product < 0:
                 return probe * (-product / square)
         return None
@@ -89,9 +86,9 @@ class InnerRuns(Estimator):
         at_w: tuple[Vector, Vector],
         start: Vector,
     ) -> Minimum:
-        """The minimum near w of the objective whose (∂/∂u, ∂/∂w) at w + x are ``gradient(x)``.
+        """The minimum near w of an objective whose (∂/∂u, ∂/∂w) at w + x is ``gradient(x)``.
 
-        ``at_w`` are those at w itself, and w + ``start`` is the run's first point.
+        ``at_w`` is ``gradient(0)``; the run starts at w + ``start``.
         """
         of_u, slope = at_w
         scale, note = slope.norm(), ""

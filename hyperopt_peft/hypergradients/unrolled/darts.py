@@ -1,4 +1,4 @@
-"""One unrolled gradient step, by finite differences: identity × difference."""
+"""One unrolled gradient step, by finite differences."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hyperopt_peft.utils.vector import Vector, zeros_like
 
 
 class OneStep(Estimator):
-    """The gradient through the last lower step: one mixed product, where that step began.
+    """The gradient through the last lower step, by one mixed product at the step's start.
 
-    The product is a difference of ∂f/∂u with a step of length ``epsilon``, central or
-    forward; ``product="exact"`` replaces it by a double backward. A subclass has these options.
+    The product is a difference of ∂f/∂u of length ``epsilon``, central or forward, or a double
+    backward with ``product="exact"``. Subclasses have these options.
     """
 
     epsilon: float | None
@@ -29,10 +29,7 @@ class OneStep(Estimator):
 
     @property
     def requirements(self) -> Requirements:
-        """The last lower step, where the mixed product is taken.
-
-        A forward difference needs ∂f/∂u at the unmoved point, too.
-        """
+        """The last lower step; for a forward difference also ∂f/∂u at its start."""
         exact = self.product == "exact"
         return Requirements(
             history=1,
@@ -41,7 +38,7 @@ class OneStep(Estimator):
         )
 
     def mixed(self, oracle: Oracle, v: Vector) -> Vector:
-        """∂²f/∂u∂w · v where the last lower step began; out of training at the current point."""
+        """∂²f/∂u∂w · v at the start of the last lower step; outside training at the current w."""
         at = oracle.history[-1] if oracle.history else None
         with oracle.product(
             self.product, at=at, epsilon=self.epsilon, scheme=self.scheme
@@ -52,21 +49,20 @@ class OneStep(Estimator):
 @register("darts", kind="identity")
 @dataclass(frozen=True)
 class DARTS(OneStep):
-    """dF/du ≈ ∂F/∂u − ξ·∂²f/∂u∂w · ∂F/∂w: the inverse Hessian is taken to be ξI.
+    """dF/du ≈ ∂F/∂u − ξ·∂²f/∂u∂w · ∂F/∂w, with the inverse Hessian replaced by ξI.
 
-    ``xi`` is ξ, a number or ``"lr"``, the lower optimizer's learning rate, with which
-    this is the gradient through one step of gradient descent. The two are different
-    algorithms: ξ multiplies the whole implicit term, and so does the scale of f.
+    ``xi`` is ξ: a number, or ``"lr"`` for the lower optimizer's learning rate. With ``"lr"`` the
+    estimate is the gradient through one step of gradient descent. The implicit term is proportional
+    to ξ and to the scale of f.
 
-    The mixed product is a finite difference of ∂f/∂u along ∂F/∂w with step length ``epsilon``.
-    ``scheme="central"`` costs two forward+backward passes beyond ∂F and has an error of O(ε²);
-    ``scheme="forward"`` costs one in training, where ∂f/∂u at the unmoved point is the lower
-    step's own, and has an error of O(ε). In training the product is taken where the last lower step
-    began, as in the formula. ``product="exact"`` replaces the difference by a double
-    backward. Liu, Simonyan & Yang 2019, arXiv:1806.09055 Eq. 7–8.
+    The mixed product is a finite difference of ∂f/∂u along ∂F/∂w of length ``epsilon``, in training
+    at the start of the last lower step. ``scheme="central"`` costs two forward+backward passes and
+    has an error of O(ε²). ``scheme="forward"`` has an error of O(ε) and costs one pass in training,
+    where ∂f/∂u is known from the lower step. ``product="exact"`` is a double backward instead.
+    Liu, Simonyan & Yang 2019, arXiv:1806.09055 Eq. 7–8.
 
     Example:
-        F does not read u, so that one step of gradient descent at lr = 0.4 gives 0.4 of ξ = 1.
+        The learning rate of the lower level is 0.4, and ∂F/∂u is zero.
 
         >>> from hyperopt_peft import hypergradient
         >>> from hyperopt_peft.problems.ridge import diabetes
@@ -110,7 +106,7 @@ class DARTS(OneStep):
 
 
 def one_step_cost(estimator: OneStep, vectors: int) -> Cost:
-    """F and f, and one mixed product: one or two gradients of f, or a graph and its derivative."""
+    """The cost of F, f and one mixed product."""
     if estimator.product == "exact":
         return Cost(3, 4, vectors)
     passes = 3 if estimator.scheme == "forward" else 4

@@ -13,13 +13,13 @@ from hyperopt_peft.utils.vector import zeros_like
 @register("direct", kind="direct")
 @dataclass(frozen=True)
 class Direct(Estimator):
-    """dF/du ≈ ∂F/∂u: the lower solution's answer to u is ignored.
+    """dF/du ≈ ∂F/∂u, without dw*/du.
 
-    One forward+backward. The baseline that an implicit estimator has to beat; first-order
-    DARTS (Liu, Simonyan & Yang 2019, arXiv:1806.09055 §2.3, ξ = 0).
+    One forward+backward pass; the baseline for implicit estimators. First-order DARTS: Liu,
+    Simonyan & Yang 2019, arXiv:1806.09055 §2.3, ξ = 0.
 
     Example:
-        The validation loss does not read the penalties, so that ∂F/∂u is zero.
+        The validation loss does not read the penalties, so ∂F/∂u is zero.
 
         >>> from hyperopt_peft import hypergradient
         >>> from hyperopt_peft.problems.ridge import diabetes

@@ -1,4 +1,4 @@
-"""The gradient through the steps of the lower optimizer, in forward mode."""
+"""The gradient through steps of the lower optimizer, in forward mode."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from hyperopt_peft.utils.vector import Vector, dot, zeros_like
 @register("forward", kind="unrolled")
 @dataclass(frozen=True)
 class Forward(Unrolled):
-    """dF/du_j = ∂F/∂u_j + ⟨Z_j, ∂F/∂w⟩ with Z_j = dw/du_j, for a handful of upper unknowns.
+    """dF/du_j = ∂F/∂u_j + ⟨Z_j, ∂F/∂w⟩ with Z_j = dw/du_j, for a few upper unknowns.
 
-    The derivative that `Unrolled` takes, in the order of the steps:
+    The derivative of `Unrolled` in forward mode, with Φ(w, g, options) the optimizer's step:
 
         Z_j' = Φ_w Z_j + Φ_g (∂²f/∂w² Z_j + ∂²f/∂w∂u e_j) + Φ_u e_j
 
-    and likewise the tangents of the optimizer's moments. A step costs one forward+backward and
-    one product an unknown (exact: one more backward pass, for ∂f/∂u), and a vector shaped like w
-    is held for each unknown and moment; more than ``limit`` unknowns are refused.
+    The optimizer's moments have tangents likewise. A step costs one forward+backward pass and one
+    product for each unknown, and one backward pass more for exact products. The memory is one
+    vector shaped like w for each unknown and moment.
 
-    ``carry`` keeps the tangents between upper steps (real-time recurrent learning), so that the
-    hypergradient looks back on all lower steps since the warm-up at constant memory. It is exact
-    where u has not moved, and for a u that has, what each step did at the u of its time. An upper
-    step that is skipped loses its lower steps. Without ``carry`` tangents begin at 0 after each
-    upper step. Franceschi et al. 2017 (arXiv:1703.01785, Alg. 2 and §3.3).
+    With ``carry`` the tangents continue over upper steps (real-time recurrent learning), so that
+    the hypergradient is through all lower steps since the warm-up, at constant memory. Each step is
+    differentiated at the value of u at that step. The lower steps of a skipped upper step are
+    omitted. Without ``carry`` the tangents are 0 after each upper step. Franceschi et al. 2017,
+    arXiv:1703.01785, Alg. 2 and §3.3.
+
+    Raises:
+        ProblemError: there are more upper unknowns than ``limit``; or as `Unrolled`.
 
     Example:
-        Both modes give the same derivative by ten penalties through three steps.
+        Forward and reverse mode have equal results.
 
         >>> from hyperopt_peft import hypergradient
         >>> from hyperopt_peft.problems.ridge import diabetes
@@ -57,15 +60,15 @@ class Forward(Unrolled):
 
     @property
     def requirements(self) -> Requirements:
-        """As `Unrolled`; with ``carry`` a step that is left out would be missing for ever."""
+        """As `Unrolled`; with ``carry`` every lower step."""
         return replace(super().requirements, every_step=self.carry)
 
     def cost(self) -> None:
-        """A function of the number of upper unknowns, which the estimator does not know."""
+        """None, since the cost depends on the number of upper unknowns."""
         return None
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Refuse more unknowns than ``limit``, and what `Unrolled` refuses."""
+        """As `Unrolled`; there must be at most ``limit`` upper unknowns."""
         super().check_levels(upper, lower)
         n = sum(variable.numel() for variable in upper.variables)
         self.require(
@@ -79,7 +82,7 @@ class Forward(Unrolled):
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         n = direct.numel()
         optimizer, steps = last_steps(oracle, self.steps)
-        # Row k: how the optimizer's k-th option depends on each unknown.
+        # Row k: the derivative of the optimizer's k-th option by each unknown.
         slopes = [
             optimizer.pulled_back(list(row), oracle.upper.variables).flat()
             for row in torch.eye(len(optimizer.options))
@@ -105,7 +108,7 @@ class Forward(Unrolled):
 def _kept(
     state: State, unknown: int, like: Vector, optimizer: OptimizerStep
 ) -> tuple[Vector, list[Tensor]]:
-    """The tangents of w and of the moments by ``unknown``, zero where none are kept."""
+    """The tangents of w and of the moments by ``unknown`` in ``state``, zero where missing."""
 
     def kept(name: str) -> Vector:
         found = state.get(f"{name}/{unknown}")
@@ -116,6 +119,6 @@ def _kept(
 
 
 def _reshaped(entries: Tensor, like: Vector) -> Vector:
-    """``entries``, one for each of ``like``, as a vector of its shapes, dtypes and devices."""
+    """``entries``, ``(n,)``, as a vector with the shapes, dtypes and devices of ``like``."""
     parts = zip(like.with_entries(entries), like, strict=True)
     return Vector(part.to(x) for part, x in parts)

@@ -1,4 +1,4 @@
-"""The update rules of torch's optimizers as functions, by TorchOpt: the one file that knows it."""
+"""The update rules of torch's optimizers as functions, by TorchOpt."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torchopt.base import GradientTransformation
 
 Options = Mapping[str, Any]
 Moments = Mapping[str, Sequence[Tensor]]
-# A square root has no derivative at 0, where a second moment is if every gradient has been 0
-# (lora_A's, at B = 0). This much more in it gives one, and is far below eps².
+# A second moment is 0 if every gradient was 0 (lora_A's at B = 0), where the square root has no
+# derivative. This addition, far below eps², gives it one.
 TINY = 1e-36
 
 
 @dataclass(frozen=True)
 class Rule:
-    """(g, moments) ↦ (Δ, moments'): w moves by lr·Δ, where g holds any L2 decay.
+    """(g, moments) ↦ (Δ, moments') with w' = w + lr·Δ, where g includes the L2 decay.
 
-    ``make`` makes TorchOpt's transformation for a parameter group's options, with a learning rate
-    of 1 and no decay: TorchOpt takes these as plain floats only. ``moments`` has torch's names
-    for the fields of TorchOpt's state.
+    ``make`` returns TorchOpt's transformation for the options of a parameter group, with learning
+    rate 1 and no decay, which TorchOpt accepts as floats only. ``moments`` maps the fields of
+    TorchOpt's state to torch's names.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ class Rule:
     moments: Mapping[str, str]
 
     def names(self, options: Options) -> list[str]:
-        """torch's names of the moments that a step with ``options`` has."""
+        """torch's names of the moments of a step with ``options``."""
         state: Any = self.make(options).init(())
         fields = {field for part in state for field in part._fields}
         return [name for field, name in self.moments.items() if field in fields]
@@ -51,9 +51,14 @@ class Rule:
         count: int,
         fresh: Sequence[bool],
     ) -> tuple[Sequence[Tensor], dict[str, Sequence[Tensor]]]:
-        """Δ and the moments after a step that follows ``count`` others.
+        """Δ and the moments after one step.
 
-        ``gradient`` and ``moments`` are of some variables; ``fresh`` are those without a state.
+        Args:
+            options: the options of the parameter group.
+            gradient: g of each variable.
+            moments: the moments before the step, by torch's names, for each variable.
+            count: the number of earlier steps.
+            fresh: for each variable, whether it has no optimizer state yet.
         """
         damped, momentum = options.get("dampening", 0.0), options.get("momentum", 0.0)
         if momentum and damped:  # a new buffer is the gradient itself
@@ -63,7 +68,7 @@ class Rule:
         }
         for field in {"nu", "sum_of_squares", "peak"} & set(held):
             held[field] = [moment + TINY for moment in held[field]]
-        if "trace" in held:  # TorchOpt's first call adds the gradient to the trace as it is
+        if "trace" in held:  # TorchOpt's first call does not multiply the trace by the momentum
             held["trace"] = [momentum * moment for moment in held["trace"]]
         counts = [torch.tensor(count, dtype=torch.float64) for _ in gradient]
         held |= {"count": counts, "t": count + 1}
@@ -87,7 +92,7 @@ class _AMSGradState(NamedTuple):
 
 
 def _amsgrad(beta1: float, beta2: float, eps: float) -> GradientTransformation:
-    """Adam with the largest v so far in place of v, which TorchOpt does not have."""
+    """AMSGrad, Adam with the largest v so far in place of v, which TorchOpt does not have."""
 
     def init(params: Any) -> Any:
         return (_AMSGradState(params, params, params, params),)
@@ -114,7 +119,7 @@ def _adam(o: Options) -> GradientTransformation:
 
 
 def _passing(make: Callable[..., GradientTransformation], *names: str) -> Any:
-    """``make`` with a learning rate of 1 and the options that ``names`` lists."""
+    """``make`` with learning rate 1 and the options ``names``."""
     return lambda o: make(1.0, **{name: o[name] for name in names})
 
 

@@ -1,4 +1,4 @@
-"""The lower optimizer's step as a function that has derivatives."""
+"""The lower optimizer's step as a differentiable function."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded, to_local
 from hyperopt_peft.utils.vector import Vector, dot, widened
 
-#: c and ‖g‖, where a step is along c·g, and g.
+#: c, ‖g‖ and g, for a step along the clipped gradient c·g.
 Clipping = tuple[float, float, Vector]
 
 
 class OptimizerStep:
     """Φ(w, g, moments, options) → (w', moments'), the step of a level's optimizer with clipping.
 
-    torch's SGD, Adam, AdamW (both with ``amsgrad``), RMSprop, Adagrad, Adadelta, Adamax and
-    RAdam, with all their options. ``snapshot`` is what `Problem.optimizer_snapshot` returned. The
-    options that are differentiated are those of `Problem.optimizer_options`, as they are now; the
-    others, and all where that has none, are the snapshot's.
+    The optimizer is torch's SGD, Adam, AdamW (both with ``amsgrad``), RMSprop, Adagrad, Adadelta,
+    Adamax or RAdam, with any options.
+
+    Args:
+        level: the level; the current `Problem.optimizer_options` are the differentiable options.
+        snapshot: all other options, of `Problem.optimizer_snapshot`.
 
     Raises:
-        ProblemError: the level has no optimizer, or one of another kind.
+        ProblemError: the level has no optimizer, or one of another class.
 
     Example:
         >>> import torch
@@ -40,47 +42,47 @@ class OptimizerStep:
     """
 
     def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
-        # TorchOpt is imported for the estimators that use it, and not with the registry.
+        # Imported here so that other estimators do not load TorchOpt.
         from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
 
         kind = snapshot["kind"]
         if kind is None:
             raise ProblemError(
-                f"{level.name}: the estimator differentiates the optimizer's step, and the level "
-                "has no optimizer; give it one"
+                f"{level.name}: the level has no optimizer, whose step the estimator "
+                "differentiates; give the level one"
             )
         if kind not in RULES:
             raise ProblemError(
-                f"{level.name}: the form of {kind.__name__}'s step is not known; use one of "
+                f"{level.name}: a step of {kind.__name__} cannot be differentiated; use one of "
                 f"{', '.join(each.__name__ for each in RULES)}"
             )
         self.level, self._rule = level, RULES[kind]
         self._decoupled = kind is torch.optim.AdamW
         used = [self._rule.names(group) for group in snapshot["groups"]]
-        #: torch's names of the moments that some group's step has.
+        #: torch's names of the moments of all groups.
         self.moment_names = tuple(dict.fromkeys(name for names in used for name in names))
         self._learnt = options_by_group(level)
-        if level.optimizer is not None:  # as the snapshot, without groups of no variable
+        if level.optimizer is not None:  # as the snapshot, without empty groups
             pairs = zip(level.optimizer.param_groups, self._learnt, strict=False)
             self._learnt = [options for group, options in pairs if group["params"]]
         #: The options that are functions of upper variables, with their graphs.
         self.options = [value for options in self._learnt for value in options.values()]
 
     def moments(self, parts: Sequence[Tensor]) -> dict[str, Vector]:
-        """Moments as `vjp` and `jvp` have them, as vectors shaped like w, by torch's names."""
+        """The list of moments of `vjp` and `jvp` as vectors shaped like w, by torch's names."""
         width = len(self.moment_names)
         return {name: Vector(parts[k::width]) for k, name in enumerate(self.moment_names)}
 
     def vjp(
         self, step: StepRecord, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None = None
     ) -> tuple[Vector, Vector, list[Tensor], list[Tensor]]:
-        """Cotangents of Φ's arguments from those of (w', moments'), None standing for zeros."""
+        """Cotangents of (w, g, moments, options) from those of (w', moments'); None is zero."""
         clipping = self._clipping(step)
         leaves = [[x.requires_grad_() for x in group] for group in self._inputs(step, clipping)]
         point, moments = self._apply(step, *leaves)
         outputs, cotangents = list(point), list(to_local(adjoint))
         if moment_adjoint is not None:
-            # A moment that no group of the variable has does not depend on the leaves.
+            # A variable whose group lacks a moment has zeros in place, without a graph.
             pairs = [(m, c) for m, c in zip(moments, moment_adjoint) if m.requires_grad]
             outputs += [m for m, _ in pairs]
             cotangents += [c for _, c in pairs]
@@ -102,7 +104,7 @@ class OptimizerStep:
         moments: Sequence[Tensor],
         options: Sequence[Tensor],
     ) -> tuple[Vector, list[Tensor]]:
-        """Tangents of (w', moments') from those of Φ's arguments."""
+        """Tangents of (w', moments') from those of (w, g, moments, options)."""
         clipping = self._clipping(step)
         gradient = _clipping_derivative(clipping, gradient)
         tangents = (to_local(point), to_local(gradient), moments, options)
@@ -117,7 +119,7 @@ class OptimizerStep:
         return _shaped(after, step.variables), moments_after
 
     def pulled_back(self, options: Sequence[Tensor], variables: Sequence[Tensor]) -> Vector:
-        """The cotangent of the upper ``variables`` from that of the options."""
+        """The cotangent of the upper ``variables`` from that of ``options``."""
         pairs = [(x, c.to(x)) for x, c in zip(self.options, options) if x.requires_grad]
         bars: Sequence[Tensor | None] = [None] * len(variables)
         if pairs:
@@ -141,7 +143,7 @@ class OptimizerStep:
     def _inputs(
         self, step: StepRecord, clipping: Clipping
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Copies of Φ's arguments, g clipped, of shards the local part; moments by variable."""
+        """Copies of Φ's arguments, with g clipped; the local shard of each tensor."""
         point = _copies(step.variables)
         moments: list[Tensor] = []
         for i, variable in enumerate(point):
@@ -171,7 +173,7 @@ class OptimizerStep:
             for count, indices in _alike(step, group["variables"]):
                 params = tuple(point[i] for i in indices)
                 grads = tuple(-gradient[i] if group["maximize"] else gradient[i] for i in indices)
-                # To each variable's own device; a number is one already.
+                # An option that is a tensor moves to each variable's device.
                 lr, decay = ([_like(group[name], p) for p in params] for name in LEARNT)
                 decayed = params
                 if self._decoupled or group.get("decoupled_weight_decay"):
@@ -185,7 +187,7 @@ class OptimizerStep:
                 fresh = [not _state(step, i) for i in indices]
                 updates, new = self._rule.update(group, grads, held, count, fresh)
                 for position, i in enumerate(indices):
-                    # Counts are float64, which a variable of no dimension would be promoted to.
+                    # Counts are float64, to which a zero-dimensional variable is promoted.
                     moved = decayed[position] + lr[position] * updates[position]
                     after[i] = moved.to(point[i].dtype)
                     for k, name in enumerate(self.moment_names):
@@ -194,14 +196,14 @@ class OptimizerStep:
         return after, moments_after
 
     def _clipping(self, step: StepRecord) -> Clipping:
-        """c and ‖g‖, where the step is along c·g, and g."""
+        """c, ‖g‖ and g."""
         gradient = Vector.of(step.gradient, step.variables)
         norm = 0.0 if self.level.max_grad_norm is None else gradient.norm()
         return self.level.clipping(norm), norm, gradient
 
 
 def _clipping_derivative(clipping: Clipping, x: Vector) -> Vector:
-    """d(cg)/dg·x = c·x − c⟨g, x⟩/(‖g‖(‖g‖ + 1e-6))·g, which is symmetric, of c < 1."""
+    """d(cg)/dg·x = c·x − c⟨g, x⟩/(‖g‖(‖g‖ + 1e-6))·g, for c < 1; the matrix is symmetric."""
     factor, norm, g = clipping
     if factor == 1:
         return x
@@ -224,9 +226,9 @@ def _count(step: StepRecord, index: int) -> int:
 
 
 def _alike(step: StepRecord, indices: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
-    """Those of ``indices`` that the step moves, by the steps that each has behind it.
+    """Variables with equal numbers of earlier steps, and the number.
 
-    A variable that the loss did not read has no gradient, and torch leaves it alone.
+    Variables without a gradient, which torch does not move, are omitted.
     """
     counts = {i: _count(step, i) for i in indices if step.gradient[i] is not None}
     for count in dict.fromkeys(counts.values()):
@@ -238,7 +240,7 @@ def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
-    """``parts``, local ones of shards, as a vector like the variables ``like``."""
+    """The vector with the local shards ``parts``, sharded like ``like``."""
     if not is_sharded(*like):
         return Vector(parts)
     whole = [widened(torch.zeros_like(x)) for x in like]

@@ -1,4 +1,4 @@
-"""The gradient through the last steps of the lower optimizer, in reverse mode."""
+"""The gradient through steps of the lower optimizer, in reverse mode."""
 
 from __future__ import annotations
 
@@ -23,25 +23,22 @@ from hyperopt_peft.utils.vector import zeros_like
 class Unrolled(Estimator):
     """dF/du = ∂F/∂u + (dw_K/du)ᵀ ∂F/∂w, where w_K = Φ(…Φ(w_0, u)…, u) after K = ``steps`` steps.
 
-    Φ is the lower optimizer's own step, an `OptimizerStep`: learning rate, momentum, weight decay,
-    bias correction and clipping included. The adjoint
-    λ_k of w_k runs backwards, λ_K = ∂F/∂w:
+    Φ is the lower optimizer's step with clipping, an `OptimizerStep`. The adjoint λ_k of w_k runs
+    backwards from λ_K = ∂F/∂w:
 
         ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
         dF/du += ∂²f/∂u∂w · ḡ_k;   λ_k += ∂²f/∂w² · ḡ_k
 
-    so each step costs one forward+backward and one product with both second derivatives. Each
-    step's graph is built anew and freed before the next one's, so the memory for it does not grow
-    with K. What is kept of each step is w, ∂f/∂w and the optimizer's state before it. Where the
-    lower level has `Problem.optimizer_options`, Φ's derivative with respect to them is part of
-    dF/du.
-    In training these are the last K steps since the last upper step, on their own batches and
-    dropout masks. Outside training K steps from the current point are simulated, and F is
-    differentiated at the current point. Franceschi et al. 2017 (arXiv:1703.01785, Alg. 1);
-    truncation: Shaban et al. 2019 (arXiv:1810.10667).
+    If the lower level has `Problem.optimizer_options`, dF/du includes ∂Φ/∂options. Each step costs
+    one forward+backward pass and one product, of both second derivatives. The graph of a step is
+    freed before that of the next; memory grows with K by w, ∂f/∂w and the optimizer's state.
+
+    In training the steps are the last K ones, on their batches and dropout masks. Outside training
+    K steps from the current w are simulated, and ∂F/∂w is at the current w. Franceschi et al. 2017,
+    arXiv:1703.01785, Alg. 1; truncation: Shaban et al. 2019, arXiv:1810.10667.
 
     Example:
-        The error of 1, 5 and 50 steps from the minimum of f, against the implicit formula.
+        The relative errors of 1, 5 and 50 steps at the minimum of f.
 
         >>> from hyperopt_peft import hypergradient
         >>> from hyperopt_peft.problems.ridge import diabetes
@@ -64,7 +61,7 @@ class Unrolled(Estimator):
 
     @property
     def requirements(self) -> Requirements:
-        """The steps that are differentiated, each a function of the optimizer's state."""
+        """The last ``steps`` lower steps, with the optimizer's state."""
         return Requirements(
             history=self.steps,
             optimizer_state=True,
@@ -76,11 +73,11 @@ class Unrolled(Estimator):
         return Cost(1 + 2 * self.steps, 1 + 4 * self.steps, 9 + 2 * self.steps)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Refuse shards, and an optimizer without a functional form; its options may be learnt."""
+        """Raise ProblemError for sharded variables, and as `OptimizerStep`."""
         self.require(
             not is_sharded(*upper.variables, *lower.variables),
-            "steps of the lower optimizer on FSDP's shards are not unrolled; choose sama for the "
-            'last one, darts, or a solver with product="difference"',
+            "steps of the lower optimizer on FSDP's shards are not supported; choose sama, darts, "
+            'or a solver with product="difference"',
         )
         if lower.optimizer is not None:
             OptimizerStep(lower, lower.optimizer_snapshot(with_state=False))
@@ -106,7 +103,7 @@ class Unrolled(Estimator):
 def last_steps(oracle: Oracle, count: int) -> tuple[OptimizerStep, Sequence[StepRecord]]:
     """The lower optimizer's step as a function, and the last ``count`` lower steps, in order.
 
-    Out of training these are simulated from the current point, on the oracle's lower batch.
+    Outside training, steps from the current point on the oracle's lower batch are simulated.
     """
     last = oracle.history[-1].optimizer if oracle.history else None
     state = last or oracle.lower.optimizer_snapshot(with_state=True)

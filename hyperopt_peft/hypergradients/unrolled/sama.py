@@ -17,17 +17,16 @@ from hyperopt_peft.hypergradients.unrolled.reverse import last_steps
 @register("sama", kind="unrolled")
 @dataclass(frozen=True)
 class SAMA(OneStep):
-    """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · D ∂F/∂w, where D = −(∂w'/∂g)ᵀ is of the lower step g ↦ w'.
+    """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · D ∂F/∂w, where D = −(∂w'/∂g)ᵀ for the lower step g ↦ w'.
 
-    D is the derivative of the optimizer's own step, an `OptimizerStep`. Without clipping D is
-    diagonal. For Adam, with g, m and v as in the step, c = 1 − βᵗ and s = √(v/c2):
+    D is the derivative of an `OptimizerStep`, diagonal without clipping. For Adam, with g, m and v
+    of the step, c1 = 1 − β1ᵗ, c2 = 1 − β2ᵗ and s = √(v/c2):
 
         D = lr·[(1−β1)/(c1(s+eps)) − (m/c1)(1−β2)g / (c2·s·(s+eps)²)]
 
-    This is ``unrolled:steps=1`` by first-order passes. In training the step is the recorded one,
-    and the product is taken where it began; out of training it is the one that would be taken
-    next, for one forward+backward more. ``epsilon``, ``scheme`` and ``product`` are those of
-    ``darts``, and so are the passes through a model. Choe et al. 2023, arXiv:2310.05674.
+    The estimate is that of ``unrolled:steps=1``, by first-order passes. The step is the last lower
+    one; outside training it is the next one, for one more forward+backward pass. ``epsilon``,
+    ``scheme`` and ``product`` are those of `DARTS`. Choe et al. 2023, arXiv:2310.05674.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -41,11 +40,11 @@ class SAMA(OneStep):
 
     @property
     def requirements(self) -> Requirements:
-        """As `OneStep`, with the optimizer's state, of which a step's derivative is a function."""
+        """As `OneStep`, with the optimizer's state."""
         return replace(super().requirements, optimizer_state=True)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """As `Estimator.check_levels`; the optimizer must have an `OptimizerStep`."""
+        """Raise ProblemError as `Estimator.check_levels` and `OptimizerStep`."""
         super().check_levels(upper, lower)
         if lower.optimizer is not None:
             OptimizerStep(lower, lower.optimizer_snapshot(with_state=False))
@@ -58,6 +57,6 @@ class SAMA(OneStep):
         return Estimate(direct, self.mixed(oracle, along))
 
     def cost(self) -> Cost:
-        """As `OneStep`, and a pass through the optimizer's own step, which is elementwise."""
+        """As `OneStep`, and a backward pass through the optimizer's step."""
         cost = one_step_cost(self, vectors=11)
         return replace(cost, backward_passes=cost.backward_passes + 1)
