@@ -1,0 +1,46 @@
+"""An attribution of one process, or of two with half of each batch each; run as a script."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from tests.support import two_processes
+from tests.support.attributed import levels, scored
+
+METHODS = ("unrolled", "unrolled:product=difference", "minres:damping=0.1", "gradient")
+
+
+def results(processes: int = 1, rank: int = 0) -> dict[str, Any]:
+    """Scores by method, with and without files for checkpoints, and a check."""
+    found: dict[str, Any] = {}
+    for method in METHODS:
+        found[method] = scored(given(processes, rank), method=method).scores
+    result = scored(given(processes, rank), memory_limit=1e-5)
+    check = result.check(5, share=0.2)
+    found |= {"files": result.scores, "actual": check.actual, "smooth": check.metasmoothness}
+    return found
+
+
+def given(processes: int, rank: int) -> Any:
+    """Levels without dropout, whose masks would differ, on this process's share of each batch."""
+    lower, weights, evaluation = levels(clip=0.2, scheduled=True)
+    lower.net[2].p = 0.0  # type: ignore[attr-defined]
+    batches = [torch.arange(k, k + 4).chunk(processes)[rank] for k in (0, 4, 8)]
+    assert lower.batches is not None
+    lower.batches.data = batches
+    return lower, weights, evaluation
+
+
+def main(folder: str) -> None:
+    two_processes.start()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.save(results(dist.get_world_size(), rank), Path(folder) / f"{rank}.pt")
+    two_processes.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
