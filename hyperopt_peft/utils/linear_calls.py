@@ -44,7 +44,7 @@ class Layer:
             found.append(weight.mT if self.transposed else weight)
         if self.bias is not None:
             found.append(parts[self.bias].reshape(-1, 1))
-        return torch.cat(found, 1)
+        return torch.cat(found, 1) if len(found) > 1 else found[0]
 
     def assign_(self, parts: Sequence[Tensor], matrix: Tensor) -> None:
         """Write ``matrix``, of the form of `matrix`, into the layer's entries of ``parts``."""

@@ -54,7 +54,6 @@ def test_the_gradient_of_the_variables_is_the_sum_over_rows_and_tokens(
     "call",
     [
         lambda w: w @ W.T,
-        lambda w: w.T @ w,
         lambda w: linear(X, w).detach() * w.sum(),
         lambda w: linear(X, 2 * w),
         lambda w: torch.einsum("rti,oi->rto", X, w),

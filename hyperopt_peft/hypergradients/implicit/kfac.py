@@ -72,7 +72,7 @@ class KFAC(Solver):
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """As `Estimator.check_levels`; the lower level is neither sharded nor a chain."""
         super().check_levels(upper, lower)
-        advice = 'choose a solver such as "cg:product=difference"'
+        advice = 'choose another solver, such as "cg", with product="difference"'
         self.require(
             not is_sharded(*lower.variables),
             f"{lower.name} is sharded, and the layers' weights are not seen whole; {advice}",
