@@ -224,7 +224,7 @@ def get_reference(reference: str | Estimator) -> Estimator:
 
 
 def _dominance(estimator: Estimator, ends: Spectrum | None) -> str:
-    damping = getattr(estimator, "damping", 0.0)
+    damping = getattr(estimator, "damping", 0.0) or 0.0  # None is a choice of the estimator's own
     if ends is None or not ends.dominated_by(damping):
         return ""
     return (

@@ -76,12 +76,9 @@ def test_calls_with_equally_many_rows_are_further_tokens() -> None:
     assert {rows: x.shape for (_, rows), (x, _) in found.items()} == {4: (4, 6, 3), 3: (3, 5, 3)}
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_shows_each_call_once(reentrant: bool) -> None:
-    x = X.clone().requires_grad_()
-
+def test_gradient_checkpointing_shows_each_call_once() -> None:
     def loss(w: Tensor) -> Tensor:
-        y: Tensor = checkpoint(lambda x: linear(x, w).sin(), x, use_reentrant=reentrant)
+        y: Tensor = checkpoint(lambda x: linear(x, w).sin(), X, use_reentrant=False)
         return y.sum()
 
     ((_, (inputs, delta)),) = seen(loss, W).items()

@@ -131,9 +131,10 @@ class KFAC(Solver):
             for record in last
         ]
         samples: dict[Layer, list[tuple[Tensor, Tensor]]] = {}
+        here = zeros_like(oracle.upper_gradient.b)
         for point in points or [oracle]:
             with point.moved() as gradients, linear_calls(oracle.lower.variables) as calls:
-                gradients("lower", zeros_like(oracle.upper_gradient.b))
+                gradients("lower", here)
             for (layer, rows), calls_of in calls.rows.items():
                 x, delta = calls_of.joined()
                 samples.setdefault(layer, []).append((x, rows * delta))  # f is a mean over rows
