@@ -75,7 +75,11 @@ class Rows:
 
     def joined(self) -> tuple[Tensor, Tensor]:
         """The inputs and the gradients of all calls."""
-        return torch.cat(self.inputs, 1), torch.cat(self.gradients, 1)
+        x, delta = (
+            torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            for parts in (self.inputs, self.gradients)
+        )
+        return x, delta
 
 
 class LinearCalls(TorchFunctionMode):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.hypergradients.estimator import Cost, Requirements
+from hyperopt_peft.hypergradients.estimator import Requirements
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
 from hyperopt_peft.hypergradients.implicit.kronecker import Fisher, Samples, empirical_fisher
 from hyperopt_peft.hypergradients.implicit.solver import Advance, Matvec, Solution, Solver
@@ -86,11 +86,6 @@ class KFAC(Solver):
     def requirements(self) -> Requirements:
         """Beside a solver's, the last ``batches`` lower steps."""
         return replace(super().requirements, history=self.batches if self.batches > 1 else 0)
-
-    def cost(self) -> Cost:
-        """At most ``steps`` products, and a pass for each batch."""
-        cost = self.products_cost(self.steps, vectors=10)
-        return Cost(cost.losses + self.batches, cost.backward_passes + self.batches, cost.vectors)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b, with no layers known."""
