@@ -42,7 +42,7 @@ class KFAC(Solver):
     gradient, have the mean of all Λ for an eigenvalue. A side of more than ``max_size`` has the
     identity for a basis. Where f has no linear layer, this is ``cg``.
 
-    ``damping=None`` adds a tenth of each layer's mean Λ to P, and nothing to H. With
+    ``damping=None`` adds each layer's mean Λ to P, and nothing to H. With
     ``batches`` > 1, the factors are means over the batches of the last lower steps, at the present
     w. One forward+backward pass a batch, and one Hessian-vector product a step. Martens & Grosse
     2015, arXiv:1503.05671; EK-FAC: George et al. 2018, arXiv:1806.03884; with tokens and a
