@@ -7,6 +7,7 @@ from hyperopt_peft.hypergradients.estimate import hypergradient
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.exact import Exact
+from hyperopt_peft.hypergradients.implicit.kfac import KFAC
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.implicit.neumann import Neumann
 from hyperopt_peft.hypergradients.implicit.nystrom import Nystrom
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DARTS",
     "F2SA",
+    "KFAC",
     "MINRES",
     "SAMA",
     "Comparison",

@@ -100,6 +100,15 @@ def averages(values: Mapping[K, float]) -> dict[K, float]:
     return means(gathered)
 
 
+def union(keys: Iterable[K]) -> list[K]:
+    """The keys of all processes, in the same order on each."""
+    gathered: list[list[K]] = [list(keys)]
+    if world_size() > 1:
+        here, gathered = gathered[0], [[]] * world_size()
+        dist.all_gather_object(gathered, here)
+    return list(dict.fromkeys(key for part in gathered for key in part))
+
+
 def means(parts: Sequence[Mapping[K, float]]) -> dict[K, float]:
     """The mean of each value over those of ``parts`` that have the value.
 

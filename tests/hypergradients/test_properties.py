@@ -40,7 +40,7 @@ def assert_close(found: Tensor, expected: Tensor, scale: Tensor, tolerance: floa
 def test_every_kind_is_registered() -> None:
     """The properties below must not become empty."""
     names = {"direct", "darts", "neumann", "cg", "minres", "exact", "unrolled", "sama", "nystrom"}
-    names |= {"warm", "f2sa", "penalty"}
+    names |= {"warm", "f2sa", "penalty", "kfac"}
     assert names <= registered().keys()
     assert {entry.kind for entry in registered().values()} == {
         "direct",

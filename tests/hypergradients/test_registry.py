@@ -11,6 +11,7 @@ import torch
 from hyperopt_peft import Engine, Estimator, ProblemError, Solver, hypergradient, register
 from hyperopt_peft.hypergradients import (
     DARTS,
+    KFAC,
     MINRES,
     SAMA,
     ConjugateGradient,
@@ -61,6 +62,7 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
         ("unrolled:steps=5", Unrolled(steps=5)),
         ("sama:scheme=forward", SAMA(scheme="forward")),
         ("nystrom:rank=5,damping=None,seed=3", Nystrom(rank=5, seed=3)),
+        ("kfac:steps=0,eigenvalue_correction=false", KFAC(steps=0, eigenvalue_correction=False)),
         (MINRES(steps=2), MINRES(steps=2)),
     ],
 )
@@ -147,6 +149,7 @@ def test_mistakes_are_named(construct: Callable[[], object], message: str) -> No
         "minres:steps=1,damping=0,tolerance=0",
         "neumann:terms=0,step_size=1e-9,power_steps=1",
         "nystrom:rank=1,steps=0,damping=0,tolerance=0",
+        "kfac:steps=0,damping=1e-9,batches=1,max_size=0,tolerance=0",
         "warm:steps=1,step_size=1e-9,decay=0,first_steps=1,damping=0",
         "warm:decay=1",
         "unrolled:steps=1,epsilon=1e-9",

@@ -40,7 +40,7 @@ KEPT = "warm:product=difference"
 SHARDED_RUNS = ["darts:scheme=forward", "cg:product=difference", KEPT, "f2sa", "penalty"]
 RUNS = [*SHARDED_RUNS, "cg:steps=5", "unrolled:steps=2"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
-SECOND_ORDER += ["sama:product=exact", "nystrom"]
+SECOND_ORDER += ["sama:product=exact", "nystrom", "kfac", "kfac:product=difference"]
 ADAPTIVE = ["sama", "sama:product=exact"]  # the latter not over shards
 
 

@@ -38,6 +38,9 @@ class Solution:
     note: str = ""
 
 
+Advance = Callable[[Matvec, Vector, State], tuple[Solution, State]]
+
+
 @dataclass(frozen=True)
 class Solver(Estimator):
     """dF/du = ∂F/∂u − ∂²f/∂u∂w · v, with v ≈ [∂²f/∂w²]⁻¹ ∂F/∂w by ``solve`` of a subclass.
@@ -86,14 +89,19 @@ class Solver(Estimator):
         direct, b = above.direct, above.b
         if above.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
+        advance = self.prepare(oracle)
         with oracle.product(self.product, epsilon=self.epsilon) as product:
-            found, state = self.advance(product.hessian, b, oracle.state)
+            found, state = advance(product.hessian, b, oracle.state)
             self.require(
                 isinstance(found, Solution) and isinstance(found.v, Vector),
                 f"solve must return a Solution of a Vector, Solution(v), got {_shown(found)}",
             )
             implicit = product.mixed(found.v).mul_(-1.0)
         return Estimate(direct, implicit, found.residual, found.steps, found.note, state)
+
+    def prepare(self, oracle: Oracle) -> Advance:
+        """``advance``, or another that knows more of the oracle's point than products tell."""
+        return self.advance
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """The solution, and the next ``state``; a subclass may use ``state`` as a warm start."""

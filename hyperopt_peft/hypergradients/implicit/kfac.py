@@ -1,0 +1,136 @@
+"""The Kronecker-factored curvature of linear layers, as a preconditioner or alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hyperopt_peft.core.chain import is_chain
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.hypergradients.estimator import Requirements
+from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
+from hyperopt_peft.hypergradients.implicit.kronecker import Fisher, Samples, empirical_fisher
+from hyperopt_peft.hypergradients.implicit.solver import Advance, Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.linear_calls import Layer, linear_calls
+from hyperopt_peft.utils.vector import Vector, widened, zeros_like
+
+
+@register("kfac", kind="implicit", tolerance=1e-2)
+@dataclass(frozen=True)
+class KFAC(Solver):
+    """v ≈ (H + damping·I)⁻¹ b by ``steps`` steps of CG, preconditioned by EK-FAC of linear layers.
+
+    For a layer y = xWᵀ with δ = ∂f_i/∂y of row i, where f is a mean over rows, [x 1] with a bias:
+
+        A = mean xxᵀ = Q_A diag(a) Q_Aᵀ        S = mean over rows Σ_t δδᵀ = Q_S diag(s) Q_Sᵀ
+        Λ = mean over rows (Q_Sᵀ (Σ_t δ xᵀ) Q_A)²        (eigenvalue_correction=False: s aᵀ)
+        P⁻¹ R = Q_S [ Q_Sᵀ R Q_A / (Λ + damping) ] Q_Aᵀ
+
+    P is the *empirical* Fisher matrix, of the gradients of the rows that f is given: H near a
+    minimum where f is the mean negative log-likelihood of a model that fits, another matrix
+    elsewhere. Other terms of f, such as a weight decay, are not in P. CG does not mind: P is
+    made for its speed, v is that of H, and the note and the residual are those of ``cg``.
+    ``steps=0`` is the approximation alone, v = P⁻¹b, in whose length f's scale comes in twice.
+
+    A layer is a call of ``torch.nn.functional.linear`` (so each ``nn.Linear``, LoRA's A and B among
+    them) or of ``x @ V`` whose weight or bias is a lower variable. A row is an entry of the input's
+    first dimension, a token t one of the others. Variables of no layer, or of one without a
+    gradient, have the mean of all Λ for an eigenvalue. A side of more than ``max_size`` has the
+    identity for a basis. Where f has no linear layer, this is ``cg``.
+
+    ``damping=None`` adds each layer's mean Λ to P, and nothing to H. With
+    ``batches`` > 1, the factors are means over the batches of the last lower steps, at the present
+    w. One forward+backward pass a batch, and one Hessian-vector product a step. Martens & Grosse
+    2015, arXiv:1503.05671; EK-FAC: George et al. 2018, arXiv:1806.03884; with tokens and a
+    damping: Grosse et al. 2023, arXiv:2308.03296 §2.3, 3; as a hypergradient: arXiv:2603.29108.
+
+    Raises:
+        ProblemError: the lower level is sharded or a chain; ``steps=0`` and f has no linear layer.
+    """
+
+    steps: int = 10
+    damping: float | None = None
+    eigenvalue_correction: bool = True
+    batches: int = 1
+    max_size: int = 2048
+    tolerance: float = 1e-6
+
+    def check(self) -> None:
+        """Check the ranges of the options."""
+        super().check()
+        self.require(self.steps >= 0, f"steps must not be negative, got {self.steps}")
+        positive = self.damping is None or self.damping > 0
+        self.require(positive, f"damping must be positive, got {self.damping}")
+        self.require(self.batches >= 1, f"batches must be at least 1, got {self.batches}")
+        self.require(self.max_size >= 0, f"max_size must not be negative, got {self.max_size}")
+        self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """As `Estimator.check_levels`; the lower level is neither sharded nor a chain."""
+        super().check_levels(upper, lower)
+        advice = 'choose another solver, such as "cg", with product="difference"'
+        self.require(
+            not is_sharded(*lower.variables),
+            f"{lower.name} is sharded, and the layers' weights are not seen whole; {advice}",
+        )
+        self.require(
+            not is_chain(lower),
+            f"{lower.name} stands on other levels, whose passes are no layers of it; {advice}",
+        )
+
+    @property
+    def requirements(self) -> Requirements:
+        """Beside a solver's, the last ``batches`` lower steps."""
+        return replace(super().requirements, history=self.batches if self.batches > 1 else 0)
+
+    def solve(self, matvec: Matvec, b: Vector) -> Solution:
+        """v ≈ (H + damping·I)⁻¹ b, with no layers known."""
+        damping = self.damping or 0.0
+        return conjugate_gradients(matvec, b, self.steps, damping, self.tolerance)
+
+    def prepare(self, oracle: Oracle) -> Advance:
+        """The solve with the layers of f at the oracle's point."""
+        blocks = empirical_fisher(
+            self._samples(oracle),
+            [widened(variable.detach()) for variable in oracle.lower.variables],
+            corrected=self.eigenvalue_correction,
+            max_size=self.max_size,
+        )
+        self.require(
+            bool(blocks) or self.steps > 0,
+            f"{oracle.lower.name} calls no linear layer whose weight or bias is a lower variable; "
+            'take steps=10, or choose a solver such as "minres"',
+        )
+        inverse = Fisher(blocks, self.damping).inverse if blocks else None
+        damping = self.damping or 0.0
+
+        def advance(matvec: Matvec, b: Vector, _: State) -> tuple[Solution, State]:
+            if self.steps == 0 and inverse is not None:
+                return Solution(inverse(b), None, 0), {}
+            solution = conjugate_gradients(
+                matvec, b, self.steps, damping, self.tolerance, precondition=inverse
+            )
+            return solution, {}
+
+        return advance
+
+    def _samples(self, oracle: Oracle) -> Samples:
+        """What the layers of f are given and give, on each batch."""
+        last = oracle.history[-self.batches :] if self.batches > 1 else ()
+        points = [
+            replace(oracle, lower_batch=record.batch, lower_random=record.random_state)
+            for record in last
+        ]
+        samples: dict[Layer, list[tuple[Tensor, Tensor]]] = {}
+        here = zeros_like(oracle.upper_gradient.b)
+        for point in points or [oracle]:
+            with point.moved() as gradients, linear_calls(oracle.lower.variables) as calls:
+                gradients("lower", here)
+            for (layer, rows), calls_of in calls.rows.items():
+                x, delta = calls_of.joined()
+                samples.setdefault(layer, []).append((x, rows * delta))  # f is a mean over rows
+        return samples

@@ -1,0 +1,156 @@
+"""The linear maps of a loss: their inputs, and the gradients of their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from hyperopt_peft.utils.vector import widened
+
+MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The linear map y = xWᵀ + c, given by the numbers of its variables among those watched.
+
+    ``weight`` is the number of W, ``bias`` that of c; None where the tensor is no variable.
+    ``transposed`` is true for y = x @ V, where the variable is V = Wᵀ: ``(in, out)`` or ``(in,)``.
+    """
+
+    weight: int | None
+    bias: int | None = None
+    transposed: bool = False
+
+    def matrix(self, parts: Sequence[Tensor]) -> Tensor:
+        """The layer's entries of ``parts`` as [W c], ``(out, in + 1)``, or the one that there is.
+
+        Example:
+            >>> Layer(0, 1).matrix([torch.ones(3, 2), torch.zeros(3)]).shape
+            torch.Size([3, 3])
+        """
+        found = []
+        if self.weight is not None:
+            weight = parts[self.weight]
+            weight = weight[:, None] if weight.dim() == 1 else weight
+            found.append(weight.mT if self.transposed else weight)
+        if self.bias is not None:
+            found.append(parts[self.bias].reshape(-1, 1))
+        return torch.cat(found, 1) if len(found) > 1 else found[0]
+
+    def assign_(self, parts: Sequence[Tensor], matrix: Tensor) -> None:
+        """Write ``matrix``, of the form of `matrix`, into the layer's entries of ``parts``."""
+        if self.bias is not None:
+            parts[self.bias].copy_(matrix[:, -1].view_as(parts[self.bias]))
+            matrix = matrix[:, :-1]
+        if self.weight is not None:
+            weight = matrix.mT if self.transposed else matrix
+            parts[self.weight].copy_(weight.reshape(parts[self.weight].shape))
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """x, or 1, or (x, 1), as the variables are: ``(…, columns of the matrix)``."""
+        ones = x.new_ones(*x.shape[:-1], 1)
+        found = [x] if self.weight is not None else []
+        return torch.cat([*found, ones], -1) if self.bias is not None else x
+
+
+@dataclass
+class Rows:
+    """Inputs ``(rows, tokens, in)`` of a layer, and the loss's gradients of its outputs.
+
+    ``rows`` is the first dimension of the layer's input, ``tokens`` the product of the others but
+    the last. Calls of a layer with equally many rows are further tokens of these rows.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """The inputs and the gradients of all calls."""
+        x, delta = (
+            torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            for parts in (self.inputs, self.gradients)
+        )
+        return x, delta
+
+
+class LinearCalls(TorchFunctionMode):
+    """Watches calls of ``linear`` and ``x @ V`` whose weight or bias is one of ``variables``.
+
+    ``rows`` has what a backward pass found, by layer and number of rows. Half precision is widened.
+    """
+
+    def __init__(self, variables: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._number = {id(variable): k for k, variable in enumerate(variables)}
+        self.rows: dict[tuple[Layer, int], Rows] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is linear or func in MATMUL:
+            call = _of_linear if func is linear else _of_matmul
+            x, layer = call(self._number, *args, **kwargs)
+            if layer is not None and result.requires_grad and x.numel():
+                result.register_hook(partial(self._see, layer, x.detach()))
+        return result
+
+    def _see(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
+        rows = len(x) if x.dim() > 1 else 1
+        if layer.transposed and gradient.dim() < x.dim():
+            gradient = gradient[..., None]  # V is (in,)
+        found = self.rows.setdefault((layer, rows), Rows())
+        for values, into in ((layer.inputs(x), found.inputs), (gradient, found.gradients)):
+            into.append(widened(values.detach()).reshape(rows, -1, values.shape[-1]))
+
+
+def _of_linear(
+    number: dict[int, int], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Layer | None]:
+    layer = Layer(number.get(id(weight)), number.get(id(bias)), weight.dim() == 1)
+    return input, None if layer.weight is layer.bias else layer
+
+
+def _of_matmul(
+    number: dict[int, int], input: Tensor, other: Tensor, **_: Any
+) -> tuple[Tensor, Layer | None]:
+    known = number.get(id(other))
+    of_weights = id(input) in number  # such as B @ A
+    unknown = known is None or of_weights or other.dim() > 2
+    return input, None if unknown else Layer(known, transposed=True)
+
+
+@contextmanager
+def linear_calls(variables: Sequence[Tensor]) -> Iterator[LinearCalls]:
+    """Watch forward and backward passes in the body.
+
+    Layers that are one autograd function, such as `use_fast_dora`'s, become PyTorch's operations
+    where modules have hooks, and so can be watched.
+
+    Example:
+        >>> layer, x = nn.Linear(3, 2, bias=False), torch.ones(4, 3)
+        >>> with linear_calls([layer.weight]) as calls:
+        ...     layer(x).sum().backward()
+        >>> [(rows, *(part.shape for part in of.joined())) for (_, rows), of in calls.rows.items()]
+        [(4, torch.Size([4, 1, 3]), torch.Size([4, 1, 2]))]
+    """
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        with LinearCalls(variables) as calls:
+            yield calls
+    finally:
+        hook.remove()
