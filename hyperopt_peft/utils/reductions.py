@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hyperopt_peft.utils.distributed import Form, to_local, totals
+from hyperopt_peft.utils.distributed import Form, is_sharded, to_local, totals
 
-BLOCK = 2**14  # entries that a CPU widens at a time, which then stay in its cache
+BLOCK = 2**15  # entries that a CPU widens at a time, which then stay in its cache
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
@@ -41,7 +41,7 @@ def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     norms = torch._foreach_norm([x.detach() for x in to_local(tensors)], 2, torch.float64)
-    return _whole([x.square() for x in norms], tensors)
+    return _whole(torch._foreach_mul(norms, norms), tensors)
 
 
 def summed(scalars: Sequence[Tensor]) -> Tensor:
@@ -55,6 +55,8 @@ def summed(scalars: Sequence[Tensor]) -> Tensor:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of two tensors, in float64: squares stay in range, and small terms are not lost."""
+    if b is a:  # widened entry by entry, which a product of two tensors is not
+        return torch.linalg.vector_norm(a.detach(), dtype=torch.float64).square()
     a, b = a.detach().flatten(), b.detach().flatten()
     if a.dtype == torch.float64 or a.device.type != "cpu" or len(a) <= BLOCK:
         return _wide_dot(a, b)
@@ -67,9 +69,8 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 def _wide_dot(a: Tensor, b: Tensor) -> Tensor:
-    wide = a.double()
-    return torch.dot(wide, wide if b is a else b.double())
+    return torch.dot(a.double(), b.double())
 
 
 def _whole(values: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
-    return totals(values, [Form.of(x).holders for x in of])
+    return totals(values, [Form.of(x).holders for x in of]) if is_sharded(*of) else list(values)
