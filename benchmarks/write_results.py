@@ -119,6 +119,8 @@ def reasons(results: Results) -> dict[str, str]:
     step = partial(_cell, results["step_cost"], "Estimators", "÷ DoRA step", "8×32", "PEFT")
     four = partial(_cell, results["step_cost"], "One and four lower steps", "÷ DoRA step", "32×64")
     passes = partial(_cell, results["estimators"], "Cost and error", "G")
+    limits = {t["name"]: t["target"] for result in results.values() for t in result["targets"]}
+    third = limits[f"upper iteration on the MLP in G, {FORWARD}"] - passes("direct")
     return {
         "DoRA layer, kept activations ÷ PEFT, whole MiniLM": f"""\
 {held(frozen, 0.0, "default"):.2f} is the frozen model's own, and LoRA has
@@ -128,16 +130,17 @@ and keys. The adapted layers alone hold {layers("fast full", 0.0, "default"):.2f
         "DoRA layer, time ÷ PEFT, MiniLM, freed memory": f"""\
 In a process that does not return freed memory to the system, PEFT's layer pays for no page faults.
 The frozen model without an adapter takes {time(frozen, 0.0, "kept"):.2f} there, so that no DoRA
-layer can take 0.65.""",
+layer can take {limits["DoRA layer, time ÷ PEFT, MiniLM"]}.""",
         "BiDoRA step ÷ PEFT DoRA step": f"""\
 With PEFT's layer the upper pass costs {step("direct", 1) - 1:.2f} and the directional one
 {step(FORWARD, 1) - step("direct", 1):.2f} DoRA steps on 8×32 tokens. The fast layer brings each
 down to LoRA's price. The three passes of the frozen model alone take
 {3 * time(frozen, 0.0, "kept"):.1f} PEFT steps where memory is not returned.""",
-        "4 lower steps an upper step, per lower step, a quarter above": f"""\
-A lower step alone takes {four("fast", "none: a DoRA step", 1):.2f} of PEFT's. REST""",
+        "4 lower steps an upper step": f"""\
+A lower step alone takes {four("fast", "none: a DoRA step", 1):.2f} of PEFT's with the fast
+layer.""",
         "upper iteration on the MLP": f"""\
-`direct` takes {passes("direct"):.2f}, which leaves {2.3 - passes("direct"):.2f} of a pass for the
+`direct` takes {passes("direct"):.2f}, which leaves {third:.2f} of a pass for the
 third one. On tensors this small an optimizer step, a norm, a copy and the check for NaN cost as
 much as a pass.""",
     }
@@ -156,10 +159,10 @@ def main() -> None:
     parser.add_argument("--print", choices=[*QUESTIONS], help="print this script's tables instead")
     name = parser.parse_args().print
     if name is not None:
-        for title, rows in _read(name)["tables"].items():
+        for title, rows in read(name)["tables"].items():
             print(f"\n{title}\n\n{table(rows)}")
         return
-    results = {name: _read(name) for name in QUESTIONS}
+    results = {name: read(name) for name in QUESTIONS}
     (HERE / "README.md").write_text(page(results))
     figure(results)
 
@@ -180,7 +183,8 @@ def page(results: Results) -> str:
     return "\n".join([*parts, OTHERS])
 
 
-def _read(name: str) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
+    """The measurements of one script."""
     result: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
     return result
 
