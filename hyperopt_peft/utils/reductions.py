@@ -62,7 +62,8 @@ def summed(scalars: Sequence[Tensor]) -> Tensor:
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of two tensors, in float64: squares stay in range, and small terms are not lost."""
     if b is a:  # widened entry by entry, which a product of two tensors is not
-        return torch.linalg.vector_norm(a.detach(), dtype=torch.float64).square()
+        length: Tensor = torch.linalg.vector_norm(a.detach(), dtype=torch.float64)
+        return length.square()
     a, b = a.detach().flatten(), b.detach().flatten()
     if a.dtype == torch.float64 or a.device.type != "cpu" or len(a) <= BLOCK:
         return _wide_dot(a, b)
