@@ -6,21 +6,26 @@ Cost: one iteration (a lower step, a hypergradient, an upper step) on the MLP of
 here and in the libraries of benchmarks/peers.py; G is one forward+backward of the lower loss.
 Error: relative to the exact hypergradient at the lower minimum of problem A, penalties of a
 logistic regression, and problem B, weights of noisy images.
+Waits: how often one hypergradient on A reads numbers from the device, and sends a batch there.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import torch
 from measure import Target, arguments, interleaved, ratio, report
 from mlp import batch, engine, networks, weighted_loss
 from peers import betty, plain_loop, torchopt_root
+from torch import Tensor
 
-from hyperopt_peft import compare_hypergradients, minimise
+from hyperopt_peft import compare_hypergradients, hypergradient, minimise
 from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.problems import hypercleaning, logistic
 
@@ -46,6 +51,20 @@ MEASURED = {
     "cg(5), differences": "cg:steps=5,tolerance=0.0,product=difference",
     "minres(5)": "minres:steps=5,tolerance=0.0",
 }
+
+# Counted on problem A, where no solver stops before its last step.
+COUNTED = (
+    "direct",
+    "darts",
+    "neumann:terms=10",
+    "cg:steps=10,tolerance=0.0",
+    "cg:steps=10,tolerance=0.0,product=difference",
+    "minres:steps=10,tolerance=0.0",
+    "warm",
+    "penalty",
+    "f2sa",
+)
+READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
 
 
 def peers() -> dict[str, Callable[[], object]]:
@@ -88,6 +107,52 @@ def errors() -> tuple[dict[str, float], dict[str, float]]:
     return found[0], found[1]
 
 
+class Sent(tuple[()]):
+    """A batch that counts how often it is sent to a device."""
+
+    times = 0
+
+    def to(self, device: object) -> Sent:
+        """The batch, which is there already."""
+        self.times += 1
+        return self
+
+
+def host_reads(run: Callable[[], object]) -> int:
+    """How often ``run`` waits for numbers from a device; a CPU would wait as often."""
+    reads = 0
+
+    def counting(read: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return read(*arguments, **options)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in READS:
+            replaced = counting(getattr(Tensor, name))
+            stack.enter_context(mock.patch.object(Tensor, name, replaced))
+        run()
+    return reads
+
+
+def waits() -> list[dict[str, Any]]:
+    """Host reads, and transfers of a batch, of one hypergradient on problem A."""
+    upper, lower = logistic.breast_cancer()
+    minimise(lower)
+    hypergradient(upper, lower, "darts")  # whether f runs in half precision is found once
+    rows = []
+    for method in COUNTED:
+        above, below = Sent(), Sent()  # A's losses read no batch
+        batches = {"upper_batch": above, "lower_batch": below}
+        reads = host_reads(partial(hypergradient, upper, lower, method, **batches))
+        sent = max(above.times, below.times)
+        rows.append({"estimator": method, "host reads": reads, "transfers of a batch": sent})
+    return rows
+
+
 def main() -> None:
     """Measure, print, and write JSON where asked for."""
     given = arguments("cost and error of every estimator, and of other libraries'")
@@ -116,7 +181,16 @@ def main() -> None:
         Target(f"upper iteration on the MLP in G, {name}", cost[name], most)
         for name, most in (("darts:scheme=forward", 2.3), ("neumann(5)", 13.0), ("cg(5)", 15.0))
     ]
-    report(given, {"Cost and error": rows}, targets, {"missing peers": _missing(others)})
+    counted = waits()
+    targets += [
+        Target(f"host reads of a hypergradient, {row['estimator']}", row["host reads"], 12)
+        for row in counted
+        if row["estimator"] == "cg:steps=10,tolerance=0.0"
+    ]
+    most = max(row["transfers of a batch"] for row in counted)
+    targets.append(Target("transfers of a batch for a hypergradient, any estimator", most, 1))
+    tables = {"Cost and error": rows, "Waits of one hypergradient": counted}
+    report(given, tables, targets, {"missing peers": _missing(others)})
 
 
 def _missing(others: dict[str, Any]) -> list[str]:

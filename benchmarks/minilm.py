@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hyperopt_peft import Engine
 from hyperopt_peft.adapters import set_norm_grad, split_parameters, use_fast_dora
+from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 
 transformers.utils.logging.set_verbosity_error()
@@ -89,7 +90,13 @@ def batches(
 
 
 def bidora(
-    model: Any, below: Any, above: Any, estimator: str, *, lower_steps: int = 1, rate: float = 1e-4
+    model: Any,
+    below: Any,
+    above: Any,
+    estimator: str | Estimator,
+    *,
+    lower_steps: int = 1,
+    rate: float = 1e-4,
 ) -> Engine:
     """BiDoRA's search on ``model``, ready to run: AdamW and clipping at each level."""
     parts = split_parameters(model)

@@ -10,6 +10,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,79 +43,114 @@ OTHERS = """\
 [`benchopt`](benchopt) has a solver for benchopt's bilevel benchmark.
 """
 
-#: The question that a script answers, and its answer. The scripts' order is the page's.
+#: The scripts in the page's order, and the question that each answers.
 QUESTIONS = {
-    "dora_layer": (
-        "Is the fast DoRA layer as quick as LoRA?",
-        """\
-Yes: 0.64 of PEFT's DoRA in time where LoRA takes 0.61, and half the time at 4096² with 256 tokens.
-With dropout in the adapter the ratio is 0.84, since W0 is applied to two inputs. A single small
-layer with few tokens is no faster than PEFT's. In float64 the two layers agree to rounding; in
-bfloat16 the fast one is closer to the float64 result.""",
-    ),
-    "step_cost": (
-        "What does a step of BiDoRA cost?",
-        """\
-Three passes with `darts:scheme=forward`: the lower one, the upper one, and one along the
-difference, with respect to the magnitudes alone. Four lower steps an upper step share the last
-two. The extra memory is three adapters; an exact product holds the graph of a double backward,
-some 90 adapters.""",
-    ),
+    "dora_layer": "Is the fast DoRA layer as quick as LoRA?",
+    "step_cost": "What does a step of BiDoRA cost?",
     "estimators": (
-        "What does an iteration of the Engine cost, in forward+backward passes of a small MLP?",
-        """\
-1.95 with `direct`, 2.7 with `darts:scheme=forward` (Betty's two-sided one: 2.9), 10.6 with
-`neumann` of five terms, 12.5 with `cg` of five steps. The solvers are damped so that they take all
-their steps. The errors are those at the lower minimum of problems A and B.""",
+        "What does an iteration of the Engine cost, in forward+backward passes of a small MLP?"
     ),
-    "fidelity": (
-        "Is the implicit term right under dropout and in bfloat16?",
-        """\
+    "fidelity": "Is the implicit term right under dropout and in bfloat16?",
+    "scaling": "How does the cost grow with rank, adapted modules and length?",
+    "faults": "Does a run survive SIGKILL, damaged files, full disks and NaN?",
+    "noise": "What do minibatches do to an estimator?",
+}
+FORWARD = "darts:scheme=forward"
+Results = dict[str, dict[str, Any]]
+
+
+def answers(results: Results) -> dict[str, str]:
+    """What each script found."""
+    whole = partial(_cell, results["dora_layer"], "Whole model, 32×64 tokens", "time ÷ PEFT DoRA")
+    single = partial(_cell, results["dora_layer"], "Single layers", "fast full ÷ PEFT")
+    memory = partial(
+        _cell, results["step_cost"], "Estimators", "extra memory ÷ adapter, same layer", "8×32"
+    )
+    passes = partial(_cell, results["estimators"], "Cost and error", "G")
+    cosine = partial(_cell, results["fidelity"], "Implicit term, 20 draws of masks", "cosine")
+    plain = partial(_cell, results["scaling"], "By CG steps, batch 16", "time ÷ plain")
+    bias = partial(_cell, results["noise"], "Batches of both, 250 draws", "bias")
+    return {
+        "dora_layer": f"""\
+Time ÷ PEFT's DoRA: {whole("fast full", 0.0, "default"):.2f}, where LoRA takes
+{whole("LoRA", 0.0, "default"):.2f}; {single("4096²", "float32", 256):.2f} for a layer of 4096²
+with 256 tokens. With dropout in the adapter it is {whole("fast full", 0.1, "default"):.2f}, since
+W0 is applied to two inputs. A single small layer with few tokens is no faster than PEFT's:
+{single("384²", "float32", 256):.2f}. In float64 the two layers agree to rounding; in bfloat16 the
+fast one is closer to the float64 result.""",
+        "step_cost": f"""\
+Three passes with `{FORWARD}`: the lower one, the upper one, and one along the difference, with
+respect to the magnitudes alone. Four lower steps an upper step share the last two. The extra memory
+is {memory("PEFT", FORWARD):.0f} adapters; an exact product holds the graph of a double backward,
+{memory("PEFT", "darts:product=exact"):.0f} adapters.""",
+        "estimators": f"""\
+{passes("direct"):.2f} with `direct`, {passes(FORWARD):.2f} with `{FORWARD}` (Betty's two-sided one:
+{passes("Betty darts"):.2f}), {passes("neumann(5)"):.1f} with `neumann` of five terms,
+{passes("cg(5)"):.1f} with `cg` of five steps. The solvers are damped so that they take all their
+steps. The errors are those at the lower minimum of problems A and B.""",
+        "fidelity": f"""\
 Yes where all passes see one mask: its error is that of rounding at any dropout. With a mask of its
-own for each pass (Betty) the cosine is 0.06 at dropout 0.05 and 0.02 at 0.1. Under autocast the
-difference runs in float32; the error left is that of ∂F/∂w.""",
-    ),
-    "scaling": (
-        "How does the cost grow with rank, adapted modules and length?",
-        """\
+own for each pass (Betty) the cosine is {cosine("fp32", 0.05, "Betty 0.2.1"):.2f} at dropout 0.05
+and {cosine("fp32", 0.1, "Betty 0.2.1"):.2f} at 0.1. Under autocast the difference runs in float32;
+the error left is that of ∂F/∂w.""",
+        "scaling": f"""\
 In time, three passes whatever they are; in memory, about three adapters beyond a plain step. A step
-of `cg` costs about 1.2 plain steps, and no memory beyond that of the first.""",
-    ),
-    "faults": (
-        "Does a run survive SIGKILL, damaged files, full disks and NaN?",
-        """\
+of `cg` costs {(plain(20) - plain(5)) / 15:.1f} plain steps, and no memory beyond that of the
+first.""",
+        "faults": """\
 Yes: a killed run resumes bit for bit, and each damaged checkpoint is one error. A run that was
 killed before its first whole checkpoint begins anew. A loss of power is not tested, but the hashes
 notice a file that did not reach the disk. A full disk is a limit on the size of files here. Not
 tested: several processes, GPUs, collators that draw random numbers.""",
-    ),
-    "noise": (
-        "What do minibatches do to an estimator?",
-        """\
+        "noise": f"""\
 A solver that starts anew on each batch inverts that batch's Hessian, and its bias does not average
-out: 0.34 for `cg`. `warm` averages over the batches: 0.05. Table and advice are in
-[the mathematics](../docs/mathematics.md#minibatches).""",
-    ),
-}
-#: Why a target is missed, by how its name begins.
-REASONS = {
-    "DoRA layer, kept activations ÷ PEFT, whole MiniLM": """\
-0.40 is the frozen model's own, and LoRA has 0.57. A layer's output y is held also where nothing
-else holds it: before a residual's dropout, and before attention with dropout, which holds scaled
-copies of queries and keys. The adapted layers alone hold 0.49.""",
-    "DoRA layer, time ÷ PEFT, MiniLM, freed memory": """\
+out: {bias("cg"):.2f} for `cg`. `warm` averages over the batches: {bias("warm"):.2f}. Table and
+advice are in [the mathematics](../docs/mathematics.md#minibatches).""",
+    }
+
+
+def reasons(results: Results) -> dict[str, str]:
+    """Why a target is missed, by how its name begins."""
+    rows = results["dora_layer"], "Whole model, 32×64 tokens"
+    time = partial(_cell, *rows, "time ÷ PEFT DoRA")
+    held = partial(_cell, *rows, "kept ÷ PEFT DoRA")
+    layers = partial(_cell, *rows, "kept by its layers ÷ PEFT DoRA")
+    frozen = "frozen, no adapter"
+    step = partial(_cell, results["step_cost"], "Estimators", "÷ DoRA step", "8×32", "PEFT")
+    four = partial(_cell, results["step_cost"], "One and four lower steps", "÷ DoRA step", "32×64")
+    passes = partial(_cell, results["estimators"], "Cost and error", "G")
+    limits = {t["name"]: t["target"] for result in results.values() for t in result["targets"]}
+    third = limits[f"upper iteration on the MLP in G, {FORWARD}"] - passes("direct")
+    return {
+        "DoRA layer, kept activations ÷ PEFT, whole MiniLM": f"""\
+{held(frozen, 0.0, "default"):.2f} is the frozen model's own, and LoRA has
+{held("LoRA", 0.0, "default"):.2f}. A layer's output y is held also where nothing else holds it:
+before a residual's dropout, and before attention with dropout, which holds scaled copies of queries
+and keys. The adapted layers alone hold {layers("fast full", 0.0, "default"):.2f}.""",
+        "DoRA layer, time ÷ PEFT, MiniLM, freed memory": f"""\
 In a process that does not return freed memory to the system, PEFT's layer pays for no page faults.
-The frozen model without an adapter takes 0.74 there, so that no DoRA layer can take 0.65.""",
-    "BiDoRA step ÷ PEFT DoRA step": """\
-Three passes cost 1 + 0.99 + 0.93 DoRA steps with PEFT's layer. The fast layer brings each down to
-LoRA's price. The three passes of the frozen model alone take 2.2 PEFT steps where memory is not
-returned.""",
-    "4 lower steps an upper step": """\
-The upper and the directional pass run here on batches as large as the lower level's.""",
-    "upper iteration on the MLP": """\
-`direct` takes 1.95, which leaves 0.35 of a pass for the third one. On tensors this small an
-optimizer step, a norm, a copy and the check for NaN cost as much as a pass.""",
-}
+The frozen model without an adapter takes {time(frozen, 0.0, "kept"):.2f} there, so that no DoRA
+layer can take {limits["DoRA layer, time ÷ PEFT, MiniLM"]}.""",
+        "BiDoRA step ÷ PEFT DoRA step": f"""\
+With PEFT's layer the upper pass costs {step("direct", 1) - 1:.2f} and the directional one
+{step(FORWARD, 1) - step("direct", 1):.2f} DoRA steps on 8×32 tokens. The fast layer brings each
+down to LoRA's price. The three passes of the frozen model alone take
+{3 * time(frozen, 0.0, "kept"):.1f} PEFT steps where memory is not returned.""",
+        "4 lower steps an upper step": f"""\
+A lower step alone takes {four("fast", "none: a DoRA step", 1):.2f} of PEFT's with the fast
+layer.""",
+        "upper iteration on the MLP": f"""\
+`direct` takes {passes("direct"):.2f}, which leaves {third:.2f} of a pass for the
+third one. On tensors this small an optimizer step, a norm, a copy and the check for NaN cost as
+much as a pass.""",
+    }
+
+
+def _cell(result: dict[str, Any], title: str, column: str, *first: Any) -> float:
+    """The number in ``column`` of the row of a table that begins with ``first``."""
+    rows = result["tables"][title]
+    (value,) = (row[column] for row in rows if tuple(row.values())[: len(first)] == first)
+    return float(value)
 
 
 def main() -> None:
@@ -123,26 +159,32 @@ def main() -> None:
     parser.add_argument("--print", choices=[*QUESTIONS], help="print this script's tables instead")
     name = parser.parse_args().print
     if name is not None:
-        for title, rows in _read(name)["tables"].items():
+        for title, rows in read(name)["tables"].items():
             print(f"\n{title}\n\n{table(rows)}")
         return
-    results = {name: _read(name) for name in QUESTIONS}
+    results = {name: read(name) for name in QUESTIONS}
+    (HERE / "README.md").write_text(page(results))
+    figure(results)
+
+
+def page(results: Results) -> str:
+    """The text of README.md."""
     targets = [target for result in results.values() for target in result["targets"]]
     met = [target for target in targets if target["met"]]
     missed = [target for target in targets if not target["met"]]
     begin, end = INTRODUCTION.split("SCRIPTS")
     parts = [begin + " ".join(QUESTIONS) + end, _machine(results["estimators"])]
     parts.append("![Cost and error of estimators; cost of a bilevel step](cost.png)\n")
-    parts.append(f"## Targets that are missed\n\n{_numbers(missed)}\n\n{_reasons(missed)}\n")
+    parts.append(f"## Targets that are missed\n\n{_numbers(missed)}\n\n{_why(missed, results)}\n")
     parts.append(f"## Targets that are met\n\n{_numbers(met)}\n\n## Scripts\n")
-    for name, (question, answer) in QUESTIONS.items():
+    for name, answer in answers(results).items():
         files = f"[`{name}.py`]({name}.py), [its tables](results/{name}.json)"
-        parts.append(f"**{question}** ({files})\n{answer}\n")
-    (HERE / "README.md").write_text("\n".join([*parts, OTHERS]))
-    figure(results)
+        parts.append(f"**{QUESTIONS[name]}** ({files})\n{_filled(answer)}\n")
+    return "\n".join([*parts, OTHERS])
 
 
-def _read(name: str) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
+    """The measurements of one script."""
     result: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
     return result
 
@@ -151,14 +193,18 @@ def _numbers(targets: Sequence[dict[str, Any]]) -> str:
     return table([{key: target[key] for key in ("name", "value", "target")} for target in targets])
 
 
-def _reasons(missed: Sequence[dict[str, Any]]) -> str:
+def _why(missed: Sequence[dict[str, Any]], results: Results) -> str:
     """Why each of ``missed`` is missed; a target without a reason is left to its row."""
     names = [target["name"] for target in missed]
     return "\n".join(
-        textwrap.indent(f"- *{begin}*. {why}", "  ").removeprefix("  ")
-        for begin, why in REASONS.items()
+        textwrap.indent(_filled(f"*{begin}*. {why}"), "  ").replace("  ", "- ", 1)
+        for begin, why in reasons(results).items()
         if any(name.startswith(begin) for name in names)
     )
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 98, break_on_hyphens=False, break_long_words=False)
 
 
 def _machine(result: dict[str, Any]) -> str:

@@ -261,9 +261,11 @@ class Problem:
             NonFiniteError: ``loss`` or an entry of ``gradient`` is NaN or infinite.
         """
         parts = [part for part in gradient if part is not None]
-        value, *squares = to_floats([loss, *squares_of(parts)])
+        value, *squares = to_floats([loss, *squares_of(parts, wide=False)])
         if not math.isfinite(value):
             raise NonFiniteError(f"{self.name}: the loss is {value}")
+        if not all(1e-30 < square < math.inf for square in squares):  # zero, or beyond float32
+            squares = to_floats(squares_of(parts))
         if not math.isfinite(sum(squares)) and not all_finite(parts):
             raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
         found = iter(squares)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar, get_type_hints
 
 from hyperopt_peft.core.optimizer import read_by_options
@@ -13,6 +14,8 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.utils.validation import matches, type_name
 from hyperopt_peft.utils.vector import Vector
+
+_hints = cache(get_type_hints)  # evaluating them takes as long as a small network's pass
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Estimator(ABC):
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for option in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
             if not matches(value, hints[option.name]):

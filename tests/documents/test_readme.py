@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import comparison  # noqa: E402
+import write_results  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/comparison.json"
 
@@ -38,6 +39,11 @@ def test_the_estimator_table_is_that_of_the_measurements() -> None:
             near = isinstance(value, float)  # otherwise no cosine, or a refusal's words
             expected = pytest.approx(value, rel=0.2, abs=1e-6) if near else value
             assert row[column] == expected, row["estimator"]
+
+
+def test_the_page_of_the_benchmarks_is_that_of_the_measurements() -> None:
+    page = write_results.page({name: write_results.read(name) for name in write_results.QUESTIONS})
+    assert (ROOT / "benchmarks/README.md").read_text() == page
 
 
 def test_custom_problem_example_runs() -> None:

@@ -84,7 +84,7 @@ def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, sch
         assert upper.optimizer is not None and lower.optimizer is not None
         lower.optimizer.param_groups[0]["lr"] = 0.0
         taken: list[tuple[Tensor, ...]] = []
-        upper.step = lambda gradient, into=taken: into.append(gradient) or 0.0
+        upper.step = lambda gradient, norm, into=taken: into.append(gradient) or 0.0
         torch.manual_seed(5)
         Engine(upper, lower, method, progress=False).run(1)
         found.append(taken[0])
