@@ -285,7 +285,7 @@ def test_half_precision_has_the_factors_of_single_precision(product: str) -> Non
         found.append([part.double() for part in h])
         _, samples = layers_of(upper, lower)
         assert all(x.dtype != torch.bfloat16 for pairs in samples.values() for x, _ in pairs)
-    torch.testing.assert_close(flat(found[0]), flat(found[1]), rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(flat(found[0]), flat(found[1]), rtol=5e-2, atol=1e-4)
 
 
 def logistic() -> tuple[Problem, Problem]:

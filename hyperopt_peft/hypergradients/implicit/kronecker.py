@@ -124,7 +124,7 @@ def _disjoint(layers: Sequence[Layer]) -> list[Layer]:
     taken: set[int] = set()
     result = []
     for layer in sorted(layers, key=lambda layer: layer.transposed):
-        variables = {layer.weight, layer.bias} - {None}
+        variables = {x for x in (layer.weight, layer.bias) if x is not None}
         if not taken & variables:
             taken |= variables
             result.append(layer)
@@ -151,7 +151,7 @@ def _second_moments(
     samples: Sequence[tuple[Tensor, Tensor]], left: Tensor | None, right: Tensor | None
 ) -> Tensor:
     """The rows' mean (leftᵀ (Σ_t δxᵀ) right)², ``(out, in)``."""
-    total, rows = 0.0, sum(len(x) for x, _ in samples)
+    rows, total = sum(len(x) for x, _ in samples), samples[0][0].new_zeros(())
     for x, delta in samples:
         x, delta = _times(x, right), _times(delta, left)
         if x.shape[1] == 1:  # a row's square is a product of squares
