@@ -46,7 +46,9 @@ def picture(result: Attribution, path: str | Path | None = None, count: int = 10
     places = list(range(len(rows)))
     values = [float(result.scores[row]) for row in rows]
     right.barh(places, values, color=[HURT if value > 0 else HELP for value in values])
-    right.set_yticks(places, [_line(result, row) for row in rows], fontsize=8, parse_math=False)
+    right.set_yticks(
+        places, [result.line(row, width=44) for row in rows], fontsize=8, parse_math=False
+    )
     right.invert_yaxis()
     right.axvline(0, color="black", linewidth=0.8)
     right.set_title(f"the {len(hurt)} rows that hurt most, the {len(help_)} that help most")
@@ -57,10 +59,3 @@ def picture(result: Attribution, path: str | Path | None = None, count: int = 10
         except OSError as error:
             raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
     return figure
-
-
-def _line(result: Attribution, row: int) -> str:
-    shown = " · ".join(
-        " ".join(str(values[row]).split())[:44] for values in result.columns.values()
-    )
-    return f"{row}  {shown}".rstrip()

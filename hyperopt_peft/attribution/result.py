@@ -56,6 +56,7 @@ class Attribution:
         settings: what the scores were made with.
         labels: of a Trainer of a classifier, the class of each row, ``(n,)``.
         columns: of a Trainer's data, columns of the rows by name, for `to_csv` and `table`.
+        numbers: the number by which files, tables and pictures name each row, by default its place.
     """
 
     scores: Tensor
@@ -65,8 +66,12 @@ class Attribution:
     settings: dict[str, Any]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     labels: Tensor | None = None
+    numbers: Sequence[int] = ()
     _setting: Any = field(default=None, repr=False)
     _method: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.numbers = self.numbers or range(len(self.scores))
 
     @classmethod
     def of(
@@ -96,7 +101,15 @@ class Attribution:
         values = setting.value()
         whole = setting.whole(named)
         return cls(
-            whole, named, losses, values, settings, columns or {}, setting.labels, setting, method
+            whole,
+            named,
+            losses,
+            values,
+            settings,
+            columns or {},
+            setting.labels,
+            _setting=setting,
+            _method=method,
         )
 
     def check(
@@ -218,11 +231,13 @@ class Attribution:
         lines = []
         for title, rows in (("hurt most", hurt), ("help most", help_)):
             lines.append(f"{title}:")
-            lines += [f"{row:7d} {self.scores[row]:+.2e}  {self._shown(row)}" for row in rows]
+            lines += [f"{self.scores[row]:+11.2e} {self.line(row)}" for row in rows]
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path, extra: Mapping[str, Sequence[Any]] | None = None) -> None:
-        """Write row, the data's columns, score, rank, weight and the scores of slices.
+        """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
+
+        A column of the data with one of these names is written as ``data_…``.
 
         Args:
             path: the file.
@@ -232,9 +247,7 @@ class Attribution:
             ProblemError: the file cannot be written.
         """
         names = {f"score_{k}": v.tolist() for k, v in self.by_slice.items()}
-        table: dict[str, Sequence[Any]] = {
-            "row": range(len(self.scores)),
-            **self.columns,
+        own: dict[str, Sequence[Any]] = {
             "score": self.scores.tolist(),
             "rank": self.ranks().tolist(),
             "weight": self.weights().tolist(),
@@ -242,6 +255,9 @@ class Attribution:
             **(names if len(names) > 1 else {}),
             **(extra or {}),
         }
+        taken = {"row", *own}
+        data = {f"data_{k}" if k in taken else k: values for k, values in self.columns.items()}
+        table = {"row": self.numbers, **data, **own}
         try:
             with Path(path).open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
@@ -256,10 +272,10 @@ class Attribution:
 
         return picture(self, path, count)
 
-    def _shown(self, row: int) -> str:
-        return " | ".join(
-            " ".join(str(values[row]).split())[:80] for values in self.columns.values()
-        )
+    def line(self, row: int, width: int = 80) -> str:
+        """The number and the columns of ``row``, each column at most ``width`` characters."""
+        cells = [" ".join(str(values[row]).split())[:width] for values in self.columns.values()]
+        return f"{self.numbers[row]:6d}  {' | '.join(cells)}".rstrip()
 
     def _count(self, share: float) -> int:
         if not 0 < share < 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from tempfile import mkdtemp
 from typing import Any
 
 import datasets
@@ -266,14 +265,15 @@ class _Model:
         @torch.no_grad()
         def measured() -> Mapping[str, float]:
             loss = right = count = 0.0
+            classes = False
             for batch in batches:
                 sums, counts = self.sums(batch)
                 loss, count = loss + float(sums.sum()), count + float(counts.sum())
                 labels = require_labels(batch)
-                if not labels.is_floating_point() and not self.causal:
+                if classes := not labels.is_floating_point() and not self.causal:
                     logits = self._logits(batch)
                     right += float(((logits.argmax(-1) == labels) & (labels != -100)).sum())
-            return {"loss": loss / count} | ({"accuracy": right / count} if right else {})
+            return {"loss": loss / count} | ({"accuracy": right / count} if classes else {})
 
         return measured
 
@@ -353,7 +353,6 @@ def _arguments(args: Any, progress: bool) -> BilevelTrainingArguments:
     return BilevelTrainingArguments(
         **given
         | {
-            "output_dir": mkdtemp(prefix="attribution-"),
             "save_strategy": "no",
             "eval_strategy": "no",
             "load_best_model_at_end": False,

@@ -19,5 +19,8 @@ COMMANDS = {
         "compare_estimators", "estimators side by side on your model and data, and a recommendation"
     ),
     "check": Command("check", "diagnose the two levels on your model and data, in words"),
+    "attribute": Command(
+        "attribute", "which training rows help or hurt on the evaluation examples, with a check"
+    ),
     "merge": Command("merge", "put an adapter into its base model's weights, and check the result"),
 }

@@ -74,11 +74,7 @@ def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
     `transformers`, the numbers of the retraining as ``retrain_…``, and the evaluation of the
     final model as ``eval_…``.
     """
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        # The configuration has the names of the labels. Transformers would load a folder with an
-        # adapter and a configuration as a whole model.
-        trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
+    save_adapter(trainer)
     results = {"train": _last_metrics(trainer), "eval": evaluation}
     if trainer.retrainer is not None:
         again = _last_metrics(trainer.retrainer)
@@ -89,6 +85,15 @@ def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
     trainer.save_state()
+
+
+def save_adapter(trainer: BiDoRATrainer) -> None:
+    """Write the adapter, the tokenizer and the base model's configuration."""
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        # The configuration has the names of the labels. Transformers would load a folder with an
+        # adapter and a configuration as a whole model.
+        trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
 
 
 def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:

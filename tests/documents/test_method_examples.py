@@ -81,6 +81,20 @@ def test_hyperparameters(tmp_path: Path) -> None:
     assert len(results["results"]) == 4
 
 
+def test_attribution(tmp_path: Path) -> None:
+    sizes = {"train_size": 24, "evaluation_size": 12, "test_size": 12, "max_length": 12}
+    steps = {"max_steps": 4, "per_device_train_batch_size": 8, "retrainings": 5, "folds": 2}
+    done = run("attribution.py", tmp_path, **sizes, **steps)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert -1 <= results["lds"] <= 1 and len(results["removal"]["random"]) == 2
+    assert all(0 <= area <= 1 for area in results["wrong_labels"].values())
+    assert (tmp_path / "attribution.png").stat().st_size > 10_000
+    lines = (tmp_path / "attribution.csv").read_text().splitlines()
+    assert lines[0].startswith("row,text,label,score,rank,weight") and len(lines) >= 25
+    assert "24 tweets, 5 wrong labels" in done.stdout and "LDS" in done.stdout
+
+
 def test_three_levels() -> None:
     command = [sys.executable, EXAMPLES / "three_levels.py", "--splits=1", "--steps=2"]
     done = subprocess.run(command, capture_output=True, text=True)

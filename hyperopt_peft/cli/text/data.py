@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -61,6 +62,11 @@ class DataArguments:
         default=None,
         help="the column with the text to produce, for seq2seq; for causal-lm the answer, and the "
         "prompt is then left out of the loss",
+    )
+    weight_column: str | None = HfArg(
+        default=None,
+        help="the column with the weight of each training example's loss, such as that which "
+        "attribute writes; not of evaluation examples",
     )
     max_length: int = HfArg(default=128, help="tokens an example; longer ones are cut")
 
@@ -140,6 +146,22 @@ def load(args: DataArguments, task: str) -> tuple[Dataset, Dataset | None]:
     if evaluation is not None:
         require_columns(evaluation, columns, "the evaluation examples")
     return train, evaluation
+
+
+def weights_of(train: Dataset, column: str) -> list[float]:
+    """The weights in ``column``, finite numbers from 0.
+
+    Raises:
+        ProblemError: no such column, an empty cell, or another value.
+    """
+    require_columns(train, [column], "the training examples")
+    values: list[Any] = train[column][:]
+    for row, value in enumerate(values):
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ProblemError(
+                f"weight_column: row {row + 1} of {column!r} is {value!r}; give numbers from 0"
+            )
+    return [float(value) for value in values]
 
 
 def read_files(paths: Sequence[str], option: str) -> Dataset:

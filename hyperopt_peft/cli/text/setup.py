@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from datasets import Dataset
@@ -15,16 +16,33 @@ from transformers import (
 from transformers.utils import logging
 
 from hyperopt_peft.cli.text import models
-from hyperopt_peft.cli.text.data import DataArguments, hold_out, load, require_repeated
+from hyperopt_peft.cli.text.data import DataArguments, hold_out, load, require_repeated, weights_of
 from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.tasks import TASKS, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems.example_weights import example_sums
 from hyperopt_peft.trainer.data import shared
 
 logger = logging.get_logger(__name__)
+WEIGHTS = "row_weight"
 TYPES = (ModelArguments, DataArguments, BiDoRATrainingArguments)
+
+
+class WeightedTrainer(BiDoRATrainer):
+    """Trains Σ v_i s_i / Σ c_i: the summed loss s_i of row i times the row's weight, by labels c_i.
+
+    A batch without weights, of an evaluation, has the loss of the model.
+    """
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The weighted loss; all rows of a step have weights, or none."""
+        weights = inputs.pop(WEIGHTS, None)
+        if weights is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        sums, counts = example_sums(model, inputs)
+        return (weights.to(sums.dtype) * sums).sum() / counts.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,9 @@ class Setup:
         tokenizer: the base model's tokenizer.
         train: the encoded training examples of both levels.
         evaluation: the encoded evaluation examples, or None.
+        source: the training and the evaluation examples as they were read, before a part of the
+            training examples is held out.
+        encoder: encodes further examples.
     """
 
     args: ModelArguments
@@ -46,6 +67,8 @@ class Setup:
     tokenizer: Any
     train: Dataset
     evaluation: Dataset | None
+    source: tuple[Dataset, Dataset | None]
+    encoder: Encoder
 
     def model(self, seed: int, *, dora: bool) -> Any:
         """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
@@ -66,14 +89,23 @@ class Setup:
         Raises:
             ProblemError: incompatible arguments.
         """
+        kind, train, evaluation = BiDoRATrainer, self.train, self.evaluation
+        if WEIGHTS in train.column_names:
+            # The Trainer would remove the weights, which the model does not take.
+            kind, args.remove_unused_columns = WeightedTrainer, False
+            taken = {*signature(model.get_base_model().forward).parameters, WEIGHTS}
+            train = train.select_columns([name for name in train.column_names if name in taken])
+            if evaluation is not None:
+                unknown = [name for name in evaluation.column_names if name not in taken]
+                evaluation = evaluation.remove_columns(unknown)
         try:
-            return BiDoRATrainer(
+            return kind(
                 model,
                 args,
-                train_dataset=self.train,
-                eval_dataset=self.evaluation,
+                train_dataset=train,
+                eval_dataset=evaluation,
                 processing_class=self.tokenizer,
-                data_collator=self.collator(),
+                data_collator=self.collator(model),
                 compute_metrics=self.task.metrics,
                 preprocess_logits_for_metrics=self.task.reduce,
                 **options,
@@ -84,13 +116,14 @@ class Setup:
         except (ValueError, RuntimeError, OSError) as error:
             raise ProblemError(str(error)) from error
 
-    def collator(self) -> Any:
-        """The collator that pads encoded examples to a batch."""
+    def collator(self, model: Any) -> Any:
+        """The collator that pads encoded examples to a batch, with what ``model`` reads."""
         if self.task.peft == "SEQ_CLS":
             return DataCollatorWithPadding(self.tokenizer)
         if self.task.peft == "TOKEN_CLS":
             return DataCollatorForTokenClassification(self.tokenizer)
-        return DataCollatorForSeq2Seq(self.tokenizer)
+        # A model that is given no labels, as for the losses of rows, needs the decoder's input.
+        return DataCollatorForSeq2Seq(self.tokenizer, model)
 
 
 def prepare(args: ModelArguments, data: DataArguments) -> Setup:
@@ -100,14 +133,17 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
         ProblemError: invalid data, or a model that cannot be loaded.
     """
     task = TASKS[args.task]
-    train, evaluation = load(data, args.task)
+    train, evaluation = source = load(data, args.task)
     tags = args.task == "token-classification"
     names = class_names(train, data.label_column, tags) if task.classes else ()
     config = models.labelled(models.load_config(args.model), args.task, names)
     name = args.tokenizer or args.model
     tokenizer = models.load_tokenizer(name, config, data.max_length, args.task)
     encoder = Encoder(args.task, data, tokenizer, names)
+    weights = data.weight_column and weights_of(train, data.weight_column)
     train = encoder.encode(train, "the training examples")
+    if weights:
+        train = train.add_column(WEIGHTS, weights)
     if evaluation is not None:
         evaluation = encoder.encode(evaluation, "the evaluation examples")
         if common := shared(evaluation, train):
@@ -120,4 +156,4 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
         require_repeated(train, held_out)
     if held_out:
         train, evaluation = hold_out(train, data.eval_fraction)
-    return Setup(args, task, config, tokenizer, train, evaluation)
+    return Setup(args, task, config, tokenizer, train, evaluation, source, encoder)

@@ -1,0 +1,165 @@
+"""Which training rows help or hurt, how far that can be trusted, and which labels are wrong?
+
+    python examples/attribution.py            # MiniLM and tweets, no network
+    python examples/attribution.py --quick    # the same, smaller
+    python examples/attribution.py --method minres:damping=0.01
+
+LoRA is trained on tweets, some of whose labels are wrong. Every tweet gets a score: how the loss on
+other tweets would change if the tweet counted more. Retrainings check the scores; out-of-fold
+confidence looks for wrong labels; and a training without the tweets that hurt most is judged on
+tweets that nothing has seen. Each option of `transformers.TrainingArguments` is a flag.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# Read when torch is imported: threads that spin while they wait take the core from others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from sklearn.metrics import roc_auc_score
+from text_data import load_model, model_path, quiet, tweets
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft import attribute
+
+
+@dataclass
+class Arguments:
+    """What to train on, and what to do with the scores."""
+
+    model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
+    train_size: int = HfArg(default=128, help="training tweets")
+    evaluation_size: int = HfArg(default=128, help="tweets whose loss is explained")
+    test_size: int = HfArg(default=400, help="tweets that judge the removal")
+    wrong: float = HfArg(default=0.2, help="share of the training labels that are made wrong")
+    max_length: int = HfArg(default=20, help="tokens a tweet")
+    rank: int = HfArg(default=8, help="rank r of B·A")
+    method: str = HfArg(default="unrolled", help="how rows are scored; see docs/attribution.md")
+    retrainings: int = HfArg(default=8, help="of the check")
+    folds: int = HfArg(default=3, help="of the search for wrong labels")
+    remove: float = HfArg(default=0.1, help="share of the rows to train without")
+    quick: bool = HfArg(default=False, help="48 training tweets, 6 steps, 5 retrainings, 2 folds")
+
+
+@dataclass
+class Training(TrainingArguments):
+    """How to train: the defaults of this example, a smooth run."""
+
+    output_dir: str | None = HfArg(default="outputs/attribution", help="where results are written")
+    max_steps: int = HfArg(default=30, help="steps of the adapter")
+    learning_rate: float = HfArg(default=1e-3, help="peak learning rate of the adapter")
+    per_device_train_batch_size: int = HfArg(default=32, help="tweets a batch")
+    per_device_eval_batch_size: int = HfArg(default=64, help="tweets a batch of the evaluation")
+    warmup_steps: float = HfArg(default=0.2, help="share of the steps in which the rate rises")
+    save_strategy: str = HfArg(default="no", help="when to write checkpoints")
+    report_to: str | None = HfArg(default="none", help="trackers, such as tensorboard")
+
+
+def parts_of(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset, Dataset, torch.Tensor]:
+    """Training, evaluation and test tweets as tokens, and which training labels are wrong."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path(arguments.model))
+    rest = arguments.evaluation_size + arguments.test_size
+    split = {"seed": seed, "stratify_by_column": "label"}
+    parts = tweets().train_test_split(arguments.train_size, test_size=rest, **split)
+    others = parts["test"].train_test_split(arguments.test_size, **split)
+    draw, train = random.Random(seed), parts["train"]
+    wrong = torch.zeros(len(train), dtype=torch.bool)
+    wrong[draw.sample(range(len(train)), round(arguments.wrong * len(train)))] = True
+    names = train.features["label"].names
+
+    def spoilt(row: dict[str, Any], number: int) -> dict[str, Any]:
+        other = draw.choice([k for k in range(len(names)) if k != row["label"]])
+        return {"label": other if wrong[number] else row["label"]}
+
+    def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        found = tokenizer(rows["text"], truncation=True, max_length=arguments.max_length)
+        return dict(found)
+
+    train = train.map(spoilt, with_indices=True, load_from_cache_file=False)
+    train, evaluation, test = (
+        part.map(tokens, batched=True) for part in (train, others["train"], others["test"])
+    )
+    return train, evaluation, test, wrong
+
+
+def main() -> None:
+    """Train, score, check, search, remove; print what came out."""
+    arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
+    if arguments.quick:
+        small = {"train_size": 48, "evaluation_size": 32, "test_size": 48}
+        arguments = replace(arguments, **small, retrainings=5, folds=2)
+        training.max_steps = 6
+    quiet()
+    train, evaluation, test, wrong = parts_of(arguments, training.seed)
+    set_seed(training.seed)
+    adapter = LoraConfig(
+        task_type="SEQ_CLS",
+        r=arguments.rank,
+        lora_alpha=2 * arguments.rank,
+        target_modules=["query", "value"],
+        modules_to_save=["pooler", "classifier"],
+    )
+    base = load_model(arguments.model, train.features["label"].names)
+    trainer = Trainer(
+        get_peft_model(base, adapter),
+        training,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=DataCollatorWithPadding(
+            AutoTokenizer.from_pretrained(model_path(arguments.model))
+        ),
+    )
+    result = attribute(trainer, method=arguments.method)
+    print(f"{len(train)} tweets, {int(wrong.sum())} wrong labels; Φ = {result.values['all']:.4f}")
+    print(result.table(5))
+
+    suspects = result.suspects(arguments.folds, seed=training.seed)
+    output = Path(training.output_dir)
+    flagged = [int(row in suspects.flagged) for row in range(len(train))]
+    result.to_csv(output / "attribution.csv", {"suspect": flagged, "wrong": wrong.int().tolist()})
+    result.plot(output / "attribution.png", 8)
+    seen = ~result.scores.isnan()
+    ways = {
+        "out-of-fold confidence": -suspects.confidence,
+        "mean training loss": suspects.loss,
+        "score": suspects.score,
+    }
+    found = {name: float(roc_auc_score(wrong[seen], values[seen])) for name, values in ways.items()}
+    print("\n| wrong labels are found by | area under the curve |\n| --- | --- |")
+    for name, area in found.items():
+        print(f"| {name} | {area:.3f} |")
+
+    checked = result.check(arguments.retrainings, seed=training.seed)
+    print(f"\n{checked}")
+    removal = result.removal(arguments.remove, test, draws=2, seed=training.seed)
+    print(f"\non {len(test)} test tweets:\n{removal}")
+    record = {
+        "arguments": asdict(arguments),
+        "lds": checked.lds,
+        "slope": checked.slope,
+        "metasmoothness": checked.metasmoothness,
+        "wrong_labels": found,
+        "removal": asdict(removal),
+    }
+    (output / "results.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
