@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 # These take the model instead of parameters, and some step in hooks of the backward pass.
 WITHOUT_GROUPS = ("galore", "apollo", "lomo", "adalomo")
+#: The oldest transformers whose loading of a sharded adapter was seen to work.
+FSDP2_SINCE = Version("5.10")
 
 
 def check_arguments(
@@ -166,6 +170,11 @@ def check_accelerator(trainer: BilevelTrainer) -> None:
 
 
 def _check_fsdp(trainer: BilevelTrainer) -> None:
+    if Version(transformers.__version__) < FSDP2_SINCE:
+        raise ProblemError(
+            f"fsdp: FSDP2 needs transformers {FSDP2_SINCE} or newer, got "
+            f"{transformers.__version__}, which does not load sharded adapters; use DDP, or upgrade"
+        )
     plugin, precision = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.mixed_precision
     if plugin.fsdp_version != 2:
         raise ProblemError("fsdp_version: FSDP1 hides the parameters that a level owns; set 2")

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 
+from hyperopt_peft.trainer.checks import FSDP2_SINCE
 from tests.support import trainer_in_processes as in_processes
 from tests.support import trainers as models
 from tests.support import two_processes
@@ -31,15 +34,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
 
 
+class Launched(dict[str, Any]):
+    """By kind, the results of each process of every run: a launch for each kind asked for."""
+
+    def __init__(self, folders: Any) -> None:
+        super().__init__()
+        self.folders = folders
+
+    def __missing__(self, kind: str) -> Any:
+        if kind == "fsdp" and Version(transformers.__version__) < FSDP2_SINCE:
+            pytest.skip(f"FSDP2 is refused with transformers older than {FSDP2_SINCE}")
+        launcher = ["accelerate.commands.launch", "--config_file"]
+        launcher += [str(CONFIGURATIONS / KINDS[kind]), "--num_processes", "2"]
+        launcher += ["--main_process_port", "0"]
+        found = two_processes.run(launcher, "trainer_in_processes.py", self.folders[kind])
+        return self.setdefault(kind, found)
+
+
 @pytest.fixture(scope="module")
 def two(folders: Any) -> Any:
-    """What each process has of every run: one launch a kind for all of them."""
-    results = {}
-    for kind, file in KINDS.items():
-        launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / file)]
-        launcher += ["--num_processes", "2", "--main_process_port", "0"]
-        results[kind] = two_processes.run(launcher, "trainer_in_processes.py", folders[kind])
-    return results
+    return Launched(folders)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +95,10 @@ def test_two_processes_train_as_one_does(two: Any, one: Any, kind: Any, name: An
 @pytest.mark.parametrize(("kind", "name"), RUNS)
 def test_what_is_saved_is_a_plain_adapter(two: Any, folders: Any, kind: Any, name: Any) -> None:
     """Whole, and once."""
+    trained = two[kind][0][name][1]
     plain = models.base_model(dropout=0.0).double()
     loaded = PeftModel.from_pretrained(plain, folders[kind] / name / "adapter", is_trainable=True)
-    assert same(models.values(loaded), two[kind][0][name][1])
+    assert same(models.values(loaded), trained)
 
 
 @pytest.mark.parametrize("kind", KINDS)
