@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -19,28 +16,25 @@ from hyperopt_peft.adapters.dora.fast import FastFullNorm
 from hyperopt_peft.adapters.dora.variants import VARIANTS
 from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.methods import Setting
+from hyperopt_peft.attribution.rows import (
+    ModelOnRows,
+    NumberedCollator,
+    NumberedRows,
+    RowWeighted,
+)
 from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.example_weights import example_sums, require_labels
 from hyperopt_peft.trainer.accumulation import (
-    ITEMS,
-    WEIGHT,
     Accumulated,
-    MicroBatch,
-    label_weights,
 )
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.checks import shifts_labels
-from hyperopt_peft.trainer.data import collating, label_column, require_examples, shared
+from hyperopt_peft.trainer.data import label_column, require_examples, shared
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.random_state import RandomState, replay
 
 logger = logging.get_logger(__name__)
-INDEX = "index"
 
 
 def of_trainer(
@@ -92,7 +86,7 @@ def of_trainer(
         upper=None,
         args=_arguments(trainer.args, progress),
         train_dataset=rows,
-        data_collator=_Collator(trainer.data_collator),
+        data_collator=NumberedCollator(trainer.data_collator),
         processing_class=trainer.processing_class,
         callbacks=[recorder],
     )
@@ -100,7 +94,7 @@ def of_trainer(
     runner.train()
     run = recorder.run
     assert run is not None
-    reader = _Model(runner, trainer.data_collator)
+    reader = ModelOnRows(runner, trainer.data_collator)
     parts = {name: reader.parts(above, chosen) for name, chosen in groups.items()}
     setting = Setting(
         run,
@@ -113,53 +107,6 @@ def of_trainer(
         labels=reader.labels(rows),
     )
     return setting, _columns(trainer.train_dataset)
-
-
-class RowWeighted(Problem):
-    """The Trainer's loss with a weight for each row: Σ v_i s_i / Σ c_i over the rows of a batch.
-
-    s_i is the summed loss of row i and c_i the count of its labels, so that at v = 1 it is the mean
-    over all labels, the loss that the Trainer trains.
-
-    Args:
-        trainer: the trainer, with the model.
-        weights: v, ``(n,)``.
-        training: whether dropout is on.
-
-    Raises:
-        ProblemError: the model's loss is another than that of `example_sums`.
-    """
-
-    def __init__(self, trainer: BilevelTrainer, weights: Tensor, *, training: bool = True) -> None:
-        self.trainer, self.weights, self.training = trainer, weights, training
-        self._compared = not training
-        super().__init__(trainable(trainer.model), name="training")
-
-    def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Σ v_i s_i / Σ c_i."""
-        inputs, model = dict(batch), self.trainer.model
-        index, weight = inputs.pop(INDEX), inputs.pop(WEIGHT, None)
-        inputs.pop(ITEMS, None)
-        model.train(self.training)
-        before = RandomState.capture(self.devices)
-        with self.trainer.compute_loss_context_manager():
-            sums, counts = example_sums(model, inputs)
-        loss = (self.weights[index].to(sums.dtype) * sums).sum() / counts.sum().clamp(min=1)
-        if not self._compared:
-            self._compare(inputs, loss, before)
-        return loss if weight is None else loss * weight.to(loss.dtype)
-
-    @torch.no_grad()
-    def _compare(self, inputs: Mapping[str, Any], loss: Tensor, before: RandomState) -> None:
-        self._compared = True
-        with replay(before), self.trainer.compute_loss_context_manager():
-            own = self.trainer.model(**inputs).loss
-        if not torch.allclose(own.to(loss.dtype), loss, rtol=1e-2, atol=1e-4):
-            raise ProblemError(
-                f"the model's loss is {float(own):.4g}, and the mean over its rows "
-                f"{float(loss):.4g}: a loss that is no mean over rows has no score for each; "
-                "use attribute with a level of your own"
-            )
 
 
 class _Recorder(TrainerCallback):
@@ -184,118 +131,11 @@ class _Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.run is not None
-        step, weights = self.runner._step, self.run.weights
+        step, weights = self.runner.current_step, self.run.weights
         (share,) = distributed.mean((weights.grad,), (weights,))
         weights.grad = None
         gradient = [v.grad for v in self.run.level.variables]
         self.run.record(list(step.micro), step.micro[0].random_state, [*gradient, share])
-
-
-class _Rows(Dataset[Any]):
-    """Rows with their numbers."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {**self.data[row], INDEX: row}
-
-
-class _Collator:
-    """A collator that hands the numbers of the rows on, ``(n,)``."""
-
-    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        index = torch.tensor([row[INDEX] for row in rows])
-        plain = [{key: value for key, value in row.items() if key != INDEX} for row in rows]
-        return {**self.collate(plain), INDEX: index}
-
-
-class _Model:
-    """The model on rows, without dropout, a batch at a time."""
-
-    def __init__(self, trainer: BilevelTrainer, collate: Callable[[Sequence[Any]], Any]) -> None:
-        self.trainer, self.collate = trainer, _Collator(collate)
-        self.causal = shifts_labels(trainer.model)
-
-    def batches(self, rows: _Rows, chosen: Sequence[int] | None = None) -> list[Any]:
-        size = self.trainer.args.per_device_eval_batch_size
-        data: Any = rows if chosen is None else torch.utils.data.Subset(rows, chosen)
-        with replay(RandomState.capture()), collating("the rows"):
-            found = list(DataLoader(data, batch_size=size, collate_fn=self.collate))
-        return [
-            {key: value.to(self.trainer.args.device) for key, value in batch.items()}
-            for batch in found
-        ]
-
-    def micro_batches(self, rows: _Rows) -> list[MicroBatch]:
-        """All rows, as one step's micro-batches, with the weights for a mean over all labels."""
-        batches = self.batches(rows)
-        added = label_weights(batches, shifted=self.causal, items=False, across_processes=False)
-        state = RandomState.capture()
-        return [MicroBatch({**b, **w}, state) for b, w in zip(batches, added, strict=True)]
-
-    def sums(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = {key: value for key, value in batch.items() if key != INDEX}
-        self.trainer.model.eval()
-        with self.trainer.compute_loss_context_manager():
-            return example_sums(self.trainer.model, inputs)
-
-    @torch.no_grad()
-    def parts(self, rows: _Rows, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:
-        """The mean loss over the labels of the rows ``chosen``, a part for each batch."""
-        batches = self.batches(rows, chosen)
-        total = int(sum(self.sums(batch)[1].sum() for batch in batches))
-        if total == 0:
-            raise ProblemError("evaluation: no row has a label; give rows with labels")
-        return [partial(self._part, batch, total) for batch in batches]
-
-    def _part(self, batch: Mapping[str, Any], total: int) -> Tensor:
-        return self.sums(batch)[0].sum() / total
-
-    def measure(self, rows: _Rows) -> Callable[[], Mapping[str, float]]:
-        """A function that measures loss and, of classifiers, accuracy over labels on ``rows``."""
-        batches = self.batches(rows)
-
-        @torch.no_grad()
-        def measured() -> Mapping[str, float]:
-            loss = right = count = 0.0
-            classes = False
-            for batch in batches:
-                sums, counts = self.sums(batch)
-                loss, count = loss + float(sums.sum()), count + float(counts.sum())
-                labels = require_labels(batch)
-                if classes := not labels.is_floating_point() and not self.causal:
-                    logits = self._logits(batch)
-                    right += float(((logits.argmax(-1) == labels) & (labels != -100)).sum())
-            return {"loss": loss / count} | ({"accuracy": right / count} if classes else {})
-
-        return measured
-
-    def labels(self, rows: _Rows) -> Tensor | None:
-        """The class of each row, ``(n,)``, where each has one."""
-        found = [batch.get("labels") for batch in self.batches(rows)]
-        whole = all(
-            isinstance(x, Tensor) and x.dtype == torch.int64 and x.dim() == 1 for x in found
-        )
-        return torch.cat(found).cpu() if whole else None
-
-    @torch.no_grad()
-    def probabilities(self, rows: _Rows, chosen: Sequence[int]) -> Tensor:
-        """The class probabilities of the rows ``chosen``, ``(n, classes)``."""
-        found = [self._logits(batch).softmax(-1) for batch in self.batches(rows, chosen)]
-        return torch.cat(found).to("cpu", torch.float64)
-
-    def _logits(self, batch: Mapping[str, Any]) -> Tensor:
-        self.trainer.model.eval()
-        inputs = {k: v for k, v in batch.items() if k not in (INDEX, "labels")}
-        logits: Tensor = self.trainer.model(**inputs).logits
-        return logits
 
 
 def _check_loss(trainer: Any) -> None:
@@ -365,7 +205,7 @@ def _arguments(args: Any, progress: bool) -> BilevelTrainingArguments:
     )
 
 
-def _rows_of(trainer: Any, data: Any, name: str) -> _Rows:
+def _rows_of(trainer: Any, data: Any, name: str) -> NumberedRows:
     """``data`` with the columns that the model takes.
 
     Raises:
@@ -375,7 +215,7 @@ def _rows_of(trainer: Any, data: Any, name: str) -> _Rows:
     if isinstance(data, datasets.Dataset) and trainer.args.remove_unused_columns:
         data = data.select_columns(loader_of(trainer, data, name).dataset.column_names)
     assert has_length(data)
-    return _Rows(data)
+    return NumberedRows(data)
 
 
 def _groups(data: Any, column: str | None, count: int) -> dict[str, list[int]]:

@@ -239,7 +239,7 @@ class BilevelTrainer(Trainer):
             return [], None
         with collating("train_dataset"):
             batches = list(islice(epoch_iterator, num_batches))
-        self._step = OptimizerStep(self, batches)
+        self.current_step = OptimizerStep(self, batches)
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -247,13 +247,13 @@ class BilevelTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        loss = self._step.evaluate(inputs)
+        loss = self.current_step.evaluate(inputs)
         self.accelerator.backward(loss)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        if self._step.whole:
-            self._step.set_gradients(self._callback.save_before)
+        if self.current_step.whole:
+            self.current_step.set_gradients(self._callback.save_before)
         return loss.detach()
 
     def task_loss(self, batch: Any) -> Tensor:
