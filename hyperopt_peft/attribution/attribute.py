@@ -71,6 +71,7 @@ def attribute(
     Example:
         Two rows pull w to 1, one to −5; Φ wants w = 1.
 
+        >>> import torch
         >>> targets = torch.tensor([1.0, 1.0, -5.0])
         >>> v, w = torch.ones(3, requires_grad=True), torch.zeros((), requires_grad=True)
         >>> class Fit(Problem):

@@ -50,6 +50,18 @@ class KFAC(Solver):
 
     Raises:
         ProblemError: the lower level is sharded or a chain; ``steps=0`` and f has no linear layer.
+
+    Example:
+        The relative errors of five steps with and without the preconditioner.
+
+        >>> from hyperopt_peft import hypergradient
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> lower.solve()
+        >>> truth, = hypergradient(upper, lower, "exact")
+        >>> found = [hypergradient(upper, lower, f"{k}:steps=5")[0] for k in ("cg", "kfac")]
+        >>> [round(((x - truth).norm() / truth.norm()).item(), 3) for x in found]
+        [0.049, 0.005]
     """
 
     steps: int = 10
