@@ -34,6 +34,7 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.checks import check_labels
 from hyperopt_peft.trainer.data import label_column, require_examples, shared
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.trainer.upper_batches import loader_of
@@ -82,6 +83,7 @@ def of_trainer(
         )
     _check_run(trainer)
     rows = _rows_of(trainer, trainer.train_dataset, "train_dataset")
+    check_labels(trainer.model, trainer.train_dataset, {"data_collator": trainer.data_collator})
     given = trainer.eval_dataset if evaluation is None else evaluation
     above = _rows_of(trainer, given, "evaluation")
     common = shared(given, trainer.train_dataset)
@@ -93,6 +95,7 @@ def of_trainer(
     if common:
         logger.warning("%d of %d evaluation rows are training rows too", common, len(above))
     groups = _groups(given, slices, len(above))
+    collate = loader_of(trainer, trainer.train_dataset, "train_dataset").collate_fn
     model, random_state = _model(trainer)
     if second_derivatives:
         require_norm_in_graph(model)
@@ -104,7 +107,7 @@ def of_trainer(
             upper=None,
             args=_arguments(trainer.args, folder, progress),
             train_dataset=rows,
-            data_collator=NumberedCollator(trainer.data_collator),
+            data_collator=NumberedCollator(collate),
             processing_class=trainer.processing_class,
             callbacks=[recorder],
             optimizers=_optimizers(trainer),
@@ -124,7 +127,7 @@ def of_trainer(
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
     run = recorder.run
     assert run is not None
-    reader = ModelOnRows(runner, trainer.data_collator)
+    reader = ModelOnRows(runner, collate)
     parts = {name: reader.parts(above, chosen) for name, chosen in groups.items()}
     setting = Setting(
         run,

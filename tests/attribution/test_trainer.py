@@ -140,6 +140,23 @@ def test_out_of_fold_probabilities_are_of_runs_without_the_fold(tmp_path: Path) 
     assert not torch.allclose(one.probabilities[0], other.probabilities[0], rtol=1e-9)
 
 
+def test_rows_in_a_list_may_have_columns_that_the_model_does_not_take(tmp_path: Path) -> None:
+    """As with the stock Trainer, whose collator removes them."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    train, evaluation = (
+        [{**row, "text": "a tweet"} for row in data(rows=count, seed=seed)]
+        for count, seed in ((14, 0), (7, 1))
+    )
+    given = {"train_dataset": train, "eval_dataset": evaluation, "data_collator": collate}
+    assert torch.equal(
+        attributed(stock(tmp_path, **given)).scores,
+        attributed(stock(tmp_path, data_collator=collate)).scores,
+    )
+
+
 class OwnOptimizer(Trainer):
     def create_optimizer(self, *args: Any) -> Any:
         return super().create_optimizer(*args)
@@ -175,6 +192,19 @@ def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
             ),
             {},
         ),
+        "labels": (
+            stock(folder, train_dataset=rows.remove_columns("labels").add_column("labels", [3] * 14)),
+            {},
+        ),
+        "sequences": (
+            stock(
+                folder,
+                "seq2seq",
+                train_dataset=data("seq2seq", 14),
+                eval_dataset=data("seq2seq", 7, seed=1),
+            ),
+            {},
+        ),
         "noise": (stock(folder, args={"neftune_noise_alpha": 5.0}), {}),
     }
     return cases[name]
@@ -194,6 +224,8 @@ def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
         ("norm", "norm"),
         ("optimizer", "Adafactor"),
         ("own optimizer", "OwnOptimizer has a create_optimizer"),
+        ("labels", "num_labels"),
+        ("sequences", "DataCollatorForSeq2Seq"),
         ("noise", "neftune_noise_alpha"),
     ],
 )
