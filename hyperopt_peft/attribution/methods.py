@@ -69,6 +69,13 @@ class Method:
         """Whether steps of the run are differentiated."""
         return isinstance(self.estimator, Unrolled)
 
+    @property
+    def points(self) -> int | None:
+        """How many points of the run are read; None where its steps are differentiated."""
+        if self.whole_run:
+            return None
+        return max(1, self.estimator.checkpoints) if isinstance(self.estimator, Gradient) else 1
+
     @classmethod
     def of(cls, given: str | Estimator) -> Method:
         """The method that ``given`` names.

@@ -51,7 +51,8 @@ class Attribution:
         scores: dΦ/dv, ``(n,)`` in float64. Positive: the row hurts. NaN: the run never saw it.
         by_slice: the scores of each slice of the evaluation rows; ``scores`` is their mean, each
             with its share of the rows.
-        losses: the mean training loss of each row over its visits, relative to the batch, ``(n,)``.
+        losses: the mean training loss of each row over its visits, ``(n,)``; of rows with several
+            labels, relative to the mean number of labels of a row in the batch.
         values: Φ of each slice after the run.
         settings: what the scores were made with.
         labels: of a Trainer of a classifier, the class of each row, ``(n,)``.

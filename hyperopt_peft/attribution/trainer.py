@@ -24,6 +24,7 @@ from hyperopt_peft.adapters.dora.variants import VARIANTS
 from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.methods import Setting
 from hyperopt_peft.attribution.rows import (
+    INDEX,
     ModelOnRows,
     NumberedCollator,
     NumberedRows,
@@ -61,6 +62,7 @@ def of_trainer(
     slices: str | None,
     *,
     second_derivatives: bool,
+    points: int | None,
     memory_limit: float,
     progress: bool,
 ) -> tuple[Setting, dict[str, Sequence[Any]]]:
@@ -71,6 +73,7 @@ def of_trainer(
         evaluation: the rows of Φ; by default ``trainer.eval_dataset``.
         slices: the column of ``evaluation`` that groups its rows.
         second_derivatives: whether the method differentiates the run's gradients.
+        points: see `Run`.
         memory_limit: see `Run`.
         progress: whether to show a progress bar.
 
@@ -99,7 +102,7 @@ def of_trainer(
     model, random_state = _model(trainer)
     if second_derivatives:
         require_norm_in_graph(model)
-    recorder = _Recorder(len(rows), memory_limit)
+    recorder = _Recorder(len(rows), memory_limit, points)
     with TemporaryDirectory(prefix="attribution-") as folder:  # the user's has his checkpoints
         runner = BilevelTrainer(
             model,
@@ -145,8 +148,8 @@ def of_trainer(
 class _Recorder(TrainerCallback):
     """Records the steps of a run as the Trainer takes them."""
 
-    def __init__(self, rows: int, memory_limit: float) -> None:
-        self.rows, self.memory_limit = rows, memory_limit
+    def __init__(self, rows: int, memory_limit: float, points: int | None) -> None:
+        self.rows, self.memory_limit, self.points = rows, memory_limit, points
         self.runner: Any = None
         self.run: Run | None = None
 
@@ -160,15 +163,24 @@ class _Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         runner = self.runner
         level = Accumulated(runner.lower, runner.optimizer, runner.max_grad_norm or None)
-        self.run = Run(level, runner.lower.weights, state.max_steps, memory_limit=self.memory_limit)
+        self.run = Run(
+            level,
+            runner.lower.weights,
+            state.max_steps,
+            memory_limit=self.memory_limit,
+            points=self.points,
+        )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.run is not None
         step, weights = self.runner.current_step, self.run.weights
-        (share,) = distributed.mean((weights.grad,), (weights,))
+        seen = torch.zeros_like(weights)
+        for micro in step.micro:
+            seen[micro.batch[INDEX]] = 1.0
+        share, seen = distributed.mean((weights.grad, seen), (weights, weights))
         weights.grad = None
-        gradient = [v.grad for v in self.run.level.variables]
-        self.run.record(list(step.micro), step.micro[0].random_state, [*gradient, share])
+        gradient = [*(v.grad for v in self.run.level.variables), share]
+        self.run.record(list(step.micro), step.micro[0].random_state, gradient, seen > 0)
 
 
 def _check_run(trainer: Any) -> None:

@@ -310,3 +310,41 @@ def test_a_run_that_diverges_leaves_the_users_folder_alone(tmp_path: Path) -> No
     with pytest.raises(NonFiniteError, match="step 2: training: the loss is") as caught:
         attributed(trainer)
     assert "checkpoint" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["minres:damping=0.1", "gradient", "gradient:checkpoints=2"])
+def test_the_end_of_a_run_needs_neither_derivatives_nor_memory(tmp_path: Path, method: str) -> None:
+    """Of an optimizer without a known derivative scores are known, and repetitions are refused."""
+    trainer = stock(tmp_path, args={"optim": "adafactor"})
+    result = attributed(trainer, method=method, memory_limit=1e-9)
+    assert result.scores.isfinite().all() and result.scores.abs().sum() > 0
+    with pytest.raises(ProblemError, match="Adafactor"):
+        result.check(5, share=0.2)
+    repeated = attributed(stock(tmp_path), method=method, memory_limit=1e-9)
+    assert repeated.check(5, share=0.2).actual.isfinite().all()
+
+
+def test_losses_are_those_of_the_rows_in_batches_of_any_size(tmp_path: Path) -> None:
+    """At a rate of 0, without dropout; the last batch of each epoch is smaller."""
+    args = {"learning_rate": 1e-300, "weight_decay": 0.0, "gradient_accumulation_steps": 1}
+    rows = data(rows=14)
+    trainer = stock(tmp_path, args=args | {"per_device_train_batch_size": 13}, train_dataset=rows)
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    result = attributed(trainer)
+    trainer.model.eval()
+    logits = trainer.model(input_ids=torch.tensor(rows["input_ids"][:])).logits
+    labels = torch.tensor(rows["labels"][:])
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert torch.allclose(result.losses, expected.detach(), rtol=1e-9)
+
+
+def test_a_row_without_a_label_was_seen_and_has_no_influence(tmp_path: Path) -> None:
+    labels = [-100, *[k % 3 for k in range(1, 14)]]
+    rows = data(rows=14).remove_columns("labels").add_column("labels", labels)
+    result = attributed(stock(tmp_path, train_dataset=rows))
+    assert result.scores[0] == 0 and result.settings["unseen"] == 0
+    found = result.suspects(folds=2)
+    assert found.confidence[0].isnan() and 0 not in found.flagged
+    assert found.confidence[1:].isfinite().all()
