@@ -134,9 +134,7 @@ def _of_level(
     if steps is None or steps < 1:
         raise ProblemError(f"steps: must be the number of steps to train, from 1, got {steps}")
     above = Evaluation(weights, evaluation)
-    run = train(
-        level, weights, steps, memory_limit=memory_limit, points=points, progress=progress
-    )
+    run = train(level, weights, steps, memory_limit=memory_limit, points=points, progress=progress)
     shares = {name: 1 / len(above.slices) for name in above.slices}
     return Setting(run, above, shares, Accumulated(level), lambda: _epoch(level))
 

@@ -165,6 +165,8 @@ class ModelOnRows:
                 if classes := not labels.is_floating_point() and not self.causal:
                     logits = self._logits(batch)
                     right += float(((logits.argmax(-1) == labels) & (labels != -100)).sum())
+            if not count:
+                raise ProblemError("test: no row has a label; give rows with labels")
             return {"loss": loss / count} | ({"accuracy": right / count} if classes else {})
 
         return measured

@@ -138,7 +138,7 @@ def of_trainer(
         {name: len(chosen) / len(above) for name, chosen in groups.items()},
         Accumulated(RowWeighted(runner, run.weights, training=False)),
         lambda: reader.micro_batches(rows),
-        measure=lambda test: reader.measure(_rows_of(trainer, test, "test")),
+        measure=lambda test: reader.measure(_test_rows(trainer, test, given)),
         probabilities=lambda chosen: reader.probabilities(rows, chosen),
         labels=reader.labels(rows),
     )
@@ -177,10 +177,11 @@ class _Recorder(TrainerCallback):
         seen = torch.zeros_like(weights)
         for micro in step.micro:
             seen[micro.batch[INDEX]] = 1.0
-        share, seen = distributed.mean((weights.grad, seen), (weights, weights))
+        share, visited = distributed.mean((weights.grad, seen), (weights, weights))
+        assert visited is not None
         weights.grad = None
         gradient = [*(v.grad for v in self.run.level.variables), share]
-        self.run.record(list(step.micro), step.micro[0].random_state, gradient, seen > 0)
+        self.run.record(list(step.micro), step.micro[0].random_state, gradient, visited > 0)
 
 
 def _check_run(trainer: Any) -> None:
@@ -228,7 +229,7 @@ def require_norm_in_graph(model: Any) -> None:
         raise ProblemError(
             f"training: {len(detached)} DoRA layers, such as {detached[0]}, leave their norm out "
             "of the gradient; call hyperopt_peft.adapters.use_fast_dora(model) before training, "
-            'or choose method="unrolled:product=difference"'
+            'or choose method="unrolled:product=difference", which is approximate'
         )
 
 
@@ -290,6 +291,17 @@ def _rows_of(trainer: Any, data: Any, name: str) -> NumberedRows:
         data = data.select_columns(loader_of(trainer, data, name).dataset.column_names)
     assert has_length(data)
     return NumberedRows(data)
+
+
+def _test_rows(trainer: Any, test: Any, evaluation: Any) -> NumberedRows:
+    rows = _rows_of(trainer, test, "test")
+    for name, data in (("training", trainer.train_dataset), ("evaluation", evaluation)):
+        if common := len(rows) if test is data else shared(test, data):
+            raise ProblemError(
+                f"test: {common} of {len(rows)} rows are {name} rows too, which the scores have "
+                "seen; remove them"
+            )
+    return rows
 
 
 def _groups(data: Any, column: str | None, count: int) -> dict[str, list[int]]:

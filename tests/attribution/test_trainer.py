@@ -193,7 +193,9 @@ def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
             {},
         ),
         "labels": (
-            stock(folder, train_dataset=rows.remove_columns("labels").add_column("labels", [3] * 14)),
+            stock(
+                folder, train_dataset=rows.remove_columns("labels").add_column("labels", [3] * 14)
+            ),
             {},
         ),
         "sequences": (
@@ -348,3 +350,22 @@ def test_a_row_without_a_label_was_seen_and_has_no_influence(tmp_path: Path) -> 
     found = result.suspects(folds=2)
     assert found.confidence[0].isnan() and 0 not in found.flagged
     assert found.confidence[1:].isfinite().all()
+
+
+def test_test_rows_that_the_scores_have_seen_are_refused(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    result = attributed(trainer)
+    with pytest.raises(ProblemError, match="7 of 7 rows are evaluation rows"):
+        result.removal(0.2, trainer.eval_dataset, draws=1)
+    with pytest.raises(ProblemError, match="1 of 1 rows are training rows"):
+        result.removal(0.2, trainer.train_dataset.select([3]), draws=1)
+
+
+def test_as_many_folds_as_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
+    from hyperopt_peft.attribution.run import Run
+
+    result, trained = attributed(stock(tmp_path, train_dataset=data(rows=6))), []
+    plain = Run.repeated
+    monkeypatch.setattr(Run, "repeated", lambda self, v: (trained.append(v), plain(self, v))[1])
+    result.suspects(folds=5)
+    assert len(trained) == 5
