@@ -131,7 +131,7 @@ def _of_level(
         )
     if evaluation is None:
         raise ProblemError("evaluation: give a function that returns the loss to explain")
-    if steps is None or steps < 1:
+    if not isinstance(steps, int) or steps < 1:
         raise ProblemError(f"steps: must be the number of steps to train, from 1, got {steps}")
     above = Evaluation(weights, evaluation)
     run = train(level, weights, steps, memory_limit=memory_limit, points=points, progress=progress)

@@ -84,14 +84,14 @@ class Check:
             "epsilon in Adam (see docs/attribution.md for what each brings)"
         )
         rough = self.metasmoothness is not None and self.metasmoothness < GOOD
+        if not rough:
+            smoother = (
+                "use the method unrolled, more retrainings for a narrower interval, or " + smoother
+            )
         if not self.lds >= POOR:
             return f"the scores do not predict retraining: do not act on them; {smoother}"
-        if rough:
-            return f"the scores predict retraining roughly, since the run is rough; {smoother}"
-        return (
-            "the scores predict retraining roughly; use the method unrolled, more retrainings for "
-            f"a narrower interval, or {smoother}"
-        )
+        why = ", since the run is rough" if rough else ""
+        return f"the scores predict retraining roughly{why}; {smoother}"
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -134,7 +134,7 @@ def check(
     run = setting.run
     rows = run.visits.nonzero().flatten()
     count = round(share * len(rows))
-    if retrainings < 5:
+    if not isinstance(retrainings, int) or retrainings < 5:
         raise ProblemError(f"retrainings: a correlation needs at least 5, got {retrainings}")
     if not 1 <= count < len(rows):
         raise ProblemError(f"share: {share:g} of {len(rows)} rows leaves out {count}; change it")

@@ -27,7 +27,7 @@ class Evaluation(Problem):
         slices: by name, the parts of Φ; or of a single Φ, whose name is ``"all"``.
 
     Raises:
-        ProblemError: there is no slice, or one without parts.
+        ProblemError: there is no slice, or one without parts, or a part is no function.
 
     Example:
         >>> import torch
@@ -39,10 +39,17 @@ class Evaluation(Problem):
 
     def __init__(self, weights: Tensor, slices: Loss | Mapping[str, Loss]) -> None:
         super().__init__([("weights", weights)], name="evaluation")
-        named = slices if isinstance(slices, Mapping) else {"all": slices}
+        named: Mapping[str, Any] = slices if isinstance(slices, Mapping) else {"all": slices}
         self.slices: dict[str, Sequence[LossPart]] = {
-            str(name): [loss] if callable(loss) else list(loss) for name, loss in named.items()
+            str(name): list(loss) if isinstance(loss, list | tuple) else [loss]
+            for name, loss in named.items()
         }
+        for name, parts in self.slices.items():
+            if other := [part for part in parts if not callable(part)]:
+                raise ProblemError(
+                    f"evaluation: must be functions that return a loss, got {other[0]!r} in slice "
+                    f"{name!r}"
+                )
         empty = [name for name, parts in self.slices.items() if not parts]
         if empty or not self.slices:
             raise ProblemError(

@@ -56,6 +56,7 @@ def picture(result: Attribution, path: str | Path | None = None, count: int = 10
     if path is not None:
         try:
             figure.savefig(path, dpi=120)
-        except OSError as error:
-            raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # ValueError: an unknown format
+            reason = getattr(error, "strerror", None) or error
+            raise ProblemError(f"{path}: cannot be written ({reason})") from error
     return figure

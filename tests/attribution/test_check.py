@@ -43,6 +43,14 @@ def test_the_interval_is_that_of_a_rank_correlation() -> None:
     assert 0.92 <= inside / 400 <= 0.98
 
 
+@pytest.mark.parametrize(("smoothness", "named"), [(0.99, "method unrolled"), (0.2, "smoother")])
+def test_advice_is_of_the_method_where_the_run_is_smooth(smoothness: float, named: str) -> None:
+    x = torch.linspace(-1, 1, 20)
+    advice = Check(-x, x, smoothness, 0.05).advice
+    assert "do not act" in advice and named in advice
+    assert ("method unrolled" in advice) == (smoothness > 0.5)
+
+
 @pytest.mark.parametrize(
     ("retrainings", "share", "named"),
     [(4, 0.1, "retrainings"), (6, 0.0, "share"), (6, 1.0, "share")],

@@ -1,5 +1,6 @@
 """Scores against central differences of retraining, in float64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +165,7 @@ def test_a_removal_is_the_training_without_the_rows() -> None:
         ({"method": "gradient:checkpoints=-1"}, "checkpoints"),
         ({"steps": None}, "steps"),
         ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
         ({"memory_limit": 1e-9}, "memory_limit"),
         ({"slices": "kind"}, "slices"),
     ],
@@ -181,6 +183,8 @@ def test_bad_levels_are_named() -> None:
         scored((lower, weights, None))  # type: ignore[arg-type]
     with pytest.raises(ProblemError, match="evaluation"):
         scored((lower, weights, {}))  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="evaluation: must be functions"):
+        scored((lower, weights, "loss"))  # type: ignore[arg-type]
     with pytest.raises(ProblemError, match="weights"):  # others than those that the loss reads
         scored((lower, torch.ones(ROWS, requires_grad=True), evaluation))
     with pytest.raises(ProblemError, match="LBFGS"):
@@ -205,3 +209,8 @@ def test_an_estimator_is_a_method_as_its_name_is() -> None:
     short = [scored(levels(), method=how) for how in ("unrolled:steps=5", Unrolled(steps=5))]
     assert torch.equal(short[0].scores, short[1].scores)
     assert "steps=5" in short[0].settings["method"]
+
+
+def test_a_picture_of_an_unknown_format_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProblemError, match="unknown: cannot be written"):
+        scored(levels()).plot(tmp_path / "x.unknown")
