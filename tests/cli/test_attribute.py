@@ -22,7 +22,7 @@ FIRST = ["row", "text", "label", "score", "rank", "weight"]
 
 def options(folder: Path, task: str = "text-classification", **own: Any) -> dict[str, Any]:
     """Those of a small run of one level, over all 24 rows."""
-    return given(folder, task, max_steps=6, **own)
+    return given(folder, task, **{"max_steps": 6, **own})
 
 
 def written(folder: Path) -> list[dict[str, str]]:
