@@ -50,6 +50,7 @@ def attribute(
     Args:
         training: a level of one's own with data and optimizer, or a `transformers.Trainer` that
             has not trained yet (or one with ``model_init``, which begins anew). It is trained.
+            Callbacks of a Trainer are not called, and nothing is evaluated, logged or saved.
         row_weights: of a level, v: ones ``(n,)``, a leaf that requires a gradient, which the loss
             reads: 1/B Σ v_i ℓ_i over the rows of a batch. A Trainer needs none.
         evaluation: of a level, a function that returns Φ, a list of functions whose sum is Φ, or a
