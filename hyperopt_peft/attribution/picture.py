@@ -49,6 +49,7 @@ def picture(result: Attribution, path: str | Path | None = None, count: int = 10
     right.axvline(0, color="black", linewidth=0.8)
     right.set_title(f"the {len(hurt)} rows that hurt most, the {len(help_)} that help most")
     right.set_xlabel("score")
+    right.locator_params(axis="x", nbins=6)
     if path is not None:
         try:
             figure.savefig(path, dpi=120)
