@@ -64,8 +64,8 @@ def attribute(
 
     Raises:
         ProblemError: no rows to train on or to evaluate; weights that the loss does not read, or
-            that are not one a row; an optimizer without a known derivative; more memory than the
-            limit; an unknown method.
+            that are not one a row; an unknown method; for ``"unrolled"``, an optimizer without
+            a known derivative, or more memory than the limit.
         NonFiniteError: a loss, a gradient or a score is NaN or infinite.
 
     Example:
@@ -86,7 +86,9 @@ def attribute(
     if isinstance(training, Problem):
         if slices is not None:
             raise ProblemError("slices: is of a Trainer; give a level a mapping of functions")
-        setting = _of_level(training, row_weights, evaluation, steps, memory_limit, progress)
+        setting = _of_level(
+            training, row_weights, evaluation, steps, memory_limit, how.points, progress
+        )
         rows: Any = None
     else:
         from hyperopt_peft.attribution.trainer import of_trainer
@@ -100,6 +102,7 @@ def attribute(
             evaluation,
             slices,
             second_derivatives=how.whole_run and how.estimator.requirements.second_derivatives,
+            points=how.points,
             memory_limit=memory_limit,
             progress=progress,
         )
@@ -113,6 +116,7 @@ def _of_level(
     evaluation: Loss | Mapping[str, Loss] | None,
     steps: int | None,
     memory_limit: float,
+    points: int | None,
     progress: bool,
 ) -> Setting:
     if not (isinstance(weights, Tensor) and weights.dim() == 1 and weights.is_leaf):
@@ -130,7 +134,7 @@ def _of_level(
     if steps is None or steps < 1:
         raise ProblemError(f"steps: must be the number of steps to train, from 1, got {steps}")
     above = Evaluation(weights, evaluation)
-    run = train(level, weights, steps, memory_limit=memory_limit, progress=progress)
+    run = train(level, weights, steps, memory_limit=memory_limit, points=points, progress=progress)
     shares = {name: 1 / len(above.slices) for name in above.slices}
     return Setting(run, above, shares, Accumulated(level), lambda: _epoch(level))
 

@@ -27,6 +27,7 @@ class Check:
             random), near 1 for a smooth run; None if not measured. After Engstrom et al. 2025
             (arXiv:2503.13751, §3).
         share: the share of the rows that each retraining leaves out.
+        by_slice: the same of each slice; empty where there is one.
 
     Example:
         >>> x = torch.linspace(-1, 1, 20)
@@ -162,13 +163,13 @@ def check(
         name: Check(_exact(predicted[name]), _exact(actual[name]), smoothness, share)
         for name in known
     }
-    whole = Check(
+    return Check(
         setting.whole({name: one.predicted for name, one in each.items()}),
         setting.whole({name: one.actual for name, one in each.items()}),
         smoothness,
         share,
+        each if len(each) > 1 else {},
     )
-    return Check(whole.predicted, whole.actual, smoothness, share, each if len(each) > 1 else {})
 
 
 def _exact(values: list[float]) -> Tensor:

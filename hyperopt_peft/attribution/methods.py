@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class Gradient(Solver):
 
     Args:
         cosine: divide by ‖∂Φ/∂w‖·‖∂ℓ_i/∂w‖; this takes a backward pass for each row.
-        checkpoints: how many points of the run, evenly spaced; 0 for the end alone.
+        checkpoints: how many points of the run, in the middles of as many equal parts of it; 0 for
+            the end alone.
     """
 
     cosine: bool = False
@@ -69,6 +70,22 @@ class Method:
         """Whether steps of the run are differentiated."""
         return isinstance(self.estimator, Unrolled)
 
+    @property
+    def description(self) -> str:
+        """The estimator with its options; of a whole run with the steps that it is truncated to."""
+        if isinstance(self.estimator, Unrolled):
+            options = repr(replace(self.estimator, steps=self.last or 1))
+            return options if self.last else options.replace("steps=1", "steps='all'")
+        return repr(self.estimator)
+
+    @property
+    def points(self) -> int | None:
+        """How many points of the run are read; None where its steps are differentiated."""
+        if self.whole_run:
+            return None
+        # Twice as many, so that one lies in the middle of each part of the run.
+        return max(1, 2 * getattr(self.estimator, "checkpoints", 0))
+
     @classmethod
     def of(cls, given: str | Estimator) -> Method:
         """The method that ``given`` names.
@@ -80,8 +97,9 @@ class Method:
             return cls(with_options(Gradient, given.partition(":")[2]))
         estimator = get_estimator(given)
         if type(estimator) is Unrolled:
-            named = not isinstance(given, str) or "steps" in given
-            return cls(estimator, estimator.steps if named else None)
+            named = isinstance(given, str) and "steps" in given
+            last = estimator.steps if named or estimator.steps > 1 else None
+            return cls(estimator, last)
         if not isinstance(estimator, Solver):
             raise ProblemError(
                 f"method: {estimator.name} gives no score for each row; choose unrolled (the whole "
@@ -235,8 +253,8 @@ def _along_the_run(
 ) -> dict[str, Vector]:
     run = setting.run
     total: dict[str, Vector] = {}
-    kept = range(0, len(run.steps), checkpoints.every)
-    chosen = [kept[(k * len(kept)) // estimator.checkpoints] for k in range(estimator.checkpoints)]
+    kept, count = range(0, len(run.steps), checkpoints.every), estimator.checkpoints
+    chosen = [kept[(2 * k + 1) * len(kept) // (2 * count)] for k in range(count)]
     with perturbed(run.level.variables):
         for number in dict.fromkeys(chosen):
             assign_(run.level.variables, checkpoints.get(number)[0])

@@ -51,7 +51,8 @@ class Attribution:
         scores: dΦ/dv, ``(n,)`` in float64. Positive: the row hurts. NaN: the run never saw it.
         by_slice: the scores of each slice of the evaluation rows; ``scores`` is their mean, each
             with its share of the rows.
-        losses: the mean training loss of each row over its visits, relative to the batch, ``(n,)``.
+        losses: the mean training loss of each row over its visits, ``(n,)``; of rows with several
+            labels, relative to the mean number of labels of a row in the batch.
         values: Φ of each slice after the run.
         settings: what the scores were made with.
         labels: of a Trainer of a classifier, the class of each row, ``(n,)``.
@@ -87,7 +88,7 @@ class Attribution:
         unseen = run.visits == 0
         named = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
         settings = {
-            "method": repr(method.estimator),
+            "method": method.description,
             "steps": len(run.steps),
             "rows": len(run.center),
             "unseen": int(unseen.sum()),
@@ -97,14 +98,11 @@ class Attribution:
             "residuals": report.residuals,
             "notes": report.notes,
         }
-        losses = run.losses / run.visits
-        values = setting.value()
-        whole = setting.whole(named)
         return cls(
-            whole,
+            setting.whole(named),
             named,
-            losses,
-            values,
+            run.losses / run.visits,
+            setting.value(),
             settings,
             columns or {},
             setting.labels,
@@ -128,14 +126,15 @@ class Attribution:
             ProblemError: fewer than 5 retrainings, or a share that leaves out no row, or all.
             NonFiniteError: a retraining diverges.
         """
-        options = {"share": share, "perturbation": perturbation, "seed": seed}
         return check(
             self._setting,
             self._method,
             self.by_slice,
             self.values,
             retrainings=retrainings,
-            **options,  # type: ignore[arg-type]
+            share=share,
+            perturbation=perturbation,
+            seed=seed,
         )
 
     def ranks(self) -> Tensor:
@@ -146,10 +145,11 @@ class Attribution:
         return ranks.masked_fill(self.scores.isnan(), 0)
 
     def weights(self, strength: float = 1.0) -> Tensor:
-        """Row weights ``(n,)`` for another training, of mean 1: below 1 for a row that hurts.
+        """Row weights ``(n,)`` for another training, of mean 1: lower for a row that hurts more.
 
-        v_i ∝ clip(1 − strength·s_i/σ, 0, 2), with σ the standard deviation of the scores: one step
-        against the gradient, bounded. An unseen row has the weight 1 before scaling.
+        v_i ∝ clip(1 − strength·(s_i − s̄)/σ, 0, 2), with s̄ and σ the mean and the standard
+        deviation of the scores: one step against the gradient among weights of mean 1, bounded.
+        An unseen row has the weight 1 before scaling.
 
         Raises:
             ProblemError: a strength that is not positive.
@@ -158,8 +158,8 @@ class Attribution:
             raise ProblemError(f"strength: must be positive, got {strength}")
         known = self.scores[~self.scores.isnan()]
         scale = float(known.std()) if len(known) > 1 else 0.0
-        moved = torch.nan_to_num(self.scores) * (strength / scale if scale else 0.0)
-        weights = (1 - moved).clamp(0, 2)
+        moved = (self.scores - known.mean()) * (strength / scale if scale else 0.0)
+        weights = (1 - torch.nan_to_num(moved)).clamp(0, 2)
         return weights / weights.mean()
 
     def without(self, share: float) -> list[int]:
@@ -185,7 +185,9 @@ class Attribution:
             seed: of the random rows.
 
         Raises:
-            ProblemError: no test rows, or a share that is not between 0 and 1.
+            ProblemError: no test rows, of a Trainer test rows that are training or evaluation rows
+                too, or a share that is not between 0 and 1.
+            NonFiniteError: a training diverges.
         """
         setting: Setting = self._setting
         measure = setting.measure(test)
@@ -216,8 +218,9 @@ class Attribution:
         confident learning reads the out-of-fold probabilities.
 
         Raises:
-            ProblemError: a level of one's own, a task without one class a row, or fewer than 2
-                folds.
+            ProblemError: a level of one's own, a task without one class a row, fewer than 2 folds,
+                or more folds than rows.
+            NonFiniteError: a training without a fold diverges.
         """
         if self.labels is None:
             raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -51,7 +52,7 @@ class RowWeighted(Problem):
         model.train(self.training)
         before = RandomState.capture(self.devices)
         with self.trainer.compute_loss_context_manager():
-            sums, counts = example_sums(model, inputs)
+            sums, counts = losses_of(model, inputs)
         loss = (self.weights[index].to(sums.dtype) * sums).sum() / counts.sum().clamp(min=1)
         if not self._compared:
             self._compare(inputs, loss, before)
@@ -68,6 +69,18 @@ class RowWeighted(Problem):
                 f"{float(loss):.4g}: a loss that is no mean over rows has no score for each; "
                 "use attribute with a level of your own"
             )
+
+
+def losses_of(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """`example_sums`; errors of the model or the labels become ProblemErrors."""
+    try:
+        return example_sums(model, inputs)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ProblemError(
+            f"the model has no loss for each row of a batch of {sorted(inputs)}: {error}; give the "
+            "data the columns of the model's forward, with valid labels (a sequence-to-sequence "
+            "model needs DataCollatorForSeq2Seq(tokenizer, model))"
+        ) from error
 
 
 class NumberedRows(Dataset[Any]):
@@ -109,10 +122,7 @@ class ModelOnRows:
         data: Any = rows if chosen is None else torch.utils.data.Subset(rows, chosen)
         with replay(RandomState.capture()), collating("the rows"):
             found = list(DataLoader(data, batch_size=size, collate_fn=self.collate))
-        return [
-            {key: value.to(self.trainer.args.device) for key, value in batch.items()}
-            for batch in found
-        ]
+        return [send_to_device(batch, self.trainer.args.device) for batch in found]
 
     def micro_batches(self, rows: NumberedRows) -> list[MicroBatch]:
         """All rows, as one step's micro-batches, with the weights for a mean over all labels."""
@@ -126,7 +136,7 @@ class ModelOnRows:
         inputs = {key: value for key, value in batch.items() if key != INDEX}
         self.trainer.model.eval()
         with self.trainer.compute_loss_context_manager():
-            return example_sums(self.trainer.model, inputs)
+            return losses_of(self.trainer.model, inputs)
 
     @torch.no_grad()
     def parts(self, rows: NumberedRows, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:
@@ -155,6 +165,8 @@ class ModelOnRows:
                 if classes := not labels.is_floating_point() and not self.causal:
                     logits = self._logits(batch)
                     right += float(((logits.argmax(-1) == labels) & (labels != -100)).sum())
+            if not count:
+                raise ProblemError("test: no row has a label; give rows with labels")
             return {"loss": loss / count} | ({"accuracy": right / count} if classes else {})
 
         return measured

@@ -83,35 +83,70 @@ class Run:
         memory_limit: the memory in GiB that checkpoints may take. Where those of all steps fit, a
             derivative costs two passes a step; otherwise every 16th step is kept, in temporary
             files, and a derivative costs three.
+        points: how many points of the run are read, without derivatives of its steps; None for
+            a run that is differentiated. Then nothing is required of optimizer and memory, and a
+            run whose optimizer is not known cannot be repeated.
 
     Raises:
-        ProblemError: the optimizer's step has no known derivative, or even 16 steps do not fit.
+        ProblemError: without ``points``, the optimizer's step has no known derivative, or even 16
+            steps do not fit.
     """
 
     def __init__(
-        self, level: Problem, weights: Tensor, steps: int, *, memory_limit: float = 1.0
+        self,
+        level: Problem,
+        weights: Tensor,
+        steps: int,
+        *,
+        memory_limit: float = 1.0,
+        points: int | None = None,
     ) -> None:
-        snapshot = level.optimizer_snapshot(with_state=False)
-        self.optimizer = OptimizerStep(level, snapshot)
+        self._optimizer: OptimizerStep | ProblemError
+        try:
+            self._optimizer = OptimizerStep(level, level.optimizer_snapshot(with_state=False))
+        except ProblemError as error:
+            if points is None or level.optimizer is None:
+                raise
+            self._optimizer = error
         self.level, self.weights, self.length = level, weights, steps
         self.center = weights.detach().clone()
         self.steps: list[RunStep] = []
-        #: Per row: how often the run saw the row, and the sum of its shares in the losses.
+        #: Per row: how many steps saw the row, and the sum of its losses in them.
         self.visits = torch.zeros(len(weights), dtype=torch.int64)
         self.losses = torch.zeros(len(weights), dtype=torch.float64)
-        width = 1 + len(self.optimizer.moment_names)
-        size = width * sum(v.numel() * v.element_size() for v in level.variables) / GIB
-        self.every = 1 if steps * size <= memory_limit else min(SEGMENT, steps)
-        if self.every * size > memory_limit:
-            raise ProblemError(
-                f"memory_limit: {self.every} steps of {level.name} take {self.every * size:.2f} "
-                f"GiB, more than the limit of {memory_limit:g}; raise the limit, train fewer "
-                'variables, or choose a method of the end of the run, such as "minres"'
-            )
+        self.every = self._interval(memory_limit) if points is None else max(1, steps // points)
         self.checkpoints = Checkpoints(self.every)
 
+    def _interval(self, limit: float) -> int:
+        """The number of steps between two checkpoints of a run that is differentiated."""
+        width = 1 + len(self.optimizer.moment_names)
+        size = width * sum(v.numel() * v.element_size() for v in self.level.variables) / GIB
+        every = 1 if self.length * size <= limit else min(SEGMENT, self.length)
+        if every * size > limit:
+            raise ProblemError(
+                f"memory_limit: {every} steps of {self.level.name} take {every * size:.2f} GiB, "
+                f"more than the limit of {limit:g}; raise the limit, train fewer variables, or "
+                'choose a method of the end of the run, such as "minres"'
+            )
+        return every
+
+    @property
+    def optimizer(self) -> OptimizerStep:
+        """The optimizer's step as a function.
+
+        Raises:
+            ProblemError: it is not known.
+        """
+        if isinstance(self._optimizer, ProblemError):
+            raise ProblemError(f"{self._optimizer}, or leave out what repeats the run")
+        return self._optimizer
+
     def record(
-        self, batch: Any, random_state: RandomState, gradient: Sequence[Tensor | None]
+        self,
+        batch: Any,
+        random_state: RandomState,
+        gradient: Sequence[Tensor | None],
+        seen: Tensor | None = None,
     ) -> None:
         """Record a step, before the optimizer takes it.
 
@@ -119,6 +154,7 @@ class Run:
             batch: the batch.
             random_state: the generator states before the loss was evaluated.
             gradient: ∂f/∂w, one entry for each variable, then ∂f/∂v.
+            seen: which rows are in the batch, ``(n,)``; by default those of a share in the loss.
 
         Raises:
             ProblemError: the loss does not read the weights.
@@ -130,15 +166,17 @@ class Run:
                 "each row in the batch by the row's weight"
             )
         due = self.checkpoints.due(len(self.steps))
-        snapshot = self.level.optimizer_snapshot(with_state=due)
+        repeatable = not isinstance(self._optimizer, ProblemError)
+        snapshot = self.level.optimizer_snapshot(with_state=due and repeatable)
         if due:
             copies = tuple(v.detach().clone() for v in self.level.variables)
             self.checkpoints.put(len(self.steps), (copies, snapshot["state"]))
         read = tuple(g is not None for g in of_w)
         self.steps.append(RunStep(batch, random_state, {**snapshot, "state": {}}, read))
         share = of_v.detach().to("cpu", torch.float64)
-        self.visits += share != 0
-        self.losses += share
+        visited = share != 0 if seen is None else seen.cpu()
+        self.visits += visited
+        self.losses += share * visited.sum()
 
     @contextmanager
     def repeated(self, weights: Tensor, *, keep: bool = False) -> Iterator[Checkpoints]:
@@ -149,6 +187,7 @@ class Run:
             keep: whether the checkpoints that are yielded have the points of the new run.
 
         Raises:
+            ProblemError: the optimizer's step is not known.
             NonFiniteError: the run diverges.
         """
         checkpoints = Checkpoints(self.every) if keep else self.checkpoints
@@ -252,6 +291,7 @@ def train(
     steps: int,
     *,
     memory_limit: float = 1.0,
+    points: int | None = None,
     progress: bool = False,
 ) -> Run:
     """Train ``level`` for ``steps`` steps, and return the run.
@@ -260,7 +300,7 @@ def train(
         ProblemError: see `Run`; or the loss does not read the weights.
         NonFiniteError: a loss or a gradient is NaN or infinite; the message names the step.
     """
-    run = Run(level, weights, steps, memory_limit=memory_limit)
+    run = Run(level, weights, steps, memory_limit=memory_limit, points=points)
     for step in trange(steps, disable=not progress, desc=level.name):
         batch, random_state = level.next_batch(), RandomState.capture(level.devices)
         try:

@@ -19,7 +19,8 @@ class Suspects:
 
     Attributes:
         confidence: cleanlab's label quality from out-of-fold probabilities (Northcutt et al. 2021,
-            arXiv:1911.00068), or the probability of the given label without cleanlab, ``(n,)``.
+            arXiv:1911.00068), or the probability of the given label without cleanlab, ``(n,)``;
+            NaN for a row without a label.
         loss: the mean training loss, ``(n,)``.
         score: the attribution score, which answers another question, ``(n,)``.
         flagged: the rows that cleanlab takes for wrong, most doubtful first; without cleanlab the
@@ -48,7 +49,8 @@ def suspects(
         seed: of the random folds.
 
     Raises:
-        ProblemError: fewer than 2 folds.
+        ProblemError: no classifier with one class a row, fewer than 2 folds, or more than rows.
+        NonFiniteError: a training without a fold diverges.
     """
     if setting.probabilities is None:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
@@ -57,25 +59,28 @@ def suspects(
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     probabilities: Any = None
-    for fold in order.chunk(folds):
+    for fold in order.tensor_split(folds):
         weights = setting.run.center.clone()
         weights[fold] = 0.0
         with setting.run.repeated(weights):
-            found = setting.probabilities(fold.tolist())
+            of_fold = setting.probabilities(fold.tolist())
         if probabilities is None:
-            probabilities = torch.zeros(count, found.shape[1], dtype=found.dtype)
-        probabilities[fold] = found
+            probabilities = torch.zeros(count, of_fold.shape[1], dtype=of_fold.dtype)
+        probabilities[fold] = of_fold
+    rows = (labels >= 0).nonzero().flatten()
+    given, known = labels[rows], probabilities[rows]
     if find_spec("cleanlab") is None:
-        confidence = probabilities.gather(1, labels[:, None])[:, 0]
-        wrong = (probabilities.argmax(1) != labels).nonzero().flatten()
-        flagged = wrong[confidence[wrong].argsort()].tolist()
+        quality = known.gather(1, given[:, None])[:, 0]
+        wrong = (known.argmax(1) != given).nonzero().flatten()
+        found = wrong[quality[wrong].argsort()]
     else:
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores
 
-        given, known = labels.numpy(), probabilities.numpy()
-        confidence = torch.from_numpy(get_label_quality_scores(given, known))
-        flagged = find_label_issues(
-            given, known, return_indices_ranked_by="self_confidence", n_jobs=1
-        ).tolist()
-    return Suspects(confidence, loss, score, flagged, probabilities)
+        arrays = given.numpy(), known.numpy()
+        quality = torch.from_numpy(get_label_quality_scores(*arrays))
+        ranked = find_label_issues(*arrays, return_indices_ranked_by="self_confidence", n_jobs=1)
+        found = torch.from_numpy(ranked)
+    confidence = torch.full((count,), torch.nan, dtype=torch.float64)
+    confidence[rows] = quality.to(torch.float64)
+    return Suspects(confidence, loss, score, rows[found].tolist(), probabilities)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    enable_full_determinism,
+    set_seed,
+)
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -17,23 +24,35 @@ from hyperopt_peft.adapters.dora.variants import VARIANTS
 from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.methods import Setting
 from hyperopt_peft.attribution.rows import (
+    INDEX,
     ModelOnRows,
     NumberedCollator,
     NumberedRows,
     RowWeighted,
 )
 from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.trainer.accumulation import (
-    Accumulated,
-)
+from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.checks import check_labels
 from hyperopt_peft.trainer.data import label_column, require_examples, shared
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.random_state import RandomState
 
+#: Methods of a Trainer that decide what is trained, beside the loss.
+DECISIVE = (
+    "create_optimizer",
+    "create_scheduler",
+    "get_decay_parameter_names",
+    "get_optimizer_cls_and_kwargs",
+    "get_train_dataloader",
+    "_get_train_sampler",
+    "get_batch_samples",
+    "training_step",
+)
 logger = logging.get_logger(__name__)
 
 
@@ -43,6 +62,7 @@ def of_trainer(
     slices: str | None,
     *,
     second_derivatives: bool,
+    points: int | None,
     memory_limit: float,
     progress: bool,
 ) -> tuple[Setting, dict[str, Sequence[Any]]]:
@@ -53,6 +73,7 @@ def of_trainer(
         evaluation: the rows of Φ; by default ``trainer.eval_dataset``.
         slices: the column of ``evaluation`` that groups its rows.
         second_derivatives: whether the method differentiates the run's gradients.
+        points: see `Run`.
         memory_limit: see `Run`.
         progress: whether to show a progress bar.
 
@@ -63,8 +84,9 @@ def of_trainer(
         raise ProblemError(
             f"training: must be a Problem or a transformers.Trainer, got {type(trainer).__name__}"
         )
-    _check_loss(trainer)
+    _check_run(trainer)
     rows = _rows_of(trainer, trainer.train_dataset, "train_dataset")
+    check_labels(trainer.model, trainer.train_dataset, {"data_collator": trainer.data_collator})
     given = trainer.eval_dataset if evaluation is None else evaluation
     above = _rows_of(trainer, given, "evaluation")
     common = shared(given, trainer.train_dataset)
@@ -76,25 +98,39 @@ def of_trainer(
     if common:
         logger.warning("%d of %d evaluation rows are training rows too", common, len(above))
     groups = _groups(given, slices, len(above))
-    model = _model(trainer)
+    collate = loader_of(trainer, trainer.train_dataset, "train_dataset").collate_fn
+    model, random_state = _model(trainer)
     if second_derivatives:
         require_norm_in_graph(model)
-    recorder = _Recorder(len(rows), memory_limit)
-    runner = BilevelTrainer(
-        model,
-        lower=recorder.level,
-        upper=None,
-        args=_arguments(trainer.args, progress),
-        train_dataset=rows,
-        data_collator=NumberedCollator(trainer.data_collator),
-        processing_class=trainer.processing_class,
-        callbacks=[recorder],
-    )
-    recorder.runner = runner
-    runner.train()
+    recorder = _Recorder(len(rows), memory_limit, points)
+    with TemporaryDirectory(prefix="attribution-") as folder:  # the user's has his checkpoints
+        runner = BilevelTrainer(
+            model,
+            lower=recorder.level,
+            upper=None,
+            args=_arguments(trainer.args, folder, progress),
+            train_dataset=rows,
+            data_collator=NumberedCollator(collate),
+            processing_class=trainer.processing_class,
+            callbacks=[recorder],
+            optimizers=_optimizers(trainer),
+            optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
+        )
+        runner.remove_callback(PrinterCallback)
+        recorder.runner = runner
+        if random_state is not None:
+            random_state.restore()
+        try:
+            runner.train()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"step {runner.state.global_step + 1}: {error.__cause__ or error}; lower the "
+                "learning rate or max_grad_norm"
+            ) from error
+    trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
     run = recorder.run
     assert run is not None
-    reader = ModelOnRows(runner, trainer.data_collator)
+    reader = ModelOnRows(runner, collate)
     parts = {name: reader.parts(above, chosen) for name, chosen in groups.items()}
     setting = Setting(
         run,
@@ -102,7 +138,7 @@ def of_trainer(
         {name: len(chosen) / len(above) for name, chosen in groups.items()},
         Accumulated(RowWeighted(runner, run.weights, training=False)),
         lambda: reader.micro_batches(rows),
-        measure=lambda test: reader.measure(_rows_of(trainer, test, "test")),
+        measure=lambda test: reader.measure(_test_rows(trainer, test, given)),
         probabilities=lambda chosen: reader.probabilities(rows, chosen),
         labels=reader.labels(rows),
     )
@@ -112,8 +148,8 @@ def of_trainer(
 class _Recorder(TrainerCallback):
     """Records the steps of a run as the Trainer takes them."""
 
-    def __init__(self, rows: int, memory_limit: float) -> None:
-        self.rows, self.memory_limit = rows, memory_limit
+    def __init__(self, rows: int, memory_limit: float, points: int | None) -> None:
+        self.rows, self.memory_limit, self.points = rows, memory_limit, points
         self.runner: Any = None
         self.run: Run | None = None
 
@@ -127,19 +163,29 @@ class _Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         runner = self.runner
         level = Accumulated(runner.lower, runner.optimizer, runner.max_grad_norm or None)
-        self.run = Run(level, runner.lower.weights, state.max_steps, memory_limit=self.memory_limit)
+        self.run = Run(
+            level,
+            runner.lower.weights,
+            state.max_steps,
+            memory_limit=self.memory_limit,
+            points=self.points,
+        )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.run is not None
         step, weights = self.runner.current_step, self.run.weights
-        (share,) = distributed.mean((weights.grad,), (weights,))
+        seen = torch.zeros_like(weights)
+        for micro in step.micro:
+            seen[micro.batch[INDEX]] = 1.0
+        share, visited = distributed.mean((weights.grad, seen), (weights, weights))
+        assert visited is not None
         weights.grad = None
-        gradient = [v.grad for v in self.run.level.variables]
-        self.run.record(list(step.micro), step.micro[0].random_state, [*gradient, share])
+        gradient = [*(v.grad for v in self.run.level.variables), share]
+        self.run.record(list(step.micro), step.micro[0].random_state, gradient, visited > 0)
 
 
-def _check_loss(trainer: Any) -> None:
-    """Raise ProblemError where the trainer trains a loss that `example_sums` does not know."""
+def _check_run(trainer: Any) -> None:
+    """Raise ProblemError where the trainer trains a loss or in a way that is not known here."""
     own = type(trainer).compute_loss not in (Trainer.compute_loss, BilevelTrainer.compute_loss)
     if own or trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
         raise ProblemError(
@@ -151,6 +197,19 @@ def _check_loss(trainer: Any) -> None:
         raise ProblemError(
             "training: a bilevel run has two training losses; give the trainer of one level, such "
             "as a transformers.Trainer of the adapter"
+        )
+    for name in DECISIVE:
+        module = getattr(getattr(trainer, name), "__module__", "").partition(".")[0]
+        if module not in ("transformers", "hyperopt_peft"):
+            raise ProblemError(
+                f"training: {type(trainer).__name__} has a {name} of its own, which the recorded "
+                "run would not call; give the arguments or the optimizers of a "
+                "transformers.Trainer, or use attribute with a level of your own"
+            )
+    if trainer.args.neftune_noise_alpha is not None:
+        raise ProblemError(
+            "neftune_noise_alpha: the noise is of the Trainer's own run, and not of its "
+            "repetitions; leave it out"
         )
 
 
@@ -170,31 +229,47 @@ def require_norm_in_graph(model: Any) -> None:
         raise ProblemError(
             f"training: {len(detached)} DoRA layers, such as {detached[0]}, leave their norm out "
             "of the gradient; call hyperopt_peft.adapters.use_fast_dora(model) before training, "
-            'or choose method="unrolled:product=difference"'
+            'or choose method="unrolled:product=difference", which is approximate'
         )
 
 
-def _model(trainer: Any) -> Any:
-    if trainer.state.global_step == 0:
-        return trainer.model
-    if trainer.model_init is None:
+def _model(trainer: Any) -> tuple[Any, RandomState | None]:
+    """The model that ``trainer.train()`` would train, and the random state it would begin with.
+
+    With ``model_init`` the Trainer makes the model after it has set its seed; otherwise training
+    begins with the random state that the construction of a Trainer leaves, here None.
+    """
+    if trainer.model_init is not None:
+        seed = trainer.args.seed
+        enable_full_determinism(seed) if trainer.args.full_determinism else set_seed(seed)
+        trainer.model = trainer.model_wrapped = trainer.call_model_init().to(trainer.args.device)
+        return trainer.model, RandomState.capture([trainer.args.device])
+    if trainer.state.global_step:
         raise ProblemError(
             "training: the trainer has trained already, and the run has to begin where it began; "
             "give a new trainer, or one with model_init"
         )
-    return trainer.call_model_init()
+    return trainer.model, None
 
 
-def _arguments(args: Any, progress: bool) -> BilevelTrainingArguments:
-    """``args`` for a run that writes, evaluates and reports nothing."""
+def _optimizers(trainer: Any) -> tuple[Any, Any]:
+    """The optimizer and the scheduler that the user gave; the Trainer makes those of model_init."""
+    return (None, None) if trainer.model_init else (trainer.optimizer, trainer.lr_scheduler)
+
+
+def _arguments(args: Any, folder: str, progress: bool) -> BilevelTrainingArguments:
+    """``args`` for a run that evaluates and reports nothing, and writes into ``folder``."""
     given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
     known = {field.name for field in fields(BilevelTrainingArguments)}
     given = {name: value for name, value in given.items() if name in known}
     return BilevelTrainingArguments(
         **given
         | {
+            "output_dir": folder,
             "save_strategy": "no",
             "eval_strategy": "no",
+            "eval_on_start": False,
+            "logging_first_step": False,
             "load_best_model_at_end": False,
             "push_to_hub": False,
             "report_to": "none",
@@ -216,6 +291,17 @@ def _rows_of(trainer: Any, data: Any, name: str) -> NumberedRows:
         data = data.select_columns(loader_of(trainer, data, name).dataset.column_names)
     assert has_length(data)
     return NumberedRows(data)
+
+
+def _test_rows(trainer: Any, test: Any, evaluation: Any) -> NumberedRows:
+    rows = _rows_of(trainer, test, "test")
+    for name, data in (("training", trainer.train_dataset), ("evaluation", evaluation)):
+        if common := len(rows) if test is data else shared(test, data):
+            raise ProblemError(
+                f"test: {common} of {len(rows)} rows are {name} rows too, which the scores have "
+                "seen; remove them"
+            )
+    return rows
 
 
 def _groups(data: Any, column: str | None, count: int) -> dict[str, list[int]]:
