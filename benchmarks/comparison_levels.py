@@ -41,8 +41,8 @@ METHODS = [
     "kfac:steps=0",
     "kfac:steps=10",
     "warm",
-    "f2sa:inner_steps=15,tolerance=1e-05",
-    "penalty:inner_steps=15,tolerance=1e-05",
+    "f2sa",
+    "penalty",
     "exact",
 ]
 

@@ -46,13 +46,13 @@ class Arguments:
 
     model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
     train_size: int = HfArg(default=128, help="training tweets")
-    evaluation_size: int = HfArg(default=128, help="tweets whose loss is explained")
+    evaluation_size: int = HfArg(default=96, help="tweets whose loss is explained")
     test_size: int = HfArg(default=400, help="tweets that judge the removal")
     wrong: float = HfArg(default=0.2, help="share of the training labels that are made wrong")
     max_length: int = HfArg(default=20, help="tokens a tweet")
     rank: int = HfArg(default=8, help="rank r of B·A")
     method: str = HfArg(default="unrolled", help="how rows are scored; see docs/attribution.md")
-    retrainings: int = HfArg(default=8, help="of the check")
+    retrainings: int = HfArg(default=6, help="of the check")
     folds: int = HfArg(default=3, help="of the search for wrong labels")
     remove: float = HfArg(default=0.1, help="share of the rows to train without")
     quick: bool = HfArg(default=False, help="48 training tweets, 6 steps, 5 retrainings, 2 folds")
@@ -77,7 +77,7 @@ def parts_of(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset, Dataset
     tokenizer = AutoTokenizer.from_pretrained(model_path(arguments.model))
     rest = arguments.evaluation_size + arguments.test_size
     split = {"seed": seed, "stratify_by_column": "label"}
-    parts = tweets().train_test_split(arguments.train_size, test_size=rest, **split)
+    parts = tweets().train_test_split(rest, arguments.train_size, **split)
     others = parts["test"].train_test_split(arguments.test_size, **split)
     draw, train = random.Random(seed), parts["train"]
     wrong = torch.zeros(len(train), dtype=torch.bool)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hyperopt_peft.errors import ProblemError
 
 if TYPE_CHECKING:
@@ -32,9 +30,7 @@ def picture(result: Attribution, path: str | Path | None = None, count: int = 10
     from matplotlib.figure import Figure
 
     seen = result.scores[~result.scores.isnan()]
-    order = torch.argsort(torch.nan_to_num(result.scores), descending=True).tolist()
-    hurt = [row for row in order if result.scores[row] > 0][:count]
-    help_ = [row for row in reversed(order) if result.scores[row] < 0][:count]
+    hurt, help_ = result.ends(count)
     rows = [*hurt, *reversed(help_)]
     figure = Figure(figsize=(11, 2.5 + 0.24 * max(len(rows), 6)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
@@ -53,6 +49,7 @@ def picture(result: Attribution, path: str | Path | None = None, count: int = 10
     right.axvline(0, color="black", linewidth=0.8)
     right.set_title(f"the {len(hurt)} rows that hurt most, the {len(help_)} that help most")
     right.set_xlabel("score")
+    right.locator_params(axis="x", nbins=6)
     if path is not None:
         try:
             figure.savefig(path, dpi=120)

@@ -168,7 +168,7 @@ class Attribution:
         Raises:
             ProblemError: a share that is not between 0 and 1.
         """
-        out = set(self._worst(self._count(share)))
+        out = set(self.ends(self._count(share))[0])
         return [row for row in range(len(self.scores)) if row not in out]
 
     def removal(self, share: float, test: Any = None, *, draws: int = 5, seed: int = 0) -> Removal:
@@ -191,7 +191,7 @@ class Attribution:
         """
         setting: Setting = self._setting
         measure = setting.measure(test)
-        worst = self._worst(self._count(share))
+        worst = self.ends(self._count(share))[0]
         loss = torch.nan_to_num(self.losses, nan=-torch.inf)
         highest = torch.argsort(loss, descending=True)[: len(worst)].tolist()
         generator = torch.Generator().manual_seed(seed)
@@ -226,13 +226,17 @@ class Attribution:
             raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
         return suspects(self._setting, self.labels, self.scores, self.losses, folds, seed)
 
+    def ends(self, count: int) -> tuple[list[int], list[int]]:
+        """The ``count`` rows that hurt most, and the ``count`` that help most."""
+        order = torch.argsort(torch.nan_to_num(self.scores), descending=True).tolist()
+        hurt = [row for row in order if self.scores[row] > 0]
+        help_ = [row for row in reversed(order) if self.scores[row] < 0]
+        return hurt[:count], help_[:count]
+
     def table(self, count: int = 10) -> str:
         """The ``count`` rows that hurt most and the ``count`` that help most, as lines of text."""
-        order = torch.argsort(torch.nan_to_num(self.scores), descending=True).tolist()
-        hurt = [row for row in order if self.scores[row] > 0][:count]
-        help_ = [row for row in reversed(order) if self.scores[row] < 0][:count]
         lines = []
-        for title, rows in (("hurt most", hurt), ("help most", help_)):
+        for title, rows in zip(("hurt most", "help most"), self.ends(count), strict=True):
             lines.append(f"{title}:")
             lines += [f"{self.scores[row]:+11.2e} {self.line(row)}" for row in rows]
         return "\n".join(lines)
@@ -284,7 +288,3 @@ class Attribution:
         if not 0 < share < 1:
             raise ProblemError(f"share: must be between 0 and 1, got {share}")
         return max(1, round(share * len(self.scores)))
-
-    def _worst(self, count: int) -> list[int]:
-        order = torch.argsort(torch.nan_to_num(self.scores), descending=True)[:count].tolist()
-        return [row for row in order if self.scores[row] > 0]

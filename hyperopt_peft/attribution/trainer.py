@@ -325,7 +325,7 @@ def _columns(data: Any) -> dict[str, Sequence[Any]]:
     shown = {
         name: data[name][:]
         for name, feature in data.features.items()
-        if getattr(feature, "dtype", "") == "string" or name == label
+        if getattr(feature, "dtype", "") in ("string", "large_string") or name == label
     }
     if label and isinstance(data.features[label], datasets.ClassLabel):
         shown[label] = [data.features[label].int2str(value) for value in shown[label]]

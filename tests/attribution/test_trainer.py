@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
@@ -109,6 +109,7 @@ def test_a_finished_run_begins_again_with_model_init(tmp_path: Path) -> None:
 def test_what_a_user_does_with_it(tmp_path: Path) -> None:
     """Table, file, picture, suspects and a removal judged on other rows."""
     rows = data(rows=14).add_column("text", [f"row, {k}" for k in range(14)])
+    rows = rows.cast_column("text", Value("large_string"))  # as pandas has it
     result = attributed(stock(tmp_path, train_dataset=rows))
     assert "row, " in result.table(2)
     result.to_csv(tmp_path / "attribution.csv")

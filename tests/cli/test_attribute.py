@@ -1,6 +1,7 @@
 """``attribute``: the file has one line a training row, the parts do not overlap, errors name."""
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,6 @@ def test_weights_must_be_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_options_are_read_from_a_file(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     own = options(tmp_path, attribution_method="minres:damping=1.0", show=3)
-    config.write_text("".join(f"{name}: {value}\n" for name, value in own.items()))
+    config.write_text(json.dumps(own, default=str))  # which is YAML
     assert main(["attribute", str(config)]) == 0
     assert len(written(tmp_path)) == 24

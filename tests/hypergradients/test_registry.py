@@ -92,7 +92,7 @@ def test_estimators_do_not_change(name: str) -> None:
     [
         (lambda: get_estimator("cgg"), "'cgg'.*'cg'"),
         (lambda: get_estimator("neuman:terms=3"), "'neuman'.*'neumann'"),
-        (lambda: get_estimator("xyzzy"), "'xyzzy'.*cg, exact, minres"),
+        (lambda: get_estimator("xyzzy"), "'xyzzy'.*cg, exact, kfac, minres"),
         (lambda: get_estimator("cg:step=4"), "cg: .*'step'.*'steps'"),
         (lambda: get_estimator("direct:steps=4"), "direct: .*'steps'"),
         (lambda: get_estimator("cg:steps=4,steps=5"), "cg: .*'steps'"),
