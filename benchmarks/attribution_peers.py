@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,10 +18,12 @@ from hyperopt_peft.attribution.methods import Setting
 def datainf(setting: Setting) -> Tensor:
     """DataInf (Kwon et al. 2024, arXiv:2310.00902, Eq. 5), a layer a variable, ``(n,)``."""
     lower: Any = setting.run.level
-    parts = [setting.evaluation.gradient(parts, lower.variables).gradient for parts in _all(setting)]
-    rows = [lower.differentiate(row, lower.variables)[2] for row in torch.arange(len(lower.weights)).split(1)]
+    (parts,) = setting.evaluation.slices.values()
+    above = setting.evaluation.gradient(parts, lower.variables).gradient
+    numbers = torch.arange(len(lower.weights)).split(1)
+    rows = [lower.differentiate(row, lower.variables)[2] for row in numbers]
     total = torch.zeros(len(rows))
-    for layer, wanted in enumerate(parts[0]):
+    for layer, wanted in enumerate(above):
         if wanted is not None:
             own = torch.stack([row[layer].flatten() for row in rows])
             total += datainf_layer(own, wanted.flatten())
@@ -46,7 +47,7 @@ def datainf_layer(rows: Tensor, wanted: Tensor) -> Tensor:
 
 
 def kronfluence(setting: Setting) -> Tensor:
-    """EK-FAC by kronfluence with its defaults, over the adapter's and the head's layers, ``(n,)``."""
+    """EK-FAC by kronfluence with its defaults, of the trained layers, ``(n,)``."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.task import Task
@@ -97,13 +98,8 @@ def peers() -> dict[str, Any]:
     return {"DataInf": datainf, **installed}
 
 
-def _all(setting: Setting) -> Sequence[Any]:
-    return list(setting.evaluation.slices.values())
-
-
 def _trained(module: nn.Module) -> bool:
-    own = isinstance(module, nn.Linear) and module.weight.requires_grad
-    return bool(own)
+    return isinstance(module, nn.Linear) and module.weight.requires_grad
 
 
 def _items(lower: RowWeighted, index: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
