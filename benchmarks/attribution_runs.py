@@ -26,7 +26,7 @@ from hyperopt_peft.attribution.run import train
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 
-TRAIN, ABOVE, CHUNK, LENGTH = 300, 200, 60, 16
+TRAIN, ABOVE, CHUNK, LENGTH = 300, 100, 60, 12
 #: Settings are chosen on these seeds, whose rows no other seed draws.
 DEVELOPMENT_SEEDS = (100, 101)
 
@@ -42,7 +42,7 @@ class Recipe:
     rate: float = 2e-3
     epsilon: float = 1e-8
     warm_up: float = 0.0
-    epochs: float = 3.0
+    epochs: float = 2.0
     dropout: float = 0.0
 
     @property

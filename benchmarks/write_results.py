@@ -1,4 +1,4 @@
-"""Writes benchmarks/README.md and its figure from the JSON files in benchmarks/results.
+"""Writes benchmarks/README.md, its figure and tables of docs from the files in benchmarks/results.
 
 python benchmarks/write_results.py
 python benchmarks/write_results.py --print noise  # the tables of results/noise.json instead
@@ -18,6 +18,8 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from measure import table
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs/attribution.md"
+BEGIN, END = "<!-- attribution table -->", "<!-- end of attribution table -->"
 INTRODUCTION = """# Benchmarks
 
 The measurements behind the library's claims. All that is compared runs interleaved in one process;
@@ -39,6 +41,9 @@ OTHERS = """\
 `comparison.py` and `convergence.py` compare the estimators: [their page](../docs/comparison.md).
 `bidora_estimators.py` asks which estimator BiDoRA needs: [figures](../docs/methods.md#bidora).
 `rank_selection.py` asks whether searched ranks help: [figures](../docs/methods.md#rank-selection).
+`attribution.py` asks what scores of training rows predict, cost and find:
+[tables](../docs/attribution.md). It takes some two hours of one core (`--parts` chooses), goes on
+where it was interrupted, and knows two optional peers: `pip install cleanlab kronfluence`.
 [`benchopt`](benchopt) has a solver for benchopt's bilevel benchmark.
 """
 
@@ -120,14 +125,18 @@ optimizer step, a norm, a copy and the check for NaN cost as much as a pass.""",
 def main() -> None:
     """Write the page and the figure, or print the tables of one script."""
     parser = argparse.ArgumentParser(description="this folder's README from the results")
-    parser.add_argument("--print", choices=[*QUESTIONS], help="print this script's tables instead")
+    parser.add_argument(
+        "--print", choices=[*QUESTIONS, "attribution"], help="print this script's tables instead"
+    )
     name = parser.parse_args().print
     if name is not None:
         for title, rows in _read(name)["tables"].items():
             print(f"\n{title}\n\n{table(rows)}")
         return
     results = {name: _read(name) for name in QUESTIONS}
-    targets = [target for result in results.values() for target in result["targets"]]
+    attributed = _read("attribution")
+    every = [*results.values(), attributed]
+    targets = [target for result in every for target in result["targets"]]
     met = [target for target in targets if target["met"]]
     missed = [target for target in targets if not target["met"]]
     begin, end = INTRODUCTION.split("SCRIPTS")
@@ -140,6 +149,19 @@ def main() -> None:
         parts.append(f"**{question}** ({files})\n{answer}\n")
     (HERE / "README.md").write_text("\n".join([*parts, OTHERS]))
     figure(results)
+    PAGE.write_text(between(PAGE.read_text(), attribution(attributed)))
+
+
+def between(page: str, text: str) -> str:
+    """``page`` with ``text`` between the marks of the attribution's tables."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
+
+
+def attribution(result: dict[str, Any]) -> str:
+    """The tables of attribution.py, for its page."""
+    parts = [f"**{title}**\n\n{table(rows)}\n" for title, rows in result["tables"].items()]
+    return "\n".join([*parts, _machine(result)])
 
 
 def _read(name: str) -> dict[str, Any]:
