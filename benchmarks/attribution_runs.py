@@ -42,7 +42,7 @@ class Recipe:
     rate: float = 2e-3
     epsilon: float = 1e-8
     warm_up: float = 0.0
-    epochs: float = 2.0
+    epochs: float = 4.0
     dropout: float = 0.0
 
     @property
