@@ -72,6 +72,7 @@ CHANGES = {
     "lower rate": replace(ROUGH, rate=SMOOTH.rate),
     "warm-up and decay": replace(ROUGH, warm_up=SMOOTH.warm_up),
     "larger epsilon": replace(ROUGH, epsilon=SMOOTH.epsilon),
+    "all four, with dropout": replace(SMOOTH, dropout=0.1),
 }
 SETTINGS = {"rough": ROUGH, "smooth": SMOOTH}
 #: Of the solvers: chosen on the development seeds among these, by the LDS of ``minres``.
@@ -81,9 +82,9 @@ WHOLE = "unrolled"
 LONG, BATCH_OF_LONG = 1000, 4
 
 
-def methods() -> dict[str, Callable[[Setting], tuple[Tensor, Mapping[str, float]]]]:
-    """Scores of a run and their passes over all rows or steps, by method."""
-    names = [
+def methods() -> list[str]:
+    """The names of all methods and of the peers that are installed."""
+    return [
         WHOLE,
         *(f"{name}:steps=5,damping={DAMPING:g}" for name in ("minres", "cg")),
         f"nystrom:rank=5,damping={DAMPING:g}",
@@ -91,15 +92,14 @@ def methods() -> dict[str, Callable[[Setting], tuple[Tensor, Mapping[str, float]
         "gradient",
         "gradient:cosine=true",
         "gradient:checkpoints=5",
+        *peers(),
     ]
-    own = {name: lambda setting, name=name: by_name(setting, name) for name in names}
-    return own | {
-        name: lambda setting, peer=peer: (peer(setting), {}) for name, peer in peers().items()
-    }
 
 
 def by_name(setting: Setting, name: str) -> tuple[Tensor, Mapping[str, float]]:
-    """The scores of a method of the library, and its cost in trainings."""
+    """The scores of a method or a peer, and of a method its passes in trainings."""
+    if name in peers():
+        return peers()[name](setting), {}
     method = Method.of(name)
     if "cosine" in name:  # a backward pass for each row, through the graph of its part
         setting = replace(setting, rows=lambda: _single(setting))
@@ -202,7 +202,7 @@ def score(runs: Runs, row: Row, run: Trained, names: Sequence[str], masks: list[
         if name in known:
             continue
         setting, begin = run.setting, time.process_time()
-        values, cost = methods()[name](setting)
+        values, cost = by_name(setting, name)
         seconds = time.process_time() - begin
         known[name] = {"predicted": rounded(predicted(values, masks)), "seconds": seconds, **cost}
         if name == WHOLE:
@@ -230,6 +230,9 @@ def smooth(runs: Runs, quick: bool) -> None:
             masks = random_rows(TRAIN, SHARE, count, seed)
             score(runs, row, run, [WHOLE], masks)
             retrain(runs, row, run, seed, count)
+            if recipe in SETTINGS.values():
+                names = [f"minres:steps=5,damping={damping:g}" for damping in DAMPINGS]
+                score(runs, row, run, names, masks)
             print(task, name, check(row, WHOLE), flush=True)
 
 
@@ -245,7 +248,7 @@ def compare(runs: Runs, quick: bool) -> None:
                 masks = random_rows(TRAIN, SHARE, count, seed)
                 score(runs, row, run, [WHOLE, "gradient"], masks)
                 retrain(runs, row, run, seed, count)
-                score(runs, row, run, list(methods()), masks)
+                score(runs, row, run, methods(), masks)
                 for name in row["methods"]:
                     print(task, setting, seed, name, check(row, name), flush=True)
 
@@ -370,6 +373,18 @@ def smooth_table(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def damping_table(rows: Sequence[Row]) -> list[Row]:
+    """The LDS of the solver with each damping, means over the development seeds."""
+    found = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        named = [r for r in rows if r["name"] == name and len(r.get("methods", ())) > 1]
+        for method in dict.fromkeys(m for r in named for m in r["methods"] if m != WHOLE):
+            checks = [check(r, method) for r in named if method in r["methods"]]
+            lds = mean(c.lds for c in checks)
+            found.append({"run": name, "method": method, "LDS": lds, "runs": len(checks)})
+    return found
+
+
 def methods_table(rows: Sequence[Row], setting: str) -> list[Row]:
     """A row for each method: means over the seeds on each task, cost over all."""
     rows = [r for r in rows if r["setting"] == setting and len(r.get("actual", ())) > 4]
@@ -434,6 +449,7 @@ def tables_of(runs: Runs) -> dict[str, list[Row]]:
     """All tables that have rows."""
     found = {
         "Which change makes a run smooth (development seeds)": smooth_table(runs.of("smooth")),
+        "Damping of the solvers (development seeds)": damping_table(runs.of("smooth")),
         "Rough setting": methods_table(runs.of("methods"), "rough"),
         "Smooth setting": methods_table(runs.of("methods"), "smooth"),
         "Cost of the whole run": cost_table(runs.of("cost")),
