@@ -59,7 +59,7 @@ Row = dict[str, Any]
 TASKS, SEEDS = ("tweets", "movies"), (0, 1, 2)
 SHARE, RETRAININGS, DEVELOPMENT_RETRAININGS = 0.05, 50, 20
 SHARES = (0.1, 0.2, 0.4)
-PARTS = ("smooth", "methods", "cost", "suspects")
+PARTS = ("smooth", "methods", "cost", "memory", "suspects")
 
 ROUGH = Recipe()
 #: Chosen by the part ``smooth``.
@@ -201,7 +201,7 @@ def score(runs: Runs, row: Row, run: Trained, names: Sequence[str], masks: list[
     """Fill up the entry with what the methods ``names`` predict, and what they cost."""
     known = row.setdefault("methods", {})
     for name in names:
-        if name in known:
+        if len(known.get(name, {}).get("predicted", ())) >= len(masks):
             continue
         setting, begin = run.setting, time.process_time()
         values, cost = by_name(setting, name)
@@ -280,6 +280,20 @@ def cost(runs: Runs, quick: bool) -> None:
         row["memory of one step"] = peak(one, limit) / size
         row["memory"] = peak(long, limit) / size - row["memory of one step"]
         runs.save()
+
+
+def memory(runs: Runs, quick: bool) -> None:
+    """The peak memory of each method on a run, with all activations."""
+    recipe = replace(SMOOTH, epochs=1.0) if quick else SMOOTH
+    row, run = runs.entry(part="memory", recipe=repr(recipe)), Trained(draw("tweets", 0), recipe, 0)
+    sizes = row.setdefault("adapters", {})
+    for name in methods():
+        if name not in sizes:
+            setting = run.setting
+            size = sum(v.numel() * v.element_size() for v in setting.run.level.variables)
+            found = peak_memory(lambda name=name: by_name(run.setting, name), torch.device("cpu"))
+            sizes[name] = found / size
+            runs.save()
 
 
 def timed(recipe: Recipe, memory_limit: float) -> Row:
@@ -458,6 +472,11 @@ def tables_of(runs: Runs) -> dict[str, list[Row]]:
         "Rough setting": methods_table(runs.of("methods"), "rough"),
         "Smooth setting": methods_table(runs.of("methods"), "smooth"),
         "Cost of the whole run": cost_table(runs.of("cost")),
+        "Peak memory of the scores, in adapter sizes": [
+            {"method": name, "memory": size}
+            for row in runs.of("memory")
+            for name, size in row["adapters"].items()
+        ],
         "Wrong labels: area under the curve": suspects_table(runs.of("suspects")),
     }
     return {title: rows for title, rows in found.items() if rows}
@@ -507,7 +526,7 @@ def main() -> None:
     keep_memory()
     quiet()
     runs = Runs(given.json)
-    steps = {"smooth": smooth, "methods": compare, "cost": cost, "suspects": find}
+    steps = {"smooth": smooth, "methods": compare, "cost": cost, "memory": memory, "suspects": find}
     for part in given.parts:
         if not (given.quick and part == "smooth"):
             steps[part](runs, given.quick)
