@@ -194,11 +194,16 @@ def level(rows: Rows, recipe: Recipe, seed: int) -> RowWeighted:
     return RowWeighted(model.train(recipe.dropout > 0), rows, recipe, seed)
 
 
-def trained(lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0) -> Setting:
-    """Train ``lower``, with Φ the mean loss of the evaluation rows, and the loss over all rows."""
+def trained(
+    lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0, chunk: int = 100
+) -> Setting:
+    """Train ``lower``, with Φ the mean loss of the evaluation rows, and the loss over all rows.
+
+    ``chunk`` rows of Φ are in memory at a time.
+    """
     run = train(lower, lower.weights, recipe.steps, memory_limit=memory_limit)
     rows = lower.rows
-    parts = [partial(part_of_mean, lower, index) for index in rows.above.split(100)]
+    parts = [partial(part_of_mean, lower, index) for index in rows.above.split(chunk)]
 
     def everything() -> Sequence[MicroBatch]:
         state = RandomState.capture(lower.devices)
