@@ -42,8 +42,8 @@ OTHERS = """\
 `bidora_estimators.py` asks which estimator BiDoRA needs: [figures](../docs/methods.md#bidora).
 `rank_selection.py` asks whether searched ranks help: [figures](../docs/methods.md#rank-selection).
 `attribution.py` asks what scores of training rows predict, cost and find:
-[tables](../docs/attribution.md). It takes some two hours of one core (`--parts` chooses), goes on
-where it was interrupted, and knows two optional peers: `pip install cleanlab kronfluence`.
+[tables](../docs/attribution.md). It takes some one and a half hours of one core (`--parts` chooses)
+and goes on where it was interrupted; its optional peers: `pip install cleanlab kronfluence`.
 [`benchopt`](benchopt) has a solver for benchopt's bilevel benchmark.
 """
 
