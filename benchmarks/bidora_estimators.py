@@ -14,15 +14,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
-import io
 import json
 import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,20 +30,17 @@ import torch
 from datasets import ClassLabel, Dataset
 from peft import LoraConfig, get_peft_model
 from scipy.stats import t as student
-from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from rated_text import DOMAINS, archive  # noqa: E402
-from text_data import load_model, model_path, quiet  # noqa: E402
+from last_layers import LastLayers, States, encode, movies  # noqa: E402
+from text_data import load_model, quiet  # noqa: E402
 
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments  # noqa: E402
 
-TRAIN, DEVELOPMENT, LENGTH, FROZEN = 300, 1000, 24, 4
+TRAIN, DEVELOPMENT = 300, 1000
 SEEDS = range(5)
 #: The methods of every seed; the others, a control and the same solves by differences, have one.
 MAIN = ("direct", "darts xi from check", "minres:5", "warm")
@@ -58,71 +53,14 @@ def cola() -> pandas.DataFrame:
     return table.drop_duplicates("text")
 
 
-def movies() -> pandas.DataFrame:
-    """Movie sentences, positive where their mean rating is."""
-    file = archive()[f"{DOMAINS['movies']}_GroundTruth.txt"]
-    names = ["id", "mean", "text"]
-    table = pandas.read_csv(io.BytesIO(file), sep="\t", names=names, quoting=3)
-    table = table.assign(label=(table["mean"] > 0).astype(int))
-    return table[["text", "label"]].drop_duplicates("text")
-
-
 TASKS = {"cola": cola, "movies": movies}
-
-
-class LastLayers(nn.Module):
-    """The layers of MiniLM above ``FROZEN``, mean pooling and a head, on states of those below."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.layers = model.bert.encoder.layer[FROZEN:]
-        self.classifier = nn.Linear(model.config.hidden_size, 2)
-
-    def forward(self, states: Tensor, mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
-        """Cross entropy and logits from ``(rows, tokens, hidden)`` states."""
-        bias = (1 - mask)[:, None, None, :] * torch.finfo(states.dtype).min
-        for layer in self.layers:
-            states = layer(states, bias)
-            states = states[0] if isinstance(states, tuple) else states
-        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        logits = self.classifier(pooled)
-        return SequenceClassifierOutput(cross_entropy(logits, labels), logits)
-
-
-@dataclass(frozen=True)
-class States:
-    """The hidden states of a task's rows after ``FROZEN`` layers, with masks and labels."""
-
-    states: Tensor
-    mask: Tensor
-    labels: Tensor
-
-    def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
-        """The batch of ``rows``, each with its number under ``row``."""
-        index = torch.tensor([row["row"] for row in rows])
-        return {
-            "states": self.states[index],
-            "mask": self.mask[index],
-            "labels": self.labels[index],
-        }
 
 
 @cache
 def encoded(task: str) -> States:
-    """All rows of a task that any seed draws, through the frozen layers, without dropout."""
+    """All rows of a task that any seed draws."""
     table = TASKS[task]().sample(4000, random_state=0)
-    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
-    model = load_model("minilm", ["no", "yes"]).eval()
-    model.bert.encoder.layer = model.bert.encoder.layer[:FROZEN]
-    options = {"truncation": True, "max_length": LENGTH, "padding": "max_length"}
-    inputs = tokenizer(list(table.text), return_tensors="pt", **options)
-    with torch.no_grad():
-        states = [
-            model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
-            for ids, mask in zip(inputs.input_ids.split(100), inputs.attention_mask.split(100))
-        ]
-    mask = inputs.attention_mask.float()
-    return States(torch.cat(states), mask, torch.tensor(table.label.to_numpy()))
+    return encode(list(table.text), torch.tensor(table.label.to_numpy()))
 
 
 def run(task: str, seed: int, estimator: str, rate: float, steps: int) -> dict[str, Any]:

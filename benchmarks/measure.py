@@ -155,22 +155,32 @@ def report(
     if records:
         print(f"\nTargets\n\n{table(records)}")
     if given.json is not None:
-        content = {
-            "targets": records,
-            "tables": {title: list(rows) for title, rows in tables.items()},
-            "details": dict(details),
-            "versions": {name: _version(name) for name in PACKAGES},
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "device": given.device,
-                "name": torch.cuda.get_device_name() if given.device != "cpu" else None,
-                "python": platform.python_version(),
-            },
-            "quick": given.quick,
-        }
+        content = contents(given, tables, targets, details)
         given.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def contents(
+    given: argparse.Namespace,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    targets: Sequence[Target],
+    details: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `report` writes."""
+    return {
+        "targets": [target.record() for target in targets],
+        "tables": {title: list(rows) for title, rows in tables.items()},
+        "details": dict(details),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": given.device,
+            "name": torch.cuda.get_device_name() if given.device != "cpu" else None,
+            "python": platform.python_version(),
+        },
+        "quick": given.quick,
+    }
 
 
 def _version(package: str) -> str | None:

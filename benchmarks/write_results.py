@@ -1,4 +1,4 @@
-"""Writes benchmarks/README.md and its figure from the JSON files in benchmarks/results.
+"""Writes benchmarks/README.md, its figure and tables of docs from the files in benchmarks/results.
 
 python benchmarks/write_results.py
 python benchmarks/write_results.py --print noise  # the tables of results/noise.json instead
@@ -19,6 +19,8 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from measure import table
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs/attribution.md"
+BEGIN, END = "<!-- attribution table -->", "<!-- end of attribution table -->"
 INTRODUCTION = """# Benchmarks
 
 The measurements behind the library's claims. All that is compared runs interleaved in one process;
@@ -40,6 +42,9 @@ OTHERS = """\
 `comparison.py` and `convergence.py` compare the estimators: [their page](../docs/comparison.md).
 `bidora_estimators.py` asks which estimator BiDoRA needs: [figures](../docs/methods.md#bidora).
 `rank_selection.py` asks whether searched ranks help: [figures](../docs/methods.md#rank-selection).
+`attribution.py` asks what scores of training rows predict, cost and find:
+[tables](../docs/attribution.md). It takes some one and a half hours of one core (`--parts` chooses)
+and goes on where it was interrupted; its optional peers: `pip install cleanlab kronfluence`.
 [`benchopt`](benchopt) has a solver for benchopt's bilevel benchmark.
 """
 
@@ -156,7 +161,9 @@ def _cell(result: dict[str, Any], title: str, column: str, *first: Any) -> float
 def main() -> None:
     """Write the page and the figure, or print the tables of one script."""
     parser = argparse.ArgumentParser(description="this folder's README from the results")
-    parser.add_argument("--print", choices=[*QUESTIONS], help="print this script's tables instead")
+    parser.add_argument(
+        "--print", choices=[*QUESTIONS, "attribution"], help="print this script's tables instead"
+    )
     name = parser.parse_args().print
     if name is not None:
         for title, rows in read(name)["tables"].items():
@@ -165,6 +172,7 @@ def main() -> None:
     results = {name: read(name) for name in QUESTIONS}
     (HERE / "README.md").write_text(page(results))
     figure(results)
+    PAGE.write_text(between(PAGE.read_text(), attribution(read("attribution"))))
 
 
 def page(results: Results) -> str:
@@ -181,6 +189,18 @@ def page(results: Results) -> str:
         files = f"[`{name}.py`]({name}.py), [its tables](results/{name}.json)"
         parts.append(f"**{QUESTIONS[name]}** ({files})\n{_filled(answer)}\n")
     return "\n".join([*parts, OTHERS])
+
+
+def between(page: str, text: str) -> str:
+    """``page`` with ``text`` between the marks of the attribution's tables."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
+
+
+def attribution(result: dict[str, Any]) -> str:
+    """The tables of attribution.py, for its page."""
+    parts = [f"**{title}**\n\n{table(rows)}\n" for title, rows in result["tables"].items()]
+    return "\n".join([*parts, _machine(result)])
 
 
 def read(name: str) -> dict[str, Any]:

@@ -56,6 +56,17 @@ def test_checkpoints_change_the_memory_and_nothing_else() -> None:
     assert error(some.scores, every.scores) < 1e-12
 
 
+def test_random_states_are_kept_once_where_no_number_is_drawn() -> None:
+    """5 kB a step otherwise: 49 times a small adapter's size after 1,000 steps."""
+    given = levels()
+    given[0].net[2].p = 0.0  # type: ignore[attr-defined]
+    given[0].net.eval()  # type: ignore[attr-defined]
+    steps = setting_of(scored(given)).run.steps
+    assert len({id(step.random_state) for step in steps}) == 1
+    steps = setting_of(scored(levels())).run.steps
+    assert len({id(step.random_state) for step in steps}) == STEPS
+
+
 def test_passes_are_at_most_four_trainings() -> None:
     """Training, the repetition between checkpoints, and two passes a step backwards."""
     for limit in (1.0, 1e-5):

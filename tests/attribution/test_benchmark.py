@@ -1,0 +1,109 @@
+"""The arithmetic of benchmarks/attribution.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import attribution
+import write_results
+from attribution_peers import datainf_layer
+from attribution_runs import Recipe, actual, planted, random_rows
+
+from tests.support.attributed import ROWS, levels, scored, setting_of
+
+
+def test_planted_noise_has_its_share_and_its_kind() -> None:
+    labels = torch.arange(300) % 3
+    for noise in ("uniform", "class-dependent"):
+        found = planted(labels, 3, noise, 0.2, torch.Generator().manual_seed(0))
+        changed = found != labels
+        assert int(changed.sum()) == 60 and int(found.max()) < 3
+        turned = (found[changed] == (labels[changed] + 1) % 3).double().mean()
+        assert turned == 1 if noise == "class-dependent" else 0.3 < turned < 0.7
+    assert torch.equal(planted(labels, 3, "none", 0.2, torch.Generator()), labels)
+
+
+def test_a_schedule_rises_and_falls() -> None:
+    recipe = Recipe(batch=30, epochs=2, warm_up=0.25)
+    factors = [recipe.factor(step) for step in range(recipe.steps)]
+    assert recipe.steps == 20 and factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert factors[5] == 1.0 and factors[-1] == pytest.approx(1 / 15)
+    assert Recipe().factor(7) == 1.0
+
+
+def test_datainf_is_the_mean_of_the_rows_inverses() -> None:
+    """By inverting g gᵀ + λ of each row."""
+    torch.manual_seed(0)
+    rows, wanted = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    damping = 0.1 * rows.square().mean()
+    inverses = [torch.linalg.inv(torch.outer(g, g) + damping * torch.eye(4)) for g in rows]
+    expected = -rows @ torch.stack(inverses).mean(0) @ wanted / 6
+    assert torch.allclose(datainf_layer(rows, wanted), expected)
+
+
+def test_retrainings_are_those_of_the_check() -> None:
+    result = scored(levels())
+    setting, masks = setting_of(result), random_rows(ROWS, 0.1, 6, seed=3)
+    check = result.check(6, share=0.1, perturbation=None, seed=3)
+    assert torch.allclose(actual(setting, masks), check.actual, rtol=1e-12, atol=1e-14)
+    assert attribution.predicted(result.scores, masks) == pytest.approx(check.predicted.tolist())
+    smooth = attribution.smoothness(setting, attribution.Method.of("unrolled"), result.scores, 3)
+    assert smooth > 0.95
+
+
+def test_a_file_of_runs_goes_on(tmp_path: Path) -> None:
+    runs = attribution.Runs(tmp_path / "runs.json")
+    runs.entry(part="cost", task="tweets")["rounds"] = [1.0]
+    runs.save({"targets": []})
+    again = attribution.Runs(tmp_path / "runs.json")
+    assert again.entry(part="cost", task="tweets") == {**runs.rows[0]}
+    assert len(again.rows) == 1 and again.of("methods") == []
+
+
+def test_tables_and_targets() -> None:
+    """Of made-up runs: exact scores on one task, reversed ones of another method."""
+    truth = [0.1, -0.2, 0.3, 0.05, -0.1, 0.2, 0.4]
+    rows = [
+        {
+            "part": "methods",
+            "task": task,
+            "seed": 0,
+            "setting": "smooth",
+            "actual": truth,
+            "metasmoothness": 0.9,
+            "seconds of a retraining": 2.0,
+            "methods": {
+                "unrolled": {"predicted": truth, "seconds": 5.0, "trainings": 2.0},
+                "peer": {"predicted": [-x for x in truth], "seconds": 1.0},
+            },
+        }
+        for task in attribution.TASKS
+    ]
+    rows.append(
+        {
+            "part": "cost",
+            "setting": "rough",
+            "rounds": [{"plain": 1.0, "whole": x, "trainings": 3.0} for x in (3.0, 5.0, 4.0)],
+        }
+    )
+    runs = attribution.Runs(None)
+    runs.rows = rows
+    tables = attribution.tables_of(runs)
+    whole, peer = tables["Smooth setting"]
+    assert whole["tweets: LDS"] == pytest.approx(1) and whole["movies: slope"] == pytest.approx(1)
+    assert peer["tweets: LDS"] == pytest.approx(-1) and peer["trainings"] is None
+    assert whole["time"] == 2.5 and whole["seeds"] == 1
+    targets = {target.name: target for target in attribution.targets_of(tables)}
+    assert all(target.record()["met"] for target in targets.values())
+    assert targets["LDS of the whole run − best other method, smooth setting, movies"].value == 2
+    assert targets["attribution ÷ training, time, rough"].value == 4.0
+
+
+def test_the_page_keeps_what_is_around_the_tables() -> None:
+    page = f"a\n{write_results.BEGIN}\nold\n{write_results.END}\nb\n"
+    found = write_results.between(page, "new")
+    assert found == f"a\n{write_results.BEGIN}\n\nnew\n{write_results.END}\nb\n"
