@@ -102,7 +102,7 @@ def attribute(
             training,
             evaluation,
             slices,
-            second_derivatives=how.whole_run and how.estimator.requirements.second_derivatives,
+            second_derivatives=how.estimator.requirements.second_derivatives,
             points=how.points,
             memory_limit=memory_limit,
             progress=progress,

@@ -24,8 +24,8 @@ class Check:
         predicted: the predicted changes of Φ, −Σ s_i over the rows left out, ``(R,)``.
         actual: the changes of Φ in the retrainings, ``(R,)``.
         metasmoothness: the cosine between the scores and those at v = 1 ± ``perturbation`` (signs
-            random), near 1 for a smooth run; None if not measured. After Engstrom et al. 2025
-            (arXiv:2503.13751, §3).
+            random), near 1 for a smooth run; None if not measured, or if the method does not
+            differentiate the run. After Engstrom et al. 2025 (arXiv:2503.13751, §3).
         share: the share of the rows that each retraining leaves out.
         by_slice: the same of each slice; empty where there is one.
 
@@ -125,6 +125,7 @@ def check(
         retrainings: R.
         share: the share of the seen rows that each leaves out.
         perturbation: for ``metasmoothness``, how far the rows' weights move; None skips it.
+            It is skipped for methods that do not differentiate the run.
         seed: of the random rows and signs.
 
     Raises:
@@ -152,7 +153,7 @@ def check(
             predicted[name].append(-float((values * run.center.cpu())[out].sum()))
             actual[name].append(after[name] - before[name])
     smoothness = None
-    if perturbation is not None:
+    if perturbation is not None and method.whole_run:  # of another method it is not the run's
         signs = torch.randint(0, 2, (len(run.center),), generator=generator) * 2 - 1
         moved = run.center * (1 + perturbation * signs.to(run.center))
         with run.repeated(moved, keep=True) as checkpoints:

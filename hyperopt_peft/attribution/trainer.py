@@ -72,7 +72,7 @@ def of_trainer(
         trainer: gives model, arguments, training set and collator; it is not trained itself.
         evaluation: the rows of Φ; by default ``trainer.eval_dataset``.
         slices: the column of ``evaluation`` that groups its rows.
-        second_derivatives: whether the method differentiates the run's gradients.
+        second_derivatives: whether the method differentiates gradients of the training loss.
         points: see `Run`.
         memory_limit: see `Run`.
         progress: whether to show a progress bar.

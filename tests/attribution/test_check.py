@@ -7,7 +7,7 @@ import torch
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.attribution import Check
-from tests.support.attributed import scored_levels
+from tests.support.attributed import levels, scored, scored_levels
 
 
 def test_exact_scores_of_a_smooth_run_predict_retraining() -> None:
@@ -22,6 +22,11 @@ def test_retrainings_are_those_without_the_rows() -> None:
     one, other = (result.check(6, share=0.1, perturbation=None, seed=3) for _ in range(2))
     assert torch.equal(one.actual, other.actual) and one.metasmoothness is None
     assert set(one.predicted.tolist()) <= {-float(score) for score in result.scores}
+
+
+def test_smoothness_is_that_of_the_run() -> None:
+    """A method of the end has none: its own scores may move little where the run moves much."""
+    assert scored(levels(), method="gradient").check(5, share=0.1).metasmoothness is None
 
 
 def test_wrong_scores_are_called_worthless() -> None:

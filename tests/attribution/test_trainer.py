@@ -163,6 +163,12 @@ class OwnOptimizer(Trainer):
         return super().create_optimizer(*args)
 
 
+def dora(folder: Path) -> Trainer:
+    """With PEFT's own layers."""
+    given = {"train_dataset": data(rows=14), "eval_dataset": data(rows=7, seed=1)}
+    return Trainer(peft_model(), stock(folder).args, **given)
+
+
 def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     rows = data(rows=14)
     cases: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -173,15 +179,8 @@ def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
         "own loss": (stock(folder, compute_loss_func=lambda o, y, n: o.logits.sum()), {}),
         "smoothing": (stock(folder, args={"label_smoothing_factor": 0.1}), {}),
         "not a trainer": (object(), {}),
-        "norm": (
-            Trainer(
-                peft_model(),
-                stock(folder).args,
-                train_dataset=rows,
-                eval_dataset=data(rows=7, seed=1),
-            ),
-            {},
-        ),
+        "norm": (dora(folder), {}),
+        "norm, at the end": (dora(folder), {"method": "minres"}),
         "steps": (stock(folder), {"steps": 3}),
         "optimizer": (stock(folder, args={"optim": "adafactor"}), {}),
         "own optimizer": (
@@ -225,6 +224,7 @@ def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
         ("not a trainer", "training"),
         ("steps", "steps"),
         ("norm", "norm"),
+        ("norm, at the end", "norm"),
         ("optimizer", "Adafactor"),
         ("own optimizer", "OwnOptimizer has a create_optimizer"),
         ("labels", "num_labels"),
