@@ -1,5 +1,6 @@
 """`attribute` of a Trainer: the run is the Trainer's, and scores are slopes of retraining."""
 
+import copy
 import csv
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,7 @@ def test_model_init_gives_the_trainers_own_run_each_time(tmp_path: Path) -> None
 
     def new() -> Any:
         return get_peft_model(
-            BertForSequenceClassification(CONFIG),
+            BertForSequenceClassification(copy.deepcopy(CONFIG)),
             LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], lora_dropout=0.1),
         ).double()
 
