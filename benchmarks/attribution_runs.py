@@ -239,9 +239,7 @@ def actual(setting: Setting, masks: Sequence[Tensor]) -> Tensor:
     """The change of Φ in each retraining without the rows of a mask, ``(R,)``."""
     before, found = setting.value()["all"], []
     for out in masks:
-        weights = setting.run.center.clone()
-        weights[out] = 0.0
-        with setting.run.repeated(weights):
+        with setting.run.without(out):
             found.append(setting.value()["all"] - before)
     return torch.tensor(found, dtype=torch.float64)
 

@@ -104,6 +104,16 @@ def example_sums(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return rows, (labels != -100).view(len(labels), -1).sum(1)
 
 
+def weighted_mean(weights: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """Σ v_i s_i / Σ c_i, of `example_sums`: the loss of the model where each weight is 1.
+
+    Example:
+        >>> weighted_mean(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 9.0]), torch.tensor([1, 1]))
+        tensor(0.5000)
+    """
+    return (weights.to(sums.dtype) * sums).sum() / counts.sum().clamp(min=1)
+
+
 def _of_numbers(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if labels.numel() != logits.numel():
         raise _unfit(labels, logits)

@@ -120,15 +120,11 @@ def _of_level(
     points: int | None,
     progress: bool,
 ) -> Setting:
-    if not (isinstance(weights, Tensor) and weights.dim() == 1 and weights.is_leaf):
+    leaf = isinstance(weights, Tensor) and weights.dim() == 1 and weights.is_leaf
+    if weights is None or not leaf or not weights.requires_grad or len(weights) == 0:
         raise ProblemError(
-            "row_weights: must be a leaf tensor (n,) with a weight for each training row, such as "
-            "torch.ones(n, requires_grad=True)"
-        )
-    if not weights.requires_grad or len(weights) == 0:
-        raise ProblemError(
-            "row_weights: must require a gradient and have a row; use torch.ones(n, "
-            "requires_grad=True)"
+            "row_weights: must be a leaf tensor (n,) that requires a gradient, with a weight for "
+            "each training row; use torch.ones(n, requires_grad=True)"
         )
     if evaluation is None:
         raise ProblemError("evaluation: give a function that returns the loss to explain")

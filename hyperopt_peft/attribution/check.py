@@ -145,21 +145,14 @@ def check(
     actual: dict[str, list[float]] = {name: [] for name in known}
     for _ in range(retrainings):
         out = rows[torch.randperm(len(rows), generator=generator)[:count]]
-        weights = run.center.clone()
-        weights[out] = 0.0
-        with run.repeated(weights):
+        with run.without(out):
             after = setting.value()
         for name, values in known.items():
             predicted[name].append(-float((values * run.center.cpu())[out].sum()))
             actual[name].append(after[name] - before[name])
     smoothness = None
     if perturbation is not None and method.whole_run:  # of another method it is not the run's
-        signs = torch.randint(0, 2, (len(run.center),), generator=generator) * 2 - 1
-        moved = run.center * (1 + perturbation * signs.to(run.center))
-        with run.repeated(moved, keep=True) as checkpoints:
-            there = setting.whole(scores(setting, method, checkpoints)[0])
-        here = setting.whole(known)
-        smoothness = float(torch.cosine_similarity(here, torch.nan_to_num(there), dim=0))
+        smoothness = metasmoothness(setting, method, setting.whole(known), perturbation, generator)
     each = {
         name: Check(_exact(predicted[name]), _exact(actual[name]), smoothness, share)
         for name in known
@@ -171,6 +164,26 @@ def check(
         share,
         each if len(each) > 1 else {},
     )
+
+
+def metasmoothness(
+    setting: Setting,
+    method: Method,
+    here: Tensor,
+    perturbation: float,
+    generator: torch.Generator,
+) -> float:
+    """The cosine between the scores ``here`` and those at v = 1 ± ``perturbation``; see `Check`.
+
+    Raises:
+        NonFiniteError: the run diverges with these weights.
+    """
+    run = setting.run
+    signs = torch.randint(0, 2, (len(run.center),), generator=generator) * 2 - 1
+    moved = run.center * (1 + perturbation * signs.to(run.center))
+    with run.repeated(moved, keep=True) as checkpoints:
+        there = setting.whole(scores(setting, method, checkpoints)[0])
+    return float(torch.cosine_similarity(here, torch.nan_to_num(there), dim=0))
 
 
 def _exact(values: list[float]) -> Tensor:

@@ -202,7 +202,7 @@ def scores(
     elif isinstance(method.estimator, Gradient) and method.estimator.checkpoints:
         found = _along_the_run(setting, method.estimator, checkpoints, report)
     else:
-        found = _at_the_end(setting, method.estimator, report)
+        found = _at_the_end(setting, method.estimator, setting.rows(), report)
     return {name: vector.flat().to("cpu", torch.float64) for name, vector in found.items()}, report
 
 
@@ -233,8 +233,10 @@ def _whole_run(
     return dict(zip(setting.evaluation.slices, found, strict=True))
 
 
-def _at_the_end(setting: Setting, estimator: Estimator, report: Report) -> dict[str, Vector]:
-    found, rows = {}, setting.rows()
+def _at_the_end(
+    setting: Setting, estimator: Estimator, rows: Sequence[Any], report: Report
+) -> dict[str, Vector]:
+    found = {}
     cosine = isinstance(estimator, Gradient) and estimator.cosine
     norms = Vector([_norms(setting, rows, report.passes)]) if cosine else None
     for name, parts in setting.evaluation.slices.items():
@@ -251,7 +253,7 @@ def _at_the_end(setting: Setting, estimator: Estimator, report: Report) -> dict[
 def _along_the_run(
     setting: Setting, estimator: Gradient, checkpoints: Checkpoints, report: Report
 ) -> dict[str, Vector]:
-    run = setting.run
+    run, rows = setting.run, setting.rows()
     total: dict[str, Vector] = {}
     kept, count = range(0, len(run.steps), checkpoints.every), estimator.checkpoints
     chosen = [kept[(2 * k + 1) * len(kept) // (2 * count)] for k in range(count)]
@@ -259,7 +261,7 @@ def _along_the_run(
         for number in dict.fromkeys(chosen):
             assign_(run.level.variables, checkpoints.get(number)[0])
             rate = float(run.steps[number].optimizer["groups"][0]["lr"])
-            for name, vector in _at_the_end(setting, estimator, report).items():
+            for name, vector in _at_the_end(setting, estimator, rows, report).items():
                 total[name] = total[name] + rate * vector if name in total else rate * vector
     return total
 

@@ -202,9 +202,7 @@ class Attribution:
         ]
 
         def after(out: list[int]) -> Mapping[str, float]:
-            weights = setting.run.center.clone()
-            weights[out] = 0.0
-            with setting.run.repeated(weights):
+            with setting.run.without(out):
                 return measure()
 
         return Removal(
@@ -222,9 +220,7 @@ class Attribution:
                 or more folds than rows.
             NonFiniteError: a training without a fold diverges.
         """
-        if self.labels is None:
-            raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
-        return suspects(self._setting, self.labels, self.scores, self.losses, folds, seed)
+        return suspects(self._setting, self.scores, self.losses, folds, seed)
 
     def ends(self, count: int) -> tuple[list[int], list[int]]:
         """The ``count`` rows that hurt most, and the ``count`` that help most."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.example_weights import example_sums, require_labels
+from hyperopt_peft.problems.example_weights import example_sums, require_labels, weighted_mean
 from hyperopt_peft.trainer.accumulation import ITEMS, WEIGHT, MicroBatch, label_weights
 from hyperopt_peft.trainer.checks import shifts_labels
 from hyperopt_peft.trainer.data import collating
@@ -53,7 +53,7 @@ class RowWeighted(Problem):
         before = RandomState.capture(self.devices)
         with self.trainer.compute_loss_context_manager():
             sums, counts = losses_of(model, inputs)
-        loss = (self.weights[index].to(sums.dtype) * sums).sum() / counts.sum().clamp(min=1)
+        loss = weighted_mean(self.weights[index], sums, counts)
         if not self._compared:
             self._compare(inputs, loss, before)
         return loss if weight is None else loss * weight.to(loss.dtype)

@@ -200,11 +200,19 @@ class Run:
             for number in range(len(self.steps)):
                 if keep and checkpoints.due(number):
                     checkpoints.put(number, point)
-                _, point = self._advance(number, point)
+                point = self._advance(number, point)
             assign_(self.level.variables, point[0])
             if not all(bool(v.isfinite().all()) for v in self.level.variables):
                 raise NonFiniteError(f"{self.level.name}: the run diverges with these row weights")
             yield checkpoints
+
+    @contextmanager
+    def without(self, rows: Sequence[int] | Tensor) -> Iterator[None]:
+        """The run again, with the weight 0 for ``rows``; otherwise as `repeated`."""
+        weights = self.center.clone()
+        weights[rows] = 0.0
+        with self.repeated(weights):
+            yield
 
     def backward(
         self,
@@ -267,11 +275,11 @@ class Run:
         points = [checkpoints.get(begin)]
         with perturbed(self.level.variables):
             for number in range(begin, end - 1):
-                points.append(self._advance(number, points[-1])[1])
+                points.append(self._advance(number, points[-1]))
         return points
 
-    def _advance(self, number: int, point: Point) -> tuple[StepRecord, Point]:
-        """The step ``number`` from ``point``; w stays at ``point``."""
+    def _advance(self, number: int, point: Point) -> Point:
+        """The point after the step ``number`` from ``point``; w stays at ``point``."""
         step, w = self.steps[number], self.level.variables
         assign_(w, point[0])
         with replay(step.random_state):
@@ -279,7 +287,7 @@ class Run:
         record = replace(self._record(number, point), gradient=_read(gradient, step.read))
         after, snapshot = self.optimizer.advance(record)
         moved = tuple(x.to(v.dtype) for x, v in zip(after, w, strict=True))
-        return record, (moved, snapshot["state"])
+        return moved, snapshot["state"]
 
     def _record(self, number: int, point: Point) -> StepRecord:
         step = self.steps[number]

@@ -35,14 +35,11 @@ class Suspects:
     probabilities: Tensor
 
 
-def suspects(
-    setting: Setting, labels: Tensor, score: Tensor, loss: Tensor, folds: int, seed: int
-) -> Suspects:
+def suspects(setting: Setting, score: Tensor, loss: Tensor, folds: int, seed: int) -> Suspects:
     """Repeat the run without each fold of the rows, and compare its predictions with the labels.
 
     Args:
         setting: the run, of a classifier.
-        labels: the class of each row, ``(n,)``.
         score: the scores, ``(n,)``.
         loss: the mean training losses, ``(n,)``.
         folds: how many; each costs a training.
@@ -52,7 +49,8 @@ def suspects(
         ProblemError: no classifier with one class a row, fewer than 2 folds, or more than rows.
         NonFiniteError: a training without a fold diverges.
     """
-    if setting.probabilities is None:
+    labels = setting.labels
+    if labels is None or setting.probabilities is None:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
     count = len(labels)
     if not 2 <= folds <= count:
@@ -60,9 +58,7 @@ def suspects(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     probabilities: Any = None
     for fold in order.tensor_split(folds):
-        weights = setting.run.center.clone()
-        weights[fold] = 0.0
-        with setting.run.repeated(weights):
+        with setting.run.without(fold):
             of_fold = setting.probabilities(fold.tolist())
         if probabilities is None:
             probabilities = torch.zeros(count, of_fold.shape[1], dtype=of_fold.dtype)

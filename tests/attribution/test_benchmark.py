@@ -13,6 +13,8 @@ import write_results
 from attribution_peers import datainf_layer
 from attribution_runs import Recipe, actual, planted, random_rows
 
+from hyperopt_peft.attribution.check import metasmoothness
+from hyperopt_peft.attribution.methods import Method
 from tests.support.attributed import ROWS, levels, scored, setting_of
 
 
@@ -51,7 +53,8 @@ def test_retrainings_are_those_of_the_check() -> None:
     check = result.check(6, share=0.1, perturbation=None, seed=3)
     assert torch.allclose(actual(setting, masks), check.actual, rtol=1e-12, atol=1e-14)
     assert attribution.predicted(result.scores, masks) == pytest.approx(check.predicted.tolist())
-    smooth = attribution.smoothness(setting, attribution.Method.of("unrolled"), result.scores, 3)
+    source = torch.Generator().manual_seed(3)
+    smooth = metasmoothness(setting, Method.of("unrolled"), result.scores, 0.1, source)
     assert smooth > 0.95
 
 

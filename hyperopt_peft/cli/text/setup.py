@@ -22,7 +22,7 @@ from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.tasks import TASKS, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
-from hyperopt_peft.problems.example_weights import example_sums
+from hyperopt_peft.problems.example_weights import example_sums, weighted_mean
 from hyperopt_peft.trainer.data import shared
 
 logger = logging.get_logger(__name__)
@@ -41,8 +41,7 @@ class WeightedTrainer(BiDoRATrainer):
         weights = inputs.pop(WEIGHTS, None)
         if weights is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        sums, counts = example_sums(model, inputs)
-        return (weights.to(sums.dtype) * sums).sum() / counts.sum().clamp(min=1)
+        return weighted_mean(weights, *example_sums(model, inputs))
 
 
 @dataclass(frozen=True)
