@@ -59,8 +59,9 @@ SHARES = (0.1, 0.2, 0.4)
 PARTS = ("smooth", "methods", "cost", "memory", "suspects")
 
 ROUGH = Recipe()
-#: Chosen by the part ``smooth``.
-SMOOTH = Recipe(batch=32, rate=2e-3, warm_up=0.2, epsilon=1e-3)
+#: Chosen on development seed 100: the loss of the evaluation rows is about that of the rough run
+#: (.80 and .77 of tweets, .67 and .83 of movies), at a metasmoothness above .99.
+SMOOTH = Recipe(batch=32, rate=3e-3, warm_up=0.2, epsilon=1e-3, epochs=8.0)
 #: With a large epsilon the rate of the smooth run is no lower: its steps are shorter at any rate.
 LOWER_RATE = 5e-4
 #: The rough run, the smooth one, and each change of the rough one alone.
