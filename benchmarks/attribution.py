@@ -245,7 +245,7 @@ def memory(runs: Runs, quick: bool) -> None:
     for name in methods():
         if name not in sizes:
             setting = run.setting
-            size = sum(v.numel() * v.element_size() for v in setting.run.level.variables)
+            size = sum(v.numel() * v.element_size() for v in setting.run.levels[0].variables)
             found = peak_memory(lambda name=name: by_name(run.setting, name), torch.device("cpu"))
             sizes[name] = found / size
             runs.save()

@@ -184,6 +184,8 @@ class BiDoRATrainer(BilevelTrainer):
             everything = _joined(train_dataset, upper_dataset)
             if args.method != "bidora":  # a control trains on all that bidora is given
                 train_dataset, upper_dataset = everything, None
+        #: All training examples of both levels, and those that were given for the upper one alone.
+        self.examples, self.given_upper = everything, upper_dataset
         # Copies before the search, which changes the state of callbacks.
         again = [copy.copy(callback) for callback in callbacks or ()]
         self._retraining = {**trainer, "train_dataset": everything, "callbacks": again}
