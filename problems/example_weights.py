@@ -18,8 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 
-#: Columns with the number of an example's weight, which are no arguments of a model.
-COLUMNS = ("index", "source")
+#: Columns that weights are read by, which are no arguments of a model.
+COLUMNS = ("index", "source", "votes")
 MULTI_LABEL = "multi_label_classification"
 
 
