@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,7 +111,9 @@ class SourceData:
         if label not in rows.column_names:
             rows = _with(rows, label, first.tolist(), trusted.features[label])
         rows = rows.remove_columns(VOTES).add_column(VOTES, votes.tolist())
-        trusted = trusted.add_column(VOTES, own.tolist()).select_columns(rows.column_names)
+        trusted = trusted.add_column(VOTES, own.tolist())
+        common = [name for name in rows.column_names if name in trusted.column_names]
+        rows, trusted = rows.select_columns(common), trusted.select_columns(common)
         names = (*map(str, range(votes.shape[1] - 1)), TRUSTED)
         return cls(names, rows, trusted)
 
@@ -130,6 +132,12 @@ class SourceData:
     def everything(self) -> Dataset:
         """The rows of the sources, then the trusted ones."""
         return _joined([self.below, self.trusted])
+
+    def of_columns(self, known: Collection[str]) -> SourceData:
+        """The data with those columns alone that are ``known``."""
+        columns = [name for name in self.below.column_names if name in known]
+        below, trusted = (rows.select_columns(columns) for rows in (self.below, self.trusted))
+        return replace(self, below=below, trusted=trusted)
 
     def with_trusted(self, rows: Sequence[int]) -> SourceData:
         """The data with these trusted rows alone."""

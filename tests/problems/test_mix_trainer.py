@@ -1,0 +1,106 @@
+"""`MixTrainer`: the bad source loses, and everything is trained with the learnt weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from transformers import default_data_collator
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.problems import MixTrainer, MixTrainingArguments
+from tests.support.trainers import peft_model, values
+
+
+def rows(count: int, seed: int, *, wrong: bool = False) -> Dataset:
+    """Random tokens after one of the class; ``wrong`` moves the class by one."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 50, (count, 6), generator=generator)
+    classes = torch.randint(0, 3, (count,), generator=generator)
+    ids[:, 0] = torch.tensor([3, 20, 40])[classes]
+    columns = {"input_ids": ids.tolist(), "labels": ((classes + wrong) % 3).tolist()}
+    kinds = {"input_ids": List(Value("int64")), "labels": ClassLabel(names=["a", "b", "c"])}
+    return Dataset.from_dict(columns, features=Features(kinds))
+
+
+def sources(count: int = 48) -> dict[str, Dataset]:
+    return {"good": rows(count, 1), "bad": rows(count, 2, wrong=True)}
+
+
+def trainer(folder: Path, *, given: Any = None, trusted: Any = None, **options: Any) -> MixTrainer:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 30,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 3e-2,
+        "upper_learning_rate": 0.3,
+        "hypergradient": "darts:xi=1.0",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "retrain_steps": 5,
+    }
+    return MixTrainer(
+        peft_model(dropout=0.0, dora=False),
+        MixTrainingArguments(**{**settings, **options}),
+        sources=sources() if given is None else given,
+        trusted=rows(30, 3) if trusted is None else trusted,
+        data_collator=default_data_collator,
+    )
+
+
+def test_the_bad_source_loses(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    weights, shares = run.row_weights(), run.shares()
+    assert weights["good"] > 2 * weights["bad"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["good"] == pytest.approx(weights["good"] * 48 / 126, rel=1e-5)
+
+
+def test_everything_is_trained_from_the_initial_values(tmp_path: Path) -> None:
+    """With the learnt weights, which stay: the second phase is one of its own."""
+    run = trainer(tmp_path)
+    begin = values(run.model)
+    run.train()
+    learnt = run.weights.logits.detach().clone()
+    again = trainer(tmp_path / "again", retrain_steps=5, max_steps=1, upper_learning_rate=0.0)
+    with torch.no_grad():
+        again.weights.logits.copy_(learnt)
+    again.train()
+    assert torch.equal(again.weights.logits, learnt)
+    for name, value in values(run.model).items():
+        assert torch.allclose(value, values(again.model)[name], atol=1e-6), name
+    assert any(not torch.equal(value, begin[name]) for name, value in values(run.model).items())
+    assert run.retrainer is not None
+    assert run.retrainer.train_dataset["source"][-1] == 2  # the trusted rows
+
+
+def test_votes_of_labelling_functions(tmp_path: Path) -> None:
+    """Of which one is wrong by a class, and a column of text is no matter."""
+    below = rows(60, 4)
+    right = torch.tensor(below["labels"][:])
+    votes = torch.stack([right, (right + 1) % 3], 1)
+    votes[::2, 0] = votes[1::5, 1] = -1
+    below = below.remove_columns("labels").add_column("votes", votes.tolist())
+    below = below.add_column("text", ["words"] * 60)
+    run = trainer(tmp_path, given=below)
+    run.train()
+    weights = run.row_weights()
+    assert weights["0"] > 2 * weights["1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"given": {"good": rows(9, 1)}}, "two or more"),
+        ({"trusted": rows(5, 1)}, "5 of 5"),
+    ],
+)
+def test_bad_input_is_named(tmp_path: Path, options: Any, named: str) -> None:
+    with pytest.raises(ProblemError, match=named):
+        trainer(tmp_path, **options)
