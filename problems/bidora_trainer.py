@@ -61,7 +61,6 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
     gamma: float = HfArg(
         default=0.0, help="weight of the Gram regulariser; the published recipes have 1e-5"
     )
-    magnitude_decay: float = HfArg(default=0.0, help="weight of ½‖m − m0‖² in the upper loss")
     norm_grad: Literal["full", "detach"] = HfArg(
         default="full",
         help="whether bidora's row norm is in the graph; detach is PEFT's approximation, which the "
@@ -75,7 +74,7 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
         if self.preset == "published":
             self._prefer(hypergradient="darts:scheme=forward", xi=1.0)
         super().__post_init__()
-        self._require("not be negative", lambda x: x >= 0, "gamma", "magnitude_decay")
+        self._require("not be negative", lambda x: x >= 0, "gamma")
 
     def _prefer(self, **preset: Any) -> None:
         """Set options that have their defaults; raise ProblemError for one with another value."""
@@ -164,10 +163,10 @@ class BiDoRATrainer(TwoPhaseTrainer):
             callbacks=callbacks,
             **trainer,
         )
-        if self.is_fsdp_enabled and args.gamma + args.magnitude_decay > 0:
+        if self.is_fsdp_enabled and args.gamma > 0:
             raise ProblemError(
-                "gamma and magnitude_decay read parameters outside of the model's forward pass, "
-                "where FSDP2 has shards only; set both to 0"
+                "gamma reads parameters outside of the model's forward pass, where FSDP2 has "
+                "shards only; set it to 0"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -224,8 +223,7 @@ def _direction(trainer: BilevelTrainer) -> Problem:
 
 
 def _upper(trainer: BilevelTrainer) -> Problem:
-    decay = trainer.args.magnitude_decay
-    return Magnitude(trainer.model, decay=decay, task_loss=trainer.task_loss)
+    return Magnitude(trainer.model, task_loss=trainer.task_loss)
 
 
 def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:

@@ -240,9 +240,14 @@ class _Examination:
         """Add findings on variables without a gradient, and on a missing implicit term."""
         upper, lower = self.oracle.upper, self.oracle.lower
         count = len(upper.variables)
-        unread = [(lower, n) for n, g in zip(lower.names, below[count:]) if g is None]
+        own = zip(lower.names, below[count:])
+        unread = [(lower, n) for n, g in own if g is None or n in lower.unread]
         both, options = zip(upper.names, upper.variables, above, below), self._options
-        unread += [(upper, n) for n, x, f, g in both if f is g is None and id(x) not in options]
+        unread += [
+            (upper, n)
+            for n, x, f, g in both
+            if (f is None or n in upper.unread) and g is None and id(x) not in options
+        ]
         for level, name in unread:
             losses = "the lower loss does not read" if level is lower else "no loss reads"
             words = f"{losses} the variable {name!r}"

@@ -58,7 +58,8 @@ class Engine:
       ``note`` of the estimator, None where the estimator has none;
     - ``gradients`` and ``products``, the forward+backward passes and the second backward passes
       of the hypergradient;
-    - the metrics of each loss as ``upper_…`` and ``lower_…``.
+    - the metrics of each loss as ``upper_…`` and ``lower_…``, such as ``upper_prior``: the prior
+      of a level, which ``upper_loss`` and ``lower_loss`` are without.
 
     A loss must not write to parameters through ``.data``, which autograd does not record.
 

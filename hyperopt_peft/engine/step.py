@@ -39,10 +39,11 @@ class UpperStep:
     Attributes:
         hypergradient: dF/du, one tensor for each upper variable.
         grad_norm: ‖dF/du‖₂.
-        log: ``upper_loss``; ``implicit_ratio`` (‖implicit term‖/‖direct term‖); ``residual``,
-            ``solver_steps`` and ``note``, None where the estimator has none; ``gradients`` and
-            ``products``, the forward+backward passes and the second backward passes.
-        metrics: the metrics of F on this process.
+        log: ``upper_loss`` without the prior; ``implicit_ratio`` (‖implicit term‖/‖direct term‖);
+            ``residual``, ``solver_steps`` and ``note``, None where the estimator has none;
+            ``gradients`` and ``products``, the forward+backward passes and the second backward
+            passes.
+        metrics: the metrics of F on this process; ``prior`` where the level has one.
     """
 
     hypergradient: tuple[Tensor, ...]
@@ -53,7 +54,7 @@ class UpperStep:
 
 @dataclass(frozen=True)
 class LowerStep:
-    """A step of the lower level: f, the 2-norm of ∂f/∂w, and the metrics of f."""
+    """A step of the lower level: f without the prior, the 2-norm of ∂f/∂w, the metrics of f."""
 
     loss: float
     grad_norm: float
@@ -138,7 +139,8 @@ class BilevelStep:
         )
         known = None if self.requirements.upper_weight else evaluation.norms[: len(gradient)]
         norm = self.lower.step(gradient, None if known is None else math.hypot(*known))
-        return LowerStep(evaluation.loss, norm, evaluation.metrics)
+        loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
+        return LowerStep(loss, norm, evaluation.metrics)
 
     def record_lower(
         self,
@@ -244,7 +246,7 @@ class BilevelStep:
             require_read(self.upper, above.gradient[: len(u)], besides=self._unread)
             self._upper_read = True
         log = {
-            "upper_loss": above.loss,
+            "upper_loss": above.loss - prior_of(self.upper, above.metrics),
             "implicit_ratio": result.implicit_ratio,
             "residual": result.residual,
             "solver_steps": result.steps,
@@ -300,6 +302,19 @@ class BilevelStep:
         record = self._records.popleft()
         if record.variables:
             self._copies.give_back(record.variables)
+
+
+def prior_of(level: Problem, metrics: Mapping[str, float]) -> float:
+    """The prior's part of a loss of ``level`` with ``metrics``; 0 without a prior.
+
+    Records and logs have losses without the prior, which their ``…prior`` has.
+
+    Example:
+        >>> import torch
+        >>> prior_of(Problem([torch.ones(2, requires_grad=True)], prior=1.0), {"prior": 0.5})
+        0.5
+    """
+    return 0.0 if level.prior is None else metrics["prior"]
 
 
 def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) -> None:

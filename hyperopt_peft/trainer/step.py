@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from hyperopt_peft.core.validation import require_read
-from hyperopt_peft.engine.step import BilevelStep, Gradient
+from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError
 from hyperopt_peft.trainer.accumulation import MicroBatch, label_weights
 from hyperopt_peft.trainer.checks import shifts_labels
@@ -58,6 +58,11 @@ class OptimizerStep:
         """Set each ``.grad`` of the levels' variables to None."""
         for _, variable in self.trainer.named_variables():
             variable.grad = None
+
+    @property
+    def last_prior(self) -> float:
+        """The lower level's prior in the result of the last `evaluate`."""
+        return prior_of(self.trainer.lower, self._metrics[-1]) / self.expected
 
     def evaluate(self, inputs: Any) -> Tensor:
         """The lower loss of the next micro-batch divided by their number, a scalar."""

@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
@@ -124,6 +125,9 @@ class BilevelTrainer(Trainer):
         self.lower: Problem = _made(lower, self)
         self.upper: Problem | None = _made(upper, self)
         checks.check_levels(self.levels)
+        if self.upper is not None and args.upper_prior is not None:
+            checks.check_no_prior(self.upper)
+            self.upper.prior = GaussianPrior(args.upper_prior, self.upper.variables)
         self.estimator = args.estimator()
         checks.check_accelerator(self)
         check_optimizer(self.optimizer, self.lr_scheduler, self.levels)
@@ -144,6 +148,16 @@ class BilevelTrainer(Trainer):
             for name, variable in zip(level.names, level.variables, strict=True)
         ]
 
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The variables, and the values that a level's prior pulls to, by level and name."""
+        starts = [
+            (f"{key} prior.{name}", start)
+            for key, level in zip(("lower", "upper"), self.levels)
+            if isinstance(level.prior, GaussianPrior)
+            for name, start in zip(level.names, level.prior.start, strict=True)
+        ]
+        return self.named_variables() + starts
+
     @property
     def signalled(self) -> bool:
         """Whether SIGTERM ended the last run, after its checkpoint (``enable_jit_checkpoint``)."""
@@ -156,7 +170,7 @@ class BilevelTrainer(Trainer):
             "hypergradient": repr(self.estimator) if self.upper is not None else None,
             "processes": distributed.world_size(),
             **self._fingerprints,
-            **{name: list(variable.shape) for name, variable in self.named_variables()},
+            **{name: list(tensor.shape) for name, tensor in self.named_tensors()},
         }
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
@@ -192,7 +206,7 @@ class BilevelTrainer(Trainer):
         limits = self.args.max_grad_norm, self.args.save_total_limit
         try:
             with self._callback.run(found):
-                distributed.broadcast([v for _, v in self.named_variables()], self.args.device)
+                distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
                 return super().train(None if found is None else str(found[0]), *args, **kwargs)
         finally:
             self.args.max_grad_norm, self.args.save_total_limit = limits
@@ -254,7 +268,7 @@ class BilevelTrainer(Trainer):
             clear_device_cache()
         if self.current_step.whole:
             self.current_step.set_gradients(self._callback.save_before)
-        return loss.detach()
+        return loss.detach() - self.current_step.last_prior
 
     def task_loss(self, batch: Any) -> Tensor:
         """The loss that the Trainer would train: a scalar, the weighted mean over the labels.
