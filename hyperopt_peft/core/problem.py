@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -199,6 +199,10 @@ class Problem:
         if self.half is None:
             self.half = runs_in_half(loss, self.name)
         return loss, metrics
+
+    def terms(self, batch: Any) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """Losses whose sum is that of `evaluate`, each differentiated before the next is drawn."""
+        yield self.evaluate(batch)
 
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
         """The loss on ``batch`` and the gradient with respect to ``variables``.
