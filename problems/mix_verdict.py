@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -222,7 +222,8 @@ class _Contest:
     def _weights(self, data: SourceData, agreement: Tensor | None = None) -> SourceWeights:
         """Equal weights, or a = the mean agreement of each source, and of the trusted rows 1."""
         args = self.trainer.args
-        weights = SourceWeights(data.counts, kind="sigmoid", average=args.source_average)
+        counts = {name: max(1, count) for name, count in data.counts.items()}
+        weights = SourceWeights(counts, kind="sigmoid", average=args.source_average)
         if agreement is not None:
             sums, counts = _by_source(data.below, agreement, len(data.names))
             share = ((sums + 1) / (counts + 2)).clamp(1e-3, 1 - 1e-3)
@@ -243,13 +244,16 @@ class _Contest:
             self._restart()
         args = self._arguments(self.trainer.args.for_retraining())
         args.max_steps = max(1, steps)
-        level: Callable[[Any], Any] = lambda t: Mixture(t.model, weights)
         if weights is None:
             rows = rows.remove_columns([n for n in (SOURCE, VOTES) if n in rows.column_names])
-            level = lambda t: Adapter(t.model, task_loss=t.task_loss)
-        BilevelTrainer(
-            self.model, lower=level, upper=None, args=args, train_dataset=rows, **self.trainer.options
-        ).train()
+
+        def level(trainer: BilevelTrainer) -> Adapter:
+            if weights is None:
+                return Adapter(trainer.model, task_loss=trainer.task_loss)
+            return Mixture(trainer.model, weights)
+
+        options = {**self.trainer.options, "args": args, "train_dataset": rows}
+        BilevelTrainer(self.model, lower=level, upper=None, **options).train()
 
     def _restart(self) -> None:
         assign_(self.variables, self.trainer.initial)
@@ -283,7 +287,7 @@ def _by_source(rows: Dataset, agreement: Tensor, count: int) -> tuple[Tensor, Te
 
 
 def _filtered(data: SourceData, agreement: Tensor) -> SourceData:
-    """``data`` without the rows, or votes, that disagree; of other labels without the worse half."""
+    """``data`` without rows, or votes, that disagree; of other labels without the worse half."""
     if agreement.dim() == 2:
         votes = np.array(data.below[VOTES][:])
         votes[~(agreement >= AGREES).numpy()] = NO_VOTE
