@@ -148,14 +148,14 @@ class MixTrainer(TwoPhaseTrainer):
     def search_passes(self) -> int:
         """The forward+backward passes of the search, in passes over a batch of the lower level."""
         args, cost = self.args, self.estimator.cost()
-        steps = args.max_steps
+        steps = int(args.max_steps)
         if steps <= 0:
             batches = math.ceil(len(self.data.below) / (args.train_batch_size * args.world_size))
             a_pass = max(1, math.ceil(batches / args.gradient_accumulation_steps))
             steps = math.ceil(float(args.num_train_epochs) * a_pass)
         of_upper = 2 if cost is None else cost.backward_passes
-        a_step = (args.lower_steps - 1 + of_upper) / args.lower_steps
-        return math.ceil((args.cross_fit or 1) * steps * a_step)
+        a_step: float = (args.lower_steps - 1 + of_upper) / args.lower_steps
+        return math.ceil(steps * a_step) * (args.cross_fit or 1)
 
     def shares(self) -> dict[str, float]:
         """The share of each source, and of the trusted rows, in the training loss; sum 1."""

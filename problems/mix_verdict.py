@@ -133,7 +133,7 @@ def verdict(trainer: MixTrainer, *, folds: int = 3, equal_passes: bool = True) -
     losses: dict[tuple[str, int], Tensor] = {}
     with contest:
         for fold in range(folds):
-            below = data.with_trusted(np.flatnonzero(of_row != fold))
+            below = data.with_trusted(np.flatnonzero(of_row != fold).tolist())
             rows = np.flatnonzero(of_row == fold)
             held_out = data.trusted.select(rows)
             for method, steps in contest.trained(below, sorted(lengths)):
@@ -225,8 +225,8 @@ class _Contest:
         counts = {name: max(1, count) for name, count in data.counts.items()}
         weights = SourceWeights(counts, kind="sigmoid", average=args.source_average)
         if agreement is not None:
-            sums, counts = _by_source(data.below, agreement, len(data.names))
-            share = ((sums + 1) / (counts + 2)).clamp(1e-3, 1 - 1e-3)
+            sums, votes = _by_source(data.below, agreement, len(data.names))
+            share = ((sums + 1) / (votes + 2)).clamp(1e-3, 1 - 1e-3)
             share[-1] = 1 - 1e-3
             weights.logits.data = share.logit()
         return weights.requires_grad_(False).to(args.device)
@@ -269,7 +269,7 @@ class _Contest:
         self.model.eval()
         size = self.trainer.args.per_device_eval_batch_size
         loader: Any = DataLoader(
-            rows,  # type: ignore[arg-type]
+            rows,
             batch_size=size,
             collate_fn=self.trainer.data_collator,
         )
@@ -293,7 +293,7 @@ def _filtered(data: SourceData, agreement: Tensor) -> SourceData:
         votes[~(agreement >= AGREES).numpy()] = NO_VOTE
         below = data.below.remove_columns(VOTES).add_column(VOTES, votes.tolist())
         return SourceData(data.names, below, data.trusted).with_below(
-            np.flatnonzero((votes != NO_VOTE).any(1))
+            np.flatnonzero((votes != NO_VOTE).any(1)).tolist()
         )
     whole = bool(((agreement == 0) | (agreement == 1)).all())
     limit = AGREES if whole else float(agreement.median())

@@ -98,7 +98,7 @@ def test_votes_of_labelling_functions(tmp_path: Path) -> None:
     [
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"given": {"good": rows(9, 1)}}, "two or more"),
-        ({"trusted": rows(5, 1)}, "5 of 5"),
+        ({"trusted": sources()["good"].select(range(5))}, "5 of 5"),
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, options: Any, named: str) -> None:
