@@ -39,6 +39,7 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     upper_learning_rate: float = HfArg(
         default=0.1, help="peak learning rate of the logits of the weights"
     )
+    cross_fit: int | None = HfArg(default=None, help="folds of the trusted rows")
     source_weights: Literal["sigmoid", "softmax"] = HfArg(
         default="sigmoid", help="the weights as a function of their logits"
     )

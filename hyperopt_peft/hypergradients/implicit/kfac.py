@@ -18,7 +18,6 @@ from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.linear_calls import Layer, linear_calls
 from hyperopt_peft.utils.vector import Vector, widened, zeros_like
 
-
 ALONE = "so that the factored matrix is inverted alone"
 
 
