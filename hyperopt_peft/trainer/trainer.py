@@ -318,6 +318,10 @@ class BilevelTrainer(Trainer):
             if self.skipped:
                 logs["skipped"] = self.skipped
             logs |= self._signal_to_noise()
+        if "eval_loss" in logs and self.is_in_train and self.trainer_loss:
+            losses = [x["upper_loss"] for x in self.state.log_history if "upper_loss" in x]
+            if losses:
+                logs["eval_upper_gap"] = logs["eval_loss"] - losses[-1]
         super().log(logs, start_time)
 
     def _signal_to_noise(self) -> dict[str, float]:
