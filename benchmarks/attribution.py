@@ -245,7 +245,7 @@ def memory(runs: Runs, quick: bool) -> None:
     for name in methods():
         if name not in sizes:
             setting = run.setting
-            size = sum(v.numel() * v.element_size() for v in setting.run.level.variables)
+            size = sum(v.numel() * v.element_size() for v in setting.run.levels[0].variables)
             found = peak_memory(lambda name=name: by_name(run.setting, name), torch.device("cpu"))
             sizes[name] = found / size
             runs.save()
@@ -286,7 +286,7 @@ def find(runs: Runs, quick: bool) -> None:
         for task, noise, share in cases[1:2] if quick else cases:
             row = runs.entry(part="suspects", task=task, noise=noise, share=share, seed=seed)
             if "auc" not in row:
-                recipe = replace(SMOOTH, epochs=1.0) if quick else SMOOTH
+                recipe = replace(SMOOTH, epochs=1.0 if quick else 4.0)
                 run = Trained(draw(task, seed, noise, share), recipe, seed)
                 row |= ranked(run)
                 runs.save()

@@ -17,7 +17,7 @@ from hyperopt_peft.attribution.methods import Setting
 
 def datainf(setting: Setting) -> Tensor:
     """DataInf (Kwon et al. 2024, arXiv:2310.00902, Eq. 5), a layer a variable, ``(n,)``."""
-    lower: Any = setting.run.level
+    lower: Any = setting.run.levels[0]
     (parts,) = setting.evaluation.slices.values()
     above = setting.evaluation.gradient(parts, lower.variables).gradient
     numbers = torch.arange(len(lower.weights)).split(1)
@@ -52,7 +52,7 @@ def kronfluence(setting: Setting) -> Tensor:
     from kronfluence.arguments import FactorArguments
     from kronfluence.task import Task
 
-    lower: Any = setting.run.level
+    lower: Any = setting.run.levels[0]
     names = [n for n, m in lower.model.named_modules() if _trained(m)]
 
     class Rows(Task):  # type: ignore[misc]

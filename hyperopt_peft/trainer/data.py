@@ -50,7 +50,7 @@ def split_dataset(
         raise ProblemError(f"upper_fraction must be in (0, 1), got {upper_fraction}")
     if label is not None and label not in train.column_names:
         raise ProblemError(f"the training set has no column {label!r}, only {train.column_names}")
-    values = _classes(train, label or label_column(train)) or []
+    values = classes_of(train, label or label_column(train)) or []
     rows = Dataset.from_dict({"row": range(len(train))})
     if None in values:
         raise ProblemError(
@@ -112,8 +112,8 @@ def label_column(data: Dataset) -> str | None:
     return next((column for column in ("label", "labels") if column in data.column_names), None)
 
 
-def _classes(data: Dataset, column: str | None) -> list[Any] | None:
-    """The entries of ``column`` if they are classes."""
+def classes_of(data: Dataset, column: str | None) -> list[Any] | None:
+    """The entries of ``column`` if they are classes; a few different integers are."""
     feature = None if column is None else data.features[column]
     integer = isinstance(feature, Value) and "int" in feature.dtype
     if not integer and not isinstance(feature, ClassLabel):
@@ -188,8 +188,8 @@ def shared(data: Any, other: Any) -> int:
     """The number of examples of ``data`` that are in ``other`` too; 0 if that is unknown."""
     if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
         return 0
-    known = set(_digests(other, _columns(data, other)))
-    return sum(digest in known for digest in _digests(data, _columns(data, other)))
+    known = set(digests(other, _columns(data, other)))
+    return sum(digest in known for digest in digests(data, _columns(data, other)))
 
 
 #: The largest number of rows that a fingerprint reads, evenly spaced.
@@ -242,7 +242,7 @@ class Endless(IterableDataset[Any]):
                 raise ProblemError("train_dataset: the stream has no examples; give it some")
 
 
-def _digests(data: Dataset, columns: list[str]) -> Iterator[int]:
+def digests(data: Dataset, columns: list[str]) -> Iterator[int]:
     """A hash of each stored row, independent of the format of ``data``."""
     for table in data.select_columns(columns).with_format("arrow").iter(1000):
         yield from map(hash, map(repr, table.select(columns).to_pylist()))

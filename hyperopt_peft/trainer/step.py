@@ -40,6 +40,8 @@ class OptimizerStep:
     def __init__(self, trainer: BilevelTrainer, batches: Sequence[Any]) -> None:
         self.trainer, self.expected = trainer, len(batches)
         self.micro: list[MicroBatch] = []
+        #: The upper level's batch and random numbers, in a step that moves it.
+        self.upper: MicroBatch | None = None
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
         self._weights = self._label_weights(batches)
@@ -136,6 +138,7 @@ class OptimizerStep:
         if step % every == 0:
             # With an upper weight each lower step has read an upper batch.
             batch = self._upper_batch((step if shared else 0) + step // every - 1)
+            self.upper = MicroBatch(batch, bilevel.upper_random(step))
             with trainer.compute_loss_context_manager():
                 upper = bilevel.hypergradient(batch, number=step)
             numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}
