@@ -28,6 +28,7 @@ from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import TensorPool, preserve_state
+from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 
 Gradient = tuple[Tensor | None, ...]
 
@@ -105,6 +106,7 @@ class BilevelStep:
         self.requirements = estimator.requirements
         self.devices = devices_of(upper, lower)
         self.state: State = {}  # the estimator's own
+        self.signal = SignalToNoise()  # of the hypergradients since it was last read
         self._records: deque[StepRecord] = deque(maxlen=max(1, self.requirements.history))
         self._copies = TensorPool()
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
@@ -241,6 +243,7 @@ class BilevelStep:
         oracle = self.oracle(self.upper, batch, self.upper_random(number), self.last)
         result = estimate(oracle, self.estimator)
         self.state = result.state
+        self.signal.add(result.hypergradient)
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
         if not self._upper_read:
             require_read(self.upper, above.gradient[: len(u)], besides=self._unread)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -29,7 +31,9 @@ from hyperopt_peft.trainer.step import OptimizerStep, StepLog
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
+from hyperopt_peft.utils.signal_to_noise import ENOUGH, REMEDIES
 
+logger = logging.getLogger(__name__)
 SETTINGS = "bilevel_settings.json"
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
 Level = Problem | Callable[["BilevelTrainer"], Problem]
@@ -201,7 +205,7 @@ class BilevelTrainer(Trainer):
         self, found: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Train from the checkpoint ``found``, with its record; None for a new run."""
-        self.step_log, self.skipped = StepLog(), 0
+        self.step_log, self.skipped, self._noise_said = StepLog(), 0, False
         self.save_total_limit = self.args.save_total_limit
         limits = self.args.max_grad_norm, self.args.save_total_limit
         try:
@@ -313,7 +317,30 @@ class BilevelTrainer(Trainer):
             logs |= {key: value for key, value in means.items() if key not in logs} | last
             if self.skipped:
                 logs["skipped"] = self.skipped
+            logs |= self._signal_to_noise()
+        if "eval_loss" in logs and self.is_in_train and self.trainer_loss:
+            losses = [x["upper_loss"] for x in self.state.log_history if "upper_loss" in x]
+            if losses:
+                logs["eval_upper_gap"] = logs["eval_loss"] - losses[-1]
         super().log(logs, start_time)
+
+    def _signal_to_noise(self) -> dict[str, float]:
+        """``upper_snr`` of the steps since the last log; warns once where it is below 1."""
+        if self.bilevel_step is None:
+            return {}
+        count, ratio = self.bilevel_step.signal.count, self.bilevel_step.signal.read()
+        if ratio is None or ratio == math.inf:
+            return {}
+        if ratio < 1 and count >= ENOUGH and not self._noise_said:
+            self._noise_said = True
+            logger.warning(
+                "upper_snr: %.2g over %d upper steps: the upper level follows noise, unless it is "
+                "near its minimum; try %s",
+                ratio,
+                count,
+                REMEDIES,
+            )
+        return {"upper_snr": ratio}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `transformers.Trainer.save_model`, with the settings; the levels in checkpoints."""
