@@ -236,6 +236,8 @@ class BiDoRATrainer(BilevelTrainer):
             if self.args.retrain == "scratch":
                 self._return_to_start()
             found = None
+        if self.folds is not None:  # where the search was not resumed
+            self.folds.join()
         self.retrainer = Retrainer(self, arguments, **self._retraining)
         return self.retrainer._train_from(found, *args, **kwargs)
 

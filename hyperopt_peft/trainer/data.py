@@ -50,7 +50,7 @@ def split_dataset(
         raise ProblemError(f"upper_fraction must be in (0, 1), got {upper_fraction}")
     if label is not None and label not in train.column_names:
         raise ProblemError(f"the training set has no column {label!r}, only {train.column_names}")
-    values = _classes(train, label or label_column(train)) or []
+    values = classes_of(train, label or label_column(train)) or []
     rows = Dataset.from_dict({"row": range(len(train))})
     if None in values:
         raise ProblemError(
@@ -112,7 +112,7 @@ def label_column(data: Dataset) -> str | None:
     return next((column for column in ("label", "labels") if column in data.column_names), None)
 
 
-def _classes(data: Dataset, column: str | None) -> list[Any] | None:
+def classes_of(data: Dataset, column: str | None) -> list[Any] | None:
     """The entries of ``column`` if they are classes."""
     feature = None if column is None else data.features[column]
     integer = isinstance(feature, Value) and "int" in feature.dtype
