@@ -192,7 +192,7 @@ def levels(name: str, model: Any) -> dict[str, Any]:
             "lower": lambda t: Weighted(t.model, weights),
             "upper": lambda t: Clean(weights, t.model),
         }
-    sources = SourceWeights(["web", "books"])
+    sources = SourceWeights({"web": 9, "books": 9})
     return {
         "lower": lambda t: Mixture(t.model, sources),
         "upper": lambda t: Target(sources, t.model),
