@@ -245,7 +245,7 @@ def memory(runs: Runs, quick: bool) -> None:
     for name in methods():
         if name not in sizes:
             setting = run.setting
-            size = sum(v.numel() * v.element_size() for v in setting.run.level.variables)
+            size = sum(v.numel() * v.element_size() for v in setting.run.levels[0].variables)
             found = peak_memory(lambda name=name: by_name(run.setting, name), torch.device("cpu"))
             sizes[name] = found / size
             runs.save()
@@ -286,7 +286,7 @@ def find(runs: Runs, quick: bool) -> None:
         for task, noise, share in cases[1:2] if quick else cases:
             row = runs.entry(part="suspects", task=task, noise=noise, share=share, seed=seed)
             if "auc" not in row:
-                recipe = replace(SMOOTH, epochs=1.0) if quick else SMOOTH
+                recipe = replace(SMOOTH, epochs=1.0 if quick else 4.0)
                 run = Trained(draw(task, seed, noise, share), recipe, seed)
                 row |= ranked(run)
                 runs.save()
@@ -299,7 +299,7 @@ def ranked(run: Trained) -> Row:
     setting, wrong, labels = run.setting, run.rows.wrong, run.rows.labels
     whole, gradient = (by_name(setting, name)[0] for name in (WHOLE, "gradient"))
     losses = setting.run.losses / setting.run.visits
-    found = suspects(setting, labels, whole, losses, 5, 0)
+    found = suspects(setting, whole, losses, 5, 0)
     orders = {
         "library (`suspects`)": -found.confidence,
         "out-of-fold probability": -found.probabilities.gather(1, labels[:, None])[:, 0],

@@ -201,7 +201,7 @@ def trained(
 
     ``chunk`` rows of Φ are in memory at a time.
     """
-    run = train(lower, lower.weights, recipe.steps, memory_limit=memory_limit)
+    run = train([lower], lower.weights, [0] * recipe.steps, memory_limit=memory_limit)
     rows = lower.rows
     parts = [partial(part_of_mean, lower, index) for index in rows.above.split(chunk)]
 

@@ -132,7 +132,8 @@ def main() -> None:
             layers_to_transform=list(layers),
         )
         model = get_peft_model(base, adapter)
-        weights = SourceWeights(list(SOURCES)).to(training.device)
+        counts = {name: len(part) for name, part in zip(SOURCES, parts, strict=True)}
+        weights = SourceWeights(counts, kind="softmax", average="sources").to(training.device)
         learn = method == "learnt"
         trainer = BilevelTrainer(
             model,
@@ -146,7 +147,7 @@ def main() -> None:
         if not learn:  # an adapter begins as nothing
             results["untrained"] = {"perplexity": perplexity(trainer)}
         trainer.train()
-        final = dict(zip(SOURCES, weights().tolist(), strict=True))
+        final = dict(zip(SOURCES, weights.shares().tolist(), strict=True))
         results[method] = {"perplexity": perplexity(trainer), **final}
         history.extend(trainer.state.log_history)
         base = model.unload()  # LoRA left its weights as they were

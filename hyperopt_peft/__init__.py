@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.core.problem import Problem
     from hyperopt_peft.diagnostics.check import check_problem
     from hyperopt_peft.diagnostics.compare import compare_hypergradients
+    from hyperopt_peft.engine.early_stopping import EarlyStopping
     from hyperopt_peft.engine.engine import Engine
     from hyperopt_peft.engine.fit import fit, minimise, minimize
     from hyperopt_peft.engine.nested import Nested
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "BilevelTrainer": "trainer.trainer",
     "BilevelTrainingArguments": "trainer.arguments",
+    "EarlyStopping": "engine.early_stopping",
     "Engine": "engine.engine",
     "Estimator": "hypergradients",
     "HypergradientWarning": "errors",
@@ -49,6 +51,7 @@ _MODULES = {
 __all__ = [
     "BilevelTrainer",
     "BilevelTrainingArguments",
+    "EarlyStopping",
     "Engine",
     "Estimator",
     "HypergradientWarning",

@@ -57,13 +57,13 @@ class Direction(TaskLevel):
 
 
 class Magnitude(TaskLevel):
-    """Upper level: min over m of L(A, B, m; D_val) + decay·½‖m − m0‖², m0 the initial m.
+    """Upper level: min over m of L(A, B, m; D_val).
 
-    The weight decay of an optimizer would shrink m towards 0, and with m the pretrained weights.
+    The weight decay of an optimizer would shrink m towards 0, and with m the pretrained weights; a
+    ``prior`` pulls m to its initial value.
 
     Args:
         model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
-        decay: the weight of ½‖m − m0‖².
         task_loss, level: as in `TaskLevel`.
 
     Raises:
@@ -79,18 +79,6 @@ class Magnitude(TaskLevel):
         [(3,)]
     """
 
-    def __init__(
-        self, model: Any, *, decay: float = 0.0, task_loss: TaskLoss | None = None, **level: Any
-    ) -> None:
-        self.decay = decay
+    def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
         owned = split_parameters(model).magnitudes
         super().__init__(model, owned, task_loss=task_loss, **level)
-        self.start = [m.detach().clone() for m in self.variables]
-
-    def loss(self, batch: Any) -> Tensor:
-        """L(A, B, m) + decay·½‖m − m0‖²."""
-        task = self.task_loss(batch)
-        if self.decay == 0:
-            return task
-        moved = zip(self.variables, self.start, strict=True)
-        return task + self.decay / 2 * sum((m - m0.to(m)).square().sum() for m, m0 in moved)

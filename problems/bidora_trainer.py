@@ -5,32 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from datasets import concatenate_datasets
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.adapters import dora_layers, lora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from hyperopt_peft.problems.common import Adapter
-from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import require_examples
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.trainer.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.distributed import reshard, sharded_like
-
-INITIAL = "initial.pt"
 
 
 @dataclass
-class BiDoRATrainingArguments(BilevelTrainingArguments):
+class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
     """The arguments of `BiDoRATrainer`; those of `BilevelTrainingArguments` are for the search.
 
     Raises:
@@ -67,7 +61,6 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
     gamma: float = HfArg(
         default=0.0, help="weight of the Gram regulariser; the published recipes have 1e-5"
     )
-    magnitude_decay: float = HfArg(default=0.0, help="weight of ½‖m − m0‖² in the upper loss")
     norm_grad: Literal["full", "detach"] = HfArg(
         default="full",
         help="whether bidora's row norm is in the graph; detach is PEFT's approximation, which the "
@@ -76,28 +69,12 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
     fast_dora: bool = HfArg(
         default=True, help="whether linear layers run the fast forward pass instead of PEFT's"
     )
-    retrain: Literal["none", "warm", "scratch"] = HfArg(
-        default="warm",
-        help="after bidora's search, train directions and head with m frozen on the whole training "
-        "set: not at all, from where the search ended, or from their initial values",
-    )
-    retrain_learning_rate: float | None = HfArg(
-        default=None, help="peak learning rate of the retraining; learning_rate if not given"
-    )
-    retrain_epochs: float | None = HfArg(
-        default=None, help="epochs of the retraining; num_train_epochs if not given"
-    )
-    retrain_steps: int | None = HfArg(
-        default=None, help="steps of the retraining, in place of epochs; max_steps if not given"
-    )
 
     def __post_init__(self) -> None:
         if self.preset == "published":
             self._prefer(hypergradient="darts:scheme=forward", xi=1.0)
         super().__post_init__()
-        self._require("not be negative", lambda x: x >= 0, "gamma", "magnitude_decay")
-        self._require("not be negative", lambda x: x >= 0, "retrain_learning_rate")
-        self._require("be positive", lambda x: x > 0, "retrain_epochs", "retrain_steps")
+        self._require("not be negative", lambda x: x >= 0, "gamma")
 
     def _prefer(self, **preset: Any) -> None:
         """Set options that have their defaults; raise ProblemError for one with another value."""
@@ -121,21 +98,8 @@ class BiDoRATrainingArguments(BilevelTrainingArguments):
             )
         return replace(estimator, xi=self.xi)
 
-    def for_retraining(self) -> BiDoRATrainingArguments:
-        """The arguments of the second phase; it writes to the folder ``retrain``."""
-        args = copy.copy(self)
-        args.output_dir = str(Path(self.output_dir) / "retrain")
-        args.push_to_hub = False
-        if self.retrain_learning_rate is not None:
-            args.learning_rate = self.retrain_learning_rate
-        if self.retrain_epochs is not None:
-            args.num_train_epochs, args.max_steps = self.retrain_epochs, -1
-        if self.retrain_steps is not None:
-            args.max_steps = self.retrain_steps
-        return args
 
-
-class BiDoRATrainer(BilevelTrainer):
+class BiDoRATrainer(TwoPhaseTrainer):
     """BiDoRA (arXiv:2410.09758) by `transformers.Trainer`: a search, then a retraining.
 
     The class replaces ``Trainer(model, args, train_dataset=…)`` for a PeftModel with
@@ -184,10 +148,11 @@ class BiDoRATrainer(BilevelTrainer):
             everything = _joined(train_dataset, upper_dataset)
             if args.method != "bidora":  # a control trains on all that bidora is given
                 train_dataset, upper_dataset = everything, None
+        #: All training examples of both levels, and those that were given for the upper one alone.
+        self.examples, self.given_upper = everything, upper_dataset
         # Copies before the search, which changes the state of callbacks.
         again = [copy.copy(callback) for callback in callbacks or ()]
         self._retraining = {**trainer, "train_dataset": everything, "callbacks": again}
-        self.retrainer: Retrainer | None = None
         super().__init__(
             model,
             lower=_lower,
@@ -198,11 +163,10 @@ class BiDoRATrainer(BilevelTrainer):
             callbacks=callbacks,
             **trainer,
         )
-        self._start = [variable.detach().clone() for variable in self.lower.variables]
-        if self.is_fsdp_enabled and args.gamma + args.magnitude_decay > 0:
+        if self.is_fsdp_enabled and args.gamma > 0:
             raise ProblemError(
-                "gamma and magnitude_decay read parameters outside of the model's forward pass, "
-                "where FSDP2 has shards only; set both to 0"
+                "gamma reads parameters outside of the model's forward pass, where FSDP2 has "
+                "shards only; set it to 0"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -213,58 +177,9 @@ class BiDoRATrainer(BilevelTrainer):
         adapter = {name: getattr(config, name) for name in names}
         return {"method": own["method"], **adapter, **own}
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Do the search and the retraining, or the control; returns the last phase's result.
-
-        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the last complete
-        checkpoint of either phase. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
-        """
-        if self.args.method != "bidora" or self.args.retrain == "none":
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        arguments = self.args.for_retraining()
-        folder = Path(arguments.output_dir)
-        found = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
-        if found is None or found[0].resolve().parent != folder.resolve():
-            if self.args.retrain == "scratch":
-                self._keep_start(found is not None)
-            output = self._train_from(found, *args, **kwargs)
-            if self.signalled:  # the search is unfinished
-                return output
-            reshard(self.model)
-            if self.args.retrain == "scratch":
-                self._return_to_start()
-            found = None
-        if self.folds is not None:  # where the search was not resumed
-            self.folds.join()
-        self.retrainer = Retrainer(self, arguments, **self._retraining)
-        return self.retrainer._train_from(found, *args, **kwargs)
-
-    def release_models(self) -> None:
-        """As `BilevelTrainer.release_models`, for both phases."""
-        if self.retrainer is not None:
-            self.retrainer.release_models()
-        super().release_models()
-
-    def _keep_start(self, resumed: bool) -> None:
-        """Write the initial values to a file; a resumed run has those of the file."""
-        path = Path(self.args.output_dir) / INITIAL
-        values = dict(zip(self.lower.names, self._start, strict=True))
-        if resumed:
-            kept = checkpoint.read_state(path)
-            if {n: v.shape for n, v in kept.items()} != {n: v.shape for n, v in values.items()}:
-                raise ProblemError(
-                    f"{path}: the initial values are of another model; start a new run"
-                )
-            self._start = [kept[name] for name in self.lower.names]
-        elif self.args.should_save:
-            checkpoint.write_state(path, values)
-
-    @torch.no_grad()
-    def _return_to_start(self) -> None:
-        for variable, value in zip(self.lower.variables, self._start, strict=True):
-            variable.copy_(sharded_like(value, variable))
+    def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
+        """The trainer of directions and head with the magnitudes frozen, on all examples."""
+        return Retrainer(self, args, **self._retraining)
 
 
 class Retrainer(BilevelTrainer):
@@ -308,8 +223,7 @@ def _direction(trainer: BilevelTrainer) -> Problem:
 
 
 def _upper(trainer: BilevelTrainer) -> Problem:
-    decay = trainer.args.magnitude_decay
-    return Magnitude(trainer.model, decay=decay, task_loss=trainer.task_loss)
+    return Magnitude(trainer.model, task_loss=trainer.task_loss)
 
 
 def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:

@@ -1,57 +1,103 @@
-"""Weights of data sources, learnt on validation data of a target task.
+"""Weights of data sources, learnt on trusted examples of a target task.
 
-    upper: min over u   L(w*(u); validation data of the target)
-    lower: w*(u) = argmin over the adapter w   Σ_s p_s L_s(w),   p = softmax(u)
+    upper: min over u   L(w*(u); trusted examples)
+    lower: w*(u) = argmin over the adapter w   1/N Σ_i v_k(i)(u) ℓ_i(w)
 
-L_s is the mean loss of the examples of source s. Pan et al. 2024 (ScaleBiO), arXiv:2406.19976.
+Source k has n_k of the N examples. The weight of each of its examples is
+
+    v_k = a_k s_k N / Σ_j a_j s_j n_j      a = σ(u) or softmax(u),   s_k = 1 or 1/n_k
+
+so that the mean weight is 1: the weights cannot act as a learning rate. With s_k = 1/n_k and a
+softmax the lower loss is Σ_k a_k L_k, L_k the mean loss of source k: Pan et al. 2024 (ScaleBiO),
+arXiv:2406.19976. Labelling functions are sources too: an example then has several labels, each the
+vote of a source (data programming: Ratner et al. 2016, arXiv:1605.07723).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
-from hyperopt_peft.problems.example_weights import HeldOut, column, example_losses
+from hyperopt_peft.problems.example_weights import (
+    COLUMNS,
+    HeldOut,
+    column,
+    example_losses,
+    without,
+)
+
+#: The column with the number of an example's source, and that with the class that each source
+#: gives to an example, `NO_VOTE` for none.
+SOURCE, VOTES = "source", "votes"
+NO_VOTE = -1
 
 
 class SourceWeights(nn.Module):
-    """p = softmax(u), a weight for each of the sources ``names``; initially u = 0.
+    """v, the weight of an example of each source; initially u = 0, where all weights are equal.
+
+    Args:
+        counts: by name, the number n_k of examples, or votes, of each source.
+        kind: a = σ(u), where a source can be switched off alone, or a softmax.
+        average: ``"rows"`` (s_k = 1) counts each example alike, ``"sources"`` (1/n_k) each source.
 
     Raises:
-        ProblemError: there are fewer than two names, or two equal ones.
+        ProblemError: there are fewer than two sources, or one without examples.
 
     Example:
-        >>> SourceWeights(["wiki", "code"])().tolist()
-        [0.5, 0.5]
+        >>> weights = SourceWeights({"wiki": 30, "code": 10}, average="sources")
+        >>> weights().tolist(), weights.shares().tolist()
+        ([0.666..., 2.0], [0.5, 0.5])
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    counts: Tensor
+
+    def __init__(
+        self,
+        counts: Mapping[str, int],
+        *,
+        kind: Literal["sigmoid", "softmax"] = "sigmoid",
+        average: Literal["rows", "sources"] = "rows",
+    ) -> None:
         super().__init__()
-        if isinstance(names, str) or len(names) < 2 or len(set(names)) < len(names):
-            raise ProblemError(f"names: must be two or more different sources, got {names!r}")
-        self.names = list(names)
-        self.logits = nn.Parameter(torch.zeros(len(self.names)))
+        if not isinstance(counts, Mapping) or len(counts) < 2:
+            raise ProblemError(
+                f"counts: must map the names of two or more sources to their numbers of examples, "
+                f"got {counts!r}"
+            )
+        if empty := [name for name, count in counts.items() if count < 1]:
+            raise ProblemError(f"source {empty[0]!r}: has no examples; give some, or leave it out")
+        self.names, self.kind, self.average = list(counts), kind, average
+        self.logits = nn.Parameter(torch.zeros(len(counts)))
+        numbers = [float(count) for count in counts.values()]
+        self.register_buffer("counts", torch.tensor(numbers), persistent=False)
 
     def forward(self) -> Tensor:
-        """p, ``(number of sources,)``; the sum is 1."""
-        return self.logits.softmax(0)
+        """v, ``(K,)``; the mean over all examples is 1."""
+        return self.shares() * self.counts.sum() / self.counts
+
+    def shares(self) -> Tensor:
+        """p_k = v_k n_k / N, the share of source k in the lower loss, ``(K,)``; the sum is 1."""
+        a = self.logits.sigmoid() if self.kind == "sigmoid" else self.logits.softmax(0)
+        mass = a * self.counts if self.average == "rows" else a
+        return mass / mass.sum()
 
 
 class Mixture(Adapter):
-    """Lower level: min over the trainable parameters w of Σ_s p_s L_s(w).
+    """Lower level: min over the trainable parameters w of the mean of v_k(i) ℓ_i(w).
 
     The column ``source`` of a batch has the source of each example, a number from 0 in the order
-    of ``weights.names``. A source without an example in the batch adds nothing to the loss. So
-    batches should be large enough to have examples of every source.
+    of ``weights.names``. Or the column ``votes``, ``(n, K)``, has the class that each source gives
+    to an example, -1 for none; ``labels`` are then not read, and the mean is over the votes.
 
     Args:
         model: a Transformers model with an adapter, for classification or language modelling.
-        weights: the weights p.
+        weights: the weights v.
         level: as in `TaskLevel`.
 
     Raises:
@@ -62,10 +108,10 @@ class Mixture(Adapter):
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
         >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
-        >>> lower = Mixture(model, SourceWeights(["wiki", "code"]))
+        >>> lower = Mixture(model, SourceWeights({"wiki": 1, "code": 1}))
         >>> ids, labels = torch.ones(2, 4, dtype=torch.int64), torch.tensor([0, 1])
         >>> sorted(lower.loss({"input_ids": ids, "labels": labels, "source": labels}))
-        ['loss', 'weight_code', 'weight_wiki']
+        ['loss', 'share_code', 'share_wiki', 'task_loss']
     """
 
     def __init__(self, model: Any, weights: SourceWeights, **level: Any) -> None:
@@ -73,19 +119,38 @@ class Mixture(Adapter):
         super().__init__(model, **level)
 
     def loss(self, batch: Any) -> dict[str, Tensor]:
-        """Σ_s p_s L_s; each p_s is a metric, ``weight_`` and the source's name."""
+        """The weighted mean; the plain mean and each share p_k are metrics."""
         weights, names = self.weights(), self.weights.names
-        source = column(batch, "source", len(names), "source")
-        losses = example_losses(self.model, batch)
-        share = weights[source] / source.bincount()[source]
-        logged = {f"weight_{name}": p for name, p in zip(names, weights.detach(), strict=True)}
-        return {"loss": (share * losses).sum(), **logged}
+        if VOTES in batch:
+            losses, source = self._of_votes(batch, len(names))
+        else:
+            source = column(batch, SOURCE, len(names), SOURCE)
+            losses = example_losses(self.model, batch)
+        shares = zip(names, self.weights.shares().detach(), strict=True)
+        return {
+            "loss": (weights[source].to(losses) * losses).mean(),
+            "task_loss": losses.detach().mean(),
+            **{f"share_{name}": share for name, share in shares},
+        }
+
+    def _of_votes(self, batch: Any, count: int) -> tuple[Tensor, Tensor]:
+        """The loss of each vote, and its source."""
+        votes = batch[VOTES]
+        logits = self.model(**without(batch, ("labels", *COLUMNS))).logits
+        if votes.shape != (len(logits), count) or int(votes.max()) >= logits.shape[-1]:
+            raise ProblemError(
+                f"column 'votes': must be a class below {logits.shape[-1]}, or -1, of each of "
+                f"{count} sources, got a shape of {tuple(votes.shape)} and {int(votes.max())}"
+            )
+        row, source = (votes != NO_VOTE).nonzero(as_tuple=True)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(logits[row], votes[row, source], reduction="none"), source
 
 
 class Target(HeldOut):
-    """Upper level: min over the logits u of L(w; validation data of the target).
+    """Upper level: min over the logits u of L(w; trusted examples).
 
     Example:
-        >>> Target(SourceWeights(["wiki", "code"]), model=None).names
+        >>> Target(SourceWeights({"wiki": 1, "code": 1}), model=None).names
         ('logits',)
     """

@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.accumulation import ITEMS, WEIGHT
 
-#: Columns with the number of an example's weight, which are no arguments of a model.
-COLUMNS = ("index", "source")
+#: Columns that weights are read by, and a Trainer's entries, which are no arguments of a model.
+COLUMNS = ("index", "source", "votes", ITEMS, WEIGHT)
 MULTI_LABEL = "multi_label_classification"
 
 
@@ -43,8 +44,8 @@ class HeldOut(Problem):
     def loss(self, batch: Any) -> Tensor:
         """The loss of the model."""
         require_labels(batch)
-        result: Tensor = self.model(**without(batch, COLUMNS)).loss
-        return result
+        loss: Tensor = self.model(**without(batch, COLUMNS)).loss
+        return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
 
 
 def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:

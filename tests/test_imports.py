@@ -19,7 +19,7 @@ ALLOWED = {
     "adapters": {"errors", "utils"},
     "trainer": LEVELS | {"engine", "adapters"},
     "problems": LEVELS | {"engine", "adapters", "trainer"},
-    "attribution": LEVELS | {"adapters", "trainer", "problems"},
+    "attribution": LEVELS | {"engine", "adapters", "trainer", "problems"},
     "cli": LEVELS | {"engine", "diagnostics", "adapters", "trainer", "problems", "attribution", ""},
 }
 # The rooms that may import a library. GPT-2's Conv1D, a layer that PEFT adapts, is transformers's.

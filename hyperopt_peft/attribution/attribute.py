@@ -12,8 +12,10 @@ from hyperopt_peft.attribution.methods import Method, Setting, scores
 from hyperopt_peft.attribution.result import Attribution
 from hyperopt_peft.attribution.run import train
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState, replay
 
@@ -47,17 +49,22 @@ def attribute(
       Hessian of the mean loss over all training rows.
     * ``"gradient"``: the product of gradients at the end; ``"gradient:checkpoints=5"`` is TracIn.
 
+    A bilevel run has rows at both levels, and a score for each, by ``"unrolled"``. Its upper level
+    moves along ∂F/∂u (``hypergradient="direct"``), whose derivative is known; the derivatives of
+    other estimators are not.
+
     Args:
-        training: a level of one's own with data and optimizer, or a `transformers.Trainer` that
-            has not trained yet (or one with ``model_init``, which begins anew). It is trained.
-            Callbacks of a Trainer are not called, and nothing is evaluated, logged or saved.
-        row_weights: of a level, v: ones ``(n,)``, a leaf that requires a gradient, which the loss
-            reads: 1/B Σ v_i ℓ_i over the rows of a batch. A Trainer needs none.
-        evaluation: of a level, a function that returns Φ, a list of functions whose sum is Φ, or a
+        training: a level of one's own with data and optimizer; an `Engine` with two of them; or a
+            `transformers.Trainer` or a `BiDoRATrainer` that has not trained yet (or a Trainer with
+            ``model_init``, which begins anew). It is trained. Callbacks are not called, and
+            nothing is evaluated, logged or saved.
+        row_weights: of levels, v: ones ``(n,)``, a leaf that requires a gradient, which the loss of
+            each level reads: 1/B Σ v_i ℓ_i over the rows of a batch. A Trainer needs none.
+        evaluation: of levels, a function that returns Φ, a list of functions whose sum is Φ, or a
             mapping of these from the names of slices, whose mean is the whole Φ. Of a Trainer, a
             data set; by default its ``eval_dataset``.
         method: how, as above.
-        steps: of a level, the number of steps T; of a Trainer, None.
+        steps: of a level, the number of steps T; of an Engine, of upper steps; of a Trainer, None.
         slices: of a Trainer, the column of ``evaluation`` that groups its rows: a Φ for each
             value, all from one run.
         memory_limit: the memory in GiB that checkpoints of the run may take; see `Run`.
@@ -84,10 +91,13 @@ def attribute(
         [-2.67, -2.67, 5.33]
     """
     how = Method.of(method)
-    if isinstance(training, Problem):
+    bilevel = isinstance(training, Engine) or getattr(training, "upper", None) is not None
+    if bilevel:
+        _check_bilevel(training, how)
+    if isinstance(training, Problem | Engine):
         if slices is not None:
             raise ProblemError("slices: is of a Trainer; give a level a mapping of functions")
-        setting = _of_level(
+        setting = _of_levels(
             training, row_weights, evaluation, steps, memory_limit, how.points, progress
         )
         rows: Any = None
@@ -111,8 +121,21 @@ def attribute(
     return Attribution.of(setting, how, by_slice, report, rows)
 
 
-def _of_level(
-    level: Problem,
+def _check_bilevel(training: Any, method: Method) -> None:
+    """Raise ProblemError for a run of two levels that is not known here."""
+    if not method.whole_run:
+        raise ProblemError(
+            "method: a bilevel run is at the minimum of no single loss at its end; choose unrolled"
+        )
+    if not isinstance(training.estimator, Direct):
+        raise ProblemError(
+            f"hypergradient: the derivative of {training.estimator.name} is not known; give a "
+            'bilevel run hypergradient="direct", or attribute the training of one level'
+        )
+
+
+def _of_levels(
+    training: Problem | Engine,
     weights: Tensor | None,
     evaluation: Loss | Mapping[str, Loss] | None,
     steps: int | None,
@@ -131,9 +154,27 @@ def _of_level(
     if not isinstance(steps, int) or steps < 1:
         raise ProblemError(f"steps: must be the number of steps to train, from 1, got {steps}")
     above = Evaluation(weights, evaluation)
-    run = train(level, weights, steps, memory_limit=memory_limit, points=points, progress=progress)
+    if isinstance(training, Problem):
+        levels, order, seed = [training], [0] * steps, 0
+    else:
+        if training.lower_step:
+            raise ProblemError(
+                "training: the Engine has trained already, and the run has to begin where it "
+                "began; give a new one"
+            )
+        levels, seed = [training.lower, training.upper], training.seed
+        order = [0] * training.warmup_steps + ([0] * training.lower_steps + [1]) * steps
+    run = train(
+        levels,
+        weights,
+        order,
+        seed=seed,
+        memory_limit=memory_limit,
+        points=points,
+        progress=progress,
+    )
     shares = {name: 1 / len(above.slices) for name in above.slices}
-    return Setting(run, above, shares, Accumulated(level), lambda: _epoch(level))
+    return Setting(run, above, shares, Accumulated(levels[0]), lambda: _epoch(levels[0]))
 
 
 def _epoch(level: Problem) -> Sequence[MicroBatch]:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_peft.attribution.checkpoints import Checkpoints
 from hyperopt_peft.attribution.evaluation import Evaluation
-from hyperopt_peft.attribution.run import Checkpoints, Run
+from hyperopt_peft.attribution.reverse import Sweep
+from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate
@@ -216,21 +218,14 @@ def _whole_run(
 ) -> dict[str, Vector]:
     run, adjoints = setting.run, []
     assert isinstance(method.estimator, Unrolled)
+    everything = Problem([(str(k), v) for k, v in enumerate(run.variables)], name="the run")
     for parts in setting.evaluation.slices.values():
-        oracle = _oracle(setting, run.level, parts, None, report.passes)
+        oracle = _oracle(setting, everything, parts, None, report.passes)
         with oracle.open():
-            adjoints.append(oracle.upper_gradient.b)
-    oracle = _oracle(setting, run.level, None, None, report.passes)
-    with oracle.open():
-        found = run.backward(
-            oracle,
-            adjoints,
-            checkpoints,
-            product=method.estimator.product,
-            last=method.last,
-            progress=progress,
-        )
-    return dict(zip(setting.evaluation.slices, found, strict=True))
+            adjoints.append(oracle.upper_gradient.b.parts)
+    sweep = Sweep(run, adjoints, report.passes, method.estimator.product)
+    found = sweep.back(checkpoints, last=method.last, progress=progress)
+    return {name: Vector([s]) for name, s in zip(setting.evaluation.slices, found, strict=True)}
 
 
 def _at_the_end(
@@ -257,10 +252,10 @@ def _along_the_run(
     total: dict[str, Vector] = {}
     kept, count = range(0, len(run.steps), checkpoints.every), estimator.checkpoints
     chosen = [kept[(2 * k + 1) * len(kept) // (2 * count)] for k in range(count)]
-    with perturbed(run.level.variables):
+    with perturbed(run.variables):
         for number in dict.fromkeys(chosen):
-            assign_(run.level.variables, checkpoints.get(number)[0])
-            rate = float(run.steps[number].optimizer["groups"][0]["lr"])
+            assign_(run.variables, checkpoints.get(number)[0])
+            rate = float(run.steps[number].moves[0].optimizer["groups"][0]["lr"])
             for name, vector in _at_the_end(setting, estimator, rows, report).items():
                 total[name] = total[name] + rate * vector if name in total else rate * vector
     return total

@@ -92,7 +92,7 @@ class Attribution:
             "steps": len(run.steps),
             "rows": len(run.center),
             "unseen": int(unseen.sum()),
-            "variables": sum(v.numel() for v in run.level.variables),
+            "variables": sum(v.numel() for v in run.variables),
             "gradients": report.passes.gradients,
             "products": report.passes.products,
             "residuals": report.residuals,

@@ -8,11 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
-import torch
 from transformers import (
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     enable_full_determinism,
     set_seed,
 )
@@ -23,6 +21,7 @@ from hyperopt_peft.adapters.dora.fast import FastFullNorm
 from hyperopt_peft.adapters.dora.variants import VARIANTS
 from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.methods import Setting
+from hyperopt_peft.attribution.recorder import Recorder, RowWeightedBiDoRA
 from hyperopt_peft.attribution.rows import (
     INDEX,
     ModelOnRows,
@@ -30,16 +29,14 @@ from hyperopt_peft.attribution.rows import (
     NumberedRows,
     RowWeighted,
 )
-from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.problems.common import trainable
+from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import check_labels
 from hyperopt_peft.trainer.data import label_column, require_examples, shared
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.trainer.upper_batches import loader_of
-from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState
 
 #: Methods of a Trainer that decide what is trained, beside the loss.
@@ -85,12 +82,14 @@ def of_trainer(
             f"training: must be a Problem or a transformers.Trainer, got {type(trainer).__name__}"
         )
     _check_run(trainer)
-    rows = _rows_of(trainer, trainer.train_dataset, "train_dataset")
-    check_labels(trainer.model, trainer.train_dataset, {"data_collator": trainer.data_collator})
+    upper = getattr(trainer, "upper", None) is not None
+    train = trainer.examples if upper else trainer.train_dataset
+    rows = _rows_of(trainer, train, "train_dataset")
+    check_labels(trainer.model, train, {"data_collator": trainer.data_collator})
     given = trainer.eval_dataset if evaluation is None else evaluation
     above = _rows_of(trainer, given, "evaluation")
-    common = shared(given, trainer.train_dataset)
-    if given is trainer.train_dataset or common == len(above):
+    common = shared(given, train)
+    if given is train or common == len(above):
         raise ProblemError(
             "evaluation: every row of it is a training row too, and would explain itself; give "
             "rows that are not trained on"
@@ -102,20 +101,23 @@ def of_trainer(
     model, random_state = _model(trainer)
     if second_derivatives:
         require_norm_in_graph(model)
-    recorder = _Recorder(len(rows), memory_limit, points)
+    recorder = Recorder(len(rows), memory_limit, points)
     with TemporaryDirectory(prefix="attribution-") as folder:  # the user's has his checkpoints
-        runner = BilevelTrainer(
-            model,
-            lower=recorder.level,
-            upper=None,
-            args=_arguments(trainer.args, folder, progress),
-            train_dataset=rows,
-            data_collator=NumberedCollator(collate),
-            processing_class=trainer.processing_class,
-            callbacks=[recorder],
-            optimizers=_optimizers(trainer),
-            optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
-        )
+        options = {
+            "args": _arguments(trainer.args, folder, progress, bilevel=upper),
+            "data_collator": NumberedCollator(collate),
+            "processing_class": trainer.processing_class,
+            "callbacks": [recorder],
+            "optimizers": _optimizers(trainer),
+            "optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
+        }
+        runner: BilevelTrainer
+        if upper:
+            runner = RowWeightedBiDoRA(model, recorder, **options, **_numbered(trainer, rows))
+        else:
+            runner = BilevelTrainer(
+                model, lower=recorder.level, upper=None, train_dataset=rows, **options
+            )
         runner.remove_callback(PrinterCallback)
         recorder.runner = runner
         if random_state is not None:
@@ -123,9 +125,9 @@ def of_trainer(
         try:
             runner.train()
         except NonFiniteError as error:
+            step = recorder.trainer.state.global_step + 1
             raise NonFiniteError(
-                f"step {runner.state.global_step + 1}: {error.__cause__ or error}; lower the "
-                "learning rate or max_grad_norm"
+                f"step {step}: {error.__cause__ or error}; lower the learning rate or max_grad_norm"
             ) from error
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
     run = recorder.run
@@ -138,50 +140,11 @@ def of_trainer(
         {name: len(chosen) / len(above) for name, chosen in groups.items()},
         Accumulated(RowWeighted(runner, run.weights, training=False)),
         lambda: reader.micro_batches(rows),
-        measure=lambda test: reader.measure(_test_rows(trainer, test, given)),
+        measure=lambda test: reader.measure(_test_rows(trainer, test, train, given)),
         probabilities=lambda chosen: reader.probabilities(rows, chosen),
         labels=reader.labels(rows),
     )
-    return setting, _columns(trainer.train_dataset)
-
-
-class _Recorder(TrainerCallback):
-    """Records the steps of a run as the Trainer takes them."""
-
-    def __init__(self, rows: int, memory_limit: float, points: int | None) -> None:
-        self.rows, self.memory_limit, self.points = rows, memory_limit, points
-        self.runner: Any = None
-        self.run: Run | None = None
-
-    def level(self, trainer: BilevelTrainer) -> RowWeighted:
-        kinds = [parameter.dtype for _, parameter in trainable(trainer.model)]
-        dtype = torch.promote_types(kinds[0], torch.float32) if kinds else torch.float32
-        device = trainer.args.device
-        weights = torch.ones(self.rows, dtype=dtype, device=device, requires_grad=True)
-        return RowWeighted(trainer, weights)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        runner = self.runner
-        level = Accumulated(runner.lower, runner.optimizer, runner.max_grad_norm or None)
-        self.run = Run(
-            level,
-            runner.lower.weights,
-            state.max_steps,
-            memory_limit=self.memory_limit,
-            points=self.points,
-        )
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.run is not None
-        step, weights = self.runner.current_step, self.run.weights
-        seen = torch.zeros_like(weights)
-        for micro in step.micro:
-            seen[micro.batch[INDEX]] = 1.0
-        share, visited = distributed.mean((weights.grad, seen), (weights, weights))
-        assert visited is not None
-        weights.grad = None
-        gradient = [*(v.grad for v in self.run.level.variables), share]
-        self.run.record(list(step.micro), step.micro[0].random_state, gradient, visited > 0)
+    return setting, _columns(train)
 
 
 def _check_run(trainer: Any) -> None:
@@ -193,11 +156,13 @@ def _check_run(trainer: Any) -> None:
             "smoothing), whose share of each row is not known; use attribute with a level of your "
             "own"
         )
-    if getattr(trainer, "upper", None) is not None:
+    if getattr(trainer, "upper", None) is not None and not isinstance(trainer, BiDoRATrainer):
         raise ProblemError(
-            "training: a bilevel run has two training losses; give the trainer of one level, such "
-            "as a transformers.Trainer of the adapter"
+            f"training: {type(trainer).__name__} has levels whose share of each row is not known; "
+            "give a BiDoRATrainer, the trainer of one level, or an Engine with levels of your own"
         )
+    if getattr(trainer, "folds", None) is not None:
+        raise ProblemError("cross_fit: the rows of a cross-fitted run have no score; leave it out")
     for name in DECISIVE:
         module = getattr(getattr(trainer, name), "__module__", "").partition(".")[0]
         if module not in ("transformers", "hyperopt_peft"):
@@ -257,12 +222,13 @@ def _optimizers(trainer: Any) -> tuple[Any, Any]:
     return (None, None) if trainer.model_init else (trainer.optimizer, trainer.lr_scheduler)
 
 
-def _arguments(args: Any, folder: str, progress: bool) -> BilevelTrainingArguments:
+def _arguments(args: Any, folder: str, progress: bool, *, bilevel: bool) -> Any:
     """``args`` for a run that evaluates and reports nothing, and writes into ``folder``."""
+    kind = type(args) if bilevel else BilevelTrainingArguments
     given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
-    known = {field.name for field in fields(BilevelTrainingArguments)}
+    known = {field.name for field in fields(kind)}
     given = {name: value for name, value in given.items() if name in known}
-    return BilevelTrainingArguments(
+    return kind(
         **given
         | {
             "output_dir": folder,
@@ -293,9 +259,21 @@ def _rows_of(trainer: Any, data: Any, name: str) -> NumberedRows:
     return NumberedRows(data)
 
 
-def _test_rows(trainer: Any, test: Any, evaluation: Any) -> NumberedRows:
+def _numbered(trainer: Any, rows: NumberedRows) -> dict[str, Any]:
+    """The data sets that ``trainer`` was given, with the numbers of their rows."""
+    numbered = rows.data.add_column(INDEX, list(range(len(rows))))
+    if trainer.given_upper is None:
+        return {"train_dataset": numbered}
+    first = len(trainer.train_dataset)
+    return {
+        "train_dataset": numbered.select(range(first)),
+        "upper_dataset": numbered.select(range(first, len(rows))),
+    }
+
+
+def _test_rows(trainer: Any, test: Any, train: Any, evaluation: Any) -> NumberedRows:
     rows = _rows_of(trainer, test, "test")
-    for name, data in (("training", trainer.train_dataset), ("evaluation", evaluation)):
+    for name, data in (("training", train), ("evaluation", evaluation)):
         if common := len(rows) if test is data else shared(test, data):
             raise ProblemError(
                 f"test: {common} of {len(rows)} rows are {name} rows too, which the scores have "

@@ -22,5 +22,8 @@ COMMANDS = {
     "attribute": Command(
         "attribute", "which training rows help or hurt on the evaluation examples, with a check"
     ),
+    "mix": Command(
+        "mix", "how much each source of data should count, learnt on a few trusted examples"
+    ),
     "merge": Command("merge", "put an adapter into its base model's weights, and check the result"),
 }

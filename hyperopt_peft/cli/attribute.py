@@ -77,16 +77,13 @@ class AttributeArguments:
 
 @dataclass
 class AttributionTrainingArguments(BiDoRATrainingArguments):
-    """The arguments of the training, of an adapter of one level."""
+    """The arguments of the training that is scored."""
 
     method: Literal["bidora", "dora", "lora"] = HfArg(
-        default="lora", help="the adapter: lora, or dora with the norm in the graph"
+        default="lora",
+        help="lora; dora, with the norm in the graph; or bidora, whose rows of both levels are "
+        "scored",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.method == "bidora":
-            raise ProblemError("method: attribute trains one level; give lora or dora")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -176,7 +173,7 @@ def _require_fraction(data: DataArguments, need: str) -> None:
 def trainer_of(setup: Setup, args: BiDoRATrainingArguments) -> BiDoRATrainer:
     """The trainer, of an adapter whose gradient is that of its loss."""
     args.remove_unused_columns = True  # the numbers of rows, and slices
-    trainer = setup.trainer(setup.model(args.seed, dora=args.method == "dora"), args)
+    trainer = setup.trainer(setup.model(args.seed, dora=args.method != "lora"), args)
     if args.method == "dora":
         use_fast_dora(trainer.model)
     return trainer

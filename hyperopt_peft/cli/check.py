@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import check_problem
-from hyperopt_peft.cli.compare_estimators import first_batches, trained
+from hyperopt_peft.cli.compare_estimators import batches_of, trained
 from hyperopt_peft.cli.options import parse
 from hyperopt_peft.cli.text.setup import TYPES, prepare
+from hyperopt_peft.utils.signal_to_noise import ENOUGH
 from hyperopt_peft.utils.validation import require_count
 
 
@@ -30,7 +31,7 @@ class CheckArguments:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train for ``steps`` steps, examine each level on one batch.
+    """Parse ``argv``, train for ``steps`` steps, examine each level on its first batches.
 
     Raises:
         ProblemError: a bad option, model or data set.
@@ -38,11 +39,14 @@ def run(argv: Sequence[str]) -> None:
     own, model_args, data, args = parse("check", (CheckArguments, *TYPES), argv)
     trainer = trained(prepare(model_args, data), args, own.steps)
     assert trainer.upper is not None
+    batches = [batches_of(trainer, number) for number in range(ENOUGH)]
+    several = {f"{key}es": [batch[key] for batch in batches] for key in batches[0]}
     with trainer.compute_loss_context_manager():
         found = check_problem(
             trainer.upper,
             trainer.lower,
-            **first_batches(trainer),
+            **batches[0],
+            **several,
             seed=args.seed,
             steps=own.solver_steps,
             progress=sys.stderr.isatty(),

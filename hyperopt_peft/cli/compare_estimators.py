@@ -115,13 +115,14 @@ def trained(setup: Setup, args: BiDoRATrainingArguments, steps: int) -> BiDoRATr
     return trainer
 
 
-def first_batches(trainer: BiDoRATrainer) -> dict[str, Any]:
-    """The first batch of each level's examples, ``upper_batch`` and ``lower_batch``."""
+def batches_of(trainer: BiDoRATrainer, number: int = 0) -> dict[str, Any]:
+    """Batch ``number`` of each level's examples in order, ``upper_batch`` and ``lower_batch``."""
     args = trainer.args
     size = args.per_device_train_batch_size
 
     def batch(data: Any, size: int) -> Any:
-        return trainer.data_collator([data[row] for row in range(min(size, len(data)))])
+        rows = range(number * size, number * size + min(size, len(data)))
+        return trainer.data_collator([data[row % len(data)] for row in rows])
 
     return {
         "upper_batch": batch(trainer.upper_dataset, args.per_device_upper_batch_size or size),
@@ -138,7 +139,7 @@ def compare(trainer: BiDoRATrainer, own: EstimatorArguments) -> Comparison:
     """
     args, lower, upper = trainer.args, trainer.lower, trainer.upper
     assert upper is not None
-    batches = first_batches(trainer)
+    batches = batches_of(trainer)
     with trainer.compute_loss_context_manager():
         measured = spectrum(upper, lower, **batches, seed=args.seed)
         return compare_hypergradients(

@@ -13,8 +13,9 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.plan import plan
 from hyperopt_peft.cli.text.setup import TYPES, prepare
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.trainer.two_phases import TwoPhaseTrainingArguments
 
 BASE_CONFIG = "base_config"
 
@@ -52,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
                 print(f"labels: {', '.join(setup.config.id2label.values())}")
         return
     trainer = setup.trainer(model, args)
-    trainer.train(_resume(args))
+    trainer.train(resume_from(args))
     save(trainer, {} if setup.evaluation is None else trainer.evaluate())
     names = data.train_file or [data.dataset]
     trainer.create_model_card(dataset=[Path(name).name for name in names])
@@ -61,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
     trainer.end_training()
 
 
-def _resume(args: BiDoRATrainingArguments) -> str | bool | None:
+def resume_from(args: TwoPhaseTrainingArguments) -> str | bool | None:
     """A folder, or whether to resume from the last complete checkpoint."""
     given: str | None = args.resume_from_checkpoint
     return {"true": True, "false": None}.get(str(given).lower(), given)
@@ -87,7 +88,7 @@ def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
     trainer.save_state()
 
 
-def save_adapter(trainer: BiDoRATrainer) -> None:
+def save_adapter(trainer: BilevelTrainer) -> None:
     """Write the adapter, the tokenizer and the base model's configuration."""
     trainer.save_model()
     if trainer.is_world_process_zero():

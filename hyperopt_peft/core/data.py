@@ -58,19 +58,8 @@ class DataStream:
     """
 
     def __init__(self, data: Iterable[Any], name: str) -> None:
-        if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
-            raise ProblemError(
-                f"{name}: data must be an iterable of batches, such as a DataLoader or [batch], "
-                f"got {type(data).__name__}"
-            )
-        if isinstance(data, Iterator):
-            raise ProblemError(
-                f"{name}: data is an iterator, which can be read only once; give a DataLoader or a "
-                "list of batches"
-            )
+        require_batches(name, data)
         self.data, self.name = data, name
-        if _length(data) == 0:
-            raise ProblemError(self._empty())
         current = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         self._random = RandomState.seeded([], current, name).states["cpu"]
         self._iterator: Iterator[Any] | None = None
@@ -89,6 +78,16 @@ class DataStream:
         batch = self.peek()
         self._peeked.clear()
         return batch
+
+    def ahead(self, count: int) -> list[Any]:
+        """The next ``count`` batches; the position does not change.
+
+        Afterwards the batches of the epoch up to the position are read again.
+        """
+        state = self.state_dict()
+        batches = [self.next() for _ in range(count)]
+        self.load_state_dict(state)
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the generator states now and at the start of the epoch."""
@@ -135,10 +134,7 @@ class DataStream:
                     self._position += 1
                     self._random = torch.get_rng_state()
                     return batch
-        raise ProblemError(self._empty())
-
-    def _empty(self) -> str:
-        return f"{self.name}: data has no batch; give a split that holds at least one batch"
+        raise ProblemError(_empty(self.name))
 
     def _generators(self) -> dict[str, torch.Generator]:
         """The generators that the loader's and the samplers' order comes from."""
@@ -158,6 +154,26 @@ class DataStream:
             # A sampler may create its generator only in its first epoch.
             if key in states:
                 generator.set_state(states[key])
+
+
+def require_batches(name: str, data: Any) -> None:
+    """Raise ProblemError unless ``data`` has batches and can be iterated again."""
+    if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
+        raise ProblemError(
+            f"{name}: data must be an iterable of batches, such as a DataLoader or [batch], "
+            f"got {type(data).__name__}"
+        )
+    if isinstance(data, Iterator):
+        raise ProblemError(
+            f"{name}: data is an iterator, which can be read only once; give a DataLoader or a "
+            "list of batches"
+        )
+    if _length(data) == 0:
+        raise ProblemError(_empty(name))
+
+
+def _empty(name: str) -> str:
+    return f"{name}: data has no batch; give a split that holds at least one batch"
 
 
 def _length(data: Iterable[Any]) -> int | None:

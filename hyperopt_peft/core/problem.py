@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.optimizer import optimizer_state_copy, present_options, write_options
+from hyperopt_peft.core.prior import GaussianPrior, Prior, as_prior, prior_value
 from hyperopt_peft.core.validation import (
     Variables,
     check_level_state,
@@ -100,11 +101,16 @@ class Problem:
         optimizer: a ``torch.optim.Optimizer`` over exactly ``variables``.
         scheduler: a learning rate schedule, stepped after each step of the optimizer.
         max_grad_norm: the largest 2-norm of a step's gradient; a longer one is scaled down.
+        prior: a term that is added to ``loss`` wherever the level is evaluated. A number τ is
+            ½·τ·mean‖u − u0‖² (`GaussianPrior`), with the mean over all entries of all variables
+            u, and u0 their values now. A function gets the variables and returns a scalar. The
+            metric ``prior`` has the term, and records of training have the loss without it.
         name: the level's name in errors and logs; by default the name of the class.
 
     Raises:
-        ProblemError: as `named_variables`; the optimizer is over other tensors; or the data are
-            empty or can be iterated only once.
+        ProblemError: as `named_variables`; the optimizer is over other tensors; the prior is
+            neither a number from 0 nor a function; or the data are empty or can be iterated only
+            once.
 
     Example:
         >>> class Fit(Problem):
@@ -128,16 +134,20 @@ class Problem:
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
         max_grad_norm: float | None = None,
+        prior: Prior | None = None,
         name: str | None = None,
     ) -> None:
         self.name = name or type(self).__name__
         self.names, self.variables = named_variables(variables, self.name)
+        self.prior = as_prior(prior, self.variables, self.name)
         self.batches = None if data is None else DataStream(data, self.name)
         self.optimizer, self.scheduler = optimizer, scheduler
         check_max_grad_norm(max_grad_norm, self.name)
         self.max_grad_norm = max_grad_norm
         #: Whether the loss runs in half precision; None until it is first evaluated.
         self.half: bool | None = None
+        #: The names of the variables that the prior reads and the loss does not, as `half`.
+        self.unread: frozenset[str] = frozenset()
         if optimizer is not None:
             check_optimizer(optimizer, self.names, self.variables, self.name)
         if scheduler is not None:
@@ -179,13 +189,14 @@ class Problem:
         return to_device(batch, self.variables[0].device)
 
     def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        """The loss with its autograd graph, on this process, and the metrics.
+        """The loss, with the prior and the autograd graph, on this process, and the metrics.
 
         The loss may be NaN or infinite. ``batch`` is on the device that `on_device` moves to.
 
         Raises:
             ProblemError: the loss is not a scalar tensor, depends on no tensor that requires a
-                gradient, or needs an entry that ``batch`` does not have.
+                gradient, or needs an entry that ``batch`` does not have; or the prior is not a
+                scalar tensor.
         """
         if isinstance(batch, Mapping):  # a loss may remove entries, and is evaluated again
             batch = copy(batch)
@@ -198,7 +209,19 @@ class Problem:
         loss, metrics = loss_and_metrics(result, self.name)
         if self.half is None:
             self.half = runs_in_half(loss, self.name)
+            self.unread = frozenset() if self.prior is None else self._unread(loss)
+        if self.prior is not None:
+            prior = prior_value(self.prior, self.variables, self.name)
+            loss = loss + prior.to(loss.device)
+            metrics["prior"] = float(prior.detach())
         return loss, metrics
+
+    def _unread(self, loss: Tensor) -> frozenset[str]:
+        """The names of the variables that ``loss`` does not read; none where some are sharded."""
+        if is_sharded(*self.variables):  # autograd's graph has the gathered parameters
+            return frozenset()
+        read = set(map(id, graph_leaves(loss)))
+        return frozenset(n for n, v in zip(self.names, self.variables) if id(v) not in read)
 
     def terms(self, batch: Any) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """Losses whose sum is that of `evaluate`, each differentiated before the next is drawn."""
@@ -346,7 +369,12 @@ class Problem:
 
     def _parts(self) -> dict[str, Any]:
         """The objects with a state of their own."""
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "batches": self.batches}
+        parts = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "batches": self.batches,
+            "prior": self.prior if isinstance(self.prior, GaussianPrior) else None,
+        }
         return {key: part for key, part in parts.items() if part is not None}
 
 

@@ -160,10 +160,12 @@ def require_read(
 ) -> None:
     """Raise ProblemError where an entry of ``gradient``, one for each variable, is None.
 
-    ``besides`` has the names of the variables to check, which no other loss reads; None for all.
+    A variable that the prior alone reads counts as None. ``besides`` has the names of the
+    variables to check, which no other loss reads; None for all.
     """
     for name, part in zip(level.names, gradient, strict=True):
-        if part is None and (besides is None or name in besides):
+        unread = part is None or name in level.unread
+        if unread and (besides is None or name in besides):
             raise ProblemError(
                 f"{level.name}: no gradient reaches variable {name!r} at the first step; use the "
                 "variable in the loss, or do not give it to the level"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hyperopt_peft.diagnostics.findings import Check, Finding, Kind, Severity
 from hyperopt_peft.diagnostics.progress import counted
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
+from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.autograd import refuses_in_place_edit
@@ -30,6 +32,7 @@ from hyperopt_peft.utils.random_state import (
     restore_host_random_state,
 )
 from hyperopt_peft.utils.restore import assign_, perturbed
+from hyperopt_peft.utils.signal_to_noise import ENOUGH, REMEDIES, SignalToNoise
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
 _NO_EDITS = "compute a new tensor in place of writing, and leave every write to the optimizer"
@@ -41,6 +44,8 @@ def check_problem(
     *,
     upper_batch: Any = NEXT,
     lower_batch: Any = NEXT,
+    upper_batches: Sequence[Any] | None = None,
+    lower_batches: Sequence[Any] | None = None,
     seed: int = 0,
     steps: int = 10,
     progress: bool = True,
@@ -59,15 +64,23 @@ def check_problem(
     ratio above 0.1 is a warning. The ratio is that of one batch; if f is a mean over data, give a
     large ``lower_batch``.
 
+    `Check.signal_to_noise` is that of a hypergradient from one batch of each level, over several
+    pairs of batches and dropout masks at this point (`SignalToNoise`). A ratio below 1 is a
+    warning: an upper step then moves further along the noise than along the hypergradient.
+
     `Check.curvature` has a damping for ``cg``, ``minres`` and ``warm`` and a ξ for ``darts``, both
     in the units of this f.
 
-    The cost is at most 5·``steps`` second-derivative products and about twenty passes. Variables,
-    gradients, buffers, data and random states are bit-identical afterwards.
+    The cost is at most 5·``steps`` second-derivative products and about twenty passes, and for each
+    pair of batches ``steps`` products and three passes. Variables, gradients, buffers, data and
+    random states are bit-identical afterwards.
 
     Args:
         upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
             for a Trainer have no data, and need batches.
+        upper_batches, lower_batches: the batches for `Check.signal_to_noise`; by default the next
+            four of each level's data, or the batch above where there are no data. The shorter
+            sequence is repeated; one batch of each level has no ratio.
         seed: the seed of the losses' random numbers.
         steps: the number of steps of each solver.
         progress: whether to show a progress bar.
@@ -94,20 +107,33 @@ def check_problem(
         advice = "each level needs tensors of its own"
         return Check((Finding("shared tensor", "error", "both levels", str(error), advice),))
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
+    pairs = _pairs(oracle, upper_batches, lower_batches)
     host = host_random_state()  # after the draws of the data, which are not undone
     try:
         with ExitStack() as stack:
-            most = 5 * steps + 20
+            most = 5 * steps + 20 + len(pairs) * (steps + 3)
             oracle.passes = stack.enter_context(counted("check", most, progress=progress))
             start = stack.enter_context(perturbed((*upper.variables, *lower.variables)))
             stack.enter_context(oracle.open())
-            examination = _Examination(oracle, start, seed, steps)
+            examination = _Examination(oracle, start, seed, steps, pairs)
             examination.run()
     finally:
         restore_host_random_state(host)
     order = ("error", "warning", "note")
     findings = sorted(examination.findings, key=lambda finding: order.index(finding.severity))
-    return Check(tuple(findings), examination.curvature)
+    return Check(tuple(findings), examination.curvature, examination.signal_to_noise)
+
+
+def _pairs(oracle: Oracle, *given: Sequence[Any] | None) -> list[tuple[Any, Any]]:
+    """Pairs of an upper and a lower batch; none if all pairs would be equal."""
+    both = []
+    levels = ((oracle.upper, oracle.upper_batch), (oracle.lower, oracle.lower_batch))
+    for (level, batch), batches in zip(levels, given, strict=True):
+        if batches is None:
+            batches = [batch] if level.batches is None else level.batches.ahead(ENOUGH)
+        both.append([level.on_device(each) for each in batches])
+    count = max(map(len, both))
+    return list(islice(zip(*map(cycle, both)), count if count > 1 else 0))
 
 
 @dataclass
@@ -118,8 +144,10 @@ class _Examination:
     start: tuple[Tensor, ...]
     seed: int
     steps: int
+    pairs: Sequence[tuple[Any, Any]]
     findings: list[Finding] = field(default_factory=list)
     curvature: Curvature | None = None
+    signal_to_noise: float | None = None
 
     def run(self) -> None:
         oracle = self.oracle
@@ -240,9 +268,14 @@ class _Examination:
         """Add findings on variables without a gradient, and on a missing implicit term."""
         upper, lower = self.oracle.upper, self.oracle.lower
         count = len(upper.variables)
-        unread = [(lower, n) for n, g in zip(lower.names, below[count:]) if g is None]
+        own = zip(lower.names, below[count:])
+        unread = [(lower, n) for n, g in own if g is None or n in lower.unread]
         both, options = zip(upper.names, upper.variables, above, below), self._options
-        unread += [(upper, n) for n, x, f, g in both if f is g is None and id(x) not in options]
+        unread += [
+            (upper, n)
+            for n, x, f, g in both
+            if (f is None or n in upper.unread) and g is None and id(x) not in options
+        ]
         for level, name in unread:
             losses = "the lower loss does not read" if level is lower else "no loss reads"
             words = f"{losses} the variable {name!r}"
@@ -318,3 +351,31 @@ class _Examination:
             )
             advice = "take more lower steps before the first upper step and before each one"
             self._add("far from stationary", "warning", lower, words, advice)
+        self._noise(product, found)
+
+    def _noise(self, product: ProductKind, found: Curvature) -> None:
+        """Measure the signal-to-noise ratio, and add a finding where it is below 1."""
+        solver = MINRES(steps=self.steps, damping=found.damping(), product=product, tolerance=1e-2)
+        devices, signal = devices_of(self.oracle.upper, self.oracle.lower), SignalToNoise()
+        try:
+            for number, (above, below) in enumerate(self.pairs):
+                oracle = replace(
+                    self.oracle,
+                    upper_batch=above,
+                    lower_batch=below,
+                    upper_random=RandomState.seeded(devices, self.seed, "upper", number),
+                    lower_random=RandomState.seeded(devices, self.seed, "lower", number),
+                )
+                signal.add(solver.estimate(oracle).hypergradient)
+        except NonFiniteError as error:
+            words = f"on pair {number + 1} of {len(self.pairs)} of batches: {error}"
+            advice = "look for rows with values that are NaN or that overflow"
+            self._add("not finite", "error", self.oracle.upper, words, advice)
+            return
+        self.signal_to_noise = ratio = signal.read()
+        if ratio is not None and ratio < 1:
+            words = (
+                f"the hypergradient is noise: over {len(self.pairs)} pairs of batches its "
+                f"signal-to-noise ratio is {ratio:.2g}"
+            )
+            self._add("noisy hypergradient", "warning", self.oracle.upper, words, f"try {REMEDIES}")

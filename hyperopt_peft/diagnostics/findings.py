@@ -21,6 +21,7 @@ Kind = Literal[
     "negative curvature",
     "ill-conditioned",
     "far from stationary",
+    "noisy hypergradient",
     "random",
     "buffers",
     "no optimizer",
@@ -47,10 +48,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """The findings, by severity; ``curvature`` is None if an error prevented its measurement."""
+    """The findings, by severity, and two measurements, which an error may prevent.
+
+    ``signal_to_noise`` of the hypergradient is None without several batches of a level, and ∞
+    where the hypergradients of all batches are equal.
+    """
 
     findings: tuple[Finding, ...]
     curvature: Curvature | None = None
+    signal_to_noise: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -59,4 +65,8 @@ class Check:
 
     def __str__(self) -> str:
         lines = [*map(str, self.findings)] or ["nothing was found"]
-        return "\n".join([*lines, *([] if self.curvature is None else [str(self.curvature)])])
+        if self.curvature is not None:
+            lines.append(str(self.curvature))
+        if self.signal_to_noise is not None:
+            lines.append(f"signal-to-noise ratio of the hypergradient {self.signal_to_noise:.2g}")
+        return "\n".join(lines)

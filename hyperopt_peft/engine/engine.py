@@ -47,7 +47,8 @@ class Engine:
         non_finite: ``"raise"`` raises NonFiniteError on a NaN or infinite loss, gradient or
             curvature; ``"skip"`` omits the step and adds 1 to ``skipped``.
         callbacks: each is called as ``callback(engine, record)`` after an upper step, and may
-            call ``engine.stop()``.
+            call ``engine.stop()``, as `EarlyStopping` does. The state of an Engine includes that
+            of callbacks with ``state_dict`` and ``load_state_dict``.
         progress: whether to show a progress bar.
 
     ``history`` has one record for each upper step:
@@ -58,7 +59,8 @@ class Engine:
       ``note`` of the estimator, None where the estimator has none;
     - ``gradients`` and ``products``, the forward+backward passes and the second backward passes
       of the hypergradient;
-    - the metrics of each loss as ``upper_…`` and ``lower_…``.
+    - the metrics of each loss as ``upper_…`` and ``lower_…``, such as ``upper_prior``: the prior
+      of a level, which ``upper_loss`` and ``lower_loss`` are without.
 
     A loss must not write to parameters through ``.data``, which autograd does not record.
 
@@ -141,6 +143,15 @@ class Engine:
         """End the current ``run`` after the current upper step."""
         self._stopped = True
 
+    def upper_snr(self) -> float | None:
+        """The signal-to-noise ratio of the hypergradients since the last call; see `SignalToNoise`.
+
+        None of fewer than two upper steps, or if all hypergradients are zero. The steps between
+        two calls move u and w, which counts as noise. A ratio below 1 means that the upper level
+        follows noise, or is near its minimum.
+        """
+        return self._step.signal.read()
+
     def state_dict(self) -> dict[str, Any]:
         """The state that a bit-identical continuation needs, as tensors and plain values.
 
@@ -157,6 +168,7 @@ class Engine:
             "estimator": self._step.state_dict(),
             "random": dict(RandomState.capture(self._step.devices).states),
             "host_random": host_random_state(),
+            "callbacks": [callback.state_dict() for callback in self._stateful],
             "history": [dict(record) for record in self.history],
         }
 
@@ -168,13 +180,18 @@ class Engine:
                 nothing has changed.
         """
         expected = {"settings", "step", "lower_step", "skipped", "upper", "lower", "random"}
-        expected |= {"host_random", "history", "estimator"}
+        expected |= {"host_random", "history", "estimator", "callbacks"}
         if not isinstance(state, Mapping) or not expected <= state.keys():
             missing = sorted(expected - (state.keys() if isinstance(state, Mapping) else set()))
             raise ProblemError(
                 f"state: the entries {missing} are missing; use a state of Engine.state_dict"
             )
         require_settings("the state", state["settings"], "this Engine", self._settings())
+        if len(state["callbacks"]) != len(self._stateful):
+            raise ProblemError(
+                f"callbacks: the state is of {len(state['callbacks'])} callbacks with a state of "
+                f"their own, this Engine has {len(self._stateful)}; give it the same callbacks"
+            )
         self.upper.check_state(state["upper"])
         self.lower.check_state(state["lower"])
         unpacked(state["estimator"], self.lower.variables)  # before anything changes
@@ -184,6 +201,8 @@ class Engine:
         self.step, self.lower_step = state["step"], state["lower_step"]
         self.skipped = state["skipped"]
         self.history = [dict(record) for record in state["history"]]
+        for callback, own in zip(self._stateful, state["callbacks"], strict=True):
+            callback.load_state_dict(own)
         RandomState(state["random"]).restore()
         restore_host_random_state(state["host_random"])
 
@@ -211,6 +230,11 @@ class Engine:
             "warmup_steps": self.warmup_steps,
             "seed": self.seed,
         }
+
+    @property
+    def _stateful(self) -> list[Any]:
+        """The callbacks with a state of their own."""
+        return [callback for callback in self.callbacks if hasattr(callback, "load_state_dict")]
 
     def _lower_steps(self, steps: int) -> None:
         for _ in range(steps):

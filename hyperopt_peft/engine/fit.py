@@ -10,6 +10,7 @@ from tqdm.auto import trange
 
 from hyperopt_peft.core.chain import is_chain, prepare
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.engine.step import prior_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 
 
@@ -22,8 +23,8 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Do ``steps`` optimizer steps of ``problem`` alone; returns a record for each.
 
-    A record has ``step``, ``loss``, ``grad_norm`` and the metrics of the loss. A `Nested` level
-    also trains the levels below.
+    A record has ``step``, ``loss``, ``grad_norm`` and the metrics of the loss; ``prior`` is apart
+    from ``loss``. A `Nested` level also trains the levels below.
 
     Args:
         problem: the level to train.
@@ -51,10 +52,11 @@ def fit(
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step + 1}: {error}") from error
             norm = problem.step(evaluation.gradient)
-            record = {"step": step + 1, "loss": evaluation.loss, "grad_norm": norm}
+            loss = evaluation.loss - prior_of(problem, evaluation.metrics)
+            record = {"step": step + 1, "loss": loss, "grad_norm": norm}
             record |= evaluation.metrics
             history.append(record)
-            bar.set_postfix(loss=f"{evaluation.loss:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             for callback in callbacks:
                 callback(problem, record)
     return history
@@ -62,6 +64,8 @@ def fit(
 
 def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 1000) -> float:
     """Move the variables to a minimum of a deterministic loss by L-BFGS; returns the loss.
+
+    A prior is part of the loss.
 
     The minimisation ends where no entry of the gradient exceeds ``tolerance``. The loss gets the
     batch None; the level's optimizer and data are not used. An implicit hypergradient is exact at

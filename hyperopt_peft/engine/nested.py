@@ -109,6 +109,7 @@ class Nested(Chain):
         super().__init__(zip(middle.names, middle.variables, strict=True), name=middle.name)
         self.batches, self.max_grad_norm = middle.batches, middle.max_grad_norm
         self.optimizer, self.scheduler = middle.optimizer, middle.scheduler
+        self.prior = middle.prior
         require_count("lower_steps", lower_steps, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
         self.lower_steps, self.warmup_steps = lower_steps, warmup_steps
@@ -214,6 +215,7 @@ class Nested(Chain):
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name} over {self.lower.name}: {error}") from error
         self.half = bool(self.middle.half or self.lower.half)
+        self.unread = self.middle.unread
         residual = {} if result.residual is None else {"residual": result.residual}
         metrics = evaluation.metrics | residual
         _, norms = level.require_finite(torch.tensor(evaluation.loss), gradient)

@@ -28,6 +28,7 @@ from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import TensorPool, preserve_state
+from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 
 Gradient = tuple[Tensor | None, ...]
 
@@ -39,10 +40,11 @@ class UpperStep:
     Attributes:
         hypergradient: dF/du, one tensor for each upper variable.
         grad_norm: ‖dF/du‖₂.
-        log: ``upper_loss``; ``implicit_ratio`` (‖implicit term‖/‖direct term‖); ``residual``,
-            ``solver_steps`` and ``note``, None where the estimator has none; ``gradients`` and
-            ``products``, the forward+backward passes and the second backward passes.
-        metrics: the metrics of F on this process.
+        log: ``upper_loss`` without the prior; ``implicit_ratio`` (‖implicit term‖/‖direct term‖);
+            ``residual``, ``solver_steps`` and ``note``, None where the estimator has none;
+            ``gradients`` and ``products``, the forward+backward passes and the second backward
+            passes.
+        metrics: the metrics of F on this process; ``prior`` where the level has one.
     """
 
     hypergradient: tuple[Tensor, ...]
@@ -53,7 +55,7 @@ class UpperStep:
 
 @dataclass(frozen=True)
 class LowerStep:
-    """A step of the lower level: f, the 2-norm of ∂f/∂w, and the metrics of f."""
+    """A step of the lower level: f without the prior, the 2-norm of ∂f/∂w, the metrics of f."""
 
     loss: float
     grad_norm: float
@@ -104,6 +106,7 @@ class BilevelStep:
         self.requirements = estimator.requirements
         self.devices = devices_of(upper, lower)
         self.state: State = {}  # the estimator's own
+        self.signal = SignalToNoise()  # of the hypergradients since it was last read
         self._records: deque[StepRecord] = deque(maxlen=max(1, self.requirements.history))
         self._copies = TensorPool()
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
@@ -138,7 +141,8 @@ class BilevelStep:
         )
         known = None if self.requirements.upper_weight else evaluation.norms[: len(gradient)]
         norm = self.lower.step(gradient, None if known is None else math.hypot(*known))
-        return LowerStep(evaluation.loss, norm, evaluation.metrics)
+        loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
+        return LowerStep(loss, norm, evaluation.metrics)
 
     def record_lower(
         self,
@@ -236,15 +240,16 @@ class BilevelStep:
             raise NonFiniteError(
                 f"{self.lower.name}: no lower step was finite since the last upper step"
             )
-        oracle = self.oracle(self.upper, batch, self._seeded(number), self.last)
+        oracle = self.oracle(self.upper, batch, self.upper_random(number), self.last)
         result = estimate(oracle, self.estimator)
         self.state = result.state
+        self.signal.add(result.hypergradient)
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
         if not self._upper_read:
             require_read(self.upper, above.gradient[: len(u)], besides=self._unread)
             self._upper_read = True
         log = {
-            "upper_loss": above.loss,
+            "upper_loss": above.loss - prior_of(self.upper, above.metrics),
             "implicit_ratio": result.implicit_ratio,
             "residual": result.residual,
             "solver_steps": result.steps,
@@ -289,6 +294,10 @@ class BilevelStep:
             for f, g in zip(gradient, above, strict=True)
         )
 
+    def upper_random(self, number: int) -> RandomState:
+        """The random numbers of F in the upper step ``number``."""
+        return self._seeded(number)
+
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())
 
@@ -296,6 +305,19 @@ class BilevelStep:
         record = self._records.popleft()
         if record.variables:
             self._copies.give_back(record.variables)
+
+
+def prior_of(level: Problem, metrics: Mapping[str, float]) -> float:
+    """The prior's part of a loss of ``level`` with ``metrics``; 0 without a prior.
+
+    Records and logs have losses without the prior, which their ``…prior`` has.
+
+    Example:
+        >>> import torch
+        >>> prior_of(Problem([torch.ones(2, requires_grad=True)], prior=1.0), {"prior": 0.5})
+        0.5
+    """
+    return 0.0 if level.prior is None else metrics["prior"]
 
 
 def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) -> None:

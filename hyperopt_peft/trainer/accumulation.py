@@ -30,8 +30,9 @@ class Accumulated(Problem):
 
         f(w) = 1/n Σ_i f_i(w)   over n micro-batches
 
-    The variables are the level's. Every evaluation of a micro-batch has the same random numbers,
-    and first-order passes hold one graph at a time. ``optimizer`` may own other tensors too.
+    Variables and prior are the level's. Every evaluation of a micro-batch has the same random
+    numbers, and first-order passes hold one graph at a time. ``optimizer`` may own other tensors
+    too.
 
     Example:
         >>> w = torch.ones((), requires_grad=True)
@@ -53,8 +54,8 @@ class Accumulated(Problem):
             max_grad_norm=max_grad_norm,
             name=level.name,
         )
-        self.optimizer = optimizer
-        self.half = level.half
+        self.optimizer, self.prior = optimizer, level.prior
+        self.half, self.unread = level.half, level.unread
 
     def evaluate(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, float]]:
         """The mean loss with the graphs of all micro-batches, and the mean metrics."""
@@ -64,7 +65,7 @@ class Accumulated(Problem):
                 loss, values = self.level.evaluate(micro.batch)
             losses.append(loss)
             metrics.append(values)
-        self.half = self.level.half
+        self.half, self.unread = self.level.half, self.level.unread
         return torch.stack(losses).mean(), distributed.means(metrics)
 
     def backward(
@@ -83,7 +84,7 @@ class Accumulated(Problem):
                     known = total[index]
                     share = part / len(batch)
                     total[index] = share if known is None else known.add_(share)
-        self.half = self.level.half
+        self.half, self.unread = self.level.half, self.level.unread
         return torch.stack(losses).mean(), distributed.means(metrics), tuple(total)
 
 

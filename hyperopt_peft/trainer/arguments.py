@@ -88,6 +88,10 @@ class BilevelTrainingArguments(TrainingArguments):
     upper_weight_decay: float = HfArg(
         default=0.0, help="the optimizer's weight decay of the upper level's variables"
     )
+    upper_prior: float | None = HfArg(
+        default=None,
+        help="weight τ of the upper level's prior, ½·τ·mean‖u − u0‖² with the initial values u0",
+    )
     upper_max_grad_norm: float = HfArg(
         default=1.0, help="norm the hypergradient is clipped to; 0 for none"
     )
@@ -127,6 +131,7 @@ class BilevelTrainingArguments(TrainingArguments):
                 raise ProblemError(f"{name} must be finite, got {value}")
         self.estimator()
         rates += ["upper_learning_rate", "upper_weight_decay", "upper_max_grad_norm"]
+        rates += ["upper_prior"]
         counts += ["lower_steps", "per_device_upper_batch_size"]
         self._require("not be negative", lambda x: x >= 0, *rates)
         self._require("be at least 1", lambda n: n >= 1, *counts)

@@ -93,7 +93,7 @@ class BilevelCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         if args.should_save:
             (folder / checkpoint.SEAL).unlink(missing_ok=True)
-        values = {n: gather(v.detach()).contiguous() for n, v in trainer.named_variables()}
+        values = {n: gather(x.detach()).contiguous() for n, x in trainer.named_tensors()}
         step = trainer.bilevel_step
         state = {} if step is None else step.state_dict()
         if args.should_save:
@@ -198,8 +198,8 @@ class BilevelCallback(TrainerCallback):
     @torch.no_grad()
     def _load_levels(self, folder: Path) -> None:
         values = load_file(folder / LEVELS)
-        for name, variable in self.trainer.named_variables():
-            variable.copy_(sharded_like(values[name], variable))
+        for name, tensor in self.trainer.named_tensors():
+            tensor.copy_(sharded_like(values[name], tensor))
 
 
 def _position(folder: Path) -> Path:

@@ -113,7 +113,7 @@ def label_column(data: Dataset) -> str | None:
 
 
 def classes_of(data: Dataset, column: str | None) -> list[Any] | None:
-    """The entries of ``column`` if they are classes."""
+    """The entries of ``column`` if they are classes; a few different integers are."""
     feature = None if column is None else data.features[column]
     integer = isinstance(feature, Value) and "int" in feature.dtype
     if not integer and not isinstance(feature, ClassLabel):
@@ -188,8 +188,8 @@ def shared(data: Any, other: Any) -> int:
     """The number of examples of ``data`` that are in ``other`` too; 0 if that is unknown."""
     if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
         return 0
-    known = set(_digests(other, _columns(data, other)))
-    return sum(digest in known for digest in _digests(data, _columns(data, other)))
+    known = set(digests(other, _columns(data, other)))
+    return sum(digest in known for digest in digests(data, _columns(data, other)))
 
 
 #: The largest number of rows that a fingerprint reads, evenly spaced.
@@ -242,7 +242,7 @@ class Endless(IterableDataset[Any]):
                 raise ProblemError("train_dataset: the stream has no examples; give it some")
 
 
-def _digests(data: Dataset, columns: list[str]) -> Iterator[int]:
+def digests(data: Dataset, columns: list[str]) -> Iterator[int]:
     """A hash of each stored row, independent of the format of ``data``."""
     for table in data.select_columns(columns).with_format("arrow").iter(1000):
         yield from map(hash, map(repr, table.select(columns).to_pylist()))

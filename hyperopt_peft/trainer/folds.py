@@ -113,7 +113,9 @@ class OnPart(Problem):
 
     def __init__(self, level: Problem, metrics: dict[str, float]) -> None:
         self.level, self.metrics = level, metrics
-        super().__init__(zip(level.names, level.variables, strict=True), name=level.name)
+        named = zip(level.names, level.variables, strict=True)
+        super().__init__(named, prior=level.prior, name=level.name)
+        level.prior = None  # `cross_fit` gives it to the joint level
 
     def evaluate(self, batch: Part) -> tuple[Tensor, dict[str, float]]:
         """The weighted loss and the weighted metrics."""

@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from hyperopt_peft.core.validation import require_read
-from hyperopt_peft.engine.step import BilevelStep, Gradient
+from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError
 from hyperopt_peft.trainer.accumulation import MicroBatch, label_weights
 from hyperopt_peft.trainer.checks import shifts_labels
@@ -41,6 +41,8 @@ class OptimizerStep:
     def __init__(self, trainer: BilevelTrainer, batches: Sequence[Any]) -> None:
         self.trainer, self.expected = trainer, len(batches)
         self.micro: list[MicroBatch] = []
+        #: The upper level's batch and random numbers, in a step that moves it.
+        self.upper: MicroBatch | None = None
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
         self._weights = self._label_weights(batches)
@@ -57,6 +59,11 @@ class OptimizerStep:
         """Set each ``.grad`` of the levels' variables to None."""
         for _, variable in self.trainer.named_variables():
             variable.grad = None
+
+    @property
+    def last_prior(self) -> float:
+        """The lower level's prior in the terms of the last micro-batch."""
+        return prior_of(self.trainer.lower, self._metrics[-1]) / self.expected
 
     def losses(self, inputs: Any) -> Iterator[Tensor]:
         """The terms of the lower loss of the next micro-batch divided by their number, scalars.
@@ -139,6 +146,7 @@ class OptimizerStep:
         if step % every == 0:
             # With an upper weight each lower step has read an upper batch.
             batch = self._upper_batch((step if shared else 0) + step // every - 1)
+            self.upper = MicroBatch(batch, bilevel.upper_random(step))
             with trainer.compute_loss_context_manager():
                 upper = bilevel.hypergradient(batch, number=step)
             numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}

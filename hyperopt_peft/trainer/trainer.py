@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hyperopt_peft.core.cross_fit import Folds
+from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
@@ -31,6 +34,9 @@ from hyperopt_peft.trainer.step import OptimizerStep, StepLog
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
+from hyperopt_peft.utils.signal_to_noise import ENOUGH, REMEDIES
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from hyperopt_peft.adapters.folds import AdapterFolds
@@ -137,6 +143,9 @@ class BilevelTrainer(Trainer):
             _ = self._fingerprints  # of the data as they are given
             self.upper, self.lower, self.folds = cross_fitted(self, lower, upper)
         checks.check_levels(self.levels)
+        if self.upper is not None and args.upper_prior is not None:
+            checks.check_no_prior(self.upper)
+            self.upper.prior = GaussianPrior(args.upper_prior, self.upper.variables)
         self.estimator = args.estimator()
         checks.check_accelerator(self)
         check_optimizer(self.optimizer, self.lr_scheduler, self.levels)
@@ -157,6 +166,16 @@ class BilevelTrainer(Trainer):
             for name, variable in zip(level.names, level.variables, strict=True)
         ]
 
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The variables, and the values that a level's prior pulls to, by level and name."""
+        starts = [
+            (f"{key} prior.{name}", start)
+            for key, level in zip(("lower", "upper"), self.levels)
+            if isinstance(level.prior, GaussianPrior)
+            for name, start in zip(level.names, level.prior.start, strict=True)
+        ]
+        return self.named_variables() + starts
+
     @property
     def signalled(self) -> bool:
         """Whether SIGTERM ended the last run, after its checkpoint (``enable_jit_checkpoint``)."""
@@ -169,7 +188,7 @@ class BilevelTrainer(Trainer):
             "hypergradient": repr(self.estimator) if self.upper is not None else None,
             "processes": distributed.world_size(),
             **self._fingerprints,
-            **{name: list(variable.shape) for name, variable in self.named_variables()},
+            **{name: list(tensor.shape) for name, tensor in self.named_tensors()},
         }
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
@@ -202,12 +221,12 @@ class BilevelTrainer(Trainer):
         """Train from the checkpoint ``found``, with its record; None for a new run."""
         if self.folds is not None:
             self.folds.require_copies()
-        self.step_log, self.skipped = StepLog(), 0
+        self.step_log, self.skipped, self._noise_said = StepLog(), 0, False
         self.save_total_limit = self.args.save_total_limit
         limits = self.args.max_grad_norm, self.args.save_total_limit
         try:
             with self._callback.run(found):
-                distributed.broadcast([v for _, v in self.named_variables()], self.args.device)
+                distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
                 return super().train(None if found is None else str(found[0]), *args, **kwargs)
         finally:
             self.args.max_grad_norm, self.args.save_total_limit = limits
@@ -275,7 +294,7 @@ class BilevelTrainer(Trainer):
             clear_device_cache()
         if self.current_step.whole:
             self.current_step.set_gradients(self._callback.save_before)
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum() - self.current_step.last_prior
 
     def task_loss(self, batch: Any) -> Tensor:
         """The loss that the Trainer would train: a scalar, the weighted mean over the labels.
@@ -320,7 +339,30 @@ class BilevelTrainer(Trainer):
             logs |= {key: value for key, value in means.items() if key not in logs} | last
             if self.skipped:
                 logs["skipped"] = self.skipped
+            logs |= self._signal_to_noise()
+        if "eval_loss" in logs and self.is_in_train and self.trainer_loss:
+            losses = [x["upper_loss"] for x in self.state.log_history if "upper_loss" in x]
+            if losses:
+                logs["eval_upper_gap"] = logs["eval_loss"] - losses[-1]
         super().log(logs, start_time)
+
+    def _signal_to_noise(self) -> dict[str, float]:
+        """``upper_snr`` of the steps since the last log; warns once where it is below 1."""
+        if self.bilevel_step is None:
+            return {}
+        count, ratio = self.bilevel_step.signal.count, self.bilevel_step.signal.read()
+        if ratio is None or ratio == math.inf:
+            return {}
+        if ratio < 1 and count >= ENOUGH and not self._noise_said:
+            self._noise_said = True
+            logger.warning(
+                "upper_snr: %.2g over %d upper steps: the upper level follows noise, unless it is "
+                "near its minimum; try %s",
+                ratio,
+                count,
+                REMEDIES,
+            )
+        return {"upper_snr": ratio}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `transformers.Trainer.save_model`, with the settings; the levels in checkpoints."""

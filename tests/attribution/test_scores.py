@@ -62,9 +62,9 @@ def test_random_states_are_kept_once_where_no_number_is_drawn() -> None:
     given[0].net[2].p = 0.0  # type: ignore[attr-defined]
     given[0].net.eval()  # type: ignore[attr-defined]
     steps = setting_of(scored(given)).run.steps
-    assert len({id(step.random_state) for step in steps}) == 1
+    assert len({id(step.moves[0].random_state) for step in steps}) == 1
     steps = setting_of(scored(levels())).run.steps
-    assert len({id(step.random_state) for step in steps}) == STEPS
+    assert len({id(step.moves[0].random_state) for step in steps}) == STEPS
 
 
 def test_passes_are_at_most_four_trainings() -> None:

@@ -113,6 +113,15 @@ def test_every_task_is_scored(tmp_path: Path, task: str) -> None:
     assert any(float(line["score"]) not in (0.0,) for line in table if line["rank"] != "0")
 
 
+def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
+    """In the order of the file, from a search and a retraining."""
+    run("attribute", **options(tmp_path, method="bidora", max_steps=4, check=5))
+    table = written(tmp_path)
+    assert [line["text"] for line in table] == [row["text"] for row in rows()]
+    assert all(float(line["score"]) != 0 for line in table)
+    assert PeftConfig.from_pretrained(tmp_path / "out").use_dora
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
@@ -123,7 +132,6 @@ def test_every_task_is_scored(tmp_path: Path, task: str) -> None:
         ({"suspects": 3}, "suspects: needs a class a row"),
         ({"retrain_without": 1.5}, "retrain_without.*1.5"),
         ({"test_file": "test.csv"}, "test_file: is of retrain_without"),
-        ({"method": "bidora"}, "method: attribute trains one level"),
         ({"weight_column": "weight"}, "weight_column"),
     ],
 )
@@ -143,6 +151,7 @@ def test_bad_options_are_refused_before_any_work(
         ({"eval_file": "copy"}, "evaluation: every row of it is a training row too"),
         ({"memory_limit": 1e-9}, r"memory_limit: .* more than the limit"),
         ({"optim": "adafactor"}, "Adafactor"),
+        ({"method": "bidora", "preset": "published"}, "derivative of darts is not known"),
     ],
 )
 def test_bad_runs_are_named(

@@ -68,6 +68,7 @@ def test_the_check_is_in_words(
     assert main(["check", *flags(**given(tmp_path), steps=steps, solver_steps=3)]) == 0
     text = capsys.readouterr().out
     assert "eigenvalues of the lower Hessian" in text and "note: " in text
+    assert "signal-to-noise ratio" in text
     assert not (tmp_path / "out").exists()
 
 

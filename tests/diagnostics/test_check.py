@@ -467,3 +467,59 @@ def test_a_variable_may_act_through_the_lower_optimizer_alone(alone):
 def test_steps_are_checked():
     with pytest.raises(ProblemError, match="steps"):
         check_problem(*diabetes(), steps=0)
+
+
+def noisy(above, below):
+    """F = Σ (u + batch)·w and f = ½|w − u − batch|², at w = u; Σ|…| of the noise is known."""
+    u = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    w = u.detach().clone().requires_grad_()
+    sgd = torch.optim.SGD([u], lr=0.1)
+    upper = FunctionLevel(lambda x: (u + x) @ w, [u], data=above, optimizer=sgd)
+    sgd = torch.optim.SGD([w], lr=0.1)
+    f = lambda x: (w - u - x).square().sum() / 2  # noqa: E731
+    return upper, FunctionLevel(f, [w], data=below, optimizer=sgd)
+
+
+ROWS = [torch.tensor(x, dtype=torch.float64) for x in ([3, -1], [-1, 2], [0, -4], [5, 1], [9, 9])]
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_signal_to_noise_ratio_is_that_of_the_next_batches(scale, given):
+    """dF/du = w + (u + batch): the batch is the noise."""
+    rows = [scale * row for row in ROWS]
+    upper, lower = noisy(None if given else rows, [torch.zeros(2).double()])
+    options = {"upper_batch": rows[0], "upper_batches": rows[:4]} if given else {}
+    check = examine(upper, lower, **options)
+    slopes = torch.stack([upper.variables[0] * 2 + row for row in rows[:4]]).detach()
+    mean = slopes.mean(0)
+    noise = float((slopes - mean).square().sum()) / 3
+    expected = (max(0.0, float(mean @ mean) - noise / 4) / noise) ** 0.5
+    assert check.signal_to_noise == pytest.approx(expected, rel=1e-6)
+    assert (expected < 1) == (scale == 10.0)
+    warned = [f for f in check.findings if f.kind == "noisy hypergradient"]
+    assert [f.severity for f in warned] == ["warning"] * (expected < 1)
+    if not given:
+        assert all(torch.equal(upper.next_batch(), row) for row in rows)
+
+
+def test_the_lower_batch_is_noise_too_and_one_batch_has_none():
+    """f = ½|w − c∘u|² with the batch c: dF/du has the term c∘w."""
+    pair = Pair(upper_more=lambda w, u: 0)
+    rows = [torch.full((3,), x, dtype=torch.float64) for x in (0.5, 1.5, 1.0)]
+    f = lambda c: (pair.w - c * pair.u).square().sum() / 2  # noqa: E731
+    sgd = torch.optim.SGD([pair.w], lr=0.1)
+    check = examine(pair.upper, FunctionLevel(f, [pair.w], data=rows, optimizer=sgd))
+    u = pair.u.detach()
+    slopes = torch.stack([u - 1 + c * u for c in (*rows, rows[0])])
+    mean = slopes.mean(0)
+    noise = float((slopes - mean).square().sum()) / 3
+    expected = ((float(mean @ mean) - noise / 4) / noise) ** 0.5
+    assert check.signal_to_noise == pytest.approx(expected, rel=1e-6)
+    assert Pair().check().signal_to_noise is None
+
+
+def test_a_batch_further_on_that_is_not_finite_is_found():
+    rows = [ROWS[0], ROWS[1] * float("nan")]
+    upper, lower = noisy(rows, [torch.zeros(2).double()])
+    assert "pair 2 of 4" in found(examine(upper, lower), "not finite").words

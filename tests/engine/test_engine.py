@@ -279,3 +279,19 @@ def test_an_optimizer_that_an_estimator_does_not_know_is_named_before_training(m
     lower = FunctionLevel(lambda _: (w - u).sum(), [w], optimizer=torch.optim.NAdam([w]))
     with pytest.raises(ProblemError, match="NAdam"):
         Engine(upper, lower, method)
+
+
+def test_the_signal_to_noise_ratio_is_of_the_steps_since_it_was_read() -> None:
+    """dF/du is the batch."""
+    u, w = leaf(0.0), leaf(0.0)
+    slopes = [3.0, 5.0, 1.0, -4.0, 2.0]
+    above, below = (SGD([x], lr=0.1) for x in (u, w))
+    upper = FunctionLevel(lambda x: (x * u + 0 * w).sum(), [u], data=slopes, optimizer=above)
+    lower = FunctionLevel(lambda _: (w - u).square().sum(), [w], optimizer=below)
+    engine = Engine(upper, lower, "direct", progress=False)
+    engine.run(3)
+    assert engine.upper_snr() == pytest.approx(((9 - 4 / 3) / 4) ** 0.5)
+    engine.run(1)
+    assert engine.upper_snr() is None
+    engine.run(2)
+    assert engine.upper_snr() == pytest.approx(((6.25 - 0.5 / 2) / 0.5) ** 0.5)

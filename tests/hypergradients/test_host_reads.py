@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hyperopt_peft import hypergradient
 from hyperopt_peft.utils import reductions
+from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 from tests.support.quadratic import program
 
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
@@ -103,3 +104,13 @@ def test_hooks_go_in_once_a_hypergradient(monkeypatch: pytest.MonkeyPatch) -> No
         installed = 0
         hypergradient(*program(0).levels(), f"cg:steps=5,product={product}")
         assert installed == 1
+
+
+def test_the_signal_to_noise_ratio_is_read_once_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal, vectors = SignalToNoise(), torch.randn(3, 4)
+    with counted(monkeypatch) as counts:
+        for row in vectors:
+            signal.add([row])
+        assert not counts
+        signal.read()
+    assert sum(counts.values()) == 1

@@ -439,3 +439,16 @@ def test_the_inverse_leaves_its_argument() -> None:
     before: Vector = b.copy()
     solution(levels)
     assert torch.equal(b.flat(), before.flat())
+
+
+def test_at_negative_curvature_the_factored_matrix_is_inverted_alone() -> None:
+    """And not b's solution 0, with which no row would count."""
+    net, scale = Sequences(), normal(4, seed=4).requires_grad_()
+    levels = over([*net.layer.parameters(), scale], lambda: (net.rows() * scale.sum()).mean())
+    alone = solution(levels)
+    oracle = open_oracle(*levels)
+    with oracle.open():
+        advance = KFAC(steps=3).prepare(oracle)
+        found, _ = advance(lambda v: -v, oracle.upper_gradient.b, {})
+    torch.testing.assert_close(flat(found.v), alone)
+    assert "negative curvature" in found.note and found.residual == 1

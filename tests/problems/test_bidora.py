@@ -104,23 +104,6 @@ def test_the_control_owns_all_that_trains() -> None:
     assert set(Adapter(model).names) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_decay_pulls_magnitudes_to_where_they_started() -> None:
-    model, batch = dora_model(dropout=0.0), batches(4)[0]
-    plain, decayed = Magnitude(model), Magnitude(model, decay=0.7)
-    with torch.no_grad():
-        for m in plain.variables:
-            m += torch.randn_like(m)
-    pairs = zip(
-        plain.gradient(batch, plain.variables).gradient,
-        decayed.gradient(batch, plain.variables).gradient,
-        plain.variables,
-        decayed.start,
-        strict=True,
-    )
-    for without, with_decay, m, m0 in pairs:
-        torch.testing.assert_close(with_decay - without, 0.7 * (m - m0).detach())
-
-
 def test_gamma_adds_the_gram_penalty() -> None:
     model, batch = dora_model(dropout=0.0), batches(4)[0]
     plain, regularised = Direction(model), Direction(model, gamma=0.3)

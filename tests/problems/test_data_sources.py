@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import default_data_collator
 
 from hyperopt_peft import (
@@ -35,7 +37,7 @@ def pooled(per_source: int = 20) -> Any:
 
 
 def linear_levels(logits: Any = (0.0, 0.0, 0.0)) -> tuple[Any, ...]:
-    model, weights = Linear(), SourceWeights(NAMES).double()
+    model, weights = Linear(), SourceWeights(dict.fromkeys(NAMES, 20), kind="softmax").double()
     with torch.no_grad():
         weights.logits.copy_(torch.tensor(logits))
     upper, lower = Target(weights, model), regularised(Mixture(model, weights))
@@ -66,7 +68,8 @@ def adapter_levels(sources: int = 3, size: int = 6, kind: str = "causal") -> tup
     mixture = default_data_collator([dict(row) for row in data(kind, size, seed=1)])
     target = default_data_collator([dict(row) for row in data(kind, 4, seed=2)])
     mixture["source"] = torch.arange(size) % sources
-    weights = SourceWeights([str(s) for s in range(sources)]).double()
+    counts = {str(s): size // sources for s in range(sources)}
+    weights = SourceWeights(counts, kind="softmax", average="sources").double()
     torch.nn.init.normal_(weights.logits)
     return model, Target(weights, model), Mixture(model, weights), target, mixture
 
@@ -107,7 +110,7 @@ def test_a_source_that_is_the_target_gains_against_one_with_the_opposite_gradien
     class Opposed(Mixture):
         def loss(self, batch: Any) -> Any:
             losses = example_losses(model, batch)
-            p = self.weights()
+            p = self.weights.shares()
             return p[0] * losses[:4].mean() - p[1] * losses[4:].mean()
 
     opposed = Opposed(model, lower.weights)
@@ -119,23 +122,56 @@ def test_a_source_that_is_the_target_gains_against_one_with_the_opposite_gradien
     torch.testing.assert_close(found, torch.stack([-gain, gain]), rtol=1e-5, atol=0)
 
 
-def test_the_loss_is_the_weighted_sum_of_the_sources_means() -> None:
+@pytest.mark.parametrize("average", ["rows", "sources"])
+def test_the_loss_is_the_weighted_sum_of_the_sources_means(average: Any) -> None:
+    """On all examples; with weights by row each mean counts by its number of examples too."""
     model, _, lower, _, mixture = adapter_levels()
     mixture["source"] = torch.tensor([2, 0, 2, 2, 0, 1])
+    counts = mixture["source"].bincount()
+    weights = SourceWeights({str(s): int(n) for s, n in enumerate(counts)}, average=average)
+    weights = weights.double()
+    torch.nn.init.normal_(weights.logits)
+    lower.weights = weights
     loss, metrics = lower.evaluate(mixture)
-    each, p = example_losses(model, mixture), lower.weights()
+    each, a = example_losses(model, mixture), weights.logits.sigmoid()
     means = torch.stack([each[mixture["source"] == s].mean() for s in range(3)])
-    torch.testing.assert_close(loss, p @ means)
-    expected = {f"weight_{s}": p[s].item() for s in range(3)}
-    assert metrics == pytest.approx(expected) and sum(metrics.values()) == pytest.approx(1)
+    mass = a * counts if average == "rows" else a
+    torch.testing.assert_close(loss, mass @ means / mass.sum())
+    assert sum(metrics[f"share_{s}"] for s in range(3)) == pytest.approx(1)
 
 
-def test_a_source_that_is_not_in_the_batch_adds_nothing() -> None:
-    model, _, lower, _, mixture = adapter_levels()
-    mixture["source"] = torch.tensor([0, 0, 2, 2, 0, 2])
-    each, p = example_losses(model, mixture), lower.weights()
-    expected = p[0] * each[[0, 1, 4]].mean() + p[2] * each[[2, 3, 5]].mean()
-    torch.testing.assert_close(lower.evaluate(mixture)[0], expected)
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(-5, 5)), min_size=2, max_size=6))
+def test_the_mean_weight_is_one(sources: Any) -> None:
+    """So that the weights cannot act as a learning rate."""
+    for kind in ("sigmoid", "softmax"):
+        for average in ("rows", "sources"):
+            counts = {str(k): count for k, (count, _) in enumerate(sources)}
+            weights = SourceWeights(counts, kind=kind, average=average).double()  # type: ignore[arg-type]
+            with torch.no_grad():
+                weights.logits.copy_(torch.tensor([logit for _, logit in sources]))
+            assert float((weights() * weights.counts).sum()) == pytest.approx(
+                float(weights.counts.sum())
+            )
+
+
+def test_votes_are_examples_of_their_source() -> None:
+    """A row with several votes is several rows of one source each; one without is none."""
+    model, weights = Linear(), SourceWeights({"a": 3, "b": 2, "c": 1}).double()
+    torch.nn.init.normal_(weights.logits)
+    torch.nn.init.normal_(model.w)
+    lower, (batch, _) = Mixture(model, weights), rows(4, seed=3)
+    votes = torch.tensor([[0, 1, -1], [2, 2, 0], [-1, -1, -1], [1, -1, -1]])
+    row, source = (votes >= 0).nonzero(as_tuple=True)
+    apart = {"x": batch["x"][row], "labels": votes[row, source], "source": source}
+    together = lower.gradient({**batch, "votes": votes}, (*lower.variables, weights.logits))
+    expected = lower.gradient(apart, (*lower.variables, weights.logits))
+    assert together.loss == pytest.approx(expected.loss)
+    for one, other in zip(together.gradient, expected.gradient, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ProblemError, match="votes"):
+        lower.loss({**batch, "votes": votes[:, :2]})
+    with pytest.raises(ProblemError, match="votes"):
+        lower.loss({**batch, "votes": votes + 2})
 
 
 def test_a_weight_of_zero_takes_the_source_out_of_training() -> None:
@@ -152,14 +188,14 @@ def test_a_weight_of_zero_takes_the_source_out_of_training() -> None:
 
 
 def test_the_engine_moves_the_weight_to_the_right_source() -> None:
-    model, weights = Linear(), SourceWeights(NAMES).double()
+    model, weights = Linear(), SourceWeights(dict.fromkeys(NAMES, 20), kind="softmax").double()
     optimizer = torch.optim.Adam(weights.parameters(), lr=0.1)
     upper = Target(weights, model, data=[rows(50, seed=2)[0]], optimizer=optimizer)
     lower = regularised(
         Mixture(model, weights, data=[pooled()], optimizer=torch.optim.SGD([model.w], lr=0.5))
     )
     history = Engine(upper, lower, "cg", lower_steps=10, progress=False).run(30)
-    assert weights()[0] > 0.9
+    assert weights.shares()[0] > 0.9
     assert history[-1]["upper_loss"] < history[0]["upper_loss"]
 
 
@@ -200,17 +236,17 @@ def test_the_trainer_moves_the_weight_to_the_targets_source(tmp_path: Path) -> N
     train = concatenate_datasets(
         [part.add_column("source", [s] * 24) for s, part in enumerate(sources)]
     )
-    weights = SourceWeights(["target", "noise"])
+    weights = SourceWeights({"target": 24, "noise": 24}, kind="softmax")
     run = trainer(tmp_path, weights, train)
     run.train()
     records = [record for record in run.state.log_history if "upper_loss" in record]
-    shares = [record["lower_weight_target"] for record in records]
+    shares = [record["lower_share_target"] for record in records]
     assert shares[0] == 0.5 and shares[-1] > 0.6
     assert records[-1]["upper_loss"] < records[0]["upper_loss"]
 
 
 def test_a_source_is_asked_for_before_anything_moves(tmp_path: Path) -> None:
-    weights = SourceWeights(["a", "b"])
+    weights = SourceWeights({"a": 12, "b": 12})
     train = data("causal")
     with pytest.raises(ProblemError, match="'source'"):
         trainer(tmp_path, weights, train).train()
@@ -222,7 +258,7 @@ def test_a_source_is_asked_for_before_anything_moves(tmp_path: Path) -> None:
     assert not weights.logits.any()
 
 
-@pytest.mark.parametrize("names", [["one"], [], "ab", ["a", "b", "a"]])
-def test_sources_have_names_of_their_own(names: Any) -> None:
+@pytest.mark.parametrize("counts", [{"one": 3}, {}, ["a", "b"], {"a": 3, "b": 0}])
+def test_sources_have_names_and_examples(counts: Any) -> None:
     with pytest.raises(ProblemError, match="source"):
-        SourceWeights(names)
+        SourceWeights(counts)

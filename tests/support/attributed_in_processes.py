@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from hyperopt_peft import attribute
 from tests.support import two_processes
 from tests.support.attributed import levels, scored
+from tests.support.attributed_bilevel import STEPS, engine, evaluation_of, ones
 
 METHODS = ("unrolled", "unrolled:product=difference", "minres:damping=0.1", "gradient")
 
@@ -21,6 +23,11 @@ def results(processes: int = 1, rank: int = 0) -> dict[str, Any]:
     result = scored(given(processes, rank), memory_limit=1e-5)
     check = result.check(5, share=0.2)
     found |= {"files": result.scores, "actual": check.actual, "smooth": check.metasmoothness}
+    weights, size = ones(), 4 // processes
+    part = slice(rank * size, (rank + 1) * size)
+    both = engine(weights, dropout=0.0, part=part)
+    options: dict[str, Any] = {"steps": STEPS, "progress": False}
+    found["bilevel"] = attribute(both, weights, evaluation_of(both), **options).scores
     return found
 
 

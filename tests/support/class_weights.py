@@ -63,6 +63,7 @@ def pair(
     *,
     lower: type[Problem] = Weighted,
     upper: type[Problem] = Plain,
+    evaluation: Any = None,
     **settings: Any,
 ) -> tuple[BilevelTrainer, Tensor]:
     """A program whose upper variable is no parameter of the model, over plain lists or ``data``."""
@@ -88,6 +89,7 @@ def pair(
         args=BilevelTrainingArguments(output_dir=str(folder), **given),
         train_dataset=rows(64, 0) if data is None else data,
         upper_dataset=rows(64, 1),
+        eval_dataset=evaluation,
         callbacks=list(callbacks),
     ), weight
 

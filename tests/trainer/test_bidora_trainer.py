@@ -145,21 +145,6 @@ def test_controls_get_all_of_the_data(tmp_path: Path) -> None:
         run.train()
 
 
-def test_the_magnitudes_start_is_where_decay_pulls_to(tmp_path: Path) -> None:
-    model = peft_model(dropout=0.0)
-    start = {n: p.detach().clone() for n, p in split_parameters(model).magnitudes.items()}
-    ends = []
-    for decay in (0.0, 1e4):
-        model = peft_model(dropout=0.0)
-        run = trainer(
-            tmp_path, model=model, magnitude_decay=decay, max_steps=20, upper_learning_rate=1e-3
-        )
-        run.train()
-        moved = split_parameters(model).magnitudes
-        ends.append(max(float((moved[n] - start[n]).abs().max()) for n in start))
-    assert ends[1] < 0.5 * ends[0]
-
-
 def test_upper_split_is_stratified_and_seeded(tmp_path: Path) -> None:
     splits = [
         trainer(tmp_path, data_seed=seed, rows=30).upper_dataset["labels"][:] for seed in (1, 1, 2)

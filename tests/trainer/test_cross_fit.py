@@ -191,7 +191,7 @@ def levels(name: str, model: Any) -> dict[str, Any]:
             "lower": lambda t: Weighted(t.model, weights),
             "upper": lambda t: Clean(weights, t.model),
         }
-    sources = SourceWeights(["web", "books"])
+    sources = SourceWeights({"web": 9, "books": 9})
     return {
         "lower": lambda t: Mixture(t.model, sources),
         "upper": lambda t: Target(sources, t.model),
@@ -290,7 +290,7 @@ def test_bidora_retrains_one_adapter_on_everything(tmp_path: Path, retrain: str)
 RUNS: dict[str, Any] = {
     "micro-batches": {"gradient_accumulation_steps": 2, "hypergradient": "cg:steps=2,damping=1.0"},
     "kept vector": {"hypergradient": "warm:damping=1.0"},
-    "upper data at every step": {"hypergradient": "penalty:inner_steps=2"},
+    "upper data at every step": {"hypergradient": "penalty:inner_steps=2", "upper_prior": 5.0},
     "the best model": {
         "eval_strategy": "steps",
         "eval_steps": 3,

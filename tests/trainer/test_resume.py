@@ -36,6 +36,7 @@ RUNS = {
         "hypergradient": "penalty:inner_steps=2",
         "gradient_accumulation_steps": 2,
     },
+    "a prior": {"upper_prior": 30.0},
     "PEFT's layer": {"fast_dora": False, "norm_grad": "detach"},
     "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"},
     "constant rate": {"lr_scheduler_type": "constant"},

@@ -181,6 +181,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     expected = {"upper_loss", "upper_grad_norm", "upper_learning_rate", "implicit_ratio"}
     expected |= {"loss", "grad_norm", "learning_rate", "residual", "epoch", "step"}
     expected |= {"lower_task_loss", "lower_gram", "lower_grad_norm", "solver_steps"}
+    expected |= {"upper_snr"}
     assert set(first) == expected
     assert all(math.isfinite(value) for value in first.values())
     assert first["loss"] == pytest.approx(

@@ -18,6 +18,8 @@ from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.linear_calls import Layer, linear_calls
 from hyperopt_peft.utils.vector import Vector, widened, zeros_like
 
+ALONE = "so that the factored matrix is inverted alone"
+
 
 @register("kfac", kind="implicit", tolerance=1e-2)
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class KFAC(Solver):
             solution = conjugate_gradients(
                 matvec, b, self.steps, damping, self.tolerance, precondition=inverse
             )
+            if solution.note and solution.residual == 1 and inverse is not None:  # v is 0 still
+                return replace(solution, v=inverse(b), note=f"{solution.note}, {ALONE}"), {}
             return solution, {}
 
         return advance

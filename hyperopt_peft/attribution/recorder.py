@@ -1,0 +1,128 @@
+"""Records the steps of a run of a `transformers.Trainer`, with a weight for each row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hyperopt_peft.attribution.rows import INDEX, RowWeighted
+from hyperopt_peft.attribution.run import Observed, Run
+from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer
+from hyperopt_peft.problems.common import trainable
+from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils import distributed
+
+
+class Recorder(TrainerCallback):
+    """Records the steps of a run as the Trainer takes them.
+
+    Args:
+        rows: the number of training rows.
+        memory_limit, points: see `Run`.
+    """
+
+    def __init__(self, rows: int, memory_limit: float, points: int | None) -> None:
+        self.rows, self.memory_limit, self.points = rows, memory_limit, points
+        self.runner: Any = None
+        self.run: Run | None = None
+
+    def __copy__(self) -> Recorder:
+        """The recorder itself: both phases of a BiDoRATrainer are one run."""
+        return self
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer of the present phase."""
+        return getattr(self.runner, "retrainer", None) or self.runner
+
+    def level(self, trainer: BilevelTrainer) -> RowWeighted:
+        """The loss of ``trainer`` with a weight for each row, initially 1."""
+        kinds = [parameter.dtype for _, parameter in trainable(trainer.model)]
+        dtype = torch.promote_types(kinds[0], torch.float32) if kinds else torch.float32
+        device = trainer.args.device
+        self.weights = torch.ones(self.rows, dtype=dtype, device=device, requires_grad=True)
+        return RowWeighted(trainer, self.weights)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the run, or its second phase."""
+        trainer, self._assigned = self.trainer, {}
+        limit = trainer.max_grad_norm or None
+        levels = [Accumulated(trainer.lower, trainer.optimizer, limit)]
+        if trainer.upper is not None:
+            limit = args.upper_max_grad_norm or None
+            levels.append(Accumulated(trainer.upper, trainer.optimizer, limit))
+        if self.run is None:
+            self.first = 0
+            self.run = Run(
+                levels,
+                self.weights,
+                state.max_steps + _steps_of_retraining(trainer, self.rows),
+                memory_limit=self.memory_limit,
+                points=self.points,
+            )
+            return
+        self.first = len(self.run.levels)
+        for level in levels:
+            self.run.add(level)
+        if self.runner.args.retrain == "scratch":
+            places = self.run.places[self.first]
+            self._assigned = {place: self.run.variables[place].detach().clone() for place in places}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the step that the optimizer is about to take."""
+        assert self.run is not None
+        step, weights = self.trainer.current_step, self.weights
+        seen = torch.zeros_like(weights)
+        for micro in step.micro:
+            seen[micro.batch[INDEX]] = 1.0
+        share, visited = distributed.mean((weights.grad, seen), (weights, weights))
+        assert visited is not None
+        weights.grad = None
+        lower = self.run.levels[self.first]
+        gradient = [*(v.grad for v in lower.variables), share]
+        batch, random_state = list(step.micro), step.micro[0].random_state
+        observed = [Observed(self.first, batch, random_state, gradient, visited > 0)]
+        if step.upper is not None:
+            observed.append(self._of_upper(step.upper))
+        self.run.record(*observed, assigned=self._assigned)
+        self._assigned = {}
+
+    def _of_upper(self, micro: MicroBatch) -> Observed:
+        """The upper level's part: its gradient again, since a hypergradient has no rows' shares."""
+        assert self.run is not None
+        number, weights = self.first + 1, self.weights
+        level, seen = self.run.levels[number], torch.zeros_like(weights)
+        seen[micro.batch[INDEX]] = 1.0
+        _, _, gradient = level.differentiate([micro], (*level.variables, weights))
+        (visited,) = distributed.mean((seen,), (weights,))
+        assert visited is not None
+        return Observed(number, [micro], micro.random_state, gradient, visited > 0)
+
+
+class RowWeightedBiDoRA(BiDoRATrainer):
+    """`BiDoRATrainer` with a weight for each row, at both levels and in both phases."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder, **trainer: Any) -> None:
+        super().__init__(model, **trainer)
+        self.row_weighted = recorder.level(self)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Σ v_i s_i / Σ c_i, see `RowWeighted`."""
+        return self.row_weighted.loss(inputs)
+
+
+def _steps_of_retraining(trainer: Any, rows: int) -> int:
+    """The steps of the second phase of a `BiDoRATrainer`, as its Trainer will count them."""
+    if not isinstance(trainer, BiDoRATrainer) or trainer.args.retrain == "none":
+        return 0
+    args = trainer.args.for_retraining()
+    if (steps := int(args.max_steps)) > 0:
+        return steps
+    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    a_pass: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(float(args.num_train_epochs) * a_pass)

@@ -1,0 +1,135 @@
+"""The end of an `Engine`'s run where the upper level begins to overfit its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hyperopt_peft.core.chain import owned
+from hyperopt_peft.core.data import require_batches
+from hyperopt_peft.core.problem import Problem, devices_of
+from hyperopt_peft.engine.step import prior_of
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.random_state import RandomState, replay
+from hyperopt_peft.utils.restore import assign_, preserve_state
+from hyperopt_peft.utils.validation import require_count
+
+if TYPE_CHECKING:
+    from hyperopt_peft.engine.engine import Engine
+
+
+class EarlyStopping:
+    """A callback of `Engine` that ends the run where F on held-out rows no longer falls.
+
+    After every ``every``-th upper step, the record of the step gets
+
+    - ``held_out_loss``: F without the prior, the mean over the batches ``held_out``;
+    - ``upper_gap``: ``held_out_loss`` minus the mean ``upper_loss`` of the last ``every`` steps;
+    - ``upper_snr``: `Engine.upper_snr` of these steps.
+
+    After ``patience`` evaluations without a smaller ``held_out_loss`` the run ends, with the
+    variables of all levels as they were at the smallest one. A run that ends earlier has the
+    variables of its last step; `restore` returns to the best ones. The optimizers are not restored.
+
+    Args:
+        held_out: an iterable of batches that can be iterated again, of rows that no level trains
+            on. Several processes each have batches of their own.
+        every: the number of upper steps from one evaluation to the next.
+        patience: the number of evaluations without improvement that ends the run.
+
+    Raises:
+        ProblemError: ``held_out`` is empty or can be iterated only once, or a number is below 1.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt_peft import Engine, Problem
+        >>> class Fit(Problem):
+        ...     def loss(self, batch):
+        ...         return (self.variables[0] - batch).square()
+        >>> u, w = (torch.zeros((), requires_grad=True) for _ in range(2))
+        >>> above, below = (torch.optim.SGD([x], lr=0.1) for x in (u, w))
+        >>> upper = Fit([u], data=[torch.tensor(5.0)], optimizer=above)
+        >>> lower = Fit([w], data=[torch.tensor(0.0)], optimizer=below)
+        >>> stopping = EarlyStopping([torch.tensor(2.0)], every=1, patience=2)
+        >>> engine = Engine(upper, lower, "direct", callbacks=[stopping], progress=False)
+        >>> len(engine.run(100)), round(u.item(), 2)  # u = 1, 1.8, 2.44, 2.95
+        (4, 1.8)
+    """
+
+    def __init__(self, held_out: Iterable[Any], *, every: int = 10, patience: int = 5) -> None:
+        require_batches("held_out", held_out)
+        require_count("every", every, least=1)
+        require_count("patience", patience, least=1)
+        self.held_out, self.every, self.patience = held_out, every, patience
+        self.best, self.best_step, self.failures = math.inf, 0, 0
+        self._values: list[Tensor] = []
+
+    def __call__(self, engine: Engine, record: dict[str, Any]) -> None:
+        """Evaluate after every ``every``-th upper step, and end the run where F has not fallen."""
+        if record["step"] % self.every:
+            return
+        loss = held_out_loss(engine.upper, engine.lower, self.held_out, seed=engine.seed)
+        window = [known["upper_loss"] for known in engine.history[-self.every :]]
+        record["held_out_loss"] = loss
+        record["upper_gap"] = loss - sum(window) / len(window)
+        record["upper_snr"] = engine.upper_snr()
+        if loss < self.best:
+            self.best, self.best_step, self.failures = loss, record["step"], 0
+            self._values = [x.detach().clone() for x in owned(engine.upper, engine.lower)]
+            return
+        self.failures += 1
+        if self.failures >= self.patience:
+            self.restore(engine)
+            engine.stop()
+
+    def restore(self, engine: Engine) -> None:
+        """Move all variables to where ``held_out_loss`` was smallest.
+
+        Raises:
+            ProblemError: there was no evaluation.
+        """
+        if not self._values:
+            raise ProblemError(
+                f"held_out: no evaluation so far; run for at least {self.every} upper steps"
+            )
+        assign_(owned(engine.upper, engine.lower), self._values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best loss, its step and variables, and the evaluations since."""
+        own = {"best": self.best, "best_step": self.best_step, "failures": self.failures}
+        return {**own, "values": [value.clone() for value in self._values]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state``, of `state_dict`."""
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.failures = state["failures"]
+        self._values = [value.clone() for value in state["values"]]
+
+
+def held_out_loss(
+    upper: Problem, lower: Problem, batches: Iterable[Any], *, seed: int = 0
+) -> float:
+    """F without its prior, the mean over ``batches`` and the processes; nothing changes.
+
+    Dropout masks are a function of ``seed``, so that two losses differ by the variables alone.
+
+    Raises:
+        ProblemError: there are no batches.
+        NonFiniteError: F is NaN or infinite.
+    """
+    devices, losses = devices_of(upper, lower), []
+    with (
+        preserve_state(owned(upper, lower), devices) as buffers,
+        replay(RandomState.seeded(devices, seed, "held out")),
+    ):
+        for batch in batches:
+            # A distributed model's reducers expect a backward pass after a forward pass.
+            found = upper.gradient(upper.on_device(batch), upper.variables)
+            losses.append(found.loss - prior_of(upper, found.metrics))
+            buffers.restore()
+    if not losses:
+        raise ProblemError("held_out: there are no batches; give at least one")
+    return sum(losses) / len(losses)

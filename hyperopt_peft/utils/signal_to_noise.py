@@ -1,0 +1,68 @@
+"""The signal-to-noise ratio of vectors that estimate one mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.vector import Vector, inner
+
+#: The fewest vectors of which a ratio below 1 is worth a warning.
+ENOUGH = 4
+#: What a ratio below 1 asks for.
+REMEDIES = "a larger upper batch, fewer upper variables, or a prior"
+
+
+class SignalToNoise:
+    """‖mean‖/noise of one vector g_r, from R of them, by unbiased estimates of both squares.
+
+        noise²  = Σ_r ‖g_r − ḡ‖² / (R − 1)
+        signal² = max(0, ‖ḡ‖² − noise²/R)
+
+    ‖ḡ‖² alone is too large by noise²/R. The sums are Welford's (1962, doi:10.2307/1266577): one
+    vector and one scalar on the device, whatever R is.
+
+    Example:
+        >>> import torch
+        >>> ratio = SignalToNoise()
+        >>> for x in (2.0, 4.0):
+        ...     ratio.add([torch.tensor([x])])
+        >>> round(ratio.read() ** 2, 6)  # (9 − 2/2)/2
+        4.0
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Vector | None = None
+        self._spread: Tensor | None = None  # Σ ‖g_r − ḡ‖²
+
+    def add(self, parts: Iterable[Tensor]) -> None:
+        """Add the vector of ``parts``; nothing is read from the device."""
+        vector = Vector(parts)
+        self.count += 1
+        if self._mean is None:
+            self._mean = vector
+            return
+        vector.add_(self._mean, -1.0)
+        spread = inner(vector, vector) * (1 - 1 / self.count)
+        self._spread = spread if self._spread is None else self._spread + spread
+        self._mean.add_(vector, 1 / self.count)
+
+    def read(self) -> float | None:
+        """The ratio, and forget the vectors: ∞ without noise, None of zeros or below two vectors.
+
+        The device is read once.
+        """
+        count, mean, spread = self.count, self._mean, self._spread
+        self.count, self._mean, self._spread = 0, None, None
+        if mean is None or spread is None:
+            return None
+        length, scatter = to_floats([inner(mean, mean), spread])
+        noise = scatter / (count - 1)
+        signal = max(0.0, length - noise / count)
+        if noise == 0:
+            return math.inf if signal else None
+        return math.sqrt(signal / noise)

@@ -1,0 +1,182 @@
+"""`MixTrainer`: how much should each source of training data count?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.common import trainable
+from hyperopt_peft.problems.data_sources import SOURCE, VOTES, Mixture, SourceWeights, Target
+from hyperopt_peft.problems.source_data import SourceData
+from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.trainer.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
+
+
+@dataclass
+class MixTrainingArguments(TwoPhaseTrainingArguments):
+    """The arguments of `MixTrainer`.
+
+    Example:
+        >>> MixTrainingArguments("outputs", source_average="sources", report_to="none").retrain
+        'scratch'
+    """
+
+    retrain: Literal["none", "warm", "scratch"] = HfArg(
+        default="scratch",
+        help="after the search, train on all rows with the learnt weights: not at all, from where "
+        "the search ended, or from the initial values",
+    )
+    upper_learning_rate: float = HfArg(
+        default=0.1, help="peak learning rate of the logits of the weights"
+    )
+    cross_fit: int | None = HfArg(
+        default=3, help="folds of the trusted rows: each is above for an adapter of its own"
+    )
+    source_weights: Literal["sigmoid", "softmax"] = HfArg(
+        default="sigmoid", help="the weights as a function of their logits"
+    )
+    source_average: Literal["rows", "sources"] = HfArg(
+        default="rows", help="whether the weights begin equal for each row, or for each source"
+    )
+    # The lower level reads a column that the model does not; the trainer removes all others.
+    remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ProblemError(
+                "remove_unused_columns: would remove the rows' sources; leave it out"
+            )
+        if self.cross_fit is None:
+            raise ProblemError("cross_fit: trusted rows train below too; give at least 2 folds")
+
+
+class MixTrainer(TwoPhaseTrainer):
+    """Learns the weights of data sources on trusted rows, then trains on everything with them.
+
+    The search trains the adapter on the sources below and the weights on the trusted rows above
+    (`Mixture`, `Target`). With ``cross_fit`` folds of the trusted rows, each fold is above while
+    the others train below as one more source, ``trusted``, whose weight is learnt too. Then the
+    adapter is trained from its initial values on sources and trusted rows. ``weights`` has the
+    result. `verdict` says whether it was worth it.
+
+    Args:
+        model: a PeftModel for classification or language modelling.
+        args: the settings.
+        sources: data sets by name; or one data set with the column ``votes``, a list of a class
+            for each labelling function, -1 for none.
+        trusted: the trusted rows, with the columns of the sources; of votes, with labels.
+        trainer: further arguments of `transformers.Trainer`.
+
+    Raises:
+        ProblemError: as `SourceData.of` and `BilevelTrainer`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
+        >>> def rows(first):
+        ...     ids = [[first + k] * 4 for k in range(6)]
+        ...     return Dataset.from_dict({"input_ids": ids, "labels": [0, 1] * 3})
+        >>> args = MixTrainingArguments("outputs", report_to="none", use_cpu=True)
+        >>> trainer = MixTrainer(
+        ...     model, args, sources={"web": rows(1), "books": rows(10)}, trusted=rows(20)
+        ... )
+        >>> trainer.weights.names
+        ['web', 'books', 'trusted']
+    """
+
+    args: MixTrainingArguments
+
+    def __init__(
+        self,
+        model: Any,
+        args: MixTrainingArguments,
+        *,
+        sources: Mapping[str, Dataset] | Dataset | SourceData,
+        trusted: Dataset | None = None,
+        callbacks: Sequence[Any] | None = None,
+        **trainer: Any,
+    ) -> None:
+        if not isinstance(args, MixTrainingArguments):
+            raise ProblemError(f"args must be MixTrainingArguments, got {type(args).__name__}")
+        if not isinstance(sources, SourceData):
+            sources = SourceData.of(sources, trusted)
+        self.data = sources.of_columns(read_by(model))
+        self.weights = SourceWeights(
+            self.data.counts, kind=args.source_weights, average=args.source_average
+        ).to(args.device)
+        folds = args.cross_fit or 1
+        self.weights.counts[-1] -= len(self.data.trusted) / folds  # below in all folds but one
+        again = [copy(callback) for callback in callbacks or ()]
+        #: The arguments of `transformers.Trainer` for further trainers of the same model.
+        self.options = {**trainer, "callbacks": again}
+        #: The initial values of what is trained.
+        self.initial = [p.detach().clone() for _, p in trainable(model)]
+        super().__init__(
+            model,
+            lower=self._lower,
+            upper=self._upper,
+            args=args,
+            train_dataset=self.data.below,
+            upper_dataset=self.data.trusted,
+            callbacks=callbacks,
+            **trainer,
+        )
+
+    def _lower(self, trainer: BilevelTrainer) -> Problem:
+        return Mixture(trainer.model, self.weights)
+
+    def _upper(self, trainer: BilevelTrainer) -> Problem:
+        return Target(self.weights, trainer.model, name="Target")
+
+    def retraining(self, args: Any) -> BilevelTrainer:
+        """The trainer of the adapter on everything, with the learnt weights."""
+        self.weights.counts[-1] = len(self.data.trusted)
+        return BilevelTrainer(
+            self.model,
+            lower=self._lower,
+            upper=None,
+            args=args,
+            train_dataset=self.data.everything,
+            **self.options,
+        )
+
+    def search_passes(self) -> int:
+        """The forward+backward passes of the search, in passes over a batch of the lower level."""
+        args, cost = self.args, self.estimator.cost()
+        steps, rows = int(args.max_steps), len(self.data.everything)
+        if steps <= 0:
+            batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+            a_pass = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+            steps = math.ceil(float(args.num_train_epochs) * a_pass)
+        of_upper = 2 if cost is None else cost.backward_passes
+        a_step: float = (args.lower_steps - 1 + of_upper) / args.lower_steps
+        return math.ceil(steps * a_step) * (args.cross_fit or 1)
+
+    def shares(self) -> dict[str, float]:
+        """The share of each source, and of the trusted rows, in the training loss; sum 1."""
+        with torch.no_grad():
+            return dict(zip(self.weights.names, self.weights.shares().tolist(), strict=True))
+
+    def row_weights(self) -> dict[str, float]:
+        """The weight of a row of each source, by name; the mean over all rows is 1."""
+        with torch.no_grad():
+            return dict(zip(self.weights.names, self.weights().tolist(), strict=True))
+
+
+def read_by(model: Any) -> set[str]:
+    """The columns that ``model`` and the levels read."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {*signature(base.forward).parameters, "label", "label_ids", SOURCE, VOTES}

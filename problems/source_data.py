@@ -1,0 +1,214 @@
+"""The training rows of several sources and the trusted rows, as `MixTrainer` reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+from transformers.utils import logging
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES
+from hyperopt_peft.trainer.data import classes_of, digests, label_column, require_examples
+
+#: The name of the trusted rows among the sources.
+TRUSTED = "trusted"
+SHOWN = 5
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceData:
+    """Rows with their sources, of which the trusted rows are the last one.
+
+    Attributes:
+        names: the sources, then ``trusted``.
+        below: the rows of the sources. The column ``source`` has the number of each row's source,
+            or ``votes``, a list of a class for each source, -1 for none.
+        trusted: the trusted rows, with the same columns.
+
+    Example:
+        >>> wiki, code = (Dataset.from_dict({"x": [k, k + 1], "label": [0, 1]}) for k in (0, 2))
+        >>> trusted = Dataset.from_dict({"x": [7, 8], "label": [1, 0]})
+        >>> data = SourceData.of({"wiki": wiki, "code": code}, trusted)
+        >>> data.counts
+        {'wiki': 2, 'code': 2, 'trusted': 2}
+        >>> data.below["source"][:], data.trusted["source"][:]
+        ([0, 0, 1, 1], [2, 2])
+    """
+
+    names: tuple[str, ...]
+    below: Dataset
+    trusted: Dataset
+
+    @classmethod
+    def of(cls, sources: Mapping[str, Dataset] | Dataset, trusted: Dataset) -> SourceData:
+        """The data of ``sources``, data sets by name, or one data set with the column ``votes``.
+
+        Raises:
+            ProblemError: one source alone; a source without rows; data sets of different columns;
+                trusted rows that are in a source too; or no trusted rows.
+        """
+        require_examples(TRUSTED, trusted)
+        if not isinstance(trusted, Dataset):
+            raise ProblemError(f"trusted: must be a datasets.Dataset, got {type(trusted).__name__}")
+        found = (
+            cls._of_votes(sources, trusted)
+            if _has_votes(sources)
+            else cls._of_names(sources, trusted)
+        )
+        found._require_apart()
+        found._warn_of_classes()
+        return found
+
+    @classmethod
+    def _of_names(cls, sources: Any, trusted: Dataset) -> SourceData:
+        if not isinstance(sources, Mapping) or len(sources) < 2 or TRUSTED in sources:
+            given = sorted(sources) if isinstance(sources, Mapping) else type(sources).__name__
+            raise ProblemError(
+                "sources: must map two or more names to data sets, or be one data set with the "
+                f"column {VOTES!r}; none is named {TRUSTED!r}; got {given}"
+            )
+        for name, rows in sources.items():
+            require_examples(f"source {name!r}", rows)
+            if set(rows.column_names) != set(trusted.column_names):
+                raise ProblemError(
+                    f"source {name!r}: has the columns {sorted(rows.column_names)}, and the "
+                    f"trusted rows {sorted(trusted.column_names)}; give both the same ones"
+                )
+        parts = [
+            _with(rows, SOURCE, [number] * len(rows), Value("int64"))
+            for number, rows in enumerate((*sources.values(), trusted))
+        ]
+        return cls((*sources, TRUSTED), _joined(parts[:-1]), _joined(parts[-1:]))
+
+    @classmethod
+    def _of_votes(cls, rows: Dataset, trusted: Dataset) -> SourceData:
+        votes, label = np.array(rows[VOTES][:]), label_column(trusted)
+        if votes.ndim != 2 or votes.shape[1] < 2 or votes.dtype.kind != "i" or label is None:
+            raise ProblemError(
+                f"column {VOTES!r}: must have a list of a class for each of two or more sources, "
+                "-1 for none, and the trusted rows a label"
+            )
+        voted = (votes != NO_VOTE).any(1)
+        if (silent := np.flatnonzero((votes == NO_VOTE).all(0))).size:
+            raise ProblemError(
+                f"source {silent[0]}: has no votes; leave its entry out of {VOTES!r}"
+            )
+        if not voted.all():
+            logger.warning(
+                "%d of %d rows have no vote, and are left out", (~voted).sum(), len(voted)
+            )
+            rows, votes = rows.select(np.flatnonzero(voted)), votes[voted]
+        own = np.full((len(trusted), votes.shape[1] + 1), NO_VOTE)
+        own[:, -1] = trusted[label][:]
+        votes = np.pad(votes, ((0, 0), (0, 1)), constant_values=NO_VOTE)
+        # A batch needs a label a row, which the loss of votes does not read: the first vote.
+        first = votes[np.arange(len(votes)), (votes != NO_VOTE).argmax(1)]
+        if label not in rows.column_names:
+            rows = _with(rows, label, first.tolist(), trusted.features[label])
+        rows = rows.remove_columns(VOTES).add_column(VOTES, votes.tolist())
+        trusted = trusted.add_column(VOTES, own.tolist())
+        common = [name for name in rows.column_names if name in trusted.column_names]
+        rows, trusted = rows.select_columns(common), trusted.select_columns(common)
+        names = (*map(str, range(votes.shape[1] - 1)), TRUSTED)
+        return cls(names, rows, trusted)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of rows, or votes, of each source, by name."""
+        if VOTES in self.below.column_names:
+            votes = np.concatenate([self.below[VOTES][:], self.trusted[VOTES][:]])
+            numbers = (votes != NO_VOTE).sum(0)
+        else:
+            source = np.concatenate([self.below[SOURCE][:], self.trusted[SOURCE][:]])
+            numbers = np.bincount(source, minlength=len(self.names))
+        return dict(zip(self.names, numbers.tolist(), strict=True))
+
+    @property
+    def everything(self) -> Dataset:
+        """The rows of the sources, then the trusted ones."""
+        return _joined([self.below, self.trusted])
+
+    def of_columns(self, known: Collection[str]) -> SourceData:
+        """The data with those columns alone that are ``known``."""
+        columns = [name for name in self.below.column_names if name in known]
+        below, trusted = (rows.select_columns(columns) for rows in (self.below, self.trusted))
+        return replace(self, below=below, trusted=trusted)
+
+    def with_trusted(self, rows: Sequence[int]) -> SourceData:
+        """The data with these trusted rows alone."""
+        return replace(self, trusted=self.trusted.select(rows))
+
+    def with_below(self, rows: Sequence[int]) -> SourceData:
+        """The data with these rows of the sources alone."""
+        return replace(self, below=self.below.select(rows))
+
+    def _require_apart(self) -> None:
+        """Raise ProblemError where a trusted row is in a source, whatever its label."""
+        outside = {label_column(self.trusted), SOURCE, VOTES}
+        columns = [name for name in self.trusted.column_names if name not in outside]
+        known = set(digests(self.below, columns))
+        leaked = [row for row, each in enumerate(digests(self.trusted, columns)) if each in known]
+        if leaked:
+            more = ", …" if len(leaked) > SHOWN else ""
+            raise ProblemError(
+                f"trusted: {len(leaked)} of {len(self.trusted)} rows are in a source too (rows "
+                f"{', '.join(map(str, leaked[:SHOWN]))}{more}), so that they judge what was "
+                "trained on them; remove them from the sources"
+            )
+
+    def _warn_of_classes(self) -> None:
+        """Warn of classes that no trusted row has."""
+        label = label_column(self.trusted)
+        known, here = (classes_of(rows, label) for rows in (self.below, self.trusted))
+        if known is None or here is None:
+            return
+        feature = self.trusted.features[label]
+        for number in sorted(set(known) - set(here)):
+            name = feature.int2str(number) if isinstance(feature, ClassLabel) else number
+            logger.warning(
+                "class %r: no trusted row has it, so that no source gains by it; add some", name
+            )
+
+
+def by_column(rows: Dataset, column: str) -> dict[str, Dataset]:
+    """The rows of each value of ``column``, without the column, by the value.
+
+    Raises:
+        ProblemError: there is no such column.
+
+    Example:
+        >>> rows = Dataset.from_dict({"x": [0, 1, 2], "origin": ["wiki", "code", "wiki"]})
+        >>> {name: part["x"][:] for name, part in by_column(rows, "origin").items()}
+        {'wiki': [0, 2], 'code': [1]}
+    """
+    if column not in rows.column_names:
+        raise ProblemError(f"column {column!r}: the rows have only {rows.column_names}")
+    found: dict[str, list[int]] = {}
+    for row, value in enumerate(rows[column]):
+        found.setdefault(str(value), []).append(row)
+    rows = rows.remove_columns(column)
+    return {name: rows.select(numbers) for name, numbers in found.items()}
+
+
+def _has_votes(sources: Any) -> bool:
+    return isinstance(sources, Dataset) and VOTES in sources.column_names
+
+
+def _with(rows: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:
+    """``rows`` with one more column of the type ``feature``."""
+    one = Dataset.from_dict({name: values}, features=Features({name: feature}))
+    return concatenate_datasets([rows, one], axis=1)
+
+
+def _joined(parts: Sequence[Dataset]) -> Dataset:
+    """The rows of all ``parts``, which have the same columns."""
+    columns = parts[0].column_names
+    try:
+        return concatenate_datasets([part.select_columns(columns) for part in parts])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ProblemError(f"the sources and the trusted rows do not join: {error}") from error

@@ -1,0 +1,76 @@
+"""The verdict on a learnt mix: what wins where, what it costs, and what it leaves alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.problems.mix_verdict import LEARNT, Entry, Verdict, verdict
+from tests.support.mix_runs import rows, trainer
+from tests.support.trainers import values
+
+
+def test_the_cheapest_within_one_standard_error_is_used() -> None:
+    source = torch.Generator().manual_seed(0)
+    best = Entry("best", torch.rand(40, generator=source), passes=90)
+    near = Entry("near", best.losses + 0.1 * torch.randn(40, generator=source), passes=30)
+    far = Entry("far", best.losses + 0.5 + 0.1 * torch.rand(40, generator=source), passes=10)
+    found = Verdict([far, near, best])
+    gap, error = near.behind(best)
+    assert found.best is (best if gap > 0 else near)
+    assert found.use is (near if gap <= error else best)
+    assert Verdict([far, best]).use is best
+    assert "90" in str(found) and found.use.method in found.sentence
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 99)), min_size=1, max_size=6))
+def test_what_is_used_is_no_dearer_than_the_best(entries: Any) -> None:
+    table = [Entry(str(k), torch.full((5,), loss), n) for k, (loss, n) in enumerate(entries)]
+    found = Verdict(table)
+    assert found.use.passes <= found.best.passes and found.use.loss <= found.best.loss
+
+
+def test_a_wrong_source_is_found_out(tmp_path: Path) -> None:
+    """Equal weights lose, and the model and the weights of the run are left as they were."""
+    run = trainer(tmp_path)
+    run.train()
+    before, weights = values(run.model), run.row_weights()
+    found = verdict(run, folds=2, equal_passes=False)
+    by_name = {entry.method: entry for entry in found.entries}
+    assert len(by_name) == 6 and all(len(entry.losses) == 30 for entry in found.entries)
+    assert by_name[LEARNT].loss < by_name["everything, equal weights"].loss
+    assert by_name[LEARNT].passes > by_name["trusted rows only"].passes
+    assert run.row_weights() == weights
+    for name, value in values(run.model).items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("equal_passes", [True, False])
+def test_baselines_take_the_steps_of_the_retraining_or_all_passes(
+    tmp_path: Path, equal_passes: bool
+) -> None:
+    run = trainer(tmp_path, max_steps=4, retrain_steps=3, lower_steps=2)
+    with pytest.raises(ProblemError, match="train first"):
+        verdict(run)
+    run.train()
+    found = verdict(run, folds=2, equal_passes=equal_passes)
+    learnt = next(entry for entry in found.entries if entry.method == LEARNT)
+    assert learnt.passes == 3 + run.search_passes()
+    allowed = {3, learnt.passes} if equal_passes else {3}
+    assert {e.passes for e in found.entries if e.method != LEARNT} <= allowed
+
+
+def test_votes_are_judged_too(tmp_path: Path) -> None:
+    below = rows(40, 4)
+    right = torch.tensor(below["labels"][:])
+    votes = torch.stack([right, (right + 1) % 3], 1)
+    votes[::2, 0] = -1
+    below = below.remove_columns("labels").add_column("votes", votes.tolist())
+    run = trainer(tmp_path, given=below, max_steps=4)
+    run.train()
+    found = verdict(run, folds=2, equal_passes=False)
+    assert all(entry.losses.isfinite().all() for entry in found.entries)

@@ -1,0 +1,50 @@
+"""A small mix: a source with right labels, one with wrong ones, and a few trusted rows."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from transformers import default_data_collator
+
+from hyperopt_peft.problems import MixTrainer, MixTrainingArguments
+from tests.support.trainers import peft_model
+
+
+def rows(count: int, seed: int, *, wrong: bool = False) -> Dataset:
+    """Random tokens after one of the class; ``wrong`` moves the class by one."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 50, (count, 6), generator=generator)
+    classes = torch.randint(0, 3, (count,), generator=generator)
+    ids[:, 0] = torch.tensor([3, 20, 40])[classes]
+    columns = {"input_ids": ids.tolist(), "labels": ((classes + wrong) % 3).tolist()}
+    kinds = {"input_ids": List(Value("int64")), "labels": ClassLabel(names=["a", "b", "c"])}
+    return Dataset.from_dict(columns, features=Features(kinds))
+
+
+def sources(count: int = 48) -> dict[str, Dataset]:
+    return {"good": rows(count, 1), "bad": rows(count, 2, wrong=True)}
+
+
+def trainer(folder: Path, *, given: Any = None, trusted: Any = None, **options: Any) -> MixTrainer:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 30,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 3e-2,
+        "upper_learning_rate": 0.3,
+        "hypergradient": "darts:xi=1.0",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "retrain_steps": 5,
+    }
+    return MixTrainer(
+        peft_model(dropout=0.0, dora=False),
+        MixTrainingArguments(**{**settings, **options}),
+        sources=sources() if given is None else given,
+        trusted=rows(30, 3) if trusted is None else trusted,
+        data_collator=default_data_collator,
+    )
