@@ -106,19 +106,27 @@ class FoldCollator:
 
 
 class OnPart(Problem):
-    """A fold's level whose batch is a `Part`: its loss times the weight, 0 without labels."""
+    """A fold's level whose batch is a `Part`: loss and metrics times the weight, 0 without labels.
 
-    def __init__(self, level: Problem) -> None:
-        self.level = level
-        super().__init__(zip(level.names, level.variables, strict=True), name=level.name)
+    ``metrics`` has a zero for each metric that any fold's level has returned.
+    """
+
+    def __init__(self, level: Problem, metrics: dict[str, float]) -> None:
+        self.level, self.metrics = level, metrics
+        named = zip(level.names, level.variables, strict=True)
+        super().__init__(named, prior=level.prior, name=level.name)
+        level.prior = None  # `cross_fit` gives it to the joint level
 
     def evaluate(self, batch: Part) -> tuple[Tensor, dict[str, float]]:
-        """The weighted loss, and the metrics of the level."""
+        """The weighted loss and the weighted metrics."""
         if batch.batch is None:
             nothing = [(variable * 0).sum() for variable in self.variables]
-            return torch.stack(nothing).sum(), {}
+            return torch.stack(nothing).sum(), dict(self.metrics)
         loss, metrics = self.level.evaluate(batch.batch)
         self.half = self.level.half
+        self.metrics |= dict.fromkeys(metrics, 0.0)
+        weight = float(batch.weight) if metrics else 1.0
+        metrics = {name: weight * value for name, value in metrics.items()}
         return loss * batch.weight.to(loss.dtype), metrics
 
 
@@ -144,8 +152,13 @@ def cross_fitted(trainer: BilevelTrainer, lower: Any, upper: Any) -> tuple[Folds
     for k in range(1, count):
         with adapters.alone(k):
             pairs.append((lower(trainer), upper(trainer)))
-    lowers, uppers = ([OnPart(level) for level in levels] for levels in zip(*pairs, strict=True))
+    lowers, uppers = (_on_parts(levels) for levels in zip(*pairs, strict=True))
     return *cross_fit(uppers, lowers, within=adapters.active), adapters
+
+
+def _on_parts(levels: Sequence[Problem]) -> list[OnPart]:
+    metrics: dict[str, float] = {}
+    return [OnPart(level, metrics) for level in levels]
 
 
 def _fold_data(trainer: BilevelTrainer, count: int) -> None:
