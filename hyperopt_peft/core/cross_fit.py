@@ -318,7 +318,8 @@ def split_folds(
     kind = StratifiedKFold if stratified else KFold
     found = [0] * rows
     with warnings.catch_warnings(action="ignore"):  # some class has fewer rows than K
-        splits = kind(folds, shuffle=True, random_state=seed).split(found, classes)
+        named = None if classes is None else list(map(repr, classes))  # of any type
+        splits = kind(folds, shuffle=True, random_state=seed).split(found, named)
         for k, (_, held_out) in enumerate(splits):
             for row in held_out.tolist():
                 found[row] = k

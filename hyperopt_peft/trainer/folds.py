@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
@@ -166,7 +167,7 @@ def _fold_data(trainer: BilevelTrainer, count: int) -> None:
     args, below, above = trainer.args, trainer.train_dataset, trainer.upper_dataset
     for data, name in ((below, "train_dataset"), (above, "upper_dataset")):
         loader_of(trainer, data, name)  # before the columns of a row are out of the Trainer's sight
-    column = label_column(above) if hasattr(above, "column_names") else None
+    column = label_column(above) if isinstance(above, datasets.Dataset) else None
     of_row = split_folds(
         len(above),
         count,
@@ -188,12 +189,13 @@ def _fold_data(trainer: BilevelTrainer, count: int) -> None:
 
 def _check(trainer: BilevelTrainer, lower: Any, upper: Any) -> None:
     args = trainer.args
-    sampling = (
-        str(getattr(args, "train_sampling_strategy", "")),
-        getattr(args, "group_by_length", 0),
+    # Names of older and of newer versions.
+    grouped = getattr(args, "group_by_length", False)
+    grouped = grouped or "length" in str(getattr(args, "train_sampling_strategy", ""))
+    checkpointing = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
+    checkpointing = checkpointing or any(
+        getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()
     )
-    names = ("gradient_checkpointing", "activation_checkpointing")  # of older and newer versions
-    checkpointing = any(getattr(args, n, False) for n in names) or _checkpoints(trainer.model)
     exact = args.estimator().requirements.second_derivatives
     refused = {
         "levels without functions": (
@@ -205,7 +207,7 @@ def _check(trainer: BilevelTrainer, lower: Any, upper: Any) -> None:
             "trusted rows are trained below too; give a data set with a length",
         ),
         "group_by_length": (
-            "group_by_length" in sampling[0] or sampling[1],
+            grouped,
             "a batch is one of each fold; leave it out",
         ),
         "dispatch_batches": (
@@ -222,10 +224,6 @@ def _check(trainer: BilevelTrainer, lower: Any, upper: Any) -> None:
     for name, (given, reason) in refused.items():
         if given:
             raise ProblemError(f"cross_fit: not possible with {name}, since {reason}")
-
-
-def _checkpoints(model: Any) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def weighted(trainer: BilevelTrainer, batches: Sequence[Any], *, above: bool) -> list[PerFold]:
