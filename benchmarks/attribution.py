@@ -299,7 +299,7 @@ def ranked(run: Trained) -> Row:
     setting, wrong, labels = run.setting, run.rows.wrong, run.rows.labels
     whole, gradient = (by_name(setting, name)[0] for name in (WHOLE, "gradient"))
     losses = setting.run.losses / setting.run.visits
-    found = suspects(setting, labels, whole, losses, 5, 0)
+    found = suspects(setting, whole, losses, 5, 0)
     orders = {
         "library (`suspects`)": -found.confidence,
         "out-of-fold probability": -found.probabilities.gather(1, labels[:, None])[:, 0],

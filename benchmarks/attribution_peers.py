@@ -1,9 +1,14 @@
-"""Other libraries' and papers' scores of the training rows of a run, in the sign of `attribute`."""
+"""Other libraries' and papers' scores of the training rows of a run, in the sign of `attribute`.
+
+On a CPU Bergson runs without the CUDA packages that its wheel names: ``pip install --no-deps
+bergson jaxtyping wadler-lindig ml_dtypes natsort petname simple-parsing docstring-parser``.
+"""
 
 from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,8 +16,12 @@ import torch
 from attribution_runs import CHUNK, RowWeighted
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import set_seed
 
 from hyperopt_peft.attribution.methods import Setting
+from hyperopt_peft.attribution.rows import INDEX
+from hyperopt_peft.attribution.run import Run
+from hyperopt_peft.attribution.trainer import of_trainer
 
 
 def datainf(setting: Setting) -> Tensor:
@@ -90,6 +99,66 @@ def kronfluence(setting: Setting) -> Tensor:
         )
         found: Tensor = analyzer.load_pairwise_scores("scores")["all_modules"]
     return -found.double().mean(0) / len(data.train)
+
+
+class Batches:
+    """The batches of a run with a weight for each row, as a data stream of Bergson."""
+
+    def __init__(self, run: Run) -> None:
+        self.micro = [step.batch for step in run.steps]
+        self.weights = nn.Parameter(run.center.clone())
+        self.device, self.requires_grad = self.weights.device, True
+
+    def __len__(self) -> int:
+        return len(self.micro)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        (micro,) = self.micro[step]
+        names = ("inputs_embeds", "attention_mask", "labels")
+        batch = {name: micro.batch[name] for name in names}
+        return {**batch, "example_weight": self.weights[micro.batch[INDEX]]}
+
+
+def magic(trainer: Any) -> tuple[Tensor, float]:
+    """Bergson's scores of a Trainer's run of AdamW on a causal language model; and the seconds.
+
+    The trainer has ``model_init``. Bergson trains on the same batches, at the same rates. Below its
+    root Adam has 1e-16, without which the zero gradients of LoRA's first step give NaN.
+    """
+    import torchopt
+    from bergson.magic import BackwardState
+    from bergson.magic import Trainer as Bergson
+    from bergson.magic.cli import compute_query_gradients
+    from bergson.utils import weighted_causal_lm_ce
+
+    quietly: dict[str, Any] = {"memory_limit": 1.0, "progress": False, "second_derivatives": False}
+    run = of_trainer(trainer, None, None, points=1, **quietly)[0].run
+    set_seed(trainer.args.seed)
+    model = trainer.model_init()
+    model.set_attn_implementation("eager")  # attention with a second derivative
+    model.get_base_model().loss_function = weighted_causal_lm_ce
+    rates = [step.optimizer["groups"][0]["lr"] for step in run.steps]
+    adam = torchopt.adamw(
+        lambda count: rates[int(count)],
+        eps=trainer.args.adam_epsilon,
+        eps_root=1e-16,
+        weight_decay=trainer.args.weight_decay,
+    )
+    data: Any = Batches(run)
+    above: Any = [trainer.data_collator(list(trainer.eval_dataset))]
+    begin = time.process_time()
+    bergson, state = Bergson.initialize(model, adam)
+    with tempfile.TemporaryDirectory() as folder:
+        state = bergson.train(state, data, save_dir=folder)
+        wanted, _ = compute_query_gradients(state, model, above)
+        moments = [
+            torch.zeros_like(x)
+            for x in torchopt.pytree.tree_iter(state.opt_state)
+            if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+        behind = BackwardState(wanted, moments, torch.zeros_like(data.weights))
+        found = bergson.backward(folder, data, behind, state)
+    return found.weight_grads.detach().double(), time.process_time() - begin
 
 
 def peers() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import pandas
@@ -119,7 +119,8 @@ def draw(task: str, seed: int, noise: str = "none", share: float = 0.0) -> Rows:
     chosen, above = order[:TRAIN], order[TRAIN : TRAIN + ABOVE]
     given = states.labels[chosen]
     if clean is not None:
-        return Rows(states, chosen, above, given, given != clean[chosen])
+        judged = replace(states, labels=clean)  # Φ is of rows with right labels in every case
+        return Rows(judged, chosen, above, given, given != clean[chosen])
     labels = planted(given, int(states.labels.max()) + 1, noise, share, source)
     return Rows(states, chosen, above, labels, labels != given)
 

@@ -1,4 +1,4 @@
-"""The entries of the JSON file of `attribution.py`, and the tables and targets made of them."""
+"""The entries of the attribution benchmarks' JSON files, with the tables and targets of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ TASKS = ("tweets", "movies")
 #: The share of the rows that a retraining leaves out.
 SHARE = 0.05
 WHOLE = "unrolled"
+#: MAGIC (arXiv:2503.13751) by Bergson (arXiv:2606.11660), the same derivative.
+MAGIC = "Bergson (MAGIC)"
+#: The parts of `attribution_trainers.py`, with the titles of their tables.
+TRAINERS = {
+    "tags": "Token tags (a Trainer, smooth setting; costs with the training)",
+    "documents": "Documents (a Trainer, smooth setting; costs with the training)",
+}
 
 
 class Runs:
@@ -97,13 +104,13 @@ def damping_table(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def methods_table(rows: Sequence[Row], setting: str) -> list[Row]:
+def methods_table(rows: Sequence[Row], setting: str, tasks: Sequence[str] = TASKS) -> list[Row]:
     """A row for each method: means over the seeds on each task, cost over all."""
     rows = [r for r in rows if r["setting"] == setting and len(r.get("actual", ())) > 4]
     found = []
     for name in dict.fromkeys(name for row in rows for name in row["methods"]):
         line: Row = {"method": name}
-        for task in TASKS:
+        for task in tasks:
             checks = [check(r, name) for r in rows if r["task"] == task and name in r["methods"]]
             line[f"{task}: LDS"] = mean(c.lds for c in checks)
             line[f"{task}: interval"] = interval(checks) if checks else None
@@ -164,6 +171,7 @@ def tables_of(runs: Runs) -> dict[str, list[Row]]:
         "Damping of the solvers (development seeds)": damping_table(runs.of("smooth")),
         "Rough setting": methods_table(runs.of("methods"), "rough"),
         "Smooth setting": methods_table(runs.of("methods"), "smooth"),
+        **{t: methods_table(runs.of(p), "smooth", [p]) for p, t in TRAINERS.items()},
         "Cost of the whole run": cost_table(runs.of("cost")),
         "Peak memory of the scores, in adapter sizes": [
             {"method": name, "memory": size}
@@ -178,16 +186,17 @@ def tables_of(runs: Runs) -> dict[str, list[Row]]:
 def targets_of(tables: Mapping[str, Sequence[Row]]) -> list[Target]:
     """The targets of what has been measured."""
     found = []
-    for setting in ("Rough setting", "Smooth setting"):
-        rows = {row["method"]: row for row in tables.get(setting, ())}
-        for task in TASKS if WHOLE in rows else ():
+    settings = {"Rough setting": TASKS, "Smooth setting": TASKS}
+    for title, tasks in (settings | {title: (part,) for part, title in TRAINERS.items()}).items():
+        rows = {row["method"]: row for row in tables.get(title, ())}
+        for task in tasks if WHOLE in rows else ():
+            where = f"{title.lower()}, {task}" if title in settings else task
             lds, slope = rows[WHOLE][f"{task}: LDS"], rows[WHOLE][f"{task}: slope"]
             if lds is None:
                 continue
-            others = [r[f"{task}: LDS"] for name, r in rows.items() if name != WHOLE]
+            others = [r[f"{task}: LDS"] for name, r in rows.items() if name not in (WHOLE, MAGIC)]
             best = max(other for other in others if other is not None)
-            where = f"{setting.split()[0].lower()} setting, {task}"
-            if setting == "Smooth setting":
+            if title != "Rough setting":
                 found.append(Target(f"LDS of the whole run, {where}", lds, 0.95, True))
                 found.append(Target(f"|slope − 1| of the whole run, {where}", abs(slope - 1), 0.1))
             found.append(

@@ -1,10 +1,12 @@
 """Every estimator on four problems: how right, how noisy, how dear, and what breaks it.
 
     python benchmarks/comparison.py --json benchmarks/results/comparison.json
+    python benchmarks/comparison.py --json FILE --methods kfac:steps=10
     python benchmarks/comparison.py --write benchmarks/results/comparison.json
 
-The first measures; the second writes docs/comparison.md and the README's table from the file, and
-measures nothing. Problems: see comparison_levels.py. Other libraries: comparison_peers.py.
+The first measures all; the second some, whose rows it puts into FILE; the third writes
+docs/comparison.md and the README's table from the file, and measures nothing. Problems: see
+comparison_levels.py. Other libraries: comparison_peers.py.
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
 solve). "100·f" is the error on A after f has been multiplied by 100, which moves neither w* nor
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,9 @@ def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
     noise.minimise(lower)
     batches = noise.Draws(len(lower.data.y), len(upper.data.y_val))
     result: dict[str, Row] = {}
-    for name in METHODS:
+    for name in methods:
+        if name not in METHODS:
+            continue
         try:
             row = noise.noise(name, upper, lower, batches, draws, settle=250)
         except ProblemError as error:
@@ -101,15 +105,15 @@ def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
 
 
 def encoder(levels: Levels, methods: Mapping[str, str | Peer], truth: Vector) -> dict[str, Row]:
-    """Error, cosine, passes, milliseconds and memory on MiniLM-BiDoRA."""
+    """Error, cosine, passes, milliseconds of processor time and memory on MiniLM-BiDoRA."""
     rows = {}
     for name, method in methods.items():
         passes = Passes()
         seconds = []
         while len(seconds) < 3 and sum(seconds) < 5:
-            begin = time.perf_counter()
+            begin = time.process_time()
             result = found(method, levels, None if seconds else passes)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.process_time() - begin)
         row = {f"BiDoRA: {k}": v for k, v in against(truth, result).items()}
         rows[name] = row
         if not isinstance(result, str):
@@ -120,27 +124,27 @@ def encoder(levels: Levels, methods: Mapping[str, str | Peer], truth: Vector) ->
     return rows
 
 
-def two_processes() -> dict[str, Row]:
+def two_processes(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
     """DDP and FSDP2 against one process."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         script = str(Path(__file__).parent / "comparison_breaks.py")
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        subprocess.run([*launch, script, str(file)], check=True, timeout=500)
+        subprocess.run([*launch, script, str(file), *methods], check=True, timeout=500)
         result: dict[str, Row] = json.loads(file.read_text())
         return result
 
 
-def measured(quick: bool) -> tuple[list[Row], Row]:
-    """The rows of all methods, and what else is to be known."""
+def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
+    """The rows of the methods ``names``, and what else is to be known."""
     others, missing = peers()
-    methods: dict[str, str | Peer] = {**{method: method for method in METHODS}, **others}
+    methods: dict[str, str | Peer] = {name: others.get(name, name) for name in names}
     parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 100)]
     levels, norm = encoder_problem(steps=5 if quick else 300)
     oracle = open_oracle(*levels)
     reference = estimate(oracle, "minres:steps=5" if quick else REFERENCE)
     parts.append(encoder(levels, methods, reference.hypergradient))
-    parts += [in_one_process(), two_processes()]
+    parts += [in_one_process(methods), two_processes(methods)]
     rows = []
     for name in methods:
         row: Row = {"estimator": name}
@@ -154,6 +158,13 @@ def measured(quick: bool) -> tuple[list[Row], Row]:
         "BiDoRA: lower gradient norm": norm,
         "BiDoRA: reference": f"{REFERENCE}, residual {reference.residual:.1e}",
     }
+
+
+def merged(known: list[Row], new: list[Row]) -> list[Row]:
+    """The rows of both, ``new`` ones in place of others of their name; peers are last."""
+    rows = {row["estimator"]: row for row in (*known, *new)}
+    own = [rows.pop(name) for name in METHODS if name in rows]
+    return [*own, *rows.values()]
 
 
 SECTIONS: dict[str, tuple[str, list[str]]] = {
@@ -171,8 +182,8 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "Cost on MiniLM": (
         "One hypergradient out of training: forward+backward passes + second backward passes, "
-        "milliseconds (the median of three where that is quick), and memory above what was held "
-        "before.",
+        "milliseconds of processor time (the median of three where that is quick), and memory "
+        "above what was held before.",
         ["passes", "ms", "MB"],
     ),
     "What breaks it": (
@@ -233,9 +244,16 @@ def main() -> None:
     if sys.argv[1:2] == ["--write"]:
         _write(Path(sys.argv[2]))
         return
-    given = arguments("every estimator on four problems")
-    rows, details = measured(given.quick)
-    report(given, {"Estimators": rows}, [], details)
+    everything = [*METHODS, *peers()[0]]
+    given = arguments("every estimator on four problems", methods=everything)
+    rows, details = measured(given.quick, given.methods)
+    if given.methods == everything or given.json is None:
+        report(given, {"Estimators": rows}, [], details)
+        return
+    print(table(rows))
+    content = json.loads(given.json.read_text())
+    content["tables"]["Estimators"] = merged(content["tables"]["Estimators"], rows)
+    given.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What breaks an estimator: attention kernels, bfloat16, DDP, FSDP2; each cell from a run.
 
-    torchrun --nproc_per_node 2 benchmarks/comparison_breaks.py FILE
+    torchrun --nproc_per_node 2 benchmarks/comparison_breaks.py FILE METHOD …
 
 writes the columns of two processes; `in_one_process` returns the others.
 """
@@ -12,11 +12,12 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparison_levels import METHODS, Levels
+from comparison_levels import Levels
 from comparison_peers import Peer, peers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -142,15 +143,10 @@ def _error(result: Vector | str, truth: Vector | str) -> float | str:
     return (result - truth).norm() / truth.norm()
 
 
-def all_methods() -> dict[str, str | Peer]:
-    """Ours by their names, and the peers."""
-    return {**{method: method for method in METHODS}, **peers()[0]}
-
-
-def in_one_process() -> dict[str, dict[str, Any]]:
+def in_one_process(methods: Mapping[str, str | Peer]) -> dict[str, dict[str, Any]]:
     """By method: the error of stock attention, of eager attention's value, and bf16's cosine."""
     rows = {}
-    for name, method in all_methods().items():
+    for name, method in methods.items():
         eager, stock = (found(method, small_bert(kind)) for kind in ("eager", "sdpa"))
         half = found(method, small_bert("eager", autocast=True))
         cosine: float | str = half if isinstance(half, str) else "–"
@@ -160,11 +156,12 @@ def in_one_process() -> dict[str, dict[str, Any]]:
     return rows
 
 
-def in_two_processes(file: Path) -> None:
+def in_two_processes(file: Path, names: Sequence[str]) -> None:
     """By method: the errors of DDP and FSDP2, of one process with the whole batch."""
     dist.init_process_group("gloo")
-    rows = {}
-    for name, method in all_methods().items():
+    rows, others = {}, peers()[0]
+    for name in names:
+        method = others.get(name, name)
         truth = found(method, network("one", 0, 1))
         rows[name] = {
             f"{kind}: error": _error(found(method, network(kind, dist.get_rank(), 2)), truth)
@@ -178,4 +175,4 @@ def in_two_processes(file: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    in_two_processes(Path(sys.argv[1]))
+    in_two_processes(Path(sys.argv[1]), sys.argv[2:])

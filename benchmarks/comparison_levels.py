@@ -38,6 +38,8 @@ METHODS = [
     "minres:steps=10",
     "nystrom:rank=10,steps=0",
     "nystrom:rank=10,steps=10",
+    "kfac:steps=0",
+    "kfac:steps=10",
     "warm",
     "f2sa:inner_steps=15,tolerance=1e-05",
     "penalty:inner_steps=15,tolerance=1e-05",

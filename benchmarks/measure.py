@@ -37,18 +37,19 @@ class Target:
         return {"name": self.name, "value": self.value, "target": self.target, "met": bool(met)}
 
 
-def arguments(description: str, **numbers: int) -> argparse.Namespace:
+def arguments(description: str, **options: int | list[str]) -> argparse.Namespace:
     """``--json FILE``, ``--quick``, ``--threads N`` and ``--device``; sets the threads.
 
-    ``numbers`` are further options, whole numbers, with their defaults.
+    ``options`` are further ones with their defaults: a whole number, or some of a list of names.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--quick", action="store_true", help="under a minute, for a first look")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in options.items():
+        names = {"nargs": "+", "choices": default} if isinstance(default, list) else {"type": int}
+        parser.add_argument(f"--{name}", default=default, **names)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     return given

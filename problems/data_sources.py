@@ -74,7 +74,8 @@ class SourceWeights(nn.Module):
             raise ProblemError(f"source {empty[0]!r}: has no examples; give some, or leave it out")
         self.names, self.kind, self.average = list(counts), kind, average
         self.logits = nn.Parameter(torch.zeros(len(counts)))
-        self.register_buffer("counts", torch.tensor(list(counts.values())), persistent=False)
+        numbers = [float(count) for count in counts.values()]
+        self.register_buffer("counts", torch.tensor(numbers), persistent=False)
 
     def forward(self) -> Tensor:
         """v, ``(K,)``; the mean over all examples is 1."""

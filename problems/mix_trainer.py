@@ -39,7 +39,9 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     upper_learning_rate: float = HfArg(
         default=0.1, help="peak learning rate of the logits of the weights"
     )
-    cross_fit: int | None = HfArg(default=None, help="folds of the trusted rows")
+    cross_fit: int | None = HfArg(
+        default=3, help="folds of the trusted rows: each is above for an adapter of its own"
+    )
     source_weights: Literal["sigmoid", "softmax"] = HfArg(
         default="sigmoid", help="the weights as a function of their logits"
     )
@@ -55,6 +57,8 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
             raise ProblemError(
                 "remove_unused_columns: would remove the rows' sources; leave it out"
             )
+        if self.cross_fit is None:
+            raise ProblemError("cross_fit: trusted rows train below too; give at least 2 folds")
 
 
 class MixTrainer(TwoPhaseTrainer):
@@ -113,6 +117,8 @@ class MixTrainer(TwoPhaseTrainer):
         self.weights = SourceWeights(
             self.data.counts, kind=args.source_weights, average=args.source_average
         ).to(args.device)
+        folds = args.cross_fit or 1
+        self.weights.counts[-1] -= len(self.data.trusted) / folds  # below in all folds but one
         again = [copy(callback) for callback in callbacks or ()]
         #: The arguments of `transformers.Trainer` for further trainers of the same model.
         self.options = {**trainer, "callbacks": again}
@@ -137,6 +143,7 @@ class MixTrainer(TwoPhaseTrainer):
 
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the adapter on everything, with the learnt weights."""
+        self.weights.counts[-1] = len(self.data.trusted)
         return BilevelTrainer(
             self.model,
             lower=self._lower,
@@ -149,9 +156,9 @@ class MixTrainer(TwoPhaseTrainer):
     def search_passes(self) -> int:
         """The forward+backward passes of the search, in passes over a batch of the lower level."""
         args, cost = self.args, self.estimator.cost()
-        steps = int(args.max_steps)
+        steps, rows = int(args.max_steps), len(self.data.everything)
         if steps <= 0:
-            batches = math.ceil(len(self.data.below) / (args.train_batch_size * args.world_size))
+            batches = math.ceil(rows / (args.train_batch_size * args.world_size))
             a_pass = max(1, math.ceil(batches / args.gradient_accumulation_steps))
             steps = math.ceil(float(args.num_train_epochs) * a_pass)
         of_upper = 2 if cost is None else cost.backward_passes

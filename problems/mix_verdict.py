@@ -120,8 +120,10 @@ def verdict(trainer: MixTrainer, *, folds: int = 3, equal_passes: bool = True) -
     the others as much; without, a few trainings each.
 
     Raises:
-        ProblemError: fewer than 2 folds, or more than trusted rows.
+        ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows.
     """
+    if not trainer.state.global_step:
+        raise ProblemError("verdict: the trainer has not trained; call train first")
     contest, data = _Contest(trainer), trainer.data
     label = label_column(data.trusted)
     classes = classes_of(data.trusted, label)

@@ -17,7 +17,7 @@ ALLOWED = {
     "engine": LEVELS,
     "diagnostics": LEVELS,
     "adapters": {"errors", "utils"},
-    "trainer": LEVELS | {"engine"},
+    "trainer": LEVELS | {"engine", "adapters"},
     "problems": LEVELS | {"engine", "adapters", "trainer"},
     "attribution": LEVELS | {"engine", "adapters", "trainer", "problems"},
     "cli": LEVELS | {"engine", "diagnostics", "adapters", "trainer", "problems", "attribution", ""},

@@ -73,7 +73,19 @@ class AdapterFolds:
             self._parameters.append(_parameters(model, name))
         each = {id(p): (p, p.requires_grad) for part in self._parameters for p in part}
         self._flags = list(each.values())
-        self._activate(first)
+
+    def require_copies(self) -> None:
+        """Raise ProblemError after `join` or `delete`."""
+        if len(self.names) == 1:
+            raise ProblemError(
+                f"adapter {self.names[0]!r}: the copies of the folds were deleted at the end of a "
+                "run; make the folds again, or another trainer"
+            )
+
+    def reset(self) -> None:
+        """Make the first adapter active, and require gradients as at construction."""
+        self.model.set_adapter(self.names[0])
+        _set_flags(self._flags)
 
     @contextmanager
     def active(self, fold: int) -> Iterator[None]:
@@ -105,9 +117,9 @@ class AdapterFolds:
 
     @torch.no_grad()
     def join(self) -> None:
-        """Set the first adapter to the mean of all, and delete the others."""
+        """Set the first adapter to the mean of all, and delete the others, unless that is done."""
         for first, *others in zip(*self._parameters, strict=True):
-            if others[0] is not first:  # else shared
+            if others and others[0] is not first:  # else shared
                 first.copy_(torch.stack([first, *others]).mean(0))
         self.delete()
 

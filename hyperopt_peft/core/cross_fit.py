@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.core.prior import prior_value
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import ProblemError
@@ -51,7 +52,7 @@ class Folds(Problem):
         variables: the variables of the joint level, by name.
         scale: 1 for a sum, 1/K for a mean.
         within: the context of a fold's evaluations and backward passes.
-        level: arguments of `Problem`: optimizer, scheduler, max_grad_norm.
+        level: arguments of `Problem`: optimizer, scheduler, max_grad_norm, prior.
 
     Example:
         >>> from hyperopt_peft.problems.ridge import diabetes
@@ -84,12 +85,15 @@ class Folds(Problem):
         return options if isinstance(options, Mapping) else [*options] * len(self.levels)
 
     def terms(self, batch: Any) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """scale·L_k and the metrics of L_k, fold by fold, each within the fold's context."""
+        """scale·L_k and its metrics, fold by fold, each in the fold's context; then the prior."""
         for k, (level, part) in enumerate(self._pairs(batch)):
             with self.within(k):
                 loss, metrics = level.evaluate(part)
                 self.half = bool(self.half or level.half)
                 yield loss * self.scale, metrics
+        if self.prior is not None:
+            prior = prior_value(self.prior, self.variables, self.name)
+            yield prior, {"prior": float(prior.detach())}
 
     def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """The joint loss with the graphs of all folds, and the mean metrics."""
@@ -102,16 +106,28 @@ class Folds(Problem):
         """As `Problem.backward`, fold by fold."""
         losses, metrics = [], []
         total: list[Tensor | None] = [None] * len(variables)
+
+        def add(gradient: Sequence[Tensor | None], scale: float) -> None:
+            for index, slope in enumerate(gradient):
+                if slope is not None:
+                    known, share = total[index], slope * scale
+                    total[index] = share if known is None else known.add_(share)
+
         for k, (level, part) in enumerate(self._pairs(batch)):
             with self.within(k):
                 loss, values, gradient = level.backward(part, variables)
             self.half = bool(self.half or level.half)
             losses.append(loss * self.scale)
             metrics.append(values)
-            for index, slope in enumerate(gradient):
-                if slope is not None:
-                    known, share = total[index], slope * self.scale
-                    total[index] = share if known is None else known.add_(share)
+            add(gradient, self.scale)
+        if self.prior is not None:
+            none = {id(v) for v, slope in zip(variables, total, strict=True) if slope is None}
+            pairs = zip(self.names, self.variables, strict=True)
+            self.unread = frozenset(name for name, v in pairs if id(v) in none)
+            prior = prior_value(self.prior, self.variables, self.name)
+            losses.append(prior.detach())
+            metrics.append({"prior": float(prior.detach())})
+            add(torch.autograd.grad(prior, variables, allow_unused=True), 1.0)
         return torch.stack(losses).sum(), means(metrics), tuple(total)
 
     def _pairs(self, batch: Any) -> Iterator[tuple[Problem, Any]]:
@@ -160,8 +176,8 @@ def cross_fit(
     parameter groups of the others, which must be of its class. One factor clips the gradients of
     all folds: the joint ``max_grad_norm`` is √K times that of ``lowers[0]``, the limit of a fold
     where the folds' gradients have equal norms. A schedule of the lower level is made for the joint
-    optimizer and assigned: ``lower.scheduler = LambdaLR(lower.optimizer, …)``. Optimizer, schedule
-    and clipping of u are those of ``uppers[0]``.
+    optimizer and assigned: ``lower.scheduler = LambdaLR(lower.optimizer, …)``. Optimizer, schedule,
+    clipping and prior of u are those of ``uppers[0]``; the prior moves to the joint level.
 
     With exact products the graphs of all folds are in memory at once, and are differentiated
     outside of ``within``. `penalty` and `f2sa` weigh F against f, where F_k has the weight 1/K.
@@ -174,7 +190,7 @@ def cross_fit(
     Raises:
         ProblemError: fewer than two folds, or numbers of levels that differ; uppers that own
             different tensors; lowers that share one; a level with levels below; a lower level with
-            a scheduler; or optimizers of different classes.
+            a scheduler or a prior; or optimizers of different classes.
 
     Example:
         >>> from hyperopt_peft import Engine
@@ -208,8 +224,12 @@ def cross_fit(
     for level in (*uppers, *lowers):
         if is_chain(level):
             raise ProblemError(f"{level.name}: a fold's level has levels below; cross-fit two")
-    above = uppers[0]
+    for level in lowers:
+        if level.prior is not None:
+            raise ProblemError(f"{level.name}: a fold's level has a prior; add it to the loss")
+    above, prior = uppers[0], uppers[0].prior
     for k, level in enumerate(uppers):
+        level.prior = None
         if [*map(id, level.variables)] != [*map(id, above.variables)]:
             raise ProblemError(
                 f"{above.name}: the upper levels of fold 0 and fold {k} own different tensors; "
@@ -242,6 +262,7 @@ def cross_fit(
         optimizer=above.optimizer,
         scheduler=above.scheduler,
         max_grad_norm=above.max_grad_norm,
+        prior=prior,
     )
     return upper, lower
 

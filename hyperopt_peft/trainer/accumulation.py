@@ -109,7 +109,7 @@ def label_weights(
         items: whether the loss takes ``num_items_in_batch``, c_ip.
         across_processes: whether the Trainer multiplies such a loss by P, which c_ip·P undoes.
     """
-    counts = [_labels(batch, shifted) for batch in batches]
+    counts = [scored_labels(batch, shifted) for batch in batches]
     known = [count for count in counts if count is not None]
     if not known or len(known) < len(batches):
         return [{} for _ in batches]
@@ -123,7 +123,7 @@ def label_weights(
     ]
 
 
-def _labels(batch: Any, shifted: bool) -> Tensor | None:
+def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
     """The number of labels of ``batch`` that are scored; None without labels."""
     if not isinstance(batch, Mapping):
         return None

@@ -100,6 +100,8 @@ class TwoPhaseTrainer(BilevelTrainer):
             if self.args.retrain == "scratch":
                 self._return_to_start()
             found = None
+        if self.folds is not None:  # where the search was not resumed
+            self.folds.join()
         self.retrainer = self.retraining(arguments)
         return self.retrainer._train_from(found, *args, **kwargs)
 

@@ -149,13 +149,16 @@ def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
     Without ``per_device_upper_batch_size`` each is the whole data set where that is small.
     """
     data, args = trainer.upper_dataset, trainer.args
+    size, given = args.per_device_train_batch_size, args.per_device_upper_batch_size
+    if whole := given is None and len(data) <= WHOLE:
+        size *= args.cross_fit or 1  # the folds share a piece, and are evaluated one by one
     loader = loader_of(trainer, data, "upper_dataset")
     if isinstance(data, datasets.Dataset):
         data = data.select_columns(loader.dataset.column_names)
     return UpperBatches(
         data,
-        args.per_device_upper_batch_size or args.per_device_train_batch_size,
-        whole=args.per_device_upper_batch_size is None and len(data) <= WHOLE,
+        given or size,
+        whole=whole,
         seed=args.seed,
         collate=loader.collate_fn,
         rank=distributed.rank(),

@@ -1,18 +1,23 @@
-"""The arithmetic of benchmarks/attribution.py."""
+"""The arithmetic of benchmarks/attribution.py and benchmarks/attribution_trainers.py."""
 
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import attribution
+import attribution_trainers
 import write_results
-from attribution_peers import datainf_layer
+from attribution_peers import datainf_layer, magic
 from attribution_runs import Recipe, actual, planted, random_rows
+from attribution_tables import TRAINERS
 
+from hyperopt_peft import attribute
 from hyperopt_peft.attribution.check import metasmoothness
 from hyperopt_peft.attribution.methods import Method
 from tests.support.attributed import ROWS, levels, scored, setting_of
@@ -104,6 +109,75 @@ def test_tables_and_targets() -> None:
     assert all(target.record()["met"] for target in targets.values())
     assert targets["LDS of the whole run − best other method, smooth setting, movies"].value == 2
     assert targets["attribution ÷ training, time, rough"].value == 4.0
+
+
+def task() -> attribution_trainers.Task:
+    """Two layers of a small language model on random states of eight tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, intermediate_size=32, **sizes))
+    ids = torch.randint(20, (18, 8))
+    rows = attribution_trainers.States(torch.randn(18, 8, 16), torch.ones_like(ids), ids)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+    recipe = Recipe(batch=4, rate=0.05, epsilon=1e-2, warm_up=0.2, epochs=2.0)
+    return attribution_trainers.Task("small", model, lora, rows, 14, recipe)
+
+
+def test_methods_share_the_retrainings_of_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry has what each method predicts of them, and is not measured twice."""
+    made = []
+    part = (lambda seed, quick: made.append(seed) or task(), (), (0,), 8)
+    monkeypatch.setitem(attribution_trainers.PARTS, "documents", part)
+    monkeypatch.setattr(attribution_trainers, "SHARE", 0.2)
+    for _ in range(2):
+        runs = attribution.Runs(tmp_path / "runs.json")
+        attribution_trainers.measure(runs, "documents", 3, False)
+    (row,) = runs.rows
+    assert made == [3]
+    assert set(row["methods"]) == set(attribution_trainers.METHODS)
+    assert all(len(m["predicted"]) == len(row["actual"]) == 8 for m in row["methods"].values())
+    check = attribution.check(row, "unrolled")
+    assert check.lds > 0.9 and check.slope == pytest.approx(1, abs=0.2)
+    tables = attribution.tables_of(runs)
+    whole, *_ = tables[TRAINERS["documents"]]
+    assert whole["documents: LDS"] == pytest.approx(check.lds)
+    assert whole["trainings"] == pytest.approx(3, abs=0.2)  # one, and two passes a step
+    assert len(attribution.targets_of(tables)) == 3
+
+
+def test_bergson_has_the_same_scores() -> None:
+    pytest.importorskip("bergson")
+    trainer = task().trainer(0)
+    expected = attribute(trainer, progress=False).scores
+    assert torch.allclose(magic(trainer)[0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_of_states_has_no_column_of_padding_alone() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    states = attribution_trainers.States(torch.arange(24.0).view(3, 4, 2), mask, mask - 1)
+    batch = states([{"row": 2}, {"row": 1}])
+    assert batch["inputs_embeds"].tolist() == [[[16, 17], [18, 19]], [[8, 9], [10, 11]]]
+    assert batch["labels"].tolist() == [[0, -1], [0, 0]]
+
+
+def test_development_seeds_have_rows_of_their_own() -> None:
+    pool = list(range(60))
+    developed = attribution_trainers.drawn(pool, 20, 100)
+    others = [attribution_trainers.drawn(pool, 20, seed) for seed in (0, 1)]
+    assert max(developed) < 30 <= min(min(rows) for rows in others)
+    assert others[0] != others[1] and len({*others[0]}) == 20
+
+
+def test_tags_are_those_of_the_words() -> None:
+    """As many labels as words, of rows that the length does not cut."""
+    found = attribution_trainers.tags(0, True)
+    tweets = attribution_trainers.drawn(attribution_trainers.tagged_tweets(), 60, 0)
+    counts = (found.rows.labels >= 0).sum(1)
+    whole = found.rows.attention_mask.sum(1) < found.rows.labels.shape[1]
+    assert whole.any()
+    assert counts[whole].tolist() == [len(t) for t, w in zip(tweets, whole, strict=True) if w]
 
 
 def test_the_page_keeps_what_is_around_the_tables() -> None:

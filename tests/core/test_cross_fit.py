@@ -24,7 +24,8 @@ from hyperopt_peft import (
     hypergradient,
     split_folds,
 )
-from hyperopt_peft.core.cross_fit import PerFold
+from hyperopt_peft.core.cross_fit import Folds, PerFold
+from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.hypergradients import get_estimator
 from hyperopt_peft.problems.ridge import Ridge, RidgeValidation
@@ -123,6 +124,46 @@ def test_metrics_are_means_and_losses_a_mean_above_and_a_sum_below() -> None:
         slopes = [float(slope) for slope in evaluation.gradient]
         assert slopes == pytest.approx([loss / 12 * s for s in (1.0, 1.0, 1.0, 3.0)])
     assert lower.gradient(2.0, w).loss == 9.0  # a batch that all folds share
+
+
+@pytest.mark.parametrize("method", ["exact", "darts:product=exact"])
+def test_a_prior_of_the_upper_level_counts_once(method: str) -> None:
+    """Given before or after the levels are joined; logged apart from the loss."""
+    move, losses = torch.linspace(0, 1, 10, dtype=torch.float64), []
+    for late in (False, True):
+        uppers, lowers = ridges()
+        u = uppers[0].variables[0]
+        if not late:
+            for level in uppers:
+                level.prior = GaussianPrior(3.0, [u])
+        upper, lower = cross_fit(uppers, lowers)
+        if late:
+            upper.prior = GaussianPrior(3.0, [u])
+        with torch.no_grad():
+            u.add_(move)
+        plain, prior = Folds(uppers, [("u", u)], scale=1 / FOLDS), 1.5 * move.square().mean()
+        expected = hypergradient(plain, lower, method)[0] + 3 * move / 10
+        assert close(hypergradient(upper, lower, method)[0], expected)
+        value, metrics = upper.evaluate(None)
+        assert torch.allclose(value, plain.evaluate(None)[0] + prior, rtol=1e-12)
+        assert metrics == upper.gradient(None, [u]).metrics == {"prior": pytest.approx(prior)}
+        history = Engine(upper, lower, method, progress=False).run(3)
+        assert history[0]["upper_prior"] == pytest.approx(prior)
+        losses.append([record["upper_loss"] for record in history])
+    assert losses[0] == losses[1]
+
+
+def test_a_variable_that_the_prior_alone_reads_is_an_error() -> None:
+    u, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    w = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    sgd = {"optimizer": SGD([u, v], 0.1), "prior": 1.0}
+    uppers = [FunctionLevel(lambda _, x=x: (x * u).sum(), [u, v], **sgd) for x in w]
+    lowers = [
+        FunctionLevel(lambda _, x=x: (x - u).square().sum(), [x], optimizer=SGD([x], 0.1))
+        for x in w
+    ]
+    with pytest.raises(ProblemError, match="variable 1"):
+        Engine(*cross_fit(uppers, lowers), "direct", progress=False).run(1)
 
 
 class Minibatches(Problem):
@@ -286,6 +327,7 @@ def test_joint_levels_that_are_no_program_are_refused() -> None:
         "levels below": (uppers, [lowers[0], chain]),
         "different classes": (uppers, [level(w[0], optimizer=sgd[0]), lowers[1]]),
         "scheduler": (uppers, scheduled),
+        "has a prior": (uppers, [level(w[0], prior=1.0), lowers[1]]),
         "give each data": (uppers, [level(w[0], data=[1]), lowers[1]]),
     }
     for message, (above, below) in refused.items():

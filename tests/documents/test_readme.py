@@ -41,6 +41,14 @@ def test_the_estimator_table_is_that_of_the_measurements() -> None:
             assert row[column] == expected, row["estimator"]
 
 
+def test_methods_that_are_measured_alone_replace_their_rows() -> None:
+    known = [{"estimator": name, "ms": 1} for name in ("direct", "warm", "exact", "a peer")]
+    new = [{"estimator": name, "ms": 2} for name in ("warm", "cg:steps=10", "another peer")]
+    rows = [(row["estimator"], row["ms"]) for row in comparison.merged(known, new)]
+    own = [("direct", 1), ("cg:steps=10", 2), ("warm", 2), ("exact", 1)]
+    assert rows == [*own, ("a peer", 1), ("another peer", 2)]
+
+
 def test_the_page_of_the_benchmarks_is_that_of_the_measurements() -> None:
     page = write_results.page({name: write_results.read(name) for name in write_results.QUESTIONS})
     assert (ROOT / "benchmarks/README.md").read_text() == page

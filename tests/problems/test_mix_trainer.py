@@ -56,6 +56,7 @@ def test_votes_of_labelling_functions(tmp_path: Path) -> None:
     ("options", "named"),
     [
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"cross_fit": None}, "cross_fit"),
         ({"given": {"good": rows(9, 1)}}, "two or more"),
         ({"trusted": sources()["good"].select(range(5))}, "5 of 5"),
     ],

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyperopt_peft import ProblemError
 from hyperopt_peft.problems.mix_verdict import LEARNT, Entry, Verdict, verdict
 from tests.support.mix_runs import rows, trainer
 from tests.support.trainers import values
@@ -53,6 +54,9 @@ def test_baselines_take_the_steps_of_the_retraining_or_all_passes(
     tmp_path: Path, equal_passes: bool
 ) -> None:
     run = trainer(tmp_path, max_steps=4, retrain_steps=3, lower_steps=2)
+    with pytest.raises(ProblemError, match="train first"):
+        verdict(run)
+    run.train()
     found = verdict(run, folds=2, equal_passes=equal_passes)
     learnt = next(entry for entry in found.entries if entry.method == LEARNT)
     assert learnt.passes == 3 + run.search_passes()
@@ -67,5 +71,6 @@ def test_votes_are_judged_too(tmp_path: Path) -> None:
     votes[::2, 0] = -1
     below = below.remove_columns("labels").add_column("votes", votes.tolist())
     run = trainer(tmp_path, given=below, max_steps=4)
+    run.train()
     found = verdict(run, folds=2, equal_passes=False)
     assert all(entry.losses.isfinite().all() for entry in found.entries)
