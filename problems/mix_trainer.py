@@ -162,6 +162,8 @@ class MixTrainer(TwoPhaseTrainer):
             a_pass = max(1, math.ceil(batches / args.gradient_accumulation_steps))
             steps = math.ceil(float(args.num_train_epochs) * a_pass)
         of_upper = 2 if cost is None else cost.backward_passes
+        if self.upper_batches is not None:
+            of_upper += self.upper_batches.count - 1  # F in pieces
         a_step: float = (args.lower_steps - 1 + of_upper) / args.lower_steps
         return math.ceil(steps * a_step) * (args.cross_fit or 1)
 

@@ -87,21 +87,22 @@ class Recorder(TrainerCallback):
         gradient = [*(v.grad for v in lower.variables), share]
         batch, random_state = list(step.micro), step.micro[0].random_state
         observed = [Observed(self.first, batch, random_state, gradient, visited > 0)]
-        if step.upper is not None:
+        if step.upper:
             observed.append(self._of_upper(step.upper))
         self.run.record(*observed, assigned=self._assigned)
         self._assigned = {}
 
-    def _of_upper(self, micro: MicroBatch) -> Observed:
+    def _of_upper(self, batch: list[MicroBatch]) -> Observed:
         """The upper level's part: its gradient again, since a hypergradient has no rows' shares."""
         assert self.run is not None
         number, weights = self.first + 1, self.weights
         level, seen = self.run.levels[number], torch.zeros_like(weights)
-        seen[micro.batch[INDEX]] = 1.0
-        _, _, gradient = level.differentiate([micro], (*level.variables, weights))
+        for micro in batch:
+            seen[micro.batch[INDEX]] = 1.0
+        _, _, gradient = level.differentiate(batch, (*level.variables, weights))
         (visited,) = distributed.mean((seen,), (weights,))
         assert visited is not None
-        return Observed(number, [micro], micro.random_state, gradient, visited > 0)
+        return Observed(number, batch, batch[0].random_state, gradient, visited > 0)
 
 
 class RowWeightedBiDoRA(BiDoRATrainer):

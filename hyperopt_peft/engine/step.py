@@ -240,7 +240,7 @@ class BilevelStep:
             raise NonFiniteError(
                 f"{self.lower.name}: no lower step was finite since the last upper step"
             )
-        oracle = self.oracle(self.upper, batch, self.upper_random(number), self.last)
+        oracle = self.oracle(self.upper, batch, self._seeded(number), self.last)
         result = estimate(oracle, self.estimator)
         self.state = result.state
         self.signal.add(result.hypergradient)
@@ -293,10 +293,6 @@ class BilevelStep:
             f if g is None else weight * g if f is None else f.add(g, alpha=weight)
             for f, g in zip(gradient, above, strict=True)
         )
-
-    def upper_random(self, number: int) -> RandomState:
-        """The random numbers of F in the upper step ``number``."""
-        return self._seeded(number)
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())

@@ -19,16 +19,21 @@ ITEMS, WEIGHT = "num_items_in_batch", "loss_weight"
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a step's batch, and the random states before its loss was evaluated."""
+    """A part of a step's batch, and the random states before its loss is evaluated.
+
+    ``weight`` multiplies the part's loss; the mean of the weights over the parts of a batch, on all
+    processes, is 1.
+    """
 
     batch: Any
     random_state: RandomState
+    weight: float = 1.0
 
 
 class Accumulated(Problem):
     """A level whose batch is a list of `MicroBatch`; its loss is the mean of ``level``'s losses.
 
-        f(w) = 1/n Σ_i f_i(w)   over n micro-batches
+        f(w) = 1/n Σ_i weight_i f_i(w)   over n micro-batches
 
     Variables and prior are the level's. Every evaluation of a micro-batch has the same random
     numbers, and first-order passes hold one graph at a time. ``optimizer`` may own other tensors
@@ -63,7 +68,7 @@ class Accumulated(Problem):
         for micro in batch:
             with replay(micro.random_state):
                 loss, values = self.level.evaluate(micro.batch)
-            losses.append(loss)
+            losses.append(loss * micro.weight)
             metrics.append(values)
         self.half, self.unread = self.level.half, self.level.unread
         return torch.stack(losses).mean(), distributed.means(metrics)
@@ -77,12 +82,12 @@ class Accumulated(Problem):
         for micro in batch:
             with replay(micro.random_state):
                 loss, values, gradient = self.level.backward(micro.batch, variables)
-            losses.append(loss)
+            losses.append(loss * micro.weight)
             metrics.append(values)
             for index, part in enumerate(gradient):
                 if part is not None:
                     known = total[index]
-                    share = part / len(batch)
+                    share = part * (micro.weight / len(batch))
                     total[index] = share if known is None else known.add_(share)
         self.half, self.unread = self.level.half, self.level.unread
         return torch.stack(losses).mean(), distributed.means(metrics), tuple(total)

@@ -97,7 +97,8 @@ class BilevelTrainingArguments(TrainingArguments):
     )
     per_device_upper_batch_size: int | None = HfArg(
         default=None,
-        help="examples of the upper level a device; per_device_train_batch_size if not given",
+        help="examples of the upper level a device; if not given all of them where they are few, "
+        "in pieces of per_device_train_batch_size, else per_device_train_batch_size",
     )
     upper_fraction: float = HfArg(
         default=0.2,

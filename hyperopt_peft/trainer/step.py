@@ -41,8 +41,8 @@ class OptimizerStep:
     def __init__(self, trainer: BilevelTrainer, batches: Sequence[Any]) -> None:
         self.trainer, self.expected = trainer, len(batches)
         self.micro: list[MicroBatch] = []
-        #: The upper level's batch and random numbers, in a step that moves it.
-        self.upper: MicroBatch | None = None
+        #: The upper level's batch, in a step that moves it.
+        self.upper: list[MicroBatch] = []
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
         self._weights = self._label_weights(batches)
@@ -145,10 +145,9 @@ class OptimizerStep:
             )
         if step % every == 0:
             # With an upper weight each lower step has read an upper batch.
-            batch = self._upper_batch((step if shared else 0) + step // every - 1)
-            self.upper = MicroBatch(batch, bilevel.upper_random(step))
+            self.upper = self._upper_batch((step if shared else 0) + step // every - 1)
             with trainer.compute_loss_context_manager():
-                upper = bilevel.hypergradient(batch, number=step)
+                upper = bilevel.hypergradient(self.upper, number=step)
             numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}
             numbers |= {f"upper_{key}": value for key, value in upper.metrics.items()}
             u, limit = bilevel.upper.variables, trainer.args.upper_max_grad_norm
@@ -167,12 +166,23 @@ class OptimizerStep:
         clip = self.trainer.accelerator.clip_grad_norm_
         return gather(clip(variables, limit or float("inf")))
 
-    def _upper_batch(self, number: int) -> Any:
-        assert self.trainer.upper_batches is not None
-        batch = self.trainer.upper_batches.batch(number)
-        if self.trainer.folds is not None:
-            (batch,) = weighted(self.trainer, [batch], above=True)
-        return self._on_device(batch, self._label_weights([batch])[0])
+    def _upper_batch(self, number: int) -> list[MicroBatch]:
+        """Batch ``number`` of the upper level; F is a mean over its labels, or else its rows."""
+        trainer = self.trainer
+        assert trainer.upper_batches is not None
+        pieces, shares = zip(*trainer.upper_batches.pieces(number), strict=True)
+        of_labels = self._label_weights(pieces)
+        if trainer.folds is not None:  # whose parts have weights of their own
+            pieces, shares = weighted(trainer, pieces, above=True), [1.0] * len(pieces)
+        seed = ("upper", trainer.args.seed, number, *distributed.rank_key())
+        return [
+            MicroBatch(
+                self._on_device(piece, of_label),
+                RandomState.seeded(trainer.devices, *seed, k),
+                1.0 if of_label else share,
+            )
+            for k, (piece, share, of_label) in enumerate(zip(pieces, shares, of_labels))
+        ]
 
     def _label_weights(self, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
         trainer = self.trainer

@@ -51,8 +51,8 @@ class BilevelTrainer(Trainer):
 
     Every optimizer step moves the lower level. Each ``lower_steps``-th step moves the upper level
     too, by the hypergradient at the same point, on the step's lower batch (all of its micro-batches
-    and processes) and the upper level's next batch. One optimizer has both levels in groups of
-    their own.
+    and processes) and the upper level's next batch, which is all of its examples where these are
+    few. One optimizer has both levels in groups of their own.
 
     Training uses the losses of the levels, evaluation the loss of the model. A level that is a
     function of the trainer can read ``trainer.task_loss``, the loss that the Trainer itself would
@@ -409,7 +409,8 @@ class BilevelTrainer(Trainer):
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
             lower = Accumulated(self.lower, optimizer, self.max_grad_norm or None)
-            self.bilevel_step = BilevelStep(self.upper, lower, self.estimator, seed=self.args.seed)
+            upper = Accumulated(self.upper)
+            self.bilevel_step = BilevelStep(upper, lower, self.estimator, seed=self.args.seed)
         self.devices = devices_of(*self.levels)
 
 

@@ -19,12 +19,20 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 
+#: The most examples of an upper level of which each batch is all, unless a size is given.
+WHOLE = 256
+
+
 class UpperBatches(Dataset[Any]):
     """The upper level's batches, each a function of its number alone, so that a run can resume.
 
+    A batch is one piece of ``size`` examples. With ``whole`` it is all of ``data``, in pieces of at
+    most ``size`` examples, equally many on each process.
+
     Args:
         data: examples by index, with a length.
-        size: the number of examples in a batch of one process.
+        size: the number of examples in a piece of one process.
+        whole: whether each batch is all of ``data``.
         seed: the seed of the order, which differs between epochs.
         collate: makes a batch from a list of examples.
         rank: the number of this process.
@@ -36,10 +44,13 @@ class UpperBatches(Dataset[Any]):
 
     Example:
         >>> batches = UpperBatches(range(4), 2, seed=0, collate=list)
-        >>> batches.batch(1) == batches.batch(1)
+        >>> batches.pieces(1) == batches.pieces(1)
         True
         >>> sorted(batches.batch(0) + batches.batch(1))
         [0, 1, 2, 3]
+        >>> whole = UpperBatches(range(5), 2, seed=0, collate=len, whole=True)
+        >>> whole.pieces(0)  # numbers of examples, and weights
+        [(1, 0.6), (2, 1.2), (2, 1.2)]
     """
 
     def __init__(
@@ -49,6 +60,7 @@ class UpperBatches(Dataset[Any]):
         *,
         seed: int,
         collate: Callable[[Sequence[Any]], Any],
+        whole: bool = False,
         rank: int = 0,
         processes: int = 1,
         **loading: Any,
@@ -63,11 +75,26 @@ class UpperBatches(Dataset[Any]):
         self.rank, self.processes, self.loading = rank, processes, loading
         self.size = min(size, len(data) // processes)
         self.per_epoch = len(data) // (self.size * processes)
+        self.used = self.per_epoch * self.size * processes
+        if whole:  # each process has a row of each piece
+            self.per_epoch = min(-(-len(data) // (size * processes)), len(data) // processes)
+            self.used = len(data)
+        self.count = self.per_epoch if whole else 1  # pieces of a batch
         self._batches: Iterator[Any] | None = None
         self._next = 0
 
+    def pieces(self, number: int) -> list[tuple[Any, float]]:
+        """This process's pieces of batch ``number``, from 0, each with a weight by its examples.
+
+        The mean over the pieces, on all processes, of weight times the mean over a piece's
+        examples is the mean over the batch's examples.
+        """
+        numbers = range(number * self.count, (number + 1) * self.count)
+        mean = self.used / (self.per_epoch * self.processes)
+        return [(self.batch(n), len(self._share(n % self.per_epoch)) / mean) for n in numbers]
+
     def batch(self, number: int) -> Any:
-        """This process's share of batch ``number``, from 0; an epoch drops a smaller last one."""
+        """This process's part of piece ``number``, from 0; an epoch drops a smaller last one."""
         if self._batches is None or number != self._next:
             self.close()
             # The loader seeds its workers from this generator and not from the training stream.
@@ -96,8 +123,13 @@ class UpperBatches(Dataset[Any]):
             if epoch != known:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 known, order = epoch, torch.randperm(len(self.data), generator=generator)
-            first = (position * self.processes + self.rank) * self.size
-            yield number, order[first : first + self.size].tolist()
+            share = self._share(position)
+            yield number, order[share.start : share.stop].tolist()
+
+    def _share(self, position: int) -> range:
+        """The places in an epoch's order of this process's part of the piece ``position``."""
+        part, parts = position * self.processes + self.rank, self.per_epoch * self.processes
+        return range(part * self.used // parts, (part + 1) * self.used // parts)
 
     def __getitem__(self, index: tuple[int, list[int]]) -> Any:
         number, rows = index
@@ -112,14 +144,21 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
-    """Batches of ``trainer.upper_dataset``, with collator, columns and workers of the Trainer."""
+    """Batches of ``trainer.upper_dataset``, with collator, columns and workers of the Trainer.
+
+    Without ``per_device_upper_batch_size`` each is the whole data set where that is small.
+    """
     data, args = trainer.upper_dataset, trainer.args
+    size, given = args.per_device_train_batch_size, args.per_device_upper_batch_size
+    if whole := given is None and len(data) <= WHOLE:
+        size *= args.cross_fit or 1  # the folds share a piece, and are evaluated one by one
     loader = loader_of(trainer, data, "upper_dataset")
     if isinstance(data, datasets.Dataset):
         data = data.select_columns(loader.dataset.column_names)
     return UpperBatches(
         data,
-        args.per_device_upper_batch_size or args.per_device_train_batch_size,
+        given or size,
+        whole=whole,
         seed=args.seed,
         collate=loader.collate_fn,
         rank=distributed.rank(),

@@ -63,6 +63,7 @@ def pair(
     *,
     lower: type[Problem] = Weighted,
     upper: type[Problem] = Plain,
+    upper_rows: Any = None,
     evaluation: Any = None,
     **settings: Any,
 ) -> tuple[BilevelTrainer, Tensor]:
@@ -88,7 +89,7 @@ def pair(
         upper=upper(model, weight),
         args=BilevelTrainingArguments(output_dir=str(folder), **given),
         train_dataset=rows(64, 0) if data is None else data,
-        upper_dataset=rows(64, 1),
+        upper_dataset=rows(64, 1) if upper_rows is None else upper_rows,
         eval_dataset=evaluation,
         callbacks=list(callbacks),
     ), weight

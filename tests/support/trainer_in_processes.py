@@ -18,9 +18,9 @@ from tests.support import two_processes
 OPTIONS = {"max_steps": 6, "upper_fraction": 1 / 3, "lower_steps": 2}
 RUNS = {
     "darts": {"hypergradient": "darts:scheme=forward", "upper_prior": 10.0},
-    "direct": {"hypergradient": "direct", "gamma": 0.1},
+    "direct": {"hypergradient": "direct", "gamma": 0.1, "rows": 23, "upper_fraction": 0.3},
     "cg": {"hypergradient": "cg:steps=3", "gradient_accumulation_steps": 2},
-    "minres": {"hypergradient": "minres:steps=3,product=difference"},
+    "minres": {"hypergradient": "minres:steps=3,product=difference", "sized": True},
     "neumann": {"hypergradient": "neumann:terms=3,power_steps=3", "lower_steps": 1},
     "penalty": {"hypergradient": "penalty:inner_steps=3", "gradient_accumulation_steps": 2},
     "retrain": {
@@ -60,12 +60,16 @@ REFUSED = {
 }
 
 
-def make(folder: Path, batch: int = 4, **options: Any) -> Any:
-    """A trainer of 16 lower and 8 upper rows in float64, without dropout.
+def make(
+    folder: Path, batch: int = 4, *, rows: int = 24, sized: bool = False, **options: Any
+) -> Any:
+    """A trainer of 16 lower and 8 or 7 upper rows in float64, without dropout.
 
-    The second process begins with other values, which do not count.
+    An upper batch is all of its rows, or ``batch`` if ``sized``. The second process begins with
+    other values, which do not count.
     """
     settings = {**OPTIONS, "per_device_train_batch_size": batch, **options}
+    settings["per_device_upper_batch_size"] = batch if sized else None
     arguments = models.arguments(folder, **settings)
     if "ACCELERATE_USE_FSDP" in os.environ:
         # accelerate shards over GPUs only; it does not look at what they are.
@@ -78,7 +82,7 @@ def make(folder: Path, batch: int = 4, **options: Any) -> Any:
     return models.BiDoRATrainer(
         model,
         arguments,
-        train_dataset=models.data(rows=24),
+        train_dataset=models.data(rows=rows),
         eval_dataset=models.data(rows=8, seed=5),
     )
 

@@ -119,6 +119,15 @@ def data(kind: str = "classes", rows: int = 24, seed: int = 0) -> Any:
     return Dataset.from_dict(columns, features=Features(features))
 
 
+def ragged(kind: str, count: int = 24) -> Dataset:
+    """Rows of which a different number of tokens is scored."""
+    table = data(kind, count)
+    labels = [[-100] * (row % 5) + label[row % 5 :] for row, label in enumerate(table["labels"][:])]
+    return table.remove_columns("labels").add_column(
+        "labels", labels, feature=table.features["labels"]
+    )
+
+
 def arguments(folder: Path, **options: Any) -> BiDoRATrainingArguments:
     """Six lower steps, an upper one after every second, on the CPU, without a bar."""
     settings = {

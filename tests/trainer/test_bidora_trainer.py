@@ -122,6 +122,7 @@ def test_label_smoothing_and_loss_functions_keep_their_meaning(tmp_path: Path) -
             dropout=0.0,
             lower_steps=1,
             max_steps=1,
+            per_device_upper_batch_size=4,
             options=options,
             **settings,
         )

@@ -23,6 +23,7 @@ def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path: Path, mic
     """Each on an upper batch of its own, a function of the step; and u moves at the same point."""
     method = f"penalty:gamma={GAMMA},inner_steps=3"
     settings = {"hypergradient": method, "gradient_accumulation_steps": micro, "rows": 30}
+    settings["per_device_upper_batch_size"] = 4
     run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
     lower_batches = batches_of(run, 6 * micro)
     run.train()
@@ -59,6 +60,7 @@ def test_they_train(tmp_path: Path, method: Any) -> None:
     """The training loss falls, the upper level moves, and the log tells of its steps."""
     watch = Watch()
     settings = {"hypergradient": method, "max_steps": 40, "lower_steps": 4, "learning_rate": 3e-2}
+    settings["per_device_upper_batch_size"] = 4
     run = trainer(tmp_path, dropout=0.0, options={"callbacks": [watch]}, **settings)
     before = run.evaluate(run.train_dataset)["eval_loss"]
     start = [u.detach().clone() for u in run.upper.variables]

@@ -23,9 +23,8 @@ TAU = 50.0
 @pytest.mark.parametrize("method", ["direct", "darts:scheme=forward", "cg:steps=3,damping=1.0"])
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
 def test_the_step_is_that_of_a_level_with_the_prior(tmp_path: Path, method: str) -> None:
-    run, watch = watched(
-        tmp_path, double(peft_model(dropout=0.0)), hypergradient=method, upper_prior=TAU
-    )
+    settings = {"hypergradient": method, "upper_prior": TAU, "per_device_upper_batch_size": 4}
+    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
     lower_batches = batches_of(run, 6)
     run.train()
     fresh = double(peft_model(dropout=0.0))

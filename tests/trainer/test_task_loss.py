@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from hyperopt_peft import BilevelTrainer, ProblemError
 from hyperopt_peft.problems import BiDoRATrainer
 from tests.support.class_weights import Plain, Scaled, Weighted, rows
-from tests.support.trainers import arguments, data, peft_model, values
+from tests.support.trainers import arguments, data, peft_model, ragged, values
 from tests.support.watch import SGD, Watch
 
 
@@ -88,15 +88,6 @@ def test_levels_with_losses_of_their_own_refuse_another(tmp_path: Path) -> None:
             train_dataset=rows(8, 0),
             upper_dataset=rows(8, 1),
         )
-
-
-def ragged(kind: str, count: int = 24) -> Dataset:
-    """Rows of which a different number of tokens is scored."""
-    table = data(kind, count)
-    labels = [[-100] * (row % 5) + label[row % 5 :] for row, label in enumerate(table["labels"][:])]
-    return table.remove_columns("labels").add_column(
-        "labels", labels, feature=table.features["labels"]
-    )
 
 
 def by_sum(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:

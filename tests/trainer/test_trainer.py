@@ -26,7 +26,8 @@ from tests.support.watch import SGD, batches_of, double, watched
 def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(
     tmp_path: Path, method: Any
 ) -> None:
-    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), hypergradient=method)
+    settings = {"hypergradient": method, "per_device_upper_batch_size": 4}
+    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
     lower_batches = batches_of(run, 6)
     start = values(run.model)
     run.train()

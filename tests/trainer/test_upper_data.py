@@ -259,3 +259,33 @@ def test_an_epoch_has_one_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(9):  # four to an epoch
         batches.batch(number)
     assert len(calls) == 3
+
+
+@given(**SIZES, processes=st.integers(1, 4), number=st.integers(0, 20))
+@settings(max_examples=60)
+def test_a_whole_batch_is_every_example_once(
+    rows: Any, size: Any, seed: Any, processes: Any, number: Any
+) -> None:
+    """In equally many pieces on each process, whose weights make the mean over examples."""
+    rows += processes
+    shares = [
+        UpperBatches(
+            range(rows), size, seed=seed, collate=list, whole=True, rank=rank, processes=processes
+        ).pieces(number)
+        for rank in range(processes)
+    ]
+    pieces = [piece for share in shares for piece in share]
+    assert sorted(x for rows_of, _ in pieces for x in rows_of) == list(range(rows))
+    assert len(set(map(len, shares))) == 1
+    lengths = {len(rows_of) for rows_of, _ in pieces}
+    assert min(lengths) > 0 and max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= size or size == 1 < processes  # no process is without an example
+    mean = sum(weight * sum(part) / len(part) for part, weight in pieces) / len(pieces)
+    assert mean == pytest.approx((rows - 1) / 2)
+    assert sum(weight for _, weight in pieces) == pytest.approx(len(pieces))
+
+
+def test_a_batch_of_a_size_is_one_piece_of_weight_1() -> None:
+    batches = UpperBatches(range(10), 3, seed=0, collate=list)
+    for number in range(5):
+        assert batches.pieces(number) == [(batches.batch(number), 1.0)]

@@ -1,0 +1,127 @@
+"""A small upper data set is one batch, computed in pieces: to rounding the batch itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hyperopt_peft.trainer.upper_batches import WHOLE
+from tests.support.class_weights import pair, rows
+from tests.support.trainers import data, peft_model, ragged, trainer, values
+from tests.support.watch import double, watched
+
+METHODS = {
+    "direct": 1e-12,
+    "darts:scheme=forward": 1e-5,
+    "darts:product=exact": 1e-12,
+    "cg:steps=3,damping=1.0": 1e-11,
+    "minres:steps=3,product=difference": 1e-6,
+    "unrolled:steps=1": 1e-11,
+    "penalty:inner_steps=2": 1e-7,
+    "f2sa:inner_steps=2": 1e-5,
+}
+
+
+def above(run: Any) -> list[dict[str, float]]:
+    return [record for record in run.state.log_history if "upper_loss" in record]
+
+
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_are_the_batch(tmp_path: Path, method: str) -> None:
+    """Seven rows in pieces of four at most."""
+    runs = []
+    for size in (None, 7):
+        run, watch = watched(
+            tmp_path / str(size),
+            double(peft_model(dropout=0.0)),
+            rows=31,
+            hypergradient=method,
+            per_device_upper_batch_size=size,
+            upper_prior=3.0,
+        )
+        assert (run.upper_batches.count, len(run.upper_dataset)) == (2 if size is None else 1, 7)
+        run.train()
+        runs.append((run, watch))
+    (pieces, moves), (whole, expected) = runs
+    tolerance = METHODS[method]
+    for name, value in values(whole.model).items():
+        torch.testing.assert_close(
+            values(pieces.model)[name], value, rtol=tolerance, atol=1e-3 * tolerance
+        )
+    for record, other in zip(above(pieces), above(whole), strict=True):
+        for key in ("upper_loss", "upper_prior", "upper_grad_norm"):
+            assert record[key] == pytest.approx(other[key], rel=max(tolerance, 1e-9), abs=1e-12)
+    names = [name for name in moves.gradients[1] if "magnitude" in name]
+    for name in names:  # at the same point, the first upper step
+        found, right = moves.gradients[1][name], expected.gradients[1][name]
+        assert (found - right).norm() <= tolerance * right.norm()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "causal", "seq2seq"])
+def test_a_label_counts_the_same_in_each_piece(tmp_path: Path, kind: str) -> None:
+    losses = []
+    for size in (None, 9):
+        run = trainer(
+            tmp_path / str(size),
+            kind,
+            model=double(peft_model(kind, dropout=0.0)),
+            options={"train_dataset": ragged(kind, 45)},
+            per_device_upper_batch_size=size,
+            hypergradient="direct",
+        )
+        assert run.upper_batches.count == (3 if size is None else 1)
+        run.train()
+        losses.append([record["upper_loss"] for record in above(run)])
+    # The loss of a language model is computed in float32.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_level_of_one_s_own_has_the_mean_over_rows(tmp_path: Path) -> None:
+    """64 rows in ten pieces of six and seven."""
+    ends = []
+    for size in (None, 64):
+        settings = {"per_device_upper_batch_size": size, "max_steps": 6, "logging_steps": 1}
+        run, weight = pair(tmp_path / str(size), per_device_train_batch_size=7, **settings)
+        run.train()
+        ends.append((weight.detach(), [record["upper_loss"] for record in above(run)]))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-3, atol=1e-4)
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
+
+
+def test_pieces_have_masks_of_their_own_that_differ_from_step_to_step(tmp_path: Path) -> None:
+    """At rates of zero, with dropout, and with equal rows."""
+    row = data(rows=1)
+    equal = {name: row[name][:] * 6 for name in row.column_names}
+    seen = []
+    run = trainer(
+        tmp_path,
+        learning_rate=0.0,
+        upper_learning_rate=0.0,
+        per_device_train_batch_size=2,
+        lower_steps=1,
+        max_steps=3,
+        hypergradient="direct",
+        weight_decay=0.0,
+        options={
+            "train_dataset": data(seed=4),
+            "upper_dataset": type(row).from_dict(equal, features=row.features),
+        },
+    )
+    loss = run.upper.task_loss
+    run.upper.task_loss = lambda batch: seen.append(loss(batch)) or seen[-1]
+    run.train()
+    assert len(seen) == 9 and len({float(x) for x in seen}) == 9
+
+
+@pytest.mark.parametrize("count", [WHOLE, WHOLE + 1])
+def test_a_larger_set_has_batches_of_the_lower_level_s_size(tmp_path: Path, count: int) -> None:
+    run, _ = pair(tmp_path, upper_rows=rows(count, 1), per_device_train_batch_size=16)
+    pieces = run.upper_batches.pieces(0)
+    if count <= WHOLE:
+        assert sum(len(piece["labels"]) for piece, _ in pieces) == count
+    else:
+        assert [len(piece["labels"]) for piece, _ in pieces] == [16]
