@@ -173,7 +173,8 @@ class OptimizerStep:
         pieces, shares = zip(*trainer.upper_batches.pieces(number), strict=True)
         of_labels = self._label_weights(pieces)
         if trainer.folds is not None:  # whose parts have weights of their own
-            pieces, shares = weighted(trainer, pieces, above=True), [1.0] * len(pieces)
+            pieces = tuple(weighted(trainer, pieces, above=True))
+            shares = tuple(1.0 for _ in pieces)
         seed = ("upper", trainer.args.seed, number, *distributed.rank_key())
         return [
             MicroBatch(
