@@ -105,7 +105,7 @@ class Batches:
     """The batches of a run with a weight for each row, as a data stream of Bergson."""
 
     def __init__(self, run: Run) -> None:
-        self.micro = [step.batch for step in run.steps]
+        self.micro = [step.moves[0].batch for step in run.steps]
         self.weights = nn.Parameter(run.center.clone())
         self.device, self.requires_grad = self.weights.device, True
 
@@ -137,7 +137,7 @@ def magic(trainer: Any) -> tuple[Tensor, float]:
     model = trainer.model_init()
     model.set_attn_implementation("eager")  # attention with a second derivative
     model.get_base_model().loss_function = weighted_causal_lm_ce
-    rates = [step.optimizer["groups"][0]["lr"] for step in run.steps]
+    rates = [step.moves[0].optimizer["groups"][0]["lr"] for step in run.steps]
     adam = torchopt.adamw(
         lambda count: rates[int(count)],
         eps=trainer.args.adam_epsilon,
