@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,11 @@ def check(row: Row, name: str) -> Check:
     return Check(found[: len(truth)], truth, smooth, SHARE)
 
 
+def lds(found: Check) -> float:
+    """The LDS; 0 where all predictions are equal, as of a solve that ended at 0."""
+    return 0.0 if math.isnan(found.lds) else found.lds
+
+
 def mean(values: Iterable[float]) -> float | None:
     """The mean, None of nothing."""
     known = list(values)
@@ -81,7 +87,7 @@ def smooth_table(rows: Sequence[Row]) -> list[Row]:
             found.append(
                 {
                     "run": name,
-                    "LDS": mean(c.lds for c in checks),
+                    "LDS": mean(map(lds, checks)),
                     "slope": mean(c.slope for c in checks),
                     "metasmoothness": mean(c.metasmoothness for c in checks if c.metasmoothness),
                     "loss": mean(r["loss"] for r in named),
@@ -99,7 +105,7 @@ def damping_table(rows: Sequence[Row]) -> list[Row]:
         named = [r for r in rows if r["name"] == name and len(r.get("methods", ())) > 1]
         for method in dict.fromkeys(m for r in named for m in r["methods"] if m != WHOLE):
             checks = [check(r, method) for r in named if method in r["methods"]]
-            lds = mean(c.lds for c in checks)
+            lds = mean(map(lds, checks))
             found.append({"run": name, "method": method, "LDS": lds, "runs": len(checks)})
     return found
 
@@ -112,9 +118,10 @@ def methods_table(rows: Sequence[Row], setting: str, tasks: Sequence[str] = TASK
         line: Row = {"method": name}
         for task in tasks:
             checks = [check(r, name) for r in rows if r["task"] == task and name in r["methods"]]
-            line[f"{task}: LDS"] = mean(c.lds for c in checks)
+            line[f"{task}: LDS"] = mean(map(lds, checks))
             line[f"{task}: interval"] = interval(checks) if checks else None
-            line[f"{task}: slope"] = mean(c.slope for c in checks)
+            slopes = [c.slope for c in checks if not math.isnan(c.slope)]
+            line[f"{task}: slope"] = mean(slopes)
         known = [r["methods"][name] for r in rows if name in r["methods"]]
         line["trainings"] = mean(m["trainings"] for m in known if "trainings" in m)
         line["time"] = statistics.median(
@@ -129,9 +136,9 @@ def methods_table(rows: Sequence[Row], setting: str, tasks: Sequence[str] = TASK
 
 def interval(checks: Sequence[Check]) -> str:
     """The 95 % interval of the mean LDS of runs, each with the error of its retrainings."""
-    halves = [(c.interval[1] - c.interval[0]) / 2 for c in checks]
-    half = sum(h * h for h in halves) ** 0.5 / len(checks)
-    middle = statistics.fmean(sum(c.interval) / 2 for c in checks)
+    known = [c.interval for c in checks if not math.isnan(c.lds)]
+    half = sum(((high - low) / 2) ** 2 for low, high in known) ** 0.5 / len(checks)
+    middle = sum(sum(pair) / 2 for pair in known) / len(checks)
     return f"{middle - half:.2f} to {min(middle + half, 1.0):.2f}"
 
 
