@@ -105,8 +105,8 @@ def damping_table(rows: Sequence[Row]) -> list[Row]:
         named = [r for r in rows if r["name"] == name and len(r.get("methods", ())) > 1]
         for method in dict.fromkeys(m for r in named for m in r["methods"] if m != WHOLE):
             checks = [check(r, method) for r in named if method in r["methods"]]
-            lds = mean(map(lds, checks))
-            found.append({"run": name, "method": method, "LDS": lds, "runs": len(checks)})
+            line = {"run": name, "method": method, "LDS": mean(map(lds, checks))}
+            found.append({**line, "runs": len(checks)})
     return found
 
 
@@ -198,16 +198,16 @@ def targets_of(tables: Mapping[str, Sequence[Row]]) -> list[Target]:
         rows = {row["method"]: row for row in tables.get(title, ())}
         for task in tasks if WHOLE in rows else ():
             where = f"{title.lower()}, {task}" if title in settings else task
-            lds, slope = rows[WHOLE][f"{task}: LDS"], rows[WHOLE][f"{task}: slope"]
-            if lds is None:
+            found_lds, slope = rows[WHOLE][f"{task}: LDS"], rows[WHOLE][f"{task}: slope"]
+            if found_lds is None:
                 continue
             others = [r[f"{task}: LDS"] for name, r in rows.items() if name not in (WHOLE, MAGIC)]
             best = max(other for other in others if other is not None)
             if title != "Rough setting":
-                found.append(Target(f"LDS of the whole run, {where}", lds, 0.95, True))
+                found.append(Target(f"LDS of the whole run, {where}", found_lds, 0.95, True))
                 found.append(Target(f"|slope − 1| of the whole run, {where}", abs(slope - 1), 0.1))
             found.append(
-                Target(f"LDS of the whole run − best other method, {where}", lds - best, 0, True)
+                Target(f"LDS of the whole run − best other method, {where}", found_lds - best, 0, True)
             )
     for row in tables.get("Cost of the whole run", ()):
         found.append(Target(f"attribution ÷ training, passes, {row['run']}", row["passes"], 4))
