@@ -206,9 +206,8 @@ def targets_of(tables: Mapping[str, Sequence[Row]]) -> list[Target]:
             if title != "Rough setting":
                 found.append(Target(f"LDS of the whole run, {where}", found_lds, 0.95, True))
                 found.append(Target(f"|slope − 1| of the whole run, {where}", abs(slope - 1), 0.1))
-            found.append(
-                Target(f"LDS of the whole run − best other method, {where}", found_lds - best, 0, True)
-            )
+            name = f"LDS of the whole run − best other method, {where}"
+            found.append(Target(name, found_lds - best, 0, True))
     for row in tables.get("Cost of the whole run", ()):
         found.append(Target(f"attribution ÷ training, passes, {row['run']}", row["passes"], 4))
         found.append(Target(f"attribution ÷ training, time, {row['run']}", row["time"], 4.5))
