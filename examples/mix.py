@@ -69,7 +69,6 @@ class Training(MixTrainingArguments):
     learning_rate: float = HfArg(default=2e-3, help="peak learning rate of the adapter")
     per_device_train_batch_size: int = HfArg(default=32, help="tweets a batch")
     per_device_eval_batch_size: int = HfArg(default=64, help="tweets a batch of the evaluation")
-    lower_steps: int = HfArg(default=3, help="steps of the adapter a step of the weights")
     logging_steps: float = HfArg(default=3, help="steps from one log to the next")
     save_strategy: str = HfArg(default="no", help="when to write checkpoints")
     report_to: str | None = HfArg(default="none", help="trackers, such as tensorboard")

@@ -36,8 +36,20 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         help="after the search, train on all rows with the learnt weights: not at all, from where "
         "the search ended, or from the initial values",
     )
+    hypergradient: str = HfArg(
+        default="minres:steps=5,damping=0.3",
+        help="hypergradient estimator, with options: darts:xi=1.0 is cheaper",
+    )
+    lower_steps: int = HfArg(
+        default=3, help="optimizer steps from one update of the weights to the next"
+    )
     upper_learning_rate: float = HfArg(
         default=0.1, help="peak learning rate of the logits of the weights"
+    )
+    upper_prior: float | None = HfArg(
+        default=0.3,
+        help="τ of the prior ½·τ·mean‖u − u0‖² of the logits, which keeps few trusted rows from "
+        "being followed into their noise",
     )
     cross_fit: int | None = HfArg(
         default=3, help="folds of the trusted rows: each is above for an adapter of its own"
