@@ -30,6 +30,7 @@ def trainer(folder: Path, *, given: Any = None, trusted: Any = None, **options: 
     settings = {
         "output_dir": str(folder),
         "max_steps": 30,
+        "lower_steps": 1,
         "per_device_train_batch_size": 32,
         "learning_rate": 3e-2,
         "upper_learning_rate": 0.3,
