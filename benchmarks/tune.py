@@ -7,9 +7,9 @@ LoRA in the last two layers of MiniLM, 200 tweets or movie sentences, 40 steps o
 and decay (`tune_runs`): 25 or 26 hyper-parameters. Every method selects by the loss of 100 held-out
 rows; 400 test rows are only reported (`tune_tables`). A method's cost is its forward+backward and
 second backward passes over batches, in trainings of 40. Parts: ``develop``, the settings of the
-descent and the rate of full fine-tuning, on development seeds and rows; ``compare``, all methods.
-A search is an entry of the JSON file, which is written after each training: an interrupted
-benchmark goes on from it. It takes some 75 minutes of one core.
+descent and the rate of full fine-tuning, on development seeds and rows; ``search``, the methods
+without hypergradients; ``descend``. A search is an entry of the JSON file, which is written after
+each training: an interrupted benchmark goes on from it. It takes some 50 minutes of one core.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from attribution_tables import TASKS, Row, Runs
 from text_data import quiet
 from tune_runs import DEVELOPMENT_SEEDS, RANGES, STEPS, Tuned, hypergradient, level
-from tune_tables import CONTROL, ORACLE, OURS, TPE, complete, decision, tables_of, targets_of
+from tune_tables import CONTROL, OURS, RANDOM, TPE, complete, decision, tables_of, targets_of
 
-SEEDS, PARTS, PLAIN, TRIALS = (0, 1, 2, 3, 4), ("develop", "compare"), 4, 30
+SEEDS, PLAIN, TRIALS = (0, 1, 2, 3, 4), 4, 30
 ONE_RATE = "one rate"
 #: The rate of B in rates of A, of LoRA+ (arXiv:2402.12354).
 RATIO = 16.0
@@ -79,12 +80,10 @@ class Descent:
 
 
 DESCENTS = {
-    "gradient, length 0.3": Descent(length=0.3),
     "gradient, length 1": Descent(),
     "gradient, length 3": Descent(length=3.0),
     "gradient, length 1, 3 orders": Descent(orders=3),
     "sign, length 1": Descent(sign=True),
-    "sign, length 3": Descent(length=3.0, sign=True),
 }
 #: Chosen on the development seeds, by the mean test loss.
 CHOSEN = DESCENTS["gradient, length 1"]
@@ -194,7 +193,7 @@ def mean_gradient(search: Search, u: Tensor, orders: int) -> tuple[Tensor, float
     found, passes, seconds = [], 0, search.row["seconds"]
     for order in range(orders):
         begin = time.process_time()
-        steps = search.level.train(u, order)
+        steps = search.level.train(u, order, keep=True)
         middle = time.process_time()
         gradient, more = hypergradient(search.level, steps)
         seconds["trainings"] += middle - begin
@@ -206,50 +205,58 @@ def mean_gradient(search: Search, u: Tensor, orders: int) -> tuple[Tensor, float
 
 def develop(runs: Runs, quick: bool) -> None:
     """The descents, and the rates of full fine-tuning, on the development seeds."""
-    for seed in DEVELOPMENT_SEEDS:
-        for task in TASKS:
-            full = level(task, seed, full=True)
-            Search(runs, full, "full", task, "full").all_of(map(full.space.plain, FULL_RATES))
-            tuned = level(task, seed)
-            search = partial(Search, runs, tuned, "develop", task)
-            plain = search("plain rates")
-            plain.all_of(map(tuned.space.plain, rates(PLAIN)))
-            for name, descent in DESCENTS.items():
-                descend(search(name), plain.trials, descent, 20)
-            print(task, seed, flush=True)
+    for task, seed in [] if quick else product(TASKS, DEVELOPMENT_SEEDS):
+        full, tuned = level(task, seed, full=True), level(task, seed)
+        Search(runs, full, "full", task, "full").all_of(map(full.space.plain, FULL_RATES))
+        search = partial(Search, runs, tuned, "develop", task)
+        plain = search("plain rates")
+        plain.all_of(map(tuned.space.plain, rates(PLAIN)))
+        for name, descent in DESCENTS.items():
+            descend(search(name), plain.trials, descent, 20)
+        print("development", task, seed, flush=True)
 
 
-def compare(runs: Runs, quick: bool) -> None:
-    """Every method on every task and seed."""
+def searches(runs: Runs, quick: bool) -> None:
+    """Every method without hypergradients, on every task and seed."""
     from prodigyopt import Prodigy
 
     count = 2 if quick else TRIALS
-    for seed in SEEDS[:1] if quick else SEEDS:
-        for task in TASKS:
-            begin, tuned = time.process_time(), level(task, seed)
-            search, plain = partial(Search, runs, tuned, "compare", task), tuned.space.plain
-            grid = search(ONE_RATE)
-            grid.all_of(map(plain, rates(max(PLAIN, count))))
-            first = grid.trials[:PLAIN]
-            search("10 × the rate of full fine-tuning").all_of([plain(10 * FULL_RATE)])
-            # A quarter of the rates: the geometric mean of A's and B's is that of one rate.
-            pairs = [plain(rate, RATIO) for rate in rates(count, RATIO**-0.5)]
-            search("LoRA+, one rate").all_of(pairs)
-            prodigy = search("Prodigy")
-            for factor in FACTORS[len(prodigy.trials) :]:
-                made = partial(Prodigy, lr=1.0, weight_decay=0.01, d_coef=factor)
-                with redirect_stdout(io.StringIO()):  # it prints which decay it uses
-                    prodigy.train(plain(1.0), optimizer=made)
-            prodigy.row["done"] = True
-            drawn = search("random search")
-            drawn.all_of(at_random(drawn, count))
-            tpe(search(TPE), first, 2 + PLAIN if quick else ORACLE)
-            budget = 8 if quick else TRIALS
-            descend(search(OURS), first, CHOSEN, budget)
-            control = Descent(CHOSEN.length, random=True)
-            descend(search(CONTROL), first, control, budget)
-            runs.save()
-            print(task, seed, f"{time.process_time() - begin:.0f} s", flush=True)
+    for seed, task in product(SEEDS[:1] if quick else SEEDS, TASKS):
+        begin, tuned = time.process_time(), level(task, seed)
+        search, plain = partial(Search, runs, tuned, "compare", task), tuned.space.plain
+        grid = search(ONE_RATE)
+        grid.all_of(map(plain, rates(max(PLAIN, count))))
+        search("10 × the rate of full fine-tuning").all_of([plain(10 * FULL_RATE)])
+        # A quarter of the rates: the geometric mean of A's and B's is that of one rate.
+        pairs = rates(max(PLAIN, count // 3), RATIO**-0.5)
+        search("LoRA+, one rate").all_of(plain(rate, RATIO) for rate in pairs)
+        prodigy = search("Prodigy")
+        for factor in FACTORS[len(prodigy.trials) :]:
+            made = partial(Prodigy, lr=1.0, weight_decay=0.01, d_coef=factor)
+            with redirect_stdout(io.StringIO()):  # it prints which decay it uses
+                prodigy.train(plain(1.0), optimizer=made)
+        prodigy.row["done"] = True
+        drawn = search(RANDOM)
+        drawn.all_of(at_random(drawn, count))
+        tpe(search(TPE), grid.trials[:PLAIN], count + PLAIN if quick else TRIALS)
+        runs.save()
+        print("search", task, seed, f"{time.process_time() - begin:.0f} s", flush=True)
+
+
+def descents(runs: Runs, quick: bool) -> None:
+    """The hypergradients and their control, from the best of the first plain rates."""
+    budget, control = (8, 8) if quick else (TRIALS, 20)
+    for seed, task in product(SEEDS[:1] if quick else SEEDS, TASKS):
+        begin, tuned = time.process_time(), level(task, seed)
+        search = partial(Search, runs, tuned, "compare", task)
+        first = search(ONE_RATE).trials[:PLAIN]
+        descend(search(OURS), first, CHOSEN, budget)
+        descend(search(CONTROL), first, Descent(CHOSEN.length, random=True), control)
+        runs.save()
+        print("descent", task, seed, f"{time.process_time() - begin:.0f} s", flush=True)
+
+
+PARTS = {"develop": develop, "search": searches, "descend": descents}
 
 
 def main() -> None:
@@ -257,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="all searches; goes on from it")
     parser.add_argument("--quick", action="store_true", help="few trials of one seed, a minute")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     given = parser.parse_args()
     given.device = "cpu"
     torch.set_num_threads(1)
@@ -265,8 +272,7 @@ def main() -> None:
     quiet()
     runs = Runs(given.json)
     for part in given.parts:
-        if not (given.quick and part == "develop"):
-            {"develop": develop, "compare": compare}[part](runs, given.quick)
+        PARTS[part](runs, given.quick)
     tables, targets = tables_of(runs), targets_of(runs)
     for title, rows in tables.items():
         print(f"\n{title}\n\n{table(rows)}")

@@ -26,7 +26,7 @@ from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.restore import assign_
 
-TRAIN, HELD, TEST, BATCH, EPOCHS, WARM_UP = 200, 100, 400, 20, 4, 0.1
+TRAIN, HELD, TEST, BATCH, EPOCHS, WARM_UP = 200, 100, 400, 10, 2, 0.1
 STEPS = EPOCHS * TRAIN // BATCH
 #: Settings are chosen on these seeds, which draw from rows that no other seed draws.
 DEVELOPMENT_SEEDS = (100, 101)
@@ -172,16 +172,19 @@ class Tuned(Problem):
         each = -(wanted * self.logits(batch).log_softmax(1)).sum(1)
         return (classes * parts["weights"].softmax(0)[labels] * each).mean()
 
-    def train(self, u: Tensor, order: int = 0, optimizer: Any = None) -> list[StepRecord]:
-        """The training at u; returns its steps."""
+    def train(
+        self, u: Tensor, order: int = 0, optimizer: Any = None, keep: bool = False
+    ) -> list[StepRecord]:
+        """The training at u; returns its steps, if it shall ``keep`` them."""
         self.restart(u, optimizer)
         records = []
         for number, batch in enumerate(self.visits(order)):
             self.number, state = number, RandomState.capture(self.devices)
             gradient = self.gradient(batch, self.variables).gradient
-            point = tuple(variable.detach().clone() for variable in self.variables)
-            snapshot = self.optimizer_snapshot(with_state=True)
-            records.append(StepRecord(batch, state, point, gradient, None, snapshot))
+            if keep:
+                point = tuple(variable.detach().clone() for variable in self.variables)
+                snapshot = self.optimizer_snapshot(with_state=True)
+                records.append(StepRecord(batch, state, point, gradient, None, snapshot))
             self.step(gradient)
         return records
 

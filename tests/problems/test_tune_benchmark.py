@@ -51,7 +51,7 @@ def test_hypergradient_is_that_of_retraining(tiny: tune_runs.Tuned) -> None:
         tiny.train(at)
         return tiny.measure(tiny.rows.held)[0]
 
-    steps = tiny.train(u)
+    steps = tiny.train(u, keep=True)
     found, passes = tune_runs.hypergradient(tiny, steps)
     e = 1e-5 * torch.eye(len(u)).double()
     truth = torch.tensor([(trained(u + d) - trained(u - d)) / 2e-5 for d in e]).double()
@@ -129,6 +129,7 @@ def made_up(ours: float) -> Runs:
             known = {
                 "one rate": [(1.0, 0.7, base)] * 4,
                 tune.TPE: [(1.0, 0.7, base + 0.1)] * 20 + [(1.0, 0.6, base - 0.1)],
+                tune.RANDOM: [(1.0, 0.8, base + 0.2)],
                 tune.OURS: [(1.0, 0.7, base)] * 4 + [(3.0, 0.65, base - ours - noise)],
                 tune.CONTROL: [(1.0, 0.7, base)] * 4,
             }
