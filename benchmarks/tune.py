@@ -7,9 +7,9 @@ LoRA in the last two layers of MiniLM, 200 tweets or movie sentences, 40 steps o
 and decay (`tune_runs`): 25 or 26 hyper-parameters. Every method selects by the loss of 100 held-out
 rows; 400 test rows are only reported (`tune_tables`). A method's cost is its forward+backward and
 second backward passes over batches, in trainings of 40. Parts: ``develop``, the settings of the
-descent and the rate of full fine-tuning, on development seeds and rows; ``search``, the methods
-without hypergradients; ``descend``. A search is an entry of the JSON file, which is written after
-each training: an interrupted benchmark goes on from it. It takes some 50 minutes of one core.
+descent and the rate of full fine-tuning, on development seeds and rows; ``compare``, all methods.
+A search is an entry of the JSON file, which is written after each training: an interrupted
+benchmark goes on from it. It takes some 40 minutes of one core.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -41,9 +41,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from attribution_tables import TASKS, Row, Runs
 from text_data import quiet
 from tune_runs import DEVELOPMENT_SEEDS, RANGES, STEPS, Tuned, hypergradient, level
-from tune_tables import CONTROL, OURS, RANDOM, TPE, complete, decision, tables_of, targets_of
+from tune_tables import BUDGETS, CONTROL, OURS, RANDOM, TPE, decision, tables_of, targets_of
 
-SEEDS, PLAIN, TRIALS = (0, 1, 2, 3, 4), 4, 30
+SEEDS, PLAIN = (0, 1, 2, 3, 4), 4
 ONE_RATE = "one rate"
 #: The rate of B in rates of A, of LoRA+ (arXiv:2402.12354).
 RATIO = 16.0
@@ -84,9 +84,11 @@ DESCENTS = {
     "gradient, length 3": Descent(length=3.0),
     "gradient, length 1, 3 orders": Descent(orders=3),
     "sign, length 1": Descent(sign=True),
+    "sign, length 0.3": Descent(length=0.3, sign=True),
+    "sign, length 1, 3 orders": Descent(orders=3, sign=True),
 }
 #: Chosen on the development seeds, by the mean test loss.
-CHOSEN = DESCENTS["gradient, length 1"]
+CHOSEN = DESCENTS["sign, length 1"]
 
 
 class Search:
@@ -112,7 +114,6 @@ class Search:
         """A trial at each of ``points``."""
         for u in list(points)[len(self.trials) :]:
             self.train(u, **options)
-        self.row["done"] = True
 
 
 def rounded(value: float) -> float:
@@ -152,7 +153,6 @@ def tpe(search: Search, plain: list[Row], count: int) -> None:
         if number == len(search.trials):
             search.train(torch.tensor(u))
         study.tell(trial, search.trials[number]["held"])
-    search.row["done"] = True
 
 
 def descend(search: Search, plain: list[Row], descent: Descent, budget: float) -> None:
@@ -203,60 +203,61 @@ def mean_gradient(search: Search, u: Tensor, orders: int) -> tuple[Tensor, float
     return torch.stack(found).mean(0), passes / STEPS
 
 
-def develop(runs: Runs, quick: bool) -> None:
+def develop(runs: Runs) -> None:
     """The descents, and the rates of full fine-tuning, on the development seeds."""
-    for task, seed in [] if quick else product(TASKS, DEVELOPMENT_SEEDS):
+    for task, seed in zip(TASKS, DEVELOPMENT_SEEDS):
         full, tuned = level(task, seed, full=True), level(task, seed)
         Search(runs, full, "full", task, "full").all_of(map(full.space.plain, FULL_RATES))
         search = partial(Search, runs, tuned, "develop", task)
         plain = search("plain rates")
         plain.all_of(map(tuned.space.plain, rates(PLAIN)))
         for name, descent in DESCENTS.items():
-            descend(search(name), plain.trials, descent, 20)
-        print("development", task, seed, flush=True)
+            descend(search(name), plain.trials, descent, BUDGETS[1])
+        close(runs, "develop", task, seed, BUDGETS[1])
 
 
-def searches(runs: Runs, quick: bool) -> None:
-    """Every method without hypergradients, on every task and seed."""
-    from prodigyopt import Prodigy
-
-    count = 2 if quick else TRIALS
-    for seed, task in product(SEEDS[:1] if quick else SEEDS, TASKS):
-        begin, tuned = time.process_time(), level(task, seed)
-        search, plain = partial(Search, runs, tuned, "compare", task), tuned.space.plain
-        grid = search(ONE_RATE)
-        grid.all_of(map(plain, rates(max(PLAIN, count))))
-        search("10 × the rate of full fine-tuning").all_of([plain(10 * FULL_RATE)])
-        # A quarter of the rates: the geometric mean of A's and B's is that of one rate.
-        pairs = rates(max(PLAIN, count // 3), RATIO**-0.5)
-        search("LoRA+, one rate").all_of(plain(rate, RATIO) for rate in pairs)
-        prodigy = search("Prodigy")
-        for factor in FACTORS[len(prodigy.trials) :]:
-            made = partial(Prodigy, lr=1.0, weight_decay=0.01, d_coef=factor)
-            with redirect_stdout(io.StringIO()):  # it prints which decay it uses
-                prodigy.train(plain(1.0), optimizer=made)
-        prodigy.row["done"] = True
-        drawn = search(RANDOM)
-        drawn.all_of(at_random(drawn, count))
-        tpe(search(TPE), grid.trials[:PLAIN], count + PLAIN if quick else TRIALS)
-        runs.save()
-        print("search", task, seed, f"{time.process_time() - begin:.0f} s", flush=True)
-
-
-def descents(runs: Runs, quick: bool) -> None:
-    """The hypergradients and their control, from the best of the first plain rates."""
-    budget, control = (8, 8) if quick else (TRIALS, 20)
+def compare(runs: Runs, trials: int, quick: bool) -> None:
+    """Every method on every task and seed, with up to ``trials`` trials of a search."""
     for seed, task in product(SEEDS[:1] if quick else SEEDS, TASKS):
         begin, tuned = time.process_time(), level(task, seed)
         search = partial(Search, runs, tuned, "compare", task)
+        searches(search, trials)
         first = search(ONE_RATE).trials[:PLAIN]
-        descend(search(OURS), first, CHOSEN, budget)
-        descend(search(CONTROL), first, Descent(CHOSEN.length, random=True), control)
-        runs.save()
-        print("descent", task, seed, f"{time.process_time() - begin:.0f} s", flush=True)
+        descend(search(OURS), first, CHOSEN, 2 * PLAIN if quick else BUDGETS[-1])
+        control = Descent(CHOSEN.length, random=True)
+        descend(search(CONTROL), first, control, 2 * PLAIN if quick else BUDGETS[0])
+        close(runs, "compare", task, seed, BUDGETS[-1] if quick else trials)
+        print(task, seed, f"{time.process_time() - begin:.0f} s", flush=True)
 
 
-PARTS = {"develop": develop, "search": searches, "descend": descents}
+def close(runs: Runs, part: str, task: str, seed: int, budget: int) -> None:
+    """Note that all methods have done their trainings up to ``budget`` on a task and seed."""
+    for row in runs.of(part):
+        if (row["task"], row["seed"]) == (task, seed):
+            row["budget"] = budget
+    runs.save()
+
+
+def searches(search: Callable[[str], Search], count: int) -> None:
+    """The methods without hypergradients, with up to ``count`` trials.
+
+    LoRA+ and Prodigy have at most ten and three.
+    """
+    from prodigyopt import Prodigy
+
+    grid, drawn, prodigy = search(ONE_RATE), search(RANDOM), search("Prodigy")
+    plain = grid.level.space.plain
+    grid.all_of(map(plain, rates(count)))
+    search("10 × the rate of full fine-tuning").all_of([plain(10 * FULL_RATE)])
+    # A quarter of the rates: the geometric mean of A's and B's is that of one rate.
+    pairs = rates(min(count, BUDGETS[0]), RATIO**-0.5)
+    search("LoRA+, one rate").all_of(plain(rate, RATIO) for rate in pairs)
+    for factor in FACTORS[len(prodigy.trials) :]:
+        made = partial(Prodigy, lr=1.0, weight_decay=0.01, d_coef=factor)
+        with redirect_stdout(io.StringIO()):  # it prints which decay it uses
+            prodigy.train(plain(1.0), optimizer=made)
+    drawn.all_of(at_random(drawn, count))
+    tpe(search(TPE), grid.trials[:PLAIN], max(PLAIN + 1, count))
 
 
 def main() -> None:
@@ -264,21 +265,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="all searches; goes on from it")
     parser.add_argument("--quick", action="store_true", help="few trials of one seed, a minute")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--trials", type=int, default=BUDGETS[-1], help="at most, of a search")
+    parser.add_argument("--part", choices=("develop", "compare"), help="this part alone")
     given = parser.parse_args()
     given.device = "cpu"
     torch.set_num_threads(1)
     keep_memory()
     quiet()
     runs = Runs(given.json)
-    for part in given.parts:
-        PARTS[part](runs, given.quick)
+    if given.part != "compare" and not given.quick:
+        develop(runs)
+    if given.part != "develop":
+        compare(runs, PLAIN if given.quick else given.trials, given.quick)
     tables, targets = tables_of(runs), targets_of(runs)
     for title, rows in tables.items():
         print(f"\n{title}\n\n{table(rows)}")
     said = {}
     if targets:
-        said = {"decision": decision(complete(runs.of("compare")))}
+        said = {"decision": decision(runs.of("compare"))}
         print(f"\nTargets\n\n{table([t.record() for t in targets])}\n\n{said['decision']}")
     more = {k: v for k, v in contents(given, tables, targets, {}).items() if k != "details"}
     runs.save(said | more)

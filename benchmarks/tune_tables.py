@@ -57,11 +57,9 @@ def methods(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
-def complete(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the tasks and seeds of which every method is done."""
-    done = [row for row in rows if row.get("done")]
-    known = [(row["task"], row["seed"]) for row in done]
-    return [r for r in done if known.count((r["task"], r["seed"])) == len(methods(rows))]
+def complete(rows: Sequence[Row], budget: float) -> list[Row]:
+    """The rows of the tasks and seeds on which every method has come to ``budget``."""
+    return [row for row in rows if row.get("budget", 0) >= budget]
 
 
 def oracles(rows: Sequence[Row]) -> list[Row]:
@@ -78,7 +76,8 @@ def oracles(rows: Sequence[Row]) -> list[Row]:
 
 def regret_table(rows: Sequence[Row], measure: str) -> list[Row]:
     """The mean regret of each method: how much worse it is than what the oracle selects."""
-    table, known = [], [*rows, *oracles(rows)]
+    rows, table = complete(rows, BUDGETS[-1]), []
+    known = [*rows, *oracles(rows)]
     for method in methods(rows):
         line: Row = {"method": method}
         for budget in POINTS:
@@ -97,16 +96,24 @@ def best_baseline(rows: Sequence[Row], budget: float) -> str:
 def paired_table(rows: Sequence[Row]) -> list[Row]:
     """By how much each other method is worse than the hypergradients at each budget."""
     table = []
-    for budget in BUDGETS:
-        best = best_baseline(rows, budget)
-        for name in methods(rows):
-            if name != OURS:
+    for budget in reached(rows):
+        known = complete(rows, budget)
+        best = best_baseline(known, budget)
+        for name in methods(known):
+            if name != OURS and not (name == CONTROL and budget > BUDGETS[0]):
                 line: Row = {"trainings": budget, "other": name}
                 for measure in MEASURES:
-                    values = worse(rows, (name, budget), (OURS, budget), measure)
+                    values = worse(known, (name, budget), (OURS, budget), measure)
                     line[f"other − hypergradients, {measure}"] = shown(values)
+                line["runs"] = len(values)
                 table.append({**line, "best baseline": "yes" if name == best else ""})
     return table
+
+
+def reached(rows: Sequence[Row]) -> list[int]:
+    """The budgets that two tasks or seeds have come to, which an interval needs."""
+    ours = [row for row in rows if row["method"] == OURS]
+    return [budget for budget in BUDGETS if len(complete(ours, budget)) > 1]
 
 
 def path_table(rows: Sequence[Row]) -> list[Row]:
@@ -133,24 +140,26 @@ def cost_table(rows: Sequence[Row]) -> list[Row]:
 
 def development_table(rows: Sequence[Row]) -> list[Row]:
     """The mean test loss of each setting on the development seeds."""
-    table = []
+    table, rows = [], complete(rows, BUDGETS[1])
     for name in methods(rows):
         line: Row = {"setting": name}
-        line |= {
-            f"{b} trainings": statistics.fmean(results(rows, name, b, "loss")) for b in BUDGETS
-        }
-        table.append({**line, "runs": sum(row["method"] == name for row in rows)})
+        for budget in BUDGETS[:2]:
+            values = results(rows, name, budget, "loss")
+            line[f"{budget} trainings"] = statistics.fmean(values)
+        table.append({**line, "runs": len(values)})
     return table
 
 
 def tables_of(runs: Runs) -> dict[str, list[Row]]:
     """All tables that have rows."""
-    rows = complete(runs.of("compare"))
-    found = {"Settings (development seeds)": development_table(complete(runs.of("develop")))}
-    if rows:
-        found["Regret of the test loss"] = regret_table(rows, "loss")
-        found["Regret of the test accuracy"] = regret_table(rows, "accuracy")
-        found["Paired differences"] = paired_table(rows)
+    rows = runs.of("compare")
+    found = {
+        "Settings (development seeds)": development_table(runs.of("develop")),
+        "Regret of the test loss": regret_table(rows, "loss"),
+        "Regret of the test accuracy": regret_table(rows, "accuracy"),
+        "Paired differences": paired_table(rows),
+    }
+    if reached(rows):
         found["Outer steps"] = path_table(rows)
         found["A hypergradient, in trainings"] = cost_table(rows)
     return {title: table for title, table in found.items() if table}
@@ -158,21 +167,26 @@ def tables_of(runs: Runs) -> dict[str, list[Row]]:
 
 def targets_of(runs: Runs) -> list[Target]:
     """Whether the interval against the best baseline is above zero."""
-    rows, found = complete(runs.of("compare")), []
-    for budget in BUDGETS if rows else ():
-        name = best_baseline(rows, budget)
-        low, _ = interval(worse(rows, (name, budget), (OURS, budget), "loss"))
+    rows, found = runs.of("compare"), []
+    for budget in reached(rows):
+        name, values = against_the_best(rows, budget)
         title = f"{budget} trainings, test loss of the best baseline ({name}) − hypergradients"
-        found.append(Target(f"{title}, lower end of 95 %", low, 0.0, True))
+        found.append(Target(f"{title}, lower end of 95 %", interval(values)[0], 0.0, True))
     return found
+
+
+def against_the_best(rows: Sequence[Row], budget: float) -> tuple[str, list[float]]:
+    """The best baseline at a budget, and by how much it is worse than the hypergradients."""
+    known = complete(rows, budget)
+    name = best_baseline(known, budget)
+    return name, worse(known, (name, budget), (OURS, budget), "loss")
 
 
 def decision(rows: Sequence[Row]) -> str:
     """The sentence on which the second stage hangs."""
     said, won = [], False
-    for budget in BUDGETS:
-        name = best_baseline(rows, budget)
-        values = worse(rows, (name, budget), (OURS, budget), "loss")
+    for budget in reached(rows):
+        name, values = against_the_best(rows, budget)
         won = won or interval(values)[0] > 0
         said.append(f"{shown(values)} against {name} after {budget} trainings")
     verdict = "is above zero at some budget" if won else "is above zero at no budget"
