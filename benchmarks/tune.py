@@ -88,7 +88,7 @@ DESCENTS = {
     "sign, length 1, 3 orders": Descent(orders=3, sign=True),
 }
 #: Chosen on the development seeds, by the mean test loss.
-CHOSEN = DESCENTS["sign, length 1"]
+CHOSEN = DESCENTS["sign, length 0.3"]
 
 
 class Search:
@@ -99,21 +99,21 @@ class Search:
         self.runs, self.level, self.row = runs, tuned, runs.entry(**key)
         self.trials: list[Row] = self.row.setdefault("trials", [])
 
-    def train(self, u: Tensor, trainings: float = 1.0, optimizer: Any = None, **more: Any) -> Row:
+    def train(self, u: Tensor, trainings: float = 1.0, optimizer: Any = None) -> Row:
         """Train at u and measure: the test rows only where the trial can be selected."""
         self.level.train(u, optimizer=optimizer)
         rows = self.level.rows
         trial: Row = {"trainings": trainings, "held": rounded(self.level.measure(rows.held)[0])}
         if all(trial["held"] < other["held"] for other in self.trials):
             trial["loss"], trial["accuracy"] = map(rounded, self.level.measure(rows.test))
-        self.trials.append(trial | more)
-        self.runs.save()
-        return self.trials[-1]
+        self.trials.append(trial)
+        return trial
 
     def all_of(self, points: Iterable[Tensor], **options: Any) -> None:
         """A trial at each of ``points``."""
         for u in list(points)[len(self.trials) :]:
             self.train(u, **options)
+            self.runs.save()
 
 
 def rounded(value: float) -> float:
@@ -152,37 +152,44 @@ def tpe(search: Search, plain: list[Row], count: int) -> None:
         u = [trial.suggest_float(str(k), *limits) for k, limits in enumerate(space.limits())]
         if number == len(search.trials):
             search.train(torch.tensor(u))
+            search.runs.save()
         study.tell(trial, search.trials[number]["held"])
 
 
 def descend(search: Search, plain: list[Row], descent: Descent, budget: float) -> None:
     """A descent that starts from the best of the plain rates, whose trials are known."""
-    if search.row.get("done"):
-        return
-    search.trials[:] = plain
-    search.row["seconds"] = {"trainings": 0.0, "hypergradients": 0.0}
-    lowest = min(trial["held"] for trial in plain)
-    best = [trial["held"] for trial in plain].index(lowest)
-    here, length = search.level.space.plain(rates(len(plain))[best]), descent.length
-    source = torch.Generator().manual_seed(search.level.seed)
-    spent, gradient = float(len(plain)), None
+    row, trials = search.row, search.trials
+    if not trials:
+        trials += plain
+        lowest = min(trial["held"] for trial in plain)
+        rate = rates(len(plain))[[trial["held"] for trial in plain].index(lowest)]
+        start = search.level.space.plain(rate).tolist()
+        row |= {"u": start, "lowest": lowest, "length": descent.length, "gradient": None}
+        row |= {"cost": 0.0, "seconds": {"trainings": 0.0, "hypergradients": 0.0}}
     while True:
-        cost = 0.0
+        here, known, cost = torch.tensor(row["u"]), row["gradient"], 0.0
         if descent.random:
-            gradient = torch.randn(len(here), generator=source)
-        elif gradient is None:
-            gradient, cost = mean_gradient(search, here, descent.orders)
-        if (spent := spent + cost + 1) > budget:
+            source = torch.Generator().manual_seed(1000 * search.level.seed + len(trials))
+            known = torch.randn(len(here), generator=source).tolist()
+        if known is None:
+            cost = row["cost"]
+        if sum(trial["trainings"] for trial in trials) + cost + 1 > budget:
             break
-        step = length * descent.direction(gradient)
-        more = {} if descent.random else {"predicted": rounded(float(gradient @ step))}
-        trial = search.train(here + step, cost + 1, **more)
-        trial["change"] = rounded(trial["held"] - lowest)
+        if known is None:
+            found, row["cost"] = mean_gradient(search, here, descent.orders)
+            known, cost = found.tolist(), row["cost"]
+        gradient = torch.tensor(known)
+        step = row["length"] * descent.direction(gradient)
+        trial = search.train(here + step, cost + 1)
+        trial["change"] = rounded(trial["held"] - row["lowest"])
+        if not descent.random:
+            trial["predicted"] = rounded(float(gradient @ step))
         if trial["change"] < 0:
-            here, lowest, length, gradient = here + step, trial["held"], 1.5 * length, None
+            row |= {"u": (here + step).tolist(), "lowest": trial["held"], "gradient": None}
+            row["length"] *= 1.5
         else:
-            length /= 3
-    search.row |= {"u": [rounded(float(x)) for x in here], "done": True}
+            row |= {"length": row["length"] / 3, "gradient": known}
+        search.runs.save()
 
 
 def mean_gradient(search: Search, u: Tensor, orders: int) -> tuple[Tensor, float]:
@@ -223,9 +230,9 @@ def compare(runs: Runs, trials: int, quick: bool) -> None:
         search = partial(Search, runs, tuned, "compare", task)
         searches(search, trials)
         first = search(ONE_RATE).trials[:PLAIN]
-        descend(search(OURS), first, CHOSEN, 2 * PLAIN if quick else BUDGETS[-1])
+        descend(search(OURS), first, CHOSEN, 2 * PLAIN if quick else trials)
         control = Descent(CHOSEN.length, random=True)
-        descend(search(CONTROL), first, control, 2 * PLAIN if quick else BUDGETS[0])
+        descend(search(CONTROL), first, control, 2 * PLAIN if quick else min(trials, BUDGETS[0]))
         close(runs, "compare", task, seed, BUDGETS[-1] if quick else trials)
         print(task, seed, f"{time.process_time() - begin:.0f} s", flush=True)
 
@@ -255,7 +262,7 @@ def searches(search: Callable[[str], Search], count: int) -> None:
     for factor in FACTORS[len(prodigy.trials) :]:
         made = partial(Prodigy, lr=1.0, weight_decay=0.01, d_coef=factor)
         with redirect_stdout(io.StringIO()):  # it prints which decay it uses
-            prodigy.train(plain(1.0), optimizer=made)
+            prodigy.all_of([plain(1.0)] * (len(prodigy.trials) + 1), optimizer=made)
     drawn.all_of(at_random(drawn, count))
     tpe(search(TPE), grid.trials[:PLAIN], max(PLAIN + 1, count))
 
