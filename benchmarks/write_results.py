@@ -203,9 +203,10 @@ def between(page: str, text: str, name: str) -> str:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """All tables of a script, for its page in docs."""
+    """All tables of a script, and the decision that it came to, for its page in docs."""
     parts = [f"**{title}**\n\n{table(rows)}\n" for title, rows in result["tables"].items()]
-    return "\n".join([*parts, _machine(result)])
+    said = [result["decision"] + "\n"] if "decision" in result else []
+    return "\n".join([*said, *parts, _machine(result)])
 
 
 def read(name: str) -> dict[str, Any]:
