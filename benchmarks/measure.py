@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PACKAGES = ("torch", "transformers", "peft", "hyperopt-peft", "betty-ml", "torchopt")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "hyperopt-peft",
+    "betty-ml",
+    "torchopt",
+    "optuna",
+    "prodigyopt",
+)
 
 
 @dataclass(frozen=True)

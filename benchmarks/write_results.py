@@ -19,8 +19,9 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from measure import table
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs/attribution.md"
-BEGIN, END = "<!-- attribution table -->", "<!-- end of attribution table -->"
+#: The scripts whose tables stand between two marks of a page in docs, and the page.
+PAGES = {"attribution": "attribution.md", "tune": "when-bilevel-pays.md"}
+BEGIN, END = "<!-- {} table -->", "<!-- end of {} table -->"
 INTRODUCTION = """# Benchmarks
 
 The measurements behind the library's claims. All that is compared runs interleaved in one process;
@@ -45,6 +46,9 @@ OTHERS = """\
 `attribution.py` asks what scores of training rows predict, cost and find:
 [tables](../docs/attribution.md). It takes some one and a half hours of one core (`--parts` chooses)
 and goes on where it was interrupted; its optional peers: `pip install cleanlab kronfluence`.
+`tune.py` asks whether hypergradients over many hyper-parameters beat search:
+[tables](../docs/when-bilevel-pays.md#hyper-parameters-of-the-run). It takes 40 minutes of one core,
+goes on where it was interrupted, and needs `pip install -e ".[optuna]"`.
 [`benchopt`](benchopt) has a solver for benchopt's bilevel benchmark.
 """
 
@@ -160,7 +164,7 @@ def main() -> None:
     """Write the page and the figure, or print the tables of one script."""
     parser = argparse.ArgumentParser(description="this folder's README from the results")
     parser.add_argument(
-        "--print", choices=[*QUESTIONS, "attribution"], help="print this script's tables instead"
+        "--print", choices=[*QUESTIONS, *PAGES], help="print this script's tables instead"
     )
     name = parser.parse_args().print
     if name is not None:
@@ -170,7 +174,9 @@ def main() -> None:
     results = {name: read(name) for name in QUESTIONS}
     (HERE / "README.md").write_text(page(results))
     figure(results)
-    PAGE.write_text(between(PAGE.read_text(), attribution(read("attribution"))))
+    for script, file in PAGES.items():
+        text = HERE.parent / "docs" / file
+        text.write_text(between(text.read_text(), tables(read(script)), script))
 
 
 def page(results: Results) -> str:
@@ -189,16 +195,18 @@ def page(results: Results) -> str:
     return "\n".join([*parts, OTHERS])
 
 
-def between(page: str, text: str) -> str:
-    """``page`` with ``text`` between the marks of the attribution's tables."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
+def between(page: str, text: str, name: str) -> str:
+    """``page`` with ``text`` between the marks of a script's tables."""
+    begin, end = BEGIN.format(name), END.format(name)
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}"
 
 
-def attribution(result: dict[str, Any]) -> str:
-    """The tables of attribution.py, for its page."""
+def tables(result: dict[str, Any]) -> str:
+    """All tables of a script, and the decision that it came to, for its page in docs."""
     parts = [f"**{title}**\n\n{table(rows)}\n" for title, rows in result["tables"].items()]
-    return "\n".join([*parts, _machine(result)])
+    said = [result["decision"] + "\n"] if "decision" in result else []
+    return "\n".join([*said, *parts, _machine(result)])
 
 
 def read(name: str) -> dict[str, Any]:

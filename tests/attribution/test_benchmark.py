@@ -181,6 +181,6 @@ def test_tags_are_those_of_the_words() -> None:
 
 
 def test_the_page_keeps_what_is_around_the_tables() -> None:
-    page = f"a\n{write_results.BEGIN}\nold\n{write_results.END}\nb\n"
-    found = write_results.between(page, "new")
-    assert found == f"a\n{write_results.BEGIN}\n\nnew\n{write_results.END}\nb\n"
+    begin, end = (mark.format("script") for mark in (write_results.BEGIN, write_results.END))
+    found = write_results.between(f"a\n{begin}\nold\n{end}\nb\n", "new", "script")
+    assert found == f"a\n{begin}\n\nnew\n{end}\nb\n"

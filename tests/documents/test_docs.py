@@ -53,6 +53,8 @@ PROGRAMS = [n for n, text in PAGES.items() if "```python" in text and n != "comm
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PROGRAMS)
 def test_python_blocks_run_in_order(page: str) -> None:
+    if "import numpy, optuna" in PAGES[page]:
+        pytest.importorskip("optuna", reason="Optuna is an extra")
     namespace = {}
     for block in blocks(PAGES[page], "python"):
         run(block, page, namespace)  # the blocks hold assertions of their own
