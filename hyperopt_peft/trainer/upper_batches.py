@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 #: The most examples of an upper level of which each batch is all, unless a size is given.
-WHOLE = 256
+WHOLE = 128
 
 
 class UpperBatches(Dataset[Any]):
