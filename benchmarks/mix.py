@@ -94,7 +94,7 @@ def ways(learner: Learner, recipe: Recipe) -> dict[str, Way]:
         ]
 
     alone = ("l2", (0.01, 0.03, 0.1)) if head else ("steps", (40, 100))
-    again = ("near", (0.01, 0.1, 1.0)) if head else ("after", (20, 60))
+    again = ("near", (0.1, 0.3, 1.0, 3.0)) if head else ("after", (20, 60))
 
     def one(**changes: object) -> list[tuple[str, Method, Learner]]:
         return [("", partial(learnt, recipe=replace(recipe, **changes)), learner)]
