@@ -34,11 +34,11 @@ def movies() -> pandas.DataFrame:
 
 
 class LastLayers(nn.Module):
-    """The layers of MiniLM above ``FROZEN``, mean pooling and a head, on states of those below."""
+    """MiniLM's layers above the ``frozen`` ones, mean pooling and a head, on states of those."""
 
-    def __init__(self, model: Any, classes: int = 2) -> None:
+    def __init__(self, model: Any, classes: int = 2, frozen: int = FROZEN) -> None:
         super().__init__()
-        self.layers = model.bert.encoder.layer[FROZEN:]
+        self.layers = model.bert.encoder.layer[frozen:]
         self.classifier = nn.Linear(model.config.hidden_size, classes)
 
     def forward(
@@ -57,7 +57,7 @@ class LastLayers(nn.Module):
 
 @dataclass(frozen=True)
 class States:
-    """The hidden states of a task's rows after ``FROZEN`` layers, with masks and labels."""
+    """The hidden states of a task's rows after the frozen layers, with masks and labels."""
 
     states: Tensor
     mask: Tensor
@@ -73,11 +73,13 @@ class States:
         return {"states": self.states[index], "mask": self.mask[index]}
 
 
-def encode(texts: Sequence[str], labels: Tensor, length: int = LENGTH) -> States:
-    """``texts``, cut to ``length`` tokens, through the frozen layers, without dropout."""
+def encode(
+    texts: Sequence[str], labels: Tensor, length: int = LENGTH, frozen: int = FROZEN
+) -> States:
+    """``texts``, cut to ``length`` tokens, through the ``frozen`` layers, without dropout."""
     tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
     model = load_model("minilm", ["no", "yes"]).eval()
-    model.bert.encoder.layer = model.bert.encoder.layer[:FROZEN]
+    model.bert.encoder.layer = model.bert.encoder.layer[:frozen]
     options = {"truncation": True, "max_length": length, "padding": "max_length"}
     inputs = tokenizer(list(texts), return_tensors="pt", **options)
     with torch.no_grad():

@@ -1,0 +1,233 @@
+"""The ways to train of `mix.py`: each makes a model of a task, by a learner and its settings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from mix_learners import Learner
+from mix_tasks import Task
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hyperopt_peft import HypergradientWarning, hypergradient
+from hyperopt_peft.core.cross_fit import cross_fit, split_folds
+from hyperopt_peft.problems.data_sources import NO_VOTE, SourceWeights, Target
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, and the weights of the sources and, last, of the trusted rows, if it has any."""
+
+    model: Any
+    weights: SourceWeights | None = None
+
+
+#: A way to train, with the settings of a learner.
+Method = Callable[[Learner, Task], Trained]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are learnt.
+
+    Attributes:
+        prior: τ of the upper level's prior ½·τ·mean‖u − u0‖².
+        rate: of Adam at the upper level.
+        steps: of the upper level.
+        folds: of the trusted rows; with 0 they are all below and above.
+        start: u0, of equal weights or of the sources' agreement with a model of the trusted rows.
+    """
+
+    prior: float = 0.3
+    rate: float = 0.6
+    steps: int = 12
+    folds: int = 0
+    start: Literal["equal", "agreement"] = "equal"
+    kind: Literal["sigmoid", "softmax"] = "sigmoid"
+    average: Literal["rows", "sources"] = "rows"
+
+
+def below(task: Task, trusted: Tensor, repeat: int) -> tuple[Tensor, Tensor]:
+    """The rows of the sources and the trusted ones, and their votes, the trusted rows' last."""
+    last = task.votes.shape[1]
+    rows = torch.cat([task.train, trusted.repeat(repeat)])
+    votes = torch.full((len(rows), last + 1), NO_VOTE)
+    votes[: len(task.train), :last] = task.votes[task.train]
+    votes[len(task.train) :, last] = task.labels[trusted].repeat(repeat)
+    return rows, votes
+
+
+def source_weights(votes: Tensor, a: Tensor | None = None, **options: Any) -> SourceWeights:
+    """The weights of ``votes``, ``(n, K)``, with σ(u) = ``a``, equal without."""
+    counts = (votes != NO_VOTE).sum(0).clamp(min=1)
+    weights = SourceWeights({str(k): int(n) for k, n in enumerate(counts)}, **options)
+    if a is not None:
+        weights.logits.data = a.clamp(1e-3, 1 - 1e-3).logit()
+    return weights
+
+
+def trusted_only(learner: Learner, task: Task) -> Trained:
+    """The trusted rows alone."""
+    model = learner.model(task)
+    labels = task.labels[task.trusted][:, None]
+    learner.train(learner.level(task, model, task.trusted, labels, None))
+    return Trained(model)
+
+
+def mixed(learner: Learner, task: Task, weights: SourceWeights | None = None) -> Trained:
+    """Sources and trusted rows with fixed weights, by default equal ones."""
+    rows, votes = below(task, task.trusted, learner.repeat)
+    weights = source_weights(votes) if weights is None else weights
+    weights.requires_grad_(False)
+    model = learner.model(task)
+    learner.train(learner.level(task, model, rows, votes, weights))
+    return Trained(model, weights)
+
+
+def continued(learner: Learner, task: Task) -> Trained:
+    """Sources and trusted rows, then the trusted rows alone."""
+    trained = mixed(learner, task)
+    labels = task.labels[task.trusted][:, None]
+    level = learner.level(task, trained.model, task.trusted, labels, None, after=True)
+    learner.train(level, after=True)
+    return trained
+
+
+def agreement(learner: Learner, task: Task) -> Tensor:
+    """The share of each source's votes that a model of the trusted rows gives too, ``(K,)``.
+
+    One further right and ``classes − 1`` further wrong votes keep it off 0 and 1.
+    """
+    votes = task.votes[task.train]
+    found = learner.logits(task, trusted_only(learner, task).model, task.train).argmax(1)
+    right = (votes == found[:, None]).sum(0)
+    return (right + 1) / ((votes != NO_VOTE).sum(0) + task.classes)
+
+
+def by_accuracy(learner: Learner, task: Task) -> Trained:
+    """Weights that are the agreement with a model of the trusted rows."""
+    return _weighed(learner, task, agreement(learner, task))
+
+
+def by_log_odds(learner: Learner, task: Task) -> Trained:
+    """Weights that are the log odds of a right vote, as in naive Bayes; those below 0 are 0."""
+    share = agreement(learner, task)
+    odds = (share / (1 - share) * (task.classes - 1)).log().clamp(min=0)
+    return _weighed(learner, task, odds / odds.max().clamp(min=1e-6))
+
+
+def _weighed(learner: Learner, task: Task, a: Tensor) -> Trained:
+    _, votes = below(task, task.trusted, learner.repeat)
+    return mixed(learner, task, source_weights(votes, torch.cat([a, torch.ones(1)])))
+
+
+def filtered(learner: Learner, task: Task) -> Trained:
+    """Sources without the votes that a model of the trusted rows does not give, and trusted."""
+    found = learner.logits(task, trusted_only(learner, task).model, task.train).argmax(1)
+    votes = task.votes.clone()
+    known = votes[task.train]
+    known[known != found[:, None]] = NO_VOTE
+    votes[task.train] = known
+    kept = task.train[(known != NO_VOTE).any(1)]
+    used = (known != NO_VOTE).any(0)
+    return mixed(learner, replace(task, train=kept, votes=votes[:, used]))
+
+
+class Program:
+    """The bilevel program of a task: weights of sources above, the model below.
+
+    With folds there are as many models, whose levels are joined by `cross_fit`.
+    """
+
+    def __init__(self, learner: Learner, task: Task, recipe: Recipe, a: Tensor | None) -> None:
+        self.learner, self.task = learner, task
+        trusted, labels = task.trusted, task.labels[task.trusted].tolist()
+        parts = [(trusted, trusted)]
+        if recipe.folds:
+            fold = torch.tensor(split_folds(len(trusted), recipe.folds, classes=labels))
+            parts = [(trusted[fold != k], trusted[fold == k]) for k in range(recipe.folds)]
+        uppers, self.levels = [], []
+        options = {"kind": recipe.kind, "average": recipe.average}
+        _, votes = below(task, trusted, learner.repeat)
+        #: The weights of everything.
+        self.weights = source_weights(votes, a, **options)
+        logits = self.weights.logits
+        optimizer = torch.optim.Adam([logits], lr=recipe.rate, betas=(0.9, 0.99))
+        for apart, above in parts:
+            rows, votes = below(task, apart, learner.repeat)
+            weights = source_weights(votes, **options)
+            weights.logits = logits
+            model = learner.model(task)
+            level = {"data": [learner.batch(task, above)], "optimizer": optimizer}
+            uppers.append(Target(weights, model, prior=recipe.prior, **level))
+            self.levels.append(learner.level(task, model, rows, votes, weights, search=True))
+        self.upper, self.lower = (
+            cross_fit(uppers, self.levels) if recipe.folds else (uppers[0], self.levels[0])
+        )
+        self.above = len(trusted) // max(1, recipe.folds)
+
+    def step(self) -> None:
+        """Lower steps, and one upper step."""
+        self.learner.advance(self.lower, self.levels)
+        with warnings.catch_warnings(action="ignore", category=HypergradientWarning):
+            slope = hypergradient(self.upper, self.lower, self.learner.hypergradient)
+        self.upper.step(slope)
+        for _ in self.levels:
+            self.learner.count_products(self.above)
+
+
+def learnt(learner: Learner, task: Task, recipe: Recipe) -> Trained:
+    """Weights learnt on the trusted rows, then a training on everything."""
+    a = None
+    if recipe.start == "agreement":
+        a = torch.cat([agreement(learner, task), torch.tensor([0.9])])
+    program = Program(learner, task, recipe, a)
+    for _ in range(recipe.steps):
+        program.step()
+    return mixed(learner, task, program.weights)
+
+
+def searched(learner: Learner, task: Task, recipe: Recipe, passes: float, seed: int) -> Trained:
+    """Weights by Optuna's TPE for the same upper objective, until ``passes`` are spent.
+
+    The first trial is of equal weights. The best one is trained again, as a learnt mix is.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
+    study = optuna.create_study(sampler=sampler)
+    rows, votes = below(task, task.trusted, learner.repeat)
+    weights = source_weights(votes).requires_grad_(False)
+    names = [f"u{k}" for k in range(votes.shape[1])]
+    study.enqueue_trial(dict.fromkeys(names, 0.0))
+    batch, end = learner.batch(task, task.trusted), learner.passes.count + passes
+    level = None
+    while learner.passes.count < end:
+        trial = study.ask()
+        logits = torch.tensor([trial.suggest_float(name, -4.0, 4.0) for name in names])
+        weights.logits.data = logits
+        if level is None or not learner.warm:
+            level = learner.level(task, learner.model(task), rows, votes, weights)
+        learner.train(level)
+        with torch.no_grad():
+            loss = float(level.model(**batch).loss)
+        study.tell(trial, loss + recipe.prior / 2 * float(logits.square().mean()))
+    weights.logits.data = torch.tensor([study.best_params[name] for name in names])
+    return mixed(learner, task, weights)
+
+
+def held_out(method: Method, learner: Learner, task: Task, folds: int) -> Tensor:
+    """The loss of each trusted row by the model that was trained without its fold, ``(n,)``."""
+    labels = task.labels[task.trusted]
+    fold = torch.tensor(split_folds(len(labels), folds, seed=1, classes=labels.tolist()))
+    losses = torch.zeros(len(labels))
+    for k in range(folds):
+        model = method(learner, replace(task, trusted=task.trusted[fold != k])).model
+        logits = learner.logits(task, model, task.trusted[fold == k])
+        losses[fold == k] = cross_entropy(logits, labels[fold == k], reduction="none")
+    return losses
