@@ -20,7 +20,12 @@ from measure import table
 
 HERE = Path(__file__).parent
 #: The scripts whose tables stand between two marks of a page in docs, and the page.
-PAGES = {"attribution": "attribution.md", "tune": "when-bilevel-pays.md"}
+PAGES = {
+    "attribution": "attribution.md",
+    "attribution_trainers": "attribution.md",
+    "mix": "when-bilevel-pays.md",
+    "tune": "when-bilevel-pays.md",
+}
 BEGIN, END = "<!-- {} table -->", "<!-- end of {} table -->"
 INTRODUCTION = """# Benchmarks
 
@@ -46,6 +51,9 @@ OTHERS = """\
 `attribution.py` asks what scores of training rows predict, cost and find:
 [tables](../docs/attribution.md). It takes some one and a half hours of one core (`--parts` chooses)
 and goes on where it was interrupted; its optional peers: `pip install cleanlab kronfluence`.
+`attribution_trainers.py` asks it of token tags and of documents, through a Trainer.
+`mix.py` asks whether learnt weights of sources beat simpler ways and search:
+[figures](../docs/when-bilevel-pays.md). It reads TREC's questions from `--trec FOLDER`.
 `tune.py` asks whether hypergradients over many hyper-parameters beat search:
 [tables](../docs/when-bilevel-pays.md#hyper-parameters-of-the-run). It takes 40 minutes of one core,
 goes on where it was interrupted, and needs `pip install -e ".[optuna]"`.
