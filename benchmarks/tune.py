@@ -289,7 +289,7 @@ def main() -> None:
         print(f"\n{title}\n\n{table(rows)}")
     said = {}
     if targets:
-        said = {"decision": decision(runs.of("compare"))}
+        said = {"decision": decision(runs)}
         print(f"\nTargets\n\n{table([t.record() for t in targets])}\n\n{said['decision']}")
     more = {k: v for k, v in contents(given, tables, targets, {}).items() if k != "details"}
     runs.save(said | more)

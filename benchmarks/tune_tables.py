@@ -57,9 +57,15 @@ def methods(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
-def complete(rows: Sequence[Row], budget: float) -> list[Row]:
-    """The rows of the tasks and seeds on which every method has come to ``budget``."""
-    return [row for row in rows if row.get("budget", 0) >= budget]
+def complete(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the tasks and seeds on which every method has come to some budget."""
+    return [row for row in rows if "budget" in row]
+
+
+def reached(rows: Sequence[Row], budgets: Sequence[int] = BUDGETS) -> list[int]:
+    """The budgets that all tasks and seeds, at least two, have come to."""
+    cells = {(row["task"], row["seed"]): row["budget"] for row in rows}
+    return [b for b in budgets if len(cells) > 1 and b <= min(cells.values())]
 
 
 def oracles(rows: Sequence[Row]) -> list[Row]:
@@ -76,11 +82,11 @@ def oracles(rows: Sequence[Row]) -> list[Row]:
 
 def regret_table(rows: Sequence[Row], measure: str) -> list[Row]:
     """The mean regret of each method: how much worse it is than what the oracle selects."""
-    rows, table = complete(rows, BUDGETS[-1]), []
+    points, table = reached(rows, POINTS), []
     known = [*rows, *oracles(rows)]
-    for method in methods(rows):
+    for method in methods(rows) if points else ():
         line: Row = {"method": method}
-        for budget in POINTS:
+        for budget in points:
             values = worse(known, (method, budget), (ORACLE, math.inf), measure)
             line[f"{budget} trainings"] = statistics.fmean(values)
         table.append(line)
@@ -97,23 +103,16 @@ def paired_table(rows: Sequence[Row]) -> list[Row]:
     """By how much each other method is worse than the hypergradients at each budget."""
     table = []
     for budget in reached(rows):
-        known = complete(rows, budget)
-        best = best_baseline(known, budget)
-        for name in methods(known):
+        best = best_baseline(rows, budget)
+        for name in methods(rows):
             if name != OURS and not (name == CONTROL and budget > BUDGETS[0]):
                 line: Row = {"trainings": budget, "other": name}
                 for measure in MEASURES:
-                    values = worse(known, (name, budget), (OURS, budget), measure)
+                    values = worse(rows, (name, budget), (OURS, budget), measure)
                     line[f"other − hypergradients, {measure}"] = shown(values)
                 line["runs"] = len(values)
                 table.append({**line, "best baseline": "yes" if name == best else ""})
     return table
-
-
-def reached(rows: Sequence[Row]) -> list[int]:
-    """The budgets that two tasks or seeds have come to, which an interval needs."""
-    ours = [row for row in rows if row["method"] == OURS]
-    return [budget for budget in BUDGETS if len(complete(ours, budget)) > 1]
 
 
 def path_table(rows: Sequence[Row]) -> list[Row]:
@@ -140,7 +139,7 @@ def cost_table(rows: Sequence[Row]) -> list[Row]:
 
 def development_table(rows: Sequence[Row]) -> list[Row]:
     """The mean test loss of each setting on the development seeds."""
-    table, rows = [], complete(rows, BUDGETS[1])
+    table = []
     for name in methods(rows):
         line: Row = {"setting": name}
         for budget in BUDGETS[:2]:
@@ -152,9 +151,9 @@ def development_table(rows: Sequence[Row]) -> list[Row]:
 
 def tables_of(runs: Runs) -> dict[str, list[Row]]:
     """All tables that have rows."""
-    rows = runs.of("compare")
+    rows = complete(runs.of("compare"))
     found = {
-        "Settings (development seeds)": development_table(runs.of("develop")),
+        "Settings (development seeds)": development_table(complete(runs.of("develop"))),
         "Regret of the test loss": regret_table(rows, "loss"),
         "Regret of the test accuracy": regret_table(rows, "accuracy"),
         "Paired differences": paired_table(rows),
@@ -167,7 +166,7 @@ def tables_of(runs: Runs) -> dict[str, list[Row]]:
 
 def targets_of(runs: Runs) -> list[Target]:
     """Whether the interval against the best baseline is above zero."""
-    rows, found = runs.of("compare"), []
+    rows, found = complete(runs.of("compare")), []
     for budget in reached(rows):
         name, values = against_the_best(rows, budget)
         title = f"{budget} trainings, test loss of the best baseline ({name}) − hypergradients"
@@ -177,14 +176,13 @@ def targets_of(runs: Runs) -> list[Target]:
 
 def against_the_best(rows: Sequence[Row], budget: float) -> tuple[str, list[float]]:
     """The best baseline at a budget, and by how much it is worse than the hypergradients."""
-    known = complete(rows, budget)
-    name = best_baseline(known, budget)
-    return name, worse(known, (name, budget), (OURS, budget), "loss")
+    name = best_baseline(rows, budget)
+    return name, worse(rows, (name, budget), (OURS, budget), "loss")
 
 
-def decision(rows: Sequence[Row]) -> str:
+def decision(runs: Runs) -> str:
     """The sentence on which the second stage hangs."""
-    said, won = [], False
+    rows, said, won = complete(runs.of("compare")), [], False
     for budget in reached(rows):
         name, values = against_the_best(rows, budget)
         won = won or interval(values)[0] > 0

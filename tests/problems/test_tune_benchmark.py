@@ -161,5 +161,9 @@ def test_tables_targets_and_the_decision(ours: float) -> None:
     best = {r["trainings"]: r["other"] for r in tables["Paired differences"] if r["best baseline"]}
     assert best == {10: "one rate", 20: "one rate", 30: tune.TPE}
     assert [target.record()["met"] for target in targets] == [ours > 0, ours > 0, False]
-    said = tune_tables.decision(runs.of("compare"))
+    said = tune_tables.decision(runs)
     assert ("at no budget" in said) == (ours < 0)
+    for row in runs.rows[:5]:  # a task and seed that still goes on
+        row["budget"] = 20
+    assert "30 trainings" not in tune_tables.decision(runs)
+    assert "30 trainings" not in tune_tables.tables_of(runs)["Regret of the test loss"][0]
