@@ -203,7 +203,7 @@ def targets_of(tables: Mapping[str, Sequence[Row]]) -> list[Target]:
                 continue
             others = [r[f"{task}: LDS"] for name, r in rows.items() if name not in (WHOLE, MAGIC)]
             best = max(other for other in others if other is not None)
-            if title != "Rough setting":
+            if title == "Smooth setting":
                 found.append(Target(f"LDS of the whole run, {where}", found_lds, 0.95, True))
                 found.append(Target(f"|slope − 1| of the whole run, {where}", abs(slope - 1), 0.1))
             name = f"LDS of the whole run − best other method, {where}"
