@@ -92,7 +92,7 @@ def verdicts(runs: Runs) -> list[Row]:
 
     It is where its accuracy is the highest one, or within one standard error of the difference of
     two accuracies that are the highest. ``lowest`` names the lowest cross-validated trusted loss,
-    ``cheapest`` the rule of `Verdict`.
+    as a `Verdict` does, ``cheapest`` the cheapest way within a standard error of it.
     """
     found = []
     for (task, model, trusted), cell in cells(runs):
@@ -110,7 +110,7 @@ def verdicts(runs: Runs) -> list[Row]:
             verdict = Verdict(entries)
             line: Row = {"task": task, "model": model, "trusted": trusted, "seed": seed}
             line["best"] = best
-            for rule, chosen in (("lowest", verdict.best), ("cheapest", verdict.use)):
+            for rule, chosen in (("lowest", verdict.use), ("cheapest", verdict.cheapest)):
                 line[rule] = chosen.method
                 behind = top - rows[chosen.method]["accuracy"]
                 line[f"{rule}: behind"] = behind

@@ -59,7 +59,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The table, and which way to use: the cheapest within one standard error of the best.
+    """The table, and which way to use: that of the lowest cross-validated trusted loss.
 
     Example:
         >>> one = Entry("trusted rows only", torch.tensor([0.5, 0.7, 0.6]), passes=10)
@@ -77,20 +77,26 @@ class Verdict:
 
     @property
     def use(self) -> Entry:
+        """The best. The cheapest within its standard error was further from it on test rows."""
+        return self.best
+
+    @property
+    def cheapest(self) -> Entry:
         """The cheapest entry whose mean difference to the best is within its standard error."""
         near = [each for each in self.entries if each is self.best or _within(each, self.best)]
         return min(near, key=lambda entry: entry.passes)
 
     @property
     def sentence(self) -> str:
-        """What to use, and why."""
-        use, best = self.use, self.best
-        if use is best:
-            return f"use {use.method}: the lowest trusted loss, {use.loss:.4f}"
-        gap, error = use.behind(best)
+        """What to use, and what costs less at nearly the same loss."""
+        cheap = self.cheapest
+        words = f"use {self.use.method}: the lowest trusted loss, {self.use.loss:.4f}"
+        if cheap.passes >= self.best.passes:
+            return words
+        gap, error = cheap.behind(self.best)
         return (
-            f"use {use.method}: {best.method} has a lower trusted loss by only {gap:.4f} ± "
-            f"{error:.4f}, at {best.passes / use.passes:.1f} times the passes"
+            f"{words}; {cheap.method} is {gap:.4f} ± {error:.4f} above it, at "
+            f"{cheap.passes / self.best.passes:.0%} of the passes"
         )
 
     def __str__(self) -> str:
