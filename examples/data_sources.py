@@ -159,7 +159,7 @@ def main() -> None:
     heads = list(SOURCES)
     print(f"\n| step | {' | '.join(heads)} |\n| --- |{' --- |' * len(heads)}")
     for record in (record for record in history if "upper_loss" in record):
-        cells = [f"{record[f'lower_weight_{name}']:.3f}" for name in heads]
+        cells = [f"{record[f'lower_share_{name}']:.3f}" for name in heads]
         print(f"| {record['step']} | {' | '.join(cells)} |")
     print("\n| weights | test perplexity |\n| --- | --- |")
     for method, row in results.items():
