@@ -37,6 +37,9 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
     retrain_learning_rate: float | None = HfArg(
         default=None, help="peak learning rate of the retraining; learning_rate if not given"
     )
+    retrain_weight_decay: float | None = HfArg(
+        default=None, help="weight decay of the retraining; weight_decay if not given"
+    )
     retrain_epochs: float | None = HfArg(
         default=None, help="epochs of the retraining; num_train_epochs if not given"
     )
@@ -46,7 +49,8 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("not be negative", lambda x: x >= 0, "retrain_learning_rate")
+        rates = ["retrain_learning_rate", "retrain_weight_decay"]
+        self._require("not be negative", lambda x: x >= 0, *rates)
         self._require("be positive", lambda x: x > 0, "retrain_epochs", "retrain_steps")
 
     def for_retraining(self) -> Self:
@@ -56,6 +60,8 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
         args.push_to_hub = False
         if self.retrain_learning_rate is not None:
             args.learning_rate = self.retrain_learning_rate
+        if self.retrain_weight_decay is not None:
+            args.weight_decay = self.retrain_weight_decay
         if self.retrain_epochs is not None:
             args.num_train_epochs, args.max_steps = self.retrain_epochs, -1
         if self.retrain_steps is not None:

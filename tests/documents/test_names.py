@@ -9,7 +9,8 @@ import pytest
 from hyperopt_peft.hypergradients import get_estimator, registered
 
 ROOT = Path(__file__).parents[2]
-FILES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = [ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples/recipes/glue")]
+FILES = [*README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = pytest.mark.parametrize("page", FILES, ids=lambda page: str(page.relative_to(ROOT)))
 #: An option whose value is written out, and not a letter for any value.
 VALUE = r"\w+=(?:[-\d.]+(?:e-?\d+)?|true|false|lr|exact|difference|forward|central)"

@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "preset": ["darts"],
     "retrain": [True],
     "retrain_learning_rate": [-1.0],
+    "retrain_weight_decay": [-1.0, NAN],
     "retrain_epochs": [0.0],
     "retrain_steps": [0],
 }

@@ -77,12 +77,14 @@ def test_retraining_moves_directions_on_all_data_with_magnitudes_as_the_search_l
     assert run.retrainer.state.global_step == 5
 
 
-def test_retraining_has_its_own_length_and_rate(tmp_path: Path) -> None:
-    run = trainer(tmp_path, retrain="warm", retrain_epochs=2, retrain_learning_rate=5e-4)
+def test_retraining_has_its_own_length_rate_and_decay(tmp_path: Path) -> None:
+    own = {"retrain_epochs": 2, "retrain_learning_rate": 5e-4, "retrain_weight_decay": 0.3}
+    run = trainer(tmp_path, retrain="warm", **own)
     run.train()
     assert run.retrainer.state.global_step == 2 * 6  # 24 examples in batches of 4
     assert run.retrainer.state.log_history[0]["learning_rate"] == 5e-4
-    assert run.args.learning_rate == 1e-2
+    assert run.retrainer.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert (run.args.learning_rate, run.args.weight_decay) == (1e-2, 0.0)
 
 
 def test_label_smoothing_and_loss_functions_keep_their_meaning(tmp_path: Path) -> None:
