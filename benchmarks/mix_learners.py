@@ -225,6 +225,8 @@ class Lora(Learner):
         steps: of a training.
         after: of a training after another.
         inner: steps of a search for one upper step.
+        search_batch: rows of a batch in a search. The hypergradient of the weights is of one
+            batch, which needs several rows of each source.
     """
 
     repeat: int = 2
@@ -233,8 +235,9 @@ class Lora(Learner):
     rate: float = 3e-3
     steps: int = 100
     after: int = 40
-    inner: int = 5
+    inner: int = 3
     batch_size: int = 16
+    search_batch: int = 128
     seed: int = 0
 
     def model(self, task: Task) -> Any:
@@ -271,7 +274,7 @@ class Lora(Learner):
 
         data = DataLoader(
             range(len(rows)),  # type: ignore[arg-type]
-            batch_size=min(self.batch_size, len(rows)),
+            batch_size=min(self.search_batch if search else self.batch_size, len(rows)),
             shuffle=True,
             drop_last=True,
             generator=torch.Generator().manual_seed(self.seed),
@@ -289,14 +292,15 @@ class Lora(Learner):
 
     def advance(self, lower: Problem, levels: Sequence[Any]) -> None:
         """The joint level's steps."""
-        self._steps(lower, self.inner, len(levels))
+        self._steps(lower, self.inner, len(levels) * self.search_batch / self.batch_size)
 
-    def _steps(self, level: Problem, steps: int, folds: int = 1) -> None:
+    def _steps(self, level: Problem, steps: int, passes: float = 1) -> None:
         for _ in range(steps):
             found = level.gradient(level.next_batch(), level.variables)
             level.step(found.gradient)
-        self.passes.count += steps * folds
+        self.passes.count += steps * passes
 
     def count_products(self, above: int) -> None:
-        """The rows above by the batch below."""
-        self.passes.count += above / self.batch_size + 1 + 2 * (self.products + 1)
+        """The rows above, and second derivatives of a batch below, in small batches."""
+        below = self.search_batch * (1 + 2 * (self.products + 1))
+        self.passes.count += (above + below) / self.batch_size

@@ -35,20 +35,27 @@ class Recipe:
     """How weights are learnt.
 
     Attributes:
-        prior: τ of the upper level's prior ½·τ·mean‖u − u0‖².
+        prior: τ of the upper level's prior ½·τ·mean‖u − u0‖²; with None K/(8·n) for K logits and n
+            trusted rows, by which F + prior is a log posterior with a variance of 8 a logit.
         rate: of Adam at the upper level.
         steps: of the upper level.
         folds: of the trusted rows; with 0 they are all below and above.
         start: u0, of equal weights or of the sources' agreement with a model of the trusted rows.
     """
 
-    prior: float = 0.3
+    prior: float | None = 0.3
     rate: float = 0.6
     steps: int = 12
     folds: int = 0
     start: Literal["equal", "agreement"] = "equal"
     kind: Literal["sigmoid", "softmax"] = "sigmoid"
     average: Literal["rows", "sources"] = "rows"
+
+    def tau(self, task: Task) -> float:
+        """τ for a task."""
+        if self.prior is not None:
+            return self.prior
+        return (task.votes.shape[1] + 1) / (8 * len(task.trusted))
 
 
 def below(task: Task, trusted: Tensor, repeat: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +170,7 @@ class Program:
             weights.logits = logits
             model = learner.model(task)
             level = {"data": [learner.batch(task, above)], "optimizer": optimizer}
-            uppers.append(Target(weights, model, prior=recipe.prior, **level))
+            uppers.append(Target(weights, model, prior=recipe.tau(task), **level))
             self.levels.append(learner.level(task, model, rows, votes, weights, search=True))
         self.upper, self.lower = (
             cross_fit(uppers, self.levels) if recipe.folds else (uppers[0], self.levels[0])
@@ -216,7 +223,7 @@ def searched(learner: Learner, task: Task, recipe: Recipe, passes: float, seed: 
         learner.train(level)
         with torch.no_grad():
             loss = float(level.model(**batch).loss)
-        study.tell(trial, loss + recipe.prior / 2 * float(logits.square().mean()))
+        study.tell(trial, loss + recipe.tau(task) / 2 * float(logits.square().mean()))
     weights.logits.data = torch.tensor([study.best_params[name] for name in names])
     return mixed(learner, task, weights)
 

@@ -41,6 +41,7 @@ class Task:
         train: the rows with votes.
         trusted: the rows with a label to trust.
         test: the rows that a trained model is judged by, once.
+        rest: rows of the trusted rows' own distribution, where ``test`` is of another one.
         quality: of each source, `GOOD`, `BAD` or `NEITHER`, ``(K,)``.
     """
 
@@ -51,6 +52,7 @@ class Task:
     trusted: Tensor
     test: Tensor
     quality: Tensor
+    rest: Tensor | None = None
 
     @property
     def classes(self) -> int:
@@ -70,8 +72,9 @@ def draw(name: str, model: str, trusted: int, seed: int) -> Task:
 def trec(model: str, trusted: int, source: torch.Generator, development: bool) -> Task:
     """Questions of six classes with the votes of 68 labelling functions.
 
-    Trusted rows are of the first half of the gold rows. Test rows are the second half, in
-    development the rest of the first one. A training row that is also a gold row is left out.
+    Trusted rows are of the first half of the gold rows. Test rows are the second half, whose
+    classes have other shares; in development they are the rest of the first half. A training row
+    that is also a gold row is left out.
     """
     train, gold = questions()
     count, half = len(train), len(gold) // 2
@@ -95,7 +98,8 @@ def trec(model: str, trusted: int, source: torch.Generator, development: bool) -
     quality[right >= 0.7], quality[right <= 0.35] = GOOD, BAD
     texts = [row["text"] for row in rows]
     inputs = _features(texts, below) if model == "head" else _states("trec", texts, labels)
-    return Task(inputs, labels, votes, below, first[:trusted], test, quality)
+    rest = None if development else first[trusted:]
+    return Task(inputs, labels, votes, below, first[:trusted], test, quality, rest)
 
 
 @cache

@@ -1,0 +1,185 @@
+"""The runs that a study's YAML names, each a record whose fields say all that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, and where its result is.
+
+    Attributes:
+        part: ``variants``, ``rates``, ``table`` or ``shift``.
+        task: of one domain, or source and target with an arrow.
+        size: training rows; in ``shift`` those of the target.
+        method: its name in tables.
+        seed: of the rows, the adapter and the order of batches.
+        rate: the peak learning rate.
+        passes: batches that go forward and backward.
+        options: what the method is.
+        model: the adapter and the batches.
+    """
+
+    part: str
+    task: str
+    size: int
+    method: str
+    seed: int
+    rate: float
+    passes: int
+    options: Options
+    model: Options = field(repr=False)
+
+    @property
+    def number(self) -> int:
+        """Another one if anything of the run changes."""
+        content = json.dumps(asdict(self), sort_keys=True)
+        return int(hashlib.sha256(content.encode()).hexdigest()[:16], 16)
+
+    def path(self, folder: Path) -> Path:
+        """The result's file."""
+        words = f"{self.task} {self.size} {self.method} {self.seed} {self.rate:g}".lower()
+        name = re.sub(r"[^a-z0-9.]+", "-", words)
+        return folder / self.part / f"{name}-{self.number:016x}.json"
+
+    def result(self, folder: Path) -> Options | None:
+        """What was measured, None before."""
+        path = self.path(folder)
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """The content of a YAML file.
+
+    Raises:
+        SystemExit: of `read`: the file has no such content.
+    """
+
+    model: Options
+    rows: dict[str, int]
+    tasks: dict[str, int]
+    development: Options
+    sizes: dict[int, int]
+    seeds: list[int]
+    rates: list[float]
+    default: Options
+    table: dict[str, Options]
+    variants: Options
+    shift: Options
+
+    @classmethod
+    def read(cls, path: Path) -> Study:
+        """The study in a file."""
+        try:
+            return cls(**yaml.safe_load(path.read_text()))
+        except (OSError, TypeError, yaml.YAMLError) as error:
+            raise SystemExit(f"{path} is not a study: {error}") from error
+
+    def method(self, options: Options) -> Options:
+        """A method with what it leaves to the default."""
+        if "phases" in options:
+            return options
+        bilevel = {**self.default["bilevel"], **options.get("bilevel", {})}
+        if "preset" in bilevel:  # names its own estimator
+            bilevel.pop("hypergradient")
+        return {"passes": options.get("passes", self.default["passes"]), "bilevel": bilevel}
+
+    def _run(self, part: str, task: str, size: int, unit: int, name: str, **more: Any) -> Run:
+        options = {k: v for k, v in more.pop("options").items() if k != "rates"}
+        passes = round(options.pop("passes") * unit)
+        model = {**self.model, **more.pop("model", {})}
+        return Run(part, task, size, name, passes=passes, options=options, model=model, **more)
+
+    def variants_runs(self) -> Iterator[Run]:
+        """The default with one change, and controls, on development tasks and seeds."""
+        given = self.variants
+        methods = {name: (options, {}) for name, options in given["controls"].items()}
+        for change in given["changes"]:
+            name = ", ".join(f"{key}={value}" for key, value in change.items()) or "default"
+            model = {k: v for k, v in change.items() if k in self.model}
+            bilevel = {k: v for k, v in change.items() if k not in self.model}
+            methods[name] = (self.method({"bilevel": bilevel}), model)
+        for seed in self.development["seeds"]:
+            for task in self.development["tasks"]:
+                for name, (options, model) in methods.items():
+                    yield self._run(
+                        *("variants", task, given["size"], self.sizes[given["size"]], name),
+                        options=options,
+                        model=model,
+                        seed=seed,
+                        rate=given["rate"],
+                    )
+
+    def rates_of(self, name: str) -> list[float]:
+        """The rates that a method of the table chooses from."""
+        return self.table[name].get("rates", self.rates)
+
+    def rates_runs(self, task: str, size: int, name: str) -> list[Run]:
+        """The runs that choose the rate of a method."""
+        unit, options = self.sizes[size], self.method(self.table[name])
+        return [
+            self._run(
+                "rates", task, size, unit, name, options=options, seed=self.seeds[0], rate=rate
+            )
+            for rate in self.rates_of(name)
+        ]
+
+    def chosen(self, folder: Path, task: str, size: int, name: str) -> float | None:
+        """The rate of the lowest loss on held-out training rows, None before it is known."""
+        results = [run.result(folder) for run in self.rates_runs(task, size, name)]
+        if any(result is None for result in results):
+            return None
+        losses = [result["loss"] for result in results if result is not None]
+        return self.rates_of(name)[losses.index(min(losses))]
+
+    def table_runs(self, folder: Path) -> Iterator[Run]:
+        """The runs of the table, those of larger sizes first, whose rates are known; those that
+        choose a rate come where it is not."""
+        for size in sorted(self.sizes, reverse=True):
+            for seed in self.seeds:
+                for task in self.tasks:
+                    for name in self.table:
+                        rate = self.chosen(folder, task, size, name)
+                        if rate is None:
+                            yield from self.rates_runs(task, size, name)
+                            rate = self.chosen(folder, task, size, name)
+                        if rate is not None:
+                            yield self._run(
+                                *("table", task, size, self.sizes[size], name),
+                                options=self.method(self.table[name]),
+                                seed=seed,
+                                rate=rate,
+                            )
+
+    def shift_runs(self) -> Iterator[Run]:
+        """The runs with a source domain and a target domain."""
+        given = self.shift
+        for seed in self.seeds:
+            for size in given["targets"]:
+                for source, target in given["pairs"]:
+                    for name, options in given["methods"].items():
+                        options = {**self.method(options), "source": given["source"]}
+                        yield self._run(
+                            *("shift", f"{source} → {target}", size, given["passes"], name),
+                            options=options,
+                            seed=seed,
+                            rate=given["rate"],
+                        )
+
+    def runs(self, folder: Path) -> Iterator[Run]:
+        """All runs, in the order in which they are made; of the table those of known rates."""
+        yield from self.variants_runs()
+        yield from self.table_runs(folder)
+        yield from self.shift_runs()

@@ -1,0 +1,230 @@
+"""One run of a study: train as its record says, and measure once."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig, get_peft_model
+from plan import Run, Study
+from tasks import Task, task
+from torch import Tensor
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from hyperopt_peft.adapters import decompose
+from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+
+#: How often a training that may stop early is evaluated, and after how many of those it stops.
+EVALUATIONS, PATIENCE = 10, 3
+
+
+def measure(run: Run, study: Study) -> dict[str, Any]:
+    """Train, and score: on development rows in ``variants``, on held-out training rows in
+    ``rates``, else on test rows."""
+    here, rows = rows_of(run, study)
+    torch.manual_seed(run.seed)
+    model = adapted(run, here)
+    first = [weight.clone() for weight in queries(model)]
+    begin = time.process_time()
+    found = (bilevel if "bilevel" in run.options else phases)(run, here, model, rows)
+    found["seconds"] = round(time.process_time() - begin, 2)
+    if run.options.get("phases", [{}])[0].get("method") == "full":
+        found |= weight_line(first, queries(model))
+    elif any("magnitude" in name for name, _ in model.named_parameters()):
+        found |= line([(c.delta_direction, c.delta_magnitude) for c in decompose(model)])
+    train = here.score(model, rows["union"]["row"])
+    found |= here.score(model, rows["judged"]["row"])
+    return found | {"train loss": train["loss"], "train score": train["score"]}
+
+
+def rows_of(run: Run, study: Study) -> tuple[Task, dict[str, Dataset]]:
+    """The task, and rows: ``union`` of ``source`` and ``target`` or all to train on, ``judged``."""
+
+    def known(name: str, length: int) -> Task:
+        return task(name, length, run.model["layers"], **study.rows)
+
+    if run.part != "shift":
+        here = known(run.task, study.tasks[run.task])
+        drawn = here.drawn(run.size, run.seed)
+        if run.part == "rates":
+            held = run.size // 5
+            judged, drawn = drawn[:held], drawn[held:]
+        else:
+            judged = (here.development if run.part == "variants" else here.test).tolist()
+        return here, {"union": here.dataset(drawn), "judged": here.dataset(judged)}
+    source, target = (
+        known(f"{name} domain", study.tasks["tweets"]) for name in run.task.split(" → ")
+    )
+    both, offset = joined(source, target), len(source.states.labels)
+    below = both.dataset(source.drawn(run.options["source"], run.seed))
+    above = both.dataset([offset + row for row in target.drawn(run.size, run.seed)])
+    judged = both.dataset([offset + row for row in target.test.tolist()])
+    union = concatenate_datasets([below, above])
+    return both, {"source": below, "target": above, "union": union, "judged": judged}
+
+
+def joined(source: Task, target: Task) -> Task:
+    """One task of the rows of both, in this order."""
+    one, other = source.states, target.states
+    pairs = zip(vars(one).values(), vars(other).values())
+    return replace(source, states=type(one)(*(torch.cat(pair) for pair in pairs)))
+
+
+def adapted(run: Run, here: Task) -> Any:
+    """The model with a new adapter and head; of ``full`` its last layers."""
+    method = run.options.get("phases", [{}])[0].get("method", "bidora")
+    config = LoraConfig(
+        r=run.model["rank"],
+        lora_alpha=run.model["alpha"] * run.model["rank"] // 8,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+        use_dora=method != "lora",
+    )
+    base = here.model(run.model["layers"])
+    return base if method == "full" else get_peft_model(base, config)
+
+
+def options_of(run: Run, folder: str, steps: int, **more: Any) -> dict[str, Any]:
+    """What all trainings share: AdamW, a tenth of warm-up, then a linear decay."""
+    return {
+        "output_dir": folder,
+        "max_steps": max(1, steps),
+        "learning_rate": run.rate,
+        "per_device_train_batch_size": run.model["batch_size"],
+        "per_device_eval_batch_size": 200,
+        "warmup_steps": max(1, steps // 10),
+        "seed": run.seed,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        **more,
+    }
+
+
+def bilevel(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> dict[str, Any]:
+    """A `BiDoRATrainer` of as many search and retraining steps as the run has passes."""
+    given = dict(run.options["bilevel"])
+    if ratio := given.pop("rate_ratio", None):
+        given["upper_learning_rate"] = ratio * run.rate
+    shift = "source" in rows
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trainer(model: Any, steps: int) -> BiDoRATrainer:
+            more = {"logging_strategy": "steps", "logging_steps": 0.25, "retrain_steps": steps}
+            args = BiDoRATrainingArguments(**options_of(run, folder, steps, **more, **given))
+            return BiDoRATrainer(
+                model,
+                args,
+                train_dataset=rows["source"] if shift else rows["union"],
+                upper_dataset=rows["target"] if shift else None,
+                data_collator=here.states,
+            )
+
+        again = 0 if given.get("retrain") == "none" else 1
+        a_step = passes_of_a_step(trainer(copy.deepcopy(model), 1))
+        steps = max(1, round(run.passes / (a_step + again)))
+        training = trainer(model, steps)
+        training.train()
+    noise = [row["upper_snr"] for row in training.state.log_history if "upper_snr" in row]
+    return {"passes": round(steps * (a_step + again)), "steps": steps, "signal to noise": noise}
+
+
+def passes_of_a_step(trainer: BiDoRATrainer) -> float:
+    """Passes of a batch for one lower step of the search, upper steps included."""
+    args, cost = trainer.args, trainer.estimator.cost()
+    upper = 2.0 if cost is None else float(cost.backward_passes)
+    if trainer.upper_batches is not None:
+        upper += trainer.upper_batches.count - 1
+    return (args.lower_steps - 1 + upper) / args.lower_steps * (args.cross_fit or 1)
+
+
+def phases(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> dict[str, Any]:
+    """Plain trainings, one after another."""
+    taken = 0
+    for phase in run.options["phases"]:
+        steps, data = round(run.passes * phase.get("share", 1.0)), rows[phase.get("rows", "union")]
+        restrict(model, phase.get("trains"))
+        with tempfile.TemporaryDirectory() as folder:
+            if phase.get("stop_early"):
+                taken += stopped_early(run, here, model, data, folder, steps)
+                continue
+            plain(run, here, model, data, folder, steps).train()
+            taken += steps
+    return {"passes": taken}
+
+
+def restrict(model: Any, trained: str | None) -> None:
+    """Freeze all but the ``magnitudes``, or the magnitudes where ``directions`` are trained."""
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.requires_grad_(trained != "directions")
+        elif trained == "magnitudes":
+            parameter.requires_grad_(False)
+
+
+def plain(run: Run, here: Task, model: Any, data: Dataset, folder: str, steps: int) -> Trainer:
+    """The trainer of a control: ``method`` of `BiDoRATrainingArguments`, or of all that learns."""
+    if run.options["phases"][0]["method"] != "full" and all(
+        "trains" not in phase for phase in run.options["phases"]
+    ):
+        args = BiDoRATrainingArguments(
+            **options_of(run, folder, steps), method=run.options["phases"][0]["method"]
+        )
+        return BiDoRATrainer(model, args, train_dataset=data, data_collator=here.states)
+    args = TrainingArguments(**options_of(run, folder, steps))
+    return Trainer(model, args, train_dataset=data, data_collator=here.states)
+
+
+def stopped_early(run: Run, here: Task, model: Any, data: Dataset, folder: str, steps: int) -> int:
+    """Train on four fifths, and keep the state of the lowest loss on the last; passes taken."""
+    by = "label" if "label" in data.column_names else None
+    parts = data.train_test_split(0.2, seed=run.seed, stratify_by_column=by)
+    every = max(1, steps // EVALUATIONS)
+    more = {
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": every,
+        "save_steps": every,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+    }
+    trainer = Trainer(
+        model,
+        TrainingArguments(**options_of(run, folder, steps, **more)),
+        train_dataset=parts["train"],
+        eval_dataset=parts["test"],
+        data_collator=here.states,
+        callbacks=[EarlyStoppingCallback(PATIENCE)],
+    )
+    trainer.train()
+    return int(trainer.state.global_step)
+
+
+def queries(model: Any) -> list[Tensor]:
+    """The weights of the query layers that full fine-tuning changes."""
+    named = model.named_parameters()
+    return [p.detach().clone() for n, p in named if n.endswith("query.weight")]
+
+
+def weight_line(before: list[Tensor], after: list[Tensor]) -> dict[str, Any]:
+    """ΔM and ΔD of full fine-tuning, a layer a point."""
+    points = []
+    for old, new in zip(before, after, strict=True):
+        turned = 1 - torch.cosine_similarity(old, new, dim=1).mean()
+        longer = (new.norm(dim=1) - old.norm(dim=1)).abs().mean()
+        points.append((float(turned), float(longer)))
+    return line(points)
+
+
+def line(points: list[tuple[float, float]]) -> dict[str, Any]:
+    """ΔD and ΔM of each layer."""
+    return {"changes": [[round(x, 8), round(y, 8)] for x, y in points]}
