@@ -42,6 +42,8 @@ def test_token_metrics_leave_out_ignored_labels() -> None:
     assert metrics["accuracy"] == 0.75
     assert metrics["macro_f1"] == f1_score([0, 1, 1, 2], [0, 1, 0, 2], average="macro")
     assert metrics["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    # 3 of 4 are right, and the counts are (1, 2, 1) and (2, 1, 1): (3·4 − 5)/(4² − 6)
+    assert metrics["matthews"] == pytest.approx(0.7)
 
 
 def test_correlations_of_a_monotone_map() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.tasks import TASKS
@@ -69,6 +69,7 @@ def expected(model: Any, tokenizer: Any, task: str) -> dict[str, float]:
     return {
         "accuracy": sum(a == b for a, b in zip(true, predicted)) / len(true),
         "macro_f1": f1_score(true, predicted, average="macro"),
+        "matthews": matthews_corrcoef(true, predicted),
     }
 
 

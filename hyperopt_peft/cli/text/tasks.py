@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -72,12 +72,13 @@ def _first(logits: Any) -> Tensor:
 
 
 def classification_metrics(result: Any) -> dict[str, float]:
-    """The accuracy and the macro-F1 over all labels that are not ignored."""
+    """Accuracy, macro-F1 and Matthews' correlation over all labels that are not ignored."""
     labelled = result.label_ids != IGNORED
     true, predicted = result.label_ids[labelled], result.predictions[labelled]
     return {
         "accuracy": float(accuracy_score(true, predicted)),
         "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0.0)),
+        "matthews": float(matthews_corrcoef(true, predicted)),
     }
 
 
