@@ -47,21 +47,24 @@ def report(study: Study, folder: Path, *, check: bool) -> None:
 
 def sections(study: Study, folder: Path) -> dict[str, str]:
     """The texts of the page by the names of their marks."""
+    largest = of_size(study, folder, max(study.sizes))
     found = {
-        "runs": table(counts(study, folder)),
-        "shift": "\n\n".join(shift_tables(study, folder)),
-        "variants": table(variants(study, folder)),
+        "runs": joined(counts(study, folder)),
+        "variants": joined(variants(study, folder)),
+        "shift": joined(*shift_tables(study, folder)),
+        "rates": joined(rates(study, folder)),
+        "analysis": joined(slopes(largest), gaps(largest), noise(largest)),
     }
     for size in study.sizes:
-        if methods := of_size(study, folder, size):
-            found[f"scores {size}"] = table(scores(study, methods))
-            found[f"pairs {size}"] = table(pairs(methods))
-    largest = of_size(study, folder, max(study.sizes))
-    found["rates"] = table(rates(study, folder))
-    found["analysis"] = "\n\n".join(
-        table(rows) for rows in (slopes(largest), gaps(largest), noise(largest)) if rows
-    )
+        methods = of_size(study, folder, size)
+        found[f"scores {size}"] = joined(scores(study, methods))
+        found[f"pairs {size}"] = joined(pairs(methods))
     return found
+
+
+def joined(*tables: Sequence[Row]) -> str:
+    """The tables that have rows, as Markdown."""
+    return "\n\n".join(table(rows) for rows in tables if rows) or "Not run."
 
 
 def counts(study: Study, folder: Path) -> list[Row]:
@@ -191,7 +194,7 @@ def variants(study: Study, folder: Path) -> list[Row]:
     return found
 
 
-def shift_tables(study: Study, folder: Path) -> list[str]:
+def shift_tables(study: Study, folder: Path) -> list[list[Row]]:
     """A table a number of target rows: accuracy of each pair, and BiDoRA's lead."""
     found = []
     for size in study.shift["targets"]:
@@ -206,8 +209,7 @@ def shift_tables(study: Study, folder: Path) -> list[str]:
             row["BiDoRA − this"] = shown(gaps, "+")
             row["passes"] = round(statistics.fmean(r["passes"] for r in results.values()))
             rows.append(row)
-        if rows:
-            found.append(table(rows))
+        found.append(rows)
     return found
 
 

@@ -1,0 +1,77 @@
+"""The study of BiDoRA: its statistics, its plan, and that docs/results.md is what its runs give."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scipy.stats import wilcoxon
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "benchmarks/study"
+sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks"), str(ROOT / "examples")]
+
+from plan import Study  # noqa: E402
+from report import compared, differences, mean_and_half  # noqa: E402
+
+
+def command(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, STUDY, *options], capture_output=True, text=True)
+
+
+def test_the_page_is_what_the_runs_give() -> None:
+    done = command("report", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_page_with_another_number_is_found(tmp_path: Path) -> None:
+    done = command("report", "--check", "--results", str(tmp_path))  # no runs
+    assert done.returncode == 1
+    assert "results.md" in done.stderr
+
+
+def test_statistics_are_those_of_the_definitions() -> None:
+    gaps = [0.03, -0.01, 0.0, 0.02, 0.05, -0.04]
+    row = compared(gaps)
+    assert row["win/tie/loss"] == "3/1/2"
+    # Ranks of the sizes without the tie: 1 2 3 4 5 of which -.01 and -.04 have 1 and 4.
+    assert row["effect"] == f"{(2 + 3 + 5 - 1 - 4) / 15:+.2f}"
+    assert row["p"] == f"{wilcoxon([gap for gap in gaps if gap]).pvalue:.2g}"
+    middle, half = mean_and_half([1.0, 2.0, 3.0])
+    assert (middle, half) == (2.0, pytest.approx(4.302653 / 3**0.5))
+
+
+def test_differences_are_of_the_same_task_and_seed() -> None:
+    one = {("a", 0): {"score": 0.5}, ("a", 1): {"score": 0.7}}
+    other = {("a", 1): {"score": 0.4}, ("b", 0): {"score": 0.1}}
+    assert differences(one, other) == [pytest.approx(0.3)]
+
+
+def test_a_run_s_file_depends_on_all_of_its_options(tmp_path: Path) -> None:
+    study = Study.read(STUDY / "smoke.yaml")
+    runs = [*study.variants_runs(), *study.rates_runs("tweets", 40, "DoRA")]
+    assert len({run.path(tmp_path) for run in runs}) == len(runs)
+    study.default["bilevel"]["lower_steps"] += 1
+    changed = [run.path(tmp_path) for run in study.variants_runs()]
+    same = [run.path(tmp_path) in changed for run in runs if run.part == "variants"]
+    assert same == [True, False, False, False]  # the control is not bilevel
+
+
+def test_a_method_s_rate_is_that_of_the_lowest_held_out_loss(tmp_path: Path) -> None:
+    study = Study.read(STUDY / "smoke.yaml")
+    cell = ("tweets", 40, "DoRA")
+    assert study.chosen(tmp_path, *cell) is None
+    for run, loss in zip(study.rates_runs(*cell), (0.9, 0.8), strict=True):
+        path = run.path(tmp_path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'{{"loss": {loss}}}')
+    assert study.chosen(tmp_path, *cell) == 5e-3
+
+
+@pytest.mark.slow
+def test_a_small_study_runs() -> None:
+    done = command("--smoke")
+    assert done.returncode == 0, done.stderr
+    assert "BiDoRA, published" in done.stdout
