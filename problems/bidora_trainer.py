@@ -40,14 +40,19 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
     """
 
     # Equal in quality to the solvers and to darts on development tasks, and the cheapest
-    # (benchmarks/bidora_estimators.py).
+    # (benchmarks/bidora_estimators.py); likewise an upper step after four lower ones
+    # (benchmarks/study).
     hypergradient: str = HfArg(
         default="direct",
         help="hypergradient estimator, with options: minres:steps=5,damping=1.0",
     )
+    lower_steps: int = HfArg(
+        default=4, help="optimizer steps from one update of the magnitudes to the next"
+    )
     preset: Literal["published"] | None = HfArg(
         default=None,
-        help="settings by name: published has the estimator of BiDoRA's code, darts with xi=1",
+        help="settings by name: published has those of BiDoRA's code, darts with xi=1 and an upper "
+        "step after each lower one",
     )
     method: Literal["bidora", "dora", "lora"] = HfArg(
         default="bidora",
@@ -72,7 +77,7 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
 
     def __post_init__(self) -> None:
         if self.preset == "published":
-            self._prefer(hypergradient="darts:scheme=forward", xi=1.0)
+            self._prefer(hypergradient="darts:scheme=forward", xi=1.0, lower_steps=1)
         super().__post_init__()
         self._require("not be negative", lambda x: x >= 0, "gamma")
 
