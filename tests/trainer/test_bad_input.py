@@ -43,6 +43,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "retrain_learning_rate": [-1.0],
     "retrain_epochs": [0.0],
     "retrain_steps": [0],
+    "retrain_gradient_accumulation_steps": [0, 1.5],
 }
 
 

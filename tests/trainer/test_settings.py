@@ -130,7 +130,12 @@ def test_a_run_of_other_data_is_not_resumed(
     refuses_to_resume(broken[phase], "dataset", options={"train_dataset": other})
 
 
-RETRAINING = {"retrain_learning_rate": 0.5, "retrain_epochs": 3.0, "retrain_steps": 4}
+RETRAINING = {
+    "retrain_learning_rate": 0.5,
+    "retrain_epochs": 3.0,
+    "retrain_steps": 4,
+    "retrain_gradient_accumulation_steps": 2,
+}
 
 
 @pytest.mark.parametrize("name", RETRAINING)
