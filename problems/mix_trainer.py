@@ -52,7 +52,17 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         "being followed into their noise",
     )
     cross_fit: int | None = HfArg(
-        default=3, help="folds of the trusted rows: each is above for an adapter of its own"
+        default=None,
+        help="folds of the trusted rows, each of which is above for an adapter of its own; if not "
+        "given all trusted rows are above, and below too",
+    )
+    gradient_accumulation_steps: int = HfArg(
+        default=16,
+        help="micro-batches a step of the search, which needs about ten rows of each source: 128 "
+        "rows with the default batch size",
+    )
+    retrain_gradient_accumulation_steps: int | None = HfArg(
+        default=1, help="micro-batches a step of the retraining"
     )
     source_weights: Literal["sigmoid", "softmax"] = HfArg(
         default="sigmoid", help="the weights as a function of their logits"
@@ -69,8 +79,6 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
             raise ProblemError(
                 "remove_unused_columns: would remove the rows' sources; leave it out"
             )
-        if self.cross_fit is None:
-            raise ProblemError("cross_fit: trusted rows train below too; give at least 2 folds")
 
 
 class MixTrainer(TwoPhaseTrainer):
@@ -110,6 +118,7 @@ class MixTrainer(TwoPhaseTrainer):
     """
 
     args: MixTrainingArguments
+    may_share_rows = True
 
     def __init__(
         self,
@@ -129,8 +138,8 @@ class MixTrainer(TwoPhaseTrainer):
         self.weights = SourceWeights(
             self.data.counts, kind=args.source_weights, average=args.source_average
         ).to(args.device)
-        folds = args.cross_fit or 1
-        self.weights.counts[-1] -= len(self.data.trusted) / folds  # below in all folds but one
+        if args.cross_fit is not None:  # below in all folds but one
+            self.weights.counts[-1] -= len(self.data.trusted) / args.cross_fit
         again = [copy(callback) for callback in callbacks or ()]
         #: The arguments of `transformers.Trainer` for further trainers of the same model.
         self.options = {**trainer, "callbacks": again}
@@ -141,7 +150,7 @@ class MixTrainer(TwoPhaseTrainer):
             lower=self._lower,
             upper=self._upper,
             args=args,
-            train_dataset=self.data.below,
+            train_dataset=self.data.everything if args.cross_fit is None else self.data.below,
             upper_dataset=self.data.trusted,
             callbacks=callbacks,
             **trainer,
@@ -166,18 +175,14 @@ class MixTrainer(TwoPhaseTrainer):
         )
 
     def search_passes(self) -> int:
-        """The forward+backward passes of the search, in passes over a batch of the lower level."""
+        """The forward+backward passes of the search, in passes over a micro-batch."""
         args, cost = self.args, self.estimator.cost()
-        steps, rows = int(args.max_steps), len(self.data.everything)
-        if steps <= 0:
-            batches = math.ceil(rows / (args.train_batch_size * args.world_size))
-            a_pass = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-            steps = math.ceil(float(args.num_train_epochs) * a_pass)
         of_upper = 2 if cost is None else cost.backward_passes
-        if self.upper_batches is not None:
-            of_upper += self.upper_batches.count - 1  # F in pieces
-        a_step: float = (args.lower_steps - 1 + of_upper) / args.lower_steps
-        return math.ceil(steps * a_step) * (args.cross_fit or 1)
+        of_lower_batch = args.lower_steps - 1 + of_upper - 1
+        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
+        an_upper_step: int = of_lower_batch * args.gradient_accumulation_steps + pieces
+        steps = args.steps_of(len(self.data.everything))
+        return math.ceil(steps * an_upper_step / args.lower_steps) * (args.cross_fit or 1)
 
     def shares(self) -> dict[str, float]:
         """The share of each source, and of the trusted rows, in the training loss; sum 1."""
