@@ -49,8 +49,8 @@ class Arguments:
 
     model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
     annotators: int = HfArg(default=4, help="annotators of each kind")
-    rows: int = HfArg(default=60, help="tweets of each annotator")
-    trusted: int = HfArg(default=60, help="tweets with right labels")
+    rows: int = HfArg(default=150, help="tweets of each annotator")
+    trusted: int = HfArg(default=40, help="tweets with right labels")
     test_size: int = HfArg(default=600, help="test tweets")
     max_length: int = HfArg(default=20, help="tokens a tweet")
     rank: int = HfArg(default=8, help="rank r of B·A")
@@ -64,12 +64,14 @@ class Training(MixTrainingArguments):
     """How to train: the defaults of this example."""
 
     output_dir: str | None = HfArg(default="outputs/mix", help="where results are written")
-    max_steps: int = HfArg(default=60, help="steps of the search")
-    retrain_steps: int | None = HfArg(default=60, help="steps of each training")
+    max_steps: int = HfArg(default=36, help="steps of the search")
+    retrain_steps: int | None = HfArg(default=100, help="steps of each training")
     learning_rate: float = HfArg(default=2e-3, help="peak learning rate of the adapter")
-    per_device_train_batch_size: int = HfArg(default=32, help="tweets a batch")
+    per_device_train_batch_size: int = HfArg(default=32, help="tweets a micro-batch")
+    # 128 tweets, ten of each annotator.
+    gradient_accumulation_steps: int = HfArg(default=4, help="micro-batches a step of the search")
     per_device_eval_batch_size: int = HfArg(default=64, help="tweets a batch of the evaluation")
-    logging_steps: float = HfArg(default=3, help="steps from one log to the next")
+    logging_steps: float = HfArg(default=12, help="steps from one log to the next")
     save_strategy: str = HfArg(default="no", help="when to write checkpoints")
     report_to: str | None = HfArg(default="none", help="trackers, such as tensorboard")
 

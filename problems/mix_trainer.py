@@ -37,17 +37,17 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         "the search ended, or from the initial values",
     )
     hypergradient: str = HfArg(
-        default="minres:steps=5,damping=0.3",
+        default="minres:steps=3,damping=0.1",
         help="hypergradient estimator, with options: darts:xi=1.0 is cheaper",
     )
     lower_steps: int = HfArg(
         default=3, help="optimizer steps from one update of the weights to the next"
     )
     upper_learning_rate: float = HfArg(
-        default=0.1, help="peak learning rate of the logits of the weights"
+        default=0.6, help="peak learning rate of the logits of the weights"
     )
     upper_prior: float | None = HfArg(
-        default=0.3,
+        default=0.03,
         help="τ of the prior ½·τ·mean‖u − u0‖² of the logits, which keeps few trusted rows from "
         "being followed into their noise",
     )
@@ -85,10 +85,14 @@ class MixTrainer(TwoPhaseTrainer):
     """Learns the weights of data sources on trusted rows, then trains on everything with them.
 
     The search trains the adapter on the sources below and the weights on the trusted rows above
-    (`Mixture`, `Target`). With ``cross_fit`` folds of the trusted rows, each fold is above while
-    the others train below as one more source, ``trusted``, whose weight is learnt too. Then the
-    adapter is trained from its initial values on sources and trusted rows. ``weights`` has the
-    result. `verdict` says whether it was worth it.
+    (`Mixture`, `Target`). The trusted rows are below too, as one more source, ``trusted``, whose
+    weight is learnt as well; with ``cross_fit`` a fold of them is above for an adapter that the
+    others train. Then the adapter is trained from its initial values on sources and trusted rows.
+    ``weights`` has the result. `verdict` says whether it was worth it.
+
+    The hypergradient needs about ten rows of each source in a step of the search: see
+    ``gradient_accumulation_steps``. Where the logged ``upper_snr`` is below 1 from the beginning,
+    the weights follow noise.
 
     Args:
         model: a PeftModel for classification or language modelling.
