@@ -8,11 +8,12 @@ import torch
 from transformers import PrinterCallback, default_data_collator
 
 from hyperopt_peft import ProblemError, hypergradient
+from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, Target
 from tests.support import mix_in_processes as in_processes
 from tests.support import two_processes
 from tests.support.mix_runs import rows, sources, trainer
-from tests.support.resume import require_same_end
+from tests.support.resume import interrupted, require_same_end
 from tests.support.trainers import peft_model, values
 from tests.support.watch import SGD
 
@@ -72,6 +73,20 @@ def test_trusted_rows_are_below_and_above(tmp_path: Path) -> None:
     found = -run.weights.logits.detach()
     assert (found - expected).norm() < 1e-7 * expected.norm()  # the tolerance of the solver
     assert expected.norm() > 1e-4
+
+
+def test_a_resumed_retraining_reads_the_learnt_weights(tmp_path: Path) -> None:
+    def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
+        return trainer(folder, callbacks, save_strategy="steps", save_steps=3, **settings)
+
+    interrupted(tmp_path, (4, "retrain"), make)
+    kept = checkpoint.read_state(tmp_path / "learnt.pt")["logits"]
+    run = make(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert torch.equal(run.weights.logits, kept) and kept[0] > kept[1]
+    (tmp_path / "learnt.pt").unlink()
+    with pytest.raises(ProblemError, match=r"learnt\.pt"):
+        make(tmp_path).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("cross_fit", [None, 3])
