@@ -91,7 +91,7 @@ class MixTrainer(TwoPhaseTrainer):
     ``weights`` has the result. `verdict` says whether it was worth it.
 
     The hypergradient needs about ten rows of each source in a step of the search: see
-    ``gradient_accumulation_steps``. Where the logged ``upper_snr`` is below 1 from the beginning,
+    ``gradient_accumulation_steps``. Where the logged ``upper_snr`` is near 0 from the beginning,
     the weights follow noise.
 
     Args:
