@@ -37,22 +37,32 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         "the search ended, or from the initial values",
     )
     hypergradient: str = HfArg(
-        default="minres:steps=5,damping=0.3",
+        default="minres:steps=3,damping=0.1",
         help="hypergradient estimator, with options: darts:xi=1.0 is cheaper",
     )
     lower_steps: int = HfArg(
         default=3, help="optimizer steps from one update of the weights to the next"
     )
     upper_learning_rate: float = HfArg(
-        default=0.1, help="peak learning rate of the logits of the weights"
+        default=0.6, help="peak learning rate of the logits of the weights"
     )
     upper_prior: float | None = HfArg(
-        default=0.3,
+        default=0.03,
         help="τ of the prior ½·τ·mean‖u − u0‖² of the logits, which keeps few trusted rows from "
         "being followed into their noise",
     )
     cross_fit: int | None = HfArg(
-        default=3, help="folds of the trusted rows: each is above for an adapter of its own"
+        default=None,
+        help="folds of the trusted rows, each of which is above for an adapter of its own; if not "
+        "given all trusted rows are above, and below too",
+    )
+    gradient_accumulation_steps: int = HfArg(
+        default=16,
+        help="micro-batches a step of the search, which needs about ten rows of each source: 128 "
+        "rows with the default batch size",
+    )
+    retrain_gradient_accumulation_steps: int | None = HfArg(
+        default=1, help="micro-batches a step of the retraining"
     )
     source_weights: Literal["sigmoid", "softmax"] = HfArg(
         default="sigmoid", help="the weights as a function of their logits"
@@ -69,18 +79,20 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
             raise ProblemError(
                 "remove_unused_columns: would remove the rows' sources; leave it out"
             )
-        if self.cross_fit is None:
-            raise ProblemError("cross_fit: trusted rows train below too; give at least 2 folds")
 
 
 class MixTrainer(TwoPhaseTrainer):
     """Learns the weights of data sources on trusted rows, then trains on everything with them.
 
     The search trains the adapter on the sources below and the weights on the trusted rows above
-    (`Mixture`, `Target`). With ``cross_fit`` folds of the trusted rows, each fold is above while
-    the others train below as one more source, ``trusted``, whose weight is learnt too. Then the
-    adapter is trained from its initial values on sources and trusted rows. ``weights`` has the
-    result. `verdict` says whether it was worth it.
+    (`Mixture`, `Target`). The trusted rows are below too, as one more source, ``trusted``, whose
+    weight is learnt as well; with ``cross_fit`` a fold of them is above for an adapter that the
+    others train. Then the adapter is trained from its initial values on sources and trusted rows.
+    ``weights`` has the result. `verdict` says whether it was worth it.
+
+    The hypergradient needs about ten rows of each source in a step of the search: see
+    ``gradient_accumulation_steps``. Where the logged ``upper_snr`` is near 0 from the beginning,
+    the weights follow noise.
 
     Args:
         model: a PeftModel for classification or language modelling.
@@ -110,6 +122,7 @@ class MixTrainer(TwoPhaseTrainer):
     """
 
     args: MixTrainingArguments
+    may_share_rows = True
 
     def __init__(
         self,
@@ -129,8 +142,8 @@ class MixTrainer(TwoPhaseTrainer):
         self.weights = SourceWeights(
             self.data.counts, kind=args.source_weights, average=args.source_average
         ).to(args.device)
-        folds = args.cross_fit or 1
-        self.weights.counts[-1] -= len(self.data.trusted) / folds  # below in all folds but one
+        if args.cross_fit is not None:  # below in all folds but one
+            self.weights.counts[-1] -= len(self.data.trusted) / args.cross_fit
         again = [copy(callback) for callback in callbacks or ()]
         #: The arguments of `transformers.Trainer` for further trainers of the same model.
         self.options = {**trainer, "callbacks": again}
@@ -141,7 +154,7 @@ class MixTrainer(TwoPhaseTrainer):
             lower=self._lower,
             upper=self._upper,
             args=args,
-            train_dataset=self.data.below,
+            train_dataset=self.data.everything if args.cross_fit is None else self.data.below,
             upper_dataset=self.data.trusted,
             callbacks=callbacks,
             **trainer,
@@ -166,18 +179,14 @@ class MixTrainer(TwoPhaseTrainer):
         )
 
     def search_passes(self) -> int:
-        """The forward+backward passes of the search, in passes over a batch of the lower level."""
+        """The forward+backward passes of the search, in passes over a micro-batch."""
         args, cost = self.args, self.estimator.cost()
-        steps, rows = int(args.max_steps), len(self.data.everything)
-        if steps <= 0:
-            batches = math.ceil(rows / (args.train_batch_size * args.world_size))
-            a_pass = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-            steps = math.ceil(float(args.num_train_epochs) * a_pass)
         of_upper = 2 if cost is None else cost.backward_passes
-        if self.upper_batches is not None:
-            of_upper += self.upper_batches.count - 1  # F in pieces
-        a_step: float = (args.lower_steps - 1 + of_upper) / args.lower_steps
-        return math.ceil(steps * a_step) * (args.cross_fit or 1)
+        of_lower_batch = args.lower_steps - 1 + of_upper - 1
+        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
+        an_upper_step: int = of_lower_batch * args.gradient_accumulation_steps + pieces
+        steps = args.steps_of(len(self.data.everything))
+        return math.ceil(steps * an_upper_step / args.lower_steps) * (args.cross_fit or 1)
 
     def shares(self) -> dict[str, float]:
         """The share of each source, and of the trusted rows, in the training loss; sum 1."""

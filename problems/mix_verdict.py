@@ -39,7 +39,7 @@ class Entry:
     Attributes:
         method: what was trained.
         losses: the loss of each trusted row, by the model of the folds without it, ``(n,)``.
-        passes: forward+backward passes over a batch, of one fold.
+        passes: forward+backward passes over a micro-batch, of one fold.
     """
 
     method: str
@@ -136,18 +136,19 @@ def verdict(trainer: MixTrainer, *, folds: int = 3, equal_passes: bool = True) -
     of_row = np.array(
         split_folds(len(data.trusted), folds, seed=trainer.args.seed, classes=classes)
     )
-    short, long = contest.steps, contest.passes
-    lengths = {short, long} if equal_passes else {short}
+    lengths = {contest.steps}
+    if equal_passes:
+        lengths.add(math.ceil(contest.passes / contest.a_step))
     losses: dict[tuple[str, int], Tensor] = {}
     with contest:
         for fold in range(folds):
             below = data.with_trusted(np.flatnonzero(of_row != fold).tolist())
             rows = np.flatnonzero(of_row == fold)
             held_out = data.trusted.select(rows)
-            for method, steps in contest.trained(below, sorted(lengths)):
-                found = losses.setdefault((method, steps), torch.zeros(len(of_row)))
+            for method, passes in contest.trained(below, sorted(lengths)):
+                found = losses.setdefault((method, passes), torch.zeros(len(of_row)))
                 found[rows] = contest.losses(held_out)
-    entries = [Entry(method, values, steps) for (method, steps), values in losses.items()]
+    entries = [Entry(method, values, passes) for (method, passes), values in losses.items()]
     names = dict.fromkeys(entry.method for entry in entries)
     return Verdict(
         [min((e for e in entries if e.method == name), key=lambda e: e.loss) for name in names]
@@ -161,13 +162,10 @@ class _Contest:
         self.trainer, self.model = trainer, trainer.model
         self.variables = [parameter for _, parameter in trainable(self.model)]
         args = trainer.args.for_retraining()
-        everything = len(trainer.data.everything)
-        batches = math.ceil(everything / (args.train_batch_size * args.world_size))
-        a_pass = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-        epochs = math.ceil(float(args.num_train_epochs) * a_pass)
-        #: The steps of the retraining, and the passes of search and retraining.
-        self.steps = args.max_steps if args.max_steps > 0 else epochs
-        self.passes = self.steps + trainer.search_passes()
+        #: The passes of a step and the steps of the retraining; the passes with the search.
+        self.a_step: int = args.gradient_accumulation_steps
+        self.steps = args.steps_of(len(trainer.data.everything))
+        self.passes = self.steps * self.a_step + trainer.search_passes()
 
     def __enter__(self) -> None:
         self._end = [variable.detach().clone() for variable in self.variables]
@@ -178,24 +176,25 @@ class _Contest:
         assign_(self.variables, self._end)
 
     def trained(self, data: SourceData, lengths: Sequence[int]) -> Iterator[tuple[str, int]]:
-        """The model after each way, with its name and passes."""
+        """The model after each way of ``lengths`` steps, with its name and passes."""
         equal = self._weights(data)
         for steps in lengths:
+            passes = steps * self.a_step
             self._train(data.trusted, steps)
-            yield "trusted rows only", steps
+            yield "trusted rows only", passes
             if steps == lengths[0]:
                 agreement = self._agreement(data.below)
             self._train(data.everything, steps, equal)
-            yield "everything, equal weights", steps
+            yield "everything, equal weights", passes
             half = steps // 2
             self._train(data.below, steps - half, equal)
             self._train(data.trusted, half, again=False)
-            yield "the sources, then the trusted rows", steps
+            yield "the sources, then the trusted rows", passes
             self._train(data.everything, steps, self._weights(data, agreement))
-            yield "weights by agreement with the trusted rows", steps
+            yield "weights by agreement with the trusted rows", passes
             kept = _filtered(data, agreement)
             self._train(kept.everything, steps, self._weights(data))
-            yield "everything but rows that disagree", steps
+            yield "everything but rows that disagree", passes
         self._restart()
         args = self._arguments(copy(self.trainer.args))
         MixTrainer(self.model, args, sources=data, **self.trainer.options).train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -121,9 +120,4 @@ def _steps_of_retraining(trainer: Any, rows: int) -> int:
     """The steps of the second phase of a `BiDoRATrainer`, as its Trainer will count them."""
     if not isinstance(trainer, BiDoRATrainer) or trainer.args.retrain == "none":
         return 0
-    args = trainer.args.for_retraining()
-    if (steps := int(args.max_steps)) > 0:
-        return steps
-    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
-    a_pass: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(float(args.num_train_epochs) * a_pass)
+    return trainer.args.for_retraining().steps_of(rows)

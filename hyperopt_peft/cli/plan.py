@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -16,16 +15,6 @@ from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 from hyperopt_peft.trainer.folds import OnPart
 
 
-def steps_of(args: BiDoRATrainingArguments, examples: int) -> int:
-    """The optimizer steps of one phase on ``examples``, as `transformers.Trainer` counts them."""
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    size: int = args.train_batch_size * args.world_size
-    batches = examples // size if args.dataloader_drop_last else math.ceil(examples / size)
-    an_epoch: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(float(args.num_train_epochs) * an_epoch)
-
-
 def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[int, int]:
     """The lower steps of bidora's search and of its retraining.
 
@@ -34,8 +23,8 @@ def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[
         lower: the number of examples of the lower level alone.
         everything: the number of examples of both levels.
     """
-    search = steps_of(args, lower if args.cross_fit is None else everything)
-    again = 0 if args.retrain == "none" else steps_of(args.for_retraining(), everything)
+    search = args.steps_of(lower if args.cross_fit is None else everything)
+    again = 0 if args.retrain == "none" else args.for_retraining().steps_of(everything)
     return search, again
 
 
@@ -80,7 +69,7 @@ def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
     else:
         lines += [
             f"examples: {lower} training, {evaluation} evaluation",
-            f"steps: {steps_of(args, lower)}",
+            f"steps: {args.steps_of(lower)}",
         ]
     return "\n".join([*lines, memory(trainer)])
 

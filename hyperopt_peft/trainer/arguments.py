@@ -166,6 +166,22 @@ class BilevelTrainingArguments(TrainingArguments):
         require_history(estimator, lower_steps=self.lower_steps, recorded=1)
         return estimator
 
+    def steps_of(self, rows: int) -> int:
+        """The optimizer steps of a training on ``rows`` rows, as the Trainer counts them.
+
+        Example:
+            >>> BilevelTrainingArguments(
+            ...     "outputs", num_train_epochs=2, per_device_train_batch_size=4, report_to="none"
+            ... ).steps_of(9)
+            6
+        """
+        if self.max_steps > 0:
+            return int(self.max_steps)
+        size = self.train_batch_size * self.world_size
+        batches = rows // size if self.dataloader_drop_last else math.ceil(rows / size)
+        an_epoch: int = max(1, math.ceil(batches / self.gradient_accumulation_steps))
+        return math.ceil(float(self.num_train_epochs) * an_epoch)
+
     def bilevel_settings(self) -> dict[str, Any]:
         """The fields of this class and its subclasses, without those of TrainingArguments."""
         inherited = {each.name for each in fields(TrainingArguments)}

@@ -79,9 +79,17 @@ def split_dataset(
 
 
 def data_of_levels(
-    train: Any, upper: Any, evaluation: Any, args: Any, *, bilevel: bool
+    train: Any,
+    upper: Any,
+    evaluation: Any,
+    args: Any,
+    *,
+    bilevel: bool,
+    may_share_rows: bool = False,
 ) -> tuple[Any, Any]:
     """The lower and the upper level's examples: ``train`` is split if ``upper`` is None.
+
+    With ``may_share_rows`` an example of ``upper`` may be in ``train`` too.
 
     Raises:
         ProblemError: as `split_dataset`, `require_examples` and `require_apart`; ``upper`` is
@@ -92,7 +100,7 @@ def data_of_levels(
         raise ProblemError("upper_dataset: there is no upper level; leave upper_dataset out")
     if upper is not None:
         require_examples("upper_dataset", upper, by_index=True)
-        require_apart(train, upper, evaluation)
+        require_apart(train, upper, evaluation, may_share_rows=may_share_rows)
     elif bilevel:
         seed = args.seed if args.data_seed is None else args.data_seed
         train, upper = split_dataset(train, args.upper_fraction, seed)
@@ -160,8 +168,11 @@ def collating(name: str) -> Iterator[None]:
         ) from error
 
 
-def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
-    """Raise ProblemError if the levels share an example, or ``upper`` is in the evaluation set."""
+def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bool = False) -> None:
+    """Raise ProblemError if ``upper`` is in the evaluation set, or the levels share an example.
+
+    With ``may_share_rows`` the levels may.
+    """
     for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
         if upper is held_out or shared(upper, held_out) == len(upper):
             raise ProblemError(
@@ -173,6 +184,8 @@ def require_apart(lower: Any, upper: Any, evaluation: Any) -> None:
             f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
             f"and {upper.column_names}; rename the columns"
         )
+    if may_share_rows:
+        return
     if common := len(upper) if upper is lower else shared(upper, lower):
         raise ProblemError(
             f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too, so that "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -94,6 +94,8 @@ class BilevelTrainer(Trainer):
     """
 
     args: BilevelTrainingArguments
+    #: Whether an example of the upper level may train the lower level too.
+    may_share_rows: ClassVar[bool] = False
     optimizer: Any
     current_flos: float
 
@@ -123,6 +125,7 @@ class BilevelTrainer(Trainer):
             trainer.get("eval_dataset"),
             args,
             bilevel=upper is not None,
+            may_share_rows=self.may_share_rows,
         )
         self.skipped = 0
         self._callback = BilevelCallback(self)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.engine import checkpoint
@@ -16,7 +17,8 @@ from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.distributed import reshard, sharded_like
 
-INITIAL = "initial.pt"
+#: The lower level's initial values, and what the search has learnt outside the model.
+INITIAL, LEARNT = "initial.pt", "learnt.pt"
 
 
 @dataclass
@@ -46,12 +48,17 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
     retrain_steps: int | None = HfArg(
         default=None, help="steps of the retraining, in place of epochs; max_steps if not given"
     )
+    retrain_gradient_accumulation_steps: int | None = HfArg(
+        default=None,
+        help="micro-batches a step of the retraining; gradient_accumulation_steps if not given",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         rates = ["retrain_learning_rate", "retrain_weight_decay"]
         self._require("not be negative", lambda x: x >= 0, *rates)
         self._require("be positive", lambda x: x > 0, "retrain_epochs", "retrain_steps")
+        self._require("be at least 1", lambda n: n >= 1, "retrain_gradient_accumulation_steps")
 
     def for_retraining(self) -> Self:
         """The arguments of the second phase; it writes to the folder ``retrain``."""
@@ -66,6 +73,8 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
             args.num_train_epochs, args.max_steps = self.retrain_epochs, -1
         if self.retrain_steps is not None:
             args.max_steps = self.retrain_steps
+        if self.retrain_gradient_accumulation_steps is not None:
+            args.gradient_accumulation_steps = self.retrain_gradient_accumulation_steps
         return args
 
 
@@ -105,7 +114,10 @@ class TwoPhaseTrainer(BilevelTrainer):
             reshard(self.model)
             if self.args.retrain == "scratch":
                 self._return_to_start()
+            self._keep_learnt()
             found = None
+        else:
+            self._return_to_learnt()
         if self.folds is not None:  # where the search was not resumed
             self.folds.join()
         self.retrainer = self.retraining(arguments)
@@ -123,16 +135,39 @@ class TwoPhaseTrainer(BilevelTrainer):
         path = Path(self.args.output_dir or "") / INITIAL
         values = dict(zip(self.lower.names, self._start, strict=True))
         if resumed:
-            kept = checkpoint.read_state(path)
-            if {n: v.shape for n, v in kept.items()} != {n: v.shape for n, v in values.items()}:
-                raise ProblemError(
-                    f"{path}: the initial values are of another model; start a new run"
-                )
+            kept = _read(path, values)
             self._start = [kept[name] for name in self.lower.names]
         elif self.args.should_save:
             checkpoint.write_state(path, values)
+
+    def _learnt(self) -> dict[str, Tensor]:
+        """The upper variables outside the model, which a checkpoint of the retraining lacks."""
+        assert self.upper is not None
+        of_model = {id(parameter) for parameter in self.model.parameters()}
+        named = zip(self.upper.names, self.upper.variables, strict=True)
+        return {name: variable for name, variable in named if id(variable) not in of_model}
+
+    def _keep_learnt(self) -> None:
+        learnt = {name: variable.detach() for name, variable in self._learnt().items()}
+        if learnt and self.args.should_save:
+            checkpoint.write_state(Path(self.args.output_dir or "") / LEARNT, learnt)
+
+    @torch.no_grad()
+    def _return_to_learnt(self) -> None:
+        if learnt := self._learnt():
+            kept = _read(Path(self.args.output_dir or "") / LEARNT, learnt)
+            for name, variable in learnt.items():
+                variable.copy_(kept[name])
 
     @torch.no_grad()
     def _return_to_start(self) -> None:
         for variable, value in zip(self.lower.variables, self._start, strict=True):
             variable.copy_(sharded_like(value, variable))
+
+
+def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the file ``path``, with the names and shapes of ``like``."""
+    kept: dict[str, Tensor] = checkpoint.read_state(path)
+    if {n: v.shape for n, v in kept.items()} != {n: v.shape for n, v in like.items()}:
+        raise ProblemError(f"{path}: the values are of another model; start a new run")
+    return kept

@@ -13,7 +13,7 @@ from hyperopt_peft.utils.vector import Vector, inner
 #: The fewest vectors of which a ratio below 1 is worth a warning.
 ENOUGH = 4
 #: What a ratio below 1 asks for.
-REMEDIES = "a larger upper batch, fewer upper variables, or a prior"
+REMEDIES = "a larger batch of either level, fewer upper variables, or a prior"
 
 
 class SignalToNoise:

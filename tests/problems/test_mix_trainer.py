@@ -5,14 +5,24 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PrinterCallback, default_data_collator
 
-from hyperopt_peft import ProblemError
+from hyperopt_peft import ProblemError, hypergradient
+from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, Target
+from tests.support import mix_in_processes as in_processes
+from tests.support import two_processes
 from tests.support.mix_runs import rows, sources, trainer
-from tests.support.trainers import values
+from tests.support.resume import interrupted, require_same_end
+from tests.support.trainers import peft_model, values
+from tests.support.watch import SGD
+
+LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def test_the_bad_source_loses(tmp_path: Path) -> None:
-    run = trainer(tmp_path)
+@pytest.mark.parametrize("cross_fit", [None, 3])
+def test_the_bad_source_loses(tmp_path: Path, cross_fit: int | None) -> None:
+    run = trainer(tmp_path, cross_fit=cross_fit)
     run.train()
     weights, shares = run.row_weights(), run.shares()
     assert weights["good"] > 2 * weights["bad"]
@@ -22,11 +32,12 @@ def test_the_bad_source_loses(tmp_path: Path) -> None:
 
 def test_everything_is_trained_from_the_initial_values(tmp_path: Path) -> None:
     """With the learnt weights, which stay: the second phase is one of its own."""
-    run = trainer(tmp_path)
+    small = {"per_device_train_batch_size": 16}
+    run = trainer(tmp_path, gradient_accumulation_steps=2, **small)
     begin = values(run.model)
     run.train()
     learnt = run.weights.logits.detach().clone()
-    again = trainer(tmp_path / "again", retrain_steps=5, max_steps=1, upper_learning_rate=0.0)
+    again = trainer(tmp_path / "again", max_steps=1, upper_learning_rate=0.0, **small)
     with torch.no_grad():
         again.weights.logits.copy_(learnt)
     again.train()
@@ -35,7 +46,88 @@ def test_everything_is_trained_from_the_initial_values(tmp_path: Path) -> None:
         assert torch.allclose(value, values(again.model)[name], atol=1e-6), name
     assert any(not torch.equal(value, begin[name]) for name, value in values(run.model).items())
     assert run.retrainer is not None
+    assert run.retrainer.args.gradient_accumulation_steps == 1
     assert run.retrainer.train_dataset["source"][-1] == 2  # the trusted rows
+
+
+def test_trusted_rows_are_below_and_above(tmp_path: Path) -> None:
+    """The first move of u is the hypergradient of the mean trusted loss, with all rows below.
+
+    These are 3 micro-batches of 42 rows.
+    """
+    method = "minres:steps=40,damping=1.0"
+    options = {"max_steps": 1, "hypergradient": method, "upper_learning_rate": 1.0, **SGD}
+    options |= {"per_device_train_batch_size": 42, "gradient_accumulation_steps": 3}
+    run = trainer(tmp_path, double=True, retrain="none", **options)
+    model = peft_model(dropout=0.0, dora=False).double()
+    weights = SourceWeights({"good": 48, "bad": 48, "trusted": 30}).double()
+    columns = run.data.everything.column_names
+    below, above = (
+        default_data_collator(list(part.select_columns(columns)))
+        for part in (run.data.everything, run.data.trusted)
+    )
+    lower, upper = Mixture(model, weights), Target(weights, model)
+    (expected,) = hypergradient(upper, lower, method, upper_batch=above, lower_batch=below)
+    run.weights.double()
+    run.train()
+    found = -run.weights.logits.detach()
+    assert (found - expected).norm() < 1e-7 * expected.norm()  # the tolerance of the solver
+    assert expected.norm() > 1e-4
+
+
+def test_a_resumed_retraining_reads_the_learnt_weights(tmp_path: Path) -> None:
+    def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
+        return trainer(folder, callbacks, save_strategy="steps", save_steps=3, **settings)
+
+    interrupted(tmp_path, (4, "retrain"), make)
+    kept = checkpoint.read_state(tmp_path / "learnt.pt")["logits"]
+    run = make(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert torch.equal(run.weights.logits, kept) and kept[0] > kept[1]
+    (tmp_path / "learnt.pt").unlink()
+    with pytest.raises(ProblemError, match=r"learnt\.pt"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("cross_fit", [None, 3])
+@pytest.mark.parametrize("stops", [[(4,)], [(2, "retrain")], [(7,), (4, "retrain")]])
+def test_both_phases_resume(tmp_path: Path, cross_fit: int | None, stops: Any) -> None:
+    def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
+        made = trainer(folder, callbacks, **settings)
+        made.remove_callback(PrinterCallback)
+        return made
+
+    require_same_end(
+        tmp_path,
+        *stops,
+        make=make,
+        max_steps=9,
+        save_strategy="steps",
+        save_steps=3,
+        logging_steps=3,
+        gradient_accumulation_steps=2,
+        cross_fit=cross_fit,
+    )
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    """Each with half of every micro-batch: the weights of the sources, and the adapter."""
+    two = two_processes.run(LAUNCHER, "mix_in_processes.py", tmp_path)
+    for name in in_processes.RUNS:
+        expected = in_processes.train(tmp_path / "one" / name, 8, name)
+        for key, value in expected.items():
+            assert torch.equal(two[0][name][key], two[1][name][key]), (name, key)
+            assert (two[0][name][key] - value).norm() <= 1e-9 * value.norm(), (name, key)
+
+
+def test_passes_of_the_search_are_counted_in_micro_batches(tmp_path: Path) -> None:
+    """3 micro-batches in each of 2 lower steps, and F once in 2 pieces, an upper step."""
+    options = {"max_steps": 8, "lower_steps": 2, "gradient_accumulation_steps": 3}
+    options["hypergradient"] = "direct"
+    run = trainer(tmp_path, trusted=rows(40, 3), **options)
+    assert run.search_passes() == 4 * (2 * 3 + 2)
+    folded = trainer(tmp_path, trusted=rows(40, 3), cross_fit=2, **options)
+    assert folded.search_passes() == 2 * 4 * (2 * 3 + 1)
 
 
 def test_votes_of_labelling_functions(tmp_path: Path) -> None:
@@ -56,7 +148,7 @@ def test_votes_of_labelling_functions(tmp_path: Path) -> None:
     ("options", "named"),
     [
         ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"cross_fit": None}, "cross_fit"),
+        ({"cross_fit": 1}, "cross_fit"),
         ({"given": {"good": rows(9, 1)}}, "two or more"),
         ({"trusted": sources()["good"].select(range(5))}, "5 of 5"),
     ],

@@ -53,14 +53,16 @@ def test_a_wrong_source_is_found_out(tmp_path: Path) -> None:
 def test_baselines_take_the_steps_of_the_retraining_or_all_passes(
     tmp_path: Path, equal_passes: bool
 ) -> None:
-    run = trainer(tmp_path, max_steps=4, retrain_steps=3, lower_steps=2)
+    """Passes over a micro-batch; a step of the retraining has 2."""
+    accumulation = {"gradient_accumulation_steps": 3, "retrain_gradient_accumulation_steps": 2}
+    run = trainer(tmp_path, max_steps=4, retrain_steps=3, lower_steps=2, **accumulation)
     with pytest.raises(ProblemError, match="train first"):
         verdict(run)
     run.train()
     found = verdict(run, folds=2, equal_passes=equal_passes)
     learnt = next(entry for entry in found.entries if entry.method == LEARNT)
-    assert learnt.passes == 3 + run.search_passes()
-    allowed = {3, learnt.passes} if equal_passes else {3}
+    assert learnt.passes == 2 * 3 + run.search_passes()
+    allowed = {6, learnt.passes} if equal_passes else {6}
     assert {e.passes for e in found.entries if e.method != LEARNT} <= allowed
 
 

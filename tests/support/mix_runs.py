@@ -1,5 +1,6 @@
 """A small mix: a source with right labels, one with wrong ones, and a few trusted rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,22 @@ def sources(count: int = 48) -> dict[str, Dataset]:
     return {"good": rows(count, 1), "bad": rows(count, 2, wrong=True)}
 
 
-def trainer(folder: Path, *, given: Any = None, trusted: Any = None, **options: Any) -> MixTrainer:
+def trainer(
+    folder: Path,
+    callbacks: Sequence[Any] = (),
+    *,
+    given: Any = None,
+    trusted: Any = None,
+    double: bool = False,
+    **options: Any,
+) -> MixTrainer:
+    """A trainer without dropout; ``double`` is in float64."""
     settings = {
         "output_dir": str(folder),
         "max_steps": 30,
         "lower_steps": 1,
         "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 3e-2,
         "upper_learning_rate": 0.3,
         "hypergradient": "darts:xi=1.0",
@@ -42,10 +53,12 @@ def trainer(folder: Path, *, given: Any = None, trusted: Any = None, **options: 
         "logging_steps": 1,
         "retrain_steps": 5,
     }
+    model = peft_model(dropout=0.0, dora=False)
     return MixTrainer(
-        peft_model(dropout=0.0, dora=False),
+        model.double() if double else model,
         MixTrainingArguments(**{**settings, **options}),
         sources=sources() if given is None else given,
         trusted=rows(30, 3) if trusted is None else trusted,
         data_collator=default_data_collator,
+        callbacks=callbacks,
     )

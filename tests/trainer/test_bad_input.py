@@ -44,6 +44,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "retrain_weight_decay": [-1.0, NAN],
     "retrain_epochs": [0.0],
     "retrain_steps": [0],
+    "retrain_gradient_accumulation_steps": [0, 1.5],
 }
 
 

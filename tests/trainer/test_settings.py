@@ -135,6 +135,7 @@ RETRAINING = {
     "retrain_weight_decay": 0.5,
     "retrain_epochs": 3.0,
     "retrain_steps": 4,
+    "retrain_gradient_accumulation_steps": 2,
 }
 
 

@@ -140,8 +140,16 @@ def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart() -> Non
     data = table(list(range(N)))
     lower, upper = data.select(range(20)), data.select(range(20, 30))
     require_apart(lower, upper, data.select(range(21, N)))
-    with pytest.raises(ProblemError, match="eval_dataset is given as the upper level's data"):
-        require_apart(lower, upper, data.select(range(20, N)))
+    for may_share_rows in (False, True):
+        with pytest.raises(ProblemError, match="eval_dataset is given as the upper level's data"):
+            require_apart(lower, upper, data.select(range(20, N)), may_share_rows=may_share_rows)
+
+
+def test_levels_that_may_share_rows_do() -> None:
+    data = table(list(range(N)))
+    require_apart(data, data.select(range(5)), None, may_share_rows=True)
+    with pytest.raises(ProblemError, match="5 of 5"):
+        require_apart(data, data.select(range(5)), None)
 
 
 @pytest.mark.parametrize(

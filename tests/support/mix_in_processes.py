@@ -1,0 +1,45 @@
+"""A `MixTrainer` in each of two processes; run as a script by one of them."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from tests.support import two_processes
+from tests.support.mix_runs import trainer
+from tests.support.trainers import values
+
+RUNS: dict[str, dict[str, Any]] = {"shared": {}, "folds": {"cross_fit": 3}}
+
+
+def train(folder: Path, batch: int, name: str) -> dict[str, Tensor]:
+    """The logits of the weights and the adapter at the end, in float64."""
+    run = trainer(
+        folder,
+        double=True,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=3,
+        hypergradient="minres:steps=3,damping=0.1",
+        upper_prior=0.1,
+        max_steps=4,  # before an epoch ends, whose last batch the processes would fill up
+        lower_steps=2,
+        retrain_steps=3,
+        **RUNS[name],
+    )
+    run.weights.double()
+    run.train()
+    return {"logits": run.weights.logits.detach().clone(), **values(run.model)}
+
+
+def main(folder: str) -> None:
+    two_processes.start()
+    results = {name: train(Path(folder) / name, 4, name) for name in RUNS}
+    torch.save(results, Path(folder) / f"{dist.get_rank()}.pt")
+    two_processes.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
