@@ -47,9 +47,9 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         default=0.6, help="peak learning rate of the logits of the weights"
     )
     upper_prior: float | None = HfArg(
-        default=0.03,
-        help="τ of the prior ½·τ·mean‖u − u0‖² of the logits, which keeps few trusted rows from "
-        "being followed into their noise",
+        default=None,
+        help="τ of the prior ½·τ·mean‖u − u0‖² of the K logits, which keeps n trusted rows from "
+        "being followed into their noise; K/(8·n) if not given, 0 for none",
     )
     cross_fit: int | None = HfArg(
         default=None,
@@ -89,6 +89,9 @@ class MixTrainer(TwoPhaseTrainer):
     weight is learnt as well; with ``cross_fit`` a fold of them is above for an adapter that the
     others train. Then the adapter is trained from its initial values on sources and trusted rows.
     ``weights`` has the result. `verdict` says whether it was worth it.
+
+    The default prior makes n·(F + prior), with F the mean loss of n trusted rows, a negative log
+    posterior whose logits have the prior variance 8.
 
     The hypergradient needs about ten rows of each source in a step of the search: see
     ``gradient_accumulation_steps``. Where the logged ``upper_snr`` is near 0 from the beginning,
@@ -144,6 +147,9 @@ class MixTrainer(TwoPhaseTrainer):
         ).to(args.device)
         if args.cross_fit is not None:  # below in all folds but one
             self.weights.counts[-1] -= len(self.data.trusted) / args.cross_fit
+        if args.upper_prior is None:
+            args = copy(args)
+            args.upper_prior = len(self.weights.names) / (8 * len(self.data.trusted))
         again = [copy(callback) for callback in callbacks or ()]
         #: The arguments of `transformers.Trainer` for further trainers of the same model.
         self.options = {**trainer, "callbacks": again}

@@ -156,3 +156,19 @@ def test_votes_of_labelling_functions(tmp_path: Path) -> None:
 def test_bad_input_is_named(tmp_path: Path, options: Any, named: str) -> None:
     with pytest.raises(ProblemError, match=named):
         trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, None), (0.0, 0.0), (0.5, 0.5)])
+def test_the_prior_s_default_is_a_variance_of_eight(
+    tmp_path: Path, given: float | None, expected: float | None
+) -> None:
+    """n·τ·½·mean‖u‖² = Σ u²/(2·8) for n trusted rows; of a given τ it is ½·τ·mean‖u‖²."""
+    run = trainer(tmp_path, upper_prior=given)
+    assert run.upper is not None
+    prior, (u,) = run.upper.prior, run.upper.variables
+    assert prior is not None
+    with torch.no_grad():
+        u.copy_(torch.linspace(-1, 2, len(u)))
+        n, squares = len(run.data.trusted), float(u.square().sum())
+        value = squares / 16 / n if expected is None else expected / 2 * squares / len(u)
+        assert float(prior([u])) == pytest.approx(value)
