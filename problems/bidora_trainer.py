@@ -51,8 +51,7 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
     )
     preset: Literal["published"] | None = HfArg(
         default=None,
-        help="settings by name: published has those of BiDoRA's code, darts with xi=1 and an upper "
-        "step after each lower one",
+        help="settings by name: published has the estimator of BiDoRA's code, darts with xi=1",
     )
     method: Literal["bidora", "dora", "lora"] = HfArg(
         default="bidora",
@@ -77,7 +76,7 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
 
     def __post_init__(self) -> None:
         if self.preset == "published":
-            self._prefer(hypergradient="darts:scheme=forward", xi=1.0, lower_steps=1)
+            self._prefer(hypergradient="darts:scheme=forward", xi=1.0)
         super().__post_init__()
         self._require("not be negative", lambda x: x >= 0, "gamma")
 
