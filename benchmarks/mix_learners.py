@@ -99,6 +99,23 @@ class Learner(ABC):
         """The logits of ``rows``, ``(n, C)``."""
         return torch.cat([model(**task.inputs(part)).logits for part in rows.split(200)])
 
+    def outcome(self, task: Task, model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each row, and whether it is right, ``(n,)`` both."""
+        logits, labels = self.logits(task, model, rows), task.labels[rows]
+        return cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
+
+    def agrees(self, task: Task, model: Any) -> Tensor:
+        """Which votes of the training rows ``model`` gives too, ``(n, K)``."""
+        return task.votes[task.train] == self.logits(task, model, task.train).argmax(1)[:, None]
+
+    def agreement(self, task: Task, model: Any) -> Tensor:
+        """The share of each source's votes that ``model`` gives too, ``(K,)``.
+
+        One further right and ``classes − 1`` further wrong votes keep it off 0 and 1.
+        """
+        given = (task.votes[task.train] != NO_VOTE).sum(0)
+        return (self.agrees(task, model).sum(0) + 1) / (given + task.classes)
+
 
 class LogisticHead(nn.Module):
     """A linear map of ``features``, initially 0."""
@@ -268,9 +285,11 @@ class Lora(Learner):
 
         def batch(numbers: list[int]) -> dict[str, Tensor]:
             index = torch.tensor(numbers)
-            column = "votes" if weights is not None else "labels"
-            given = votes[index] if weights is not None else votes[index, 0]
-            return {**task.inputs(rows[index]), column: given}
+            mixed = weights is not None
+            return {
+                **task.inputs(rows[index]),
+                **self.given(task, rows[index], votes[index], mixed),
+            }
 
         data = DataLoader(
             range(len(rows)),  # type: ignore[arg-type]
@@ -285,6 +304,10 @@ class Lora(Learner):
         if weights is None:
             return Adapter(model, **options)
         return Mixture(model, weights, **options)
+
+    def given(self, task: Task, rows: Tensor, votes: Tensor, mixed: bool) -> dict[str, Tensor]:
+        """What a level reads beside the inputs: the votes of sources, or one class a row."""
+        return {"votes": votes} if mixed else {"labels": votes[:, 0]}
 
     def train(self, level: Any, *, after: bool = False) -> None:
         """As many steps as the schedule has."""

@@ -11,7 +11,6 @@ import torch
 from mix_learners import Learner
 from mix_tasks import Task
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import HypergradientWarning, hypergradient
 from hyperopt_peft.core.cross_fit import cross_fit, split_folds
@@ -64,7 +63,7 @@ def below(task: Task, trusted: Tensor, repeat: int) -> tuple[Tensor, Tensor]:
     rows = torch.cat([task.train, trusted.repeat(repeat)])
     votes = torch.full((len(rows), last + 1), NO_VOTE)
     votes[: len(task.train), :last] = task.votes[task.train]
-    votes[len(task.train) :, last] = task.labels[trusted].repeat(repeat)
+    votes[len(task.train) :, last] = task.votes_of(trusted).repeat(repeat)
     return rows, votes
 
 
@@ -80,8 +79,8 @@ def source_weights(votes: Tensor, a: Tensor | None = None, **options: Any) -> So
 def trusted_only(learner: Learner, task: Task) -> Trained:
     """The trusted rows alone."""
     model = learner.model(task)
-    labels = task.labels[task.trusted][:, None]
-    learner.train(learner.level(task, model, task.trusted, labels, None))
+    votes = task.votes_of(task.trusted)[:, None]
+    learner.train(learner.level(task, model, task.trusted, votes, None))
     return Trained(model)
 
 
@@ -98,21 +97,15 @@ def mixed(learner: Learner, task: Task, weights: SourceWeights | None = None) ->
 def continued(learner: Learner, task: Task) -> Trained:
     """Sources and trusted rows, then the trusted rows alone."""
     trained = mixed(learner, task)
-    labels = task.labels[task.trusted][:, None]
-    level = learner.level(task, trained.model, task.trusted, labels, None, after=True)
+    votes = task.votes_of(task.trusted)[:, None]
+    level = learner.level(task, trained.model, task.trusted, votes, None, after=True)
     learner.train(level, after=True)
     return trained
 
 
 def agreement(learner: Learner, task: Task) -> Tensor:
-    """The share of each source's votes that a model of the trusted rows gives too, ``(K,)``.
-
-    One further right and ``classes − 1`` further wrong votes keep it off 0 and 1.
-    """
-    votes = task.votes[task.train]
-    found = learner.logits(task, trusted_only(learner, task).model, task.train).argmax(1)
-    right = (votes == found[:, None]).sum(0)
-    return (right + 1) / ((votes != NO_VOTE).sum(0) + task.classes)
+    """The agreement of each source with a model of the trusted rows, ``(K,)``."""
+    return learner.agreement(task, trusted_only(learner, task).model)
 
 
 def by_accuracy(learner: Learner, task: Task) -> Trained:
@@ -134,10 +127,9 @@ def _weighed(learner: Learner, task: Task, a: Tensor) -> Trained:
 
 def filtered(learner: Learner, task: Task) -> Trained:
     """Sources without the votes that a model of the trusted rows does not give, and trusted."""
-    found = learner.logits(task, trusted_only(learner, task).model, task.train).argmax(1)
     votes = task.votes.clone()
     known = votes[task.train]
-    known[known != found[:, None]] = NO_VOTE
+    known[~learner.agrees(task, trusted_only(learner, task).model)] = NO_VOTE
     votes[task.train] = known
     kept = task.train[(known != NO_VOTE).any(1)]
     used = (known != NO_VOTE).any(0)
@@ -152,7 +144,7 @@ class Program:
 
     def __init__(self, learner: Learner, task: Task, recipe: Recipe, a: Tensor | None) -> None:
         self.learner, self.task = learner, task
-        trusted, labels = task.trusted, task.labels[task.trusted].tolist()
+        trusted, labels = task.trusted, task.votes_of(task.trusted).tolist()
         parts = [(trusted, trusted)]
         if recipe.folds:
             fold = torch.tensor(split_folds(len(trusted), recipe.folds, classes=labels))
@@ -230,11 +222,10 @@ def searched(learner: Learner, task: Task, recipe: Recipe, passes: float, seed: 
 
 def held_out(method: Method, learner: Learner, task: Task, folds: int) -> Tensor:
     """The loss of each trusted row by the model that was trained without its fold, ``(n,)``."""
-    labels = task.labels[task.trusted]
-    fold = torch.tensor(split_folds(len(labels), folds, seed=1, classes=labels.tolist()))
-    losses = torch.zeros(len(labels))
+    classes = task.votes_of(task.trusted).tolist()
+    fold = torch.tensor(split_folds(len(classes), folds, seed=1, classes=classes))
+    losses = torch.zeros(len(classes))
     for k in range(folds):
         model = method(learner, replace(task, trusted=task.trusted[fold != k])).model
-        logits = learner.logits(task, model, task.trusted[fold == k])
-        losses[fold == k] = cross_entropy(logits, labels[fold == k], reduction="none")
+        losses[fold == k] = learner.outcome(task, model, task.trusted[fold == k])[0]
     return losses

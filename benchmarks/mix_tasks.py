@@ -36,12 +36,12 @@ class Task:
 
     Attributes:
         inputs: the model's arguments of rows.
-        labels: the true classes, ``(n,)``; -1 where nobody knows them.
-        votes: the class that each source gives to a row, ``(n, K)``, `NO_VOTE` for none.
+        labels: the true classes, ``(n,)``, -1 where nobody knows them; of documents the tokens.
+        votes: the class that each source gives to a row, ``(n, K)``, `NO_VOTE` for none; of
+            documents 0 for the source of the row.
         train: the rows with votes.
         trusted: the rows with a label to trust.
         test: the rows that a trained model is judged by, once.
-        rest: rows of the trusted rows' own distribution, where ``test`` is of another one.
         quality: of each source, `GOOD`, `BAD` or `NEITHER`, ``(K,)``.
     """
 
@@ -52,21 +52,16 @@ class Task:
     trusted: Tensor
     test: Tensor
     quality: Tensor
-    rest: Tensor | None = None
 
     @property
     def classes(self) -> int:
         """The number of classes."""
         return int(self.labels.max()) + 1
 
-
-def draw(name: str, model: str, trusted: int, seed: int) -> Task:
-    """The rows of ``seed`` with ``trusted`` trusted ones; ``model`` is ``"head"`` or ``"lora"``."""
-    source = torch.Generator().manual_seed(seed)
-    if name == "trec":
-        return trec(model, trusted, source, seed in DEVELOPMENT_SEEDS)
-    make = {"annotators": annotators, "domains": domains}[name]
-    return make(trusted, source, seed)
+    def votes_of(self, trusted: Tensor) -> Tensor:
+        """The right votes on trusted rows, ``(n,)``."""
+        labels = self.labels[trusted]
+        return labels if labels.dim() == 1 else torch.zeros_like(trusted)
 
 
 def trec(model: str, trusted: int, source: torch.Generator, development: bool) -> Task:
@@ -98,8 +93,7 @@ def trec(model: str, trusted: int, source: torch.Generator, development: bool) -
     quality[right >= 0.7], quality[right <= 0.35] = GOOD, BAD
     texts = [row["text"] for row in rows]
     inputs = _features(texts, below) if model == "head" else _states("trec", texts, labels)
-    rest = None if development else first[trusted:]
-    return Task(inputs, labels, votes, below, first[:trusted], test, quality, rest)
+    return Task(inputs, labels, votes, below, first[:trusted], test, quality)
 
 
 @cache
@@ -172,7 +166,7 @@ def domains(trusted: int, source: torch.Generator, seed: int) -> Task:
 def _states(name: str, texts: Sequence[str], labels: Tensor) -> Callable[..., dict[str, Tensor]]:
     """Arguments of `LastLayers`, in batches without columns of padding alone."""
     layers = 6 - LAYERS
-    found: States = _cached(
+    found: States = cached(
         f"{name}-{layers}-{LENGTH}", lambda: encode(texts, labels, LENGTH, layers)
     )
 
@@ -186,7 +180,7 @@ def _states(name: str, texts: Sequence[str], labels: Tensor) -> Callable[..., di
 
 def _features(texts: Sequence[str], train: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
     """The mean of MiniLM's last states, with mean 0 and deviation 1 over the training rows."""
-    found: Tensor = _cached("trec-features", lambda: pooled(texts))
+    found: Tensor = cached("trec-features", lambda: pooled(texts))
     found = (found - found[train].mean(0)) / found[train].std(0)
     return lambda index: {"features": found[index]}
 
@@ -208,7 +202,7 @@ def pooled(texts: Sequence[str]) -> Tensor:
 _known: dict[str, object] = {}
 
 
-def _cached(name: str, make: Callable[[], object]):  # type: ignore[no-untyped-def]
+def cached(name: str, make: Callable[[], object]):  # type: ignore[no-untyped-def]
     """What ``make`` returns, computed once."""
     path = CACHE / f"{name}.pt"
     if name not in _known:

