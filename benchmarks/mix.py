@@ -182,7 +182,7 @@ def draw(name: str, model: str, trusted: int, seed: int) -> Task:
 def compare(runs: Runs, given: argparse.Namespace) -> None:
     """Every cell, seed and method that the file lacks."""
     quick = given.quick
-    cells = [cell for cell in CELLS if given.tasks is None or "-".join(cell[:2]) in given.tasks]
+    cells = chosen_cells(given)
     for seed in given.seeds[:1] if quick else given.seeds:
         for name, model, trusted in cells[:1] if quick else cells:
             learner, recipe = learner_of(model, seed, quick), RECIPES[model]
@@ -206,38 +206,47 @@ def compare(runs: Runs, given: argparse.Namespace) -> None:
                 )
 
 
+#: Changes of the learnt mix's recipe or learner that are tried on the development seeds.
+CHANGES = [
+    {},
+    *({"prior": prior} for prior in (0.0, 0.03, 0.1, 0.3)),
+    *({"rate": rate} for rate in (0.1, 0.6)),
+    {"search_batch": 16},
+    {"steps": 24},
+    {"kind": "softmax"},
+    {"average": "sources"},
+    {"folds": 3},
+    {"start": "agreement"},
+]
+
+
 def develop(runs: Runs, given: argparse.Namespace) -> None:
     """Settings of the learnt mix, one changed at a time, on the development seeds."""
-    changes = [
-        {},
-        *({"prior": prior} for prior in (0.0, 0.03, 0.1, 0.3, 1.0)),
-        *({"rate": rate} for rate in (0.3, 0.6, 1.0)),
-        {"steps": 24},
-        {"kind": "softmax"},
-        {"average": "sources"},
-        {"folds": 3},
-        {"start": "agreement"},
-        {"repeat": 1},
-    ]
-    cells = [cell for cell in CELLS if given.tasks is None or "-".join(cell[:2]) in given.tasks]
-    for name, model, trusted in cells:
+    for name, model, trusted in chosen_cells(given):
         if trusted > 64 or given.quick:
             continue
         for seed in DEVELOPMENT_SEEDS:
             task = draw(name, model, trusted, seed)
-            for change in changes:
-                learner = learner_of(model, seed, quick=False)
-                recipe = replace(
-                    RECIPES[model], **{k: v for k, v in change.items() if k != "repeat"}
-                )
-                learner = replace(learner, repeat=change.get("repeat", learner.repeat))
+            for change in CHANGES:
+                learner, recipe = learner_of(model, seed, quick=False), RECIPES[model]
+                of_learner = {k: v for k, v in change.items() if k == "search_batch"}
+                if of_learner and model == "head":  # has no batches
+                    continue
                 key = {"part": "development", "task": name, "model": model, "trusted": trusted}
-                row = runs.entry(**key, seed=seed, recipe=repr(recipe), repeat=learner.repeat)
+                changed = ", ".join(f"{k}={v}" for k, v in change.items()) or "none"
+                row = runs.entry(**key, seed=seed, change=changed)
                 if "accuracy" in row:
                     continue
-                row["change"] = ", ".join(f"{k}={v}" for k, v in change.items()) or "none"
+                learner = replace(learner, **of_learner)
+                recipe = replace(recipe, **{k: v for k, v in change.items() if k not in of_learner})
+                row["recipe"] = repr(recipe)
                 measure(runs, row, task, [("", partial(learnt, recipe=recipe), learner)], False)
                 print(name, model, trusted, seed, row["change"], row["accuracy"], flush=True)
+
+
+def chosen_cells(given: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """The cells that are asked for."""
+    return [cell for cell in CELLS if given.tasks is None or "-".join(cell[:2]) in given.tasks]
 
 
 def main() -> None:

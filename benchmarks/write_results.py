@@ -47,9 +47,9 @@ python benchmarks/write_results.py --print noise  # prints all tables of results
 OTHERS = """\
 `comparison.py` and `convergence.py` compare the estimators: [their page](../docs/comparison.md).
 `bidora_estimators.py` asks which estimator BiDoRA needs: [figures](../docs/methods.md#bidora).
-[`study`](study) asks what BiDoRA is good for, on six tasks: [all tables](../docs/results.md). One YAML
-names its runs, each of which is a file of `results/study`; `run` makes those that are missing (some
-four hours of one core), `report` the tables, and `--smoke` a tiny study in a minute.
+[`study`](study) asks what BiDoRA is good for, on six tasks: [all tables](../docs/results.md). One
+YAML names its runs, each of which is a file of `results/study`; `run` makes those that are missing
+(some four hours of one core), `report` the tables, and `--smoke` a tiny study in a minute.
 `rank_selection.py` asks whether searched ranks help: [figures](../docs/methods.md#rank-selection).
 `attribution.py` asks what scores of training rows predict, cost and find:
 [tables](../docs/attribution.md). It takes some one and a half hours of one core (`--parts` chooses)
