@@ -11,7 +11,7 @@ from scipy.stats import wilcoxon
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "benchmarks/study"
-sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks"), str(ROOT / "examples")]
+sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks")]
 
 from plan import Study  # noqa: E402
 from report import compared, differences, mean_and_half  # noqa: E402
