@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from attribution_peers import magic
 from attribution_runs import DEVELOPMENT_SEEDS, Recipe, random_rows
 from attribution_tables import MAGIC, SHARE, WHOLE, Runs, check, tables_of, targets_of
-from last_layers import tagged_tweets
+from last_layers import first_tokens, tagged_tweets
 from package_text import docstrings
 from small_language_models import load
 from text_data import model_path, quiet
@@ -136,11 +136,8 @@ def tags(seed: int, quick: bool) -> Task:
     options: Any = {"truncation": True, "max_length": 24, "padding": "max_length"}
     tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
     tokens = tokenizer(words, is_split_into_words=True, return_tensors="pt", **options)
-    labels = torch.full_like(tokens.input_ids, -100)
-    for number, tweet in enumerate(tweets):
-        places = tokens.word_ids(number)
-        for word in {place for place in places if place is not None}:
-            labels[number, places.index(word)] = names.index(tweet[word][1])
+    classes = [[names.index(tag) for _, tag in tweet] for tweet in tweets]
+    labels = torch.stack([first_tokens(tokens.word_ids(n), y) for n, y in enumerate(classes)])
     torch.manual_seed(seed)  # of the head
     without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     base = AutoModelForTokenClassification.from_pretrained(

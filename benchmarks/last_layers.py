@@ -120,11 +120,11 @@ def encode(
             for ids, mask in zip(inputs.input_ids.split(100), inputs.attention_mask.split(100))
         ]
     if words:
-        labels = torch.stack([_first_tokens(inputs.word_ids(n), y) for n, y in enumerate(labels)])
+        labels = torch.stack([first_tokens(inputs.word_ids(n), y) for n, y in enumerate(labels)])
     return States(torch.cat(states), inputs.attention_mask.float(), torch.as_tensor(labels))
 
 
-def _first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:
+def first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:
     """The class of each word at its first token."""
     first = [p is not None and p not in places[:k] for k, p in enumerate(places)]
     return torch.tensor([classes[p] if new else IGNORED for p, new in zip(places, first)])

@@ -56,10 +56,6 @@ def documents(trusted: int, source: torch.Generator, seed: int) -> Task:
     half = BLOCKS // 2
     offset = 0 if seed in DEVELOPMENT_SEEDS else half
 
-    def drawn(kind: str, first: int, size: int) -> Tensor:
-        """All blocks of a half in random order, without the ``first`` ones."""
-        return torch.randperm(size - first, generator=source) + data.begins[kind] + first
-
     begin = data.begins["docstrings"] + 2 * offset
     apart = torch.arange(begin, begin + TEST)
     own = torch.randperm(2 * half - TEST, generator=source) + begin + TEST
@@ -68,7 +64,8 @@ def documents(trusted: int, source: torch.Generator, seed: int) -> Task:
         if kind == "docstrings":
             rows, own = own[:ROWS_OF_SOURCE], own[ROWS_OF_SOURCE:]
         else:
-            rows = drawn(kind, 0, half)[:ROWS_OF_SOURCE] + offset
+            order = torch.randperm(half, generator=source) + data.begins[kind] + offset
+            rows = order[:ROWS_OF_SOURCE]
         votes[rows, number] = 0
         train.append(rows)
     quality = torch.tensor([quality for _, quality in SOURCES.values()])

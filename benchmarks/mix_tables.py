@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from attribution_tables import Runs, mean
-from measure import Target
-from scipy.stats import t
+from measure import Target, mean_and_half
 
 from hyperopt_peft.problems.mix_verdict import Entry, Verdict
 
@@ -47,10 +46,7 @@ def paired(one: dict[int, Row], other: dict[int, Row]) -> tuple[float, float]:
     """
     seeds = one.keys() & other.keys()
     gaps = [one[seed]["accuracy"] - other[seed]["accuracy"] for seed in seeds]
-    if len(gaps) < 2:
-        return statistics.fmean(gaps), math.inf
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return statistics.fmean(gaps), float(t.ppf(0.975, len(gaps) - 1)) * error
+    return mean_and_half(gaps)
 
 
 def best_baseline(cell: Cell) -> str:

@@ -186,13 +186,9 @@ class MixTrainer(TwoPhaseTrainer):
 
     def search_passes(self) -> int:
         """The forward+backward passes of the search, in passes over a micro-batch."""
-        args, cost = self.args, self.estimator.cost()
-        of_upper = 2 if cost is None else cost.backward_passes
-        of_lower_batch = args.lower_steps - 1 + of_upper - 1
-        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
-        an_upper_step: int = of_lower_batch * args.gradient_accumulation_steps + pieces
+        args, folds = self.args, self.args.cross_fit or 1
         steps = args.steps_of(len(self.data.everything))
-        return math.ceil(steps * an_upper_step / args.lower_steps) * (args.cross_fit or 1)
+        return math.ceil(steps * self.passes_of_an_upper_step() / folds / args.lower_steps) * folds
 
     def shares(self) -> dict[str, float]:
         """The share of each source, and of the trusted rows, in the training loss; sum 1."""

@@ -4,6 +4,7 @@ python benchmarks/study run               # all that has no result yet
 python benchmarks/study run --share 1/2   # one half, beside another process
 python benchmarks/study report            # tables and figures, from the results alone
 python benchmarks/study report --check    # do they differ from those that are committed?
+python benchmarks/study --smoke           # a tiny study in a temporary folder, in a minute
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from measure import table
+from measure import mean_and_half, table
 from plan import Run, Study
-from scipy.stats import spearmanr, t, wilcoxon
+from scipy.stats import spearmanr, wilcoxon
 from write_results import between
 
 from hyperopt_peft.adapters.analysis import ModuleChange, fit_line
@@ -53,7 +53,7 @@ def sections(study: Study, folder: Path) -> dict[str, str]:
         "variants": joined(variants(study, folder)),
         "shift": joined(*shift_tables(study, folder)),
         "rates": joined(rates(study, folder)),
-        "analysis": joined(slopes(largest), gaps(largest), noise(largest)),
+        "analysis": joined(slopes(largest), overfitting(largest), noise(largest)),
     }
     for size in study.sizes:
         methods = of_size(study, folder, size)
@@ -101,14 +101,6 @@ def grouped(runs: Iterable[Run], folder: Path, part: str) -> Methods:
         if run.part == part and (result := run.result(folder)):
             found.setdefault(run.method, {})[run.task, run.seed] = result
     return found
-
-
-def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half its 95 % interval by Student's t; infinite of one value."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.inf
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def shown(values: Sequence[float], sign: str = "") -> str | None:
@@ -228,7 +220,7 @@ def slopes(methods: Methods) -> list[Row]:
     return found
 
 
-def gaps(methods: Methods) -> list[Row]:
+def overfitting(methods: Methods) -> list[Row]:
     """Scores of training and test rows."""
     return [
         {

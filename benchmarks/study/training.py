@@ -130,21 +130,13 @@ def bilevel(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> di
             )
 
         again = 0 if given.get("retrain") == "none" else 1
-        a_step = passes_of_a_step(trainer(copy.deepcopy(model), 1))
+        counted = trainer(copy.deepcopy(model), 1)
+        a_step = counted.passes_of_an_upper_step() / counted.args.lower_steps
         steps = max(1, round(run.passes / (a_step + again)))
         training = trainer(model, steps)
         training.train()
     noise = [row["upper_snr"] for row in training.state.log_history if "upper_snr" in row]
     return {"passes": round(steps * (a_step + again)), "steps": steps, "signal to noise": noise}
-
-
-def passes_of_a_step(trainer: BiDoRATrainer) -> float:
-    """Passes of a batch for one lower step of the search, upper steps included."""
-    args, cost = trainer.args, trainer.estimator.cost()
-    upper = 2.0 if cost is None else float(cost.backward_passes)
-    if trainer.upper_batches is not None:
-        upper += trainer.upper_batches.count - 1
-    return (args.lower_steps - 1 + upper) / args.lower_steps * (args.cross_fit or 1)
 
 
 def phases(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> dict[str, Any]:

@@ -140,6 +140,18 @@ class TwoPhaseTrainer(BilevelTrainer):
         elif self.args.should_save:
             checkpoint.write_state(path, values)
 
+    def passes_of_an_upper_step(self) -> int:
+        """Forward+backward passes over a micro-batch from one upper step of the search to the next.
+
+        A hypergradient whose cost is not known counts as two.
+        """
+        args, cost = self.args, self.estimator.cost()
+        of_upper = 2 if cost is None else cost.backward_passes
+        of_lower_batch = args.lower_steps - 1 + of_upper - 1
+        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
+        one: int = of_lower_batch * args.gradient_accumulation_steps + pieces
+        return one * (args.cross_fit or 1)
+
     def _learnt(self) -> dict[str, Tensor]:
         """The upper variables outside the model, which a checkpoint of the retraining lacks."""
         assert self.upper is not None

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "benchmarks/study"
 sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks")]
 
+from measure import mean_and_half  # noqa: E402
 from plan import Study  # noqa: E402
-from report import compared, differences, mean_and_half  # noqa: E402
+from report import compared, differences  # noqa: E402
 
 
 def command(*options: str) -> subprocess.CompletedProcess[str]:
