@@ -42,7 +42,8 @@ def report(study: Study, folder: Path, *, check: bool) -> None:
             raise SystemExit(f"{PAGE.name} is not what the results give: run the report")
         return
     PAGE.write_text(page)
-    figure(study, folder)
+    if FIGURE.name in page:  # once there are runs to draw
+        figure(study, folder)
 
 
 def sections(study: Study, folder: Path) -> dict[str, str]:
