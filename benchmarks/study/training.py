@@ -16,9 +16,11 @@ from plan import Run, Study
 from tasks import Task, task
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from variants import TRAINERS
 
 from hyperopt_peft.adapters import decompose
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.trainer.two_phases import TwoPhaseTrainer
 
 #: How often a training that may stop early is evaluated, and after how many of those it stops.
 EVALUATIONS, PATIENCE = 10, 3
@@ -111,23 +113,20 @@ def options_of(run: Run, folder: str, steps: int, **more: Any) -> dict[str, Any]
 
 
 def bilevel(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> dict[str, Any]:
-    """A `BiDoRATrainer` of as many search and retraining steps as the run has passes."""
+    """A search and a retraining of as many steps as the run has passes."""
     given = dict(run.options["bilevel"])
+    kind = TRAINERS[given.pop("trainer", "bidora")]
     if ratio := given.pop("rate_ratio", None):
         given["upper_learning_rate"] = ratio * run.rate
-    shift = "source" in rows
     with tempfile.TemporaryDirectory() as folder:
 
-        def trainer(model: Any, steps: int) -> BiDoRATrainer:
+        def trainer(model: Any, steps: int) -> TwoPhaseTrainer:
             more = {"logging_strategy": "steps", "logging_steps": 0.25, "retrain_steps": steps}
             args = BiDoRATrainingArguments(**options_of(run, folder, steps, **more, **given))
-            return BiDoRATrainer(
-                model,
-                args,
-                train_dataset=rows["source"] if shift else rows["union"],
-                upper_dataset=rows["target"] if shift else None,
-                data_collator=here.states,
-            )
+            data = {"train_dataset": rows["union"]}
+            if "source" in rows:
+                data = {"train_dataset": rows["source"], "upper_dataset": rows["target"]}
+            return kind(model, args, data_collator=here.states, **data)
 
         again = 0 if given.get("retrain") == "none" else 1
         counted = trainer(copy.deepcopy(model), 1)
