@@ -108,12 +108,9 @@ def encode(
 
     Of lists of words ``labels`` has a class a word, which the word's first token gets.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
     model = load_model("minilm", ["no", "yes"]).eval()
     model.bert.encoder.layer = model.bert.encoder.layer[:frozen]
-    options = {"truncation": True, "max_length": length, "padding": "max_length"}
-    words = not isinstance(texts[0], str)
-    inputs = tokenizer(list(texts), is_split_into_words=words, return_tensors="pt", **options)
+    inputs, words = tokens(texts, length), not isinstance(texts[0], str)
     with torch.no_grad():
         states = [
             model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -122,6 +119,14 @@ def encode(
     if words:
         labels = torch.stack([first_tokens(inputs.word_ids(n), y) for n, y in enumerate(labels)])
     return States(torch.cat(states), inputs.attention_mask.float(), torch.as_tensor(labels))
+
+
+def tokens(texts: Sequence[str] | Sequence[Sequence[str]], length: int = LENGTH) -> Any:
+    """``texts``, of words or not, cut to ``length`` tokens and padded to it."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
+    options = {"truncation": True, "max_length": length, "padding": "max_length"}
+    words = not isinstance(texts[0], str)
+    return tokenizer(list(texts), is_split_into_words=words, return_tensors="pt", **options)
 
 
 def first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:

@@ -210,9 +210,15 @@ def page(results: Results) -> str:
 
 
 def between(page: str, text: str, name: str) -> str:
-    """``page`` with ``text`` between the marks of a script's tables."""
+    """``page`` with ``text`` between the marks of a script's tables.
+
+    Raises:
+        SystemExit: the page has no such marks.
+    """
     begin, end = BEGIN.format(name), END.format(name)
-    before, _, rest = page.partition(begin)
+    before, mark, rest = page.partition(begin)
+    if not mark or end not in rest:
+        raise SystemExit(f"the page has no place for the tables: {begin}, {end}")
     return f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}"
 
 

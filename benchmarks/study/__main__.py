@@ -14,7 +14,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -30,25 +29,36 @@ PARTS = ("variants", "rates", "table", "shift")
 
 
 def train(study: Study, given: argparse.Namespace) -> None:
-    """Every run without a result, each written when it ends."""
+    """Every run of the share without a result, each written when it ends.
+
+    A rate that the other share chooses is waited for by going through the plan once more.
+    """
     from text_data import quiet
     from training import measure
 
     quiet()
     torch.set_num_threads(1)
-    number, of = (int(part) for part in given.share.split("/"))
-    for run in study.runs(given.results):
-        path = run.path(given.results)
-        mine = run.number % of == number - 1
-        if run.part not in given.parts or not mine or path.exists():
-            continue
-        found = measure(run, study)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {name: getattr(run, name) for name in ("part", "task", "size", "method", "seed")}
-        record |= {"rate": run.rate, "options": run.options, **found}
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        print(run.part, run.task, run.size, run.method, run.seed, run.rate, end=" ")
-        print(f"score {found['score']:.3f} in {found['seconds']:.0f} s", flush=True)
+    number, of = given.share
+    trained = True
+    while trained:
+        trained = False
+        for run in study.runs(given.results):
+            mine = run.number % of == number - 1
+            if run.part not in given.parts or not mine or run.path(given.results).exists():
+                continue
+            found, trained = measure(run), True
+            record = {key: getattr(run, key) for key in ("part", "task", "size", "method", "seed")}
+            run.write(given.results, record | {"rate": run.rate, "options": run.options, **found})
+            print(run.part, run.task, run.size, run.method, run.seed, run.rate, end=" ")
+            print(f"score {found['score']:.3f} in {found['seconds']:.0f} s", flush=True)
+
+
+def share(text: str) -> tuple[int, int]:
+    """The number of a share and the number of shares, of ``1/2``."""
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give 1/2 and 2/2, or 1/1")
+    return int(number), int(of)
 
 
 def smoke(given: argparse.Namespace) -> None:
@@ -70,7 +80,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="run smoke.yaml, print its tables")
     parser.add_argument("--study", type=Path, default=HERE / "study.yaml")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a JSON file a run")
-    parser.add_argument("--share", default="1/1", help="1/2: every second run; 2/2: the others")
+    parser.add_argument(
+        "--share", type=share, default="1/1", help="1/2: every second run; 2/2: the others"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 where the page would change"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Run:
         passes: batches that go forward and backward.
         options: what the method is.
         model: the adapter and the batches.
+        rows: at most as many rows of the pool, of development and of test, and their tokens.
     """
 
     part: str
@@ -40,6 +42,7 @@ class Run:
     passes: int
     options: Options
     model: Options = field(repr=False)
+    rows: dict[str, int] = field(repr=False)
 
     @property
     def number(self) -> int:
@@ -52,6 +55,14 @@ class Run:
         words = f"{self.task} {self.size} {self.method} {self.seed} {self.rate:g}".lower()
         name = re.sub(r"[^a-z0-9.]+", "-", words)
         return folder / self.part / f"{name}-{self.number:016x}.json"
+
+    def write(self, folder: Path, result: Options) -> None:
+        """Write what was measured, the whole file or none."""
+        path = self.path(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        part.replace(path)
 
     def result(self, folder: Path) -> Options | None:
         """What was measured, None before."""
@@ -83,14 +94,21 @@ class Study:
     def read(cls, path: Path) -> Study:
         """The study in a file."""
         try:
-            return cls(**yaml.safe_load(path.read_text()))
-        except (OSError, TypeError, yaml.YAMLError) as error:
-            raise SystemExit(f"{path} is not a study: {error}") from error
+            study = cls(**yaml.safe_load(path.read_text()))
+            cells = itertools.product(study.tasks, study.sizes, study.table)
+            _ = [
+                *study.variants_runs(),
+                *study.shift_runs(),
+                *itertools.starmap(study.rates_runs, cells),
+            ]
+        except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise SystemExit(f"{path} is not a study: {error!r}") from error
+        return study
 
     def method(self, options: Options) -> Options:
         """A method with what it leaves to the default."""
-        if "phases" in options:
-            return options
+        if "method" in options:
+            return {"phases": [{}], **options}
         bilevel = {**self.default["bilevel"], **options.get("bilevel", {})}
         if "preset" in bilevel:  # names its own estimator
             bilevel.pop("hypergradient")
@@ -100,7 +118,10 @@ class Study:
         options = {k: v for k, v in more.pop("options").items() if k != "rates"}
         passes = round(options.pop("passes") * unit)
         model = {**self.model, **more.pop("model", {})}
-        return Run(part, task, size, name, passes=passes, options=options, model=model, **more)
+        length = more.pop("length") if "length" in more else self.tasks[task]
+        rows = {**self.rows, "length": length}
+        given = {"passes": passes, "options": options, "model": model, "rows": rows}
+        return Run(part, task, size, name, **given, **more)
 
     def variants_runs(self) -> Iterator[Run]:
         """The default with one change, and controls, on development tasks and seeds."""
@@ -176,6 +197,7 @@ class Study:
                             options=options,
                             seed=seed,
                             rate=given["rate"],
+                            length=given["length"],
                         )
 
     def runs(self, folder: Path) -> Iterator[Run]:

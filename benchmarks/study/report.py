@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from measure import mean_and_half, table
 from plan import Run, Study
-from scipy.stats import spearmanr, wilcoxon
+from scipy.stats import rankdata, spearmanr, wilcoxon
 from write_results import between
 
 from hyperopt_peft.adapters.analysis import ModuleChange, fit_line
@@ -20,8 +20,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE, FIGURE = DOCS / "results.md", DOCS / "results.png"
 #: What others are compared with: DoRA of as many steps, and of as many passes as BiDoRA.
 DORA, LONGER, BIDORA = "DoRA", "DoRA, three times the steps", "BiDoRA"
-#: Scores that differ by less are a tie.
-TIE = 1e-9
+#: Of a difference of scores; what is zero then is a tie.
+DIGITS = 9
 Result = dict[str, Any]
 Row = dict[str, Any]
 #: Of a method, the results by task and seed.
@@ -130,21 +130,25 @@ def differences(one: dict[Any, Result], other: dict[Any, Result]) -> list[float]
     return [one[key]["score"] - other[key]["score"] for key in one if key in other]
 
 
+def of_tasks(one: dict[Any, Result], other: dict[Any, Result]) -> list[float]:
+    """The mean difference of each task. Seeds of one task share rows, so that its differences are
+    not independent."""
+    tasks = dict.fromkeys(task for task, _ in one)
+    each = [differences({k: r for k, r in one.items() if k[0] == task}, other) for task in tasks]
+    return [statistics.fmean(gaps) for gaps in each if gaps]
+
+
 def compared(gaps: Sequence[float]) -> Row:
-    """Mean difference and interval, win/tie/loss, Wilcoxon's p, matched-pairs rank correlation."""
-    if not gaps:
-        return dict.fromkeys(("difference", "win/tie/loss", "p", "effect"))
-    wins, losses = sum(gap > TIE for gap in gaps), sum(gap < -TIE for gap in gaps)
-    apart = [gap for gap in gaps if abs(gap) > TIE]
+    """Win/tie/loss, Wilcoxon's p, and the matched-pairs rank correlation."""
+    apart = [rounded for gap in gaps if (rounded := round(gap, DIGITS))]
+    wins = sum(gap > 0 for gap in apart)
     p = effect = None
     if apart:
-        ranked = sorted(apart, key=abs)
-        signed = sum(math.copysign(rank, gap) for rank, gap in enumerate(ranked, 1))
-        effect = f"{signed / sum(range(1, len(apart) + 1)):+.2f}"
+        ranks = rankdata([abs(gap) for gap in apart])
+        effect = f"{sum(map(math.copysign, ranks, apart)) / sum(ranks):+.2f}"
         p = f"{wilcoxon(apart).pvalue:.2g}"
-    row: Row = {"difference": shown(gaps, "+")}
-    row["win/tie/loss"] = f"{wins}/{len(gaps) - wins - losses}/{losses}"
-    return row | {"p": p, "effect": effect}
+    counts = f"{wins}/{len(gaps) - len(apart)}/{len(apart) - wins}"
+    return {"win/tie/loss": counts, "p": p, "effect": effect}
 
 
 def pairs(methods: Methods) -> list[Row]:
@@ -154,7 +158,9 @@ def pairs(methods: Methods) -> list[Row]:
         for name, results in methods.items():
             if name != base and base in methods:
                 gaps = differences(results, methods[base])
-                found.append({"method": name, "against": base, **compared(gaps), "n": len(gaps)})
+                row: Row = {"method": name, "against": base}
+                row["difference"] = shown(of_tasks(results, methods[base]), "+")
+                found.append(row | compared(gaps) | {"n": len(gaps)})
     return found
 
 
@@ -179,7 +185,7 @@ def variants(study: Study, folder: Path) -> list[Row]:
         row: Row = {"change": name}
         for task in study.development["tasks"]:
             row[task] = shown([r["score"] for (key, _), r in results.items() if key == task])
-        gaps = [] if name == "default" else differences(results, methods["default"])
+        gaps = [] if name == "default" else of_tasks(results, methods["default"])
         row["difference"] = shown(gaps, "+")
         row["passes"] = round(statistics.fmean(r["passes"] for r in results.values()))
         row["seconds"] = round(statistics.median(r["seconds"] for r in results.values()), 1)
@@ -259,13 +265,14 @@ def noise(methods: Methods) -> list[Row]:
 def figure(study: Study, folder: Path) -> None:
     """The mean lead over DoRA with its interval, of each method and size."""
     figure, axes = plt.subplots(
-        1, len(study.sizes), figsize=(9, 3.2), sharey=True, sharex=True, layout="constrained"
+        1, len(study.sizes), figsize=(9, 3.2), sharey=True, sharex=True, squeeze=False
     )
+    figure.set_layout_engine("constrained")
     names = [name for name in study.table if name != DORA]
-    for axis, size in zip(axes, study.sizes, strict=True):
+    for axis, size in zip(axes.flat, study.sizes, strict=True):
         methods = of_size(study, folder, size)
         for place, name in enumerate(reversed(names)):
-            lead = differences(methods.get(name, {}), methods.get(DORA, {}))
+            lead = of_tasks(methods.get(name, {}), methods.get(DORA, {}))
             if len(lead) > 1:
                 middle, half = mean_and_half([100 * x for x in lead])
                 axis.errorbar(middle, place, xerr=half, fmt="o", color="C0")

@@ -13,7 +13,7 @@ from zipfile import ZipFile
 import pandas
 import torch
 from datasets import ClassLabel, Dataset
-from last_layers import IGNORED, LastLayers, States, encode, movies, tagged_tweets
+from last_layers import IGNORED, LastLayers, States, encode, movies, tagged_tweets, tokens
 from rated_text import DOMAINS, fetched, one_rater
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from text_data import load_model, tweets
@@ -96,7 +96,7 @@ def entities_f1(truth: Tensor, guess: Tensor) -> float:
 
 
 @cache
-def task(name: str, length: int, layers: int, pool: int, development: int, test: int) -> Task:
+def task(name: str, *, length: int, layers: int, pool: int, development: int, test: int) -> Task:
     """A task by name, with texts cut to ``length`` tokens, and at most as many rows of a kind."""
     make: Callable[..., Task] = tags if name == "tags" else sentences
     return make(name, length, 6 - layers, (pool, development, test))
@@ -115,7 +115,8 @@ def sentences(name: str, length: int, frozen: int, counts: tuple[int, int, int])
     numbers = torch.arange(len(table)).split([len(part) for part in parts])
     states = encode(list(table.text), labels, length, frozen)
     metric = matthews_corrcoef if name == "cola" else accuracy_score
-    return Task(states, int(labels.max()) + 1, *numbers, metric=metric)
+    apart = disjoint(numbers, list(table.text), length)
+    return Task(states, int(labels.max()) + 1, *apart, metric=metric)
 
 
 def tags(name: str, length: int, frozen: int, counts: tuple[int, int, int]) -> Task:
@@ -128,7 +129,18 @@ def tags(name: str, length: int, frozen: int, counts: tuple[int, int, int]) -> T
     states = encode(words, given, length, frozen)
     parts = [len(rows) - 500, 200, 300]
     numbers = [part[:count] for part, count in zip(torch.arange(len(rows)).split(parts), counts)]
-    return Task(states, len(names), *numbers, metric=entities_f1)
+    return Task(states, len(names), *disjoint(numbers, words, length), metric=entities_f1)
+
+
+def disjoint(parts: Sequence[Tensor], texts: Sequence[Any], length: int) -> list[Tensor]:
+    """Each part without the rows whose first ``length`` tokens are those of a row before it."""
+    ids = [tuple(row) for row in tokens(texts, length).input_ids.tolist()]
+    known: set[tuple[int, ...]] = set()
+    found = []
+    for part in parts:
+        found.append(torch.tensor([row for row in part.tolist() if ids[row] not in known]))
+        known.update(ids[row] for row in part.tolist())
+    return found
 
 
 def _tsv(path: str, names: Sequence[str]) -> pandas.DataFrame:

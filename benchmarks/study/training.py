@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
-from plan import Run, Study
+from plan import Run
 from tasks import Task, task
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -26,18 +26,18 @@ from hyperopt_peft.trainer.two_phases import TwoPhaseTrainer
 EVALUATIONS, PATIENCE = 10, 3
 
 
-def measure(run: Run, study: Study) -> dict[str, Any]:
+def measure(run: Run) -> dict[str, Any]:
     """Train, and score: on development rows in ``variants``, on held-out training rows in
     ``rates``, else on test rows."""
-    here, rows = rows_of(run, study)
+    here, rows = rows_of(run)
     torch.manual_seed(run.seed)
     model = adapted(run, here)
-    first = [weight.clone() for weight in queries(model)]
+    first = adapted_weights(model)
     begin = time.process_time()
     found = (bilevel if "bilevel" in run.options else phases)(run, here, model, rows)
     found["seconds"] = round(time.process_time() - begin, 2)
-    if run.options.get("phases", [{}])[0].get("method") == "full":
-        found |= weight_line(first, queries(model))
+    if run.options.get("method") == "full":
+        found |= weight_line(first, adapted_weights(model))
     elif any("magnitude" in name for name, _ in model.named_parameters()):
         found |= line([(c.delta_direction, c.delta_magnitude) for c in decompose(model)])
     train = here.score(model, rows["union"]["row"])
@@ -45,14 +45,14 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
     return found | {"train loss": train["loss"], "train score": train["score"]}
 
 
-def rows_of(run: Run, study: Study) -> tuple[Task, dict[str, Dataset]]:
+def rows_of(run: Run) -> tuple[Task, dict[str, Dataset]]:
     """The task, and rows: ``union`` of ``source`` and ``target`` or all to train on, ``judged``."""
 
-    def known(name: str, length: int) -> Task:
-        return task(name, length, run.model["layers"], **study.rows)
+    def known(name: str) -> Task:
+        return task(name, layers=run.model["layers"], **run.rows)
 
     if run.part != "shift":
-        here = known(run.task, study.tasks[run.task])
+        here = known(run.task)
         drawn = here.drawn(run.size, run.seed)
         if run.part == "rates":
             held = run.size // 5
@@ -60,9 +60,7 @@ def rows_of(run: Run, study: Study) -> tuple[Task, dict[str, Dataset]]:
         else:
             judged = (here.development if run.part == "variants" else here.test).tolist()
         return here, {"union": here.dataset(drawn), "judged": here.dataset(judged)}
-    source, target = (
-        known(f"{name} domain", study.tasks["tweets"]) for name in run.task.split(" → ")
-    )
+    source, target = (known(f"{name} domain") for name in run.task.split(" → "))
     both, offset = joined(source, target), len(source.states.labels)
     below = both.dataset(source.drawn(run.options["source"], run.seed))
     above = both.dataset([offset + row for row in target.drawn(run.size, run.seed)])
@@ -80,10 +78,10 @@ def joined(source: Task, target: Task) -> Task:
 
 def adapted(run: Run, here: Task) -> Any:
     """The model with a new adapter and head; of ``full`` its last layers."""
-    method = run.options.get("phases", [{}])[0].get("method", "bidora")
+    method = run.options.get("method", "bidora")
     config = LoraConfig(
         r=run.model["rank"],
-        lora_alpha=run.model["alpha"] * run.model["rank"] // 8,
+        lora_alpha=run.model["scale"] * run.model["rank"],
         target_modules=["query", "value"],
         modules_to_save=["classifier"],
         use_dora=method != "lora",
@@ -140,10 +138,12 @@ def bilevel(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> di
 
 def phases(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> dict[str, Any]:
     """Plain trainings, one after another."""
-    taken = 0
+    taken, trainable = 0, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     for phase in run.options["phases"]:
         steps, data = round(run.passes * phase.get("share", 1.0)), rows[phase.get("rows", "union")]
-        restrict(model, phase.get("trains"))
+        for name, parameter in trainable:
+            part = "magnitudes" if "magnitude" in name else "directions"
+            parameter.requires_grad_(phase.get("trains", part) == part)
         with tempfile.TemporaryDirectory() as folder:
             if phase.get("stop_early"):
                 taken += stopped_early(run, here, model, data, folder, steps)
@@ -153,23 +153,11 @@ def phases(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> dic
     return {"passes": taken}
 
 
-def restrict(model: Any, trained: str | None) -> None:
-    """Freeze all but the ``magnitudes``, or the magnitudes where ``directions`` are trained."""
-    for name, parameter in model.named_parameters():
-        if "magnitude" in name:
-            parameter.requires_grad_(trained != "directions")
-        elif trained == "magnitudes":
-            parameter.requires_grad_(False)
-
-
 def plain(run: Run, here: Task, model: Any, data: Dataset, folder: str, steps: int) -> Trainer:
     """The trainer of a control: ``method`` of `BiDoRATrainingArguments`, or of all that learns."""
-    if run.options["phases"][0]["method"] != "full" and all(
-        "trains" not in phase for phase in run.options["phases"]
-    ):
-        args = BiDoRATrainingArguments(
-            **options_of(run, folder, steps), method=run.options["phases"][0]["method"]
-        )
+    method = run.options["method"]
+    if method != "full" and all("trains" not in phase for phase in run.options["phases"]):
+        args = BiDoRATrainingArguments(**options_of(run, folder, steps), method=method)
         return BiDoRATrainer(model, args, train_dataset=data, data_collator=here.states)
     args = TrainingArguments(**options_of(run, folder, steps))
     return Trainer(model, args, train_dataset=data, data_collator=here.states)
@@ -200,10 +188,11 @@ def stopped_early(run: Run, here: Task, model: Any, data: Dataset, folder: str, 
     return int(trainer.state.global_step)
 
 
-def queries(model: Any) -> list[Tensor]:
-    """The weights of the query layers that full fine-tuning changes."""
+def adapted_weights(model: Any) -> list[Tensor]:
+    """Copies of the weights of query and value, which an adapter hides."""
     named = model.named_parameters()
-    return [p.detach().clone() for n, p in named if n.endswith("query.weight")]
+    of = ("query.weight", "value.weight")
+    return [p.detach().clone() for n, p in named if p.requires_grad and n.endswith(of)]
 
 
 def weight_line(before: list[Tensor], after: list[Tensor]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scipy.stats import wilcoxon
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +16,8 @@ sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks")]
 
 from measure import mean_and_half  # noqa: E402
 from plan import Study  # noqa: E402
-from report import compared, differences  # noqa: E402
+from report import compared, differences, of_tasks  # noqa: E402
+from tasks import disjoint  # noqa: E402
 
 
 def command(*options: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +42,9 @@ def test_statistics_are_those_of_the_definitions() -> None:
     # Ranks of the sizes without the tie: 1 2 3 4 5 of which -.01 and -.04 have 1 and 4.
     assert row["effect"] == f"{(2 + 3 + 5 - 1 - 4) / 15:+.2f}"
     assert row["p"] == f"{wilcoxon([gap for gap in gaps if gap]).pvalue:.2g}"
+    tied = compared([0.02, -0.02, 0.05, 0.3 - 0.28])  # floats that differ in their last digit
+    assert tied["effect"] == f"{(2 - 2 + 4 + 2) / 10:+.2f}"
+    assert compared([0.01, -0.01])["effect"] == compared([-0.01, 0.01])["effect"] == "+0.00"
     middle, half = mean_and_half([1.0, 2.0, 3.0])
     assert (middle, half) == (2.0, pytest.approx(4.302653 / 3**0.5))
 
@@ -48,6 +53,36 @@ def test_differences_are_of_the_same_task_and_seed() -> None:
     one = {("a", 0): {"score": 0.5}, ("a", 1): {"score": 0.7}}
     other = {("a", 1): {"score": 0.4}, ("b", 0): {"score": 0.1}}
     assert differences(one, other) == [pytest.approx(0.3)]
+    more = one | {("c", 0): {"score": 0.9}, ("c", 1): {"score": 0.3}}
+    base = other | {("c", 0): {"score": 0.4}, ("c", 1): {"score": 0.4}}
+    assert of_tasks(more, base) == [pytest.approx(0.3), pytest.approx(0.2)]
+
+
+def test_no_row_is_alike_in_two_parts() -> None:
+    texts = ["one two", "three", "one two four", "five", "three", "six", "one two"]
+    parts = torch.arange(7).split([3, 2, 2])
+    found = disjoint(parts, texts, length=4)  # the class token, two words, the end
+    assert [part.tolist() for part in found] == [[0, 1, 2], [3], [5]]
+
+
+def test_another_study_has_other_result_files(tmp_path: Path) -> None:
+    text = (STUDY / "smoke.yaml").read_text()
+    paths = set()
+    for change in (("a", "a"), ("test: 40", "test: 50"), ("tweets: 16", "tweets: 20")):
+        file = tmp_path / "study.yaml"
+        file.write_text(text.replace(*change))
+        paths |= {run.path(tmp_path) for run in Study.read(file).rates_runs("tweets", 40, "DoRA")}
+    assert len(paths) == 6
+    file.write_text(text.replace("controls", "control"))
+    with pytest.raises(SystemExit, match="is not a study: KeyError"):
+        Study.read(file)
+
+
+def test_a_share_that_does_not_exist_is_refused() -> None:
+    for share in ("0/2", "3/2", "x"):
+        done = command("run", "--share", share)
+        assert done.returncode == 2
+        assert "is no share; give 1/2 and 2/2, or 1/1" in done.stderr
 
 
 def test_a_run_s_file_depends_on_all_of_its_options(tmp_path: Path) -> None:
