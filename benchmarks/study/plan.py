@@ -126,7 +126,7 @@ class Study:
     def variants_runs(self) -> Iterator[Run]:
         """The default with one change, and controls, on development tasks and seeds."""
         given = self.variants
-        methods = {name: (options, {}) for name, options in given["controls"].items()}
+        methods = {name: (self.method(each), {}) for name, each in given["controls"].items()}
         for change in given["changes"]:
             name = ", ".join(f"{key}={value}" for key, value in change.items()) or "default"
             model = {k: v for k, v in change.items() if k in self.model}
