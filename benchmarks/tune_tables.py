@@ -88,7 +88,7 @@ def regret_table(rows: Sequence[Row], measure: str) -> list[Row]:
         line: Row = {"method": method}
         for budget in points:
             values = worse(known, (method, budget), (ORACLE, math.inf), measure)
-            line[f"{budget} trainings"] = statistics.fmean(values)
+            line[f"{budget} trainings"] = round(statistics.fmean(values), 9)
         table.append(line)
     return table
 
