@@ -129,6 +129,17 @@ def tokens(texts: Sequence[str] | Sequence[Sequence[str]], length: int = LENGTH)
     return tokenizer(list(texts), is_split_into_words=words, return_tensors="pt", **options)
 
 
+def disjoint(parts: Sequence[Tensor], texts: Sequence[Any], length: int = LENGTH) -> list[Tensor]:
+    """Each part without the rows whose first ``length`` tokens are those of a row before it."""
+    ids = [tuple(row) for row in tokens(texts, length).input_ids.tolist()]
+    known: set[tuple[int, ...]] = set()
+    found = []
+    for part in parts:
+        found.append(torch.tensor([row for row in part.tolist() if ids[row] not in known]))
+        known.update(ids[row] for row in part.tolist())
+    return found
+
+
 def first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:
     """The class of each word at its first token."""
     first = [p is not None and p not in places[:k] for k, p in enumerate(places)]

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from last_layers import States, encode
+from last_layers import States, disjoint, encode
 from rated_text import DOMAINS, one_rater
 from text_data import model_path, tweets
 from torch import Tensor
@@ -133,8 +133,10 @@ def annotators(trusted: int, source: torch.Generator, seed: int) -> Task:
         step = torch.ones_like(step) if kind == "adversarial" else step
         votes[rows, number] = (labels[rows] + step * wrong) % 3
     quality = torch.tensor([GOOD, NEITHER, BAD]).repeat_interleave(SOURCES_OF_KIND)
-    inputs = _states("tweets", list(table.text), labels)
-    return Task(inputs, labels, votes, train, apart, torch.arange(TEST) + offset, quality)
+    texts = list(table.text)
+    inputs = _states("tweets", texts, labels)
+    _, test = disjoint([order + offset, torch.arange(TEST) + offset], texts, LENGTH)
+    return Task(inputs, labels, votes, train, apart, test, quality)
 
 
 def domains(trusted: int, source: torch.Generator, seed: int) -> Task:

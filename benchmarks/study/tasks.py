@@ -13,7 +13,7 @@ from zipfile import ZipFile
 import pandas
 import torch
 from datasets import ClassLabel, Dataset
-from last_layers import IGNORED, LastLayers, States, encode, movies, tagged_tweets, tokens
+from last_layers import IGNORED, LastLayers, States, disjoint, encode, movies, tagged_tweets
 from rated_text import DOMAINS, fetched, one_rater
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from text_data import load_model, tweets
@@ -130,17 +130,6 @@ def tags(name: str, length: int, frozen: int, counts: tuple[int, int, int]) -> T
     parts = [len(rows) - 500, 200, 300]
     numbers = [part[:count] for part, count in zip(torch.arange(len(rows)).split(parts), counts)]
     return Task(states, len(names), *disjoint(numbers, words, length), metric=entities_f1)
-
-
-def disjoint(parts: Sequence[Tensor], texts: Sequence[Any], length: int) -> list[Tensor]:
-    """Each part without the rows whose first ``length`` tokens are those of a row before it."""
-    ids = [tuple(row) for row in tokens(texts, length).input_ids.tolist()]
-    known: set[tuple[int, ...]] = set()
-    found = []
-    for part in parts:
-        found.append(torch.tensor([row for row in part.tolist() if ids[row] not in known]))
-        known.update(ids[row] for row in part.tolist())
-    return found
 
 
 def _tsv(path: str, names: Sequence[str]) -> pandas.DataFrame:

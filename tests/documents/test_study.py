@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "benchmarks/study"
 sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks")]
 
+from last_layers import disjoint  # noqa: E402
 from measure import mean_and_half  # noqa: E402
 from plan import Study  # noqa: E402
 from report import compared, differences, of_tasks  # noqa: E402
-from tasks import disjoint  # noqa: E402
 
 
 def command(*options: str) -> subprocess.CompletedProcess[str]:
