@@ -139,6 +139,15 @@ class MixTrainer(TwoPhaseTrainer):
     ) -> None:
         if not isinstance(args, MixTrainingArguments):
             raise ProblemError(f"args must be MixTrainingArguments, got {type(args).__name__}")
+        for name, given in (
+            ("label_smoothing_factor", args.label_smoothing_factor),
+            ("compute_loss_func", trainer.get("compute_loss_func")),
+        ):
+            if given:
+                raise ProblemError(
+                    f"{name}: not possible in MixTrainer, whose levels have a loss of each row; "
+                    "leave it out"
+                )
         if not isinstance(sources, SourceData):
             sources = SourceData.of(sources, trusted)
         self.data = sources.of_columns(read_by(model))
@@ -147,7 +156,9 @@ class MixTrainer(TwoPhaseTrainer):
         ).to(args.device)
         if args.cross_fit is not None:  # below in all folds but one
             self.weights.counts[-1] -= len(self.data.trusted) / args.cross_fit
-        if args.upper_prior is None:
+        #: Whether the prior is the default one.
+        self.default_prior = args.upper_prior is None
+        if self.default_prior:
             args = copy(args)
             args.upper_prior = len(self.weights.names) / (8 * len(self.data.trusted))
         again = [copy(callback) for callback in callbacks or ()]

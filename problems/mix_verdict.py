@@ -103,7 +103,7 @@ class Verdict:
         lines = [f"{'training':44}{'trusted loss':>14}{'to the best':>22}{'passes':>9}"]
         for entry in sorted(self.entries, key=lambda each: each.loss):
             gap, error = entry.behind(self.best)
-            behind = "" if entry is self.best else f"+{gap:.4f} ± {error:.4f}"
+            behind = "" if entry is self.best else f"{gap:+.4f} ± {error:.4f}"
             lines.append(f"{entry.method:44}{entry.loss:14.4f}{behind:>22}{entry.passes:9}")
         return "\n".join([*lines, self.sentence])
 
@@ -128,7 +128,8 @@ def verdict(trainer: MixTrainer, *, folds: int = 3, equal_passes: bool = True) -
     Raises:
         ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows.
     """
-    if not trainer.state.global_step:
+    # A run that was resumed in the retraining has no step of the search.
+    if not trainer.state.global_step and trainer.retrainer is None:
         raise ProblemError("verdict: the trainer has not trained; call train first")
     contest, data = _Contest(trainer), trainer.data
     label = label_column(data.trusted)
@@ -165,7 +166,10 @@ class _Contest:
         #: The passes of a step and the steps of the retraining; the passes with the search.
         self.a_step: int = args.gradient_accumulation_steps
         self.steps = args.steps_of(len(trainer.data.everything))
-        self.passes = self.steps * self.a_step + trainer.search_passes()
+        again = 0 if trainer.args.retrain == "none" else self.steps * self.a_step
+        self.passes = again + trainer.search_passes()
+        #: Callbacks belong to the user's run.
+        self.options = {**trainer.options, "callbacks": None}
 
     def __enter__(self) -> None:
         self._end = [variable.detach().clone() for variable in self.variables]
@@ -197,7 +201,9 @@ class _Contest:
             yield "everything but rows that disagree", passes
         self._restart()
         args = self._arguments(copy(self.trainer.args))
-        MixTrainer(self.model, args, sources=data, **self.trainer.options).train()
+        if self.trainer.default_prior:  # of as many trusted rows as the fold leaves
+            args.upper_prior = None
+        MixTrainer(self.model, args, sources=data, **self.options).train()
         yield LEARNT, self.passes
 
     @torch.no_grad()
@@ -259,7 +265,7 @@ class _Contest:
                 return Adapter(trainer.model, task_loss=trainer.task_loss)
             return Mixture(trainer.model, weights)
 
-        options = {**self.trainer.options, "args": args, "train_dataset": rows}
+        options = {**self.options, "args": args, "train_dataset": rows}
         BilevelTrainer(self.model, lower=level, upper=None, **options).train()
 
     def _restart(self) -> None:

@@ -72,6 +72,10 @@ class SourceData:
                 "sources: must map two or more names to data sets, or be one data set with the "
                 f"column {VOTES!r}; none is named {TRUSTED!r}; got {given}"
             )
+        if SOURCE in trusted.column_names:
+            raise ProblemError(
+                f"column {SOURCE!r}: has the number of a row's source here; rename or remove it"
+            )
         for name, rows in sources.items():
             require_examples(f"source {name!r}", rows)
             if set(rows.column_names) != set(trusted.column_names):
@@ -87,11 +91,22 @@ class SourceData:
 
     @classmethod
     def _of_votes(cls, rows: Dataset, trusted: Dataset) -> SourceData:
-        votes, label = np.array(rows[VOTES][:]), label_column(trusted)
-        if votes.ndim != 2 or votes.shape[1] < 2 or votes.dtype.kind != "i" or label is None:
+        label = label_column(trusted)
+        try:
+            votes = np.array(rows[VOTES][:])
+        except ValueError:  # lists of different lengths
+            votes = np.empty(0)
+        whole = votes.ndim == 2 and votes.shape[1] >= 2 and votes.dtype.kind == "i"
+        if not whole or votes.min() < NO_VOTE:
             raise ProblemError(
                 f"column {VOTES!r}: must have a list of a class for each of two or more sources, "
-                "-1 for none, and the trusted rows a label"
+                f"{NO_VOTE} for none"
+            )
+        dtype = getattr(trusted.features.get(label), "dtype", None)
+        if label is None or "int" not in str(dtype) or VOTES in trusted.column_names:
+            raise ProblemError(
+                f"trusted: must have a column 'label' or 'labels' of classes and no {VOTES!r}, got "
+                f"{trusted.features}"
             )
         voted = (votes != NO_VOTE).any(1)
         if (silent := np.flatnonzero((votes == NO_VOTE).all(0))).size:

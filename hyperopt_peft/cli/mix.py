@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
+from transformers.utils import logging
 
 from hyperopt_peft.cli.mix_files import picture, snippets, write_weights
 from hyperopt_peft.cli.options import parse, require_folder
@@ -20,6 +21,9 @@ from hyperopt_peft.cli.train import resume_from, save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
 from hyperopt_peft.problems.mix_verdict import verdict
+from hyperopt_peft.trainer.data import shared
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -61,8 +65,13 @@ class SourceArguments(DataArguments):
     source_column: str | None = HfArg(
         default=None, help="the column of train_file or dataset that names each example's source"
     )
+    eval_fraction: float = HfArg(default=0.0, help="must stay 0 here: mix has test_file")
 
     def __post_init__(self) -> None:
+        for name in ("eval_file", "eval_split", "eval_fraction", "weight_column"):
+            if getattr(self, name):
+                instead = "learns them" if name == "weight_column" else "has test_file instead"
+                raise ProblemError(f"{name}: not an option of mix, which {instead}")
         self.files = _files(self.sources) if self.sources else {}
         files = [path for paths in self.files.values() for path in paths]
         other = self.dataset or self.source_column or self.train_file not in (None, files)
@@ -78,11 +87,11 @@ class SourceArguments(DataArguments):
 
 
 def _files(text: str) -> dict[str, list[str]]:
-    """The files of each source in the mapping ``text``, as JSON."""
+    """The files of each source in the mapping ``text``, as YAML or JSON."""
     try:
-        given = json.loads(text)
+        given = yaml.safe_load(text)
         return {str(k): [v] if isinstance(v, str) else [*map(str, v)] for k, v in given.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
         raise ProblemError(
             f"sources: must map names to files, as in {{wiki: a.jsonl}}, got {text!r}"
         ) from error
@@ -98,9 +107,16 @@ def run(argv: Sequence[str]) -> None:
     kinds = (MixArguments, ModelArguments, SourceArguments, MixTrainingArguments)
     own, model_args, data, args = parse("mix", kinds, argv)
     require_folder(args.output_dir)
-    setup = prepare(model_args, replace(data, eval_fraction=0.0))
+    setup = prepare(model_args, data)
     trusted = _encoded(setup, data, own.trusted_file, "the trusted examples")
     test = _encoded(setup, data, own.test_file, "the test examples") if own.test_file else None
+    if test is not None:
+        for rows, name in ((setup.train, "in a source"), (trusted, "trusted examples")):
+            if common := shared(test, rows):
+                logger.warning(
+                    f"{common} of {len(test)} test examples are {name} too, so that the metrics "
+                    "are too good; remove them"
+                )
     model = setup.model(args.seed, dora=False)
     trainer = MixTrainer(
         model,
@@ -113,12 +129,13 @@ def run(argv: Sequence[str]) -> None:
         compute_metrics=setup.task.metrics,
         preprocess_logits_for_metrics=setup.task.reduce,
     )
+    first = trainer.shares()
     trainer.train(resume_from(args))
     save_adapter(trainer)
     output = Path(args.output_dir)
     if trainer.is_world_process_zero():
         write_weights(trainer, output / "weights.json")
-        picture(trainer.state.log_history, trainer.weights.names, output / "weights.png")
+        picture(first, trainer.state.log_history, trainer, output / "weights.png")
         print(table(trainer))
     if data.files and trainer.is_world_process_zero():
         text = snippets(trainer.row_weights(), trainer.shares(), data.files)

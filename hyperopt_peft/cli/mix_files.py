@@ -44,14 +44,13 @@ def snippets(
         >>> files = {"wiki": ["w.jsonl"], "code": ["c.jsonl"]}
         >>> print(snippets({"wiki": 1.5, "code": 0.5}, {"wiki": 0.6, "code": 0.4}, files))
         # TRL
-        dataset_mixture:
-          datasets:
-          - path: json
-            data_files: w.jsonl
-            split: train
-          - path: json
-            data_files: c.jsonl
-            split: train[:33%]
+        datasets:
+        - path: json
+          data_files: w.jsonl
+          split: train
+        - path: json
+          data_files: c.jsonl
+          split: train[:33%]
         ...
     """
     largest = max(weights[name] for name in files)
@@ -61,7 +60,8 @@ def snippets(
     for name, paths in files.items():
         data = paths[0] if len(paths) == 1 else list(paths)
         suffix = Path(paths[0]).suffix
-        part = "train" if round(100 * kept[name]) >= 100 else f"train[:{100 * kept[name]:.0f}%]"
+        percent = max(1, round(100 * kept[name]))
+        part = "train" if percent == 100 else f"train[:{percent}%]"
         path = kinds.get(suffix, suffix.removeprefix("."))
         trl.append({"path": path, "data_files": data, "split": part})
         axolotl.append({"path": data, "weight": max(0.001, round(kept[name], 3))})
@@ -69,25 +69,41 @@ def snippets(
     factory = {
         "dataset": ",".join(files),
         "mix_strategy": "interleave_over",
-        "interleave_probs": ",".join(f"{shares[name] / total:.4f}" for name in files),
+        "interleave_probs": ",".join(f"{shares[name] / total:.10f}" for name in files),
     }
     parts = {
-        "TRL": {"dataset_mixture": {"datasets": trl}},
+        "TRL": {"datasets": trl},
         "axolotl": {"datasets": axolotl},
         "LLaMA-Factory": factory,
     }
     return "\n".join(f"# {name}\n{yaml.safe_dump(x, sort_keys=False)}" for name, x in parts.items())
 
 
-def picture(history: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
-    """The share of each source over the search, the largest changes in colour."""
+def picture(
+    first: Mapping[str, float],
+    history: Sequence[Mapping[str, Any]],
+    trainer: MixTrainer,
+    path: Path,
+) -> None:
+    """The share of each source over the search, the largest changes in colour.
+
+    Args:
+        first: the shares before the search.
+        history: the search's log, which may have no records of shares.
+        trainer: has the shares after the search.
+    """
     from matplotlib.figure import Figure
 
+    names, last = list(first), trainer.shares()
     records = [record for record in history if f"lower_share_{names[0]}" in record]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    steps = [record["step"] for record in records]
-    shares = {name: [record[f"lower_share_{name}"] for record in records] for name in names}
+    end = trainer.args.steps_of(len(trainer.data.everything))
+    steps = [0, *(record["step"] for record in records), end]
+    shares = {
+        name: [first[name], *(record[f"lower_share_{name}"] for record in records), last[name]]
+        for name in names
+    }
     by_change = sorted(shares, key=lambda name: -abs(shares[name][-1] - shares[name][0]))
     for place, name in enumerate(by_change):
         named = place < NAMED

@@ -42,18 +42,37 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
     documents = (tmp_path / "out/mixture.yaml").read_text().split("\n\n")
     trl, axolotl, factory = map(yaml.safe_load, documents)
-    files = [entry["data_files"] for entry in trl["dataset_mixture"]["datasets"]]
+    files = [entry["data_files"] for entry in trl["datasets"]]
     assert [Path(file).name for file in files] == ["web.jsonl", "swapped.jsonl"]
     ratio = found["swapped"]["row_weight"] / found["web"]["row_weight"]
     kept = [entry["weight"] for entry in axolotl["datasets"]]
     assert max(kept) == 1 and kept[1] / kept[0] == pytest.approx(ratio, abs=2e-3)
     odds = [float(x) for x in factory["interleave_probs"].split(",")]
-    assert sum(odds) == pytest.approx(1, abs=1e-3)
+    assert sum(odds) == pytest.approx(1, abs=1e-8)  # what interleave_datasets asks for
     assert odds[1] / odds[0] == pytest.approx(ratio, abs=2e-3)
     printed = capsys.readouterr().out
     assert re.search(r"source +rows +share", printed) and "learnt weights" in printed
     assert "by 2 folds of 12 trusted examples" in printed and "use " in printed
     assert "eval_loss" in printed
+
+
+def test_nothing_has_to_be_logged(tmp_path: Path) -> None:
+    """By default the Trainer logs every 500 steps, and most searches are shorter."""
+    options_of = options(tmp_path, logging_strategy="no")
+    sources = {name: str(tmp_path / f"{name}.jsonl") for name in ("web", "swapped")}
+    run(
+        "mix", **{**options_of, "sources": yaml.safe_dump(sources, default_flow_style=True).strip()}
+    )
+    assert (tmp_path / "out/weights.png").stat().st_size > 5_000
+    assert (tmp_path / "out/mixture.yaml").exists()
+
+
+def test_test_examples_that_are_trained_on_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    test = write(tmp_path / "test.jsonl", rows()[:6] + rows(number=4, seed=8))
+    run("mix", **options(tmp_path, test_file=test))
+    assert "6 of 10 test examples are in a source too" in caplog.text
 
 
 def test_sources_in_a_column_and_in_a_configuration(tmp_path: Path) -> None:
@@ -81,6 +100,8 @@ def test_sources_in_a_column_and_in_a_configuration(tmp_path: Path) -> None:
         ({"sources": "only"}, "two or more"),
         ({"source_column": "origin"}, "sources: give the files as sources"),
         ({"verdict": 1}, "verdict: must be 0 or at least 2"),
+        ({"eval_file": "any.jsonl"}, "eval_file: not an option of mix, which has test_file"),
+        ({"weight_column": "w"}, "weight_column: not an option of mix, which learns them"),
         ({"trusted_file": "web"}, r"24 of 24 rows are in a source too"),
     ],
 )

@@ -149,6 +149,7 @@ def test_votes_of_labelling_functions(tmp_path: Path) -> None:
     [
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"cross_fit": 1}, "cross_fit"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .* MixTrainer"),
         ({"given": {"good": rows(9, 1)}}, "two or more"),
         ({"trusted": sources()["good"].select(range(5))}, "5 of 5"),
     ],

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from hyperopt_peft import ProblemError
+from hyperopt_peft.problems import MixTrainer
 from hyperopt_peft.problems.mix_verdict import LEARNT, Entry, Verdict, verdict
 from tests.support.mix_runs import rows, trainer
 from tests.support.trainers import values
@@ -47,6 +49,52 @@ def test_a_wrong_source_is_found_out(tmp_path: Path) -> None:
     assert run.row_weights() == weights
     for name, value in values(run.model).items():
         assert torch.equal(value, before[name]), name
+
+
+class Stop(TrainerCallback):
+    """Counts the runs that it is in, and would end each of them."""
+
+    runs = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.runs += 1
+
+
+def test_the_learnt_way_of_a_fold_is_that_of_its_own_trusted_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default prior is by the number of trusted rows; the user's callbacks stay out."""
+    stop, priors = Stop(), []
+    run = trainer(tmp_path, [stop], max_steps=2)
+    run.train()
+    train = MixTrainer.train
+
+    def spied(self: MixTrainer) -> Any:
+        priors.append((self.args.upper_prior, len(self.data.trusted)))
+        return train(self)
+
+    monkeypatch.setattr(MixTrainer, "train", spied)
+    verdict(run, folds=2, equal_passes=False)
+    assert priors == [(pytest.approx(3 / (8 * n)), n) for n in (15, 15)]
+    assert stop.runs == 1
+
+
+def test_a_run_that_was_resumed_in_the_retraining_has_a_verdict(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path, **options).train()
+    run = trainer(tmp_path, **options)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 0
+    assert verdict(run, folds=2, equal_passes=False).use.losses.isfinite().all()
+
+
+def test_without_a_retraining_its_passes_are_not_counted(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=4, retrain="none")
+    run.train()
+    found = verdict(run, folds=2)
+    learnt = next(entry for entry in found.entries if entry.method == LEARNT)
+    assert learnt.passes == run.search_passes()
+    assert all(entry.passes <= max(learnt.passes, 5) for entry in found.entries)
 
 
 @pytest.mark.parametrize("equal_passes", [True, False])

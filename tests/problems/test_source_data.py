@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import pytest
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.problems.source_data import SourceData, by_column
@@ -43,6 +43,10 @@ def test_a_column_of_sources_is_taken_apart() -> None:
         by_column(rows(0), "origins")
 
 
+def _named(found: Dataset) -> Dataset:
+    return found.cast_column("label", Value("string"))
+
+
 @pytest.mark.parametrize(
     ("sources", "trusted", "named"),
     [
@@ -56,6 +60,11 @@ def test_a_column_of_sources_is_taken_apart() -> None:
         ({"a": rows(0), "b": rows(10)}, None, "trusted"),
         (rows(0, votes=[[0], [1], [0]]), rows(20), "'votes'"),
         (rows(0, votes=[[0, -1]] * 3), rows(20), "source 1: has no votes"),
+        (rows(0, votes=[[0, 1], [1], [0, 0]]), rows(20), "'votes': must have a list"),
+        (rows(0, votes=[[0, -2]] * 3), rows(20), "'votes': must have a list"),
+        (rows(0, votes=[[0, 1]] * 3), rows(20, votes=[[0, 1]] * 3), "trusted: .* no 'votes'"),
+        (rows(0, votes=[[0, 1]] * 3), _named(rows(20)), "trusted: .* of classes"),
+        ({"a": rows(0, source=[1, 2, 3]), "b": rows(10)}, rows(20, source=[1, 2, 3]), "'source'"),
     ],
 )
 def test_data_that_cannot_be_mixed_are_named(sources: Any, trusted: Any, named: str) -> None:
