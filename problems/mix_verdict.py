@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback
 
 from hyperopt_peft.core.cross_fit import split_folds
 from hyperopt_peft.errors import ProblemError
@@ -203,7 +204,7 @@ class _Contest:
         args = self._arguments(copy(self.trainer.args))
         if self.trainer.default_prior:  # of as many trusted rows as the fold leaves
             args.upper_prior = None
-        MixTrainer(self.model, args, sources=data, **self.options).train()
+        _train_quietly(MixTrainer(self.model, args, sources=data, **self.options))
         yield LEARNT, self.passes
 
     @torch.no_grad()
@@ -266,7 +267,7 @@ class _Contest:
             return Mixture(trainer.model, weights)
 
         options = {**self.options, "args": args, "train_dataset": rows}
-        BilevelTrainer(self.model, lower=level, upper=None, **options).train()
+        _train_quietly(BilevelTrainer(self.model, lower=level, upper=None, **options))
 
     def _restart(self) -> None:
         assign_(self.variables, self.trainer.initial)
@@ -288,6 +289,12 @@ class _Contest:
         )
         for batch in loader:
             yield send_to_device(dict(batch), self.trainer.args.device)
+
+
+def _train_quietly(trainer: BilevelTrainer) -> None:
+    """Train without the summary that the Trainer prints where it draws no bar."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def _by_source(rows: Dataset, agreement: Tensor, count: int) -> tuple[Tensor, Tensor]:
