@@ -19,7 +19,8 @@ from hyperopt_peft.adapters.analysis import ModuleChange, fit_line
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, FIGURE = DOCS / "results.md", DOCS / "results.png"
 #: What others are compared with: DoRA of as many steps, and of as many passes as BiDoRA.
-DORA, LONGER, BIDORA = "DoRA", "DoRA, three times the steps", "BiDoRA"
+DORA, LONGER = "DoRA", "DoRA, three times the steps"
+BIDORA, PUBLISHED, STILL = "BiDoRA", "BiDoRA, published", "BiDoRA, upper rate 0"
 #: Of a difference of scores; what is zero then is a tie.
 DIGITS = 9
 Result = dict[str, Any]
@@ -152,15 +153,16 @@ def compared(gaps: Sequence[float]) -> Row:
 
 
 def pairs(methods: Methods) -> list[Row]:
-    """Each method against DoRA, and against DoRA of three times the steps."""
+    """Each method against DoRA and against DoRA of three times the steps, and BiDoRA's variants."""
+    asked = [(name, base) for base in (DORA, LONGER) for name in methods if name != base]
     found = []
-    for base in (DORA, LONGER):
-        for name, results in methods.items():
-            if name != base and base in methods:
-                gaps = differences(results, methods[base])
-                row: Row = {"method": name, "against": base}
-                row["difference"] = shown(of_tasks(results, methods[base]), "+")
-                found.append(row | compared(gaps) | {"n": len(gaps)})
+    for name, base in [*asked, (BIDORA, STILL), (BIDORA, PUBLISHED)]:
+        if name in methods and base in methods:
+            one, other = methods[name], methods[base]
+            gaps = differences(one, other)
+            row: Row = {"method": name, "against": base}
+            row["difference"] = shown(of_tasks(one, other), "+")
+            found.append(row | compared(gaps) | {"n": len(gaps)})
     return found
 
 
@@ -243,7 +245,7 @@ def overfitting(methods: Methods) -> list[Row]:
 def noise(methods: Methods) -> list[Row]:
     """The hypergradient's signal-to-noise ratio over the search, and what it says of the gain."""
     found = []
-    for name in (BIDORA, "BiDoRA, published"):
+    for name in (BIDORA, PUBLISHED):
         base = methods.get(LONGER, {})
         known = {k: r for k, r in methods.get(name, {}).items() if r.get("signal to noise")}
         common = [key for key in known if key in base]
