@@ -130,12 +130,13 @@ def tokens(texts: Sequence[str] | Sequence[Sequence[str]], length: int = LENGTH)
 
 
 def disjoint(parts: Sequence[Tensor], texts: Sequence[Any], length: int = LENGTH) -> list[Tensor]:
-    """Each part without the rows whose first ``length`` tokens are those of a row before it."""
+    """Each part without rows that an earlier part has: the first ``length`` tokens are the same."""
     ids = [tuple(row) for row in tokens(texts, length).input_ids.tolist()]
     known: set[tuple[int, ...]] = set()
     found = []
     for part in parts:
-        found.append(torch.tensor([row for row in part.tolist() if ids[row] not in known]))
+        kept = [row for row in part.tolist() if ids[row] not in known]
+        found.append(torch.tensor(kept, dtype=torch.long))
         known.update(ids[row] for row in part.tolist())
     return found
 

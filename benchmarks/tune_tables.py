@@ -88,7 +88,8 @@ def regret_table(rows: Sequence[Row], measure: str) -> list[Row]:
         line: Row = {"method": method}
         for budget in points:
             values = worse(known, (method, budget), (ORACLE, math.inf), measure)
-            line[f"{budget} trainings"] = round(statistics.fmean(values), 9)
+            ended = method == CONTROL and budget > BUDGETS[0]
+            line[f"{budget} trainings"] = None if ended else round(statistics.fmean(values), 9)
         table.append(line)
     return table
 

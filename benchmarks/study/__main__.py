@@ -31,7 +31,8 @@ PARTS = ("variants", "rates", "table", "shift")
 def train(study: Study, given: argparse.Namespace) -> None:
     """Every run of the share without a result, each written when it ends.
 
-    A rate that the other share chooses is waited for by going through the plan once more.
+    The plan is gone through until nothing is left of which the rate is known: start again where the
+    other share was slower.
     """
     from text_data import quiet
     from training import measure

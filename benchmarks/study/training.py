@@ -189,7 +189,7 @@ def stopped_early(run: Run, here: Task, model: Any, data: Dataset, folder: str, 
 
 
 def adapted_weights(model: Any) -> list[Tensor]:
-    """Copies of the weights of query and value, which an adapter hides."""
+    """Copies of the trained weights of query and value; none where there is an adapter."""
     named = model.named_parameters()
     of = ("query.weight", "value.weight")
     return [p.detach().clone() for n, p in named if p.requires_grad and n.endswith(of)]

@@ -88,6 +88,14 @@ def test_a_run_that_was_resumed_in_the_retraining_has_a_verdict(tmp_path: Path) 
     assert verdict(run, folds=2, equal_passes=False).use.losses.isfinite().all()
 
 
+def test_nothing_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trainer(tmp_path, max_steps=2)
+    run.train()
+    assert "train_runtime" in capsys.readouterr().out
+    verdict(run, folds=2, equal_passes=False)
+    assert capsys.readouterr().out == ""
+
+
 def test_without_a_retraining_its_passes_are_not_counted(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=4, retrain="none")
     run.train()
