@@ -266,13 +266,13 @@ def noise(methods: Methods) -> list[Row]:
 
 def figure(study: Study, folder: Path) -> None:
     """The mean lead over DoRA with its interval, of each method and size."""
+    sizes = {size: methods for size in study.sizes if (methods := of_size(study, folder, size))}
     figure, axes = plt.subplots(
-        1, len(study.sizes), figsize=(9, 3.2), sharey=True, sharex=True, squeeze=False
+        1, len(sizes), figsize=(9, 3.2), sharey=True, sharex=True, squeeze=False
     )
     figure.set_layout_engine("constrained")
     names = [name for name in study.table if name != DORA]
-    for axis, size in zip(axes.flat, study.sizes, strict=True):
-        methods = of_size(study, folder, size)
+    for axis, (size, methods) in zip(axes.flat, sizes.items(), strict=True):
         for place, name in enumerate(reversed(names)):
             lead = of_tasks(methods.get(name, {}), methods.get(DORA, {}))
             if len(lead) > 1:
