@@ -33,14 +33,14 @@ from datasets import Dataset
 from measure import contents, keep_memory, table
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from attribution_peers import magic
 from attribution_runs import DEVELOPMENT_SEEDS, Recipe, random_rows
 from attribution_tables import MAGIC, SHARE, WHOLE, Runs, check, tables_of, targets_of
-from last_layers import first_tokens, tagged_tweets
+from last_layers import first_tokens, tagged_tweets, tokens
 from package_text import docstrings
 from small_language_models import load
 from text_data import model_path, quiet
@@ -133,11 +133,9 @@ def tags(seed: int, quick: bool) -> Task:
     names = sorted({tag for tweet in pool for _, tag in tweet})
     tweets = drawn(pool, train + above, seed)
     words = [[word for word, _ in tweet] for tweet in tweets]
-    options: Any = {"truncation": True, "max_length": 24, "padding": "max_length"}
-    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
-    tokens = tokenizer(words, is_split_into_words=True, return_tensors="pt", **options)
+    inputs = tokens(words)
     classes = [[names.index(tag) for _, tag in tweet] for tweet in tweets]
-    labels = torch.stack([first_tokens(tokens.word_ids(n), y) for n, y in enumerate(classes)])
+    labels = torch.stack([first_tokens(inputs.word_ids(n), y) for n, y in enumerate(classes)])
     torch.manual_seed(seed)  # of the head
     without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     base = AutoModelForTokenClassification.from_pretrained(
@@ -146,18 +144,18 @@ def tags(seed: int, quick: bool) -> Task:
     encoder = base.bert.encoder
     encoder.layer, last = encoder.layer[:-LAST], encoder.layer[-LAST:]
     with torch.no_grad():
-        states = base.bert(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        states = base.bert(inputs.input_ids, inputs.attention_mask).last_hidden_state
     encoder.layer, base.bert.embeddings = last, Given()
     lora = LoraConfig(task_type="TOKEN_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
-    return Task("MiniLM", base, lora, States(states, tokens.attention_mask, labels), train, SMOOTH)
+    return Task("MiniLM", base, lora, States(states, inputs.attention_mask, labels), train, SMOOTH)
 
 
 def documents(seed: int, quick: bool) -> Task:
     """The first 64 tokens of docstrings; of a quick look 16, and two untrained layers."""
     base, tokenizer, name = load("small" if quick else "smollm2")
     length, train, above = (16, 20, 5) if quick else (64, 60, 10)
-    tokens = [tokenizer(text)["input_ids"][:length] for text in docstrings()]
-    ids = torch.tensor(drawn([row for row in tokens if len(row) == length], train + above, seed))
+    texts = [tokenizer(text)["input_ids"][:length] for text in docstrings()]
+    ids = torch.tensor(drawn([row for row in texts if len(row) == length], train + above, seed))
     layers = base.model.layers
     with torch.no_grad():
         found = [base.model(part, output_hidden_states=True) for part in ids.split(10)]

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,13 @@ class Run:
     def result(self, folder: Path) -> Options | None:
         """What was measured, None before."""
         path = self.path(folder)
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read(path) if path.exists() else None
+
+
+@cache
+def _read(path: Path) -> Options:
+    """A result, which never changes; a report asks for it in many tables."""
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Study:
         try:
             study = cls(**yaml.safe_load(path.read_text()))
             cells = itertools.product(study.tasks, study.sizes, study.table)
-            _ = [
+            _ = [  # where an entry is missing, the plan cannot be made
                 *study.variants_runs(),
                 *study.shift_runs(),
                 *itertools.starmap(study.rates_runs, cells),

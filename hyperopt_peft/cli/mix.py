@@ -10,20 +10,16 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging
 
 from hyperopt_peft.cli.mix_files import picture, snippets, write_weights
 from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.text.data import DataArguments, read_files, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import Setup, prepare
+from hyperopt_peft.cli.text.setup import Setup, prepare, warn_of_shared
 from hyperopt_peft.cli.train import resume_from, save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
 from hyperopt_peft.problems.mix_verdict import verdict
-from hyperopt_peft.trainer.data import shared
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -111,12 +107,8 @@ def run(argv: Sequence[str]) -> None:
     trusted = _encoded(setup, data, own.trusted_file, "the trusted examples")
     test = _encoded(setup, data, own.test_file, "the test examples") if own.test_file else None
     if test is not None:
-        for rows, name in ((setup.train, "in a source"), (trusted, "trusted examples")):
-            if common := shared(test, rows):
-                logger.warning(
-                    f"{common} of {len(test)} test examples are {name} too, so that the metrics "
-                    "are too good; remove them"
-                )
+        warn_of_shared(test, "test examples", setup.train, "in a source")
+        warn_of_shared(test, "test examples", trusted, "trusted examples")
     model = setup.model(args.seed, dora=False)
     trainer = MixTrainer(
         model,

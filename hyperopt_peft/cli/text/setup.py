@@ -125,6 +125,15 @@ class Setup:
         return DataCollatorForSeq2Seq(self.tokenizer, model)
 
 
+def warn_of_shared(data: Dataset, what: str, other: Dataset, where: str) -> None:
+    """Warn of examples that a model is evaluated on and has been trained on."""
+    if common := shared(data, other):
+        logger.warning(
+            f"{common} of {len(data)} {what} are {where} too, so that the metrics are too good; "
+            "remove them"
+        )
+
+
 def prepare(args: ModelArguments, data: DataArguments) -> Setup:
     """Read and encode the data for the model, without loading weights.
 
@@ -145,11 +154,7 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
         train = train.add_column(WEIGHTS, weights)
     if evaluation is not None:
         evaluation = encoder.encode(evaluation, "the evaluation examples")
-        if common := shared(evaluation, train):
-            logger.warning(
-                f"{common} of {len(evaluation)} evaluation examples are training examples too, so "
-                "that the metrics are too good; remove them"
-            )
+        warn_of_shared(evaluation, "evaluation examples", train, "training examples")
     held_out = evaluation is None and data.eval_fraction > 0
     if args.task == "text-classification":
         require_repeated(train, held_out)
