@@ -5,15 +5,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
+    from hyperopt_peft.problems.common import Adapter, TaskLevel
     from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
+    from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 
 _MODULES = {
+    "Adapter": "common",
     "BiDoRATrainer": "bidora_trainer",
     "BiDoRATrainingArguments": "bidora_trainer",
     "MixTrainer": "mix_trainer",
     "MixTrainingArguments": "mix_trainer",
+    "TaskLevel": "common",
+    "TwoPhaseTrainer": "two_phases",
+    "TwoPhaseTrainingArguments": "two_phases",
 }
-__all__ = ["BiDoRATrainer", "BiDoRATrainingArguments", "MixTrainer", "MixTrainingArguments"]
+__all__ = [
+    "Adapter",
+    "BiDoRATrainer",
+    "BiDoRATrainingArguments",
+    "MixTrainer",
+    "MixTrainingArguments",
+    "TaskLevel",
+    "TwoPhaseTrainer",
+    "TwoPhaseTrainingArguments",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,9 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from hyperopt_peft.problems.common import Adapter
+from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 from hyperopt_peft.trainer.data import require_examples
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.trainer.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 from hyperopt_peft.utils import distributed
 
 

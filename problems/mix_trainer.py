@@ -18,8 +18,8 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.problems.data_sources import SOURCE, VOTES, Mixture, SourceWeights, Target
 from hyperopt_peft.problems.source_data import SourceData
+from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.trainer.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES
 from hyperopt_peft.trainer.data import classes_of, digests, label_column, require_examples
+from hyperopt_peft.utils.groups import group_rows
 
 #: The name of the trusted rows among the sources.
 TRUSTED = "trusted"
@@ -203,11 +204,9 @@ def by_column(rows: Dataset, column: str) -> dict[str, Dataset]:
     """
     if column not in rows.column_names:
         raise ProblemError(f"column {column!r}: the rows have only {rows.column_names}")
-    found: dict[str, list[int]] = {}
-    for row, value in enumerate(rows[column]):
-        found.setdefault(str(value), []).append(row)
+    groups = group_rows(rows[column])
     rows = rows.remove_columns(column)
-    return {name: rows.select(numbers) for name, numbers in found.items()}
+    return {name: rows.select(numbers) for name, numbers in groups.items()}
 
 
 def _has_votes(sources: Any) -> bool:

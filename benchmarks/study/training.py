@@ -20,7 +20,7 @@ from variants import TRAINERS
 
 from hyperopt_peft.adapters import decompose
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
-from hyperopt_peft.trainer.two_phases import TwoPhaseTrainer
+from hyperopt_peft.problems.two_phases import TwoPhaseTrainer
 
 #: How often a training that may stop early is evaluated, and after how many of those it stops.
 EVALUATIONS, PATIENCE = 10, 3

@@ -14,7 +14,7 @@ from hyperopt_peft import BilevelTrainer, Problem
 from hyperopt_peft.adapters import split_parameters, use_fast_dora
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 from hyperopt_peft.problems.common import Adapter, TaskLevel
-from hyperopt_peft.trainer.two_phases import TwoPhaseTrainer
+from hyperopt_peft.problems.two_phases import TwoPhaseTrainer
 from hyperopt_peft.trainer.upper_batches import UpperBatches
 
 

@@ -14,8 +14,8 @@ from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.plan import plan
 from hyperopt_peft.cli.text.setup import TYPES, prepare
 from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.trainer.two_phases import TwoPhaseTrainingArguments
 
 BASE_CONFIG = "base_config"
 
