@@ -106,7 +106,7 @@ def ways(learner: Learner, recipe: Recipe) -> dict[str, Way]:
     def one(**changes: object) -> list[tuple[str, Method, Learner]]:
         return [("", partial(learnt, recipe=replace(recipe, **changes)), learner)]
 
-    found = {
+    return {
         "trusted only": Way(
             [(f"{alone[0]}={x:g}", trusted_only, change(**{alone[0]: x})) for x in alone[1]]
         ),
@@ -118,13 +118,9 @@ def ways(learner: Learner, recipe: Recipe) -> dict[str, Way]:
         "filtered": Way(grid(filtered)),
         LEARNT: Way(one()),
         "learnt, no prior": Way(one(prior=0.0), judged=False),
-        "learnt, cross-fitted": Way(one(folds=FOLDS), judged=head),
         "learnt, from agreement": Way(one(start="agreement"), judged=head),
         "upper rate 0": Way(one(rate=0.0, steps=1), judged=False),
     }
-    if language:  # as good elsewhere, at three times the price
-        del found["learnt, cross-fitted"]
-    return found
 
 
 def measure(
@@ -216,7 +212,6 @@ CHANGES = [
     {"steps": 24},
     {"kind": "softmax"},
     {"average": "sources"},
-    {"folds": 3},
     {"start": "agreement"},
 ]
 

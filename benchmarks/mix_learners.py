@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
@@ -83,8 +82,8 @@ class Learner(ABC):
         """A whole training, or one ``after`` another."""
 
     @abstractmethod
-    def advance(self, lower: Problem, levels: Sequence[Any]) -> None:
-        """Lower steps of a search; ``lower`` is the only one of ``levels``, or joins them."""
+    def advance(self, lower: Any) -> None:
+        """Lower steps of a search."""
 
     @abstractmethod
     def count_products(self, above: int) -> None:
@@ -221,10 +220,9 @@ class Head(Learner):
         optimizer.step(closure)
         optimizer.zero_grad()
 
-    def advance(self, lower: Problem, levels: Sequence[Any]) -> None:
-        """To the minimum of each level."""
-        for level in levels:
-            self.train(level)
+    def advance(self, lower: Any) -> None:
+        """To the minimum."""
+        self.train(lower)
 
     def count_products(self, above: int) -> None:
         """The rows above are few."""
@@ -313,9 +311,9 @@ class Lora(Learner):
         """As many steps as the schedule has."""
         self._steps(level, self.after if after else self.steps)
 
-    def advance(self, lower: Problem, levels: Sequence[Any]) -> None:
-        """The joint level's steps."""
-        self._steps(lower, self.inner, len(levels) * self.search_batch / self.batch_size)
+    def advance(self, lower: Any) -> None:
+        """As many steps as an upper step has."""
+        self._steps(lower, self.inner, self.search_batch / self.batch_size)
 
     def _steps(self, level: Problem, steps: int, passes: float = 1) -> None:
         for _ in range(steps):

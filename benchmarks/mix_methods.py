@@ -13,8 +13,8 @@ from mix_tasks import Task
 from torch import Tensor
 
 from hyperopt_peft import HypergradientWarning, hypergradient
-from hyperopt_peft.core.cross_fit import cross_fit, split_folds
 from hyperopt_peft.problems.data_sources import NO_VOTE, SourceWeights, Target
+from hyperopt_peft.problems.mix_verdict import split_folds
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class Recipe:
             trusted rows, by which F + prior is a log posterior with a variance of 8 a logit.
         rate: of Adam at the upper level.
         steps: of the upper level.
-        folds: of the trusted rows; with 0 they are all below and above.
         start: u0, of equal weights or of the sources' agreement with a model of the trusted rows.
     """
 
     prior: float | None = 0.3
     rate: float = 0.6
     steps: int = 12
-    folds: int = 0
     start: Literal["equal", "agreement"] = "equal"
     kind: Literal["sigmoid", "softmax"] = "sigmoid"
     average: Literal["rows", "sources"] = "rows"
@@ -137,46 +135,29 @@ def filtered(learner: Learner, task: Task) -> Trained:
 
 
 class Program:
-    """The bilevel program of a task: weights of sources above, the model below.
-
-    With folds there are as many models, whose levels are joined by `cross_fit`.
-    """
+    """The bilevel program of a task: weights of sources above, the model below."""
 
     def __init__(self, learner: Learner, task: Task, recipe: Recipe, a: Tensor | None) -> None:
         self.learner, self.task = learner, task
-        trusted, labels = task.trusted, task.votes_of(task.trusted).tolist()
-        parts = [(trusted, trusted)]
-        if recipe.folds:
-            fold = torch.tensor(split_folds(len(trusted), recipe.folds, classes=labels))
-            parts = [(trusted[fold != k], trusted[fold == k]) for k in range(recipe.folds)]
-        uppers, self.levels = [], []
-        options = {"kind": recipe.kind, "average": recipe.average}
-        _, votes = below(task, trusted, learner.repeat)
-        #: The weights of everything.
-        self.weights = source_weights(votes, a, **options)
-        logits = self.weights.logits
-        optimizer = torch.optim.Adam([logits], lr=recipe.rate, betas=(0.9, 0.99))
-        for apart, above in parts:
-            rows, votes = below(task, apart, learner.repeat)
-            weights = source_weights(votes, **options)
-            weights.logits = logits
-            model = learner.model(task)
-            level = {"data": [learner.batch(task, above)], "optimizer": optimizer}
-            uppers.append(Target(weights, model, prior=recipe.tau(task), **level))
-            self.levels.append(learner.level(task, model, rows, votes, weights, search=True))
-        self.upper, self.lower = (
-            cross_fit(uppers, self.levels) if recipe.folds else (uppers[0], self.levels[0])
+        rows, votes = below(task, task.trusted, learner.repeat)
+        self.weights = source_weights(votes, a, kind=recipe.kind, average=recipe.average)
+        logits, model = self.weights.logits, learner.model(task)
+        self.upper = Target(
+            self.weights,
+            model,
+            prior=recipe.tau(task),
+            data=[learner.batch(task, task.trusted)],
+            optimizer=torch.optim.Adam([logits], lr=recipe.rate, betas=(0.9, 0.99)),
         )
-        self.above = len(trusted) // max(1, recipe.folds)
+        self.lower = learner.level(task, model, rows, votes, self.weights, search=True)
 
     def step(self) -> None:
         """Lower steps, and one upper step."""
-        self.learner.advance(self.lower, self.levels)
+        self.learner.advance(self.lower)
         with warnings.catch_warnings(action="ignore", category=HypergradientWarning):
             slope = hypergradient(self.upper, self.lower, self.learner.hypergradient)
         self.upper.step(slope)
-        for _ in self.levels:
-            self.learner.count_products(self.above)
+        self.learner.count_products(len(self.task.trusted))
 
 
 def learnt(learner: Learner, task: Task, recipe: Recipe) -> Trained:
@@ -223,7 +204,7 @@ def searched(learner: Learner, task: Task, recipe: Recipe, passes: float, seed: 
 def held_out(method: Method, learner: Learner, task: Task, folds: int) -> Tensor:
     """The loss of each trusted row by the model that was trained without its fold, ``(n,)``."""
     classes = task.votes_of(task.trusted).tolist()
-    fold = torch.tensor(split_folds(len(classes), folds, seed=1, classes=classes))
+    fold = torch.tensor(split_folds(classes, folds, seed=1))
     losses = torch.zeros(len(classes))
     for k in range(folds):
         model = method(learner, replace(task, trusted=task.trusted[fold != k])).model

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.attribution.attribute import attribute
-    from hyperopt_peft.core.cross_fit import cross_fit, split_folds
     from hyperopt_peft.core.problem import Problem
     from hyperopt_peft.diagnostics.check import check_problem
     from hyperopt_peft.diagnostics.compare import compare_hypergradients
@@ -38,14 +37,12 @@ _MODULES = {
     "attribute": "attribution.attribute",
     "check_problem": "diagnostics.check",
     "compare_hypergradients": "diagnostics.compare",
-    "cross_fit": "core.cross_fit",
     "fit": "engine.fit",
     "hypergradient": "hypergradients",
     "minimise": "engine.fit",
     "minimize": "engine.fit",
     "register": "hypergradients",
     "split_dataset": "trainer.data",
-    "split_folds": "core.cross_fit",
 }
 
 __all__ = [
@@ -63,14 +60,12 @@ __all__ = [
     "attribute",
     "check_problem",
     "compare_hypergradients",
-    "cross_fit",
     "fit",
     "hypergradient",
     "minimise",
     "minimize",
     "register",
     "split_dataset",
-    "split_folds",
 ]
 
 

@@ -51,11 +51,6 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         help="τ of the prior ½·τ·mean‖u − u0‖² of the K logits, which keeps n trusted rows from "
         "being followed into their noise; K/(8·n) if not given, 0 for none",
     )
-    cross_fit: int | None = HfArg(
-        default=None,
-        help="folds of the trusted rows, each of which is above for an adapter of its own; if not "
-        "given all trusted rows are above, and below too",
-    )
     gradient_accumulation_steps: int = HfArg(
         default=16,
         help="micro-batches a step of the search, which needs about ten rows of each source: 128 "
@@ -86,9 +81,8 @@ class MixTrainer(TwoPhaseTrainer):
 
     The search trains the adapter on the sources below and the weights on the trusted rows above
     (`Mixture`, `Target`). The trusted rows are below too, as one more source, ``trusted``, whose
-    weight is learnt as well; with ``cross_fit`` a fold of them is above for an adapter that the
-    others train. Then the adapter is trained from its initial values on sources and trusted rows.
-    ``weights`` has the result. `verdict` says whether it was worth it.
+    weight is learnt as well. Then the adapter is trained from its initial values on sources and
+    trusted rows. ``weights`` has the result. `verdict` says whether it was worth it.
 
     The default prior makes n·(F + prior), with F the mean loss of n trusted rows, a negative log
     posterior whose logits have the prior variance 8.
@@ -154,8 +148,6 @@ class MixTrainer(TwoPhaseTrainer):
         self.weights = SourceWeights(
             self.data.counts, kind=args.source_weights, average=args.source_average
         ).to(args.device)
-        if args.cross_fit is not None:  # below in all folds but one
-            self.weights.counts[-1] -= len(self.data.trusted) / args.cross_fit
         #: Whether the prior is the default one.
         self.default_prior = args.upper_prior is None
         if self.default_prior:
@@ -171,7 +163,7 @@ class MixTrainer(TwoPhaseTrainer):
             lower=self._lower,
             upper=self._upper,
             args=args,
-            train_dataset=self.data.everything if args.cross_fit is None else self.data.below,
+            train_dataset=self.data.everything,
             upper_dataset=self.data.trusted,
             callbacks=callbacks,
             **trainer,
@@ -185,7 +177,6 @@ class MixTrainer(TwoPhaseTrainer):
 
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the adapter on everything, with the learnt weights."""
-        self.weights.counts[-1] = len(self.data.trusted)
         return BilevelTrainer(
             self.model,
             lower=self._lower,
@@ -197,9 +188,8 @@ class MixTrainer(TwoPhaseTrainer):
 
     def search_passes(self) -> int:
         """The forward+backward passes of the search, in passes over a micro-batch."""
-        args, folds = self.args, self.args.cross_fit or 1
-        steps = args.steps_of(len(self.data.everything))
-        return math.ceil(steps * self.passes_of_an_upper_step() / folds / args.lower_steps) * folds
+        steps = self.args.steps_of(len(self.data.everything))
+        return math.ceil(steps * self.passes_of_an_upper_step() / self.args.lower_steps)
 
     def shares(self) -> dict[str, float]:
         """The share of each source, and of the trusted rows, in the training loss; sum 1."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -17,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
-from hyperopt_peft.core.cross_fit import split_folds
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter, trainable
 from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, Mixture, SourceWeights
@@ -133,11 +134,8 @@ def verdict(trainer: MixTrainer, *, folds: int = 3, equal_passes: bool = True) -
     if not trainer.state.global_step and trainer.retrainer is None:
         raise ProblemError("verdict: the trainer has not trained; call train first")
     contest, data = _Contest(trainer), trainer.data
-    label = label_column(data.trusted)
-    classes = classes_of(data.trusted, label)
-    of_row = np.array(
-        split_folds(len(data.trusted), folds, seed=trainer.args.seed, classes=classes)
-    )
+    classes = classes_of(data.trusted, label_column(data.trusted))
+    of_row = split_folds(classes, folds, seed=trainer.args.seed)
     lengths = {contest.steps}
     if equal_passes:
         lengths.add(math.ceil(contest.passes / contest.a_step))
@@ -155,6 +153,40 @@ def verdict(trainer: MixTrainer, *, folds: int = 3, equal_passes: bool = True) -
     return Verdict(
         [min((e for e in entries if e.method == name), key=lambda e: e.loss) for name in names]
     )
+
+
+def split_folds(classes: Sequence[Any], folds: int, *, seed: int = 0) -> np.ndarray[Any, Any]:
+    """The fold of each row, from 0 and below ``folds``, shuffled by ``seed``.
+
+    Args:
+        classes: the class of each row, by which the folds are stratified, unless every class has
+            fewer rows than there are folds.
+        folds: the number of folds.
+        seed: the seed of the permutation.
+
+    Raises:
+        ProblemError: ``folds`` is not from 2 to the number of rows.
+
+    Example:
+        >>> folds = split_folds(["a", "b"] * 3, 3)
+        >>> sorted(folds[::2].tolist()), sorted(folds[1::2].tolist())
+        ([0, 1, 2], [0, 1, 2])
+    """
+    if not 2 <= folds <= len(classes):
+        raise ProblemError(
+            f"folds: {folds} folds of {len(classes)} rows are not possible; choose from 2 to "
+            f"{len(classes)}"
+        )
+    from sklearn.model_selection import KFold, StratifiedKFold  # a second to import
+
+    kind = StratifiedKFold if max(Counter(classes).values()) >= folds else KFold
+    of_row, names = np.zeros(len(classes), dtype=int), list(map(repr, classes))  # of any type
+    with warnings.catch_warnings(action="ignore"):  # some class has fewer rows than folds
+        for k, (_, rows) in enumerate(
+            kind(folds, shuffle=True, random_state=seed).split(of_row, names)
+        ):
+            of_row[rows] = k
+    return of_row
 
 
 class _Contest:

@@ -118,8 +118,6 @@ class TwoPhaseTrainer(BilevelTrainer):
             found = None
         else:
             self._return_to_learnt()
-        if self.folds is not None:  # where the search was not resumed
-            self.folds.join()
         self.retrainer = self.retraining(arguments)
         return self.retrainer._train_from(found, *args, **kwargs)
 
@@ -149,8 +147,8 @@ class TwoPhaseTrainer(BilevelTrainer):
         of_upper = 2 if cost is None else cost.backward_passes
         of_lower_batch = args.lower_steps - 1 + of_upper - 1
         pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
-        one: int = of_lower_batch * args.gradient_accumulation_steps + pieces
-        return one * (args.cross_fit or 1)
+        passes: int = of_lower_batch * args.gradient_accumulation_steps + pieces
+        return passes
 
     def _learnt(self) -> dict[str, Tensor]:
         """The upper variables outside the model, which a checkpoint of the retraining lacks."""

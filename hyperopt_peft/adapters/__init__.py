@@ -9,7 +9,6 @@ from hyperopt_peft.adapters.analysis import (
 )
 from hyperopt_peft.adapters.dora.fast import use_fast_dora
 from hyperopt_peft.adapters.dora.variants import set_norm_grad
-from hyperopt_peft.adapters.folds import AdapterFolds
 from hyperopt_peft.adapters.layers import direction, dora_layers, lora_layers
 from hyperopt_peft.adapters.ownership import ParameterSplit, split_parameters
 from hyperopt_peft.adapters.parametrizations.pseudo_svd import (
@@ -32,7 +31,6 @@ from hyperopt_peft.adapters.parametrizations.selection import (
 from hyperopt_peft.adapters.regularizers import gram, gram_penalty
 
 __all__ = [
-    "AdapterFolds",
     "LineFit",
     "ModuleChange",
     "ParameterSplit",

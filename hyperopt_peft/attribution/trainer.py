@@ -161,8 +161,6 @@ def _check_run(trainer: Any) -> None:
             f"training: {type(trainer).__name__} has levels whose share of each row is not known; "
             "give a BiDoRATrainer, the trainer of one level, or an Engine with levels of your own"
         )
-    if getattr(trainer, "folds", None) is not None:
-        raise ProblemError("cross_fit: the rows of a cross-fitted run have no score; leave it out")
     for name in DECISIVE:
         module = getattr(getattr(trainer, name), "__module__", "").partition(".")[0]
         if module not in ("transformers", "hyperopt_peft"):

@@ -104,7 +104,6 @@ def run(argv: Sequence[str]) -> None:
 def trained(setup: Setup, args: BiDoRATrainingArguments, steps: int) -> BiDoRATrainer:
     """A BiDoRA trainer after ``steps`` lower steps of the search; nothing is written."""
     args.method, args.retrain, args.max_steps = "bidora", "none", steps
-    args.cross_fit = None  # the program of one fold tells as much
     args.save_strategy = type(args.save_strategy)("no")
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder

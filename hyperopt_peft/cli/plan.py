@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperopt_peft.adapters import split_parameters
-from hyperopt_peft.core.cross_fit import Folds
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
-from hyperopt_peft.trainer.folds import OnPart
 
 
 def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[int, int]:
@@ -23,7 +20,7 @@ def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[
         lower: the number of examples of the lower level alone.
         everything: the number of examples of both levels.
     """
-    search = args.steps_of(lower if args.cross_fit is None else everything)
+    search = args.steps_of(lower)
     again = 0 if args.retrain == "none" else args.for_retraining().steps_of(everything)
     return search, again
 
@@ -43,10 +40,7 @@ def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
     lines = [f"method: {args.method}"]
     lower, bilevel = len(trainer.train_dataset), trainer.upper is not None
     if bilevel:
-        with nullcontext() if trainer.folds is None else trainer.folds.alone(0):
-            parts = split_parameters(model)
-        if args.cross_fit is not None:
-            lines.append(f"folds: {args.cross_fit}, each with directions and head of its own")
+        parts = split_parameters(model)
         lines += [
             f"upper level, magnitudes: {_count(parts.magnitudes.values())}",
             f"lower level, directions: {_count(parts.directions.values())}",
@@ -89,13 +83,10 @@ def _count(parameters: Iterable[Tensor]) -> str:
 def memory(trainer: BiDoRATrainer) -> str:
     """An estimate of the memory of training, as a sum of named parts."""
     lower, upper = trainer.lower.variables, () if trainer.upper is None else trainer.upper.variables
-    level = trainer.lower
-    if isinstance(level, Folds) and isinstance(level.levels[0], OnPart):
-        level = level.levels[0].level  # one fold's graph is held at a time
     trained = _bytes([*lower, *upper])
     batch, size = longest_batch(trainer)
     with trainer.compute_loss_context_manager():
-        graph = saved_bytes(lambda: level.evaluate(batch)[0], trainer.model.parameters())
+        graph = saved_bytes(lambda: trainer.lower.evaluate(batch)[0], trainer.model.parameters())
     parts = {
         "weights": _bytes(trainer.model.parameters()),
         "gradients of trained parameters": trained,
@@ -121,8 +112,6 @@ def memory(trainer: BiDoRATrainer) -> str:
 def longest_batch(trainer: BiDoRATrainer) -> tuple[Any, int]:
     """A lower batch of the longest examples, and their number."""
     data: Any = trainer.train_dataset
-    if trainer.folds is not None:
-        data = [row for row, _ in data]
     lengths = [len(row["input_ids"]) for row in data]
     longest = sorted(range(len(data)), key=lambda row: -lengths[row])
     rows = longest[: trainer.args.per_device_train_batch_size]

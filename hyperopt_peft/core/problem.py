@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -222,10 +222,6 @@ class Problem:
             return frozenset()
         read = set(map(id, graph_leaves(loss)))
         return frozenset(n for n, v in zip(self.names, self.variables) if id(v) not in read)
-
-    def terms(self, batch: Any) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """Losses whose sum is that of `evaluate`, each differentiated before the next is drawn."""
-        yield self.evaluate(batch)
 
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
         """The loss on ``batch`` and the gradient with respect to ``variables``.

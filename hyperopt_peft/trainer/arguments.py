@@ -104,11 +104,6 @@ class BilevelTrainingArguments(TrainingArguments):
         default=0.2,
         help="share of train_dataset that the upper level gets where no upper_dataset is given",
     )
-    cross_fit: int | None = HfArg(
-        default=None,
-        help="number of folds of the upper level's examples, each of which is held out from an "
-        "adapter of its own that all other examples train; no folds if not given",
-    )
     non_finite: Literal["raise", "skip"] = HfArg(
         default="raise",
         help="response to a NaN or infinite loss, gradient or curvature: raise (after a checkpoint "
@@ -136,7 +131,6 @@ class BilevelTrainingArguments(TrainingArguments):
         counts += ["lower_steps", "per_device_upper_batch_size"]
         self._require("not be negative", lambda x: x >= 0, *rates)
         self._require("be at least 1", lambda n: n >= 1, *counts)
-        self._require("be at least 2", lambda n: n >= 2, "cross_fit")
         self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")
 
     def _require(self, words: str, rule: Callable[[Any], bool], *names: str) -> None:

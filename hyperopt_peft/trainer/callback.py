@@ -178,14 +178,12 @@ class BilevelCallback(TrainerCallback):
         self.seal()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the levels of the best model, which the Trainer has loaded; join the folds."""
+        """Restore the levels of the best model, which the Trainer has loaded."""
         self._seal_of_signal(args, state, control)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
             checkpoint.unseal(best)
             self._load_levels(best)
-        if self.trainer.folds is not None:
-            self.trainer.folds.join()
 
     def _seal_of_signal(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # On SIGTERM the Trainer writes a checkpoint in any of these events, without `on_save`.

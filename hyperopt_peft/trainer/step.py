@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,6 @@ from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError
 from hyperopt_peft.trainer.accumulation import MicroBatch, label_weights
 from hyperopt_peft.trainer.checks import shifts_labels
-from hyperopt_peft.trainer.folds import weighted
 from hyperopt_peft.trainer.optimizer import learning_rate
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather
@@ -62,27 +61,19 @@ class OptimizerStep:
 
     @property
     def last_prior(self) -> float:
-        """The lower level's prior in the terms of the last micro-batch."""
+        """The lower level's prior in the loss of the last micro-batch."""
         return prior_of(self.trainer.lower, self._metrics[-1]) / self.expected
 
-    def losses(self, inputs: Any) -> Iterator[Tensor]:
-        """The terms of the lower loss of the next micro-batch divided by their number, scalars.
-
-        Each is differentiated before the next is evaluated; see `Problem.terms`.
-        """
+    def loss(self, inputs: Any) -> Tensor:
+        """The lower loss of the next micro-batch divided by their number, with its graph."""
         trainer = self.trainer
         batch = self._on_device(inputs, self._weights[len(self.micro)])
         self.micro.append(MicroBatch(batch, RandomState.capture(trainer.devices)))
-        terms = trainer.lower.terms(batch)
-        while True:
-            with trainer.compute_loss_context_manager():
-                term = next(terms, None)
-            if term is None:
-                return
-            loss = term[0] / self.expected
-            self._losses.append(loss.detach())
-            self._metrics.append(term[1])
-            yield loss
+        with trainer.compute_loss_context_manager():
+            loss, metrics = trainer.lower.evaluate(batch)
+        self._losses.append(loss.detach() / self.expected)
+        self._metrics.append(metrics)
+        return loss / self.expected
 
     def set_gradients(self, save: Callable[[RandomState], str]) -> None:
         """Set each ``.grad`` to the clipped direction of the step; None for no move.
@@ -172,9 +163,6 @@ class OptimizerStep:
         assert trainer.upper_batches is not None
         pieces, shares = zip(*trainer.upper_batches.pieces(number), strict=True)
         of_labels = self._label_weights(pieces)
-        if trainer.folds is not None:  # whose parts have weights of their own
-            pieces = tuple(weighted(trainer, pieces, above=True))
-            shares = tuple(1.0 for _ in pieces)
         seed = ("upper", trainer.args.seed, number, *distributed.rank_key())
         return [
             MicroBatch(

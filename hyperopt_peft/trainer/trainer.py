@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hyperopt_peft.core.cross_fit import Folds
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
@@ -28,7 +26,6 @@ from hyperopt_peft.trainer.accumulation import ITEMS, WEIGHT, Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback, model_card
 from hyperopt_peft.trainer.data import collating, data_of_levels, fingerprint
-from hyperopt_peft.trainer.folds import cross_fitted, weighted
 from hyperopt_peft.trainer.optimizer import check_optimizer, held, new_optimizer
 from hyperopt_peft.trainer.step import OptimizerStep, StepLog
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
@@ -37,9 +34,6 @@ from hyperopt_peft.utils.distributed import reshard
 from hyperopt_peft.utils.signal_to_noise import ENOUGH, REMEDIES
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from hyperopt_peft.adapters.folds import AdapterFolds
 
 SETTINGS = "bilevel_settings.json"
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
@@ -136,15 +130,8 @@ class BilevelTrainer(Trainer):
             callbacks=[self._callback, *(callbacks or ())],
             **trainer,
         )
-        self.lower: Problem
-        self.upper: Problem | None
-        #: The folds' adapters, with ``args.cross_fit``.
-        self.folds: AdapterFolds | None = None
-        if args.cross_fit is None or upper is None:
-            self.lower, self.upper = _made(lower, self), _made(upper, self)
-        else:
-            _ = self._fingerprints  # of the data as they are given
-            self.upper, self.lower, self.folds = cross_fitted(self, lower, upper)
+        self.lower: Problem = _made(lower, self)
+        self.upper: Problem | None = _made(upper, self)
         checks.check_levels(self.levels)
         if self.upper is not None and args.upper_prior is not None:
             checks.check_no_prior(self.upper)
@@ -222,8 +209,6 @@ class BilevelTrainer(Trainer):
         self, found: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Train from the checkpoint ``found``, with its record; None for a new run."""
-        if self.folds is not None:
-            self.folds.require_copies()
         self.step_log, self.skipped, self._noise_said = StepLog(), 0, False
         self.save_total_limit = self.args.save_total_limit
         limits = self.args.max_grad_norm, self.args.save_total_limit
@@ -264,8 +249,6 @@ class BilevelTrainer(Trainer):
         The callback calls this after the Trainer has prepared model and optimizer: FSDP2 replaces
         the parameters, also in the optimizer, by shards.
         """
-        if self.folds is not None:
-            self.folds.reset()  # loading an adapter freezes it unless it is the active one
         now = dict(zip(map(id, self._held), held(self.optimizer), strict=True))
         for level in self.levels:
             level.variables = tuple(now[id(variable)] for variable in level.variables)
@@ -278,8 +261,6 @@ class BilevelTrainer(Trainer):
             return [], None
         with collating("train_dataset"):
             batches = list(islice(epoch_iterator, num_batches))
-        if self.folds is not None:
-            batches = weighted(self, batches, above=False)
         self.current_step = OptimizerStep(self, batches)
         return batches, None
 
@@ -288,16 +269,14 @@ class BilevelTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        losses = []
-        for loss in self.current_step.losses(inputs):
-            self.accelerator.backward(loss)
-            losses.append(loss.detach())
+        loss = self.current_step.loss(inputs)
+        self.accelerator.backward(loss)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         if self.current_step.whole:
             self.current_step.set_gradients(self._callback.save_before)
-        return torch.stack(losses).sum() - self.current_step.last_prior
+        return loss.detach() - self.current_step.last_prior
 
     def task_loss(self, batch: Any) -> Tensor:
         """The loss that the Trainer would train: a scalar, the weighted mean over the labels.
@@ -407,8 +386,6 @@ class BilevelTrainer(Trainer):
             ProblemError: the estimator cannot be used with the levels or the optimizer.
         """
         self.max_grad_norm = self.args.max_grad_norm
-        if isinstance(self.lower, Folds):  # the limit of a fold where all have equal norms
-            self.max_grad_norm *= len(self.lower.levels) ** 0.5
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
             lower = Accumulated(self.lower, optimizer, self.max_grad_norm or None)

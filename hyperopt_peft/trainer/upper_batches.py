@@ -149,16 +149,14 @@ def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
     Without ``per_device_upper_batch_size`` each is the whole data set where that is small.
     """
     data, args = trainer.upper_dataset, trainer.args
-    size, given = args.per_device_train_batch_size, args.per_device_upper_batch_size
-    if whole := given is None and len(data) <= WHOLE:
-        size *= args.cross_fit or 1  # the folds share a piece, and are evaluated one by one
+    given = args.per_device_upper_batch_size
     loader = loader_of(trainer, data, "upper_dataset")
     if isinstance(data, datasets.Dataset):
         data = data.select_columns(loader.dataset.column_names)
     return UpperBatches(
         data,
-        given or size,
-        whole=whole,
+        given or args.per_device_train_batch_size,
+        whole=given is None and len(data) <= WHOLE,
         seed=args.seed,
         collate=loader.collate_fn,
         rank=distributed.rank(),

@@ -42,18 +42,6 @@ def test_who_owns_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_folds_have_owners_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = given(tmp_path, target_modules=["query", "value"], max_steps=-1, num_train_epochs=2)
-    text = plan(capsys, options)
-    folded = plan(capsys, {**options, "cross_fit": 3})
-    assert numbers(folded, "folds") == [3]
-    for line in ("upper level, magnitudes", "lower level, directions", "lower level, head"):
-        assert numbers(folded, line) == numbers(text, line)
-    # All rows are below, and the trusted ones above too.
-    assert numbers(text, "examples")[:2] == [19, 5] and numbers(folded, "examples")[:2] == [24, 5]
-    assert numbers(folded, "steps")[0] == 2 * math.ceil(24 / 4)
-
-
 @pytest.mark.parametrize("retrain", ["warm", "none"])
 def test_steps_are_those_that_are_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], retrain: str

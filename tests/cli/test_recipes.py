@@ -160,7 +160,7 @@ def test_numbers_are_the_published_ones(recipe: str) -> None:
     estimator = args.estimator()
     assert isinstance(estimator, DARTS) and estimator.xi == 1
     assert (args.method, args.gamma, args.lower_steps) == ("bidora", 1e-5, 1)
-    assert (args.upper_fraction, args.cross_fit, args.upper_prior) == (0.2, None, None)
+    assert (args.upper_fraction, args.upper_prior) == (0.2, None)
     assert args.per_device_train_batch_size == (64 if recipe == "roberta-large-qnli" else 32)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.98, 1e-6)
     assert args.optim.startswith("adamw_torch")

@@ -20,9 +20,8 @@ from tests.support.watch import SGD
 LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize("cross_fit", [None, 3])
-def test_the_bad_source_loses(tmp_path: Path, cross_fit: int | None) -> None:
-    run = trainer(tmp_path, cross_fit=cross_fit)
+def test_the_bad_source_loses(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
     run.train()
     weights, shares = run.row_weights(), run.shares()
     assert weights["good"] > 2 * weights["bad"]
@@ -89,9 +88,8 @@ def test_a_resumed_retraining_reads_the_learnt_weights(tmp_path: Path) -> None:
         make(tmp_path).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("cross_fit", [None, 3])
 @pytest.mark.parametrize("stops", [[(4,)], [(2, "retrain")], [(7,), (4, "retrain")]])
-def test_both_phases_resume(tmp_path: Path, cross_fit: int | None, stops: Any) -> None:
+def test_both_phases_resume(tmp_path: Path, stops: Any) -> None:
     def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
         made = trainer(folder, callbacks, **settings)
         made.remove_callback(PrinterCallback)
@@ -106,7 +104,6 @@ def test_both_phases_resume(tmp_path: Path, cross_fit: int | None, stops: Any) -
         save_steps=3,
         logging_steps=3,
         gradient_accumulation_steps=2,
-        cross_fit=cross_fit,
     )
 
 
@@ -126,8 +123,6 @@ def test_passes_of_the_search_are_counted_in_micro_batches(tmp_path: Path) -> No
     options["hypergradient"] = "direct"
     run = trainer(tmp_path, trusted=rows(40, 3), **options)
     assert run.search_passes() == 4 * (2 * 3 + 2)
-    folded = trainer(tmp_path, trusted=rows(40, 3), cross_fit=2, **options)
-    assert folded.search_passes() == 2 * 4 * (2 * 3 + 1)
 
 
 def test_votes_of_labelling_functions(tmp_path: Path) -> None:
@@ -148,7 +143,6 @@ def test_votes_of_labelling_functions(tmp_path: Path) -> None:
     ("options", "named"),
     [
         ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"cross_fit": 1}, "cross_fit"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .* MixTrainer"),
         ({"given": {"good": rows(9, 1)}}, "two or more"),
         ({"trusted": sources()["good"].select(range(5))}, "5 of 5"),

@@ -12,7 +12,7 @@ from tests.support import two_processes
 from tests.support.mix_runs import trainer
 from tests.support.trainers import values
 
-RUNS: dict[str, dict[str, Any]] = {"shared": {}, "folds": {"cross_fit": 3}}
+RUNS: dict[str, dict[str, Any]] = {"shared": {}}
 
 
 def train(folder: Path, batch: int, name: str) -> dict[str, Tensor]:

@@ -31,15 +31,6 @@ RUNS = {
         "eval_steps": 2,
     },
     "dora": {"method": "dora"},
-    # A micro-batch of a process has rows of some folds only.
-    "folds": {
-        "hypergradient": "cg:steps=3",
-        "cross_fit": 3,
-        "gradient_accumulation_steps": 2,
-        "gamma": 0.1,
-        "retrain": "warm",
-        "retrain_steps": 2,
-    },
 }
 SHARDED = ["darts", "minres", "penalty", "retrain", "dora"]
 # With this each process shards what it has; in the shipped configuration it is the first one's.
@@ -53,7 +44,6 @@ OWN_WEIGHTS = {
 }
 REFUSED = {
     "cg": {"hypergradient": "cg"},
-    "folds": {"cross_fit": 3, "upper_fraction": 1 / 3},
     "gamma": {"gamma": 0.1},
     "bf16": {"bf16": True},
     "version": {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}},

@@ -31,7 +31,6 @@ ARGUMENTS: dict[str, list[Any]] = {
     "per_device_upper_batch_size": [0],
     "upper_fraction": [0.0, 1.0, 20],
     "non_finite": ["ignore"],
-    "cross_fit": [1, 2.0, True],
     "hypergradient": [3, "unrolled:steps=2"],
     "xi": [NAN, -1.0],
     "method": ["bidorra"],

@@ -130,7 +130,6 @@ def test_what_shards_cannot_do_is_refused(two: Any) -> None:
     for result in two["fsdp"]:
         refused = result["refused"]
         assert 'choose product="difference"' in refused["cg"]
-        assert "cross_fit: not possible with FSDP2" in refused["folds"]
         assert "gamma reads parameters outside" in refused["gamma"]
         assert "bf16 does not go with FSDP2" in refused["bf16"]
         assert "fsdp_version" in refused["version"]
