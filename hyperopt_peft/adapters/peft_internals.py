@@ -32,6 +32,7 @@ __all__ = [
     "DoraLinearVariant",
     "LoraVariant",
     "ParamWrapper",
+    "clear_dora_cache",
     "convolution",
     "embed_scale",
     "embedded",
@@ -40,6 +41,7 @@ __all__ = [
     "peft_before",
     "set_variant",
     "variant",
+    "variants",
 ]
 
 
@@ -50,7 +52,13 @@ def variant(layer: LoraLayer, adapter_name: str) -> LoraVariant | None:
 
 def set_variant(layer: LoraLayer, adapter_name: str, value: LoraVariant) -> None:
     """Give ``layer`` another forward pass and other merging."""
+    clear_dora_cache(layer, adapter_name)
     layer.lora_variant[adapter_name] = value
+
+
+def variants(layer: Any) -> list[LoraVariant]:
+    """The variants of all adapters of ``layer``, plain LoRA left out."""
+    return list(layer.lora_variant.values())
 
 
 def embed_scale(layer: Embedding) -> Tensor | None:
@@ -75,6 +83,14 @@ def convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 def is_caching(layer: LoraLayer) -> bool:
     """Whether ``peft.helpers.DoraCaching`` (PEFT 0.19) lets ``layer`` keep B·A and the norm."""
     return getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training
+
+
+def clear_dora_cache(layer: LoraLayer, adapter_name: str) -> None:
+    """Drop the cached B·A and norm, as PEFT's own forward pass does outside of DoraCaching."""
+    if adapter_name in layer.lora_magnitude_vector:
+        cache = getattr(layer.lora_magnitude_vector[adapter_name], "_dora_cache", None)
+        if cache:  # PEFT 0.18 has none
+            cache.clear()
 
 
 def is_placed(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.dora.fast import FastFullNorm
 from hyperopt_peft.adapters.dora.variants import VARIANTS
 from hyperopt_peft.attribution.evaluation import Evaluation
@@ -186,7 +187,7 @@ def require_norm_in_graph(model: Any) -> None:
         name
         for name, module in model.named_modules()
         if getattr(module, "lora_magnitude_vector", None)
-        and not all(isinstance(variant, full) for variant in module.lora_variant.values())
+        and not all(isinstance(variant, full) for variant in peft_internals.variants(module))
     ]
     if detached:
         raise ProblemError(

@@ -18,6 +18,7 @@ from tests.support.adapted_models import (
     Single,
     adapted_layer,
     assert_same,
+    layer_input,
     output_and_gradients,
     randomise,
     single,
@@ -164,29 +165,65 @@ def test_a_traced_model() -> None:
     torch.testing.assert_close(traced(tokens(3) + 1), model(tokens(3) + 1))
 
 
-@pytest.mark.skipif(not hasattr(helpers, "DoraCaching"), reason="PEFT 0.18 has no DoraCaching")
+needs_caching = pytest.mark.skipif(
+    not hasattr(helpers, "DoraCaching"), reason="PEFT 0.18 has no DoraCaching"
+)
+
+
+@needs_caching
 @pytest.mark.parametrize("norm_grad", ["full", "detach"])
 def test_caching_at_inference_is_that_of_peft(norm_grad: Any) -> None:
-    """The norm of the first pass serves the second; gradients are those without caching."""
-    model, x = randomise(single()), tokens(3)
+    """Every pass of the same sequence as PEFT's; gradients are those without caching."""
+    model, x = randomise(single()).eval(), tokens(3)
     b = adapted_layer(model).lora_B["default"].weight
-    found = []
-    for prepare in (
-        lambda: set_norm_grad(model, "detach"),
-        lambda: use_fast_dora(model, norm_grad),
-    ):
-        prepare().train().eval()  # what was cached is dropped
-        with torch.no_grad(), helpers.DoraCaching():
-            first = model(x)
-            b.mul_(2)
-            found.append((first, model(x)))
-        assert not torch.allclose(found[-1][1], model(x))
+    start, outputs = b.detach().clone(), []
+    for prepare in (set_norm_grad, use_fast_dora):
+        prepare(model, "detach" if prepare is set_norm_grad else norm_grad)
         with torch.no_grad():
-            b.div_(2)
-    torch.testing.assert_close(found[1], found[0])
+            b.copy_(start)
+            for caching in (True, True, False, True, True):
+                with helpers.DoraCaching(caching):
+                    outputs.append(model(x))
+                b.mul_(2)
+            b.copy_(start)
+    torch.testing.assert_close(outputs[5:], outputs[:5])
+    assert not torch.allclose(outputs[2], outputs[1])  # the second is from the cache
+    assert not torch.allclose(outputs[3], outputs[2])  # the fourth is not
     expected = output_and_gradients(set_norm_grad(model, norm_grad), x)
     with helpers.DoraCaching():
         assert_same(output_and_gradients(use_fast_dora(model, norm_grad), x), expected, 1e-12)
+
+
+@needs_caching
+@pytest.mark.parametrize("kind", ["linear", "conv1d_gpt2", "embedding", "conv2d"])
+@torch.no_grad()
+def test_the_cache_is_filled_and_emptied_as_by_peft(kind: str) -> None:
+    model, x = use_fast_dora(randomise(single(kind)), "detach"), layer_input(kind)
+    cache = adapted_layer(model).lora_magnitude_vector["default"]._dora_cache
+    expected = model(x)
+    assert not cache
+    model.eval()
+    for caching in (True, False):
+        with helpers.DoraCaching(caching):
+            torch.testing.assert_close(model(x), expected)
+        assert bool(cache) == caching
+    with helpers.DoraCaching():
+        model(x)
+        assert not model.train() or not cache  # in training mode nothing is cached
+        torch.testing.assert_close(model(x), expected)
+        assert not cache
+
+
+@needs_caching
+@torch.no_grad()
+def test_another_forward_pass_starts_without_the_cache_of_the_former() -> None:
+    model, x = randomise(single()).eval(), tokens(3)
+    with helpers.DoraCaching():
+        model(x)
+        set_norm_grad(model, "full")
+        adapted_layer(model).lora_B["default"].weight.mul_(2)
+        expected = model(x)
+        torch.testing.assert_close(set_norm_grad(model, "detach")(x), expected)
 
 
 def two_precisions() -> PeftModel:

@@ -38,7 +38,8 @@ def test_lora_variant_holds_the_variant_of_a_dora_layer(kind: str) -> None:
     layer = adapted_layer(single(kind))
     assert isinstance(layer.lora_variant, dict)
     assert type(layer.lora_variant["default"]) is VARIANTS[kind]
-    assert not adapted_layer(single(kind, use_dora=False)).lora_variant
+    assert peft_internals.variants(layer) == [layer.lora_variant["default"]]
+    assert not peft_internals.variants(adapted_layer(single(kind, use_dora=False)))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,19 @@ def test_enable_dora_caching_is_what_dora_caching_sets() -> None:
         assert dora.ENABLE_DORA_CACHING and peft_internals.is_caching(layer)
         assert not peft_internals.is_caching(layer.train())
     assert not peft_internals.is_caching(layer.eval())
+
+
+def test_dora_cache_holds_what_dora_caching_keeps() -> None:
+    if not hasattr(helpers, "DoraCaching"):
+        return
+    model = single().eval()
+    with helpers.DoraCaching():
+        model(layer_input("linear"))
+    layer = adapted_layer(model)
+    cache = layer.lora_magnitude_vector["default"]._dora_cache
+    assert set(cache) == {"lora-weight-default", "weight-norm-default"}
+    peft_internals.clear_dora_cache(layer, "default")
+    assert not cache
 
 
 def test_seq_cls_head_names() -> None:

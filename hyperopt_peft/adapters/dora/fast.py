@@ -125,7 +125,10 @@ def _forward(
     **kwargs: Any,
 ) -> Tensor:
     """The fast forward pass, or that of ``slow`` or PEFT where the fast one does not apply."""
-    if (instead := _instead(module, adapter, x, slow)) is not None:
+    instead = _instead(module, adapter, x, slow)
+    if instead is not peft_internals.DoraLinearVariant:  # which clears its cache itself
+        peft_internals.clear_dora_cache(module, adapter)
+    if instead is not None:
         y: Tensor = instead.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
         return y
 
