@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -175,6 +176,24 @@ class BilevelTrainingArguments(TrainingArguments):
         batches = rows // size if self.dataloader_drop_last else math.ceil(rows / size)
         an_epoch: int = max(1, math.ceil(batches / self.gradient_accumulation_steps))
         return math.ceil(float(self.num_train_epochs) * an_epoch)
+
+    def without_limits(self) -> Self:
+        """A copy with which the Trainer's loop neither clips gradients nor deletes checkpoints.
+
+        `BilevelTrainer` does both itself. Written to disk, the copy is the original.
+
+        Example:
+            >>> args = BilevelTrainingArguments("outputs", max_grad_norm=0.7, report_to="none")
+            >>> limitless = args.without_limits()
+            >>> limitless.max_grad_norm, copy.copy(limitless).max_grad_norm
+            (0.0, 0.7)
+        """
+        args = copy.copy(self)
+        vars(args).update(max_grad_norm=0.0, save_total_limit=None, _original=self)
+        return args
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(vars(self).get("_original", self))
 
     def bilevel_settings(self) -> dict[str, Any]:
         """The fields of this class and its subclasses, without those of TrainingArguments."""

@@ -210,14 +210,13 @@ class BilevelTrainer(Trainer):
     ) -> Any:
         """Train from the checkpoint ``found``, with its record; None for a new run."""
         self.step_log, self.skipped, self._noise_said = StepLog(), 0, False
-        self.save_total_limit = self.args.save_total_limit
-        limits = self.args.max_grad_norm, self.args.save_total_limit
+        given = self.args
         try:
             with self._callback.run(found):
                 distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
                 return super().train(None if found is None else str(found[0]), *args, **kwargs)
         finally:
-            self.args.max_grad_norm, self.args.save_total_limit = limits
+            self.args = given
             if self.upper_batches is not None:
                 self.upper_batches.close()
 
@@ -244,7 +243,7 @@ class BilevelTrainer(Trainer):
             )
 
     def take_over(self) -> None:
-        """Replace the levels' variables by the optimizer's, and do the Trainer's clipping.
+        """Replace the levels' variables by the optimizer's; the Trainer's loop clips nothing.
 
         The callback calls this after the Trainer has prepared model and optimizer: FSDP2 replaces
         the parameters, also in the optimizer, by shards.
@@ -253,7 +252,8 @@ class BilevelTrainer(Trainer):
         for level in self.levels:
             level.variables = tuple(now[id(variable)] for variable in level.variables)
         self._take_levels(self.optimizer)
-        self.args.max_grad_norm, self.args.save_total_limit = 0.0, None
+        self.save_total_limit = self.args.save_total_limit
+        self.args = self.args.without_limits()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of the next step; none at the end of the run."""

@@ -1,4 +1,4 @@
-"""What the Trainer does with a checkpoint, it does with one that is whole."""
+"""Checkpoints: what is on disk is what the user gave; a signal asks for one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from hyperopt_peft.engine.checkpoint import last_valid
 from tests.support.networks import differences
 from tests.support.resume import end, saving
+
+
+def test_the_arguments_are_the_users_on_disk_and_in_memory(tmp_path: Path) -> None:
+    during = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            during.append((given.max_grad_norm, given.save_total_limit))
+
+    run = saving(tmp_path, [Look()], max_grad_norm=0.7, save_total_limit=3)
+    given, before = run.args, vars(run.args).copy()
+    run.train()
+    run.save_model()
+    assert during == [(0.7, 3)] * 9 and run.args is given and vars(given) == before
+    for folder in (tmp_path, *tmp_path.glob("checkpoint-*")):
+        loaded = torch.load(folder / "training_args.bin", weights_only=False)
+        assert loaded.to_dict() == given.to_dict()
+    assert "max_grad_norm" in loaded.to_dict()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3
 
 
 @pytest.mark.parametrize("retrain", ["none", "warm"])
