@@ -81,8 +81,8 @@ class MixTrainer(TwoPhaseTrainer):
 
     The search trains the adapter on the sources below and the weights on the trusted rows above
     (`Mixture`, `Target`). The trusted rows are below too, as one more source, ``trusted``, whose
-    weight is learnt as well. Then the adapter is trained from its initial values on sources and
-    trusted rows. ``weights`` has the result. `verdict` says whether it was worth it.
+    weight is learned as well. Then the adapter is trained from its initial values on sources and
+    trusted rows. ``weights`` has the result; `compare_baselines` says whether it was worth it.
 
     The default prior makes n·(F + prior), with F the mean loss of n trusted rows, a negative log
     posterior whose logits have the prior variance 8.

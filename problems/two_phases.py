@@ -17,8 +17,8 @@ from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.distributed import reshard, sharded_like
 
-#: The lower level's initial values, and what the search has learnt outside the model.
-INITIAL, LEARNT = "initial.pt", "learnt.pt"
+#: Files of the search: the lower level's initial values, and learned variables outside the model.
+INITIAL, LEARNED = "initial.pt", "learned.pt"
 
 
 @dataclass
@@ -81,8 +81,39 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
 class TwoPhaseTrainer(BilevelTrainer):
     """A search over both levels, then a retraining of the lower one with the upper one frozen.
 
-    The retraining has its own trainer, ``retrainer``, with its own ``state.log_history``. A
-    subclass makes it in ``retraining``. Without an upper level there is one phase.
+    The base of `BiDoRATrainer` and `MixTrainer`. The retraining has its own trainer,
+    ``retrainer``, with its own ``state.log_history``; a subclass makes it in ``retraining``.
+    Without an upper level there is one phase.
+
+    Args:
+        trainer: the arguments of `BilevelTrainer`; ``args`` are `TwoPhaseTrainingArguments`.
+
+    Raises:
+        ProblemError: as `BilevelTrainer`.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> from hyperopt_peft import Problem
+        >>> model = nn.Linear(1, 1)
+        >>> class Fit(Problem):
+        ...     def loss(self, batch):
+        ...         return (model(batch["x"]) - batch["x"]).square().mean()
+        >>> rows = [{"x": ones(1) * k} for k in range(4)]
+        >>> class Search(TwoPhaseTrainer):
+        ...     def retraining(self, args):
+        ...         levels = {"lower": Fit([model.weight]), "upper": None}
+        ...         return BilevelTrainer(model, **levels, args=args, train_dataset=rows)
+        >>> options = {"remove_unused_columns": False, "use_cpu": True, "report_to": "none"}
+        >>> search = Search(
+        ...     model,
+        ...     lower=Fit([model.weight]),
+        ...     upper=Fit([model.bias], name="Bias"),
+        ...     args=TwoPhaseTrainingArguments("outputs", **options),
+        ...     train_dataset=rows[:3],
+        ...     upper_dataset=rows[3:],
+        ... )
+        >>> search.retraining(search.args.for_retraining()).levels[0].name
+        'Fit'
     """
 
     args: TwoPhaseTrainingArguments
@@ -104,39 +135,29 @@ class TwoPhaseTrainer(BilevelTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         arguments = self.args.for_retraining()
         folder = Path(arguments.output_dir or "")
-        found = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
-        if found is None or found[0].resolve().parent != folder.resolve():
-            if self.args.retrain == "scratch":
-                self._keep_start(found is not None)
-            output = self._train_from(found, *args, **kwargs)
+        point = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
+        if point is not None and point[0].resolve().parent == folder.resolve():
+            self._restore_learned()
+        else:
+            from_scratch = self.args.retrain == "scratch"
+            if from_scratch:
+                initial = self._initial(resumed=point is not None)
+            output = self._train_from(point, *args, **kwargs)
             if self.signalled:  # the search is unfinished
                 return output
             reshard(self.model)
-            if self.args.retrain == "scratch":
-                self._return_to_start()
-            self._keep_learnt()
-            found = None
-        else:
-            self._return_to_learnt()
+            if from_scratch:
+                self._restore(initial)
+            self._write_learned()
+            point = None
         self.retrainer = self.retraining(arguments)
-        return self.retrainer._train_from(found, *args, **kwargs)
+        return self.retrainer._train_from(point, *args, **kwargs)
 
     def release_models(self) -> None:
         """As `BilevelTrainer.release_models`, for both phases."""
         if self.retrainer is not None:
             self.retrainer.release_models()
         super().release_models()
-
-    def _keep_start(self, resumed: bool) -> None:
-        """Keep the initial values, also in a file; a resumed run has those of the file."""
-        self._start = [variable.detach().clone() for variable in self.lower.variables]
-        path = Path(self.args.output_dir or "") / INITIAL
-        values = dict(zip(self.lower.names, self._start, strict=True))
-        if resumed:
-            kept = _read(path, values)
-            self._start = [kept[name] for name in self.lower.names]
-        elif self.args.should_save:
-            checkpoint.write_state(path, values)
 
     def passes_of_an_upper_step(self) -> int:
         """Forward+backward passes over a micro-batch from one upper step of the search to the next.
@@ -147,37 +168,49 @@ class TwoPhaseTrainer(BilevelTrainer):
         of_upper = 2 if cost is None else cost.backward_passes
         of_lower_batch = args.lower_steps - 1 + of_upper - 1
         pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
-        passes: int = of_lower_batch * args.gradient_accumulation_steps + pieces
-        return passes
+        return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
 
-    def _learnt(self) -> dict[str, Tensor]:
+    def _initial(self, resumed: bool) -> list[Tensor]:
+        """The lower level's initial values, which are also in a file for a resumed run."""
+        path = Path(self.args.output_dir or "") / INITIAL
+        values = {
+            name: variable.detach().clone()
+            for name, variable in zip(self.lower.names, self.lower.variables, strict=True)
+        }
+        if resumed:
+            values = _read(path, values)
+        elif self.args.should_save:
+            checkpoint.write_state(path, values)
+        return [values[name] for name in self.lower.names]
+
+    @torch.no_grad()
+    def _restore(self, initial: list[Tensor]) -> None:
+        for variable, value in zip(self.lower.variables, initial, strict=True):
+            variable.copy_(sharded_like(value, variable))
+
+    def _learned(self) -> dict[str, Tensor]:
         """The upper variables outside the model, which a checkpoint of the retraining lacks."""
         assert self.upper is not None
         of_model = {id(parameter) for parameter in self.model.parameters()}
         named = zip(self.upper.names, self.upper.variables, strict=True)
         return {name: variable for name, variable in named if id(variable) not in of_model}
 
-    def _keep_learnt(self) -> None:
-        learnt = {name: variable.detach() for name, variable in self._learnt().items()}
-        if learnt and self.args.should_save:
-            checkpoint.write_state(Path(self.args.output_dir or "") / LEARNT, learnt)
+    def _write_learned(self) -> None:
+        values = {name: variable.detach() for name, variable in self._learned().items()}
+        if values and self.args.should_save:
+            checkpoint.write_state(Path(self.args.output_dir or "") / LEARNED, values)
 
     @torch.no_grad()
-    def _return_to_learnt(self) -> None:
-        if learnt := self._learnt():
-            kept = _read(Path(self.args.output_dir or "") / LEARNT, learnt)
-            for name, variable in learnt.items():
-                variable.copy_(kept[name])
-
-    @torch.no_grad()
-    def _return_to_start(self) -> None:
-        for variable, value in zip(self.lower.variables, self._start, strict=True):
-            variable.copy_(sharded_like(value, variable))
+    def _restore_learned(self) -> None:
+        if learned := self._learned():
+            values = _read(Path(self.args.output_dir or "") / LEARNED, learned)
+            for name, variable in learned.items():
+                variable.copy_(values[name])
 
 
 def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the file ``path``, with the names and shapes of ``like``."""
-    kept: dict[str, Tensor] = checkpoint.read_state(path)
-    if {n: v.shape for n, v in kept.items()} != {n: v.shape for n, v in like.items()}:
+    values: dict[str, Tensor] = checkpoint.read_state(path)
+    if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in like.items()}:
         raise ProblemError(f"{path}: the values are of another model; start a new run")
-    return kept
+    return values

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,8 @@ from tests.support import two_processes
 from tests.support.mix_runs import trainer
 from tests.support.trainers import values
 
-RUNS: dict[str, dict[str, Any]] = {"shared": {}}
 
-
-def train(folder: Path, batch: int, name: str) -> dict[str, Tensor]:
+def train(folder: Path, batch: int) -> dict[str, Tensor]:
     """The logits of the weights and the adapter at the end, in float64."""
     run = trainer(
         folder,
@@ -27,7 +24,6 @@ def train(folder: Path, batch: int, name: str) -> dict[str, Tensor]:
         max_steps=4,  # before an epoch ends, whose last batch the processes would fill up
         lower_steps=2,
         retrain_steps=3,
-        **RUNS[name],
     )
     run.weights.double()
     run.train()
@@ -36,8 +32,7 @@ def train(folder: Path, batch: int, name: str) -> dict[str, Tensor]:
 
 def main(folder: str) -> None:
     two_processes.start()
-    results = {name: train(Path(folder) / name, 4, name) for name in RUNS}
-    torch.save(results, Path(folder) / f"{dist.get_rank()}.pt")
+    torch.save(train(Path(folder), 4), Path(folder) / f"{dist.get_rank()}.pt")
     two_processes.leave()
 
 
