@@ -107,6 +107,9 @@ class Problem:
             metric ``prior`` has the term, and records of training have the loss without it.
         name: the level's name in errors and logs; by default the name of the class.
 
+    `Nested`, a level with levels below, overrides ``levels``, ``second_derivatives``,
+    ``differences``, ``train_below``, ``anchored``, ``gradient_above`` and ``require_single``.
+
     Raises:
         ProblemError: as `named_variables`; the optimizer is over other tensors; the prior is
             neither a number from 0 nor a function; or the data are empty or can be iterated only
@@ -125,6 +128,9 @@ class Problem:
         >>> w
         tensor([1., 1.], requires_grad=True)
     """
+
+    #: Whether ``loss`` can be differentiated twice, as an exact product does.
+    second_derivatives = True
 
     def __init__(
         self,
@@ -329,6 +335,30 @@ class Problem:
         limit = self.max_grad_norm
         return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
+    @property
+    def levels(self) -> tuple[Problem, ...]:
+        """This level, then the levels below, from top to bottom."""
+        return (self,)
+
+    @property
+    def differences(self) -> int:
+        """The depth of finite differences in ``gradient``: 2 for a difference of differences."""
+        return 0
+
+    def train_below(self) -> None:
+        """Train the levels below, before a step of this level."""
+
+    def anchored(self) -> AbstractContextManager[None]:
+        """Within the body, the levels below follow perturbed variables of the levels above."""
+        return nullcontext()
+
+    def gradient_above(self, upper: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+        """The loss on ``batch`` of ``upper``, the level above, and its gradient."""
+        return upper.gradient(batch, variables)
+
+    def require_single(self, reason: str) -> None:
+        """Raise ProblemError where there are levels below: ``reason``, and what to do."""
+
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
         """The optimizer's kind, options and, if asked for, state; see `optimizer_state_copy`."""
         if self.optimizer is None:
@@ -372,6 +402,11 @@ class Problem:
             "prior": self.prior if isinstance(self.prior, GaussianPrior) else None,
         }
         return {key: part for key, part in parts.items() if part is not None}
+
+
+def variables_of(*levels: Problem) -> tuple[Tensor, ...]:
+    """The variables of ``levels`` and of all levels below these."""
+    return tuple(v for level in levels for each in level.levels for v in each.variables)
 
 
 def devices_of(*levels: Problem) -> list[torch.device]:

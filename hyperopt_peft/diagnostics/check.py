@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.core.chain import gradient_of, is_chain
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Evaluation, Problem, devices_of
 from hyperopt_peft.diagnostics.curvature import Curvature, measure
@@ -162,7 +161,7 @@ class _Examination:
             return
         self._unread(above.gradient, below.gradient)
         if not any(finding.severity == "error" for finding in self.findings):
-            self._second_order("difference" if is_chain(oracle.lower) else "exact")
+            self._second_order("exact" if oracle.lower.second_derivatives else "difference")
 
     def _add(self, kind: Kind, severity: Severity, level: Problem, words: str, advice: str) -> None:
         self.findings.append(Finding(kind, severity, level.name, words, advice))
@@ -205,7 +204,7 @@ class _Examination:
             if level is lower:
                 evaluation = lower.gradient(batch, self._variables)
             else:
-                evaluation = gradient_of(level, lower, batch, self._variables)
+                evaluation = lower.gradient_above(level, batch, self._variables)
         changed = sorted(set(buffers.changed()))
         buffers.restore()
         known = {(finding.kind, finding.level) for finding in self.findings}

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from hyperopt_peft.core.chain import anchored, is_chain
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
@@ -19,7 +18,6 @@ from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.implicit.solver import Matvec
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
-from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import replay
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
@@ -141,7 +139,7 @@ def spectrum(
     """
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     with oracle.open():
-        if not is_chain(lower):
+        if lower.second_derivatives:
             with suppress(ProblemError):  # f has no second derivative
                 return _ends(oracle, "exact", steps, seed)
         return _ends(oracle, "difference", steps, seed)
@@ -179,7 +177,7 @@ def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curv
         newton = gradient / (max(-ends.smallest, ends.largest) or 1.0)
     here = _hypergradient(oracle, MINRES(steps=steps, product=product))
     xi = _xi(oracle, product, ends.damping(), steps)
-    with perturbed(w) as start, anchored(oracle.lower):
+    with perturbed(w) as start, oracle.lower.anchored():
         before = after = _loss(oracle)
         for halvings in range(10):
             assign_(w, start, newton.parts, -(0.5**halvings))
@@ -260,12 +258,9 @@ def _xi(oracle: Oracle, product: ProductKind, damping: float, steps: int) -> flo
 
 def _loss(oracle: Oracle) -> float:
     """f at the current w, finite or not."""
-    lower, batch = oracle.lower, oracle.lower_batch
-    with replay(oracle.lower_random):
-        if is_chain(lower):  # only the gradient moves the levels below
-            with suppress(NonFiniteError):
-                return lower.gradient(batch, lower.variables).loss
-            return math.inf
-        loss, _ = lower.evaluate(batch)
-    oracle.buffers.restore()
-    return float(distributed.average(loss.detach()))
+    lower = oracle.lower
+    with replay(oracle.lower_random), suppress(NonFiniteError):
+        loss, _, _ = lower.differentiate(oracle.lower_batch, lower.variables)
+        oracle.buffers.restore()
+        return float(loss)
+    return math.inf

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hyperopt_peft.core.chain import differences
 from hyperopt_peft.core.optimizer import present_options
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.diagnostics.curvature import random_like
@@ -175,7 +174,7 @@ class Retraining(Estimator):
         with oracle.moved(), perturbed(u) as here:
             start = tuple(x.detach().clone() for x in w)
             epsilon = self.epsilon or float(
-                default_epsilon(here, "central", differences(oracle.lower), beside=start)
+                default_epsilon(here, "central", oracle.lower.differences, beside=start)
             )
             for d in directions:
                 quotients = []

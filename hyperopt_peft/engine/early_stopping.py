@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hyperopt_peft.core.chain import owned
 from hyperopt_peft.core.data import require_batches
-from hyperopt_peft.core.problem import Problem, devices_of
+from hyperopt_peft.core.problem import Problem, devices_of, variables_of
 from hyperopt_peft.engine.step import prior_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -78,7 +77,7 @@ class EarlyStopping:
         record["upper_snr"] = engine.upper_snr()
         if loss < self.best:
             self.best, self.best_step, self.failures = loss, record["step"], 0
-            self._values = [x.detach().clone() for x in owned(engine.upper, engine.lower)]
+            self._values = [x.detach().clone() for x in variables_of(engine.upper, engine.lower)]
             return
         self.failures += 1
         if self.failures >= self.patience:
@@ -95,7 +94,7 @@ class EarlyStopping:
             raise ProblemError(
                 f"held_out: no evaluation so far; run for at least {self.every} upper steps"
             )
-        assign_(owned(engine.upper, engine.lower), self._values)
+        assign_(variables_of(engine.upper, engine.lower), self._values)
 
     def state_dict(self) -> dict[str, Any]:
         """The best loss, its step and variables, and the evaluations since."""
@@ -122,7 +121,7 @@ def held_out_loss(
     """
     devices, losses = devices_of(upper, lower), []
     with (
-        preserve_state(owned(upper, lower), devices) as buffers,
+        preserve_state(variables_of(upper, lower), devices) as buffers,
         replay(RandomState.seeded(devices, seed, "held out")),
     ):
         for batch in batches:

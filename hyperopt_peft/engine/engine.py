@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 
 from tqdm.auto import trange
 
-from hyperopt_peft.core.chain import levels_of
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep, LowerStep, require_history
@@ -91,7 +90,7 @@ class Engine:
         progress: bool = True,
     ) -> None:
         check_ownership(upper, lower)
-        for level in (upper, *levels_of(lower)):
+        for level in (upper, *lower.levels):
             if level.optimizer is None:
                 raise ProblemError(
                     f"{level.name}: the level has no optimizer; give one to train the level"

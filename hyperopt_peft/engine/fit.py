@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from tqdm.auto import trange
 
-from hyperopt_peft.core.chain import is_chain, prepare
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.step import prior_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -47,7 +46,7 @@ def fit(
     with trange(steps, disable=not progress, desc=problem.name) as bar:
         for step in bar:
             try:
-                prepare(problem)
+                problem.train_below()
                 evaluation = problem.gradient(problem.next_batch(), problem.variables)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step + 1}: {error}") from error
@@ -88,8 +87,7 @@ def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
         >>> bool(lower.gradient(None, lower.variables).gradient[0].abs().max() < 1e-6)
         True
     """
-    if is_chain(problem):
-        raise ProblemError(f"{problem.name}: the level has levels below; train them by fit")
+    problem.require_single("L-BFGS would not train them; use fit")
     optimizer = torch.optim.LBFGS(
         problem.variables,
         max_iter=max_steps,

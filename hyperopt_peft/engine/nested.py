@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.core.chain import Chain, anchored, differences, is_chain, levels_of
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord
 from hyperopt_peft.engine.step import BilevelStep
@@ -35,7 +34,7 @@ from hyperopt_peft.utils.validation import require_count, require_settings
 from hyperopt_peft.utils.vector import Vector
 
 
-class Nested(Chain):
+class Nested(Problem):
     """G̃(u, v) = G(u, v, w*(u, v)),  w*(u, v) = argmin over w of f(u, v, w).
 
     The level owns v. Its ``gradient`` is a total derivative; with x a variable of u or v:
@@ -43,7 +42,7 @@ class Nested(Chain):
         ∂G̃/∂x = ∂G/∂x − ∂²f/∂x∂w · [∂²f/∂w²]⁻¹ · ∂G/∂w
 
     An estimator of the level above must have ``product="difference"``: it takes second
-    derivatives of G̃ as differences of this gradient. `gradient_of` is the total derivative of F,
+    derivatives of G̃ as differences of this gradient. `gradient_above` is the total derivative of F,
     which may read w too.
 
     At a perturbed v, w follows w* by Newton steps on f; afterwards w is restored bit for bit:
@@ -94,6 +93,8 @@ class Nested(Chain):
         2.0
     """
 
+    second_derivatives = False
+
     def __init__(
         self,
         middle: Problem,
@@ -113,7 +114,7 @@ class Nested(Chain):
         require_count("lower_steps", lower_steps, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
         self.lower_steps, self.warmup_steps = lower_steps, warmup_steps
-        product: ProductKind = "difference" if is_chain(lower) else "exact"
+        product: ProductKind = "exact" if lower.second_derivatives else "difference"
         default = ConjugateGradient(steps=20, tolerance=1e-12, product=product)
         self.estimator = get_estimator(hypergradient or default)
         self._step = BilevelStep(middle, lower, self.estimator, look_back=False)
@@ -130,7 +131,7 @@ class Nested(Chain):
                 f"{self.name}: follow={self.follow} needs a solver, and {self.estimator.name} is "
                 'none; choose one such as "cg", or follow=0'
             )
-        self._prepared = 0  # calls of `prepare`
+        self._prepared = 0  # calls of `train_below`
         self._trained = 0  # lower steps
         self._below: dict[str, float] = {}  # the log of the last lower step
         self._rest: Vector | None = None  # g within `anchored`
@@ -143,14 +144,13 @@ class Nested(Chain):
     @property
     def levels(self) -> tuple[Problem, ...]:
         """This level, then the levels below, from top to bottom."""
-        return (self, *levels_of(self.lower))
+        return (self, *self.lower.levels)
 
     @property
     def differences(self) -> int:
         """The depth of finite differences in ``gradient``: 2 for a difference of differences."""
         exact = self.estimator.requirements.second_derivatives
-        own = not (exact or isinstance(self.estimator, Direct))
-        return differences(self.lower) + own
+        return self.lower.differences + (not (exact or isinstance(self.estimator, Direct)))
 
     @property
     def devices(self) -> list[torch.device]:
@@ -173,7 +173,7 @@ class Nested(Chain):
         """One step of ``middle``'s optimizer and scheduler; see `Problem.step`."""
         return self.middle.step(gradient, norm)
 
-    def prepare(self) -> None:
+    def train_below(self) -> None:
         """Do ``lower_steps`` steps of the level below.
 
         Raises:
@@ -196,13 +196,13 @@ class Nested(Chain):
         Raises:
             NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
         """
-        evaluation = self.gradient_of(self.middle, batch, variables)
+        evaluation = self.gradient_above(self.middle, batch, variables)
         loss = torch.tensor(evaluation.loss, dtype=torch.float64)
         return loss, evaluation.metrics | self._below, evaluation.gradient
 
-    def gradient_of(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
-        """The loss of ``level`` and its total derivative, with w = w*(u, v)."""
-        oracle = self._oracle(level, batch, variables)
+    def gradient_above(self, upper: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+        """The loss of ``upper`` and its total derivative, with w = w*(u, v)."""
+        oracle = self._oracle(upper, batch, variables)
         try:
             with self._following(oracle):
                 result = estimate(oracle, self.estimator)
@@ -218,7 +218,7 @@ class Nested(Chain):
         self.unread = self.middle.unread
         residual = {} if result.residual is None else {"residual": result.residual}
         metrics = evaluation.metrics | residual
-        _, norms = level.require_finite(torch.tensor(evaluation.loss), gradient)
+        _, norms = upper.require_finite(torch.tensor(evaluation.loss), gradient)
         return Evaluation(evaluation.loss, metrics, gradient, norms)
 
     @contextmanager
@@ -228,17 +228,21 @@ class Nested(Chain):
         The current point becomes the reference, where g = ∂f/∂w. A nested use has no effect.
         """
         if self._rest is not None or not self.follow:
-            with anchored(self.lower):
+            with self.lower.anchored():
                 yield
             return
         oracle = self._oracle(self.middle, None, self.variables)
         with oracle.open():
             self._rest = oracle.lower_gradient()
         try:
-            with anchored(self.lower):
+            with self.lower.anchored():
                 yield
         finally:
             self._rest = None
+
+    def require_single(self, reason: str) -> None:
+        """Raise ProblemError with ``reason``: there are levels below."""
+        raise ProblemError(f"{self.name}: the level is Nested, with levels below: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
         """The states of ``middle`` and of the levels below, and the settings of this level."""

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.core.chain import gradient_of, prepare
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
@@ -129,7 +128,7 @@ class BilevelStep:
             ProblemError: at the first step, f does not read a lower variable.
             NonFiniteError: a loss or a gradient is NaN or infinite; no variable has moved.
         """
-        prepare(self.lower)
+        self.lower.train_below()
         batch, random_state = self.lower.next_batch(), RandomState.capture(self.devices)
         evaluation = self.lower.gradient(batch, self.variables)
         gradient = self.record_lower(
@@ -288,7 +287,7 @@ class BilevelStep:
             preserve_state((*self.upper.variables, *w), self.devices),
             replay(self._seeded("lower step", number)),
         ):
-            above = gradient_of(self.upper, self.lower, batch, w).gradient
+            above = self.lower.gradient_above(self.upper, batch, w).gradient
         return tuple(
             f if g is None else weight * g if f is None else f.add(g, alpha=weight)
             for f, g in zip(gradient, above, strict=True)

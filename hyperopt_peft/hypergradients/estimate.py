@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
-from hyperopt_peft.hypergradients.products import NESTED
+from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT
 from hyperopt_peft.hypergradients.registry import DEFAULT, get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.reductions import to_floats
@@ -92,18 +91,15 @@ def _require_finite(estimator: Estimator, lower: Problem, losses: Sequence[float
 
 
 def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> None:
-    """Raise ProblemError if ``estimator`` cannot be used with the levels.
-
-    A ``lower`` with levels below has no exact second derivatives, and a history of one step.
-    """
+    """Raise ProblemError if ``estimator`` cannot be used with the levels."""
     estimator.check_levels(upper, lower)
-    if is_chain(lower):
-        needs = estimator.requirements
-        estimator.require(not needs.second_derivatives, f"{lower.name}: {NESTED}")
-        estimator.require(
-            needs.history <= 1,
-            f"needs a history of {needs.history} steps of {lower.name}, whose levels below have "
-            "moved since; choose steps=1, or a solver",
+    needs = estimator.requirements
+    if needs.second_derivatives:
+        lower.require_single(f"{estimator.name}: {NO_EXACT_PRODUCT}")
+    if needs.history > 1:
+        lower.require_single(
+            f"{estimator.name} needs the last {needs.history} steps, and these have moved since; "
+            "choose steps=1, or a solver"
         )
 
 

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hyperopt_peft.core.chain import anchored, gradient_of, is_chain, levels_of, owned
-from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord, devices_of
+from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord, devices_of, variables_of
 from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.products import (
-    NESTED,
+    NO_EXACT_PRODUCT,
     SHARDED,
     DifferenceProduct,
     ExactProduct,
@@ -103,7 +102,7 @@ class Oracle:
         self.passes.gradients += 1
         u, w = self.upper.variables, self.lower.variables
         with replay(self.upper_random):
-            evaluation = gradient_of(self.upper, self.lower, self.upper_batch, (*u, *w))
+            evaluation = self.lower.gradient_above(self.upper, self.upper_batch, (*u, *w))
         self.buffers.restore()
         given, norm = evaluation.gradient, math.hypot(*evaluation.norms[len(u) :])
         direct, b = Vector.of(given[: len(u)], u), Vector.of(given[len(u) :], w)
@@ -135,7 +134,7 @@ class Oracle:
         with ExitStack() as stack:
             stack.enter_context(self._single_precision(half))
             point = stack.enter_context(perturbed(w, None if half else self.copies))
-            stack.enter_context(anchored(self.lower))
+            stack.enter_context(self.lower.anchored())
 
             def gradients(
                 level: Literal["upper", "lower"], offset: Vector
@@ -162,11 +161,10 @@ class Oracle:
 
         A forward difference uses ``at.upper_gradient``, if recorded.
         """
-        sharded = is_sharded(*owned(self.upper, self.lower))
-        if sharded and kind == "exact":
-            raise ProblemError(SHARDED)
-        if is_chain(self.lower) and kind == "exact":
-            raise ProblemError(f"{self.lower.name}: {NESTED}")
+        if kind == "exact":
+            if is_sharded(*variables_of(self.upper, self.lower)):
+                raise ProblemError(SHARDED)
+            self.lower.require_single(NO_EXACT_PRODUCT)
         objective = self._objective(at)
         half, known = self._half(objective), None
         if at is not None and at.upper_gradient is not None and not half:
@@ -183,7 +181,7 @@ class Oracle:
                 point = at.variables
                 assign_(variables, point)
             if kind == "difference":
-                stack.enter_context(anchored(self.lower))
+                stack.enter_context(self.lower.anchored())
                 yield DifferenceProduct(objective, point, epsilon, scheme, known)
             else:
                 yield ExactProduct(objective)
@@ -191,7 +189,7 @@ class Oracle:
     @contextmanager
     def _single_precision(self, half: bool) -> Iterator[None]:
         """Within the body, passes run in single precision if ``half``."""
-        variables = owned(self.upper, self.lower)
+        variables = variables_of(self.upper, self.lower)
         if half and is_sharded(*variables):
             raise ProblemError(
                 "a difference of gradients needs single precision, which sharded variables do not "
@@ -202,7 +200,7 @@ class Oracle:
 
     def _half(self, objective: Objective) -> bool:
         """Whether f or its variables are in half precision."""
-        variables = owned(self.upper, self.lower)
+        variables = variables_of(self.upper, self.lower)
         if autocast_enabled() or any(variable.dtype in HALF for variable in variables):
             return True
         if self.lower.half is None:  # f has never been evaluated
@@ -232,14 +230,13 @@ def check_ownership(*levels: Problem) -> None:
         if not isinstance(level, Problem):
             raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
     for level in levels[:-1]:
-        if is_chain(level):
-            raise ProblemError(
-                f"{level.name}: a level with levels below must be the lowest one given; write a "
-                "chain of four as Engine(first, Nested(second, Nested(third, fourth)))"
-            )
+        level.require_single(
+            "it must be the lowest one given; write a chain of four as Engine(first, "
+            "Nested(second, Nested(third, fourth)))"
+        )
     named = [
         (f"{level.name}'s {name}", variable)
-        for level in (below for each in levels for below in levels_of(each))
+        for level in (below for each in levels for below in each.levels)
         for name, variable in zip(level.names, level.variables, strict=True)
     ]
     shared = shared_memory(named)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from hyperopt_peft.core.chain import differences
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed, reductions
@@ -39,9 +38,8 @@ SHARDED = (
     "an exact product differentiates twice, which FSDP does not support; choose "
     'product="difference", which needs first-order passes only'
 )
-NESTED = (
-    "an exact product is not available for a level with levels below; choose "
-    'product="difference", which needs first-order passes only'
+NO_EXACT_PRODUCT = (
+    'there is no exact product; choose product="difference", which needs first-order passes only'
 )
 
 
@@ -278,7 +276,7 @@ class DifferenceProduct:
         return self.epsilon or default_epsilon(
             self.point,
             self.scheme,
-            differences(self.objective.lower),
+            self.objective.lower.differences,
             beside=self.objective.upper.variables,
         )
 

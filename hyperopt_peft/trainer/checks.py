@@ -11,7 +11,6 @@ from packaging.version import Version
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import check_ownership
@@ -98,10 +97,7 @@ def check_arguments(
 def check_levels(levels: Sequence[Problem]) -> None:
     """Raise ProblemError for a chain, a shared tensor, or attributes that the trainer has."""
     for level in levels:
-        if is_chain(level):
-            raise ProblemError(
-                f"{level.name}: the level is a chain, and a trainer has two levels; use the Engine"
-            )
+        level.require_single("a trainer has two levels; use the Engine")
     check_ownership(*levels)
     for level in levels:
         given = {

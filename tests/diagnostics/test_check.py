@@ -432,10 +432,10 @@ def test_a_chain_is_examined_through_its_levels():
         w.copy_(-torch.linalg.solve(a[n:, n:], a[n:, :n] @ above + quadratics.vectors[2][n:]))
     check = examine(top, below)
     far, start = quadratics.hypergradient(), quadratics.objective(1, quadratics.blocks).item()
-    direct = below.gradient_of(top, None, top.variables).gradient[0]
+    direct = below.gradient_above(top, None, top.variables).gradient[0]
     quadratics.settle()
     settled, end = quadratics.hypergradient(), quadratics.objective(1, quadratics.blocks).item()
-    at_end = below.gradient_of(top, None, top.variables).gradient[0]
+    at_end = below.gradient_above(top, None, top.variables).gradient[0]
     sizes = [d.norm() + (h - d).norm() for d, h in ((direct, far), (at_end, settled))]
     assert kinds(check, "error", "warning") == ["far from stationary"]
     assert check.curvature.losses == pytest.approx((start, end), rel=1e-8)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft import Nested
-from hyperopt_peft.core.chain import is_chain
 from tests.support.quadratic import FunctionLevel, positive
 
 SIZES = (3, 4, 5, 2)
@@ -109,5 +108,5 @@ def nested(
     """The top level, and those below it as one; ``lowest`` and ``above`` are their estimators."""
     top, *middle, lower = levels
     for level in reversed(middle):
-        lower = Nested(level, lower, above if is_chain(lower) else lowest, **options)
+        lower = Nested(level, lower, lowest if lower.second_derivatives else above, **options)
     return top, lower

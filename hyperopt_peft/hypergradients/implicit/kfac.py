@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from hyperopt_peft.core.chain import is_chain
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.estimator import Requirements
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
@@ -51,7 +50,8 @@ class KFAC(Solver):
     damping: Grosse et al. 2023, arXiv:2308.03296 §2.3, 3; as a hypergradient: arXiv:2603.29108.
 
     Raises:
-        ProblemError: the lower level is sharded or a chain; ``steps=0`` and f has no linear layer.
+        ProblemError: the lower level is sharded, or has levels below; ``steps=0`` and f has no
+            linear layer.
 
     Example:
         The relative errors of five steps with and without the preconditioner.
@@ -84,17 +84,14 @@ class KFAC(Solver):
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """As `Estimator.check_levels`; the lower level is neither sharded nor a chain."""
+        """As `Estimator.check_levels`; the lower level is not sharded, and has none below."""
         super().check_levels(upper, lower)
         advice = 'choose another solver, such as "cg", with product="difference"'
         self.require(
             not is_sharded(*lower.variables),
             f"{lower.name} is sharded, and the layers' weights are not seen whole; {advice}",
         )
-        self.require(
-            not is_chain(lower),
-            f"{lower.name} stands on other levels, whose passes are no layers of it; {advice}",
-        )
+        lower.require_single(f"kfac supports two levels only; {advice}")
 
     @property
     def requirements(self) -> Requirements:
