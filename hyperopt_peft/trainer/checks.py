@@ -97,7 +97,8 @@ def check_arguments(
 def check_levels(levels: Sequence[Problem]) -> None:
     """Raise ProblemError for a chain, a shared tensor, or attributes that the trainer has."""
     for level in levels:
-        level.require_single("a trainer has two levels; use the Engine")
+        if isinstance(level, Problem):  # else refused below
+            level.require_single("a trainer has two levels; use the Engine")
     check_ownership(*levels)
     for level in levels:
         given = {
