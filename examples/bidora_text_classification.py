@@ -24,7 +24,7 @@ from typing import Any
 # as soon as another program wants one of two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from figures import Curve, estimators, learning_curves
+from figures import Curve, decomposition, estimators, learning_curves
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score
 from text_data import TextData, load_data, load_model, logits_of, quiet, reload
@@ -32,7 +32,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import compare_hypergradients, split_dataset
-from hyperopt_peft.adapters import decompose, plot_decomposition
+from hyperopt_peft.adapters import decompose
 from hyperopt_peft.diagnostics.compare import Comparison
 from hyperopt_peft.diagnostics.curvature import spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
@@ -235,7 +235,7 @@ def main() -> None:
             print(f"{comparison}\n{recommend(comparison)}")
             estimators(comparison, output / "estimators.png")
     learning_curves(curves, output / "learning_curves.png")
-    plot_decomposition(changes, output / "decomposition.png")
+    decomposition(changes, output / "decomposition.png")
     record = {
         "arguments": asdict(arguments),
         "training": training.bilevel_settings() | {"learning_rate": training.learning_rate},

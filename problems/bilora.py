@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.adapters.parametrizations.pseudo_svd import (
+from hyperopt_peft.adapters.pseudo_svd import (
     orthogonality_penalty,
     pseudo_singular_values,
 )

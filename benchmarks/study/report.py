@@ -11,10 +11,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from measure import mean_and_half, table
 from plan import Run, Study
+from scipy import stats
 from scipy.stats import rankdata, spearmanr, wilcoxon
 from write_results import between
-
-from hyperopt_peft.adapters.analysis import ModuleChange, fit_line
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, FIGURE = DOCS / "results.md", DOCS / "results.png"
@@ -220,11 +219,11 @@ def slopes(methods: Methods) -> list[Row]:
     for name, results in methods.items():
         points = [point for r in results.values() for point in r.get("changes", [])]
         if len(points) > 2 and any(change for _, change in points):
-            changes = [ModuleChange("", delta_magnitude=m, delta_direction=d) for d, m in points]
-            fit = fit_line(changes)
-            low, high = fit.slope_interval
+            fit = stats.linregress(*zip(*points, strict=True))
+            half = stats.t.ppf(0.975, len(points) - 2) * fit.stderr
+            low, high = fit.slope - half, fit.slope + half
             row: Row = {"ΔM on ΔD": name, "slope": f"{fit.slope:.2f} ({low:.2f} to {high:.2f})"}
-            row |= {"r": f"{fit.pearson_r:.2f}", "mean ΔD": statistics.fmean(d for d, _ in points)}
+            row |= {"r": f"{fit.rvalue:.2f}", "mean ΔD": statistics.fmean(d for d, _ in points)}
             found.append(row | {"mean ΔM": statistics.fmean(m for _, m in points)})
     return found
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from hyperopt_peft.adapters import direction, dora_layers, set_norm_grad, use_fast_dora
+from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.dora.fast import FastDora, FastFullNorm
-from hyperopt_peft.adapters.layers import row_norm
+from hyperopt_peft.adapters.layers import direction, row_norm
 from tests.support.adapted_models import (
     KINDS,
     Single,

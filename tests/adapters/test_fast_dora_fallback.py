@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from hyperopt_peft.adapters import direction, set_norm_grad, use_fast_dora
-from hyperopt_peft.adapters.layers import row_norm
+from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+from hyperopt_peft.adapters.layers import direction, row_norm
 from tests.support.adapted_models import (
     Single,
     adapted_layer,

@@ -3,8 +3,14 @@ import torch
 from peft import IA3Config, get_peft_model
 from torch import nn
 
-from hyperopt_peft.adapters import direction, dora_layers, gram_penalty, lora_layers
-from hyperopt_peft.adapters.layers import base_weight, magnitude, require_plain, row_norm
+from hyperopt_peft.adapters import dora_layers, gram_penalty, lora_layers
+from hyperopt_peft.adapters.layers import (
+    base_weight,
+    direction,
+    magnitude,
+    require_plain,
+    row_norm,
+)
 from tests.support.adapted_models import (
     KINDS,
     Single,

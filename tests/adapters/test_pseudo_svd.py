@@ -13,14 +13,12 @@ from torch import nn
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.adapters import (
-    add_hyperparameters,
-    add_selection,
-    direction,
     gram_penalty,
     orthogonality_penalty,
     pseudo_singular_values,
     use_pseudo_svd,
 )
+from hyperopt_peft.adapters.layers import direction
 from tests.support.adapted_models import (
     adapted_layer,
     dora_bert,
@@ -212,29 +210,14 @@ def merged() -> Any:
         (lambda: use_pseudo_svd(frozen()), "is_trainable"),
         (lambda: use_pseudo_svd(merged()), "unmerge_adapter"),
         (lambda: use_pseudo_svd(use_pseudo_svd(lora())), "use_pseudo_svd"),
-        (
-            lambda: use_pseudo_svd(add_selection(lora())),
-            "parametrized A",
-        ),
         (lambda: use_pseudo_svd(lora(), "other"), "adapter_name: .*'other'"),
         (lambda: pseudo_singular_values(lora()), "use_pseudo_svd"),
-        (lambda: pseudo_singular_values(add_hyperparameters(lora())), "use_pseudo_svd"),
         (lambda: orthogonality_penalty(lora("embedding")), "use_pseudo_svd"),
     ],
 )
 def test_bad_input_is_named(wrong: Callable[..., Any], said: str) -> None:
     with pytest.raises(ProblemError, match=said):
         wrong()
-
-
-def test_components_are_selected_after_the_decomposition() -> None:
-    """Weights of 1 change nothing, and P, Λ and Q are still what they are called."""
-    model = use_pseudo_svd(randomise(lora()))
-    x = layer_input("linear")
-    before = model(x)
-    add_selection(model)
-    torch.testing.assert_close(model(x), before)
-    assert orthogonality_penalty(model) < 1e-8
 
 
 def test_a_refused_model_is_unchanged() -> None:

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from hyperopt_peft.adapters import direction, dora_layers, gram, gram_penalty
+from hyperopt_peft.adapters import dora_layers, gram_penalty
+from hyperopt_peft.adapters.layers import direction
+from hyperopt_peft.adapters.regularizers import gram
 from tests.support.adapted_models import dora_bert, randomise, single
 
 

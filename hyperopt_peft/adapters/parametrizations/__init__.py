@@ -1,1 +1,0 @@
-"""Adapters with other variables than PEFT's: singular values, scales, selections."""
