@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.accumulation import ITEMS, WEIGHT
+from hyperopt_peft.utils.models import base_model
 
 #: Columns that weights are read by, and a Trainer's entries, which are no arguments of a model.
 COLUMNS = ("index", "source", "votes", ITEMS, WEIGHT)
@@ -181,5 +182,5 @@ def without(batch: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _is_causal(model: Any) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

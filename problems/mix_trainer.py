@@ -20,6 +20,7 @@ from hyperopt_peft.problems.data_sources import SOURCE, VOTES, Mixture, SourceWe
 from hyperopt_peft.problems.source_data import SourceData
 from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.models import base_model
 
 
 @dataclass
@@ -204,5 +205,4 @@ class MixTrainer(TwoPhaseTrainer):
 
 def read_by(model: Any) -> set[str]:
     """The columns that ``model`` and the levels read."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {*signature(base.forward).parameters, "label", "label_ids", SOURCE, VOTES}
+    return {*signature(base_model(model).forward).parameters, "label", "label_ids", SOURCE, VOTES}

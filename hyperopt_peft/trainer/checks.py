@@ -19,6 +19,7 @@ from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.models import base_model
 
 if TYPE_CHECKING:
     from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -130,7 +131,7 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
     """
     config = getattr(model, "config", None)
     classes = getattr(config, "num_labels", 1)
-    kind = type(_base(model)).__name__
+    kind = type(base_model(model)).__name__
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     collator = options.get("data_collator")
     changed = collator is not None and not collator.__module__.startswith("transformers.")
@@ -208,10 +209,6 @@ def _check_fsdp(trainer: BilevelTrainer) -> None:
 
 def shifts_labels(model: Any) -> bool:
     """Whether the loss of ``model`` compares the logits of a token with the next token's label."""
-    base = _base(model)
+    base = base_model(model)
     decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     return decoder and getattr(base, "loss_type", None) == "ForCausalLM"
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
