@@ -36,7 +36,7 @@ from hyperopt_peft.adapters import decompose
 from hyperopt_peft.diagnostics.compare import Comparison
 from hyperopt_peft.diagnostics.curvature import spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 
 
@@ -135,12 +135,12 @@ def train(
     model = adapted(arguments, data, training.seed, dora=method != "lora")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     training = copy.copy(training)
-    training.method = method
     training.output_dir = str(Path(training.output_dir or "") / method)
     searching = training.max_steps
     if method != "bidora" and training.retrain != "none":
         training.max_steps += training.retrain_steps or training.max_steps
-    trainer = BiDoRATrainer(model, training, train_dataset=data.train, data_collator=data.collate)
+    kind = BiDoRATrainer if method == "bidora" else AdapterTrainer
+    trainer = kind(model, training, train_dataset=data.train, data_collator=data.collate)
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
@@ -153,7 +153,7 @@ def train(
         losses = {"": curve(logs, "loss")}
         return model, Result(method, 0.0, 0.0, trainable, seconds, None, losses)
     losses = {"lower level": curve(logs, "loss"), "upper level": curve(logs, "upper_loss")}
-    if trainer.retrainer is not None:
+    if isinstance(trainer, BiDoRATrainer) and trainer.retrainer is not None:
         records = trainer.retrainer.state.log_history
         losses["retraining"] = curve(records, "loss", searching)
     ratio = statistics.median(r["implicit_ratio"] for r in logs if "implicit_ratio" in r)

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hyperopt_peft.problems.adapter_trainer import AdapterTrainer
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
     from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Adapter": "common",
+    "AdapterTrainer": "adapter_trainer",
     "BiDoRATrainer": "bidora_trainer",
     "BiDoRATrainingArguments": "bidora_trainer",
     "MixTrainer": "mix_trainer",
@@ -21,6 +23,7 @@ _MODULES = {
 }
 __all__ = [
     "Adapter",
+    "AdapterTrainer",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
     "MixTrainer",

@@ -1,4 +1,4 @@
-"""`BiDoRATrainer`: BiDoRA, or LoRA or DoRA in the same harness, on `transformers.Trainer`."""
+"""`BiDoRATrainer`: BiDoRA on `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from datasets import concatenate_datasets
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.adapters import dora_layers, lora_layers, set_norm_grad, use_fast_dora
+from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
+from hyperopt_peft.problems.adapter_trainer import adapter_settings, joined, without_retraining
 from hyperopt_peft.problems.bidora import Direction, Magnitude
-from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
-from hyperopt_peft.trainer.data import require_examples
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 
@@ -53,10 +51,6 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
         default=None,
         help="settings by name: published has the estimator of BiDoRA's code, darts with xi=1",
     )
-    method: Literal["bidora", "dora", "lora"] = HfArg(
-        default="bidora",
-        help="bidora, or a control that trains all of the adapter on all of the data: dora, lora",
-    )
     xi: float | None = HfArg(
         default=None,
         help="ξ of darts, in place of its option of that name, 1: the published code has 1, the "
@@ -67,8 +61,7 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
     )
     norm_grad: Literal["full", "detach"] = HfArg(
         default="full",
-        help="whether bidora's row norm is in the graph; detach is PEFT's approximation, which the "
-        "dora control has",
+        help="whether the row norm is in the graph; detach is PEFT's approximation",
     )
     fast_dora: bool = HfArg(
         default=True, help="whether linear layers run the fast forward pass instead of PEFT's"
@@ -110,10 +103,10 @@ class BiDoRATrainer(TwoPhaseTrainer):
     ``use_dora=True``. ``compute_loss``, ``compute_loss_func`` and ``label_smoothing_factor`` apply
     to both levels and both phases. After ``train``, ``model`` has the adapter of the last phase, a
     plain PEFT adapter. The retraining has its own trainer, ``retrainer``, with its own
-    ``state.log_history``.
+    ``state.log_history``. `AdapterTrainer` trains LoRA or DoRA in the same harness.
 
     Args:
-        model: a PeftModel; for ``method="lora"`` without magnitudes.
+        model: a PeftModel with ``use_dora=True``.
         args: the settings.
         train_dataset: all training examples, split by ``args.upper_fraction``; the lower level's
             examples if ``upper_dataset`` is given.
@@ -122,8 +115,8 @@ class BiDoRATrainer(TwoPhaseTrainer):
         trainer: further arguments of `transformers.Trainer`.
 
     Raises:
-        ProblemError: as `BilevelTrainer`; the model does not fit the method; a product is exact
-            over a quantised base; or the model has no output for a label.
+        ProblemError: as `BilevelTrainer`; a layer has no magnitude; or a product is exact over a
+            quantised base.
 
     Example:
         >>> args = BiDoRATrainingArguments(output_dir="outputs", report_to="none", use_cpu=True)
@@ -146,21 +139,17 @@ class BiDoRATrainer(TwoPhaseTrainer):
         if not isinstance(args, BiDoRATrainingArguments):
             raise ProblemError(f"args must be BiDoRATrainingArguments, got {type(args).__name__}")
         _check_model(model, args)
-        if upper_dataset is None:
-            everything = train_dataset
-        else:
-            everything = _joined(train_dataset, upper_dataset)
-            if args.method != "bidora":  # a control trains on all that bidora is given
-                train_dataset, upper_dataset = everything, None
         #: All training examples of both levels, and those that were given for the upper one alone.
-        self.examples, self.given_upper = everything, upper_dataset
+        self.examples, self.given_upper = train_dataset, upper_dataset
+        if upper_dataset is not None:
+            self.examples = joined(train_dataset, upper_dataset)
         # Copies before the search, which changes the state of callbacks.
         again = [copy.copy(callback) for callback in callbacks or ()]
-        self._retraining = {**trainer, "train_dataset": everything, "callbacks": again}
+        self._retraining = {**trainer, "train_dataset": self.examples, "callbacks": again}
         super().__init__(
             model,
             lower=_lower,
-            upper=_upper if args.method == "bidora" else None,
+            upper=_upper,
             args=args,
             train_dataset=train_dataset,
             upper_dataset=upper_dataset,
@@ -175,11 +164,8 @@ class BiDoRATrainer(TwoPhaseTrainer):
 
     def settings(self) -> dict[str, Any]:
         """As `BilevelTrainer.settings`, with the adapter's options, and without retraining's."""
-        own = {k: v for k, v in super().settings().items() if not k.startswith("retrain")}
-        config = self.model.peft_config[resolve_adapter(self.model)]
-        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-        adapter = {name: getattr(config, name) for name in names}
-        return {"method": own["method"], **adapter, **own}
+        settings = adapter_settings(self.model) | {"method": "bidora"}
+        return settings | without_retraining(super().settings())
 
     def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
         """The trainer of directions and head with the magnitudes frozen, on all examples."""
@@ -202,24 +188,17 @@ class Retrainer(BilevelTrainer):
 
     def settings(self) -> dict[str, Any]:
         """The settings of the search and of the retraining."""
-        own = self.search.args.bilevel_settings()
-        return {**self.search.settings(), **{k: v for k, v in own.items() if "retrain" in k}}
+        args = self.search.args.bilevel_settings()
+        return {**self.search.settings(), **{k: v for k, v in args.items() if "retrain" in k}}
 
 
 def _lower(trainer: BilevelTrainer) -> Problem:
-    """The lower level of the method; the forward passes of the layers are set for the method."""
     model, args = trainer.model, trainer.args
     assert isinstance(args, BiDoRATrainingArguments)
     # Levels copy initial values (m0, retrain="scratch"), which must be equal on all processes.
     distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
-    if args.method != "lora":
-        norm_grad: Literal["full", "detach"] = "detach"
-        if args.method == "bidora":
-            norm_grad = args.norm_grad
-        (use_fast_dora if args.fast_dora else set_norm_grad)(model, norm_grad)
-    if args.method == "bidora":
-        return _direction(trainer)
-    return Adapter(model, task_loss=trainer.task_loss)
+    (use_fast_dora if args.fast_dora else set_norm_grad)(model, args.norm_grad)
+    return _direction(trainer)
 
 
 def _direction(trainer: BilevelTrainer) -> Problem:
@@ -231,24 +210,15 @@ def _upper(trainer: BilevelTrainer) -> Problem:
 
 
 def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:
-    """Raise ProblemError for a model that does not fit the method; nothing has changed."""
-    layers = lora_layers(model)
-    if args.method == "lora":
-        if any(layer.use_dora[adapter] for _, layer in layers for adapter in layer.use_dora):
-            raise ProblemError('model: method="lora" needs an adapter with use_dora=False')
-        return
-    dora_layers(model, resolve_adapter(model))
-    if args.method == "bidora":
-        _check_product(model, args)
+    """Raise ProblemError for a model without magnitudes, or for exact products that it cannot have.
 
-
-def _check_product(model: Any, args: BiDoRATrainingArguments) -> None:
-    """Raise ProblemError for double backward through weights that cannot be read."""
-    estimator = args.estimator()
-    if not estimator.requirements.second_derivatives:
-        return
+    Double backward needs weights that can be read.
+    """
     adapter = resolve_adapter(model)
-    for name, layer in dora_layers(model, adapter):
+    layers = dora_layers(model, adapter)
+    if not args.estimator().requirements.second_derivatives:
+        return
+    for name, layer in layers:
         try:
             require_plain(layer, adapter, name)
         except ProblemError as error:
@@ -256,12 +226,3 @@ def _check_product(model: Any, args: BiDoRATrainingArguments) -> None:
                 f"hypergradient={args.hypergradient!r} differentiates twice, which needs weights "
                 f"that can be read; choose product=difference, or darts ({error})"
             ) from error
-
-
-def _joined(train: Any, upper: Any) -> Any:
-    require_examples("train_dataset", train)
-    require_examples("upper_dataset", upper)
-    try:
-        return concatenate_datasets([train, upper])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ProblemError(f"train_dataset and upper_dataset do not join: {error}") from error

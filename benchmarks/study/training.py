@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from variants import TRAINERS
 
+from hyperopt_peft import BilevelTrainingArguments
 from hyperopt_peft.adapters import decompose
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
-from hyperopt_peft.problems.two_phases import TwoPhaseTrainer
+from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainingArguments, TwoPhaseTrainer
 
 #: How often a training that may stop early is evaluated, and after how many of those it stops.
 EVALUATIONS, PATIENCE = 10, 3
@@ -154,11 +154,11 @@ def phases(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> dic
 
 
 def plain(run: Run, here: Task, model: Any, data: Dataset, folder: str, steps: int) -> Trainer:
-    """The trainer of a control: ``method`` of `BiDoRATrainingArguments`, or of all that learns."""
+    """The trainer of a control: of the adapter, or of all that learns."""
     method = run.options["method"]
     if method != "full" and all("trains" not in phase for phase in run.options["phases"]):
-        args = BiDoRATrainingArguments(**options_of(run, folder, steps), method=method)
-        return BiDoRATrainer(model, args, train_dataset=data, data_collator=here.states)
+        args = BilevelTrainingArguments(**options_of(run, folder, steps))
+        return AdapterTrainer(model, args, train_dataset=data, data_collator=here.states)
     args = TrainingArguments(**options_of(run, folder, steps))
     return Trainer(model, args, train_dataset=data, data_collator=here.states)
 

@@ -19,10 +19,9 @@ from hyperopt_peft.attribution.suspects import Suspects
 from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.text.data import DataArguments, hold_out, read_files, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import Setup, prepare
+from hyperopt_peft.cli.text.setup import MethodArguments, Setup, prepare
 from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
 
@@ -76,7 +75,7 @@ class AttributeArguments:
 
 
 @dataclass
-class AttributionTrainingArguments(BiDoRATrainingArguments):
+class AttributionTrainingArguments(MethodArguments):
     """The arguments of the training that is scored."""
 
     method: Literal["bidora", "dora", "lora"] = HfArg(
@@ -170,7 +169,7 @@ def _require_fraction(data: DataArguments, need: str) -> None:
         raise ProblemError(f"eval_fraction: {need} or an eval_fraction above 0")
 
 
-def trainer_of(setup: Setup, args: BiDoRATrainingArguments) -> BiDoRATrainer:
+def trainer_of(setup: Setup, args: MethodArguments) -> Any:
     """The trainer, of an adapter whose gradient is that of its loss."""
     args.remove_unused_columns = True  # the numbers of rows, and slices
     trainer = setup.trainer(setup.model(args.seed, dora=args.method != "lora"), args)

@@ -12,12 +12,12 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import compare_hypergradients
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text.setup import TYPES, Setup, prepare
+from hyperopt_peft.cli.text.setup import TYPES, MethodArguments, Setup, prepare
 from hyperopt_peft.diagnostics.compare import Comparison, get_reference
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.recommend import Thresholds, recommend
 from hyperopt_peft.hypergradients import get_estimator
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.utils.validation import require_count
 
 
@@ -101,7 +101,7 @@ def run(argv: Sequence[str]) -> None:
     print(f"{comparison}\n\n{recommend(comparison, own.thresholds())}")
 
 
-def trained(setup: Setup, args: BiDoRATrainingArguments, steps: int) -> BiDoRATrainer:
+def trained(setup: Setup, args: MethodArguments, steps: int) -> BiDoRATrainer:
     """A BiDoRA trainer after ``steps`` lower steps of the search; nothing is written."""
     args.method, args.retrain, args.max_steps = "bidora", "none", steps
     args.save_strategy = type(args.save_strategy)("no")

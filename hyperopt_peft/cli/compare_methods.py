@@ -16,9 +16,8 @@ from hyperopt_peft import split_dataset
 from hyperopt_peft.cli.comparison import Run, bootstrap, markdown, picture, summarise
 from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.plan import phases
-from hyperopt_peft.cli.text.setup import TYPES, Setup, prepare
+from hyperopt_peft.cli.text.setup import TYPES, MethodArguments, Setup, prepare
 from hyperopt_peft.errors import ProblemError, did_you_mean
-from hyperopt_peft.problems import BiDoRATrainingArguments
 from hyperopt_peft.utils import distributed
 
 METHODS: tuple[Literal["lora", "dora", "bidora"], ...] = ("lora", "dora", "bidora")
@@ -97,7 +96,7 @@ def others(metrics: Iterable[str], metric: str) -> list[str]:
     return [name for name in metrics if name != metric and not name.endswith(timings)]
 
 
-def arguments_of(method: str, args: BiDoRATrainingArguments) -> BiDoRATrainingArguments:
+def arguments_of(method: str, args: MethodArguments) -> MethodArguments:
     """``args`` for ``method``, with the estimator that ``method`` may name.
 
     Raises:
@@ -120,13 +119,13 @@ def arguments_of(method: str, args: BiDoRATrainingArguments) -> BiDoRATrainingAr
     return own
 
 
-def steps_in_all(args: BiDoRATrainingArguments, setup: Setup, seed: int) -> int:
+def steps_in_all(args: MethodArguments, setup: Setup, seed: int) -> int:
     """The lower steps of bidora's search and retraining, which are the budget of every method."""
     lower, _ = split_dataset(setup.train, args.upper_fraction, seed)
     return sum(phases(args, len(lower), len(setup.train)))
 
 
-def train(method: str, seed: int, args: BiDoRATrainingArguments, budget: int, setup: Setup) -> Run:
+def train(method: str, seed: int, args: MethodArguments, budget: int, setup: Setup) -> Run:
     """One run; all methods have the same start for one ``seed``."""
     own = copy.copy(args)
     own.seed, own.data_seed = seed, seed
@@ -145,7 +144,7 @@ def train(method: str, seed: int, args: BiDoRATrainingArguments, budget: int, se
         tested.label_ids,
     )
     steps = trainer.state.global_step
-    if trainer.retrainer is not None:
-        steps += trainer.retrainer.state.global_step
+    if (retrainer := getattr(trainer, "retrainer", None)) is not None:
+        steps += retrainer.state.global_step
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Run(method, seed, tested.metrics, draws, seconds, trainable, steps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.adapters import split_parameters
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems import BiDoRATrainingArguments
 
 
 def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[int, int]:
@@ -25,7 +25,7 @@ def phases(args: BiDoRATrainingArguments, lower: int, everything: int) -> tuple[
     return search, again
 
 
-def plan(trainer: BiDoRATrainer, everything: int, evaluation: int) -> str:
+def plan(trainer: Any, everything: int, evaluation: int) -> str:
     """The plan in lines, by one forward pass and without training.
 
     Args:
@@ -80,7 +80,7 @@ def _count(parameters: Iterable[Tensor]) -> str:
     return f"{sum(sizes):,} parameters in {len(sizes)} tensors"
 
 
-def memory(trainer: BiDoRATrainer) -> str:
+def memory(trainer: Any) -> str:
     """An estimate of the memory of training, as a sum of named parts."""
     lower, upper = trainer.lower.variables, () if trainer.upper is None else trainer.upper.variables
     trained = _bytes([*lower, *upper])
@@ -109,7 +109,7 @@ def memory(trainer: BiDoRATrainer) -> str:
     return f"memory: about {total} = {words}; not counted: {', '.join(missing)}"
 
 
-def longest_batch(trainer: BiDoRATrainer) -> tuple[Any, int]:
+def longest_batch(trainer: Any) -> tuple[Any, int]:
     """A lower batch of the longest examples, and their number."""
     data: Any = trainer.train_dataset
     lengths = [len(row["input_ids"]) for row in data]

@@ -13,7 +13,6 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.plan import plan
 from hyperopt_peft.cli.text.setup import TYPES, prepare
-from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
@@ -68,7 +67,7 @@ def resume_from(args: TwoPhaseTrainingArguments) -> str | bool | None:
     return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
-def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
+def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
     """Write the adapter, the base model's configuration, results and states.
 
     ``all_results.json`` has the numbers of the search (or of a control) under the names of
@@ -77,10 +76,11 @@ def save(trainer: BiDoRATrainer, evaluation: dict[str, Any]) -> None:
     """
     save_adapter(trainer)
     results = {"train": _last_metrics(trainer), "eval": evaluation}
-    if trainer.retrainer is not None:
-        again = _last_metrics(trainer.retrainer)
+    retrainer = getattr(trainer, "retrainer", None)
+    if retrainer is not None:
+        again = _last_metrics(retrainer)
         results["retrain"] = {f"retrain_{k.removeprefix('train_')}": v for k, v in again.items()}
-        trainer.retrainer.save_state()
+        retrainer.save_state()
     for split, values in results.items():
         if values:
             trainer.log_metrics(split, values)

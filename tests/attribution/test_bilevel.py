@@ -13,7 +13,7 @@ from hyperopt_peft import (
     ProblemError,
     attribute,
 )
-from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer
 from hyperopt_peft.problems.common import TaskLevel
 from tests.support.attributed import differences, setting_of
 from tests.support.attributed_bilevel import ROWS, STEPS, engine, evaluation_of, ones
@@ -131,8 +131,10 @@ def test_leaving_rows_out_is_training_without_them(tmp_path: Path) -> None:
 
 def test_a_control_has_one_level(tmp_path: Path) -> None:
     """Its norm is out of the gradient, as PEFT's is, so that one of LoRA is what has scores."""
+    sets = {"train_dataset": data(), "eval_dataset": data(seed=1)}
+    control = AdapterTrainer(peft_model(), arguments(tmp_path), **sets)
     with pytest.raises(ProblemError, match="use_fast_dora"):
-        attribute(bidora(tmp_path, method="dora"), progress=False)
+        attribute(control, progress=False)
 
 
 def test_other_trainers_of_two_levels_are_refused(tmp_path: Path) -> None:

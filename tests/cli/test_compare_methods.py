@@ -15,8 +15,7 @@ from hyperopt_peft.cli.comparison import Run, bootstrap, markdown, mean_and_erro
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import prepare
-from hyperopt_peft.problems import BiDoRATrainingArguments
+from hyperopt_peft.cli.text.setup import MethodArguments, prepare
 from tests.support.cli import NOWHERE, failure, given
 from tests.support.files import flags
 
@@ -134,13 +133,13 @@ def test_rows_of_runs_by_hand() -> None:
 
 
 def test_a_method_may_name_its_estimator(tmp_path: Path) -> None:
-    args = BiDoRATrainingArguments(str(tmp_path), hypergradient="darts", xi=0.1, use_cpu=True)
+    args = MethodArguments(str(tmp_path), hypergradient="darts", xi=0.1, use_cpu=True)
     assert arguments_of("bidora", args).estimator().xi == 0.1
     own = arguments_of("bidora:cg:steps=3", args)
     assert (own.method, own.estimator().steps) == ("bidora", 3)
     assert (args.method, args.xi, args.save_strategy) == ("bidora", 0.1, "steps")
     assert own.save_strategy == "no"
-    best = BiDoRATrainingArguments(
+    best = MethodArguments(
         str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", use_cpu=True
     )
     assert arguments_of("dora", best).save_strategy == "steps"

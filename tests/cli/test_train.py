@@ -145,7 +145,7 @@ def test_resumed_run_ends_in_the_same_adapter(
     capsys.readouterr()
     resume = ["--resume_from_checkpoint", "true"]
     error = failure(capsys, *argv, "--rank", "4", *resume)
-    assert re.search(r"train: r: .*checkpoint-2 .*\b2\b.*\b4\b.*\d+ more settings", error), error
+    assert re.search(r"train: rank: .*checkpoint-2 .*\b2\b.*\b4\b.*\d+ more settings", error), error
     assert len(error) < 500 and not adapter.exists()
     assert main([*argv, *resume]) == 0
     assert adapter.read_bytes() == whole

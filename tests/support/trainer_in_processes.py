@@ -51,7 +51,13 @@ REFUSED = {
 
 
 def make(
-    folder: Path, batch: int = 4, *, rows: int = 24, sized: bool = False, **options: Any
+    folder: Path,
+    batch: int = 4,
+    *,
+    rows: int = 24,
+    sized: bool = False,
+    method: str = "bidora",
+    **options: Any,
 ) -> Any:
     """A trainer of 16 lower and 8 or 7 upper rows in float64, without dropout.
 
@@ -69,7 +75,8 @@ def make(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(parameter.requires_grad)
-    return models.BiDoRATrainer(
+    kind = models.AdapterTrainer if method == "dora" else models.BiDoRATrainer
+    return kind(
         model,
         arguments,
         train_dataset=models.data(rows=rows),

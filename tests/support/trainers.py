@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
 
 CONFIG = BertConfig(
     vocab_size=50,
@@ -156,12 +156,17 @@ def trainer(
     rows: int = 24,
     model: nn.Module | None = None,
     options: Any = None,
+    method: str = "bidora",
     **settings: Any,
-) -> BiDoRATrainer:
-    """A `BiDoRATrainer` of the task; ``settings`` are arguments, ``options`` the Trainer's."""
-    model = model or peft_model(kind, dropout, dora=settings.get("method") != "lora")
+) -> Any:
+    """A trainer of the task; ``settings`` are arguments, ``options`` the Trainer's.
+
+    It is a `BiDoRATrainer`, or an `AdapterTrainer` where ``method`` is dora or lora.
+    """
+    model = model or peft_model(kind, dropout, dora=method != "lora")
+    make = BiDoRATrainer if method == "bidora" else AdapterTrainer
     given = {"train_dataset": data(kind, rows), **(options or {})}
-    return BiDoRATrainer(model, arguments(folder, **settings), **given)
+    return make(model, arguments(folder, **settings), **given)
 
 
 def values(model: nn.Module) -> dict[str, Any]:

@@ -33,7 +33,6 @@ ARGUMENTS: dict[str, list[Any]] = {
     "non_finite": ["ignore"],
     "hypergradient": [3, "unrolled:steps=2"],
     "xi": [NAN, -1.0],
-    "method": ["bidorra"],
     "gamma": [-1e-5, "small"],
     "norm_grad": ["none"],
     "fast_dora": ["no"],
@@ -147,16 +146,6 @@ MODELS = {
         {},
         r"query: .*'default'.*use_dora",
     ),
-    "no magnitudes for dora": (
-        lambda _: peft_model(dora=False),
-        {"method": "dora"},
-        r"query: .*'default'.*use_dora",
-    ),
-    "magnitudes for lora": (
-        lambda _: peft_model(),
-        {"method": "lora"},
-        "use_dora=False",
-    ),
     "an adapter of another kind": (
         lambda _: get_peft_model(base_model(), IA3Config(target_modules=["key"])),
         {},
@@ -212,7 +201,7 @@ MODELS = {
 def test_models(case: Any, tmp_path: Path) -> None:
     make, settings, message = case
     with pytest.raises(ProblemError, match=message):
-        BiDoRATrainer(make(tmp_path), arguments(tmp_path, **settings), train_dataset=data())
+        trainer(tmp_path, model=make(tmp_path), **settings)
 
 
 @pytest.mark.filterwarnings("ignore:use_fast_dora")

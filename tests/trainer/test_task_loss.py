@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import BilevelTrainer, ProblemError
-from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer
 from tests.support.class_weights import Plain, Scaled, Weighted, rows
 from tests.support.trainers import arguments, data, peft_model, ragged, values
 from tests.support.watch import SGD, Watch
@@ -127,11 +127,10 @@ def test_a_loss_function_gets_its_number_of_items_as_in_the_trainer(tmp_path: Pa
     options = {"compute_loss_func": by_sum}
     plain = stock(tmp_path / "plain", table, "tokens", options=options, **settings)
     run, _, logs = trained(
-        BiDoRATrainer,
+        AdapterTrainer,
         tmp_path / "ours",
         kind="tokens",
         table=table,
-        method="dora",
         fast_dora=False,
         options=options,
         **settings,
@@ -181,7 +180,5 @@ def test_a_micro_batch_without_labels_of_a_language_model_counts_nothing(tmp_pat
         "labels", labels, feature=table.features["labels"]
     )
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    _, _, logs = trained(
-        BiDoRATrainer, tmp_path, kind="causal", table=table, method="dora", **settings
-    )
+    _, _, logs = trained(AdapterTrainer, tmp_path, kind="causal", table=table, **settings)
     assert all(log["loss"] == log["loss"] for log in logs)

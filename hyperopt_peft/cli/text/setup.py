@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import (
@@ -13,6 +13,7 @@ from transformers import (
     DataCollatorWithPadding,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from hyperopt_peft.cli.text import models
@@ -21,16 +22,29 @@ from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.tasks import TASKS, Task
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
 from hyperopt_peft.problems.example_weights import example_sums, weighted_mean
 from hyperopt_peft.trainer.data import shared
+from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 logger = logging.get_logger(__name__)
 WEIGHTS = "row_weight"
-TYPES = (ModelArguments, DataArguments, BiDoRATrainingArguments)
 
 
-class WeightedTrainer(BiDoRATrainer):
+@dataclass
+class MethodArguments(BiDoRATrainingArguments):
+    """The training method, and its settings."""
+
+    method: Literal["bidora", "dora", "lora"] = HfArg(
+        default="bidora",
+        help="bidora, or a baseline that trains all of the adapter on all of the data: dora, lora",
+    )
+
+
+TYPES = (ModelArguments, DataArguments, MethodArguments)
+
+
+class WeightedTrainer(BilevelTrainer):
     """Trains Σ v_i s_i / Σ c_i: the summed loss s_i of row i times the row's weight, by labels c_i.
 
     A batch without weights, of an evaluation, has the loss of the model.
@@ -42,6 +56,14 @@ class WeightedTrainer(BiDoRATrainer):
         if weights is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return weighted_mean(weights, *example_sums(model, inputs))
+
+
+class WeightedBiDoRA(WeightedTrainer, BiDoRATrainer):
+    """`BiDoRATrainer` with a weight for each row."""
+
+
+class WeightedAdapter(WeightedTrainer, AdapterTrainer):
+    """`AdapterTrainer` with a weight for each row."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +104,18 @@ class Setup:
             )
         return model
 
-    def trainer(self, model: Any, args: BiDoRATrainingArguments, **options: Any) -> BiDoRATrainer:
+    def trainer(self, model: Any, args: MethodArguments, **options: Any) -> Any:
         """The trainer of ``model``.
 
         Raises:
             ProblemError: incompatible arguments.
         """
-        kind, train, evaluation = BiDoRATrainer, self.train, self.evaluation
+        train, evaluation, bidora = self.train, self.evaluation, args.method == "bidora"
+        kind: Any = BiDoRATrainer if bidora else AdapterTrainer
         if WEIGHTS in train.column_names:
             # The Trainer would remove the weights, which the model does not take.
-            kind, args.remove_unused_columns = WeightedTrainer, False
+            kind = WeightedBiDoRA if bidora else WeightedAdapter
+            args.remove_unused_columns = False
             taken = {*signature(model.get_base_model().forward).parameters, WEIGHTS}
             train = train.select_columns([name for name in train.column_names if name in taken])
             if evaluation is not None:
