@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,32 +56,16 @@ class Evaluation(Problem):
                 f"evaluation: no rows{f' in slice {empty[0]!r}' if empty else ''}; give some"
             )
 
-    def loss(self, batch: Sequence[LossPart]) -> Tensor:
-        """Φ, with the graphs of all parts."""
-        total = batch[0]()
-        for part in batch[1:]:
-            total = total + part()
-        return total
+    def loss(self, batch: LossPart) -> Tensor:
+        """One part of Φ."""
+        return batch()
 
-    def backward(
-        self, batch: Sequence[LossPart], variables: Sequence[Tensor]
-    ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-        """Φ and the sum of the parts' gradients, one part after the other."""
-        total: list[Tensor | None] = [None] * len(variables)
-        losses = []
+    def terms(self, batch: Sequence[LossPart]) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """The parts of Φ, one after the other."""
         for part in batch:
-            loss, _, gradient = super().backward([part], variables)
-            losses.append(loss)
-            total = [_sum(known, g) for known, g in zip(total, gradient, strict=True)]
-        return sum(losses[1:], losses[0]), {}, tuple(total)
+            yield from super().terms(part)
 
     def value(self, name: str) -> float:
         """Φ of the slice ``name`` at the current point."""
         with torch.no_grad():
             return sum(float(part()) for part in self.slices[name])
-
-
-def _sum(known: Tensor | None, part: Any) -> Tensor | None:
-    if known is None or part is None:
-        return part if known is None else known
-    return known.add_(part)

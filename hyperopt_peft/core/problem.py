@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from hyperopt_peft.core.validation import (
     missing_input_hint,
     named_variables,
     require_dense,
-    require_unfrozen,
     runs_in_half,
 )
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -204,6 +203,15 @@ class Problem:
                 gradient, or needs an entry that ``batch`` does not have; or the prior is not a
                 scalar tensor.
         """
+        losses, metrics = zip(*self.terms(batch), strict=True)
+        return sum(losses[1:], losses[0]), distributed.means(metrics)
+
+    def terms(self, batch: Any) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """Losses whose sum is that of `evaluate`, and the metrics of each, whose mean counts.
+
+        `gradient` differentiates each before the next is evaluated, so that one graph is in memory
+        at a time. A level whose batch has several parts overrides this method.
+        """
         if isinstance(batch, Mapping):  # a loss may remove entries, and is evaluated again
             batch = copy(batch)
         try:
@@ -220,7 +228,7 @@ class Problem:
             prior = prior_value(self.prior, self.variables, self.name)
             loss = loss + prior.to(loss.device)
             metrics["prior"] = float(prior.detach())
-        return loss, metrics
+        yield loss, metrics
 
     def _unread(self, loss: Tensor) -> frozenset[str]:
         """The names of the variables that ``loss`` does not read; none where some are sharded."""
@@ -236,6 +244,7 @@ class Problem:
         restored afterwards. Loss and gradient are averages over the processes.
 
         Raises:
+            ProblemError: as `evaluate`; or the gradient of a variable is sparse.
             NonFiniteError: the loss or a gradient is NaN or infinite, on any process.
         """
         loss, metrics, gradient = self.differentiate(batch, variables)
@@ -246,40 +255,33 @@ class Problem:
         self, batch: Any, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         """As `gradient`, but the loss stays on its device and nothing is checked."""
-        loss, metrics, gradient = self.backward(batch, variables)
-        return distributed.average(loss), metrics, distributed.mean(gradient, variables)
-
-    def backward(
-        self, batch: Any, variables: Sequence[Tensor]
-    ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-        """Loss, metrics and gradient of this process alone, which may be NaN or infinite.
-
-        Every ``.grad`` is restored afterwards.
-
-        Raises:
-            ProblemError: as `evaluate`; or a variable no longer requires a gradient, or has a
-                sparse one.
-        """
-        require_unfrozen(variables, self.name)
         # A distributed model's reducers wait for the gradients of all of its parameters.
         alone = distributed.world_size() == 1 and not is_sharded(*variables)
-        watch: AbstractContextManager[list[Tensor]]
-        watch = nullcontext([]) if alone else seen_parameters()
-        with watch as sharded:
-            loss, metrics = self.evaluate(batch)
-        reached = list(variables) if alone else [*graph_leaves(loss), *sharded]
-        touched = list({id(x): x for x in (*variables, *reached)}.values())
-        held = [tensor.grad for tensor in touched]
-        for tensor in touched:
-            tensor.grad = None
+        losses, metrics = [], []
+        before: dict[int, tuple[Tensor, Tensor | None]] = {}
+        terms = self.terms(batch)
         try:
-            loss.backward(inputs=reached if alone else None)
+            while True:
+                watch = nullcontext([]) if alone else seen_parameters()
+                with watch as sharded:
+                    term = next(terms, None)
+                if term is None:
+                    break
+                reached = variables if alone else [*variables, *graph_leaves(term[0]), *sharded]
+                for tensor in reached:
+                    if id(tensor) not in before:
+                        before[id(tensor)] = tensor, tensor.grad
+                        tensor.grad = None
+                term[0].backward(inputs=list(variables) if alone else None)
+                losses.append(term[0].detach())
+                metrics.append(term[1])
             gradient = tuple(variable.grad for variable in variables)
         finally:
-            for tensor, grad in zip(touched, held, strict=True):
+            for tensor, grad in before.values():
                 tensor.grad = grad
         require_dense(gradient, self.name)
-        return loss.detach(), metrics, gradient
+        loss = distributed.average(torch.stack(losses).sum())
+        return loss, distributed.means(metrics), distributed.mean(gradient, variables)
 
     def require_finite(
         self, loss: Tensor, gradient: Sequence[Tensor | None]

@@ -183,15 +183,6 @@ def _plain(value: Any) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def require_unfrozen(variables: Sequence[Tensor], level: str) -> None:
-    """Raise ProblemError unless all ``variables`` require a gradient."""
-    if frozen := [tuple(v.shape) for v in variables if not v.requires_grad]:
-        raise ProblemError(
-            f"{level}: variables of shape {frozen} no longer require a gradient; do not freeze "
-            "variables of a level, or create the levels again"
-        )
-
-
 def require_dense(gradient: Sequence[Tensor | None], level: str) -> None:
     """Raise ProblemError if an entry of ``gradient`` is sparse."""
     if sparse := [tuple(part.shape) for part in gradient if part is not None and part.is_sparse]:

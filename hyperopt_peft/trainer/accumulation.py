@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,35 +62,13 @@ class Accumulated(Problem):
         self.optimizer, self.prior = optimizer, level.prior
         self.half, self.unread = level.half, level.unread
 
-    def evaluate(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, float]]:
-        """The mean loss with the graphs of all micro-batches, and the mean metrics."""
-        losses, metrics = [], []
+    def terms(self, batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """The share of each micro-batch in the mean loss, and its metrics."""
         for micro in batch:
             with replay(micro.random_state):
-                loss, values = self.level.evaluate(micro.batch)
-            losses.append(loss * micro.weight)
-            metrics.append(values)
-        self.half, self.unread = self.level.half, self.level.unread
-        return torch.stack(losses).mean(), distributed.means(metrics)
-
-    def backward(
-        self, batch: Sequence[MicroBatch], variables: Sequence[Tensor]
-    ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-        """The means of the micro-batches' losses, metrics and gradients, on this process."""
-        losses, metrics = [], []
-        total: list[Tensor | None] = [None] * len(variables)
-        for micro in batch:
-            with replay(micro.random_state):
-                loss, values, gradient = self.level.backward(micro.batch, variables)
-            losses.append(loss * micro.weight)
-            metrics.append(values)
-            for index, part in enumerate(gradient):
-                if part is not None:
-                    known = total[index]
-                    share = part * (micro.weight / len(batch))
-                    total[index] = share if known is None else known.add_(share)
-        self.half, self.unread = self.level.half, self.level.unread
-        return torch.stack(losses).mean(), distributed.means(metrics), tuple(total)
+                loss, metrics = self.level.evaluate(micro.batch)
+            self.half, self.unread = self.level.half, self.level.unread
+            yield loss * (micro.weight / len(batch)), metrics
 
 
 def label_weights(

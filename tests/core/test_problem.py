@@ -125,14 +125,6 @@ def test_mistakes_are_named(construct: Callable[[], object], message: str) -> No
         construct()
 
 
-def test_a_variable_that_was_frozen_later_is_named() -> None:
-    w = leaf(1.0, 2.0)
-    level = FunctionLevel(lambda _: w.sum() * W.sum(), [w], name="fit")
-    w.requires_grad_(False)
-    with pytest.raises(ProblemError, match=r"fit: .*\(2,\)"):
-        level.gradient(None, [w])
-
-
 def test_a_sparse_gradient_is_named_and_leaves_no_trace() -> None:
     embedding = torch.nn.Embedding(5, 2, sparse=True)
     level = FunctionLevel(lambda _: embedding(torch.tensor([1])).sum(), [embedding.weight])
