@@ -179,23 +179,18 @@ def main() -> None:
         set_seed(arguments.seed)  # the same head and order for every config
         return get_peft_model(load_model(arguments.model, data.label_names), config)
 
-    def trained(kind: type[Trainer], settings: type[TrainingArguments], **options: Any) -> Trainer:
-        args = settings(
-            output_dir=arguments.output_dir,
-            per_device_train_batch_size=arguments.batch_size,
-            per_device_eval_batch_size=64,
-            learning_rate=2e-3,
-            warmup_steps=0.1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=arguments.seed,
-            **options.pop("settings"),
-        )
-        trainer = kind(args=args, train_dataset=data.train, data_collator=data.collate, **options)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return trainer
+    common: dict[str, Any] = {
+        "output_dir": arguments.output_dir,
+        "per_device_train_batch_size": arguments.batch_size,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 2e-3,
+        "warmup_steps": 0.1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": arguments.seed,
+    }
+    rows: dict[str, Any] = {"train_dataset": data.train, "data_collator": data.collate}
 
     config = LoraConfig(
         task_type="SEQ_CLS",
@@ -206,20 +201,21 @@ def main() -> None:
         modules_to_save=["pooler", "classifier"],
     )
     searched = add_selection(adapted(config), arguments.form)
-    trained(
-        BilevelTrainer,
-        BilevelTrainingArguments,
-        model=searched,
-        upper=Selection(searched),
-        lower=Components(searched, decay=arguments.decay),
-        settings={
-            "max_steps": arguments.search_steps,
-            "lower_steps": 2,
-            "upper_fraction": 0.5,
-            "upper_learning_rate": 5e-2,
-            "hypergradient": "darts:scheme=forward",
-        },
+    search = BilevelTrainingArguments(
+        max_steps=arguments.search_steps,
+        lower_steps=2,
+        upper_fraction=0.5,
+        upper_learning_rate=5e-2,
+        hypergradient="darts:scheme=forward",
+        **common,
     )
+    levels = {
+        "upper": Selection(searched),
+        "lower": Components(searched, decay=arguments.decay),
+    }
+    trainer: Trainer = BilevelTrainer(searched, args=search, **levels, **rows)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     ranks = selected_ranks(searched, arguments.threshold)
     for name, part in component_weights(searched).items():
         weights = " ".join(f"{float(alpha):.3f}" for alpha in part.weights().flatten())
@@ -236,19 +232,21 @@ def main() -> None:
         "uniform rank, longer": (uniform, both),
     }
     print("\n| adapter | steps | adapter parameters | test accuracy |\n| --- | --- | --- | --- |")
-    rows = []
+    results = []
     for name, (plan, steps) in plans.items():
         model = adapted(rank_config(searched, plan))  # PEFT and Trainer alone from here
-        trainer = trained(Trainer, TrainingArguments, model=model, settings={"max_steps": steps})
+        trainer = Trainer(model, TrainingArguments(max_steps=steps, **common), **rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
         output = trainer.predict(data.test)
         accuracy = float((output.predictions.argmax(1) == output.label_ids).mean())
         size = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         if name == "selected ranks":
             model.save_pretrained(Path(arguments.output_dir) / "adapter")
-        rows.append({"method": name, "steps": steps, "parameters": size, "accuracy": accuracy})
+        results.append({"method": name, "steps": steps, "parameters": size, "accuracy": accuracy})
         print(f"| {name} | {steps} | {size:,} | {accuracy:.4f} |", flush=True)
-    results = {"arguments": asdict(arguments), "ranks": ranks, "results": rows}
-    Path(arguments.output_dir, "results.json").write_text(json.dumps(results, indent=1))
+    record = {"arguments": asdict(arguments), "ranks": ranks, "results": results}
+    Path(arguments.output_dir, "results.json").write_text(json.dumps(record, indent=1))
     print(f"\nresults and adapter are in {arguments.output_dir}")
 
 

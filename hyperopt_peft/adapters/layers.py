@@ -18,19 +18,17 @@ layer type is laid out so that an entry of m belongs to a row of V:
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
-M = TypeVar("M", bound=nn.Module)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,9 +54,10 @@ def resolve_adapter(peft_model: PeftModel, adapter_name: str | None = None) -> s
                 f"peft_model: must have one active adapter, has {active}; choose with adapter_name"
             )
         return active[0]
-    if adapter_name not in (known := sorted(peft_model.peft_config)):
+    names = sorted(peft_model.peft_config)
+    if adapter_name not in names:
         raise ProblemError(
-            f"adapter_name: the model has no {adapter_name!r}{did_you_mean(adapter_name, known)}"
+            f"adapter_name: the model has no {adapter_name!r}{did_you_mean(adapter_name, names)}"
         )
     return adapter_name
 
@@ -79,20 +78,20 @@ def lora_layers(
         ['base_model.model.0']
     """
     adapter = resolve_adapter(peft_model, adapter_name)
-    found = [
+    layers = [
         (name, module)
         for name, module in peft_model.named_modules()
         if isinstance(module, lora.LoraLayer)
         and (adapter in module.lora_A or adapter in module.lora_embedding_A)
     ]
-    if not found:
+    if not layers:
         raise ProblemError(f"adapter {adapter!r}: has no LoRA layer; create it from a LoraConfig")
-    for name, layer in found:
+    for name, layer in layers:
         if layer.merged:
             raise ProblemError(
                 f"{name}: has merged adapters {layer.merged_adapters}; call unmerge_adapter() first"
             )
-    return found
+    return layers
 
 
 def dora_layers(
@@ -226,9 +225,3 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
     # Quantised tensor types report a floating dtype but live outside torch.
     is_torch = type(weight).__module__.split(".")[0] == "torch"
     return isinstance(weight, Tensor) and is_torch and weight.dtype in PLAIN_DTYPES
-
-
-def parametrization(module: Any, kind: type[M]) -> M | None:
-    """The parametrisation of the weight of ``module`` if it is a ``kind``, else None."""
-    found = module.parametrizations.weight[0] if is_parametrized(module, "weight") else None
-    return found if isinstance(found, kind) else None

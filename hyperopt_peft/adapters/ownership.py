@@ -101,9 +101,9 @@ def _require_untied(peft_model: PeftModel, layers: list[tuple[str, LoraLayer]]) 
         weight = getattr(layer.get_base_layer(), "weight", None)
         if weight is None:
             continue
-        own = tuple(f"{alias}." for alias in aliases[id(layer)])
+        prefixes = tuple(f"{alias}." for alias in aliases[id(layer)])
         for reader in readers[_memory(weight)]:
-            if not f"{reader}.".startswith(own):
+            if not f"{reader}.".startswith(prefixes):
                 raise ProblemError(
                     f"{name}: shares its weight with {reader}, and merging would change both; "
                     "untie them (tie_word_embeddings=False) or leave it out of target_modules"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hyperopt_peft.adapters import peft_internals
-from hyperopt_peft.adapters.layers import factors, lora_layers, parametrization, resolve_adapter
+from hyperopt_peft.adapters.layers import factors, lora_layers, resolve_adapter
 from hyperopt_peft.errors import ProblemError
 
 P, VALUES = (f"parametrizations.weight.original{index}" for index in (0, 1))
@@ -60,8 +60,8 @@ def use_pseudo_svd(peft_model: PeftModel, adapter_name: str | None = None) -> Pe
 
     Raises:
         ProblemError: as `lora_layers`; a layer with a variant of LoRA such as DoRA; an embedding or
-            a bare parameter; a frozen adapter; a rank above the size of the weight; or a
-            parametrized A or B. Nothing has changed.
+            a bare parameter; a frozen adapter; a rank above the size of the weight; or a second
+            call. Nothing has changed.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -118,11 +118,11 @@ def orthogonality_penalty(peft_model: PeftModel, adapter_name: str | None = None
         >>> orthogonality_penalty(model).item() < 1e-6  # orthonormal at the start
         True
     """
-    parts = []
+    terms = []
     for _, lora_b, q in _pseudo_layers(peft_model, resolve_adapter(peft_model, adapter_name)):
         with torch.autocast(q.device.type, enabled=False):
-            parts += [_distance(lora_b.get_parameter(P).flatten(1).T), _distance(q)]
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+            terms += [_distance(lora_b.get_parameter(P).flatten(1).T), _distance(q)]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
 def _distance(rows: Tensor) -> Tensor:
@@ -133,16 +133,17 @@ def _distance(rows: Tensor) -> Tensor:
 
 def _pseudo_layers(peft_model: PeftModel, adapter: str) -> list[tuple[str, nn.Module, Tensor]]:
     """Name, PEFT's module of B, and Q of every layer."""
-    found = []
+    pseudo_layers = []
     for name, layer in lora_layers(peft_model, adapter):
         b: Any = dict(layer.lora_B).get(adapter)
-        if parametrization(b, ScaledColumns) is None:
+        parametrized = b is not None and parametrize.is_parametrized(b, "weight")
+        if not parametrized or not isinstance(b.parametrizations.weight[0], ScaledColumns):
             raise ProblemError(
                 f"{name}: has no pseudo singular values for adapter {adapter!r}; call "
                 "use_pseudo_svd(model) first"
             )
-        found.append((name, b, factors(layer, adapter)[0]))
-    return found
+        pseudo_layers.append((name, b, factors(layer, adapter)[0]))
+    return pseudo_layers
 
 
 def _check(name: str, layer: lora.LoraLayer, adapter: str) -> None:
@@ -159,8 +160,6 @@ def _check(name: str, layer: lora.LoraLayer, adapter: str) -> None:
         )
     if parametrize.is_parametrized(layer.lora_B[adapter]):
         raise ProblemError(f"{name}: has a parametrized B already; call use_pseudo_svd once only")
-    if parametrize.is_parametrized(layer.lora_A[adapter]):  # what it reads cannot be written
-        raise ProblemError(f"{name}: has a parametrized A; call use_pseudo_svd first")
     a, b = factors(layer, adapter)
     rank, size = len(a), min(len(b), a.shape[1])
     if rank > size:

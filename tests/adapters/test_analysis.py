@@ -27,13 +27,13 @@ def test_nothing_has_changed_at_initialisation(
 
 def test_changes_come_by_module_in_model_order() -> None:
     model = randomise(dora_bert())
-    found = decompose(model)
-    assert [c.module for c in found] == [
+    changes = decompose(model)
+    assert [c.module for c in changes] == [
         f"base_model.model.bert.encoder.layer.{i}.attention.self.{target}"
         for i in (0, 1)
         for target in ("query", "value")
     ]
-    assert all(c.delta_magnitude > 0 and 0 < c.delta_direction < 2 for c in found)
+    assert all(c.delta_magnitude > 0 and 0 < c.delta_direction < 2 for c in changes)
 
 
 def test_a_moved_magnitude_is_a_change_of_magnitude_only() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -18,7 +18,6 @@ from torch.func import functional_call
 
 from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.dora.fast import FastDora, FastFullNorm
-from hyperopt_peft.adapters.layers import direction, row_norm
 from tests.support.adapted_models import (
     KINDS,
     Single,
@@ -73,29 +72,6 @@ def test_any_input_shape(shape: tuple[int, ...], bias: bool) -> None:
     assert use_fast_dora(model)(x.mT.contiguous().mT if x.dim() > 1 else x).shape == expected.shape
 
 
-@pytest.mark.parametrize("norm_grad", MODES)
-def test_gradients_have_their_closed_forms(norm_grad: Any) -> None:
-    """With G = ∂L/∂W' = Σ_t dy_t x_tᵀ, as in `norm_grad`'s docstring."""
-    model = use_fast_dora(randomise(single()), norm_grad)
-    layer, x = adapted_layer(model), tokens(20).flatten(0, 1)
-    y = model(x)
-    dy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
-    (y * dy).sum().backward()
-
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    m = layer.lora_magnitude_vector["default"].weight
-    with torch.no_grad():
-        grad, v, s = dy.T @ x, direction(layer, "default"), 3 / 2
-        n = row_norm(v)
-        unit = v / n[:, None]
-        along = (grad * unit).sum(dim=1)
-        removed = along[:, None] * unit if norm_grad == "full" else 0
-        grad_v = (m / n)[:, None] * (grad - removed)
-    torch.testing.assert_close(m.grad, along)
-    torch.testing.assert_close(b.grad, s * grad_v @ a.T)
-    torch.testing.assert_close(a.grad, s * b.T @ grad_v)
-
-
 def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The output as a function of A, B, m, the base layer's bias and x."""
     trained = dict(adapter_parameters(model))
@@ -110,10 +86,17 @@ def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tup
     return function, tuple(leaves)
 
 
-@pytest.mark.parametrize("crossing", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("count", [2, 7])
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize(
+    ("kind", "count", "dropout", "crossing"),
+    [
+        ("linear", 2, 0.0, True),
+        ("linear", 7, 0.0, True),
+        ("linear", 2, 0.3, True),
+        ("linear", 7, 0.3, False),
+        ("conv1d_gpt2", 2, 0.0, False),
+        ("conv1d_gpt2", 2, 0.3, False),
+    ],
+)
 def test_first_and_second_derivatives(
     kind: str, count: int, dropout: float, crossing: bool
 ) -> None:
@@ -314,31 +297,30 @@ def test_an_error_for_an_unknown_choice_and_without_dora() -> None:
         use_fast_dora(single(use_dora=False))
 
 
-def kept_tensors(model: PeftModel, x: Tensor) -> list[tuple[int, ...]]:
-    """The shapes of what a forward pass keeps, parameters and repetitions apart."""
-    known = {p.data_ptr() for p in model.parameters()}
-    found: dict[int, Tensor] = {}
+def saved_shapes(model: PeftModel, x: Tensor) -> list[tuple[int, ...]]:
+    """The shapes of what a forward pass saves, parameters and repetitions apart."""
+    parameters = {p.data_ptr() for p in model.parameters()}
+    saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in known:
-            found[tensor.data_ptr()] = tensor
+        if tensor.data_ptr() not in parameters:
+            saved[tensor.data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = model(x)
     assert y.requires_grad
-    return sorted(tuple(t.shape) for t in found.values() if t.numel() >= x.shape[-2])
+    return sorted(tuple(t.shape) for t in saved.values() if t.numel() >= x.shape[-2])
 
 
-def test_the_layer_keeps_its_input_and_output_only() -> None:
+def test_the_layer_saves_its_input_and_output_only() -> None:
     count, columns, rows, rank = 50, 6, 7, 2
     torch.manual_seed(0)
     x = torch.randn(count, columns, requires_grad=True)
     for dropout, more in ((0.0, []), (0.5, [(count, columns)])):
         model = wrap(Single(nn.Linear(columns, rows)), lora_dropout=dropout).train()
-        kept = kept_tensors(use_fast_dora(model), x)
         expected = [(rank, count), (count, columns), (count, rows), *more]
-        assert kept == sorted(expected)
+        assert saved_shapes(use_fast_dora(model), x) == sorted(expected)
 
 
 def test_a_pass_over_magnitudes_computes_no_gradient_of_the_factors() -> None:
@@ -361,11 +343,10 @@ def test_a_pass_over_magnitudes_computes_no_gradient_of_the_factors() -> None:
     assert products([a, b, m]) == 3
 
 
-def test_the_configuration_is_untouched() -> None:
-    config = LoraConfig(r=2, use_dora=True, target_modules=["layer"])
-    model = wrap(Single(nn.Linear(4, 5)), use_dora=True)
+def test_names_stay_and_nothing_is_warned_of() -> None:
+    model = wrap(Single(nn.Linear(4, 5)))
     names = list(model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         use_fast_dora(model)
-    assert list(model.state_dict()) == names and config.use_dora
+    assert list(model.state_dict()) == names

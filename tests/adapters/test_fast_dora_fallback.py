@@ -129,12 +129,12 @@ def test_transforms_of_functions() -> None:
     def outputs(values: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(model, values, (x,))
 
-    found = []
+    results = []
     for prepare in (set_norm_grad, use_fast_dora):
         prepare(model)
-        found.append(torch.func.jacrev(outputs)(b, x)[name])
-        found.append(torch.func.vmap(outputs, (None, 0))(b, x))
-    torch.testing.assert_close(found[2:], found[:2])
+        results.append(torch.func.jacrev(outputs)(b, x)[name])
+        results.append(torch.func.vmap(outputs, (None, 0))(b, x))
+    torch.testing.assert_close(results[2:], results[:2])
 
 
 def directional(model: PeftModel, x: Tensor) -> tuple[Tensor, ...]:

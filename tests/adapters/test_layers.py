@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from peft import IA3Config, get_peft_model
@@ -11,6 +14,7 @@ from hyperopt_peft.adapters.layers import (
     require_plain,
     row_norm,
 )
+from hyperopt_peft.errors import ProblemError
 from tests.support.adapted_models import (
     KINDS,
     Single,
@@ -97,46 +101,6 @@ def test_an_adapter_can_be_named() -> None:
     assert [name.rpartition(".")[2] for name, _ in lora_layers(model, "other")] == ["key", "key"]
 
 
-def test_errors_about_the_model_and_the_adapter() -> None:
-    with pytest.raises(ValueError, match=r"peft_model: .*BertFor"):
-        lora_layers(bert())
-
-    model = dora_bert()
-    with pytest.raises(ValueError, match=r"adapter_name: .*'other'.*default"):
-        lora_layers(model, "other")
-
-    model = single()
-    model.add_adapter("other", model.peft_config["default"])
-    model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"\['default', 'other'\].*adapter_name"):
-        lora_layers(model)
-    assert len(lora_layers(model, "other")) == 1
-
-    ia3 = get_peft_model(bert(), IA3Config(target_modules=["key"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="adapter 'default'"):
-        lora_layers(ia3)
-
-
-def test_error_when_merged_until_unmerged() -> None:
-    model = dora_bert()
-    model.merge_adapter()
-    with pytest.raises(ValueError, match=r"query: .*merged.*'default'"):
-        lora_layers(model)
-    model.unmerge_adapter()
-    assert len(lora_layers(model)) == 4
-
-
-def test_error_without_a_magnitude_even_if_only_one_layer_lacks_it() -> None:
-    with pytest.raises(ValueError, match=r"layer\.0.*query: .*use_dora"):
-        dora_layers(dora_bert(use_dora=False))
-
-    model = dora_bert()
-    lacking = model.base_model.model.bert.encoder.layer[1].attention.self.value
-    del lacking.lora_magnitude_vector["default"]
-    with pytest.raises(ValueError, match=r"layer\.1\.attention\.self\.value: "):
-        dora_layers(model)
-
-
 class QuantisedLinear(nn.Linear):
     """Stands for the many quantised layers that subclass nn.Linear."""
 
@@ -148,50 +112,89 @@ class PackedTensor(torch.Tensor):
     """Stands for torchao's tensors, which report a floating dtype."""
 
 
-def test_error_where_the_base_weight_cannot_be_read() -> None:
-    layer = adapted_layer(wrap(Single(QuantisedLinear(4, 5))))
-    with pytest.raises(ValueError, match=r"lora\.Linear: .*QuantisedLinear"):
-        direction(layer, "default")
+def two_active() -> Any:
+    model = single()
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    assert len(lora_layers(model, "other")) == 1
+    return model
 
+
+def ia3() -> Any:
+    return get_peft_model(bert(), IA3Config(target_modules=["key"], feedforward_modules=[]))
+
+
+def quantised() -> Any:
+    return adapted_layer(wrap(Single(QuantisedLinear(4, 5))))
+
+
+def with_weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     layer = adapted_layer(single())
-    weight = layer.get_base_layer().weight
-    layer.get_base_layer().weight = nn.Parameter(weight.data.as_subclass(PackedTensor))
-    with pytest.raises(ValueError, match=r"lora\.Linear: .*W0"):
-        direction(layer, "default")
-
-    layer.get_base_layer().weight = nn.Parameter(weight.to(torch.float8_e4m3fn), False)
-    with pytest.raises(ValueError, match=r"lora\.Linear: .*W0"):
-        direction(layer, "default")
-
-    layer.get_base_layer().weight = weight
-    assert direction(layer, "default").shape == (5, 4)
+    base = layer.get_base_layer()
+    base.weight = nn.Parameter(change(base.weight.data), requires_grad=False)
+    return layer
 
 
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def convolution(**options: Any) -> Any:
+    return adapted_layer(wrap(Single(nn.Conv2d(4, 6, 3, **options))))
+
+
+def alora() -> Any:
+    options = {"use_dora": False, "alora_invocation_tokens": [1]}
+    return adapted_layer(wrap(Single(nn.Linear(4, 5)), **options))
+
+
+def without_a_magnitude() -> Any:
+    model = dora_bert()
+    lacking = model.base_model.model.bert.encoder.layer[1].attention.self.value
+    del lacking.lora_magnitude_vector["default"]
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd", "ignore:aLoRA is currently")
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("bad", "fragment"),
     [
-        ({"groups": 2}, "groups=2"),
-        ({"dilation": 2}, r"dilation=\(2, 2\)"),
-        ({"padding_mode": "circular", "padding": 1}, "padding_mode='circular'"),
+        (lambda: lora_layers(bert()), r"peft_model: .*BertFor"),
+        (lambda: lora_layers(dora_bert(), "other"), r"adapter_name: .*'other'.*default"),
+        (lambda: lora_layers(two_active()), r"\['default', 'other'\].*adapter_name"),
+        (lambda: lora_layers(ia3()), "adapter 'default'"),
+        (lambda: dora_layers(dora_bert(use_dora=False)), r"layer\.0.*query: .*use_dora"),
+        (lambda: dora_layers(without_a_magnitude()), r"layer\.1\.attention\.self\.value: "),
+        (lambda: direction(quantised(), "default"), r"lora\.Linear: .*QuantisedLinear"),
+        (
+            lambda: direction(with_weight(lambda w: w.as_subclass(PackedTensor)), "default"),
+            r"lora\.Linear: .*W0",
+        ),
+        (
+            lambda: direction(with_weight(lambda w: w.to(torch.float8_e4m3fn)), "default"),
+            r"lora\.Linear: .*W0",
+        ),
+        (lambda: direction(convolution(groups=2), "default"), "lora.Conv2d: .*groups=2"),
+        (lambda: direction(convolution(dilation=2), "default"), r"dilation=\(2, 2\)"),
+        (
+            lambda: direction(convolution(padding_mode="circular", padding=1), "default"),
+            "padding_mode='circular'",
+        ),
+        (
+            lambda: gram_penalty(wrap(Single(nn.MultiheadAttention(4, 2)), use_dora=False)),
+            r"model\.layer: .*MultiheadAttention",
+        ),
+        (lambda: require_plain(alora(), "default", "here"), r"here: .*Variant .*'default'"),
     ],
 )
-def test_error_for_convolutions_that_peft_does_not_adapt_faithfully(
-    options: dict[str, object], message: str
-) -> None:
-    layer = adapted_layer(wrap(Single(nn.Conv2d(4, 6, 3, **options))))
-    with pytest.raises(ValueError, match=f"lora.Conv2d: .*{message}"):
-        direction(layer, "default")
+def test_bad_input_is_named(bad: Callable[[], Any], fragment: str) -> None:
+    with pytest.raises(ProblemError, match=fragment):
+        bad()
 
 
-def test_error_for_other_lora_layers_and_variants() -> None:
-    attention = wrap(Single(nn.MultiheadAttention(4, 2)), use_dora=False)
-    with pytest.raises(ValueError, match=r"model\.layer: .*MultiheadAttention"):
-        gram_penalty(attention)
-
-    alora = wrap(Single(nn.Linear(4, 5)), use_dora=False, alora_invocation_tokens=[1])
-    with pytest.raises(ValueError, match=r"here: .*Variant .*'default'"):
-        require_plain(adapted_layer(alora), "default", "here")
+def test_error_when_merged_until_unmerged() -> None:
+    model = dora_bert()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"query: .*merged.*'default'"):
+        lora_layers(model)
+    model.unmerge_adapter()
+    assert len(lora_layers(model)) == 4
 
 
 def test_gpt2_layers_have_out_by_in_directions() -> None:

@@ -167,9 +167,9 @@ def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tup
         leaves.append(x.clone().requires_grad_())
 
     def function(*values: Tensor) -> Tensor:
-        given = values[-1] if x.is_floating_point() else x
+        argument = values[-1] if x.is_floating_point() else x
         torch.manual_seed(0)
-        return functional_call(model, dict(zip(names, values, strict=False)), (given,))
+        return functional_call(model, dict(zip(names, values, strict=False)), (argument,))
 
     return function, tuple(leaves)
 

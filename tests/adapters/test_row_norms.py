@@ -27,10 +27,10 @@ def test_norms_keep_their_digits_where_the_rows_all_but_vanish(
     w0 = -(1 - torch.tensor([0.02, 0.5, 0.05]))[:, None] * a
     w0 = w0.to(dtype)
     v = w0.double() + a.double()
-    found = measure(w0, a, torch.eye(3), 1.0)
-    torch.testing.assert_close(found.norm.double(), v.norm(dim=1), rtol=1e-5, atol=0)
+    norms = measure(w0, a, torch.eye(3), 1.0)
+    torch.testing.assert_close(norms.norm.double(), v.norm(dim=1), rtol=1e-5, atol=0)
     torch.testing.assert_close(
-        found.v_a.double(), v @ a.double().T, rtol=1e-5, atol=1e-5 * 4**power
+        norms.v_a.double(), v @ a.double().T, rtol=1e-5, atol=1e-5 * 4**power
     )
 
 
@@ -38,16 +38,16 @@ def test_norms_are_in_single_precision_under_autocast() -> None:
     w0, a, b = torch.randn(5, 8), torch.randn(3, 8), torch.randn(5, 3)
     expected = measure(w0, a, b, 0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = measure(w0, a, b, 0.5)
-    assert torch.equal(found.norm, expected.norm) and torch.equal(found.v_a, expected.v_a)
+        actual = measure(w0, a, b, 0.5)
+    assert torch.equal(actual.norm, expected.norm) and torch.equal(actual.v_a, expected.v_a)
 
 
-@pytest.mark.parametrize("part", ["lora_B.default.weight", "base_layer.weight"])
-def test_a_write_that_autograd_does_not_see_counts(part: str) -> None:
+@pytest.mark.parametrize("name", ["lora_B.default.weight", "base_layer.weight"])
+def test_a_write_that_autograd_does_not_see_counts(name: str) -> None:
     """8-bit optimizers write behind autograd's back: the version does not move."""
     model, x = use_fast_dora(randomise(single())), tokens(3)
     model(x)
-    adapted_layer(model).get_parameter(part).data.mul_(2)
+    adapted_layer(model).get_parameter(name).data.mul_(2)
     actual = model(x)
     torch.testing.assert_close(actual, set_norm_grad(model)(x), rtol=1e-12, atol=1e-12)
 

@@ -50,8 +50,8 @@ def test_the_methods_of_a_variant(variant: type[peft_internals.LoraVariant]) -> 
         assert isinstance(inspect.getattr_static(variant, name), staticmethod), name
     assert parameters(variant.forward) == ["module", "active_adapter", "x", "result", "kwargs"]
     for name in ("merge_safe", "merge_unsafe", "unmerge"):
-        found = parameters(getattr(variant, name))
-        assert found == ["module", "active_adapter", "orig_weight"], name
+        names = parameters(getattr(variant, name))
+        assert names == ["module", "active_adapter", "orig_weight"], name
 
 
 @pytest.mark.parametrize("kind", KINDS)

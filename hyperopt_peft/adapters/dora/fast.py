@@ -8,7 +8,7 @@ node that saves its input and its output only (`function`).
 from __future__ import annotations
 
 import warnings
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -93,38 +93,20 @@ def use_fast_dora(
     return peft_model
 
 
-class FastDora(CheckedLinear):
-    """PEFT's DoRA on a linear layer, with the fast forward pass; the row norm is a constant."""
-
-    @staticmethod
-    def forward(
-        module: lora.Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-    ) -> Tensor:
-        """The layer's output, (…, out), for x (…, in) and the base layer's ``result`` (…, out)."""
-        slow = peft_internals.DoraLinearVariant
-        return _forward(module, active_adapter, x, result, slow, **kwargs)
-
-
-class FastFullNorm(FullNormLinear):
-    """DoRA on a linear layer with the row norm in the graph, with the fast forward pass."""
-
-    @staticmethod
-    def forward(
-        module: lora.Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-    ) -> Tensor:
-        """The layer's output, (…, out), for x (…, in) and the base layer's ``result`` (…, out)."""
-        return _forward(module, active_adapter, x, result, FullNormLinear, **kwargs)
-
-
 def _forward(
     module: lora.Linear,
-    adapter: str,
+    active_adapter: str,
     x: Tensor,
     result: Tensor,
+    *,
     slow: type[peft_internals.DoraLinearVariant],
     **kwargs: Any,
 ) -> Tensor:
-    """The fast forward pass, or that of ``slow`` or PEFT where the fast one does not apply."""
+    """The layer's output, (…, out), for x (…, in) and the base layer's ``result`` (…, out).
+
+    It is computed by ``slow`` or PEFT where the fast pass does not apply.
+    """
+    adapter = active_adapter
     instead = _instead(module, adapter, x, slow)
     if instead is not peft_internals.DoraLinearVariant:  # which clears its cache itself
         peft_internals.clear_dora_cache(module, adapter)
@@ -151,6 +133,18 @@ def _forward(
     else:
         y, _ = DoraLinear.apply(x0, a, b, g, w0, base, bias, s)
     return y
+
+
+class FastDora(CheckedLinear):
+    """PEFT's DoRA on a linear layer, with the fast forward pass; the row norm is a constant."""
+
+    forward = staticmethod(partial(_forward, slow=peft_internals.DoraLinearVariant))
+
+
+class FastFullNorm(FullNormLinear):
+    """DoRA on a linear layer with the row norm in the graph, with the fast forward pass."""
+
+    forward = staticmethod(partial(_forward, slow=FullNormLinear))
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
