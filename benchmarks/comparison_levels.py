@@ -15,8 +15,9 @@ import torch
 from minilm import minilm
 from torch import Tensor
 
-from hyperopt_peft import Problem, minimise
+from hyperopt_peft import Problem
 from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems import hypercleaning, logistic, ridge
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 
@@ -55,7 +56,7 @@ def small_problems() -> dict[str, Levels]:
         "C": ridge.diabetes(),
     }
     for _, lower in problems.values():
-        minimise(lower)
+        minimize(lower)
     return problems
 
 

@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 import torch
 from measure import Target, arguments, report
 
-from hyperopt_peft import Engine, NonFiniteError, ProblemError, minimise
+from hyperopt_peft import Engine, NonFiniteError, ProblemError
+from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems import hypercleaning, logistic
 from hyperopt_peft.utils.restore import perturbed
 
@@ -70,7 +71,7 @@ def value(upper: Any, lower: Any) -> float:
         if isinstance(lower, logistic.Logistic):
             newton(lower)
         else:
-            minimise(lower, tolerance=1e-7)
+            minimize(lower, tolerance=1e-7)
         return float(upper.evaluate(None)[0].detach())
 
 

@@ -16,7 +16,7 @@ from small_runs import Final, small_trainer
 from transformers import TrainerCallback
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.engine.checkpoint import SEAL, seal, unseal
+from hyperopt_peft.engine.checkpoint import MANIFEST, verify_manifest, write_manifest
 
 NO_LIMIT = -1
 STEP = 10  # where the disk is full, or a number is not finite
@@ -29,13 +29,13 @@ def damages(checkpoint: Path, marker: Path) -> Iterator[tuple[str, str, Change]]
 
     A pickle that is executed makes the file ``marker``.
     """
-    files = json.loads((checkpoint / SEAL).read_text())["files"]
-    for name in (*files, SEAL):
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    for name in (*files, MANIFEST):
         yield "a file truncated", name, functools.partial(_cut, name)
     for name in files:
         yield "a file missing", name, functools.partial(_remove, name)
         yield "a byte changed", name, functools.partial(_flip, name)
-    yield "never finished", SEAL, functools.partial(_remove, SEAL)
+    yield "never finished", MANIFEST, functools.partial(_remove, MANIFEST)
     yield "no such folder", "", shutil.rmtree
     for name in files:
         if name.endswith((".pt", ".pth")):
@@ -69,9 +69,9 @@ class Trap:
 
 def _trap(name: str, marker: Path, folder: Path) -> None:
     """With hashes that fit: only the loading itself can refuse it."""
-    record = unseal(folder)
+    record = verify_manifest(folder)
     torch.save({"state": Trap(marker)}, folder / name)
-    seal(folder, record)
+    write_manifest(folder, record)
 
 
 def resume_from(name: str, **changes: Any) -> Job:

@@ -25,8 +25,9 @@ from mlp import batch, engine, networks, weighted_loss
 from peers import betty, plain_loop, torchopt_root
 from torch import Tensor
 
-from hyperopt_peft import compare_hypergradients, hypergradient, minimise
+from hyperopt_peft import compare_hypergradients, hypergradient
 from hyperopt_peft.diagnostics.memory import peak_memory
+from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems import hypercleaning, logistic
 
 CG = "cg:steps=5,damping=1.0,tolerance=0.0"
@@ -100,7 +101,7 @@ def errors() -> tuple[dict[str, float], dict[str, float]]:
     """Relative errors on problems A and B."""
     found = []
     for upper, lower in (logistic.breast_cancer(), hypercleaning.digits()):
-        minimise(lower)
+        minimize(lower)
         methods = [MEASURED.get(name, method) for name, method in COSTED.items()]
         rows = compare_hypergradients(upper, lower, methods, repeats=1).rows
         found.append({name: row.relative_error for name, row in zip(COSTED, rows)})
@@ -141,7 +142,7 @@ def host_reads(run: Callable[[], object]) -> int:
 def waits() -> list[dict[str, Any]]:
     """Host reads, and transfers of a batch, of one hypergradient on problem A."""
     upper, lower = logistic.breast_cancer()
-    minimise(lower)
+    minimize(lower)
     hypergradient(upper, lower, "darts")  # whether f runs in half precision is found once
     rows = []
     for method in COUNTED:

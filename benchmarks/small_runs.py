@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
 
 from hyperopt_peft import Engine, Problem
-from hyperopt_peft.engine.checkpoint import SEAL, last_valid, read_state, written
+from hyperopt_peft.engine.checkpoint import MANIFEST, last_valid, read_state, written
 from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
 transformers.utils.logging.set_verbosity_error()
@@ -76,7 +76,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def being_written(folder: Path, since: float) -> bool:
     """Whether a checkpoint is not yet whole to which something was written after ``since``."""
-    open_ones = [p for p in folder.glob("**/checkpoint-*") if not (p / SEAL).exists()]
+    open_ones = [p for p in folder.glob("**/checkpoint-*") if not (p / MANIFEST).exists()]
     open_ones += folder.glob("*.part")
     try:
         return any(path.stat().st_mtime > since for path in open_ones)

@@ -17,7 +17,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch.optim import SGD, Adam
 
-from hyperopt_peft import Engine, Nested, Problem, minimise
+from hyperopt_peft import Engine, Nested, Problem
+from hyperopt_peft.engine import minimize
 
 SIZES = {"train": 100, "first": 50, "second": 100}  # the other 192 are for the test
 
@@ -107,7 +108,7 @@ def main():
         for seed in range(args.splits):
             sets = split(seed)
             w, weights = train(sets)
-            minimise(weights, tolerance=1e-6)
+            minimize(weights, tolerance=1e-6)
             with torch.no_grad():
                 errors.append(2 * Error(w, None, w, sets["test"]).loss(None).item())
         mean = sum(errors) / len(errors)

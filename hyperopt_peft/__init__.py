@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.diagnostics.compare import compare_hypergradients
     from hyperopt_peft.engine.early_stopping import EarlyStopping
     from hyperopt_peft.engine.engine import Engine
-    from hyperopt_peft.engine.fit import fit, minimise, minimize
     from hyperopt_peft.engine.nested import Nested
     from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
     from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
@@ -37,10 +36,7 @@ _MODULES = {
     "attribute": "attribution.attribute",
     "check_problem": "diagnostics.check",
     "compare_hypergradients": "diagnostics.compare",
-    "fit": "engine.fit",
     "hypergradient": "hypergradients",
-    "minimise": "engine.fit",
-    "minimize": "engine.fit",
     "register": "hypergradients",
     "split_dataset": "trainer.data",
 }
@@ -60,10 +56,7 @@ __all__ = [
     "attribute",
     "check_problem",
     "compare_hypergradients",
-    "fit",
     "hypergradient",
-    "minimise",
-    "minimize",
     "register",
     "split_dataset",
 ]

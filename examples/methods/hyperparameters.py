@@ -38,7 +38,7 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import Engine, Problem
 from hyperopt_peft.adapters import lora_layers
-from hyperopt_peft.engine.fit import fit
+from hyperopt_peft.engine import fit
 
 
 class Scaled(nn.Module):

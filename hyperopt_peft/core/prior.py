@@ -82,9 +82,9 @@ def prior_value(
         ProblemError: the function returned something else than a scalar.
     """
     value = prior(variables)
-    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+    if not isinstance(value, Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ProblemError(
-            f"{level}: prior must return a real scalar tensor, got {shape}; return a mean or a sum"
+            f"{level}: prior must return a scalar tensor, got {shape}; return a mean or a sum"
         )
     return gather(value).reshape(())

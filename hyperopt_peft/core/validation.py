@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,18 +13,30 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_half
 
-if TYPE_CHECKING:
-    from hyperopt_peft.core.problem import Problem
-
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+
+
+class Level(Protocol):
+    """What the checks of a level and of its optimizer read of a `Problem`."""
+
+    name: str
+    names: tuple[str, ...]
+    variables: tuple[Tensor, ...]
+    optimizer: Any
+    scheduler: Any
+    batches: Any
+    unread: frozenset[str]
+
+    def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
+        """See `Problem.optimizer_options`."""
 
 
 def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
     """The names and the tensors of ``variables``; a tensor without a name gets a number.
 
     Raises:
-        ProblemError: there are no variables; one is complex, is no leaf or requires no gradient;
-            or two have one name or share memory.
+        ProblemError: there are no variables; one is no leaf or requires no gradient; or one
+            tensor or one name is given twice.
 
     Example:
         >>> import torch
@@ -53,11 +64,6 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
             raise ProblemError(
                 f"{level}: {name} is computed from other tensors; give the leaf it is computed from"
             )
-        if tensor.is_complex():
-            raise ProblemError(
-                f"{level}: {name} is complex; give a real tensor with a last dimension of 2, and "
-                "read it in the loss through torch.view_as_complex"
-            )
         pairs.append((name, tensor))
     if not pairs:
         raise ProblemError(f"{level}: the level has no variables; give at least one tensor")
@@ -65,33 +71,18 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     for name, count in Counter(names).items():
         if count > 1:
             raise ProblemError(f"{level}: two variables are called {name!r}; give unique names")
-    shared = shared_memory(pairs)
-    if shared is not None:
-        raise ProblemError(
-            f"{level}: {shared[0]} and {shared[1]} share memory; give each tensor once"
-        )
+    if pair := one_tensor(pairs):
+        raise ProblemError(f"{level}: {pair[0]} and {pair[1]} are one tensor; give it once")
     return names, tensors
 
 
-def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two tensors that share memory, or None.
-
-    Tensors without memory of their own (empty, meta, sharded) are compared by identity.
-    """
-    spans = []
+def one_tensor(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two entries that are the same tensor, or None."""
+    names: dict[int, str] = {}
     for name, tensor in named:
-        device, begin = str(tensor.device), tensor.data_ptr()
-        if begin == 0:
-            device, begin, length = "no memory", id(tensor), 1
-        else:
-            strides = zip(tensor.shape, tensor.stride(), strict=True)
-            last = sum((size - 1) * stride for size, stride in strides)
-            length = (last + 1) * tensor.element_size()
-        spans.append((device, begin, begin + length, name))
-    spans.sort()
-    for (device, _, end, name), (other_device, begin, _, other) in pairwise(spans):
-        if device == other_device and begin < end:
-            return name, other
+        if id(tensor) in names:
+            return names[id(tensor)], name
+        names[id(tensor)] = name
     return None
 
 
@@ -99,7 +90,7 @@ def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]
     """The loss in ``result`` as a scalar tensor, and the other single numbers in ``result``.
 
     Raises:
-        ProblemError: the loss is no real scalar, or depends on no tensor that requires a gradient.
+        ProblemError: the loss is no scalar, or depends on no tensor that requires a gradient.
     """
     metrics: dict[str, float] = {}
     if isinstance(result, Mapping):
@@ -109,10 +100,10 @@ def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]
             )
         metrics = {k: _plain(v) for k, v in result.items() if k != "loss" and is_number(v)}
         result = result["loss"]
-    if not isinstance(result, Tensor) or result.numel() != 1 or result.is_complex():
+    if not isinstance(result, Tensor) or result.numel() != 1:
         shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ProblemError(
-            f"{level}: loss must be a real scalar tensor, got {shape}; return a mean or a sum"
+            f"{level}: loss must be a scalar tensor, got {shape}; return a mean or a sum"
         )
     if not result.requires_grad:
         raise ProblemError(
@@ -156,7 +147,7 @@ def missing_input_hint(batch: Any, error: Exception) -> str:
 
 
 def require_read(
-    level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
+    level: Level, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
 ) -> None:
     """Raise ProblemError where an entry of ``gradient``, one for each variable, is None.
 
@@ -175,7 +166,7 @@ def require_read(
 def is_number(value: Any) -> bool:
     """Whether ``value`` is one real number: an int, a float or a tensor of one entry."""
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
+        return value.numel() == 1
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -198,7 +189,7 @@ def check_max_grad_norm(limit: Any, level: str) -> None:
         raise ProblemError(f"{level}: max_grad_norm must be a positive number, got {limit!r}")
 
 
-def check_level_state(level: Problem, state: Any, parts: Mapping[str, Any]) -> None:
+def check_level_state(level: Level, state: Any, parts: Mapping[str, Any]) -> None:
     """Raise ProblemError where ``state`` does not fit ``level``, whose ``parts`` have states."""
     expected = {"variables", *parts}
     if not isinstance(state, Mapping) or set(state) != expected:
@@ -247,21 +238,18 @@ def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer | None, level: 
 def check_optimizer(
     optimizer: Optimizer, names: Sequence[str], variables: Sequence[Tensor], level: str
 ) -> None:
-    """Raise ProblemError unless ``optimizer`` holds exactly ``variables``, each once."""
+    """Raise ProblemError unless ``optimizer`` holds exactly ``variables``."""
     if not isinstance(optimizer, Optimizer):
         raise ProblemError(
             f"{level}: optimizer must be a torch.optim.Optimizer over the level's "
             f"variables, got {optimizer!r}"
         )
-    known = {id(variable): name for name, variable in zip(names, variables, strict=True)}
-    held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    foreign = [tuple(tensor.shape) for tensor in held if id(tensor) not in known]
-    missing = [name for key, name in known.items() if key not in {id(t) for t in held}]
+    params = {id(x): x for group in optimizer.param_groups for x in group["params"]}
+    owned = {id(variable): name for name, variable in zip(names, variables, strict=True)}
+    foreign = [tuple(tensor.shape) for key, tensor in params.items() if key not in owned]
+    missing = [name for key, name in owned.items() if key not in params]
     if missing or foreign:
         raise ProblemError(
             f"{level}: optimizer must hold exactly the level's variables; add {missing or 'none'}, "
             f"and remove tensors of shape {foreign or 'none'}"
         )
-    if len(held) > len(known):  # torch warns, and moves it twice a step
-        twice = sorted({known[id(x)] for x in held if sum(x is y for y in held) > 1})
-        raise ProblemError(f"{level}: optimizer holds {twice} twice; give each variable once")

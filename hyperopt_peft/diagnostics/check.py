@@ -89,7 +89,8 @@ def check_problem(
         Exception: any other exception of a loss.
 
     Example:
-        >>> from hyperopt_peft import check_problem, minimize
+        >>> from hyperopt_peft import check_problem
+        >>> from hyperopt_peft.engine import minimize
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> [finding.kind for finding in check_problem(upper, lower, progress=False).findings]

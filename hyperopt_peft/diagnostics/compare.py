@@ -162,7 +162,8 @@ def compare_hypergradients(
         NonFiniteError: the reference is not finite.
 
     Example:
-        >>> from hyperopt_peft import compare_hypergradients, minimize
+        >>> from hyperopt_peft import compare_hypergradients
+        >>> from hyperopt_peft.engine import minimize
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> _ = minimize(lower)

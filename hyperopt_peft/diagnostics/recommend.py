@@ -59,7 +59,8 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
     and the reference t.
 
     Example:
-        >>> from hyperopt_peft import compare_hypergradients, minimize
+        >>> from hyperopt_peft import compare_hypergradients
+        >>> from hyperopt_peft.engine import minimize
         >>> from hyperopt_peft.diagnostics.recommend import recommend
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()

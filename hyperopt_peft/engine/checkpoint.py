@@ -1,7 +1,7 @@
 """Checkpoints that are complete or are not used.
 
-The seal, a JSON file with the hashes of all other files, is written last. A checkpoint is complete
-if its files have these hashes. Files are read without executing code.
+The manifest, a JSON file with the hashes of all other files, is written last. A checkpoint is
+complete if its files have these hashes. Files are read without executing code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from hyperopt_peft.errors import ProblemError
 
-SEAL = "bilevel.json"
+MANIFEST = "bilevel.json"
 PREFIX = "checkpoint-"
 logger = logging.getLogger(__name__)
 
@@ -53,51 +53,51 @@ def failed(folder: Path, error: Exception) -> ProblemError:
     )
 
 
-def seal(folder: Path, record: Mapping[str, Any]) -> None:
-    """Declare ``folder`` complete: write the hashes of its files, and ``record``, to the seal.
+def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
+    """Declare ``folder`` complete: write the hashes of its files, and ``record``, to the manifest.
 
-    The seal appears in one atomic rename, so an interrupted write leaves a folder without seal.
+    It appears in one atomic rename, so that an interrupted write leaves a folder without it.
 
     Example:
         >>> folder = Path("checkpoint-1")
         >>> write_state(folder / "state.pt", {"step": 1})
-        >>> seal(folder, {"seed": 0})
-        >>> unseal(folder)["seed"], read_state(folder / "state.pt")
+        >>> write_manifest(folder, {"seed": 0})
+        >>> verify_manifest(folder)["seed"], read_state(folder / "state.pt")
         (0, {'step': 1})
     """
     files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
     text = json.dumps({**record, "written": time.time(), "files": files}, indent=1)
-    temporary = folder / (SEAL + ".part")
+    temporary = folder / (MANIFEST + ".part")
     with temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, folder / SEAL)
+    os.replace(temporary, folder / MANIFEST)
 
 
-def unseal(folder: Path) -> dict[str, Any]:
-    """The record in the seal of ``folder``, after all files were compared with their hashes.
+def verify_manifest(folder: Path) -> dict[str, Any]:
+    """The record in the manifest of ``folder``, after all files were compared with their hashes.
 
-    ``"written"`` is the time of sealing in seconds.
+    ``"written"`` is the time at which the manifest was written, in seconds.
 
     Raises:
-        ProblemError: ``folder`` does not exist, has no readable seal, or has a file that is
+        ProblemError: ``folder`` does not exist, has no readable manifest, or has a file that is
             missing or has changed.
     """
     if not folder.is_dir():
         raise ProblemError(f"{folder}: there is no such checkpoint; give the path of another")
-    if not (folder / SEAL).is_file():
+    if not (folder / MANIFEST).is_file():
         raise ProblemError(
-            f"{folder}: the file {SEAL} is missing, since writing was interrupted or another "
+            f"{folder}: the file {MANIFEST} is missing, since writing was interrupted or another "
             "program wrote the folder; resume from an earlier checkpoint"
         )
     try:
-        record = json.loads((folder / SEAL).read_text())
+        record = json.loads((folder / MANIFEST).read_text())
         files = dict(record.pop("files"))
         record["written"] = float(record["written"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProblemError(
-            f"{folder / SEAL}: the file is damaged ({error}); resume from an earlier checkpoint"
+            f"{folder / MANIFEST}: the file is damaged ({error}); resume from an earlier checkpoint"
         ) from error
     for name, digest in files.items():
         path = folder / name
@@ -121,7 +121,7 @@ def valid_checkpoints(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """
     for path in reversed(_in_order(*folders)):
         try:
-            record = unseal(path)
+            record = verify_manifest(path)
         except ProblemError as error:
             logger.warning("skipped %s", error)
         else:
@@ -144,7 +144,7 @@ def to_resume(given: str | bool | None, *folders: Path) -> tuple[Path, dict[str,
         ProblemError: there is no complete checkpoint, or ``given`` is incomplete.
     """
     if given is not True:
-        return (Path(given), unseal(Path(given))) if given else None
+        return (Path(given), verify_manifest(Path(given))) if given else None
     for found in valid_checkpoints(*folders):
         return found
     raise ProblemError(
@@ -153,9 +153,9 @@ def to_resume(given: str | bool | None, *folders: Path) -> tuple[Path, dict[str,
 
 
 def written(folder: Path) -> float:
-    """The time in seconds at which ``folder`` was sealed; -∞ without a readable seal."""
+    """The time in seconds at which the manifest was written; -∞ without a readable one."""
     try:
-        return float(json.loads((folder / SEAL).read_text())["written"])
+        return float(json.loads((folder / MANIFEST).read_text())["written"])
     except (OSError, ValueError, KeyError, TypeError):
         return float("-inf")
 
@@ -163,10 +163,10 @@ def written(folder: Path) -> float:
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints in ``folder`` until ``limit`` are left; None keeps all.
 
-    The newest checkpoint and ``best`` are never deleted. A folder without seal is neither counted
-    nor deleted.
+    The newest checkpoint and ``best`` are never deleted. A folder without a manifest is
+    neither counted nor deleted.
     """
-    paths = [path for path in _in_order(folder) if (path / SEAL).is_file()]
+    paths = [path for path in _in_order(folder) if (path / MANIFEST).is_file()]
     kept = [path for path in paths if best and path.resolve() == Path(best).resolve()]
     spare = [path for path in paths[:-1] if path not in kept]
     surplus = len(paths) - limit if limit and limit > 0 else 0
@@ -219,11 +219,11 @@ def read_state(path: Path) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(SEAL))
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
 
 
 def _in_order(*folders: Path) -> list[Path]:
-    """The checkpoints by time of writing; those without a readable seal come first."""
+    """The checkpoints by time of writing; those without a readable manifest come first."""
     found = (path for folder in folders for path in folder.glob(f"{PREFIX}*"))
     paths = [path for path in found if path.name[len(PREFIX) :].isdigit()]
     return sorted(paths, key=lambda path: (written(path), int(path.name[len(PREFIX) :])))

@@ -24,7 +24,7 @@ from hyperopt_peft.utils.random_state import (
 )
 from hyperopt_peft.utils.validation import require_count, require_settings
 
-StepLog = dict[str, Any]
+Record = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -86,7 +86,7 @@ class Engine:
         warmup_steps: int = 0,
         seed: int = 0,
         non_finite: Literal["raise", "skip"] = "raise",
-        callbacks: Sequence[Callable[[Engine, StepLog], object]] = (),
+        callbacks: Sequence[Callable[[Engine, Record], object]] = (),
         progress: bool = True,
     ) -> None:
         check_ownership(upper, lower)
@@ -105,12 +105,12 @@ class Engine:
         require_history(self.estimator, lower_steps=lower_steps, recorded=lower_steps)
         self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
-        self.history: list[StepLog] = []
+        self.history: list[Record] = []
         self.step = self.lower_step = self.skipped = 0
         self._lower_log = LowerStep(float("nan"), float("nan"), {})
         self._stopped = False
 
-    def run(self, steps: int) -> list[StepLog]:
+    def run(self, steps: int) -> list[Record]:
         """Do ``steps`` further upper steps; returns their records.
 
         Raises:
@@ -243,12 +243,12 @@ class Engine:
         self.lower_step += 1
         self._lower_log = self._step.train_lower(number=self.lower_step)
 
-    def _step_upper(self) -> StepLog:
+    def _step_upper(self) -> Record:
         batch = self.upper.next_batch()
         self.step += 1
         above, below = self._step.hypergradient(batch, number=self.step), self._lower_log
         norm = self.upper.step(above.hypergradient, above.grad_norm)
-        record: StepLog = {
+        record: Record = {
             "step": self.step,
             "lower_loss": below.loss,
             "lower_grad_norm": below.grad_norm,

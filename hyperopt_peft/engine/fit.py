@@ -114,6 +114,3 @@ def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
             "the loss, or give a larger tolerance"
         )
     return final.loss
-
-
-minimise = minimize

@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 
 class BilevelCallback(TrainerCallback):
-    """Writes, seals and restores the files of a checkpoint that the Trainer does not know.
+    """Writes, completes and restores the files of a checkpoint that the Trainer does not know.
 
     These are the variables of both levels (a level may own tensors outside the model), the state
     of the estimator, the random states of each process now and at the beginning of the epoch, and
-    the seal: settings and hashes of all files, written last. The callback has no state in
+    the manifest: settings and hashes of all files, written last. The callback has no state in
     ``trainer_state.json``, from which the Trainer would rebuild it without ``trainer``.
     """
 
     def __init__(self, trainer: BilevelTrainer) -> None:
         self.trainer = trainer
-        self.writing: Path | None = None  # a checkpoint without its seal
+        self.writing: Path | None = None  # a checkpoint without its manifest
         self.signalled = False  # whether SIGTERM asked for a checkpoint and ended the run
 
     @contextmanager
@@ -73,7 +73,7 @@ class BilevelCallback(TrainerCallback):
         """Raise ProblemError unless the run can resume from the checkpoint ``folder``."""
         if missing := {"settings", "skipped"} - record.keys():
             raise ProblemError(
-                f"{folder / checkpoint.SEAL}: the entries {sorted(missing)} are missing; use an "
+                f"{folder / checkpoint.MANIFEST}: the entries {sorted(missing)} are missing; use an "
                 "earlier checkpoint"
             )
         for name in (LEVELS, ESTIMATOR, *NEEDED):
@@ -87,12 +87,12 @@ class BilevelCallback(TrainerCallback):
         logger.warning("resuming from %s", folder)
 
     def write(self, folder: Path) -> None:
-        """Write the files of the levels into ``folder``, which stays without a seal."""
+        """Write the files of the levels into ``folder``, which stays without a manifest."""
         trainer, args = self.trainer, self.trainer.args
         self.writing = folder
         folder.mkdir(parents=True, exist_ok=True)
         if args.should_save:
-            (folder / checkpoint.SEAL).unlink(missing_ok=True)
+            (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
         values = {n: gather(x.detach()).contiguous() for n, x in trainer.named_tensors()}
         step = trainer.bilevel_step
         state = {} if step is None else step.state_dict()
@@ -103,14 +103,16 @@ class BilevelCallback(TrainerCallback):
         position = {"step": self.epoch_step, "epoch": dict(self.epoch_random.states)}
         torch.save({**position, "now": dict(now.states)}, _position(folder))
 
-    def seal(self) -> None:
-        """Seal the last written checkpoint, then delete older ones."""
+    def complete(self) -> None:
+        """Write the manifest of the last written checkpoint, then delete older ones."""
         trainer, args, folder = self.trainer, self.trainer.args, self.writing
         if folder is None:
             return
         trainer.accelerator.wait_for_everyone()
         if args.should_save:
-            checkpoint.seal(folder, {"settings": self.settings, "skipped": trainer.skipped})
+            checkpoint.write_manifest(
+                folder, {"settings": self.settings, "skipped": trainer.skipped}
+            )
         self.writing = None
         if args.should_save:
             best = trainer.state.best_model_checkpoint
@@ -127,9 +129,9 @@ class BilevelCallback(TrainerCallback):
         folder = Path(trainer.args.output_dir) / f"{checkpoint.PREFIX}{done}"
         try:
             with checkpoint.writing(folder):
-                if not (folder / checkpoint.SEAL).exists():
+                if not (folder / checkpoint.MANIFEST).exists():
                     save_checkpoint(trainer)
-                    self.seal()
+                    self.complete()
         except ProblemError:
             return "no checkpoint could be written"
         finally:
@@ -174,24 +176,24 @@ class BilevelCallback(TrainerCallback):
         self.epoch_random = RandomState.capture(self.trainer.devices)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Seal the checkpoint that the Trainer has written."""
-        self.seal()
+        """Write the manifest of the checkpoint that the Trainer has written."""
+        self.complete()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the levels of the best model, which the Trainer has loaded."""
-        self._seal_of_signal(args, state, control)
+        self._complete_on_signal(args, state, control)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
-            checkpoint.unseal(best)
+            checkpoint.verify_manifest(best)
             self._load_levels(best)
 
-    def _seal_of_signal(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _complete_on_signal(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # On SIGTERM the Trainer writes a checkpoint in any of these events, without `on_save`.
         if self.writing is not None:
-            self.seal()
+            self.complete()
             self.signalled = True
 
-    on_step_begin = on_pre_optimizer_step = on_step_end = on_epoch_end = _seal_of_signal
+    on_step_begin = on_pre_optimizer_step = on_step_end = on_epoch_end = _complete_on_signal
 
     @torch.no_grad()
     def _load_levels(self, folder: Path) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hyperopt_peft import Engine, ProblemError, check_problem, fit, hypergradient, minimize
+from hyperopt_peft import Engine, ProblemError, check_problem, hypergradient
+from hyperopt_peft.engine import fit, minimize
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.cases import Case, cases
@@ -236,7 +237,7 @@ def test_a_prior_that_is_none_is_refused(prior: Any) -> None:
         FunctionLevel(lambda _: u.sum(), [u], prior=prior)
 
 
-@pytest.mark.parametrize("value", [1.0, torch.ones(2), torch.ones((), dtype=torch.complex64)])
+@pytest.mark.parametrize("value", [1.0, torch.ones(2)])
 def test_a_prior_that_returns_no_scalar_is_named(value: Any) -> None:
     u = torch.ones(2, requires_grad=True)
     level = FunctionLevel(lambda _: u.sum(), [u], prior=lambda _: value, name="upper")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
-from hyperopt_peft import Engine, ProblemError, check_problem, hypergradient, minimise
+from hyperopt_peft import Engine, ProblemError, check_problem, hypergradient
+from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems.hypercleaning import digits
 from hyperopt_peft.problems.logistic import breast_cancer
 from hyperopt_peft.problems.ridge import diabetes
@@ -79,7 +80,7 @@ def test_the_reference_problems_are_sound_at_their_minimum_and_not_before(make):
     upper, lower = make()
     start = examine(upper, lower)
     assert kinds(start, "error", "warning") == ["far from stationary"]
-    minimise(lower)
+    minimize(lower)
     check = examine(upper, lower)
     assert check.findings == () and check.curvature.change < 1e-6
 
@@ -117,7 +118,7 @@ def test_an_upper_loss_that_does_not_depend_on_the_lower_variables(reads):
 def test_a_lower_loss_whose_minimum_the_upper_variables_do_not_move(reads):
     pair = Pair()
     pair.lower.function = lambda _: (pair.w - 1).square().sum() + (pair.u.sum() if reads else 0)
-    minimise(pair.lower)
+    minimize(pair.lower)
     check = pair.check()
     assert kinds(check, "error", "warning") == ["no mixed derivative"]
     assert found(check, "no mixed derivative").level == "below"
@@ -306,7 +307,7 @@ def test_far_from_stationary_is_the_change_of_the_hypergradient():
     here = flat(hypergradient(upper, lower, "exact"))
     sizes = [float(quadratic.direct.norm() + quadratic.exact_implicit.norm())]
     f = lower.loss(None).item()
-    minimise(lower)
+    minimize(lower)
     there = flat(hypergradient(upper, lower, "exact"))
     sizes.append(float(quadratic.direct.norm() + quadratic.exact_implicit.norm()))
     change = float((there - here).norm()) / max(sizes)

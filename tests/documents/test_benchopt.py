@@ -12,7 +12,8 @@ import pandas
 import pytest
 import torch
 
-from hyperopt_peft import compare_hypergradients, hypergradient, minimise
+from hyperopt_peft import compare_hypergradients, hypergradient
+from hyperopt_peft.engine import minimize
 
 benchopt = pytest.importorskip("benchopt")
 pytest.importorskip("jax")
@@ -45,7 +46,7 @@ def test_torch_differentiates_jax_twice(parts: Any) -> None:
     upper, lower = levels(solver, data["problem"])
     assert torch.autograd.gradcheck(lambda w, u: lower.function(0, w, u)[0], lower.both)
     assert torch.autograd.gradgradcheck(lambda w, u: lower.function(0, w, u)[0], lower.both)
-    minimise(lower)
+    minimize(lower)
     (h,) = hypergradient(upper, lower, "exact")
     found = data["metrics"](*(x.detach().numpy() for x in lower.both))
     assert found["inner_distance"] < 1e-14

@@ -15,12 +15,12 @@ import torch
 from hyperopt_peft import ProblemError
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.checkpoint import (
-    SEAL,
+    MANIFEST,
     last_valid,
     read_state,
     rotate,
-    seal,
-    unseal,
+    verify_manifest,
+    write_manifest,
     write_state,
 )
 
@@ -51,7 +51,7 @@ def write(folder: Path, number: Any, *, whole: bool = True) -> Any:
     write_state(path / "optimizer.pt", STATE)
     (path / "part" / "notes.txt").write_text(f"step {number}")
     if whole:
-        seal(path, RECORD)
+        write_manifest(path, RECORD)
     return path
 
 
@@ -61,10 +61,10 @@ def names(folder: Path) -> Any:
 
 def test_a_sealed_folder_gives_its_record(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
-    record = unseal(path)
+    record = verify_manifest(path)
     assert record.pop("written") == checkpoint.written(path) >= 1000
     assert record == RECORD
-    assert set(json.loads((path / SEAL).read_text())["files"]) == {
+    assert set(json.loads((path / MANIFEST).read_text())["files"]) == {
         "optimizer.pt",
         "part/notes.txt",
     }
@@ -83,7 +83,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
         damaged = {"truncated": content[:-1], "emptied": b"", "changed": changed}[damage]
         (path / name).write_bytes(damaged)
     with pytest.raises(ProblemError, match=name):
-        unseal(path)
+        verify_manifest(path)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
 )
 def test_a_damaged_seal_is_named(tmp_path: Path, text: Any) -> None:
     path = write(tmp_path, 3)
-    (path / SEAL).write_text(text)
-    with pytest.raises(ProblemError, match=SEAL):
-        unseal(path)
+    (path / MANIFEST).write_text(text)
+    with pytest.raises(ProblemError, match=MANIFEST):
+        verify_manifest(path)
     assert last_valid(tmp_path) is None
 
 
@@ -107,25 +107,25 @@ def test_a_damaged_seal_is_named(tmp_path: Path, text: Any) -> None:
 def test_a_seal_reads_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, 3)
     (tmp_path / "secret").write_text("x")
-    record = json.loads((path / SEAL).read_text())
-    (path / SEAL).write_text(json.dumps({**record, "files": {name: "0"}}))
+    record = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**record, "files": {name: "0"}}))
     with pytest.raises(ProblemError, match=name):
-        unseal(path)
+        verify_manifest(path)
 
 
 def test_what_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match="checkpoint-9"):
-        unseal(tmp_path / "checkpoint-9")
-    with pytest.raises(ProblemError, match=SEAL):
-        unseal(write(tmp_path, 3, whole=False))
+        verify_manifest(tmp_path / "checkpoint-9")
+    with pytest.raises(ProblemError, match=MANIFEST):
+        verify_manifest(write(tmp_path, 3, whole=False))
     assert last_valid(tmp_path) is None and last_valid(tmp_path / "nowhere") is None
 
 
 def test_a_sealed_pickle_is_not_executed(tmp_path: Path) -> None:
     path = write(tmp_path, 3, whole=False)
     torch.save({"state": Trap(tmp_path / "executed")}, path / "optimizer.pt")
-    seal(path, RECORD)
-    unseal(path)  # the seal is of the bytes, whatever they are
+    write_manifest(path, RECORD)
+    verify_manifest(path)  # the hashes are of the bytes, whatever they are
     with pytest.raises(ProblemError, match=r"optimizer\.pt"):
         read_state(path / "optimizer.pt")
     assert not (tmp_path / "executed").exists()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from hyperopt_peft import NonFiniteError, ProblemError, fit, minimise
+from hyperopt_peft import NonFiniteError, ProblemError
+from hyperopt_peft.engine import fit, minimize
 from hyperopt_peft.problems import ridge
 from tests.support.quadratic import FunctionLevel
 
@@ -48,19 +49,19 @@ def test_fit_needs_an_optimizer() -> None:
         fit(problem, 1, progress=False)
 
 
-def test_minimise_reaches_the_closed_form_and_leaves_the_optimizer_alone() -> None:
+def test_minimize_reaches_the_closed_form_and_leaves_the_optimizer_alone() -> None:
     _, lower = ridge.diabetes()
     _, solved = ridge.diabetes()
     solved.solve()
-    loss = minimise(lower)
+    loss = minimize(lower)
     torch.testing.assert_close(lower.w, solved.w, rtol=0, atol=1e-8)
     assert loss == pytest.approx(solved.evaluate(None)[0].item(), rel=1e-12)
     assert lower.w.grad is None
     assert lower.optimizer is not None and not lower.optimizer.state
 
 
-def test_minimise_says_where_there_is_no_minimum_in_reach() -> None:
+def test_minimize_says_where_there_is_no_minimum_in_reach() -> None:
     w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     unbounded = FunctionLevel(lambda _: (-w).exp().sum(), [w], name="fit")
     with pytest.raises(ProblemError, match=r"fit: .*3 steps"):
-        minimise(unbounded, max_steps=3)
+        minimize(unbounded, max_steps=3)

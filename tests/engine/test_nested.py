@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from hyperopt_peft import Engine, Nested, compare_hypergradients, fit, hypergradient, minimise
+from hyperopt_peft import Engine, Nested, compare_hypergradients, hypergradient
+from hyperopt_peft.engine import fit, minimize
 from hyperopt_peft.hypergradients import ConjugateGradient
 from tests.support.chains import chain, nested
 from tests.support.networks import differences
@@ -149,7 +150,7 @@ def logistic() -> tuple[Any, ...]:
         FunctionLevel(lambda _: g(w, v, u), [v]),
         FunctionLevel(lambda _: f(w, v), [w]),
     )
-    minimise(levels[2], tolerance=1e-11)
+    minimize(levels[2], tolerance=1e-11)
 
     def lowest(v: Any) -> Any:
         return newton(lambda w: f(w, v), w, steps=2)

@@ -16,8 +16,8 @@ from hyperopt_peft import (
     Problem,
     ProblemError,
     hypergradient,
-    minimise,
 )
+from hyperopt_peft.engine import minimize
 from hyperopt_peft.trainer.checks import check_levels
 from tests.support.chains import chain, nested
 from tests.support.quadratic import FunctionLevel
@@ -165,7 +165,7 @@ X = leaf()
             "last: .*optimizer",
         ),
         (lambda: Nested(plain(), plain(), "penalty"), "penalty"),
-        (lambda: minimise(Nested(plain(), plain())), "level"),
+        (lambda: minimize(Nested(plain(), plain())), "level"),
         (lambda: check_levels([plain(), Nested(plain(), plain())]), "a trainer has two"),
         (lambda: check_levels([Nested(plain(), plain()), plain()]), "a trainer has two"),
     ],

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from hyperopt_peft import Engine, Nested, ProblemError, fit, hypergradient
+from hyperopt_peft import Engine, Nested, ProblemError, hypergradient
+from hyperopt_peft.engine import fit
 from tests.support.networks import Classify, Network, differences, loader
 from tests.support.quadratic import FunctionLevel
 

@@ -17,9 +17,9 @@ from hyperopt_peft import (
     ProblemError,
     compare_hypergradients,
     hypergradient,
-    minimise,
 )
 from hyperopt_peft.adapters import use_fast_dora
+from hyperopt_peft.engine import minimize
 from hyperopt_peft.hypergradients import KFAC, Vector, get_estimator
 from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.implicit.kronecker import RELATIVE_DAMPING, empirical_fisher
@@ -304,7 +304,7 @@ def logistic() -> tuple[Problem, Problem]:
 
     upper = FunctionLevel(lambda _: loss(x_val, y_val), [u], name="upper")
     lower = FunctionLevel(lambda _: loss(x, y) + 1e-3 * w.square().sum(), [w], name="lower")
-    minimise(lower)
+    minimize(lower)
     return upper, lower
 
 

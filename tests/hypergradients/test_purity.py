@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from hyperopt_peft import Engine, Problem, compare_hypergradients, fit, hypergradient
+from hyperopt_peft import Engine, Problem, compare_hypergradients, hypergradient
+from hyperopt_peft.engine import fit
 from hyperopt_peft.hypergradients import ConjugateGradient, Matvec, Solution, Vector
 from tests.support.cases import Case, cases
 from tests.support.networks import Classify, Network, differences, loader, network_levels, owned

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt_peft import Engine, Problem, fit, hypergradient
+from hyperopt_peft import Engine, Problem, hypergradient
+from hyperopt_peft.engine import fit
 from hyperopt_peft.problems import hypercleaning, logistic, ridge
 from tests.support.newton import minimise
 from tests.support.quadratic import flat

@@ -17,7 +17,13 @@ import torch
 from transformers import TrainerCallback
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.engine.checkpoint import SEAL, last_valid, seal, unseal, write_state
+from hyperopt_peft.engine.checkpoint import (
+    MANIFEST,
+    last_valid,
+    verify_manifest,
+    write_manifest,
+    write_state,
+)
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, interrupted, saving
 
@@ -68,22 +74,22 @@ def require_refused(folder: Path, message: Any, expected: Any, **settings: Any) 
 
 
 def test_these_are_the_files_of_a_checkpoint(copied: Any) -> None:
-    assert set(json.loads((copied[1] / SEAL).read_text())["files"]) == set(FILES)
+    assert set(json.loads((copied[1] / MANIFEST).read_text())["files"]) == set(FILES)
 
 
-@pytest.mark.parametrize("name", [*FILES, SEAL])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_a_truncated_file_is_refused(copied: Any, name: Any) -> None:
     folder, last, expected = copied
     os.truncate(last / name, (last / name).stat().st_size * 2 // 3)
-    message = SEAL if name == SEAL else name
+    message = MANIFEST if name == MANIFEST else name
     require_refused(folder, message, expected)
 
 
-@pytest.mark.parametrize("name", [*FILES, SEAL])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_a_missing_file_is_refused(copied: Any, name: Any) -> None:
     folder, last, expected = copied
     (last / name).unlink()
-    message = SEAL if name == SEAL else name
+    message = MANIFEST if name == MANIFEST else name
     require_refused(folder, message, expected)
 
 
@@ -107,12 +113,12 @@ class Trap:
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "estimator.pt", "epoch_0.pt"]
 )
 def test_a_pickle_that_runs_code_is_not_executed(copied: Any, name: Any) -> None:
-    """Its hash is that of the seal, so only the loading itself can refuse it."""
+    """Its hash is that of the manifest, so only the loading itself can refuse it."""
     folder, last, _ = copied
     last = folder / "checkpoint-6"
-    record = unseal(last)
+    record = verify_manifest(last)
     torch.save({"state": Trap(folder / "executed")}, last / name)
-    seal(last, record)
+    write_manifest(last, record)
     with pytest.raises(ProblemError, match="code"):
         saving(folder).train(resume_from_checkpoint=str(last))
     assert not (folder / "executed").exists()
@@ -122,9 +128,9 @@ def test_a_pickle_that_runs_code_is_not_executed(copied: Any, name: Any) -> None
 
 def test_the_pickled_arguments_are_never_loaded(copied: Any) -> None:
     folder, last, expected = copied
-    record = unseal(last)
+    record = verify_manifest(last)
     torch.save(Trap(folder / "executed"), last / "training_args.bin")
-    seal(last, record)
+    write_manifest(last, record)
     resumed = saving(folder)
     resumed.train(resume_from_checkpoint=True)
     assert not (folder / "executed").exists() and not differences(end(resumed), expected)
@@ -133,7 +139,7 @@ def test_the_pickled_arguments_are_never_loaded(copied: Any) -> None:
 @pytest.mark.parametrize("key", ["settings", "skipped"])
 def test_a_seal_of_another_program_is_refused(copied: Any, key: Any) -> None:
     last = copied[1]
-    seal(last, {k: v for k, v in unseal(last).items() if k != key})
+    write_manifest(last, {k: v for k, v in verify_manifest(last).items() if k != key})
     with pytest.raises(ProblemError, match=key):
         saving(copied[0]).train(resume_from_checkpoint=True)
 

@@ -18,7 +18,7 @@ from hyperopt_peft import (
     ProblemError,
 )
 from hyperopt_peft.engine import checkpoint
-from hyperopt_peft.engine.checkpoint import SEAL, last_valid, unseal
+from hyperopt_peft.engine.checkpoint import MANIFEST, last_valid, verify_manifest
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, interrupted, require_same_end, saving
 from tests.support.trainers import base_model, data
@@ -71,14 +71,14 @@ def test_a_resumed_search_is_bit_identical(tmp_path: Path, name: Any) -> None:
 def test_what_the_estimator_kept_must_fit(tmp_path: Path, kept: Any, message: Any) -> None:
     interrupted(tmp_path, (4,), hypergradient="warm")
     folder = tmp_path / "checkpoint-3"
-    record = unseal(folder)
+    record = verify_manifest(folder)
     shapes = [x.shape for x in checkpoint.read_state(folder / "estimator.pt")["v"]]
     made = saving(tmp_path, hypergradient="warm")
     assert shapes == [x.shape for x in made.lower.variables]
     (folder / "estimator.pt").unlink()
     if kept is not None:
         checkpoint.write_state(folder / "estimator.pt", kept)
-    checkpoint.seal(folder, record)
+    checkpoint.write_manifest(folder, record)
     with pytest.raises(ProblemError, match=message):
         made.train(resume_from_checkpoint=True)
 
@@ -205,7 +205,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     best = whole.state.best_model_checkpoint
     assert 0 < whole.state.best_global_step < 8
     assert resumed.state.best_global_step == whole.state.best_global_step
-    assert best.rpartition("-")[2] == str(whole.state.best_global_step) and unseal(
+    assert best.rpartition("-")[2] == str(whole.state.best_global_step) and verify_manifest(
         tmp_path / "whole" / f"checkpoint-{whole.state.best_global_step}"
     )
 
@@ -238,14 +238,14 @@ def test_a_damaged_best_model_is_one_error(tmp_path: Path) -> None:
 def test_the_old_checkpoint_stays_until_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, seal = [], checkpoint.seal
+    seen, write = [], checkpoint.write_manifest
 
     def look(folder: Path, record: Any) -> None:
-        assert not (folder / SEAL).exists()
+        assert not (folder / MANIFEST).exists()
         seen.append((last_valid(tmp_path), folder.name))
-        seal(folder, record)
+        write(folder, record)
 
-    monkeypatch.setattr(checkpoint, "seal", look)
+    monkeypatch.setattr(checkpoint, "write_manifest", look)
     saving(tmp_path, save_total_limit=1).train()
     steps = ("checkpoint-3", "checkpoint-6", "checkpoint-9")
     before = (None, tmp_path / "checkpoint-3", tmp_path / "checkpoint-6")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hyperopt_peft.core.optimizer import LEARNT, options_by_group
+from hyperopt_peft.core.optimizer import DIFFERENTIABLE, options_by_group
 from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded, to_local
@@ -174,7 +174,7 @@ class OptimizerStep:
                 params = tuple(point[i] for i in indices)
                 grads = tuple(-gradient[i] if group["maximize"] else gradient[i] for i in indices)
                 # An option that is a tensor moves to each variable's device.
-                lr, decay = ([_like(group[name], p) for p in params] for name in LEARNT)
+                lr, decay = ([_like(group[name], p) for p in params] for name in DIFFERENTIABLE)
                 decayed = params
                 if self._decoupled or group.get("decoupled_weight_decay"):
                     decayed = tuple(p - a * (d * p) for p, a, d in zip(params, lr, decay))
