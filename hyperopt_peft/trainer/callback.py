@@ -73,8 +73,8 @@ class BilevelCallback(TrainerCallback):
         """Raise ProblemError unless the run can resume from the checkpoint ``folder``."""
         if missing := {"settings", "skipped"} - record.keys():
             raise ProblemError(
-                f"{folder / checkpoint.MANIFEST}: the entries {sorted(missing)} are missing; use an "
-                "earlier checkpoint"
+                f"{folder / checkpoint.MANIFEST}: the entries {sorted(missing)} are missing; use "
+                "an earlier checkpoint"
             )
         for name in (LEVELS, ESTIMATOR, *NEEDED):
             if not (folder / name).is_file():
