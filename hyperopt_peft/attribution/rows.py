@@ -11,12 +11,19 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hyperopt_peft.core.labels import (
+    ITEMS,
+    WEIGHT,
+    label_weights,
+    labels_are_shifted,
+    require_labels,
+    row_losses,
+    weighted_mean,
+)
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.example_weights import example_sums, require_labels, weighted_mean
-from hyperopt_peft.trainer.accumulation import ITEMS, WEIGHT, MicroBatch, label_weights
-from hyperopt_peft.trainer.checks import shifts_labels
+from hyperopt_peft.trainer.accumulation import MicroBatch
 from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -36,12 +43,11 @@ class RowWeighted(Problem):
         training: whether dropout is on.
 
     Raises:
-        ProblemError: the model's loss is another than that of `example_sums`.
+        ProblemError: the model's loss is another than that of `row_losses`.
     """
 
     def __init__(self, trainer: BilevelTrainer, weights: Tensor, *, training: bool = True) -> None:
         self.trainer, self.weights, self.training = trainer, weights, training
-        self._compared = not training
         super().__init__(trainable(trainer.model), name="training")
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
@@ -50,31 +56,16 @@ class RowWeighted(Problem):
         index, weight = inputs.pop(INDEX), inputs.pop(WEIGHT, None)
         inputs.pop(ITEMS, None)
         model.train(self.training)
-        before = RandomState.capture(self.devices)
         with self.trainer.compute_loss_context_manager():
             sums, counts = losses_of(model, inputs)
         loss = weighted_mean(self.weights[index], sums, counts)
-        if not self._compared:
-            self._compare(inputs, loss, before)
         return loss if weight is None else loss * weight.to(loss.dtype)
-
-    @torch.no_grad()
-    def _compare(self, inputs: Mapping[str, Any], loss: Tensor, before: RandomState) -> None:
-        self._compared = True
-        with replay(before), self.trainer.compute_loss_context_manager():
-            own = self.trainer.model(**inputs).loss
-        if not torch.allclose(own.to(loss.dtype), loss, rtol=1e-2, atol=1e-4):
-            raise ProblemError(
-                f"the model's loss is {float(own):.4g}, and the mean over its rows "
-                f"{float(loss):.4g}: a loss that is no mean over rows has no score for each; "
-                "use attribute with a level of your own"
-            )
 
 
 def losses_of(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """`example_sums`; errors of the model or the labels become ProblemErrors."""
+    """`row_losses`; errors of the model or the labels become ProblemErrors."""
     try:
-        return example_sums(model, inputs)
+        return row_losses(model, inputs)
     except (TypeError, ValueError, IndexError) as error:
         raise ProblemError(
             f"the model has no loss for each row of a batch of {sorted(inputs)}: {error}; give the "
@@ -114,7 +105,6 @@ class ModelOnRows:
 
     def __init__(self, trainer: BilevelTrainer, collate: Callable[[Sequence[Any]], Any]) -> None:
         self.trainer, self.collate = trainer, NumberedCollator(collate)
-        self.causal = shifts_labels(trainer.model)
 
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
         """The rows, or those ``chosen``, in batches on the model's device, in order."""
@@ -127,12 +117,13 @@ class ModelOnRows:
     def micro_batches(self, rows: NumberedRows) -> list[MicroBatch]:
         """All rows, as one step's micro-batches, with the weights for a mean over all labels."""
         batches = self.batches(rows)
-        added = label_weights(batches, shifted=self.causal, items=False, across_processes=False)
+        shifted = labels_are_shifted(self.trainer.model, batches[0])
+        added = label_weights(batches, shifted=shifted, items=False, across_processes=False)
         state = RandomState.capture()
         return [MicroBatch({**b, **w}, state) for b, w in zip(batches, added, strict=True)]
 
     def sums(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The rows' summed losses and counts of labels; see `example_sums`."""
+        """The rows' summed losses and counts of labels; see `row_losses`."""
         inputs = {key: value for key, value in batch.items() if key != INDEX}
         self.trainer.model.eval()
         with self.trainer.compute_loss_context_manager():
@@ -162,7 +153,8 @@ class ModelOnRows:
                 sums, counts = self.sums(batch)
                 loss, count = loss + float(sums.sum()), count + float(counts.sum())
                 labels = require_labels(batch)
-                if classes := not labels.is_floating_point() and not self.causal:
+                shifted = labels_are_shifted(self.trainer.model, batch)
+                if classes := not labels.is_floating_point() and not shifted:
                     logits = self._logits(batch)
                     right += float(((logits.argmax(-1) == labels) & (labels != -100)).sum())
             if not count:

@@ -207,8 +207,8 @@ def _check_fsdp(trainer: BilevelTrainer) -> None:
                 )
 
 
-def shifts_labels(model: Any) -> bool:
-    """Whether the loss of ``model`` compares the logits of a token with the next token's label."""
+def divides_by_items(model: Any) -> bool:
+    """Whether the model's own loss is the sum over labels by ``num_items_in_batch``."""
     base = base_model(model)
     decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     return decoder and getattr(base, "loss_type", None) == "ForCausalLM"

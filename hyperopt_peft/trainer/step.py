@@ -9,11 +9,12 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from hyperopt_peft.core.labels import label_weights, labels_are_shifted
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
-from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError
-from hyperopt_peft.trainer.accumulation import MicroBatch, label_weights
-from hyperopt_peft.trainer.checks import shifts_labels
+from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
+from hyperopt_peft.trainer.accumulation import MicroBatch
+from hyperopt_peft.trainer.checks import divides_by_items
 from hyperopt_peft.trainer.optimizer import learning_rate
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather
@@ -177,13 +178,25 @@ class OptimizerStep:
         trainer = self.trainer
         if not trainer.trainer_loss:
             return [{} for _ in batches]
-        causal = shifts_labels(trainer.model)
+        own_loss = trainer.own_loss or bool(trainer.compute_loss_func)
         return label_weights(
             batches,
-            shifted=causal,
-            items=causal or trainer.own_loss or bool(trainer.compute_loss_func),
+            shifted=self._labels_are_shifted(batches[0], own_loss),
+            items=own_loss or divides_by_items(trainer.model),
             across_processes=trainer.args.average_tokens_across_devices,
         )
+
+    def _labels_are_shifted(self, batch: Any, own_loss: bool) -> bool:
+        if not isinstance(batch, Mapping):
+            return False
+        batch = send_to_device(batch, self.trainer.args.device)
+        try:
+            with self.trainer.compute_loss_context_manager():
+                return labels_are_shifted(self.trainer.model, batch)
+        except ProblemError:
+            if own_loss:  # which may be of a model without one
+                return False
+            raise
 
     def _on_device(self, inputs: Any, weight: Mapping[str, Tensor]) -> Any:
         batch = send_to_device(inputs, self.trainer.args.device, non_blocking=True)

@@ -16,13 +16,14 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hyperopt_peft.core.labels import ITEMS, WEIGHT
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
-from hyperopt_peft.trainer.accumulation import ITEMS, WEIGHT, Accumulated
+from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback, model_card
 from hyperopt_peft.trainer.data import collating, data_of_levels, fingerprint
@@ -310,7 +311,7 @@ class BilevelTrainer(Trainer):
         With a count of labels the Trainer multiplies the loss by the number of processes, even the
         loss of a model that is a mean over the process's rows whatever the count.
         """
-        if not (checks.shifts_labels(self.model) or self.compute_loss_func):
+        if not (checks.divides_by_items(self.model) or self.compute_loss_func):
             num_items_in_batch = None
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -126,3 +127,9 @@ def needs_plain_operations(*inputs: Tensor) -> bool:
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
     )
+
+
+def function_modes_off() -> AbstractContextManager[None]:
+    """Within the body, no active `torch.overrides.TorchFunctionMode` sees a call."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context

@@ -182,3 +182,21 @@ def test_the_words_of_a_checkpoint_that_is_computed_again_in_other_dtypes() -> N
     with pytest.raises(RuntimeError) as error:
         z.sum().backward()
     assert autograd.recomputed_in_other_dtypes(error.value)
+
+
+def test_function_modes_are_off_in_the_body() -> None:
+    class Watch(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    with Watch() as watch:
+        with autograd.function_modes_off():
+            torch.ones(1) + 1
+        assert watch.calls == 0
+        torch.ones(1) + 1
+        assert watch.calls > 0

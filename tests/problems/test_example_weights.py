@@ -135,7 +135,7 @@ def test_labels_that_are_no_classes_are_named() -> None:
             level_loss(None)
     with pytest.raises(ProblemError, match="float32"):
         example_losses(model, {**batch, "labels": torch.zeros(5)})
-    with pytest.raises(ProblemError, match=r"\(5, 6\).*\(5, 3\)"):
+    with pytest.raises(ProblemError, match="labels"):
         example_losses(model, {**batch, "labels": torch.zeros(5, 6, dtype=torch.long)})
 
 

@@ -21,9 +21,9 @@ from hyperopt_peft.cli.text.data import DataArguments, hold_out, load, require_r
 from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.tasks import TASKS, Task
+from hyperopt_peft.core.labels import row_losses, weighted_mean
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
-from hyperopt_peft.problems.example_weights import example_sums, weighted_mean
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
@@ -55,7 +55,7 @@ class WeightedTrainer(BilevelTrainer):
         weights = inputs.pop(WEIGHTS, None)
         if weights is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        return weighted_mean(weights, *example_sums(model, inputs))
+        return weighted_mean(weights, *row_losses(model, inputs))
 
 
 class WeightedBiDoRA(WeightedTrainer, BiDoRATrainer):

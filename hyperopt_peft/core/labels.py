@@ -1,0 +1,303 @@
+"""Labels: which logits a model's loss scores, the loss of each row, and weights of micro-batches.
+
+All functions take the models of Hugging Face: ``model(**batch)`` returns ``loss`` and ``logits``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, pad
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.autograd import function_modes_off
+from hyperopt_peft.utils.random_state import RandomState, replay
+
+#: Entries of a batch that a Trainer adds for its loss, which removes them.
+ITEMS, WEIGHT = "num_items_in_batch", "loss_weight"
+#: The label of a position that is not scored.
+IGNORED = -100
+MULTI_LABEL = "multi_label_classification"
+ADVICE = "write the level as a Problem with a loss of your own"
+
+#: The relative difference of a model's own loss and the mean over labels that is rounding.
+TOLERANCE = 1e-2
+
+_RULES = (False, True)
+# By model, which is asked once.
+_SHIFTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_MEAN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the loss of ``model`` compares the logits of a token with the next token's label.
+
+    No name decides: the model's own loss on ``batch`` is differentiated by its logits. The gradient
+    is zero except at the positions that the loss scores, which are those with a label, or those
+    before one. The first batch with scored labels decides for the model. The pass leaves model and
+    random state as they were.
+
+    Args:
+        model: the model, with or without a PEFT adapter.
+        batch: a batch with ``labels``. Without a label for each token the answer is False.
+
+    Raises:
+        ProblemError: the gradient is that of neither rule; the model returns no loss or no logits.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)
+        >>> ids = torch.tensor([[3, 1, 4]])
+        >>> labels_are_shifted(GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids})
+        True
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return False
+    if model not in _SHIFTED:
+        scored = labels != IGNORED
+        if not scored.any():
+            return False
+        _SHIFTED[model] = _shifted(model, batch, scored)
+    return _SHIFTED[model]
+
+
+def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The summed loss of each row, ``(n,)``, and how many labels the row has, ``(n,)``.
+
+    The model's own loss, of which it returns only the mean, is the sum of all by the count of all:
+    the cross entropy of whole numbers, the squared error of floating-point labels, and the binary
+    cross entropy of these where ``problem_type`` is ``multi_label_classification``. With a label
+    for each token, -100 is ignored, and `labels_are_shifted` says which logits predict it. Text
+    must be padded on the right, since a token after padding is predicted as well. The first batch
+    of a model compares the model's own loss with the mean.
+
+    Args:
+        model: the model, with or without a PEFT adapter.
+        batch: the model's arguments and ``labels``. A sequence-to-sequence model also needs
+            ``decoder_input_ids``, of ``DataCollatorForSeq2Seq(tokenizer, model)``.
+
+    Raises:
+        ProblemError: there are no labels, or labels that do not fit the logits; or the model's own
+            loss is no mean over labels.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = BertForSequenceClassification(tiny)
+        >>> ids = torch.ones(3, 4, dtype=torch.int64)
+        >>> sums, counts = row_losses(model, {"input_ids": ids, "labels": torch.tensor([0, 1, 1])})
+        >>> sums.shape, counts
+        (torch.Size([3]), tensor([1, 1, 1]))
+    """
+    labels = require_labels(batch)
+    shifted = labels_are_shifted(model, batch)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    losses = _of_logits(model, model(**inputs).logits, labels, shifted)
+    if model not in _MEAN:
+        _require_mean(model, batch, shifted)
+        _MEAN[model] = True
+    return losses
+
+
+def weighted_mean(weights: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """Σ v_i s_i / Σ c_i, of `row_losses`: the loss of the model where each weight is 1.
+
+    Example:
+        >>> weighted_mean(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 9.0]), torch.tensor([1, 1]))
+        tensor(0.5000)
+    """
+    return (weights.to(sums) * sums).sum() / counts.sum().clamp(min=1)
+
+
+def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
+    """The number of labels of ``batch`` that are scored; None without labels.
+
+    Example:
+        >>> int(scored_labels({"labels": torch.tensor([[5, 6, IGNORED]])}, shifted=True))
+        1
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = batch.get("labels")
+        if shifted and isinstance(labels, Tensor):
+            labels = labels[..., 1:]
+    return labels.ne(IGNORED).sum() if isinstance(labels, Tensor) else None
+
+
+def label_weights(
+    batches: Sequence[Any], *, shifted: bool, items: bool, across_processes: bool
+) -> list[dict[str, Tensor]]:
+    """The entries of each batch that make a step's loss the mean over all of its labels.
+
+    The loss of micro-batch i on process p is the mean over its c_ip labels that are scored. The
+    loss of a step of n micro-batches on P processes is
+
+        1/(nP) Σ_ip weight_ip · loss_ip,   weight_ip = c_ip · nP / Σ c
+
+    Args:
+        batches: the n micro-batches of this process; without ``labels`` there are no entries.
+        shifted: whether a label is the next token's, so that the first one of a row is not scored.
+        items: whether the loss takes ``num_items_in_batch``, c_ip.
+        across_processes: whether the Trainer multiplies such a loss by P, which c_ip·P undoes.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 1]), torch.tensor([0])
+        >>> batches = [{"labels": each} for each in labels]
+        >>> added = label_weights(batches, shifted=False, items=False, across_processes=False)
+        >>> [float(each["loss_weight"]) for each in added]
+        [1.5, 0.5]
+    """
+    counts = [scored_labels(batch, shifted) for batch in batches]
+    counted = [count for count in counts if count is not None]
+    if not counted or len(counted) < len(batches):
+        return [{} for _ in batches]
+    # Apple's devices have no floats of 64 bits.
+    exact = torch.float32 if counted[0].is_mps else torch.float64
+    mean = distributed.average(torch.stack(counted).sum().to(exact)) / len(counted)
+    factor = distributed.world_size() if across_processes else 1
+    return [
+        {WEIGHT: count / mean, **({ITEMS: count.clamp(min=1) * factor} if items else {})}
+        for count in counted
+    ]
+
+
+def require_labels(batch: Any) -> Tensor:
+    """``batch["labels"]``.
+
+    Raises:
+        ProblemError: there are no labels, or they are no tensor.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+        entries = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ProblemError(f"labels: the batch must have a tensor of labels, got {entries}")
+    labels: Tensor = batch["labels"]
+    return labels
+
+
+def _shifted(model: nn.Module, batch: Mapping[str, Any], scored: Tensor) -> bool:
+    gradient = None
+    with _probing(model), torch.enable_grad():
+        output = _output(model, batch)
+        if output.logits.requires_grad:
+            (gradient,) = torch.autograd.grad(output.loss, output.logits, allow_unused=True)
+    if gradient is None:  # all parameters are frozen, or the loss is of other logits
+        errors = {shifted: _error_of_mean(model, batch, output, shifted) for shifted in _RULES}
+        misses = {shifted: int(error > TOLERANCE) for shifted, error in errors.items()}
+    else:
+        reached = gradient.ne(0).any(-1)
+        scored = _beside_logits(scored, reached.shape[1], False)
+        positions = {False: scored, True: pad(scored, (0, 1))[:, 1:]}
+        misses = {shifted: int((reached & ~positions[shifted]).sum()) for shifted in _RULES}
+        errors = {shifted: (reached ^ positions[shifted]).sum() for shifted in _RULES}
+    fitting = [shifted for shifted in _RULES if not misses[shifted]]
+    if not fitting:
+        raise ProblemError(
+            f"{type(model).__name__}: the loss scores neither the positions of the labels nor "
+            f"those before the labels; {ADVICE}"
+        )
+    # Both fit where gradients have underflown, or where logits do not depend on the position.
+    return min(fitting, key=lambda shifted: float(errors[shifted]))
+
+
+def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:
+    with _probing(model), torch.no_grad():
+        output = _output(model, batch)
+        if _error_of_mean(model, batch, output, shifted) <= TOLERANCE:
+            return
+    raise ProblemError(
+        f"{type(model).__name__}: the loss of the first batch is {float(output.loss):.4g}, which "
+        "is no mean over the labels, so that a row has no loss of its own; " + ADVICE
+    )
+
+
+def _error_of_mean(
+    model: nn.Module, batch: Mapping[str, Any], output: Any, shifted: bool
+) -> Tensor:
+    """The relative difference of the model's own loss and the mean over its labels."""
+    sums, counts = _of_logits(model, output.logits.detach(), require_labels(batch), shifted)
+    mean = weighted_mean(torch.ones_like(sums), sums, counts)
+    return (output.loss.detach().to(mean.dtype) - mean).abs() / mean.abs().clamp(min=TOLERANCE)
+
+
+def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parameters = signature(base.forward).parameters
+    if "labels" in parameters:  # a Trainer's columns may be others' than the model's
+        batch = {key: value for key, value in batch.items() if key in parameters}
+    try:
+        output = model(**batch)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ProblemError(
+            f"the model has no loss for a batch of {sorted(batch)}: {error}; give the data the "
+            "columns of the model's forward, with valid labels"
+        ) from error
+    loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+    if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
+        raise ProblemError(
+            f"{type(model).__name__}: the model must return loss and logits for a batch with "
+            f"labels; {ADVICE}"
+        )
+    return output
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which heads are not fused; afterwards all is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with function_modes_off(), replay(RandomState.capture()):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        distributed.reshard(model)
+
+
+def _of_logits(model: Any, logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if labels.is_floating_point():
+        return _of_numbers(model, logits, labels)
+    if labels.dim() != logits.dim() - 1:
+        raise _unfit(labels, logits)
+    if labels.dim() > 1:
+        labels = _beside_logits(labels, logits.shape[1], IGNORED)
+    if shifted:
+        labels = pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    each = cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    rows = each.view(len(labels), -1).sum(1)
+    return rows, (labels != IGNORED).view(len(labels), -1).sum(1)
+
+
+def _beside_logits(labels: Tensor, length: int, value: Any) -> Tensor:
+    """``labels`` for each of ``length`` logits; prompt tuning adds some before the tokens'."""
+    return pad(labels, (length - labels.shape[1], 0), value=value)
+
+
+def _of_numbers(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if labels.numel() != logits.numel():
+        raise _unfit(labels, logits)
+    labels = labels.to(logits.dtype).view_as(logits)
+    if getattr(getattr(model, "config", None), "problem_type", None) == MULTI_LABEL:
+        each = binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    else:
+        each = mse_loss(logits, labels, reduction="none")
+    rows = each.view(len(labels), -1)
+    return rows.sum(1), torch.full_like(rows[:, 0], rows.shape[1], dtype=torch.int64)
+
+
+def _unfit(labels: Tensor, logits: Tensor) -> ProblemError:
+    return ProblemError(
+        f"labels: must be a class for each example or token, or a number for each logit, got "
+        f"{labels.dtype} of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
+    )

@@ -1,0 +1,140 @@
+"""Which logits a loss scores is read off the loss; row losses add up to the model's own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.core.labels import labels_are_shifted, row_losses, weighted_mean
+from hyperopt_peft.utils.random_state import RandomState
+
+SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+WIDE = SMALL | {"intermediate_size": 16, "num_key_value_heads": 2}
+
+
+class RemoteCausal(nn.Module):
+    """A causal model as remote code defines one: of no known class, with a loss of its own."""
+
+    def __init__(self, shift: int = 1, scale: float = 1.0) -> None:
+        super().__init__()
+        self.shift, self.scale = shift, scale
+        self.embed, self.drop, self.head = nn.Embedding(20, 8), nn.Dropout(0.5), nn.Linear(8, 20)
+
+    def forward(self, input_ids: Any, labels: Any = None) -> Any:
+        logits = self.head(self.drop(self.embed(input_ids)))
+        if labels is None:
+            return SimpleNamespace(logits=logits)
+        length = labels.shape[1] - self.shift
+        loss = cross_entropy(logits[:, :length].flatten(0, 1), labels[:, self.shift :].flatten())
+        return SimpleNamespace(loss=self.scale * loss, logits=logits)
+
+
+MODELS: dict[str, tuple[Any, bool]] = {
+    "GPT-2": (
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)),
+        True,
+    ),
+    "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**WIDE)), True),
+    "Gemma-3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**WIDE, head_dim=8)), True),
+    "BERT masked": (lambda: BertForMaskedLM(BertConfig(**SMALL, intermediate_size=16)), False),
+    "T5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=20,
+                d_model=16,
+                d_kv=8,
+                d_ff=16,
+                num_layers=1,
+                num_heads=2,
+                decoder_start_token_id=0,
+            )
+        ),
+        False,
+    ),
+    "remote causal": (RemoteCausal, True),
+    "remote masked": (lambda: RemoteCausal(shift=0), False),
+}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids, labels = torch.randint(3, 20, (3, 6)), torch.randint(3, 20, (3, 6))
+    labels[0, :3] = labels[2, 4:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("head", ["random", "zero", "frozen"])
+def test_the_loss_says_whether_labels_are_shifted(kind: str, head: str) -> None:
+    """Also where all logits are equal, and where no parameter has a gradient."""
+    make, shifted = MODELS[kind]
+    model = make()
+    if head == "zero":
+        for parameter in model.parameters():
+            parameter.data.zero_()
+    model.requires_grad_(head != "frozen")
+    assert labels_are_shifted(model, batch()) is shifted
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_row_losses_add_up_to_the_models_own_loss(kind: str) -> None:
+    model, rows = MODELS[kind][0]().eval(), batch()
+    inputs = dict(rows)
+    if kind == "T5":
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(rows["labels"])
+    sums, counts = row_losses(model, inputs)
+    torch.testing.assert_close(weighted_mean(torch.ones(3), sums, counts), model(**inputs).loss)
+    for row in range(3):
+        alone = model(**{name: value[row : row + 1] for name, value in inputs.items()}).loss
+        torch.testing.assert_close(sums[row] / counts[row], alone)
+
+
+def test_asking_changes_nothing() -> None:
+    model = RemoteCausal().train()
+    model.embed.eval()
+    rows = batch()
+    state = RandomState.capture()
+    labels_are_shifted(model, rows)
+    assert torch.equal(torch.get_rng_state(), state.states["cpu"])
+    assert [m.training for m in model.modules()] == [True, False, True, True]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_batch_without_scored_labels_decides_nothing() -> None:
+    model, rows = RemoteCausal(), batch()
+    assert not labels_are_shifted(model, rows | {"labels": torch.full((3, 6), -100)})
+    assert labels_are_shifted(model, rows)
+
+
+def test_labels_of_rows_are_not_shifted() -> None:
+    model = BertForSequenceClassification(BertConfig(**SMALL, intermediate_size=16))
+    assert not labels_are_shifted(model, batch() | {"labels": torch.tensor([0, 1, 0])})
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(RemoteCausal(shift=2), "neither"), (RemoteCausal(scale=2.0), "no mean over the labels")],
+    ids=["two tokens ahead", "twice the mean"],
+)
+def test_a_loss_of_neither_rule_is_refused(model: Any, message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        row_losses(model, batch())
