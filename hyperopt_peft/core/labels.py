@@ -226,11 +226,14 @@ def _error_of_mean(
     """The relative difference of the model's own loss and the mean over its labels."""
     sums, counts = _of_logits(model, output.logits.detach(), require_labels(batch), shifted)
     mean = weighted_mean(torch.ones_like(sums), sums, counts)
-    return (output.loss.detach().to(mean.dtype) - mean).abs() / mean.abs().clamp(min=TOLERANCE)
+    loss: Tensor = output.loss.detach().to(mean.dtype)
+    return (loss - mean).abs() / mean.abs().clamp(min=TOLERANCE)
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(model, "get_base_model"):
+        base = base.get_base_model()
     parameters = signature(base.forward).parameters
     if "labels" in parameters:  # a Trainer's columns may be others' than the model's
         batch = {key: value for key, value in batch.items() if key in parameters}
