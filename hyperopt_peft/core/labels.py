@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import function_modes_off
+from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: Entries of a batch that a Trainer adds for its loss, which removes them.
@@ -231,10 +232,7 @@ def _error_of_mean(
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    base: Any = model
-    if hasattr(model, "get_base_model"):
-        base = base.get_base_model()
-    parameters = signature(base.forward).parameters
+    parameters = signature(base_model(model).forward).parameters
     if "labels" in parameters:  # a Trainer's columns may be others' than the model's
         batch = {key: value for key, value in batch.items() if key in parameters}
     try:
