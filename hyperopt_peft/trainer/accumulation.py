@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 
