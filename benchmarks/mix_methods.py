@@ -13,8 +13,8 @@ from mix_tasks import Task
 from torch import Tensor
 
 from hyperopt_peft import HypergradientWarning, hypergradient
+from hyperopt_peft.problems.compare_baselines import split_folds
 from hyperopt_peft.problems.data_sources import NO_VOTE, SourceWeights, Target
-from hyperopt_peft.problems.mix_verdict import split_folds
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class Program:
         self.weights = source_weights(votes, a, kind=recipe.kind, average=recipe.average)
         logits, model = self.weights.logits, learner.model(task)
         self.upper = Target(
-            self.weights,
             model,
+            self.weights,
             prior=recipe.tau(task),
             data=[learner.batch(task, task.trusted)],
             optimizer=torch.optim.Adam([logits], lr=recipe.rate, betas=(0.9, 0.99)),

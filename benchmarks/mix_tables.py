@@ -11,7 +11,7 @@ import torch
 from attribution_tables import Runs, mean
 from measure import Target, mean_and_half
 
-from hyperopt_peft.problems.mix_verdict import Entry, Verdict
+from hyperopt_peft.problems.compare_baselines import BaselineComparison, MethodResult
 
 Row = dict[str, Any]
 LEARNT, SEARCH = "learnt", "search (TPE)"
@@ -88,7 +88,7 @@ def verdicts(runs: Runs) -> list[Row]:
 
     It is where its accuracy is the highest one, or within one standard error of the difference of
     two accuracies that are the highest. ``lowest`` names the lowest cross-validated trusted loss,
-    as a `Verdict` does, ``cheapest`` the cheapest way within a standard error of it.
+    as a `BaselineComparison` does, ``cheapest`` the cheapest way within a standard error of it.
     """
     found = []
     for (task, model, trusted), cell in cells(runs):
@@ -100,13 +100,13 @@ def verdicts(runs: Runs) -> list[Row]:
             top = rows[best]["accuracy"]
             error = math.sqrt(2 * top * (1 - top) / rows[best]["tests"])
             entries = [
-                Entry(name, torch.tensor(row["cv"]), round(row["passes"]))
+                MethodResult(name, torch.tensor(row["cv"]), round(row["passes"]))
                 for name, row in rows.items()
             ]
-            verdict = Verdict(entries)
+            verdict = BaselineComparison(entries)
             line: Row = {"task": task, "model": model, "trusted": trusted, "seed": seed}
             line["best"] = best
-            for rule, chosen in (("lowest", verdict.use), ("cheapest", verdict.cheapest)):
+            for rule, chosen in (("lowest", verdict.best), ("cheapest", verdict.cheapest)):
                 line[rule] = chosen.method
                 behind = top - rows[chosen.method]["accuracy"]
                 line[f"{rule}: behind"] = behind

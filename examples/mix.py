@@ -2,11 +2,11 @@
 
     python examples/mix.py            # MiniLM and tweets, no network
     python examples/mix.py --quick    # the same, smaller
-    python examples/mix.py --verdict 2
+    python examples/mix.py --folds 2  # simple baselines too, by two folds of the trusted tweets
 
 Twelve simulated annotators label tweets: four are right nine times of ten, four half of the time,
 and four mistake one class for the next. Some tweets have labels that are known to be right. The
-weight of each annotator is learnt on these; an adapter is then trained on everything with the
+weight of each annotator is learned on these; an adapter is then trained on everything with the
 weights, beside equal weights and the trusted tweets alone. Each option of
 `transformers.TrainingArguments` is a flag.
 """
@@ -37,7 +37,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.problems import MixTrainer, MixTrainingArguments
-from hyperopt_peft.problems.mix_verdict import verdict
+from hyperopt_peft.problems.compare_baselines import compare_baselines
 
 #: How often an annotator of each kind is right; an adversarial one is wrong in one way.
 KINDS = {"good": 0.9, "mediocre": 0.5, "adversarial": 0.1}
@@ -55,7 +55,7 @@ class Arguments:
     max_length: int = HfArg(default=20, help="tokens a tweet")
     rank: int = HfArg(default=8, help="rank r of B·A")
     layers: int = HfArg(default=2, help="how many of the last layers have an adapter")
-    verdict: int = HfArg(default=0, help="folds of the verdict, a search each; 0 for none")
+    folds: int = HfArg(default=0, help="of a comparison with baselines, a search each; 0 for none")
     quick: bool = HfArg(default=False, help="one annotator of each kind, a few steps")
 
 
@@ -152,7 +152,7 @@ def main() -> None:
         for name, rows in (("trusted tweets", trusted), ("everything, equal weights", everything))
     }
     mix = MixTrainer(model(), training, sources=sources, trusted=trusted, **common)
-    results["everything, learnt weights"] = measured(mix)
+    results["everything, learned weights"] = measured(mix)
     weights = mix.row_weights()
     print("\n| annotator | weight of a label |\n| --- | --- |")
     for name in sorted(weights, key=lambda each: -weights[each]):
@@ -164,8 +164,8 @@ def main() -> None:
     print(f"\n| trained on | accuracy on {len(test)} test tweets |\n| --- | --- |")
     for name, value in results.items():
         print(f"| {name} | {value:.4f} |")
-    if arguments.verdict:
-        print(f"\n{verdict(mix, folds=arguments.verdict, equal_passes=False)}")
+    if arguments.folds:
+        print(f"\n{compare_baselines(mix, folds=arguments.folds, equal_passes=False)}")
     output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     record = {"arguments": asdict(arguments), "weights": weights, "accuracy": results}

@@ -162,7 +162,7 @@ def main() -> None:
         trainer = BilevelTrainer(
             model,
             lower=Weighted(model, weights) if bilevel else Adapter(model),
-            upper=Clean(weights, model) if bilevel else None,
+            upper=Clean(model, weights) if bilevel else None,
             args=training,
             train_dataset=data,
             upper_dataset=clean if bilevel else None,

@@ -151,6 +151,6 @@ class Target(HeldOut):
     """Upper level: min over the logits u of L(w; trusted examples).
 
     Example:
-        >>> Target(SourceWeights({"wiki": 1, "code": 1}), model=None).names
+        >>> Target(None, SourceWeights({"wiki": 1, "code": 1})).names
         ('logits',)
     """

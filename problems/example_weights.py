@@ -20,16 +20,16 @@ class HeldOut(Problem):
     """Upper level: min over the parameters of ``weights`` of the model's loss on held-out data.
 
     Args:
-        weights: the module whose parameters the level owns.
         model: a model whose forward returns ``.loss``; no parameter of the model moves.
+        weights: the module whose parameters the level owns.
         level: as in `TaskLevel`.
 
     Example:
-        >>> HeldOut(nn.Linear(1, 1), model=None).names
+        >>> HeldOut(None, nn.Linear(1, 1)).names
         ('weight', 'bias')
     """
 
-    def __init__(self, weights: nn.Module, model: Any, **level: Any) -> None:
+    def __init__(self, model: Any, weights: nn.Module, **level: Any) -> None:
         self.model = model
         super().__init__(weights.named_parameters(), **level)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
 
-import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.core.problem import Problem
@@ -34,7 +34,7 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
 
     retrain: Literal["none", "warm", "scratch"] = HfArg(
         default="scratch",
-        help="after the search, train on all rows with the learnt weights: not at all, from where "
+        help="after the search, train on all rows with the learned weights: not at all, from where "
         "the search ended, or from the initial values",
     )
     hypergradient: str = HfArg(
@@ -49,8 +49,8 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     )
     upper_prior: float | None = HfArg(
         default=None,
-        help="τ of the prior ½·τ·mean‖u − u0‖² of the K logits, which keeps n trusted rows from "
-        "being followed into their noise; K/(8·n) if not given, 0 for none",
+        help="τ of the prior ½·τ·mean‖u − u0‖² of the K logits, which prevents overfitting the n "
+        "trusted rows; K/(8·n) if not given, 0 for none",
     )
     gradient_accumulation_steps: int = HfArg(
         default=16,
@@ -68,13 +68,6 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     )
     # The lower level reads a column that the model does not; the trainer removes all others.
     remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.remove_unused_columns:
-            raise ProblemError(
-                "remove_unused_columns: would remove the rows' sources; leave it out"
-            )
 
 
 class MixTrainer(TwoPhaseTrainer):
@@ -134,31 +127,31 @@ class MixTrainer(TwoPhaseTrainer):
     ) -> None:
         if not isinstance(args, MixTrainingArguments):
             raise ProblemError(f"args must be MixTrainingArguments, got {type(args).__name__}")
-        for name, given in (
+        for name, value in (
             ("label_smoothing_factor", args.label_smoothing_factor),
             ("compute_loss_func", trainer.get("compute_loss_func")),
         ):
-            if given:
+            if value:
                 raise ProblemError(
                     f"{name}: not possible in MixTrainer, whose levels have a loss of each row; "
                     "leave it out"
                 )
         if not isinstance(sources, SourceData):
             sources = SourceData.of(sources, trusted)
-        self.data = sources.of_columns(read_by(model))
+        columns = {*signature(base_model(model).forward).parameters, "label", "label_ids"}
+        self.data = sources.of_columns({*columns, SOURCE, VOTES})
         self.weights = SourceWeights(
             self.data.counts, kind=args.source_weights, average=args.source_average
         ).to(args.device)
-        #: Whether the prior is the default one.
-        self.default_prior = args.upper_prior is None
-        if self.default_prior:
-            args = copy(args)
-            args.upper_prior = len(self.weights.names) / (8 * len(self.data.trusted))
-        again = [copy(callback) for callback in callbacks or ()]
-        #: The arguments of `transformers.Trainer` for further trainers of the same model.
-        self.options = {**trainer, "callbacks": again}
-        #: The initial values of what is trained.
-        self.initial = [p.detach().clone() for _, p in trainable(model)]
+        #: The arguments of `transformers.Trainer` for further trainers of the same model; its
+        #: callbacks are copies in their initial state.
+        self.options = {
+            **trainer,
+            "callbacks": [copy(callback) for callback in callbacks or ()],
+            "optimizers": (None, None),
+        }
+        #: The initial values of the trainable parameters.
+        self.initial = [parameter.detach().clone() for _, parameter in trainable(model)]
         super().__init__(
             model,
             lower=self._lower,
@@ -174,10 +167,12 @@ class MixTrainer(TwoPhaseTrainer):
         return Mixture(trainer.model, self.weights)
 
     def _upper(self, trainer: BilevelTrainer) -> Problem:
-        return Target(self.weights, trainer.model, name="Target")
+        prior = len(self.weights.names) / (8 * len(self.data.trusted))
+        given = trainer.args.upper_prior is not None
+        return Target(trainer.model, self.weights, prior=None if given else prior)
 
     def retraining(self, args: Any) -> BilevelTrainer:
-        """The trainer of the adapter on everything, with the learnt weights."""
+        """The trainer of the adapter on everything, with the learned weights."""
         return BilevelTrainer(
             self.model,
             lower=self._lower,
@@ -194,15 +189,11 @@ class MixTrainer(TwoPhaseTrainer):
 
     def shares(self) -> dict[str, float]:
         """The share of each source, and of the trusted rows, in the training loss; sum 1."""
-        with torch.no_grad():
-            return dict(zip(self.weights.names, self.weights.shares().tolist(), strict=True))
+        return self._by_name(self.weights.shares())
 
     def row_weights(self) -> dict[str, float]:
         """The weight of a row of each source, by name; the mean over all rows is 1."""
-        with torch.no_grad():
-            return dict(zip(self.weights.names, self.weights().tolist(), strict=True))
+        return self._by_name(self.weights())
 
-
-def read_by(model: Any) -> set[str]:
-    """The columns that ``model`` and the levels read."""
-    return {*signature(base_model(model).forward).parameters, "label", "label_ids", SOURCE, VOTES}
+    def _by_name(self, values: Tensor) -> dict[str, float]:
+        return dict(zip(self.weights.names, values.tolist(), strict=True))

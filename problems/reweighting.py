@@ -112,6 +112,6 @@ class Clean(HeldOut):
     """Upper level: min over the parameters u of the weights of L(w), clean labels.
 
     Example:
-        >>> Clean(SampleWeights(5), model=None).names
+        >>> Clean(None, SampleWeights(5)).names
         ('logits',)
     """

@@ -18,8 +18,8 @@ from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import Setup, prepare, warn_of_shared
 from hyperopt_peft.cli.train import resume_from, save_adapter
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.compare_baselines import compare_baselines
 from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
-from hyperopt_peft.problems.mix_verdict import verdict
 
 
 @dataclass
@@ -137,7 +137,7 @@ def run(argv: Sequence[str]) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if own.verdict:
-        found = verdict(trainer, folds=own.verdict, equal_passes=own.equal_passes)
+        found = compare_baselines(trainer, folds=own.verdict, equal_passes=own.equal_passes)
         if trainer.is_world_process_zero():
             print(f"\nby {own.verdict} folds of {len(trusted)} trusted examples:\n{found}")
     if trainer.is_world_process_zero():

@@ -119,14 +119,14 @@ def test_columns_of_the_weights_do_not_reach_the_model() -> None:
     more = {**batch, "index": torch.arange(5), "source": torch.zeros(5, dtype=torch.long)}
     assert torch.equal(example_losses(model, more), example_losses(model, batch))
     weights = torch.nn.Linear(1, 1)
-    assert torch.equal(HeldOut(weights, model).loss(more), model(**batch).loss)
+    assert torch.equal(HeldOut(model, weights).loss(more), model(**batch).loss)
 
 
 def test_labels_that_are_no_classes_are_named() -> None:
     model, batch = peft_model(dora=False), batch_of("classes")
     del batch["labels"]
     for level_loss in (
-        HeldOut(torch.nn.Linear(1, 1), model).loss,
+        HeldOut(model, torch.nn.Linear(1, 1)).loss,
         lambda b: example_losses(model, b),
     ):
         with pytest.raises(ProblemError, match=r"labels.*attention_mask.*input_ids"):

@@ -1,4 +1,4 @@
-"""`MixTrainer`: the bad source loses, and everything is trained with the learnt weights."""
+"""`MixTrainer`: the bad source loses, and everything is trained with the learned weights."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, Target
 from tests.support import mix_in_processes as in_processes
 from tests.support import two_processes
-from tests.support.mix_runs import rows, sources, trainer
+from tests.support.mix_runs import rows, sources, trainer, votes
 from tests.support.resume import interrupted, require_same_end
 from tests.support.trainers import peft_model, values
 from tests.support.watch import SGD
@@ -30,17 +30,17 @@ def test_the_bad_source_loses(tmp_path: Path) -> None:
 
 
 def test_everything_is_trained_from_the_initial_values(tmp_path: Path) -> None:
-    """With the learnt weights, which stay: the second phase is one of its own."""
+    """With the learned weights, which stay: the second phase is one of its own."""
     small = {"per_device_train_batch_size": 16}
     run = trainer(tmp_path, gradient_accumulation_steps=2, **small)
     begin = values(run.model)
     run.train()
-    learnt = run.weights.logits.detach().clone()
+    learned = run.weights.logits.detach().clone()
     again = trainer(tmp_path / "again", max_steps=1, upper_learning_rate=0.0, **small)
     with torch.no_grad():
-        again.weights.logits.copy_(learnt)
+        again.weights.logits.copy_(learned)
     again.train()
-    assert torch.equal(again.weights.logits, learnt)
+    assert torch.equal(again.weights.logits, learned)
     for name, value in values(run.model).items():
         assert torch.allclose(value, values(again.model)[name], atol=1e-6), name
     assert any(not torch.equal(value, begin[name]) for name, value in values(run.model).items())
@@ -65,7 +65,7 @@ def test_trusted_rows_are_below_and_above(tmp_path: Path) -> None:
         default_data_collator(list(part.select_columns(columns)))
         for part in (run.data.everything, run.data.trusted)
     )
-    lower, upper = Mixture(model, weights), Target(weights, model)
+    lower, upper = Mixture(model, weights), Target(model, weights)
     (expected,) = hypergradient(upper, lower, method, upper_batch=above, lower_batch=below)
     run.weights.double()
     run.train()
@@ -74,7 +74,7 @@ def test_trusted_rows_are_below_and_above(tmp_path: Path) -> None:
     assert expected.norm() > 1e-4
 
 
-def test_a_resumed_retraining_reads_the_learnt_weights(tmp_path: Path) -> None:
+def test_a_resumed_retraining_reads_the_learned_weights(tmp_path: Path) -> None:
     def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
         return trainer(folder, callbacks, save_strategy="steps", save_steps=3, **settings)
 
@@ -124,14 +124,8 @@ def test_passes_of_the_search_are_counted_in_micro_batches(tmp_path: Path) -> No
 
 
 def test_votes_of_labelling_functions(tmp_path: Path) -> None:
-    """Of which one is wrong by a class, and a column of text is no matter."""
-    below = rows(60, 4)
-    right = torch.tensor(below["labels"][:])
-    votes = torch.stack([right, (right + 1) % 3], 1)
-    votes[::2, 0] = votes[1::5, 1] = -1
-    below = below.remove_columns("labels").add_column("votes", votes.tolist())
-    below = below.add_column("text", ["words"] * 60)
-    run = trainer(tmp_path, given=below)
+    """Of which one is wrong by a class, and a column of text does not matter."""
+    run = trainer(tmp_path, given=votes(60).add_column("text", ["words"] * 60))
     run.train()
     weights = run.row_weights()
     assert weights["0"] > 2 * weights["1"]
@@ -140,7 +134,6 @@ def test_votes_of_labelling_functions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .* MixTrainer"),
         ({"given": {"good": rows(9, 1)}}, "two or more"),
         ({"trusted": sources()["good"].select(range(5))}, "5 of 5"),

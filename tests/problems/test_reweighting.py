@@ -28,7 +28,7 @@ def linear_levels(weights: Any, count: int = 30) -> tuple[Any, ...]:
     noisy, redrawn = rows(count, seed=1, noise=0.4)
     clean, _ = rows(50, seed=2)
     noisy["index"] = torch.arange(count)
-    levels = Clean(weights, model), regularised(Weighted(model, weights))
+    levels = Clean(model, weights), regularised(Weighted(model, weights))
     return *levels, clean, noisy, redrawn
 
 
@@ -64,7 +64,7 @@ def adapter_levels(weights: Any, rows: int = 6, kind: str = "classes") -> tuple[
     noisy = default_data_collator([dict(row) for row in data(kind, rows, seed=1)])
     clean = default_data_collator([dict(row) for row in data(kind, 5, seed=2)])
     noisy["index"] = torch.arange(rows)
-    return model, Clean(weights, model), Weighted(model, weights), clean, noisy
+    return model, Clean(model, weights), Weighted(model, weights), clean, noisy
 
 
 def flat_gradient(loss: Any, variables: Any) -> Any:
@@ -163,7 +163,7 @@ def test_the_engine_finds_wrong_labels(make: Callable[..., Any]) -> None:
     truth, _ = rows(60, seed=1)
     wrong = noisy["labels"] != truth["labels"]
     upper = Clean(
-        weights, model, data=[clean], optimizer=torch.optim.Adam(weights.parameters(), lr=0.1)
+        model, weights, data=[clean], optimizer=torch.optim.Adam(weights.parameters(), lr=0.1)
     )
     lower = regularised(
         Weighted(model, weights, data=[noisy], optimizer=torch.optim.SGD([model.w], lr=1.0))
@@ -198,7 +198,7 @@ def trainer(folder: Path, weights: Any, train: Any, **options: Any) -> BilevelTr
     return BilevelTrainer(
         model,
         lower=Weighted(model, weights),
-        upper=Clean(weights, model),
+        upper=Clean(model, weights),
         args=arguments(folder, **options),
         train_dataset=train,
         upper_dataset=data(rows=10, seed=1),
@@ -250,7 +250,7 @@ def test_both_drivers_agree_on_the_first_step(tmp_path: Path) -> None:
             BilevelTrainer(
                 model,
                 lower=Weighted(model, weights),
-                upper=Clean(weights, model),
+                upper=Clean(model, weights),
                 args=settings,
                 train_dataset=train,
                 upper_dataset=held_out,
@@ -264,7 +264,7 @@ def test_both_drivers_agree_on_the_first_step(tmp_path: Path) -> None:
             still = [p for p in model.parameters() if p.requires_grad]
             lower = Weighted(model, weights, data=below, optimizer=torch.optim.SGD(still, lr=0.0))
             upper = Clean(
-                weights, model, data=above, optimizer=torch.optim.SGD([weights.logits], lr=1.0)
+                model, weights, data=above, optimizer=torch.optim.SGD([weights.logits], lr=1.0)
             )
             Engine(upper, lower, "darts:scheme=forward", progress=False).run(1)
         found.append(weights.logits.detach().clone())

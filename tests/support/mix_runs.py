@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import default_data_collator
 
 from hyperopt_peft.problems import MixTrainer, MixTrainingArguments
-from tests.support.trainers import peft_model
+from tests.support.trainers import data, peft_model
 
 
 def rows(count: int, seed: int, *, wrong: bool = False) -> Dataset:
@@ -27,16 +27,26 @@ def sources(count: int = 48) -> dict[str, Dataset]:
     return {"good": rows(count, 1), "bad": rows(count, 2, wrong=True)}
 
 
+def votes(count: int) -> Dataset:
+    """Rows with the votes of two functions, one of which is wrong by a class."""
+    table = rows(count, 4)
+    right = torch.tensor(table["labels"][:])
+    columns = torch.stack([right, (right + 1) % 3], 1)
+    columns[::2, 0] = columns[1::5, 1] = -1
+    return table.remove_columns("labels").add_column("votes", columns.tolist())
+
+
 def trainer(
     folder: Path,
     callbacks: Sequence[Any] = (),
     *,
+    kind: str = "classes",
     given: Any = None,
     trusted: Any = None,
     double: bool = False,
     **options: Any,
 ) -> MixTrainer:
-    """A trainer without dropout; ``double`` is in float64."""
+    """A trainer without dropout; ``double`` is in float64, ``kind`` is a task of random rows."""
     settings = {
         "output_dir": str(folder),
         "max_steps": 30,
@@ -53,7 +63,9 @@ def trainer(
         "logging_steps": 1,
         "retrain_steps": 5,
     }
-    model = peft_model(dropout=0.0, dora=False)
+    model = peft_model(kind, dropout=0.0, dora=False)
+    if kind != "classes":
+        given, trusted = {"a": data(kind, seed=1), "b": data(kind, seed=2)}, data(kind, 9, seed=3)
     return MixTrainer(
         model.double() if double else model,
         MixTrainingArguments(**{**settings, **options}),

@@ -1,0 +1,173 @@
+"""Is a learned mix worth its price? Its cross-validated trusted loss beside those of baselines."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.mix_baselines import LEARNED, SIMPLE, Baselines
+from hyperopt_peft.problems.mix_trainer import MixTrainer
+from hyperopt_peft.trainer.data import classes_of, label_column
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method of training, by the losses of trusted rows that it did not see.
+
+    Attributes:
+        method: what was trained.
+        losses: the loss of each trusted row, by the model of the folds without it, ``(n,)``.
+        passes: forward+backward passes over a micro-batch, of one fold.
+    """
+
+    method: str
+    losses: Tensor
+    passes: int
+
+    @property
+    def loss(self) -> float:
+        """The cross-validated trusted loss."""
+        return float(self.losses.mean())
+
+    def difference(self, other: MethodResult) -> tuple[float, float]:
+        """The mean of this method's losses minus ``other``'s, and its standard error."""
+        gap = self.losses - other.losses
+        return float(gap.mean()), float(gap.std() / math.sqrt(len(gap)))
+
+
+@dataclass(frozen=True)
+class BaselineComparison:
+    """The methods with their cross-validated trusted losses.
+
+    Attributes:
+        results: a result of each method.
+
+    Example:
+        >>> one = MethodResult("trusted rows only", torch.tensor([0.5, 0.7, 0.6]), passes=10)
+        >>> two = MethodResult("learned weights", torch.tensor([0.1, 0.3, 0.1]), passes=90)
+        >>> BaselineComparison([one, two]).best.method
+        'learned weights'
+    """
+
+    results: Sequence[MethodResult]
+
+    @property
+    def best(self) -> MethodResult:
+        """The result of the lowest trusted loss."""
+        return min(self.results, key=lambda result: result.loss)
+
+    @property
+    def cheapest(self) -> MethodResult:
+        """The cheapest result whose mean difference to the best is within its standard error."""
+        near = [result for result in self.results if result is self.best or self._is_near(result)]
+        return min(near, key=lambda result: result.passes)
+
+    @property
+    def sentence(self) -> str:
+        """Which method to use, and which costs less at nearly the same loss."""
+        best, cheap = self.best, self.cheapest
+        text = f"use {best.method}: the lowest trusted loss, {best.loss:.4f}"
+        if cheap.passes >= best.passes:
+            return text
+        gap, error = cheap.difference(best)
+        return (
+            f"{text}; {cheap.method} is {gap:.4f} ± {error:.4f} above it, at "
+            f"{cheap.passes / best.passes:.0%} of the passes"
+        )
+
+    def _is_near(self, result: MethodResult) -> bool:
+        gap, error = result.difference(self.best)
+        return gap <= error
+
+    def __str__(self) -> str:
+        lines = [f"{'method':44}{'trusted loss':>14}{'to the best':>22}{'passes':>9}"]
+        for result in sorted(self.results, key=lambda result: result.loss):
+            gap, error = result.difference(self.best)
+            text = "" if result is self.best else f"{gap:+.4f} ± {error:.4f}"
+            lines.append(f"{result.method:44}{result.loss:14.4f}{text:>22}{result.passes:9}")
+        return "\n".join([*lines, self.sentence])
+
+
+def compare_baselines(
+    trainer: MixTrainer, *, folds: int = 3, equal_passes: bool = True
+) -> BaselineComparison:
+    """Compare a trained `MixTrainer` with simple methods, by cross-validation on trusted rows.
+
+    Every method trains on all but a fold of the trusted rows and is judged on the fold: the trusted
+    rows only; everything with equal weights; the sources, then the trusted rows; everything with
+    each source weighted by its agreement with a model of the trusted rows; everything but the rows
+    that disagree with that model; and learned weights. A method without a search takes the steps of
+    the retraining and, with ``equal_passes``, also as many passes as search and retraining
+    together; the better of the two counts. ``trainer``'s model is left as it was.
+
+    Learned weights cost ``folds`` times what ``trainer`` does, and with ``equal_passes`` each of
+    the others as much; without, a few trainings each.
+
+    Raises:
+        ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows.
+    """
+    # A run that was resumed in the retraining has no step of the search.
+    if not trainer.state.global_step and trainer.retrainer is None:
+        raise ProblemError("compare_baselines: the trainer has not trained; call train first")
+    baselines, data = Baselines(trainer), trainer.data
+    classes = classes_of(data.trusted, label_column(data.trusted)) or [0] * len(data.trusted)
+    fold_of_row = split_folds(classes, folds, seed=trainer.args.seed)
+    lengths = {baselines.steps}
+    if equal_passes:
+        lengths.add(math.ceil(baselines.passes / baselines.passes_of_a_step))
+    runs = [(method, steps) for steps in sorted(lengths) for method in SIMPLE]
+    runs.append((LEARNED, baselines.steps))
+    losses = {run: torch.zeros(len(fold_of_row)) for run in runs}
+    passes = {}
+    with baselines:
+        for fold in range(folds):
+            rows = np.flatnonzero(fold_of_row == fold)
+            train = data.with_trusted(np.flatnonzero(fold_of_row != fold).tolist())
+            for run in runs:
+                passes[run] = baselines.train(*run, train)
+                losses[run][rows] = baselines.losses(data.trusted.select(rows))
+    results = [MethodResult(run[0], losses[run], passes[run]) for run in runs]
+    by_method = [[each for each in results if each.method == name] for name in (*SIMPLE, LEARNED)]
+    return BaselineComparison([min(same, key=lambda each: each.loss) for same in by_method])
+
+
+def split_folds(classes: Sequence[Any], folds: int, *, seed: int = 0) -> np.ndarray[Any, Any]:
+    """The fold of each row, from 0 and below ``folds``, shuffled by ``seed``.
+
+    Args:
+        classes: the class of each row, by which the folds are stratified, unless every class has
+            fewer rows than there are folds.
+        folds: the number of folds.
+        seed: the seed of the permutation.
+
+    Raises:
+        ProblemError: ``folds`` is not from 2 to the number of rows.
+
+    Example:
+        >>> folds = split_folds(["a", "b"] * 3, 3)
+        >>> sorted(folds[::2].tolist()), sorted(folds[1::2].tolist())
+        ([0, 1, 2], [0, 1, 2])
+    """
+    if not 2 <= folds <= len(classes):
+        raise ProblemError(
+            f"folds: {folds} folds of {len(classes)} rows are not possible; choose from 2 to "
+            f"{len(classes)}"
+        )
+    from sklearn.model_selection import KFold, StratifiedKFold  # a second to import
+
+    kind = StratifiedKFold if max(Counter(classes).values()) >= folds else KFold
+    fold_of_row, names = np.zeros(len(classes), dtype=int), list(map(repr, classes))  # of any type
+    splitter = kind(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings(action="ignore"):  # some class has fewer rows than folds
+        for fold, (_, rows) in enumerate(splitter.split(fold_of_row, names)):
+            fold_of_row[rows] = fold
+    return fold_of_row

@@ -1,0 +1,223 @@
+"""The simple methods to train on sources and trusted rows, beside that of learned weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.common import Adapter, trainable
+from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, Mixture, SourceWeights
+from hyperopt_peft.problems.example_weights import COLUMNS, example_losses, without
+from hyperopt_peft.problems.mix_trainer import MixTrainer
+from hyperopt_peft.problems.source_data import SourceData
+from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.restore import assign_
+
+TRUSTED_ONLY = "trusted rows only"
+EQUAL = "everything, equal weights"
+SOURCES_FIRST = "the sources, then the trusted rows"
+AGREEMENT = "weights by agreement with the trusted rows"
+FILTERED = "everything but rows that disagree"
+LEARNED = "learned weights"
+#: The methods without a search.
+SIMPLE = (TRUSTED_ONLY, EQUAL, SOURCES_FIRST, AGREEMENT, FILTERED)
+#: The agreement with the trusted model from which a row is kept.
+AGREES = 0.5
+
+
+class Baselines:
+    """Trains the model of a `MixTrainer` by each method; a ``with`` block leaves it as it was.
+
+    Nothing is written or printed, and the user's callbacks are not called.
+
+    Attributes:
+        steps: the optimizer steps of the trainer's retraining.
+        passes_of_a_step: micro-batches in one of these steps.
+        passes: the passes over a micro-batch of the trainer's search and retraining.
+    """
+
+    def __init__(self, trainer: MixTrainer) -> None:
+        self.trainer, self.model = trainer, trainer.model
+        self.variables = [parameter for _, parameter in trainable(self.model)]
+        args = trainer.args.for_retraining()
+        self.passes_of_a_step: int = args.gradient_accumulation_steps
+        self.steps = args.steps_of(len(trainer.data.everything))
+        of_retraining = self.steps * self.passes_of_a_step
+        if trainer.args.retrain == "none":
+            of_retraining = 0
+        self.passes = of_retraining + trainer.search_passes()
+        self._options = {**trainer.options, "callbacks": None}
+        self._agreement: tuple[SourceData, Tensor] | None = None
+
+    def __enter__(self) -> None:
+        self._end = [variable.detach().clone() for variable in self.variables]
+        self._folder = TemporaryDirectory(prefix="mix-")
+
+    def __exit__(self, *exception: Any) -> None:
+        self._folder.cleanup()
+        assign_(self.variables, self._end)
+
+    def train(self, method: str, steps: int, data: SourceData) -> int:
+        """Train the model by ``method`` for ``steps`` from its initial values; returns the passes.
+
+        Learned weights have the steps of the trainer. Those of `AGREEMENT` and `FILTERED` begin
+        with a model of the trusted rows, which ``steps`` does not count and the passes do.
+        """
+        passes = steps * self.passes_of_a_step
+        if method == TRUSTED_ONLY:
+            self._fit(data.trusted, steps)
+            if steps == self.steps:
+                self._agreement = data, self._score(data.below)
+        elif method == EQUAL:
+            self._fit(data.everything, steps, self._weights(data))
+        elif method == SOURCES_FIRST:
+            self._fit(data.below, steps - steps // 2, self._weights(data))
+            self._fit(data.trusted, steps // 2, restart=False)
+        elif method == AGREEMENT:
+            weights = self._weights(data, self.agreement(data))
+            self._fit(data.everything, steps, weights)
+            passes += self.steps * self.passes_of_a_step
+        elif method == FILTERED:
+            agreeing = _agreeing(data, self.agreement(data))
+            self._fit(agreeing.everything, steps, self._weights(agreeing))
+            passes += self.steps * self.passes_of_a_step
+        else:
+            assign_(self.variables, self.trainer.initial)
+            args = self._silenced(copy(self.trainer.args))
+            _silent(_SilentMixTrainer(self.model, args, sources=data, **self._options)).train()
+            passes = self.passes
+        return passes
+
+    @torch.no_grad()
+    def losses(self, rows: Dataset) -> Tensor:
+        """The loss of each of ``rows``, ``(n,)``, without dropout."""
+        losses = [example_losses(self.model, batch) for batch in self._batches(rows)]
+        return torch.cat(losses).cpu()
+
+    def agreement(self, data: SourceData) -> Tensor:
+        """How far a model of the trusted rows agrees with each row of the sources, from 0 to 1.
+
+        The shape is ``(n,)``, or ``(n, K)`` of votes. Of a class the agreement is 0 or 1, and NaN
+        without a vote; of other labels exp(−loss).
+        """
+        if self._agreement is None or self._agreement[0] is not data:
+            self._fit(data.trusted, self.steps)
+            self._agreement = data, self._score(data.below)
+        return self._agreement[1]
+
+    @torch.no_grad()
+    def _score(self, rows: Dataset) -> Tensor:
+        return torch.cat([self._agreement_of(batch) for batch in self._batches(rows)]).cpu()
+
+    def _agreement_of(self, batch: Any) -> Tensor:
+        labels = batch.get("labels")
+        if VOTES not in batch and (labels.dim() > 1 or labels.is_floating_point()):
+            return (-example_losses(self.model, batch)).exp()
+        predicted = self.model(**without(batch, ("labels", *COLUMNS))).logits.argmax(-1)
+        if VOTES not in batch:
+            return (predicted == labels).float()
+        votes = batch[VOTES]
+        return (predicted[:, None] == votes).float().masked_fill(votes == NO_VOTE, torch.nan)
+
+    def _weights(self, data: SourceData, agreement: Tensor | None = None) -> SourceWeights:
+        """Equal weights, or a = the mean agreement of each source, and of the trusted rows 1."""
+        args = self.trainer.args
+        counts = {name: max(1, count) for name, count in data.counts.items()}
+        weights = SourceWeights(counts, kind="sigmoid", average=args.source_average)
+        if agreement is not None:
+            sums, votes = _by_source(data.below, agreement, len(data.names))
+            share = ((sums + 1) / (votes + 2)).clamp(1e-3, 1 - 1e-3)
+            share[-1] = 1 - 1e-3
+            weights.logits.data = share.logit()
+        return weights.requires_grad_(False).to(args.device)
+
+    def _fit(
+        self,
+        rows: Dataset,
+        steps: int,
+        weights: SourceWeights | None = None,
+        *,
+        restart: bool = True,
+    ) -> None:
+        """Train on ``rows`` for ``steps``; from the initial values if ``restart``."""
+        if restart:
+            assign_(self.variables, self.trainer.initial)
+        args = self._silenced(self.trainer.args.for_retraining())
+        args.max_steps = max(1, steps)
+        if weights is None:
+            rows = rows.remove_columns([n for n in (SOURCE, VOTES) if n in rows.column_names])
+
+        def level(trainer: BilevelTrainer) -> Adapter:
+            if weights is None:
+                return Adapter(trainer.model, task_loss=trainer.task_loss)
+            return Mixture(trainer.model, weights)
+
+        options = {**self._options, "args": args, "train_dataset": rows}
+        _silent(BilevelTrainer(self.model, lower=level, upper=None, **options)).train()
+
+    def _silenced(self, args: Any) -> Any:
+        """``args`` that write nothing."""
+        args.output_dir, args.report_to, args.save_strategy = self._folder.name, [], "no"
+        args.eval_strategy = args.logging_strategy = "no"
+        args.disable_tqdm, args.load_best_model_at_end = True, False
+        return args
+
+    def _batches(self, rows: Dataset) -> Iterator[Any]:
+        self.model.eval()
+        args, collate = self.trainer.args, self.trainer.data_collator
+        loader: Any = DataLoader(
+            rows, batch_size=args.per_device_eval_batch_size, collate_fn=collate
+        )
+        for batch in loader:
+            yield send_to_device(dict(batch), args.device)
+
+
+class _SilentMixTrainer(MixTrainer):
+    def retraining(self, args: Any) -> BilevelTrainer:
+        return _silent(super().retraining(args))
+
+
+def _silent(trainer: BilevelTrainer) -> BilevelTrainer:
+    """The trainer without the summary that it prints where it draws no bar."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _by_source(rows: Dataset, agreement: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of each source, the sum of the agreement of its rows or votes, and their number."""
+    if agreement.dim() == 2:
+        return agreement.nansum(0), (~agreement.isnan()).sum(0)
+    source = torch.tensor(rows[SOURCE][:])
+    sums = torch.zeros(count).index_add_(0, source, agreement)
+    return sums, source.bincount(minlength=count)
+
+
+def _agreeing(data: SourceData, agreement: Tensor) -> SourceData:
+    """``data`` without rows, or votes, that disagree; of other labels without the worse half."""
+    below = data.below
+    if agreement.dim() == 2:
+        votes = np.array(below[VOTES][:])
+        votes[~(agreement >= AGREES).numpy()] = NO_VOTE
+        below = below.remove_columns(VOTES).add_column(VOTES, votes.tolist())
+        keep = torch.from_numpy((votes != NO_VOTE).any(1))
+    elif bool(((agreement == 0) | (agreement == 1)).all()):
+        keep = agreement >= AGREES
+    else:
+        keep = agreement >= agreement.median()
+    if not keep.any():
+        raise ProblemError(
+            "compare_baselines: no row of a source agrees with the model of the trusted rows"
+        )
+    rows = below.select(keep.nonzero().flatten().tolist())
+    return SourceData(data.names, rows, data.trusted)

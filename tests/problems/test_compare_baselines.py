@@ -1,0 +1,129 @@
+"""Baselines of a learned mix: what wins where, what it costs, and what it leaves alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.problems import MixTrainer
+from hyperopt_peft.problems.compare_baselines import (
+    BaselineComparison,
+    MethodResult,
+    compare_baselines,
+    split_folds,
+)
+from hyperopt_peft.problems.mix_baselines import AGREEMENT, EQUAL, FILTERED, LEARNED, TRUSTED_ONLY
+from tests.support.mix_runs import trainer, votes
+from tests.support.trainers import values
+
+
+def test_the_lowest_loss_is_best_and_a_cheaper_method_is_named() -> None:
+    source = torch.Generator().manual_seed(0)
+    best = MethodResult("best", torch.rand(40, generator=source), passes=90)
+    noise = 0.1 * torch.randn(40, generator=source)
+    near = MethodResult("near", best.losses + noise - noise.mean() + 1e-4, passes=30)
+    far = MethodResult("far", best.losses + 0.5 + 0.1 * torch.rand(40, generator=source), passes=10)
+    comparison = BaselineComparison([far, near, best])
+    assert comparison.best is best and comparison.cheapest is near
+    assert "near" in comparison.sentence and "33%" in comparison.sentence
+    assert "far" not in comparison.sentence and "90" in str(comparison)
+    assert BaselineComparison([far, best]).cheapest is best
+
+
+@pytest.mark.parametrize(("classes", "largest"), [([0] * 7, 3), (["a"] * 4 + ["b"] * 3, 3)])
+def test_every_fold_has_its_share_of_every_class(classes: Any, largest: int) -> None:
+    folds = split_folds(classes, 3, seed=1)
+    for name in set(classes):
+        counts = torch.tensor([int(folds[k]) for k, c in enumerate(classes) if c == name])
+        assert int(counts.bincount(minlength=3).max()) <= largest
+        assert int(counts.bincount(minlength=3).min()) >= len(counts) // 3
+    assert (folds == split_folds(classes, 3, seed=1)).all()
+    for k in (1, 8):
+        with pytest.raises(ProblemError, match="from 2 to 7"):
+            split_folds(classes, k)
+
+
+def test_a_wrong_source_is_exposed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal weights lose, nothing is printed, and model and weights are left as they were."""
+    run = trainer(tmp_path)
+    run.train()
+    before, weights = values(run.model), run.row_weights()
+    capsys.readouterr()
+    comparison = compare_baselines(run, folds=2, equal_passes=False)
+    assert capsys.readouterr().out == ""
+    by_name = {result.method: result for result in comparison.results}
+    assert len(by_name) == 6 and all(len(result.losses) == 30 for result in by_name.values())
+    for good in (LEARNED, AGREEMENT, FILTERED):
+        assert by_name[good].loss < by_name[EQUAL].loss
+    assert by_name[LEARNED].passes > by_name[TRUSTED_ONLY].passes
+    assert run.row_weights() == weights
+    for name, value in values(run.model).items():
+        assert torch.equal(value, before[name]), name
+
+
+class Count(TrainerCallback):
+    """Counts the runs that it is in."""
+
+    runs = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.runs += 1
+
+
+def test_a_fold_has_the_prior_of_its_trusted_rows_and_no_callback_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a run that was resumed in the retraining, without a step of the search."""
+    count, priors, train = Count(), [], MixTrainer.train
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer(tmp_path, **options).train()
+    run = trainer(tmp_path, [count], **options)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 0
+
+    def spied(self: Any) -> Any:
+        priors.append((self.upper.prior.weight, len(self.data.trusted)))
+        return train(self)
+
+    monkeypatch.setattr(MixTrainer, "train", spied)
+    compare_baselines(run, folds=2, equal_passes=False)
+    assert priors == [(pytest.approx(3 / (8 * n)), n) for n in (15, 15)]
+    assert count.runs == 0
+
+
+@pytest.mark.parametrize(
+    ("equal_passes", "retrain", "most"),
+    [(True, "scratch", None), (False, "scratch", 6), (True, "none", None)],
+)
+def test_baselines_have_the_steps_of_the_retraining_or_all_passes(
+    tmp_path: Path, equal_passes: bool, retrain: str, most: int | None
+) -> None:
+    """In passes over a micro-batch, of which a step of the retraining has 2."""
+    accumulation = {"gradient_accumulation_steps": 3, "retrain_gradient_accumulation_steps": 2}
+    options = {"max_steps": 4, "retrain_steps": 3, "lower_steps": 2, **accumulation}
+    run = trainer(tmp_path, retrain=retrain, **options)
+    with pytest.raises(ProblemError, match="train first"):
+        compare_baselines(run)
+    run.train()
+    passes = {
+        result.method: result.passes
+        for result in compare_baselines(run, folds=2, equal_passes=equal_passes).results
+    }
+    expected = (6 if retrain == "scratch" else 0) + run.search_passes()
+    assert passes[LEARNED] == expected
+    for method in passes.keys() - {LEARNED}:
+        of_trusted_model = 6 if method in (AGREEMENT, FILTERED) else 0
+        assert passes[method] - of_trusted_model in {6, most or expected + expected % 2}
+
+
+@pytest.mark.parametrize("kind", ["votes", "tokens"])
+def test_votes_and_sequences_are_judged_too(tmp_path: Path, kind: str) -> None:
+    run = trainer(tmp_path, given=votes(40), max_steps=4)
+    if kind == "tokens":
+        run = trainer(tmp_path, kind="tokens", max_steps=4)
+    run.train()
+    comparison = compare_baselines(run, folds=2, equal_passes=False)
+    assert all(result.losses.isfinite().all() for result in comparison.results)
