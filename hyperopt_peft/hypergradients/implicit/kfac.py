@@ -10,11 +10,11 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.estimator import Requirements
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
 from hyperopt_peft.hypergradients.implicit.kronecker import Fisher, Samples, empirical_fisher
+from hyperopt_peft.hypergradients.implicit.linear_calls import Layer, linear_calls
 from hyperopt_peft.hypergradients.implicit.solver import Advance, Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.distributed import is_sharded
-from hyperopt_peft.utils.linear_calls import Layer, linear_calls
 from hyperopt_peft.utils.vector import Vector, widened, zeros_like
 
 ALONE = "so that the factored matrix is inverted alone"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.hypergradients.implicit.linear_calls import Layer
 from hyperopt_peft.utils import distributed, reductions
-from hyperopt_peft.utils.linear_calls import Layer
 from hyperopt_peft.utils.vector import Vector
 
 RELATIVE_DAMPING = 1.0  # of a layer's mean eigenvalue; 0.1, as in arXiv:2308.03296, slows CG down
