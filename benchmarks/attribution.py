@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from measure import contents, keep_memory, table
@@ -48,11 +47,11 @@ from attribution_tables import SHARE, TASKS, WHOLE, Row, Runs, check, tables_of,
 from text_data import quiet
 
 from hyperopt_peft.attribution.check import metasmoothness
-from hyperopt_peft.attribution.methods import Method, Setting, scores
+from hyperopt_peft.attribution.estimators import parse_estimator
+from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.attribution.suspects import suspects
 from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import registered
-from hyperopt_peft.utils.random_state import RandomState
 
 SEEDS, RETRAININGS, DEVELOPMENT_RETRAININGS = (0, 1, 2), 50, 20
 SHARES = (0.1, 0.2, 0.4)
@@ -90,33 +89,21 @@ def methods() -> list[str]:
         f"nystrom:rank=5,steps=5,damping={DAMPING:g}",
         *(["kfac:steps=0", f"kfac:steps=5,damping={DAMPING:g}"] if "kfac" in registered() else []),
         "gradient",
-        "gradient:cosine=true",
-        "gradient:checkpoints=5",
         *peers(),
     ]
 
 
-def by_name(setting: Setting, name: str) -> tuple[Tensor, Mapping[str, float]]:
+def by_name(setting: RetrainingSetup, name: str) -> tuple[Tensor, Mapping[str, float]]:
     """The scores of a method or a peer, and of a method its passes in trainings."""
     if name in peers():
         return peers()[name](setting), {}
-    method = Method.of(name)
-    if "cosine" in name:  # a backward pass for each row, through the graph of its part
-        setting = replace(setting, rows=lambda: _single(setting))
-    found, report = scores(setting, method, setting.run.checkpoints)
-    passes = report.passes.gradients + report.passes.products
+    estimator = parse_estimator(name)
+    by_slice, cost = scores(setting, estimator, setting.run.checkpoints)
+    passes = cost["gradients"] + cost["products"]
     run = setting.run
     visits = float(run.visits.sum()) / len(run.visits)
-    unit = len(run.steps) if method.whole_run else visits
-    return found["all"], {"trainings": passes / unit}
-
-
-def _single(setting: Setting) -> Sequence[Any]:
-    """All rows, a row a part."""
-    from hyperopt_peft.trainer.accumulation import MicroBatch
-
-    state = RandomState.capture()
-    return [MicroBatch(row, state) for row in torch.arange(len(setting.run.center)).split(1)]
+    unit = len(run.steps) if estimator.differentiates_run else visits
+    return by_slice["all"], {"trainings": passes / unit}
 
 
 class Trained:
@@ -124,10 +111,10 @@ class Trained:
 
     def __init__(self, rows: Rows | Callable[[], Rows], recipe: Recipe, seed: int) -> None:
         self.rows, self.recipe, self.seed = rows, recipe, seed
-        self.known: Setting | None = None
+        self.known: RetrainingSetup | None = None
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> RetrainingSetup:
         """The run and Φ."""
         if self.known is None:
             rows = self.rows() if callable(self.rows) else self.rows
@@ -168,10 +155,10 @@ def score(runs: Runs, row: Row, run: Trained, names: Sequence[str], masks: list[
         seconds = time.process_time() - begin
         known[name] = {"predicted": rounded(predicted(values, masks)), "seconds": seconds, **cost}
         if name == WHOLE:
-            row["loss"] = setting.value()["all"]
+            row["loss"] = setting.values()["all"]
             source = torch.Generator().manual_seed(run.seed)
             row["metasmoothness"] = metasmoothness(
-                setting, Method.of(name), values, PERTURBATION, source
+                setting, parse_estimator(name), values, PERTURBATION, source
             )
         runs.save()
 

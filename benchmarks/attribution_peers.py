@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
-from hyperopt_peft.attribution.methods import Setting
 from hyperopt_peft.attribution.rows import INDEX
 from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.attribution.trainer import of_trainer
+from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.trainer import setup_from_trainer
 
 
-def datainf(setting: Setting) -> Tensor:
+def datainf(setting: RetrainingSetup) -> Tensor:
     """DataInf (Kwon et al. 2024, arXiv:2310.00902, Eq. 5), a layer a variable, ``(n,)``."""
     lower: Any = setting.run.levels[0]
     (parts,) = setting.evaluation.slices.values()
@@ -55,7 +55,7 @@ def datainf_layer(rows: Tensor, wanted: Tensor) -> Tensor:
     return -(products - corrected) / damping / count
 
 
-def kronfluence(setting: Setting) -> Tensor:
+def kronfluence(setting: RetrainingSetup) -> Tensor:
     """EK-FAC by kronfluence with its defaults, of the trained layers, ``(n,)``."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
@@ -105,8 +105,8 @@ class Batches:
     """The batches of a run with a weight for each row, as a data stream of Bergson."""
 
     def __init__(self, run: Run) -> None:
-        self.micro = [step.moves[0].batch for step in run.steps]
-        self.weights = nn.Parameter(run.center.clone())
+        self.micro = [step.updates[0].batch for step in run.steps]
+        self.weights = nn.Parameter(run.row_weights.clone())
         self.device, self.requires_grad = self.weights.device, True
 
     def __len__(self) -> int:
@@ -132,12 +132,12 @@ def magic(trainer: Any) -> tuple[Tensor, float]:
     from bergson.utils import weighted_causal_lm_ce
 
     quietly: dict[str, Any] = {"memory_limit": 1.0, "progress": False, "second_derivatives": False}
-    run = of_trainer(trainer, None, None, points=1, **quietly)[0].run
+    run = setup_from_trainer(trainer, None, None, differentiated=False, **quietly)[0].run
     set_seed(trainer.args.seed)
     model = trainer.model_init()
     model.set_attn_implementation("eager")  # attention with a second derivative
     model.get_base_model().loss_function = weighted_causal_lm_ce
-    rates = [step.moves[0].optimizer["groups"][0]["lr"] for step in run.steps]
+    rates = [step.updates[0].optimizer["groups"][0]["lr"] for step in run.steps]
     adam = torchopt.adamw(
         lambda count: rates[int(count)],
         eps=trainer.args.adam_epsilon,

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 from hyperopt_peft import Problem
 from hyperopt_peft.attribution.evaluation import Evaluation
-from hyperopt_peft.attribution.methods import Setting
-from hyperopt_peft.attribution.run import train
+from hyperopt_peft.attribution.levels import train_levels
+from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 
@@ -197,12 +197,12 @@ def level(rows: Rows, recipe: Recipe, seed: int) -> RowWeighted:
 
 def trained(
     lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0, chunk: int = 100
-) -> Setting:
+) -> RetrainingSetup:
     """Train ``lower``, with Φ the mean loss of the evaluation rows, and the loss over all rows.
 
     ``chunk`` rows of Φ are in memory at a time.
     """
-    run = train([lower], lower.weights, [0] * recipe.steps, memory_limit=memory_limit)
+    run = train_levels([lower], lower.weights, [0] * recipe.steps, memory_limit=memory_limit)
     rows = lower.rows
     parts = [partial(part_of_mean, lower, index) for index in rows.above.split(chunk)]
 
@@ -214,7 +214,7 @@ def trained(
     def probabilities(chosen: Sequence[int]) -> Tensor:
         return lower.logits(rows.train[torch.tensor(chosen)]).double().softmax(1)
 
-    return Setting(
+    return RetrainingSetup(
         run,
         Evaluation(lower.weights, parts),
         {"all": 1.0},
@@ -236,12 +236,12 @@ def part_of_mean(lower: RowWeighted, index: Tensor) -> Tensor:
     return loss
 
 
-def actual(setting: Setting, masks: Sequence[Tensor]) -> Tensor:
+def actual(setting: RetrainingSetup, masks: Sequence[Tensor]) -> Tensor:
     """The change of Φ in each retraining without the rows of a mask, ``(R,)``."""
-    before, found = setting.value()["all"], []
+    before, found = setting.values()["all"], []
     for out in masks:
         with setting.run.without(out):
-            found.append(setting.value()["all"] - before)
+            found.append(setting.values()["all"] - before)
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -13,7 +13,7 @@ import torch
 from attribution_runs import TRAIN
 from measure import Target
 
-from hyperopt_peft.attribution import Check
+from hyperopt_peft.attribution import ScoreCheck
 
 Row = dict[str, Any]
 TASKS = ("tweets", "movies")
@@ -58,15 +58,15 @@ class Runs:
         self.path.write_text(f'{{"runs": [\n{lines}\n]{"".join(rest)}\n}}\n')
 
 
-def check(row: Row, name: str) -> Check:
+def check(row: Row, name: str) -> ScoreCheck:
     """What an entry's retrainings say of the method ``name``."""
     found = torch.tensor(row["methods"][name]["predicted"], dtype=torch.float64)
     truth = torch.tensor(row["actual"], dtype=torch.float64)
     smooth = row.get("metasmoothness") if name == WHOLE else None
-    return Check(found[: len(truth)], truth, smooth, SHARE)
+    return ScoreCheck(found[: len(truth)], truth, smooth, SHARE)
 
 
-def lds(found: Check) -> float:
+def lds(found: ScoreCheck) -> float:
     """The LDS; 0 where all predictions are equal, as of a solve that ended at 0."""
     return 0.0 if math.isnan(found.lds) else found.lds
 
@@ -134,7 +134,7 @@ def methods_table(rows: Sequence[Row], setting: str, tasks: Sequence[str] = TASK
     return found
 
 
-def interval(checks: Sequence[Check]) -> str:
+def interval(checks: Sequence[ScoreCheck]) -> str:
     """The 95 % interval of the mean LDS of runs, each with the error of its retrainings."""
     known = [c.interval for c in checks if not math.isnan(c.lds)]
     half = sum(((high - low) / 2) ** 2 for low, high in known) ** 0.5 / len(checks)

@@ -2,7 +2,7 @@
 
     python examples/attribution.py            # MiniLM and tweets, no network
     python examples/attribution.py --quick    # the same, smaller
-    python examples/attribution.py --method minres:damping=0.01
+    python examples/attribution.py --estimator minres:damping=0.01
 
 LoRA is trained on tweets, some of whose labels are wrong. Every tweet gets a score: how the loss on
 other tweets would change if the tweet counted more. Retrainings check the scores; out-of-fold
@@ -51,7 +51,7 @@ class Arguments:
     wrong: float = HfArg(default=0.2, help="share of the training labels that are made wrong")
     max_length: int = HfArg(default=20, help="tokens a tweet")
     rank: int = HfArg(default=8, help="rank r of B·A")
-    method: str = HfArg(default="unrolled", help="how rows are scored; see docs/attribution.md")
+    estimator: str = HfArg(default="unrolled", help="how rows are scored; see docs/attribution.md")
     retrainings: int = HfArg(default=6, help="of the check")
     folds: int = HfArg(default=3, help="of the search for wrong labels")
     remove: float = HfArg(default=0.1, help="share of the rows to train without")
@@ -126,7 +126,7 @@ def main() -> None:
             AutoTokenizer.from_pretrained(model_path(arguments.model))
         ),
     )
-    result = attribute(trainer, method=arguments.method)
+    result = attribute(trainer, estimator=arguments.estimator)
     print(f"{len(train)} tweets, {int(wrong.sum())} wrong labels; Φ = {result.values['all']:.4f}")
     print(result.table(5))
 

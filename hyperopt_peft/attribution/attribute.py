@@ -7,17 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.attribution.evaluation import Evaluation, Loss
-from hyperopt_peft.attribution.methods import Method, Setting, scores
+from hyperopt_peft.attribution.estimators import parse_estimator
+from hyperopt_peft.attribution.levels import setup_from_levels
 from hyperopt_peft.attribution.result import Attribution
-from hyperopt_peft.attribution.run import train
+from hyperopt_peft.attribution.scores import scores
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
-from hyperopt_peft.utils.random_state import RandomState, replay
 
 
 def attribute(
@@ -25,8 +23,8 @@ def attribute(
     row_weights: Tensor | None = None,
     evaluation: Any = None,
     *,
-    method: str | Estimator = "unrolled",
-    steps: int | None = None,
+    estimator: str | Estimator = "unrolled",
+    training_steps: int | None = None,
     slices: str | None = None,
     memory_limit: float = 1.0,
     progress: bool = True,
@@ -40,14 +38,14 @@ def attribute(
     no other question: for wrong labels see `Attribution.suspects`. Call `Attribution.check` before
     relying on them: a rough run (high rate, small batches) has scores that predict little.
 
-    Methods, by the name of an estimator with its options:
+    Estimators, by name with their options:
 
     * ``"unrolled"``: through every step of the run, with its batches, order, dropout masks and
-      schedule (MAGIC, arXiv:2504.16430). ``"unrolled:steps=50"`` takes the last 50 alone.
+      schedule (MAGIC, arXiv:2504.16430). ``"unrolled:steps=50"`` differentiates the last 50 alone.
     * ``"minres:damping=0.01"``, ``"cg:…"``, ``"nystrom:…"`` and the other implicit solvers: an
       influence function at the end of the run (Koh & Liang 2017, arXiv:1703.04730), with the
       Hessian of the mean loss over all training rows.
-    * ``"gradient"``: the product of gradients at the end; ``"gradient:checkpoints=5"`` is TracIn.
+    * ``"gradient"``: the product of gradients at the end, see `IdentitySolver`.
 
     A bilevel run has rows at both levels, and a score for each, by ``"unrolled"``. Its upper level
     moves along ∂F/∂u (``hypergradient="direct"``), whose derivative is known; the derivatives of
@@ -63,8 +61,9 @@ def attribute(
         evaluation: of levels, a function that returns Φ, a list of functions whose sum is Φ, or a
             mapping of these from the names of slices, whose mean is the whole Φ. Of a Trainer, a
             data set; by default its ``eval_dataset``.
-        method: how, as above.
-        steps: of a level, the number of steps T; of an Engine, of upper steps; of a Trainer, None.
+        estimator: how, as above.
+        training_steps: of a level, the number T of its steps; of an Engine, of upper steps, as in
+            `Engine.run`; of a Trainer, None.
         slices: of a Trainer, the column of ``evaluation`` that groups its rows: a Φ for each
             value, all from one run.
         memory_limit: the memory in GiB that checkpoints of the run may take; see `Run`.
@@ -72,7 +71,7 @@ def attribute(
 
     Raises:
         ProblemError: no rows to train on or to evaluate; weights that the loss does not read, or
-            that are not one a row; an unknown method; for ``"unrolled"``, an optimizer without
+            that are not one a row; an unknown estimator; for ``"unrolled"``, an optimizer without
             a known derivative, or more memory than the limit.
         NonFiniteError: a loss, a gradient or a score is NaN or infinite.
 
@@ -86,103 +85,49 @@ def attribute(
         ...     def loss(self, batch):
         ...         return (v * (w - targets).square()).mean()
         >>> lower = Fit([w], optimizer=torch.optim.SGD([w], lr=0.1))
-        >>> result = attribute(lower, v, lambda: (w - 1).square(), steps=50, progress=False)
+        >>> phi = lambda: (w - 1).square()
+        >>> result = attribute(lower, v, phi, training_steps=50, progress=False)
         >>> [round(x, 2) for x in result.scores.tolist()]
         [-2.67, -2.67, 5.33]
     """
-    how = Method.of(method)
-    bilevel = isinstance(training, Engine) or getattr(training, "upper", None) is not None
-    if bilevel:
-        _check_bilevel(training, how)
+    parsed = parse_estimator(estimator)
+    if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
+        _check_bilevel(training, parsed.differentiates_run)
+    options = {
+        "differentiated": parsed.differentiates_run,
+        "memory_limit": memory_limit,
+        "progress": progress,
+    }
+    columns: Mapping[str, Sequence[Any]] = {}
     if isinstance(training, Problem | Engine):
         if slices is not None:
             raise ProblemError("slices: is of a Trainer; give a level a mapping of functions")
-        setting = _of_levels(
-            training, row_weights, evaluation, steps, memory_limit, how.points, progress
-        )
-        rows: Any = None
+        setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
     else:
-        from hyperopt_peft.attribution.trainer import of_trainer
+        from hyperopt_peft.attribution.trainer import setup_from_trainer
 
-        if row_weights is not None or steps is not None:
+        if row_weights is not None or training_steps is not None:
             raise ProblemError(
-                "row_weights, steps: a Trainer has rows and steps of its own; leave them out"
+                "row_weights, training_steps: a Trainer has rows and steps of its own; leave them "
+                "out"
             )
-        setting, rows = of_trainer(
-            training,
-            evaluation,
-            slices,
-            second_derivatives=how.estimator.requirements.second_derivatives,
-            points=how.points,
-            memory_limit=memory_limit,
-            progress=progress,
+        exact = parsed.estimator.requirements.second_derivatives
+        setup, columns = setup_from_trainer(
+            training, evaluation, slices, second_derivatives=exact, **options
         )
-    by_slice, report = scores(setting, how, setting.run.checkpoints, progress=progress)
-    return Attribution.of(setting, how, by_slice, report, rows)
+    by_slice, cost = scores(setup, parsed, setup.run.checkpoints, progress=progress)
+    return Attribution.from_scores(setup, parsed, by_slice, cost, columns)
 
 
-def _check_bilevel(training: Any, method: Method) -> None:
-    """Raise ProblemError for a run of two levels that is not known here."""
-    if not method.whole_run:
+def _check_bilevel(training: Any, differentiates_run: bool) -> None:
+    """Raise ProblemError for a run of two levels whose derivative is not known."""
+    if not differentiates_run:
         raise ProblemError(
-            "method: a bilevel run is at the minimum of no single loss at its end; choose unrolled"
+            "estimator: a bilevel run is at the minimum of no single loss at its end; choose "
+            "unrolled"
         )
     if not isinstance(training.estimator, Direct):
         raise ProblemError(
             f"hypergradient: the derivative of {training.estimator.name} is not known; give a "
             'bilevel run hypergradient="direct", or attribute the training of one level'
         )
-
-
-def _of_levels(
-    training: Problem | Engine,
-    weights: Tensor | None,
-    evaluation: Loss | Mapping[str, Loss] | None,
-    steps: int | None,
-    memory_limit: float,
-    points: int | None,
-    progress: bool,
-) -> Setting:
-    leaf = isinstance(weights, Tensor) and weights.dim() == 1 and weights.is_leaf
-    if weights is None or not leaf or not weights.requires_grad or len(weights) == 0:
-        raise ProblemError(
-            "row_weights: must be a leaf tensor (n,) that requires a gradient, with a weight for "
-            "each training row; use torch.ones(n, requires_grad=True)"
-        )
-    if evaluation is None:
-        raise ProblemError("evaluation: give a function that returns the loss to explain")
-    if not isinstance(steps, int) or steps < 1:
-        raise ProblemError(f"steps: must be the number of steps to train, from 1, got {steps}")
-    above = Evaluation(weights, evaluation)
-    if isinstance(training, Problem):
-        levels, order, seed = [training], [0] * steps, 0
-    else:
-        if training.lower_step:
-            raise ProblemError(
-                "training: the Engine has trained already, and the run has to begin where it "
-                "began; give a new one"
-            )
-        levels, seed = [training.lower, training.upper], training.seed
-        order = [0] * training.warmup_steps + ([0] * training.lower_steps + [1]) * steps
-    run = train(
-        levels,
-        weights,
-        order,
-        seed=seed,
-        memory_limit=memory_limit,
-        points=points,
-        progress=progress,
-    )
-    shares = {name: 1 / len(above.slices) for name in above.slices}
-    return Setting(run, above, shares, Accumulated(levels[0]), lambda: _epoch(levels[0]))
-
-
-def _epoch(level: Problem) -> Sequence[MicroBatch]:
-    """One pass over the data of ``level``, each batch with random numbers of its own."""
-    data: Any = [None] if level.batches is None else level.batches.data
-    with replay(RandomState.capture()):
-        batches = [level.on_device(batch) for batch in data]
-    return [
-        MicroBatch(batch, RandomState.seeded(level.devices, "attribution", number))
-        for number, batch in enumerate(batches)
-    ]

@@ -9,7 +9,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from hyperopt_peft.attribution.methods import Method, Setting, scores
+from hyperopt_peft.attribution.estimators import ScoreEstimator
+from hyperopt_peft.attribution.rank_interval import interval
+from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.errors import ProblemError
 
 #: LDS and metasmoothness from which scores are called trustworthy, and below which worthless.
@@ -17,21 +19,21 @@ GOOD, POOR = 0.8, 0.4
 
 
 @dataclass(frozen=True)
-class Check:
+class ScoreCheck:
     """What retrainings without random rows say of the scores.
 
     Attributes:
         predicted: the predicted changes of Φ, −Σ s_i over the rows left out, ``(R,)``.
         actual: the changes of Φ in the retrainings, ``(R,)``.
         metasmoothness: the cosine between the scores and those at v = 1 ± ``perturbation`` (signs
-            random), near 1 for a smooth run; None if not measured, or if the method does not
+            random), near 1 for a smooth run; None if not measured, or if the estimator does not
             differentiate the run. After Engstrom et al. 2025 (arXiv:2503.13751, §3).
         share: the share of the rows that each retraining leaves out.
         by_slice: the same of each slice; empty where there is one.
 
     Example:
         >>> x = torch.linspace(-1, 1, 20)
-        >>> check = Check(predicted=x, actual=0.9 * x, metasmoothness=0.99, share=0.05)
+        >>> check = ScoreCheck(predicted=x, actual=0.9 * x, metasmoothness=0.99, share=0.05)
         >>> round(check.lds, 2), round(check.slope, 2), check.trustworthy
         (1.0, 0.9, True)
     """
@@ -40,7 +42,7 @@ class Check:
     actual: Tensor
     metasmoothness: float | None
     share: float
-    by_slice: dict[str, Check] = field(default_factory=dict, repr=False)
+    by_slice: dict[str, ScoreCheck] = field(default_factory=dict, repr=False)
 
     @property
     def lds(self) -> float:
@@ -54,14 +56,12 @@ class Check:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of ``lds``, by Fisher's transformation.
+        """A 95 % interval of the ``lds`` that R retrainings have on average.
 
-        The variance of the transformed rank correlation is (1 + ρ²/2)/(R − 3): Bonett and Wright
-        2000, doi:10.1007/BF02294183.
+        The retrainings vary in it, the run does not: another seed is another run. Below 10
+        retrainings it is exact; see `rank_interval.interval`.
         """
-        rho = min(max(self.lds, -0.9999), 0.9999)
-        half = 1.96 * math.sqrt((1 + rho**2 / 2) / max(len(self.actual) - 3, 1))
-        return math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half)
+        return interval(self.lds, len(self.actual))
 
     @property
     def slope(self) -> float:
@@ -77,17 +77,24 @@ class Check:
     @property
     def advice(self) -> str:
         """What the numbers mean, and what to change."""
+        low, high = self.interval
         if self.trustworthy:
-            return "the scores predict retraining; they can be acted on"
+            return (
+                "the scores predict retraining; whether acting on them gains anything, `removal` "
+                "measures on test rows"
+            )
+        if low <= POOR and high >= GOOD:
+            return (
+                f"{len(self.actual)} retrainings cannot tell whether the scores predict "
+                "retraining; check with 20 or more"
+            )
         smoother = (
             "make the run smoother: larger batches, a lower learning rate, warm-up, or a larger "
             "epsilon in Adam (see docs/attribution.md for what each brings)"
         )
         rough = self.metasmoothness is not None and self.metasmoothness < GOOD
         if not rough:
-            smoother = (
-                "use the method unrolled, more retrainings for a narrower interval, or " + smoother
-            )
+            smoother = f"use the estimator unrolled, check with more retrainings, or {smoother}"
         if not self.lds >= POOR:
             return f"the scores do not predict retraining: do not act on them; {smoother}"
         why = ", since the run is rough" if rough else ""
@@ -104,35 +111,22 @@ class Check:
         )
 
 
-def check(
-    setting: Setting,
-    method: Method,
+def check_scores(
+    setup: RetrainingSetup,
+    estimator: ScoreEstimator,
     by_slice: dict[str, Tensor],
     before: dict[str, float],
     *,
-    retrainings: int = 20,
-    share: float = 0.05,
-    perturbation: float | None = 0.1,
-    seed: int = 0,
-) -> Check:
+    retrainings: int,
+    share: float,
+    perturbation: float | None,
+    seed: int,
+) -> ScoreCheck:
     """Retrain without random rows, in the same order, and compare the changes of Φ.
 
-    Args:
-        setting: the run and Φ.
-        method: how the scores were computed.
-        by_slice: the scores, by slice.
-        before: Φ after the run, by slice.
-        retrainings: R.
-        share: the share of the seen rows that each leaves out.
-        perturbation: for ``metasmoothness``, how far the rows' weights move; None skips it.
-            It is skipped for methods that do not differentiate the run.
-        seed: of the random rows and signs.
-
-    Raises:
-        ProblemError: fewer than 5 retrainings, or a share that leaves out no row, or all.
-        NonFiniteError: a retraining diverges.
+    See `Attribution.check`; ``before`` is Φ at the end of the run.
     """
-    run = setting.run
+    run = setup.run
     rows = run.visits.nonzero().flatten()
     count = round(share * len(rows))
     if not isinstance(retrainings, int) or retrainings < 5:
@@ -140,51 +134,46 @@ def check(
     if not 1 <= count < len(rows):
         raise ProblemError(f"share: {share:g} of {len(rows)} rows leaves out {count}; change it")
     generator = torch.Generator().manual_seed(seed)
-    known = {name: torch.nan_to_num(values) for name, values in by_slice.items()}
-    predicted: dict[str, list[float]] = {name: [] for name in known}
-    actual: dict[str, list[float]] = {name: [] for name in known}
-    for _ in range(retrainings):
-        out = rows[torch.randperm(len(rows), generator=generator)[:count]]
-        with run.without(out):
-            after = setting.value()
-        for name, values in known.items():
-            predicted[name].append(-float((values * run.center.cpu())[out].sum()))
-            actual[name].append(after[name] - before[name])
+    seen = {name: torch.nan_to_num(values) for name, values in by_slice.items()}
+    predicted = {name: torch.zeros(retrainings, dtype=torch.float64) for name in seen}
+    actual = {name: torch.zeros(retrainings, dtype=torch.float64) for name in seen}
+    for number in range(retrainings):
+        rows_out = rows[torch.randperm(len(rows), generator=generator)[:count]]
+        with run.without(rows_out):
+            after = setup.values()
+        for name, values in seen.items():
+            predicted[name][number] = -(values * run.row_weights.cpu())[rows_out].sum()
+            actual[name][number] = after[name] - before[name]
     smoothness = None
-    if perturbation is not None and method.whole_run:  # of another method it is not the run's
-        smoothness = metasmoothness(setting, method, setting.whole(known), perturbation, generator)
-    each = {
-        name: Check(_exact(predicted[name]), _exact(actual[name]), smoothness, share)
-        for name in known
+    if perturbation is not None and estimator.differentiates_run:
+        smoothness = metasmoothness(setup, estimator, setup.total(seen), perturbation, generator)
+    checks = {
+        name: ScoreCheck(predicted[name], actual[name], smoothness, share) for name in by_slice
     }
-    return Check(
-        setting.whole({name: one.predicted for name, one in each.items()}),
-        setting.whole({name: one.actual for name, one in each.items()}),
+    return ScoreCheck(
+        setup.total(predicted),
+        setup.total(actual),
         smoothness,
         share,
-        each if len(each) > 1 else {},
+        checks if len(checks) > 1 else {},
     )
 
 
 def metasmoothness(
-    setting: Setting,
-    method: Method,
-    here: Tensor,
+    setup: RetrainingSetup,
+    estimator: ScoreEstimator,
+    run_scores: Tensor,
     perturbation: float,
     generator: torch.Generator,
 ) -> float:
-    """The cosine between the scores ``here`` and those at v = 1 ± ``perturbation``; see `Check`.
+    """The cosine between ``run_scores`` and the scores at v = 1 ± ``perturbation``.
 
     Raises:
         NonFiniteError: the run diverges with these weights.
     """
-    run = setting.run
-    signs = torch.randint(0, 2, (len(run.center),), generator=generator) * 2 - 1
-    moved = run.center * (1 + perturbation * signs.to(run.center))
-    with run.repeated(moved, keep=True) as checkpoints:
-        there = setting.whole(scores(setting, method, checkpoints)[0])
-    return float(torch.cosine_similarity(here, torch.nan_to_num(there), dim=0))
-
-
-def _exact(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    run = setup.run
+    signs = torch.randint(0, 2, (len(run.row_weights),), generator=generator) * 2 - 1
+    weights = run.row_weights * (1 + perturbation * signs.to(run.row_weights))
+    with run.repeated(weights, keep=True) as checkpoints:
+        moved_scores = setup.total(scores(setup, estimator, checkpoints)[0])
+    return float(torch.cosine_similarity(run_scores, torch.nan_to_num(moved_scores), dim=0))

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hyperopt_peft.errors import ProblemError
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from hyperopt_peft.attribution.result import Attribution
-
-HURT, HELP = "tab:red", "tab:blue"
+from hyperopt_peft.utils.plots import BLUE, GREY, RED, drawing
 
 
-def picture(result: Attribution, path: str | Path | None = None, count: int = 10) -> Any:
-    """The distribution of the scores, and the ``count`` rows at each end.
+def picture(scores: Tensor, lines: Mapping[int, str], path: str | Path | None = None) -> Any:
+    """The distribution of the scores, and the rows at both ends.
 
     Args:
-        result: the scores.
+        scores: ``(n,)``; NaN for a row that was never seen.
+        lines: the text of each row that is drawn, from the one that hurts most to the one that
+            helps most.
         path: the file to write; None writes none.
-        count: how many rows at each end.
 
     Returns:
         The matplotlib figure.
@@ -27,33 +26,24 @@ def picture(result: Attribution, path: str | Path | None = None, count: int = 10
     Raises:
         ProblemError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    seen = result.scores[~result.scores.isnan()]
-    hurt, help_ = result.ends(count)
-    rows = [*hurt, *reversed(help_)]
-    figure = Figure(figsize=(11, 2.5 + 0.24 * max(len(rows), 6)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
-    left.hist(seen.numpy(), bins=min(40, max(5, len(seen) // 5)), color="0.6")
-    left.axvline(0, color="black", linewidth=0.8)
-    left.set_xlabel("score dΦ/dv: helps < 0 < hurts")
-    left.set_ylabel("training rows")
-    left.set_title(f"{len(seen)} rows, {float((seen > 0).double().mean()):.0%} of them hurt")
-    places = list(range(len(rows)))
-    values = [float(result.scores[row]) for row in rows]
-    right.barh(places, values, color=[HURT if value > 0 else HELP for value in values])
-    right.set_yticks(
-        places, [result.line(row, width=44) for row in rows], fontsize=8, parse_math=False
-    )
-    right.invert_yaxis()
-    right.axvline(0, color="black", linewidth=0.8)
-    right.set_title(f"the {len(hurt)} rows that hurt most, the {len(help_)} that help most")
-    right.set_xlabel("score")
-    right.locator_params(axis="x", nbins=6)
-    if path is not None:
-        try:
-            figure.savefig(path, dpi=120)
-        except (OSError, ValueError) as error:  # ValueError: an unknown format
-            reason = getattr(error, "strerror", None) or error
-            raise ProblemError(f"{path}: cannot be written ({reason})") from error
+    seen, values = scores[~scores.isnan()], [float(scores[row]) for row in lines]
+    hurting = sum(value > 0 for value in values)
+    height = 2.5 + 0.24 * max(len(lines), 6)
+    with drawing(path, 11, height, columns=2, width_ratios=(1, 1.6)) as (figure, (left, right)):
+        left.hist(seen.numpy(), bins=min(40, max(5, len(seen) // 5)), color=GREY)
+        left.axvline(0, color="black", linewidth=0.8)
+        left.set_xlabel("score dΦ/dv: helps < 0 < hurts")
+        left.set_ylabel("training rows")
+        left.set_title(f"{len(seen)} rows, {float((seen > 0).double().mean()):.0%} of them hurt")
+        y_positions = range(len(lines))
+        right.barh(y_positions, values, color=[RED if value > 0 else BLUE for value in values])
+        right.set_yticks(y_positions, list(lines.values()), fontsize=8, parse_math=False)
+        right.grid(axis="y", visible=False)
+        right.invert_yaxis()
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set_title(
+            f"the {hurting} rows that hurt most, the {len(lines) - hurting} that help most"
+        )
+        right.set_xlabel("score")
+        right.locator_params(axis="x", nbins=6)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hyperopt_peft.attribution.rows import INDEX, RowWeighted
-from hyperopt_peft.attribution.run import Observed, Run
+from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer
 from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
@@ -22,11 +23,11 @@ class Recorder(TrainerCallback):
 
     Args:
         rows: the number of training rows.
-        memory_limit, points: see `Run`.
+        memory_limit, differentiated: see `Run`.
     """
 
-    def __init__(self, rows: int, memory_limit: float, points: int | None) -> None:
-        self.rows, self.memory_limit, self.points = rows, memory_limit, points
+    def __init__(self, rows: int, memory_limit: float, differentiated: bool) -> None:
+        self.rows, self.memory_limit, self.differentiated = rows, memory_limit, differentiated
         self.runner: Any = None
         self.run: Run | None = None
 
@@ -41,8 +42,8 @@ class Recorder(TrainerCallback):
 
     def level(self, trainer: BilevelTrainer) -> RowWeighted:
         """The loss of ``trainer`` with a weight for each row, initially 1."""
-        kinds = [parameter.dtype for _, parameter in trainable(trainer.model)]
-        dtype = torch.promote_types(kinds[0], torch.float32) if kinds else torch.float32
+        dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
+        dtype = torch.promote_types(dtypes[0], torch.float32) if dtypes else torch.float32
         device = trainer.args.device
         self.weights = torch.ones(self.rows, dtype=dtype, device=device, requires_grad=True)
         return RowWeighted(trainer, self.weights)
@@ -62,46 +63,48 @@ class Recorder(TrainerCallback):
                 self.weights,
                 state.max_steps + _steps_of_retraining(trainer, self.rows),
                 memory_limit=self.memory_limit,
-                points=self.points,
+                differentiated=self.differentiated,
             )
             return
         self.first = len(self.run.levels)
         for level in levels:
             self.run.add(level)
         if self.runner.args.retrain == "scratch":
-            places = self.run.places[self.first]
-            self._assigned = {place: self.run.variables[place].detach().clone() for place in places}
+            self._assigned = {
+                index: self.run.variables[index].detach().clone()
+                for index in self.run.indices[self.first]
+            }
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the step that the optimizer is about to take."""
-        assert self.run is not None
-        step, weights = self.trainer.current_step, self.weights
-        seen = torch.zeros_like(weights)
-        for micro in step.micro:
-            seen[micro.batch[INDEX]] = 1.0
-        share, visited = distributed.mean((weights.grad, seen), (weights, weights))
-        assert visited is not None
+        run, step, weights = self.run, self.trainer.current_step, self.weights
+        assert run is not None
+        shares = (weights.grad, self._seen(step.micro))
+        of_weights, visits = distributed.mean(shares, (weights, weights))
+        assert visits is not None
         weights.grad = None
-        lower = self.run.levels[self.first]
-        gradient = [*(v.grad for v in lower.variables), share]
-        batch, random_state = list(step.micro), step.micro[0].random_state
-        observed = [Observed(self.first, batch, random_state, gradient, visited > 0)]
+        gradient = [*(v.grad for v in run.levels[self.first].variables), of_weights]
+        random_state = step.micro[0].random_state
+        updates = [run.update(self.first, list(step.micro), random_state, gradient, visits > 0)]
         if step.upper:
-            observed.append(self._of_upper(step.upper))
-        self.run.record(*observed, assigned=self._assigned)
+            updates.append(self._upper_update(run, step.upper))
+        run.record(*updates, assigned=self._assigned)
         self._assigned = {}
 
-    def _of_upper(self, batch: list[MicroBatch]) -> Observed:
-        """The upper level's part: its gradient again, since a hypergradient has no rows' shares."""
-        assert self.run is not None
-        number, weights = self.first + 1, self.weights
-        level, seen = self.run.levels[number], torch.zeros_like(weights)
+    def _upper_update(self, run: Run, batch: list[MicroBatch]) -> ParameterUpdate:
+        """The upper level's: its gradient again, since a hypergradient has no rows' shares."""
+        number, level = self.first + 1, run.levels[self.first + 1]
+        _, _, gradient = level.differentiate(batch, (*level.variables, self.weights))
+        (visits,) = distributed.mean((self._seen(batch),), (self.weights,))
+        assert visits is not None
+        return run.update(number, batch, batch[0].random_state, gradient, visits > 0)
+
+    def _seen(self, batch: Sequence[MicroBatch]) -> Tensor:
+        """1 for each row of ``batch``, ``(n,)``."""
+        seen = torch.zeros_like(self.weights)
         for micro in batch:
             seen[micro.batch[INDEX]] = 1.0
-        _, _, gradient = level.differentiate(batch, (*level.variables, weights))
-        (visited,) = distributed.mean((seen,), (weights,))
-        assert visited is not None
-        return Observed(number, batch, batch[0].random_state, gradient, visited > 0)
+        return seen
 
 
 class RowWeightedBiDoRA(BiDoRATrainer):

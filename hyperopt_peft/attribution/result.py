@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.check import Check, check
-from hyperopt_peft.attribution.methods import Method, Report, Setting
+from hyperopt_peft.attribution.check import ScoreCheck, check_scores
+from hyperopt_peft.attribution.estimators import ScoreEstimator
+from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
 
@@ -68,46 +69,43 @@ class Attribution:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     labels: Tensor | None = None
     numbers: Sequence[int] = ()
-    _setting: Any = field(default=None, repr=False)
-    _method: Any = field(default=None, repr=False)
+    _setup: Any = field(default=None, repr=False)
+    _estimator: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.numbers = self.numbers or range(len(self.scores))
 
     @classmethod
-    def of(
+    def from_scores(
         cls,
-        setting: Setting,
-        method: Method,
+        setup: RetrainingSetup,
+        estimator: ScoreEstimator,
         by_slice: dict[str, Tensor],
-        report: Report,
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        cost: Mapping[str, Any],
+        columns: Mapping[str, Sequence[Any]],
     ) -> Attribution:
-        """The result of ``method`` on ``setting``; rows that the run never saw get NaN."""
-        run = setting.run
+        """The result of ``estimator`` on ``setup``; rows that the run never saw get NaN."""
+        run = setup.run
         unseen = run.visits == 0
-        named = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
+        scores = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
         settings = {
-            "method": method.description,
+            "estimator": estimator.name,
             "steps": len(run.steps),
-            "rows": len(run.center),
+            "rows": len(run.row_weights),
             "unseen": int(unseen.sum()),
             "variables": sum(v.numel() for v in run.variables),
-            "gradients": report.passes.gradients,
-            "products": report.passes.products,
-            "residuals": report.residuals,
-            "notes": report.notes,
+            **cost,
         }
         return cls(
-            setting.whole(named),
-            named,
+            setup.total(scores),
+            scores,
             run.losses / run.visits,
-            setting.value(),
+            setup.values(),
             settings,
-            columns or {},
-            setting.labels,
-            _setting=setting,
-            _method=method,
+            columns,
+            setup.labels,
+            _setup=setup,
+            _estimator=estimator,
         )
 
     def check(
@@ -117,18 +115,25 @@ class Attribution:
         share: float = 0.05,
         perturbation: float | None = 0.1,
         seed: int = 0,
-    ) -> Check:
-        """How well the scores predict retrainings without random rows; see `Check`.
+    ) -> ScoreCheck:
+        """How well the scores predict retrainings without random rows; see `ScoreCheck`.
 
         Costs a training for each of ``retrainings``, and with ``perturbation`` another attribution.
+
+        Args:
+            retrainings: R, from 5; so few cannot tell, 20 or more can.
+            share: the share of the seen rows that each retraining leaves out.
+            perturbation: how far the rows' weights move for the metasmoothness; None skips it, as
+                do estimators that do not differentiate the run.
+            seed: of the random rows and signs.
 
         Raises:
             ProblemError: fewer than 5 retrainings, or a share that leaves out no row, or all.
             NonFiniteError: a retraining diverges.
         """
-        return check(
-            self._setting,
-            self._method,
+        return check_scores(
+            self._setup,
+            self._estimator,
             self.by_slice,
             self.values,
             retrainings=retrainings,
@@ -144,22 +149,17 @@ class Attribution:
         ranks[order] = torch.arange(1, len(order) + 1)
         return ranks.masked_fill(self.scores.isnan(), 0)
 
-    def weights(self, strength: float = 1.0) -> Tensor:
+    def weights(self) -> Tensor:
         """Row weights ``(n,)`` for another training, of mean 1: lower for a row that hurts more.
 
-        v_i ∝ clip(1 − strength·(s_i − s̄)/σ, 0, 2), with s̄ and σ the mean and the standard
-        deviation of the scores: one step against the gradient among weights of mean 1, bounded.
-        An unseen row has the weight 1 before scaling.
-
-        Raises:
-            ProblemError: a strength that is not positive.
+        v_i ∝ clip(1 − (s_i − s̄)/σ, 0, 2), with s̄ and σ the mean and the standard deviation of the
+        scores: one step against the gradient among weights of mean 1, bounded. An unseen row has
+        the weight 1 before scaling.
         """
-        if not strength > 0:
-            raise ProblemError(f"strength: must be positive, got {strength}")
-        known = self.scores[~self.scores.isnan()]
-        scale = float(known.std()) if len(known) > 1 else 0.0
-        moved = (self.scores - known.mean()) * (strength / scale if scale else 0.0)
-        weights = (1 - torch.nan_to_num(moved)).clamp(0, 2)
+        seen = self.scores[~self.scores.isnan()]
+        deviation = float(seen.std()) if len(seen) > 1 else 0.0
+        offsets = (self.scores - seen.mean()) / (deviation or torch.inf)
+        weights = (1 - torch.nan_to_num(offsets)).clamp(0, 2)
         return weights / weights.mean()
 
     def without(self, share: float) -> list[int]:
@@ -168,8 +168,8 @@ class Attribution:
         Raises:
             ProblemError: a share that is not between 0 and 1.
         """
-        out = set(self.ends(self._count(share))[0])
-        return [row for row in range(len(self.scores)) if row not in out]
+        worst = set(self.ends(self._count(share))[0])
+        return [row for row in range(len(self.scores)) if row not in worst]
 
     def removal(self, share: float, test: Any = None, *, draws: int = 5, seed: int = 0) -> Removal:
         """Train without the rows that hurt most, and judge on rows that nothing has seen.
@@ -189,8 +189,8 @@ class Attribution:
                 too, or a share that is not between 0 and 1.
             NonFiniteError: a training diverges.
         """
-        setting: Setting = self._setting
-        measure = setting.measure(test)
+        setup: RetrainingSetup = self._setup
+        measure = setup.measure(test)
         worst = self.ends(self._count(share))[0]
         loss = torch.nan_to_num(self.losses, nan=-torch.inf)
         highest = torch.argsort(loss, descending=True)[: len(worst)].tolist()
@@ -201,12 +201,12 @@ class Attribution:
             for _ in range(draws)
         ]
 
-        def after(out: list[int]) -> Mapping[str, float]:
-            with setting.run.without(out):
+        def after(removed: list[int]) -> Mapping[str, float]:
+            with setup.run.without(removed):
                 return measure()
 
         return Removal(
-            len(worst), after([]), after(worst), after(highest), [after(out) for out in random]
+            len(worst), after([]), after(worst), after(highest), list(map(after, random))
         )
 
     def suspects(self, folds: int = 5, *, seed: int = 0) -> Suspects:
@@ -220,14 +220,14 @@ class Attribution:
                 or more folds than rows.
             NonFiniteError: a training without a fold diverges.
         """
-        return suspects(self._setting, self.scores, self.losses, folds, seed)
+        return suspects(self._setup, self.scores, self.losses, folds, seed)
 
     def ends(self, count: int) -> tuple[list[int], list[int]]:
         """The ``count`` rows that hurt most, and the ``count`` that help most."""
         order = torch.argsort(torch.nan_to_num(self.scores), descending=True).tolist()
-        hurt = [row for row in order if self.scores[row] > 0]
-        help_ = [row for row in reversed(order) if self.scores[row] < 0]
-        return hurt[:count], help_[:count]
+        hurting = [row for row in order if self.scores[row] > 0]
+        helping = [row for row in reversed(order) if self.scores[row] < 0]
+        return hurting[:count], helping[:count]
 
     def table(self, count: int = 10) -> str:
         """The ``count`` rows that hurt most and the ``count`` that help most, as lines of text."""
@@ -249,18 +249,20 @@ class Attribution:
         Raises:
             ProblemError: the file cannot be written.
         """
-        names = {f"score_{k}": v.tolist() for k, v in self.by_slice.items()}
-        own: dict[str, Sequence[Any]] = {
+        slices = {f"score_{name}": values.tolist() for name, values in self.by_slice.items()}
+        results: dict[str, Sequence[Any]] = {
             "score": self.scores.tolist(),
             "rank": self.ranks().tolist(),
             "weight": self.weights().tolist(),
             "training_loss": self.losses.tolist(),
-            **(names if len(names) > 1 else {}),
+            **(slices if len(slices) > 1 else {}),
             **(extra or {}),
         }
-        taken = {"row", *own}
-        data = {f"data_{k}" if k in taken else k: values for k, values in self.columns.items()}
-        table = {"row": self.numbers, **data, **own}
+        data = {
+            f"data_{name}" if name in {"row", *results} else name: values
+            for name, values in self.columns.items()
+        }
+        table = {"row": self.numbers, **data, **results}
         try:
             with Path(path).open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
@@ -270,10 +272,23 @@ class Attribution:
             raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
 
     def plot(self, path: str | Path | None = None, count: int = 10) -> Any:
-        """A figure with the distribution of the scores and the rows at both ends; see `picture`."""
+        """A figure with the distribution of the scores and the rows at both ends.
+
+        Args:
+            path: the file to write, whose suffix gives the format; None writes none.
+            count: how many rows at each end.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ProblemError: the file cannot be written.
+        """
         from hyperopt_peft.attribution.picture import picture
 
-        return picture(self, path, count)
+        hurting, helping = self.ends(count)
+        lines = {row: self.line(row, width=44) for row in (*hurting, *reversed(helping))}
+        return picture(self.scores, lines, path)
 
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of ``row``, each column at most ``width`` characters."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.checkpoints import Checkpoints, Point
-from hyperopt_peft.attribution.run import Run, RunStep
+from hyperopt_peft.attribution.run import RecordedStep, Run
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes, ProductKind
@@ -46,38 +46,35 @@ class Sweep:
     ) -> None:
         self.run, self.product, self.passes = run, product, passes
         self.adjoints = [list(adjoint) for adjoint in adjoints]
-        self.moments: list[list[list[Tensor] | None]] = [
-            [None for _ in run.levels] for _ in adjoints
-        ]
-        self.found = [torch.zeros_like(run.weights) for _ in adjoints]
-        # Of each level, the places of the variables that it reads and does not own.
+        self.moments: list[list[list[Tensor] | None]] = [[None] * len(run.levels) for _ in adjoints]
+        self.products = [torch.zeros_like(run.weights) for _ in adjoints]
+        # Of each level, the indices of the variables that its loss may read and it does not own.
         self.others = [
-            [place for place in range(len(run.variables)) if place not in own]
-            for own in map(set, run.places)
+            [index for index in range(len(run.variables)) if index not in owned]
+            for owned in map(set, run.indices)
         ]
         self.oracles = [self._oracle(level) for level in range(len(run.levels))]
 
     def _oracle(self, number: int) -> Oracle:
         run = self.run
-        read = [run.variables[place] for place in self.others[number]]
-        named = [(str(k), v) for k, v in enumerate((run.weights, *read))]
+        others = [run.variables[index] for index in self.others[number]]
+        named = [(str(k), v) for k, v in enumerate((run.weights, *others))]
         fixed = RandomState.seeded(run.devices, "attribution")
-        above = Problem(named, name="row weights")
-        level = run.levels[number]
-        return Oracle(above, level, None, None, fixed, fixed, passes=self.passes)
+        upper = Problem(named, name="row weights")
+        return Oracle(upper, run.levels[number], None, None, fixed, fixed, passes=self.passes)
 
     def back(
-        self, checkpoints: Checkpoints, *, last: int | None = None, progress: bool = False
+        self, checkpoints: Checkpoints, *, last_steps: int | None = None, progress: bool = False
     ) -> list[Tensor]:
         """(dz_T/dv)ᵀλ for each λ, ``(n,)``.
 
         Args:
             checkpoints: those of the run that is differentiated.
-            last: how many steps, from the end; None for all.
+            last_steps: how many steps, from the end; None for all.
             progress: whether to show a progress bar.
         """
-        run, total = self.run, len(self.run.steps)
-        first = 0 if last is None else max(0, total - last)
+        run, total, every = self.run, len(self.run.steps), checkpoints.every
+        first = 0 if last_steps is None else max(0, total - last_steps)
         with ExitStack() as stack:
             for oracle in self.oracles:
                 stack.enter_context(oracle.open())
@@ -85,42 +82,43 @@ class Sweep:
             bar = stack.enter_context(
                 tqdm(total=total - first, disable=not progress, desc="backward")
             )
-            for begin in reversed(range(0, total, run.every)):
-                end = min(begin + run.every, total)
-                points = run.points(begin, end, checkpoints) if end > first else []
-                again = run.steps[begin : end - 1] if points else []
-                self.passes.gradients += sum(len(step.moves) for step in again)
+            for begin in reversed(range(first // every * every, total, every)):
+                end = min(begin + every, total)
+                points = run.points(begin, end, checkpoints)
+                repeated = run.steps[begin : end - 1]
+                self.passes.gradients += sum(len(step.updates) for step in repeated)
                 for number in reversed(range(max(begin, first), end)):
                     self._pull(run.steps[number], points.pop())
                     bar.update()
-        return self.found
+        return self.products
 
-    def _pull(self, step: RunStep, point: Point) -> None:
+    def _pull(self, step: RecordedStep, point: Point) -> None:
         """From the adjoints after ``step`` to those before."""
         values = step.begin(point[0])
         assign_(self.run.variables, values)
         before = [list(adjoint) for adjoint in self.adjoints]
-        added: list[list[tuple[int, Tensor]]] = [[] for _ in self.adjoints]
-        for move in step.moves:
-            own, others = self.run.places[move.level], self.others[move.level]
-            optimizer, state = self.run.optimizer(move.level), point[1].get(move.level, {})
-            at = self.run.step_record(move, values, state)
-            with self.oracles[move.level].product(self.product, at=at) as product:
-                record = self.run.step_record(move, values, state, product.lower_gradient())
+        terms: list[list[tuple[int, Tensor]]] = [[] for _ in self.adjoints]
+        for update in step.updates:
+            level = update.level
+            owned, others = self.run.indices[level], self.others[level]
+            optimizer, state = self.run.optimizer(level), point[1].get(level, {})
+            at = self.run.step_record(update, values, state)
+            with self.oracles[level].product(self.product, at=at) as product:
+                record = self.run.step_record(update, values, state, product.lower_gradient())
                 for k, adjoint in enumerate(self.adjoints):
-                    moments, of_own = self.moments[k], Vector(adjoint[place] for place in own)
-                    w_bar, g_bar, moments[move.level], _ = optimizer.vjp(
-                        record, of_own, moments[move.level]
+                    moments, of_level = self.moments[k], Vector(adjoint[index] for index in owned)
+                    w_bar, g_bar, moments[level], _ = optimizer.vjp(
+                        record, of_level, moments[level]
                     )
                     hessian, mixed = product.both(g_bar)
                     of_weights, *of_others = mixed
-                    self.found[k] = self.found[k] + of_weights
-                    for place, bar in zip(own, w_bar, strict=True):
-                        before[k][place] = bar
-                    added[k] += zip((*own, *others), (*hessian, *of_others), strict=True)
-        for k, parts in enumerate(added):
-            for place, part in parts:
-                before[k][place] = before[k][place] + part
-            for place in step.assigned:
-                before[k][place] = torch.zeros_like(before[k][place])
+                    self.products[k] = self.products[k] + of_weights
+                    for index, bar in zip(owned, w_bar, strict=True):
+                        before[k][index] = bar
+                    terms[k] += zip((*owned, *others), (*hessian, *of_others), strict=True)
+        for adjoint, level_terms in zip(before, terms, strict=True):
+            for index, term in level_terms:
+                adjoint[index] = adjoint[index] + term
+            for index in step.assigned:
+                adjoint[index] = torch.zeros_like(adjoint[index])
         self.adjoints = before

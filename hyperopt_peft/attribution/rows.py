@@ -130,7 +130,7 @@ class ModelOnRows:
             return losses_of(self.trainer.model, inputs)
 
     @torch.no_grad()
-    def parts(self, rows: NumberedRows, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:
+    def losses(self, rows: NumberedRows, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:
         """The mean loss over the labels of the rows ``chosen``, a part for each batch."""
         batches = self.batches(rows, chosen)
         total = int(sum(self.sums(batch)[1].sum() for batch in batches))

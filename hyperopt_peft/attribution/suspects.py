@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.methods import Setting
+from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.errors import ProblemError
 
 
@@ -35,48 +34,41 @@ class Suspects:
     probabilities: Tensor
 
 
-def suspects(setting: Setting, score: Tensor, loss: Tensor, folds: int, seed: int) -> Suspects:
+def suspects(
+    setup: RetrainingSetup, score: Tensor, loss: Tensor, folds: int, seed: int
+) -> Suspects:
     """Repeat the run without each fold of the rows, and compare its predictions with the labels.
 
-    Args:
-        setting: the run, of a classifier.
-        score: the scores, ``(n,)``.
-        loss: the mean training losses, ``(n,)``.
-        folds: how many; each costs a training.
-        seed: of the random folds.
-
-    Raises:
-        ProblemError: no classifier with one class a row, fewer than 2 folds, or more than rows.
-        NonFiniteError: a training without a fold diverges.
+    See `Attribution.suspects`; ``score`` and ``loss`` are those of the rows, ``(n,)``.
     """
-    labels = setting.labels
-    if labels is None or setting.probabilities is None:
+    labels = setup.labels
+    if labels is None or setup.probabilities is None:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
     count = len(labels)
     if not 2 <= folds <= count:
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    probabilities: Any = None
-    for fold in order.tensor_split(folds):
-        with setting.run.without(fold):
-            of_fold = setting.probabilities(fold.tolist())
-        if probabilities is None:
-            probabilities = torch.zeros(count, of_fold.shape[1], dtype=of_fold.dtype)
-        probabilities[fold] = of_fold
-    rows = (labels >= 0).nonzero().flatten()
-    given, known = labels[rows], probabilities[rows]
-    if find_spec("cleanlab") is None:
-        quality = known.gather(1, given[:, None])[:, 0]
-        wrong = (known.argmax(1) != given).nonzero().flatten()
-        found = wrong[quality[wrong].argsort()]
-    else:
-        from cleanlab.filter import find_label_issues
-        from cleanlab.rank import get_label_quality_scores
-
-        arrays = given.numpy(), known.numpy()
-        quality = torch.from_numpy(get_label_quality_scores(*arrays))
-        ranked = find_label_issues(*arrays, return_indices_ranked_by="self_confidence", n_jobs=1)
-        found = torch.from_numpy(ranked)
+    parts, of_parts = order.tensor_split(folds), []
+    for rows in parts:
+        with setup.run.without(rows):
+            of_parts.append(setup.probabilities(rows.tolist()))
+    probabilities = torch.cat(of_parts)[order.argsort()]
+    labelled = (labels >= 0).nonzero().flatten()
     confidence = torch.full((count,), torch.nan, dtype=torch.float64)
-    confidence[rows] = quality.to(torch.float64)
-    return Suspects(confidence, loss, score, rows[found].tolist(), probabilities)
+    confidence[labelled], doubtful = _doubts(labels[labelled], probabilities[labelled])
+    return Suspects(confidence, loss, score, labelled[doubtful].tolist(), probabilities)
+
+
+def _doubts(labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """The confidence in each label, and the positions of the doubtful ones, worst first."""
+    if find_spec("cleanlab") is None:
+        confidence = probabilities.gather(1, labels[:, None])[:, 0]
+        wrong = (probabilities.argmax(1) != labels).nonzero().flatten()
+        return confidence, wrong[confidence[wrong].argsort()]
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    arrays = labels.numpy(), probabilities.numpy()
+    confidence = torch.from_numpy(get_label_quality_scores(*arrays)).to(torch.float64)
+    doubtful = find_label_issues(*arrays, return_indices_ranked_by="self_confidence", n_jobs=1)
+    return confidence, torch.from_numpy(doubtful)

@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft import attribute
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
-from hyperopt_peft.attribution.methods import Method
+from hyperopt_peft.attribution.estimators import parse_estimator
 from hyperopt_peft.attribution.suspects import Suspects
 from hyperopt_peft.cli.options import parse, require_folder
 from hyperopt_peft.cli.text.data import DataArguments, hold_out, read_files, require_columns
@@ -63,7 +63,7 @@ class AttributeArguments:
     show: int = HfArg(default=10, help="rows at each end, in table and picture")
 
     def __post_init__(self) -> None:
-        Method.of(self.attribution_method)
+        parse_estimator(self.attribution_method)
         for name, least in (("check", 5), ("suspects", 2)):
             value = getattr(self, name)
             if value and value < least:
@@ -104,7 +104,7 @@ def run(argv: Sequence[str]) -> None:
     trainer = trainer_of(setup, args)
     result = attribute(
         trainer,
-        method=own.attribution_method,
+        estimator=own.attribution_method,
         slices=own.slices and SLICE,
         memory_limit=own.memory_limit,
         progress=sys.stderr.isatty(),
@@ -201,7 +201,7 @@ def summary(
     phi = ", ".join(f"{name} {value:.4f}" for name, value in result.values.items())
     lines = [
         f"{settings['rows']} training rows, {settings['steps']} steps, "
-        f"{settings['variables']:,} parameters; scores by {settings['method']}",
+        f"{settings['variables']:,} parameters; scores by {settings['estimator']}",
         f"evaluation loss: {phi}",
         f"{int((result.scores > 0).sum())} rows hurt (score > 0)",
     ]

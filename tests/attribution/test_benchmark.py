@@ -19,8 +19,8 @@ from attribution_tables import TRAINERS
 
 from hyperopt_peft import attribute
 from hyperopt_peft.attribution.check import metasmoothness
-from hyperopt_peft.attribution.methods import Method
-from tests.support.attributed import ROWS, levels, scored, setting_of
+from hyperopt_peft.attribution.estimators import parse_estimator
+from tests.support.attributed import ROWS, levels, scored, setup_of
 
 
 def test_planted_noise_has_its_share_and_its_kind() -> None:
@@ -54,12 +54,12 @@ def test_datainf_is_the_mean_of_the_rows_inverses() -> None:
 
 def test_retrainings_are_those_of_the_check() -> None:
     result = scored(levels())
-    setting, masks = setting_of(result), random_rows(ROWS, 0.1, 6, seed=3)
+    setting, masks = setup_of(result), random_rows(ROWS, 0.1, 6, seed=3)
     check = result.check(6, share=0.1, perturbation=None, seed=3)
     assert torch.allclose(actual(setting, masks), check.actual, rtol=1e-12, atol=1e-14)
     assert attribution.predicted(result.scores, masks) == pytest.approx(check.predicted.tolist())
     source = torch.Generator().manual_seed(3)
-    smooth = metasmoothness(setting, Method.of("unrolled"), result.scores, 0.1, source)
+    smooth = metasmoothness(setting, parse_estimator("unrolled"), result.scores, 0.1, source)
     assert smooth > 0.95
 
 

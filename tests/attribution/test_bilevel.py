@@ -15,7 +15,7 @@ from hyperopt_peft import (
 )
 from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer
 from hyperopt_peft.problems.common import TaskLevel
-from tests.support.attributed import differences, setting_of
+from tests.support.attributed import differences, setup_of
 from tests.support.attributed_bilevel import ROWS, STEPS, engine, evaluation_of, ones
 from tests.support.trainers import arguments, data, peft_model, values
 
@@ -29,9 +29,9 @@ def test_scores_are_slopes_of_the_engines_runs(memory_limit: float) -> None:
     """Momentum, schedules, clipping and dropout at both levels; by `Engine.run` itself."""
     weights = ones()
     given = engine(weights)
-    options = {"steps": STEPS, "memory_limit": memory_limit, "progress": False}
+    options = {"training_steps": STEPS, "memory_limit": memory_limit, "progress": False}
     result = attribute(given, weights, evaluation_of(given), **options)  # type: ignore[arg-type]
-    assert (setting_of(result).run.every > 1) == (memory_limit < 1)
+    assert (setup_of(result).run.checkpoints.every > 1) == (memory_limit < 1)
     slopes = []
     for row in range(ROWS):
         ends = []
@@ -49,7 +49,7 @@ def test_scores_are_slopes_of_the_engines_runs(memory_limit: float) -> None:
 def test_the_run_is_the_engines_own() -> None:
     weights = ones()
     given = engine(weights)
-    attribute(given, weights, evaluation_of(given), steps=STEPS, progress=False)
+    attribute(given, weights, evaluation_of(given), training_steps=STEPS, progress=False)
     plain = engine(ones())
     plain.run(STEPS)
     for mine, theirs in ((given.lower, plain.lower), (given.upper, plain.upper)):
@@ -59,14 +59,14 @@ def test_the_run_is_the_engines_own() -> None:
 def test_estimators_without_a_known_derivative_are_refused() -> None:
     weights = ones()
     cases = [("darts", "unrolled", "darts is not known"), ("direct", "minres", "choose unrolled")]
-    for hypergradient, method, named in cases:
+    for hypergradient, estimator, named in cases:
         given = engine(weights, hypergradient)
         with pytest.raises(ProblemError, match=named):
-            attribute(given, weights, evaluation_of(given), steps=2, method=method)
+            attribute(given, weights, evaluation_of(given), training_steps=2, estimator=estimator)
     given = engine(weights)
     given.run(1)
-    with pytest.raises(ProblemError, match="trained already"):
-        attribute(given, weights, evaluation_of(given), steps=2)
+    with pytest.raises(ProblemError, match="first step"):
+        attribute(given, weights, evaluation_of(given), training_steps=2)
 
 
 def bidora(folder: Path, *, apart: bool = False, **options: Any) -> BiDoRATrainer:
@@ -112,19 +112,19 @@ def test_the_run_is_bidoras_own(tmp_path: Path, retrain: str) -> None:
     result = attribute(watched, progress=False)
     for name, value in values(watched.model).items():
         assert torch.allclose(value, values(plain.model)[name], rtol=1e-9, atol=1e-12), name
-    run = setting_of(result).run
-    with run.repeated(run.center):
-        assert setting_of(result).value()["all"] == pytest.approx(result.values["all"], rel=1e-9)
+    run = setup_of(result).run
+    with run.repeated(run.row_weights):
+        assert setup_of(result).values()["all"] == pytest.approx(result.values["all"], rel=1e-9)
 
 
 def test_leaving_rows_out_is_training_without_them(tmp_path: Path) -> None:
     """The scores' sum is the first-order change, whose error falls with the weights' square."""
     result = attribute(bidora(tmp_path, retrain="warm"), progress=False)
-    setting, direction = setting_of(result), torch.linspace(-1, 1, 12, dtype=torch.float64)
+    setup, direction = setup_of(result), torch.linspace(-1, 1, 12, dtype=torch.float64)
     errors = []
     for length in (1e-2, 1e-3):
-        with setting.run.repeated(setting.run.center + length * direction):
-            moved = setting.value()["all"] - result.values["all"]
+        with setup.run.repeated(setup.run.row_weights + length * direction):
+            moved = setup.values()["all"] - result.values["all"]
         errors.append(abs(moved - length * float(result.scores @ direction)))
     assert errors[1] < 0.05 * errors[0]
 

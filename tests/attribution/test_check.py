@@ -1,4 +1,4 @@
-"""`Check`: what it says of exact, of worthless and of noisy scores."""
+"""`ScoreCheck`: what it says of exact, of worthless and of noisy scores."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperopt_peft import ProblemError
-from hyperopt_peft.attribution import Check
+from hyperopt_peft.attribution import ScoreCheck
 from tests.support.attributed import levels, scored, scored_levels
 
 
@@ -26,7 +26,7 @@ def test_retrainings_are_those_without_the_rows() -> None:
 
 def test_smoothness_is_that_of_the_run() -> None:
     """A method of the end has none: its own scores may move little where the run moves much."""
-    assert scored(levels(), method="gradient").check(5, share=0.1).metasmoothness is None
+    assert scored(levels(), estimator="gradient").check(5, share=0.1).metasmoothness is None
 
 
 def test_wrong_scores_are_called_worthless() -> None:
@@ -43,17 +43,26 @@ def test_the_interval_is_that_of_a_rank_correlation() -> None:
     truth = 6 / math.pi * math.asin(rho / 2)  # Spearman's of a normal pair
     for _ in range(400):
         x, e = torch.randn(2, 40, generator=generator)
-        low, high = Check(x, rho * x + math.sqrt(1 - rho**2) * e, None, 0.05).interval
+        low, high = ScoreCheck(x, rho * x + math.sqrt(1 - rho**2) * e, None, 0.05).interval
         inside += low < truth < high
     assert 0.92 <= inside / 400 <= 0.98
 
 
-@pytest.mark.parametrize(("smoothness", "named"), [(0.99, "method unrolled"), (0.2, "smoother")])
-def test_advice_is_of_the_method_where_the_run_is_smooth(smoothness: float, named: str) -> None:
+@pytest.mark.parametrize(("actual", "lds"), [([0, 1, 2, 3, 4], 1.0), ([1, 0, 2, 3, 4], 0.9)])
+def test_five_retrainings_cannot_tell(actual: list[int], lds: float) -> None:
+    """Even in perfect order: one of 120 orders of worthless scores is perfect too."""
+    check = ScoreCheck(torch.arange(5.0), torch.tensor(actual).double(), 0.99, 0.05)
+    assert check.lds == pytest.approx(lds)
+    assert check.interval[0] < 0.4 and not check.trustworthy
+    assert "5 retrainings cannot tell" in str(check)
+
+
+@pytest.mark.parametrize("smoothness", [0.99, 0.2])
+def test_advice_is_of_the_estimator_where_the_run_is_smooth(smoothness: float) -> None:
     x = torch.linspace(-1, 1, 20)
-    advice = Check(-x, x, smoothness, 0.05).advice
-    assert "do not act" in advice and named in advice
-    assert ("method unrolled" in advice) == (smoothness > 0.5)
+    advice = ScoreCheck(-x, x, smoothness, 0.05).advice
+    assert "do not act" in advice and "smoother" in advice
+    assert ("estimator unrolled" in advice) == (smoothness > 0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperopt_peft import NonFiniteError, Problem, ProblemError, attribute
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
-from tests.support.attributed import ROWS, STEPS, differences, levels, scored, setting_of
+from tests.support.attributed import ROWS, STEPS, differences, levels, scored, setup_of
 
 OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
@@ -42,8 +42,8 @@ def test_a_repetition_is_the_run_itself() -> None:
     given = levels(scheduled=True, clip=0.2)
     result = scored(given)
     ends = [v.detach().clone() for v in given[0].variables]
-    run = setting_of(result).run
-    with run.repeated(run.center):
+    run = setup_of(result).run
+    with run.repeated(run.row_weights):
         for variable, end in zip(given[0].variables, ends, strict=True):
             assert torch.allclose(variable, end, rtol=1e-12, atol=1e-14)
     assert all(map(torch.equal, given[0].variables, ends))
@@ -52,7 +52,7 @@ def test_a_repetition_is_the_run_itself() -> None:
 
 def test_checkpoints_change_the_memory_and_nothing_else() -> None:
     every, some = (scored(levels(), memory_limit=limit) for limit in (1.0, 1e-5))
-    assert setting_of(every).run.every == 1 < setting_of(some).run.every
+    assert setup_of(every).run.checkpoints.every == 1 < setup_of(some).run.checkpoints.every
     assert error(some.scores, every.scores) < 1e-12
 
 
@@ -61,10 +61,10 @@ def test_random_states_are_kept_once_where_no_number_is_drawn() -> None:
     given = levels()
     given[0].net[2].p = 0.0  # type: ignore[attr-defined]
     given[0].net.eval()  # type: ignore[attr-defined]
-    steps = setting_of(scored(given)).run.steps
-    assert len({id(step.moves[0].random_state) for step in steps}) == 1
-    steps = setting_of(scored(levels())).run.steps
-    assert len({id(step.moves[0].random_state) for step in steps}) == STEPS
+    steps = setup_of(scored(given)).run.steps
+    assert len({id(step.updates[0].random_state) for step in steps}) == 1
+    steps = setup_of(scored(levels())).run.steps
+    assert len({id(step.updates[0].random_state) for step in steps}) == STEPS
 
 
 def test_passes_are_at_most_four_trainings() -> None:
@@ -90,9 +90,9 @@ def test_slices_are_those_of_one_run() -> None:
 
 def test_truncation_and_first_order_products() -> None:
     exact = scored(levels()).scores
-    last = scored(levels(), method=f"unrolled:steps={STEPS}").scores
-    short = scored(levels(), method="unrolled:steps=5").scores
-    difference = scored(levels(), method="unrolled:product=difference").scores
+    last = scored(levels(), estimator=f"unrolled:steps={STEPS}").scores
+    short = scored(levels(), estimator="unrolled:steps=5").scores
+    difference = scored(levels(), estimator="unrolled:product=difference").scores
     assert error(last, exact) < 1e-12
     assert error(short, exact) > 0.1
     assert error(difference, exact) < 1e-4
@@ -115,30 +115,19 @@ def test_an_implicit_method_is_the_influence_function() -> None:
     def evaluation() -> Tensor:
         return (w @ point - 1).square()
 
-    result = attribute(lower, v, evaluation, steps=20, method="minres:steps=50", progress=False)
+    result = attribute(
+        lower, v, evaluation, training_steps=20, estimator="minres:steps=50", progress=False
+    )
     end = w.detach()
     residual = x @ end - y
     hessian = 2 / ROWS * x.T @ x
     b = 2 * (end @ point - 1) * point
     rows = 2 / ROWS * residual[:, None] * x
     assert error(result.scores, -rows @ torch.linalg.solve(hessian, b)) < 1e-6
-    result = scored((lower, v, evaluation), steps=3, method="gradient")
+    result = scored((lower, v, evaluation), training_steps=3, estimator="gradient")
     end = w.detach()
     rows, b = 2 / ROWS * (x @ end - y)[:, None] * x, 2 * (end @ point - 1) * point
     assert error(result.scores, -rows @ b) < 1e-6
-    result = scored((lower, v, evaluation), steps=3, method="gradient:cosine=true")
-    rows, b = (x @ w.detach() - y)[:, None] * x, 2 * (w.detach() @ point - 1) * point
-    assert error(result.scores, -(rows @ b) / (rows.norm(dim=1) * b.norm())) < 1e-6
-
-
-def test_gradients_along_the_run() -> None:
-    """Σ over points of rate times product, each as at the end of a shorter run."""
-    result = scored(levels(torch.optim.SGD, lr=0.1), method="gradient:checkpoints=3")
-    expected = torch.zeros(ROWS, dtype=torch.float64)
-    for steps in (5, 15, 25):
-        given = levels(torch.optim.SGD, lr=0.1)
-        expected += 0.1 * scored(given, steps=steps, method="gradient").scores
-    assert error(result.scores, expected) < 1e-6
 
 
 def test_unseen_rows_have_no_score() -> None:
@@ -160,9 +149,9 @@ def test_a_removal_is_the_training_without_the_rows() -> None:
     given = levels()
     result = scored(given)
     removal = result.removal(0.2, given[2], draws=2)
-    setting, weights = setting_of(result), torch.ones(ROWS, dtype=torch.float64)
+    setup, weights = setup_of(result), torch.ones(ROWS, dtype=torch.float64)
     weights[result.scores.argsort(descending=True)[: removal.count]] = 0
-    with setting.run.repeated(weights):
+    with setup.run.repeated(weights):
         assert removal.without["loss"] == pytest.approx(float(given[2]()), rel=1e-12)
     assert removal.plain["loss"] == pytest.approx(result.values["all"], rel=1e-12)
     assert len(removal.random) == 2
@@ -171,12 +160,11 @@ def test_a_removal_is_the_training_without_the_rows() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"method": "darts"}, "method"),
-        ({"method": "gradient:cosin=true"}, "cosin"),
-        ({"method": "gradient:checkpoints=-1"}, "checkpoints"),
-        ({"steps": None}, "steps"),
-        ({"steps": 0}, "steps"),
-        ({"steps": 2.5}, "steps"),
+        ({"estimator": "darts"}, "estimator"),
+        ({"estimator": "gradient:prodct=exact"}, "prodct"),
+        ({"training_steps": None}, "training_steps"),
+        ({"training_steps": 0}, "training_steps"),
+        ({"training_steps": 2.5}, "training_steps"),
         ({"memory_limit": 1e-9}, "memory_limit"),
         ({"slices": "kind"}, "slices"),
     ],
@@ -213,13 +201,11 @@ def test_weights_of_scores_that_all_hurt_alike() -> None:
     assert torch.equal(Attribution(same, {"all": same}, same, {}, {}).weights(), same)
 
 
-def test_an_estimator_is_a_method_as_its_name_is() -> None:
-    named, given = scored(levels()), scored(levels(), method=Unrolled())
-    assert torch.equal(named.scores, given.scores)
-    assert "steps='all'" in named.settings["method"]
-    short = [scored(levels(), method=how) for how in ("unrolled:steps=5", Unrolled(steps=5))]
-    assert torch.equal(short[0].scores, short[1].scores)
-    assert "steps=5" in short[0].settings["method"]
+def test_an_estimator_is_as_its_name() -> None:
+    for name, estimator in (("unrolled", Unrolled()), ("unrolled:steps=5", Unrolled(steps=5))):
+        named, constructed = (scored(levels(), estimator=e) for e in (name, estimator))
+        assert torch.equal(named.scores, constructed.scores)
+        assert named.settings["estimator"] == name
 
 
 def test_a_picture_of_an_unknown_format_is_named(tmp_path: Path) -> None:

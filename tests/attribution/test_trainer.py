@@ -89,10 +89,10 @@ def test_slices_have_a_loss_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["minres:damping=0.1", "nystrom:damping=1.0", "cg:steps=5,damping=1.0", "gradient"]
+    "estimator", ["minres:damping=0.1", "nystrom:damping=1.0", "cg:steps=5,damping=1.0", "gradient"]
 )
-def test_methods_of_the_end_swap_by_name(tmp_path: Path, method: str) -> None:
-    result = attributed(stock(tmp_path), method=method)
+def test_methods_of_the_end_swap_by_name(tmp_path: Path, estimator: str) -> None:
+    result = attributed(stock(tmp_path), estimator=estimator)
     assert result.scores.isfinite().all() and result.scores.abs().sum() > 0
 
 
@@ -181,8 +181,8 @@ def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
         "smoothing": (stock(folder, args={"label_smoothing_factor": 0.1}), {}),
         "not a trainer": (object(), {}),
         "norm": (dora(folder), {}),
-        "norm, at the end": (dora(folder), {"method": "minres"}),
-        "steps": (stock(folder), {"steps": 3}),
+        "norm, at the end": (dora(folder), {"estimator": "minres"}),
+        "steps": (stock(folder), {"training_steps": 3}),
         "optimizer": (stock(folder, args={"optim": "adafactor"}), {}),
         "own optimizer": (
             OwnOptimizer(
@@ -259,7 +259,7 @@ def test_a_second_attribution_does_not_go_on_from_the_first(tmp_path: Path) -> N
     trainer = stock(tmp_path)
     attributed(trainer)
     with pytest.raises(ProblemError, match="model_init"):
-        attributed(trainer, method="gradient")
+        attributed(trainer, estimator="gradient")
 
 
 def test_model_init_gives_the_trainers_own_run_each_time(tmp_path: Path) -> None:
@@ -316,15 +316,17 @@ def test_a_run_that_diverges_leaves_the_users_folder_alone(tmp_path: Path) -> No
     assert "checkpoint" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["minres:damping=0.1", "gradient", "gradient:checkpoints=2"])
-def test_the_end_of_a_run_needs_neither_derivatives_nor_memory(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("estimator", ["minres:damping=0.1", "gradient"])
+def test_the_end_of_a_run_needs_neither_derivatives_nor_memory(
+    tmp_path: Path, estimator: str
+) -> None:
     """Of an optimizer without a known derivative scores are known, and repetitions are refused."""
     trainer = stock(tmp_path, args={"optim": "adafactor"})
-    result = attributed(trainer, method=method, memory_limit=1e-9)
+    result = attributed(trainer, estimator=estimator, memory_limit=1e-9)
     assert result.scores.isfinite().all() and result.scores.abs().sum() > 0
     with pytest.raises(ProblemError, match="Adafactor"):
         result.check(5, share=0.2)
-    repeated = attributed(stock(tmp_path), method=method, memory_limit=1e-9)
+    repeated = attributed(stock(tmp_path), estimator=estimator, memory_limit=1e-9)
     assert repeated.check(5, share=0.2).actual.isfinite().all()
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hyperopt_peft import Problem, attribute
 from hyperopt_peft.attribution import Attribution
-from hyperopt_peft.attribution.methods import Setting
+from hyperopt_peft.attribution.scores import RetrainingSetup
 
 ROWS, STEPS = 12, 30
 Levels = tuple[Problem, Tensor, Callable[[], Tensor]]
@@ -58,25 +58,25 @@ def levels(
 
 def scored(given: Levels, **options: Any) -> Attribution:
     lower, weights, evaluation = given
-    options = {"steps": STEPS, "progress": False, **options}
+    options = {"training_steps": STEPS, "progress": False, **options}
     return attribute(lower, weights, evaluation, **options)
 
 
-def setting_of(result: Attribution) -> Setting:
-    found: Setting = result._setting
-    return found
+def setup_of(result: Attribution) -> RetrainingSetup:
+    setup: RetrainingSetup = result._setup
+    return setup
 
 
 def differences(result: Attribution, epsilon: float = 1e-5) -> Tensor:
     """dΦ/dv by retraining with each row's weight moved up and down."""
-    setting, slopes = setting_of(result), []
+    setup, slopes = setup_of(result), []
     for row in range(len(result.scores)):
         values = []
         for side in (epsilon, -epsilon):
-            weights = setting.run.center.clone()
+            weights = setup.run.row_weights.clone()
             weights[row] += side
-            with setting.run.repeated(weights):
-                values.append(setting.whole(setting.value()))
+            with setup.run.repeated(weights):
+                values.append(setup.total(setup.values()))
         slopes.append((values[0] - values[1]) / (2 * epsilon))
     return torch.tensor(slopes, dtype=torch.float64)
 

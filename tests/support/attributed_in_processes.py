@@ -19,14 +19,14 @@ def results(processes: int = 1, rank: int = 0) -> dict[str, Any]:
     """Scores by method, with and without files for checkpoints, and a check."""
     found: dict[str, Any] = {}
     for method in METHODS:
-        found[method] = scored(given(processes, rank), method=method).scores
+        found[method] = scored(given(processes, rank), estimator=method).scores
     result = scored(given(processes, rank), memory_limit=1e-5)
     check = result.check(5, share=0.2)
     found |= {"files": result.scores, "actual": check.actual, "smooth": check.metasmoothness}
     weights, size = ones(), 4 // processes
     part = slice(rank * size, (rank + 1) * size)
     both = engine(weights, dropout=0.0, part=part)
-    options: dict[str, Any] = {"steps": STEPS, "progress": False}
+    options: dict[str, Any] = {"training_steps": STEPS, "progress": False}
     found["bilevel"] = attribute(both, weights, evaluation_of(both), **options).scores
     return found
 
