@@ -17,17 +17,24 @@ if TYPE_CHECKING:
     from hyperopt_peft.engine.nested import Nested
     from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
     from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
+    from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
+    from hyperopt_peft.problems.compare_baselines import compare_baselines
+    from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
     from hyperopt_peft.trainer.data import split_dataset
     from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 _MODULES = {
+    "BiDoRATrainer": "problems.bidora_trainer",
+    "BiDoRATrainingArguments": "problems.bidora_trainer",
     "BilevelTrainer": "trainer.trainer",
     "BilevelTrainingArguments": "trainer.arguments",
     "EarlyStopping": "engine.early_stopping",
     "Engine": "engine.engine",
     "Estimator": "hypergradients",
     "HypergradientWarning": "errors",
+    "MixTrainer": "problems.mix_trainer",
+    "MixTrainingArguments": "problems.mix_trainer",
     "Nested": "engine.nested",
     "NonFiniteError": "errors",
     "Problem": "core.problem",
@@ -35,6 +42,7 @@ _MODULES = {
     "Solver": "hypergradients",
     "attribute": "attribution.attribute",
     "check_problem": "diagnostics.check",
+    "compare_baselines": "problems.compare_baselines",
     "compare_hypergradients": "diagnostics.compare",
     "hypergradient": "hypergradients",
     "register": "hypergradients",
@@ -42,12 +50,16 @@ _MODULES = {
 }
 
 __all__ = [
+    "BiDoRATrainer",
+    "BiDoRATrainingArguments",
     "BilevelTrainer",
     "BilevelTrainingArguments",
     "EarlyStopping",
     "Engine",
     "Estimator",
     "HypergradientWarning",
+    "MixTrainer",
+    "MixTrainingArguments",
     "Nested",
     "NonFiniteError",
     "Problem",
@@ -55,6 +67,7 @@ __all__ = [
     "Solver",
     "attribute",
     "check_problem",
+    "compare_baselines",
     "compare_hypergradients",
     "hypergradient",
     "register",
