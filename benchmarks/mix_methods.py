@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hyperopt_peft import HypergradientWarning, hypergradient
 from hyperopt_peft.problems.compare_baselines import split_folds
-from hyperopt_peft.problems.data_sources import NO_VOTE, SourceWeights, Target
+from hyperopt_peft.problems.data_sources import NO_VOTE, SourceWeights
+from hyperopt_peft.problems.example_weights import HeldOut
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Program:
         rows, votes = below(task, task.trusted, learner.repeat)
         self.weights = source_weights(votes, a, kind=recipe.kind, average=recipe.average)
         logits, model = self.weights.logits, learner.model(task)
-        self.upper = Target(
+        self.upper = HeldOut(
             model,
             self.weights,
             prior=recipe.tau(task),

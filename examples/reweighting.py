@@ -33,8 +33,8 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.problems.common import Adapter
-from hyperopt_peft.problems.example_weights import example_losses
-from hyperopt_peft.problems.reweighting import Clean, SampleWeights, Weighted, WeightNet
+from hyperopt_peft.problems.example_weights import HeldOut, example_losses
+from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
 
 METHODS = ("clean alone", "noisy", "noisy + clean", "reweighted")
 
@@ -162,7 +162,7 @@ def main() -> None:
         trainer = BilevelTrainer(
             model,
             lower=Weighted(model, weights) if bilevel else Adapter(model),
-            upper=Clean(model, weights) if bilevel else None,
+            upper=HeldOut(model, weights) if bilevel else None,
             args=training,
             train_dataset=data,
             upper_dataset=clean if bilevel else None,

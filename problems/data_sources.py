@@ -1,6 +1,6 @@
-"""Weights of data sources, learnt on trusted examples of a target task.
+"""Weights of data sources, learned on trusted examples of a target task.
 
-    upper: min over u   L(w*(u); trusted examples)
+    upper: min over u   L(w*(u); trusted examples)      `HeldOut`
     lower: w*(u) = argmin over the adapter w   1/N Σ_i v_k(i)(u) ℓ_i(w)
 
 Source k has n_k of the N examples. The weight of each of its examples is
@@ -24,13 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
-from hyperopt_peft.problems.example_weights import (
-    COLUMNS,
-    HeldOut,
-    column,
-    example_losses,
-    without,
-)
+from hyperopt_peft.problems.example_weights import COLUMNS, column, example_losses, without
 
 #: The column with the number of an example's source, and that with the class that each source
 #: gives to an example, `NO_VOTE` for none.
@@ -145,12 +139,3 @@ class Mixture(Adapter):
         row, source = (votes != NO_VOTE).nonzero(as_tuple=True)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits[row], votes[row, source], reduction="none"), source
-
-
-class Target(HeldOut):
-    """Upper level: min over the logits u of L(w; trusted examples).
-
-    Example:
-        >>> Target(None, SourceWeights({"wiki": 1, "code": 1})).names
-        ('logits',)
-    """

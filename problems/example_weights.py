@@ -1,4 +1,4 @@
-"""Losses of single examples, and the upper level of programs that weight training examples."""
+"""Losses of single examples, and the upper level of programs that weight examples."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ COLUMNS = ("index", "source", "votes", ITEMS, WEIGHT)
 
 class HeldOut(Problem):
     """Upper level: min over the parameters of ``weights`` of the model's loss on held-out data.
+
+    The examples are clean ones above `Weighted`, and those of a target task above `Mixture`.
 
     Args:
         model: a model whose forward returns ``.loss``; no parameter of the model moves.
@@ -62,10 +64,10 @@ def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def column(batch: Any, name: str, count: int, what: str) -> Tensor:
-    """``batch[name]``, ``(n,)``: whole numbers from 0 and below ``count``.
+    """``batch[name]``, ``(n,)``: whole numbers from 0 and below ``count``, one for each row.
 
     Raises:
-        ProblemError: there is no such column, or the column has other values.
+        ProblemError: there is no such column, or the column has other values or another length.
 
     Example:
         >>> column({"source": torch.tensor([0, 1])}, "source", 2, "source")
@@ -80,6 +82,8 @@ def column(batch: Any, name: str, count: int, what: str) -> Tensor:
     if not isinstance(values, Tensor) or values.dim() != 1 or values.dtype != torch.int64:
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise ProblemError(f"column {name!r}: must be a whole number an example, got {kind}")
+    if isinstance(labels := batch.get("labels"), Tensor) and len(labels) != len(values):
+        raise ProblemError(f"column {name!r}: has {len(values)} entries for {len(labels)} labels")
     low, high = (int(x) for x in values.aminmax())
     if low < 0 or high >= count:
         raise ProblemError(

@@ -132,15 +132,14 @@ class Baselines:
 
     def _weights(self, data: SourceData, agreement: Tensor | None = None) -> SourceWeights:
         """Equal weights, or a = the mean agreement of each source, and of the trusted rows 1."""
-        args = self.trainer.args
         counts = {name: max(1, count) for name, count in data.counts.items()}
-        weights = SourceWeights(counts, kind="sigmoid", average=args.source_average)
+        weights = SourceWeights(counts)
         if agreement is not None:
             sums, votes = _by_source(data.below, agreement, len(data.names))
             share = ((sums + 1) / (votes + 2)).clamp(1e-3, 1 - 1e-3)
             share[-1] = 1 - 1e-3
             weights.logits.data = share.logit()
-        return weights.requires_grad_(False).to(args.device)
+        return weights.requires_grad_(False).to(self.trainer.args.device)
 
     def _fit(
         self,

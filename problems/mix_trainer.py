@@ -16,7 +16,8 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.data_sources import SOURCE, VOTES, Mixture, SourceWeights, Target
+from hyperopt_peft.problems.data_sources import SOURCE, VOTES, Mixture, SourceWeights
+from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.source_data import SourceData
 from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -28,7 +29,7 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     """The arguments of `MixTrainer`.
 
     Example:
-        >>> MixTrainingArguments("outputs", source_average="sources", report_to="none").retrain
+        >>> MixTrainingArguments("outputs", report_to="none").retrain
         'scratch'
     """
 
@@ -60,12 +61,6 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     retrain_gradient_accumulation_steps: int | None = HfArg(
         default=1, help="micro-batches a step of the retraining"
     )
-    source_weights: Literal["sigmoid", "softmax"] = HfArg(
-        default="sigmoid", help="the weights as a function of their logits"
-    )
-    source_average: Literal["rows", "sources"] = HfArg(
-        default="rows", help="whether the weights begin equal for each row, or for each source"
-    )
     # The lower level reads a column that the model does not; the trainer removes all others.
     remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
 
@@ -74,7 +69,7 @@ class MixTrainer(TwoPhaseTrainer):
     """Learns the weights of data sources on trusted rows, then trains on everything with them.
 
     The search trains the adapter on the sources below and the weights on the trusted rows above
-    (`Mixture`, `Target`). The trusted rows are below too, as one more source, ``trusted``, whose
+    (`Mixture`, `HeldOut`). The trusted rows are below too, as one more source, ``trusted``, whose
     weight is learned as well. Then the adapter is trained from its initial values on sources and
     trusted rows. ``weights`` has the result; `compare_baselines` says whether it was worth it.
 
@@ -140,9 +135,7 @@ class MixTrainer(TwoPhaseTrainer):
             sources = SourceData.of(sources, trusted)
         columns = {*signature(base_model(model).forward).parameters, "label", "label_ids"}
         self.data = sources.of_columns({*columns, SOURCE, VOTES})
-        self.weights = SourceWeights(
-            self.data.counts, kind=args.source_weights, average=args.source_average
-        ).to(args.device)
+        self.weights = SourceWeights(self.data.counts).to(args.device)
         #: The arguments of `transformers.Trainer` for further trainers of the same model; its
         #: callbacks are copies in their initial state.
         self.options = {
@@ -169,7 +162,7 @@ class MixTrainer(TwoPhaseTrainer):
     def _upper(self, trainer: BilevelTrainer) -> Problem:
         prior = len(self.weights.names) / (8 * len(self.data.trusted))
         given = trainer.args.upper_prior is not None
-        return Target(trainer.model, self.weights, prior=None if given else prior)
+        return HeldOut(trainer.model, self.weights, prior=None if given else prior)
 
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the adapter on everything, with the learned weights."""

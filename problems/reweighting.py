@@ -1,6 +1,6 @@
-"""Label noise: a weight for each training example, learnt on examples with clean labels.
+"""Label noise: a weight for each training example, learned on examples with clean labels.
 
-    upper: min over u   L(w*(u); clean)
+    upper: min over u   L(w*(u); clean)      `HeldOut`
     lower: w*(u) = argmin over adapter and head w   mean_i v_i ℓ_i(w; noisy)
 
 `SampleWeights`: v_i = σ(u_i), with a logit for each example. Franceschi et al. 2017,
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
-from hyperopt_peft.problems.example_weights import HeldOut, column, example_losses
+from hyperopt_peft.problems.example_weights import column, example_losses
 
 
 class SampleWeights(nn.Module):
@@ -80,7 +80,8 @@ class Weighted(Adapter):
         level: as in `TaskLevel`.
 
     Raises:
-        ProblemError: no parameter of the model is trainable; or as `Problem`.
+        ProblemError: no parameter of the model is trainable; or as `Problem`. From ``loss``: the
+            weights are not of the shape of the losses; or as `row_losses`.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -101,17 +102,13 @@ class Weighted(Adapter):
         """Mean v_i ℓ_i; ``weight`` (mean v_i) and ``task_loss`` (mean ℓ_i) are metrics."""
         losses = example_losses(self.model, batch)
         weights = self.weights(losses, batch)
+        if weights.shape != losses.shape:
+            raise ProblemError(
+                f"{type(self.weights).__name__}: must return a weight for each of "
+                f"{len(losses)} examples, got a shape of {tuple(weights.shape)}"
+            )
         return {
             "loss": (weights * losses).mean(),
             "weight": weights.mean(),
             "task_loss": losses.mean(),
         }
-
-
-class Clean(HeldOut):
-    """Upper level: min over the parameters u of the weights of L(w), clean labels.
-
-    Example:
-        >>> Clean(None, SampleWeights(5)).names
-        ('logits',)
-    """

@@ -17,8 +17,8 @@ from hyperopt_peft import (
     ProblemError,
     hypergradient,
 )
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, Target
-from hyperopt_peft.problems.example_weights import example_losses
+from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
+from hyperopt_peft.problems.example_weights import HeldOut, example_losses
 from tests.support.trainers import data, peft_model
 from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
 
@@ -40,7 +40,7 @@ def linear_levels(logits: Any = (0.0, 0.0, 0.0)) -> tuple[Any, ...]:
     model, weights = Linear(), SourceWeights(dict.fromkeys(NAMES, 20), kind="softmax").double()
     with torch.no_grad():
         weights.logits.copy_(torch.tensor(logits))
-    upper, lower = Target(model, weights), regularised(Mixture(model, weights))
+    upper, lower = HeldOut(model, weights), regularised(Mixture(model, weights))
     return upper, lower, rows(50, seed=2)[0], pooled()
 
 
@@ -71,7 +71,7 @@ def adapter_levels(sources: int = 3, size: int = 6, kind: str = "causal") -> tup
     counts = {str(s): size // sources for s in range(sources)}
     weights = SourceWeights(counts, kind="softmax", average="sources").double()
     torch.nn.init.normal_(weights.logits)
-    return model, Target(model, weights), Mixture(model, weights), target, mixture
+    return model, HeldOut(model, weights), Mixture(model, weights), target, mixture
 
 
 def flat_gradient(loss: Any, variables: Any) -> Any:
@@ -190,7 +190,7 @@ def test_a_weight_of_zero_takes_the_source_out_of_training() -> None:
 def test_the_engine_moves_the_weight_to_the_right_source() -> None:
     model, weights = Linear(), SourceWeights(dict.fromkeys(NAMES, 20), kind="softmax").double()
     optimizer = torch.optim.Adam(weights.parameters(), lr=0.1)
-    upper = Target(model, weights, data=[rows(50, seed=2)[0]], optimizer=optimizer)
+    upper = HeldOut(model, weights, data=[rows(50, seed=2)[0]], optimizer=optimizer)
     lower = regularised(
         Mixture(model, weights, data=[pooled()], optimizer=torch.optim.SGD([model.w], lr=0.5))
     )
@@ -217,7 +217,7 @@ def trainer(folder: Path, weights: Any, train: Any, **options: Any) -> BilevelTr
     return BilevelTrainer(
         model,
         lower=Mixture(model, weights),
-        upper=Target(model, weights),
+        upper=HeldOut(model, weights),
         args=BilevelTrainingArguments(**{**settings, **options}),
         train_dataset=train,
         upper_dataset=texts(48, words=6, seed=5),

@@ -9,7 +9,8 @@ from transformers import PrinterCallback, default_data_collator
 
 from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.engine import checkpoint
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, Target
+from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
+from hyperopt_peft.problems.example_weights import HeldOut
 from tests.support import mix_in_processes as in_processes
 from tests.support import two_processes
 from tests.support.mix_runs import rows, sources, trainer, votes
@@ -65,7 +66,7 @@ def test_trusted_rows_are_below_and_above(tmp_path: Path) -> None:
         default_data_collator(list(part.select_columns(columns)))
         for part in (run.data.everything, run.data.trusted)
     )
-    lower, upper = Mixture(model, weights), Target(model, weights)
+    lower, upper = Mixture(model, weights), HeldOut(model, weights)
     (expected,) = hypergradient(upper, lower, method, upper_batch=above, lower_batch=below)
     run.weights.double()
     run.train()

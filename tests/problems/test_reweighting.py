@@ -17,7 +17,8 @@ from hyperopt_peft import (
     ProblemError,
     hypergradient,
 )
-from hyperopt_peft.problems.reweighting import Clean, SampleWeights, Weighted, WeightNet
+from hyperopt_peft.problems.example_weights import HeldOut
+from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
 from tests.support.trainers import data, peft_model
 from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
 
@@ -28,7 +29,7 @@ def linear_levels(weights: Any, count: int = 30) -> tuple[Any, ...]:
     noisy, redrawn = rows(count, seed=1, noise=0.4)
     clean, _ = rows(50, seed=2)
     noisy["index"] = torch.arange(count)
-    levels = Clean(model, weights), regularised(Weighted(model, weights))
+    levels = HeldOut(model, weights), regularised(Weighted(model, weights))
     return *levels, clean, noisy, redrawn
 
 
@@ -64,7 +65,7 @@ def adapter_levels(weights: Any, rows: int = 6, kind: str = "classes") -> tuple[
     noisy = default_data_collator([dict(row) for row in data(kind, rows, seed=1)])
     clean = default_data_collator([dict(row) for row in data(kind, 5, seed=2)])
     noisy["index"] = torch.arange(rows)
-    return model, Clean(model, weights), Weighted(model, weights), clean, noisy
+    return model, HeldOut(model, weights), Weighted(model, weights), clean, noisy
 
 
 def flat_gradient(loss: Any, variables: Any) -> Any:
@@ -162,7 +163,7 @@ def test_the_engine_finds_wrong_labels(make: Callable[..., Any]) -> None:
     noisy["index"] = torch.arange(60)
     truth, _ = rows(60, seed=1)
     wrong = noisy["labels"] != truth["labels"]
-    upper = Clean(
+    upper = HeldOut(
         model, weights, data=[clean], optimizer=torch.optim.Adam(weights.parameters(), lr=0.1)
     )
     lower = regularised(
@@ -198,7 +199,7 @@ def trainer(folder: Path, weights: Any, train: Any, **options: Any) -> BilevelTr
     return BilevelTrainer(
         model,
         lower=Weighted(model, weights),
-        upper=Clean(model, weights),
+        upper=HeldOut(model, weights),
         args=arguments(folder, **options),
         train_dataset=train,
         upper_dataset=data(rows=10, seed=1),
@@ -250,7 +251,7 @@ def test_both_drivers_agree_on_the_first_step(tmp_path: Path) -> None:
             BilevelTrainer(
                 model,
                 lower=Weighted(model, weights),
-                upper=Clean(model, weights),
+                upper=HeldOut(model, weights),
                 args=settings,
                 train_dataset=train,
                 upper_dataset=held_out,
@@ -263,7 +264,7 @@ def test_both_drivers_agree_on_the_first_step(tmp_path: Path) -> None:
             # The Engine's upper step comes after the lower one: that one must not have moved.
             still = [p for p in model.parameters() if p.requires_grad]
             lower = Weighted(model, weights, data=below, optimizer=torch.optim.SGD(still, lr=0.0))
-            upper = Clean(
+            upper = HeldOut(
                 model, weights, data=above, optimizer=torch.optim.SGD([weights.logits], lr=1.0)
             )
             Engine(upper, lower, "darts:scheme=forward", progress=False).run(1)
