@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 from transformers.utils import logging
 
 from hyperopt_peft.errors import ProblemError
@@ -56,92 +56,21 @@ class SourceData:
         require_examples(TRUSTED, trusted)
         if not isinstance(trusted, Dataset):
             raise ProblemError(f"trusted: must be a datasets.Dataset, got {type(trusted).__name__}")
-        found = (
-            cls._of_votes(sources, trusted)
-            if _has_votes(sources)
-            else cls._of_names(sources, trusted)
-        )
-        found._require_apart()
-        found._warn_of_classes()
-        return found
-
-    @classmethod
-    def _of_names(cls, sources: Any, trusted: Dataset) -> SourceData:
-        if not isinstance(sources, Mapping) or len(sources) < 2 or TRUSTED in sources:
-            given = sorted(sources) if isinstance(sources, Mapping) else type(sources).__name__
-            raise ProblemError(
-                "sources: must map two or more names to data sets, or be one data set with the "
-                f"column {VOTES!r}; none is named {TRUSTED!r}; got {given}"
-            )
-        if SOURCE in trusted.column_names:
-            raise ProblemError(
-                f"column {SOURCE!r}: has the number of a row's source here; rename or remove it"
-            )
-        for name, rows in sources.items():
-            require_examples(f"source {name!r}", rows)
-            if set(rows.column_names) != set(trusted.column_names):
-                raise ProblemError(
-                    f"source {name!r}: has the columns {sorted(rows.column_names)}, and the "
-                    f"trusted rows {sorted(trusted.column_names)}; give both the same ones"
-                )
-        parts = [
-            _with(rows, SOURCE, [number] * len(rows), Value("int64"))
-            for number, rows in enumerate((*sources.values(), trusted))
-        ]
-        return cls((*sources, TRUSTED), _joined(parts[:-1]), _joined(parts[-1:]))
-
-    @classmethod
-    def _of_votes(cls, rows: Dataset, trusted: Dataset) -> SourceData:
-        label = label_column(trusted)
-        try:
-            votes = np.array(rows[VOTES][:])
-        except ValueError:  # lists of different lengths
-            votes = np.empty(0)
-        whole = votes.ndim == 2 and votes.shape[1] >= 2 and votes.dtype.kind == "i"
-        if not whole or votes.min() < NO_VOTE:
-            raise ProblemError(
-                f"column {VOTES!r}: must have a list of a class for each of two or more sources, "
-                f"{NO_VOTE} for none"
-            )
-        dtype = getattr(trusted.features.get(label), "dtype", None)
-        if label is None or "int" not in str(dtype) or VOTES in trusted.column_names:
-            raise ProblemError(
-                f"trusted: must have a column 'label' or 'labels' of classes and no {VOTES!r}, got "
-                f"{trusted.features}"
-            )
-        voted = (votes != NO_VOTE).any(1)
-        if (silent := np.flatnonzero((votes == NO_VOTE).all(0))).size:
-            raise ProblemError(
-                f"source {silent[0]}: has no votes; leave its entry out of {VOTES!r}"
-            )
-        if not voted.all():
-            logger.warning(
-                "%d of %d rows have no vote, and are left out", (~voted).sum(), len(voted)
-            )
-            rows, votes = rows.select(np.flatnonzero(voted)), votes[voted]
-        own = np.full((len(trusted), votes.shape[1] + 1), NO_VOTE)
-        own[:, -1] = trusted[label][:]
-        votes = np.pad(votes, ((0, 0), (0, 1)), constant_values=NO_VOTE)
-        # A batch needs a label a row, which the loss of votes does not read: the first vote.
-        first = votes[np.arange(len(votes)), (votes != NO_VOTE).argmax(1)]
-        if label not in rows.column_names:
-            rows = _with(rows, label, first.tolist(), trusted.features[label])
-        rows = rows.remove_columns(VOTES).add_column(VOTES, votes.tolist())
-        trusted = trusted.add_column(VOTES, own.tolist())
-        common = [name for name in rows.column_names if name in trusted.column_names]
-        rows, trusted = rows.select_columns(common), trusted.select_columns(common)
-        names = (*map(str, range(votes.shape[1] - 1)), TRUSTED)
-        return cls(names, rows, trusted)
+        if isinstance(sources, Dataset) and VOTES in sources.column_names:
+            data = cls(*_of_votes(sources, trusted))
+        else:
+            data = cls(*_of_names(sources, trusted))
+        data._require_apart()
+        data._warn_of_classes()
+        return data
 
     @property
     def counts(self) -> dict[str, int]:
         """The number of rows, or votes, of each source, by name."""
         if VOTES in self.below.column_names:
-            votes = np.concatenate([self.below[VOTES][:], self.trusted[VOTES][:]])
-            numbers = (votes != NO_VOTE).sum(0)
+            numbers = (np.array(self.everything[VOTES][:]) != NO_VOTE).sum(0)
         else:
-            source = np.concatenate([self.below[SOURCE][:], self.trusted[SOURCE][:]])
-            numbers = np.bincount(source, minlength=len(self.names))
+            numbers = np.bincount(self.everything[SOURCE][:], minlength=len(self.names))
         return dict(zip(self.names, numbers.tolist(), strict=True))
 
     @property
@@ -149,9 +78,9 @@ class SourceData:
         """The rows of the sources, then the trusted ones."""
         return _joined([self.below, self.trusted])
 
-    def of_columns(self, known: Collection[str]) -> SourceData:
-        """The data with those columns alone that are ``known``."""
-        columns = [name for name in self.below.column_names if name in known]
+    def of_columns(self, names: Collection[str]) -> SourceData:
+        """The data with those columns alone that are in ``names``."""
+        columns = [name for name in self.below.column_names if name in names]
         below, trusted = (rows.select_columns(columns) for rows in (self.below, self.trusted))
         return replace(self, below=below, trusted=trusted)
 
@@ -159,16 +88,12 @@ class SourceData:
         """The data with these trusted rows alone."""
         return replace(self, trusted=self.trusted.select(rows))
 
-    def with_below(self, rows: Sequence[int]) -> SourceData:
-        """The data with these rows of the sources alone."""
-        return replace(self, below=self.below.select(rows))
-
     def _require_apart(self) -> None:
         """Raise ProblemError where a trusted row is in a source, whatever its label."""
         outside = {label_column(self.trusted), SOURCE, VOTES}
         columns = [name for name in self.trusted.column_names if name not in outside]
-        known = set(digests(self.below, columns))
-        leaked = [row for row, each in enumerate(digests(self.trusted, columns)) if each in known]
+        below = set(digests(self.below, columns))
+        leaked = [row for row, each in enumerate(digests(self.trusted, columns)) if each in below]
         if leaked:
             more = ", …" if len(leaked) > SHOWN else ""
             raise ProblemError(
@@ -180,11 +105,11 @@ class SourceData:
     def _warn_of_classes(self) -> None:
         """Warn of classes that no trusted row has."""
         label = label_column(self.trusted)
-        known, here = (classes_of(rows, label) for rows in (self.below, self.trusted))
-        if known is None or here is None:
+        below, trusted = (classes_of(rows, label) for rows in (self.below, self.trusted))
+        if below is None or trusted is None:
             return
         feature = self.trusted.features[label]
-        for number in sorted(set(known) - set(here)):
+        for number in sorted(set(below) - set(trusted)):
             name = feature.int2str(number) if isinstance(feature, ClassLabel) else number
             logger.warning(
                 "class %r: no trusted row has it, so that no source gains by it; add some", name
@@ -209,14 +134,67 @@ def by_column(rows: Dataset, column: str) -> dict[str, Dataset]:
     return {name: rows.select(numbers) for name, numbers in groups.items()}
 
 
-def _has_votes(sources: Any) -> bool:
-    return isinstance(sources, Dataset) and VOTES in sources.column_names
+def _of_names(sources: Any, trusted: Dataset) -> tuple[tuple[str, ...], Dataset, Dataset]:
+    if not isinstance(sources, Mapping) or len(sources) < 2 or TRUSTED in sources:
+        names = sorted(sources) if isinstance(sources, Mapping) else type(sources).__name__
+        raise ProblemError(
+            "sources: must map two or more names to data sets, or be one data set with the "
+            f"column {VOTES!r}; none is named {TRUSTED!r}; got {names}"
+        )
+    if SOURCE in trusted.column_names:
+        raise ProblemError(
+            f"column {SOURCE!r}: has the number of a row's source here; rename or remove it"
+        )
+    for name, rows in sources.items():
+        require_examples(f"source {name!r}", rows)
+        if set(rows.column_names) != set(trusted.column_names):
+            raise ProblemError(
+                f"source {name!r}: has the columns {sorted(rows.column_names)}, and the "
+                f"trusted rows {sorted(trusted.column_names)}; give both the same ones"
+            )
+    *parts, last = (
+        rows.add_column(SOURCE, [number] * len(rows), feature=Value("int64"))
+        for number, rows in enumerate((*sources.values(), trusted))
+    )
+    return (*sources, TRUSTED), _joined(parts), last
 
 
-def _with(rows: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:
-    """``rows`` with one more column of the type ``feature``."""
-    one = Dataset.from_dict({name: values}, features=Features({name: feature}))
-    return concatenate_datasets([rows, one], axis=1)
+def _of_votes(rows: Dataset, trusted: Dataset) -> tuple[tuple[str, ...], Dataset, Dataset]:
+    try:
+        votes = np.array(rows[VOTES][:])
+    except ValueError:  # lists of different lengths
+        votes = np.empty(0)
+    integers = votes.ndim == 2 and votes.shape[1] >= 2 and votes.dtype.kind == "i"
+    if not integers or votes.min() < NO_VOTE:
+        raise ProblemError(
+            f"column {VOTES!r}: must have a list of a class for each of two or more sources, "
+            f"{NO_VOTE} for none"
+        )
+    label = label_column(trusted)
+    dtype = getattr(trusted.features.get(label), "dtype", None)
+    if label is None or "int" not in str(dtype) or VOTES in trusted.column_names:
+        raise ProblemError(
+            f"trusted: must have a column 'label' or 'labels' of classes and no {VOTES!r}, got "
+            f"{trusted.features}"
+        )
+    if (silent := np.flatnonzero((votes == NO_VOTE).all(0))).size:
+        raise ProblemError(f"source {silent[0]}: has no votes; leave its entry out of {VOTES!r}")
+    voted = (votes != NO_VOTE).any(1)
+    if not voted.all():
+        logger.warning("%d of %d rows have no vote, and are left out", (~voted).sum(), len(voted))
+        rows, votes = rows.select(np.flatnonzero(voted)), votes[voted]
+    of_trusted = np.full((len(trusted), votes.shape[1] + 1), NO_VOTE)
+    of_trusted[:, -1] = trusted[label][:]
+    # A batch needs a label a row, which the loss of votes does not read: the first vote.
+    first = votes[np.arange(len(votes)), (votes != NO_VOTE).argmax(1)]
+    if label not in rows.column_names:
+        rows = rows.add_column(label, first.tolist(), feature=trusted.features[label])
+    votes = np.pad(votes, ((0, 0), (0, 1)), constant_values=NO_VOTE)
+    rows = rows.remove_columns(VOTES).add_column(VOTES, votes.tolist())
+    trusted = trusted.add_column(VOTES, of_trusted.tolist())
+    common = [name for name in rows.column_names if name in trusted.column_names]
+    names = (*map(str, range(votes.shape[1] - 1)), TRUSTED)
+    return names, rows.select_columns(common), trusted.select_columns(common)
 
 
 def _joined(parts: Sequence[Dataset]) -> Dataset:

@@ -22,7 +22,6 @@ def test_rows_have_the_number_of_their_source() -> None:
     assert data.everything["source"][:] == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     assert data.everything["x"][:] == [0, 1, 2, 10, 11, 20, 21, 22, 23]
     assert data.with_trusted([1, 2]).counts == {"a": 3, "b": 2, "trusted": 2}
-    assert data.with_below([0, 4]).counts == {"a": 1, "b": 1, "trusted": 4}
 
 
 def test_votes_and_labels_of_trusted_rows() -> None:
@@ -58,6 +57,7 @@ def _named(found: Dataset) -> Dataset:
         ({"a": rows(0), "b": rows(10)}, rows(11), r"2 of 3 rows.*rows 0, 1\)"),
         ({"a": rows(0), "b": rows(10)}, rows(20).select([]), "trusted"),
         ({"a": rows(0), "b": rows(10)}, None, "trusted"),
+        ({"a": rows(0), "b": rows(10)}, [{"x": 1}], "trusted: .* list"),
         (rows(0, votes=[[0], [1], [0]]), rows(20), "'votes'"),
         (rows(0, votes=[[0, -1]] * 3), rows(20), "source 1: has no votes"),
         (rows(0, votes=[[0, 1], [1], [0, 0]]), rows(20), "'votes': must have a list"),
