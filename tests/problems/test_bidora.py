@@ -1,22 +1,16 @@
 """BiDoRA: who owns what, what moves in which phase, and that the result is a PEFT adapter."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 
 from hyperopt_peft import Engine, ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from hyperopt_peft.problems.common import Adapter
-from tests.support.trainers import CONFIG as SHAPE
 from tests.support.trainers import base_model
 
 
@@ -75,6 +69,7 @@ def test_levels_share_out_the_trainable_parameters() -> None:
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(lower.names) | set(upper.names) == trainable
     assert not set(lower.names) & set(upper.names)
+    assert set(Adapter(model).names) == trainable
     assert all("magnitude" in name for name in upper.names)
     assert len(upper.names) == 2 * 3
     assert any("classifier" in name for name in lower.names)
@@ -97,11 +92,6 @@ def test_search_moves_both_levels_and_nothing_else() -> None:
     owned = {*parts.magnitudes, *parts.directions, *parts.rest}
     engine(model).run(3)
     assert moved(before, values(dict(model.named_parameters()))) == owned
-
-
-def test_the_control_owns_all_that_trains() -> None:
-    model = dora_model()
-    assert set(Adapter(model).names) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_gamma_adds_the_gram_penalty() -> None:
@@ -192,50 +182,6 @@ def test_every_estimator_family_runs_on_it() -> None:
         parts = hypergradient(upper, lower, method)
         assert [p.shape for p in parts] == [m.shape for m in upper.variables]
         assert all(p.isfinite().all() for p in parts)
-
-
-LOAD = """
-import json, sys, torch
-from peft import PeftModel
-from transformers import BertConfig, BertForSequenceClassification
-folder = sys.argv[1]
-base = BertForSequenceClassification(BertConfig.from_pretrained(folder))
-base.load_state_dict(torch.load(folder + "/base.pt", weights_only=True))
-model = PeftModel.from_pretrained(base, folder + "/adapter").eval()
-ids = torch.load(folder + "/ids.pt", weights_only=True)
-with torch.no_grad():
-    logits, merged = model(ids).logits, None
-    merged = model.merge_and_unload()(ids).logits
-torch.save([logits, merged], folder + "/logits.pt")
-assert "hyperopt_peft" not in sys.modules
-"""
-
-
-def test_stock_peft_loads_and_merges_the_adapter_in_a_fresh_process(tmp_path: Path) -> None:
-    model = dora_model()
-    engine(model).run(3)
-    model.save_pretrained(tmp_path / "adapter")
-    plain = dora_model()
-    plain.save_pretrained(tmp_path / "plain")
-
-    def keys(name: str) -> Any:
-        return load_file(tmp_path / name / "adapter_model.safetensors").keys()
-
-    def settings(name: str) -> Any:
-        return json.loads((tmp_path / name / "adapter_config.json").read_text())
-
-    assert keys("adapter") == keys("plain")
-    assert settings("adapter") == settings("plain")
-
-    ids = batches(7)[0]["input_ids"]
-    SHAPE.save_pretrained(tmp_path)
-    torch.save(base_model().state_dict(), tmp_path / "base.pt")
-    torch.save(ids, tmp_path / "ids.pt")
-    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True)
-    with torch.no_grad():
-        expected = model.eval()(ids).logits
-    for logits in torch.load(tmp_path / "logits.pt", weights_only=True):
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_one_seed_is_one_result() -> None:

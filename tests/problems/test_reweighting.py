@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hyperopt_peft import (
@@ -226,51 +225,6 @@ def test_the_trainer_moves_the_net(tmp_path: Path) -> None:
     before = [p.detach().clone() for p in weights.parameters()]
     trainer(tmp_path, weights, data()).train()
     assert not any(map(torch.equal, before, weights.parameters()))
-
-
-def test_both_drivers_agree_on_the_first_step(tmp_path: Path) -> None:
-    """One step of SGD at each level, from the same point: the Trainer takes both at once."""
-    found = []
-    for driver in ("engine", "trainer"):
-        weights, model = SampleWeights(24), peft_model(dropout=0.0, dora=False)
-        train = data().add_column("index", range(24))
-        settings = arguments(
-            tmp_path,
-            hypergradient="darts:scheme=forward",
-            max_steps=1,
-            optim="sgd",
-            upper_learning_rate=1.0,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=24,
-            per_device_upper_batch_size=10,
-            max_grad_norm=0.0,
-            upper_max_grad_norm=0.0,
-        )
-        held_out = data(rows=10, seed=1)
-        if driver == "trainer":
-            BilevelTrainer(
-                model,
-                lower=Weighted(model, weights),
-                upper=HeldOut(model, weights),
-                args=settings,
-                train_dataset=train,
-                upper_dataset=held_out,
-            ).train()
-        else:
-            below, above = (
-                DataLoader(part, batch_size=24, collate_fn=default_data_collator)
-                for part in (train, held_out)
-            )
-            # The Engine's upper step comes after the lower one: that one must not have moved.
-            still = [p for p in model.parameters() if p.requires_grad]
-            lower = Weighted(model, weights, data=below, optimizer=torch.optim.SGD(still, lr=0.0))
-            upper = HeldOut(
-                model, weights, data=above, optimizer=torch.optim.SGD([weights.logits], lr=1.0)
-            )
-            Engine(upper, lower, "darts:scheme=forward", progress=False).run(1)
-        found.append(weights.logits.detach().clone())
-    assert found[0].abs().min() > 0
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-8)
 
 
 def test_an_index_is_asked_for_before_anything_moves(tmp_path: Path) -> None:
