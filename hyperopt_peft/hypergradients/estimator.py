@@ -144,6 +144,21 @@ class Estimator(ABC):
         if not condition:
             raise ProblemError(f"{self.name or type(self).__name__}: {message}")
 
+    def require_least(self, **bounds: float) -> None:
+        """Raise ProblemError if an option is below its bound; None is no number to compare."""
+        for option, bound in bounds.items():
+            value = getattr(self, option)
+            self.require(
+                value is None or value >= bound,
+                f"{option} must be at least {bound}, got {value}",
+            )
+
+    def require_positive(self, *options: str) -> None:
+        """Raise ProblemError if an option is a number that is not above 0."""
+        for option in options:
+            value = getattr(self, option)
+            self.require(value is None or value > 0, f"{option} must be positive, got {value}")
+
     def check(self) -> None:  # noqa: B027 - an estimator without options has no ranges
         """Check the ranges of the options."""
 

@@ -121,6 +121,11 @@ def assign_(
     length: float = 0.0,
 ) -> None:
     """variables ← values + length·direction, in place."""
-    torch._foreach_copy_(to_local(variables), to_local(values))
+    variables, values, direction = map(to_local, (variables, values, direction))
+    if direction and all(x.device.type == "cpu" for x in variables):  # by one pass over the memory
+        for variable, value, along in zip(variables, values, direction, strict=True):
+            torch.add(value, along, alpha=length, out=variable)
+        return
+    torch._foreach_copy_(variables, values)
     if direction:
-        torch._foreach_add_(to_local(variables), to_local(direction), alpha=length)
+        torch._foreach_add_(variables, direction, alpha=length)

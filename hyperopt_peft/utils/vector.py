@@ -165,7 +165,7 @@ class Vector:
         return torch.cat([gather(part).reshape(-1).to(device) for part in self.parts])
 
     def with_entries(self, flat: Tensor) -> Vector:
-        """A vector of this layout with the entries ``flat``, ``(numel,)``; inverse of `flat`."""
+        """A vector like this one with the entries ``flat``, ``(numel,)``; inverse of `flat`."""
         chunks = flat.split([form.shape.numel() for form in self._space.forms])
         return Vector(sharded_like(x.reshape(p.shape), p) for x, p in zip(chunks, self.parts))
 
@@ -180,13 +180,13 @@ class Vector:
 
 
 def inner(a: Vector, b: Vector) -> Tensor:
-    """⟨a, b⟩ in float64, a scalar tensor on the device."""
+    """⟨a, b⟩, a scalar tensor in float64 on the device; see `reductions.dot`."""
     sums = list(map(reductions.dot, a.buffers, b.buffers))
     return reductions.summed(totals(sums, a._space.holders))
 
 
 def dot(a: Vector, b: Vector) -> float:
-    """⟨a, b⟩, summed in float64; one read from the device.
+    """⟨a, b⟩; one read from the device.
 
     Example:
         >>> dot(Vector([torch.tensor([1.0, 2.0])]), Vector([torch.tensor([3.0, 4.0])]))

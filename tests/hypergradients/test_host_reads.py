@@ -68,7 +68,7 @@ def test_a_krylov_solver_reads_once_a_step(
         ("nystrom:rank=3,steps=0", 9),
         ("nystrom:rank=3,steps=5,tolerance=0", 3 + 5 + 9),
         ("kfac:steps=5,tolerance=0", 5 + 3),
-        ("warm:first_steps=20", 20 + 5),
+        ("warm", 20 + 5),
         ("penalty:inner_steps=5,tolerance=0.0", 6 + 4),
         ("penalty:inner_steps=9,tolerance=0.0", 10 + 4),
         # Two runs, with F evaluated and checked at each point beside.

@@ -21,7 +21,7 @@ RUNS = {
     "direct": {"hypergradient": "direct", "gamma": 0.1, "rows": 23, "upper_fraction": 0.3},
     "cg": {"hypergradient": "cg:steps=3", "gradient_accumulation_steps": 2},
     "minres": {"hypergradient": "minres:steps=3,product=difference", "sized": True},
-    "neumann": {"hypergradient": "neumann:terms=3,power_steps=3", "lower_steps": 1},
+    "neumann": {"hypergradient": "neumann:terms=3", "lower_steps": 1},
     "penalty": {"hypergradient": "penalty:inner_steps=3", "gradient_accumulation_steps": 2},
     "retrain": {
         "retrain": "scratch",

@@ -10,18 +10,17 @@ import torch
 
 from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import use_fast_dora
+from hyperopt_peft.hypergradients.penalty.penalty import GAMMA
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from tests.support.trainers import peft_model, trainer
 from tests.support.watch import Watch, batches_of, double, watched
-
-GAMMA = 5.0
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize("micro", [1, 2])
 def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path: Path, micro: Any) -> None:
     """Each on an upper batch of its own, a function of the step; and u moves at the same point."""
-    method = f"penalty:gamma={GAMMA},inner_steps=3"
+    method = "penalty:inner_steps=3"
     settings = {"hypergradient": method, "gradient_accumulation_steps": micro, "rows": 30}
     settings["per_device_upper_batch_size"] = 4
     run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)

@@ -35,8 +35,7 @@ class ConjugateGradient(Solver):
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
-        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
+        self.require_least(steps=1, damping=0)
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
 
     def cost(self) -> Cost:
@@ -66,7 +65,7 @@ def conjugate_gradients(
     z = r if precondition is None else precondition(r)
     p, square = z.copy(), inner(r, r)
     rho = square if z is r else inner(r, z)
-    known, start, least, largest = [square], 0.0, 0.0, 0.0
+    unread, start, least, largest = [square], 0.0, 0.0, 0.0
     for step in range(steps):
         q = matvec(p)
         length, along = inner(p, p), inner(p, q)
@@ -78,22 +77,24 @@ def conjugate_gradients(
         z = r if precondition is None else precondition(r)
         square = inner(r, r)
         rho, previous = square if z is r else inner(r, z), rho
-        bent, size, now, *first = to_floats([along, length, square, *known])
-        if first:
-            known, (start,) = [], first
+        p_hp, p_p, residual_square, *initial = to_floats([along, length, square, *unread])
+        if initial:
+            unread, (start,) = [], initial
             least = start
-        require_finite(bent, size)
-        curvature = bent / size + damping
+        if p_p == 0:  # b or z is zero to rounding, and v has become 0/0
+            return Solution(best, (least / start) ** 0.5 if start else 0.0, step)
+        require_finite(p_hp, p_p)
+        curvature = p_hp / p_p + damping
         largest = max(largest, abs(curvature))
         if curvature <= 10 * machine_epsilon(b) * largest:  # the step is invalid
             kind = "negative" if curvature < 0 else "zero"
             note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
             return Solution(best, (least / start) ** 0.5, step, note)
-        require_finite(now)
-        if now <= tolerance**2 * start or step + 1 == steps:
+        require_finite(residual_square)
+        if residual_square <= tolerance**2 * start or step + 1 == steps:
             break
-        if now < least:
+        if residual_square < least:
             best.copy_(v)
-            least = now
+            least = residual_square
         p.mul_add_(rho / previous, z)
-    return Solution(v, (now / start) ** 0.5, step + 1)
+    return Solution(v, (residual_square / start) ** 0.5, step + 1)

@@ -13,6 +13,8 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
+LARGEST = 5000  # unknowns; a float64 Hessian of this size has 200 MB
+
 
 @register("exact", kind="implicit", tolerance=1e-9)
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Exact(Solver):
     Time grows as n products, memory as n². Bengio 2000, doi:10.1162/089976600300015187.
 
     Raises:
-        ProblemError: n exceeds ``max_size``, or H is singular along b.
+        ProblemError: n exceeds 5,000, or H is singular along b.
 
     Example:
         >>> h, b = Vector([torch.tensor([1.0, 4.0])]), Vector([torch.ones(2)])  # H = diag(1, 4)
@@ -35,22 +37,20 @@ class Exact(Solver):
 
     damping: float = 0.0
     float64: bool = True
-    max_size: int = 5000
 
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
-        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
-        self.require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
+        self.require_least(damping=0)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """As `Estimator.check_levels`; the lower level must have at most ``max_size`` unknowns."""
+        """As `Estimator.check_levels`; the lower level has at most 5,000 unknowns."""
         super().check_levels(upper, lower)
         n = sum(variable.numel() for variable in lower.variables)
         self.require(
-            n <= self.max_size,
-            f"{lower.name} has {n} unknowns, more than max_size={self.max_size}; use "
-            '"cg:steps=100", or raise max_size',
+            n <= LARGEST,
+            f"{lower.name} has {n} unknowns, and a dense Hessian at most {LARGEST}; use "
+            '"cg:steps=100,tolerance=1e-10"',
         )
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:

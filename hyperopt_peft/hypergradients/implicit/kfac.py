@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.hypergradients.estimator import Requirements
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
 from hyperopt_peft.hypergradients.implicit.kronecker import Fisher, Samples, empirical_fisher
 from hyperopt_peft.hypergradients.implicit.linear_calls import Layer, linear_calls
@@ -17,7 +16,7 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.vector import Vector, widened, zeros_like
 
-ALONE = "so that the factored matrix is inverted alone"
+ONLY_PRECONDITIONER = "the result is the preconditioner's alone"
 
 
 @register("kfac", kind="implicit", tolerance=1e-2)
@@ -28,26 +27,25 @@ class KFAC(Solver):
     For a layer y = xWᵀ with δ = ∂f_i/∂y of row i, where f is a mean over rows, [x 1] with a bias:
 
         A = mean xxᵀ = Q_A diag(a) Q_Aᵀ        S = mean over rows Σ_t δδᵀ = Q_S diag(s) Q_Sᵀ
-        Λ = mean over rows (Q_Sᵀ (Σ_t δ xᵀ) Q_A)²        (eigenvalue_correction=False: s aᵀ)
+        Λ = mean over rows (Q_Sᵀ (Σ_t δ xᵀ) Q_A)²
         P⁻¹ R = Q_S [ Q_Sᵀ R Q_A / (Λ + damping) ] Q_Aᵀ
 
     P is the *empirical* Fisher matrix, of the gradients of the rows that f is given: H near a
     minimum where f is the mean negative log-likelihood of a model that fits, another matrix
-    elsewhere. Other terms of f, such as a weight decay, are not in P. CG does not mind: P is
-    made for its speed, v is that of H, and the note and the residual are those of ``cg``.
-    ``steps=0`` is the approximation alone, v = P⁻¹b, in whose length f's scale comes in twice.
+    elsewhere. Other terms of f, such as a weight decay, are not in P. P only changes the rate of
+    convergence: v, the note and the residual are those of ``cg``. With ``steps=0``, v = P⁻¹b; a
+    factor c of f then divides v by c² in place of c.
 
     A layer is a call of ``torch.nn.functional.linear`` (so each ``nn.Linear``, LoRA's A and B among
     them) or of ``x @ V`` whose weight or bias is a lower variable. A row is an entry of the input's
     first dimension, a token t one of the others. Variables of no layer, or of one without a
-    gradient, have the mean of all Λ for an eigenvalue. A side of more than ``max_size`` has the
-    identity for a basis. Where f has no linear layer, this is ``cg``.
+    gradient, have the mean of all Λ for an eigenvalue. A side of more than 2,048 has the identity
+    for a basis. Where f has no linear layer, this is ``cg``.
 
-    ``damping=None`` adds each layer's mean Λ to P, and nothing to H. With
-    ``batches`` > 1, the factors are means over the batches of the last lower steps, at the present
-    w. One forward+backward pass a batch, and one Hessian-vector product a step. Martens & Grosse
-    2015, arXiv:1503.05671; EK-FAC: George et al. 2018, arXiv:1806.03884; with tokens and a
-    damping: Grosse et al. 2023, arXiv:2308.03296 §2.3, 3; as a hypergradient: arXiv:2603.29108.
+    ``damping=None`` adds each layer's mean Λ to P, and nothing to H. The cost is one
+    forward+backward pass, and one Hessian-vector product a step. Martens & Grosse 2015,
+    arXiv:1503.05671; EK-FAC: George et al. 2018, arXiv:1806.03884; with tokens and a damping:
+    Grosse et al. 2023, arXiv:2308.03296 §2.3, 3; as a hypergradient: arXiv:2603.29108.
 
     Raises:
         ProblemError: the lower level is sharded, or has levels below; ``steps=0`` and f has no
@@ -61,26 +59,20 @@ class KFAC(Solver):
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> truth, = hypergradient(upper, lower, "exact")
-        >>> found = [hypergradient(upper, lower, f"{k}:steps=5")[0] for k in ("cg", "kfac")]
-        >>> [round(((x - truth).norm() / truth.norm()).item(), 3) for x in found]
+        >>> both = [hypergradient(upper, lower, f"{k}:steps=5")[0] for k in ("cg", "kfac")]
+        >>> [round(((x - truth).norm() / truth.norm()).item(), 3) for x in both]
         [0.049, 0.005]
     """
 
     steps: int = 10
     damping: float | None = None
-    eigenvalue_correction: bool = True
-    batches: int = 1
-    max_size: int = 2048
     tolerance: float = 1e-6
 
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
-        self.require(self.steps >= 0, f"steps must not be negative, got {self.steps}")
-        positive = self.damping is None or self.damping > 0
-        self.require(positive, f"damping must be positive, got {self.damping}")
-        self.require(self.batches >= 1, f"batches must be at least 1, got {self.batches}")
-        self.require(self.max_size >= 0, f"max_size must not be negative, got {self.max_size}")
+        self.require_least(steps=0)
+        self.require_positive("damping")
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
@@ -89,14 +81,9 @@ class KFAC(Solver):
         advice = 'choose another solver, such as "cg", with product="difference"'
         self.require(
             not is_sharded(*lower.variables),
-            f"{lower.name} is sharded, and the layers' weights are not seen whole; {advice}",
+            f"{lower.name} is sharded, and kfac needs a layer's whole weight; {advice}",
         )
         lower.require_single(f"kfac supports two levels only; {advice}")
-
-    @property
-    def requirements(self) -> Requirements:
-        """Beside a solver's, the last ``batches`` lower steps."""
-        return replace(super().requirements, history=self.batches if self.batches > 1 else 0)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b, with no layers known."""
@@ -106,10 +93,8 @@ class KFAC(Solver):
     def prepare(self, oracle: Oracle) -> Advance:
         """The solve with the layers of f at the oracle's point."""
         blocks = empirical_fisher(
-            self._samples(oracle),
+            layer_samples(oracle),
             [widened(variable.detach()) for variable in oracle.lower.variables],
-            corrected=self.eigenvalue_correction,
-            max_size=self.max_size,
         )
         self.require(
             bool(blocks) or self.steps > 0,
@@ -126,24 +111,21 @@ class KFAC(Solver):
                 matvec, b, self.steps, damping, self.tolerance, precondition=inverse
             )
             if solution.note and solution.residual == 1 and inverse is not None:  # v is 0 still
-                return replace(solution, v=inverse(b), note=f"{solution.note}, {ALONE}"), {}
+                return replace(
+                    solution, v=inverse(b), note=f"{solution.note}; {ONLY_PRECONDITIONER}"
+                ), {}
             return solution, {}
 
         return advance
 
-    def _samples(self, oracle: Oracle) -> Samples:
-        """What the layers of f are given and give, on each batch."""
-        last = oracle.history[-self.batches :] if self.batches > 1 else ()
-        points = [
-            replace(oracle, lower_batch=record.batch, lower_random=record.random_state)
-            for record in last
-        ]
-        samples: dict[Layer, list[tuple[Tensor, Tensor]]] = {}
-        here = zeros_like(oracle.upper_gradient.b)
-        for point in points or [oracle]:
-            with point.moved() as gradients, linear_calls(oracle.lower.variables) as calls:
-                gradients("lower", here)
-            for (layer, rows), calls_of in calls.rows.items():
-                x, delta = calls_of.joined()
-                samples.setdefault(layer, []).append((x, rows * delta))  # f is a mean over rows
-        return samples
+
+def layer_samples(oracle: Oracle) -> Samples:
+    """Each layer's inputs and rows' output gradients, by one forward+backward pass of f."""
+    here = zeros_like(oracle.upper_gradient.b)  # before the calls of f are watched
+    with oracle.moved() as gradients, linear_calls(oracle.lower.variables) as calls:
+        gradients("lower", here)
+    samples: dict[Layer, list[tuple[Tensor, Tensor]]] = {}
+    for (layer, rows), calls_of in calls.rows.items():
+        x, delta = calls_of.joined()
+        samples.setdefault(layer, []).append((x, rows * delta))  # f is a mean over rows
+    return samples

@@ -14,6 +14,7 @@ from hyperopt_peft.utils import distributed, reductions
 from hyperopt_peft.utils.vector import Vector
 
 RELATIVE_DAMPING = 1.0  # of a layer's mean eigenvalue; 0.1, as in arXiv:2308.03296, slows CG down
+MAX_SIDE = 2048  # of a layer with an eigenbasis, whose cost is cubic in the side
 CHUNK = 16  # rows whose gradients of a layer's weight are formed at once
 
 #: Inputs ``(rows, tokens, in)`` of each layer, and ∂f_i/∂y of row i, ``(rows, tokens, out)``, of
@@ -72,16 +73,13 @@ class Fisher:
         return result
 
 
-def empirical_fisher(
-    samples: Samples, like: Sequence[Tensor], *, corrected: bool, max_size: int
-) -> list[Block]:
+def empirical_fisher(samples: Samples, like: Sequence[Tensor]) -> list[Block]:
     """The blocks of the layers of ``samples``, over variables shaped ``like``.
 
-    With δ = ∂f_i/∂y and inputs x, the right basis is of mean xxᵀ and the left one of the rows'
-    mean Σ_t δδᵀ; a side of more than ``max_size`` has the identity. The eigenvalues are the second
-    moments of the rows' gradients Σ_t δxᵀ there (``corrected``), or products of both sides' ones.
-    A variable belongs to one layer, by preference one of ``torch.nn.functional.linear``. Means are
-    over the processes too.
+    With δ = ∂f_i/∂y and inputs x, the right basis is of mean xxᵀ and the left one of the rows' mean
+    Σ_t δδᵀ; a side of more than ``MAX_SIDE`` has the identity. The eigenvalues are the second
+    moments of the rows' gradients Σ_t δxᵀ there. A variable belongs to one layer, by preference one
+    of ``torch.nn.functional.linear``. Means are over the processes too.
 
     Raises:
         NonFiniteError: an input or a gradient is NaN or infinite.
@@ -89,33 +87,32 @@ def empirical_fisher(
     layers = _disjoint(distributed.union(samples))
     forms = [layer.matrix(like) for layer in layers]
     empty = [
-        matrix.new_zeros((size, size) if size <= max_size else (size,))
+        matrix.new_zeros((size, size) if size <= MAX_SIDE else (size,))
         for matrix in forms
         for size in matrix.shape
     ]
-    found: list[Tensor | None] = []
-    for layer, (left, right) in zip(layers, zip(empty[::2], empty[1::2], strict=True), strict=True):
-        found += _covariances(samples[layer], left, right) if layer in samples else (None, None)
-    factors = [factor for factor in distributed.mean(found, empty) if factor is not None]
+    covariances: list[Tensor | None] = []
+    for layer, left, right in zip(layers, empty[::2], empty[1::2], strict=True):
+        pair = _covariances(samples[layer], left, right) if layer in samples else (None, None)
+        covariances += pair
+    factors = [factor for factor in distributed.mean(covariances, empty) if factor is not None]
     if factors and not reductions.all_finite(factors):
         raise NonFiniteError(
             "the inputs or output gradients of a linear layer are not finite; lower the learning "
             "rate, or look for an overflow in the lower loss"
         )
-    sides = [torch.linalg.eigh(x) if x.dim() == 2 else (x, None) for x in factors]
-    pairs = list(zip(sides[::2], sides[1::2], strict=True))
-    if corrected:
-        moments = [
-            _second_moments(samples[layer], left, right) if layer in samples else None
-            for layer, ((_, left), (_, right)) in zip(layers, pairs, strict=True)
-        ]
-        values = distributed.mean(moments, forms)
-    else:
-        values = tuple(s.clamp(min=0)[:, None] * a.clamp(min=0) for (s, _), (a, _) in pairs)
+    bases = [torch.linalg.eigh(x)[1] if x.dim() == 2 else None for x in factors]
+    pairs = list(zip(bases[::2], bases[1::2], strict=True))
+    moments = [
+        _second_moments(samples[layer], left, right) if layer in samples else None
+        for layer, (left, right) in zip(layers, pairs, strict=True)
+    ]
     return [
-        Block(layer, left, right, value)
-        for layer, ((_, left), (_, right)), value in zip(layers, pairs, values, strict=True)
-        if value is not None
+        Block(layer, left, right, values)
+        for layer, (left, right), values in zip(
+            layers, pairs, distributed.mean(moments, forms), strict=True
+        )
+        if values is not None
     ]
 
 

@@ -36,8 +36,7 @@ class MINRES(Solver):
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
-        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
+        self.require_least(steps=1, damping=0)
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
 
     def cost(self) -> Cost:

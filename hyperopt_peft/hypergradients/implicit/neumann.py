@@ -10,6 +10,8 @@ from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solve
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
+POWER_STEPS = 10  # of the estimate of the largest eigenvalue
+
 
 @register("neumann", kind="implicit", tolerance=0.15)
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Neumann(Solver):
 
     The relative error is at most (1 − ημ)^(terms+1), μ the smallest eigenvalue, for
     η ≤ 1/λmax. The series diverges for η > 2/λmax. ``step_size`` is η; None sets η = 1/λmax, with
-    λmax from ``power_steps`` steps of power iteration. Each term and each power step costs one
+    λmax from ten steps of power iteration. Each term and each power step costs one
     Hessian-vector product. The residual, which would cost one more, is not reported. Lorraine,
     Vicol & Duvenaud 2020, arXiv:1911.02590 Eq. 8–9.
 
@@ -31,29 +33,25 @@ class Neumann(Solver):
 
     terms: int = 20
     step_size: float | None = None
-    power_steps: int = 10
 
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
-        self.require(self.terms >= 0, f"terms must not be negative, got {self.terms}")
-        self.require(
-            self.step_size is None or self.step_size > 0,
-            f"step_size must be positive, got {self.step_size}",
-        )
-        self.require(self.power_steps >= 1, f"power_steps must be ≥ 1, got {self.power_steps}")
+        self.require_least(terms=0)
+        self.require_positive("step_size")
 
     def cost(self) -> Cost:
-        """``terms`` products, and ``power_steps`` more without a ``step_size``."""
-        return self.products_cost(
-            self.terms + (self.power_steps if self.step_size is None else 0), 6
-        )
+        """``terms`` products, and ten more without a ``step_size``."""
+        return self.products_cost(self.terms + (self.step_size is None) * POWER_STEPS, vectors=6)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ H⁻¹ b."""
         eta = self.step_size
         if eta is None:
-            largest = largest_eigenvalue(matvec, b, self.power_steps)
+            direction = b
+            for _ in range(POWER_STEPS):
+                direction = matvec(normalised(direction))
+            largest = math.sqrt(*read_finite(inner(direction, direction)))
             if largest == 0:
                 return Solution(zeros_like(b), 1.0, 0, "the Hessian is zero along ∂F/∂w")
             eta = 1 / largest
@@ -63,11 +61,3 @@ class Neumann(Solver):
         last, first = read_finite(inner(p, p), inner(b, b))
         note = f"the series diverges at step_size {eta:.3g}" if last > first else ""
         return Solution(total.mul_(eta), None, self.terms, note)
-
-
-def largest_eigenvalue(matvec: Matvec, start: Vector, steps: int) -> float:
-    """A lower bound of |λ|max of a symmetric matrix, by ``steps`` of power iteration."""
-    v = start
-    for _ in range(steps):
-        v = matvec(normalised(v))
-    return math.sqrt(*read_finite(inner(v, v)))

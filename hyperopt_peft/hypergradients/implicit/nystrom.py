@@ -20,7 +20,7 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalise
 class Nystrom(Solver):
     """v ≈ (H + damping·I)⁻¹ b by ``steps`` steps of CG, preconditioned by H ≈ UΛUᵀ of ``rank`` k.
 
-    With k random orthonormal columns Ω, a function of ``seed``,
+    With k random orthonormal columns Ω, the same ones at every step,
 
         UΛUᵀ = (HΩ)(ΩᵀHΩ)⁻¹(HΩ)ᵀ
         P⁻¹  = U(Λ + damping)⁻¹Uᵀ + (I − UUᵀ)/(λ_k + damping)
@@ -45,15 +45,11 @@ class Nystrom(Solver):
     steps: int = 10
     damping: float | None = None
     tolerance: float = 1e-6
-    seed: int = 0
 
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
-        self.require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
-        self.require(self.steps >= 0, f"steps must not be negative, got {self.steps}")
-        positive = self.damping is None or self.damping >= 0
-        self.require(positive, f"damping must not be negative, got {self.damping}")
+        self.require_least(rank=1, steps=0, damping=0)
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
 
     def cost(self) -> Cost:
@@ -62,7 +58,7 @@ class Nystrom(Solver):
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""
-        values, vectors, note = _low_rank(matvec, _columns(b, self.rank, self.seed))
+        values, vectors, note = _low_rank(matvec, _columns(b, self.rank))
         damping = self.damping or 0.0
         floor = (values[-1] if values else 0.0) + damping
 
@@ -82,9 +78,9 @@ class Nystrom(Solver):
         )
 
 
-def _columns(like: Vector, count: int, seed: int) -> list[Vector]:
+def _columns(like: Vector, count: int) -> list[Vector]:
     """``count`` random orthonormal vectors, at most n, equal on every process."""
-    generator, size = torch.Generator().manual_seed(seed), like.numel()
+    generator, size = torch.Generator().manual_seed(0), like.numel()
     numbers = (
         torch.randn(size, generator=generator, dtype=torch.float32) for _ in range(min(count, size))
     )
@@ -117,13 +113,13 @@ def _low_rank(matvec: Matvec, columns: Sequence[Vector]) -> tuple[list[float], l
     if size == 0:
         return [], [], "the Hessian is zero along all columns"
     note = f"negative curvature {least:.3g} left out" if least < -small * size else ""
-    found = values > small * size
-    half = basis[:, found] / values[found].sqrt()  # B = YΩ·half, with UΛUᵀ = BBᵀ
+    large = values > small * size
+    half = basis[:, large] / values[large].sqrt()  # B = YΩ·half, with UΛUᵀ = BBᵀ
     squares, rotation = torch.linalg.eigh(half.T @ gram @ half)
-    found = squares > small * size
-    weights = (half @ rotation[:, found] / squares[found].sqrt()).flip(1)
+    large = squares > small * size
+    weights = (half @ rotation[:, large] / squares[large].sqrt()).flip(1)
     vectors = _orthonormal([_combination(images, column) for column in weights.T])
-    return squares[found].flip(0).tolist(), vectors, note
+    return squares[large].flip(0).tolist(), vectors, note
 
 
 def _combination(vectors: Sequence[Vector], weights: Tensor) -> Vector:

@@ -19,6 +19,7 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
+FIRST_STEPS = 20  # of the Neumann series and of the power iteration, before the first upper step
 FORGET = 0.97  # decay of the largest curvature an upper step: a few batches have a far larger one
 TILT = 0.1  # share of the residual, which a divergence aligns with, in the power iteration's vector
 
@@ -31,7 +32,7 @@ class WarmStart(Solver):
     The hypergradient uses the v of the previous upper step; then v moves by ``steps`` such steps.
     So v does not depend on the current batch, and averages H and b over the earlier ones: at a
     fixed point (u, w) the mean of v is H⁻¹b. At the first upper step, and outside training,
-    ``first_steps`` constant steps from a·b precede, as in a Neumann series.
+    20 constant steps from a·b precede, as in a Neumann series.
 
     ``step_size`` is a; None sets a = 1/(λmax + damping), with λmax from a power iteration that also
     continues over upper steps. A small ``decay`` follows moving levels faster, a large one
@@ -51,20 +52,14 @@ class WarmStart(Solver):
     steps: int = 1
     step_size: float | None = None
     decay: float = 0.5
-    first_steps: int = 20
     damping: float = 0.0
 
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
-        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        self.require(
-            self.step_size is None or self.step_size > 0,
-            f"step_size must be positive, got {self.step_size}",
-        )
+        self.require_least(steps=1, damping=0)
+        self.require_positive("step_size")
         self.require(0 <= self.decay <= 1, f"decay must be in [0, 1], got {self.decay}")
-        self.require(self.first_steps >= 1, f"first_steps must be ≥ 1, got {self.first_steps}")
-        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
 
     def cost(self) -> Cost:
         """``steps`` products, and one for the power iteration, after the first upper step."""
@@ -87,7 +82,7 @@ class WarmStart(Solver):
             a = 1 / (largest + self.damping)
         v = _vector(state, "v") if state else a * b
         k = _number(state, "k") + 1 if state else 1
-        before, note = 0 if state else self.first_steps, ""
+        before, note = 0 if state else FIRST_STEPS, ""
         for step in range(before + self.steps):
             q = matvec(v).plus(v, self.damping)
             (along,) = to_floats([inner(v, q)])
@@ -98,21 +93,21 @@ class WarmStart(Solver):
                 q = matvec(v).plus(v, self.damping)
             r = b - q
             if step == before:
-                found, left = v, inner(r, r)
+                solution, of_r = v, inner(r, r)
             v = v.plus(r, a if step < before else a / k**self.decay)
-        of_v, residual, of_b = to_floats([inner(v, v), left, inner(b, b)])
+        of_v, residual, of_b = to_floats([inner(v, v), of_r, inner(b, b)])
         if not math.isfinite(of_v):
             raise NonFiniteError(f"v has diverged; make step_size smaller than {a:.3g}")
-        kept: dict[str, Vector | float] = {"v": v, "k": k}
+        state = {"v": v, "k": k}
         if direction is not None:
-            kept |= {"direction": direction.plus(normalised(r), TILT), "largest": largest}
-        return Solution(found, math.sqrt(residual / of_b), before + self.steps, note), kept
+            state |= {"direction": direction.plus(normalised(r), TILT), "largest": largest}
+        return Solution(solution, math.sqrt(residual / of_b), before + self.steps, note), state
 
     def _curvature(self, matvec: Matvec, b: Vector, state: State) -> tuple[Vector, float]:
         """The power iteration's unit vector, and an estimate of |λ|max."""
         direction = _vector(state, "direction") if state else b
         largest = FORGET * _number(state, "largest") if state else 0.0
-        for _ in range(1 if state else self.first_steps):
+        for _ in range(1 if state else FIRST_STEPS):
             direction = matvec(normalised(direction))
         length = math.sqrt(*read_finite(inner(direction, direction)))
         return normalised(direction if length else b), max(largest, length)

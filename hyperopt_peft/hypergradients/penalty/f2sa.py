@@ -26,10 +26,10 @@ class F2SA(InnerRuns):
     to the implicit formula at w, as that of a solver, though w is not the minimum of f on a batch.
     If ∂f/∂w = 0, the estimate is that of the papers.
 
-    ``nu`` is ν, in units of f/F. None sets ν so that w moves by `default_epsilon`, or less, so that
-    the relative change of ∂F/∂w is at most δ^(1/3), δ the machine epsilon. The estimate is then
-    equivariant to factors of f and F. Each point of an `InnerRuns` costs a pass of f and one of F.
-    Kwon et al. 2023, arXiv:2301.10945 (one-sided); Chen et al. 2025, arXiv:2509.02937 (F2SA-2).
+    ν is such that w moves by `default_epsilon`, or less, so that the relative change of ∂F/∂w is at
+    most δ^(1/3), δ the machine epsilon. So the estimate is equivariant to factors of f and F. Each
+    point of an `InnerRuns` costs a pass of f and one of F. Kwon et al. 2023, arXiv:2301.10945
+    (one-sided); Chen et al. 2025, arXiv:2509.02937 (F2SA-2).
 
     Example:
         The relative error to the implicit formula is below 1 %.
@@ -43,13 +43,6 @@ class F2SA(InnerRuns):
         >>> ((found - truth).norm() < 0.01 * truth.norm()).item()
         True
     """
-
-    nu: float | None = None
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require(self.nu is None or self.nu > 0, "nu must be positive")
 
     def cost(self) -> Cost:
         """The cost at ``inner_steps`` steps of each run."""
@@ -66,7 +59,7 @@ class F2SA(InnerRuns):
             start = self.response(oracle, gradients, at_w[1])
             if start is None:
                 return Estimate(direct, zeros_like(direct), 1.0, 0, NOT_CONVEX)
-            nu = self.nu or self._relative(oracle, gradients, start)
+            nu = self._nu(oracle, gradients, start)
             above = self._side(nu, oracle, gradients, at_w, nu * start)
             below = self._side(-nu, oracle, gradients, at_w, -above.offset)
         total = (above.of_u - below.of_u) / (2 * nu)
@@ -79,8 +72,8 @@ class F2SA(InnerRuns):
             {"response": (above.offset - below.offset) / (2 * nu)},
         )
 
-    def _relative(self, oracle: Oracle, gradients: Gradients, response: Vector) -> float:
-        """The default ν, where dw_ν/dν ≈ ``response`` at ν = 0."""
+    def _nu(self, oracle: Oracle, gradients: Gradients, response: Vector) -> float:
+        """ν, where dw_ν/dν ≈ ``response`` at ν = 0."""
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
         epsilon, square = to_floats([default_epsilon(w, beside=u), inner(response, response)])

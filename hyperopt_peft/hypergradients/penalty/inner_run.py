@@ -40,24 +40,17 @@ class InnerRuns(Estimator):
     norm, w included. On quadratics with condition numbers 10 and 112 the default ``tolerance``
     needs about 15 and 45 steps, for an error of at most 1 % of the hypergradient.
 
-    ``step_size`` is the step size; None is the shorter one of Barzilai & Borwein 1988
-    (doi:10.1093/imanum/8.1.141), ⟨s, y⟩/⟨y, y⟩ for the last step s and its change y of the
-    gradient. ``damping`` adds ½·damping·‖x‖² to the objective at w + x, for a nonconvex f.
+    The step size is the shorter one of Barzilai & Borwein 1988 (doi:10.1093/imanum/8.1.141),
+    ⟨s, y⟩/⟨y, y⟩ for the last step s and its change y of the gradient.
     """
 
     inner_steps: int = field(default=100, kw_only=True)
-    step_size: float | None = field(default=None, kw_only=True)
     tolerance: float = field(default=3e-3, kw_only=True)
-    damping: float = field(default=0.0, kw_only=True)
 
     def check(self) -> None:
         """Check the ranges of the options."""
-        self.require(
-            self.inner_steps >= 0, f"inner_steps must not be negative, got {self.inner_steps}"
-        )
-        self.require(self.step_size is None or self.step_size > 0, "step_size must be positive")
+        self.require_least(inner_steps=0)
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
-        self.require(self.damping >= 0, f"damping must not be negative, got {self.damping}")
 
     def response(self, oracle: Oracle, gradients: Gradients, slope: Vector) -> Vector | None:
         """An initial guess r of dw_ν/dν = −H⁻¹b at ν = 0; ``slope`` is ∂f/∂w at w.
@@ -72,7 +65,7 @@ class InnerRuns(Estimator):
             if not isinstance(direction, Vector):
                 continue
             probe = normalised(direction) * epsilon
-            change = (gradients("lower", probe)[1] - slope).add_(probe, self.damping)
+            change = gradients("lower", probe)[1] - slope
             product, square = to_floats([inner(b, change), inner(change, change)])
             if not math.isfinite(product):
                 raise NonFiniteError("a gradient near w is not finite")
@@ -96,7 +89,6 @@ class InnerRuns(Estimator):
         best = Minimum(before, of_u, 1.0, 0)
         for taken in range(self.inner_steps + 1):
             of_u, newest = gradient(x)
-            newest.add_(x, self.damping)
             moved, change = x - before, newest - slope
             square, product, curvature = to_floats(
                 [inner(newest, newest), inner(moved, change), inner(change, change)]
@@ -111,7 +103,6 @@ class InnerRuns(Estimator):
             if product <= 0:
                 note = "negative curvature" if product else ""
                 break
-            length = self.step_size or product / curvature
-            before, slope, x = x, newest, x.plus(newest, -length)
+            before, slope, x = x, newest, x.plus(newest, -product / curvature)
             del moved, change
         return replace(best, note=note)

@@ -10,25 +10,27 @@ from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import Vector, zeros_like
 
+GAMMA = 100.0  # γ, in units of F/f
+
 
 @register("penalty", kind="penalty", tolerance=0.1)
 @dataclass(frozen=True)
 class Penalty(InnerRuns):
     """dF/du ≈ ∂F/∂u(u, w) + γ(∂f/∂u(u, w) − ∂f/∂u(u, z)), z = argmin f, w = argmin f + F/γ.
 
-    The estimate is the u-gradient of F + γ(f − min_z f) at its minimum in w, with an error of
-    O(1/γ). In training the lower steps descend f + F/γ instead of f, so that w tends to that
-    minimum; each costs one more pass, of F on a batch of the upper level.
+    The estimate is the u-gradient of F + γ(f − min_z f) at its minimum in w, with γ = 100 and an
+    error of O(1/γ). In training the lower steps descend f + F/γ instead of f, so that w tends to
+    that minimum; each costs one more pass, of F on a batch of the upper level.
 
     z solves ∂f/∂w(z) = ∂f/∂w(w) + (1/γ)·∂F/∂w(w), by at most ``inner_steps`` gradient steps from
     the last upper step's z − w. So the gradient of f + F/γ that is left at w, which γ would
     multiply, cancels in the difference. Outside training the error to the implicit formula at w is
     O(1/γ).
 
-    ``gamma`` is γ, in units of F/f. With ``free`` (PBGD-Free) the estimate is ∂F/∂u(u, w), without
-    the value function, by one pass. Its error is the whole implicit term, unless F is flat in w
-    around the minimum of f. Shen & Chen 2023, arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709;
-    free: Jiang et al. 2025, arXiv:2507.20400.
+    With ``free`` (PBGD-Free) the estimate is ∂F/∂u(u, w), without the value function, by one pass.
+    Its error is the whole implicit term, unless F is flat in w around the minimum of f. Shen & Chen
+    2023, arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709; free: Jiang et al. 2025,
+    arXiv:2507.20400.
 
     Example:
         The relative error to the implicit formula is below 1 %.
@@ -43,18 +45,12 @@ class Penalty(InnerRuns):
         True
     """
 
-    gamma: float = 100.0
     free: bool = False
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require(self.gamma > 0, "gamma must be positive")
 
     @property
     def requirements(self) -> Requirements:
         """The lower steps descend f + F/γ."""
-        return Requirements(upper_weight=1 / self.gamma)
+        return Requirements(upper_weight=1 / GAMMA)
 
     def cost(self) -> Cost:
         """The cost at ``inner_steps`` steps of the run."""
@@ -76,15 +72,14 @@ class Penalty(InnerRuns):
 
             def gradient(offset: Vector) -> tuple[Vector, Vector]:
                 f = gradients("lower", offset)
-                return f[0], f[1].add_(slope, -1).add_(b, -self.requirements.upper_weight)
+                return f[0], f[1].add_(slope, -1).add_(b, -1 / GAMMA)
 
-            at_w = of_u, b * -self.requirements.upper_weight
-            z = self.minimum(gradient, at_w, start * -self.requirements.upper_weight)
+            z = self.minimum(gradient, (of_u, b / -GAMMA), start / -GAMMA)
         return Estimate(
             direct,
-            self.gamma * (of_u - z.of_u),
+            GAMMA * (of_u - z.of_u),
             z.residual,
             z.steps,
             z.note,
-            {"response": -self.gamma * z.offset},
+            {"response": -GAMMA * z.offset},
         )

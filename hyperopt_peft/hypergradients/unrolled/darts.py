@@ -25,7 +25,7 @@ class OneStep(Estimator):
 
     def check(self) -> None:
         """Check the ranges of the options."""
-        self.require(self.epsilon is None or self.epsilon > 0, "epsilon must be positive")
+        self.require_positive("epsilon")
 
     @property
     def requirements(self) -> Requirements:

@@ -56,7 +56,7 @@ class Forward(Unrolled):
     def check(self) -> None:
         """Check the ranges of the options."""
         super().check()
-        self.require(self.limit >= 1, f"limit must be at least 1, got {self.limit}")
+        self.require_least(limit=1)
 
     @property
     def requirements(self) -> Requirements:
@@ -87,9 +87,9 @@ class Forward(Unrolled):
             optimizer.pulled_back(list(row), oracle.upper.variables).flat()
             for row in torch.eye(len(optimizer.options))
         ]
-        units = [_reshaped(row, direct) for row in torch.eye(n)]
+        units = [direct.with_entries(row) for row in torch.eye(n)]
         state = oracle.state if self.carry else {}
-        tangents = [_kept(state, j, b, optimizer) for j in range(n)]
+        tangents = [_tangents(state, j, b, optimizer) for j in range(n)]
         for step in steps:
             with oracle.product(self.product, at=step, epsilon=self.epsilon) as product:
                 for j, (z, moments) in enumerate(tangents):
@@ -102,23 +102,17 @@ class Forward(Unrolled):
             for j, (z, moments) in enumerate(tangents):
                 named = {"w": z, **optimizer.moments(moments)}
                 new |= {f"{name}/{j}": vector for name, vector in named.items()}
-        return Estimate(direct, _reshaped(implicit, direct), steps=len(steps), state=new)
+        return Estimate(direct, direct.with_entries(implicit), steps=len(steps), state=new)
 
 
-def _kept(
+def _tangents(
     state: State, unknown: int, like: Vector, optimizer: OptimizerStep
 ) -> tuple[Vector, list[Tensor]]:
     """The tangents of w and of the moments by ``unknown`` in ``state``, zero where missing."""
 
-    def kept(name: str) -> Vector:
-        found = state.get(f"{name}/{unknown}")
-        return found if isinstance(found, Vector) else zeros_like(like)
+    def tangent(name: str) -> Vector:
+        vector = state.get(f"{name}/{unknown}")
+        return vector if isinstance(vector, Vector) else zeros_like(like)
 
-    moments = [kept(name) for name in optimizer.moment_names]
-    return kept("w"), [part for parts in zip(*moments, strict=True) for part in parts]
-
-
-def _reshaped(entries: Tensor, like: Vector) -> Vector:
-    """``entries``, ``(n,)``, as a vector with the shapes, dtypes and devices of ``like``."""
-    parts = zip(like.with_entries(entries), like, strict=True)
-    return Vector(part.to(x) for part, x in parts)
+    moments = [tangent(name) for name in optimizer.moment_names]
+    return tangent("w"), [part for parts in zip(*moments, strict=True) for part in parts]

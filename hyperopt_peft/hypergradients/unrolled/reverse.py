@@ -56,8 +56,8 @@ class Unrolled(Estimator):
 
     def check(self) -> None:
         """Check the ranges of the options."""
-        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        self.require(self.epsilon is None or self.epsilon > 0, "epsilon must be positive")
+        self.require_least(steps=1)
+        self.require_positive("epsilon")
 
     @property
     def requirements(self) -> Requirements:
