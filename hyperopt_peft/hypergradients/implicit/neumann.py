@@ -48,10 +48,7 @@ class Neumann(Solver):
         """v ≈ H⁻¹ b."""
         eta = self.step_size
         if eta is None:
-            direction = b
-            for _ in range(POWER_STEPS):
-                direction = matvec(normalised(direction))
-            largest = math.sqrt(*read_finite(inner(direction, direction)))
+            largest = _largest_eigenvalue(matvec, b)
             if largest == 0:
                 return Solution(zeros_like(b), 1.0, 0, "the Hessian is zero along ∂F/∂w")
             eta = 1 / largest
@@ -61,3 +58,11 @@ class Neumann(Solver):
         last, first = read_finite(inner(p, p), inner(b, b))
         note = f"the series diverges at step_size {eta:.3g}" if last > first else ""
         return Solution(total.mul_(eta), None, self.terms, note)
+
+
+def _largest_eigenvalue(matvec: Matvec, start: Vector) -> float:
+    """A lower bound of |λ|max of a symmetric matrix, by power iteration."""
+    v = start
+    for _ in range(POWER_STEPS):
+        v = matvec(normalised(v))
+    return math.sqrt(*read_finite(inner(v, v)))
