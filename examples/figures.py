@@ -41,7 +41,7 @@ def estimators(comparison: Comparison, path: Path) -> None:
     rows = [row for row in comparison.rows if not row.problem and np.isfinite(row.cosine)]
     with drawing(path, 7, 5) as (figure, axes):
         for index, row in enumerate(rows):
-            label = f"{row.method} ({row.gradients} + {row.products})"
+            label = f"{row.estimator} ({row.gradients} + {row.products})"
             style = {"color": COLOURS[index % len(COLOURS)], "marker": "os"[index >= len(COLOURS)]}
             axes.scatter(row.seconds, row.cosine, s=60, zorder=3, label=label, **style)
         axes.set_xscale("log")

@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
             **batches[0],
             **several,
             seed=args.seed,
-            steps=own.solver_steps,
+            solver_steps=own.solver_steps,
             progress=sys.stderr.isatty(),
         )
     print(found)

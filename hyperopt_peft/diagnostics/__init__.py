@@ -1,1 +1,7 @@
 """Checks of a pair of levels, and comparisons of estimators on it."""
+
+from hyperopt_peft.diagnostics.curvature import spectrum
+from hyperopt_peft.diagnostics.recommend import recommend
+from hyperopt_peft.diagnostics.retraining import Retraining
+
+__all__ = ["Retraining", "recommend", "spectrum"]

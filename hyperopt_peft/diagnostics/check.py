@@ -32,6 +32,7 @@ from hyperopt_peft.utils.random_state import (
 )
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.signal_to_noise import ENOUGH, REMEDIES, SignalToNoise
+from hyperopt_peft.utils.validation import require_count
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
 _NO_EDITS = "compute a new tensor in place of writing, and leave every write to the optimizer"
@@ -46,7 +47,7 @@ def check_problem(
     upper_batches: Sequence[Any] | None = None,
     lower_batches: Sequence[Any] | None = None,
     seed: int = 0,
-    steps: int = 10,
+    solver_steps: int = 10,
     progress: bool = True,
 ) -> Check:
     """Check two levels at the current point, before or after training.
@@ -54,8 +55,9 @@ def check_problem(
     Errors: a tensor that both levels own; a variable that no loss reads; a loss that is not a
     scalar with a gradient, is not finite, writes to a variable, or is not a function of its batch,
     the variables and PyTorch's random state. Warnings: no implicit term; f without second
-    derivative; negative curvature; a linear system that ``steps`` steps do not solve; a lower level
-    far from its minimum. Notes: dropout; buffers that a loss changes; a level without optimizer.
+    derivative; negative curvature; a linear system that ``solver_steps`` steps do not solve; a
+    lower level far from its minimum. Notes: dropout; buffers that a loss changes; a level without
+    optimizer.
 
     The distance from the lower minimum is measured by its effect on the hypergradient: the change
     of the hypergradient by a Newton step on copies of w (by conjugate gradients, shortened until f
@@ -70,9 +72,9 @@ def check_problem(
     `Check.curvature` has a damping for ``cg``, ``minres`` and ``warm`` and a ξ for ``darts``, both
     in the units of this f.
 
-    The cost is at most 5·``steps`` second-derivative products and about twenty passes, and for each
-    pair of batches ``steps`` products and three passes. Variables, gradients, buffers, data and
-    random states are bit-identical afterwards.
+    The cost is at most 5·``solver_steps`` second-derivative products and about twenty passes, and
+    for each pair of batches ``solver_steps`` products and three passes. Variables, gradients,
+    buffers, data and random states are bit-identical afterwards.
 
     Args:
         upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
@@ -81,11 +83,11 @@ def check_problem(
             four of each level's data, or the batch above where there are no data. The shorter
             sequence is repeated; one batch of each level has no ratio.
         seed: the seed of the losses' random numbers.
-        steps: the number of steps of each solver.
+        solver_steps: the number of steps of each solver.
         progress: whether to show a progress bar.
 
     Raises:
-        ProblemError: ``steps`` is not positive, or `Problem.optimizer_options` are invalid.
+        ProblemError: ``solver_steps`` is not positive, or `Problem.optimizer_options` are invalid.
         Exception: any other exception of a loss.
 
     Example:
@@ -99,8 +101,7 @@ def check_problem(
         >>> check_problem(upper, lower, progress=False).ok
         True
     """
-    if steps < 1:
-        raise ProblemError(f"steps: must be at least 1, got {steps}")
+    require_count("solver_steps", solver_steps, least=1)
     try:
         check_ownership(upper, lower)
     except ProblemError as error:
@@ -111,11 +112,11 @@ def check_problem(
     host = host_random_state()  # after the draws of the data, which are not undone
     try:
         with ExitStack() as stack:
-            most = 5 * steps + 20 + len(pairs) * (steps + 3)
+            most = 5 * solver_steps + 20 + len(pairs) * (solver_steps + 3)
             oracle.passes = stack.enter_context(counted("check", most, progress=progress))
             start = stack.enter_context(perturbed((*upper.variables, *lower.variables)))
             stack.enter_context(oracle.open())
-            examination = _Examination(oracle, start, seed, steps, pairs)
+            examination = _Examination(oracle, start, seed, solver_steps, pairs)
             examination.run()
     finally:
         restore_host_random_state(host)
@@ -124,11 +125,11 @@ def check_problem(
     return Check(tuple(findings), examination.curvature, examination.signal_to_noise)
 
 
-def _pairs(oracle: Oracle, *given: Sequence[Any] | None) -> list[tuple[Any, Any]]:
+def _pairs(oracle: Oracle, *of_levels: Sequence[Any] | None) -> list[tuple[Any, Any]]:
     """Pairs of an upper and a lower batch; none if all pairs would be equal."""
     both = []
     levels = ((oracle.upper, oracle.upper_batch), (oracle.lower, oracle.lower_batch))
-    for (level, batch), batches in zip(levels, given, strict=True):
+    for (level, batch), batches in zip(levels, of_levels, strict=True):
         if batches is None:
             batches = [batch] if level.batches is None else level.batches.ahead(ENOUGH)
         both.append([level.on_device(each) for each in batches])
@@ -143,7 +144,7 @@ class _Examination:
     oracle: Oracle
     start: tuple[Tensor, ...]
     seed: int
-    steps: int
+    solver_steps: int
     pairs: Sequence[tuple[Any, Any]]
     findings: list[Finding] = field(default_factory=list)
     curvature: Curvature | None = None
@@ -200,7 +201,7 @@ class _Examination:
 
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> Evaluation:
         buffers, lower = self.oracle.buffers, self.oracle.lower
-        self.oracle.passes.gradients += 1
+        self.oracle.passes.count(gradients=1)
         with replay(random):  # F too is differentiated through the levels below the lower one
             if level is lower:
                 evaluation = lower.gradient(batch, self._variables)
@@ -208,8 +209,8 @@ class _Examination:
                 evaluation = lower.gradient_above(level, batch, self._variables)
         changed = sorted(set(buffers.changed()))
         buffers.restore()
-        known = {(finding.kind, finding.level) for finding in self.findings}
-        if changed and ("buffers", level.name) not in known:
+        reported = {(finding.kind, finding.level) for finding in self.findings}
+        if changed and ("buffers", level.name) not in reported:
             words = f"the loss changes the buffers {', '.join(changed)}"
             advice = (
                 "hypergradients put them back, the level's own steps keep the change; "
@@ -268,8 +269,9 @@ class _Examination:
         """Add findings on variables without a gradient, and on a missing implicit term."""
         upper, lower = self.oracle.upper, self.oracle.lower
         count = len(upper.variables)
-        own = zip(lower.names, below[count:])
-        unread = [(lower, n) for n, g in own if g is None or n in lower.unread]
+        unread = [
+            (lower, n) for n, g in zip(lower.names, below[count:]) if g is None or n in lower.unread
+        ]
         both, options = zip(upper.names, upper.variables, above, below), self._options
         unread += [
             (upper, n)
@@ -309,7 +311,7 @@ class _Examination:
     def _second_order(self, product: ProductKind) -> None:
         lower = self.oracle.lower
         try:
-            self.curvature = found = measure(self.oracle, product, self.steps, self.seed)
+            self.curvature = curvature = measure(self.oracle, product, self.solver_steps, self.seed)
         except NonFiniteError as error:
             advice = "look for roots, norms and logarithms of zero, whose derivatives are infinite"
             self._add("not finite", "error", lower, str(error), advice)
@@ -323,39 +325,43 @@ class _Examination:
                 self._second_order("difference")
             return
         kinds = {finding.kind for finding in self.findings}
-        if not found.implicit and not kinds & {"no mixed derivative", "no implicit term"}:
+        if not curvature.implicit and not kinds & {"no mixed derivative", "no implicit term"}:
             self._no_mixed()
-        darts = f"darts:xi={found.xi:.2g}" if found.xi > 0 else "direct"
-        if found.smallest < -1e-3 * abs(found.largest):
-            words = f"the lower Hessian has negative curvature, {found.smallest:.2g}"
+        darts = f"darts:xi={curvature.xi:.2g}" if curvature.xi > 0 else "direct"
+        if curvature.smallest < -1e-3 * abs(curvature.largest):
+            words = f"the lower Hessian has negative curvature, {curvature.smallest:.2g}"
             advice = (
                 f"this is no minimum: take more lower steps, give cg, minres or warm "
-                f"damping={found.damping():.2g}, or use {darts}"
+                f"damping={curvature.damping():.2g}, or use {darts}"
             )
             self._add("negative curvature", "warning", lower, words, advice)
-        if found.residual > 0.1:
+        if curvature.residual > 0.1:
             words = (
-                f"after {self.steps} steps of minres the residual is still {found.residual:.2g}; "
-                f"the condition number is {found.condition:.1g} or more"
+                f"after {self.solver_steps} steps of minres the residual is still "
+                f"{curvature.residual:.2g}; the condition number is {curvature.condition:.1g} "
+                "or more"
             )
             advice = (
-                f"give the solver more steps or damping={found.damping():.2g}, or regularise the "
-                "lower loss"
+                f"give the solver more steps or damping={curvature.damping():.2g}, or "
+                "regularise the lower loss"
             )
             self._add("ill-conditioned", "warning", lower, words, advice)
-        if found.change > 0.1:
-            before, after = found.losses
+        if curvature.change > 0.1:
+            before, after = curvature.losses
             words = (
                 f"the lower level is far from its minimum: a Newton step takes its loss from "
-                f"{before:.4g} to {after:.4g} and changes the hypergradient by {found.change:.0%}"
+                f"{before:.4g} to {after:.4g} and changes the hypergradient by "
+                f"{curvature.change:.0%}"
             )
             advice = "take more lower steps before the first upper step and before each one"
             self._add("far from stationary", "warning", lower, words, advice)
-        self._noise(product, found)
+        self._noise(product, curvature)
 
-    def _noise(self, product: ProductKind, found: Curvature) -> None:
+    def _noise(self, product: ProductKind, curvature: Curvature) -> None:
         """Measure the signal-to-noise ratio, and add a finding where it is below 1."""
-        solver = MINRES(steps=self.steps, damping=found.damping(), product=product, tolerance=1e-2)
+        solver = MINRES(
+            steps=self.solver_steps, damping=curvature.damping(), product=product, tolerance=1e-2
+        )
         devices, signal = devices_of(self.oracle.upper, self.oracle.lower), SignalToNoise()
         try:
             for number, (above, below) in enumerate(self.pairs):

@@ -22,7 +22,7 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, estimate, open_oracle
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle
-from hyperopt_peft.hypergradients.registry import get_estimator, with_options
+from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator, with_options
 from hyperopt_peft.utils.vector import Vector, dot
 
 
@@ -31,7 +31,7 @@ class ComparisonRow:
     """One estimator in a `Comparison`, with medians over the repeats.
 
     Attributes:
-        method: the estimator's name with options.
+        estimator: the name with options.
         cosine, relative_error, norm_ratio: of the estimate h to the reference t with equal batches
             and random numbers: ⟨h, t⟩/(‖h‖‖t‖), ‖h − t‖/‖t‖ and ‖h‖/‖t‖.
         factor: the least-squares factor of the implicit term; ``darts`` has the smallest error at
@@ -41,11 +41,11 @@ class ComparisonRow:
         gradients, products: the numbers of forward+backward and of second backward passes.
         seconds: the time of one estimate.
         peak_memory: the additional memory in bytes; None if not measured.
-        note: the estimator's first note, for example on negative curvature or a dominant damping.
+        note: the first note, for example on negative curvature or a dominant damping.
         problem: the error of an estimator without a result.
     """
 
-    method: str
+    estimator: str
     cosine: float = float("nan")
     relative_error: float = float("nan")
     norm_ratio: float = float("nan")
@@ -82,11 +82,11 @@ class Comparison:
     spectrum: Spectrum | None = None
 
     def records(self) -> list[dict[str, Any]]:
-        """One plain dict for each method."""
+        """One plain dict for each estimator."""
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        head = ("method", "cosine", "rel. error", "norm ratio", "factor", "residual", "spread")
+        head = ("estimator", "cosine", "rel. error", "norm ratio", "factor", "residual", "spread")
         table: list[tuple[str, ...]] = [(*head, "fwd+bwd", "products", "seconds", "MB")]
         for row in self.rows:
             numbers = (
@@ -100,7 +100,8 @@ class Comparison:
             cost = (str(row.gradients), str(row.products), f"{row.seconds:.3g}")
             memory = None if row.peak_memory is None else row.peak_memory / 2**20
             cells = (*numbers, *cost, _cell(memory, ".1f"))
-            table.append((row.method, *cells) if not row.problem else (row.method, row.problem))
+            name = row.estimator
+            table.append((name, row.problem) if row.problem else (name, *cells))
         if all(row.peak_memory is None for row in self.rows):
             table = [row[:-1] if len(row) > 2 else row for row in table]
         widths = [max(len(row[i]) for row in table if len(row) > 2) for i in range(len(table[0]))]
@@ -112,10 +113,10 @@ class Comparison:
             ).rstrip()
             for row in table
         ]
-        lines += [f"{row.method}: {row.note}" for row in self.rows if row.note]
-        known = self.reference_residual
+        lines += [f"{row.estimator}: {row.note}" for row in self.rows if row.note]
+        residual = self.reference_residual
         kind = "relative error" if self.reference.startswith(Retraining.name) else "residual"
-        accuracy = "" if known is None else f" ({kind} {known:.2g})"
+        accuracy = "" if residual is None else f" ({kind} {residual:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
         lines.append(f"against {self.reference}{accuracy}{note}; {self.repeats} repeats")
         return "\n".join(lines)
@@ -124,8 +125,8 @@ class Comparison:
 def compare_hypergradients(
     upper: Problem,
     lower: Problem,
-    methods: str | Estimator | Iterable[str | Estimator],
-    reference: str | Estimator = "exact",
+    estimators: EstimatorLike | Iterable[EstimatorLike],
+    reference: EstimatorLike = "exact",
     repeats: int = 3,
     seed: int = 0,
     *,
@@ -134,31 +135,32 @@ def compare_hypergradients(
     memory: bool = False,
     progress: bool = True,
 ) -> Comparison:
-    """Compare the estimates of ``methods`` at the current point with a reference.
+    """Compare the estimates of ``estimators`` at the current point with a reference.
 
-    Each repeat has other random numbers (dropout masks), equal for all methods. Nothing changes.
+    Each repeat has other random numbers (dropout masks), equal for all estimators. Nothing changes.
 
     With ``reference="retraining"`` the reference is measured by `Retraining`, along the direct and
-    implicit terms of all methods, m orthonormal directions, and along K random directions
+    implicit terms of all estimators, m orthonormal directions, and along K random directions
     orthogonal to these. For n upper unknowns, with the slopes s of the random directions,
 
         ‖dF/du‖² ≈ Σ_m slope² + (n − m)/K·Σ_K s²
 
-    The note has the share of dF/du outside the span of the methods' terms.
+    The note has the share of dF/du outside the span of the estimators' terms.
 
     Args:
-        methods: an estimator, its name with options, or several of these.
+        estimators: an estimator, its name with options, a function ``(matvec, b) -> v``, or
+            several of these.
         reference: ``"exact"`` (up to 5,000 lower unknowns); a long solve, such as
             ``"cg:steps=200,tolerance=1e-10"``; or ``"retraining:steps=20,directions=4"``.
         repeats: the number of repeats.
         seed: the seed of the random numbers.
         upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
             for a Trainer have no data, and need batches.
-        memory: whether to measure the peak memory, by one more run of each method.
+        memory: whether to measure the peak memory, by one more run of each estimator.
         progress: whether to show progress bars.
 
     Raises:
-        ProblemError: a method is unknown; there is no method; or ``repeats`` is below 1.
+        ProblemError: an estimator is unknown; there is none; or ``repeats`` is below 1.
         NonFiniteError: the reference is not finite.
 
     Example:
@@ -171,11 +173,11 @@ def compare_hypergradients(
         >>> [row.cosine > 0.999 for row in table.rows]
         [False, True]
     """
-    if isinstance(methods, str | Estimator):
-        methods = [methods]
-    chosen = [(m if isinstance(m, str) else repr(m), get_estimator(m)) for m in methods]
+    if isinstance(estimators, str | Estimator) or callable(estimators):
+        estimators = [estimators]
+    chosen = [(_label(each), get_estimator(each)) for each in estimators]
     if not chosen or repeats < 1:
-        raise ProblemError("methods, repeats: give at least one method and one repeat")
+        raise ProblemError("estimators, repeats: give at least one estimator and one repeat")
     truth = get_reference(reference)
     batches = {"upper_batch": upper_batch, "lower_batch": lower_batch}
 
@@ -183,7 +185,7 @@ def compare_hypergradients(
         return open_oracle(upper, lower, seed=seed + repeat, **batches)
 
     seeds = range(repeats)
-    runs: dict[str, list[_Run] | ProblemError | NonFiniteError] = {}
+    runs: list[list[_Run] | ProblemError | NonFiniteError] = []
     most = (len(chosen) + (not isinstance(truth, Retraining))) * repeats
     with tqdm(total=most, desc="estimates", disable=not progress) as bar:
         if not isinstance(truth, Retraining):
@@ -192,11 +194,11 @@ def compare_hypergradients(
             residual, note = _largest_residual(solved), _first_note(solved)
         for name, estimator in chosen:
             try:
-                runs[name] = [_ticked(bar, name, oracle(k), estimator) for k in seeds]
+                runs.append([_ticked(bar, name, oracle(k), estimator) for k in seeds])
             except (ProblemError, NonFiniteError) as error:
-                runs[name] = error
+                runs.append(error)
     if isinstance(truth, Retraining):
-        done = [each for each in runs.values() if isinstance(each, list)]
+        done = [each for each in runs if isinstance(each, list)]
         measured = [
             _retrained(oracle(k), truth, [run[k].estimate for run in done], progress) for k in seeds
         ]
@@ -206,21 +208,23 @@ def compare_hypergradients(
     if any(option(e, "damping") for e in (truth, *(e for _, e in chosen))):
         ends = spectrum(upper, lower, **batches, seed=seed)
     rows = []
-    for name, estimator in chosen:
-        found = runs[name]
-        if not isinstance(found, list):
-            rows.append(ComparisonRow(name, problem=str(found)))
+    for (name, estimator), repeated in zip(chosen, runs, strict=True):
+        if not isinstance(repeated, list):
+            rows.append(ComparisonRow(name, problem=str(repeated)))
             continue
-        held = None
+        peak = None
         if memory:
-            held = peak_memory(partial(_run, oracle(0), estimator), upper.devices[0])
-        rows.append(_row(name, found, truths, held, _dominance(estimator, ends)))
-    name = reference if isinstance(reference, str) else repr(truth)
+            peak = peak_memory(partial(_run, oracle(0), estimator), upper.devices[0])
+        rows.append(_row(name, repeated, truths, peak, _dominance(estimator, ends)))
     note = "; ".join(filter(None, (_dominance(truth, ends), note)))
-    return Comparison(name, residual, note, repeats, tuple(rows), ends)
+    return Comparison(_label(reference), residual, note, repeats, tuple(rows), ends)
 
 
-def get_reference(reference: str | Estimator) -> Estimator:
+def _label(estimator: EstimatorLike) -> str:
+    return estimator if isinstance(estimator, str) else repr(get_estimator(estimator))
+
+
+def get_reference(reference: EstimatorLike) -> Estimator:
     """The estimator, or the `Retraining`, named by ``reference``.
 
     Raises:

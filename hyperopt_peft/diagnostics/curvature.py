@@ -20,6 +20,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.random_state import replay
 from hyperopt_peft.utils.restore import assign_, perturbed
+from hyperopt_peft.utils.validation import require_count
 from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
 
 CONDITION = 10.0
@@ -114,7 +115,7 @@ def spectrum(
     upper_batch: Any = NEXT,
     lower_batch: Any = NEXT,
     seed: int = 0,
-    steps: int = 10,
+    lanczos_steps: int = 10,
 ) -> Spectrum:
     """The extreme eigenvalues of the lower Hessian at the current point; nothing changes.
 
@@ -123,26 +124,27 @@ def spectrum(
     Args:
         upper_batch, lower_batch: as in `hypergradient`.
         seed: the seed of dropout and of the initial Lanczos vector.
-        steps: the number of Lanczos steps, of one product each.
+        lanczos_steps: the number of Lanczos steps, of one product each.
 
     Raises:
-        ProblemError: ``steps`` is not positive, or the levels share a tensor.
+        ProblemError: ``lanczos_steps`` is not positive, or the levels share a tensor.
         NonFiniteError: f or a product is NaN or infinite.
 
     Example:
         >>> import torch
-        >>> from hyperopt_peft.diagnostics.curvature import spectrum
+        >>> from hyperopt_peft.diagnostics import spectrum
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> spectrum(upper, lower).smallest > 0  # ridge regression is strictly convex
         True
     """
+    require_count("lanczos_steps", lanczos_steps, least=1)
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     with oracle.open():
         if lower.second_derivatives:
             with suppress(ProblemError):  # f has no second derivative
-                return _ends(oracle, "exact", steps, seed)
-        return _ends(oracle, "difference", steps, seed)
+                return _ends(oracle, "exact", lanczos_steps, seed)
+        return _ends(oracle, "difference", lanczos_steps, seed)
 
 
 def _ends(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Spectrum:
@@ -210,11 +212,8 @@ def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
     the spectrum. Lanczos 1950, doi:10.6028/jres.045.026.
 
     Raises:
-        ProblemError: ``steps`` is not positive.
         NonFiniteError: a product is NaN or infinite.
     """
-    if steps < 1:
-        raise ProblemError(f"steps: must be at least 1, got {steps}")
     q, previous, beta = start / start.norm(), zeros_like(start), 0.0
     diagonal: list[float] = []
     beside: list[float] = []

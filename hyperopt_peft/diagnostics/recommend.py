@@ -37,12 +37,12 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended ``method``, None if no estimator is within the limits, and the ``reasons``.
+    """The recommended ``estimator``, None if none is within the limits, and the ``reasons``.
 
     ``xi`` is the ξ ≥ 0 at which ``darts`` is closest to the reference; None without ``darts``.
     """
 
-    method: str | None
+    estimator: str | None
     reasons: tuple[str, ...]
     xi: float | None = None
 
@@ -61,12 +61,12 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
     Example:
         >>> from hyperopt_peft import compare_hypergradients
         >>> from hyperopt_peft.engine import minimize
-        >>> from hyperopt_peft.diagnostics.recommend import recommend
+        >>> from hyperopt_peft.diagnostics import recommend
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> _ = minimize(lower)
         >>> table = compare_hypergradients(upper, lower, ["darts", "cg"], progress=False)
-        >>> recommend(table).method
+        >>> recommend(table).estimator
         'cg'
     """
     limits = limits or Thresholds()
@@ -81,11 +81,11 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
     best = min(near, key=lambda row: row.seconds) if near else None
     if best is not None:
         reasons.append(
-            f"Use {best.method}: of {len(near)} within {bounds} it is the quickest, "
+            f"Use {best.estimator}: of {len(near)} within {bounds} it is the quickest, "
             f"{best.seconds:.3g} s (cosine {best.cosine:.3f}, relative error "
             f"{best.relative_error:.2g})."
         )
-        if best.method.partition(":")[0] == "direct":
+        if best.estimator.partition(":")[0] == "direct":
             reasons.append(
                 "The implicit term is small here: the upper level may as well be trained without "
                 "it, at the cost of one pass."
@@ -93,7 +93,7 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
     elif rows:
         closest = min(rows, key=lambda row: row.relative_error)
         reasons.append(
-            f"None is within {bounds}; the closest is {closest.method} (cosine "
+            f"None is within {bounds}; the closest is {closest.estimator} (cosine "
             f"{closest.cosine:.3f}, relative error {closest.relative_error:.2g}): give it more "
             f"steps or terms, or use the reference, {comparison.reference}."
         )
@@ -101,11 +101,11 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
         reasons.append("No estimator gave a number that can be compared.")
     reasons += [text for row in rows for text in _of_length(row, limits)]
     reasons += [
-        f"Warning: {row.method}: {row.note}."
+        f"Warning: {row.estimator}: {row.note}."
         for row in rows
         if comparison.spectrum and comparison.spectrum.dominated_by(_option(row, "damping") or 0.0)
     ]
-    xi = next((found for row in rows if (found := _best_xi(row)) is not None), None)
+    xi = next((best_xi for row in rows if (best_xi := _best_xi(row)) is not None), None)
     if xi is not None:
         reasons.append(
             f"darts comes closest to the reference with ξ = {xi:.2g}."
@@ -114,9 +114,9 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
             "better than direct."
         )
     reasons += [
-        f"{row.method} gave no number: {row.problem}" for row in comparison.rows if row.problem
+        f"{row.estimator} gave no number: {row.problem}" for row in comparison.rows if row.problem
     ]
-    return Recommendation(None if best is None else best.method, tuple(reasons), xi)
+    return Recommendation(None if best is None else best.estimator, tuple(reasons), xi)
 
 
 def _of_reference(comparison: Comparison, limits: Thresholds) -> list[str]:
@@ -139,18 +139,18 @@ def _of_length(row: ComparisonRow, limits: Thresholds) -> list[str]:
     """A warning of a wrong norm. A small norm is a warning for ``darts`` only, where ξ sets it."""
     long = row.norm_ratio > limits.ratio
     if long or (_xi(row) is not None and row.norm_ratio < 1 / limits.ratio):
-        return [f"Warning: {row.method} is {row.norm_ratio:.2g} times as long as the reference."]
+        return [f"Warning: {row.estimator} is {row.norm_ratio:.2g} times as long as the reference."]
     return []
 
 
 def _option(row: ComparisonRow, name: str) -> float | None:
     """The value of a numeric option of the row's estimator; None if it has no such option."""
-    known = row.method.partition(":")[0] in registered()
-    return option(get_estimator(row.method), name) if known else None
+    has_name = row.estimator.partition(":")[0] in registered()
+    return option(get_estimator(row.estimator), name) if has_name else None
 
 
 def _xi(row: ComparisonRow) -> float | None:
-    return _option(row, "xi") if row.method.partition(":")[0] == "darts" else None
+    return _option(row, "xi") if row.estimator.partition(":")[0] == "darts" else None
 
 
 def _best_xi(row: ComparisonRow) -> float | None:

@@ -106,7 +106,7 @@ class Retraining(Estimator):
 
     Example:
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.diagnostics.retraining import Retraining
+        >>> from hyperopt_peft.diagnostics import Retraining
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()

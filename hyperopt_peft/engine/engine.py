@@ -12,9 +12,8 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep, LowerStep, require_history
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import check_ownership
-from hyperopt_peft.hypergradients.registry import DEFAULT, get_estimator
+from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.hypergradients.state import unpacked
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import (
@@ -80,7 +79,7 @@ class Engine:
         self,
         upper: Problem,
         lower: Problem,
-        hypergradient: str | Estimator = DEFAULT,
+        hypergradient: EstimatorLike = DEFAULT,
         *,
         lower_steps: int = 1,
         warmup_steps: int = 0,

@@ -20,12 +20,11 @@ from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
-from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.solver import Solver
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import ProductKind
-from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -99,7 +98,7 @@ class Nested(Problem):
         self,
         middle: Problem,
         lower: Problem,
-        hypergradient: str | Estimator | None = None,
+        hypergradient: EstimatorLike | None = None,
         *,
         lower_steps: int = 1,
         warmup_steps: int = 0,

@@ -1,12 +1,10 @@
 """Hypergradient estimators, their registry, and second-derivative products."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from hyperopt_peft.hypergradients.estimate import hypergradient
+from hyperopt_peft.hypergradients.estimate import hypergradient, open_oracle
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.exact import Exact
+from hyperopt_peft.hypergradients.implicit.function import FunctionSolver
 from hyperopt_peft.hypergradients.implicit.kfac import KFAC
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.implicit.neumann import Neumann
@@ -23,10 +21,7 @@ from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.forward import Forward
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.hypergradients.unrolled.sama import SAMA
-from hyperopt_peft.utils.vector import Vector, dot, zeros_like
-
-if TYPE_CHECKING:
-    from hyperopt_peft.diagnostics.compare import Comparison, compare_hypergradients
+from hyperopt_peft.utils.vector import Vector, dot, inner, zeros_like
 
 __all__ = [
     "DARTS",
@@ -34,7 +29,6 @@ __all__ = [
     "KFAC",
     "MINRES",
     "SAMA",
-    "Comparison",
     "ConjugateGradient",
     "Cost",
     "Direct",
@@ -42,6 +36,7 @@ __all__ = [
     "Estimator",
     "Exact",
     "Forward",
+    "FunctionSolver",
     "Matvec",
     "Neumann",
     "Nystrom",
@@ -54,18 +49,12 @@ __all__ = [
     "Unrolled",
     "Vector",
     "WarmStart",
-    "compare_hypergradients",
     "dot",
     "get_estimator",
     "hypergradient",
+    "inner",
+    "open_oracle",
     "register",
     "registered",
     "zeros_like",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Names of the diagnostics above this folder, which users import from here.
-    if name in ("Comparison", "compare_hypergradients"):
-        return getattr(import_module("hyperopt_peft.diagnostics.compare"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

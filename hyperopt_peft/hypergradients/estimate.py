@@ -15,7 +15,7 @@ from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemEr
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT
-from hyperopt_peft.hypergradients.registry import DEFAULT, get_estimator
+from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import inner
@@ -54,13 +54,13 @@ def open_oracle(
     return Oracle(upper, lower, upper_batch, lower_batch, state("upper"), state("lower"))
 
 
-def estimate(oracle: Oracle, method: str | Estimator) -> Estimate:
-    """The estimate of ``method`` at the oracle's point; all state is restored afterwards.
+def estimate(oracle: Oracle, estimator: EstimatorLike) -> Estimate:
+    """The estimate at the oracle's point; all state is restored afterwards.
 
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
     """
-    estimator = get_estimator(method)
+    estimator = get_estimator(estimator)
     try:
         with oracle.open():
             result = estimator.estimate(oracle)
@@ -106,7 +106,7 @@ def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> Non
 def hypergradient(
     upper: Problem,
     lower: Problem,
-    method: str | Estimator = DEFAULT,
+    estimator: EstimatorLike = DEFAULT,
     *,
     upper_batch: Any = NEXT,
     lower_batch: Any = NEXT,
@@ -122,14 +122,15 @@ def hypergradient(
     Args:
         upper: the upper level, with loss F.
         lower: the lower level, with loss f, at (or near) its minimum for the current u.
-        method: an estimator, or its name with options: ``"cg:steps=40"``.
+        estimator: an estimator, its name with options, ``"cg:steps=40"``, or a function
+            ``(matvec, b) -> v``.
         upper_batch, lower_batch: the batches of the losses; by default the next ones of each
             level's data, None for a level without data.
         seed: the seed of both losses' random numbers (dropout); by default they start from the
             current random state.
 
     Raises:
-        ProblemError: an unknown method or option; levels that share a tensor; an invalid loss.
+        ProblemError: an unknown estimator or option; levels that share a tensor; an invalid loss.
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
 
     Warns:
@@ -143,7 +144,7 @@ def hypergradient(
         >>> [tuple(part.shape) for part in hypergradient(upper, lower, "cg")]
         [(10,)]
     """
-    estimator = get_estimator(method)
+    estimator = get_estimator(estimator)
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     check_estimator(estimator, upper, lower)
     result = estimate(oracle, estimator)

@@ -40,7 +40,10 @@ Gradients = Callable[[Literal["upper", "lower"], Vector], tuple[Vector, Vector]]
 
 @dataclass(frozen=True)
 class UpperGradient:
-    """∂F/∂u (``direct``), ∂F/∂w (``b``) and ‖b‖₂; zero for a variable that F does not read."""
+    """∂F/∂u (``direct``), ∂F/∂w (``b``) and ‖b‖₂; zero for a variable that F does not read.
+
+    ``norm`` is 0 too where its square is below the range of float64.
+    """
 
     direct: Vector
     b: Vector
@@ -99,14 +102,16 @@ class Oracle:
         return self._upper_gradient()
 
     def _upper_gradient(self) -> UpperGradient:
-        self.passes.gradients += 1
+        self.passes.count(gradients=1)
         u, w = self.upper.variables, self.lower.variables
         with replay(self.upper_random):
             evaluation = self.lower.gradient_above(self.upper, self.upper_batch, (*u, *w))
         self.buffers.restore()
-        given, norm = evaluation.gradient, math.hypot(*evaluation.norms[len(u) :])
-        direct, b = Vector.of(given[: len(u)], u), Vector.of(given[len(u) :], w)
-        views = (None if g is None else x for g, x in zip(given, (*direct, *b), strict=True))
+        gradient, norm = evaluation.gradient, math.hypot(*evaluation.norms[len(u) :])
+        if norm**2 == 0:  # solvers divide by the square
+            norm = 0.0
+        direct, b = Vector.of(gradient[: len(u)], u), Vector.of(gradient[len(u) :], w)
+        views = (None if g is None else x for g, x in zip(gradient, (*direct, *b), strict=True))
         evaluation = replace(evaluation, gradient=tuple(views))  # frees the first copy
         return UpperGradient(direct, b, norm, evaluation)
 
@@ -166,9 +171,9 @@ class Oracle:
                 raise ProblemError(SHARDED)
             self.lower.require_single(NO_EXACT_PRODUCT)
         objective = self._objective(at)
-        half, known = self._half(objective), None
+        half, upper_gradient = self._half(objective), None
         if at is not None and at.upper_gradient is not None and not half:
-            known = Vector.of(at.upper_gradient, self.upper.variables)
+            upper_gradient = Vector.of(at.upper_gradient, self.upper.variables)
         variables = self.lower.variables
         with ExitStack() as stack:
             stack.callback(self.buffers.restore)  # after the body, whose graph reads the buffers
@@ -182,7 +187,7 @@ class Oracle:
                 assign_(variables, point)
             if kind == "difference":
                 stack.enter_context(self.lower.anchored())
-                yield DifferenceProduct(objective, point, epsilon, scheme, known)
+                yield DifferenceProduct(objective, point, epsilon, scheme, upper_gradient)
             else:
                 yield ExactProduct(objective)
 

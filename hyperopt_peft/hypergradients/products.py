@@ -8,7 +8,7 @@ first-order passes only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,10 +45,27 @@ NO_EXACT_PRODUCT = (
 
 @dataclass
 class Passes:
-    """Counts: ``gradients`` of forward+backward passes, ``products`` of second backward passes."""
+    """Counts: ``gradients`` of forward+backward passes, ``products`` of second backward passes.
+
+    ``update``, if given, is called with the number of new passes; a progress bar has such a method.
+
+    Example:
+        >>> passes = Passes(update=print)
+        >>> passes.count(products=2)
+        2
+        >>> passes.gradients, passes.products
+        (0, 2)
+    """
 
     gradients: int = 0
     products: int = 0
+    update: Callable[[int], object] = field(default=lambda _: None, repr=False, compare=False)
+
+    def count(self, *, gradients: int = 0, products: int = 0) -> None:
+        """Add to the counts."""
+        self.gradients += gradients
+        self.products += products
+        self.update(gradients + products)
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ class Objective:
 
     def parts(self, variables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """As ``gradient``, in the variables' dtypes; None for a variable that f does not read."""
-        self.passes.gradients += 1
+        self.passes.count(gradients=1)
         with replay(self.random_state):
             loss, _, gradient = self.lower.differentiate(self.batch, variables)
         self.losses.append(loss)
@@ -122,7 +139,7 @@ class ExactProduct:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        objective.passes.gradients += 1
+        objective.passes.count(gradients=1)
         with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), _without_reducers():
             loss, _ = objective.lower.evaluate(objective.batch)
         objective.losses.append(distributed.average(loss))
@@ -159,7 +176,7 @@ class ExactProduct:
     def _derivative(
         self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None
     ) -> Vector:
-        self.objective.passes.products += 1
+        self.objective.passes.count(products=1)
         slopes = list(zip(self.gradient, v, strict=True))
         if e is not None:
             slopes += zip(self._upper_gradient, e, strict=True)

@@ -1,4 +1,4 @@
-"""Estimators by short name: ``"cg"``, ``"neumann:terms=20"``, or an instance."""
+"""Estimators by short name: ``"cg"``, ``"neumann:terms=20"``; an instance; or a function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Literal, TypeVar, get_args
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.implicit.function import FunctionSolver, SolverFunction
 
+#: An estimator, its name with options, or a function (matvec, b) -> v; see `get_estimator`.
+EstimatorLike = str | Estimator | SolverFunction
 Kind = Literal["direct", "identity", "implicit", "unrolled", "penalty"]
 E = TypeVar("E", bound=type[Estimator])
 #: The default estimator. A network's Hessian is indefinite away from minima, where cg stops and
@@ -95,8 +98,10 @@ def registered() -> dict[str, Entry]:
     return dict(_ENTRIES)
 
 
-def get_estimator(method: str | Estimator) -> Estimator:
-    """The estimator named by ``method``, with options: ``"cg:steps=40"``; an instance itself.
+def get_estimator(estimator: EstimatorLike) -> Estimator:
+    """The estimator of a name with options, ``"cg:steps=40"``, or of a function; one itself.
+
+    A function ``(matvec, b) -> v`` is a solver; see `FunctionSolver`.
 
     Raises:
         ProblemError: the name or an option is unknown, or a value is invalid.
@@ -104,14 +109,24 @@ def get_estimator(method: str | Estimator) -> Estimator:
     Example:
         >>> get_estimator("cg:steps=40,damping=0.1").steps
         40
+        >>> get_estimator(lambda matvec, b: 0.1 * b).requirements.second_derivatives
+        True
     """
-    if isinstance(method, Estimator):
-        return method
-    if not isinstance(method, str):
+    if isinstance(estimator, Estimator):
+        return estimator
+    if isinstance(estimator, type):
         raise ProblemError(
-            f"hypergradient: must be a name or an Estimator, got {type(method).__name__}"
+            f"hypergradient: got the class {estimator.__name__}; give an instance, as "
+            f"{estimator.__name__}()"
         )
-    name, _, text = method.partition(":")
+    if callable(estimator):
+        return FunctionSolver(estimator)
+    if not isinstance(estimator, str):
+        raise ProblemError(
+            "hypergradient: must be a name, an Estimator or a function (matvec, b) -> v, got "
+            f"{type(estimator).__name__}"
+        )
+    name, _, text = estimator.partition(":")
     if name not in _ENTRIES:
         raise ProblemError(f"unknown estimator {name!r}{did_you_mean(name, list(_ENTRIES))}")
     return with_options(_ENTRIES[name].estimator, text)

@@ -291,7 +291,7 @@ def test_an_ill_conditioned_lower_level():
     assert finding.words.startswith("after 10 steps of minres the residual is still 0.")
     assert 10 < check.curvature.condition <= 1e4
     assert kinds(check, "note") == ["no optimizer", "no optimizer"]
-    assert "ill-conditioned" not in kinds(examine(upper, lower, steps=400), "warning")
+    assert "ill-conditioned" not in kinds(examine(upper, lower, solver_steps=400), "warning")
 
 
 def moved(quadratic, length):
@@ -303,7 +303,7 @@ def moved(quadratic, length):
 def test_far_from_stationary_is_the_change_of_the_hypergradient():
     quadratic = moved(program(0), 1.0)
     upper, lower = quadratic.levels()
-    check = examine(upper, lower, steps=len(quadratic.h))
+    check = examine(upper, lower, solver_steps=len(quadratic.h))
     here = flat(hypergradient(upper, lower, "exact"))
     sizes = [float(quadratic.direct.norm() + quadratic.exact_implicit.norm())]
     f = lower.loss(None).item()
@@ -467,7 +467,7 @@ def test_a_variable_may_act_through_the_lower_optimizer_alone(alone):
 
 def test_steps_are_checked():
     with pytest.raises(ProblemError, match="steps"):
-        check_problem(*diabetes(), steps=0)
+        check_problem(*diabetes(), solver_steps=0)
 
 
 def noisy(above, below):

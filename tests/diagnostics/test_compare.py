@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft import ProblemError, compare_hypergradients, hypergradient
+from hyperopt_peft.diagnostics.compare import Comparison
 from hyperopt_peft.diagnostics.memory import peak_memory
-from hyperopt_peft.hypergradients import DARTS, Comparison
+from hyperopt_peft.hypergradients import DARTS
 from tests.support.cases import Case, cases
 from tests.support.networks import network_levels
 from tests.support.quadratic import FunctionLevel, flat, program
@@ -40,13 +41,13 @@ def test_a_comparison_measures_against_the_reference() -> None:
     assert (exact["cosine"], exact["norm_ratio"]) == (pytest.approx(1), pytest.approx(1))
     assert exact["relative_error"] < 1e-12 and exact["spread"] < 1e-12
     assert exact["residual"] < 1e-12 and direct["residual"] is None
-    assert [r["method"] for r in table.records()] == ["exact", "direct", repr(DARTS(xi=0.5))]
+    assert [r["estimator"] for r in table.records()] == ["exact", "direct", repr(DARTS(xi=0.5))]
 
 
 def test_one_method_need_not_be_in_a_list() -> None:
     for method in ("direct", DARTS(xi=0.5)):
         (record,) = compare_hypergradients(*program(0).levels(), method, repeats=1).records()
-        assert record["method"] == (method if isinstance(method, str) else repr(method))
+        assert record["estimator"] == (method if isinstance(method, str) else repr(method))
 
 
 def test_medians_and_spread_are_over_new_masks() -> None:
@@ -71,7 +72,7 @@ def test_a_table_can_be_read() -> None:
     )
     assert isinstance(table, Comparison)
     head, first, second, last = str(table).splitlines()
-    assert head.startswith("method") and all(column in head for column in COLUMNS)
+    assert head.startswith("estimator") and all(column in head for column in COLUMNS)
     assert first.startswith("cg:steps=3 ") and second.startswith("direct ")
     assert f"{table.records()[0]['cosine']:.4f}" in first
     assert last.startswith("against exact (residual ") and last.endswith("; 2 repeats")
@@ -132,11 +133,12 @@ def test_a_vanishing_reference_gives_no_numbers_and_no_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"methods": []}, "method"),
-        ({"methods": ["cg"], "repeats": 0}, "repeat"),
-        ({"methods": ["cgg"]}, "'cgg'"),
-        ({"methods": ["cg"], "reference": "exakt"}, "'exakt'.*'exact'"),
-        ({"methods": ["cg"], "reference": "exact:size=3"}, "'size'"),
+        ({"estimators": []}, "estimator"),
+        ({"estimators": ["cg"], "repeats": 0}, "repeat"),
+        ({"estimators": ["cgg"]}, "'cgg'"),
+        ({"estimators": ["cg"], "reference": "exakt"}, "'exakt'.*'exact'"),
+        ({"estimators": ["cg"], "reference": "exact:size=3"}, "'size'"),
+        ({"estimators": ["cg"], "reference": "retraining:step=3"}, "step.*steps"),
     ],
 )
 def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:

@@ -43,10 +43,10 @@ def test_damping_is_the_least_that_gives_the_condition_number(
 
 
 def test_the_spectrum_of_a_level_and_its_scale() -> None:
-    found = spectrum(*program(0).levels(), steps=12)
+    found = spectrum(*program(0).levels(), lanczos_steps=12)
     assert (found.smallest, found.largest) == pytest.approx((1, CONDITION))
     assert found.damping() == pytest.approx(0, abs=1e-6)
-    scaled = spectrum(*program(0).levels(scale=1e3), steps=12)
+    scaled = spectrum(*program(0).levels(scale=1e3), lanczos_steps=12)
     assert scaled.damping(2) == pytest.approx(1e3 * found.damping(2), rel=1e-6)
     assert found.dominated_by(CONDITION * 1.01) and not found.dominated_by(CONDITION / 2)
 
@@ -62,7 +62,8 @@ def test_looking_at_the_spectrum_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda: Spectrum(0, 1).damping(1.0), lambda: spectrum(*program(0).levels(), steps=0)]
+    "wrong",
+    [lambda: Spectrum(0, 1).damping(1.0), lambda: spectrum(*program(0).levels(), lanczos_steps=0)],
 )
 def test_bad_arguments_are_refused(wrong: object) -> None:
     with pytest.raises(ProblemError):

@@ -27,7 +27,7 @@ def test_the_quickest_within_both_thresholds():
             row("minres", seconds=0.3),
         )
     )
-    assert result.method == "minres"
+    assert result.estimator == "minres"
     (reason,) = result.reasons
     assert reason.startswith(
         "Use minres: of 2 within cosine ≥ 0.95 and relative error ≤ 0.3 it is the quickest, 0.3 s"
@@ -36,19 +36,19 @@ def test_the_quickest_within_both_thresholds():
 
 def test_thresholds_are_the_users_and_inclusive():
     rows = comparison(row("darts", cosine=0.6, error=0.8))
-    assert recommend(rows).method is None
-    assert recommend(rows, Thresholds(cosine=0.6, relative_error=0.8)).method == "darts"
+    assert recommend(rows).estimator is None
+    assert recommend(rows, Thresholds(cosine=0.6, relative_error=0.8)).estimator == "darts"
 
 
 def test_direct_alone_says_that_the_implicit_term_is_small():
     result = recommend(comparison(row("direct", seconds=0.1), row("cg")))
-    assert result.method == "direct"
+    assert result.estimator == "direct"
     assert "implicit term is small" in result.reasons[1]
 
 
 def test_none_is_close_enough():
     result = recommend(comparison(row("darts", 0.3, 0.95), row("cg", 0.5, 0.9)))
-    assert result.method is None
+    assert result.estimator is None
     assert "the closest is cg (cosine 0.500, relative error 0.9)" in str(result)
     assert "use the reference, minres:steps=40" in str(result)
 
@@ -56,17 +56,17 @@ def test_none_is_close_enough():
 def test_estimators_without_a_number_are_named_and_never_chosen():
     broken = row("exact", seconds=0.0, problem="too many unknowns")
     result = recommend(comparison(broken, row("cg")))
-    assert result.method == "cg"
+    assert result.estimator == "cg"
     assert result.reasons[-1] == "exact gave no number: too many unknowns"
     alone = recommend(comparison(broken, row("direct", cosine=float("nan"))))
-    assert alone.method is None
+    assert alone.estimator is None
     assert alone.reasons[0] == "No estimator gave a number that can be compared."
 
 
 @pytest.mark.parametrize("residual", [0.2, float("nan")])
 def test_a_reference_that_did_not_converge_is_warned_of_first(residual):
     result = recommend(comparison(row("cg"), residual=residual))
-    assert result.method == "cg"
+    assert result.estimator == "cg"
     assert "reference is itself uncertain, residual" in result.reasons[0]
 
 

@@ -1,5 +1,6 @@
 """The linear solvers against the optimality conditions that define their iterates."""
 
+import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from hyperopt_peft.hypergradients import (
     registered,
 )
 from hyperopt_peft.hypergradients.implicit import exact
-from tests.support.quadratic import Level, flat, positive, program, symmetric
+from tests.support.quadratic import FunctionLevel, Level, flat, positive, program, symmetric
 from tests.support.systems import indefinite, residual, system
 
 EXAMPLES = settings(max_examples=25)
@@ -290,3 +291,38 @@ def test_exact_solves_in_double_precision() -> None:
         return float((v - expected).norm() / expected.norm())
 
     assert error(Exact()) < 1e-6 < error(Exact(float64=False))
+
+
+def regression(dtype: torch.dtype, size: int, scale: float) -> tuple[FunctionLevel, FunctionLevel]:
+    """Least squares below, with a linear layer for ``kfac``; above, the weights' length."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(size, 1, bias=False).to(dtype)
+    x, y = torch.randn(20, size).to(dtype), torch.randn(20, 1).to(dtype)
+    u = torch.ones((), dtype=dtype, requires_grad=True)
+    upper = FunctionLevel(lambda _: scale * (layer.weight * u).square().sum(), [u])
+    return upper, FunctionLevel(lambda _: (layer(x) - y * u).square().mean(), [layer.weight])
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e10])
+def test_steps_beyond_the_solution_change_nothing(
+    solver: Solver, dtype: torch.dtype, scale: float
+) -> None:
+    """Not where the residual is zero, nor where a direction underflows."""
+    options = {field.name for field in dataclasses.fields(solver)}
+    many = {"steps": 400, "tolerance": 0.0} if "tolerance" in options else {}
+    for size in (1, 8):
+        levels = regression(dtype, size, scale)
+        expected = flat(hypergradient(*levels, "exact"))
+        found = flat(hypergradient(*levels, dataclasses.replace(solver, **many)))
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+        if many:
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
+        assert found.isfinite().all()
+
+
+@each_solver
+def test_a_vector_whose_square_is_below_float64_is_zero(solver: Solver) -> None:
+    upper, lower = regression(torch.float64, 3, 1e-200)
+    assert torch.equal(*(flat(hypergradient(upper, lower, m)) for m in (solver, "direct")))
