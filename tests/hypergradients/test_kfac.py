@@ -14,7 +14,6 @@ from hyperopt_peft import (
     NonFiniteError,
     Problem,
     ProblemError,
-    compare_hypergradients,
     hypergradient,
 )
 from hyperopt_peft.adapters import use_fast_dora
@@ -331,13 +330,6 @@ def test_without_layers_it_is_conjugate_gradients_or_an_error() -> None:
         hypergradient(*levels, "kfac:steps=0")
 
 
-def test_the_table_has_it() -> None:
-    levels = logistic()
-    (record,) = compare_hypergradients(*levels, ["kfac:steps=3"], "exact").records()
-    assert (record["gradients"], record["products"]) == (3, 4)
-    assert record["relative_error"] < 0.1
-
-
 def test_numbers_that_are_not_finite_are_errors() -> None:
     net = Sequences()
     upper, lower = over(list(net.layer.parameters()), lambda: net.rows().mean())
@@ -360,19 +352,6 @@ def test_a_chain_is_refused() -> None:
     chain = Nested(upper, lower, "cg:product=difference")
     with pytest.raises(ProblemError, match=r"kfac supports two levels.*cg.*product"):
         hypergradient(top, chain, "kfac:product=difference")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("steps=-1", "steps .*-1"),
-        ("damping=0", "damping .* 0"),
-        ("tolerance=1", "tolerance .* 1"),
-    ],
-)
-def test_mistakes_are_named(options: str, message: str) -> None:
-    with pytest.raises(ProblemError, match=f"kfac: {message}"):
-        hypergradient(*program(0).levels(), f"kfac:{options}")
 
 
 def test_the_inverse_leaves_its_argument() -> None:

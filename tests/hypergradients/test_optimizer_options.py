@@ -55,19 +55,6 @@ def test_training_is_differentiated_like_the_steps_by_hand(
     torch.testing.assert_close(flat(lower.variables), after, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["unrolled", "forward"])
-def test_a_step_of_gradient_descent_falls_by_the_product_of_the_gradients(method: str) -> None:
-    """w' = w − η(g + dw): dF/dη = −⟨g + dw, ∂F/∂w⟩ and dF/dd = −η⟨w, ∂F/∂w⟩."""
-    upper, lower = make(SGD, {"lr": 1.0})
-    rate, decay = upper.variables[-2:]
-    g = flat(lower.gradient(BATCHES[0], lower.variables).gradient)
-    b, w = flat(upper.gradient(None, lower.variables).gradient), flat(lower.variables).detach()
-    found = hypergradient(upper, lower, method)[-2:]
-    eta, d = rate.exp(), decay.exp()
-    torch.testing.assert_close(found[0], -eta * ((g + d * w) @ b), rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[1], -eta * d * (w @ b), rtol=1e-12, atol=0)
-
-
 def test_options_are_written_before_each_step() -> None:
     upper, lower = make(AdamW, {"lr": 9.0})
     rate, decay = upper.variables[-2:]

@@ -69,8 +69,9 @@ def test_variables_that_a_batch_does_not_read_are_left_alone(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2", "sama:product=exact"])
 def test_a_gradient_that_is_exactly_zero_gives_no_nan(
-    kind: type[Optimizer], max_grad_norm: float | None
+    kind: type[Optimizer], max_grad_norm: float | None, method: str
 ) -> None:
     """Square roots and norms have no derivative at 0, where ∂f/∂w is here."""
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -82,7 +83,7 @@ def test_a_gradient_that_is_exactly_zero_gives_no_nan(
         max_grad_norm=max_grad_norm,
     )
     upper = FunctionLevel(lambda _: (w - 1).square().sum() / 2, [u])
-    (h,) = hypergradient(upper, lower, "unrolled:steps=2")
+    (h,) = hypergradient(upper, lower, method)
     assert torch.isfinite(h).all() and (h != 0).all()
 
 
@@ -140,16 +141,13 @@ def test_the_first_step_of_adam_at_a_zero_gradient_has_slope_one_over_eps() -> N
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda w: None, "optimizer"),
-        (lambda w: torch.optim.NAdam(w), "NAdam"),
-    ],
+    ("make", "message"), [(lambda w: None, "optimizer"), (torch.optim.NAdam, "NAdam")]
 )
-def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str) -> None:
+@pytest.mark.parametrize("method", ["unrolled", "forward", "sama"])
+def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, method: str) -> None:
     w, u = start()
     with pytest.raises(ProblemError, match=f"FunctionLevel: .*{message}"):
-        hypergradient(*make_levels(make(w), w, u), "unrolled")
+        hypergradient(*make_levels(make(w), w, u), method)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])

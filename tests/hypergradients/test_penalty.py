@@ -9,21 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.optim import SGD, Adam
+from torch.optim import SGD
 
 from hyperopt_peft import (
     Engine,
     HypergradientWarning,
     NonFiniteError,
     Problem,
-    ProblemError,
     hypergradient,
 )
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.hypergradients import F2SA, Estimate, Vector, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.penalty import penalty
-from hyperopt_peft.problems import logistic, ridge
+from hyperopt_peft.problems import logistic
 from hyperopt_peft.utils.random_state import RandomState, replay
 from tests.support.networks import network_levels
 from tests.support.newton import minimise
@@ -317,32 +316,6 @@ def test_without_the_value_function_the_flatness_of_the_upper_loss_is_the_error(
     assert upper.variables[0].item() == pytest.approx(1, abs=1e-9)
 
 
-def ridge_at_its_end(method: str, steps: int) -> tuple[float, Tensor]:
-    """F(w*(u), u) of problem C after training, and u."""
-    upper, lower = ridge.diabetes()
-    assert upper.optimizer is not None
-    upper.optimizer.param_groups[0]["lr"] = 0.2
-    # Penalties grow to e⁶ on the way, and a step of gradient descent would have to be as small.
-    lower.optimizer = Adam(lower.variables, lr=0.02)
-
-    def within_the_box(engine: Engine, record: Any) -> None:
-        with torch.no_grad():
-            upper.variables[0].clamp_(max=6.0)
-
-    options: Any = {"lower_steps": 5, "callbacks": [within_the_box], "progress": False}
-    Engine(upper, lower, method, **options).run(steps)
-    lower.solve()
-    return upper.evaluate(None)[0].item(), upper.variables[0].detach()
-
-
-def test_the_penalty_reaches_the_optimum_of_the_ridge_regression() -> None:
-    """From .246694; without the value function u stays, since F does not read it."""
-    value, _ = ridge_at_its_end("penalty", 200)
-    assert value == pytest.approx(0.236607, abs=6e-5)
-    value, u = ridge_at_its_end("penalty:free=True", 3)
-    assert torch.equal(u, torch.full_like(u, -2.0)) and value == pytest.approx(0.246694, abs=5e-7)
-
-
 def test_a_lower_step_of_the_engine_descends_f_and_a_share_of_the_upper_loss() -> None:
     """On the upper level's next batch; what is logged as the lower loss stays f."""
     w, u = (torch.tensor([x], requires_grad=True) for x in (3.0, 1.0))
@@ -409,16 +382,3 @@ def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:
     run = Engine(upper, lower, "penalty", lower_steps=2, non_finite="skip", progress=False)
     run.run(1)
     assert run.skipped == 3 and lower.variables[0].item() == 0
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("f2sa:inner_steps=-1", "f2sa: inner_steps .*-1"),
-        ("f2sa:tolerance=1", "f2sa: tolerance .* 1"),
-        ("penalty:free=1", "penalty: free .* 1"),
-    ],
-)
-def test_mistakes_are_named(method: str, message: str) -> None:
-    with pytest.raises(ProblemError, match=message):
-        get_estimator(method)

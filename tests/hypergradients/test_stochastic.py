@@ -229,7 +229,7 @@ def test_variables_that_a_loss_does_not_read_have_a_gradient_of_zero(
     """Upper ones that only one loss reads, lower ones that neither does."""
     upper, lower, _ = double_precision_levels()
     options: Any = {
-        "method": f"{method}{',' if ':' in method else ':'}product={product}",
+        "estimator": f"{method}{',' if ':' in method else ':'}product={product}",
         "upper_batch": upper.peek_batch(),
         "lower_batch": lower.peek_batch(),
         "seed": 0,

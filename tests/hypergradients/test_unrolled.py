@@ -24,12 +24,6 @@ from tests.support.quadratic import FunctionLevel, flat
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
-def check(hand: ByHand, levels: Any, warmup: int = 2, steps: int = 3) -> None:
-    expected = trained_by_hand(hand, warmup, steps)
-    found = trained(levels, warmup, steps, f"unrolled:steps={steps}")
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
 @each_optimizer
 @pytest.mark.parametrize("warmup", [0, 2])
 @pytest.mark.parametrize("steps", [1, 3])
@@ -38,48 +32,37 @@ def test_training_is_differentiated_like_the_steps_by_hand(
 ) -> None:
     kind, options = OPTIMIZERS[optimizer]
     w, u = start()
-    made = kind(w, **options)
-    check(ByHand(kind, [options] * 2), make_levels(made, w, u), warmup, steps)
+    expected = trained_by_hand(ByHand(kind, [options] * 2), warmup, steps)
+    found = trained(make_levels(kind(w, **options), w, u), warmup, steps, f"unrolled:steps={steps}")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
-def test_clipping_is_part_of_the_step(optimizer: str) -> None:
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
+@pytest.mark.parametrize("setting", ["clipping", "groups", "schedule", "dropout", "truncated"])
+def test_each_step_is_differentiated_as_it_was_done(optimizer: str, setting: str) -> None:
+    """The groups are in the reverse order of the variables; each step has its own dropout mask."""
     kind, options = OPTIMIZERS[optimizer]
     w, u = start()
-    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
-    hand.max_norm = 0.05
-    check(hand, make_levels(made, w, u, max_grad_norm=0.05))
-
-
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_parameter_groups_keep_their_own_options(optimizer: str) -> None:
-    """The groups are in the reverse order of the variables."""
-    kind, options = OPTIMIZERS[optimizer]
-    w, u = start()
-    faster = options | {"lr": 3 * options["lr"], "weight_decay": 0.2}
-    made = kind([{"params": [w[1]], **faster}, {"params": [w[0]]}], **options)
-    check(ByHand(kind, [options, faster]), make_levels(made, w, u))
-
-
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-def test_the_learning_rate_is_that_of_each_step(optimizer: str) -> None:
-    kind, options = OPTIMIZERS[optimizer]
-    w, u = start()
-    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
-    hand.gamma = 0.7
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(made, 0.7)
-    check(hand, make_levels(made, w, u, scheduler=scheduler))
-
-
-def test_each_step_sees_its_own_dropout_mask() -> None:
-    kind, options = OPTIMIZERS["momentum"]
-    w, u = start()
-    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
-    hand.dropout = 0.5
+    groups, more, steps = [{"params": w}], {}, 3
+    hand = ByHand(kind, [options] * 2)
+    if setting == "clipping":
+        hand.max_norm = more["max_grad_norm"] = 0.05
+    elif setting == "groups":
+        faster = options | {"lr": 3 * options["lr"], "weight_decay": 0.2}
+        groups = [{"params": [w[1]], **faster}, {"params": [w[0]]}]
+        hand = ByHand(kind, [options, faster])
+    elif setting == "dropout":
+        hand.dropout = more["dropout"] = 0.5
+    optimizer_of_w = kind(groups, **options)
+    if setting == "schedule":
+        hand.gamma = 0.7
+        more["scheduler"] = torch.optim.lr_scheduler.ExponentialLR(optimizer_of_w, 0.7)
     torch.manual_seed(3)
-    expected = trained_by_hand(hand, 2, 3)
+    done = 5 if setting == "truncated" else steps
+    expected = trained_by_hand(hand, 2 + done - steps, steps)
     torch.manual_seed(3)
-    found = trained(make_levels(made, w, u, dropout=0.5), 2, 3, "unrolled:steps=3")
+    levels: Any = make_levels(optimizer_of_w, w, u, **more)
+    found = trained(levels, 2, done, f"unrolled:steps={steps}")
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -89,15 +72,6 @@ def test_a_record_tells_how_many_steps_were_differentiated(method: str) -> None:
     levels = make_levels(SGD(w, lr=0.1), w, u)
     (record,) = Engine(*levels, f"{method}:steps=2", lower_steps=3, progress=False).run(1)
     assert record["solver_steps"] == 2
-
-
-def test_fewer_steps_than_were_done_truncate_the_unrolling() -> None:
-    kind, options = OPTIMIZERS["momentum"]
-    w, u = start()
-    made = kind(w, **options)
-    found = trained(make_levels(made, w, u), 1, 4, "unrolled:steps=2")
-    expected = trained_by_hand(ByHand(kind, [options] * 2), warmup=3, steps=2)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @each_optimizer

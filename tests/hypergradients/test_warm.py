@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hyperopt_peft import Engine, NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients import Estimate, Matvec, Vector, WarmStart, get_estimator
+from hyperopt_peft import Engine, NonFiniteError
+from hyperopt_peft.hypergradients import Estimate, Matvec, Vector, WarmStart
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.implicit import warm
 from hyperopt_peft.hypergradients.implicit.warm import FIRST_STEPS
@@ -204,34 +204,3 @@ def test_a_stationary_upper_loss_keeps_the_state() -> None:
 def test_a_run_takes_the_first_steps_once() -> None:
     records = Engine(*program(0).levels(), "warm:steps=2", progress=False).run(3)
     assert [record["solver_steps"] for record in records] == [22, 2, 2]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"v": 1.0}, "'v'"),
-        ({"direction": None}, "'direction'"),
-        ({"largest": None}, "'largest'"),
-        ({"k": None}, "'k'"),
-    ],
-)
-def test_a_state_of_another_kind_is_refused(change: State, message: str) -> None:
-    h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
-    *_, state = calls(WarmStart(), [(h, b)], {})
-    with pytest.raises(ProblemError, match=f"warm: .*{message}"):
-        WarmStart().advance(of(h), Vector([b]), state | change)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("steps=0", "steps .* 0"),
-        ("step_size=0", "step_size .* 0"),
-        ("decay=1.5", "decay .*1.5"),
-        ("damping=-1", "damping .*-1"),
-        ("epsilon=0", "epsilon "),
-    ],
-)
-def test_options_out_of_range_are_refused(options: str, message: str) -> None:
-    with pytest.raises(ProblemError, match=f"warm: {message}"):
-        get_estimator(f"warm:{options}")
