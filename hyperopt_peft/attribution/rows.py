@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hyperopt_peft.core.labels import (
+    IGNORED,
     ITEMS,
     WEIGHT,
     label_weights,
     labels_are_shifted,
-    require_labels,
     row_losses,
     weighted_mean,
 )
@@ -43,7 +43,7 @@ class RowWeighted(Problem):
         training: whether dropout is on.
 
     Raises:
-        ProblemError: the model's loss is another than that of `row_losses`.
+        ProblemError: see `row_losses`.
     """
 
     def __init__(self, trainer: BilevelTrainer, weights: Tensor, *, training: bool = True) -> None:
@@ -52,26 +52,34 @@ class RowWeighted(Problem):
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Σ v_i s_i / Σ c_i."""
-        inputs, model = dict(batch), self.trainer.model
-        index, weight = inputs.pop(INDEX), inputs.pop(WEIGHT, None)
-        inputs.pop(ITEMS, None)
-        model.train(self.training)
-        with self.trainer.compute_loss_context_manager():
-            sums, counts = losses_of(model, inputs)
-        loss = weighted_mean(self.weights[index], sums, counts)
-        return loss if weight is None else loss * weight.to(loss.dtype)
+        sums, counts = losses_of(self.trainer, batch, training=self.training)
+        loss = weighted_mean(self.weights[batch[INDEX]], sums, counts)
+        return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
 
 
-def losses_of(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """`row_losses`; errors of the model or the labels become ProblemErrors."""
+def losses_of(
+    trainer: BilevelTrainer, batch: Mapping[str, Any], *, training: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`row_losses` of the trainer's model in its precision, ``training`` with dropout.
+
+    Raises:
+        ProblemError: as `row_losses`; or the batch is none of the model's forward.
+    """
+    inputs = _model_inputs(batch)
+    trainer.model.train(training)
     try:
-        return row_losses(model, inputs)
+        with trainer.compute_loss_context_manager():
+            return row_losses(trainer.model, inputs)
     except (TypeError, ValueError, IndexError) as error:
         raise ProblemError(
             f"the model has no loss for each row of a batch of {sorted(inputs)}: {error}; give the "
             "data the columns of the model's forward, with valid labels (a sequence-to-sequence "
             "model needs DataCollatorForSeq2Seq(tokenizer, model))"
         ) from error
+
+
+def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in (INDEX, ITEMS, WEIGHT)}
 
 
 class NumberedRows(Dataset[Any]):
@@ -96,7 +104,7 @@ class NumberedCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of ``rows``, with their numbers under ``index``."""
         index = torch.tensor([row[INDEX] for row in rows])
-        plain = [{key: value for key, value in row.items() if key != INDEX} for row in rows]
+        plain = [{name: value for name, value in row.items() if name != INDEX} for row in rows]
         return {**self.collate(plain), INDEX: index}
 
 
@@ -108,77 +116,73 @@ class ModelOnRows:
 
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
         """The rows, or those ``chosen``, in batches on the model's device, in order."""
-        size = self.trainer.args.per_device_eval_batch_size
+        args = self.trainer.args
         data: Any = rows if chosen is None else torch.utils.data.Subset(rows, chosen)
+        loader = DataLoader(data, args.per_device_eval_batch_size, collate_fn=self.collate)
         with replay(RandomState.capture()), collating("the rows"):
-            found = list(DataLoader(data, batch_size=size, collate_fn=self.collate))
-        return [send_to_device(batch, self.trainer.args.device) for batch in found]
+            return [send_to_device(batch, args.device) for batch in loader]
 
     def micro_batches(self, rows: NumberedRows) -> list[MicroBatch]:
         """All rows, as one step's micro-batches, with the weights for a mean over all labels."""
         batches = self.batches(rows)
-        shifted = labels_are_shifted(self.trainer.model, batches[0])
-        added = label_weights(batches, shifted=shifted, items=False, across_processes=False)
+        shifted = labels_are_shifted(self.trainer.model, _model_inputs(batches[0]))
+        weights = label_weights(batches, shifted=shifted, items=False, across_processes=False)
         state = RandomState.capture()
-        return [MicroBatch({**b, **w}, state) for b, w in zip(batches, added, strict=True)]
-
-    def sums(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The rows' summed losses and counts of labels; see `row_losses`."""
-        inputs = {key: value for key, value in batch.items() if key != INDEX}
-        self.trainer.model.eval()
-        with self.trainer.compute_loss_context_manager():
-            return losses_of(self.trainer.model, inputs)
+        return [MicroBatch({**b, **w}, state) for b, w in zip(batches, weights, strict=True)]
 
     @torch.no_grad()
     def losses(self, rows: NumberedRows, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:
         """The mean loss over the labels of the rows ``chosen``, a part for each batch."""
         batches = self.batches(rows, chosen)
-        total = int(sum(self.sums(batch)[1].sum() for batch in batches))
+        total = int(sum(losses_of(self.trainer, batch)[1].sum() for batch in batches))
         if total == 0:
             raise ProblemError("evaluation: no row has a label; give rows with labels")
         return [partial(self._part, batch, total) for batch in batches]
 
     def _part(self, batch: Mapping[str, Any], total: int) -> Tensor:
-        return self.sums(batch)[0].sum() / total
+        return losses_of(self.trainer, batch)[0].sum() / total
 
     def measure(self, rows: NumberedRows) -> Callable[[], Mapping[str, float]]:
-        """A function that measures loss and, of classifiers, accuracy over labels on ``rows``."""
+        """A function that measures the mean loss over the labels of ``rows``.
+
+        Where each label is the class of its own logits, the accuracy over labels too.
+        """
         batches = self.batches(rows)
 
         @torch.no_grad()
         def measured() -> Mapping[str, float]:
-            loss = right = count = 0.0
-            classes = False
+            loss = correct = count = 0.0
             for batch in batches:
-                sums, counts = self.sums(batch)
+                sums, counts = losses_of(self.trainer, batch)
                 loss, count = loss + float(sums.sum()), count + float(counts.sum())
-                labels = require_labels(batch)
-                shifted = labels_are_shifted(self.trainer.model, batch)
-                if classes := not labels.is_floating_point() and not shifted:
-                    logits = self._logits(batch)
-                    right += float(((logits.argmax(-1) == labels) & (labels != -100)).sum())
+                labels = batch["labels"]
+                inputs = _model_inputs(batch)
+                classes = not labels.is_floating_point()
+                classes = classes and not labels_are_shifted(self.trainer.model, inputs)
+                if classes:
+                    predicted = self._logits(batch).argmax(-1)
+                    correct += float(((predicted == labels) & (labels != IGNORED)).sum())
             if not count:
                 raise ProblemError("test: no row has a label; give rows with labels")
-            return {"loss": loss / count} | ({"accuracy": right / count} if classes else {})
+            return {"loss": loss / count} | ({"accuracy": correct / count} if classes else {})
 
         return measured
 
     def labels(self, rows: NumberedRows) -> Tensor | None:
         """The class of each row, ``(n,)``, where each has one."""
-        found = [batch.get("labels") for batch in self.batches(rows)]
-        whole = all(
-            isinstance(x, Tensor) and x.dtype == torch.int64 and x.dim() == 1 for x in found
-        )
-        return torch.cat(found).cpu() if whole else None
+        labels = [batch.get("labels") for batch in self.batches(rows)]
+        if any(not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 1 for x in labels):
+            return None
+        return torch.cat(labels).cpu()
 
     @torch.no_grad()
     def probabilities(self, rows: NumberedRows, chosen: Sequence[int]) -> Tensor:
         """The class probabilities of the rows ``chosen``, ``(n, classes)``."""
-        found = [self._logits(batch).softmax(-1) for batch in self.batches(rows, chosen)]
-        return torch.cat(found).to("cpu", torch.float64)
+        of_batches = [self._logits(batch).softmax(-1) for batch in self.batches(rows, chosen)]
+        return torch.cat(of_batches).to("cpu", torch.float64)
 
     def _logits(self, batch: Mapping[str, Any]) -> Tensor:
         self.trainer.model.eval()
-        inputs = {k: v for k, v in batch.items() if k not in (INDEX, "labels")}
+        inputs = {name: value for name, value in _model_inputs(batch).items() if name != "labels"}
         logits: Tensor = self.trainer.model(**inputs).logits
         return logits

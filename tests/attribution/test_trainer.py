@@ -10,7 +10,13 @@ import torch
 from datasets import Dataset, Value
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from hyperopt_peft import NonFiniteError, ProblemError, attribute
 from hyperopt_peft.attribution import Attribution
@@ -125,6 +131,20 @@ def test_what_a_user_does_with_it(tmp_path: Path) -> None:
     assert found.confidence.shape == (14,)
     removal = result.removal(0.2, data(rows=9, seed=2), draws=1)
     assert {*removal.plain} == {"loss", "accuracy"} and "random" in str(removal)
+
+
+def test_gpt2_has_no_accuracy_of_unshifted_tokens(tmp_path: Path) -> None:
+    """Its name is in no mapping of shifted losses; its loss shifts."""
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
+    adapter = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = get_peft_model(GPT2LMHeadModel(config), adapter).double()
+    sets = {"train_dataset": data("causal", 14), "eval_dataset": data("causal", 7, seed=1)}
+    test = data("causal", 5, seed=2)
+    result = attributed(Trainer(model, stock(tmp_path).args, **sets), estimator="gradient")
+    plain = result.removal(0.2, test, draws=1).plain
+    batch = {name: torch.tensor(test[name][:]) for name in ("input_ids", "labels")}
+    assert {*plain} == {"loss"}
+    assert plain["loss"] == pytest.approx(float(model.eval()(**batch).loss), rel=1e-5)
 
 
 def test_out_of_fold_probabilities_are_of_runs_without_the_fold(tmp_path: Path) -> None:
