@@ -77,12 +77,14 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
 
 
 def one_tensor(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two entries that are the same tensor, or None."""
-    names: dict[int, str] = {}
+    """The names of two entries that are one tensor, or start in one place of memory, or None."""
+    names: dict[Any, str] = {}
     for name, tensor in named:
-        if id(tensor) in names:
-            return names[id(tensor)], name
-        names[id(tensor)] = name
+        place = tensor.data_ptr()  # 0 of an empty or a sharded tensor
+        key = (tensor.device, place) if place else id(tensor)
+        if key in names:
+            return names[key], name
+        names[key] = name
     return None
 
 

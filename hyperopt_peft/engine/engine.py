@@ -25,6 +25,9 @@ from hyperopt_peft.utils.validation import require_count, require_settings
 
 Record = dict[str, Any]
 T = TypeVar("T")
+#: The entries of a state.
+ENTRIES = {"settings", "step", "lower_step", "skipped", "upper", "lower", "estimator", "random"}
+ENTRIES |= {"host_random", "callbacks", "history"}
 
 
 class Engine:
@@ -36,7 +39,8 @@ class Engine:
     Args:
         upper: the level with loss F and variables u.
         lower: the level with loss f and variables w; a `Nested` level in a chain.
-        hypergradient: an estimator of dF/du, or its name with options (``"cg:steps=20"``). With
+        hypergradient: an estimator of dF/du; its name with options (``"cg:steps=20"``); or a
+            solver, any function ``(matvec, b) → v`` with v ≈ [∂²f/∂w²]⁻¹ b (`get_estimator`). With
             an estimator that has an ``upper_weight``, each lower step takes an upper batch too.
         lower_steps: the number of lower steps before each upper step.
         warmup_steps: the number of additional lower steps before the first upper step.
@@ -177,18 +181,16 @@ class Engine:
             ProblemError: ``state`` is incomplete, or that of other levels or other settings;
                 nothing has changed.
         """
-        expected = {"settings", "step", "lower_step", "skipped", "upper", "lower", "random"}
-        expected |= {"host_random", "history", "estimator", "callbacks"}
-        if not isinstance(state, Mapping) or not expected <= state.keys():
-            missing = sorted(expected - (state.keys() if isinstance(state, Mapping) else set()))
+        if not isinstance(state, Mapping) or (missing := ENTRIES - state.keys()):
+            missing = missing if isinstance(state, Mapping) else ENTRIES
             raise ProblemError(
-                f"state: the entries {missing} are missing; use a state of Engine.state_dict"
+                f"state: the entries {sorted(missing)} are missing; use a state of an Engine"
             )
         require_settings("the state", state["settings"], "this Engine", self._settings())
         if len(state["callbacks"]) != len(self._stateful):
             raise ProblemError(
-                f"callbacks: the state is of {len(state['callbacks'])} callbacks with a state of "
-                f"their own, this Engine has {len(self._stateful)}; give it the same callbacks"
+                f"callbacks: the state is of {len(state['callbacks'])} callbacks with a state, "
+                f"this Engine has {len(self._stateful)}; give it the same callbacks"
             )
         self.upper.check_state(state["upper"])
         self.lower.check_state(state["lower"])
@@ -199,8 +201,8 @@ class Engine:
         self.step, self.lower_step = state["step"], state["lower_step"]
         self.skipped = state["skipped"]
         self.history = [dict(record) for record in state["history"]]
-        for callback, own in zip(self._stateful, state["callbacks"], strict=True):
-            callback.load_state_dict(own)
+        for callback, saved in zip(self._stateful, state["callbacks"], strict=True):
+            callback.load_state_dict(saved)
         RandomState(state["random"]).restore()
         restore_host_random_state(state["host_random"])
 
@@ -231,7 +233,7 @@ class Engine:
 
     @property
     def _stateful(self) -> list[Any]:
-        """The callbacks with a state of their own."""
+        """The callbacks with a state."""
         return [callback for callback in self.callbacks if hasattr(callback, "load_state_dict")]
 
     def _lower_steps(self, steps: int) -> None:
@@ -245,17 +247,17 @@ class Engine:
     def _step_upper(self) -> Record:
         batch = self.upper.next_batch()
         self.step += 1
-        above, below = self._step.hypergradient(batch, number=self.step), self._lower_log
-        norm = self.upper.step(above.hypergradient, above.grad_norm)
+        upper, lower = self._step.hypergradient(batch, number=self.step), self._lower_log
+        norm = self.upper.step(upper.hypergradient, upper.grad_norm)
         record: Record = {
             "step": self.step,
-            "lower_loss": below.loss,
-            "lower_grad_norm": below.grad_norm,
+            "lower_loss": lower.loss,
+            "lower_grad_norm": lower.grad_norm,
             "upper_grad_norm": norm,
-            **above.log,
+            **upper.log,
         }
-        metrics = {f"upper_{key}": value for key, value in above.metrics.items()}
-        metrics |= {f"lower_{key}": value for key, value in below.metrics.items()}
+        metrics = {f"upper_{key}": value for key, value in upper.metrics.items()}
+        metrics |= {f"lower_{key}": value for key, value in lower.metrics.items()}
         for key, value in distributed.averages(metrics).items():
             record.setdefault(key, value)
         self.history.append(record)

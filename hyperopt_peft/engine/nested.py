@@ -1,9 +1,9 @@
-"""Chains of three or more levels.
+"""Three or more levels.
 
     min_u F(u, v*, w*),   v*(u) = argmin_v G(u, v, w*(u, v)),   w*(u, v) = argmin_w f(u, v, w)
 
-is ``Engine(top, Nested(middle, lower), "cg:product=difference")``. The lower level of a chain of
-four levels is ``Nested(second, Nested(third, fourth))``.
+is ``Engine(top, Nested(middle, lower), "cg:product=difference")``. The lower level of four levels
+is ``Nested(second, Nested(third, fourth))``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Nested(Problem):
 
     Args:
         middle: the level with loss G; its variables v, optimizer and data become this level's.
-        lower: the level with loss f; a `Nested` level in a chain of four or more levels.
+        lower: the level with loss f; a `Nested` level where there are four or more levels.
         hypergradient: the estimator of ∂G̃/∂x. A finite difference divides the error of a solve by
             a small step, so a solver needs a fixed number of steps or a small ``tolerance``. The
             default is CG with 20 steps and tolerance 1e-12.
@@ -70,8 +70,7 @@ class Nested(Problem):
 
     Raises:
         ProblemError: two levels own one tensor; ``middle`` is a `Nested` level; the estimator
-            cannot be used in a chain; or, at the first step, no loss reads a variable of
-            ``lower``.
+            cannot be used here; or, at the first step, no loss reads a variable of ``lower``.
 
     Example:
         >>> from hyperopt_peft import Engine
@@ -119,8 +118,8 @@ class Nested(Problem):
         self._step = BilevelStep(middle, lower, self.estimator, look_back=False)
         if self.estimator.requirements.upper_weight:
             raise ProblemError(
-                f"{self.name}: {self.estimator.name} changes the lower steps, which a chain does "
-                "not allow; choose cg or minres here"
+                f"{self.name}: {self.estimator.name} changes the lower steps, which nested levels "
+                "do not allow; choose cg or minres here"
             )
         solves = isinstance(self.estimator, Solver)
         self.follow = int(solves) if follow is None else follow
@@ -130,10 +129,9 @@ class Nested(Problem):
                 f"{self.name}: follow={self.follow} needs a solver, and {self.estimator.name} is "
                 'none; choose one such as "cg", or follow=0'
             )
-        self._prepared = 0  # calls of `train_below`
-        self._trained = 0  # lower steps
-        self._below: dict[str, float] = {}  # the log of the last lower step
-        self._rest: Vector | None = None  # g within `anchored`
+        self._rounds = 0  # calls of `train_below`
+        self._log: dict[str, float] = {}  # of the last lower step
+        self._anchor: Vector | None = None  # g within `anchored`
         self._read: dict[Tensor, bool] = {}  # whether the level below reads a variable
 
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
@@ -160,14 +158,6 @@ class Nested(Problem):
         """G at the current w."""
         return self.middle.loss(batch)
 
-    def next_batch(self) -> Any:
-        """The next batch of ``middle``'s data."""
-        return self.middle.next_batch()
-
-    def peek_batch(self) -> Any:
-        """The batch that ``next_batch`` will return; the data's position does not change."""
-        return self.middle.peek_batch()
-
     def step(self, gradient: Sequence[Tensor | None], norm: float | None = None) -> float:
         """One step of ``middle``'s optimizer and scheduler; see `Problem.step`."""
         return self.middle.step(gradient, norm)
@@ -179,13 +169,11 @@ class Nested(Problem):
             ProblemError: at the first step, no loss reads a variable of the level below.
             NonFiniteError: a loss or a gradient of the level below is NaN or infinite.
         """
-        steps = self.lower_steps + (0 if self._prepared else self.warmup_steps)
-        for _ in range(steps):
-            self._trained += 1
-            below = self._step.train_lower(number=self._trained)
-        self._prepared += 1
-        log = {"loss": below.loss, "grad_norm": below.grad_norm, **below.metrics}
-        self._below = {f"below_{key}": value for key, value in log.items()}
+        for _ in range(self.lower_steps + (0 if self._rounds else self.warmup_steps)):
+            step = self._step.train_lower(number=self._rounds)
+        self._rounds += 1
+        log = {"loss": step.loss, "grad_norm": step.grad_norm, **step.metrics}
+        self._log = {f"below_{key}": value for key, value in log.items()}
 
     def differentiate(
         self, batch: Any, variables: Sequence[Tensor]
@@ -197,7 +185,7 @@ class Nested(Problem):
         """
         evaluation = self.gradient_above(self.middle, batch, variables)
         loss = torch.tensor(evaluation.loss, dtype=torch.float64)
-        return loss, evaluation.metrics | self._below, evaluation.gradient
+        return loss, evaluation.metrics | self._log, evaluation.gradient
 
     def gradient_above(self, upper: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
         """The loss of ``upper`` and its total derivative, with w = w*(u, v)."""
@@ -208,15 +196,16 @@ class Nested(Problem):
                 evaluation = oracle.upper_gradient.evaluation
                 total = like(result.hypergradient, variables)
                 gradient = tuple(
-                    part if known is not None or self._reads_below(variable, oracle) else None
-                    for part, known, variable in zip(total, evaluation.gradient, variables)
+                    None if direct is None and not self._reads_below(variable, oracle) else slope
+                    for slope, direct, variable in zip(total, evaluation.gradient, variables)
                 )
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name} over {self.lower.name}: {error}") from error
         self.half = bool(self.middle.half or self.lower.half)
         self.unread = self.middle.unread
-        residual = {} if result.residual is None else {"residual": result.residual}
-        metrics = evaluation.metrics | residual
+        metrics = dict(evaluation.metrics)
+        if result.residual is not None:
+            metrics["residual"] = result.residual
         _, norms = upper.require_finite(torch.tensor(evaluation.loss), gradient)
         return Evaluation(evaluation.loss, metrics, gradient, norms)
 
@@ -226,18 +215,18 @@ class Nested(Problem):
 
         The current point becomes the reference, where g = ∂f/∂w. A nested use has no effect.
         """
-        if self._rest is not None or not self.follow:
+        if self._anchor is not None or not self.follow:
             with self.lower.anchored():
                 yield
             return
         oracle = self._oracle(self.middle, None, self.variables)
         with oracle.open():
-            self._rest = oracle.lower_gradient()
+            self._anchor = oracle.lower_gradient()
         try:
             with self.lower.anchored():
                 yield
         finally:
-            self._rest = None
+            self._anchor = None
 
     def require_single(self, reason: str) -> None:
         """Raise ProblemError with ``reason``: there are levels below."""
@@ -248,19 +237,19 @@ class Nested(Problem):
         return {
             "middle": self.middle.state_dict(),
             "below": self.lower.state_dict(),
-            "prepared": self._prepared,
+            "rounds": self._rounds,
             "settings": self._settings(),
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ProblemError where ``state`` does not fit this chain."""
-        parts = {"middle", "below", "prepared", "settings"}
-        if not isinstance(state, Mapping) or state.keys() != parts:
+        """Raise ProblemError where ``state`` does not fit these levels."""
+        entries = {"middle", "below", "rounds", "settings"}
+        if not isinstance(state, Mapping) or state.keys() != entries:
             raise ProblemError(
-                f"{self.name}: the state must have {sorted(parts)}; use a state of a Nested level"
+                f"{self.name}: the state must have {sorted(entries)}; use a state of a Nested level"
             )
-        made = f"{self.name}: the state"
-        require_settings(made, state["settings"], "this level", self._settings())
+        saved = f"{self.name}: the state"
+        require_settings(saved, state["settings"], "this level", self._settings())
         self.middle.check_state(state["middle"])
         self.lower.check_state(state["below"])
 
@@ -268,12 +257,12 @@ class Nested(Problem):
         """Restore ``state``, of `state_dict`.
 
         Raises:
-            ProblemError: ``state`` does not fit this chain; nothing has changed.
+            ProblemError: ``state`` does not fit these levels; nothing has changed.
         """
         self.check_state(state)
         self.middle.load_state_dict(state["middle"])
         self.lower.load_state_dict(state["below"])
-        self._prepared = state["prepared"]
+        self._rounds = state["rounds"]
         self._step.forget()
 
     def _settings(self) -> dict[str, Any]:
@@ -288,25 +277,25 @@ class Nested(Problem):
         """
         with replay(RandomState.capture()):
             key = int(torch.randint(2**62, ()))
-        own = (self._prepared, *distributed.rank_key())
+        place = (self._rounds, *distributed.rank_key())
         last = self._step.last
         if last is None:
-            random_state = RandomState.seeded(self.devices, "below", *own)
+            random_state = RandomState.seeded(self.devices, "below", *place)
             last = StepRecord(self.lower.peek_batch(), random_state)
-        upper_random = RandomState.seeded(self.devices, key, *own)
+        upper_random = RandomState.seeded(self.devices, key, *place)
         return self._step.oracle(_Reading(level, variables), batch, upper_random, last)
 
     @contextmanager
     def _following(self, oracle: Oracle) -> Iterator[None]:
         """Within the body, w has moved by the Newton steps, if this level is `anchored`."""
         solver, w = self.estimator, self.lower.variables
-        if self._rest is None or not isinstance(solver, Solver):
+        if self._anchor is None or not isinstance(solver, Solver):
             yield
             return
         with perturbed(w):
             with oracle.open():
                 for _ in range(self.follow):
-                    residual = oracle.lower_gradient() - self._rest
+                    residual = oracle.lower_gradient() - self._anchor
                     if residual.norm() == 0:
                         break
                     with oracle.product(solver.product, epsilon=solver.epsilon) as product:
@@ -318,9 +307,9 @@ class Nested(Problem):
         """Whether the loss or the optimizer options of the level below read ``variable``."""
         if variable not in self._read:
             with oracle.open(), replay(oracle.lower_random):
-                (part,) = self.lower.gradient(oracle.lower_batch, (variable,)).gradient
-            read = part is not None or id(variable) in read_by_options(self.lower)
-            self._read[variable] = read
+                (slope,) = self.lower.gradient(oracle.lower_batch, (variable,)).gradient
+            by_options = id(variable) in read_by_options(self.lower)
+            self._read[variable] = slope is not None or by_options
         return self._read[variable]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -73,7 +73,7 @@ class BilevelStep:
         estimator: the estimator of dF/du.
         seed: the seed of F's random numbers (dropout). They are a function of the seed and the
             step, so that the random numbers of f do not depend on F.
-        look_back: whether the estimator gets records of lower steps. A chain takes
+        look_back: whether the estimator gets records of lower steps. `Nested` takes
             hypergradients at perturbed points, to which no record belongs.
 
     Raises:
@@ -138,8 +138,8 @@ class BilevelStep:
             number=number,
             next_upper_batch=self.upper.next_batch,
         )
-        known = None if self.requirements.upper_weight else evaluation.norms[: len(gradient)]
-        norm = self.lower.step(gradient, None if known is None else math.hypot(*known))
+        norm = math.hypot(*evaluation.norms[: len(gradient)])
+        norm = self.lower.step(gradient, None if self.requirements.upper_weight else norm)
         loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
         return LowerStep(loss, norm, evaluation.metrics)
 
@@ -178,14 +178,13 @@ class BilevelStep:
         if needs.upper_weight:
             of_w = self._with_upper_loss(of_w, next_upper_batch(), number)
         if len(self._records) == self._records.maxlen:
-            self._forget()
+            self._forget_first()
         record = StepRecord(batch, random_state)
         if self.look_back:
             # torch's foreach step with Nesterov momentum overwrites the gradient.
             copies = [g if g is None else g.clone() for g in of_w if needs.optimizer_state]
-            record = StepRecord(
-                batch,
-                random_state,
+            record = replace(
+                record,
                 variables=self._copies.take(w),
                 gradient=tuple(copies),
                 upper_gradient=of_u if needs.lower_gradient else None,
@@ -262,7 +261,7 @@ class BilevelStep:
     def forget(self) -> None:
         """Delete the records of lower steps; drivers call this after each upper step."""
         while self._records:
-            self._forget()
+            self._forget_first()
 
     def state_dict(self) -> dict[str, Any]:
         """The estimator's own state, as numbers and lists of tensors."""
@@ -296,22 +295,14 @@ class BilevelStep:
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())
 
-    def _forget(self) -> None:
+    def _forget_first(self) -> None:
         record = self._records.popleft()
         if record.variables:
             self._copies.give_back(record.variables)
 
 
 def prior_of(level: Problem, metrics: Mapping[str, float]) -> float:
-    """The prior's part of a loss of ``level`` with ``metrics``; 0 without a prior.
-
-    Records and logs have losses without the prior, which their ``…prior`` has.
-
-    Example:
-        >>> import torch
-        >>> prior_of(Problem([torch.ones(2, requires_grad=True)], prior=1.0), {"prior": 0.5})
-        0.5
-    """
+    """The prior in a loss of ``level`` with ``metrics``, which records and logs have apart."""
     return 0.0 if level.prior is None else metrics["prior"]
 
 

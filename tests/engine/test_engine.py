@@ -185,7 +185,7 @@ def level(variables: Any, optimizer: bool = True, **options: Any) -> FunctionLev
         (lambda: Engine(level([U]), level([W], False, name="low")), "low: .*optimizer"),
         (
             lambda: Engine(level([U], name="up"), level([U], name="low")),
-            "low's .*up's",
+            "up's .*low's",
         ),
         (
             lambda: Engine(level([U]), level([W, U.detach().requires_grad_()])),
