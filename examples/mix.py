@@ -96,13 +96,12 @@ def parts_of(arguments: Arguments, seed: int) -> tuple[dict[str, Dataset], Datas
     for number, name in enumerate(names):
         begin, kind = first + number * each, name.split()[0]
         rows = train.select(range(begin, begin + each))
-        given = [
+        labels = [
             label if draw.random() < KINDS[kind] else wrong(label, kind, draw)
             for label in rows["label"]
         ]
-        labels = rows.select_columns("label").features
-        own = Dataset.from_dict({"label": given}, features=labels)
-        sources[name] = concatenate_datasets([rows.remove_columns("label"), own], axis=1)
+        feature = rows.features["label"]
+        sources[name] = rows.remove_columns("label").add_column("label", labels, feature=feature)
     return sources, train.select(range(first)), test
 
 

@@ -1,4 +1,4 @@
-"""BiDoRA: the magnitudes of DoRA learnt on validation data, the directions on training data.
+"""BiDoRA: the magnitudes of DoRA learned on validation data, the directions on training data.
 
     upper: min over m        L(A*, B*, m; D_val)
     lower: A*, B*(m) = argmin over A, B, head   L(A, B, m; D_train) + γ·R(W0 + sBA)

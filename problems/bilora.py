@@ -1,4 +1,4 @@
-"""BiLoRA: the singular values of an update learnt on validation data, its vectors on training data.
+"""BiLoRA: singular values of an update learned on validation data, its vectors on training data.
 
     upper: min over Λ          L(P*, Q*, Λ; D_val)
     lower: P*, Q*(Λ) = argmin over P, Q, head   L(P, Q, Λ; D_train) + γ·R(P, Q)

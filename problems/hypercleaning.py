@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: a weight for each training image, learnt on clean images (digits).
+"""Data hyper-cleaning: a weight for each training image, learned on clean images (digits).
 
     upper: min over x   mean CE(W*; clean images)
     lower: W*(x) = argmin over W   mean σ(x_i) CE_i(W; images with partly random labels) + 0.02 ‖W‖²

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -78,11 +79,11 @@ class Baselines:
         if method == TRUSTED_ONLY:
             self._fit(data.trusted, steps)
             if steps == self.steps:
-                self._agreement = data, self._score(data.below)
+                self._agreement = data, self._score(data.sources)
         elif method == EQUAL:
             self._fit(data.everything, steps, self._weights(data))
         elif method == SOURCES_FIRST:
-            self._fit(data.below, steps - steps // 2, self._weights(data))
+            self._fit(data.sources, steps - steps // 2, self._weights(data))
             self._fit(data.trusted, steps // 2, restart=False)
         elif method == AGREEMENT:
             weights = self._weights(data, self.agreement(data))
@@ -113,7 +114,7 @@ class Baselines:
         """
         if self._agreement is None or self._agreement[0] is not data:
             self._fit(data.trusted, self.steps)
-            self._agreement = data, self._score(data.below)
+            self._agreement = data, self._score(data.sources)
         return self._agreement[1]
 
     @torch.no_grad()
@@ -135,7 +136,7 @@ class Baselines:
         counts = {name: max(1, count) for name, count in data.counts.items()}
         weights = SourceWeights(counts)
         if agreement is not None:
-            sums, votes = _by_source(data.below, agreement, len(data.names))
+            sums, votes = _by_source(data.sources, agreement, len(data.names))
             share = ((sums + 1) / (votes + 2)).clamp(1e-3, 1 - 1e-3)
             share[-1] = 1 - 1e-3
             weights.logits.data = share.logit()
@@ -204,11 +205,11 @@ def _by_source(rows: Dataset, agreement: Tensor, count: int) -> tuple[Tensor, Te
 
 def _agreeing(data: SourceData, agreement: Tensor) -> SourceData:
     """``data`` without rows, or votes, that disagree; of other labels without the worse half."""
-    below = data.below
+    rows = data.sources
     if agreement.dim() == 2:
-        votes = np.array(below[VOTES][:])
+        votes = np.array(rows[VOTES][:])
         votes[~(agreement >= AGREES).numpy()] = NO_VOTE
-        below = below.remove_columns(VOTES).add_column(VOTES, votes.tolist())
+        rows = rows.remove_columns(VOTES).add_column(VOTES, votes.tolist())
         keep = torch.from_numpy((votes != NO_VOTE).any(1))
     elif bool(((agreement == 0) | (agreement == 1)).all()):
         keep = agreement >= AGREES
@@ -218,5 +219,4 @@ def _agreeing(data: SourceData, agreement: Tensor) -> SourceData:
         raise ProblemError(
             "compare_baselines: no row of a source agrees with the model of the trusted rows"
         )
-    rows = below.select(keep.nonzero().flatten().tolist())
-    return SourceData(data.names, rows, data.trusted)
+    return replace(data, sources=rows.select(keep.nonzero().flatten().tolist()))

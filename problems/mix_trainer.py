@@ -68,10 +68,11 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
 class MixTrainer(TwoPhaseTrainer):
     """Learns the weights of data sources on trusted rows, then trains on everything with them.
 
-    The search trains the adapter on the sources below and the weights on the trusted rows above
-    (`Mixture`, `HeldOut`). The trusted rows are below too, as one more source, ``trusted``, whose
-    weight is learned as well. Then the adapter is trained from its initial values on sources and
-    trusted rows. ``weights`` has the result; `compare_baselines` says whether it was worth it.
+    In the search the lower level trains the adapter on the sources (`Mixture`), and the upper level
+    the weights on the trusted rows (`HeldOut`). The trusted rows are one more source of the lower
+    level, ``trusted``, whose weight is learned as well. Then the adapter is trained from its
+    initial values on sources and trusted rows. ``weights`` has the result; `compare_baselines` says
+    whether it was worth it.
 
     The default prior makes n·(F + prior), with F the mean loss of n trusted rows, a negative log
     posterior whose logits have the prior variance 8.
@@ -161,8 +162,9 @@ class MixTrainer(TwoPhaseTrainer):
 
     def _upper(self, trainer: BilevelTrainer) -> Problem:
         prior = len(self.weights.names) / (8 * len(self.data.trusted))
-        given = trainer.args.upper_prior is not None
-        return HeldOut(trainer.model, self.weights, prior=None if given else prior)
+        # The argument, where there is one, becomes the level's prior afterwards.
+        is_default = trainer.args.upper_prior is None
+        return HeldOut(trainer.model, self.weights, prior=prior if is_default else None)
 
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the adapter on everything, with the learned weights."""

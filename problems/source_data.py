@@ -27,7 +27,7 @@ class SourceData:
 
     Attributes:
         names: the sources, then ``trusted``.
-        below: the rows of the sources. The column ``source`` has the number of each row's source,
+        sources: the rows of all sources. The column ``source`` has the number of each row's source,
             or ``votes``, a list of a class for each source, -1 for none.
         trusted: the trusted rows, with the same columns.
 
@@ -37,12 +37,12 @@ class SourceData:
         >>> data = SourceData.of({"wiki": wiki, "code": code}, trusted)
         >>> data.counts
         {'wiki': 2, 'code': 2, 'trusted': 2}
-        >>> data.below["source"][:], data.trusted["source"][:]
+        >>> data.sources["source"][:], data.trusted["source"][:]
         ([0, 0, 1, 1], [2, 2])
     """
 
     names: tuple[str, ...]
-    below: Dataset
+    sources: Dataset
     trusted: Dataset
 
     @classmethod
@@ -67,7 +67,7 @@ class SourceData:
     @property
     def counts(self) -> dict[str, int]:
         """The number of rows, or votes, of each source, by name."""
-        if VOTES in self.below.column_names:
+        if VOTES in self.sources.column_names:
             numbers = (np.array(self.everything[VOTES][:]) != NO_VOTE).sum(0)
         else:
             numbers = np.bincount(self.everything[SOURCE][:], minlength=len(self.names))
@@ -76,13 +76,13 @@ class SourceData:
     @property
     def everything(self) -> Dataset:
         """The rows of the sources, then the trusted ones."""
-        return _joined([self.below, self.trusted])
+        return _joined([self.sources, self.trusted])
 
     def of_columns(self, names: Collection[str]) -> SourceData:
         """The data with those columns alone that are in ``names``."""
-        columns = [name for name in self.below.column_names if name in names]
-        below, trusted = (rows.select_columns(columns) for rows in (self.below, self.trusted))
-        return replace(self, below=below, trusted=trusted)
+        columns = [name for name in self.sources.column_names if name in names]
+        parts = {"sources": self.sources, "trusted": self.trusted}
+        return replace(self, **{key: rows.select_columns(columns) for key, rows in parts.items()})
 
     def with_trusted(self, rows: Sequence[int]) -> SourceData:
         """The data with these trusted rows alone."""
@@ -92,8 +92,8 @@ class SourceData:
         """Raise ProblemError where a trusted row is in a source, whatever its label."""
         outside = {label_column(self.trusted), SOURCE, VOTES}
         columns = [name for name in self.trusted.column_names if name not in outside]
-        below = set(digests(self.below, columns))
-        leaked = [row for row, each in enumerate(digests(self.trusted, columns)) if each in below]
+        seen = set(digests(self.sources, columns))
+        leaked = [row for row, each in enumerate(digests(self.trusted, columns)) if each in seen]
         if leaked:
             more = ", …" if len(leaked) > SHOWN else ""
             raise ProblemError(
@@ -105,11 +105,11 @@ class SourceData:
     def _warn_of_classes(self) -> None:
         """Warn of classes that no trusted row has."""
         label = label_column(self.trusted)
-        below, trusted = (classes_of(rows, label) for rows in (self.below, self.trusted))
-        if below is None or trusted is None:
+        classes, trusted = (classes_of(rows, label) for rows in (self.sources, self.trusted))
+        if classes is None or trusted is None:
             return
         feature = self.trusted.features[label]
-        for number in sorted(set(below) - set(trusted)):
+        for number in sorted(set(classes) - set(trusted)):
             name = feature.int2str(number) if isinstance(feature, ClassLabel) else number
             logger.warning(
                 "class %r: no trusted row has it, so that no source gains by it; add some", name

@@ -121,7 +121,7 @@ def test_baselines_have_the_steps_of_the_retraining_or_all_passes(
 
 @pytest.mark.parametrize("kind", ["votes", "tokens"])
 def test_votes_and_sequences_are_judged_too(tmp_path: Path, kind: str) -> None:
-    run = trainer(tmp_path, given=votes(40), max_steps=4)
+    run = trainer(tmp_path, data=votes(40), max_steps=4)
     if kind == "tokens":
         run = trainer(tmp_path, kind="tokens", max_steps=4)
     run.train()

@@ -47,12 +47,12 @@ def linear_levels(logits: Any = (0.0, 0.0, 0.0)) -> tuple[Any, ...]:
 def test_the_hypergradient_is_the_slope_of_the_value() -> None:
     upper, lower, target, mixture = linear_levels((0.3, -0.5, 0.2))
     value(upper, lower, target, mixture)
-    (found,) = hypergradient(upper, lower, "exact", upper_batch=target, lower_batch=mixture)
+    (slope,) = hypergradient(upper, lower, "exact", upper_batch=target, lower_batch=mixture)
     (logits,) = upper.variables
     for entry in range(3):
         expected = central_difference(logits, entry, lambda: value(upper, lower, target, mixture))
-        assert float(found[entry]) == pytest.approx(expected, rel=1e-6)
-    assert float(found.sum()) == pytest.approx(0, abs=1e-12)  # softmax knows differences alone
+        assert float(slope[entry]) == pytest.approx(expected, rel=1e-6)
+    assert float(slope.sum()) == pytest.approx(0, abs=1e-12)  # softmax knows differences alone
 
 
 def test_the_right_source_gains_and_the_wrong_one_loses() -> None:
@@ -97,8 +97,8 @@ def test_a_source_gains_as_far_as_its_gradient_points_to_the_targets() -> None:
     # Llama takes its norms, and Transformers a language model's loss, in float32 at best.
     for product, accuracy in (("exact", 1e-5), ("difference,epsilon=0.003", 1e-2)):
         method = f"darts:xi=0.7,product={product}"
-        (found,) = hypergradient(upper, lower, method, upper_batch=target, lower_batch=mixture)
-        torch.testing.assert_close(found, expected, rtol=accuracy, atol=1e-9)
+        (slope,) = hypergradient(upper, lower, method, upper_batch=target, lower_batch=mixture)
+        torch.testing.assert_close(slope, expected, rtol=accuracy, atol=1e-9)
 
 
 def test_a_source_that_is_the_target_gains_against_one_with_the_opposite_gradient() -> None:
@@ -118,8 +118,8 @@ def test_a_source_that_is_the_target_gains_against_one_with_the_opposite_gradien
     p = upper.variables[0].softmax(0).detach()
     gain = 2 * p[0] * p[1] * goal @ goal
     method = "darts:product=exact"
-    (found,) = hypergradient(upper, opposed, method, upper_batch=target, lower_batch=mixture)
-    torch.testing.assert_close(found, torch.stack([-gain, gain]), rtol=1e-5, atol=0)
+    (slope,) = hypergradient(upper, opposed, method, upper_batch=target, lower_batch=mixture)
+    torch.testing.assert_close(slope, torch.stack([-gain, gain]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("average", ["rows", "sources"])

@@ -17,8 +17,8 @@ from tests.support.trainers import base_model, data, peft_model
 
 
 def batch_of(kind: Any, rows: int = 5) -> dict[str, Any]:
-    part = data(kind, rows)
-    return {name: torch.tensor(part[name][:]) for name in part.column_names}
+    table = data(kind, rows)
+    return {name: torch.tensor(table[name][:]) for name in table.column_names}
 
 
 def alone(model: nn.Module, batch: Any) -> Any:

@@ -50,10 +50,10 @@ def test_everything_is_trained_from_the_initial_values(tmp_path: Path) -> None:
     assert run.retrainer.train_dataset["source"][-1] == 2  # the trusted rows
 
 
-def test_trusted_rows_are_below_and_above(tmp_path: Path) -> None:
-    """The first move of u is the hypergradient of the mean trusted loss, with all rows below.
+def test_trusted_rows_are_in_both_levels(tmp_path: Path) -> None:
+    """The first move of u is the hypergradient of the mean trusted loss.
 
-    These are 3 micro-batches of 42 rows.
+    All rows are in the lower batch, 3 micro-batches of 42.
     """
     method = "minres:steps=40,damping=1.0"
     options = {"max_steps": 1, "hypergradient": method, "upper_learning_rate": 1.0, **SGD}
@@ -62,16 +62,17 @@ def test_trusted_rows_are_below_and_above(tmp_path: Path) -> None:
     model = peft_model(dropout=0.0, dora=False).double()
     weights = SourceWeights({"good": 48, "bad": 48, "trusted": 30}).double()
     columns = run.data.everything.column_names
-    below, above = (
+    lower_batch, upper_batch = (
         default_data_collator(list(part.select_columns(columns)))
         for part in (run.data.everything, run.data.trusted)
     )
     lower, upper = Mixture(model, weights), HeldOut(model, weights)
-    (expected,) = hypergradient(upper, lower, method, upper_batch=above, lower_batch=below)
+    batches = {"upper_batch": upper_batch, "lower_batch": lower_batch}
+    (expected,) = hypergradient(upper, lower, method, **batches)
     run.weights.double()
     run.train()
-    found = -run.weights.logits.detach()
-    assert (found - expected).norm() < 1e-7 * expected.norm()  # the tolerance of the solver
+    step = -run.weights.logits.detach()
+    assert (step - expected).norm() < 1e-7 * expected.norm()  # the tolerance of the solver
     assert expected.norm() > 1e-4
 
 
@@ -80,10 +81,10 @@ def test_a_resumed_retraining_reads_the_learned_weights(tmp_path: Path) -> None:
         return trainer(folder, callbacks, save_strategy="steps", save_steps=3, **settings)
 
     interrupted(tmp_path, (4, "retrain"), make)
-    kept = checkpoint.read_state(tmp_path / "learned.pt")["logits"]
+    learned = checkpoint.read_state(tmp_path / "learned.pt")["logits"]
     run = make(tmp_path)
     run.train(resume_from_checkpoint=True)
-    assert torch.equal(run.weights.logits, kept) and kept[0] > kept[1]
+    assert torch.equal(run.weights.logits, learned) and learned[0] > learned[1]
     (tmp_path / "learned.pt").unlink()
     with pytest.raises(ProblemError, match=r"learned\.pt"):
         make(tmp_path).train(resume_from_checkpoint=True)
@@ -126,7 +127,7 @@ def test_passes_of_the_search_are_counted_in_micro_batches(tmp_path: Path) -> No
 
 def test_votes_of_labelling_functions(tmp_path: Path) -> None:
     """Of which one is wrong by a class, and a column of text does not matter."""
-    run = trainer(tmp_path, given=votes(60).add_column("text", ["words"] * 60))
+    run = trainer(tmp_path, data=votes(60).add_column("text", ["words"] * 60))
     run.train()
     weights = run.row_weights()
     assert weights["0"] > 2 * weights["1"]
@@ -136,7 +137,7 @@ def test_votes_of_labelling_functions(tmp_path: Path) -> None:
     ("options", "named"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .* MixTrainer"),
-        ({"given": {"good": rows(9, 1)}}, "two or more"),
+        ({"data": {"good": rows(9, 1)}}, "two or more"),
         ({"trusted": sources()["good"].select(range(5))}, "5 of 5"),
     ],
 )
@@ -145,12 +146,12 @@ def test_bad_input_is_named(tmp_path: Path, options: Any, named: str) -> None:
         trainer(tmp_path, **options)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, None), (0.0, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize(("weight", "expected"), [(None, None), (0.0, 0.0), (0.5, 0.5)])
 def test_the_prior_s_default_is_a_variance_of_eight(
-    tmp_path: Path, given: float | None, expected: float | None
+    tmp_path: Path, weight: float | None, expected: float | None
 ) -> None:
     """n·τ·½·mean‖u‖² = Σ u²/(2·8) for n trusted rows; of a given τ it is ½·τ·mean‖u‖²."""
-    run = trainer(tmp_path, upper_prior=given)
+    run = trainer(tmp_path, upper_prior=weight)
     assert run.upper is not None
     prior, (u,) = run.upper.prior, run.upper.variables
     assert prior is not None

@@ -50,8 +50,8 @@ def test_the_hypergradient_is_the_slope_of_the_value(make: Any) -> None:
     weights = make()
     upper, lower, clean, noisy, _ = linear_levels(weights)
     value(upper, lower, clean, noisy)
-    found = hypergradient(upper, lower, "exact", upper_batch=clean, lower_batch=noisy)
-    for variable, slope in zip(upper.variables, found, strict=True):
+    slopes = hypergradient(upper, lower, "exact", upper_batch=clean, lower_batch=noisy)
+    for variable, slope in zip(upper.variables, slopes, strict=True):
         flat, slope = variable.view(-1), slope.view(-1)
         for entry in slope.abs().topk(min(3, len(slope))).indices.tolist():
             expected = central_difference(flat, entry, lambda: value(upper, lower, clean, noisy))
@@ -83,8 +83,8 @@ def test_an_example_gains_as_far_as_its_gradient_points_to_the_clean_one() -> No
         expected.append(-0.7 / 6 * u.sigmoid() * (1 - u.sigmoid()) * aligned)
     for product, accuracy in (("exact", 1e-12), ("difference", 1e-6)):
         method = f"darts:xi=0.7,product={product}"
-        (found,) = hypergradient(upper, lower, method, upper_batch=clean, lower_batch=noisy)
-        torch.testing.assert_close(found, torch.stack(expected), rtol=accuracy, atol=accuracy)
+        (slope,) = hypergradient(upper, lower, method, upper_batch=clean, lower_batch=noisy)
+        torch.testing.assert_close(slope, torch.stack(expected), rtol=accuracy, atol=accuracy)
 
 
 def test_meta_weight_net_with_detached_losses_is_the_published_step() -> None:
@@ -100,15 +100,15 @@ def test_meta_weight_net_with_detached_losses_is_the_published_step() -> None:
         aligned = flat_gradient(loss, lower.variables) @ goal
         total = total - 0.7 / 6 * aligned * flat_gradient(weight, upper.variables)
 
-    def found(product: Any) -> Any:
+    def slope_by(product: Any) -> Any:
         method = f"darts:xi=0.7,product={product}"
         parts = hypergradient(upper, lower, method, upper_batch=clean, lower_batch=noisy)
         return torch.cat([part.flatten() for part in parts])
 
-    torch.testing.assert_close(found("exact"), total, rtol=1e-10, atol=1e-13)
-    assert (found("difference") - total).norm() > 0.1 * total.norm()
+    torch.testing.assert_close(slope_by("exact"), total, rtol=1e-10, atol=1e-13)
+    assert (slope_by("difference") - total).norm() > 0.1 * total.norm()
     weights.detach = False
-    torch.testing.assert_close(found("difference"), found("exact"), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(slope_by("difference"), slope_by("exact"), rtol=1e-5, atol=1e-9)
 
 
 def test_a_weight_of_zero_takes_the_example_out_of_training() -> None:
@@ -123,8 +123,8 @@ def test_a_weight_of_zero_takes_the_example_out_of_training() -> None:
         assert torch.equal(before, after)
     rest = torch.tensor([0, 1, 3, 4, 5])
     without = lower.gradient({k: v[rest] for k, v in noisy.items()}, lower.variables).gradient
-    for whole, part in zip(with_it, without, strict=True):
-        torch.testing.assert_close(6 * whole, 5 * part)
+    for of_all, of_rest in zip(with_it, without, strict=True):
+        torch.testing.assert_close(6 * of_all, 5 * of_rest)
     (slope,) = hypergradient(upper, lower, "darts", upper_batch=clean, lower_batch=noisy)
     assert slope[2] == 0 and slope[rest].abs().min() > 0
 
@@ -171,9 +171,9 @@ def test_the_engine_finds_wrong_labels(make: Callable[..., Any]) -> None:
     Engine(upper, lower, "cg", lower_steps=10, progress=False).run(30)
     with torch.no_grad():
         each = cross_entropy(model(noisy["x"]).logits, noisy["labels"], reduction="none")
-        found = weights(each, noisy)
+        learned = weights(each, noisy)
     assert redrawn.sum() >= wrong.sum() > 10
-    assert found[~wrong].mean() > found[wrong].mean() + 0.1
+    assert learned[~wrong].mean() > learned[wrong].mean() + 0.1
 
 
 def arguments(folder: Path, **options: Any) -> BilevelTrainingArguments:

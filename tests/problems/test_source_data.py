@@ -12,8 +12,8 @@ from hyperopt_peft.problems.source_data import SourceData, by_column
 
 def rows(begin: int, count: int = 3, **columns: Any) -> Dataset:
     labels = [k % 2 for k in range(count)]
-    given = {"x": list(range(begin, begin + count)), "label": labels, **columns}
-    return Dataset.from_dict(given).cast_column("label", ClassLabel(names=["no", "yes"]))
+    table = {"x": list(range(begin, begin + count)), "label": labels, **columns}
+    return Dataset.from_dict(table).cast_column("label", ClassLabel(names=["no", "yes"]))
 
 
 def test_rows_have_the_number_of_their_source() -> None:
@@ -27,10 +27,10 @@ def test_rows_have_the_number_of_their_source() -> None:
 def test_votes_and_labels_of_trusted_rows() -> None:
     """A trusted row is a vote of the last source; a row without votes is left out."""
     votes = [[0, -1], [-1, -1], [1, 0]]
-    below = rows(0, votes=votes).remove_columns("label")
-    data = SourceData.of(below, rows(20, 2))
+    voted = rows(0, votes=votes).remove_columns("label")
+    data = SourceData.of(voted, rows(20, 2))
     assert data.counts == {"0": 2, "1": 1, "trusted": 2}
-    assert data.below["votes"][:] == [[0, -1, -1], [1, 0, -1]] and data.below["x"][:] == [0, 2]
+    assert data.sources["votes"][:] == [[0, -1, -1], [1, 0, -1]] and data.sources["x"][:] == [0, 2]
     assert data.trusted["votes"][:] == [[-1, -1, 0], [-1, -1, 1]]
     assert data.everything.features["label"].names == ["no", "yes"]
 
@@ -42,8 +42,8 @@ def test_a_column_of_sources_is_taken_apart() -> None:
         by_column(rows(0), "origins")
 
 
-def _named(found: Dataset) -> Dataset:
-    return found.cast_column("label", Value("string"))
+def _named(table: Dataset) -> Dataset:
+    return table.cast_column("label", Value("string"))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def pair(
     """A program whose upper variable is no parameter of the model, over plain lists or ``data``."""
     torch.manual_seed(0)
     model, weight = Scaled(), torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
-    given = {
+    options = {
         "learning_rate": 0.1,
         "upper_learning_rate": 0.1,
         "per_device_train_batch_size": 8,
@@ -87,7 +87,7 @@ def pair(
         model,
         lower=lower(model, weight),
         upper=upper(model, weight),
-        args=BilevelTrainingArguments(output_dir=str(folder), **given),
+        args=BilevelTrainingArguments(output_dir=str(folder), **options),
         train_dataset=rows(64, 0) if data is None else data,
         upper_dataset=rows(64, 1) if upper_rows is None else upper_rows,
         eval_dataset=evaluation,
@@ -114,7 +114,7 @@ def streamed(
     **settings: Any,
 ) -> BilevelTrainer:
     """A trainer over a stream, of ``count`` rows where none is given, four to a micro-batch."""
-    given = {
+    options = {
         "per_device_train_batch_size": 4,
         "max_steps": 9,
         "save_strategy": "steps",
@@ -124,6 +124,6 @@ def streamed(
         "hypergradient": "darts",
         **settings,
     }
-    made, _ = pair(folder, data or Stream(count), callbacks, **given)
+    made, _ = pair(folder, data or Stream(count), callbacks, **options)
     made.remove_callback(PrinterCallback)
     return made

@@ -9,7 +9,8 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import default_data_collator
 
 from hyperopt_peft.problems import MixTrainer, MixTrainingArguments
-from tests.support.trainers import data, peft_model
+from tests.support.trainers import data as random_rows
+from tests.support.trainers import peft_model
 
 
 def rows(count: int, seed: int, *, wrong: bool = False) -> Dataset:
@@ -41,7 +42,7 @@ def trainer(
     callbacks: Sequence[Any] = (),
     *,
     kind: str = "classes",
-    given: Any = None,
+    data: Any = None,
     trusted: Any = None,
     double: bool = False,
     **options: Any,
@@ -65,11 +66,12 @@ def trainer(
     }
     model = peft_model(kind, dropout=0.0, dora=False)
     if kind != "classes":
-        given, trusted = {"a": data(kind, seed=1), "b": data(kind, seed=2)}, data(kind, 9, seed=3)
+        data = {"a": random_rows(kind, seed=1), "b": random_rows(kind, seed=2)}
+        trusted = random_rows(kind, 9, seed=3)
     return MixTrainer(
         model.double() if double else model,
         MixTrainingArguments(**{**settings, **options}),
-        sources=sources() if given is None else given,
+        sources=sources() if data is None else data,
         trusted=rows(30, 3) if trusted is None else trusted,
         data_collator=default_data_collator,
         callbacks=callbacks,

@@ -62,11 +62,11 @@ def value(upper: Any, lower: Any, upper_batch: Any, lower_batch: Any) -> Any:
 
 def central_difference(variable: Any, entry: Any, function: Any, step: float = 1e-4) -> Any:
     """d function/d variable[entry], where ``function`` takes no argument."""
-    found = []
+    values = []
     for sign in (1, -1):
         with torch.no_grad():
             variable[entry] += sign * step
-        found.append(function())
+        values.append(function())
         with torch.no_grad():
             variable[entry] -= sign * step
-    return (found[0] - found[1]) / (2 * step)
+    return (values[0] - values[1]) / (2 * step)
