@@ -209,16 +209,13 @@ def main() -> None:
         hypergradient="darts:scheme=forward",
         **common,
     )
-    levels = {
-        "upper": Selection(searched),
-        "lower": Components(searched, decay=arguments.decay),
-    }
-    trainer: Trainer = BilevelTrainer(searched, args=search, **levels, **rows)
+    upper, lower = Selection(searched), Components(searched, decay=arguments.decay)
+    trainer: Trainer = BilevelTrainer(searched, upper=upper, lower=lower, args=search, **rows)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     ranks = selected_ranks(searched, arguments.threshold)
     for name, part in component_weights(searched).items():
-        weights = " ".join(f"{float(alpha):.3f}" for alpha in part.weights().flatten())
+        weights = " ".join(f"{alpha:.3f}" for alpha in part.weights().flatten().tolist())
         print(f"{name}: rank {ranks[name]} of weights {weights}")
 
     shuffled = list(ranks.values())

@@ -54,11 +54,12 @@ def drawing(
         >>> Path("line.png").exists()
         True
     """
-    import matplotlib
+    from cycler import cycler
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {
-        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    style: Any = {
+        "axes.prop_cycle": cycler(color=COLOURS),
         "axes.grid": True,
         "axes.axisbelow": True,
         "axes.spines.top": False,
@@ -69,7 +70,7 @@ def drawing(
         "legend.fontsize": "small",
         "savefig.dpi": 150,
     }
-    with matplotlib.rc_context(style):
+    with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, **subplots)
         if path is not None:
