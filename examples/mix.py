@@ -36,8 +36,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.problems import MixTrainer, MixTrainingArguments
-from hyperopt_peft.problems.compare_baselines import compare_baselines
+from hyperopt_peft import MixTrainer, MixTrainingArguments, compare_baselines
 
 #: How often an annotator of each kind is right; an adversarial one is wrong in one way.
 KINDS = {"good": 0.9, "mediocre": 0.5, "adversarial": 0.1}

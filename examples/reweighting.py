@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
-from hyperopt_peft.problems.common import Adapter
+from hyperopt_peft.problems import Adapter
 from hyperopt_peft.problems.example_weights import HeldOut, example_losses
 from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
 

@@ -38,8 +38,8 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
     """
 
     # Equal in quality to the solvers and to darts on development tasks, and the cheapest
-    # (benchmarks/bidora_estimators.py); likewise an upper step after four lower ones
-    # (benchmarks/study).
+    # (benchmarks/bidora_estimators.py at the tag before-lean); likewise an upper step after four
+    # lower ones (benchmarks/study).
     hypergradient: str = HfArg(
         default="direct",
         help="hypergradient estimator, with options: minres:steps=5,damping=1.0",

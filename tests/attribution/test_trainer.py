@@ -135,7 +135,9 @@ def test_what_a_user_does_with_it(tmp_path: Path) -> None:
 
 def test_gpt2_has_no_accuracy_of_unshifted_tokens(tmp_path: Path) -> None:
     """Its name is in no mapping of shifted losses; its loss shifts."""
-    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        n_embd=8, n_layer=1, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=2
+    )
     adapter = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     model = get_peft_model(GPT2LMHeadModel(config), adapter).double()
     sets = {"train_dataset": data("causal", 14), "eval_dataset": data("causal", 7, seed=1)}

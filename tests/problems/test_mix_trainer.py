@@ -109,6 +109,7 @@ def test_both_phases_resume(tmp_path: Path, stops: Any) -> None:
     )
 
 
+@pytest.mark.slow  # tests/trainer has the fast guard of two processes
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """Each with half of every micro-batch: the weights of the sources, and the adapter."""
     two = two_processes.run(LAUNCHER, "mix_in_processes.py", tmp_path)
