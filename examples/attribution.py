@@ -89,12 +89,11 @@ def parts_of(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset, Dataset
         return {"label": other if wrong[number] else row["label"]}
 
     def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        found = tokenizer(rows["text"], truncation=True, max_length=arguments.max_length)
-        return dict(found)
+        return dict(tokenizer(rows["text"], truncation=True, max_length=arguments.max_length))
 
     train = train.map(spoilt, with_indices=True, load_from_cache_file=False)
     train, evaluation, test = (
-        part.map(tokens, batched=True) for part in (train, others["train"], others["test"])
+        rows.map(tokens, batched=True) for rows in (train, others["train"], others["test"])
     )
     return train, evaluation, test, wrong
 
@@ -141,9 +140,9 @@ def main() -> None:
         "mean training loss": suspects.loss,
         "score": suspects.score,
     }
-    found = {name: float(roc_auc_score(wrong[seen], values[seen])) for name, values in ways.items()}
+    areas = {name: float(roc_auc_score(wrong[seen], values[seen])) for name, values in ways.items()}
     print("\n| wrong labels are found by | area under the curve |\n| --- | --- |")
-    for name, area in found.items():
+    for name, area in areas.items():
         print(f"| {name} | {area:.3f} |")
 
     checked = result.check(arguments.retrainings, seed=training.seed)
@@ -155,7 +154,7 @@ def main() -> None:
         "lds": checked.lds,
         "slope": checked.slope,
         "metasmoothness": checked.metasmoothness,
-        "wrong_labels": found,
+        "wrong_labels": areas,
         "removal": asdict(removal),
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))

@@ -1,4 +1,4 @@
-"""A bilevel program of one's own, and an estimator of one's own, in one file.
+"""A bilevel program and an estimator for it, in one file.
 
 Which training examples should count? The lower level fits a classifier to noisy labels with a
 weight for each example; the upper level moves the weights to help on a few clean ones.
@@ -53,6 +53,8 @@ class SteepestDescent(Solver):
 train = Train(net.named_parameters(), optimizer=torch.optim.SGD(net.parameters(), lr=0.5))
 clean = Clean([sample_logits], optimizer=torch.optim.Adam([sample_logits], lr=0.1))
 history = Engine(clean, train, "steepest:steps=10", lower_steps=10).run(100)
-found, losses = (sample_logits < 0).eq(wrong).float().mean(), [r["upper_loss"] for r in history]
-print(f"clean loss {losses[0]:.3f} → {losses[-1]:.3f}; {found:.0%} rightly kept or dropped")
+share, losses = (sample_logits < 0).eq(wrong).float().mean(), [r["upper_loss"] for r in history]
+print(
+    f"clean loss {losses[0]:.3f} → {losses[-1]:.3f}; {share:.0%} of the weights on the right side"
+)
 print(compare_hypergradients(clean, train, ["direct", "darts", "steepest", "cg", "minres"]))

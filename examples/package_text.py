@@ -16,27 +16,27 @@ def docstrings() -> list[str]:
     """Docstrings of scikit-learn, each once."""
     spec = importlib.util.find_spec("sklearn")
     assert spec is not None and spec.submodule_search_locations
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
         if "tests" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                found[ast.get_docstring(node) or ""] = None
-    return _mixed({text: None for text in found if len(text) > 200})
+                texts[ast.get_docstring(node) or ""] = None
+    return _mixed({text: None for text in texts if len(text) > 200})
 
 
 def licences() -> list[str]:
     """Paragraphs of the licences of all installed packages, each once."""
-    found: dict[str, None] = {}
+    paragraphs: dict[str, None] = {}
     for package in importlib.metadata.distributions():
         for file in package.files or []:
             if re.match(r"(?i)(licen[cs]e|copying|notice)", file.name):
                 path = Path(str(package.locate_file(file)))
                 if path.is_file():
                     text = path.read_text(encoding="utf-8", errors="replace")
-                    found |= dict.fromkeys(" ".join(p.split()) for p in text.split("\n\n"))
-    return _mixed({text: None for text in found if len(text) > 100})
+                    paragraphs |= dict.fromkeys(" ".join(p.split()) for p in text.split("\n\n"))
+    return _mixed({text: None for text in paragraphs if len(text) > 100})
 
 
 def tweet_texts() -> list[str]:

@@ -39,8 +39,8 @@ def one_rater(domain: str, seed: int) -> pandas.DataFrame:
     files = archive()
     read = {"sep": "\t", "header": None, "quoting": 3, "index_col": 0}
     texts, ratings = (
-        pandas.read_csv(io.BytesIO(files[f"{DOMAINS[domain]}_{part}.txt"]), names=columns, **read)
-        for part, columns in (
+        pandas.read_csv(io.BytesIO(files[f"{DOMAINS[domain]}_{name}.txt"]), names=columns, **read)
+        for name, columns in (
             ("GroundTruth", ["id", "mean", "text"]),
             ("anonDataRatings", ["id", "mean", "deviation", "ratings"]),
         )

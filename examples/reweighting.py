@@ -96,9 +96,9 @@ class Result:
 
 def parts_of(table: pandas.DataFrame, arguments: Arguments, seed: int) -> list[pandas.DataFrame]:
     """Noisy training set, clean set, test set; no seed trains on a test example of another."""
-    known = table[table.clean >= 0]
-    test = known.sample(arguments.test_size, random_state=0)
-    clean = known.drop(test.index).sample(arguments.clean_size, random_state=seed)
+    labelled = table[table.clean >= 0]
+    test = labelled.sample(arguments.test_size, random_state=0)
+    clean = labelled.drop(test.index).sample(arguments.clean_size, random_state=seed)
     rest = table.drop([*test.index, *clean.index])
     return [rest.sample(arguments.train_size, random_state=seed), clean, test]
 
@@ -174,7 +174,7 @@ def main() -> None:
         if bilevel:
             weight = weights_of(trainer, weights, data)
             result.weight_right, result.weight_wrong = (
-                float(weight[part].mean()) for part in (~wrong, wrong)
+                float(weight[rows].mean()) for rows in (~wrong, wrong)
             )
             result.auc = float(roc_auc_score(wrong, -weight))
         return result
@@ -199,10 +199,9 @@ def main() -> None:
 def weights_of(trainer: Any, weights: torch.nn.Module, data: Dataset) -> np.ndarray:
     """The weights of all examples of ``data``, in order."""
     trainer.model.eval()
-    found = []
-    for batch in trainer.get_eval_dataloader(data):
-        found.append(weights(example_losses(trainer.model, batch), batch))
-    return torch.cat(found).cpu().numpy()
+    batches = trainer.get_eval_dataloader(data)
+    values = [weights(example_losses(trainer.model, batch), batch) for batch in batches]
+    return torch.cat(values).cpu().numpy()
 
 
 if __name__ == "__main__":

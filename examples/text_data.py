@@ -33,11 +33,11 @@ class TextData:
     label_names: list[str]
     collate: DataCollatorWithPadding
 
-    def batches(self, part: Dataset, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
-        """Padded batches of ``part``; a training epoch drops its last, smaller batch."""
+    def batches(self, rows: Dataset, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+        """Padded batches of ``rows``; a training epoch drops its last, smaller batch."""
         return DataLoader(
-            part,  # type: ignore[arg-type]
-            batch_size=min(batch_size, len(part)),
+            rows,  # type: ignore[arg-type]
+            batch_size=min(batch_size, len(rows)),
             shuffle=shuffle,
             drop_last=shuffle,
             collate_fn=self.collate,
@@ -74,10 +74,10 @@ def quiet() -> None:
 @torch.no_grad()
 def logits_of(model: Any, data: TextData, limit: int | None = None) -> torch.Tensor:
     """Logits ``(n, classes)`` of the (first ``limit``) test examples, in order."""
-    part = data.test if limit is None else data.test.select(range(min(limit, len(data.test))))
+    rows = data.test if limit is None else data.test.select(range(min(limit, len(data.test))))
     was_training = model.training
     model.eval()
-    batches = tqdm(data.batches(part, 64, shuffle=False), desc="test", leave=False)
+    batches = tqdm(data.batches(rows, 64, shuffle=False), desc="test", leave=False)
     logits = torch.cat([model(**batch.to(model.device)).logits.cpu() for batch in batches])
     model.train(was_training)
     return logits
@@ -155,11 +155,11 @@ def load_data(
         }
 
     train, test = (
-        part.map(tokenise, batched=True, remove_columns=part.column_names)
-        for part in (source, held_out)
+        data.map(tokenise, batched=True, remove_columns=data.column_names)
+        for data in (source, held_out)
     )
     names = source.features["label"].names
-    train, test = (part.cast_column("labels", ClassLabel(names=names)) for part in (train, test))
+    train, test = (data.cast_column("labels", ClassLabel(names=names)) for data in (train, test))
     return TextData(train, test, names, DataCollatorWithPadding(tokenizer))
 
 
@@ -173,16 +173,16 @@ def hub_dataset(name: str) -> tuple[Dataset, Dataset | None]:
             parts = load_dataset(path, configuration)  # glue/cola
         except (DatasetNotFoundError, ValueError):
             parts = load_dataset(name)  # owner/dataset
-    parts = {key: _with_classes(part) for key, part in parts.items()}
+    parts = {key: _with_classes(rows) for key, rows in parts.items()}
     held_out = [parts[key] for key in parts if key.startswith(("validation", "test"))]
-    labelled = [part for part in held_out if min(part["label"]) >= 0]
+    labelled = [rows for rows in held_out if min(rows["label"]) >= 0]
     return parts["train"], labelled[0] if labelled else None
 
 
-def _with_classes(part: Dataset) -> Dataset:
-    if "label" not in part.features and "labels" in part.features:
-        part = part.rename_column("labels", "label")
-    if "label" not in part.features:
-        raise SystemExit(f"the dataset needs a label column; it has {part.column_names}")
-    is_class = isinstance(part.features["label"], ClassLabel)
-    return part if is_class else part.class_encode_column("label")
+def _with_classes(rows: Dataset) -> Dataset:
+    if "label" not in rows.features and "labels" in rows.features:
+        rows = rows.rename_column("labels", "label")
+    if "label" not in rows.features:
+        raise SystemExit(f"the dataset needs a label column; it has {rows.column_names}")
+    is_class = isinstance(rows.features["label"], ClassLabel)
+    return rows if is_class else rows.class_encode_column("label")
