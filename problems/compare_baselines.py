@@ -114,6 +114,26 @@ def compare_baselines(
 
     Raises:
         ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification, PrinterCallback
+        >>> from hyperopt_peft import MixTrainingArguments
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
+        >>> def rows(first):
+        ...     ids = [[first + k] * 4 for k in range(6)]
+        ...     return Dataset.from_dict({"input_ids": ids, "labels": [0, 1] * 3})
+        >>> options = {"max_steps": 3, "use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+        >>> args = MixTrainingArguments("outputs", retrain="none", **options)
+        >>> data = {"sources": {"web": rows(1), "books": rows(10)}, "trusted": rows(20)}
+        >>> trainer = MixTrainer(model, args, **data)
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> _ = trainer.train()
+        >>> comparison = compare_baselines(trainer, folds=2, equal_passes=False)
+        >>> [result.method for result in comparison.results][-1]
+        'learned weights'
     """
     # A run that was resumed in the retraining has no step of the search.
     if not trainer.state.global_step and trainer.retrainer is None:

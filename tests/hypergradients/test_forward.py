@@ -11,7 +11,7 @@ from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hyperg
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from tests.support.by_hand import OPTIMIZERS, make_levels, start
-from tests.support.learnt_options import make
+from tests.support.learned_options import make
 from tests.support.quadratic import flat
 
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)

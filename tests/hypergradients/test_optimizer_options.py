@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import registered
 from tests.support.by_hand import BATCHES, OPTIMIZERS, ByHand, f, start, upper_f
-from tests.support.learnt_options import Learnt, logs, make, rate_and_decay
+from tests.support.learned_options import Learned, logs, make, rate_and_decay
 from tests.support.quadratic import FunctionLevel, flat
 
 
@@ -72,7 +72,7 @@ def test_a_schedule_and_a_learnt_decay_go_together() -> None:
     decay = logs()[1]
     made = SGD(w, lr=0.3)
     upper = FunctionLevel(lambda _: upper_f(w, u), [*u, decay], optimizer=SGD([*u, decay], 1.0))
-    lower = Learnt(
+    lower = Learned(
         lambda b: f(w, u, b),
         w,
         lambda: {"weight_decay": decay.exp()},
@@ -118,7 +118,7 @@ def test_estimators_that_do_not_see_options_are_refused(method: Any) -> None:
 def test_options_without_upper_variables_go_with_every_estimator() -> None:
     w, u = start()
     upper = FunctionLevel(lambda _: upper_f(w, u), u, optimizer=SGD(u, lr=0.1))
-    lower = Learnt(
+    lower = Learned(
         lambda b: f(w, u, b), w, lambda: {"lr": 0.25}, data=BATCHES, optimizer=SGD(w, lr=1.0)
     )
     Engine(upper, lower, "darts", progress=False).run(1)
@@ -150,7 +150,7 @@ def test_outside_training_a_variable_that_f_does_not_read_does_not_decay(
     read, unread = (torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in (1, 3))
     decay = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     owned = [read, unread]
-    lower = Learnt(
+    lower = Learned(
         lambda _: read.square().sum(),
         owned,
         lambda: {"weight_decay": decay},

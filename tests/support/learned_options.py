@@ -10,7 +10,7 @@ from tests.support.by_hand import BATCHES, f, start, upper_f
 from tests.support.quadratic import FunctionLevel
 
 
-class Learnt(FunctionLevel):
+class Learned(FunctionLevel):
     """A lower level whose optimizer's options are ``options()``."""
 
     def __init__(self, function: Any, owned: Any, options: Any, **level: Any) -> None:
@@ -38,14 +38,14 @@ def make(
     grouped: bool = False,
     upper_rate: float = 1.0,
     **level: Any,
-) -> tuple[FunctionLevel, Learnt]:
+) -> tuple[FunctionLevel, Learned]:
     w, u = start()
     rate, decay = logs()
     groups = [{"params": [x]} for x in w] if grouped else w
     upper = FunctionLevel(
         lambda _: upper_f(w, u), [*u, rate, decay], optimizer=SGD([*u, rate, decay], upper_rate)
     )
-    lower = Learnt(
+    lower = Learned(
         lambda b: f(w, u, b),
         w,
         lambda: rate_and_decay(rate, decay, grouped),
