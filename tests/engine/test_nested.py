@@ -1,18 +1,31 @@
-"""Chains of three levels and more, against closed forms and against autograd."""
+"""Three levels and more: closed forms, autograd, purity, random numbers, and what is refused."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.optim import SGD
 
-from hyperopt_peft import Engine, Nested, compare_hypergradients, hypergradient
+from hyperopt_peft import (
+    Engine,
+    Estimator,
+    Nested,
+    NonFiniteError,
+    Problem,
+    ProblemError,
+    compare_hypergradients,
+    hypergradient,
+)
 from hyperopt_peft.engine import fit, minimize
 from hyperopt_peft.hypergradients import ConjugateGradient
+from hyperopt_peft.trainer.checks import check_levels
 from tests.support.chains import chain, nested
-from tests.support.networks import differences
+from tests.support.networks import adam_levels, differences
 from tests.support.quadratic import FunctionLevel
 
 
@@ -21,55 +34,42 @@ def relative_error(found: Any, expected: Any) -> Any:
 
 
 # On a quadratic a difference of gradients is exact at any step length.
-OUTER = {
-    "exact": "exact:product=difference,epsilon=1.0",
-    "cg": "cg:product=difference,epsilon=1.0,steps=30,tolerance=1e-14",
-    "minres": "minres:product=difference,epsilon=1.0,steps=30,tolerance=1e-14",
-}
-
-
-@pytest.mark.parametrize("method", ["exact", "cg", "minres"])
-@pytest.mark.parametrize("settled", [False, True])
-@pytest.mark.parametrize("seed", range(2))
-def test_three_levels_have_the_closed_form(seed: Any, settled: bool, method: str) -> None:
-    """At any point: implicit differentiation takes each level for settled where it is."""
-    program = chain(3, seed)
-    if settled:
-        program.settle()
-    (found,) = hypergradient(*nested(program.levels()), OUTER[method])
-    assert relative_error(found, program.hypergradient()) < 1e-12
+EXACT = "exact:product=difference,epsilon=1.0"
+CG = "cg:product=difference,epsilon=1.0,steps=30,tolerance=1e-14"
+MINRES = "minres:product=difference,epsilon=1.0,steps=30,tolerance=1e-14"
+NEUMANN = "neumann:product=difference,epsilon=1.0,terms=50"
+SMALL = {"sizes": (2, 2, 3), "ridge": 10.0}
+SHORT = {"sizes": (1, 2, 1, 2)}
 
 
 @pytest.mark.parametrize(
-    ("inner", "outer"),
+    ("count", "options", "inner", "outer", "error"),
     [
-        ("cg:steps=30,tolerance=1e-14", OUTER["cg"]),
-        ("minres:steps=30,tolerance=1e-14,product=difference,epsilon=1.0", OUTER["exact"]),
-        ("neumann:terms=50", OUTER["exact"]),
-        ("exact:product=difference,epsilon=1.0", "neumann:product=difference,epsilon=1.0,terms=50"),
+        *((3, {"seed": k}, "exact", outer, 1e-12) for k in (0, 1) for outer in (EXACT, CG, MINRES)),
+        (3, SMALL, "cg:steps=30,tolerance=1e-14", CG, 1e-10),
+        (3, SMALL, MINRES, EXACT, 1e-10),
+        (3, SMALL, "neumann:terms=50", EXACT, 1e-10),
+        (3, SMALL, EXACT, NEUMANN, 1e-10),
+        (3, {}, None, "cg:product=difference,tolerance=1e-12", 1e-10),
+        (4, {}, "exact", CG, 1e-12),
+        # Differences of differences: one length for all would be 80 times worse.
+        (4, SHORT, "exact", "exact:product=difference", 1e-7),
     ],
 )
-def test_any_solver_will_do_at_either_place(inner: str, outer: Any) -> None:
-    program = chain(3, sizes=(2, 2, 3), ridge=10.0)
-    (found,) = hypergradient(*nested(program.levels(), inner), outer)
-    assert relative_error(found, program.hypergradient()) < 1e-10
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_hypergradient_has_the_closed_form(
+    count: int, options: Any, inner: str | None, outer: str, error: float, settled: bool
+) -> None:
+    """At any point: implicit differentiation treats a level's values as its minimum."""
+    program = chain(count, **options)
+    if settled:
+        program.settle()
+    above = outer if options is SHORT else EXACT
+    (found,) = hypergradient(*nested(program.levels(), inner, above), outer)
+    assert relative_error(found, program.hypergradient()) < error
 
 
-def test_four_levels_have_the_closed_form() -> None:
-    program = chain(4)
-    (found,) = hypergradient(*nested(program.levels()), OUTER["cg"])
-    assert relative_error(found, program.hypergradient()) < 1e-12
-
-
-def test_the_length_of_a_difference_grows_with_the_chain() -> None:
-    """Differences of differences: one length for all would be 80 times worse."""
-    program = chain(4, sizes=(1, 2, 1, 2))
-    method = "exact:product=difference"
-    (found,) = hypergradient(*nested(program.levels(), above=method), method)
-    assert relative_error(found, program.hypergradient()) < 1e-7
-
-
-def test_any_length_works_by_default() -> None:
+def test_any_number_of_levels_works_by_default() -> None:
     program = chain(5, sizes=(1, 1, 1, 1, 1))
     first, second, third, fourth, fifth = program.levels()
     level = Nested(second, Nested(third, Nested(fourth, fifth)))
@@ -78,13 +78,6 @@ def test_any_length_works_by_default() -> None:
     assert level.estimator == level.lower.estimator == replace(options, product="difference")
     (found,) = hypergradient(first, level, "cg:product=difference")
     assert relative_error(found, program.hypergradient()) < 1e-5
-
-
-def test_default_options_are_good_to_ten_digits() -> None:
-    program = chain(3)
-    top, middle, lower = program.levels()
-    (found,) = hypergradient(top, Nested(middle, lower), "cg:product=difference,tolerance=1e-12")
-    assert relative_error(found, program.hypergradient()) < 1e-10
 
 
 def newton(objective: Any, x: Tensor, steps: int = 1) -> Any:
@@ -100,7 +93,7 @@ def test_it_is_the_derivative_of_the_nested_minima() -> None:
     """Autograd through argmin f, and through argmin of G over it, knows no implicit formula."""
     program = chain(3)
     program.settle()
-    (found,) = hypergradient(*nested(program.levels()), OUTER["exact"])
+    (found,) = hypergradient(*nested(program.levels()), EXACT)
     u, v, w = (x.detach().clone().requires_grad_() for x in program.blocks)
 
     def lowest(u: Any, v: Any) -> Any:
@@ -199,7 +192,7 @@ def test_darts_takes_the_identity_for_the_inverse(scheme: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("length", [3, 4])
+@pytest.mark.parametrize("length", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_reaches_the_optimum_of_the_chain(length: int) -> None:
     program = chain(length, sizes={3: (2, 2, 3), 4: (1, 1, 1, 1)}[length], ridge=10.0)
     method = "cg:product=difference,epsilon=1.0"
@@ -235,7 +228,7 @@ def test_a_level_comes_after_the_steps_of_the_one_below() -> None:
 def test_estimators_can_be_compared_on_a_chain() -> None:
     levels = nested(chain(3).levels())
     methods = ["cg:product=difference", "cg", "darts", "direct"]
-    table = compare_hypergradients(*levels, methods, OUTER["exact"], repeats=1)
+    table = compare_hypergradients(*levels, methods, EXACT, repeats=1)
     cg, refused, darts, direct = table.records()
     assert cg["relative_error"] < 1e-4 < direct["relative_error"]
     assert 'product="difference"' in refused["problem"]
@@ -256,3 +249,286 @@ def test_half_precision_is_displaced_in_single_precision() -> None:
         (found[dtype],) = hypergradient(top, lower, "cg:product=difference")
         assert not differences(before, [x.detach() for x in blocks])
     assert relative_error(found[torch.bfloat16].double(), found[torch.float64]) < 0.02
+
+
+METHODS = ["darts", "cg:product=difference,steps=3", "unrolled:product=difference"]
+
+
+def network_engine(method: str, **options: Any) -> Engine:
+    top, middle, lower = adam_levels(3, **options)
+    level = Nested(middle, lower, "cg:steps=3", lower_steps=2, warmup_steps=1)
+    return Engine(top, level, method, lower_steps=2, progress=False)
+
+
+def everything(engine: Any) -> dict[str, Any]:
+    """All that may not change; the data are judged by the batches that they give."""
+    net = engine.upper.net
+    state = deepcopy(engine.state_dict())
+    for level in (state["upper"], state["lower"]["middle"], state["lower"]["below"]):
+        del level["batches"]
+    return {
+        "state": state,
+        "tensors": {k: v.clone() for k, v in {**net.state_dict()}.items()},
+        "objects": {k: (id(v), v.data_ptr(), id(v.grad)) for k, v in net.named_parameters()},
+        "random": torch.get_rng_state(),
+        "hooks": len(nn.modules.module._global_forward_pre_hooks),
+    }
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupt(levels: Any, at: int, losses: Any) -> Callable[[], int]:
+    """Make the evaluation number ``at`` of any loss fail; returns their count so far."""
+    count = 0
+
+    def failing(loss: Any) -> Any:
+        def evaluate(batch: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                raise Interruption
+            return loss(batch)
+
+        return evaluate
+
+    for level, loss in zip(levels, losses, strict=True):
+        level.loss = failing(loss)
+    return lambda: count
+
+
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hypergradient_leaves_no_trace(method: str) -> None:
+    """Also not one that fails in any of its evaluations, nor in the batches to come."""
+    engine, twin = network_engine(method), network_engine(method)
+    for run in (engine, twin):
+        torch.manual_seed(1)
+        run.run(2)
+    levels = (engine.upper, engine.lower.middle, engine.lower.lower)
+    losses = [level.loss for level in levels]
+    for parameter in engine.upper.net.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    before = everything(engine)
+    found = hypergradient(engine.upper, engine.lower, method)
+    assert not differences(before, everything(engine))
+    total = interrupt(levels, 0, losses)
+    assert not differences(found, hypergradient(engine.upper, engine.lower, method))
+    assert total() >= 8
+    for k in sorted({1, 2, 3, 5, 8, total() // 2, total() - 1, total()}):
+        interrupt(levels, k, losses)
+        with pytest.raises(Interruption):
+            hypergradient(engine.upper, engine.lower, method)
+        assert not differences(before, everything(engine)), f"evaluation {k} of {total()}"
+    interrupt(levels, 0, losses)
+    for parameter in engine.upper.net.parameters():
+        parameter.grad = None
+    for run in (engine, twin):
+        torch.manual_seed(2)
+        run.run(2)
+    assert not differences(engine.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("generators", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_levels_above_leak_nothing_into_the_lowest(method: str, generators: bool) -> None:
+    """At a learning rate of 0 above, it is trained as if alone, bit for bit."""
+    engine = network_engine(method, generators=generators, rates=(0.0, 0.0, 0.05))
+    torch.manual_seed(4)
+    engine.run(3)
+    *_, alone = adam_levels(3, generators=generators)
+    torch.manual_seed(4)
+    fit(alone, 3 * 2 * 2 + 1, progress=False)
+    assert not differences(engine.lower.lower.variables, alone.variables)
+    assert not differences(*(dict(level.net.named_buffers()) for level in (engine.upper, alone)))
+
+
+def test_each_step_of_the_middle_draws_its_own_masks() -> None:
+    """Also where the level below draws no random numbers, which would move the stream."""
+    u, v, w = (torch.ones(4, requires_grad=True) for _ in range(3))
+    seen = []
+
+    def middle(_: Any) -> Any:
+        mask = torch.rand(4)
+        seen.append(mask)
+        return (mask * (v - w)).square().sum() + (v * u).sum()
+
+    levels = (
+        FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1)),
+        FunctionLevel(middle, [v], optimizer=SGD([v], lr=0.1)),
+        FunctionLevel(lambda _: (w - v).square().sum(), [w], optimizer=SGD([w], lr=0.1)),
+    )
+    level = Nested(*levels[1:], "cg:steps=4")
+    Engine(levels[0], level, "cg:product=difference,steps=4", progress=False).run(3)
+    # One mask a step, in all evaluations: in the step itself and in the hypergradient after it.
+    steps = [k for k, mask in enumerate(seen) if k == 0 or not torch.equal(mask, seen[k - 1])]
+    assert len(steps) == 3 and all(b - a > 2 for a, b in zip(steps, [*steps[1:], len(seen)]))
+
+
+def test_derivatives_of_the_level_below_are_on_its_last_batch_and_masks() -> None:
+    """In the middle's own gradient and in the hypergradient of the top alike."""
+    u, v, w = (torch.ones(3, requires_grad=True) for _ in range(3))
+    seen = []
+
+    def below(batch: Any) -> Any:
+        mask = torch.rand(3)
+        seen.append((batch, mask))
+        return batch * (w - mask * v).square().sum()
+
+    levels = (
+        FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1)),
+        FunctionLevel(lambda _: (w - u * v).square().sum(), [v], optimizer=SGD([v], lr=0.1)),
+        FunctionLevel(below, [w], optimizer=SGD([w], lr=0.01), data=[1, 2, 3, 4, 5, 6, 7]),
+    )
+    level = Nested(*levels[1:], lower_steps=2)
+    engine = Engine(levels[0], level, "cg:product=difference", lower_steps=2, progress=False)
+    engine.run(1)
+    numbers = [batch for batch, _ in seen]
+    assert sorted(numbers) == numbers and set(numbers) == {1, 2, 3, 4}
+    assert numbers.count(1) == numbers.count(3) == 1
+    assert numbers.count(2) >= 2 and numbers.count(4) > numbers.count(2)
+    for batch in (2, 4):
+        first, *others = [mask for number, mask in seen if number == batch]
+        assert all(torch.equal(mask, first) for mask in others)
+
+
+def leaf(value: float = 1.0) -> Any:
+    return torch.tensor([value], requires_grad=True)
+
+
+LOSSES = {
+    "top": lambda u, v, w: (w + v).square().sum(),
+    "g": lambda u, v, w: (v - u + w).square().sum(),
+    "f": lambda u, v, w: (w - v).square().sum(),
+}
+
+
+def three(non_finite: Any = "raise", **losses: Any) -> Engine:
+    """An engine over three levels of one number each, with other losses where given."""
+    variables = leaf(), leaf(), leaf()
+    first, middle, lower = (
+        FunctionLevel(lambda _, h=h: h(*variables), [x], optimizer=SGD([x], lr=0.1), name=name)
+        for h, x, name in zip((LOSSES | losses).values(), variables, ("first", "middle", "last"))
+    )
+    level = Nested(middle, lower)
+    return Engine(first, level, "cg:product=difference", non_finite=non_finite, progress=False)
+
+
+@pytest.mark.parametrize("level", ["top", "g", "f"])
+def test_a_level_that_is_not_finite_is_named(level: str) -> None:
+    name = {"top": "first", "g": "middle", "f": "last"}[level]
+    engine = three(**{level: lambda u, v, w: (u + v + w).sum() * float("nan")})
+    with pytest.raises(NonFiniteError, match=f"step 1: .*{name}: .*loss"):
+        engine.run(1)
+
+
+def test_steps_that_are_not_finite_can_be_skipped() -> None:
+    calls = []
+
+    def now_and_then(u: Any, v: Any, w: Any) -> Any:
+        calls.append(1)
+        return (w - v).square().sum() * (float("inf") if len(calls) == 5 else 1)
+
+    engine = three(f=now_and_then, non_finite="skip")
+    records = engine.run(4)
+    assert engine.skipped == 1 and len(records) >= 3
+    assert all(torch.isfinite(x) for level in engine.lower.levels for x in level.variables)
+
+
+@pytest.mark.parametrize(
+    ("losses", "name"),
+    [
+        ({"f": lambda u, v, w: v.sum()}, "last"),
+        ({"g": lambda u, v, w: (w - 1).square(), "f": lambda u, v, w: w.square()}, "middle"),
+        ({"top": lambda u, v, w: w.square(), "g": lambda u, v, w: (v - w).square()}, "first"),
+    ],
+)
+def test_a_variable_that_no_loss_reads_is_named(losses: dict[str, Any], name: str) -> None:
+    with pytest.raises(ProblemError, match=f"{name}: .*gradient"):
+        three(**losses).run(1)
+
+
+def test_a_variable_that_only_the_optimizer_below_reads_is_enough() -> None:
+    """One step of the lowest level at the learning rate exp(u), by hand."""
+    u, v, w = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-1, 0, 3))
+
+    class Lowest(FunctionLevel):
+        def optimizer_options(self) -> dict[str, Any]:
+            return {"lr": u.exp()}
+
+    lowest = Lowest(lambda _: (w - 1).square().sum() / 2, [w], optimizer=SGD([w]))
+    middle = FunctionLevel(lambda _: (w - 2 + v).square().sum() / 2, [v])
+    (part,) = Nested(middle, lowest, "unrolled").gradient(None, (u,)).gradient
+    torch.testing.assert_close(part, -u.exp() * (w - 2 + v) * (w - 1))
+
+
+def test_a_variable_that_only_a_level_below_reads_is_enough() -> None:
+    """v is read by f alone, as a penalty is, and u by f alone too."""
+    engine = three(
+        top=lambda u, v, w: (w + v).square().sum(),
+        g=lambda u, v, w: (w - 3).square().sum(),
+        f=lambda u, v, w: (w - v - u).square().sum(),
+    )
+    engine.run(2)
+    assert all(x != 1 for x in (*engine.upper.variables, *engine.lower.variables))
+
+
+class Plain(Problem):
+    def loss(self, batch: Any) -> Any:
+        return sum(v.sum() for v in self.variables)
+
+
+def plain(value: Any = None, name: str = "level", **options: Any) -> Plain:
+    tensor = leaf() if value is None else value
+    return Plain([tensor], optimizer=SGD([tensor], lr=0.1), name=name, **options)
+
+
+def pair(*estimator: str, **options: Any) -> Nested:
+    return Nested(plain(), plain(), *estimator, **options)
+
+
+X, UNROLLED = leaf(), "unrolled:steps=2,product=difference"
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (lambda: Nested(plain(X), plain(X)), "variable 0"),
+        (lambda: Nested(plain(), "lower"), "Problem.*str"),
+        (lambda: Nested(pair(), plain()), "Nested"),
+        (lambda: Nested(plain(), pair("cg"), "cg"), 'product="difference"'),
+        (lambda: pair("cgg"), "'cgg'"),
+        (lambda: pair(lower_steps=0), "lower_steps"),
+        (lambda: pair(warmup_steps=-1), "warmup_steps"),
+        (lambda: pair(follow=0.5), "follow"),
+        (lambda: pair("darts", follow=1), "darts.*follow"),
+        (lambda: pair("penalty"), "penalty"),
+        (lambda: Engine(plain(), pair(), "cg"), 'level: .* cg: .*product="difference"'),
+        (lambda: hypergradient(plain(), pair(), "exact"), 'level: .* exact: .*difference"'),
+        (lambda: Engine(plain(), pair(), UNROLLED, lower_steps=2), "level: .*unrolled.*steps=1"),
+        (lambda: Engine(pair(), plain(), "direct"), "Nested"),
+        (lambda: Engine(plain(X), Nested(plain(), plain(X)), "direct"), "variable 0"),
+        (lambda: Engine(plain(), Nested(plain(), Plain([leaf()], name="last"))), "last: .*optim"),
+        (lambda: minimize(pair()), "level"),
+        (lambda: check_levels([plain(), pair()]), "a trainer has two"),
+        (lambda: check_levels([pair(), plain()]), "a trainer has two"),
+    ],
+)
+def test_mistakes_are_named(construct: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        construct()
+
+
+@dataclass(frozen=True)
+class Own(Estimator):
+    """An estimator of one's own that asks for an exact product."""
+
+    def estimate(self, oracle: Any) -> None:
+        with oracle.product("exact"):
+            raise AssertionError
+
+
+def test_an_exact_product_is_refused_whoever_asks() -> None:
+    with pytest.raises(ProblemError, match='product="difference"'):
+        hypergradient(*nested(chain(3).levels()), Own())

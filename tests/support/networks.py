@@ -1,11 +1,12 @@
 """A small classifier that remembers, drops and normalises, as two levels over one network."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from hyperopt_peft import Problem
@@ -76,6 +77,36 @@ def network_levels(
         Classify(net, upper, data=loader(14, own[0]), optimizer=adam, name="upper"),
         Classify(net, lower, data=loader(18, own[1]), optimizer=momentum, name="lower"),
     )
+
+
+def adam_levels(
+    count: int,
+    *,
+    generators: bool = False,
+    rates: Sequence[float] = (0.05, 0.05, 0.05),
+) -> list[Classify]:
+    """Two or three levels over one network, from the top, with Adam and a schedule each."""
+    torch.manual_seed(0)
+    net = Network()
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    above = [["gate", "temperature"]] if count == 2 else [["temperature"], ["gate", "norm.weight"]]
+    names = [*above, [name for name in named if not any(name in names for names in above)]]
+    levels = []
+    for k, size in enumerate((14, 18) if count == 2 else (10, 14, 18)):
+        variables = [(name, named[name]) for name in names[k]]
+        optimizer = torch.optim.Adam([v for _, v in variables], lr=rates[k])
+        generator = torch.Generator().manual_seed(k) if generators else None
+        levels.append(
+            Classify(
+                net,
+                variables,
+                data=loader(size, generator),
+                optimizer=optimizer,
+                scheduler=LambdaLR(optimizer, lambda step: 1 / (1 + step / 5)),
+                name=f"level {k}",
+            )
+        )
+    return levels
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
