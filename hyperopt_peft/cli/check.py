@@ -1,54 +1,127 @@
-"""hyperopt-peft check: a diagnosis of the two levels on your model and data, in words."""
+"""hyperopt-peft check: the two levels, and estimators, examined on your model and data."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import check_problem
-from hyperopt_peft.cli.compare_estimators import batches_of, trained
+from hyperopt_peft import check_problem, compare_hypergradients
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text.setup import TYPES, prepare
+from hyperopt_peft.cli.text.setup import TYPES, changed, prepare
+from hyperopt_peft.diagnostics.compare import get_reference
+from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
+from hyperopt_peft.diagnostics.recommend import recommend
+from hyperopt_peft.hypergradients import get_estimator
+from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.utils.signal_to_noise import ENOUGH
 from hyperopt_peft.utils.validation import require_count
+
+NONE, RETRAINING = ["none"], "retraining"
 
 
 @dataclass
 class CheckArguments:
-    """The point at which the levels are examined, and the accuracy."""
+    """The point at which the levels are examined, and the estimators."""
 
     _argument_group_name = "command"
 
-    steps: int = HfArg(default=0, help="lower steps of the search before the check")
+    search_steps: int = HfArg(default=0, help="lower steps of the search before the check")
     solver_steps: int = HfArg(default=10, help="steps of the solvers that measure the curvature")
+    estimators: list[str] | None = HfArg(
+        default=None,
+        help="estimators with options, or none; if not given direct, darts (ξ of 1 and of the "
+        "learning rate), neumann, cg and minres, the last two with the smallest damping that "
+        "leaves a condition number of 10, by the measured spectrum",
+    )
+    reference: str = HfArg(
+        default="retraining:steps=20,directions=4",
+        help="the reference: an estimator, or retraining with options, whose lr is by default the "
+        "largest stable learning rate of the lower variables",
+    )
 
     def __post_init__(self) -> None:
-        require_count("steps", self.steps, least=0)
+        require_count("search_steps", self.search_steps, least=0)
         require_count("solver_steps", self.solver_steps, least=1)
+        get_reference(self.reference)
+        for estimator in self.chosen(Spectrum(1.0, 1.0), 1.0):
+            get_estimator(estimator)
+
+    def chosen(self, measured: Spectrum, learning_rate: float) -> list[str]:
+        """The estimators to compare, with ``learning_rate`` for ``lr`` in ``xi=lr``."""
+        if self.estimators == NONE:
+            return []
+        damping = f"damping={measured.damping():.3g}"
+        estimators = self.estimators or [
+            "direct",
+            "darts:scheme=forward",
+            "darts:scheme=forward,xi=lr",
+            "neumann:terms=5",
+            f"cg:steps=5,{damping}",
+            f"minres:steps=5,{damping}",
+            f"minres:steps=5,{damping},product=difference",
+            f"minres:steps=40,{damping}",
+        ]
+        return [estimator.replace("xi=lr", f"xi={learning_rate:g}") for estimator in estimators]
+
+    def truth(self, measured: Spectrum) -> str:
+        """The reference, for retraining with the learning rate 1/|λ|max if it has none."""
+        name, _, options = self.reference.partition(":")
+        if name != RETRAINING or "lr=" in options or not measured.radius:
+            return self.reference
+        return f"{name}:{options}{',' if options else ''}lr={1 / measured.radius:.3g}"
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train for ``steps`` steps, examine each level on its first batches.
-
-    Raises:
-        ProblemError: a bad option, model or data set.
-    """
-    own, model_args, data, args = parse("check", (CheckArguments, *TYPES), argv)
-    trainer = trained(prepare(model_args, data), args, own.steps)
-    assert trainer.upper is not None
-    batches = [batches_of(trainer, number) for number in range(ENOUGH)]
-    several = {f"{key}es": [batch[key] for batch in batches] for key in batches[0]}
+    """Parse ``argv``, train for ``search_steps``, examine levels and estimators; write nothing."""
+    command, model_args, data, args = parse("check", (CheckArguments, *TYPES), argv)
+    args = changed(args, method="bidora", retrain="none", max_steps=command.search_steps)
+    args.save_strategy = type(args.save_strategy)("no")
+    setup = prepare(model_args, data)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = setup.trainer(changed(args, output_dir=folder))
+        if command.search_steps:
+            trainer.train()
+    trainer.model.train()
     with trainer.compute_loss_context_manager():
-        found = check_problem(
-            trainer.upper,
-            trainer.lower,
-            **batches[0],
-            **several,
-            seed=args.seed,
-            solver_steps=own.solver_steps,
-            progress=sys.stderr.isatty(),
-        )
-    print(found)
+        _examine(trainer, command)
+
+
+def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> None:
+    """Print the check of the levels on their first batches, then the estimators side by side."""
+    upper, lower, args = trainer.upper, trainer.lower, trainer.args
+    assert upper is not None
+    shown = {"seed": args.seed, "progress": sys.stderr.isatty()}
+    pairs = [_batches(trainer, number) for number in range(ENOUGH)]
+    several = {f"{name}es": [pair[name] for pair in pairs] for name in pairs[0]}
+    steps = command.solver_steps
+    check = check_problem(upper, lower, **pairs[0], **several, solver_steps=steps, **shown)
+    print(check, flush=True)
+    if command.estimators == NONE:
+        return
+    measured = check.curvature or spectrum(upper, lower, **pairs[0], seed=args.seed)
+    estimators = command.chosen(measured, args.learning_rate)
+    reference = command.truth(measured)
+    comparison = compare_hypergradients(
+        upper, lower, estimators, reference, repeats=1, **pairs[0], **shown
+    )
+    print(f"\n{comparison}\n\n{recommend(comparison)}")
+
+
+def _batches(trainer: BiDoRATrainer, number: int) -> dict[str, Any]:
+    """Batch ``number`` of each level's examples in order, ``upper_batch`` and ``lower_batch``."""
+    args = trainer.args
+
+    def batch(data: Any, size: int) -> Any:
+        rows = range(number * size, number * size + min(size, len(data)))
+        return trainer.data_collator([data[row % len(data)] for row in rows])
+
+    size = args.per_device_train_batch_size
+    return {
+        "upper_batch": batch(trainer.upper_dataset, args.per_device_upper_batch_size or size),
+        "lower_batch": batch(trainer.train_dataset, size),
+    }

@@ -15,11 +15,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand that ``argv`` (by default the process's own) names.
+    """Run the command that ``argv`` (by default the process's own) names; the exit status.
 
-    Returns:
-        The exit status: 0; 2 after an error of the user's, 130 after Ctrl-C, both with one line
-        on stderr.
+    It is 0; 2 after an error of the user's, 130 after Ctrl-C, both with one line on stderr.
 
     Example:
         >>> from hyperopt_peft.cli.main import main
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, options: Sequence[str]) -> None:
     """Import the command, which takes seconds, and run it."""
-    module = import_module(f"hyperopt_peft.cli.{COMMANDS[name].module}")
+    module = import_module(f"hyperopt_peft.cli.{name}")
     if not sys.stderr.isatty():  # a log file wants no bars
         import datasets
         import transformers
@@ -67,5 +65,5 @@ def usage() -> str:
     """The commands and their summaries."""
     lines = ["usage: hyperopt-peft COMMAND [config.yaml] [options]", ""]
     width = max(map(len, COMMANDS)) + 2
-    lines += [f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:{width}}{summary}" for name, summary in COMMANDS.items()]
     return "\n".join([*lines, "", "hyperopt-peft COMMAND --help lists the options of one."])

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.mix_files import picture, snippets, write_weights
-from hyperopt_peft.cli.options import parse, require_folder
-from hyperopt_peft.cli.text.data import DataArguments, read_files, require_columns
+from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.text.data import TRAIN, DataArguments, join, read_files, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import Setup, prepare, warn_of_shared
-from hyperopt_peft.cli.train import resume_from, save_adapter
+from hyperopt_peft.cli.text.setup import fit, prepare, warn_of_shared
+from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.compare_baselines import compare_baselines
 from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
+from hyperopt_peft.utils.groups import group_rows
+
+#: The column with the name of each training example's source file.
+ORIGIN = "mix_source"
 
 
 @dataclass
-class MixArguments:
+class MixArguments(OutputArguments):
     """What is done with the weights."""
-
-    _argument_group_name = "command"
 
     trusted_file: list[str] | None = HfArg(
         default=None, help="the few examples that the sources are judged by: files"
@@ -34,10 +35,10 @@ class MixArguments:
     test_file: list[str] | None = HfArg(
         default=None, help="examples that the final adapter is evaluated on, and nothing else"
     )
-    verdict: int = HfArg(
+    baseline_folds: int = HfArg(
         default=3,
-        help="folds of the trusted examples by which simple baselines and the learnt weights are "
-        "compared, a search each; 0 for none",
+        help="folds of the trusted examples by which simple baselines and the learned weights are "
+        "compared, a search each; 0 for no comparison",
     )
     equal_passes: bool = HfArg(
         default=True, help="whether baselines may take as many passes as the search, too"
@@ -46,8 +47,6 @@ class MixArguments:
     def __post_init__(self) -> None:
         if not self.trusted_file:
             raise ProblemError("trusted_file: give examples with labels that you trust")
-        if self.verdict and self.verdict < 2:
-            raise ProblemError(f"verdict: must be 0 or at least 2 folds, got {self.verdict}")
 
 
 @dataclass
@@ -66,113 +65,123 @@ class SourceArguments(DataArguments):
     def __post_init__(self) -> None:
         for name in ("eval_file", "eval_split", "eval_fraction", "weight_column"):
             if getattr(self, name):
-                instead = "learns them" if name == "weight_column" else "has test_file instead"
-                raise ProblemError(f"{name}: not an option of mix, which {instead}")
-        self.files = _files(self.sources) if self.sources else {}
-        files = [path for paths in self.files.values() for path in paths]
-        other = self.dataset or self.source_column or self.train_file not in (None, files)
-        if self.files and other:
+                raise ProblemError(f"{name}: mix has test_file and learns weights; leave it out")
+        if bool(self.sources) == bool(self.source_column):
+            raise ProblemError("sources: give either the files of each source, or a source_column")
+        if not self.sources:
+            self.files = {}
+            super().__post_init__()
+            return
+        if self.train_file or self.dataset:
+            raise ProblemError("sources: have the training files; leave train_file and dataset out")
+        try:
+            files = yaml.safe_load(self.sources)
+            self.files = {str(k): [v] if isinstance(v, str) else [*v] for k, v in files.items()}
+        except (yaml.YAMLError, TypeError, AttributeError) as error:
             raise ProblemError(
-                "sources: give the files as sources, or train_file with source_column, not both"
-            )
-        if not self.files and not self.source_column:
-            raise ProblemError("sources: give the files of each source, or a source_column")
-        if self.files:
-            self.train_file = files
-        super().__post_init__()
+                f"sources: must map names to files, as in {{wiki: a.jsonl}}, got {self.sources!r}"
+            ) from error
 
-
-def _files(text: str) -> dict[str, list[str]]:
-    """The files of each source in the mapping ``text``, as YAML or JSON."""
-    try:
-        given = yaml.safe_load(text)
-        return {str(k): [v] if isinstance(v, str) else [*map(str, v)] for k, v in given.items()}
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ProblemError(
-            f"sources: must map names to files, as in {{wiki: a.jsonl}}, got {text!r}"
-        ) from error
+    def read(self) -> tuple[Dataset, None]:
+        """The examples of all sources; those of ``sources`` have the source's name in `ORIGIN`."""
+        if not self.files:
+            return super().read()[0], None
+        tables = {name: read_files(paths, "sources") for name, paths in self.files.items()}
+        names = [name for name, table in tables.items() for _ in range(len(table))]
+        return join(tables.values(), "sources").add_column(ORIGIN, names), None
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, learn the weights, train with them; write adapter, weights and picture.
-
-    Raises:
-        ProblemError: a bad option, model or data set.
-        NonFiniteError: as the option ``non_finite`` says.
-    """
+    """Parse ``argv``, learn the weights, train with them; write adapter and weights."""
     kinds = (MixArguments, ModelArguments, SourceArguments, MixTrainingArguments)
-    own, model_args, data, args = parse("mix", kinds, argv)
-    require_folder(args.output_dir)
+    command, model_args, data, args = parse("mix", kinds, argv)
+    command.require_output(args, resumes=True)
     setup = prepare(model_args, data)
-    trusted = _encoded(setup, data, own.trusted_file, "the trusted examples")
-    test = _encoded(setup, data, own.test_file, "the test examples") if own.test_file else None
-    if test is not None:
+    trusted = setup.read(command.trusted_file, "trusted_file", "the trusted examples")
+    folds = command.baseline_folds
+    if folds and not 2 <= folds <= len(trusted):
+        raise ProblemError(
+            f"baseline_folds: must be 0, or from 2 to the {len(trusted)} rows of trusted_file, got "
+            f"{folds}"
+        )
+    test = None
+    if command.test_file:
+        test = setup.read(command.test_file, "test_file", "the test examples")
         warn_of_shared(test, "test examples", setup.train, "in a source")
         warn_of_shared(test, "test examples", trusted, "trusted examples")
+    column = data.source_column or ORIGIN
+    require_columns(setup.rows, [column], TRAIN)
+    groups = group_rows(setup.rows[column])
+    sources = {name: setup.train.select(rows) for name, rows in groups.items()}
     model = setup.model(args.seed, dora=False)
-    trainer = MixTrainer(
-        model,
-        args,
-        sources=sources_of(setup, data),
-        trusted=trusted,
-        eval_dataset=test,
-        processing_class=setup.tokenizer,
-        data_collator=setup.collator(model),
-        compute_metrics=setup.task.metrics,
-        preprocess_logits_for_metrics=setup.task.reduce,
-    )
-    first = trainer.shares()
-    trainer.train(resume_from(args))
+    options = {"trusted": trusted, "eval_dataset": test, **setup.options(model)}
+    trainer = MixTrainer(model, args, sources=sources, **options)
+    fit(trainer)
     save_adapter(trainer)
-    output = Path(args.output_dir)
-    if trainer.is_world_process_zero():
-        write_weights(trainer, output / "weights.json")
-        picture(first, trainer.state.log_history, trainer, output / "weights.png")
-        print(table(trainer))
-    if data.files and trainer.is_world_process_zero():
-        text = snippets(trainer.row_weights(), trainer.shares(), data.files)
-        (output / "mixture.yaml").write_text(text)
+    output, first = Path(args.output_dir), trainer.is_world_process_zero()
+    shares, weights, counts = trainer.shares(), trainer.row_weights(), trainer.data.counts
+    if first:
+        record = {
+            name: {"rows": counts[name], "share": shares[name], "row_weight": weights[name]}
+            for name in weights
+        }
+        (output / "weights.json").write_text(json.dumps({"sources": record}, indent=1) + "\n")
+        if data.files:
+            (output / "mixture.yaml").write_text(configurations(weights, shares, data.files))
+        print(f"{'source':30}{'rows':>8}{'share':>9}{'row weight':>12}")
+        for name in sorted(weights, key=lambda each: -weights[each]):
+            print(f"{name[:29]:30}{counts[name]:8}{shares[name]:9.3f}{weights[name]:12.3f}")
     if test is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if own.verdict:
-        found = compare_baselines(trainer, folds=own.verdict, equal_passes=own.equal_passes)
-        if trainer.is_world_process_zero():
-            print(f"\nby {own.verdict} folds of {len(trusted)} trusted examples:\n{found}")
-    if trainer.is_world_process_zero():
-        print(f"\nthe adapter, weights.json and weights.png are in {output}")
+    if folds:
+        comparison = compare_baselines(trainer, folds=folds, equal_passes=command.equal_passes)
+        if first:
+            print(f"\nby {folds} folds of {len(trusted)} trusted examples:\n{comparison}")
+    if first:
+        print(f"\nthe adapter and weights.json are in {output}")
     trainer.end_training()
 
 
-def sources_of(setup: Setup, data: SourceArguments) -> dict[str, Dataset]:
-    """The encoded examples of each source, by name."""
-    if data.source_column is not None:
-        require_columns(setup.source[0], [data.source_column], "the training examples")
-        of_row = [str(name) for name in setup.source[0][data.source_column]]
-    else:
-        of_row = [
-            name
-            for name, paths in data.files.items()
-            for _ in range(len(read_files(paths, "sources")))
-        ]
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(of_row):
-        rows.setdefault(name, []).append(row)
-    return {name: setup.train.select(numbers) for name, numbers in rows.items()}
+def configurations(
+    weights: Mapping[str, float],
+    shares: Mapping[str, float],
+    files: Mapping[str, Sequence[str]],
+) -> str:
+    """The mix in the configurations of other trainers, by name of the source.
 
+    TRL and axolotl take a part of the rows of each data set, here all of that with the largest
+    weight. LLaMA-Factory draws each data set with a probability, its share in the training loss.
 
-def _encoded(setup: Setup, data: DataArguments, paths: Sequence[str], what: str) -> Dataset:
-    rows = read_files(paths, what)
-    require_columns(rows, data.columns(setup.args.task), what)
-    return setup.encoder.encode(rows, what)
-
-
-def table(trainer: MixTrainer) -> str:
-    """Rows, share and weight of each source, the largest weight first."""
-    shares, weights = trainer.shares(), trainer.row_weights()
-    counts: Mapping[str, Any] = trainer.data.counts
-    lines = [f"{'source':30}{'rows':>8}{'share':>9}{'row weight':>12}"]
-    for name in sorted(weights, key=lambda each: -weights[each]):
-        lines.append(f"{name[:29]:30}{counts[name]:8}{shares[name]:9.3f}{weights[name]:12.3f}")
-    return "\n".join(lines)
+    Example:
+        >>> files = {"wiki": ["w.jsonl"], "code": ["c.jsonl"]}
+        >>> print(configurations({"wiki": 1.5, "code": 0.5}, {"wiki": 0.6, "code": 0.4}, files))
+        # TRL
+        datasets:
+        - path: json
+          data_files: w.jsonl
+          split: train
+        - path: json
+          data_files: c.jsonl
+          split: train[:33%]
+        ...
+    """
+    largest = max(weights[name] for name in files)
+    trl, axolotl = [], []
+    for name, paths in files.items():
+        relative, suffix = weights[name] / largest, Path(paths[0]).suffix
+        percent = max(1, round(100 * relative))
+        data = paths[0] if len(paths) == 1 else list(paths)
+        kind = {".jsonl": "json", ".tsv": "csv"}.get(suffix, suffix.removeprefix("."))
+        rows = "train" if percent == 100 else f"train[:{percent}%]"
+        trl.append({"path": kind, "data_files": data, "split": rows})
+        axolotl.append({"path": data, "weight": max(0.001, round(relative, 3))})
+    total = sum(shares[name] for name in files)
+    factory = {
+        "dataset": ",".join(files),
+        "mix_strategy": "interleave_over",
+        "interleave_probs": ",".join(f"{shares[name] / total:.10f}" for name in files),
+    }
+    tools = {"TRL": {"datasets": trl}, "axolotl": {"datasets": axolotl}, "LLaMA-Factory": factory}
+    return "\n".join(f"# {name}\n{yaml.safe_dump(x, sort_keys=False)}" for name, x in tools.items())

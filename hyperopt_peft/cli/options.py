@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
-YAML = (".yaml", ".yml")
+#: Files and folders in ``output_dir`` that are the results of a run.
+RESULTS = ("adapter_config.json", "comparison.json", "checkpoint-*", "retrain/checkpoint-*")
 
 
 class _Parser(HfArgumentParser):
@@ -23,129 +25,108 @@ class _Parser(HfArgumentParser):
         raise ProblemError(message)
 
 
+@dataclass
+class OutputArguments:
+    """The options of every command that trains into ``output_dir``."""
+
+    _argument_group_name = "command"
+
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="whether to replace the results of an earlier run in output_dir"
+    )
+
+    def require_output(self, args: TrainingArguments, *, resumes: bool = False) -> None:
+        """Raise ProblemError unless results may be written to ``output_dir``; nothing is created.
+
+        Args:
+            args: the settings of the run.
+            resumes: whether the command goes on from ``args.resume_from_checkpoint``.
+        """
+        epochs = args.num_train_epochs
+        if args.max_steps <= 0 and epochs <= 0:
+            raise ProblemError(f"num_train_epochs: must be above 0 to train a step, got {epochs}")
+        folder = Path(args.output_dir or "")
+        parents = (folder, *folder.absolute().parents)
+        existing = next(parent for parent in parents if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ProblemError(f"output_dir: {existing} is no folder to write to; name another")
+        checkpoint = resume_from(args) if resumes else None
+        inside = checkpoint is True or (
+            checkpoint and folder.resolve() in Path(checkpoint).resolve().parents
+        )
+        result = next((path for name in RESULTS for path in folder.glob(name)), None)
+        if result and not inside and not self.overwrite_output_dir:
+            raise ProblemError(
+                f"output_dir: {folder} has {result.name} of an earlier run; name another folder, "
+                "resume that run, or replace its results with --overwrite_output_dir"
+            )
+
+
+def resume_from(args: TrainingArguments) -> str | bool | None:
+    """The folder of a checkpoint, or whether to resume from the last complete one."""
+    checkpoint: str | None = args.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
+
+
 def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
     """One instance of each dataclass in ``types``.
 
-    The options in a YAML file are read by the rules of flags.
-
     Args:
         command: the subcommand, a key of `COMMANDS`.
-        types: dataclasses whose fields are the options.
+        types: dataclasses whose fields are the options, each with its help.
         argv: a YAML file (optional), then flags.
 
     Raises:
-        ProblemError: an unknown option (the message has the nearest known one), a bad value, or a
-            file that is no mapping of options or gives one twice.
+        ProblemError: an unknown option (the message has the nearest one), a bad value, or a file
+            that is no mapping of options.
     """
-    hints = {
-        field.name: get_type_hints(own)[field.name]
-        for own in types
-        for field in fields(own)
-        if field.init
-    }
+    flags = list(argv)
+    if flags and not flags[0].startswith("-"):
+        flags = [*flags_of(Path(flags[0])), *flags[1:]]
+    names = {field.name for options in types for field in fields(options) if field.init}
+    for flag in flags:
+        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name.removeprefix("no_") not in {*names, "help"}:
+            near = did_you_mean(name, names)
+            near = near if near.startswith("; did") else "; --help lists the options"
+            raise ProblemError(f"unknown option --{name}{near}")
     parser = _Parser(
         types,
         prog=f"hyperopt-peft {command}",
         usage="%(prog)s [config.yaml] [options]",
-        description=COMMANDS[command].summary,
+        description=COMMANDS[command],
         allow_abbrev=False,
     )
-    flags = list(argv)
-    if flags and not flags[0].startswith("-"):
-        flags = [*flags_of(Path(flags.pop(0)), hints), *flags]
-    for flag in flags:
-        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name.removeprefix("no_") not in {*hints, "help"}:
-            raise ProblemError(f"unknown option --{name}{_near(name, hints)}")
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
-        if rest:
-            raise ProblemError(f"{rest[0]!r}: unexpected argument; give options as --name value")
     except (ValueError, TypeError, ImportError) as error:  # of argparse and of the dataclasses
-        if late := next((flag for flag in argv[1:] if flag.endswith(YAML)), None):
-            raise ProblemError(
-                f"{late}: a YAML file comes before the options; put it first"
-            ) from error
         raise ProblemError(str(error)) from error
+    if rest:
+        raise ProblemError(
+            f"{rest[0]!r}: unexpected argument; give a YAML file first, then --name value"
+        )
     return parsed
 
 
-def flags_of(path: Path, hints: Mapping[str, Any]) -> list[str]:
+def flags_of(path: Path) -> list[str]:
     """The options in the YAML file ``path`` as flags; null leaves an option at its default.
 
-    Args:
-        path: the file.
-        hints: the type of each option.
-
     Raises:
-        ProblemError: no such file, no mapping, an unknown option, an option that is given
-            twice, or a list for one value.
+        ProblemError: no such file, or no mapping.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)
-    except OSError as error:
-        raise ProblemError(
-            f"{path}: cannot be read ({error.strerror}); correct the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProblemError(f"{path}: no valid YAML ({error}); correct the file") from error
-    if not isinstance(values, dict):
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProblemError(f"{path}: no readable YAML ({error}); correct the file") from error
+    if not isinstance(options, dict):
         raise ProblemError(f"{path}: no mapping; write options as `name: value`")
     flags = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in hints:
-            raise ProblemError(f"{path}: unknown option {name!r}{_near(name, hints)}")
-        if isinstance(value, list) and not _takes_many(hints[name]):
-            raise ProblemError(f"{path}: {name} takes one value, got {value}; give one of them")
+    for name, value in options.items():
         if isinstance(value, list):
-            flags += [f"--{name}", *map(_text, value)]
+            flags += [f"--{name}", *map(str, value)]
         elif value is not None:
-            flags.append(f"--{name}={_text(value)}")
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            flags.append(f"--{name}={text}")
     return flags
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently use the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if lines.setdefault(key.value, line) != line:
-                raise ProblemError(
-                    f"{key.start_mark.name}: {key.value} is given twice, in line "
-                    f"{lines[key.value]} and in line {line}; take one out"
-                )
-        result: dict[Any, Any] = super().construct_mapping(node, deep)
-        return result
-
-
-def require_folder(path: str) -> None:
-    """Raise ProblemError unless ``path``, the ``output_dir``, is writable; nothing is created."""
-    folder = Path(path)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ProblemError(f"output_dir: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK):
-        raise ProblemError(f"output_dir: {existing} cannot be written to; name another folder")
-
-
-def _takes_many(hint: Any) -> bool:
-    """Whether an option of the type ``hint`` takes several values."""
-    choices = get_args(hint)
-    several = any(get_origin(choice) is list for choice in (hint, *choices))
-    return several and (get_origin(hint) is list or str not in choices)
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    """The most similar option, or --help instead of a list of all options."""
-    hint = did_you_mean(name, known)
-    return hint if hint.startswith("; did") else "; --help lists the options"

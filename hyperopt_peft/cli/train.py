@@ -3,56 +3,44 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.options import parse, require_folder
-from hyperopt_peft.cli.plan import plan
-from hyperopt_peft.cli.text.setup import TYPES, prepare
-from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
+from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.text.setup import TYPES, MethodArguments, Setup, changed, fit, prepare
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(OutputArguments):
     """Options of the command itself."""
-
-    _argument_group_name = "command"
 
     dry_run: bool = HfArg(
         default=False,
-        help="print owners of parameters, examples, steps and an estimate of memory; train nothing",
+        help="print owners of parameters, examples and steps; train nothing",
     )
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``.
-
-    Raises:
-        ProblemError: a bad option, model or data set.
-        NonFiniteError: as the option ``non_finite`` says.
-    """
-    own, model_args, data, args = parse("train", (TrainArguments, *TYPES), argv)
-    require_folder(args.output_dir)
+    """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``."""
+    command, model_args, data, args = parse("train", (TrainArguments, *TYPES), argv)
+    if not command.dry_run:
+        command.require_output(args, resumes=True)
     setup = prepare(model_args, data)
-    model = setup.model(args.seed, dora=args.method != "lora")
-    if own.dry_run:
+    if command.dry_run:
         with tempfile.TemporaryDirectory() as folder:  # the trainer creates its output_dir
-            args.output_dir = folder
-            trainer = setup.trainer(model, args)
-            rows = 0 if setup.evaluation is None else len(setup.evaluation)
-            print(plan(trainer, len(setup.train), rows))
-            if setup.task.classes:
-                print(f"labels: {', '.join(setup.config.id2label.values())}")
+            print(plan(setup, setup.trainer(changed(args, output_dir=folder))))
         return
-    trainer = setup.trainer(model, args)
-    trainer.train(resume_from(args))
+    trainer = setup.trainer(args)
+    fit(trainer)
     save(trainer, {} if setup.evaluation is None else trainer.evaluate())
     names = data.train_file or [data.dataset]
     trainer.create_model_card(dataset=[Path(name).name for name in names])
@@ -61,23 +49,16 @@ def run(argv: Sequence[str]) -> None:
     trainer.end_training()
 
 
-def resume_from(args: TwoPhaseTrainingArguments) -> str | bool | None:
-    """A folder, or whether to resume from the last complete checkpoint."""
-    given: str | None = args.resume_from_checkpoint
-    return {"true": True, "false": None}.get(str(given).lower(), given)
-
-
 def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
     """Write the adapter, the base model's configuration, results and states.
 
-    ``all_results.json`` has the numbers of the search (or of a control) under the names of
+    ``all_results.json`` has the numbers of the search (or of a baseline) under the names of
     `transformers`, the numbers of the retraining as ``retrain_…``, and the evaluation of the
     final model as ``eval_…``.
     """
     save_adapter(trainer)
     results = {"train": _last_metrics(trainer), "eval": evaluation}
-    retrainer = getattr(trainer, "retrainer", None)
-    if retrainer is not None:
+    if (retrainer := getattr(trainer, "retrainer", None)) is not None:
         again = _last_metrics(retrainer)
         results["retrain"] = {f"retrain_{k.removeprefix('train_')}": v for k, v in again.items()}
         retrainer.save_state()
@@ -101,3 +82,49 @@ def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:
     """The numbers that the Trainer logs at the end of training; none if it has not trained."""
     records = [record for record in trainer.state.log_history if "train_runtime" in record]
     return {key: value for key, value in records[-1].items() if key != "step"} if records else {}
+
+
+def phases(args: MethodArguments, lower: int, everything: int) -> tuple[int, int]:
+    """The lower steps of bidora's search, on ``lower`` examples, and of its retraining."""
+    again = 0 if args.retrain == "none" else args.for_retraining().steps_of(everything)
+    return args.steps_of(lower), again
+
+
+def plan(setup: Setup, trainer: Any) -> str:
+    """The plan in lines; a run without an upper step is a ProblemError."""
+    args, model = trainer.args, trainer.model
+    everything, lower = len(setup.train), len(trainer.train_dataset)
+    evaluation = 0 if setup.evaluation is None else len(setup.evaluation)
+    lines = [f"method: {args.method}"]
+    if trainer.upper is None:
+        lines += [
+            f"one level, all of the adapter: {_count(trainer.lower.variables)}",
+            f"examples: {lower} training, {evaluation} evaluation",
+            f"steps: {args.steps_of(lower)}",
+        ]
+    else:
+        owners, cost = split_parameters(model), args.estimator().cost()
+        search, again = phases(args, lower, everything)
+        trainer.require_upper_step(search)
+        passes = ""
+        if cost is not None:
+            passes = f", upper step: {cost.losses} losses, {cost.backward_passes} backward passes"
+        lines += [
+            f"upper level, magnitudes: {_count(owners.magnitudes.values())}",
+            f"lower level, directions: {_count(owners.directions.values())}",
+            f"lower level, head: {_count(owners.rest.values())}",
+            f"examples: {lower} lower level, {len(trainer.upper_dataset)} upper level, "
+            f"{everything if again else 0} retraining, {evaluation} evaluation",
+            f"steps: {search} lower in the search, {search // args.lower_steps} upper, "
+            f"{again} in the retraining",
+            f"estimator: {args.estimator()!r}{passes}",
+        ]
+    lines.append(f"frozen: {_count(p for p in model.parameters() if not p.requires_grad)}")
+    if setup.task.classes:
+        lines.append(f"labels: {', '.join(setup.config.id2label.values())}")
+    return "\n".join(lines)
+
+
+def _count(parameters: Iterable[Tensor]) -> str:
+    sizes = [parameter.numel() for parameter in parameters]
+    return f"{sum(sizes):,} parameters in {len(sizes)} tensors"

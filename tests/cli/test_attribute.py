@@ -11,19 +11,17 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 
-from hyperopt_peft.cli.attribute import AttributeArguments, parts
-from hyperopt_peft.cli.main import main
+from hyperopt_peft.cli.attribute import AttributeArguments, split
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
-from tests.support.cli import NOWHERE, failure, given, run
-from tests.support.files import flags, rows, write
+from hyperopt_peft.cli.text.setup import prepare
+from tests.support.cli import NOWHERE, refused, run, small_run
+from tests.support.files import rows, write
 
-FIRST = ["row", "text", "label", "score", "rank", "weight"]
 
-
-def options(folder: Path, task: str = "text-classification", **own: Any) -> dict[str, Any]:
+def options(folder: Path, task: str = "text-classification", **changes: Any) -> dict[str, Any]:
     """Those of a small run of one level, over all 24 rows."""
-    return given(folder, task, **{"max_steps": 6, **own})
+    return small_run(folder, task, **{"max_steps": 6, **changes})
 
 
 def written(folder: Path) -> list[dict[str, str]]:
@@ -32,15 +30,19 @@ def written(folder: Path) -> list[dict[str, str]]:
 
 
 def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With options from a file."""
     evaluation = [
         {**row, "origin": "xy"[number % 2]} for number, row in enumerate(rows(number=10, seed=1))
     ]
-    asked = {"slices": "origin", "check": 5, "suspects": 2, "retrain_without": 0.1}
+    changes = {"slices": "origin", "check": 5, "suspects": 2, "retrain_without": 0.1}
     test = write(tmp_path / "test.jsonl", rows(number=9, seed=2))
-    own = options(tmp_path, **asked, test_file=test)
-    run("attribute", **own | {"eval_file": write(tmp_path / "sliced.jsonl", evaluation)})
+    path = write(tmp_path / "sliced.jsonl", evaluation)
+    config = tmp_path / "config.yaml"
+    chosen = options(tmp_path, test_file=test, eval_file=path, **changes)
+    config.write_text(json.dumps(chosen, default=str))  # which is YAML
+    run("attribute", str(config))
     table = written(tmp_path)
-    assert list(table[0])[:6] == FIRST
+    assert list(table[0])[:6] == ["row", "text", "label", "score", "rank", "weight"]
     assert {"score_x", "score_y", "suspect", "label_confidence"} <= {*table[0]}
     assert [(line["text"], line["label"]) for line in table] == [
         (row["text"], row["label"]) for row in rows()
@@ -64,25 +66,25 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_weights_are_those_that_train_reads(tmp_path: Path) -> None:
     """With all weights one the adapter is that of plain training."""
     run("attribute", **options(tmp_path, rank=4))
-    attributed = load_file(tmp_path / "out/adapter_model.safetensors")
-    own = options(tmp_path, rank=4, method="lora")
-    run("train", **own)
-    plain = load_file(tmp_path / "out/adapter_model.safetensors")
     table = written(tmp_path)
+    chosen = options(tmp_path, rank=4, method="lora", overwrite_output_dir=True)
+    adapter = tmp_path / "out/adapter_model.safetensors"
+    attributed = load_file(adapter)
+    run("train", **chosen)
+    plain = load_file(adapter)
     assert all(torch.allclose(plain[name], value) for name, value in attributed.items())
     for weights, like in (([1.0] * 24, True), ([float(x["weight"]) for x in table], False)):
         data = [{**row, "weight": weight} for row, weight in zip(rows(), weights)]
         train = write(tmp_path / f"weighted-{like}.jsonl", data)
-        run("train", **own | {"train_file": train}, weight_column="weight")
-        found = load_file(tmp_path / "out/adapter_model.safetensors")
-        assert like == all(torch.allclose(plain[name], found[name]) for name in plain)
+        run("train", **{**chosen, "train_file": train}, weight_column="weight")
+        weighted = load_file(adapter)
+        assert like == all(torch.allclose(plain[name], weighted[name]) for name in plain)
 
 
 def test_held_out_rows_are_not_in_the_file(tmp_path: Path) -> None:
-    own = options(tmp_path, eval_fraction=0.25, method="dora", max_steps=2)
-    own |= {"train_file": write(tmp_path / "train.csv", rows())}
-    del own["eval_file"]
-    run("attribute", **own)
+    path = write(tmp_path / "train.csv", rows())
+    changes = {"train_file": path, "eval_file": None, "eval_fraction": 0.25, "max_steps": 2}
+    run("attribute", **options(tmp_path, method="dora", **changes))
     table = written(tmp_path)
     numbers = [int(line["row"]) for line in table]
     assert len(table) == 18 and numbers == sorted(numbers) != list(range(18))
@@ -92,25 +94,26 @@ def test_held_out_rows_are_not_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_third_part_is_held_out_for_the_judgement(tmp_path: Path) -> None:
-    own = options(tmp_path)
-    model = ModelArguments(model=own["model"], task="text-classification")
-    data = DataArguments(train_file=[own["train_file"]], eval_fraction=0.25, max_length=16)
-    setup, test = parts(AttributeArguments(retrain_without=0.1), model, data)
+    chosen = options(tmp_path)
+    model = ModelArguments(model=chosen["model"], task="text-classification")
+    data = DataArguments([chosen["train_file"]], eval_fraction=0, max_length=16)
+    setup = prepare(model, data)
+    data.eval_fraction = 0.25
+    setup, test = split(AttributeArguments(retrain_without=0.1), setup, data)
     assert setup.evaluation is not None and test is not None
-    kept = setup.train["row"][:] + test["row"][:]
-    assert len(setup.evaluation) == 6 and len({*kept}) == len(kept) == 18
-    texts = {row["text"] for row in rows()}
-    assert len(texts) == 24  # so that the parts do not overlap
+    numbers = setup.train["row"][:] + test["row"][:]
+    assert len(setup.evaluation) == 6 and len({*numbers}) == len(numbers) == 18
+    ids = [*setup.train["input_ids"], *test["input_ids"], *setup.evaluation["input_ids"]]
+    assert len({*map(tuple, ids)}) == 24  # so that the parts do not overlap
 
 
 @pytest.mark.parametrize("task", ["regression", "token-classification", "causal-lm", "seq2seq"])
 def test_every_task_is_scored(tmp_path: Path, task: str) -> None:
     """By the end of the run."""
-    own = options(tmp_path, task, attribution_method="gradient")
-    run("attribute", **own | {"max_steps": 2})
+    run("attribute", **options(tmp_path, task, estimator="gradient", max_steps=2))
     table = written(tmp_path)
     assert len(table) == 24
-    assert any(float(line["score"]) not in (0.0,) for line in table if line["rank"] != "0")
+    assert any(float(line["score"]) != 0 for line in table if line["rank"] != "0")
 
 
 def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
@@ -123,57 +126,41 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"),
+    ("changes", "words"),
     [
-        ({"attribution_method": "unroled"}, "'unroled'.*unrolled"),
-        ({"attribution_method": "darts"}, "darts gives no score for each row"),
+        ({"estimator": "unroled"}, "'unroled'.*unrolled"),
+        ({"estimator": "darts"}, "darts gives no score for each row"),
         ({"check": 2}, "check.*at least 5"),
         ({"suspects": 1}, "suspects.*at least 2"),
-        ({"suspects": 3}, "suspects: needs a class a row"),
+        ({"suspects": 3}, "suspects: needs a class label per row; causal-lm has none"),
         ({"retrain_without": 1.5}, "retrain_without.*1.5"),
         ({"test_file": "test.csv"}, "test_file: is of retrain_without"),
         ({"weight_column": "weight"}, "weight_column"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(
-    asked: dict[str, Any], named: str, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert re.search(named, failure(capsys, "attribute", *flags(**NOWHERE, **asked)))
+    refused(capsys, "attribute", {**NOWHERE, **changes}, words)
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"),
+    ("changes", "words"),
     [
         ({"slices": "orign"}, "evaluation examples have no column 'orign'"),
         ({"eval_file": None, "eval_fraction": 0}, "attribute needs evaluation examples"),
-        ({"retrain_without": 0.1, "eval_fraction": 0}, "retrain_without needs test examples"),
+        ({"retrain_without": 0.1, "eval_fraction": 0}, "for retrain_without test examples"),
         ({"retrain_without": 0.1, "test_file": "train"}, "24 of 24 rows are training examples too"),
-        ({"eval_file": "copy"}, "evaluation: every row of it is a training row too"),
+        ({"eval_file": "copy"}, "every row of it is a training row too"),
         ({"memory_limit": 1e-9}, r"memory_limit: .* more than the limit"),
         ({"optim": "adafactor"}, "Adafactor"),
         ({"method": "bidora", "preset": "published"}, "derivative of darts is not known"),
     ],
 )
 def test_bad_runs_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: dict[str, Any], named: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
 ) -> None:
-    own = options(tmp_path)
-    files = {"train": own["train_file"], "copy": write(tmp_path / "copy.jsonl", rows())}
-    own |= {name: files.get(value, value) for name, value in asked.items()}
-    own = {name: value for name, value in own.items() if value is not None}
-    assert re.search(named, failure(capsys, "attribute", *flags(**own)))
-
-
-def test_weights_must_be_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = [{**row, "weight": -1.0 if number == 4 else 1.0} for number, row in enumerate(rows())]
-    own = options(tmp_path, method="lora", weight_column="weight")
-    own |= {"train_file": write(tmp_path / "weighted.jsonl", data)}
-    assert "row 5 of 'weight' is -1.0" in failure(capsys, "train", *flags(**own))
-
-
-def test_options_are_read_from_a_file(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    own = options(tmp_path, attribution_method="minres:damping=1.0", show=3)
-    config.write_text(json.dumps(own, default=str))  # which is YAML
-    assert main(["attribute", str(config)]) == 0
-    assert len(written(tmp_path)) == 24
+    files = {"train": tmp_path / "train.jsonl", "copy": tmp_path / "copy.jsonl"}
+    write(files["copy"], rows())
+    named = {name: files.get(value, value) for name, value in changes.items()}
+    refused(capsys, "attribute", options(tmp_path, **named), words)

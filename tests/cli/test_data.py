@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
 import pytest
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value, config
 
 from hyperopt_peft import ProblemError
-from hyperopt_peft.cli.text.data import DataArguments, hold_out, load
+from hyperopt_peft.cli.text.data import DataArguments, hold_out, read_files
 from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import prepare
-from tests.support.cli import failure
-from tests.support.files import WORDS, flags, rows, save_model, tokenizer, write
-
-CLASSES: Literal["text-classification"] = "text-classification"
+from hyperopt_peft.cli.text.setup import Setup, prepare
+from tests.support.cli import refused
+from tests.support.files import WORDS, rows, save_model, tokenizer, write
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +24,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_model(tmp_path_factory.mktemp("model")))
 
 
-def prepared(model: str, path: str, **options: Any) -> Any:
-    return prepare(ModelArguments(model, CLASSES), DataArguments([path], max_length=16, **options))
+def prepared(model: str, path: str, **options: Any) -> Setup:
+    args = ModelArguments(model, "text-classification")
+    return prepare(args, DataArguments([path], max_length=16, **options))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet"])
@@ -42,12 +40,18 @@ def test_every_format_holds_the_same_examples(tmp_path: Path, model: str, name: 
     assert setup.evaluation is None
 
 
-def test_files_are_joined_and_tabs_separate(tmp_path: Path, model: str) -> None:
+def test_files_are_joined_tabs_separate_and_the_user_s_cache_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     table = "text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows(number=6))
     (tmp_path / "a.tsv").write_text(table)
-    args = DataArguments([str(tmp_path / "a.tsv"), write(tmp_path / "b.csv", rows())])
-    train, _ = load(args, CLASSES)
-    assert train["text"][:] == [row["text"] for row in rows(number=6) + rows()]
+    files = [str(tmp_path / "a.tsv"), write(tmp_path / "b.csv", rows())]
+    read = read_files(files, "train_file")
+    assert read["text"][:] == [row["text"] for row in rows(number=6) + rows()]
+    Encoder("causal-lm", DataArguments(files), tokenizer()).encode(read, "the examples")
+    assert not (tmp_path / "cache").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tsv", "b.csv"}
 
 
 def test_numbers_are_classes_in_their_order_and_eval_files_share_them(
@@ -58,16 +62,8 @@ def test_numbers_are_classes_in_their_order_and_eval_files_share_them(
     train, evaluation = write(tmp_path / "a.csv", data), write(tmp_path / "b.json", held_out)
     setup = prepared(model, train, eval_file=[evaluation])
     assert setup.train.features["labels"].names == ["9", "10", "11"]
-    assert setup.evaluation["labels"][:] == [1]
+    assert setup.evaluation is not None and setup.evaluation["labels"][:] == [1]
     assert len(setup.train) == 24
-
-
-def test_pairs_of_texts_are_one_example(tmp_path: Path, model: str) -> None:
-    data = [{"a": "w1 w2", "b": "w3", "label": "xy"[i % 2]} for i in range(8)]
-    setup = prepared(
-        model, write(tmp_path / "a.csv", data), text_columns=["a", "b"], eval_fraction=0
-    )
-    assert setup.train["input_ids"][0] == tokenizer()("w1 w2", "w3")["input_ids"]
 
 
 def test_held_out_examples_are_stratified_apart_and_the_same_each_time(
@@ -75,10 +71,17 @@ def test_held_out_examples_are_stratified_apart_and_the_same_each_time(
 ) -> None:
     path = write(tmp_path / "a.csv", rows())
     first, second = (prepared(model, path, eval_fraction=0.25) for _ in range(2))
+    assert first.evaluation is not None and second.evaluation is not None
     assert first.evaluation["input_ids"][:] == second.evaluation["input_ids"][:]
     assert sorted(first.evaluation["labels"][:]) == [0, 0, 1, 1, 2, 2]
     every = first.train["input_ids"][:] + first.evaluation["input_ids"][:]
     assert sorted(every) == sorted(tokenizer()([r["text"] for r in rows()])["input_ids"])
+
+
+def test_regression_is_held_out_without_strata() -> None:
+    rest, held_out = hold_out(Dataset.from_dict({"labels": [0.5 * i for i in range(10)]}), 0.2)
+    assert sorted(rest["labels"][:] + held_out["labels"][:]) == [0.5 * i for i in range(10)]
+    assert len(held_out) == 2
 
 
 def encoded(
@@ -90,34 +93,35 @@ def encoded(
 
 
 def ids(text: str) -> list[int]:
-    return [{"[EOS]": 2}.get(word) or 3 + WORDS.index(word) for word in text.split()]
+    """The tokens of words, and -100 for the word ``-``."""
+    return [{"[EOS]": 2, "-": -100}.get(word) or 3 + WORDS.index(word) for word in text.split()]
 
 
-def test_text_ends_in_end_of_text_and_is_its_own_label() -> None:
-    result = encoded("causal-lm", [{"text": "w1 w2"}, {"text": "w1 w2 w3 w4 w5 w6"}])
-    assert result["input_ids"][:] == [ids("w1 w2 [EOS]"), ids("w1 w2 w3 w4 w5")]
-    assert result["labels"][:] == result["input_ids"][:]
-
-
-def test_a_prompt_has_no_labels_and_loses_its_beginning_first() -> None:
-    data = [{"text": "w1", "target": "w2"}, {"text": "w1 w2 w3 w4", "target": "w5 w6"}]
-    result = encoded("causal-lm", data, target_column="target")
+# Task, row, and the words of the inputs and of the labels, with "-" for none.
+ENCODINGS = [
+    ("causal-lm", {"text": "w1 w2"}, "w1 w2 [EOS]", "w1 w2 [EOS]"),
+    ("causal-lm", {"text": "w1 w2 w3 w4 w5 w6"}, "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5"),
     # The tokenizer ends every text, the prompt included, with [EOS].
-    assert result["input_ids"][:] == [ids("w1 [EOS] w2 [EOS]"), ids("w4 [EOS] w5 w6 [EOS]")]
-    assert result["labels"][:] == [[-100, -100, *ids("w2 [EOS]")], [-100] * 2 + ids("w5 w6 [EOS]")]
+    ("causal-lm", {"text": "w1", "target": "w2"}, "w1 [EOS] w2 [EOS]", "- - w2 [EOS]"),
+    (
+        "causal-lm",
+        {"text": "w1 w2 w3 w4", "target": "w5 w6"},
+        "w4 [EOS] w5 w6 [EOS]",
+        "- - w5 w6 [EOS]",
+    ),
+    ("causal-lm", {"text": "w1", "target": "w2 w3 w4 w5 w6 w7"}, "w2 w3 w4 w5 w6", None),
+    ("seq2seq", {"text": "w1 w2", "target": "w3 w4 w5 w6 w7"}, "w1 w2 [EOS]", "w3 w4 w5 w6 [EOS]"),
+]
 
 
-def test_a_target_longer_than_the_limit_leaves_no_prompt() -> None:
-    data = [{"text": "w1", "target": "w2 w3 w4 w5 w6 w7"}]
-    result = encoded("causal-lm", data, target_column="target")
-    assert result["labels"][0] == result["input_ids"][0] == ids("w2 w3 w4 w5 w6")
-
-
-def test_source_and_target_are_cut_apart() -> None:
-    data = [{"text": "w1 w2", "target": "w3 w4 w5 w6 w7"}]
-    result = encoded("seq2seq", data, target_column="target")
-    assert result["input_ids"][0] == ids("w1 w2 [EOS]")
-    assert result["labels"][0] == ids("w3 w4 w5 w6 [EOS]")
+@pytest.mark.parametrize(("task", "row", "inputs", "labels"), ENCODINGS)
+def test_tokens_and_labels_of_language(
+    task: str, row: dict[str, str], inputs: str, labels: str | None
+) -> None:
+    target = "target" if "target" in row else None
+    result = encoded(task, [row], target_column=target)
+    assert result["input_ids"][0] == ids(inputs)
+    assert result["labels"][0] == ids(labels or inputs)
 
 
 def test_the_first_token_of_a_word_has_its_tag() -> None:
@@ -126,11 +130,17 @@ def test_the_first_token_of_a_word_has_its_tag() -> None:
     features = Features(
         {"tokens": List(Value("string")), "label": List(ClassLabel(names=["O", "X"]))}
     )
-    names = class_names(Dataset.from_list(data, features=features), "label", tags=True)
+    names = class_names(Dataset.from_list(data, features=features), "label")
     result = encoded("token-classification", data, names, features, max_length=9)
     assert names == ("O", "X")
     assert result["input_ids"][0] == [*ids("w1"), 1, *ids("w2 w3 [EOS]")]
     assert result["labels"][0] == [1, -100, -100, 0, -100]
+
+
+def test_a_number_that_is_not_finite_is_named() -> None:
+    data = [{"text": "w1", "label": 0.5}, {"text": "w2", "label": -math.inf}]
+    with pytest.raises(ProblemError, match=r"the examples: row 1 \(from 0\): .* -inf is no finite"):
+        encoded("regression", data)
 
 
 def bad(data: list[Any], **change: Any) -> list[Any]:
@@ -138,103 +148,102 @@ def bad(data: list[Any], **change: Any) -> list[Any]:
     return [{**row, **change} if i == 1 else row for i, row in enumerate(data)]
 
 
-# Data, options, and the words that the error must have.
+NUMBERS = [{**row, "label": 0.5} for row in rows()]
+WORD_ROWS = [{"tokens": ["w1", "w2"], "label": ["O", "O"]}] * 3
+REGRESSION, TAGGING = {"task": "regression"}, {"task": "token-classification"}
+# Data, options, and the words that the error has.
 ERRORS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
     "a missing column": (rows(), {"text_columns": "txt"}, ["'txt'", "'text'"]),
     "no such label": (rows(), {"label_column": "y"}, ["'y'", "text, label"]),
-    "an empty cell": (bad(rows(), text=None), {}, ["'text'", "1 of 24", "row 2"]),
-    "a blank text": (bad(rows(), text=" "), {}, ["'text'", "row 2"]),
+    "an empty cell": (bad(rows(), text=None), {}, ["'text'", "1 of 24", r"row 1 \(from 0\)"]),
+    "a blank text": (bad(rows(), text=" "), {}, ["'text'", r"row 1 \(from 0\)"]),
     "a blank label": (bad(rows(), label=""), {}, ["'label'", "blank"]),
-    "numbers and words": (bad(rows(), label=1), {}, ["'label'", "int, str"]),
     "no classes": ([{**r, "label": {"a": 1}} for r in rows()], {}, ["'label'", "dict"]),
-    "texts and numbers": (bad(rows(), text=1), {}, ["'text'", "json"]),
-    "a word among numbers": (
-        bad([{**r, "label": 0.5} for r in rows()], label="high"),
-        {"task": "regression"},
-        ["'label'", "row 2", "'high'"],
+    "a word as number": (
+        bad([{**r, "label": "0.5"} for r in rows()], label="x"),
+        REGRESSION,
+        ["row 0", "0.5"],
     ),
-    "the label as text": (rows(), {"text_columns": ["text", "label"]}, ["'label'", "twice"]),
-    "a class once": (bad(rows(), label="d"), {}, ["'d'", "once"]),
-    "one class": ([{**r, "label": "a"} for r in rows()], {}, ["'a'"]),
-    "fractions as classes": (
-        [{**r, "label": 0.5} for r in rows()],
-        {},
-        ["'label'", "float64", "regression"],
+    "the label as text": (
+        rows(),
+        {"text_columns": ["text", "label"]},
+        ["text_columns", "text, label"],
     ),
-    "text as numbers": (rows(), {"task": "regression"}, ["'label'", "string", "row 1", "'a'"]),
+    "a class once": (bad(rows(), label="d"), {}, ["eval_fraction", "least populated class"]),
+    "fractions as classes": (NUMBERS, {}, ["'label'", "float", "regression"]),
     "numbers as text": (
         [{"text": 1, "label": "ab"[i % 2]} for i in range(8)],
         {},
-        ["'text'", "int64"],
+        ["'text' has 1"],
     ),
-    "texts as words": (
-        rows(),
-        {"task": "token-classification", "tokens_column": "text"},
-        ["'label'", "string", "lists"],
-    ),
-    "no target": ([{"text": "w1"}], {"task": "seq2seq"}, ["seq2seq", "target_column"]),
+    "texts as words": (rows(), {**TAGGING, "tokens_column": "text"}, ["row 0", "list of words"]),
+    "an empty word": (bad(WORD_ROWS, tokens=["w1", None]), TAGGING, ["row 1", "list of words"]),
+    "a tag too few": (bad(WORD_ROWS, label=["O"]), TAGGING, ["row 1", "2 words and 1 tags"]),
+    "no target": ([{"text": "w1"}], {"task": "seq2seq"}, ["target_column", "seq2seq"]),
     "three texts": (rows(), {"text_columns": ["a", "b", "c"]}, ["text_columns", "a, b, c"]),
-    "too few to hold out": (rows(number=9), {"eval_fraction": 0.1}, ["eval_fraction=0.1"]),
-    "long examples": (rows(), {"max_length": 600}, ["max_length=600", "512"]),
-    "no examples": (rows(), {"eval_file": "none.csv"}, ["eval_file", "none.csv"]),
+    "too few to hold out": (rows(number=9), {"eval_fraction": 0.1}, ["eval_fraction: 0.1 of 9"]),
+    "long examples": (rows(), {"max_length": 600}, ["max_length", "600", "512"]),
+    "no evaluation": (rows(), {"eval_file": "none.csv"}, ["eval_file", "none.csv"]),
+    "bad weights": (
+        bad([{**r, "w": 1.0} for r in rows()], w=-1.0),
+        {"weight_column": "w"},
+        [r"row 1 \(from 0\) of 'w' is -1.0"],
+    ),
 }
-
-
-# An older datasets cannot read them at all.
-MIXED = ("numbers and words", "texts and numbers", "a word among numbers")
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_bad_data_is_one_line_that_names_it(
     tmp_path: Path, model: str, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, options, named = ERRORS[case]
-    if case in MIXED and not hasattr(datasets, "Json"):
-        named = ("one type",)
+    data, options, words = ERRORS[case]
     path = write(tmp_path / "a.json", data)
-    given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16, **options}
-    error = failure(capsys, "train", *flags(**given))
-    assert all(word in error for word in named), error
+    options = {"task": "text-classification", "max_length": 16, **options}
+    refused(capsys, "check", {"model": model, "train_file": path, **options}, *words)
+
+
+# What a file holds, and the words that the error has beside its name.
+FILES: dict[str, tuple[bytes, str]] = {
+    "missing.csv": (b"", "there is no file"),
+    "nothing.csv": (b"", "No columns"),
+    "nothing.jsonl": (b"", "no rows"),
+    "header.csv": (b"text,label\n", "no rows"),
+    "list.json": (b"[]", "no rows"),
+    "broken.json": (b'{"text": ', "cannot be read: JSON parse error"),
+    "broken.parquet": (b"x", "cannot be read"),
+    "table.xls": (b"x", r"\.parquet"),
+    "latin.csv": ("text,label\nna\xefve,a\n".encode("latin-1"), "UTF-8"),
+    "quote.csv": (b'text,label\n"w1,a\nw2,b\n', "EOF inside string"),
+    "long.csv": (b"text,label\nw1,a\nw2,b,c\n", "Expected 2 fields in line 3, saw 3"),
+    # pandas would read the first column as an index, and the second as the text.
+    "first.csv": (b"text,label\nw1, w2,a\nw2,b\n", "Length of header"),
+    "every.csv": (b"text,label\nw1, w2,a\nw2, w3,b\n", "Length of header"),
+    "short.csv": (b"text,label\nw1,a\nw2\nw3,c\n", r"'label' is empty.*row 1 \(from 0\)"),
+    "return.csv": (b"text,label\nw1,a\nw2\rw3,b\n", r"'label' is empty.*row 1 \(from 0\)"),
+    "marks.csv": (b"text;label\nw1;a\n", "text;label.*CSV.*commas"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bad_files_are_one_line_that_names_them(
+    tmp_path: Path, model: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, words = FILES[name]
+    if name != "missing.csv":
+        (tmp_path / name).write_bytes(content)
+    options = {"model": model, "task": "text-classification", "train_file": tmp_path / name}
+    columns = name in ("short.csv", "return.csv", "marks.csv")
+    refused(capsys, "check", options, "training examples" if columns else f"train_file: .*{name}")
+    refused(capsys, "check", options, words)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "named"),
-    [
-        ("a.csv", "", "empty"),
-        ("a.csv", "text,label\n", "no rows"),
-        ("a.json", '{"text": ', "cannot read"),
-        ("a.xls", "x", ".parquet"),
-        ("a.parquet", "x", "cannot read"),
-    ],
+    "table",
+    [b'text,label\n"w1\rw1",a\nw2,b\n', b"text,label\rw1,a\rw2,b\r", b"text,label\r\nw1,a\r\nw2,b"],
 )
-def test_bad_files_are_one_line_that_names_them(
-    tmp_path: Path,
-    model: str,
-    name: str,
-    text: str,
-    named: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    given = {"model": model, "task": CLASSES, "train_file": path}
-    error = failure(capsys, "train", *flags(**given))
-    assert "train_file" in error and name in error and named in error
-
-
-def test_another_encoding_is_one_line(
-    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "a.csv"
-    path.write_bytes("text,label\nna\xefve,a\n".encode("latin-1"))
-    error = failure(capsys, "train", *flags(model=model, task=CLASSES, train_file=path))
-    assert "a.csv" in error and "UTF-8" in error
-
-
-def test_another_separator_is_named(tmp_path: Path, model: str) -> None:
-    (tmp_path / "a.csv").write_text("text;label\nw1;a\n")
-    with pytest.raises(ProblemError, match=r"text;label.*CSV.*commas"):
-        prepared(model, str(tmp_path / "a.csv"))
+def test_line_ends_in_quotes_and_of_all_systems_are_read(tmp_path: Path, table: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(table)
+    assert read_files([str(tmp_path / "a.csv")], "train_file")["label"][:] == ["a", "b"]
 
 
 def test_words_for_nothing_are_classes_and_texts(tmp_path: Path, model: str) -> None:
@@ -246,29 +255,10 @@ def test_words_for_nothing_are_classes_and_texts(tmp_path: Path, model: str) -> 
     assert setup.train["input_ids"][1] == ids("w1 [EOS]")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "train_file.*dataset"),
-        ({"train_file": ["a"], "dataset": "b"}, "train_file.*dataset"),
-        ({"train_file": ["a"], "eval_split": "b"}, "eval_split.*dataset"),
-        ({"train_file": ["a"], "eval_file": ["./a"]}, "eval_file.*./a.*train_file"),
-        ({"dataset": "a", "eval_split": "train"}, "eval_split.*train_split"),
-        ({"dataset": "a", "eval_split": "b", "eval_file": ["c"]}, "eval_split.*eval_file"),
-        ({"train_file": ["a"], "eval_fraction": 1.0}, "eval_fraction.*1.0"),
-        ({"train_file": ["a"], "max_length": 1}, "max_length.*1"),
-    ],
-)
-def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ProblemError, match=message):
-        DataArguments(**options)
-
-
 def test_an_unknown_label_of_the_evaluation_is_named(tmp_path: Path, model: str) -> None:
-    train = write(tmp_path / "a.csv", rows())
     held_out = write(tmp_path / "b.csv", [{"text": "w1", "label": "e"}])
-    with pytest.raises(ProblemError, match=r"evaluation examples.*'e'"):
-        prepared(model, train, eval_file=[held_out])
+    with pytest.raises(ProblemError, match=r"evaluation examples: row 0 .*'e'"):
+        prepared(model, write(tmp_path / "a.csv", rows()), eval_file=[held_out])
 
 
 def test_evaluation_on_training_examples_is_warned_of(
@@ -281,83 +271,23 @@ def test_evaluation_on_training_examples_is_warned_of(
     assert "2 of 7 evaluation examples" in caplog.text
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_label_that_is_not_finite_is_named(value: float) -> None:
-    data = [{"text": "w1", "label": 0.5}, {"text": "w2", "label": value}]
-    with pytest.raises(ProblemError, match=f"the examples.*row 2.*{value}"):
-        encoded("regression", data)
-
-
-def test_an_empty_word_is_named() -> None:
-    data = [{"tokens": ["w1", None], "label": ["O", "O"]}]
-    with pytest.raises(ProblemError, match=r"the examples.*row 1.*empty word"):
-        encoded("token-classification", data, ("O",))
-
-
-def test_words_and_tags_must_be_as_many() -> None:
-    data = [{"tokens": ["w1", "w2"], "label": ["O"]}]
-    with pytest.raises(ProblemError, match=r"the examples.*row 1.*2 words and 1 tags"):
-        encoded("token-classification", data, ("O",))
-
-
-def test_an_example_without_a_token_to_predict_is_named() -> None:
-    data = [{"text": "w1 w2"}, {"text": ""}]
-    with pytest.raises(ProblemError, match="row 2"):
-        encoded("causal-lm", data)
-
-
-def test_local_folder_of_a_data_set(tmp_path: Path, model: str) -> None:
+def test_local_folder_of_a_data_set(tmp_path: Path) -> None:
     for split, number in (("train", 24), ("validation", 6)):
         write(tmp_path / f"{split}.jsonl", rows(number=number))
-    args = DataArguments(dataset=str(tmp_path), eval_split="validation")
-    train, evaluation = load(args, CLASSES)
-    assert (len(train), len(evaluation)) == (24, 6)
+    train, evaluation = DataArguments(dataset=str(tmp_path), eval_split="validation").read()
+    assert evaluation is not None and (len(train), len(evaluation)) == (24, 6)
     with pytest.raises(ProblemError, match="tset"):
-        load(DataArguments(dataset=str(tmp_path), eval_split="tset"), CLASSES)
+        DataArguments(dataset=str(tmp_path), train_split="tset").read()
     with pytest.raises(ProblemError, match=r"no/such.*train|train.*no/such"):
-        load(DataArguments(dataset="no/such"), CLASSES)
-
-
-def test_regression_is_held_out_without_strata() -> None:
-    data = Dataset.from_dict({"labels": [0.5 * i for i in range(10)]})
-    rest, held_out = hold_out(data, 0.2)
-    assert (len(rest), len(held_out)) == (8, 2)
-    assert sorted(rest["labels"][:] + held_out["labels"][:]) == data["labels"][:]
+        DataArguments(dataset="no/such").read()
 
 
 def test_tokenizer_of_another_model_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_model(tmp_path / "model")
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps({**config, "vocab_size": 40}))
+    settings = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**settings, "vocab_size": 40}))
     path = write(tmp_path / "a.csv", rows())
-    given = {"model": model, "task": CLASSES, "train_file": path, "max_length": 16}
-    error = failure(capsys, "train", *flags(**given))
-    assert "43" in error and "40" in error and "tokenizer" in error
-
-
-@pytest.mark.parametrize(
-    ("table", "row"),
-    [
-        (b"text,label\nw1,a\nw2\rw3,b\nw4,a\n", 2),
-        (b"text,label\r\nw1,a\r\nw2,b\r\nw3\r,b\r\n", 3),
-        (b'text,label\n"w1\nw1",a\nw2\rw3,b\n', 2),
-    ],
-)
-def test_a_carriage_return_within_a_row_is_named(tmp_path: Path, table: bytes, row: int) -> None:
-    path = tmp_path / "a.csv"
-    path.write_bytes(table)
-    with pytest.raises(ProblemError, match=rf"train_file: .*a\.csv.* row {row} "):
-        load(DataArguments([str(path)]), CLASSES)
-
-
-@pytest.mark.parametrize(
-    "table",
-    [b'text,label\n"w1\rw1",a\nw2,b\n', b"text,label\rw1,a\rw2,b\r", b"text,label\r\nw1,a\r\nw2,b"],
-)
-def test_carriage_returns_in_quotes_and_at_line_ends_are_read(tmp_path: Path, table: bytes) -> None:
-    path = tmp_path / "a.csv"
-    path.write_bytes(table)
-    train, _ = load(DataArguments([str(path)]), CLASSES)
-    assert train["label"][:] == ["a", "b"]
+    options = {"model": model, "task": "text-classification", "train_file": path, "max_length": 16}
+    refused(capsys, "train", options, "tokenizer", "43", "40")

@@ -8,7 +8,8 @@ import pytest
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.tasks import TASKS
-from tests.support.files import flags, rows, save_model, write
+from tests.support.cli import run
+from tests.support.files import rows, save_model, write
 
 TEXT = (Path(__file__).parents[2] / "docs/command-line.md").read_text()
 
@@ -21,7 +22,7 @@ def test_yaml_example_is_planned(
     Path("config.yaml").write_text(example)
     write(Path("train.csv"), rows(number=60))
     model = save_model(tmp_path / "model")
-    assert main(["train", "config.yaml", *flags(model=model), "--dry-run", "--use_cpu"]) == 0
+    run("train", "config.yaml", "--dry-run", "--use_cpu", model=model)
     printed = capsys.readouterr().out
     assert "method: bidora\n" in printed
     assert "estimator: MINRES(" in printed and "steps=5, damping=0.2" in printed
@@ -32,11 +33,11 @@ def test_yaml_example_is_planned(
 
 
 def test_named_options_and_tasks_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    known = set()
+    options = set()
     for command in COMMANDS:
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        known |= set(re.findall(r"--\w[\w-]*", capsys.readouterr().out))
-    assert set(re.findall(r"--\w[\w-]*", TEXT)) <= known
+        options |= set(re.findall(r"--\w[\w-]*", capsys.readouterr().out))
+    assert set(re.findall(r"--\w[\w-]*", TEXT)) <= options
     assert set(re.findall(r"^\| `([\w-]+)`", TEXT, re.MULTILINE)) == set(TASKS)
     assert set(re.findall(r"^## (\S+)$", TEXT, re.MULTILINE)) == set(COMMANDS)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ import pytest
 import hyperopt_peft
 from hyperopt_peft.cli import COMMANDS, train
 from hyperopt_peft.cli.main import main
-from tests.support.cli import ROOT, failure, given, start
+from tests.support.cli import ROOT, refused, small_run, start
 from tests.support.files import flags
 
 
@@ -38,17 +39,7 @@ def test_usage_and_version_load_no_library() -> None:
 
 
 def test_unknown_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "'trian'; did you mean 'train'?" in failure(capsys, "trian")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert f"hyperopt-peft {command} [config.yaml] [options]" in text
-    assert COMMANDS[command].summary in " ".join(text.split())
+    refused(capsys, "trian", {}, r"'trian'; did you mean 'train'\?")
 
 
 def test_no_warnings_of_other_libraries_renamings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,14 +54,16 @@ def test_no_warnings_of_other_libraries_renamings(monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("process")
-    return given(folder, save_strategy="no", disable_tqdm=False)
+    return small_run(folder, save_strategy="no", disable_tqdm=False)
 
 
+@pytest.mark.slow
 def test_an_error_in_training_is_the_last_line_and_not_the_progress_bars(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     """In a process of its own; at that learning rate the second step's loss is not finite."""
-    process = start(tmp_path, "train", *flags(**{**options, "learning_rate": 1e30}))
+    chosen = {**options, "learning_rate": 1e30, "output_dir": tmp_path / "out"}
+    process = start(tmp_path, "train", *flags(**chosen))
     out, err = process.communicate()
     assert process.returncode == 2, err
     assert "it/s" in err or "?it" in err  # there was a bar
@@ -79,8 +72,10 @@ def test_an_error_in_training_is_the_last_line_and_not_the_progress_bars(
     assert "Traceback" not in err + out
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_and_status_130(options: dict[str, Any], tmp_path: Path) -> None:
-    process = start(tmp_path, "train", *flags(**{**options, "max_steps": 100_000}))
+    chosen = {**options, "max_steps": 100_000, "output_dir": tmp_path / "out"}
+    process = start(tmp_path, "train", *flags(**chosen))
     assert process.stderr is not None
     seen = ""
     while "0/100000" not in seen and (character := process.stderr.read(1)):
@@ -92,10 +87,18 @@ def test_ctrl_c_is_one_line_and_status_130(options: dict[str, Any], tmp_path: Pa
     assert err.rstrip("\n").splitlines()[-1] == "hyperopt-peft train: interrupted"
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(argv: object) -> NoReturn:
-        raise KeyError("a bug")
+def test_an_interruption_is_one_line_and_a_bug_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(error: type[BaseException]) -> Callable[[object], NoReturn]:
+        def run(argv: object) -> NoReturn:
+            raise error("a bug")
 
-    monkeypatch.setattr(train, "run", broken)
+        return run
+
+    monkeypatch.setattr(train, "run", ends(KeyboardInterrupt))
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "hyperopt-peft train: interrupted\n"
+    monkeypatch.setattr(train, "run", ends(KeyError))
     with pytest.raises(KeyError):
         main(["train"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
 NOWHERE = {"model": "none", "task": "causal-lm", "train_file": "none.csv"}
 
 
-def given(folder: Path, task: str = "text-classification", **options: Any) -> dict[str, Any]:
-    """Options of a small run in ``folder``, whose model and data are written there."""
+def small_run(folder: Path, task: str = "text-classification", **options: Any) -> dict[str, Any]:
+    """Options of a run of a model and data that are written to ``folder``; None leaves one out."""
     data = {
         "model": save_model(folder / "model", task),
         "task": task,
@@ -35,20 +36,26 @@ def given(folder: Path, task: str = "text-classification", **options: Any) -> di
         "eval_file": write(folder / "eval.jsonl", rows(task, number=10, seed=1)),
         "output_dir": folder / "out",
     }
-    return {**data, **COLUMNS.get(task, {}), **SMALL, **options}
+    every = {**data, **COLUMNS.get(task, {}), **SMALL, **options}
+    return {name: value for name, value in every.items() if value is not None}
 
 
-def run(command: str, **options: Any) -> None:
+def run(command: str, *argv: str, **options: Any) -> None:
     """The command, which must succeed."""
-    assert main([command, *flags(**options)]) == 0
+    assert main([command, *argv, *flags(**options)]) == 0
 
 
-def failure(capsys: pytest.CaptureFixture[str], command: str, *argv: object) -> str:
-    """What a command that fails writes to stderr: one line."""
-    assert main([command, *map(str, argv)]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    return captured.err.strip()
+def refused(
+    capsys: pytest.CaptureFixture[str], command: str, options: dict[str, Any], *words: str
+) -> str:
+    """The one line of a command that must fail; it has all of ``words``, regular expressions."""
+    capsys.readouterr()
+    assert main([command, *flags(**options)]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if not line.startswith("[transformers]")]
+    assert len(lines) == 1 and lines[0].startswith("hyperopt-peft"), error
+    assert all(re.search(word, lines[0]) for word in words), error
+    return lines[0]
 
 
 def start(folder: Path, *argv: object) -> subprocess.Popen[str]:

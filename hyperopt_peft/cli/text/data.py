@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import math
-import re
-from collections import Counter
-from collections.abc import Sequence
+import shutil
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
+from pandas.errors import ParserWarning
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# What pyarrow and datasets say of values of several types, before datasets had a type for them.
-MIXED = re.compile("Conversion failed for column|Failed to convert pandas DataFrame")
+TRAIN, EVALUATION = "the training examples", "the evaluation examples"
 
 
 @dataclass
@@ -72,184 +75,108 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset):
-            raise ProblemError(
-                "train_file: give the training examples as train_file or as dataset, not as both"
-            )
-        for name in ("dataset_config", "eval_split"):
-            if getattr(self, name) and not self.dataset:
-                raise ProblemError(
-                    f"{name}: there is no dataset; give dataset, or leave {name} out"
-                )
-        if self.eval_file and self.eval_split:
-            raise ProblemError("eval_split: eval_file is given too; leave one of them out")
-        trained_on = {Path(path).resolve() for path in self.train_file or []}
-        for path in self.eval_file or []:
-            if Path(path).resolve() in trained_on:
-                raise ProblemError(
-                    f"eval_file: {path} is given as train_file too; give another file"
-                )
-        if self.dataset and self.eval_split == self.train_split:
-            raise ProblemError(
-                f"eval_split: {self.eval_split} is given as train_split too; give another part"
-            )
+            raise ProblemError("train_file: give either train_file or dataset")
+        if self.eval_split and (self.eval_file or not self.dataset):
+            raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
         if not 0 <= self.eval_fraction < 1:
-            raise ProblemError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
+            raise ProblemError(f"eval_fraction: must be in [0, 1), got {self.eval_fraction}")
         if self.max_length < 2:
-            raise ProblemError(f"max_length must be at least 2, got {self.max_length}")
+            raise ProblemError(f"max_length: must be at least 2, got {self.max_length}")
 
     def columns(self, task: str) -> list[str]:
-        """The columns that ``task`` reads.
-
-        Raises:
-            ProblemError: seq2seq without a target, or more text columns than the task reads.
-        """
-        texts, label = self.text_columns, self.label_column
-        limit = 2 if task in ("text-classification", "regression") else 1
-        if task == "token-classification":
-            return [self.tokens_column, label]
-        if len(texts) > limit:
-            raise ProblemError(
-                f"text_columns: {task} reads {limit}, got {', '.join(texts)}; leave some out"
-            )
-        if task in ("text-classification", "regression"):
-            return [*texts, label]
+        """The columns that ``task`` reads."""
+        pairs = task in ("text-classification", "regression")
         if task == "seq2seq" and self.target_column is None:
-            raise ProblemError(
-                "target_column: seq2seq needs one; name the column with the text to produce"
-            )
-        return [*texts, *([self.target_column] if self.target_column else [])]
+            raise ProblemError("target_column: seq2seq needs one; name the column of the targets")
+        if task == "token-classification":
+            columns = [self.tokens_column, self.label_column]
+        else:
+            other = self.label_column if pairs else self.target_column
+            columns = [*self.text_columns, *([other] if other else [])]
+            if len(self.text_columns) > 1 + pairs or len(columns) > len({*columns}):
+                raise ProblemError(
+                    f"text_columns: {task} reads {1 + pairs}, beside label and target, got "
+                    f"{', '.join(self.text_columns)}; leave some out"
+                )
+        return columns
 
+    def read(self) -> tuple[Dataset, Dataset | None]:
+        """The training examples, and the evaluation examples unless these are to be held out."""
+        if self.train_file:
+            train = read_files(self.train_file, "train_file")
+        else:
+            train = self._read_split("train_split")
+        if self.eval_file:
+            return train, read_files(self.eval_file, "eval_file")
+        return train, self._read_split("eval_split") if self.eval_split else None
 
-def load(args: DataArguments, task: str) -> tuple[Dataset, Dataset | None]:
-    """The training examples, and the evaluation examples unless these are to be held out.
-
-    Raises:
-        ProblemError: a missing, empty or unreadable file, an unknown data set, a missing column,
-            one that is named twice, or an empty cell.
-    """
-    columns = args.columns(task)
-    if twice := [column for column in columns if columns.count(column) > 1]:
-        raise ProblemError(
-            f"the column {twice[0]!r} is named twice; name different columns for texts, target and "
-            "label"
-        )
-    if args.train_file:
-        train = read_files(args.train_file, "train_file")
-    else:
-        train = read_split(args, args.train_split)
-    evaluation = None
-    if args.eval_file:
-        evaluation = read_files(args.eval_file, "eval_file")
-    elif args.eval_split:
-        evaluation = read_split(args, args.eval_split)
-    require_columns(train, columns, "the training examples")
-    if evaluation is not None:
-        require_columns(evaluation, columns, "the evaluation examples")
-    return train, evaluation
-
-
-def weights_of(train: Dataset, column: str) -> list[float]:
-    """The weights in ``column``, finite numbers from 0.
-
-    Raises:
-        ProblemError: no such column, an empty cell, or another value.
-    """
-    require_columns(train, [column], "the training examples")
-    values: list[Any] = train[column][:]
-    for row, value in enumerate(values):
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ProblemError(
-                f"weight_column: row {row + 1} of {column!r} is {value!r}; give numbers from 0"
-            )
-    return [float(value) for value in values]
+    def _read_split(self, option: str) -> Dataset:
+        split = getattr(self, option)
+        name = f"{split} of {self.dataset}"
+        return _load(option, name, self.dataset, self.dataset_config, split=split)
 
 
 def read_files(paths: Sequence[str], option: str) -> Dataset:
-    """The rows of all ``paths``, in order.
+    """The rows of all ``paths``, in order; ``option`` has the paths, and is named in errors.
 
     Raises:
-        ProblemError: a file that is missing, empty, damaged or of an unknown format.
+        ProblemError: a file that is missing, empty, damaged or of an unknown format, or columns
+            that differ.
     """
-    parts = [_read_file(Path(path), option) for path in paths]
+    return join([_read_file(Path(path), option) for path in paths], option)
+
+
+def join(tables: Iterable[Dataset], option: str) -> Dataset:
+    """The rows of all ``tables``, in order."""
     try:
-        return concatenate_datasets(parts)
+        return concatenate_datasets([*tables])
     except ValueError as error:
         raise ProblemError(
-            f"{option}: the columns of {', '.join(paths)} differ ({error}); give all files the same"
+            f"{option}: the files have different columns ({error}); give all the same"
         ) from error
 
 
 def _read_file(path: Path, option: str) -> Dataset:
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
         raise ProblemError(f"{option}: {path} is not of a known format; use {', '.join(FORMATS)}")
     if not path.is_file():
         raise ProblemError(f"{option}: there is no file {path}; correct the path")
-    if path.stat().st_size == 0:
-        raise ProblemError(f"{option}: {path} is empty; give another file")
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    if kind == "csv":
-        _require_line_ends(path, option)
-        # "None" and "NA" may be classes or words.
-        options |= {"keep_default_na": False, "na_values": [""]}
+    options: dict[str, Any] = {"data_files": str(path), "cache_dir": cache_folder()}
+    if FORMATS[suffix] == "csv":
+        # "None" and "NA" may be classes or words. A first row that is longer than the header
+        # would otherwise shift all columns by one.
+        options |= {"keep_default_na": False, "na_values": [""], "index_col": False}
+        options["sep"] = "\t" if suffix == ".tsv" else ","
+    return _load(option, str(path), FORMATS[suffix], split="train", **options)
+
+
+def _load(option: str, name: str, *source: Any, **options: Any) -> Dataset:
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the exception says it in one line
     try:
-        data = load_dataset(kind, data_files=str(path), **options).get("train")
-    except (DatasetsError, ValueError, OSError) as error:
-        if "corresponds to no data" not in str(error):
-            reason = error.__cause__ or error
-            hint = ""
-            if isinstance(reason, UnicodeDecodeError):
-                hint = "; save it as UTF-8"
-            elif MIXED.search(str(reason)):
-                hint = "; make all values of a column of one type"
-            raise ProblemError(f"{option}: cannot read {path}: {reason}{hint}") from error
-        data = None
+        with warnings.catch_warnings(action="error", category=ParserWarning):
+            rows = load_dataset(*source, **options)
+    except (DatasetsError, ValueError, OSError, StopIteration) as error:
+        empty = isinstance(error, StopIteration) or "corresponds to no data" in str(error)
+        reason = "it has no rows" if empty else error.__cause__ or error
+        raise ProblemError(
+            f"{option}: {name} cannot be read: {reason}; correct the name, or the data: UTF-8, the "
+            "same columns in each row, values of one type in a column"
+        ) from error
     finally:
         logging.set_verbosity(level)
-    if not data:
-        raise ProblemError(f"{option}: {path} is empty: it has no rows; give another file")
-    return data
+    if not len(rows):
+        raise ProblemError(f"{option}: {name} has no rows; give another")
+    return rows
 
 
-def _require_line_ends(path: Path, option: str) -> None:
-    """Raise ProblemError for a carriage return that would split a row.
-
-    Outside of quotes the reader ends a row at a carriage return, even if the file's line ends are
-    line feeds.
-    """
-    row, quoted = 0, False
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if b"\0" in line:  # not UTF-8, which the reader refuses
-                return
-            parts = line.removesuffix(b"\n").removesuffix(b"\r").split(b'"')
-            open_parts = parts[quoted::2]
-            row += not quoted
-            if any(b"\r" in part for part in open_parts) and (number or line.endswith(b"\n")):
-                raise ProblemError(
-                    f"{option}: {path}: a carriage return within row {row - 1} ends the row there; "
-                    "put quotes around the text, or remove the carriage return"
-                )
-            quoted ^= len(parts) % 2 == 0
-
-
-def read_split(args: DataArguments, split: str) -> Dataset:
-    """The part ``split`` of the data set.
-
-    Raises:
-        ProblemError: the part does not exist, cannot be read, or has no rows.
-    """
-    try:
-        data = load_dataset(args.dataset, args.dataset_config, split=split)
-    except (DatasetsError, ValueError, OSError) as error:
-        raise ProblemError(
-            f"dataset: {split} of {args.dataset} cannot be loaded ({error}); correct the name"
-        ) from error
-    if not len(data):
-        raise ProblemError(f"dataset: {split} of {args.dataset} is empty; give another part")
-    return data
+@cache
+def cache_folder() -> str:
+    """The folder for the tables of `datasets`, which is removed at the end of the process."""
+    folder = mkdtemp(prefix="hyperopt-peft-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
@@ -262,62 +189,31 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
                 + ("; in a CSV file commas separate the columns, in TSV tabs" if separated else "")
             )
         if missing := data.data.column(column).null_count:
-            row = data[column][:].index(None)
             raise ProblemError(
                 f"{where}: column {column!r} is empty in {missing} of {len(data)} rows, first in "
-                f"row {row + 1}; fill the cells or remove the rows"
+                f"row {data[column][:].index(None)} (from 0); fill the cells or remove the rows"
             )
 
 
-def kind_of(feature: Any) -> str:
-    """The kind of a column: ``"class"``, a type such as ``"int64"``, ``"list of …"`` or ``"json"``.
-
-    `datasets` gives values of several types in a JSON file the type ``"json"``.
-    """
-    if isinstance(feature, ClassLabel):
-        return "class"
-    if (inner := getattr(feature, "feature", None)) is not None:
-        return f"list of {kind_of(inner)}"
-    return str(getattr(feature, "dtype", type(feature).__name__.lower()))
+def weights_of(train: Dataset, column: str) -> list[float]:
+    """The weights in ``column``, finite numbers from 0."""
+    require_columns(train, [column], TRAIN)
+    for row, value in enumerate(train[column]):
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ProblemError(
+                f"weight_column: row {row} (from 0) of {column!r} is {value!r}; give numbers from 0"
+            )
+    return [float(value) for value in train[column]]
 
 
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation part of ``train``, stratified if the labels are classes.
-
-    Raises:
-        ProblemError: too few examples for ``fraction``.
-    """
-    classes = isinstance(train.features["labels"], ClassLabel)
+    """The training and the evaluation part of ``train``, stratified if the labels are classes."""
+    column = "labels" if isinstance(train.features["labels"], ClassLabel) else None
     try:
-        parts = train.train_test_split(
-            test_size=fraction, seed=0, stratify_by_column="labels" if classes else None
-        )
+        parts = train.train_test_split(test_size=fraction, seed=0, stratify_by_column=column)
     except ValueError as error:
         raise ProblemError(
-            f"eval_fraction={fraction}: too few of {len(train)} examples to hold out ({error}); "
-            "raise eval_fraction or give eval_file"
+            f"eval_fraction: {fraction} of {len(train)} examples cannot be held out ({error}); "
+            "change eval_fraction or the examples, or give eval_file"
         ) from error
     return parts["train"], parts["test"]
-
-
-def require_repeated(train: Dataset, held_out: bool) -> None:
-    """Raise ProblemError for a class with fewer examples than the number of parts of the data.
-
-    Args:
-        train: encoded examples whose ``labels`` are a ClassLabel.
-        held_out: whether the evaluation examples are a part of them.
-    """
-    parts = ["the lower level", "the upper level", *(["the evaluation"] if held_out else [])]
-    feature = train.features["labels"]
-    counts = Counter(train["labels"][:])
-    if len(counts) == 1:
-        raise ProblemError(
-            f"all training examples have the label {feature.names[min(counts)]!r}; add others"
-        )
-    rarest = min(counts, key=lambda label: (counts[label], label))
-    if counts[rarest] < len(parts):
-        times = "once" if counts[rarest] == 1 else f"{counts[rarest]} times"
-        raise ProblemError(
-            f"the label {feature.names[rarest]!r} occurs {times} in the training examples, and "
-            f"{', '.join(parts)} need one each; add examples or remove the label's rows"
-        )

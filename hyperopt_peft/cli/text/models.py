@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,6 @@ from transformers.hf_argparser import HfArg
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hyperopt_peft.adapters.layers import PLAIN_MODULES
 from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
 from hyperopt_peft.cli.text.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, did_you_mean
@@ -50,36 +50,23 @@ class ModelArguments:
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
             if getattr(self, name) < 1:
-                raise ProblemError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ProblemError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
-            raise ProblemError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise ProblemError(f"dropout: must be in [0, 1), got {self.dropout}")
 
 
 def load_config(name: str) -> Any:
-    """The configuration of the model ``name``.
-
-    Raises:
-        ProblemError: the model does not exist.
-    """
+    """The configuration of the model ``name``; an unknown one is a ProblemError."""
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ProblemError(f"model: {_why_not(name, error)}") from error
+        raise _not_loaded("model", name, error) from error
 
 
-def _why_not(name: str, error: Exception) -> str:
-    """Why loading ``name`` failed; the hub's own message does not know that it may be a path."""
-    if Path(name).is_dir():
-        reason = str(error).partition("Model type should be one of")[0]  # a hundred names
-        return f"cannot load the folder {name}: {reason}"
-    if isinstance(error.__cause__, FileNotFoundError):  # no entry in the cache
-        return (
-            f"{name} is neither a folder nor in the local cache, and the hub cannot be reached; "
-            "correct the name, or connect once to download it"
-        )
-    if isinstance(error.__cause__, ValueError):  # no valid name on the hub
-        return f"there is no folder {name}"
-    return f"cannot load {name}: {error}"
+def _not_loaded(option: str, name: str, error: Exception) -> ProblemError:
+    where = "the folder" if Path(name).is_dir() else "there is no such folder, and from the hub"
+    reason = shorten(str(error), 300)  # a list of all kinds of models is longer
+    return ProblemError(f"{option}: {name} cannot be loaded, {where}: {reason}; correct the name")
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
@@ -95,51 +82,30 @@ def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
 
 
 def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
-    """The tokenizer ``name``, with a padding token, for texts of ``max_length`` tokens.
-
-    Raises:
-        ProblemError: the tokenizer does not exist or does not fit the model or the task, or
-            ``max_length`` exceeds the model's limit.
-    """
+    """The tokenizer ``name`` with a padding token, if it fits model, task and ``max_length``."""
     words = task == "token-classification"
-    # Byte-level tokenizers need this for lists of words.
-    options = {"add_prefix_space": True} if words else {}
+    options = {"add_prefix_space": True} if words else {}  # byte-level tokenizers need it for words
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise ProblemError(f"tokenizer: {_why_not(name, error)}") from error
-    limit = min(
-        tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_length
-    )
-    if max_length > limit:
+        raise _not_loaded("tokenizer", name, error) from error
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    if max_length > (limit := min(tokenizer.model_max_length, positions)):
+        raise ProblemError(f"max_length: the model reads {limit} tokens at most, got {max_length}")
+    size = getattr(config, "vocab_size", None) or len(tokenizer)
+    if len(tokenizer) > size:
         raise ProblemError(
-            f"max_length={max_length} is more than the model's {limit} tokens; give "
-            f"max_length={limit} or less"
+            f"tokenizer: {name} has {len(tokenizer)} tokens, the model {size}; give the model's"
         )
-    if len(tokenizer) > (getattr(config, "vocab_size", None) or len(tokenizer)):
-        raise ProblemError(
-            f"tokenizer: {name!r} has {len(tokenizer)} tokens, the model {config.vocab_size}; give "
-            "the tokenizer of the model"
-        )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ProblemError(
-                f"tokenizer: {name!r} has neither a padding nor an end-of-text token; give another"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    if words and not tokenizer.is_fast:
-        raise ProblemError(
-            f"tokenizer: {name!r} is not fast, which token-classification needs; give another"
-        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None or (words and not tokenizer.is_fast):
+        lack = "no padding or end-of-text token" if not words else "no fast form, which words need"
+        raise ProblemError(f"tokenizer: {name} has {lack}; give another")
     return tokenizer
 
 
 def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, list[str]]:
-    """The base model, and the names of its new weights, which depend on the current seed.
-
-    Raises:
-        ProblemError: the model does not exist or has no class for the task.
-    """
+    """The base model, and the names of its new weights, which depend on the current seed."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on a new head has forty lines
     try:
@@ -151,7 +117,7 @@ def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, li
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise ProblemError(f"model: {_why_not(name, error)}") from error
+        raise _not_loaded("model", name, error) from error
     finally:
         logging.set_verbosity(level)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
@@ -159,18 +125,16 @@ def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, li
 
 
 def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
-    """``model`` in train mode with a new adapter, whose A depends on the current seed.
-
-    Raises:
-        ProblemError: an unknown target module, or a module that cannot be adapted.
-    """
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
-    for name in args.modules_to_save or []:
-        if name not in names:
-            raise ProblemError(f"modules_to_save: no module {name!r}{did_you_mean(name, names)}")
-    targets = require_targets(model, args.target_modules)
+    """``model`` in train mode with a new adapter, whose A depends on the current seed."""
+    modules = [name for name, _ in model.named_modules() if name]
+    endings = {name.rpartition(".")[2] for name in modules}
+    for option in ("target_modules", "modules_to_save"):
+        for name in getattr(args, option) or []:
+            if name != ALL_LINEAR and not any(f".{each}".endswith(f".{name}") for each in modules):
+                raise ProblemError(f"{option}: no module {name!r}{did_you_mean(name, endings)}")
+    targets = list(args.target_modules)
     if targets == [ALL_LINEAR]:
-        targets = linear_layers(model, besides=[*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or [])])
+        targets = _linear_layers(model, {*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or [])})
     config = LoraConfig(
         task_type=task.peft,
         r=args.rank,
@@ -186,39 +150,7 @@ def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
         raise ProblemError(f"target_modules: the model cannot be adapted: {error}") from error
 
 
-def require_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """``targets``, each the name of a layer that DoRA can adapt, or all-linear.
-
-    Raises:
-        ProblemError: an unknown name, a module that DoRA cannot adapt, or a model without such
-            layers.
-    """
-    modules = {name: module for name, module in model.named_modules() if name}
-    plain = {name for name, module in modules.items() if isinstance(module, PLAIN_MODULES)}
-    if not plain:
-        raise ProblemError(
-            f"{type(model).__name__} has no layer that DoRA can adapt: no linear, Conv1D, "
-            "embedding or convolution; give another model"
-        )
-    if list(targets) == [ALL_LINEAR]:
-        return list(targets)
-    for target in targets:
-        found = [name for name in modules if name == target or name.endswith(f".{target}")]
-        leaves = sorted({name.rpartition(".")[2] for name in plain})
-        if not found:
-            raise ProblemError(
-                f"target_modules: no module {target!r}{did_you_mean(target, leaves)}"
-            )
-        if other := [name for name in found if name not in plain]:
-            kind = type(modules[other[0]]).__name__
-            raise ProblemError(
-                f"target_modules: {other[0]} is a {kind}, which DoRA cannot adapt; choose among "
-                f"{', '.join(leaves)}"
-            )
-    return list(targets)
-
-
-def linear_layers(model: Any, besides: Sequence[str]) -> list[str]:
+def _linear_layers(model: Any, besides: set[str]) -> list[str]:
     """All linear layers except the output layer and those in modules with a name in ``besides``.
 
     The ``all-linear`` of PEFT would adapt the head of a token classifier and ``modules_to_save``.
@@ -229,7 +161,7 @@ def linear_layers(model: Any, besides: Sequence[str]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and module is not output
-        and not set(name.split(".")) & set(besides)
+        and not set(name.split(".")) & besides
     ]
 
 
@@ -240,4 +172,4 @@ def untrained(model: Any, new: Sequence[str]) -> list[str]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
-    return [name for name in new if not any(own.endswith(f".{name}") for own in trained)]
+    return [name for name in new if not any(each.endswith(f".{name}") for each in trained)]

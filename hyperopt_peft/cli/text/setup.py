@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -16,8 +18,17 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
+from hyperopt_peft.cli.options import resume_from
 from hyperopt_peft.cli.text import models
-from hyperopt_peft.cli.text.data import DataArguments, hold_out, load, require_repeated, weights_of
+from hyperopt_peft.cli.text.data import (
+    EVALUATION,
+    TRAIN,
+    DataArguments,
+    hold_out,
+    read_files,
+    require_columns,
+    weights_of,
+)
 from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.tasks import TASKS, Task
@@ -29,13 +40,16 @@ from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 logger = logging.get_logger(__name__)
 WEIGHTS = "row_weight"
+Method = Literal["bidora", "dora", "lora"]
+#: The options whose names in a checkpoint are PEFT's.
+OPTIONS = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
 @dataclass
 class MethodArguments(BiDoRATrainingArguments):
     """The training method, and its settings."""
 
-    method: Literal["bidora", "dora", "lora"] = HfArg(
+    method: Method = HfArg(
         default="bidora",
         help="bidora, or a baseline that trains all of the adapter on all of the data: dora, lora",
     )
@@ -44,10 +58,13 @@ class MethodArguments(BiDoRATrainingArguments):
 TYPES = (ModelArguments, DataArguments, MethodArguments)
 
 
-class WeightedTrainer(BilevelTrainer):
+class RowWeights(BilevelTrainer):
     """Trains Σ v_i s_i / Σ c_i: the summed loss s_i of row i times the row's weight, by labels c_i.
 
     A batch without weights, of an evaluation, has the loss of the model.
+
+    Raises:
+        ProblemError: the model's own loss is no mean over labels that can be split by rows.
     """
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,11 +75,11 @@ class WeightedTrainer(BilevelTrainer):
         return weighted_mean(weights, *row_losses(model, inputs))
 
 
-class WeightedBiDoRA(WeightedTrainer, BiDoRATrainer):
+class WeightedBiDoRA(RowWeights, BiDoRATrainer):
     """`BiDoRATrainer` with a weight for each row."""
 
 
-class WeightedAdapter(WeightedTrainer, AdapterTrainer):
+class WeightedAdapter(RowWeights, AdapterTrainer):
     """`AdapterTrainer` with a weight for each row."""
 
 
@@ -74,29 +91,32 @@ class Setup:
         args: the options of the model.
         task: the task.
         config: the base model's configuration, with the head of the task.
-        tokenizer: the base model's tokenizer.
-        train: the encoded training examples of both levels.
-        evaluation: the encoded evaluation examples, or None.
-        source: the training and the evaluation examples as they were read, before a part of the
-            training examples is held out.
-        encoder: encodes further examples.
+        encoder: encodes further examples; has the tokenizer.
+        train, evaluation: the encoded examples, of both levels and held out from them, or None.
+        rows, evaluation_rows: as they were read, before a part of ``rows`` is held out.
     """
 
     args: ModelArguments
     task: Task
     config: Any
-    tokenizer: Any
+    encoder: Encoder
     train: Dataset
     evaluation: Dataset | None
-    source: tuple[Dataset, Dataset | None]
-    encoder: Encoder
+    rows: Dataset
+    evaluation_rows: Dataset | None
+
+    def read(self, paths: Sequence[str], option: str, where: str) -> Dataset:
+        """The encoded examples of further files, named in errors by ``option`` and ``where``."""
+        rows = read_files(paths, option)
+        require_columns(rows, self.encoder.args.columns(self.args.task), where)
+        return self.encoder.encode(rows, where)
 
     def model(self, seed: int, *, dora: bool) -> Any:
         """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
         set_seed(seed)
         base, new = models.load_base(self.task, self.args.model, self.config, self.args.dtype)
         if getattr(base.config, "pad_token_id", None) is None:
-            base.config.pad_token_id = self.tokenizer.pad_token_id
+            base.config.pad_token_id = self.encoder.tokenizer.pad_token_id
         model = models.adapted(base, self.args, self.task, dora=dora)
         if names := models.untrained(model, new):
             logger.warning_once(
@@ -104,58 +124,44 @@ class Setup:
             )
         return model
 
-    def trainer(self, model: Any, args: MethodArguments, **options: Any) -> Any:
-        """The trainer of ``model``.
+    def options(self, model: Any) -> dict[str, Any]:
+        """The arguments of any trainer of ``model`` that follow from the task."""
+        tokenizer = self.encoder.tokenizer
+        if self.task.peft == "SEQ_CLS":
+            collator: Any = DataCollatorWithPadding(tokenizer)
+        elif self.task.peft == "TOKEN_CLS":
+            collator = DataCollatorForTokenClassification(tokenizer)
+        else:  # a model that is given no labels, as for the losses of rows, needs decoder inputs
+            collator = DataCollatorForSeq2Seq(tokenizer, model)
+        return {
+            "processing_class": tokenizer,
+            "data_collator": collator,
+            "compute_metrics": self.task.metrics,
+            "preprocess_logits_for_metrics": self.task.reduce,
+        }
 
-        Raises:
-            ProblemError: incompatible arguments.
-        """
+    def trainer(self, args: MethodArguments) -> Any:
+        """The trainer of a new model, by ``args.method``."""
+        model = self.model(args.seed, dora=args.method != "lora")
         train, evaluation, bidora = self.train, self.evaluation, args.method == "bidora"
         kind: Any = BiDoRATrainer if bidora else AdapterTrainer
         if WEIGHTS in train.column_names:
             # The Trainer would remove the weights, which the model does not take.
             kind = WeightedBiDoRA if bidora else WeightedAdapter
-            args.remove_unused_columns = False
-            taken = {*signature(model.get_base_model().forward).parameters, WEIGHTS}
-            train = train.select_columns([name for name in train.column_names if name in taken])
-            if evaluation is not None:
-                unknown = [name for name in evaluation.column_names if name not in taken]
-                evaluation = evaluation.remove_columns(unknown)
-        try:
-            return kind(
-                model,
-                args,
-                train_dataset=train,
-                eval_dataset=evaluation,
-                processing_class=self.tokenizer,
-                data_collator=self.collator(model),
-                compute_metrics=self.task.metrics,
-                preprocess_logits_for_metrics=self.task.reduce,
-                **options,
+            args = changed(args, remove_unused_columns=False)
+            names = {*signature(model.get_base_model().forward).parameters, WEIGHTS}
+            train, evaluation = (
+                rows and rows.select_columns([x for x in rows.column_names if x in names])
+                for rows in (train, evaluation)
             )
+        data = {"train_dataset": train, "eval_dataset": evaluation}
+        try:
+            return kind(model, args, **data, **self.options(model))
         except ProblemError:
             raise
         # Of the Trainer: a logger that is not installed, or an unreachable hub, for example.
         except (ValueError, RuntimeError, OSError) as error:
             raise ProblemError(str(error)) from error
-
-    def collator(self, model: Any) -> Any:
-        """The collator that pads encoded examples to a batch, with what ``model`` reads."""
-        if self.task.peft == "SEQ_CLS":
-            return DataCollatorWithPadding(self.tokenizer)
-        if self.task.peft == "TOKEN_CLS":
-            return DataCollatorForTokenClassification(self.tokenizer)
-        # A model that is given no labels, as for the losses of rows, needs the decoder's input.
-        return DataCollatorForSeq2Seq(self.tokenizer, model)
-
-
-def warn_of_shared(data: Dataset, what: str, other: Dataset, where: str) -> None:
-    """Warn of examples that a model is evaluated on and has been trained on."""
-    if common := shared(data, other):
-        logger.warning(
-            f"{common} of {len(data)} {what} are {where} too, so that the metrics are too good; "
-            "remove them"
-        )
 
 
 def prepare(args: ModelArguments, data: DataArguments) -> Setup:
@@ -164,24 +170,45 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
     Raises:
         ProblemError: invalid data, or a model that cannot be loaded.
     """
-    task = TASKS[args.task]
-    train, evaluation = source = load(data, args.task)
-    tags = args.task == "token-classification"
-    names = class_names(train, data.label_column, tags) if task.classes else ()
+    task, columns = TASKS[args.task], data.columns(args.task)
+    rows, evaluation_rows = data.read()
+    require_columns(rows, columns, TRAIN)
+    names = class_names(rows, data.label_column) if task.classes else ()
     config = models.labelled(models.load_config(args.model), args.task, names)
     name = args.tokenizer or args.model
     tokenizer = models.load_tokenizer(name, config, data.max_length, args.task)
     encoder = Encoder(args.task, data, tokenizer, names)
-    weights = data.weight_column and weights_of(train, data.weight_column)
-    train = encoder.encode(train, "the training examples")
-    if weights:
-        train = train.add_column(WEIGHTS, weights)
-    if evaluation is not None:
-        evaluation = encoder.encode(evaluation, "the evaluation examples")
+    train, evaluation = encoder.encode(rows, TRAIN), None
+    if data.weight_column:
+        train = train.add_column(WEIGHTS, weights_of(rows, data.weight_column))
+    if evaluation_rows is not None:
+        require_columns(evaluation_rows, columns, EVALUATION)
+        evaluation = encoder.encode(evaluation_rows, EVALUATION)
         warn_of_shared(evaluation, "evaluation examples", train, "training examples")
-    held_out = evaluation is None and data.eval_fraction > 0
-    if args.task == "text-classification":
-        require_repeated(train, held_out)
-    if held_out:
+    elif data.eval_fraction > 0:
         train, evaluation = hold_out(train, data.eval_fraction)
-    return Setup(args, task, config, tokenizer, train, evaluation, source, encoder)
+    return Setup(args, task, config, encoder, train, evaluation, rows, evaluation_rows)
+
+
+def warn_of_shared(data: Dataset, what: str, other: Dataset, where: str) -> None:
+    """Warn of examples that a model is evaluated on and has been trained on."""
+    if common := shared(data, other):
+        advice = "so that the metrics are too good; remove them"
+        logger.warning(f"{common} of {len(data)} {what} are {where} too, {advice}")
+
+
+def changed(args: Any, **values: Any) -> Any:
+    """A copy of ``args`` with other values."""
+    args = copy.copy(args)
+    for name, value in values.items():
+        setattr(args, name, value)
+    return args
+
+
+def fit(trainer: BilevelTrainer) -> None:
+    """Train, or resume as the arguments say; errors name the options of the command line."""
+    try:
+        trainer.train(resume_from(trainer.args))
+    except ProblemError as error:
+        name, colon, rest = str(error).partition(":")
+        raise ProblemError(f"{OPTIONS.get(name, name)}{colon}{rest}") from error

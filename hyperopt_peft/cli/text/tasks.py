@@ -8,11 +8,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 TaskName = Literal[
     "text-classification", "regression", "token-classification", "causal-lm", "seq2seq"
@@ -25,22 +30,24 @@ class Task:
     """One task.
 
     Attributes:
-        model: the Auto class of the models.
-        peft: the name of the task in PEFT.
-        metric: the evaluation metric by which methods are compared.
-        lower_is_better: whether a smaller ``metric`` is better.
-        classes: whether labels are classes, of examples or of tokens.
+        model, peft: the Auto class of the models, and the name of the task in PEFT.
         reduce: maps the logits and labels of a batch to the predictions for ``metrics``.
         metrics: maps all predictions and labels to named numbers.
+        metric: the one of them by which methods are compared.
+        classes: whether labels are classes, of examples or of tokens.
     """
 
     model: Any
     peft: str
-    metric: str
-    lower_is_better: bool
-    classes: bool
     reduce: Callable[[Any, Tensor], Tensor]
     metrics: Callable[[Any], dict[str, float]]
+    metric: str
+    classes: bool = False
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller ``metric`` is better: losses are, scores of classes are not."""
+        return not self.classes
 
 
 def argmax(logits: Any, labels: Tensor) -> Tensor:
@@ -99,50 +106,17 @@ def language_metrics(result: Any) -> dict[str, float]:
     return {"token_loss": float(total / tokens), "perplexity": float(np.exp(total / tokens))}
 
 
+SEQUENCES = AutoModelForSequenceClassification, "SEQ_CLS"
+TOKENS = AutoModelForTokenClassification, "TOKEN_CLS"
+CAUSAL = AutoModelForCausalLM, "CAUSAL_LM"
+PAIRS = AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"
+
 TASKS: dict[str, Task] = {
     "text-classification": Task(
-        transformers.AutoModelForSequenceClassification,
-        "SEQ_CLS",
-        "accuracy",
-        False,
-        True,
-        argmax,
-        classification_metrics,
+        *SEQUENCES, argmax, classification_metrics, "accuracy", classes=True
     ),
-    "regression": Task(
-        transformers.AutoModelForSequenceClassification,
-        "SEQ_CLS",
-        "mse",
-        True,
-        False,
-        prediction,
-        regression_metrics,
-    ),
-    "token-classification": Task(
-        transformers.AutoModelForTokenClassification,
-        "TOKEN_CLS",
-        "macro_f1",
-        False,
-        True,
-        argmax,
-        classification_metrics,
-    ),
-    "causal-lm": Task(
-        transformers.AutoModelForCausalLM,
-        "CAUSAL_LM",
-        "perplexity",
-        True,
-        False,
-        next_token_losses,
-        language_metrics,
-    ),
-    "seq2seq": Task(
-        transformers.AutoModelForSeq2SeqLM,
-        "SEQ_2_SEQ_LM",
-        "perplexity",
-        True,
-        False,
-        token_losses,
-        language_metrics,
-    ),
+    "regression": Task(*SEQUENCES, prediction, regression_metrics, "mse"),
+    "token-classification": Task(*TOKENS, argmax, classification_metrics, "macro_f1", classes=True),
+    "causal-lm": Task(*CAUSAL, next_token_losses, language_metrics, "perplexity"),
+    "seq2seq": Task(*PAIRS, token_losses, language_metrics, "perplexity"),
 }

@@ -1,0 +1,202 @@
+"""hyperopt-peft compare: methods with the same data, budget and start, for several seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import EvalPrediction
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft import split_dataset
+from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.text.setup import TYPES, Method, MethodArguments, Setup, changed, prepare
+from hyperopt_peft.cli.train import phases
+from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.utils import distributed
+
+METHODS = get_args(Method)[::-1]
+#: Bootstrap samples of the test rows.
+DRAWS = 200
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass
+class CompareArguments(OutputArguments):
+    """The methods and the seeds."""
+
+    methods: list[str] = HfArg(
+        default_factory=lambda: list(METHODS),
+        help="lora, dora, bidora, or bidora with an estimator: bidora:cg:steps=5,damping=1.0",
+    )
+    seeds: list[int] = HfArg(
+        default_factory=lambda: [0, 1, 2],
+        help="of the start, the split and the order of examples; each method runs once a seed",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "seeds"):
+            values = getattr(self, name)
+            if repeated := {value for value in values if values.count(value) > 1}:
+                raise ProblemError(f"{name}: {min(repeated)} is given twice; leave one out")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed.
+
+    ``draws`` has the compared metric on `DRAWS` bootstrap samples of the test rows, the same ones
+    for every run, so that runs can be compared draw by draw; shape (DRAWS,).
+    """
+
+    method: str
+    seed: int
+    metrics: dict[str, float]
+    seconds: float
+    trainable_parameters: int
+    steps: int
+    draws: Numbers
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON, with the standard deviation of the draws instead of the draws."""
+        return {**asdict(self), "draws": None, "test_standard_error": float(self.draws.std())}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse ``argv``, train every method with every seed, write the table and the runs."""
+    command, model_args, data, args = parse("compare", (CompareArguments, *TYPES), argv)
+    chosen = {method: arguments_of(method, args) for method in command.methods}
+    command.require_output(args)
+    setup = prepare(model_args, data)
+    if setup.evaluation is None:
+        raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    metric, runs, size = f"eval_{setup.task.metric}", list[Run](), len(setup.evaluation)
+    for seed in command.seeds:
+        lower, _ = split_dataset(setup.train, args.upper_fraction, seed)
+        budget = sum(phases(args, len(lower), len(setup.train)))  # of every method
+        for method, settings in chosen.items():
+            result = train(method, seed, settings, budget, setup)
+            runs.append(result)
+            if distributed.rank():
+                continue
+            value = f"{result.metrics[metric]:.4f} ± {result.draws.std():.4f} on {size} rows"
+            print(f"{method}, seed {seed}: {setup.task.metric} {value}", flush=True)
+            # Written after each run, so that an interruption loses one run only.
+            record = {"metric": metric, "test_rows": size, "runs": [run.record() for run in runs]}
+            (output / "comparison.json").write_text(json.dumps(record, indent=1))
+    if not distributed.rank():
+        text = table(runs, metric, size)
+        (output / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
+        print(f"\n{text}\n\ntable and numbers are in {output}")
+
+
+def arguments_of(name: str, args: MethodArguments) -> MethodArguments:
+    """``args`` for the method ``name``, which may have an estimator."""
+    method, colon, estimator = name.partition(":")
+    if method not in METHODS:
+        hint = "; in YAML quotes keep the commas of an estimator" if "=" in method else ""
+        raise ProblemError(
+            f"methods: unknown method {method!r}{did_you_mean(method, METHODS)}{hint}"
+        )
+    if colon and method != "bidora":
+        raise ProblemError(f"methods: {method} takes no estimator, got {name!r}; give {method!r}")
+    settings: MethodArguments = changed(args, method=method)
+    if estimator:
+        settings.hypergradient, settings.xi = estimator, None
+    settings.estimator()
+    if not settings.load_best_model_at_end:
+        settings.save_strategy = type(settings.save_strategy)("no")
+    return settings
+
+
+def train(method: str, seed: int, args: MethodArguments, budget: int, setup: Setup) -> Run:
+    """One run; all methods have the same start for one ``seed``, and ``budget`` steps."""
+    folder = str(Path(args.output_dir or "") / f"{method.replace(':', '-')}-seed{seed}")
+    args = changed(args, seed=seed, data_seed=seed, output_dir=folder)
+    if args.method != "bidora":
+        args.max_steps = budget
+    trainer = setup.trainer(args)
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begin
+    tested = trainer.predict(setup.evaluation, metric_key_prefix="eval")
+    draws = bootstrap(
+        lambda rows: setup.task.metrics(rows)[setup.task.metric],
+        tested.predictions,
+        tested.label_ids,
+    )
+    steps = trainer.state.global_step
+    if (retrainer := getattr(trainer, "retrainer", None)) is not None:
+        steps += retrainer.state.global_step
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return Run(method, seed, tested.metrics, seconds, trainable, steps, draws)
+
+
+def bootstrap(metric: Callable[[Any], float], predictions: Any, labels: Any) -> Numbers:
+    """``metric`` on `DRAWS` samples with replacement of the test rows, the same at every call.
+
+    The standard deviation of the result, of shape (DRAWS,), is the standard error of the metric as
+    an estimate for the population of the test rows (Efron 1979, doi:10.1214/aos/1176344552).
+    """
+    samples = np.random.default_rng(0).integers(len(labels), size=(DRAWS, len(labels)))
+    return np.array([metric(EvalPrediction(predictions[rows], labels[rows])) for rows in samples])
+
+
+def mean_and_error(values: Sequence[float], draws: Sequence[Numbers]) -> tuple[float, float]:
+    """The mean over k seeds and its standard error, √(s²/k + e²).
+
+    s is the sample standard deviation over the seeds (0 for one seed), and e the standard deviation
+    over bootstrap draws of the mean over the seeds, which share the test rows.
+    """
+    over_seeds = float(np.var(values, ddof=1)) / len(values) if len(values) > 1 else 0.0
+    over_rows = float(np.nanvar(np.mean(draws, axis=0)))
+    return float(np.mean(values)), math.sqrt(over_seeds + over_rows)
+
+
+def table(runs: Sequence[Run], metric: str, size: int) -> str:
+    """The means of ``runs`` over the seeds in Markdown, and their errors on ``size`` test rows.
+
+    A row for each method; columns for the compared ``metric``, the task's others and the loss.
+    """
+    timings = ("_runtime", "_per_second", "_time")
+    others = [x for x in runs[0].metrics if x != metric and not x.endswith(timings)]
+    baseline = {run.seed: run for run in runs if run.method == runs[0].method}
+    heads = ["method", metric, f"difference to {runs[0].method}", *others]
+    heads = [head.removeprefix("eval_") for head in heads]
+    lines = [[*heads, "seconds", "trainable parameters", "steps"]]
+    lines.append(["---"] * len(lines[0]))
+    for method in dict.fromkeys(run.method for run in runs):
+        seeds = [run for run in runs if run.method == method]
+        paired = [(run, baseline[run.seed]) for run in seeds]
+        value = mean_and_error([run.metrics[metric] for run in seeds], [run.draws for run in seeds])
+        gap = mean_and_error(
+            [run.metrics[metric] - other.metrics[metric] for run, other in paired],
+            [run.draws - other.draws for run, other in paired],
+        )
+        lines.append(
+            [
+                method,
+                "{:.4f} ± {:.4f}".format(*value),
+                "–" if method == runs[0].method else "{:+.4f} ± {:.4f}".format(*gap),
+                *(f"{np.mean([run.metrics[name] for run in seeds]):.4f}" for name in others),
+                f"{np.mean([run.seconds for run in seeds]):.1f}",
+                str(seeds[0].trainable_parameters),
+                str(seeds[0].steps),
+            ]
+        )
+    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    of = " and of the seeds" if len(baseline) > 1 else "; one seed shows none of its own"
+    return (
+        f"{cells}\n\nMeans of {len(baseline)} seed{'s' * (len(baseline) > 1)} on {size} test rows; "
+        f"± is one standard error, of the test rows{of}. Differences are paired by seed and row."
+    )

@@ -1,0 +1,80 @@
+"""``check``: the levels in words, and every estimator beside a reference, at the user's point."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperopt_peft.cli.check import CheckArguments
+from hyperopt_peft.diagnostics.curvature import Spectrum
+from tests.support.cli import NOWHERE, refused, run, small_run
+
+QUICK = {
+    "reference": "retraining:steps=2,directions=1",
+    "solver_steps": 3,
+    "target_modules": ["query"],
+}
+
+
+def table(text: str) -> dict[str, tuple[float, float]]:
+    """Cosine and relative error by method."""
+    rows = re.findall(r"^(\S+) +(-?[\d.]+) +([\d.e+-]+) +[\d.]+ ", text, re.MULTILINE)
+    return {name: (float(cosine), float(error)) for name, cosine, error in rows}
+
+
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_the_levels_are_in_words_and_every_default_estimator_in_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int
+) -> None:
+    run("check", **small_run(tmp_path, search_steps=steps, **QUICK))
+    text = capsys.readouterr().out
+    assert "eigenvalues of the lower Hessian" in text and "note: " in text
+    assert "signal-to-noise ratio" in text
+    chosen = CheckArguments().chosen(Spectrum(1.0, 1.0), 1.0)
+    assert [m.partition(":")[0] for m in table(text)] == [m.partition(":")[0] for m in chosen]
+    assert "against retraining:steps=2,directions=1,lr=" in text and "ξ =" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_defaults_follow_from_the_measured_spectrum() -> None:
+    measured = Spectrum(-0.11, 0.43)
+    assert f"cg:steps=5,damping={measured.damping():.3g}" in CheckArguments().chosen(measured, 1.0)
+    own = CheckArguments(estimators=["darts:xi=lr,scheme=forward"])
+    assert own.chosen(measured, 0.01) == ["darts:xi=0.01,scheme=forward"]
+    for reference, truth in {
+        "retraining": "retraining:lr=2.33",
+        "retraining:steps=3": "retraining:steps=3,lr=2.33",
+        "retraining:lr=0.5": "retraining:lr=0.5",
+        "cg:steps=9": "cg:steps=9",
+    }.items():
+        assert CheckArguments(reference=reference).truth(measured) == truth
+
+
+def test_the_reference_itself_is_recommended_and_none_is_compared_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = "minres:steps=20,damping=10"
+    options = small_run(tmp_path, solver_steps=3, target_modules=["query"])
+    run("check", **options, reference=exact, estimators=["darts:xi=50", exact])
+    text = capsys.readouterr().out
+    assert table(text)[exact] == (1, 0)
+    assert f"Use {exact}: of 1 within cosine" in text
+    run("check", **options, estimators="none")
+    assert "signal-to-noise" in (text := capsys.readouterr().out) and not table(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"estimators": ["drts"]}, "'drts'.*'darts'"),
+        ({"reference": "exakt"}, "'exakt'.*'exact'"),
+        ({"reference": "retraining:steps=0"}, "retraining.*steps.*0"),
+        ({"search_steps": -1}, "search_steps.*-1"),
+        ({"solver_steps": 0}, "solver_steps.*0"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(
+    options: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, "check", {**NOWHERE, **options}, words)

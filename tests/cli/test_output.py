@@ -1,0 +1,72 @@
+"""No command replaces the work of an earlier run by accident, or trains nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cli import refused, run, small_run
+from tests.support.files import rows, write
+
+COMMANDS = ("train", "attribute", "mix", "compare")
+RESULTS = ["adapter_config.json", "checkpoint-3", "comparison.json"]
+
+
+def options(folder: Path, command: str) -> dict[str, Any]:
+    """A run of ``command`` of one step, in ``folder``."""
+    if command != "mix":
+        return small_run(folder, max_steps=1, lower_steps=1)
+    halves = {"a": rows()[:12], "b": rows()[12:]}
+    sources = {name: write(folder / f"{name}.jsonl", half) for name, half in halves.items()}
+    trusted = write(folder / "trusted.jsonl", rows(number=12, seed=7))
+    changes = {"sources": str(sources), "trusted_file": trusted}
+    return small_run(folder, max_steps=1, train_file=None, eval_file=None, **changes)
+
+
+@pytest.mark.parametrize("epochs", [0, -3])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_training_of_no_step_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, epochs: int
+) -> None:
+    chosen = {**options(tmp_path, command), "max_steps": -1, "num_train_epochs": epochs}
+    refused(capsys, command, chosen, "num_train_epochs", str(epochs))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("result", RESULTS)
+def test_the_results_of_an_earlier_run_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, result: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / result).write_text("an earlier run")
+    chosen = options(tmp_path, command)
+    refused(capsys, command, chosen, str(out), result, "--overwrite_output_dir")
+    # Only a checkpoint of that folder is resumed in it.
+    elsewhere = {**chosen, "resume_from_checkpoint": tmp_path / "other/checkpoint-1"}
+    refused(capsys, command, elsewhere, str(out), result, "--overwrite_output_dir")
+    assert [path.name for path in out.iterdir()] == [result]
+    assert (out / result).read_text() == "an earlier run"
+
+
+def test_an_earlier_run_is_replaced_on_demand(tmp_path: Path) -> None:
+    chosen = {**options(tmp_path, "train"), "method": "lora"}
+    run("train", **chosen)
+    before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    run("train", **{**chosen, "seed": 4, "overwrite_output_dir": True})
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/below"])
+def test_an_output_dir_that_is_or_lies_in_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    refused(
+        capsys,
+        "train",
+        small_run(tmp_path, output_dir=folder),
+        "output_dir: /dev/null is no folder",
+    )
