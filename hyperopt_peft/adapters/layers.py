@@ -169,10 +169,7 @@ def base_weight(layer: lora.LoraLayer) -> Tensor:
 def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
     """V = W0 + s·B·A, (out, in), differentiable in A and B (arXiv:2402.09353, Eq. 5).
 
-    The dtype is float32 or wider, also under autocast.
-
-    Raises:
-        ProblemError: as `require_plain`.
+    The dtype is float32 or wider, also under autocast. `require_plain` says whether V is defined.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -181,7 +178,6 @@ def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
         >>> direction(lora_layers(model)[0][1], "default").shape
         torch.Size([3, 4])
     """
-    require_plain(layer, adapter_name)
     w0, (a, b) = base_weight(layer), factors(layer, adapter_name)
     dtype = reduce(torch.promote_types, (w0.dtype, a.dtype, b.dtype, torch.float32))
     s = layer.scaling[adapter_name]

@@ -23,7 +23,7 @@ from peft.tuners.lora.variants import (
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-__all__ = [
+__all__ = [  # of what is imported
     "SEQ_CLS_HEAD_NAMES",
     "DoraConv1dVariant",
     "DoraConv2dVariant",
@@ -32,16 +32,6 @@ __all__ = [
     "DoraLinearVariant",
     "LoraVariant",
     "ParamWrapper",
-    "clear_dora_cache",
-    "convolution",
-    "embed_scale",
-    "embedded",
-    "is_caching",
-    "is_placed",
-    "peft_before",
-    "set_variant",
-    "variant",
-    "variants",
 ]
 
 

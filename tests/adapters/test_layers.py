@@ -161,19 +161,19 @@ def without_a_magnitude() -> Any:
         (lambda: lora_layers(ia3()), "adapter 'default'"),
         (lambda: dora_layers(dora_bert(use_dora=False)), r"layer\.0.*query: .*use_dora"),
         (lambda: dora_layers(without_a_magnitude()), r"layer\.1\.attention\.self\.value: "),
-        (lambda: direction(quantised(), "default"), r"lora\.Linear: .*QuantisedLinear"),
+        (lambda: require_plain(quantised(), "default"), r"lora\.Linear: .*QuantisedLinear"),
         (
-            lambda: direction(with_weight(lambda w: w.as_subclass(PackedTensor)), "default"),
+            lambda: require_plain(with_weight(lambda w: w.as_subclass(PackedTensor)), "default"),
             r"lora\.Linear: .*W0",
         ),
         (
-            lambda: direction(with_weight(lambda w: w.to(torch.float8_e4m3fn)), "default"),
+            lambda: require_plain(with_weight(lambda w: w.to(torch.float8_e4m3fn)), "default"),
             r"lora\.Linear: .*W0",
         ),
-        (lambda: direction(convolution(groups=2), "default"), "lora.Conv2d: .*groups=2"),
-        (lambda: direction(convolution(dilation=2), "default"), r"dilation=\(2, 2\)"),
+        (lambda: require_plain(convolution(groups=2), "default"), "lora.Conv2d: .*groups=2"),
+        (lambda: require_plain(convolution(dilation=2), "default"), r"dilation=\(2, 2\)"),
         (
-            lambda: direction(convolution(padding_mode="circular", padding=1), "default"),
+            lambda: require_plain(convolution(padding_mode="circular", padding=1), "default"),
             "padding_mode='circular'",
         ),
         (
