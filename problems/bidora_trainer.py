@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -16,7 +15,11 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
 from hyperopt_peft.problems.adapter_trainer import adapter_settings, joined, without_retraining
 from hyperopt_peft.problems.bidora import Direction, Magnitude
-from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
+from hyperopt_peft.problems.two_phases import (
+    TwoPhaseTrainer,
+    TwoPhaseTrainingArguments,
+    options_of_retraining,
+)
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 
@@ -143,9 +146,7 @@ class BiDoRATrainer(TwoPhaseTrainer):
         self.examples, self.given_upper = train_dataset, upper_dataset
         if upper_dataset is not None:
             self.examples = joined(train_dataset, upper_dataset)
-        # Copies before the search, which changes the state of callbacks.
-        again = [copy.copy(callback) for callback in callbacks or ()]
-        self._retraining = {**trainer, "train_dataset": self.examples, "callbacks": again}
+        self._options = options_of_retraining(callbacks, trainer)
         super().__init__(
             model,
             lower=_lower,
@@ -169,7 +170,7 @@ class BiDoRATrainer(TwoPhaseTrainer):
 
     def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
         """The trainer of directions and head with the magnitudes frozen, on all examples."""
-        return Retrainer(self, args, **self._retraining)
+        return Retrainer(self, args, train_dataset=self.examples, **self._options)
 
 
 class Retrainer(BilevelTrainer):
@@ -179,8 +180,7 @@ class Retrainer(BilevelTrainer):
         self, search: BiDoRATrainer, args: BiDoRATrainingArguments, **trainer: Any
     ) -> None:
         self.search = search
-        options = {**trainer, "optimizers": (None, None)}
-        super().__init__(search.model, lower=_direction, upper=None, args=args, **options)
+        super().__init__(search.model, lower=_direction, upper=None, args=args, **trainer)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of the search, whose class may override ``compute_loss``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -19,7 +18,11 @@ from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.problems.data_sources import SOURCE, VOTES, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.source_data import SourceData
-from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
+from hyperopt_peft.problems.two_phases import (
+    TwoPhaseTrainer,
+    TwoPhaseTrainingArguments,
+    options_of_retraining,
+)
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.models import base_model
 
@@ -137,13 +140,8 @@ class MixTrainer(TwoPhaseTrainer):
         columns = {*signature(base_model(model).forward).parameters, "label", "label_ids"}
         self.data = sources.of_columns({*columns, SOURCE, VOTES})
         self.weights = SourceWeights(self.data.counts).to(args.device)
-        #: The arguments of `transformers.Trainer` for further trainers of the same model; its
-        #: callbacks are copies in their initial state.
-        self.options = {
-            **trainer,
-            "callbacks": [copy(callback) for callback in callbacks or ()],
-            "optimizers": (None, None),
-        }
+        #: The arguments of `transformers.Trainer` for further trainers of the same model.
+        self.options = options_of_retraining(callbacks, trainer)
         #: The initial values of the trainable parameters.
         self.initial = [parameter.detach().clone() for _, parameter in trainable(model)]
         super().__init__(

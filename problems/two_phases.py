@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -206,6 +207,12 @@ class TwoPhaseTrainer(BilevelTrainer):
             values = _read(Path(self.args.output_dir or "") / LEARNED, learned)
             for name, variable in learned.items():
                 variable.copy_(values[name])
+
+
+def options_of_retraining(callbacks: Sequence[Any] | None, trainer: Mapping[str, Any]) -> Any:
+    """The arguments of a second trainer, made before the search changes the callbacks' state."""
+    copies = [copy.copy(callback) for callback in callbacks or ()]
+    return {**trainer, "callbacks": copies, "optimizers": (None, None)}
 
 
 def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
