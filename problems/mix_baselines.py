@@ -122,13 +122,13 @@ class Baselines:
         return torch.cat([self._agreement_of(batch) for batch in self._batches(rows)]).cpu()
 
     def _agreement_of(self, batch: Any) -> Tensor:
-        labels = batch.get("labels")
+        labels: Tensor = batch.get("labels")
         if VOTES not in batch and (labels.dim() > 1 or labels.is_floating_point()):
             return (-example_losses(self.model, batch)).exp()
-        predicted = self.model(**without(batch, ("labels", *COLUMNS))).logits.argmax(-1)
+        predicted: Tensor = self.model(**without(batch, ("labels", *COLUMNS))).logits.argmax(-1)
         if VOTES not in batch:
             return (predicted == labels).float()
-        votes = batch[VOTES]
+        votes: Tensor = batch[VOTES]
         return (predicted[:, None] == votes).float().masked_fill(votes == NO_VOTE, torch.nan)
 
     def _weights(self, data: SourceData, agreement: Tensor | None = None) -> SourceWeights:
