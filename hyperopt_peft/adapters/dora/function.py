@@ -23,7 +23,7 @@ from torch import Tensor
 from hyperopt_peft.utils.autograd import needed_inputs, without_autocast
 
 # ∂L/∂x: forming g ∘ V takes passes over (out, in), not forming it takes passes over the tokens.
-# Measured by benchmarks/dora_layer.py: the former is faster from this ratio of tokens to `in`.
+# Measured by the benchmark `dora_layer`: the former is faster from this ratio of tokens to `in`.
 MERGE_FROM = 3
 
 Gradients = tuple[Tensor | None, ...]
