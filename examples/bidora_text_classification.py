@@ -33,9 +33,8 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import compare_hypergradients, split_dataset
 from hyperopt_peft.adapters import decompose
+from hyperopt_peft.diagnostics import recommend, spectrum
 from hyperopt_peft.diagnostics.compare import Comparison
-from hyperopt_peft.diagnostics.curvature import spectrum
-from hyperopt_peft.diagnostics.recommend import recommend
 from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 
@@ -166,10 +165,10 @@ def compare(model: Any, arguments: Arguments, training: Training, data: TextData
     The reference is how the loss of the upper batch changes when the lower level is trained
     again with the magnitudes moved. Solvers get the damping of the measured spectrum.
     """
-    parts = split_dataset(data.train, training.upper_fraction, training.seed)
+    sets = split_dataset(data.train, training.upper_fraction, training.seed)
     size = training.per_device_train_batch_size
-    below, above = (data.batches(part, size, shuffle=True) for part in parts)
-    lower, upper = Direction(model, data=below), Magnitude(model, data=above)
+    lower_data, upper_data = (data.batches(rows, size, shuffle=True) for rows in sets)
+    lower, upper = Direction(model, data=lower_data), Magnitude(model, data=upper_data)
     model.train()
     measured = spectrum(upper, lower)
     damping = f"damping={measured.damping():.2g}"
