@@ -116,7 +116,6 @@ def check_scores(
     estimator: ScoreEstimator,
     by_slice: dict[str, Tensor],
     before: dict[str, float],
-    *,
     retrainings: int,
     share: float,
     perturbation: float | None,

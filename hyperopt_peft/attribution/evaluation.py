@@ -44,17 +44,9 @@ class Evaluation(Problem):
             str(name): list(loss) if isinstance(loss, list | tuple) else [loss]
             for name, loss in named.items()
         }
-        for name, parts in self.slices.items():
-            if other := [part for part in parts if not callable(part)]:
-                raise ProblemError(
-                    f"evaluation: must be functions that return a loss, got {other[0]!r} in slice "
-                    f"{name!r}"
-                )
-        empty = [name for name, parts in self.slices.items() if not parts]
-        if empty or not self.slices:
-            raise ProblemError(
-                f"evaluation: no rows{f' in slice {empty[0]!r}' if empty else ''}; give some"
-            )
+        functions = [part for parts in self.slices.values() for part in parts]
+        if not functions or not all(map(callable, functions)):
+            raise ProblemError(f"evaluation: give functions that return a loss, got {slices!r}")
 
     def loss(self, batch: LossPart) -> Tensor:
         """One part of Φ."""

@@ -24,7 +24,7 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 def setup_from_levels(
     training: Problem | Engine,
     weights: Tensor | None,
-    evaluation: Loss | Mapping[str, Loss] | None,
+    evaluation: Loss | Mapping[str, Loss],
     training_steps: int | None,
     **options: Any,
 ) -> RetrainingSetup:
@@ -43,8 +43,6 @@ def setup_from_levels(
             "row_weights: must be a leaf tensor (n,) that requires a gradient, with a weight for "
             "each training row; use torch.ones(n, requires_grad=True)"
         )
-    if evaluation is None:
-        raise ProblemError("evaluation: give a function that returns the loss to explain")
     if not isinstance(training_steps, int) or training_steps < 1:
         raise ProblemError(
             f"training_steps: must be the number of steps to train, from 1, got {training_steps}"

@@ -56,7 +56,6 @@ class Attribution:
             labels, relative to the mean number of labels of a row in the batch.
         values: Φ of each slice after the run.
         settings: what the scores were made with.
-        labels: of a Trainer of a classifier, the class of each row, ``(n,)``.
         columns: of a Trainer's data, columns of the rows by name, for `to_csv` and `table`.
         numbers: the number by which files, tables and pictures name each row, by default its place.
     """
@@ -67,7 +66,6 @@ class Attribution:
     values: dict[str, float]
     settings: dict[str, Any]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    labels: Tensor | None = None
     numbers: Sequence[int] = ()
     _setup: Any = field(default=None, repr=False)
     _estimator: Any = field(default=None, repr=False)
@@ -103,7 +101,6 @@ class Attribution:
             setup.values(),
             settings,
             columns,
-            setup.labels,
             _setup=setup,
             _estimator=estimator,
         )
@@ -131,23 +128,13 @@ class Attribution:
             ProblemError: fewer than 5 retrainings, or a share that leaves out no row, or all.
             NonFiniteError: a retraining diverges.
         """
-        return check_scores(
-            self._setup,
-            self._estimator,
-            self.by_slice,
-            self.values,
-            retrainings=retrainings,
-            share=share,
-            perturbation=perturbation,
-            seed=seed,
-        )
+        options = retrainings, share, perturbation, seed
+        return check_scores(self._setup, self._estimator, self.by_slice, self.values, *options)
 
     def ranks(self) -> Tensor:
         """The rank of each row, ``(n,)``: 1 for the row that hurts most; 0 for an unseen row."""
         order = torch.argsort(torch.nan_to_num(self.scores, nan=-torch.inf), descending=True)
-        ranks = torch.empty_like(order)
-        ranks[order] = torch.arange(1, len(order) + 1)
-        return ranks.masked_fill(self.scores.isnan(), 0)
+        return (order.argsort() + 1).masked_fill(self.scores.isnan(), 0)
 
     def weights(self) -> Tensor:
         """Row weights ``(n,)`` for another training, of mean 1: lower for a row that hurts more.

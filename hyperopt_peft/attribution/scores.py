@@ -15,7 +15,6 @@ from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.reverse import Sweep
 from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes
@@ -24,13 +23,7 @@ from hyperopt_peft.utils.random_state import RandomState
 
 
 def measured(test: Any) -> Callable[[], Mapping[str, float]]:
-    """A function that measures what ``test``, a function, returns: a loss or a mapping.
-
-    Raises:
-        ProblemError: ``test`` is no function.
-    """
-    if not callable(test):
-        raise ProblemError("test: give a function that returns a loss or a mapping of numbers")
+    """A function that measures what ``test``, a function, returns: a loss or a mapping."""
 
     @torch.no_grad()
     def measure() -> Mapping[str, float]:
