@@ -21,8 +21,6 @@ from measure import table
 HERE = Path(__file__).parent
 #: The scripts whose tables stand between two marks of a page in docs, and the page.
 PAGES = {
-    "attribution": "attribution.md",
-    "attribution_trainers": "attribution.md",
     "mix": "when-bilevel-pays.md",
     "tune": "when-bilevel-pays.md",
 }

@@ -91,8 +91,9 @@ def bidora(folder: Path, *, apart: bool = False, **options: Any) -> BiDoRATraine
     return BiDoRATrainer(model, args, eval_dataset=data(rows=6, seed=1), **sets)
 
 
-@pytest.mark.parametrize("retrain", ["none", "warm", "scratch"])
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    ("retrain", "apart"), [("none", False), ("warm", True), ("scratch", False)]
+)
 def test_scores_of_bidora_are_slopes_of_retraining(
     tmp_path: Path, retrain: str, apart: bool
 ) -> None:

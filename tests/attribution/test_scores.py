@@ -1,5 +1,6 @@
 """Scores against central differences of retraining, in float64."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -157,37 +158,31 @@ def test_a_removal_is_the_training_without_the_rows() -> None:
     assert len(removal.random) == 2
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"estimator": "darts"}, "estimator"),
-        ({"estimator": "gradient:prodct=exact"}, "prodct"),
-        ({"training_steps": None}, "training_steps"),
-        ({"training_steps": 0}, "training_steps"),
-        ({"training_steps": 2.5}, "training_steps"),
-        ({"memory_limit": 1e-9}, "memory_limit"),
-        ({"slices": "kind"}, "slices"),
-    ],
-)
-def test_bad_arguments_are_named(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(ProblemError, match=named):
-        scored(levels(), **change)
+LEAF = torch.ones(ROWS, requires_grad=True)
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"estimator": "darts"}, "estimator"),
+    ({"estimator": "gradient:prodct=exact"}, "prodct"),
+    ({"training_steps": None}, "training_steps"),
+    ({"training_steps": 0}, "training_steps"),
+    ({"memory_limit": 1e-9}, "memory_limit"),
+    ({"slices": "kind"}, "slices"),
+    ({"row_weights": torch.ones(ROWS)}, "row_weights"),
+    ({"row_weights": LEAF}, "the loss does not read the row weights"),
+    ({"evaluation": None}, "evaluation"),
+    ({"evaluation": {}}, "evaluation"),
+    ({"training": levels(torch.optim.LBFGS)[0]}, "LBFGS"),
+]
 
 
-def test_bad_levels_are_named() -> None:
-    lower, weights, evaluation = levels()
-    with pytest.raises(ProblemError, match="row_weights"):
-        scored((lower, torch.ones(ROWS), evaluation))
-    with pytest.raises(ProblemError, match="evaluation"):
-        scored((lower, weights, None))  # type: ignore[arg-type]
-    with pytest.raises(ProblemError, match="evaluation"):
-        scored((lower, weights, {}))  # type: ignore[arg-type]
-    with pytest.raises(ProblemError, match="evaluation: must be functions"):
-        scored((lower, weights, "loss"))  # type: ignore[arg-type]
-    with pytest.raises(ProblemError, match="weights"):  # others than those that the loss reads
-        scored((lower, torch.ones(ROWS, requires_grad=True), evaluation))
-    with pytest.raises(ProblemError, match="LBFGS"):
-        scored(levels(torch.optim.LBFGS))
+@pytest.mark.parametrize(("change", "fragment"), BAD)
+def test_bad_arguments_are_named(change: dict[str, Any], fragment: str) -> None:
+    lower, weights, phi = levels()
+    arguments = {"training": lower, "row_weights": weights, "evaluation": phi}
+    with pytest.raises(ProblemError, match=fragment):
+        attribute(**arguments | {"training_steps": STEPS, "progress": False} | change)
+
+
+def test_a_run_that_diverges_is_named() -> None:
     with pytest.raises(NonFiniteError, match="loss is"):
         scored(levels(torch.optim.SGD, lr=1e300))
 
@@ -211,3 +206,20 @@ def test_an_estimator_is_as_its_name() -> None:
 def test_a_picture_of_an_unknown_format_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match="unknown: cannot be written"):
         scored(levels()).plot(tmp_path / "x.unknown")
+
+
+def test_a_column_of_the_data_is_not_overwritten(tmp_path: Path) -> None:
+    scores = torch.tensor([0.5, -1.0, float("nan")], dtype=torch.float64)
+    columns = {"text": ["a", "b", "c"], "score": [3, 4, 5]}
+    losses = torch.ones(3, dtype=torch.float64)
+    result = Attribution(scores, {"all": scores}, losses, {"all": 0.0}, {}, columns)
+    result.numbers = [2, 7, 9]
+    result.to_csv(tmp_path / "attribution.csv", {"suspect": [0, 1, 0]})
+    with (tmp_path / "attribution.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [line["row"] for line in table] == ["2", "7", "9"]
+    assert [line["data_score"] for line in table] == ["3", "4", "5"]
+    assert [line["score"] for line in table] == ["0.5", "-1.0", "nan"]
+    assert [line["rank"] for line in table] == ["1", "2", "0"]
+    assert [line["suspect"] for line in table] == ["0", "1", "0"]
+    assert "7  b | 4" in result.table()

@@ -28,7 +28,7 @@ KINDS = ("classes", "regression", "tokens", "causal")
 
 def stock(folder: Path, kind: str = "classes", **options: Any) -> Trainer:
     """A stock Trainer in float64, with dropout, accumulation, clipping, warm-up and decay."""
-    model = peft_model(kind, dora=False).double()
+    model = options.pop("model", None) or peft_model(kind, dora=False).double()
     settings: dict[str, Any] = {
         "max_steps": 10,
         "per_device_train_batch_size": 3,
@@ -45,8 +45,20 @@ def stock(folder: Path, kind: str = "classes", **options: Any) -> Trainer:
         "seed": 3,
     }
     args = TrainingArguments(str(folder), **{**settings, **options.pop("args", {})})
-    given = {"train_dataset": data(kind, 14), "eval_dataset": data(kind, 7, seed=1), **options}
-    return Trainer(model, args, **given)
+    sets = {"train_dataset": data(kind, 14), "eval_dataset": data(kind, 7, seed=1)}
+    return options.pop("trainer", Trainer)(model, args, **sets | options)
+
+
+def without_dropout(trainer: Trainer) -> Trainer:
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return trainer
+
+
+def labelled(labels: list[int]) -> Dataset:
+    rows = data(rows=len(labels)).remove_columns("labels")
+    return rows.add_column("labels", labels)
 
 
 def attributed(trainer: Any, **options: Any) -> Attribution:
@@ -97,20 +109,9 @@ def test_slices_have_a_loss_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "estimator", ["minres:damping=0.1", "nystrom:damping=1.0", "cg:steps=5,damping=1.0", "gradient"]
 )
-def test_methods_of_the_end_swap_by_name(tmp_path: Path, estimator: str) -> None:
+def test_estimators_of_the_end_swap_by_name(tmp_path: Path, estimator: str) -> None:
     result = attributed(stock(tmp_path), estimator=estimator)
     assert result.scores.isfinite().all() and result.scores.abs().sum() > 0
-
-
-def test_a_finished_run_begins_again_with_model_init(tmp_path: Path) -> None:
-    trainer = stock(tmp_path)
-    fresh = attributed(stock(tmp_path)).scores
-    trainer.train()
-    with pytest.raises(ProblemError, match="model_init"):
-        attributed(trainer)
-    trainer.model_init = lambda: peft_model(dora=False).double()
-    again = attributed(trainer).scores
-    assert again.isfinite().all() and len(again) == len(fresh)
 
 
 def test_what_a_user_does_with_it(tmp_path: Path) -> None:
@@ -126,9 +127,9 @@ def test_what_a_user_does_with_it(tmp_path: Path) -> None:
     assert sorted(int(row["rank"]) for row in table) == list(range(1, 15))
     result.plot(tmp_path / "attribution.png")
     assert (tmp_path / "attribution.png").stat().st_size > 10_000
-    found = result.suspects(folds=3)
-    assert found.probabilities.sum(1).allclose(torch.ones(14, dtype=torch.float64))
-    assert found.confidence.shape == (14,)
+    suspects = result.suspects(folds=3)
+    assert suspects.probabilities.sum(1).allclose(torch.ones(14, dtype=torch.float64))
+    assert suspects.confidence.shape == (14,)
     removal = result.removal(0.2, data(rows=9, seed=2), draws=1)
     assert {*removal.plain} == {"loss", "accuracy"} and "random" in str(removal)
 
@@ -140,9 +141,8 @@ def test_gpt2_has_no_accuracy_of_unshifted_tokens(tmp_path: Path) -> None:
     )
     adapter = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     model = get_peft_model(GPT2LMHeadModel(config), adapter).double()
-    sets = {"train_dataset": data("causal", 14), "eval_dataset": data("causal", 7, seed=1)}
     test = data("causal", 5, seed=2)
-    result = attributed(Trainer(model, stock(tmp_path).args, **sets), estimator="gradient")
+    result = attributed(stock(tmp_path, "causal", model=model), estimator="gradient")
     plain = result.removal(0.2, test, draws=1).plain
     batch = {name: torch.tensor(test[name][:]) for name in ("input_ids", "labels")}
     assert {*plain} == {"loss"}
@@ -152,16 +152,14 @@ def test_gpt2_has_no_accuracy_of_unshifted_tokens(tmp_path: Path) -> None:
 def test_out_of_fold_probabilities_are_of_runs_without_the_fold(tmp_path: Path) -> None:
     """A row whose weight is zero changes nothing: other labels, the same probabilities."""
 
-    def changed(rows: Dataset, row: int) -> Dataset:
-        labels = rows["labels"][:]
-        labels[row] = (labels[row] + 1) % 3
-        return rows.remove_columns("labels").add_column("labels", labels)
-
-    rows, row = data(rows=14), 5
-    one = attributed(stock(tmp_path, train_dataset=rows)).suspects(folds=14)
-    other = attributed(stock(tmp_path, train_dataset=changed(rows, row))).suspects(folds=14)
-    assert torch.allclose(one.probabilities[row], other.probabilities[row], rtol=1e-9)
-    assert not torch.allclose(one.probabilities[0], other.probabilities[0], rtol=1e-9)
+    labels = [row % 3 for row in range(14)]
+    changed = [*labels[:5], 0, *labels[6:]]
+    one, other = (
+        attributed(stock(tmp_path, train_dataset=labelled(column))).suspects(folds=2)
+        for column in (labels, changed)
+    )
+    same = (one.probabilities - other.probabilities).abs().amax(1) < 1e-9
+    assert same[5] and same.sum() == 7
 
 
 def test_rows_in_a_list_may_have_columns_that_the_model_does_not_take(tmp_path: Path) -> None:
@@ -174,11 +172,11 @@ def test_rows_in_a_list_may_have_columns_that_the_model_does_not_take(tmp_path: 
         [{**row, "text": "a tweet"} for row in data(rows=count, seed=seed)]
         for count, seed in ((14, 0), (7, 1))
     )
-    given = {"train_dataset": train, "eval_dataset": evaluation, "data_collator": collate}
-    assert torch.equal(
-        attributed(stock(tmp_path, **given)).scores,
-        attributed(stock(tmp_path, data_collator=collate)).scores,
+    lists = {"train_dataset": train, "eval_dataset": evaluation}
+    one, other = (
+        attributed(stock(tmp_path, data_collator=collate, **sets)) for sets in (lists, {})
     )
+    assert torch.equal(one.scores, other.scores)
 
 
 class OwnOptimizer(Trainer):
@@ -186,93 +184,46 @@ class OwnOptimizer(Trainer):
         return super().create_optimizer(*args)
 
 
-def dora(folder: Path) -> Trainer:
-    """With PEFT's own layers."""
-    given = {"train_dataset": data(rows=14), "eval_dataset": data(rows=7, seed=1)}
-    return Trainer(peft_model(), stock(folder).args, **given)
+BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"eval_dataset": None}, {}, "evaluation"),
+    ({"eval_dataset": data(rows=14)}, {}, "evaluation: every row of it is a training row"),
+    ({"train_dataset": data(rows=14).select([])}, {}, "train_dataset"),
+    ({"train_dataset": labelled([3] * 14)}, {}, "num_labels"),
+    ({"kind": "seq2seq"}, {}, "DataCollatorForSeq2Seq"),
+    ({"compute_loss_func": lambda outputs, labels, count: outputs.logits.sum()}, {}, "loss"),
+    ({"args": {"label_smoothing_factor": 0.1}}, {}, "loss"),
+    ({"args": {"neftune_noise_alpha": 5.0}}, {}, "neftune_noise_alpha"),
+    ({"args": {"optim": "adafactor"}}, {}, "Adafactor"),
+    ({"trainer": OwnOptimizer}, {}, "OwnOptimizer has a create_optimizer"),
+    ({"dora": True}, {}, "norm"),
+    ({"dora": True}, {"estimator": "minres"}, "norm"),
+    ({}, {"slices": "source"}, "slices"),
+    ({}, {"training_steps": 3}, "training_steps"),
+]
 
 
-def bad(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
-    rows = data(rows=14)
-    cases: dict[str, tuple[Any, dict[str, Any]]] = {
-        "no evaluation": (stock(folder, eval_dataset=None), {}),
-        "evaluation is training": (stock(folder, train_dataset=rows, eval_dataset=rows), {}),
-        "no training rows": (stock(folder, train_dataset=rows.select([])), {}),
-        "no such slice": (stock(folder), {"slices": "source"}),
-        "own loss": (stock(folder, compute_loss_func=lambda o, y, n: o.logits.sum()), {}),
-        "smoothing": (stock(folder, args={"label_smoothing_factor": 0.1}), {}),
-        "not a trainer": (object(), {}),
-        "norm": (dora(folder), {}),
-        "norm, at the end": (dora(folder), {"estimator": "minres"}),
-        "steps": (stock(folder), {"training_steps": 3}),
-        "optimizer": (stock(folder, args={"optim": "adafactor"}), {}),
-        "own optimizer": (
-            OwnOptimizer(
-                peft_model(dora=False),
-                stock(folder).args,
-                train_dataset=rows,
-                eval_dataset=data(rows=7, seed=1),
-            ),
-            {},
-        ),
-        "labels": (
-            stock(
-                folder, train_dataset=rows.remove_columns("labels").add_column("labels", [3] * 14)
-            ),
-            {},
-        ),
-        "sequences": (
-            stock(
-                folder,
-                "seq2seq",
-                train_dataset=data("seq2seq", 14),
-                eval_dataset=data("seq2seq", 7, seed=1),
-            ),
-            {},
-        ),
-        "noise": (stock(folder, args={"neftune_noise_alpha": 5.0}), {}),
-    }
-    return cases[name]
+@pytest.mark.parametrize(("options", "asked", "fragment"), BAD)
+def test_bad_input_is_named(
+    tmp_path: Path, options: dict[str, Any], asked: dict[str, Any], fragment: str
+) -> None:
+    options = dict(options)
+    if options.pop("dora", False):
+        options["model"] = peft_model()
+    with pytest.raises(ProblemError, match=fragment):
+        attributed(stock(tmp_path, **options), **asked)
 
 
-@pytest.mark.parametrize(
-    ("name", "named"),
-    [
-        ("no evaluation", "evaluation"),
-        ("evaluation is training", "evaluation"),
-        ("no training rows", "train_dataset"),
-        ("no such slice", "slices"),
-        ("own loss", "loss"),
-        ("smoothing", "loss"),
-        ("not a trainer", "training"),
-        ("steps", "steps"),
-        ("norm", "norm"),
-        ("norm, at the end", "norm"),
-        ("optimizer", "Adafactor"),
-        ("own optimizer", "OwnOptimizer has a create_optimizer"),
-        ("labels", "num_labels"),
-        ("sequences", "DataCollatorForSeq2Seq"),
-        ("noise", "neftune_noise_alpha"),
-    ],
-)
-def test_bad_input_is_named(tmp_path: Path, name: str, named: str) -> None:
-    trainer, options = bad(name, tmp_path)
-    with pytest.raises(ProblemError, match=named):
-        attributed(trainer, **options)
+def test_something_else_than_a_trainer_is_named() -> None:
+    with pytest.raises(ProblemError, match="training"):
+        attributed(object())
 
 
 def test_scores_of_a_row_twice_are_alike(tmp_path: Path) -> None:
     """The scores of copies of a row, in one batch, are equal without dropout."""
     rows = data(rows=4)
     twice = Dataset.from_dict({k: [*rows[k], *rows[k]] for k in rows.column_names})
-    trainer = stock(
-        tmp_path,
-        train_dataset=twice,
-        args={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-    )
-    for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    args = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    trainer = without_dropout(stock(tmp_path, train_dataset=twice, args=args))
     scores: Tensor = attributed(trainer).scores
     assert torch.allclose(scores[:4], scores[4:], rtol=1e-9)
 
@@ -310,13 +261,13 @@ def test_model_init_gives_the_trainers_own_run_each_time(tmp_path: Path) -> None
 
 
 def test_a_given_optimizer_is_the_runs(tmp_path: Path) -> None:
-    def given() -> Trainer:
+    def with_optimizer() -> Trainer:
         trainer = stock(tmp_path, args={"gradient_accumulation_steps": 1})
         variables = [p for p in trainer.model.parameters() if p.requires_grad]
         trainer.optimizer = torch.optim.SGD(variables, lr=0.1, momentum=0.9)
         return trainer
 
-    plain, watched = given(), given()
+    plain, watched = with_optimizer(), with_optimizer()
     plain.train()
     result = attributed(watched)
     for name, value in values(watched.model).items():
@@ -356,10 +307,8 @@ def test_losses_are_those_of_the_rows_in_batches_of_any_size(tmp_path: Path) -> 
     """At a rate of 0, without dropout; the last batch of each epoch is smaller."""
     args = {"learning_rate": 1e-300, "weight_decay": 0.0, "gradient_accumulation_steps": 1}
     rows = data(rows=14)
-    trainer = stock(tmp_path, args=args | {"per_device_train_batch_size": 13}, train_dataset=rows)
-    for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    args |= {"per_device_train_batch_size": 13}
+    trainer = without_dropout(stock(tmp_path, args=args, train_dataset=rows))
     result = attributed(trainer)
     trainer.model.eval()
     logits = trainer.model(input_ids=torch.tensor(rows["input_ids"][:])).logits
@@ -369,13 +318,12 @@ def test_losses_are_those_of_the_rows_in_batches_of_any_size(tmp_path: Path) -> 
 
 
 def test_a_row_without_a_label_was_seen_and_has_no_influence(tmp_path: Path) -> None:
-    labels = [-100, *[k % 3 for k in range(1, 14)]]
-    rows = data(rows=14).remove_columns("labels").add_column("labels", labels)
+    rows = labelled([-100, *[k % 3 for k in range(1, 14)]])
     result = attributed(stock(tmp_path, train_dataset=rows))
     assert result.scores[0] == 0 and result.settings["unseen"] == 0
-    found = result.suspects(folds=2)
-    assert found.confidence[0].isnan() and 0 not in found.flagged
-    assert found.confidence[1:].isfinite().all()
+    suspects = result.suspects(folds=2)
+    assert suspects.confidence[0].isnan() and 0 not in suspects.flagged
+    assert suspects.confidence[1:].isfinite().all()
 
 
 def test_test_rows_that_the_scores_have_seen_are_refused(tmp_path: Path) -> None:
@@ -385,13 +333,3 @@ def test_test_rows_that_the_scores_have_seen_are_refused(tmp_path: Path) -> None
         result.removal(0.2, trainer.eval_dataset, draws=1)
     with pytest.raises(ProblemError, match="1 of 1 rows are training rows"):
         result.removal(0.2, trainer.train_dataset.select([3]), draws=1)
-
-
-def test_as_many_folds_as_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
-    from hyperopt_peft.attribution.run import Run
-
-    result, trained = attributed(stock(tmp_path, train_dataset=data(rows=6))), []
-    plain = Run.repeated
-    monkeypatch.setattr(Run, "repeated", lambda self, v: (trained.append(v), plain(self, v))[1])
-    result.suspects(folds=5)
-    assert len(trained) == 5
