@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem, devices_of
-from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
+from hyperopt_peft.errors import HypergradientWarning, NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT
@@ -68,10 +68,6 @@ def estimate(oracle: Oracle, estimator: EstimatorLike) -> Estimate:
         # A loss that is not finite is the cause, and the better message.
         _require_finite(estimator, oracle.lower, to_floats(oracle.losses))
         raise NonFiniteError(f"{estimator.name}: {error}") from error
-    if not isinstance(result, Estimate):
-        raise ProblemError(
-            f"{estimator.name}: estimate must return an Estimate, got {type(result).__name__}"
-        )
     vectors = result.hypergradient, result.direct, result.implicit
     values = to_floats([*oracle.losses, *(inner(x, x) for x in vectors)])
     _require_finite(estimator, oracle.lower, values[:-3])

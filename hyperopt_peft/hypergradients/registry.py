@@ -48,13 +48,13 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
     """Class decorator that registers an `Estimator` as ``name``; its fields are its options.
 
     Args:
-        name: the name, a Python identifier.
+        name: the name, without a colon.
         kind: see `Entry`.
         tolerance: see `Entry`; required for the kinds implicit and penalty.
 
     Raises:
-        ProblemError: the name is registered already or is not an identifier; the kind is unknown;
-            or a required tolerance is missing.
+        ProblemError: the name is registered already; the kind is unknown; or a required tolerance
+            is missing.
 
     Example:
         >>> @register("example", kind="identity")
@@ -65,10 +65,8 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
     """
 
     def decorate(estimator: E) -> E:
-        if not name.isidentifier():
-            raise ProblemError(f"name: must be a Python identifier, got {name!r}")
-        known = _ENTRIES.get(name)
-        if known is not None and _path(known.estimator) != _path(estimator):
+        other = _ENTRIES.get(name)
+        if other is not None and _path(other.estimator) != _path(estimator):
             raise ProblemError(f"{name}: is already registered; choose another name")
         if kind not in get_args(Kind):
             raise ProblemError(f"{name}: kind must be one of {get_args(Kind)}, got {kind!r}")
@@ -139,14 +137,14 @@ def with_options(estimator: type[T], text: str) -> T:
         ProblemError: an option is unknown, or a value is invalid.
     """
     name = estimator.name
-    known = [option.name for option in dataclasses.fields(estimator)]  # type: ignore[arg-type]
+    names = [option.name for option in dataclasses.fields(estimator)]  # type: ignore[arg-type]
     options = {}
     for part in filter(None, text.split(",")):
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise ProblemError(f"{name}: write options as option=value, got {part!r}")
-        if option not in known:
-            raise ProblemError(f"{name}: unknown option {option!r}{did_you_mean(option, known)}")
+        if option not in names:
+            raise ProblemError(f"{name}: unknown option {option!r}{did_you_mean(option, names)}")
         if option in options:
             raise ProblemError(f"{name}: option {option!r} is given twice")
         options[option] = _literal(value)

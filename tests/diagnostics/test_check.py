@@ -187,12 +187,6 @@ def test_buffers_and_masks_are_notes_and_training_goes_on_as_if_nothing_had_been
     assert differences(*runs) == []
 
 
-def test_a_network_in_eval_mode_has_no_notes():
-    upper, lower = network_levels()
-    upper.net.eval()
-    assert kinds(examine(upper, lower), "note") == []
-
-
 @pytest.mark.parametrize(
     ("draw", "source"),
     [
@@ -244,18 +238,6 @@ def test_an_operation_without_second_derivative_is_named_and_done_without():
     assert "Halved is marked once_differentiable" in finding.words
     assert 'product="difference"' in finding.advice
     assert check.curvature.largest == pytest.approx(1, rel=1e-6)  # by differences
-
-
-def test_a_torch_operation_without_second_derivative_is_named():
-    pair = Pair()
-    square = torch.eye(3, dtype=torch.float64)[None]
-
-    def loss(_):
-        distances = torch.cdist((pair.w - pair.u)[None, None], square, p=3.0)
-        return distances.sum() + (pair.w - pair.u).square().sum()
-
-    pair.lower.function = loss
-    assert "_cdist_backward" in found(pair.check(), "no double backward").words
 
 
 def test_negative_curvature():
@@ -367,14 +349,6 @@ def test_a_tensor_of_both_levels():
     finding = found(examine(pair.upper, both), "shared tensor")
     assert finding.severity == "error"
     assert "below's mine" in finding.words and "above's u" in finding.words
-
-
-def test_a_missing_optimizer_is_a_note():
-    pair = Pair()
-    pair.upper.optimizer = None
-    check = pair.check()
-    assert check.ok and kinds(check, "note") == ["no optimizer"]
-    assert found(check, "no optimizer").level == "above"
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,6 @@ def test_a_comparison_measures_against_the_reference() -> None:
     assert [r["estimator"] for r in table.records()] == ["exact", "direct", repr(DARTS(xi=0.5))]
 
 
-def test_one_method_need_not_be_in_a_list() -> None:
-    for method in ("direct", DARTS(xi=0.5)):
-        (record,) = compare_hypergradients(*program(0).levels(), method, repeats=1).records()
-        assert record["estimator"] == (method if isinstance(method, str) else repr(method))
-
-
 def test_medians_and_spread_are_over_new_masks() -> None:
     """The masks of a repeat are a function of its seed, and the same for every method."""
     levels = network_levels(dropout=0.5)
@@ -167,20 +161,14 @@ def test_batches_are_those_that_come_next_and_stay_the_next() -> None:
     [
         ("direct", 1, 0),
         ("darts", 3, 0),
-        ("darts:scheme=forward", 3, 0),  # 2 in training, where ∂f/∂u at the unmoved point is known
         ("darts:product=exact", 2, 1),
         ("cg:steps=5", 2, 5 + 1),
-        ("minres:steps=5", 2, 5 + 1),
-        ("neumann:terms=5,step_size=0.1", 2, 5 + 1),
         ("neumann:terms=5", 2, 5 + 10 + 1),
         ("exact", 2, 12 + 1),
         ("unrolled:steps=3", 1 + 3 * 2, 3),  # each step is simulated, then differentiated
         ("sama", 4, 0),  # 3 in training, where the lower step is known
-        ("sama:product=exact", 3, 1),
         ("nystrom:rank=3,steps=5,tolerance=0", 2, 3 + 5 + 1),
-        ("nystrom:rank=3,steps=0", 2, 3 + 1),
         ("cg:steps=5,product=difference", 1 + 2 * (5 + 1), 0),
-        ("unrolled:steps=3,product=difference", 1 + 3 * (1 + 2), 0),
     ],
 )
 def test_the_cost_of_an_estimator(method: str, gradients: int, products: int) -> None:
@@ -224,23 +212,3 @@ MB = 2**20
 )
 def test_peak_memory_counts_what_is_held_at_once(run: Any, megabytes: int) -> None:
     assert peak_memory(run, torch.device("cpu")) / MB == pytest.approx(megabytes, abs=1e-3)
-
-
-def test_double_backward_holds_more_than_differences() -> None:
-    """The graph of the gradient is kept for the one and not for the other."""
-    w = torch.ones(1000, dtype=torch.float64, requires_grad=True)
-    u = torch.ones(1000, dtype=torch.float64, requires_grad=True)
-
-    def deep(_: None) -> Tensor:
-        x = w
-        for _ in range(20):
-            x = torch.sin(x * u)
-        return x.sum()
-
-    upper = FunctionLevel(lambda _: w.square().sum(), [u])
-    methods = ["direct", "darts", "darts:product=exact"]
-    table = compare_hypergradients(
-        upper, FunctionLevel(deep, [w]), methods, "direct", repeats=1, memory=True
-    )
-    direct, differences, exact = (record["peak_memory"] for record in table.records())
-    assert 0 < direct < differences < exact

@@ -192,13 +192,6 @@ def test_half_precision_variables_are_moved_in_single_precision() -> None:
     assert torch.equal(w, before)
 
 
-def test_a_level_without_optimizer_needs_a_rate() -> None:
-    upper, lower = program(0).levels()
-    lower.optimizer = None
-    with pytest.raises(ProblemError, match="lr"):
-        hypergradient(upper, lower, Retraining())
-
-
 @pytest.mark.parametrize("option", ["steps", "directions", "epsilon", "lr"])
 def test_options_are_positive(option: str) -> None:
     with pytest.raises(ProblemError, match=option):
@@ -263,8 +256,3 @@ def test_levels_of_a_trainer_are_given_batches() -> None:
     reference = "retraining:steps=2,lr=0.1,directions=1"
     compare_hypergradients(*levels, ["darts", "cg:damping=1"], reference, **batches, memory=True)
     assert seen == {2.0, 3.0}
-
-
-def test_a_misspelt_option_is_named() -> None:
-    with pytest.raises(ProblemError, match=r"step.*steps"):
-        compare_hypergradients(*program(0).levels(), "direct", "retraining:step=3")

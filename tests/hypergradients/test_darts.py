@@ -1,7 +1,5 @@
 """DARTS: its ξ, its epsilon, and where and with which learning rate it is taken."""
 
-from itertools import product
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +7,6 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
-from hyperopt_peft.hypergradients import DARTS
 from tests.support.by_hand import f, make_levels, start, upper_f
 from tests.support.quadratic import flat, program
 
@@ -95,9 +92,3 @@ def test_the_default_epsilon_is_close_to_the_best(scheme: str) -> None:
 
     assert error("none") < min(error("0.1"), error("1e-12"))
     assert error("none") < {"forward": 1e-6, "central": 1e-8}[scheme]
-
-
-def test_only_a_forward_difference_asks_the_lower_step_for_more() -> None:
-    options = product(("forward", "central"), ("difference", "exact"))
-    found = [DARTS(scheme=s, product=p).requirements.lower_gradient for s, p in options]
-    assert found == [True, False, False, False]

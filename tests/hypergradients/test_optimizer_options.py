@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 
-from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import registered
 from tests.support.by_hand import BATCHES, OPTIMIZERS, ByHand, f, start, upper_f
 from tests.support.learned_options import Learned, logs, make, rate_and_decay
@@ -199,6 +199,16 @@ def test_bad_options_are_named_and_nothing_moves(options: Any, message: str) -> 
     assert torch.equal(flat(lower.variables), before)
 
 
+def test_a_learnt_rate_needs_an_optimizer_and_no_schedule() -> None:
+    upper, lower = make(SGD, {"lr": 0.1})
+    lower.scheduler = ExponentialLR(lower.optimizer, 0.9)
+    with pytest.raises(ProblemError, match=r"scheduler .*optimizer_options"):
+        lower.step(lower.gradient(BATCHES[0], lower.variables).gradient)
+    lower.optimizer = None
+    with pytest.raises(ProblemError, match="optimizer_options"):
+        hypergradient(upper, lower, "cg")
+
+
 @pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,limit=9"])
 def test_a_group_without_variables_has_options_that_nobody_reads(method: str) -> None:
     """Transformers makes one of all biases and norms, which an adapter may lack."""
@@ -214,22 +224,3 @@ def test_a_group_without_variables_has_options_that_nobody_reads(method: str) ->
             lower.options = lambda own=own: own
         found.append(flat(hypergradient(upper, lower, method)))
     assert torch.equal(*found)
-
-
-def test_options_need_an_optimizer() -> None:
-    upper, lower = make(SGD, {"lr": 0.1})
-    lower.optimizer = None
-    with pytest.raises(ProblemError, match="optimizer_options"):
-        hypergradient(upper, lower, "cg")
-
-
-def test_a_schedule_and_a_learnt_rate_do_not_go_together() -> None:
-    _, lower = make(SGD, {"lr": 0.1})
-    lower.scheduler = ExponentialLR(lower.optimizer, 0.9)
-    with pytest.raises(ProblemError, match=r"scheduler .*optimizer_options"):
-        lower.step(lower.gradient(BATCHES[0], lower.variables).gradient)
-
-
-def test_a_level_has_no_options_by_default() -> None:
-    w, _ = start()
-    assert Problem(w).optimizer_options() == {}

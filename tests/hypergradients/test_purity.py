@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from hyperopt_peft import Engine, Problem, compare_hypergradients, hypergradient
+from hyperopt_peft import Engine, Problem, hypergradient
 from hyperopt_peft.engine import fit
 from hyperopt_peft.hypergradients import ConjugateGradient, Matvec, Solution, Vector
 from tests.support.cases import Case, cases
@@ -119,24 +119,6 @@ def test_everything_is_bit_identical_after_an_exception_in_any_evaluation(
         with pytest.raises(Interruption):
             hypergradient(*levels, case.estimator)
         assert not differences(before, snapshot(*levels)), f"evaluation {k} of {total}"
-
-
-@pytest.mark.parametrize("generators", [False, True])
-@pytest.mark.parametrize("ask", ["hypergradient", "compare"])
-def test_training_goes_on_as_if_nothing_had_been_asked(ask: str, generators: bool) -> None:
-    """Dropout masks and shuffling share one random stream; asking may not use it up."""
-
-    def train(asked: bool) -> list[Tensor]:
-        upper, lower = network_levels(generators=generators)
-        for _ in range(12):
-            if asked and ask == "hypergradient":
-                hypergradient(upper, lower, "darts")
-            elif asked:
-                compare_hypergradients(upper, lower, ["direct"], "darts", repeats=1)
-            lower.step(lower.gradient(lower.next_batch(), lower.variables).gradient)
-        return list(lower.variables)
-
-    assert not differences(train(asked=False), train(asked=True))
 
 
 class Counting(nn.Module):

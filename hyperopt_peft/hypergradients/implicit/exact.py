@@ -21,10 +21,10 @@ LARGEST = 5000  # unknowns; a float64 Hessian of this size has 200 MB
 class Exact(Solver):
     """v = (H + damping·I)⁻¹ b from the eigenvalues of the dense Hessian.
 
-    The n columns of H are Hessian-vector products, n the number of lower unknowns. H is
-    symmetrised and decomposed in float64, or in the variables' precision with ``float64=False``.
-    If H is singular and b has no component in its null space, v is the solution of least norm.
-    Time grows as n products, memory as n². Bengio 2000, doi:10.1162/089976600300015187.
+    The n columns of H are Hessian-vector products, n the number of lower unknowns. H is symmetrised
+    and decomposed in float64. If H is singular and b has no component in its null space, v is the
+    solution of least norm. Time grows as n products, memory as n². Bengio 2000,
+    doi:10.1162/089976600300015187.
 
     Raises:
         ProblemError: n exceeds 5,000, or H is singular along b.
@@ -36,7 +36,6 @@ class Exact(Solver):
     """
 
     damping: float = 0.0
-    float64: bool = True
 
     def check(self) -> None:
         """Check the ranges of the options."""
@@ -60,8 +59,7 @@ class Exact(Solver):
         columns = [matvec(b.with_entries(unit)).flat() for unit in torch.eye(n).to(rhs)]
         hessian = (torch.stack(columns) + torch.stack(columns, dim=1)) / 2
         read_finite(hessian.sum())
-        if self.float64:
-            hessian, rhs = hessian.double(), rhs.double()
+        hessian, rhs = hessian.double(), rhs.double()
         hessian.diagonal().add_(self.damping)
         values, vectors = torch.linalg.eigh(hessian)
         rhs = vectors.T @ rhs

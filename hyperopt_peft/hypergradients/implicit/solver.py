@@ -85,19 +85,14 @@ class Solver(Estimator):
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
-        above = oracle.upper_gradient
-        direct, b = above.direct, above.b
-        if above.norm == 0:
+        direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         advance = self.prepare(oracle)
         with oracle.product(self.product, epsilon=self.epsilon) as product:
-            found, state = advance(product.hessian, b, oracle.state)
-            self.require(
-                isinstance(found, Solution) and isinstance(found.v, Vector),
-                f"solve must return a Solution of a Vector, Solution(v), got {_shown(found)}",
-            )
-            implicit = product.mixed(found.v).mul_(-1.0)
-        return Estimate(direct, implicit, found.residual, found.steps, found.note, state)
+            solution, state = advance(product.hessian, b, oracle.state)
+            implicit = product.mixed(solution.v).mul_(-1.0)
+        return Estimate(direct, implicit, solution.residual, solution.steps, solution.note, state)
 
     def prepare(self, oracle: Oracle) -> Advance:
         """``advance``, or another that knows more of the oracle's point than products tell."""
@@ -128,8 +123,3 @@ def require_finite(*values: float) -> list[float]:
             "rate, or bound the solver by fewer steps or by damping"
         )
     return list(values)
-
-
-def _shown(answer: object) -> str:
-    kind = type(answer).__name__
-    return f"Solution({type(answer.v).__name__})" if isinstance(answer, Solution) else kind

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
-from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import (
     Matvec,
@@ -80,8 +81,8 @@ class WarmStart(Solver):
                 note = "the Hessian is zero along ∂F/∂w"
                 return Solution(zeros_like(b), 1.0, 0, note), state
             a = 1 / (largest + self.damping)
-        v = _vector(state, "v") if state else a * b
-        k = _number(state, "k") + 1 if state else 1
+        v = cast(Vector, state["v"]) if state else a * b
+        k = cast(float, state["k"]) + 1 if state else 1
         before, note = 0 if state else FIRST_STEPS, ""
         for step in range(before + self.steps):
             q = matvec(v).plus(v, self.damping)
@@ -105,23 +106,9 @@ class WarmStart(Solver):
 
     def _curvature(self, matvec: Matvec, b: Vector, state: State) -> tuple[Vector, float]:
         """The power iteration's unit vector, and an estimate of |λ|max."""
-        direction = _vector(state, "direction") if state else b
-        largest = FORGET * _number(state, "largest") if state else 0.0
+        direction = cast(Vector, state["direction"]) if state else b
+        largest = FORGET * cast(float, state["largest"]) if state else 0.0
         for _ in range(1 if state else FIRST_STEPS):
             direction = matvec(normalised(direction))
         length = math.sqrt(*read_finite(inner(direction, direction)))
         return normalised(direction if length else b), max(largest, length)
-
-
-def _vector(state: State, key: str) -> Vector:
-    value = state.get(key)
-    if not isinstance(value, Vector):
-        raise ProblemError(f"warm: the state has no vector {key!r}; use a state of this estimator")
-    return value
-
-
-def _number(state: State, key: str) -> float:
-    value = state.get(key)
-    if not isinstance(value, int | float):
-        raise ProblemError(f"warm: the state has no number {key!r}; use a state of this estimator")
-    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
@@ -12,16 +12,17 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import Vector, zeros_like
 
 
+@dataclass(frozen=True)
 class OneStep(Estimator):
     """The gradient through the last lower step, by one mixed product at the step's start.
 
     The product is a difference of ∂f/∂u of length ``epsilon``, central or forward, or a double
-    backward with ``product="exact"``. Subclasses have these options.
+    backward with ``product="exact"``.
     """
 
-    epsilon: float | None
-    scheme: Scheme
-    product: ProductKind
+    epsilon: float | None = field(default=None, kw_only=True)
+    scheme: Scheme = field(default="central", kw_only=True)
+    product: ProductKind = field(default="difference", kw_only=True)
 
     def check(self) -> None:
         """Check the ranges of the options."""
@@ -44,6 +45,13 @@ class OneStep(Estimator):
             self.product, at=at, epsilon=self.epsilon, scheme=self.scheme
         ) as product:
             return product.mixed(v)
+
+    def cost(self) -> Cost:
+        """F, f, and the mixed product."""
+        if self.product == "exact":
+            return Cost(3, 4, 4)
+        passes = 3 if self.scheme == "forward" else 4
+        return Cost(passes, passes, 4)
 
 
 @register("darts", kind="identity")
@@ -75,9 +83,6 @@ class DARTS(OneStep):
     """
 
     xi: float | Literal["lr"] = 1.0
-    epsilon: float | None = None
-    scheme: Scheme = "central"
-    product: ProductKind = "difference"
 
     def check(self) -> None:
         """Check the ranges of the options."""
@@ -99,15 +104,3 @@ class DARTS(OneStep):
         self.require(len(rates) > 0, 'xi="lr" needs an optimizer at the lower level')
         self.require(len(rates) == 1, f'xi="lr" needs one learning rate, there are {rates}')
         return rates.pop()
-
-    def cost(self) -> Cost:
-        """F, f, and the mixed product."""
-        return one_step_cost(self, vectors=4)
-
-
-def one_step_cost(estimator: OneStep, vectors: int) -> Cost:
-    """The cost of F, f and one mixed product."""
-    if estimator.product == "exact":
-        return Cost(3, 4, vectors)
-    passes = 3 if estimator.scheme == "forward" else 4
-    return Cost(passes, passes, vectors)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle
-from hyperopt_peft.hypergradients.products import ProductKind, Scheme
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.unrolled.darts import OneStep, one_step_cost
+from hyperopt_peft.hypergradients.unrolled.darts import OneStep
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
 from hyperopt_peft.hypergradients.unrolled.reverse import last_steps
 
@@ -34,10 +33,6 @@ class SAMA(OneStep):
         SAMA(epsilon=None, scheme='forward', product='difference')
     """
 
-    epsilon: float | None = None
-    scheme: Scheme = "central"
-    product: ProductKind = "difference"
-
     @property
     def requirements(self) -> Requirements:
         """As `OneStep`, with the optimizer's state."""
@@ -58,5 +53,5 @@ class SAMA(OneStep):
 
     def cost(self) -> Cost:
         """As `OneStep`, and a backward pass through the optimizer's step."""
-        cost = one_step_cost(self, vectors=11)
-        return replace(cost, backward_passes=cost.backward_passes + 1)
+        cost = super().cost()
+        return replace(cost, backward_passes=cost.backward_passes + 1, vectors=11)
