@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from hyperopt_peft import Problem, hypergradient
 from hyperopt_peft.adapters import split_parameters
-from hyperopt_peft.hypergradients import Vector, dot
-from hyperopt_peft.hypergradients.estimate import open_oracle
+from hyperopt_peft.hypergradients import Vector, dot, open_oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.restore import assign_, perturbed
 

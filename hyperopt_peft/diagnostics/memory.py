@@ -33,28 +33,28 @@ class _StorageCount(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
-        self.known: set[int] = set()
+        self.live = self.peak = 0
+        self.followed: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        arguments = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _key(tensor) not in self.known | given:
+            if isinstance(tensor, Tensor) and _key(tensor) not in self.followed | arguments:
                 self._follow(tensor.untyped_storage())
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.held += size
-        self.peak = max(self.peak, self.held)
+        self.followed.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
         def release() -> None:
-            self.known.discard(key)
-            self.held -= size
+            self.followed.discard(key)
+            self.live -= size
 
         weakref.finalize(storage, release)
 

@@ -75,10 +75,10 @@ class Coordinates:
     def project(self, h: Vector) -> Vector:
         """The coordinates of a vector in the span of ``basis``."""
         (like,) = self.slopes
-        found = torch.zeros_like(like)
+        padded = torch.zeros_like(like)
         entries = [dot(q, h) for q in self.basis]
-        found[: len(entries)] = torch.tensor(entries, dtype=like.dtype)
-        return Vector([found])
+        padded[: len(entries)] = torch.tensor(entries, dtype=like.dtype)
+        return Vector([padded])
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Retraining(Estimator):
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
-        >>> found, = hypergradient(upper, lower, Retraining(steps=20, lr=0.4, directions=10))
-        >>> found.allclose(hypergradient(upper, lower, "unrolled:steps=20")[0], rtol=1e-3)
+        >>> h, = hypergradient(upper, lower, Retraining(steps=20, lr=0.4, directions=10))
+        >>> h.allclose(hypergradient(upper, lower, "unrolled:steps=20")[0], rtol=1e-3)
         True
     """
 
@@ -170,7 +170,7 @@ class Retraining(Estimator):
         """⟨dF/du, d⟩ for each d of ``directions``, unit vectors; the oracle is open."""
         self.check_levels(oracle.upper, oracle.lower)
         u, w = oracle.upper.variables, oracle.lower.variables
-        found = []
+        of_directions = []
         with oracle.moved(), perturbed(u) as here:
             start = tuple(x.detach().clone() for x in w)
             epsilon = self.epsilon or float(
@@ -184,8 +184,8 @@ class Retraining(Estimator):
                         assign_(u, here, d.parts, signed)
                         sides.append(self._losses(oracle, start))
                     quotients.append((sides[0] - sides[1]) / (2 * length))
-                found.append(torch.stack(quotients))
-        (half, full), (_, doubled) = torch.stack(found, -1).unbind()
+                of_directions.append(torch.stack(quotients))
+        (half, full), (_, doubled) = torch.stack(of_directions, -1).unbind()
         return Slopes(full, (doubled - full).abs(), (full - half).abs())
 
     def _losses(self, oracle: Oracle, start: Sequence[Tensor]) -> Tensor:
@@ -211,11 +211,14 @@ class Retraining(Estimator):
         """An optimizer over ``copies``: gradient descent, or a copy of the level's own."""
         if self.lr is not None:
             return torch.optim.SGD(copies, lr=self.lr)
-        own: Any = getattr(lower.optimizer, "optimizer", lower.optimizer)  # accelerate wraps it
+        # accelerate wraps the optimizer
+        optimizer: Any = getattr(
+            lower.optimizer, "optimizer", lower.optimizer
+        )  # accelerate wraps it
         memo: dict[int, Any] = {
             id(x): copy for x, copy in zip(lower.variables, copies, strict=True)
         }
-        twin: Optimizer = deepcopy(own, memo)
+        twin: Optimizer = deepcopy(optimizer, memo)
         for group, options in zip(twin.param_groups, present_options(lower)):  # functions of u
             group.update(options)
         for state in twin.state.values():

@@ -68,7 +68,7 @@ class Oracle:
         losses: the values of f so far, on their device.
 
     Example:
-        >>> from hyperopt_peft.hypergradients.estimate import open_oracle
+        >>> from hyperopt_peft.hypergradients import open_oracle
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> oracle = open_oracle(*diabetes())
         >>> with oracle.open(), oracle.product("exact") as product:

@@ -102,7 +102,7 @@ class Product(Protocol):
     """Second-derivative products of f at a fixed point; see `Oracle.product`.
 
     Example:
-        >>> from hyperopt_peft.hypergradients.estimate import open_oracle
+        >>> from hyperopt_peft.hypergradients import open_oracle
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> oracle = open_oracle(*diabetes())
         >>> with oracle.open(), oracle.product("difference") as product:

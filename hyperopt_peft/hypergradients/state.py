@@ -45,6 +45,6 @@ def unpacked(state: Mapping[str, Any], variables: Sequence[Tensor]) -> State:
     return result
 
 
-def _placed(whole: Tensor, like: Tensor) -> Tensor:
+def _placed(full: Tensor, like: Tensor) -> Tensor:
     """``whole`` on the device and shards of ``like``; the dtype of a `Vector` may be wider."""
-    return sharded_like(whole, like) if is_sharded(like) else whole.to(like.device)
+    return sharded_like(full, like) if is_sharded(like) else full.to(like.device)

@@ -38,7 +38,7 @@ def kinds(check, *severities):
     return [finding.kind for finding in check.findings if finding.severity in severities]
 
 
-def found(check, kind):
+def finding_of(check, kind):
     (finding,) = (finding for finding in check.findings if finding.kind == kind)
     assert str(finding) in str(check)
     return finding
@@ -91,7 +91,7 @@ def test_the_reference_problems_are_sound_at_their_minimum_and_not_before(make):
 def test_a_lower_variable_that_its_loss_does_not_read():
     spare = torch.ones(2, dtype=torch.float64, requires_grad=True)
     check = Pair(upper_more=lambda w, u: spare.sum(), spare=[("spare", spare)]).check()
-    finding = found(check, "unread variable")
+    finding = finding_of(check, "unread variable")
     assert (finding.severity, finding.level) == ("error", "below") and "'spare'" in finding.words
 
 
@@ -99,7 +99,7 @@ def test_an_upper_variable_that_no_loss_reads():
     pair = Pair()
     spare = torch.ones(2, dtype=torch.float64, requires_grad=True)
     upper = pair.level(pair.upper_loss, [("u", pair.u), ("spare", spare)], "above")
-    finding = found(examine(upper, pair.lower), "unread variable")
+    finding = finding_of(examine(upper, pair.lower), "unread variable")
     assert finding.level == "above" and "no loss reads the variable 'spare'" in finding.words
     pair.f_more = lambda w, u: spare.sum()  # the lower loss is enough
     assert examine(upper, pair.lower).ok
@@ -111,7 +111,7 @@ def test_an_upper_loss_that_does_not_depend_on_the_lower_variables(reads):
     pair.upper.function = lambda _: pair.u.sum() + (0 * pair.w.sum() if reads else 0)
     check = pair.check()
     assert kinds(check, "error", "warning") == ["no implicit term"]
-    assert found(check, "no implicit term").level == "above"
+    assert finding_of(check, "no implicit term").level == "above"
 
 
 @pytest.mark.parametrize("reads", [False, True])
@@ -121,7 +121,7 @@ def test_a_lower_loss_whose_minimum_the_upper_variables_do_not_move(reads):
     minimize(pair.lower)
     check = pair.check()
     assert kinds(check, "error", "warning") == ["no mixed derivative"]
-    assert found(check, "no mixed derivative").level == "below"
+    assert finding_of(check, "no mixed derivative").level == "below"
 
 
 def clamp(w, u):
@@ -165,7 +165,7 @@ def test_a_loss_that_writes_to_a_variable(edit, written, level):
 
 
 def test_an_edit_that_autograd_refuses():
-    finding = found(Pair(lambda w, u: w.mul_(2).sum()).check(), "in-place edit")
+    finding = finding_of(Pair(lambda w, u: w.mul_(2).sum()).check(), "in-place edit")
     assert "leaf Variable" in finding.words and finding.severity == "error"
 
 
@@ -197,7 +197,7 @@ def test_buffers_and_masks_are_notes_and_training_goes_on_as_if_nothing_had_been
 )
 def test_a_loss_that_cannot_be_replayed(draw, source):
     check = Pair(lambda w, u: (1 + draw()) * w.sum()).check()
-    finding = found(check, "not reproducible")
+    finding = finding_of(check, "not reproducible")
     assert source in finding.words and (finding.severity, finding.level) == ("error", "below")
     assert check.curvature is None  # differences of such a loss are noise
 
@@ -211,7 +211,7 @@ def test_a_loss_that_cannot_be_replayed(draw, source):
     ],
 )
 def test_what_is_not_finite(term, words):
-    finding = found(Pair(term).check(), "not finite")
+    finding = finding_of(Pair(term).check(), "not finite")
     assert words in finding.words and (finding.severity, finding.level) == ("error", "below")
 
 
@@ -234,7 +234,7 @@ def test_an_operation_without_second_derivative_is_named_and_done_without():
     pair.lower.function = lambda _: Halved.apply(pair.w - pair.u).sum()
     check = pair.check()
     assert kinds(check, "error", "warning") == ["no double backward"]
-    finding = found(check, "no double backward")
+    finding = finding_of(check, "no double backward")
     assert "Halved is marked once_differentiable" in finding.words
     assert 'product="difference"' in finding.advice
     assert check.curvature.largest == pytest.approx(1, rel=1e-6)  # by differences
@@ -251,10 +251,10 @@ def test_negative_curvature():
     assert kinds(check, "error", "warning") == ["negative curvature"]
     assert check.curvature.smallest == pytest.approx(-0.3, rel=1e-6)
     assert check.curvature.largest == pytest.approx(5.0, rel=1e-6)
-    assert "-0.3" in found(check, "negative curvature").words
+    assert "-0.3" in finding_of(check, "negative curvature").words
     damping = (5.0 + 10 * 0.3) / 9  # (5 + δ)/(δ − 0.3) = 10
     assert check.curvature.damping() == pytest.approx(damping, rel=1e-6)
-    assert f"damping={damping:.2g}" in found(check, "negative curvature").advice
+    assert f"damping={damping:.2g}" in finding_of(check, "negative curvature").advice
     v = torch.linalg.solve(quadratic.h + damping * torch.eye(6).double(), quadratic.b)
     d, r = quadratic.implicit(quadratic.b), quadratic.implicit(v)
     assert check.curvature.xi == pytest.approx(float(d @ r / (d @ d)), rel=1e-2)
@@ -269,7 +269,7 @@ def test_an_ill_conditioned_lower_level():
     upper = FunctionLevel(lambda _: (w - 3).square().sum(), [u], **options)
     check = examine(upper, lower)
     assert kinds(check, "error", "warning") == ["ill-conditioned"]
-    finding = found(check, "ill-conditioned")
+    finding = finding_of(check, "ill-conditioned")
     assert finding.words.startswith("after 10 steps of minres the residual is still 0.")
     assert 10 < check.curvature.condition <= 1e4
     assert kinds(check, "note") == ["no optimizer", "no optimizer"]
@@ -296,7 +296,7 @@ def test_far_from_stationary_is_the_change_of_the_hypergradient():
     assert change > 0.1
     assert check.curvature.change == pytest.approx(change, rel=1e-6)
     assert check.curvature.losses == pytest.approx((f, lower.loss(None).item()))
-    finding = found(check, "far from stationary")
+    finding = finding_of(check, "far from stationary")
     assert finding.severity == "warning" and f"hypergradient by {change:.0%}" in finding.words
     assert "more lower steps" in finding.advice
 
@@ -346,7 +346,7 @@ def test_inside_autocast_the_step_is_seen_and_half_precision_is_no_finding():
 def test_a_tensor_of_both_levels():
     pair = Pair()
     both = pair.level(pair.f, [("w", pair.w), ("mine", pair.u)], "below")
-    finding = found(examine(pair.upper, both), "shared tensor")
+    finding = finding_of(examine(pair.upper, both), "shared tensor")
     assert finding.severity == "error"
     assert "below's mine" in finding.words and "above's u" in finding.words
 
@@ -361,7 +361,7 @@ def test_a_tensor_of_both_levels():
 def test_a_loss_that_is_none(loss, words):
     pair = Pair()
     pair.lower.function = lambda _: loss(pair)
-    finding = found(pair.check(), "bad loss")
+    finding = finding_of(pair.check(), "bad loss")
     assert words in finding.words and finding.level == "below"
 
 
@@ -497,4 +497,4 @@ def test_the_lower_batch_is_noise_too_and_one_batch_has_none():
 def test_a_batch_further_on_that_is_not_finite_is_found():
     rows = [ROWS[0], ROWS[1] * float("nan")]
     upper, lower = noisy(rows, [torch.zeros(2).double()])
-    assert "pair 2 of 4" in found(examine(upper, lower), "not finite").words
+    assert "pair 2 of 4" in finding_of(examine(upper, lower), "not finite").words

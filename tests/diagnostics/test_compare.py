@@ -49,13 +49,13 @@ def test_medians_and_spread_are_over_new_masks() -> None:
     levels = network_levels(dropout=0.5)
     table = compare_hypergradients(*levels, ["direct"], "darts", repeats=5, seed=10)
     seeds = range(10, 15)
-    found = [flat(hypergradient(*levels, "direct", seed=k)).double() for k in seeds]
+    actual = [flat(hypergradient(*levels, "direct", seed=k)).double() for k in seeds]
     truths = [flat(hypergradient(*levels, "darts", seed=k)).double() for k in seeds]
-    errors = [float((h - t).norm() / t.norm()) for h, t in zip(found, truths)]
+    errors = [float((h - t).norm() / t.norm()) for h, t in zip(actual, truths)]
     (record,) = table.records()
     assert record["relative_error"] == pytest.approx(sorted(errors)[2], rel=1e-4)
-    mean = torch.stack(found).mean(0)
-    variance = torch.stack([(h - mean).norm() ** 2 for h in found]).mean()
+    mean = torch.stack(actual).mean(0)
+    variance = torch.stack([(h - mean).norm() ** 2 for h in actual]).mean()
     assert record["spread"] == pytest.approx(float(variance.sqrt() / mean.norm()), rel=1e-4)
     assert record["spread"] > 0.01
 

@@ -20,10 +20,10 @@ def test_the_whole_krylov_space_has_the_matrix_s_own_ends(
     values = scale * torch.randn(size, dtype=torch.float64, generator=generator)
     matrix = symmetric(values, generator)
     start = Vector([torch.randn(size, dtype=torch.float64, generator=generator)])
-    found = lanczos(lambda v: Vector([matrix @ v.parts[0]]), start, 2 * size)
+    actual = lanczos(lambda v: Vector([matrix @ v.parts[0]]), start, 2 * size)
     tolerance = 1e-6 * float(values.abs().max())
-    assert found.smallest == pytest.approx(float(values.min()), abs=tolerance)
-    assert found.largest == pytest.approx(float(values.max()), abs=tolerance)
+    assert actual.smallest == pytest.approx(float(values.min()), abs=tolerance)
+    assert actual.largest == pytest.approx(float(values.max()), abs=tolerance)
 
 
 @given(
@@ -33,8 +33,8 @@ def test_the_whole_krylov_space_has_the_matrix_s_own_ends(
 def test_damping_is_the_least_that_gives_the_condition_number(
     ends: list[float], condition: float
 ) -> None:
-    found = Spectrum(*ends)
-    damping = found.damping(condition)
+    actual = Spectrum(*ends)
+    damping = actual.damping(condition)
     low, high = ends[0] + damping, ends[1] + damping
     if damping > 0:
         assert high == pytest.approx(condition * low, abs=1e-9)
@@ -43,12 +43,12 @@ def test_damping_is_the_least_that_gives_the_condition_number(
 
 
 def test_the_spectrum_of_a_level_and_its_scale() -> None:
-    found = spectrum(*program(0).levels(), lanczos_steps=12)
-    assert (found.smallest, found.largest) == pytest.approx((1, CONDITION))
-    assert found.damping() == pytest.approx(0, abs=1e-6)
+    actual = spectrum(*program(0).levels(), lanczos_steps=12)
+    assert (actual.smallest, actual.largest) == pytest.approx((1, CONDITION))
+    assert actual.damping() == pytest.approx(0, abs=1e-6)
     scaled = spectrum(*program(0).levels(scale=1e3), lanczos_steps=12)
-    assert scaled.damping(2) == pytest.approx(1e3 * found.damping(2), rel=1e-6)
-    assert found.dominated_by(CONDITION * 1.01) and not found.dominated_by(CONDITION / 2)
+    assert scaled.damping(2) == pytest.approx(1e3 * actual.damping(2), rel=1e-6)
+    assert actual.dominated_by(CONDITION * 1.01) and not actual.dominated_by(CONDITION / 2)
 
 
 def test_looking_at_the_spectrum_changes_nothing() -> None:

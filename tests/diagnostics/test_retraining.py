@@ -35,8 +35,8 @@ def quick_levels(quadratic: Program, scale: float = 1.0) -> tuple[Level, Level]:
     return upper, lower
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def linear_above(seed: int = 0) -> Program:
@@ -69,8 +69,8 @@ def test_short_retrainings_are_the_unrolled_steps(name: str, max_grad_norm: floa
     for _ in range(2):
         lower.step(lower.gradient(None, lower.variables).gradient)
     expected = flat(hypergradient(upper, lower, "unrolled:steps=3"))
-    found = flat(hypergradient(upper, lower, Retraining(steps=3, directions=3)))
-    assert relative(found, expected) < 1e-7
+    actual = flat(hypergradient(upper, lower, Retraining(steps=3, directions=3)))
+    assert relative(actual, expected) < 1e-7
 
 
 def test_with_a_rate_it_is_gradient_descent() -> None:
@@ -78,8 +78,8 @@ def test_with_a_rate_it_is_gradient_descent() -> None:
     upper, lower = quadratic.levels(lr=0.07)
     expected = flat(hypergradient(upper, lower, "unrolled:steps=4"))
     lower.optimizer = None
-    found = flat(hypergradient(upper, lower, Retraining(steps=4, directions=3, lr=0.07)))
-    assert relative(found, expected) < 1e-7
+    actual = flat(hypergradient(upper, lower, Retraining(steps=4, directions=3, lr=0.07)))
+    assert relative(actual, expected) < 1e-7
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
@@ -95,8 +95,8 @@ def test_options_of_the_optimizer_may_be_functions_of_u() -> None:
     lower = Learnt(lambda _: w.square().sum(), [w], optimizer=torch.optim.SGD([w], lr=0.1))
     upper = FunctionLevel(lambda _: w.sum(), [u])
     expected = flat(hypergradient(upper, lower, "unrolled:steps=3"))
-    found = flat(hypergradient(upper, lower, Retraining(steps=3)))
-    assert expected.abs() > 0.1 and relative(found, expected) < 1e-7
+    actual = flat(hypergradient(upper, lower, Retraining(steps=3)))
+    assert expected.abs() > 0.1 and relative(actual, expected) < 1e-7
 
 
 @pytest.mark.parametrize("steps", [4, 10])
@@ -186,8 +186,8 @@ def test_half_precision_variables_are_moved_in_single_precision() -> None:
     lower = FunctionLevel(lambda _: (w - u).square().sum(), [w], optimizer=adam)
     lower.step(lower.gradient(None, [w]).gradient)
     before = w.detach().clone()
-    found = flat(hypergradient(upper, lower, Retraining(steps=12, directions=3, lr=0.25)))
-    torch.testing.assert_close(found.float(), torch.full((3,), -4.0), rtol=2e-2, atol=0)
+    actual = flat(hypergradient(upper, lower, Retraining(steps=12, directions=3, lr=0.25)))
+    torch.testing.assert_close(actual.float(), torch.full((3,), -4.0), rtol=2e-2, atol=0)
     hypergradient(upper, lower, Retraining(steps=2))  # by the twin of Adam
     assert torch.equal(w, before)
 
@@ -207,13 +207,13 @@ def test_with_all_directions_the_rows_are_those_against_the_truth() -> None:
     levels = quick_levels(program(2, **SMALL))
     truth = compare_hypergradients(*levels, METHODS, "exact", repeats=1)
     reference = "retraining:steps=30,directions=3"
-    found = compare_hypergradients(*levels, METHODS, reference, repeats=1)
-    for a, b in zip(truth.rows, found.rows, strict=True):
+    actual = compare_hypergradients(*levels, METHODS, reference, repeats=1)
+    for a, b in zip(truth.rows, actual.rows, strict=True):
         assert b.cosine == pytest.approx(a.cosine, abs=1e-5)
         assert b.relative_error == pytest.approx(a.relative_error, abs=1e-4)
         assert b.factor == pytest.approx(a.factor, abs=1e-4, nan_ok=True)
-    assert found.reference_residual is not None and found.reference_residual < 1e-3
-    assert "relative error" in str(found).splitlines()[-1]
+    assert actual.reference_residual is not None and actual.reference_residual < 1e-3
+    assert "relative error" in str(actual).splitlines()[-1]
 
 
 def test_few_directions_leave_only_the_length_of_the_truth_uncertain() -> None:
@@ -221,9 +221,9 @@ def test_few_directions_leave_only_the_length_of_the_truth_uncertain() -> None:
     levels = quick_levels(program(0))
     truth = compare_hypergradients(*levels, METHODS, "exact", repeats=1).rows
     reference = "retraining:steps=30,directions=1"
-    found = compare_hypergradients(*levels, METHODS, reference, repeats=1).rows
-    for a, b in zip(truth, found, strict=True):
-        ratio = truth[0].cosine / found[0].cosine
+    actual = compare_hypergradients(*levels, METHODS, reference, repeats=1).rows
+    for a, b in zip(truth, actual, strict=True):
+        ratio = truth[0].cosine / actual[0].cosine
         assert ratio * b.cosine == pytest.approx(a.cosine, rel=1e-4)
         assert b.factor == pytest.approx(a.factor, rel=1e-3, nan_ok=True)
 

@@ -13,8 +13,8 @@ from tests.support.quadratic import flat, program
 
 def test_a_xi_of_zero_leaves_the_direct_term() -> None:
     quadratic = program(0)
-    found = flat(hypergradient(*quadratic.levels(), "darts:xi=0"))
-    torch.testing.assert_close(found, quadratic.direct)
+    actual = flat(hypergradient(*quadratic.levels(), "darts:xi=0"))
+    torch.testing.assert_close(actual, quadratic.direct)
 
 
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)])
@@ -23,9 +23,9 @@ def test_xi_can_be_the_learning_rate_of_the_lower_optimizer(lr: float | Tensor) 
     upper, lower = quadratic.levels()
     assert lower.optimizer is not None
     lower.optimizer.param_groups[0]["lr"] = lr
-    found = flat(hypergradient(upper, lower, "darts:xi=lr"))
+    actual = flat(hypergradient(upper, lower, "darts:xi=lr"))
     expected = quadratic.direct + quadratic.implicit(0.05 * quadratic.b)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_the_learning_rate_must_be_one() -> None:
@@ -50,7 +50,7 @@ def test_in_training_the_product_is_taken_where_the_last_lower_step_began(tensor
     upper, lower = make_levels(optimizer, w, u, scheduler=ExponentialLR(optimizer, 0.5))
     before = flat(u).detach()
     Engine(upper, lower, "darts:xi=lr,product=exact", warmup_steps=1, progress=False).run(1)
-    found = before - flat(u).detach()
+    actual = before - flat(u).detach()
 
     def gradient(step: int, w: list[Tensor], u: list[Tensor]) -> tuple[Tensor, ...]:
         batch = lower.batches.data[step]
@@ -64,7 +64,7 @@ def test_in_training_the_product_is_taken_where_the_last_lower_step_began(tensor
     direct = torch.autograd.grad(upper_f(w, u), u, materialize_grads=True)
     b = torch.autograd.grad(upper_f(w, u), w)
     mixed = torch.autograd.grad(at_start, u, b)
-    torch.testing.assert_close(found, flat(direct) - 0.2 * flat(mixed), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual, flat(direct) - 0.2 * flat(mixed), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("central", 2)])
@@ -73,8 +73,8 @@ def test_the_error_of_a_difference_has_the_order_of_its_scheme(scheme: str, orde
         w, u = start()
         levels: tuple[Problem, Problem] = make_levels(SGD(w, lr=0.1), w, u)
         exact = flat(hypergradient(*levels, "darts:product=exact"))
-        found = flat(hypergradient(*levels, f"darts:scheme={scheme},epsilon={epsilon}"))
-        return float((found - exact).norm())
+        actual = flat(hypergradient(*levels, f"darts:scheme={scheme},epsilon={epsilon}"))
+        return float((actual - exact).norm())
 
     assert error(1e-2) / error(1e-3) == pytest.approx(10**order, rel=0.1)
 
@@ -87,8 +87,8 @@ def test_the_default_epsilon_is_close_to_the_best(scheme: str) -> None:
         w, u = start()
         levels: tuple[Problem, Problem] = make_levels(SGD(w, lr=0.1), w, u)
         exact = flat(hypergradient(*levels, "darts:product=exact"))
-        found = flat(hypergradient(*levels, f"darts:scheme={scheme},epsilon={epsilon}"))
-        return float((found - exact).norm() / exact.norm())
+        actual = flat(hypergradient(*levels, f"darts:scheme={scheme},epsilon={epsilon}"))
+        return float((actual - exact).norm() / exact.norm())
 
     assert error("none") < min(error("0.1"), error("1e-12"))
     assert error("none") < {"forward": 1e-6, "central": 1e-8}[scheme]

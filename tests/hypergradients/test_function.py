@@ -49,12 +49,12 @@ def test_a_function_solves_like_cg_and_the_dense_solver(function: Any, product: 
     levels = program(0).levels()
     expected = flat(hypergradient(*levels, "exact"))
     krylov = flat(hypergradient(*levels, "cg:steps=12,tolerance=0"))
-    found = flat(hypergradient(*levels, FunctionSolver(function, product=product)))
+    actual = flat(hypergradient(*levels, FunctionSolver(function, product=product)))
     tolerance = 1e-9 if product == "exact" else 1e-6
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(krylov, expected, rtol=1e-9, atol=1e-9)
     if product == "exact":
-        assert torch.equal(found, flat(hypergradient(*levels, function)))
+        assert torch.equal(actual, flat(hypergradient(*levels, function)))
 
 
 def test_a_function_goes_wherever_an_estimator_goes() -> None:
@@ -83,8 +83,8 @@ def test_mixed_dtypes_are_one_tensor_and_b_belongs_to_the_function() -> None:
         assert b.dtype == torch.float64 and matvec(b).dtype == torch.float64
         return b.mul_(0.5)
 
-    (found,) = hypergradient(upper, lower, newton)
-    torch.testing.assert_close(found, hypergradient(upper, lower, "exact")[0])
+    (actual,) = hypergradient(upper, lower, newton)
+    torch.testing.assert_close(actual, hypergradient(upper, lower, "exact")[0])
 
 
 def nan(matvec: Product, b: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ def solution(levels: tuple[Problem, Problem], **options: Any) -> Tensor:
     oracle = open_oracle(*levels)
     with oracle.open():
         advance = KFAC(steps=0, **options).prepare(oracle)
-        found, _ = advance(lambda v: v, oracle.upper_gradient.b, {})
-    assert found.residual is None and found.steps == 0
-    return flat(found.v)
+        actual, _ = advance(lambda v: v, oracle.upper_gradient.b, {})
+    assert actual.residual is None and actual.steps == 0
+    return flat(actual.v)
 
 
 def b_of(levels: tuple[Problem, Problem]) -> Tensor:
@@ -61,8 +61,8 @@ def b_of(levels: tuple[Problem, Problem]) -> Tensor:
 
 def row_gradients(rows: Sequence[Tensor], variables: Sequence[Tensor]) -> Tensor:
     """∂f_i/∂w, ``(rows, n)``, times the e of `over`."""
-    found = [torch.autograd.grad(row, variables, retain_graph=True) for row in rows]
-    return torch.e * torch.stack([flat(parts) for parts in found])
+    actual = [torch.autograd.grad(row, variables, retain_graph=True) for row in rows]
+    return torch.e * torch.stack([flat(parts) for parts in actual])
 
 
 def dense(gradients: Tensor, damping: float, b: Tensor) -> Tensor:
@@ -165,8 +165,8 @@ def test_variables_of_no_layer_have_the_mean_eigenvalue() -> None:
     (block,) = empirical_fisher(samples, variables)
     mean, b = block.values.mean(), b_of(levels)[:4]
     for damping, shift in ((0.3, 0.3), (None, RELATIVE_DAMPING * mean)):
-        found = solution(levels, damping=damping)[:4]
-        torch.testing.assert_close(found, b / (mean + shift), rtol=1e-10, atol=1e-12)
+        actual = solution(levels, damping=damping)[:4]
+        torch.testing.assert_close(actual, b / (mean + shift), rtol=1e-10, atol=1e-12)
 
 
 def test_a_layer_without_a_gradient_has_the_mean_eigenvalue_of_the_others() -> None:
@@ -174,18 +174,18 @@ def test_a_layer_without_a_gradient_has_the_mean_eigenvalue_of_the_others() -> N
     net, idle = Sequences(), nn.Linear(3, 2).double()
     variables = [*net.layer.parameters(), *idle.parameters()]
     levels = over(variables, lambda: (net.rows() + 0 * idle(net.x).sum((1, 2))).mean())
-    found = solution(levels)
-    assert found.isfinite().all()
+    actual = solution(levels)
+    assert actual.isfinite().all()
     b = b_of(levels)
-    ratios = found[16:] / b[16:]
+    ratios = actual[16:] / b[16:]
     torch.testing.assert_close(ratios, ratios[:1].expand(8), rtol=1e-10, atol=0)
 
 
 def test_a_large_damping_leaves_b_over_the_damping() -> None:
     net, scale = Sequences(), normal(4, seed=4).requires_grad_()
     levels = over([*net.layer.parameters(), scale], lambda: (net.rows() * scale.sum()).mean())
-    found = solution(levels, damping=1e12)
-    torch.testing.assert_close(1e12 * found, b_of(levels), rtol=1e-8, atol=1e-8)
+    actual = solution(levels, damping=1e12)
+    torch.testing.assert_close(1e12 * actual, b_of(levels), rtol=1e-8, atol=1e-8)
 
 
 class Tagger(nn.Module):
@@ -256,14 +256,14 @@ def test_the_fast_dora_layer_has_the_factors_of_the_plain_one() -> None:
 
 @pytest.mark.parametrize("product", ["exact", "difference"])
 def test_half_precision_has_the_factors_of_single_precision(product: str) -> None:
-    found = []
+    actual = []
     for dtype in (torch.bfloat16, torch.float32):
         upper, lower = adapted(dora=False, dtype=dtype)
         h = hypergradient(upper, lower, f"kfac:steps=0,product={product}", seed=0)
-        found.append([part.double() for part in h])
+        actual.append([part.double() for part in h])
         _, samples = layers_of(upper, lower)
         assert all(x.dtype != torch.bfloat16 for pairs in samples.values() for x, _ in pairs)
-    torch.testing.assert_close(flat(found[0]), flat(found[1]), rtol=5e-2, atol=1e-4)
+    torch.testing.assert_close(flat(actual[0]), flat(actual[1]), rtol=5e-2, atol=1e-4)
 
 
 def logistic() -> tuple[Problem, Problem]:
@@ -289,8 +289,8 @@ def logistic() -> tuple[Problem, Problem]:
 def test_alone_it_is_closer_than_no_implicit_term_on_a_logistic_regression() -> None:
     levels = logistic()
     exact = hypergradient(*levels, "exact")
-    found = {m: hypergradient(*levels, m) for m in ("direct", "kfac:steps=0")}
-    cosines = {m: cosine(h, exact) for m, h in found.items()}
+    actual = {m: hypergradient(*levels, m) for m in ("direct", "kfac:steps=0")}
+    cosines = {m: cosine(h, exact) for m, h in actual.items()}
     assert cosines["kfac:steps=0"] > max(0.9, cosines["direct"]), cosines
 
 
@@ -318,14 +318,14 @@ def test_scaling_f_changes_nothing_after_a_step(method: str) -> None:
     upper, lower = badly_scaled()
     expected = flat(hypergradient(upper, lower, method))
     scaled = FunctionLevel(lambda _: 2.0**20 * lower.function(None), lower.variables)
-    found = flat(hypergradient(upper, scaled, method))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    actual = flat(hypergradient(upper, scaled, method))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
 
 
 def test_without_layers_it_is_conjugate_gradients_or_an_error() -> None:
     levels = program(0).levels()
-    found = flat(hypergradient(*levels, "kfac:steps=6"))
-    assert torch.equal(found, flat(hypergradient(*levels, "cg:steps=6")))
+    actual = flat(hypergradient(*levels, "kfac:steps=6"))
+    assert torch.equal(actual, flat(hypergradient(*levels, "cg:steps=6")))
     with pytest.raises(ProblemError, match=r"kfac: Level .*no linear layer.*steps=10"):
         hypergradient(*levels, "kfac:steps=0")
 
@@ -371,6 +371,6 @@ def test_at_negative_curvature_the_factored_matrix_is_inverted_alone() -> None:
     oracle = open_oracle(*levels)
     with oracle.open():
         advance = KFAC(steps=3).prepare(oracle)
-        found, _ = advance(lambda v: -v, oracle.upper_gradient.b, {})
-    torch.testing.assert_close(flat(found.v), alone)
-    assert "negative curvature" in found.note and found.residual == 1
+        actual, _ = advance(lambda v: -v, oracle.upper_gradient.b, {})
+    torch.testing.assert_close(flat(actual.v), alone)
+    assert "negative curvature" in actual.note and actual.residual == 1

@@ -37,8 +37,8 @@ def seen(loss: Callable[..., Tensor], *variables: Tensor) -> dict[tuple[Layer, i
 def test_the_gradient_of_the_variables_is_the_sum_over_rows_and_tokens(
     call: Callable[..., Tensor], variables: list[Tensor], layer: Layer, columns: int
 ) -> None:
-    found = seen(lambda *v: call(*v).sin().sum(), *variables)
-    ((key, (x, delta)),) = found.items()
+    actual = seen(lambda *v: call(*v).sin().sum(), *variables)
+    ((key, (x, delta)),) = actual.items()
     assert key == (layer, 4) and x.shape == (4, 5, columns) and delta.shape[:2] == (4, 5)
     owned = [v.clone().requires_grad_() for v in variables]
     gradients = torch.autograd.grad(call(*owned).sin().sum(), owned)
@@ -72,8 +72,8 @@ def test_calls_with_equally_many_rows_are_further_tokens() -> None:
     def loss(w: Tensor) -> Tensor:
         return linear(X, w).sin().sum() + linear(X[:, 0], w).cos().sum() + linear(X[:3], w).sum()
 
-    found = seen(loss, W)
-    assert {rows: x.shape for (_, rows), (x, _) in found.items()} == {4: (4, 6, 3), 3: (3, 5, 3)}
+    actual = seen(loss, W)
+    assert {rows: x.shape for (_, rows), (x, _) in actual.items()} == {4: (4, 6, 3), 3: (3, 5, 3)}
 
 
 def test_gradient_checkpointing_shows_each_call_once() -> None:

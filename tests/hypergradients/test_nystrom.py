@@ -144,8 +144,8 @@ def test_a_hessian_that_is_zero_leaves_the_direct_term(steps: int) -> None:
     quadratic = program(0)
     upper, _ = quadratic.levels()
     linear = Level(lambda w, u: w @ u, quadratic.w, quadratic.w, quadratic.u)
-    found = flat(hypergradient(upper, linear, f"nystrom:steps={steps}"))
-    torch.testing.assert_close(found, quadratic.direct)
+    actual = flat(hypergradient(upper, linear, f"nystrom:steps={steps}"))
+    torch.testing.assert_close(actual, quadratic.direct)
     solution = Nystrom(steps=steps).solve(lambda v: 0.0 * v, Vector([torch.ones(3)]))
     assert solution.v.norm() == 0 and "zero" in solution.note
     damped = Nystrom(steps=steps, damping=4.0).solve(lambda v: 0.0 * v, Vector([torch.ones(3)]))

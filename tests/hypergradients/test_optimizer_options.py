@@ -50,8 +50,8 @@ def test_training_is_differentiated_like_the_steps_by_hand(
     engine.run(1)
     expected, after = by_hand(kind, options, grouped, warmup=2, max_norm=0.3)
     assert (expected[-2:].abs() > 1e-4).all()
-    found = before - flat(upper.variables).detach()
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    actual = before - flat(upper.variables).detach()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(flat(lower.variables), after, rtol=1e-12, atol=1e-12)
 
 
@@ -87,8 +87,8 @@ def test_a_schedule_and_a_learnt_decay_go_together() -> None:
     hand = ByHand(SGD, [{"lr": 0.3, "weight_decay": decay.exp()}] * 2)
     hand.gamma = 0.7
     expected = flat(torch.autograd.grad(upper_f(hand.run(3, w, u, BATCHES), u), [*u, decay]))
-    found = before - flat(upper.variables).detach()
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    actual = before - flat(upper.variables).detach()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,carry=true"])
@@ -129,15 +129,15 @@ def test_options_without_upper_variables_go_with_every_estimator() -> None:
 @pytest.mark.parametrize("decay", [0, 0.1, torch.tensor(1)])
 def test_options_that_are_plain_numbers_are_what_they_are(method: str, decay: Any) -> None:
     """Whole ones too, and without rounding: as if the optimizer had been made with them."""
-    found = []
+    actual = []
     for options in ({"weight_decay": decay}, {}):
         upper, lower = make(AdamW, {"weight_decay": float(decay)})
         rate, unread = upper.variables[2], upper.variables[3]
         lower.options = lambda rate=rate, options=options: {"lr": rate.exp(), **options}
         upper.function = lambda _, f=upper.function, unread=unread: f(None) + unread
         Engine(upper, lower, f"{method}:steps=2", lower_steps=2, progress=False).run(1)
-        found.append(flat(upper.variables).detach())
-    assert torch.equal(*found)
+        actual.append(flat(upper.variables).detach())
+    assert torch.equal(*actual)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -212,7 +212,7 @@ def test_a_learnt_rate_needs_an_optimizer_and_no_schedule() -> None:
 @pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,limit=9"])
 def test_a_group_without_variables_has_options_that_nobody_reads(method: str) -> None:
     """Transformers makes one of all biases and norms, which an adapter may lack."""
-    found = []
+    actual = []
     for empty in (False, True):
         upper, lower = make(Adam, {"lr": 0.1})
         (rate,) = upper.variables[-2:-1]
@@ -222,5 +222,5 @@ def test_a_group_without_variables_has_options_that_nobody_reads(method: str) ->
             lower.options = lambda own=own: [{"lr": 0.7}, own]
         else:
             lower.options = lambda own=own: own
-        found.append(flat(hypergradient(upper, lower, method)))
-    assert torch.equal(*found)
+        actual.append(flat(hypergradient(upper, lower, method)))
+    assert torch.equal(*actual)

@@ -42,8 +42,8 @@ def test_the_function_replays_the_real_optimizer(optimizer: str, replayed: Point
     levels = make_levels(made, w, u, max_grad_norm=0.3)
     Engine(*levels, "unrolled:steps=3", lower_steps=3, progress=False).run(4)
     assert len(replayed) == 12
-    for found, truth in replayed:
-        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    for actual, truth in replayed:
+        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -63,8 +63,8 @@ def test_variables_that_a_batch_does_not_read_are_left_alone(
     made = kind([{"params": [x]} for x in w] if grouped else w, **options)
     lower = FunctionLevel(loss, w, data=[True, False], optimizer=made)
     Engine(upper, lower, "unrolled:steps=2", lower_steps=2, progress=False).run(1)
-    for found, truth in replayed:
-        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    for actual, truth in replayed:
+        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +93,7 @@ def test_a_variable_of_no_dimension_keeps_its_precision(
     kind: type[Optimizer], method: str, replayed: Points
 ) -> None:
     """A float64 number of no dimension, Adam's count, would widen it."""
-    found = []
+    actual = []
     for dtype in (torch.float32, torch.float64):
         w = torch.tensor(0.5, dtype=dtype, requires_grad=True)
         u = torch.tensor(0.2, dtype=dtype, requires_grad=True)
@@ -103,8 +103,8 @@ def test_a_variable_of_no_dimension_keeps_its_precision(
         upper = FunctionLevel(lambda _, w=w: w.square(), [u], optimizer=SGD([u], lr=1.0))
         assert hypergradient(upper, lower, method)[0].dtype is dtype
         Engine(upper, lower, method, lower_steps=3, progress=False).run(1)
-        found.append(float(u.detach()))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        actual.append(float(u.detach()))
+    assert actual[0] == pytest.approx(actual[1], rel=1e-5)
     for after, truth in replayed:
         assert after.dtype is truth.dtype
 
@@ -124,8 +124,8 @@ def test_a_gradient_just_below_the_limit_is_clipped_alike(limit: float, replayed
     torch.nn.utils.clip_grad_norm_([x], limit)
     assert x.grad is not None and x.grad < x
     Engine(upper, lower, "unrolled", progress=False).run(1)
-    ((found, truth),) = replayed
-    torch.testing.assert_close(found, truth, rtol=1e-14, atol=0)
+    ((actual, truth),) = replayed
+    torch.testing.assert_close(actual, truth, rtol=1e-14, atol=0)
     torch.testing.assert_close(w.detach(), (x - 0.5 * x.grad).detach(), rtol=1e-14, atol=0)
 
 
@@ -153,9 +153,23 @@ def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, m
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_adam_with_decoupled_decay_is_adamw(decoupled: bool) -> None:
     """The group's flag decides, whatever the class is called."""
-    found = []
+    actual = []
     for kind, options in ((Adam, {"decoupled_weight_decay": decoupled}), (AdamW, {})):
         w, u = start()
         levels = make_levels(kind(w, lr=0.05, weight_decay=0.3, **options), w, u)
-        found.append(flat(hypergradient(*levels, "unrolled:steps=3")))
-    assert torch.equal(*found) == decoupled
+        actual.append(flat(hypergradient(*levels, "unrolled:steps=3")))
+    assert torch.equal(*actual) == decoupled
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["sama", "unrolled:steps=3", "forward:steps=3"])
+def test_differences_agree_with_double_backward(optimizer: str, method: str) -> None:
+    kind, options = OPTIMIZERS[optimizer]
+    w, u = start()
+    levels = make_levels(kind(w, **options), w, u)
+    separator = "," if ":" in method else ":"
+    exact, difference = (
+        flat(hypergradient(*levels, f"{method}{separator}product={product}"))
+        for product in ("exact", "difference")
+    )
+    torch.testing.assert_close(difference, exact, rtol=1e-6, atol=1e-8)

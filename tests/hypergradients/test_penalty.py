@@ -31,8 +31,8 @@ from tests.support.quadratic import FunctionLevel, Level, Program, flat, program
 LONG = "inner_steps=200,tolerance=1e-11"
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def displaced(quadratic: Program) -> Program:
@@ -69,9 +69,9 @@ def test_f2sa_is_the_central_difference_of_the_value_functions_gradient(
     monkeypatch.setattr(F2SA, "_nu", lambda *_: nu)
     quadratic = program(seed)
     expected = central(quadratic, nu)
-    found = flat(hypergradient(*quadratic.levels(), f"f2sa:{LONG}"))
-    assert relative(found, expected) < 1e-9
-    assert relative(found, quadratic.direct + quadratic.exact_implicit) > 1e-4
+    actual = flat(hypergradient(*quadratic.levels(), f"f2sa:{LONG}"))
+    assert relative(actual, expected) < 1e-9
+    assert relative(actual, quadratic.direct + quadratic.exact_implicit) > 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_errors_fall_at_their_order(
 def test_away_from_the_minimum_they_tend_to_the_implicit_formula(method: str, seed: int) -> None:
     """A minimum of this f is far from w; and on a quadratic the penalty's estimate is exact."""
     quadratic = displaced(program(seed))
-    found = flat(hypergradient(*quadratic.levels(), method))
-    assert relative(found, quadratic.direct + quadratic.exact_implicit) < 1e-7
+    actual = flat(hypergradient(*quadratic.levels(), method))
+    assert relative(actual, quadratic.direct + quadratic.exact_implicit) < 1e-7
 
 
 @pytest.mark.parametrize(("method", "passes"), [("f2sa", 150), ("penalty", 75)])
@@ -128,8 +128,8 @@ def test_the_defaults_are_close_at_a_condition_number_of_112(
         quadratic.w,
         quadratic.u,
     )
-    found, cost = asked((upper, lower), method)
-    assert relative(flat(found.hypergradient), flat(hypergradient(upper, lower, "exact"))) < 0.02
+    actual, cost = asked((upper, lower), method)
+    assert relative(flat(actual.hypergradient), flat(hypergradient(upper, lower, "exact"))) < 0.02
     assert cost < passes
 
 
@@ -199,31 +199,31 @@ def test_without_curvature_there_is_the_direct_term(method: str, sign: int) -> N
     quadratic = program(0)
     upper, _ = quadratic.levels()
     lower = Level(lambda w, u: sign * w @ w + w @ u, quadratic.w, quadratic.w, quadratic.u)
-    found, _ = asked((upper, lower), method)
-    assert found.note == "the curvature of f along ∂F/∂w is not positive"
-    assert (found.residual, found.steps) == (1.0, 0)
-    assert torch.equal(flat(found.hypergradient), flat(found.direct))
+    actual, _ = asked((upper, lower), method)
+    assert actual.note == "the curvature of f along ∂F/∂w is not positive"
+    assert (actual.residual, actual.steps) == (1.0, 0)
+    assert torch.equal(flat(actual.hypergradient), flat(actual.direct))
 
 
 def test_a_run_that_never_comes_closer_ends_where_it_began() -> None:
     at_w, far = (Vector([torch.ones(2)]), Vector([torch.ones(3)])), Vector([torch.ones(3)])
-    found = get_estimator("f2sa:inner_steps=0").minimum(  # type: ignore[attr-defined]
+    actual = get_estimator("f2sa:inner_steps=0").minimum(  # type: ignore[attr-defined]
         lambda x: (Vector([torch.zeros(2)]), 6.0 * x), at_w, far
     )
-    assert found.offset.norm() == 0 and found.of_u is at_w[0]
-    assert (found.residual, found.steps) == (1.0, 0)
+    assert actual.offset.norm() == 0 and actual.of_u is at_w[0]
+    assert (actual.residual, actual.steps) == (1.0, 0)
 
 
 @pytest.mark.parametrize("method", ["f2sa", "penalty"])
 def test_a_stationary_upper_loss_keeps_the_state(method: str) -> None:
     quadratic = displaced(program(1))
     upper, lower = quadratic.levels()
-    kept = asked((upper, lower), method)[0].state
+    state_before = asked((upper, lower), method)[0].state
     here = flat(quadratic.w).detach()
     still = Level(lambda w, u: (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u)
-    found, passes = asked((still, lower), method, kept)
-    assert found.state is kept and passes == 1
-    assert (found.residual, found.steps, found.note) == (0.0, 0, "∂F/∂w is zero")
+    actual, passes = asked((still, lower), method, state_before)
+    assert actual.state is state_before and passes == 1
+    assert (actual.residual, actual.steps, actual.note) == (0.0, 0, "∂F/∂w is zero")
 
 
 @pytest.mark.parametrize("method", ["f2sa", "penalty"])
@@ -240,9 +240,9 @@ def test_runs_end_at_negative_curvature_and_say_so(method: str, steps: int) -> N
         quadratic.w,
         quadratic.u,
     )
-    found, passes = asked((upper, lower), f"{method}:inner_steps={steps}")
-    assert found.note == "negative curvature" and passes < 4 + 4 * steps
-    assert found.residual is not None and found.residual < 1 and found.hypergradient.isfinite()
+    actual, passes = asked((upper, lower), f"{method}:inner_steps={steps}")
+    assert actual.note == "negative curvature" and passes < 4 + 4 * steps
+    assert actual.residual is not None and actual.residual < 1 and actual.hypergradient.isfinite()
 
 
 @pytest.mark.parametrize("method", [f"f2sa:{LONG}", f"penalty:{LONG}"])
@@ -258,8 +258,8 @@ def test_every_evaluation_sees_the_same_random_numbers(method: str) -> None:
 
     upper = Level(masked(quadratic.upper_f), quadratic.u, quadratic.w, quadratic.u)
     lower = Level(masked(quadratic.f), quadratic.w, quadratic.w, quadratic.u)
-    found, exact = (flat(hypergradient(upper, lower, m, seed=5)) for m in (method, "exact"))
-    assert relative(found, exact) < 1e-5
+    actual, exact = (flat(hypergradient(upper, lower, m, seed=5)) for m in (method, "exact"))
+    assert relative(actual, exact) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["f2sa:tolerance=1e-3", "penalty:tolerance=1e-3"])
@@ -277,10 +277,10 @@ def test_attention_in_its_fast_kernel_and_half_precision(method: str, dtype: tor
 
         return FunctionLevel(lambda _: (w - 1).square().sum() + u.sum(), [u]), FunctionLevel(f, [w])
 
-    (found,) = hypergradient(*levels(dtype), method)
-    assert found.dtype == dtype
+    (actual,) = hypergradient(*levels(dtype), method)
+    assert actual.dtype == dtype
     (exact,) = hypergradient(*levels(torch.float64), "exact")
-    assert relative(found.double(), exact) < (5e-3 if dtype == torch.float32 else 2e-2)
+    assert relative(actual.double(), exact) < (5e-3 if dtype == torch.float32 else 2e-2)
 
 
 def scalar_levels(curvature: float) -> tuple[FunctionLevel, FunctionLevel]:
@@ -361,18 +361,18 @@ def test_the_share_is_a_function_of_its_own_random_state_and_f_need_not_read_w()
     here = RandomState.capture()
 
     def descent(gradient: tuple[Tensor | None, ...], number: int) -> Tensor:
-        found = step.record_lower(None, here, gradient, number=number, next_upper_batch=Mock())
-        assert found[0] is not None and torch.equal(found[1], 3 * v)
-        return found[0]
+        actual = step.record_lower(None, here, gradient, number=number, next_upper_batch=Mock())
+        assert actual[0] is not None and torch.equal(actual[1], 3 * v)
+        return actual[0]
 
     descent((w.detach(), 3 * v.detach(), None), 1)  # at the first step f must read each
-    found = []
+    actual = []
     for seed, number in ((1, 2), (2, 2), (2, 3)):
         torch.manual_seed(seed)
-        found.append(descent((None, 3 * v.detach()), number))
+        actual.append(descent((None, 3 * v.detach()), number))
         with replay(RandomState.seeded(lower.devices, 7, "lower step", number)):
-            assert torch.equal(found[-1], 0.01 * 2 * torch.rand(4, dtype=w.dtype))
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+            assert torch.equal(actual[-1], 0.01 * 2 * torch.rand(4, dtype=w.dtype))
+    assert torch.equal(actual[0], actual[1]) and not torch.equal(actual[0], actual[2])
 
 
 def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:

@@ -54,13 +54,13 @@ def test_half_precision_models_have_the_hypergradient_of_single_precision(
     half = levels(model, autocast=autocast)
     single = levels(reference)
     direct = flat(hypergradient(*half, "direct", seed=0)).float()
-    found = hypergradient(*half, method, seed=0)
+    actual = hypergradient(*half, method, seed=0)
     exact = hypergradient(*single, "darts:product=exact", seed=0)
-    assert cosine(found, exact) >= 0.999
+    assert cosine(actual, exact) >= 0.999
     implicit = flat(exact) - flat(hypergradient(*single, "direct", seed=0))
-    assert cosine([flat(found).float() - direct], [implicit]) >= 0.999
+    assert cosine([flat(actual).float() - direct], [implicit]) >= 0.999
 
-    assert [h.dtype for h in found] == [v.dtype for v in half[0].variables]
+    assert [h.dtype for h in actual] == [v.dtype for v in half[0].variables]
     assert not differences(
         before, [(p.dtype, p.data_ptr(), p.detach().clone()) for p in model.parameters()]
     )
@@ -75,7 +75,7 @@ def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, sch
     with torch.no_grad():
         for wide, narrow in zip(reference.parameters(), model.parameters(), strict=True):
             wide.copy_(narrow)
-    found = []
+    actual = []
     for net, half, method in (
         (model, autocast, f"darts:scheme={scheme}"),
         (reference, False, "darts:product=exact"),
@@ -87,8 +87,8 @@ def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, sch
         upper.step = lambda gradient, norm, into=taken: into.append(gradient) or 0.0
         torch.manual_seed(5)
         Engine(upper, lower, method, progress=False).run(1)
-        found.append(taken[0])
-    assert cosine(*found) >= 0.999
+        actual.append(taken[0])
+    assert cosine(*actual) >= 0.999
 
 
 def test_a_hundred_hypergradients_move_no_weight() -> None:
@@ -137,8 +137,8 @@ def test_autocast_is_seen_wherever_the_lower_loss_uses_it(
     modules: bool, autocast: tuple[bool, bool], method: str
 ) -> None:
     exact = hypergradient(*two_layers((False, False), modules=modules), "darts:product=exact")
-    found = hypergradient(*two_layers(autocast, modules=modules), method)
-    assert cosine(found, exact) >= 0.999
+    actual = hypergradient(*two_layers(autocast, modules=modules), method)
+    assert cosine(actual, exact) >= 0.999
 
 
 @pytest.mark.parametrize("method", METHODS[:2])
@@ -162,8 +162,8 @@ def test_the_radius_fits_the_precision_and_the_size_of_the_point(
     upper = FunctionLevel(lambda _: w.square().sum() / size + u.sum(), [u])
     lower = FunctionLevel(lambda _: (u * size * torch.sin(w / size)).sum(), [w])
     exact = flat(hypergradient(upper, lower, "darts:product=exact"))
-    found = flat(hypergradient(upper, lower, f"darts:scheme={scheme}"))
-    error = float((found - exact).norm() / exact.norm())
+    actual = flat(hypergradient(upper, lower, f"darts:scheme={scheme}"))
+    error = float((actual - exact).norm() / exact.norm())
     # The length grows as a root of the point's length: too long a step for a function that varies
     # over shorter lengths, a little short for one that varies over longer ones.
     order = ORDERS[scheme]
@@ -180,8 +180,8 @@ def test_a_difference_is_along_a_direction_of_any_length(length: float, scheme: 
     oracle = open_oracle(FunctionLevel(lambda _: w.sum(), [torch.ones(1).requires_grad_()]), lower)
     v = Vector([length * torch.ones(6) / 6**0.5])
     with oracle.open(), oracle.product("difference", epsilon=1.0, scheme=scheme) as product:
-        found = product.hessian(v)
-    torch.testing.assert_close(found.flat() / v.flat(), diagonal, rtol=1e-4, atol=0)
+        actual = product.hessian(v)
+    torch.testing.assert_close(actual.flat() / v.flat(), diagonal, rtol=1e-4, atol=0)
 
 
 def test_the_radius_follows_the_coarsest_part() -> None:
@@ -202,9 +202,9 @@ def test_the_radius_follows_the_upper_variables_too(method: str) -> None:
         lambda _: (u.double() * torch.sin(w)).sum(), [w], optimizer=torch.optim.SGD([w], lr=1.0)
     )
     exact = flat(hypergradient(upper, lower, "darts:product=exact"))
-    found = flat(hypergradient(upper, lower, method))
+    actual = flat(hypergradient(upper, lower, method))
     order = 1 if "scheme=forward" in method else 2
-    error = float((found - exact).norm() / exact.norm())
+    error = float((actual - exact).norm() / exact.norm())
     assert error < 3 * torch.finfo(torch.float32).eps ** (order / (1 + order))
 
 
@@ -223,10 +223,10 @@ def test_solvers_run_in_single_precision_on_half_precision_variables(
         return Program(**owned, **{key: matrix.to(dtype) for key, matrix in parts.items()})
 
     narrow = cast(program(0), dtype)
-    found = hypergradient(*narrow.levels(), method)
-    assert [h.dtype for h in found] == [dtype] * len(narrow.u)
+    actual = hypergradient(*narrow.levels(), method)
+    assert [h.dtype for h in actual] == [dtype] * len(narrow.u)
     expected = flat(hypergradient(*cast(narrow, torch.float64).levels(), method))
-    assert (flat(found) - expected).norm() / expected.norm() < 2 * torch.finfo(dtype).eps
+    assert (flat(actual) - expected).norm() / expected.norm() < 2 * torch.finfo(dtype).eps
 
 
 def assign(x: Tensor) -> None:
@@ -240,11 +240,11 @@ def add(x: Tensor) -> None:
 @pytest.mark.parametrize("change", [assign, add, lambda x: x.mul_(3)])
 def test_operations_in_place_reach_the_tensor_itself(change: Callable[[Tensor], object]) -> None:
     """A half-precision mask or cache that a loss writes to is not a widened copy."""
-    found, expected = torch.ones(3).bfloat16(), torch.ones(3).bfloat16()
+    actual, expected = torch.ones(3).bfloat16(), torch.ones(3).bfloat16()
     change(expected)
     with SinglePrecision():
-        change(found)
-    assert torch.equal(found, expected)
+        change(actual)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -268,9 +268,9 @@ def test_nothing_becomes_half_precision(make: Callable[..., Tensor], dtype: torc
 def test_single_precision_leaves_the_random_numbers_as_they_were() -> None:
     """The same masks in bfloat16 and in float32, or the products would be of another loss."""
     model, _ = HALF["all in bfloat16"]()
-    found = [hypergradient(*levels(model), "darts", seed=k) for k in (0, 0, 1)]
-    assert not differences(found[0], found[1])
-    assert cosine(found[0], found[2]) < 0.99
+    actual = [hypergradient(*levels(model), "darts", seed=k) for k in (0, 0, 1)]
+    assert not differences(actual[0], actual[1])
+    assert cosine(actual[0], actual[2]) < 0.99
 
 
 class Recomputed(nn.Module):

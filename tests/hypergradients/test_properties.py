@@ -31,9 +31,9 @@ def spanning(case: Case, unknowns: int) -> Case:
     return dataclasses.replace(case, estimator=dataclasses.replace(case.estimator, rank=unknowns))
 
 
-def assert_close(found: Tensor, expected: Tensor, scale: Tensor, tolerance: float) -> None:
+def assert_close(actual: Tensor, expected: Tensor, scale: Tensor, tolerance: float) -> None:
     """The distance is at most ``tolerance`` of the size of ``scale``."""
-    error = float((found - expected).norm() / scale.norm())
+    error = float((actual - expected).norm() / scale.norm())
     assert error <= tolerance, f"relative error {error:.3g} > {tolerance:.3g}"
 
 
@@ -89,8 +89,8 @@ def test_unrolled_estimators_sum_the_series_of_gradient_descent(
         v = v + lr * term
         term = term - lr * program.h @ term
     implicit = program.implicit(v)
-    found = flat(hypergradient(*program.levels(lr=lr), estimator))
-    assert_close(found, program.direct + implicit, implicit, case.rounding)
+    actual = flat(hypergradient(*program.levels(lr=lr), estimator))
+    assert_close(actual, program.direct + implicit, implicit, case.rounding)
 
 
 @cases("direct")
@@ -176,8 +176,8 @@ def test_an_upper_loss_without_w_gives_the_direct_term(case: Case) -> None:
     quadratic = program(0)
     _, lower = quadratic.levels()
     upper = Level(lambda w, u: u.square().sum(), quadratic.u, quadratic.w, quadratic.u)
-    found = flat(hypergradient(upper, lower, case.estimator))
-    assert torch.equal(found, 2 * flat(quadratic.u))
+    actual = flat(hypergradient(upper, lower, case.estimator))
+    assert torch.equal(actual, 2 * flat(quadratic.u))
 
 
 @cases()
@@ -192,8 +192,8 @@ def test_a_stationary_upper_loss_gives_the_direct_term(case: Case) -> None:
         quadratic.w,
         quadratic.u,
     )
-    found = flat(hypergradient(upper, lower, case.estimator))
-    assert torch.equal(found, 2 * flat(quadratic.u))
+    actual = flat(hypergradient(upper, lower, case.estimator))
+    assert torch.equal(actual, 2 * flat(quadratic.u))
 
 
 @cases()
@@ -206,9 +206,9 @@ def test_a_lower_loss_without_u_gives_the_direct_term(case: Case) -> None:
         quadratic.w,
         quadratic.u,
     )
-    found = flat(hypergradient(upper, lower, case.estimator))
+    actual = flat(hypergradient(upper, lower, case.estimator))
     tolerance = case.tolerance if case.kind == "penalty" else 1e-14
-    assert_close(found, quadratic.direct, quadratic.direct, tolerance)
+    assert_close(actual, quadratic.direct, quadratic.direct, tolerance)
 
 
 @cases()
@@ -229,6 +229,6 @@ def test_tensors_that_no_level_owns_are_constants(case: Case) -> None:
             quadratic.u,
         )
 
-    found = flat(hypergradient(with_others(upper), with_others(lower), case.estimator))
-    assert_close(found, expected, expected, case.rounding)
+    actual = flat(hypergradient(with_others(upper), with_others(lower), case.estimator))
+    assert_close(actual, expected, expected, case.rounding)
     assert nobodys.grad is None and frozen.grad is None

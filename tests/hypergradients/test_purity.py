@@ -158,9 +158,9 @@ def test_all_evaluations_see_the_same_buffers(method: str, double_backward: str)
             return module(torch.ones(2, dtype=torch.float64)).square().sum()
 
     levels = Upper([u]), Lower([module.weight], optimizer=SGD([module.weight], lr=0.01))
-    (found,) = hypergradient(*levels, method)
+    (actual,) = hypergradient(*levels, method)
     (exact,) = hypergradient(*levels, double_backward)
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual, exact, rtol=1e-5, atol=0)
 
 
 def test_random_numbers_of_an_estimator_are_its_own() -> None:

@@ -68,8 +68,8 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_specifications_name_an_estimator_with_options(method: Any, estimator: Estimator) -> None:
-    found = get_estimator(method)
-    assert found == estimator and type(found) is type(estimator)
+    actual = get_estimator(method)
+    assert actual == estimator and type(actual) is type(estimator)
 
 
 @pytest.mark.parametrize("name", registered())
@@ -205,8 +205,8 @@ def test_an_estimator_of_the_user_is_a_class_with_one_method() -> None:
 
     quadratic = program(0)
     for method in ("twice", Twice()):
-        found = flat(hypergradient(*quadratic.levels(), method))
-        torch.testing.assert_close(found, 2 * quadratic.direct)
+        actual = flat(hypergradient(*quadratic.levels(), method))
+        torch.testing.assert_close(actual, 2 * quadratic.direct)
     with pytest.raises(ProblemError, match=r"twice: .*'steps'"):
         get_estimator("twice:steps=3")
     assert repr(Twice()) == repr(Twice())

@@ -133,8 +133,8 @@ def test_errors_are_no_larger_than_measured_elsewhere(
     for (upper, lower), limit in ((cancer, on_cancer), (cleaning[:2], on_digits)):
         if limit is not None:
             exact = flat(hypergradient(upper, lower, "exact"))
-            found = flat(hypergradient(upper, lower, method))
-            assert (found - exact).norm() / exact.norm() <= limit
+            actual = flat(hypergradient(upper, lower, method))
+            assert (actual - exact).norm() / exact.norm() <= limit
 
 
 @pytest.mark.parametrize("noise", NOISES)

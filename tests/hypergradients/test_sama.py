@@ -43,9 +43,9 @@ def test_the_diagonal_of_adam_is_its_closed_form() -> None:
     gradient = lower.gradient(BATCHES[2], w).gradient
     step = StepRecord(BATCHES[2], None, tuple(w), gradient, None, snapshot)
     b = Vector(torch.randn_like(x) for x in w)
-    _, found, _, _ = OptimizerStep(lower, snapshot).vjp(step, b)
+    _, actual, _, _ = OptimizerStep(lower, snapshot).vjp(step, b)
     c1, c2 = 1 - beta1**3, 1 - beta2**3
-    for x, g, v, along in zip(w, gradient, b, found, strict=True):
+    for x, g, v, along in zip(w, gradient, b, actual, strict=True):
         state = made.state[x]
         m = beta1 * state["exp_avg"] + (1 - beta1) * g
         s = ((beta2 * state["exp_avg_sq"] + (1 - beta2) * g * g) / c2).sqrt()
@@ -58,26 +58,26 @@ def test_the_diagonal_of_adam_is_its_closed_form() -> None:
 @pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("central", 2)])
 def test_differences_agree_with_double_backward(optimizer: str, scheme: str, order: int) -> None:
     kind, options = OPTIMIZERS[optimizer]
-    found = []
+    actual = []
     for method in (f"sama:scheme={scheme}", "sama:product=exact"):
         w, u = start()
-        found.append(trained(make_levels(kind(w, **options), w, u), 1, 2, method))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=10.0 ** (-3 - 3 * order))
+        actual.append(trained(make_levels(kind(w, **options), w, u), 1, 2, method))
+    torch.testing.assert_close(actual[0], actual[1], rtol=0, atol=10.0 ** (-3 - 3 * order))
 
 
 def test_a_step_is_recorded_with_its_own_gradient() -> None:
     """torch's Nesterov step over many tensors writes to it, and 0.43 would become 1.25."""
-    found = []
+    actual = []
     for limit in (None, 0.9):
         w, u = start()
         made = SGD(w, lr=0.2, momentum=0.95, nesterov=True, foreach=True)
         levels = make_levels(made, w, u, max_grad_norm=limit)
-        found.append(trained(levels, 2, 1, "sama:product=exact"))
-    assert torch.equal(*found)
+        actual.append(trained(levels, 2, 1, "sama:product=exact"))
+    assert torch.equal(*actual)
 
 
 def test_half_precision_variables_have_their_step_in_single_precision() -> None:
-    found = []
+    actual = []
     for dtype in (torch.bfloat16, torch.float64):
         w = torch.tensor([0.5, -1.0, 2.0], dtype=dtype, requires_grad=True)
         u = torch.tensor([0.25, 0.75, -0.5], dtype=dtype, requires_grad=True)
@@ -86,5 +86,5 @@ def test_half_precision_variables_have_their_step_in_single_precision() -> None:
         upper = FunctionLevel(lambda _, w=w: w.square().sum(), [u])
         (h,) = hypergradient(upper, lower, "sama")
         assert h.dtype == dtype
-        found.append(h.double())
-    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=0)
+        actual.append(h.double())
+    torch.testing.assert_close(actual[0], actual[1], rtol=2e-2, atol=0)

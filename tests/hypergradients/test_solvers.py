@@ -150,8 +150,8 @@ def test_negative_curvature_at_once_leaves_the_direct_term() -> None:
     upper, _ = quadratic.levels()
     lower = Level(lambda w, u: -w @ w + w @ u, quadratic.w, quadratic.w, quadratic.u)
     with pytest.warns(HypergradientWarning, match="cg: .*negative curvature"):
-        found = flat(hypergradient(upper, lower, "cg"))
-    torch.testing.assert_close(found, quadratic.direct)
+        actual = flat(hypergradient(upper, lower, "cg"))
+    torch.testing.assert_close(actual, quadratic.direct)
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
@@ -162,8 +162,8 @@ def test_a_lower_loss_of_constant_slope_leaves_the_direct_term(method: str, prod
     quadratic = program(0)
     upper, _ = quadratic.levels()
     lower = Level(lambda w, u: w.sum() + u @ u, quadratic.w, quadratic.w, quadratic.u)
-    found = flat(hypergradient(upper, lower, f"{method}:product={product}"))
-    torch.testing.assert_close(found, quadratic.direct)
+    actual = flat(hypergradient(upper, lower, f"{method}:product={product}"))
+    torch.testing.assert_close(actual, quadratic.direct)
 
 
 @each_solver
@@ -173,8 +173,8 @@ def test_the_reported_residual_is_that_of_the_solution(solver: Solver, seed: int
     matvec, vector, b = system(h, seed)
     solution = solver.solve(matvec, vector)
     if solution.residual is not None:
-        found = pytest.approx(residual(h, solution.v, b), rel=1e-6, abs=1e-13)
-        assert solution.residual == found
+        actual = pytest.approx(residual(h, solution.v, b), rel=1e-6, abs=1e-13)
+        assert solution.residual == actual
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS.values(), Neumann(terms=1)])
@@ -185,20 +185,20 @@ def test_no_system_is_too_large_or_too_small(solver: Solver, of_h: int, of_b: in
     h = positive(7, torch.Generator().manual_seed(0))
     matvec, vector, _ = system(h)
     expected = solver.solve(matvec, vector)
-    found = solver.solve(lambda v: 2.0**of_h * matvec(v), 2.0**of_b * vector)
+    actual = solver.solve(lambda v: 2.0**of_h * matvec(v), 2.0**of_b * vector)
     torch.testing.assert_close(
-        2.0 ** (of_h - of_b) * found.v.flat(), expected.v.flat(), rtol=1e-12, atol=1e-12
+        2.0 ** (of_h - of_b) * actual.v.flat(), expected.v.flat(), rtol=1e-12, atol=1e-12
     )
-    assert (found.steps, found.note) == (expected.steps, expected.note)
+    assert (actual.steps, actual.note) == (expected.steps, expected.note)
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient, MINRES, Exact, Nystrom])
 def test_damping_adds_to_the_diagonal(solver: Callable[..., Solver]) -> None:
     h = positive(7, torch.Generator().manual_seed(0))
     matvec, vector, b = system(h)
-    found = flat(solver(damping=3.0).solve(matvec, vector).v)
+    actual = flat(solver(damping=3.0).solve(matvec, vector).v)
     expected = torch.linalg.solve(h + 3 * torch.eye(7, dtype=torch.float64), b)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @krylov_solver
@@ -311,11 +311,11 @@ def test_steps_beyond_the_solution_change_nothing(
     for size in (1, 8):
         levels = regression(dtype, size, scale)
         expected = flat(hypergradient(*levels, "exact"))
-        found = flat(hypergradient(*levels, dataclasses.replace(solver, **many)))
+        actual = flat(hypergradient(*levels, dataclasses.replace(solver, **many)))
         tolerance = 1e-4 if dtype == torch.float32 else 1e-9
         if many:
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
-        assert found.isfinite().all()
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
+        assert actual.isfinite().all()
 
 
 @each_solver

@@ -32,10 +32,10 @@ def implicit(upper: Problem, lower: Problem, method: str) -> Tensor:
 def test_differences_under_dropout_agree_with_double_backward(
     language_model: tuple[Problem, Problem], scheme: str
 ) -> None:
-    found = implicit(*language_model, f"darts:scheme={scheme}")
+    actual = implicit(*language_model, f"darts:scheme={scheme}")
     exact = implicit(*language_model, "darts:product=exact")
-    assert cosine([found], [exact]) >= 0.9999
-    assert found.norm() / exact.norm() == pytest.approx(1, abs=0.01)
+    assert cosine([actual], [exact]) >= 0.9999
+    assert actual.norm() / exact.norm() == pytest.approx(1, abs=0.01)
 
 
 def test_independent_masks_would_not_agree(language_model: tuple[Problem, Problem]) -> None:
@@ -53,8 +53,8 @@ def test_independent_masks_would_not_agree(language_model: tuple[Problem, Proble
         with torch.no_grad():
             for w, v in zip(lower.variables, b):
                 w -= sign * epsilon * v
-    found = -1 * (sides[0] - sides[1]) / (2 * epsilon)
-    assert cosine(found, [implicit(upper, lower, "darts:product=exact")]) < 0.5
+    actual = -1 * (sides[0] - sides[1]) / (2 * epsilon)
+    assert cosine(actual, [implicit(upper, lower, "darts:product=exact")]) < 0.5
 
 
 @pytest.mark.parametrize("seed", [None, 7])
@@ -76,8 +76,8 @@ def test_double_backward_works_where_the_fast_attention_has_none(
 ) -> None:
     """Without dropout CPU attention runs in a kernel that has no second derivative."""
     upper, lower = levels(minilm().eval())
-    found = hypergradient(upper, lower, "darts")
-    assert cosine(found, hypergradient(upper, lower, "darts:product=exact")) >= 0.9999
+    actual = hypergradient(upper, lower, "darts")
+    assert cosine(actual, hypergradient(upper, lower, "darts:product=exact")) >= 0.9999
 
 
 class Once(torch.autograd.Function):
@@ -193,7 +193,7 @@ def test_differences_in_training_converge_to_one_unrolled_step(scheme: str, orde
 @pytest.mark.parametrize("method", ["darts", "cg:damping=5", "unrolled:steps=1"])
 def test_a_hypergradient_in_training_sees_the_masks_of_the_last_lower_step(method: str) -> None:
     """The lower step does not move, so outside training the same state gives the same result."""
-    found = []
+    actual = []
     for training in (True, False):
         upper, lower, _ = double_precision_levels(lr=0.0)
         above = FunctionLevel(lambda _, w=lower.variables: flat(w).square().sum(), upper.variables)
@@ -202,10 +202,10 @@ def test_a_hypergradient_in_training_sees_the_masks_of_the_last_lower_step(metho
         torch.manual_seed(5)
         if training:
             Engine(above, lower, method, progress=False).run(1)
-            found.append(before - flat(above.variables).detach())
+            actual.append(before - flat(above.variables).detach())
         else:
-            found.append(flat(hypergradient(above, lower, method)))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+            actual.append(flat(hypergradient(above, lower, method)))
+    torch.testing.assert_close(actual[0], actual[1], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["darts", "cg:damping=5"])
@@ -227,7 +227,7 @@ def test_variables_that_a_loss_does_not_read_have_a_gradient_of_zero(
         lambda b: upper.loss(b) + read_above.square().sum(), [*upper.variables, read_above, unread]
     )
     below = FunctionLevel(lower.loss, [*lower.variables, unread_below])
-    *found, of_read, of_unread = hypergradient(above, below, **options)
+    *actual, of_read, of_unread = hypergradient(above, below, **options)
     assert torch.equal(of_read, 2 * read_above) and torch.equal(of_unread, 0 * unread)
     expected = hypergradient(upper, lower, **options)
-    torch.testing.assert_close(tuple(found), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(tuple(actual), expected, rtol=1e-6, atol=1e-9)

@@ -57,8 +57,8 @@ def test_the_error_is_the_product_of_all_steps(
     solution = torch.linalg.solve(damped, b)
     error = torch.linalg.matrix_power(one - a * damped, FIRST_STEPS + 1) @ solution
     solver = WarmStart(steps, a, decay, damping)
-    *found, state = calls(solver, [(h, b)] * 6, {})
-    for k, each in enumerate(found, start=1):
+    *actual, state = calls(solver, [(h, b)] * 6, {})
+    for k, each in enumerate(actual, start=1):
         expected = solution - error
         torch.testing.assert_close(each.v.parts[0], expected, rtol=1e-11, atol=1e-11)
         residual = float((b - damped @ expected).norm() / b.norm())
@@ -77,10 +77,10 @@ def test_the_step_is_one_over_the_largest_eigenvalue(
     """Found by one product a call, and the solution at its rate: (1 − 1/10)^200 = 7e-10."""
     h, b = scale * positive(8, torch.Generator().manual_seed(seed)), random(8, seed=seed)
     damping = damping * scale
-    *found, state = calls(WarmStart(decay=0.0, damping=damping), [(h, b)] * 200, {})
+    *actual, state = calls(WarmStart(decay=0.0, damping=damping), [(h, b)] * 200, {})
     assert state["largest"] == pytest.approx(10 * scale, rel=0.02)
     expected = torch.linalg.solve(h + damping * torch.eye(8, dtype=torch.float64), b)
-    torch.testing.assert_close(scale * found[-1].v.parts[0], scale * expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(scale * actual[-1].v.parts[0], scale * expected, rtol=0, atol=1e-7)
 
 
 def test_its_mean_over_all_sequences_of_batches_is_that_of_the_mean_batch() -> None:
@@ -93,8 +93,8 @@ def test_its_mean_over_all_sequences_of_batches_is_that_of_the_mean_batch() -> N
     solver, start = WarmStart(step_size=0.08), {"v": Vector([random(4, seed=9)]), "k": 0}
     *expected, _ = calls(solver, [mean] * 5, start)
     ends = [calls(solver, sequence, start)[-2].v.flat() for sequence in product(batches, repeat=5)]
-    found = torch.stack(ends).mean(0)
-    torch.testing.assert_close(found, expected[-1].v.flat(), rtol=1e-12, atol=1e-12)
+    actual = torch.stack(ends).mean(0)
+    torch.testing.assert_close(actual, expected[-1].v.flat(), rtol=1e-12, atol=1e-12)
     anew = torch.stack([torch.linalg.solve(*batch) for batch in batches]).mean(0)
     assert (anew - torch.linalg.solve(*mean)).norm() > 0.1 * anew.norm()
 
@@ -106,9 +106,9 @@ def test_curvature_that_appears_later_is_found(factor: float) -> None:
     b[2] = 0
     *_, state = calls(WarmStart(), [(h, b)] * 5, {})
     h[2, 2], b[2] = factor, 1.0
-    *found, _ = calls(WarmStart(decay=0.0), [(h, b)] * 300, state)
-    torch.testing.assert_close(found[-1].v.flat(), torch.linalg.solve(h, b), rtol=1e-4, atol=1e-4)
-    assert max(each.v.norm() for each in found) < 30
+    *actual, _ = calls(WarmStart(decay=0.0), [(h, b)] * 300, state)
+    torch.testing.assert_close(actual[-1].v.flat(), torch.linalg.solve(h, b), rtol=1e-4, atol=1e-4)
+    assert max(each.v.norm() for each in actual) < 30
 
 
 def test_curvature_that_has_gone_is_forgotten() -> None:
@@ -127,23 +127,23 @@ def test_negative_curvature_is_noted_at_whichever_step_it_shows(
     h = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
     b = torch.tensor([1.0, 0.9], dtype=torch.float64)
     monkeypatch.setattr(warm, "FIRST_STEPS", 1)
-    found, _ = calls(WarmStart(steps=steps, step_size=0.5), [(h, b)], {})
-    assert ("negative curvature" in found.note) == (steps >= 2)
+    actual, _ = calls(WarmStart(steps=steps, step_size=0.5), [(h, b)], {})
+    assert ("negative curvature" in actual.note) == (steps >= 2)
 
 
 def test_negative_curvature_starts_again_and_damping_prevents_it() -> None:
     """Otherwise v would grow for ever along it: here as 1.1^400."""
     eigenvalues = torch.tensor([-0.5, 1.0, 3.0, 5.0], dtype=torch.float64)
     h, b = symmetric(eigenvalues, torch.Generator().manual_seed(0)), random(4)
-    *found, _ = calls(WarmStart(decay=0.0), [(h, b)] * 400, {})
-    notes = [each.note for each in found]
+    *actual, _ = calls(WarmStart(decay=0.0), [(h, b)] * 400, {})
+    notes = [each.note for each in actual]
     assert "negative curvature along v, which is reset" in notes and "" in notes
     # Of v with vᵀHv ≥ 0, the negative direction has at most √10 times as much as the others.
-    assert max(each.v.norm() for each in found) < 5 * b.norm()
-    *found, _ = calls(WarmStart(decay=0.0, damping=1.0), [(h, b)] * 400, {})
-    assert not any(each.note for each in found)
+    assert max(each.v.norm() for each in actual) < 5 * b.norm()
+    *actual, _ = calls(WarmStart(decay=0.0, damping=1.0), [(h, b)] * 400, {})
+    assert not any(each.note for each in actual)
     expected = torch.linalg.solve(h + torch.eye(4, dtype=torch.float64), b)
-    torch.testing.assert_close(found[-1].v.flat(), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(actual[-1].v.flat(), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_a_hessian_that_is_zero_keeps_the_state() -> None:
@@ -192,13 +192,13 @@ def test_a_stationary_upper_loss_keeps_the_state() -> None:
     quadratic = program(0)
     upper, lower = quadratic.levels()
     oracle = open_oracle(upper, lower)
-    kept = estimate(oracle, "warm").state
+    state_before = estimate(oracle, "warm").state
     here = flat(quadratic.w).detach()
     still = Level(lambda w, u: (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u)
     oracle = open_oracle(still, lower)
-    oracle.state = kept
+    oracle.state = state_before
     result = estimate(oracle, "warm")
-    assert result.state is kept and result.implicit.norm() == 0
+    assert result.state is state_before and result.implicit.norm() == 0
 
 
 def test_a_run_takes_the_first_steps_once() -> None:

@@ -57,9 +57,7 @@ class Fisher:
         self._blocks, self._damping = blocks, damping
         self._rest = mean + self._shift(mean)
         self._means = [block.values.double().mean() for block in blocks]
-        self._shifts = [
-            torch.where(own > 0, self._shift(own), self._rest.to(own)) for own in self._means
-        ]
+        self._shifts = [torch.where(x > 0, self._shift(x), self._rest.to(x)) for x in self._means]
 
     def _shift(self, mean: Tensor) -> Tensor:
         return RELATIVE_DAMPING * mean if self._damping is None else mean * 0 + self._damping

@@ -37,14 +37,14 @@ class Layer:
             >>> Layer(0, 1).matrix([torch.ones(3, 2), torch.zeros(3)]).shape
             torch.Size([3, 3])
         """
-        found = []
+        columns = []
         if self.weight is not None:
             weight = parts[self.weight]
             weight = weight[:, None] if weight.dim() == 1 else weight
-            found.append(weight.mT if self.transposed else weight)
+            columns.append(weight.mT if self.transposed else weight)
         if self.bias is not None:
-            found.append(parts[self.bias].reshape(-1, 1))
-        return torch.cat(found, 1) if len(found) > 1 else found[0]
+            columns.append(parts[self.bias].reshape(-1, 1))
+        return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
 
     def assign_(self, parts: Sequence[Tensor], matrix: Tensor) -> None:
         """Write ``matrix``, of the form of `matrix`, into the layer's entries of ``parts``."""
@@ -58,8 +58,8 @@ class Layer:
     def inputs(self, x: Tensor) -> Tensor:
         """x, or 1, or (x, 1), as the variables are: ``(…, columns of the matrix)``."""
         ones = x.new_ones(*x.shape[:-1], 1)
-        found = [x] if self.weight is not None else []
-        return torch.cat([*found, ones], -1) if self.bias is not None else x
+        columns = [x] if self.weight is not None else []
+        return torch.cat([*columns, ones], -1) if self.bias is not None else x
 
 
 @dataclass
@@ -113,8 +113,8 @@ class LinearCalls(TorchFunctionMode):
         rows = len(x) if x.dim() > 1 else 1
         if layer.transposed and gradient.dim() < x.dim():
             gradient = gradient[..., None]  # V is (in,)
-        found = self.rows.setdefault((layer, rows), Rows())
-        for values, into in ((layer.inputs(x), found.inputs), (gradient, found.gradients)):
+        collected = self.rows.setdefault((layer, rows), Rows())
+        for values, into in ((layer.inputs(x), collected.inputs), (gradient, collected.gradients)):
             into.append(widened(values.detach()).reshape(rows, -1, values.shape[-1]))
 
 
@@ -128,10 +128,10 @@ def _of_linear(
 def _of_matmul(
     number: dict[int, int], input: Tensor, other: Tensor, **_: Any
 ) -> tuple[Tensor, Layer | None]:
-    known = number.get(id(other))
+    index = number.get(id(other))
     of_weights = id(input) in number  # such as B @ A
-    unknown = known is None or of_weights or other.dim() > 2
-    return input, None if unknown else Layer(known, transposed=True)
+    unknown = index is None or of_weights or other.dim() > 2
+    return input, None if unknown else Layer(index, transposed=True)
 
 
 @contextmanager

@@ -38,9 +38,9 @@ class F2SA(InnerRuns):
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
-        >>> found, = hypergradient(upper, lower, "f2sa")
+        >>> h, = hypergradient(upper, lower, "f2sa")
         >>> truth, = hypergradient(upper, lower, "exact")
-        >>> ((found - truth).norm() < 0.01 * truth.norm()).item()
+        >>> ((h - truth).norm() < 0.01 * truth.norm()).item()
         True
     """
 

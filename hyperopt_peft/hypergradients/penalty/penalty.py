@@ -39,9 +39,9 @@ class Penalty(InnerRuns):
         >>> from hyperopt_peft.problems.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
-        >>> found, = hypergradient(upper, lower, "penalty")
+        >>> h, = hypergradient(upper, lower, "penalty")
         >>> truth, = hypergradient(upper, lower, "exact")
-        >>> ((found - truth).norm() < 0.01 * truth.norm()).item()
+        >>> ((h - truth).norm() < 0.01 * truth.norm()).item()
         True
     """
 

@@ -63,25 +63,25 @@ class Rule:
         damped, momentum = options.get("dampening", 0.0), options.get("momentum", 0.0)
         if momentum and damped:  # a new buffer is the gradient itself
             gradient = [g if new else (1 - damped) * g for g, new in zip(gradient, fresh)]
-        held: dict[str, Any] = {
+        before: dict[str, Any] = {
             field: moments[name] for field, name in self.moments.items() if name in moments
         }
-        for field in {"nu", "sum_of_squares", "peak"} & set(held):
-            held[field] = [moment + TINY for moment in held[field]]
-        if "trace" in held:  # TorchOpt's first call does not multiply the trace by the momentum
-            held["trace"] = [momentum * moment for moment in held["trace"]]
+        for field in {"nu", "sum_of_squares", "peak"} & set(before):
+            before[field] = [moment + TINY for moment in before[field]]
+        if "trace" in before:  # TorchOpt's first call does not multiply the trace by the momentum
+            before["trace"] = [momentum * moment for moment in before["trace"]]
         counts = [torch.tensor(count, dtype=torch.float64) for _ in gradient]
-        held |= {"count": counts, "t": count + 1}
+        before |= {"count": counts, "t": count + 1}
         transformation, params = self.make(options), tuple(gradient)
         state: Any = transformation.init(params)
         state = tuple(
-            part._replace(**{field: held[field] for field in part._fields if field in held})
+            part._replace(**{field: before[field] for field in part._fields if field in before})
             for part in state
         )
         updates: Any
         updates, state = transformation.update(params, state, params=params, inplace=False)
-        found = {field: getattr(part, field) for part in state for field in part._fields}
-        return updates, {self.moments[f]: found[f] for f in self.moments if f in found}
+        after = {field: getattr(part, field) for part in state for field in part._fields}
+        return updates, {self.moments[f]: after[f] for f in self.moments if f in after}
 
 
 class _AMSGradState(NamedTuple):

@@ -147,8 +147,8 @@ class OptimizerStep:
         point = _copies(step.variables)
         moments: list[Tensor] = []
         for i, variable in enumerate(point):
-            held = [_state(step, i).get(name) for name in self.moment_names]
-            moments += [torch.zeros_like(variable) if m is None else m for m in held]
+            stored = [_state(step, i).get(name) for name in self.moment_names]
+            moments += [torch.zeros_like(variable) if m is None else m for m in stored]
         factor, _, gradient = clipping
         return (
             point,
@@ -180,12 +180,12 @@ class OptimizerStep:
                     decayed = tuple(p - a * (d * p) for p, a, d in zip(params, lr, decay))
                 elif isinstance(group["weight_decay"], Tensor) or group["weight_decay"]:
                     grads = tuple(g + d * p for g, d, p in zip(grads, decay, params))
-                held = {
+                old = {
                     name: [moments[i * width + k] for i in indices]
                     for k, name in enumerate(self.moment_names)
                 }
                 fresh = [not _state(step, i) for i in indices]
-                updates, new = self._rule.update(group, grads, held, count, fresh)
+                updates, new = self._rule.update(group, grads, old, count, fresh)
                 for position, i in enumerate(indices):
                     # Counts are float64, to which a zero-dimensional variable is promoted.
                     moved = decayed[position] + lr[position] * updates[position]
@@ -243,10 +243,10 @@ def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
     """The vector with the local shards ``parts``, sharded like ``like``."""
     if not is_sharded(*like):
         return Vector(parts)
-    whole = [widened(torch.zeros_like(x)) for x in like]
-    for x, part in zip(to_local(whole), parts, strict=True):
+    full = [widened(torch.zeros_like(x)) for x in like]
+    for x, part in zip(to_local(full), parts, strict=True):
         x.copy_(part)
-    return Vector(whole)
+    return Vector(full)
 
 
 def _like(option: Tensor | float, variable: Tensor) -> Tensor | float:

@@ -45,8 +45,8 @@ class Unrolled(Estimator):
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> truth, = hypergradient(upper, lower, "exact")
-        >>> found = [hypergradient(upper, lower, f"unrolled:steps={k}")[0] for k in (1, 5, 50)]
-        >>> [round(((x - truth).norm() / truth.norm()).item(), 2) for x in found]
+        >>> three = [hypergradient(upper, lower, f"unrolled:steps={k}")[0] for k in (1, 5, 50)]
+        >>> [round(((x - truth).norm() / truth.norm()).item(), 2) for x in three]
         [0.7, 0.18, 0.01]
     """
 
