@@ -22,7 +22,7 @@ from hyperopt_peft import Problem
 from hyperopt_peft.adapters.layers import lora_layers
 from hyperopt_peft.core.problem import StepRecord
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.restore import assign_
 
@@ -220,7 +220,7 @@ def hypergradient(level: Tuned, steps: Sequence[StepRecord]) -> tuple[Tensor, in
         above = oracle.upper_gradient
         found, adjoint, moments = above.direct, above.b, None
         for level.number, record in reversed(list(enumerate(steps))):
-            optimizer = OptimizerStep(level, record.optimizer or {})
+            optimizer = DifferentiableStep(level, record.optimizer or {})
             w_bar, g_bar, moments, options = optimizer.vjp(record, adjoint, moments)
             with oracle.product("exact", at=record) as product:
                 hessian, mixed = product.both(g_bar)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperopt_peft.attribution.checkpoints import Checkpoints, Point
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import assign_, perturbed, preserve_state
 
@@ -92,7 +92,7 @@ class Run:
         self.variables: tuple[Tensor, ...] = ()
         #: Of each level, the indices of its variables in ``variables``.
         self.indices: list[list[int]] = []
-        self._optimizers: list[OptimizerStep | ProblemError] = []
+        self._optimizers: list[DifferentiableStep | ProblemError] = []
         for level in levels:
             self.add(level)
         self.steps: list[RecordedStep] = []
@@ -108,7 +108,7 @@ class Run:
             ProblemError: as `Run`.
         """
         try:
-            step = OptimizerStep(level, level.optimizer_snapshot(with_state=False))
+            step = DifferentiableStep(level, level.optimizer_snapshot(with_state=False))
             self._optimizers.append(step)
         except ProblemError as error:
             if self.differentiated or level.optimizer is None:
@@ -137,7 +137,7 @@ class Run:
             )
         return every
 
-    def optimizer(self, level: int) -> OptimizerStep:
+    def optimizer(self, level: int) -> DifferentiableStep:
         """The step of a level's optimizer as a function.
 
         Raises:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Evaluation, Problem, devices_of
-from hyperopt_peft.diagnostics.curvature import Curvature, measure
-from hyperopt_peft.diagnostics.findings import Check, Finding, Kind, Severity
+from hyperopt_peft.diagnostics.curvature import Curvature, measure_curvature
+from hyperopt_peft.diagnostics.findings import Check, Finding, Severity
 from hyperopt_peft.diagnostics.progress import counted
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
@@ -165,7 +165,7 @@ class _Examination:
         if not any(finding.severity == "error" for finding in self.findings):
             self._second_order("exact" if oracle.lower.second_derivatives else "difference")
 
-    def _add(self, kind: Kind, severity: Severity, level: Problem, words: str, advice: str) -> None:
+    def _add(self, kind: str, severity: Severity, level: Problem, words: str, advice: str) -> None:
         self.findings.append(Finding(kind, severity, level.name, words, advice))
 
     @property
@@ -311,7 +311,9 @@ class _Examination:
     def _second_order(self, product: ProductKind) -> None:
         lower = self.oracle.lower
         try:
-            self.curvature = curvature = measure(self.oracle, product, self.solver_steps, self.seed)
+            self.curvature = curvature = measure_curvature(
+                self.oracle, product, self.solver_steps, self.seed
+            )
         except NonFiniteError as error:
             advice = "look for roots, norms and logarithms of zero, whose derivatives are infinite"
             self._add("not finite", "error", lower, str(error), advice)

@@ -159,7 +159,7 @@ def random_like(variables: Any, seed: int) -> Vector:
     return zero.with_entries(entries.to(zero.flat()))
 
 
-def measure(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curvature:
+def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curvature:
     """The curvature at the point of an open oracle, by at most 5·``steps`` products.
 
     The caller restores the lower variables, which move.

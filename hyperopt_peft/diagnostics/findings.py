@@ -8,24 +8,6 @@ from typing import Literal
 from hyperopt_peft.diagnostics.curvature import Curvature
 
 Severity = Literal["error", "warning", "note"]
-Kind = Literal[
-    "shared tensor",
-    "bad loss",
-    "not finite",
-    "in-place edit",
-    "not reproducible",
-    "unread variable",
-    "no implicit term",
-    "no mixed derivative",
-    "no double backward",
-    "negative curvature",
-    "ill-conditioned",
-    "far from stationary",
-    "noisy hypergradient",
-    "random",
-    "buffers",
-    "no optimizer",
-]
 
 
 @dataclass(frozen=True)
@@ -36,7 +18,7 @@ class Finding:
     hypergradients are inaccurate or useless, ``"note"`` if nothing has to change.
     """
 
-    kind: Kind
+    kind: str
     severity: Severity
     level: str
     words: str

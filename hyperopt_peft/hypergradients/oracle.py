@@ -35,7 +35,7 @@ from hyperopt_peft.utils.vector import Vector
 #: An estimator's state between two upper steps: vectors shaped like w, and numbers.
 State = Mapping[str, Vector | float]
 #: (∂/∂u, ∂/∂w) of a level's loss at w + offset.
-Gradients = Callable[[Literal["upper", "lower"], Vector], tuple[Vector, Vector]]
+MovedGradients = Callable[[Literal["upper", "lower"], Vector], tuple[Vector, Vector]]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Oracle:
         return parts
 
     @contextmanager
-    def moved(self) -> Iterator[Gradients]:
+    def moved(self) -> Iterator[MovedGradients]:
         """Gradients of both losses at w + offset, by one forward+backward pass each.
 
         The passes run in single precision, for use in differences. Afterwards w is restored bit

@@ -62,7 +62,7 @@ def summed(scalars: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
+def dot_product(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of two tensors, a scalar in float64.
 
     Products of many float32 entries are summed in float32 on a CPU, which takes a third of the

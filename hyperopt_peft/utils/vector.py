@@ -180,8 +180,8 @@ class Vector:
 
 
 def inner(a: Vector, b: Vector) -> Tensor:
-    """⟨a, b⟩, a scalar tensor in float64 on the device; see `reductions.dot`."""
-    sums = list(map(reductions.dot, a.buffers, b.buffers))
+    """⟨a, b⟩, a scalar tensor in float64 on the device; see `reductions.dot_product`."""
+    sums = list(map(reductions.dot_product, a.buffers, b.buffers))
     return reductions.summed(totals(sums, a._space.holders))
 
 

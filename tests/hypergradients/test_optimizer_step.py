@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Estimate, Oracle
 from hyperopt_peft.hypergradients.estimate import estimate
-from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from tests.support.by_hand import OPTIMIZERS, make_levels, start
 from tests.support.quadratic import FunctionLevel, flat
 
@@ -24,7 +24,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Points:
     points: Points = []
 
     def spy(oracle: Oracle, method: Any) -> Estimate:
-        functional = OptimizerStep(oracle.lower, oracle.history[-1].optimizer)
+        functional = DifferentiableStep(oracle.lower, oracle.history[-1].optimizer)
         truths = [step.variables for step in oracle.history[1:]] + [oracle.lower.variables]
         for step, truth in zip(oracle.history, truths, strict=True):
             points.append((flat(functional.advance(step)[0]), flat(truth).detach().clone()))

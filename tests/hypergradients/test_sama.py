@@ -7,7 +7,7 @@ from torch.optim import SGD, Adam, AdamW
 from hyperopt_peft import hypergradient
 from hyperopt_peft.core.problem import StepRecord
 from hyperopt_peft.hypergradients import Vector
-from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from tests.support.by_hand import BATCHES, OPTIMIZERS, make_levels, start, trained
 from tests.support.quadratic import FunctionLevel, flat
 
@@ -43,7 +43,7 @@ def test_the_diagonal_of_adam_is_its_closed_form() -> None:
     gradient = lower.gradient(BATCHES[2], w).gradient
     step = StepRecord(BATCHES[2], None, tuple(w), gradient, None, snapshot)
     b = Vector(torch.randn_like(x) for x in w)
-    _, actual, _, _ = OptimizerStep(lower, snapshot).vjp(step, b)
+    _, actual, _, _ = DifferentiableStep(lower, snapshot).vjp(step, b)
     c1, c2 = 1 - beta1**3, 1 - beta2**3
     for x, g, v, along in zip(w, gradient, b, actual, strict=True):
         state = made.state[x]

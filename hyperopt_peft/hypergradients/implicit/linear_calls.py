@@ -63,7 +63,7 @@ class Layer:
 
 
 @dataclass
-class Rows:
+class LayerRows:
     """Inputs ``(rows, tokens, in)`` of a layer, and the loss's gradients of its outputs.
 
     ``rows`` is the first dimension of the layer's input, ``tokens`` the product of the others but
@@ -91,7 +91,7 @@ class LinearCalls(TorchFunctionMode):
     def __init__(self, variables: Sequence[Tensor]) -> None:
         super().__init__()
         self._number = {id(variable): k for k, variable in enumerate(variables)}
-        self.rows: dict[tuple[Layer, int], Rows] = {}
+        self.rows: dict[tuple[Layer, int], LayerRows] = {}
 
     def __torch_function__(
         self,
@@ -113,7 +113,7 @@ class LinearCalls(TorchFunctionMode):
         rows = len(x) if x.dim() > 1 else 1
         if layer.transposed and gradient.dim() < x.dim():
             gradient = gradient[..., None]  # V is (in,)
-        collected = self.rows.setdefault((layer, rows), Rows())
+        collected = self.rows.setdefault((layer, rows), LayerRows())
         for values, into in ((layer.inputs(x), collected.inputs), (gradient, collected.gradients)):
             into.append(widened(values.detach()).reshape(rows, -1, values.shape[-1]))
 

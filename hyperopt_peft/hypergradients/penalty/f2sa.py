@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate
-from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
+from hyperopt_peft.hypergradients.oracle import MovedGradients, Oracle
 from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns, Minimum
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.hypergradients.registry import register
@@ -72,7 +72,7 @@ class F2SA(InnerRuns):
             {"response": (above.offset - below.offset) / (2 * nu)},
         )
 
-    def _nu(self, oracle: Oracle, gradients: Gradients, response: Vector) -> float:
+    def _nu(self, oracle: Oracle, gradients: MovedGradients, response: Vector) -> float:
         """ν, where dw_ν/dν ≈ ``response`` at ν = 0."""
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
@@ -87,7 +87,7 @@ class F2SA(InnerRuns):
         self,
         nu: float,
         oracle: Oracle,
-        gradients: Gradients,
+        gradients: MovedGradients,
         at_w: tuple[Vector, Vector],
         start: Vector,
     ) -> Minimum:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Estimator
-from hyperopt_peft.hypergradients.oracle import Gradients, Oracle
+from hyperopt_peft.hypergradients.oracle import MovedGradients, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
@@ -52,7 +52,7 @@ class InnerRuns(Estimator):
         self.require_least(inner_steps=0)
         self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
 
-    def response(self, oracle: Oracle, gradients: Gradients, slope: Vector) -> Vector | None:
+    def response(self, oracle: Oracle, gradients: MovedGradients, slope: Vector) -> Vector | None:
         """An initial guess r of dw_ν/dν = −H⁻¹b at ν = 0; ``slope`` is ∂f/∂w at w.
 
         r minimises ‖Hr + b‖ over multiples of the last upper step's response, or of −b if f is not

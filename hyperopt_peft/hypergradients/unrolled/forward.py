@@ -11,7 +11,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.estimator import Estimate, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled, last_steps
 from hyperopt_peft.utils.vector import Vector, dot, zeros_like
 
@@ -106,7 +106,7 @@ class Forward(Unrolled):
 
 
 def _tangents(
-    state: State, unknown: int, like: Vector, optimizer: OptimizerStep
+    state: State, unknown: int, like: Vector, optimizer: DifferentiableStep
 ) -> tuple[Vector, list[Tensor]]:
     """The tangents of w and of the moments by ``unknown`` in ``state``, zero where missing."""
 

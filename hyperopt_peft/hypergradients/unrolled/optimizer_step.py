@@ -19,7 +19,7 @@ from hyperopt_peft.utils.vector import Vector, dot, widened
 Clipping = tuple[float, float, Vector]
 
 
-class OptimizerStep:
+class DifferentiableStep:
     """Φ(w, g, moments, options) → (w', moments'), the step of a level's optimizer with clipping.
 
     The optimizer is torch's SGD, Adam, AdamW (both with ``amsgrad``), RMSprop, Adagrad, Adadelta,
@@ -37,7 +37,7 @@ class OptimizerStep:
         >>> from hyperopt_peft import Problem
         >>> w = torch.ones(2, requires_grad=True)
         >>> level = Problem([w], optimizer=torch.optim.Adagrad([w], lr=0.1))
-        >>> OptimizerStep(level, level.optimizer_snapshot(with_state=True)).moment_names
+        >>> DifferentiableStep(level, level.optimizer_snapshot(with_state=True)).moment_names
         ('sum',)
     """
 

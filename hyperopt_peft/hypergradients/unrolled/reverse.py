@@ -12,7 +12,7 @@ from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Re
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.vector import zeros_like
@@ -23,8 +23,8 @@ from hyperopt_peft.utils.vector import zeros_like
 class Unrolled(Estimator):
     """dF/du = ∂F/∂u + (dw_K/du)ᵀ ∂F/∂w, where w_K = Φ(…Φ(w_0, u)…, u) after K = ``steps`` steps.
 
-    Φ is the lower optimizer's step with clipping, an `OptimizerStep`. The adjoint λ_k of w_k runs
-    backwards from λ_K = ∂F/∂w:
+    Φ is the lower optimizer's step with clipping, a `DifferentiableStep`. The adjoint λ_k of w_k
+    runs backwards from λ_K = ∂F/∂w:
 
         ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
         dF/du += ∂²f/∂u∂w · ḡ_k;   λ_k += ∂²f/∂w² · ḡ_k
@@ -73,14 +73,14 @@ class Unrolled(Estimator):
         return Cost(1 + 2 * self.steps, 1 + 4 * self.steps, 9 + 2 * self.steps)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError for sharded variables, and as `OptimizerStep`."""
+        """Raise ProblemError for sharded variables, and as `DifferentiableStep`."""
         self.require(
             not is_sharded(*upper.variables, *lower.variables),
             "steps of the lower optimizer on FSDP's shards are not supported; choose sama, darts, "
             'or a solver with product="difference"',
         )
         if lower.optimizer is not None:
-            OptimizerStep(lower, lower.optimizer_snapshot(with_state=False))
+            DifferentiableStep(lower, lower.optimizer_snapshot(with_state=False))
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
@@ -100,14 +100,14 @@ class Unrolled(Estimator):
         return Estimate(direct, implicit, steps=len(steps))
 
 
-def last_steps(oracle: Oracle, count: int) -> tuple[OptimizerStep, Sequence[StepRecord]]:
+def last_steps(oracle: Oracle, count: int) -> tuple[DifferentiableStep, Sequence[StepRecord]]:
     """The lower optimizer's step as a function, and the last ``count`` lower steps, in order.
 
     Outside training, steps from the current point on the oracle's lower batch are simulated.
     """
     last = oracle.history[-1].optimizer if oracle.history else None
     state = last or oracle.lower.optimizer_snapshot(with_state=True)
-    optimizer = OptimizerStep(oracle.lower, state)
+    optimizer = DifferentiableStep(oracle.lower, state)
     if oracle.history:
         return optimizer, oracle.history[-count:]
     steps: list[StepRecord] = []

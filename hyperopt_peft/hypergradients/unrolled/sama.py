@@ -9,7 +9,7 @@ from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.darts import OneStep
-from hyperopt_peft.hypergradients.unrolled.optimizer_step import OptimizerStep
+from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.hypergradients.unrolled.reverse import last_steps
 
 
@@ -18,8 +18,8 @@ from hyperopt_peft.hypergradients.unrolled.reverse import last_steps
 class SAMA(OneStep):
     """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · D ∂F/∂w, where D = −(∂w'/∂g)ᵀ for the lower step g ↦ w'.
 
-    D is the derivative of an `OptimizerStep`, diagonal without clipping. For Adam, with g, m and v
-    of the step, c1 = 1 − β1ᵗ, c2 = 1 − β2ᵗ and s = √(v/c2):
+    D is the derivative of a `DifferentiableStep`, diagonal without clipping. For Adam, with g, m
+    and v of the step, c1 = 1 − β1ᵗ, c2 = 1 − β2ᵗ and s = √(v/c2):
 
         D = lr·[(1−β1)/(c1(s+eps)) − (m/c1)(1−β2)g / (c2·s·(s+eps)²)]
 
@@ -39,10 +39,10 @@ class SAMA(OneStep):
         return replace(super().requirements, optimizer_state=True)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError as `Estimator.check_levels` and `OptimizerStep`."""
+        """Raise ProblemError as `Estimator.check_levels` and `DifferentiableStep`."""
         super().check_levels(upper, lower)
         if lower.optimizer is not None:
-            OptimizerStep(lower, lower.optimizer_snapshot(with_state=False))
+            DifferentiableStep(lower, lower.optimizer_snapshot(with_state=False))
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
