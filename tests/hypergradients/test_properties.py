@@ -17,7 +17,7 @@ from hyperopt_peft.hypergradients import registered
 from tests.support.cases import Case, cases
 from tests.support.quadratic import Level, Program, flat, leaves, program, programs
 
-EXAMPLES = settings(max_examples=20)
+EXAMPLES = settings(max_examples=10)
 
 
 def estimate(case: Case, program: Program, **options: float) -> Tensor:

@@ -70,7 +70,7 @@ def test_the_error_is_the_product_of_all_steps(
 
 
 @given(damping=st.sampled_from([0.0, 1.0]), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 10**6))
-@EXAMPLES
+@settings(max_examples=8)
 def test_the_step_is_one_over_the_largest_eigenvalue(
     damping: float, scale: float, seed: int
 ) -> None:
