@@ -82,8 +82,10 @@ def run(argv: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     metric, runs, size = f"eval_{setup.task.metric}", list[Run](), len(setup.evaluation)
     for seed in command.seeds:
-        lower, _ = split_dataset(setup.train, args.upper_fraction, seed)
-        budget = sum(phases(args, len(lower), len(setup.train)))  # of every method
+        budget, rows = args.steps_of(len(setup.train)), setup.train
+        if any(settings.method == "bidora" for settings in chosen.values()):
+            lower, _ = split_dataset(rows, args.upper_fraction, seed)
+            budget = sum(phases(args, len(lower), len(rows)))  # of every method
         for method, settings in chosen.items():
             result = train(method, seed, settings, budget, setup)
             runs.append(result)
