@@ -95,9 +95,9 @@ def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> None:
     """Print the check of the levels on their first batches, then the estimators side by side."""
     upper, lower, args = trainer.upper, trainer.lower, trainer.args
     assert upper is not None
-    shown = {"seed": args.seed, "progress": sys.stderr.isatty()}
+    shown: dict[str, Any] = {"seed": args.seed, "progress": sys.stderr.isatty()}
     pairs = [_batches(trainer, number) for number in range(ENOUGH)]
-    several = {f"{name}es": [pair[name] for pair in pairs] for name in pairs[0]}
+    several: dict[str, Any] = {f"{name}es": [pair[name] for pair in pairs] for name in pairs[0]}
     steps = command.solver_steps
     check = check_problem(upper, lower, **pairs[0], **several, solver_steps=steps, **shown)
     print(check, flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
-from pandas.errors import ParserWarning
+from pandas.errors import ParserWarning  # type: ignore[import-untyped]
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
@@ -183,11 +183,8 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
     """Raise ProblemError if ``data`` lacks one of ``columns`` or has an empty cell in one."""
     for column in columns:
         if column not in data.column_names:
-            separated = any(mark in data.column_names[0] for mark in ";|\t")
-            raise ProblemError(
-                f"{where} have no column {column!r}{did_you_mean(column, data.column_names)}"
-                + ("; in a CSV file commas separate the columns, in TSV tabs" if separated else "")
-            )
+            near = did_you_mean(column, data.column_names)
+            raise ProblemError(f"{where} have no column {column!r}{near}")
         if missing := data.data.column(column).null_count:
             raise ProblemError(
                 f"{where}: column {column!r} is empty in {missing} of {len(data)} rows, first in "

@@ -43,8 +43,8 @@ class Encoder:
         if self.names:
             data = _named(data, self.args.label_column)
         encode = {
-            "text-classification": self._classes,
-            "regression": self._number,
+            "text-classification": self._labelled,
+            "regression": self._labelled,
             "token-classification": self._tags,
             "causal-lm": self._language,
             "seq2seq": self._pair,
@@ -78,12 +78,11 @@ class Encoder:
             )
         return self.names.index(name)
 
-    def _classes(self, row: Row) -> Row:
-        return {**self._texts(row), "labels": self._class(row[self.args.label_column])}
-
-    def _number(self, row: Row) -> Row:
+    def _labelled(self, row: Row) -> Row:
         label = row[self.args.label_column]
-        if not isinstance(label, int | float) or not math.isfinite(label):
+        if self.names:
+            label = self._class(label)
+        elif not isinstance(label, int | float) or not math.isfinite(label):
             raise ProblemError(f"the label {label!r} is no finite number; correct or remove it")
         return {**self._texts(row), "labels": label}
 
