@@ -16,7 +16,7 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 class MicroBatch:
     """A part of a step's batch, and the random states before its loss is evaluated.
 
-    ``weight`` multiplies the part's loss; the mean of the weights over the parts of a batch, on all
+    ``weight`` multiplies the loss; the mean of the weights over the micro-batches of a step, on all
     processes, is 1.
     """
 

@@ -18,8 +18,9 @@ from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.utils.validation import matches, type_name
 
-#: The fields of `transformers.TrainingArguments`, of all versions, that change a run's result.
-DECISIVE = (
+#: The fields of `transformers.TrainingArguments`, of all versions, that change a run's result, so
+#: that a checkpoint and the run that resumes from it must agree in them.
+RESUME_MUST_MATCH = (
     "accelerator_config",
     "adam_beta1",
     "adam_beta2",
@@ -31,7 +32,6 @@ DECISIVE = (
     "full_determinism",
     "gradient_accumulation_steps",
     "group_by_length",
-    "ignore_data_skip",
     "label_names",
     "label_smoothing_factor",
     "learning_rate",
@@ -132,13 +132,18 @@ class BilevelTrainingArguments(TrainingArguments):
         counts += ["lower_steps", "per_device_upper_batch_size"]
         self._require("not be negative", lambda x: x >= 0, *rates)
         self._require("be at least 1", lambda n: n >= 1, *counts)
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ProblemError(
+                f"num_train_epochs must be positive where max_steps is not, got "
+                f"{self.num_train_epochs}: the run would train nothing"
+            )
         self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")
 
-    def _require(self, words: str, rule: Callable[[Any], bool], *names: str) -> None:
+    def _require(self, requirement: str, rule: Callable[[Any], bool], *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if value is not None and not rule(value):
-                raise ProblemError(f"{name} must {words}, got {value}")
+                raise ProblemError(f"{name} must {requirement}, got {value}")
 
     @property
     def device(self) -> torch.device:
@@ -200,9 +205,8 @@ class BilevelTrainingArguments(TrainingArguments):
         inherited = {each.name for each in fields(TrainingArguments)}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
 
-    def decisive_settings(self) -> dict[str, Any]:
+    def resume_must_match(self) -> dict[str, Any]:
         """The arguments that change a run's result, as plain values."""
-        known = self.to_dict()
-        own = self.bilevel_settings()
-        own.pop("non_finite")  # a resumed run may change it
-        return {**{name: known[name] for name in DECISIVE if name in known}, **own}
+        values, levels = self.to_dict(), self.bilevel_settings()
+        levels.pop("non_finite")  # a resumed run may change it
+        return {**{name: values[name] for name in RESUME_MUST_MATCH if name in values}, **levels}

@@ -7,15 +7,17 @@ import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import NEEDED, save_checkpoint
 from hyperopt_peft.utils import distributed
@@ -23,11 +25,31 @@ from hyperopt_peft.utils.distributed import gather, sharded_like
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.validation import require_settings
 
-if TYPE_CHECKING:
-    from hyperopt_peft.trainer.trainer import BilevelTrainer
-
 LEVELS, ESTIMATOR = "levels.safetensors", "estimator.pt"
 logger = logging.getLogger(__name__)
+
+
+class TrainerOfLevels(Protocol):
+    """What `BilevelCallback` reads of a trainer and calls on it."""
+
+    args: Any
+    state: Any
+    accelerator: Any
+    skipped: int
+    bilevel_step: BilevelStep | None
+    devices: list[torch.device]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in which a checkpoint and the run that resumes must agree, as JSON."""
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The tensors of the levels that a checkpoint has, by level and name."""
+
+    def adopt_prepared_parameters(self) -> None:
+        """Replace the levels' variables by those that the Trainer has prepared."""
+
+    def begin_step(self) -> None:
+        """Begin an optimizer step."""
 
 
 class BilevelCallback(TrainerCallback):
@@ -39,24 +61,25 @@ class BilevelCallback(TrainerCallback):
     ``trainer_state.json``, from which the Trainer would rebuild it without ``trainer``.
     """
 
-    def __init__(self, trainer: BilevelTrainer) -> None:
+    def __init__(self, trainer: TrainerOfLevels) -> None:
         self.trainer = trainer
         self.writing: Path | None = None  # a checkpoint without its manifest
         self.signalled = False  # whether SIGTERM asked for a checkpoint and ended the run
 
     @contextmanager
-    def run(self, found: tuple[Path, Mapping[str, Any]] | None) -> Iterator[None]:
-        """Train in the body, from the checkpoint ``found`` and its record unless None.
+    def run(self, resumed: tuple[Path, Mapping[str, Any]] | None) -> Iterator[None]:
+        """Train in the body, from the checkpoint ``resumed`` and its record unless None.
 
         Raises:
             ProblemError: the checkpoint is of other settings or data, lacks a file or is damaged;
                 or a checkpoint could not be written.
         """
         self.writing, self.signalled = None, False
-        self.resumed = None if found is None else found[0]
+        self.resumed = None if resumed is None else resumed[0]
         self.settings = self.trainer.settings()
-        if found is not None:
-            self._check(*found)
+        self.save_total_limit = self.trainer.args.save_total_limit
+        if resumed is not None:
+            self._check(*resumed)
         try:
             yield
         except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
@@ -116,7 +139,7 @@ class BilevelCallback(TrainerCallback):
         self.writing = None
         if args.should_save:
             best = trainer.state.best_model_checkpoint
-            checkpoint.rotate(folder.parent, trainer.save_total_limit, best)
+            checkpoint.rotate(folder.parent, self.save_total_limit, best)
 
     def save_before(self, step_begin: RandomState) -> str:
         """Write a checkpoint of the state before the present step; returns where, in words.
@@ -140,7 +163,7 @@ class BilevelCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the levels, after the Trainer has prepared model and optimizer."""
-        self.trainer.take_over()
+        self.trainer.adopt_prepared_parameters()
         if self.resumed is not None:
             # A variable need not be a parameter of the model.
             self._load_levels(self.resumed)
@@ -151,7 +174,7 @@ class BilevelCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Record the beginning of the epoch; a resumed epoch gets its first random state again."""
+        """Record the random states of the epoch's beginning, or restore them in a resumed epoch."""
         done = state.global_step
         if done >= state.max_steps:  # resumed at the end, where the Trainer takes one more step
             control.should_training_stop = True
@@ -193,7 +216,12 @@ class BilevelCallback(TrainerCallback):
             self.complete()
             self.signalled = True
 
-    on_step_begin = on_pre_optimizer_step = on_step_end = on_epoch_end = _complete_on_signal
+    on_pre_optimizer_step = on_step_end = on_epoch_end = _complete_on_signal
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin an optimizer step of both levels."""
+        self._complete_on_signal(args, state, control)
+        self.trainer.begin_step()
 
     @torch.no_grad()
     def _load_levels(self, folder: Path) -> None:
@@ -204,17 +232,3 @@ class BilevelCallback(TrainerCallback):
 
 def _position(folder: Path) -> Path:
     return folder / f"epoch_{distributed.rank()}.pt"
-
-
-def model_card(card: str, trainer: BilevelTrainer) -> str:
-    """The Trainer's ``card`` with the bilevel settings and the last logged numbers."""
-    base = getattr(getattr(trainer.model, "config", None), "name_or_path", "")
-    if base:  # the Trainer does not recognise a folder as a base model
-        card = card.replace("was trained from scratch", f"is a fine-tuned version of `{base}`")
-    settings = {"levels": {x.name: len(x.variables) for x in trainer.levels}}
-    lines = {**settings, **trainer.args.bilevel_settings()}
-    logs = [r for r in trainer.state.log_history if "loss" in r and "step" in r]
-    keys = ("step", "loss", "upper_loss", "implicit_ratio", "residual")
-    lines |= {f"last {key}": logs[-1][key] for key in keys if logs and key in logs[-1]}
-    text = "".join(f"- {key}: {value}\n" for key, value in lines.items())
-    return f"{card}\n\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n{text}"

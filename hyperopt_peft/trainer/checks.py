@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from datasets import Dataset
 from packaging.version import Version
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import Trainer
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import label_column
+from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import base_model
 
-if TYPE_CHECKING:
-    from hyperopt_peft.trainer.trainer import BilevelTrainer
-
-# These take the model instead of parameters, and some step in hooks of the backward pass.
-WITHOUT_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 #: The oldest transformers whose loading of a sharded adapter was seen to work.
 FSDP2_SINCE = Version("5.10")
 
@@ -46,15 +43,11 @@ def check_arguments(
         raise ProblemError(f"args must be BilevelTrainingArguments, got {type(args).__name__}")
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    wrapped = isinstance(model, DataParallel | DistributedDataParallel)
-    smoothing, optim = args.label_smoothing_factor, args.optim.value
-    theirs = (
+    of_levels = (
         "the levels have losses of their own; change these, or give the levels as functions of the "
         "trainer that read trainer.task_loss"
     )
     refused = {
-        "fp16=True": (args.fp16, "the loss scale is part of the gradients; use bf16"),
-        "deepspeed": (args.deepspeed, "DeepSpeed does not expose gradients; use DDP"),
         "fsdp": (
             args.fsdp and distributed.world_size() == 1,
             "one process has nothing to shard; start several, or use DDP",
@@ -63,36 +56,29 @@ def check_arguments(
             args.n_gpu > 1,
             "its threads split the batch; start one process a device, with torchrun",
         ),
-        f"a {type(model).__name__} model": (
-            wrapped,
-            "levels own the parameters of the inner model; give that, and use torchrun",
-        ),
         "auto_find_batch_size=True": (
             args.auto_find_batch_size,
             "the Trainer starts again within a step; give per_device_train_batch_size",
-        ),
-        f"optim={optim!r}": (
-            optim.startswith(WITHOUT_GROUPS),
-            "the optimizer takes no groups of parameters; use one that does, such as adamw_torch",
         ),
         "torch_compile=True": (
             args.torch_compile,
             "the levels call the model and not its compiled wrapper; use model.compile()",
         ),
+        "torch_empty_cache_steps": (
+            args.torch_empty_cache_steps,
+            "a step has many passes; empty the cache in a callback",
+        ),
         "model_init": (
             options.get("model_init"),
             "levels own the tensors of one model; make the model first",
         ),
-        "compute_loss_func": (not trainer_loss and options.get("compute_loss_func"), theirs),
-        "compute_loss": (not trainer_loss and own_loss, theirs),
-        f"label_smoothing_factor={smoothing}": (not trainer_loss and smoothing, theirs),
+        "compute_loss_func": (not trainer_loss and options.get("compute_loss_func"), of_levels),
+        "compute_loss": (not trainer_loss and own_loss, of_levels),
+        "label_smoothing_factor": (not trainer_loss and args.label_smoothing_factor, of_levels),
     }
-    for name, (given, reason) in refused.items():
-        if given:
+    for name, (used, reason) in refused.items():
+        if used:
             raise ProblemError(f"{name}: not possible in bilevel training, since {reason}")
-    optimizers = options.get("optimizers", (None, None))
-    if not isinstance(optimizers, Sequence) or len(optimizers) != 2:
-        raise ProblemError(f"optimizers must be (optimizer, scheduler), got {optimizers!r}")
 
 
 def check_levels(levels: Sequence[Problem]) -> None:
@@ -102,16 +88,16 @@ def check_levels(levels: Sequence[Problem]) -> None:
             level.require_single("a trainer has two levels; use the Engine")
     check_ownership(*levels)
     for level in levels:
-        given = {
+        attributes = {
             "data": level.batches,
             "optimizer": level.optimizer,
             "scheduler": level.scheduler,
             "max_grad_norm": level.max_grad_norm,
             "optimizer_options": level.optimizer_options() or None,
         }
-        if found := [name for name, value in given.items() if value is not None]:
+        if names := [name for name, value in attributes.items() if value is not None]:
             raise ProblemError(
-                f"{level.name}: the level has {found[0]}, which the arguments of the trainer set; "
+                f"{level.name}: the level has {names[0]}, which the arguments of the trainer set; "
                 "leave it out, or use the Engine"
             )
 
@@ -153,15 +139,19 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
         )
 
 
-def check_accelerator(trainer: BilevelTrainer) -> None:
-    """Raise ProblemError for a configuration of accelerate that would not train the levels.
+def check_columns(trainer: Trainer, data: Any, name: str) -> None:
+    """Raise ProblemError if the model reads no column of ``data``, the argument ``name``."""
+    loader_of(trainer, data, name)
+
+
+def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:
+    """Raise ProblemError for a configuration of accelerate that would not train ``levels``.
 
     DDP equals one process. FSDP2 is for estimators with first-order products, in float32.
     """
-    accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
         raise ProblemError("deepspeed: DeepSpeed does not expose gradients; use DDP or FSDP2")
-    if accelerator.mixed_precision == "fp16":
+    if trainer.accelerator.mixed_precision == "fp16":
         raise ProblemError("fp16: the loss scale is part of the gradients; use bf16")
     if distributed.world_size() != trainer.args.world_size:
         raise ProblemError(
@@ -170,12 +160,12 @@ def check_accelerator(trainer: BilevelTrainer) -> None:
             "one folder; on CPUs set use_cpu=True"
         )
     if trainer.is_fsdp_enabled:
-        _check_fsdp(trainer)
+        _check_fsdp(trainer, levels, estimator)
     elif trainer.args.fsdp:
         raise ProblemError("fsdp: accelerate has FSDP for GPUs only; use DDP on CPUs")
 
 
-def _check_fsdp(trainer: BilevelTrainer) -> None:
+def _check_fsdp(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:
     if Version(transformers.__version__) < FSDP2_SINCE:
         raise ProblemError(
             f"fsdp: FSDP2 needs transformers {FSDP2_SINCE} or newer, got "
@@ -189,26 +179,18 @@ def _check_fsdp(trainer: BilevelTrainer) -> None:
             "fsdp_state_dict_type: a sharded state dict is a pickle, and loading one could run "
             "code; set FULL_STATE_DICT"
         )
-    if trainer.upper is not None and trainer.estimator.requirements.second_derivatives:
-        raise ProblemError(f"{trainer.estimator.name}: {SHARDED}")
-    differences = trainer.upper is not None and not isinstance(trainer.estimator, Direct)
-    if differences and precision != "no":
+    if len(levels) > 1 and estimator.requirements.second_derivatives:
+        raise ProblemError(f"{estimator.name}: {SHARDED}")
+    if len(levels) > 1 and not isinstance(estimator, Direct) and precision != "no":
         raise ProblemError(
             f"mixed_precision: {precision} does not go with FSDP2, since a difference of gradients "
             "needs parameters in float32; turn it off"
         )
     of_model = {id(parameter) for parameter in trainer.model.parameters()}
-    for level in trainer.levels:
+    for level in levels:
         for name, variable in zip(level.names, level.variables, strict=True):
             if id(variable) not in of_model:
                 raise ProblemError(
                     f"{level.name}: {name} is no parameter of the model, and FSDP2 shards no "
                     "other tensors; make it a parameter"
                 )
-
-
-def divides_by_items(model: Any) -> bool:
-    """Whether the model's own loss is the sum over labels by ``num_items_in_batch``."""
-    base = base_model(model)
-    decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return decoder and getattr(base, "loss_type", None) == "ForCausalLM"

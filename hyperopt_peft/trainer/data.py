@@ -1,16 +1,13 @@
-"""The levels' examples: their split, their checks and their fingerprint."""
+"""The levels' examples: their split and their checks."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-import pyarrow  # type: ignore[import-untyped]
 from datasets import ClassLabel, Dataset, Value
-from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
@@ -62,20 +59,20 @@ def split_dataset(
         rows = rows.cast_column("class", ClassLabel(names=[str(name) for name in names]))
     where = f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper level"
     try:
-        parts = rows.train_test_split(
+        split = rows.train_test_split(
             test_size=upper_fraction, seed=seed, stratify_by_column="class" if names else None
         )
     except ValueError as error:
         raise ProblemError(f"{where}: {error}") from error
-    for part, level in ((parts["train"], "lower"), (parts["test"], "upper")):
-        present = set(part["class"]) if names else set()
+    for level, side in (("lower", "train"), ("upper", "test")):
+        present = set(split[side]["class"]) if names else set()
         for number, name in enumerate(names):
             if number not in present:
                 raise ProblemError(
                     f"{where}: class {name!r} has only {values.count(name)} examples, and the "
                     f"{level} level would get none; change upper_fraction or the data"
                 )
-    return train.select(parts["train"]["row"][:]), train.select(parts["test"]["row"][:])
+    return train.select(split["train"]["row"][:]), train.select(split["test"]["row"][:])
 
 
 def data_of_levels(
@@ -201,35 +198,8 @@ def shared(data: Any, other: Any) -> int:
     """The number of examples of ``data`` that are in ``other`` too; 0 if that is unknown."""
     if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
         return 0
-    known = set(digests(other, _columns(data, other)))
-    return sum(digest in known for digest in digests(data, _columns(data, other)))
-
-
-#: The largest number of rows that a fingerprint reads, evenly spaced.
-FINGERPRINT_ROWS = 100_000
-
-
-def fingerprint(data: Any) -> str | int | None:
-    """The identity of ``data`` in a checkpoint: contents, order and number of rows.
-
-    Of a `datasets.Dataset`, a list or a tuple the fingerprint is a hash of at most
-    `FINGERPRINT_ROWS` rows. Other data, whose reading may be slow or draw random numbers, have
-    their length as fingerprint, or None.
-    """
-    if not isinstance(data, Dataset | list | tuple):
-        return len(data) if has_length(data) else None
-    rows = range(0, len(data), max(1, len(data) // FINGERPRINT_ROWS))
-    if not isinstance(data, Dataset):
-        return str(Hasher.hash((len(data), [data[row] for row in rows])))
-    digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
-    read = data if rows.step == 1 else data.select(rows)
-    for table in read.with_format("arrow").iter(1000):
-        plain = pyarrow.Table.from_arrays(table.columns, names=table.column_names)
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, plain.schema) as stream:
-            stream.write_table(plain.combine_chunks())
-        digest.update(sink.getvalue())
-    return digest.hexdigest()
+    others = set(digests(other, _columns(data, other)))
+    return sum(digest in others for digest in digests(data, _columns(data, other)))
 
 
 class Endless(IterableDataset[Any]):

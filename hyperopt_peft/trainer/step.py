@@ -1,206 +1,185 @@
-"""One optimizer step of a `BilevelTrainer`: from its micro-batches to each ``.grad``."""
+"""The optimizer steps of a `BilevelTrainer`: from micro-batches to each ``.grad``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from hyperopt_peft.core.labels import label_weights, labels_are_shifted
+from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
-from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.trainer.accumulation import MicroBatch
-from hyperopt_peft.trainer.checks import divides_by_items
+from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.optimizer import learning_rate
+from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather
 from hyperopt_peft.utils.random_state import RandomState
 
-if TYPE_CHECKING:
-    from hyperopt_peft.trainer.trainer import BilevelTrainer
-
 #: The logged numbers of an upper step.
 UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
+#: Makes the entries of each micro-batch that weight its loss by its labels.
+LabelWeights = Callable[[Sequence[Any]], list[dict[str, Tensor]]]
 
 
 class OptimizerStep:
     """A step of both levels at one point: the lower gradient, and the hypergradient when due.
 
-    The gradients of the levels' variables are cleared, since a variable need not be a parameter of
-    the model, whose gradients the Trainer clears.
+    The object serves all steps of a run, one after another.
 
     Args:
-        trainer: the owner of the levels and the optimizer.
-        batches: the micro-batches of the step.
+        lower: the lower level.
+        bilevel: the upper level's part; None trains the lower level alone.
+        args: the settings.
+        optimizer: the optimizer of both levels, whose learning rates are logged.
+        accelerator: clips the gradients.
+        upper_batches: the upper level's batches, where there is an upper level.
+        label_weights: the entries of micro-batches of the upper level.
+        autocast: a context in which the losses are evaluated.
     """
 
-    def __init__(self, trainer: BilevelTrainer, batches: Sequence[Any]) -> None:
-        self.trainer, self.expected = trainer, len(batches)
+    def __init__(
+        self,
+        lower: Problem,
+        bilevel: BilevelStep | None,
+        *,
+        args: BilevelTrainingArguments,
+        optimizer: Any,
+        accelerator: Accelerator,
+        upper_batches: UpperBatches | None,
+        label_weights: LabelWeights,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.lower, self.bilevel, self.args = lower, bilevel, args
+        self.optimizer, self.accelerator, self.upper_batches = optimizer, accelerator, upper_batches
+        self.label_weights, self.autocast = label_weights, autocast
+        levels = [lower] if bilevel is None else [lower, bilevel.upper]
+        self.u = () if bilevel is None else bilevel.upper.variables
+        self.devices = devices_of(*levels)
+        self.log = StepLog()
+        self.begin(0)
+
+    def begin(self, count: int) -> None:
+        """Begin a step of ``count`` micro-batches.
+
+        The gradients of the levels' variables are cleared, since a variable need not be a parameter
+        of the model, whose gradients the Trainer clears.
+        """
+        self.count = count
         self.micro: list[MicroBatch] = []
         #: The upper level's batch, in a step that moves it.
         self.upper: list[MicroBatch] = []
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
-        self._weights = self._label_weights(batches)
-        #: The Trainer's counters at the beginning of the step.
-        self.begun = trainer.current_flos, trainer.state.num_input_tokens_seen
         self.clear_gradients()
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether all micro-batches were evaluated."""
-        return len(self.micro) == self.expected
+        return len(self.micro) == self.count
 
     def clear_gradients(self) -> None:
         """Set each ``.grad`` of the levels' variables to None."""
-        for _, variable in self.trainer.named_variables():
+        for variable in (*self.lower.variables, *self.u):
             variable.grad = None
 
     @property
     def last_prior(self) -> float:
         """The lower level's prior in the loss of the last micro-batch."""
-        return prior_of(self.trainer.lower, self._metrics[-1]) / self.expected
+        return prior_of(self.lower, self._metrics[-1]) / self.count
 
     def loss(self, inputs: Any) -> Tensor:
         """The lower loss of the next micro-batch divided by their number, with its graph."""
-        trainer = self.trainer
-        batch = self._on_device(inputs, self._weights[len(self.micro)])
-        self.micro.append(MicroBatch(batch, RandomState.capture(trainer.devices)))
-        with trainer.compute_loss_context_manager():
-            loss, metrics = trainer.lower.evaluate(batch)
-        self._losses.append(loss.detach() / self.expected)
+        batch = self._on_device(inputs)
+        self.micro.append(MicroBatch(batch, RandomState.capture(self.devices)))
+        with self.autocast():
+            loss, metrics = self.lower.evaluate(batch)
+        self._losses.append(loss.detach() / self.count)
         self._metrics.append(metrics)
-        return loss / self.expected
+        return loss / self.count
 
-    def set_gradients(self, save: Callable[[RandomState], str]) -> None:
-        """Set each ``.grad`` to the clipped direction of the step; None for no move.
-
-        Args:
-            save: writes a checkpoint of the state before the step, from the random states at its
-                beginning; returns where, in words.
+    def set_gradients(self, number: int) -> None:
+        """Set each ``.grad`` to the clipped direction of step ``number``, from 1; None: no move.
 
         Raises:
-            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite, unless
-                ``args.non_finite`` skips the step.
+            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
         """
-        try:
-            self._set_gradients()
-        except NonFiniteError as error:
-            self.clear_gradients()
-            trainer, state = self.trainer, self.trainer.state
-            if trainer.args.non_finite == "skip":
-                trainer.skipped += 1
-                return
-            trainer.current_flos, state.num_input_tokens_seen = self.begun
-            written = save(self.micro[0].random_state)
-            raise NonFiniteError(
-                f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {self.expected} "
-                f"micro-batches): {error}; {NON_FINITE_ADVICE}; {written}"
-            ) from error
-
-    def _set_gradients(self) -> None:
-        trainer, log = self.trainer, self.trainer.step_log
-        w = trainer.lower.variables
-        u = () if trainer.upper is None else trainer.upper.variables
+        w, u = self.lower.variables, self.u
         gradient = distributed.mean([x.grad for x in (*w, *u)], (*w, *u))
         loss = distributed.average(torch.stack(self._losses).sum())
-        trainer.lower.require_finite(loss, gradient[: len(w)])
+        self.lower.require_finite(loss, gradient[: len(w)])
         for variable in u:
             variable.grad = None
         numbers = {f"lower_{k}": v for k, v in distributed.means(self._metrics).items()}
         descent = gradient[: len(w)]
-        if trainer.bilevel_step is not None:
-            descent = self._upper(trainer.bilevel_step, gradient, numbers)
-        elif trainer.state.global_step == 0:
-            require_read(trainer.lower, descent)
-        norm = self._move(w, descent, trainer.max_grad_norm)
-        log.add({**numbers, "lower_grad_norm": norm})
-        log.last["grad_norm"] = norm
-        log.last["learning_rate"] = learning_rate(trainer.optimizer, trainer.lower)
+        if self.bilevel is not None:
+            descent = self._upper(self.bilevel, gradient, number, numbers)
+        elif number == 1:
+            require_read(self.lower, descent)
+        norm = self._move(w, descent, self.args.max_grad_norm)
+        self.log.add({**numbers, "lower_grad_norm": norm})
+        self.log.last["grad_norm"] = norm
+        self.log.last["learning_rate"] = learning_rate(self.optimizer, self.lower)
 
-    def _upper(self, bilevel: BilevelStep, gradient: Gradient, numbers: dict[str, Any]) -> Gradient:
+    def _upper(
+        self, bilevel: BilevelStep, gradient: Gradient, number: int, numbers: dict[str, Any]
+    ) -> Gradient:
         """The lower level's direction; each ``lower_steps``-th step sets the ``.grad`` of u too."""
-        trainer, step = self.trainer, self.trainer.state.global_step + 1
-        every, shared = trainer.args.lower_steps, bilevel.requirements.upper_weight > 0
-        bilevel.lower.half = trainer.lower.half
-        with trainer.compute_loss_context_manager():
+        every, shared = self.args.lower_steps, bilevel.requirements.upper_weight > 0
+        bilevel.lower.half = self.lower.half
+        with self.autocast():
             descent = bilevel.record_lower(
                 list(self.micro),
                 self.micro[0].random_state,
                 gradient,
-                number=step,
-                next_upper_batch=lambda: self._upper_batch(step - 1 + (step - 1) // every),
+                number=number,
+                next_upper_batch=lambda: self._upper_batch(number - 1 + (number - 1) // every),
             )
-        if step % every == 0:
+        if number % every == 0:
             # With an upper weight each lower step has read an upper batch.
-            self.upper = self._upper_batch((step if shared else 0) + step // every - 1)
-            with trainer.compute_loss_context_manager():
-                upper = bilevel.hypergradient(self.upper, number=step)
+            self.upper = self._upper_batch((number if shared else 0) + number // every - 1)
+            with self.autocast():
+                upper = bilevel.hypergradient(self.upper, number=number)
             numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}
             numbers |= {f"upper_{key}": value for key, value in upper.metrics.items()}
-            u, limit = bilevel.upper.variables, trainer.args.upper_max_grad_norm
-            numbers["upper_grad_norm"] = self._move(u, upper.hypergradient, limit)
-            rate = learning_rate(trainer.optimizer, bilevel.upper)
-            trainer.step_log.last["upper_learning_rate"] = rate
+            limit = self.args.upper_max_grad_norm
+            numbers["upper_grad_norm"] = self._move(self.u, upper.hypergradient, limit)
+            rate = learning_rate(self.optimizer, bilevel.upper)
+            self.log.last["upper_learning_rate"] = rate
             bilevel.forget()
         return descent
 
     def _move(
-        self, variables: Sequence[Tensor], gradient: Sequence[Tensor | None], limit: float | None
+        self, variables: Sequence[Tensor], gradient: Sequence[Tensor | None], limit: float
     ) -> Tensor:
         """Set each ``.grad`` and clip them together; returns their norm before clipping."""
-        for variable, part in zip(variables, gradient, strict=True):
-            variable.grad = part
-        clip = self.trainer.accelerator.clip_grad_norm_
-        return gather(clip(variables, limit or float("inf")))
+        for variable, direction in zip(variables, gradient, strict=True):
+            variable.grad = direction
+        return gather(self.accelerator.clip_grad_norm_(variables, limit or float("inf")))
 
     def _upper_batch(self, number: int) -> list[MicroBatch]:
         """Batch ``number`` of the upper level; F is a mean over its labels, or else its rows."""
-        trainer = self.trainer
-        assert trainer.upper_batches is not None
-        pieces, shares = zip(*trainer.upper_batches.pieces(number), strict=True)
-        of_labels = self._label_weights(pieces)
-        seed = ("upper", trainer.args.seed, number, *distributed.rank_key())
+        assert self.upper_batches is not None
+        pieces, shares = zip(*self.upper_batches.pieces(number), strict=True)
+        weights = self.label_weights(pieces)
+        seed = ("upper", self.args.seed, number, *distributed.rank_key())
         return [
             MicroBatch(
-                self._on_device(piece, of_label),
-                RandomState.seeded(trainer.devices, *seed, k),
-                1.0 if of_label else share,
+                self._on_device({**piece, **entries} if entries else piece),
+                RandomState.seeded(self.devices, *seed, k),
+                1.0 if entries else share,
             )
-            for k, (piece, share, of_label) in enumerate(zip(pieces, shares, of_labels))
+            for k, (piece, share, entries) in enumerate(zip(pieces, shares, weights))
         ]
 
-    def _label_weights(self, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
-        trainer = self.trainer
-        if not trainer.trainer_loss:
-            return [{} for _ in batches]
-        own_loss = trainer.own_loss or bool(trainer.compute_loss_func)
-        return label_weights(
-            batches,
-            shifted=self._labels_are_shifted(batches[0], own_loss),
-            items=own_loss or divides_by_items(trainer.model),
-            across_processes=trainer.args.average_tokens_across_devices,
-        )
-
-    def _labels_are_shifted(self, batch: Any, own_loss: bool) -> bool:
-        if not isinstance(batch, Mapping):
-            return False
-        batch = send_to_device(batch, self.trainer.args.device)
-        try:
-            with self.trainer.compute_loss_context_manager():
-                return labels_are_shifted(self.trainer.model, batch)
-        except ProblemError:
-            if own_loss:  # which may be of a model without one
-                return False
-            raise
-
-    def _on_device(self, inputs: Any, weight: Mapping[str, Tensor]) -> Any:
-        batch = send_to_device(inputs, self.trainer.args.device, non_blocking=True)
-        return {**batch, **weight} if weight else batch
+    def _on_device(self, inputs: Any) -> Any:
+        return send_to_device(inputs, self.args.device, non_blocking=True)
 
 
 class StepLog:

@@ -7,12 +7,11 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -21,15 +20,22 @@ from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.callback import BilevelCallback, model_card
-from hyperopt_peft.trainer.data import collating, data_of_levels, fingerprint
-from hyperopt_peft.trainer.optimizer import check_optimizer, held, new_optimizer
-from hyperopt_peft.trainer.step import OptimizerStep, StepLog
-from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
+from hyperopt_peft.trainer.callback import BilevelCallback
+from hyperopt_peft.trainer.data import collating, data_of_levels
+from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
+from hyperopt_peft.trainer.loss_rule import LossRule
+from hyperopt_peft.trainer.optimizer import (
+    check_optimizer,
+    new_optimizer,
+    parameter_groups,
+    params_of,
+)
+from hyperopt_peft.trainer.step import OptimizerStep
+from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of, upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
 from hyperopt_peft.utils.signal_to_noise import ENOUGH, REMEDIES
@@ -107,9 +113,9 @@ class BilevelTrainer(Trainer):
         **trainer: Any,
     ) -> None:
         self.trainer_loss = _is_function(lower)
-        self.own_loss = type(self).compute_loss is not BilevelTrainer.compute_loss
+        custom = type(self).compute_loss is not BilevelTrainer.compute_loss
         checks.check_arguments(
-            args, model, trainer, trainer_loss=self.trainer_loss, own_loss=self.own_loss
+            args, model, trainer, trainer_loss=self.trainer_loss, own_loss=custom
         )
         if self.trainer_loss:
             for data in (train_dataset, upper_dataset):
@@ -123,6 +129,7 @@ class BilevelTrainer(Trainer):
             may_share_rows=self.may_share_rows,
         )
         self.skipped = 0
+        self._loss_rule = LossRule(self, of_levels=not self.trainer_loss, custom=custom)
         self._callback = BilevelCallback(self)
         super().__init__(
             model,
@@ -131,18 +138,21 @@ class BilevelTrainer(Trainer):
             callbacks=[self._callback, *(callbacks or ())],
             **trainer,
         )
-        self.lower: Problem = _made(lower, self)
-        self.upper: Problem | None = _made(upper, self)
+        self.lower: Problem = lower(self) if _is_function(lower) else lower
+        self.upper: Problem | None = upper(self) if _is_function(upper) else upper
         checks.check_levels(self.levels)
         if self.upper is not None and args.upper_prior is not None:
             checks.check_no_prior(self.upper)
             self.upper.prior = GaussianPrior(args.upper_prior, self.upper.variables)
         self.estimator = args.estimator()
-        checks.check_accelerator(self)
+        checks.check_accelerator(self, self.levels, self.estimator)
         check_optimizer(self.optimizer, self.lr_scheduler, self.levels)
-        self._take_levels(self.optimizer or new_optimizer(self))
-        loader_of(self, self.train_dataset, "train_dataset")
-        self.upper_batches = None if self.upper is None else upper_batches(self)
+        checks.check_columns(self, self.train_dataset, "train_dataset")
+        self.upper_batches: UpperBatches | None = None
+        if self.upper is not None:
+            loader = loader_of(self, self.upper_dataset, "upper_dataset")
+            self.upper_batches = upper_batches(self.upper_dataset, loader, args)
+        self._set_step(self.optimizer or self._new_optimizer())
 
     @property
     def levels(self) -> list[Problem]:
@@ -175,19 +185,31 @@ class BilevelTrainer(Trainer):
     def settings(self) -> dict[str, Any]:
         """The settings in which a checkpoint and the run that resumes must agree, as JSON."""
         settings = {
-            **self.args.decisive_settings(),
+            **self.args.resume_must_match(),
             "hypergradient": repr(self.estimator) if self.upper is not None else None,
             "processes": distributed.world_size(),
-            **self._fingerprints,
+            **self._data_fingerprints,
             **{name: list(tensor.shape) for name, tensor in self.named_tensors()},
+            "frozen weights of the model": self._frozen_fingerprint(),
         }
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
     @cached_property
-    def _fingerprints(self) -> dict[str, Any]:
+    def _data_fingerprints(self) -> dict[str, Any]:
         data = {"train_dataset": self.train_dataset, "upper_dataset": self.upper_dataset}
-        return {name: fingerprint(rows) for name, rows in data.items()}
+        return {name: data_fingerprint(rows) for name, rows in data.items()}
+
+    def _frozen_fingerprint(self) -> str | None:
+        """The identity of the weights that no level owns; None under FSDP2.
+
+        There the processes have shards, and may get the weights from process 0 in training only.
+        """
+        if self.is_fsdp_enabled:
+            return None
+        owned = {id(variable) for level in self.levels for variable in level.variables}
+        named = self.model.named_parameters()
+        return weights_fingerprint((name, p) for name, p in named if id(p) not in owned)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -203,32 +225,45 @@ class BilevelTrainer(Trainer):
                 that is no scalar, or a variable that no loss reads, at the level's first step.
             NonFiniteError: as ``args.non_finite`` says; the message names step and batch.
         """
-        found = checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir))
-        return self._train_from(found, *args, **kwargs)
+        resumed = checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir))
+        return self._train_from(resumed, *args, **kwargs)
 
     def _train_from(
-        self, found: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
+        self, resumed: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train from the checkpoint ``found``, with its record; None for a new run."""
-        self.step_log, self.skipped, self._noise_said = StepLog(), 0, False
-        given = self.args
+        """Train from the checkpoint ``resumed``, with its record; None for a new run."""
+        self.skipped, self._warned_of_noise = 0, False
+        args_of_user = self.args
         try:
-            with self._callback.run(found):
+            with self._callback.run(resumed):
                 distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
-                return super().train(None if found is None else str(found[0]), *args, **kwargs)
+                folder = None if resumed is None else str(resumed[0])
+                return super().train(folder, *args, **kwargs)
         finally:
-            self.args = given
+            self.args = args_of_user
             if self.upper_batches is not None:
                 self.upper_batches.close()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The optimizer ``args.optim`` over both levels, with groups of their own."""
-        if self.is_fsdp_enabled:  # an evaluation replaces the shards by whole parameters
+        if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
             reshard(self.model)
         if self.optimizer is None:
-            self.optimizer = new_optimizer(self)
-        self._held = held(self.optimizer)
+            self.optimizer = self._new_optimizer()
+        self._unprepared = params_of(self.optimizer)
         return self.optimizer
+
+    def _new_optimizer(self) -> Any:
+        model = self.model
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, model
+        )
+        named = dict(model.named_parameters(remove_duplicate=False))
+        decayed = {id(named[name]) for name in self.get_decay_parameter_names(model)}
+        plain = {id(parameter) for parameter in named.values()} - decayed
+        return new_optimizer(
+            kind, options, parameter_groups(self.lower, self.upper, self.args, plain)
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step."""
@@ -243,41 +278,73 @@ class BilevelTrainer(Trainer):
                 f"{steps} steps; train for longer or lower lower_steps"
             )
 
-    def take_over(self) -> None:
+    def adopt_prepared_parameters(self) -> None:
         """Replace the levels' variables by the optimizer's; the Trainer's loop clips nothing.
 
         The callback calls this after the Trainer has prepared model and optimizer: FSDP2 replaces
         the parameters, also in the optimizer, by shards.
         """
-        now = dict(zip(map(id, self._held), held(self.optimizer), strict=True))
+        prepared = dict(zip(map(id, self._unprepared), params_of(self.optimizer), strict=True))
         for level in self.levels:
-            level.variables = tuple(now[id(variable)] for variable in level.variables)
-        self._take_levels(self.optimizer)
-        self.save_total_limit = self.args.save_total_limit
+            level.variables = tuple(prepared[id(variable)] for variable in level.variables)
+        self._set_step(self.optimizer)
         self.args = self.args.without_limits()
 
+    def begin_step(self) -> None:
+        """Begin an optimizer step; the callback calls this before the first micro-batch."""
+        self._counters = self.current_flos, self.state.num_input_tokens_seen
+        self.current_step.begin(self.current_gradient_accumulation_steps)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The micro-batches of the next step; none at the end of the run."""
+        """The micro-batches of the next step, with label weights; none at the end of the run."""
         if self.control.should_training_stop:
             return [], None
         with collating("train_dataset"):
             batches = list(islice(epoch_iterator, num_batches))
-        self.current_step = OptimizerStep(self, batches)
-        return batches, None
+        weights = self._loss_rule.label_weights(batches)
+        if len(batches) > 1 and weights[0]:
+            self._loss_rule.warn_of_sum(self.task_loss, batches[0])
+        return [{**b, **w} if w else b for b, w in zip(batches, weights, strict=True)], None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one micro-batch; after the last one ``.grad`` is the step's direction."""
+        """The loss of one micro-batch; after the last one ``.grad`` is the step's direction.
+
+        Raises:
+            ProblemError: the trainer is not in ``train()``, whose optimizer a step needs.
+            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite, unless
+                ``args.non_finite`` skips the step.
+        """
+        if not self.is_in_train:
+            raise ProblemError(
+                "training_step: a step of two levels is a part of train(); call train(), or "
+                "hyperopt_peft.hypergradient for one hypergradient"
+            )
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        loss = self.current_step.loss(inputs)
+        step = self.current_step
+        loss = step.loss(inputs)
         self.accelerator.backward(loss)
-        every = self.args.torch_empty_cache_steps
-        if every is not None and self.state.global_step % every == 0:
-            clear_device_cache()
-        if self.current_step.whole:
-            self.current_step.set_gradients(self._callback.save_before)
-        return loss.detach() - self.current_step.last_prior
+        if step.complete:
+            try:
+                step.set_gradients(self.state.global_step + 1)
+            except NonFiniteError as error:
+                step.clear_gradients()
+                self._skip_or_stop(error)
+        return loss.detach() - step.last_prior
+
+    def _skip_or_stop(self, error: NonFiniteError) -> None:
+        """Count the step as skipped, or write a checkpoint of the state before it and raise."""
+        if self.args.non_finite == "skip":
+            self.skipped += 1
+            return
+        step, state = self.current_step, self.state
+        self.current_flos, state.num_input_tokens_seen = self._counters
+        written = self._callback.save_before(step.micro[0].random_state)
+        raise NonFiniteError(
+            f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {step.count} "
+            f"micro-batches): {error}; {NON_FINITE_ADVICE}; {written}"
+        ) from error
 
     def task_loss(self, batch: Any) -> Tensor:
         """The loss that the Trainer would train: a scalar, the weighted mean over the labels.
@@ -308,17 +375,18 @@ class BilevelTrainer(Trainer):
     ) -> Any:
         """As `transformers.Trainer.compute_loss`, corrected for evaluation by several processes.
 
-        With a count of labels the Trainer multiplies the loss by the number of processes, even the
-        loss of a model that is a mean over the process's rows whatever the count.
+        With a count of labels the Trainer multiplies the loss by the number of processes, also when
+        the model averages over rows itself. Such a model gets no count.
         """
-        if not (checks.divides_by_items(self.model) or self.compute_loss_func):
+        compute, rule = super().compute_loss, self._loss_rule
+        if num_items_in_batch is not None and not rule.reads_items(partial(compute, model), inputs):
             num_items_in_batch = None
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return compute(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `transformers.Trainer.log`, with the numbers of the levels."""
         if "loss" in logs:
-            means, last = self.step_log.read()
+            means, last = self.current_step.log.read()
             logs |= {key: value for key, value in means.items() if key not in logs} | last
             if self.skipped:
                 logs["skipped"] = self.skipped
@@ -336,8 +404,8 @@ class BilevelTrainer(Trainer):
         count, ratio = self.bilevel_step.signal.count, self.bilevel_step.signal.read()
         if ratio is None or ratio == math.inf:
             return {}
-        if ratio < 1 and count >= ENOUGH and not self._noise_said:
-            self._noise_said = True
+        if ratio < 1 and count >= ENOUGH and not self._warned_of_noise:
+            self._warned_of_noise = True
             logger.warning(
                 "upper_snr: %.2g over %d upper steps: the upper level follows noise, unless it is "
                 "near its minimum; try %s",
@@ -358,11 +426,14 @@ class BilevelTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `transformers.Trainer.create_model_card`, with the bilevel settings and results."""
+        """As `transformers.Trainer.create_model_card`, with the bilevel settings."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "README.md"
-            path.write_text(model_card(path.read_text(), self))
+            settings = {"levels": [level.name for level in self.levels]}
+            settings |= self.args.bilevel_settings()
+            lines = "".join(f"- {key}: {value}\n" for key, value in settings.items())
+            with (Path(self.args.output_dir) / "README.md").open("a") as card:
+                card.write(f"\n\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n{lines}")
 
     def end_training(self) -> None:
         """End the process group: the last line of a script.
@@ -380,24 +451,29 @@ class BilevelTrainer(Trainer):
         self.model_wrapped = self.model
         self.accelerator.free_memory()
 
-    def _take_levels(self, optimizer: Any) -> None:
-        """Build the bilevel step of the levels' present variables.
+    def _set_step(self, optimizer: Any) -> None:
+        """Build the steps of the levels' present variables.
 
         Raises:
             ProblemError: the estimator cannot be used with the levels or the optimizer.
         """
-        self.max_grad_norm = self.args.max_grad_norm
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
-            lower = Accumulated(self.lower, optimizer, self.max_grad_norm or None)
+            lower = Accumulated(self.lower, optimizer, self.args.max_grad_norm or None)
             upper = Accumulated(self.upper)
             self.bilevel_step = BilevelStep(upper, lower, self.estimator, seed=self.args.seed)
         self.devices = devices_of(*self.levels)
+        self.current_step = OptimizerStep(
+            self.lower,
+            self.bilevel_step,
+            args=self.args,
+            optimizer=optimizer,
+            accelerator=self.accelerator,
+            upper_batches=self.upper_batches,
+            label_weights=self._loss_rule.label_weights,
+            autocast=self.compute_loss_context_manager,
+        )
 
 
 def _is_function(level: Any) -> bool:
     return callable(level) and not isinstance(level, Problem | nn.Module | type)
-
-
-def _made(level: Any, trainer: BilevelTrainer) -> Any:
-    return level(trainer) if _is_function(level) else level

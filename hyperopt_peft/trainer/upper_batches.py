@@ -4,35 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import collating, require_examples
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
 
-if TYPE_CHECKING:
-    from hyperopt_peft.trainer.trainer import BilevelTrainer
-
-
-#: The most examples of an upper level of which each batch is all, unless a size is given.
-WHOLE = 128
+#: The most examples of an upper level for which each batch is all of them, unless a size is given.
+FULL = 128
 
 
 class UpperBatches(Dataset[Any]):
     """The upper level's batches, each a function of its number alone, so that a run can resume.
 
-    A batch is one piece of ``size`` examples. With ``whole`` it is all of ``data``, in pieces of at
+    A batch is one piece of ``size`` examples. With ``full`` it is all of ``data``, in pieces of at
     most ``size`` examples, equally many on each process.
 
     Args:
         data: examples by index, with a length.
         size: the number of examples in a piece of one process.
-        whole: whether each batch is all of ``data``.
+        full: whether each batch is all of ``data``.
         seed: the seed of the order, which differs between epochs.
         collate: makes a batch from a list of examples.
         rank: the number of this process.
@@ -48,8 +45,8 @@ class UpperBatches(Dataset[Any]):
         True
         >>> sorted(batches.batch(0) + batches.batch(1))
         [0, 1, 2, 3]
-        >>> whole = UpperBatches(range(5), 2, seed=0, collate=len, whole=True)
-        >>> whole.pieces(0)  # numbers of examples, and weights
+        >>> batches = UpperBatches(range(5), 2, seed=0, collate=len, full=True)
+        >>> batches.pieces(0)  # numbers of examples, and weights
         [(1, 0.6), (2, 1.2), (2, 1.2)]
     """
 
@@ -60,7 +57,7 @@ class UpperBatches(Dataset[Any]):
         *,
         seed: int,
         collate: Callable[[Sequence[Any]], Any],
-        whole: bool = False,
+        full: bool = False,
         rank: int = 0,
         processes: int = 1,
         **loading: Any,
@@ -76,10 +73,10 @@ class UpperBatches(Dataset[Any]):
         self.size = min(size, len(data) // processes)
         self.per_epoch = len(data) // (self.size * processes)
         self.used = self.per_epoch * self.size * processes
-        if whole:  # each process has a row of each piece
+        if full:  # each process has a row of each piece
             self.per_epoch = min(-(-len(data) // (size * processes)), len(data) // processes)
             self.used = len(data)
-        self.count = self.per_epoch if whole else 1  # pieces of a batch
+        self.count = self.per_epoch if full else 1  # pieces of a batch
         self._batches: Iterator[Any] | None = None
         self._next = 0
 
@@ -94,7 +91,7 @@ class UpperBatches(Dataset[Any]):
         return [(self.batch(n), len(self._share(n % self.per_epoch)) / mean) for n in numbers]
 
     def batch(self, number: int) -> Any:
-        """This process's part of piece ``number``, from 0; an epoch drops a smaller last one."""
+        """This process's share of piece ``number``, from 0; an epoch drops a smaller last one."""
         if self._batches is None or number != self._next:
             self.close()
             # The loader seeds its workers from this generator and not from the training stream.
@@ -102,7 +99,7 @@ class UpperBatches(Dataset[Any]):
                 self,
                 batch_size=None,
                 sampler=self._numbered_rows(number),
-                collate_fn=_as_it_is,
+                collate_fn=_identity,
                 generator=torch.Generator().manual_seed(self.seed),
                 **self.loading,
             )
@@ -117,19 +114,19 @@ class UpperBatches(Dataset[Any]):
 
     def _numbered_rows(self, begin: int) -> Iterator[tuple[int, list[int]]]:
         """The numbers of the batches from ``begin`` with their rows; one permutation an epoch."""
-        known, order = -1, torch.empty(0, dtype=torch.int64)
+        present, order = -1, torch.empty(0, dtype=torch.int64)
         for number in count(begin):
             epoch, position = divmod(number, self.per_epoch)
-            if epoch != known:
+            if epoch != present:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                known, order = epoch, torch.randperm(len(self.data), generator=generator)
+                present, order = epoch, torch.randperm(len(self.data), generator=generator)
             share = self._share(position)
             yield number, order[share.start : share.stop].tolist()
 
     def _share(self, position: int) -> range:
-        """The places in an epoch's order of this process's part of the piece ``position``."""
-        part, parts = position * self.processes + self.rank, self.per_epoch * self.processes
-        return range(part * self.used // parts, (part + 1) * self.used // parts)
+        """The positions in an epoch's order of this process's share of the piece ``position``."""
+        number, count = position * self.processes + self.rank, self.per_epoch * self.processes
+        return range(number * self.used // count, (number + 1) * self.used // count)
 
     def __getitem__(self, index: tuple[int, list[int]]) -> Any:
         number, rows = index
@@ -139,24 +136,22 @@ class UpperBatches(Dataset[Any]):
             return self.collate(together(rows) if together else [self.data[row] for row in rows])
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
-    """Batches of ``trainer.upper_dataset``, with collator, columns and workers of the Trainer.
+def upper_batches(data: Any, loader: Any, args: Any) -> UpperBatches:
+    """Batches of ``data`` by ``args``, with collator, columns and workers of ``loader``.
 
     Without ``per_device_upper_batch_size`` each is the whole data set where that is small.
     """
-    data, args = trainer.upper_dataset, trainer.args
-    given = args.per_device_upper_batch_size
-    loader = loader_of(trainer, data, "upper_dataset")
+    size = args.per_device_upper_batch_size
     if isinstance(data, datasets.Dataset):
         data = data.select_columns(loader.dataset.column_names)
     return UpperBatches(
         data,
-        given or args.per_device_train_batch_size,
-        whole=given is None and len(data) <= WHOLE,
+        size or args.per_device_train_batch_size,
+        full=size is None and len(data) <= FULL,
         seed=args.seed,
         collate=loader.collate_fn,
         rank=distributed.rank(),
@@ -168,7 +163,7 @@ def upper_batches(trainer: BilevelTrainer) -> UpperBatches:
     )
 
 
-def loader_of(trainer: BilevelTrainer, data: Any, name: str) -> Any:
+def loader_of(trainer: Trainer, data: Any, name: str) -> Any:
     """The Trainer's loader of ``data``, or of its first row.
 
     Raises:

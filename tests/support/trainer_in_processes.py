@@ -90,7 +90,7 @@ def train(folder: Path, batch: Any, resume: Any = None, **options: Any) -> tuple
     trainer.train(resume)
     trainer.save_model(str(folder / "adapter"))
     logs = list(trainer.state.log_history)
-    if trainer.retrainer is not None:
+    if getattr(trainer, "retrainer", None) is not None:
         logs += trainer.retrainer.state.log_history
     return logs, {n: gather(value) for n, value in models.values(trainer.model).items()}
 

@@ -155,16 +155,6 @@ def test_every_micro_batch_sees_its_own_mask_again() -> None:
         close(found.gradient, gradient)
 
 
-def test_masks_differ_from_micro_batch_to_micro_batch() -> None:
-    """Equal examples of two micro-batches have other losses, as other draws have."""
-    _, lower = levels(dropout=0.5)
-    batch = examples(4)
-    one, other = (MicroBatch(batch, RandomState.seeded(CPU, k)) for k in range(2))
-    accumulated = Accumulated(lower)
-    losses = [accumulated.gradient([m], lower.variables).loss for m in (one, other, one)]
-    assert losses[0] == losses[2] != losses[1]
-
-
 def test_directional_differences_are_of_one_function() -> None:
     """With dropout, a two-sided difference comes to the exact product under the same masks."""
     upper, lower = levels(dropout=0.5)
@@ -207,23 +197,6 @@ def test_a_variable_that_one_micro_batch_does_not_read_counts_as_zero_there() ->
     found = Accumulated(Some([w, v, idle])).gradient(batch, (w, v, idle))
     assert found.loss == (1 * 2 - 4 * 3 + 2 * 2 - 6 * 3) / 4
     assert found.gradient == (3 / 4, -10 / 4, None)
-
-
-def test_it_owns_what_the_level_owns() -> None:
-    _, lower = levels()
-    accumulated = Accumulated(lower)
-    assert accumulated.name == lower.name and accumulated.names == lower.names
-    assert all(a is b for a, b in zip(accumulated.variables, lower.variables, strict=True))
-    assert all(variable.grad is None for variable in accumulated.variables)
-
-
-def test_no_gradient_is_left_behind() -> None:
-    upper, lower = levels()
-    for variable in (*lower.variables, *upper.variables):
-        variable.grad = torch.ones_like(variable)
-    Accumulated(lower).gradient(parts(examples(6), 2), lower.variables)
-    for variable in (*lower.variables, *upper.variables):
-        assert torch.equal(variable.grad, torch.ones_like(variable))
 
 
 def test_a_metric_of_some_micro_batches_is_the_mean_over_these() -> None:

