@@ -260,6 +260,7 @@ class Problem:
         losses, metrics = [], []
         before: dict[int, tuple[Tensor, Tensor | None]] = {}
         terms = self.terms(batch)
+        watch: AbstractContextManager[list[Tensor]]
         try:
             while True:
                 watch = nullcontext([]) if alone else seen_parameters()

@@ -71,8 +71,8 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     for name, count in Counter(names).items():
         if count > 1:
             raise ProblemError(f"{level}: two variables are called {name!r}; give unique names")
-    if pair := one_tensor(pairs):
-        raise ProblemError(f"{level}: {pair[0]} and {pair[1]} are one tensor; give it once")
+    if twice := one_tensor(pairs):
+        raise ProblemError(f"{level}: {twice[0]} and {twice[1]} are one tensor; give it once")
     return names, tensors
 
 

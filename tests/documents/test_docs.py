@@ -167,7 +167,7 @@ def test_what_is_said_of_betty_is_in_betty() -> None:
     text = PAGES["coming-from-betty.md"]
     options = {"type", "unroll_steps", "warmup_steps", "darts_alpha", "neumann_iterations"}
     options |= {"neumann_alpha", "cg_iterations", "gradient_clipping", "gradient_accumulation"}
-    options |= {"precision", "retain_graph", "allow_unused", "first_order", "log_step"}
+    options |= {"precision", "log_step"}
     engine = {"train_iters", "logger_type", "valid_step", "early_stopping", "strategy", "roll_back"}
     methods = {"training_step", "trainable_parameters", "state_dict", "grad_callback"}
     for name in options | engine | methods:
