@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from copy import copy
 from dataclasses import replace
+from io import StringIO
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,7 +16,6 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter, trainable
@@ -61,9 +62,10 @@ class Baselines:
         self._options = {**trainer.options, "callbacks": None}
         self._agreement: tuple[SourceData, Tensor] | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Baselines:
         self._end = [variable.detach().clone() for variable in self.variables]
         self._folder = TemporaryDirectory(prefix="mix-")
+        return self
 
     def __exit__(self, *exception: Any) -> None:
         self._folder.cleanup()
@@ -96,7 +98,7 @@ class Baselines:
         else:
             assign_(self.variables, self.trainer.initial)
             args = self._silenced(copy(self.trainer.args))
-            _silent(_SilentMixTrainer(self.model, args, sources=data, **self._options)).train()
+            _run(MixTrainer(self.model, args, sources=data, **self._options))
             passes = self.passes
         return passes
 
@@ -136,7 +138,11 @@ class Baselines:
         counts = {name: max(1, count) for name, count in data.counts.items()}
         weights = SourceWeights(counts)
         if agreement is not None:
-            sums, votes = _by_source(data.sources, agreement, len(data.names))
+            if agreement.dim() == 2:  # of votes
+                sums, votes = agreement.nansum(0), (~agreement.isnan()).sum(0)
+            else:
+                source, size = torch.tensor(data.sources[SOURCE][:]), len(data.names)
+                sums, votes = source.bincount(agreement, size), source.bincount(minlength=size)
             share = ((sums + 1) / (votes + 2)).clamp(1e-3, 1 - 1e-3)
             share[-1] = 1 - 1e-3
             weights.logits.data = share.logit()
@@ -164,7 +170,7 @@ class Baselines:
             return Mixture(trainer.model, weights)
 
         options = {**self._options, "args": args, "train_dataset": rows}
-        _silent(BilevelTrainer(self.model, lower=level, upper=None, **options)).train()
+        _run(BilevelTrainer(self.model, lower=level, upper=None, **options))
 
     def _silenced(self, args: Any) -> Any:
         """``args`` that write nothing."""
@@ -183,24 +189,10 @@ class Baselines:
             yield send_to_device(dict(batch), args.device)
 
 
-class _SilentMixTrainer(MixTrainer):
-    def retraining(self, args: Any) -> BilevelTrainer:
-        return _silent(super().retraining(args))
-
-
-def _silent(trainer: BilevelTrainer) -> BilevelTrainer:
-    """The trainer without the summary that it prints where it draws no bar."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _by_source(rows: Dataset, agreement: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of each source, the sum of the agreement of its rows or votes, and their number."""
-    if agreement.dim() == 2:
-        return agreement.nansum(0), (~agreement.isnan()).sum(0)
-    source = torch.tensor(rows[SOURCE][:])
-    sums = torch.zeros(count).index_add_(0, source, agreement)
-    return sums, source.bincount(minlength=count)
+def _run(trainer: BilevelTrainer) -> None:
+    """Train without the summary that a Trainer prints where it draws no bar."""
+    with redirect_stdout(StringIO()):
+        trainer.train()
 
 
 def _agreeing(data: SourceData, agreement: Tensor) -> SourceData:

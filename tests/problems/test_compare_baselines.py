@@ -15,8 +15,15 @@ from hyperopt_peft.problems.compare_baselines import (
     compare_baselines,
     split_folds,
 )
-from hyperopt_peft.problems.mix_baselines import AGREEMENT, EQUAL, FILTERED, LEARNED, TRUSTED_ONLY
-from tests.support.mix_runs import trainer, votes
+from hyperopt_peft.problems.mix_baselines import (
+    AGREEMENT,
+    EQUAL,
+    FILTERED,
+    LEARNED,
+    TRUSTED_ONLY,
+    Baselines,
+)
+from tests.support.mix_runs import rows, trainer, votes
 from tests.support.trainers import values
 
 
@@ -60,6 +67,11 @@ def test_a_wrong_source_is_exposed(tmp_path: Path, capsys: pytest.CaptureFixture
         assert by_name[good].loss < by_name[EQUAL].loss
     assert by_name[LEARNED].passes > by_name[TRUSTED_ONLY].passes
     assert run.row_weights() == weights
+    with Baselines(run) as baselines:  # by any rows
+        baselines.train(EQUAL, baselines.steps, run.data)
+        equal = baselines.losses(rows(60, 9)).mean()
+        baselines.train(TRUSTED_ONLY, baselines.steps, run.data)
+        assert baselines.losses(rows(60, 9)).mean() < equal
     for name, value in values(run.model).items():
         assert torch.equal(value, before[name]), name
 
