@@ -135,12 +135,14 @@ def main() -> None:
     result.to_csv(output / "attribution.csv", {"suspect": flagged, "wrong": wrong.int().tolist()})
     result.plot(output / "attribution.png", 8)
     seen = ~result.scores.isnan()
-    ways = {
+    measures = {
         "out-of-fold confidence": -suspects.confidence,
         "mean training loss": suspects.loss,
         "score": suspects.score,
     }
-    areas = {name: float(roc_auc_score(wrong[seen], values[seen])) for name, values in ways.items()}
+    areas = {
+        name: float(roc_auc_score(wrong[seen], values[seen])) for name, values in measures.items()
+    }
     print("\n| wrong labels are found by | area under the curve |\n| --- | --- |")
     for name, area in areas.items():
         print(f"| {name} | {area:.3f} |")

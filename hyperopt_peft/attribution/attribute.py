@@ -93,7 +93,7 @@ def attribute(
     parsed = parse_estimator(estimator)
     if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
         _check_bilevel(training, parsed.differentiates_run)
-    options = {
+    options: dict[str, Any] = {
         "differentiated": parsed.differentiates_run,
         "memory_limit": memory_limit,
         "progress": progress,

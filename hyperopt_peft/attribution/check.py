@@ -88,26 +88,25 @@ class ScoreCheck:
                 f"{len(self.actual)} retrainings cannot tell whether the scores predict "
                 "retraining; check with 20 or more"
             )
-        smoother = (
-            "make the run smoother: larger batches, a lower learning rate, warm-up, or a larger "
-            "epsilon in Adam (see docs/attribution.md for what each brings)"
-        )
         rough = self.metasmoothness is not None and self.metasmoothness < GOOD
+        remedy = (
+            "make the run smoother: warm-up, a lower learning rate, a larger epsilon in Adam, or "
+            "larger batches (see docs/attribution.md for what each brings)"
+        )
         if not rough:
-            smoother = f"use the estimator unrolled, check with more retrainings, or {smoother}"
+            remedy = f"use the estimator unrolled, check with more retrainings, or {remedy}"
         if not self.lds >= POOR:
-            return f"the scores do not predict retraining: do not act on them; {smoother}"
-        why = ", since the run is rough" if rough else ""
-        return f"the scores predict retraining roughly{why}; {smoother}"
+            return f"the scores do not predict retraining: do not act on them; {remedy}"
+        return f"the scores predict retraining roughly; {remedy}"
 
     def __str__(self) -> str:
         low, high = self.interval
-        smooth = (
-            "" if self.metasmoothness is None else f", metasmoothness {self.metasmoothness:.2f}"
-        )
+        smooth = self.metasmoothness
+        numbers = f"slope {self.slope:.2f}"
+        numbers += "" if smooth is None else f", metasmoothness {smooth:.2f}"
         return (
             f"LDS {self.lds:.2f} [{low:.2f}, {high:.2f}] over {len(self.actual)} retrainings "
-            f"without {self.share:.0%} of the rows, slope {self.slope:.2f}{smooth}: {self.advice}"
+            f"without {self.share:.0%} of the rows, {numbers}: {self.advice}"
         )
 
 

@@ -33,18 +33,18 @@ class Checkpoints:
         self._folder = None if every == 1 else TemporaryDirectory(prefix="attribution-")
 
     def due(self, step: int) -> bool:
-        """Whether the point before ``step`` is kept."""
+        """Whether there is to be a checkpoint before ``step``."""
         return step % self.every == 0
 
     def put(self, step: int, point: Point) -> None:
-        """Keep ``point``, where variables and optimizers were before ``step``."""
+        """Store ``point``, where variables and optimizers were before ``step``."""
         if self._folder is None:
             self._points[step] = point
         else:
             torch.save(point, Path(self._folder.name) / f"{step}.pt")
 
     def get(self, step: int) -> Point:
-        """The point before ``step``, which was kept."""
+        """The point that was stored before ``step``."""
         if self._folder is None:
             return self._points[step]
         point: Point = torch.load(Path(self._folder.name) / f"{step}.pt", weights_only=True)

@@ -44,7 +44,7 @@ class Evaluation(Problem):
             str(name): list(loss) if isinstance(loss, list | tuple) else [loss]
             for name, loss in named.items()
         }
-        functions = [part for parts in self.slices.values() for part in parts]
+        functions = [function for loss in self.slices.values() for function in loss]
         if not functions or not all(map(callable, functions)):
             raise ProblemError(f"evaluation: give functions that return a loss, got {slices!r}")
 
@@ -54,10 +54,10 @@ class Evaluation(Problem):
 
     def terms(self, batch: Sequence[LossPart]) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """The parts of Φ, one after the other."""
-        for part in batch:
-            yield from super().terms(part)
+        for function in batch:
+            yield from super().terms(function)
 
     def value(self, name: str) -> float:
         """Φ of the slice ``name`` at the current point."""
         with torch.no_grad():
-            return sum(float(part()) for part in self.slices[name])
+            return sum(float(function()) for function in self.slices[name])

@@ -28,14 +28,9 @@ def setup_from_levels(
     training_steps: int | None,
     **options: Any,
 ) -> RetrainingSetup:
-    """Train ``training``, and return its run and Φ.
+    """Train ``training``, and return its run and Φ; ``options`` are those of `train_levels`.
 
-    Args:
-        training, weights, evaluation, training_steps: see `attribute`.
-        options: ``differentiated``, ``memory_limit`` and ``progress`` of `train_levels`.
-
-    Raises:
-        ProblemError: see `attribute`.
+    Arguments and errors are those of `attribute`.
     """
     leaf = isinstance(weights, Tensor) and weights.dim() == 1 and weights.is_leaf
     if weights is None or not leaf or not weights.requires_grad or len(weights) == 0:
@@ -73,21 +68,16 @@ def train_levels(
     differentiated: bool = True,
     progress: bool = False,
 ) -> Run:
-    """Train ``levels``, and return the run.
+    """Train the lower level, and an upper one where there is one, and return the `Run`.
 
-    Args:
-        levels: the lower level, and an upper one where there is one, each with an optimizer.
-        weights: see `Run`.
-        order: the number of the level that moves, step by step.
-        seed: of the upper level's random numbers, as in `Engine`.
-        memory_limit, differentiated: see `Run`.
-        progress: whether to show a progress bar.
+    ``order`` has the number of the level that moves, step by step; ``seed`` is that of the upper
+    level's random numbers, as in `Engine`.
 
     Raises:
         ProblemError: see `Run`; or a loss does not read the weights.
         NonFiniteError: a loss or a gradient is NaN or infinite; the message names the step.
     """
-    run = Run(levels, weights, len(order), memory_limit=memory_limit, differentiated=differentiated)
+    run = Run(levels, weights, len(order), memory_limit, differentiated=differentiated)
     counts = [0 for _ in levels]
     for step, number in enumerate(tqdm(order, disable=not progress, desc=levels[0].name)):
         level, counts[number] = levels[number], counts[number] + 1

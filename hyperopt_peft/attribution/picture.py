@@ -12,19 +12,13 @@ from hyperopt_peft.utils.plots import BLUE, GREY, RED, drawing
 
 
 def picture(scores: Tensor, lines: Mapping[int, str], path: str | Path | None = None) -> Any:
-    """The distribution of the scores, and the rows at both ends.
+    """The figure of `Attribution.plot`.
 
     Args:
         scores: ``(n,)``; NaN for a row that was never seen.
         lines: the text of each row that is drawn, from the one that hurts most to the one that
             helps most.
         path: the file to write; None writes none.
-
-    Returns:
-        The matplotlib figure.
-
-    Raises:
-        ProblemError: the file cannot be written.
     """
     seen, values = scores[~scores.isnan()], [float(scores[row]) for row in lines]
     hurting = sum(value > 0 for value in values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import permutations
 
 import numpy as np
 from scipy.optimize import brentq
@@ -65,18 +66,8 @@ def _exact(rho: float, count: int) -> tuple[float, float]:
 
 @cache
 def _distribution(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The values of ρ over all orders of ``count`` ranks, and how many orders have each.
-
-    By Σ_k k·π(k), summed over sets of ranks that the first positions have.
-    """
-    largest = sum(rank * rank for rank in range(count))
-    orders = np.zeros((1 << count, largest + 1))
-    orders[0, 0] = 1
-    for ranks in range(1, 1 << count):
-        position = ranks.bit_count() - 1
-        for rank in range(count):
-            if ranks >> rank & 1:
-                shift = position * rank
-                orders[ranks, shift:] += orders[ranks ^ 1 << rank, : largest + 1 - shift]
-    sums = orders[-1].nonzero()[0]
-    return 1 - 12 * (largest - sums) / (count**3 - count), orders[-1][sums]
+    """The values of ρ over all orders of ``count`` ranks, and how many orders have each."""
+    ranks = np.arange(count, dtype=np.int32)
+    orders = np.array(list(permutations(range(count))), dtype=np.int32)
+    products, counts = np.unique(orders @ ranks, return_counts=True)
+    return 1 - 12 * (ranks @ ranks - products) / (count**3 - count), counts

@@ -123,4 +123,5 @@ def _steps_of_retraining(trainer: Any, rows: int) -> int:
     """The steps of the second phase of a `BiDoRATrainer`, as its Trainer will count them."""
     if not isinstance(trainer, BiDoRATrainer) or trainer.args.retrain == "none":
         return 0
-    return trainer.args.for_retraining().steps_of(rows)
+    steps: int = trainer.args.for_retraining().steps_of(rows)
+    return steps

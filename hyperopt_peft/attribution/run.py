@@ -80,8 +80,8 @@ class Run:
         levels: Sequence[Problem],
         weights: Tensor,
         length: int,
-        *,
         memory_limit: float = 1.0,
+        *,
         differentiated: bool = True,
     ) -> None:
         self.differentiated = differentiated
@@ -203,8 +203,6 @@ class Run:
         visited = share != 0 if seen is None else seen.cpu()
         self.visits += visited
         self.losses += share * visited.sum()
-        if self.steps and _same(random_state, self.steps[-1].updates[0].random_state):
-            random_state = self.steps[-1].updates[0].random_state  # 5 kB a step where none is drawn
         optimizer = {**problem.optimizer_snapshot(with_state=False), "state": {}}
         read = tuple(entry is not None for entry in of_w)
         return ParameterUpdate(level, batch, random_state, optimizer, read)
@@ -290,9 +288,3 @@ class Run:
             return record
         pairs = zip(gradient, update.read, strict=True)
         return replace(record, gradient=tuple(g if read else None for g, read in pairs))
-
-
-def _same(one: RandomState, other: RandomState) -> bool:
-    return one.states.keys() == other.states.keys() and all(
-        torch.equal(state, other.states[name]) for name, state in one.states.items()
-    )

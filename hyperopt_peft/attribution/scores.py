@@ -79,12 +79,7 @@ def scores(
 
     The cost has the forward+backward passes, ``gradients``, the second backward passes,
     ``products``, and of a solver the relative ``residuals`` by slice and its ``notes``.
-
-    Args:
-        setup: the run and Φ.
-        estimator: how.
-        checkpoints: those of the run that led to the current point.
-        progress: whether to show a progress bar.
+    ``checkpoints`` are those of the run that led to the current point.
 
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.

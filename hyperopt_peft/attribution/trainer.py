@@ -60,16 +60,9 @@ def setup_from_trainer(
 ) -> tuple[RetrainingSetup, dict[str, Sequence[Any]]]:
     """Train what ``trainer`` trains, and return its run, Φ and the columns of the rows.
 
-    Args:
-        trainer: gives model, arguments, training set and collator; it is not trained itself.
-        evaluation: the rows of Φ; by default ``trainer.eval_dataset``.
-        slices: the column of ``evaluation`` that groups its rows.
-        second_derivatives: whether the estimator differentiates gradients of the training loss.
-        differentiated, memory_limit: see `Run`.
-        progress: whether to show a progress bar.
-
-    Raises:
-        ProblemError: see `attribute`.
+    ``trainer`` gives model, arguments, training set and collator; ``second_derivatives`` says
+    whether the estimator differentiates gradients of the training loss. All else is as in
+    `attribute` and `Run`.
     """
     _check_trainer(trainer)
     data = TrainerData.read(trainer, evaluation, slices)

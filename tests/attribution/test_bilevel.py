@@ -20,17 +20,17 @@ from tests.support.attributed_bilevel import ROWS, STEPS, engine, evaluation_of,
 from tests.support.trainers import arguments, data, peft_model, values
 
 
-def close(found: Tensor, truth: Tensor, tolerance: float = 1e-6) -> bool:
-    return float((found - truth).norm() / truth.norm()) < tolerance
+def close(scores: Tensor, truth: Tensor, tolerance: float = 1e-6) -> bool:
+    return float((scores - truth).norm() / truth.norm()) < tolerance
 
 
 @pytest.mark.parametrize("memory_limit", [1.0, 8e-6])
 def test_scores_are_slopes_of_the_engines_runs(memory_limit: float) -> None:
     """Momentum, schedules, clipping and dropout at both levels; by `Engine.run` itself."""
     weights = ones()
-    given = engine(weights)
+    levels = engine(weights)
     options = {"training_steps": STEPS, "memory_limit": memory_limit, "progress": False}
-    result = attribute(given, weights, evaluation_of(given), **options)  # type: ignore[arg-type]
+    result = attribute(levels, weights, evaluation_of(levels), **options)  # type: ignore[arg-type]
     assert (setup_of(result).run.checkpoints.every > 1) == (memory_limit < 1)
     slopes = []
     for row in range(ROWS):
@@ -48,11 +48,11 @@ def test_scores_are_slopes_of_the_engines_runs(memory_limit: float) -> None:
 
 def test_the_run_is_the_engines_own() -> None:
     weights = ones()
-    given = engine(weights)
-    attribute(given, weights, evaluation_of(given), training_steps=STEPS, progress=False)
+    levels = engine(weights)
+    attribute(levels, weights, evaluation_of(levels), training_steps=STEPS, progress=False)
     plain = engine(ones())
     plain.run(STEPS)
-    for mine, theirs in ((given.lower, plain.lower), (given.upper, plain.upper)):
+    for mine, theirs in ((levels.lower, plain.lower), (levels.upper, plain.upper)):
         assert all(map(torch.equal, mine.variables, theirs.variables))
 
 
@@ -60,13 +60,13 @@ def test_estimators_without_a_known_derivative_are_refused() -> None:
     weights = ones()
     cases = [("darts", "unrolled", "darts is not known"), ("direct", "minres", "choose unrolled")]
     for hypergradient, estimator, named in cases:
-        given = engine(weights, hypergradient)
+        levels = engine(weights, hypergradient)
         with pytest.raises(ProblemError, match=named):
-            attribute(given, weights, evaluation_of(given), training_steps=2, estimator=estimator)
-    given = engine(weights)
-    given.run(1)
+            attribute(levels, weights, evaluation_of(levels), training_steps=2, estimator=estimator)
+    levels = engine(weights)
+    levels.run(1)
     with pytest.raises(ProblemError, match="first step"):
-        attribute(given, weights, evaluation_of(given), training_steps=2)
+        attribute(levels, weights, evaluation_of(levels), training_steps=2)
 
 
 def bidora(folder: Path, *, apart: bool = False, **options: Any) -> BiDoRATrainer:

@@ -89,8 +89,8 @@ def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str) -> None:
     result = attributed(watched)
     rounding = 1e-4 if kind == "causal" else 1e-12  # Llama computes in float32
     for name, value in values(watched.model).items():
-        own = values(plain.model)[name]
-        assert float((value - own).norm() / own.norm()) < rounding, name
+        expected_value = values(plain.model)[name]
+        assert float((value - expected_value).norm() / expected_value.norm()) < rounding, name
     expected = plain.evaluate()["eval_loss"]
     if kind not in ("tokens", "causal"):  # of tokens the Trainer averages over batches
         assert result.values["all"] == pytest.approx(expected, rel=1e-6)
@@ -102,8 +102,8 @@ def test_slices_have_a_loss_each(tmp_path: Path) -> None:
     alone = attributed(stock(tmp_path, eval_dataset=rows.select([1, 4])))
     assert set(result.by_slice) == {"x", "y"}
     assert torch.allclose(result.by_slice["y"], alone.scores, rtol=1e-9)
-    whole = (5 * result.by_slice["x"] + 2 * result.by_slice["y"]) / 7
-    assert torch.allclose(result.scores, whole)
+    mean = (5 * result.by_slice["x"] + 2 * result.by_slice["y"]) / 7
+    assert torch.allclose(result.scores, mean)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_second_attribution_does_not_go_on_from_the_first(tmp_path: Path) -> N
 
 def test_model_init_gives_the_trainers_own_run_each_time(tmp_path: Path) -> None:
     """The new head's values and the dropout masks are those of ``train``."""
-    given = stock(tmp_path)
+    template = stock(tmp_path)
 
     def new() -> Any:
         return get_peft_model(
@@ -245,12 +245,12 @@ def test_model_init_gives_the_trainers_own_run_each_time(tmp_path: Path) -> None
             LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], lora_dropout=0.1),
         ).double()
 
-    args = {**given.args.to_dict(), "gradient_accumulation_steps": 1, "report_to": "none"}
+    args = {**template.args.to_dict(), "gradient_accumulation_steps": 1, "report_to": "none"}
     trainer = Trainer(
         model_init=new,
         args=TrainingArguments(**args),
-        train_dataset=given.train_dataset,
-        eval_dataset=given.eval_dataset,
+        train_dataset=template.train_dataset,
+        eval_dataset=template.eval_dataset,
     )
     trainer.train()
     expected = values(trainer.model)

@@ -56,8 +56,8 @@ def levels(
     return lower, weights, evaluation
 
 
-def scored(given: Levels, **options: Any) -> Attribution:
-    lower, weights, evaluation = given
+def scored(problem: Levels, **options: Any) -> Attribution:
+    lower, weights, evaluation = problem
     options = {"training_steps": STEPS, "progress": False, **options}
     return attribute(lower, weights, evaluation, **options)
 

@@ -14,7 +14,7 @@ class RowWeighted(Problem):
     """1/B Σ v_i (net(x_i) − y_i)² over row numbers; two levels of one network."""
 
     def __init__(
-        self, net: nn.Module, weights: Tensor, named: Any, rows: Tensor, part: slice
+        self, net: nn.Module, weights: Tensor, named: Any, rows: Tensor, share: slice
     ) -> None:
         source = torch.Generator().manual_seed(0)
         self.x = torch.randn(ROWS, 3, generator=source, dtype=torch.float64)
@@ -24,7 +24,7 @@ class RowWeighted(Problem):
         optimizer = torch.optim.Adam([p for _, p in named], lr=0.02)
         super().__init__(
             named,
-            data=[batch[part] for batch in rows.split(4)],
+            data=[batch[share] for batch in rows.split(4)],
             optimizer=optimizer,
             scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
             max_grad_norm=0.5,
@@ -36,19 +36,19 @@ class RowWeighted(Problem):
 
 
 def engine(
-    weights: Tensor, hypergradient: str = "direct", *, dropout: float = 0.2, part: slice = slice(4)
+    weights: Tensor, hypergradient: str = "direct", *, dropout: float = 0.2, share: slice = slice(4)
 ) -> Engine:
-    """``part`` of each batch of four rows is this process's share."""
+    """``share`` of each batch of four rows is this process's share."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 1)).double()
     first, last = net[0].named_parameters(prefix="0"), net[3].named_parameters(prefix="3")
-    lower = RowWeighted(net, weights, first, torch.arange(8), part)
-    upper = RowWeighted(net, weights, last, torch.arange(8, ROWS), part)
+    lower = RowWeighted(net, weights, first, torch.arange(8), share)
+    upper = RowWeighted(net, weights, last, torch.arange(8, ROWS), share)
     return Engine(upper, lower, hypergradient, lower_steps=2, warmup_steps=1, progress=False)
 
 
-def evaluation_of(given: Engine) -> Any:
-    net, x = given.lower.net, torch.ones(2, 3, dtype=torch.float64)  # type: ignore[attr-defined]
+def evaluation_of(levels: Engine) -> Any:
+    net, x = levels.lower.net, torch.ones(2, 3, dtype=torch.float64)  # type: ignore[attr-defined]
     return lambda: net[3](net[1](net[0](x))).square().mean()
 
 

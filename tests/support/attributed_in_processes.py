@@ -12,26 +12,26 @@ from tests.support import two_processes
 from tests.support.attributed import levels, scored
 from tests.support.attributed_bilevel import STEPS, engine, evaluation_of, ones
 
-METHODS = ("unrolled", "unrolled:product=difference", "minres:damping=0.1", "gradient")
+ESTIMATORS = ("unrolled", "unrolled:product=difference", "minres:damping=0.1", "gradient")
 
 
 def results(processes: int = 1, rank: int = 0) -> dict[str, Any]:
-    """Scores by method, with and without files for checkpoints, and a check."""
-    found: dict[str, Any] = {}
-    for method in METHODS:
-        found[method] = scored(given(processes, rank), estimator=method).scores
-    result = scored(given(processes, rank), memory_limit=1e-5)
+    """Scores by estimator, with and without files for checkpoints, and a check."""
+    tensors: dict[str, Any] = {}
+    for estimator in ESTIMATORS:
+        tensors[estimator] = scored(levels_of(processes, rank), estimator=estimator).scores
+    result = scored(levels_of(processes, rank), memory_limit=1e-5)
     check = result.check(5, share=0.2)
-    found |= {"files": result.scores, "actual": check.actual, "smooth": check.metasmoothness}
+    tensors |= {"files": result.scores, "actual": check.actual, "smooth": check.metasmoothness}
     weights, size = ones(), 4 // processes
-    part = slice(rank * size, (rank + 1) * size)
-    both = engine(weights, dropout=0.0, part=part)
+    share = slice(rank * size, (rank + 1) * size)
+    both = engine(weights, dropout=0.0, share=share)
     options: dict[str, Any] = {"training_steps": STEPS, "progress": False}
-    found["bilevel"] = attribute(both, weights, evaluation_of(both), **options).scores
-    return found
+    tensors["bilevel"] = attribute(both, weights, evaluation_of(both), **options).scores
+    return tensors
 
 
-def given(processes: int, rank: int) -> Any:
+def levels_of(processes: int, rank: int) -> Any:
     """Levels without dropout, whose masks would differ, on this process's share of each batch."""
     lower, weights, evaluation = levels(clip=0.2, scheduled=True)
     lower.net[2].p = 0.0  # type: ignore[attr-defined]
