@@ -98,15 +98,6 @@ class DataStream:
             "peeked": bool(self._peeked),
         }
 
-    def check_state(self, state: Any) -> None:
-        """Raise ProblemError unless ``state`` has the entries of ``state_dict``."""
-        expected = {"now", "epoch_state", "position", "peeked"}
-        if not isinstance(state, Mapping) or set(state) != expected:
-            raise ProblemError(
-                f"{self.name}: the data's state must have the entries {sorted(expected)}; use a "
-                "state of this level"
-            )
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch that came next when ``state_dict`` returned ``state``."""
         self._iterator, self._position = None, 0

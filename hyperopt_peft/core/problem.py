@@ -26,7 +26,6 @@ from hyperopt_peft.core.validation import (
     loss_and_metrics,
     missing_input_hint,
     named_variables,
-    require_dense,
     runs_in_half,
 )
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -244,7 +243,7 @@ class Problem:
         restored afterwards. Loss and gradient are averages over the processes.
 
         Raises:
-            ProblemError: as `evaluate`; or the gradient of a variable is sparse.
+            ProblemError: as `evaluate`.
             NonFiniteError: the loss or a gradient is NaN or infinite, on any process.
         """
         loss, metrics, gradient = self.differentiate(batch, variables)
@@ -280,7 +279,6 @@ class Problem:
         finally:
             for tensor, grad in before.values():
                 tensor.grad = grad
-        require_dense(gradient, self.name)
         loss = distributed.average(torch.stack(losses).sum())
         return loss, distributed.means(metrics), distributed.mean(gradient, variables)
 

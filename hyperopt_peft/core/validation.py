@@ -24,7 +24,6 @@ class Level(Protocol):
     variables: tuple[Tensor, ...]
     optimizer: Any
     scheduler: Any
-    batches: Any
     unread: frozenset[str]
 
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
@@ -176,15 +175,6 @@ def _plain(value: Any) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def require_dense(gradient: Sequence[Tensor | None], level: str) -> None:
-    """Raise ProblemError if an entry of ``gradient`` is sparse."""
-    if sparse := [tuple(part.shape) for part in gradient if part is not None and part.is_sparse]:
-        raise ProblemError(
-            f"{level}: the gradients of variables of shape {sparse} are sparse; make their "
-            "embeddings with sparse=False"
-        )
-
-
 def check_max_grad_norm(limit: Any, level: str) -> None:
     """Raise ProblemError unless ``limit`` is a positive number or None."""
     if limit is not None and not (is_number(limit) and limit > 0):
@@ -206,8 +196,6 @@ def check_level_state(level: Level, state: Any, parts: Mapping[str, Any]) -> Non
                 f"{level.name}: the {key}'s state does not fit {type(parts[key]).__name__} or its "
                 f"parameter groups; create the level with the {key} of the saved run"
             )
-    if level.batches is not None:
-        level.batches.check_state(state["batches"])
     shapes = {name: tuple(v.shape) for name, v in zip(level.names, level.variables, strict=True)}
     saved = {name: tuple(v.shape) for name, v in state["variables"].items()}
     for name in (*shapes, *saved):

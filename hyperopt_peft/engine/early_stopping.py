@@ -33,6 +33,9 @@ class EarlyStopping:
     variables of all levels as they were at the smallest one. A run that ends earlier has the
     variables of its last step; `restore` returns to the best ones. The optimizers are not restored.
 
+    In a Trainer the same idea is Transformers' ``EarlyStoppingCallback`` on ``eval_dataset`` with
+    ``load_best_model_at_end``.
+
     Args:
         held_out: an iterable of batches that can be iterated again, of rows that no level trains
             on. Several processes each have batches of their own.

@@ -152,7 +152,6 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (drop("lower", "variables", "head.bias"), "head.bias"),
     (put(torch.ones(3), "lower", "variables", "new"), "new"),
     (put(torch.ones(2), "lower", "variables", "head.bias"), "head.bias"),
-    (drop("lower", "batches", "position"), "position"),
     (two_groups, "parameter groups"),
     (other_optimizer, "Adam"),
     (other_scheduler, "LambdaLR"),
