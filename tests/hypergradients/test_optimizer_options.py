@@ -91,21 +91,6 @@ def test_a_schedule_and_a_learnt_decay_go_together() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,carry=true"])
-def test_a_run_resumes_bit_by_bit(method: str) -> None:
-    def engine() -> Engine:
-        return Engine(*make(Adam, {}, True, 0.02), method, lower_steps=2, progress=False)
-
-    whole, first, second = engine(), engine(), engine()
-    whole.run(4)
-    first.run(2)
-    second.load_state_dict(first.state_dict())
-    second.run(2)
-    for level in ("upper", "lower"):
-        pairs = zip(getattr(whole, level).variables, getattr(second, level).variables)
-        assert all(torch.equal(a, b) for a, b in pairs)
-
-
 @pytest.mark.parametrize("method", sorted(registered().keys() - {"unrolled", "forward"}))
 def test_estimators_that_do_not_see_options_are_refused(method: Any) -> None:
     upper, lower = make(SGD, {"lr": 0.1})
