@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,15 +12,12 @@ from typing import Any
 
 import pandas
 import torch
+from rated_text import DOMAINS, archive
+from text_data import load_model, model_path
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from rated_text import DOMAINS, archive
-from text_data import load_model, model_path
 
 LENGTH, FROZEN = 24, 4
 #: The label of a token without one, which no loss counts.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import json
 import math
 import os
 import platform
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +31,6 @@ PACKAGES = (
     "betty-ml",
     "torchopt",
     "optuna",
-    "prodigyopt",
 )
 
 
@@ -48,22 +49,22 @@ class Target:
         return {"name": self.name, "value": self.value, "target": self.target, "met": bool(met)}
 
 
-def arguments(description: str, **options: int | list[str]) -> argparse.Namespace:
+def arguments(description: str, **more: int | list[str]) -> argparse.Namespace:
     """``--json FILE``, ``--quick``, ``--threads N`` and ``--device``; sets the threads.
 
-    ``options`` are further ones with their defaults: a whole number, or some of a list of names.
+    ``more`` are further ones with their defaults: a whole number, or some of a list of names.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--quick", action="store_true", help="under a minute, for a first look")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    for name, default in options.items():
+    for name, default in more.items():
         names = {"nargs": "+", "choices": default} if isinstance(default, list) else {"type": int}
         parser.add_argument(f"--{name}", default=default, **names)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    return given
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def interleaved(
@@ -163,43 +164,44 @@ def _cell(value: Any) -> str:
 
 
 def report(
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
-    targets: Sequence[Target],
-    details: Mapping[str, Any],
+    targets: Sequence[Target] = (),
+    details: Mapping[str, Any] | None = None,
 ) -> None:
     """Print the tables and the targets; write them with versions and machine where asked for."""
+    show(tables, targets)
+    if options.json is not None:
+        content = {
+            "targets": [target.record() for target in targets],
+            "tables": {title: list(rows) for title, rows in tables.items()},
+            "details": dict(details or {}),
+            **environment(options.device),
+            "quick": options.quick,
+        }
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], targets: Sequence[Target] = ()) -> None:
+    """Print the tables, and the targets as a further one."""
     for title, rows in tables.items():
         print(f"\n{title}\n\n{table(rows)}")
-    records = [target.record() for target in targets]
-    if records:
-        print(f"\nTargets\n\n{table(records)}")
-    if given.json is not None:
-        content = contents(given, tables, targets, details)
-        given.json.write_text(json.dumps(content, indent=1) + "\n")
+    if targets:
+        print(f"\nTargets\n\n{table([target.record() for target in targets])}")
 
 
-def contents(
-    given: argparse.Namespace,
-    tables: Mapping[str, Sequence[Mapping[str, Any]]],
-    targets: Sequence[Target],
-    details: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What `report` writes."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """The versions of the packages, and the machine."""
     return {
-        "targets": [target.record() for target in targets],
-        "tables": {title: list(rows) for title, rows in tables.items()},
-        "details": dict(details),
         "versions": {name: _version(name) for name in PACKAGES},
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "device": given.device,
-            "name": torch.cuda.get_device_name() if given.device != "cpu" else None,
+            "device": device,
+            "name": torch.cuda.get_device_name() if device != "cpu" else None,
             "python": platform.python_version(),
         },
-        "quick": given.quick,
     }
 
 
@@ -208,3 +210,18 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def run_script(folder: str, scripts: Mapping[str, str]) -> None:
+    """Run the script of a folder that the first argument names, with the others.
+
+    Args:
+        scripts: what each script measures, by its name.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in scripts:
+        lines = "\n".join(f"  {key:<12} {words}" for key, words in scripts.items())
+        print(f"usage: python benchmarks/{folder} SCRIPT [--help]\n\n{lines}")
+        raise SystemExit(0 if name in ("-h", "--help") else 2)
+    sys.argv[:2] = [f"benchmarks/{folder} {name}"]
+    importlib.import_module(f"benchmarks.{folder}.{name}").main()

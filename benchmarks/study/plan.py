@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from benchmarks.store import Store
 
 Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, and where its result is.
+    """One training.
 
     Attributes:
         part: ``variants``, ``rates``, ``table`` or ``shift``.
@@ -51,30 +51,10 @@ class Run:
         content = json.dumps(asdict(self), sort_keys=True)
         return int(hashlib.sha256(content.encode()).hexdigest()[:16], 16)
 
-    def path(self, folder: Path) -> Path:
-        """The result's file."""
-        words = f"{self.task} {self.size} {self.method} {self.seed} {self.rate:g}".lower()
-        name = re.sub(r"[^a-z0-9.]+", "-", words)
-        return folder / self.part / f"{name}-{self.number:016x}.json"
-
-    def write(self, folder: Path, result: Options) -> None:
-        """Write what was measured, the whole file or none."""
-        path = self.path(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        part.replace(path)
-
-    def result(self, folder: Path) -> Options | None:
-        """What was measured, None before."""
-        path = self.path(folder)
-        return _read(path) if path.exists() else None
-
-
-@cache
-def _read(path: Path) -> Options:
-    """A result, which never changes; a report asks for it in many tables."""
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    @property
+    def key(self) -> str:
+        """The key of the result in a store."""
+        return f"{self.number:016x}"
 
 
 @dataclass(frozen=True)
@@ -164,25 +144,25 @@ class Study:
             for rate in self.rates_of(name)
         ]
 
-    def chosen(self, folder: Path, task: str, size: int, name: str) -> float | None:
+    def chosen(self, store: Store, task: str, size: int, name: str) -> float | None:
         """The rate of the lowest loss on held-out training rows, None before it is known."""
-        results = [run.result(folder) for run in self.rates_runs(task, size, name)]
+        results = [store.get(run.key) for run in self.rates_runs(task, size, name)]
         if any(result is None for result in results):
             return None
         losses = [result["loss"] for result in results if result is not None]
         return self.rates_of(name)[losses.index(min(losses))]
 
-    def table_runs(self, folder: Path) -> Iterator[Run]:
+    def table_runs(self, store: Store) -> Iterator[Run]:
         """The runs of the table, those of larger sizes first, whose rates are known; those that
         choose a rate come where it is not."""
         for size in sorted(self.sizes, reverse=True):
             for seed in self.seeds:
                 for task in self.tasks:
                     for name in self.table:
-                        rate = self.chosen(folder, task, size, name)
+                        rate = self.chosen(store, task, size, name)
                         if rate is None:
                             yield from self.rates_runs(task, size, name)
-                            rate = self.chosen(folder, task, size, name)
+                            rate = self.chosen(store, task, size, name)
                         if rate is not None:
                             yield self._run(
                                 *("table", task, size, self.sizes[size], name),
@@ -207,8 +187,8 @@ class Study:
                             length=given["length"],
                         )
 
-    def runs(self, folder: Path) -> Iterator[Run]:
+    def runs(self, store: Store) -> Iterator[Run]:
         """All runs, in the order in which they are made; of the table those of known rates."""
         yield from self.variants_runs()
-        yield from self.table_runs(folder)
+        yield from self.table_runs(store)
         yield from self.shift_runs()

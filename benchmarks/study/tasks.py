@@ -13,11 +13,20 @@ from zipfile import ZipFile
 import pandas
 import torch
 from datasets import ClassLabel, Dataset
-from last_layers import IGNORED, LastLayers, States, disjoint, encode, movies, tagged_tweets
 from rated_text import DOMAINS, fetched, one_rater
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from text_data import load_model, tweets
 from torch import Tensor
+
+from benchmarks.last_layers import (
+    IGNORED,
+    LastLayers,
+    States,
+    disjoint,
+    encode,
+    movies,
+    tagged_tweets,
+)
 
 ROOT = Path(__file__).parents[2]
 #: Public data next to the repository: CoLA and SST-2.

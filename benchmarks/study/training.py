@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
-from plan import Run
-from tasks import Task, task
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from variants import TRAINERS
 
+from benchmarks.study.plan import Run
+from benchmarks.study.tasks import Task, task
+from benchmarks.study.variants import TRAINERS
 from hyperopt_peft import BilevelTrainingArguments
 from hyperopt_peft.adapters import decompose
 from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainingArguments, TwoPhaseTrainer

@@ -1,0 +1,17 @@
+"""What do scores of training rows predict, cost and find?"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[2])
+
+from benchmarks.measure import run_script  # noqa: E402
+
+run_script(
+    "attribution",
+    {
+        "scores": "every method on texts: retrainings, cost, memory, wrong labels (90 minutes)",
+        "trainers": "the same through a Trainer, on token tags and documents (30 minutes)",
+        "report": "all tables of the runs",
+    },
+)

@@ -1,0 +1,251 @@
+"""The runs of `attribution.py`: texts, the model, ways to train, and leaving rows out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import pandas
+import torch
+from peft import LoraConfig, get_peft_model
+from rated_text import one_rater
+from text_data import load_model, tweets
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from benchmarks.last_layers import LastLayers, States, encode, movies
+from hyperopt_peft import Problem
+from hyperopt_peft.attribution.evaluation import Evaluation
+from hyperopt_peft.attribution.levels import train_levels
+from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.utils.random_state import RandomState
+
+TRAIN, ABOVE, CHUNK, LENGTH = 300, 100, 60, 12
+#: Settings are chosen on these seeds, whose rows no other seed draws.
+DEVELOPMENT_SEEDS = (100, 101)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run trains: AdamW without dropout, at a constant rate where ``warm_up`` is 0.
+
+    ``warm_up`` is the share of the steps in which the rate rises from 0; it then falls to 0.
+    """
+
+    batch: int = 16
+    rate: float = 2e-3
+    epsilon: float = 1e-8
+    warm_up: float = 0.0
+    epochs: float = 4.0
+    dropout: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """The steps of the run."""
+        return round(self.epochs * math.ceil(TRAIN / self.batch))
+
+    def factor(self, step: int) -> float:
+        """The share of the rate that ``step`` has, counted from 0."""
+        if not self.warm_up:
+            return 1.0
+        rising = max(1, round(self.warm_up * self.steps))
+        return min((step + 1) / rising, (self.steps - step) / max(1, self.steps - rising))
+
+
+def _tweets() -> pandas.DataFrame:
+    table = tweets().to_pandas()
+    assert isinstance(table, pandas.DataFrame)
+    return table
+
+
+def _raters(domain: str) -> pandas.DataFrame:
+    table = one_rater(domain, seed=0)
+    return table.assign(label=table.noisy)
+
+
+#: Texts by task, with columns ``text`` and ``label``; of raters also ``clean``.
+TASKS = {
+    "tweets": _tweets,
+    "movies": movies,
+    "raters of tweets": partial(_raters, "tweets"),
+    "raters of movies": partial(_raters, "movies"),
+}
+
+
+@cache
+def encoded(task: str) -> tuple[States, Tensor | None]:
+    """Rows of a task, of which the first half is of development; and the clean labels if known."""
+    table = TASKS[task]()
+    table = table.sample(min(1200, len(table)), random_state=0)
+    clean = torch.tensor(table.clean.to_numpy()) if "clean" in table else None
+    return encode(list(table.text), torch.tensor(table.label.to_numpy()), LENGTH), clean
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a task that a seed draws.
+
+    Attributes:
+        train: the numbers of the training rows in ``states``, ``(n,)``.
+        above: those of the evaluation rows.
+        labels: the labels that the training rows are trained with, ``(n,)``.
+        wrong: which of these are known to be wrong, ``(n,)``.
+    """
+
+    states: States
+    train: Tensor
+    above: Tensor
+    labels: Tensor
+    wrong: Tensor
+
+    @property
+    def classes(self) -> int:
+        """How many classes the task has."""
+        return int(self.states.labels.max()) + 1
+
+
+def draw(task: str, seed: int, noise: str = "none", share: float = 0.0) -> Rows:
+    """The rows of ``seed``, a ``share`` of the training labels replaced by `planted` noise."""
+    states, clean = encoded(task)
+    half, source = len(states.labels) // 2, torch.Generator().manual_seed(seed)
+    order = torch.randperm(half, generator=source)
+    order = order if seed in DEVELOPMENT_SEEDS else order + half
+    chosen, above = order[:TRAIN], order[TRAIN : TRAIN + ABOVE]
+    given = states.labels[chosen]
+    if clean is not None:
+        judged = replace(states, labels=clean)  # Φ is of rows with right labels in every case
+        return Rows(judged, chosen, above, given, given != clean[chosen])
+    labels = planted(given, int(states.labels.max()) + 1, noise, share, source)
+    return Rows(states, chosen, above, labels, labels != given)
+
+
+def planted(
+    labels: Tensor, classes: int, noise: str, share: float, source: torch.Generator
+) -> Tensor:
+    """``labels`` with ``share`` of them wrong: ``uniform``, or ``class-dependent``.
+
+    A class-dependent one turns the rows of the first class into the second, and so on in a circle,
+    twice as often in the even classes as in the odd ones.
+    """
+    if noise == "none" or not share:
+        return labels
+    even = labels % 2 == 0
+    odds = torch.where(even, 2.0, 1.0) if noise == "class-dependent" else torch.ones(len(labels))
+    count = round(share * len(labels))
+    rows = torch.multinomial(odds, count, generator=source)
+    step = torch.ones(count, dtype=torch.int64)
+    if noise == "uniform":
+        step = torch.randint(1, classes, (count,), generator=source)
+    changed = labels.clone()
+    changed[rows] = (labels[rows] + step) % classes
+    return changed
+
+
+class RowWeighted(Problem):
+    """1/B Σ v_i ℓ_i over a batch of the numbers of training rows."""
+
+    def __init__(self, model: nn.Module, rows: Rows, recipe: Recipe, seed: int) -> None:
+        self.model, self.rows = model, rows
+        self.weights = torch.ones(len(rows.train), requires_grad=True)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        optimizer = AdamW([p for _, p in named], lr=recipe.rate, eps=recipe.epsilon)
+        source = torch.Generator().manual_seed(seed)
+        data = DataLoader(
+            range(len(rows.train)),  # type: ignore[arg-type]
+            batch_size=recipe.batch,
+            shuffle=True,
+            generator=source,
+        )
+        schedule = LambdaLR(optimizer, recipe.factor)
+        super().__init__(named, data=data, optimizer=optimizer, scheduler=schedule)
+
+    def logits(self, index: Tensor) -> Tensor:
+        """The logits of rows of the task, in batches without columns of padding alone."""
+        inputs = self.rows.states.inputs(index)
+        length = int(inputs["mask"].sum(1).max())
+        logits: Tensor = self.model(inputs["states"][:, :length], inputs["mask"][:, :length]).logits
+        return logits
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The weighted mean over the batch."""
+        each = cross_entropy(
+            self.logits(self.rows.train[batch]), self.rows.labels[batch], reduction="none"
+        )
+        return (self.weights[batch] * each).mean()
+
+
+def level(rows: Rows, recipe: Recipe, seed: int) -> RowWeighted:
+    """A new adapter on MiniLM's last two layers and a head, about to be trained."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=recipe.dropout,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+    )
+    body = LastLayers(load_model("minilm", ["no", "yes"]), rows.classes)
+    model = get_peft_model(body, config)
+    return RowWeighted(model.train(recipe.dropout > 0), rows, recipe, seed)
+
+
+def trained(
+    lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0, chunk: int = 100
+) -> RetrainingSetup:
+    """Train ``lower``, with Φ the mean loss of the evaluation rows, and the loss over all rows.
+
+    ``chunk`` rows of Φ are in memory at a time.
+    """
+    run = train_levels([lower], lower.weights, [0] * recipe.steps, memory_limit=memory_limit)
+    rows = lower.rows
+    parts = [partial(part_of_mean, lower, index) for index in rows.above.split(chunk)]
+
+    def everything() -> Sequence[MicroBatch]:
+        state = RandomState.capture(lower.devices)
+        return [MicroBatch(part, state) for part in torch.arange(len(rows.train)).split(CHUNK)]
+
+    @torch.no_grad()
+    def probabilities(chosen: Sequence[int]) -> Tensor:
+        return lower.logits(rows.train[torch.tensor(chosen)]).double().softmax(1)
+
+    return RetrainingSetup(
+        run,
+        Evaluation(lower.weights, parts),
+        {"all": 1.0},
+        Accumulated(lower),
+        everything,
+        probabilities=probabilities,
+        labels=rows.labels,
+    )
+
+
+def part_of_mean(lower: RowWeighted, index: Tensor) -> Tensor:
+    """The share of the evaluation rows ``index`` in their mean loss, without dropout."""
+    mode = lower.model.training
+    lower.model.eval()
+    loss = cross_entropy(
+        lower.logits(index), lower.rows.states.labels[index], reduction="sum"
+    ) / len(lower.rows.above)
+    lower.model.train(mode)
+    return loss
+
+
+def actual(setting: RetrainingSetup, masks: Sequence[Tensor]) -> Tensor:
+    """The change of Φ in each retraining without the rows of a mask, ``(R,)``."""
+    before, found = setting.values()["all"], []
+    for out in masks:
+        with setting.run.without(out):
+            found.append(setting.values()["all"] - before)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def random_rows(count: int, share: float, retrainings: int, seed: int) -> list[Tensor]:
+    """The rows that each retraining leaves out."""
+    source, size = torch.Generator().manual_seed(seed), round(share * count)
+    return [torch.randperm(count, generator=source)[:size] for _ in range(retrainings)]

@@ -1,0 +1,278 @@
+"""Every estimator on four problems: how right, how noisy, how dear, and what breaks it.
+
+    python benchmarks/estimators comparison --json benchmarks/results/comparison.json
+    python benchmarks/estimators comparison --json FILE --methods kfac:steps=10
+    python benchmarks/estimators comparison --write benchmarks/results/comparison.json
+
+The first measures all; the second some, whose rows it puts into FILE; the third writes
+docs/comparison.md and the README's table from the file, and measures nothing. Problems: see
+levels.py. Other libraries: peers.py.
+
+Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
+solve). "100·f" is the error on A after f has been multiplied by 100, which moves neither w* nor
+dF/du. Minibatches are of 64, of both levels' data: noise.py says what the three columns are.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.estimators import noise
+from benchmarks.estimators.breaks import found, in_one_process, refusal
+from benchmarks.estimators.levels import METHODS, Levels, encoder_problem, small_problems
+from benchmarks.estimators.peers import Peer, peers
+from benchmarks.measure import arguments, report, table
+from benchmarks.pages import DOCS, ROOT, between, machine_line
+from hyperopt_peft import Problem, ProblemError, hypergradient
+from hyperopt_peft.diagnostics.memory import peak_memory
+from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
+from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients.products import Passes
+
+REFERENCE = "minres:steps=200,tolerance=1e-6"
+Row = dict[str, Any]
+
+
+def against(truth: Vector, result: Vector | str) -> Row:
+    """Error and cosine of ``result``, or why there is none."""
+    if isinstance(result, str):
+        return {"error": result, "cosine": None}
+    length = result.norm()
+    cosine = dot(result, truth) / (length * truth.norm()) if length else None
+    return {"error": (result - truth).norm() / truth.norm(), "cosine": cosine}
+
+
+def small(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
+    """Errors and cosines on A, B and C."""
+    rows: dict[str, Row] = {name: {} for name in methods}
+    for key, levels in small_problems().items():
+        truth = Vector(hypergradient(*levels, "exact"))
+        for name, method in methods.items():
+            result = against(truth, found(method, levels))
+            rows[name] |= {f"{key}: {column}": value for column, value in result.items()}
+    return rows
+
+
+class Scaled(Problem):
+    """A level whose loss is ``factor`` times that of ``level``."""
+
+    def __init__(self, level: Problem, factor: float) -> None:
+        self.level, self.factor = level, factor
+        super().__init__(list(zip(level.names, level.variables)), optimizer=level.optimizer)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The scaled loss."""
+        return self.factor * self.level.evaluate(batch)[0]
+
+
+def scaled(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
+    """The error on A after f has been multiplied by 100."""
+    upper, lower = small_problems()["A"]
+    truth = Vector(hypergradient(upper, lower, "exact"))
+    levels = upper, Scaled(lower, 100.0)
+    return {
+        name: {"A, 100·f: error": against(truth, found(method, levels))["error"]}
+        for name, method in methods.items()
+    }
+
+
+def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
+    """Error, bias and spread of the estimates of B over minibatches: see noise.py."""
+    upper, lower = noise.levels()
+    noise.minimise(lower)
+    batches = noise.Draws(len(lower.data.y), len(upper.data.y_val))
+    result: dict[str, Row] = {}
+    for name in methods:
+        if name not in METHODS:
+            continue
+        try:
+            row = noise.noise(name, upper, lower, batches, draws, settle=250)
+        except ProblemError as error:
+            row = {"error": refusal(error)}
+        result[name] = {f"B, batch 64: {c}": row.get(c) for c in ("error", "bias", "spread")}
+    return {name: result.get(name, {}) for name in methods}
+
+
+def encoder(levels: Levels, methods: Mapping[str, str | Peer], truth: Vector) -> dict[str, Row]:
+    """Error, cosine, passes, milliseconds of processor time and memory on MiniLM-BiDoRA."""
+    rows = {}
+    for name, method in methods.items():
+        passes = Passes()
+        seconds = []
+        while len(seconds) < 3 and sum(seconds) < 5:
+            begin = time.process_time()
+            result = found(method, levels, None if seconds else passes)
+            seconds.append(time.process_time() - begin)
+        row = {f"BiDoRA: {k}": v for k, v in against(truth, result).items()}
+        rows[name] = row
+        if not isinstance(result, str):
+            row["ms"] = 1e3 * statistics.median(seconds)
+            row["passes"] = f"{passes.gradients} + {passes.products}" if name in METHODS else None
+            peak = peak_memory(lambda m=method: found(m, levels), torch.device("cpu"))
+            row["MB"] = peak / 2**20
+    return rows
+
+
+def two_processes(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
+    """DDP and FSDP2 against one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command = [*launch, "-m", "benchmarks.estimators.breaks", str(file), *methods]
+        subprocess.run(command, check=True, timeout=500, cwd=ROOT)
+        result: dict[str, Row] = json.loads(file.read_text())
+        return result
+
+
+def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
+    """The rows of the methods ``names``, and what else is to be known."""
+    others, missing = peers()
+    methods: dict[str, str | Peer] = {name: others.get(name, name) for name in names}
+    parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 100)]
+    levels, norm = encoder_problem(steps=5 if quick else 300)
+    oracle = open_oracle(*levels)
+    reference = estimate(oracle, "minres:steps=5" if quick else REFERENCE)
+    parts.append(encoder(levels, methods, reference.hypergradient))
+    parts += [in_one_process(methods), two_processes(methods)]
+    rows = []
+    for name in methods:
+        row: Row = {"estimator": name}
+        row["kind"] = registered()[get_estimator(name).name].kind if name in METHODS else "peer"
+        for part in parts:
+            row |= part[name]
+        rows.append(row)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows], {
+        "missing peers": missing,
+        "BiDoRA: lower gradient norm": norm,
+        "BiDoRA: reference": f"{REFERENCE}, residual {reference.residual:.1e}",
+    }
+
+
+def merged(known: list[Row], new: list[Row]) -> list[Row]:
+    """The rows of both, ``new`` ones in place of others of their name; peers are last."""
+    rows = {row["estimator"]: row for row in (*known, *new)}
+    own = [rows.pop(name) for name in METHODS if name in rows]
+    return [*own, *rows.values()]
+
+
+BREAKS = {"SDPA": "error", "bf16": "cosine", "DDP": "error", "FSDP2": "error"}
+SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "Right at the lower minimum": (
+        "Relative error to the exact hypergradient on A, B and C, where all of this library but "
+        "`direct` have a cosine above .9; on BiDoRA error and cosine to a long solve, at a point "
+        "that is close to "
+        "the minimum but not at it. *100·f*: the error on A after f has been multiplied by 100, "
+        "which changes neither w* nor dF/du.",
+        {
+            **{f"{p}: error": p for p in "ABC"},
+            "BiDoRA: error": "BiDoRA",
+            "BiDoRA: cosine": "cosine",
+            "A, 100·f: error": "100·f",
+        },
+    ),
+    "Minibatches and cost": (
+        "Minibatches: 100 batches of 64 of both levels' data on B, for `warm` after 250 upper "
+        "steps. The error of one estimate, that of their mean, and their standard deviation, on "
+        "the images of each batch. Cost of one hypergradient on MiniLM: forward+backward passes + "
+        "second backward passes, milliseconds of processor time, and memory above what was held.",
+        {
+            **{f"B, batch 64: {c}": c for c in ("error", "bias", "spread")},
+            **{c: c for c in ("passes", "ms", "MB")},
+        },
+    ),
+    "What breaks it": (
+        "SDPA: stock attention against eager attention, on a small BERT without dropout (its "
+        "kernel has no second derivative). bf16: cosine of the estimate under autocast to that in "
+        "float32. DDP and FSDP2: two processes with half of each batch each, against one process, "
+        "float64. Refused: with an error that says what to use instead.",
+        {
+            "SDPA: error": "SDPA",
+            "bf16: cosine": "bf16",
+            "DDP: error": "DDP",
+            "FSDP2: error": "FSDP2",
+        },
+    ),
+}
+# The README's rows: one for each way to think of the implicit term.
+FEW = ["direct", "darts:xi=1.0", "cg:steps=10", "minres:steps=10", "warm"]
+SHORT = ["A: error", "B: error", "BiDoRA: error", "BiDoRA: cosine", "passes"]
+
+
+def _columns(rows: list[Row], columns: Mapping[str, str]) -> str:
+    """A table of some columns under other names."""
+    named = [
+        row | {"estimator": row["estimator"] if row["kind"] == "peer" else f"`{row['estimator']}`"}
+        for row in rows
+    ]
+    heads = {"estimator": "estimator", **columns}
+    return table([{head: row.get(key) for key, head in heads.items()} for row in named])
+
+
+def _short(row: Row) -> Row:
+    """A row whose refusals and failures are one word."""
+    words = ("refused", "fails")
+    return {
+        key: next((w for w in words if str(value).startswith(w)), value)
+        for key, value in row.items()
+    }
+
+
+def short_table(rows: list[Row]) -> str:
+    """The README's table: a few of this library's estimators."""
+    few = [_short(row) for row in rows if row["estimator"] in FEW]
+    return _columns(few, {"kind": "kind", **{column: column for column in SHORT}})
+
+
+def page_table(content: Row) -> str:
+    """The tables of docs/comparison.md from a file of measurements."""
+    (rows,), details = content["tables"].values(), content["details"]
+    rows = [_short(row) for row in rows]
+    words = "\n\n".join(
+        f"## {title}\n\n{text}\n\n{_columns(rows, columns)}"
+        for title, (text, columns) in SECTIONS.items()
+    )
+    return (
+        f"{words}\n\nBiDoRA's reference: {details['BiDoRA: reference']}; ‖∂f/∂w‖ = "
+        f"{details['BiDoRA: lower gradient norm']:.1e}. {machine_line(content)}"
+    )
+
+
+def write_pages(file: Path) -> None:
+    """docs/comparison.md, and the table of a few estimators in README.md."""
+    content = json.loads(file.read_text())
+    (rows,) = content["tables"].values()
+    texts = {DOCS / "comparison.md": page_table(content), ROOT / "README.md": short_table(rows)}
+    for path, text in texts.items():
+        path.write_text(between(path.read_text(), text, "estimator"))
+
+
+def main() -> None:
+    """Measure and report; or write the pages from a file of measurements."""
+    if sys.argv[1:2] == ["--write"]:
+        write_pages(Path(sys.argv[2]))
+        return
+    everything = [*METHODS, *peers()[0]]
+    given = arguments("every estimator on four problems", methods=everything)
+    rows, details = measured(given.quick, given.methods)
+    if given.methods == everything or given.json is None:
+        report(given, {"Estimators": rows}, [], details)
+        return
+    print(table(rows))
+    content = json.loads(given.json.read_text())
+    content["tables"]["Estimators"] = merged(content["tables"]["Estimators"], rows)
+    given.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

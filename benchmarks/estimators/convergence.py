@@ -1,0 +1,159 @@
+"""The value function against oracle calls: how fast each estimator brings a bilevel program down.
+
+    python benchmarks/convergence.py --json benchmarks/results/convergence.json
+
+Problems A (penalties of a logistic regression, in the box [−12, 6]) and B (weights of noisy
+images), full batch, float64, the same two optimizers for every estimator: Adam below on A, gradient
+descent on B, Adam above. A call is a forward+backward pass or a second backward pass of either
+loss; the lower steps count. The value is F(u, w*(u)), with w* found by Newton's method on A and
+L-BFGS on B, which do not count.
+
+``--json`` also draws docs/convergence.png.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+
+from benchmarks.measure import Target, arguments, report
+from benchmarks.pages import DOCS
+from hyperopt_peft import Engine, NonFiniteError, ProblemError
+from hyperopt_peft.engine import minimize
+from hyperopt_peft.problems import hypercleaning, logistic
+from hyperopt_peft.utils.restore import perturbed
+
+METHODS = [
+    "direct",
+    "darts:xi=1.0",
+    "darts:xi=lr",
+    "sama",
+    "unrolled:steps=10",
+    "forward:steps=10",
+    "neumann:terms=20",
+    "cg:steps=10",
+    "cg:steps=30",
+    "minres:steps=30",
+    "nystrom:rank=10,steps=10",
+    "warm",
+    "f2sa",
+    "penalty",
+    "exact",
+]
+FIGURE = DOCS / "convergence.png"
+
+
+def problem_a() -> tuple[Any, Any, Any]:
+    """Levels and what keeps the penalties in their box."""
+    upper, lower = logistic.breast_cancer()
+    # The penalties come to span eight orders of magnitude, too many for one step length.
+    lower.optimizer = torch.optim.Adam(lower.variables, lr=0.02)
+    (penalties,) = upper.variables
+
+    @torch.no_grad()
+    def box() -> None:
+        penalties.clamp_(-12, 6)
+
+    return upper, lower, box
+
+
+def problem_b() -> tuple[Any, Any, Any]:
+    """Levels; the weights are free."""
+    upper, lower = hypercleaning.digits()
+    return upper, lower, lambda: None
+
+
+def value(upper: Any, lower: Any) -> float:
+    """F(u, w*(u)); w is put back."""
+    with perturbed(lower.variables):
+        if isinstance(lower, logistic.Logistic):
+            newton(lower)
+        else:
+            minimize(lower, tolerance=1e-7)
+        return float(upper.evaluate(None)[0].detach())
+
+
+def newton(level: logistic.Logistic) -> None:
+    """Move w, ``(d,)``, to the minimum, by steps that are halved until the loss falls."""
+    w = level.w
+    for _ in range(100):
+        loss = level.loss(None)
+        (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+        rows = [torch.autograd.grad(g, w, retain_graph=True)[0] for g in gradient]
+        step = torch.linalg.solve(torch.stack(rows), gradient.detach())
+        if step.norm() <= 1e-10 * (1 + w.norm()):
+            return
+        with torch.no_grad():
+            start = w.clone()
+            for halvings in range(30):
+                w.copy_(start - 0.5**halvings * step)
+                if level.loss(None) <= loss:
+                    break
+
+
+def curve(make: Any, method: str, calls: int) -> tuple[list[tuple[int, float]], Any]:
+    """(oracle calls so far, value) about thirty times within ``calls``; the upper level."""
+    upper, lower, project = make()
+    points, spent = [(0, value(upper, lower))], 0
+    try:
+        engine = Engine(upper, lower, method, lower_steps=10, warmup_steps=100, progress=False)
+        while spent < calls:
+            (record,) = engine.run(1)
+            project()
+            spent += engine.lower_steps + record["gradients"] + record["products"]
+            if spent - points[-1][0] >= calls / 30:
+                points.append((spent, value(upper, lower)))
+    except (NonFiniteError, ProblemError) as error:
+        print(f"{method} ends after {spent} calls: {error}", flush=True)
+    return points, upper
+
+
+def main() -> None:
+    """Run all, print the values, draw the figure."""
+    given = arguments("the value function against oracle calls", calls=20_000)
+    calls = 400 if given.quick else given.calls
+    problems = {"A": problem_a, "B": problem_b}
+    runs = {
+        key: {method: curve(make, method, calls) for method in METHODS}
+        for key, make in problems.items()
+    }
+    curves = {key: {m: points for m, (points, _) in of.items()} for key, of in runs.items()}
+    rows: list[dict[str, Any]] = [
+        {"estimator": m}
+        | {f"{k}: value": of[m][-1][1] if len(of[m]) > 1 else None for k, of in curves.items()}
+        | {"B: test accuracy": runs["B"][m][1].test_accuracy() if len(curves["B"][m]) > 1 else None}
+        for m in METHODS
+    ]
+    best = {key: min(points[-1][1] for points in of.values()) for key, of in curves.items()}
+    accuracy = max(row["B: test accuracy"] or 0.0 for row in rows)
+    targets = [
+        Target("A: best value (a long run of projected gradients: .03138)", best["A"], 0.0316),
+        Target("B: best test accuracy", accuracy, 0.92, at_least=True),
+    ]
+    report(given, {f"Value after {calls} oracle calls": rows}, targets, {"curves": curves})
+    if given.json is not None:
+        draw(curves, best)
+
+
+def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], best: dict[str, float]) -> None:
+    """One panel a problem: value above the best one that any reached."""
+    canvas, panels = plt.subplots(1, len(curves), figsize=(11, 4.5), layout="constrained")
+    styles = ["-", "--", ":"]
+    for panel, (key, lines) in zip(panels, curves.items()):
+        for index, (method, points) in enumerate(lines.items()):
+            if len(points) == 1:  # refused
+                continue
+            x, y = zip(*points)
+            style = styles[index // 10]
+            panel.plot(x, y, style, color=f"C{index % 10}", label=method, linewidth=1.5)
+        panel.axhline(best[key], color="black", linewidth=0.6)
+        panel.set(title=f"Problem {key}", xlabel="oracle calls", ylabel="F(u, w*(u))", yscale="log")
+    handles, labels = panels[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, fontsize=8, loc="outside right upper")
+    canvas.savefig(FIGURE, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

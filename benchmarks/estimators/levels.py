@@ -1,0 +1,91 @@
+"""The problems of benchmarks/comparison.py, ready to be asked for hypergradients.
+
+A, B and C are at the minimum of their lower level, in float64. "BiDoRA" is MiniLM on real tweets:
+magnitudes above; A, B and head below, with ½λ‖w − w0‖², without which the lower level of a small
+training set has no minimum, and trained until its gradient is small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from text_data import load_data
+from torch import Tensor
+
+from benchmarks.minilm import minilm
+from hyperopt_peft import Problem
+from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.engine import minimize
+from hyperopt_peft.problems import hypercleaning, logistic, ridge
+from hyperopt_peft.problems.bidora import Direction, Magnitude
+
+Levels = tuple[Problem, Problem]
+
+METHODS = [
+    "direct",
+    "darts:xi=1.0",
+    "darts:xi=lr",
+    "sama",
+    "unrolled:steps=10",
+    "forward:steps=10,limit=64",
+    "neumann:terms=20",
+    "cg:steps=10",
+    "cg:steps=10,product=difference",
+    "minres:steps=10",
+    "nystrom:rank=10,steps=0",
+    "nystrom:rank=10,steps=10",
+    "kfac:steps=0",
+    "kfac:steps=10",
+    "warm",
+    "f2sa:inner_steps=15,tolerance=1e-05",
+    "penalty:inner_steps=15,tolerance=1e-05",
+    "exact",
+]
+
+
+def small_problems() -> dict[str, Levels]:
+    """A: penalties of a logistic regression; B: weights of noisy images; C: ridge regression."""
+    problems: dict[str, Levels] = {
+        "A": logistic.breast_cancer(),
+        "B": hypercleaning.digits(),
+        "C": ridge.diabetes(),
+    }
+    for _, lower in problems.values():
+        minimize(lower)
+    return problems
+
+
+class Proximal(Direction):
+    """BiDoRA's lower level with ½λ‖w − w0‖²."""
+
+    def __init__(self, model: Any, strength: float, **level: Any) -> None:
+        super().__init__(model, **level)
+        self.strength, self.start = strength, [w.detach().clone() for w in self.variables]
+
+    def loss(self, batch: Any) -> Tensor:
+        """The task loss and the distance from the start."""
+        moved = zip(self.variables, self.start, strict=True)
+        distance = sum((w - w0).square().sum() for w, w0 in moved)
+        task: Tensor = self.task_loss(batch)
+        return task + self.strength / 2 * distance
+
+
+def encoder_problem(steps: int, strength: float = 0.2) -> tuple[Levels, float]:
+    """BiDoRA on MiniLM and two batches of tweets after ``steps`` lower steps; their last ‖∂f/∂w‖.
+
+    In eval mode: the problem is to be one function, and dropout is fidelity.py's subject.
+    """
+    data = load_data("tweets", "minilm", train_size=64, test_size=64, max_length=16, seed=0)
+    batches = data.batches(data.train, 8, shuffle=False)
+    below, above, *_ = (dict(batch) for batch in batches)
+    model = minilm("fast full", rank=4, targets=["query", "value"]).eval()
+    parts = split_parameters(model)
+    w, u = [*parts.directions.values(), *parts.rest.values()], list(parts.magnitudes.values())
+    rate = torch.optim.AdamW(w, lr=1e-3, weight_decay=0.0)
+    lower = Proximal(model, strength, data=[below], optimizer=rate)
+    upper = Magnitude(model, data=[above], optimizer=torch.optim.AdamW(u, lr=1e-3))
+    norm = float("nan")
+    for _ in range(steps):
+        norm = lower.step(lower.gradient(below, lower.variables).gradient)
+    return (upper, lower), norm

@@ -1,0 +1,16 @@
+"""Do learned weights of sources beat simpler ways to mix them, and search?"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[2])
+
+from benchmarks.measure import run_script  # noqa: E402
+
+run_script(
+    "mix",
+    {
+        "cells": "all methods on all tasks (three hours)",
+        "report": "the tables of docs/when-bilevel-pays.md; --check compares them",
+    },
+)

@@ -1,0 +1,17 @@
+"""What do a bilevel step, the DoRA layer and an upper iteration cost?"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[2])
+
+from benchmarks.measure import run_script  # noqa: E402
+
+run_script(
+    "speed",
+    {
+        "timing": "step, layer and MLP iteration in one process; writes results/speed.json",
+        "dora_layer": "the DoRA layer alone: widths, dropout, kept activations, equality",
+        "report": "the tables of benchmarks/README.md; --check compares them",
+    },
+)

@@ -1,0 +1,149 @@
+"""The arithmetic of benchmarks/attribution."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.attribution import scores, tables, trainers
+from benchmarks.attribution.peers import datainf_layer
+from benchmarks.attribution.runs import Recipe, actual, planted, random_rows
+from benchmarks.store import Store
+from hyperopt_peft.attribution.check import metasmoothness
+from hyperopt_peft.attribution.estimators import parse_estimator
+from tests.support.attributed import ROWS, levels, scored, setup_of
+
+
+def test_planted_noise_has_its_share_and_its_kind() -> None:
+    labels = torch.arange(300) % 3
+    for noise in ("uniform", "class-dependent"):
+        found = planted(labels, 3, noise, 0.2, torch.Generator().manual_seed(0))
+        changed = found != labels
+        assert int(changed.sum()) == 60 and int(found.max()) < 3
+        turned = (found[changed] == (labels[changed] + 1) % 3).double().mean()
+        assert turned == 1 if noise == "class-dependent" else 0.3 < turned < 0.7
+    assert torch.equal(planted(labels, 3, "none", 0.2, torch.Generator()), labels)
+
+
+def test_a_schedule_rises_and_falls() -> None:
+    recipe = Recipe(batch=30, epochs=2, warm_up=0.25)
+    factors = [recipe.factor(step) for step in range(recipe.steps)]
+    assert recipe.steps == 20 and factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert factors[5] == 1.0 and factors[-1] == pytest.approx(1 / 15)
+    assert Recipe().factor(7) == 1.0
+
+
+def test_datainf_is_the_mean_of_the_rows_inverses() -> None:
+    """By inverting g gᵀ + λ of each row."""
+    torch.manual_seed(0)
+    rows, wanted = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    damping = 0.1 * rows.square().mean()
+    inverses = [torch.linalg.inv(torch.outer(g, g) + damping * torch.eye(4)) for g in rows]
+    expected = -rows @ torch.stack(inverses).mean(0) @ wanted / 6
+    assert torch.allclose(datainf_layer(rows, wanted), expected)
+
+
+def test_retrainings_are_those_of_the_check() -> None:
+    result = scored(levels())
+    setting, masks = setup_of(result), random_rows(ROWS, 0.1, 6, seed=3)
+    check = result.check(6, share=0.1, perturbation=None, seed=3)
+    assert torch.allclose(actual(setting, masks), check.actual, rtol=1e-12, atol=1e-14)
+    assert scores.predicted(result.scores, masks) == pytest.approx(check.predicted.tolist())
+    source = torch.Generator().manual_seed(3)
+    smooth = metasmoothness(setting, parse_estimator("unrolled"), result.scores, 0.1, source)
+    assert smooth > 0.95
+
+
+def test_tables_and_targets() -> None:
+    """Of made-up runs: exact scores on one task, reversed ones of another method."""
+    truth = [0.1, -0.2, 0.3, 0.05, -0.1, 0.2, 0.4]
+    rows = [
+        {
+            "part": "methods",
+            "task": task,
+            "seed": 0,
+            "setting": "smooth",
+            "actual": truth,
+            "metasmoothness": 0.9,
+            "seconds of a retraining": 2.0,
+            "methods": {
+                "unrolled": {"predicted": truth, "seconds": 5.0, "trainings": 2.0},
+                "peer": {"predicted": [-x for x in truth], "seconds": 1.0},
+            },
+        }
+        for task in tables.TASKS
+    ]
+    rows.append(
+        {
+            "part": "cost",
+            "setting": "rough",
+            "rounds": [{"plain": 1.0, "whole": x, "trainings": 3.0} for x in (3.0, 5.0, 4.0)],
+        }
+    )
+    runs = Store(None)
+    for row in rows:
+        runs.save({"key": str(len(runs.rows)), **row})
+    found = tables.tables_of(runs)
+    whole, peer = found["Smooth setting"]
+    assert whole["tweets: LDS"] == pytest.approx(1) and whole["movies: slope"] == pytest.approx(1)
+    assert peer["tweets: LDS"] == pytest.approx(-1) and peer["trainings"] is None
+    assert whole["time"] == 2.5 and whole["seeds"] == 1
+    targets = {target.name: target for target in tables.targets_of(found)}
+    assert all(target.record()["met"] for target in targets.values())
+    assert targets["LDS of the whole run − best other method, smooth setting, movies"].value == 2
+    assert targets["attribution ÷ training, time, rough"].value == 4.0
+
+
+def task() -> trainers.Task:
+    """Two layers of a small language model on random states of eight tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, intermediate_size=32, **sizes))
+    ids = torch.randint(20, (18, 8))
+    rows = trainers.States(torch.randn(18, 8, 16), torch.ones_like(ids), ids)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+    recipe = Recipe(batch=4, rate=0.05, epsilon=1e-2, warm_up=0.2, epochs=2.0)
+    return trainers.Task("small", model, lora, rows, 14, recipe)
+
+
+def test_methods_share_the_retrainings_of_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry has what each method predicts of them, and is not measured twice."""
+    made = []
+    part = (lambda seed, quick: made.append(seed) or task(), (), (0,), 8)
+    monkeypatch.setitem(trainers.PARTS, "documents", part)
+    monkeypatch.setattr(trainers, "SHARE", 0.2)
+    for _ in range(2):
+        runs = Store(tmp_path / "runs.jsonl")
+        trainers.measure(runs, "documents", 3, False)
+    (row,) = runs.rows
+    assert made == [3]
+    assert set(row["methods"]) == set(trainers.METHODS)
+    assert all(len(m["predicted"]) == len(row["actual"]) == 8 for m in row["methods"].values())
+    check = tables.check(row, "unrolled")
+    assert check.lds > 0.9 and check.slope == pytest.approx(1, abs=0.2)
+    found = tables.tables_of(runs)
+    whole, *_ = found[tables.TRAINERS["documents"]]
+    assert whole["documents: LDS"] == pytest.approx(check.lds)
+    assert whole["trainings"] == pytest.approx(3, abs=0.2)  # one, and two passes a step
+    (target,) = tables.targets_of(found)
+    assert target.value > 0 and "documents" in target.name
+
+
+def test_a_batch_of_states_has_no_column_of_padding_alone() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    states = trainers.States(torch.arange(24.0).view(3, 4, 2), mask, mask - 1)
+    batch = states([{"row": 2}, {"row": 1}])
+    assert batch["inputs_embeds"].tolist() == [[[16, 17], [18, 19]], [[8, 9], [10, 11]]]
+    assert batch["labels"].tolist() == [[0, -1], [0, 0]]
+
+
+def test_development_seeds_have_rows_of_their_own() -> None:
+    pool = list(range(60))
+    developed = trainers.drawn(pool, 20, 100)
+    others = [trainers.drawn(pool, 20, seed) for seed in (0, 1)]
+    assert max(developed) < 30 <= min(min(rows) for rows in others)
+    assert others[0] != others[1] and len({*others[0]}) == 20
