@@ -27,7 +27,7 @@ import transformers
 from transformers import TrainerCallback
 
 from hyperopt_peft import Engine
-from hyperopt_peft.engine.checkpoint import SEAL, last_valid, read_state, write_state
+from hyperopt_peft.engine.checkpoint import MANIFEST, last_valid, read_state, write_state
 from tests.support.networks import differences, network_levels
 from tests.support.resume import end, logs_of, saving
 from tests.support.trainers import data
@@ -148,7 +148,7 @@ class Child:
 
 def being_written(folder: Path, since: float) -> bool:
     """Whether a checkpoint is unfinished to which something was written after ``since``."""
-    paths = [p for p in folder.glob("**/checkpoint-*") if not (p / SEAL).exists()]
+    paths = [p for p in folder.glob("**/checkpoint-*") if not (p / MANIFEST).exists()]
     paths += folder.glob("*.part")
     with suppress(FileNotFoundError):  # finished by now
         return any(path.stat().st_mtime > since for path in paths)

@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -337,16 +335,3 @@ def test_the_count_of_skipped_steps_is_resumed(tmp_path: Path) -> None:
     resumed = saving(tmp_path / "broken", non_finite="skip")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.skipped == 1 and not differences(end(resumed), end(whole))
-
-
-def test_runs_that_are_killed_end_as_if_left_alone() -> None:
-    """SIGKILL three times, by the benchmark, in a process of its own, since it forks."""
-    program = "import json, faults; print(json.dumps(faults.kills(3, 0, faults.RUNS[1:4], 1)[1]))"
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    folder = Path(__file__).parents[2] / "benchmarks"
-    run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert run.returncode == 0, run.stderr
-    records = json.loads(run.stdout)
-    assert sum(len(record["from"]) for record in records) == 3
-    assert {record["driver"] for record in records} == {"Trainer", "Engine"}
-    assert not [record["different"] for record in records if record["different"]]
