@@ -34,8 +34,6 @@ class SampleWeights(nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        if count < 1:
-            raise ProblemError(f"count: must be a whole number from 1, got {count}")
         self.logits = nn.Parameter(torch.zeros(count))
 
     def forward(self, losses: Tensor, batch: Any) -> Tensor:

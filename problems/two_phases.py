@@ -66,16 +66,16 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
         args = copy.copy(self)
         args.output_dir = str(Path(self.output_dir or "") / "retrain")
         args.push_to_hub = False
-        if self.retrain_learning_rate is not None:
-            args.learning_rate = self.retrain_learning_rate
-        if self.retrain_weight_decay is not None:
-            args.weight_decay = self.retrain_weight_decay
         if self.retrain_epochs is not None:
             args.num_train_epochs, args.max_steps = self.retrain_epochs, -1
-        if self.retrain_steps is not None:
-            args.max_steps = self.retrain_steps
-        if self.retrain_gradient_accumulation_steps is not None:
-            args.gradient_accumulation_steps = self.retrain_gradient_accumulation_steps
+        for name, value in (
+            ("max_steps", self.retrain_steps),
+            ("learning_rate", self.retrain_learning_rate),
+            ("weight_decay", self.retrain_weight_decay),
+            ("gradient_accumulation_steps", self.retrain_gradient_accumulation_steps),
+        ):
+            if value is not None:
+                setattr(args, name, value)
         return args
 
 
@@ -84,7 +84,6 @@ class TwoPhaseTrainer(BilevelTrainer):
 
     The base of `BiDoRATrainer` and `MixTrainer`. The retraining has its own trainer,
     ``retrainer``, with its own ``state.log_history``; a subclass makes it in ``retraining``.
-    Without an upper level there is one phase.
 
     Args:
         trainer: the arguments of `BilevelTrainer`; ``args`` are `TwoPhaseTrainingArguments`.
@@ -132,7 +131,7 @@ class TwoPhaseTrainer(BilevelTrainer):
         ``resume_from_checkpoint`` is a checkpoint's folder, or True for the last complete
         checkpoint of either phase. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
         """
-        if self.upper is None or self.args.retrain == "none":
+        if self.args.retrain == "none":
             return super().train(resume_from_checkpoint, *args, **kwargs)
         arguments = self.args.for_retraining()
         folder = Path(arguments.output_dir or "")

@@ -237,8 +237,3 @@ def test_an_index_is_asked_for_before_anything_moves(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match=r"training example.* 5"):
         trainer(tmp_path, SampleWeights(5), train).train()
     assert not weights.logits.any()
-
-
-def test_there_must_be_an_example() -> None:
-    with pytest.raises(ProblemError, match=" 0"):
-        SampleWeights(0)
