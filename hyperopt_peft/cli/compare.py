@@ -50,7 +50,7 @@ class CompareArguments(OutputArguments):
 
 
 @dataclass(frozen=True)
-class Run:
+class MethodRun:
     """One method with one seed.
 
     ``draws`` has the compared metric on `DRAWS` bootstrap samples of the test rows, the same ones
@@ -80,7 +80,7 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    metric, runs, size = f"eval_{setup.task.metric}", list[Run](), len(setup.evaluation)
+    metric, runs, size = f"eval_{setup.task.metric}", list[MethodRun](), len(setup.evaluation)
     for seed in command.seeds:
         budget, rows = args.steps_of(len(setup.train)), setup.train
         if any(settings.method == "bidora" for settings in chosen.values()):
@@ -121,7 +121,7 @@ def arguments_of(name: str, args: MethodArguments) -> MethodArguments:
     return settings
 
 
-def train(method: str, seed: int, args: MethodArguments, budget: int, setup: Setup) -> Run:
+def train(method: str, seed: int, args: MethodArguments, budget: int, setup: Setup) -> MethodRun:
     """One run; all methods have the same start for one ``seed``, and ``budget`` steps."""
     folder = str(Path(args.output_dir or "") / f"{method.replace(':', '-')}-seed{seed}")
     args = changed(args, seed=seed, data_seed=seed, output_dir=folder)
@@ -141,7 +141,7 @@ def train(method: str, seed: int, args: MethodArguments, budget: int, setup: Set
     if (retrainer := getattr(trainer, "retrainer", None)) is not None:
         steps += retrainer.state.global_step
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return Run(method, seed, tested.metrics, seconds, trainable, steps, draws)
+    return MethodRun(method, seed, tested.metrics, seconds, trainable, steps, draws)
 
 
 def bootstrap(metric: Callable[[Any], float], predictions: Any, labels: Any) -> Numbers:
@@ -165,7 +165,7 @@ def mean_and_error(values: Sequence[float], draws: Sequence[Numbers]) -> tuple[f
     return float(np.mean(values)), math.sqrt(over_seeds + over_rows)
 
 
-def table(runs: Sequence[Run], metric: str, size: int) -> str:
+def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
     """The means of ``runs`` over the seeds in Markdown, and their errors on ``size`` test rows.
 
     A row for each method; columns for the compared ``metric``, the task's others and the loss.

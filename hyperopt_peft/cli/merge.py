@@ -20,7 +20,7 @@ from hyperopt_peft.cli.train import BASE_CONFIG
 from hyperopt_peft.errors import ProblemError
 
 #: The largest difference of the logits in float32, relative to the largest logit.
-TOLERANCE = 1e-4
+LOGIT_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -111,7 +111,7 @@ def merge(model: Any) -> tuple[Any, float, float]:
     merged = model.merge_and_unload()
     difference = float((before - merged(**batch).logits).abs().max())
     largest = float(before.abs().max())
-    limit = TOLERANCE * max(1.0, largest)
+    limit = LOGIT_TOLERANCE * max(1.0, largest)
     if not difference <= limit:
         raise ProblemError(
             f"merge: the logits of the merged model differ by {difference:.2g}, more than the "

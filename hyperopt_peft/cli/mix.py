@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft.cli.options import OutputArguments, parse
 from hyperopt_peft.cli.text.data import TRAIN, DataArguments, join, read_files, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import fit, prepare, warn_of_shared
+from hyperopt_peft.cli.text.setup import prepare, train_or_resume, warn_of_shared
 from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.compare_baselines import compare_baselines
@@ -76,7 +76,9 @@ class SourceArguments(DataArguments):
             raise ProblemError("sources: have the training files; leave train_file and dataset out")
         try:
             files = yaml.safe_load(self.sources)
-            self.files = {str(k): [v] if isinstance(v, str) else [*v] for k, v in files.items()}
+            self.files = {
+                str(k): [v] if isinstance(v, str) else [*map(str, v)] for k, v in files.items()
+            }
         except (yaml.YAMLError, TypeError, AttributeError) as error:
             raise ProblemError(
                 f"sources: must map names to files, as in {{wiki: a.jsonl}}, got {self.sources!r}"
@@ -116,7 +118,7 @@ def run(argv: Sequence[str]) -> None:
     model = setup.model(args.seed, dora=False)
     options = {"trusted": trusted, "eval_dataset": test, **setup.options(model)}
     trainer = MixTrainer(model, args, sources=sources, **options)
-    fit(trainer)
+    train_or_resume(trainer)
     save_adapter(trainer)
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
     shares, weights, counts = trainer.shares(), trainer.row_weights(), trainer.data.counts

@@ -42,9 +42,6 @@ class OutputArguments:
             args: the settings of the run.
             resumes: whether the command goes on from ``args.resume_from_checkpoint``.
         """
-        epochs = args.num_train_epochs
-        if args.max_steps <= 0 and epochs <= 0:
-            raise ProblemError(f"num_train_epochs: must be above 0 to train a step, got {epochs}")
         folder = Path(args.output_dir or "")
         parents = (folder, *folder.absolute().parents)
         existing = next(parent for parent in parents if parent.exists())

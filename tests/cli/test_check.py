@@ -40,8 +40,8 @@ def test_the_levels_are_in_words_and_every_default_estimator_in_the_table(
 def test_defaults_follow_from_the_measured_spectrum() -> None:
     measured = Spectrum(-0.11, 0.43)
     assert f"cg:steps=5,damping={measured.damping():.3g}" in CheckArguments().chosen(measured, 1.0)
-    own = CheckArguments(estimators=["darts:xi=lr,scheme=forward"])
-    assert own.chosen(measured, 0.01) == ["darts:xi=0.01,scheme=forward"]
+    darts = CheckArguments(estimators=["darts:xi=lr,scheme=forward"])
+    assert darts.chosen(measured, 0.01) == ["darts:xi=0.01,scheme=forward"]
     for reference, truth in {
         "retraining": "retraining:lr=2.33",
         "retraining:steps=3": "retraining:steps=3,lr=2.33",

@@ -12,7 +12,7 @@ from hyperopt_peft import ProblemError
 from hyperopt_peft.cli import compare
 from hyperopt_peft.cli.compare import (
     CompareArguments,
-    Run,
+    MethodRun,
     arguments_of,
     bootstrap,
     mean_and_error,
@@ -93,9 +93,9 @@ def test_errors_of_rows_and_seeds_add_in_squares() -> None:
 def test_a_table_by_hand() -> None:
     draws = np.array([0.0, 2.0])
     runs = [
-        Run("a", 0, {"m": 1.0, "eval_loss": 0.5}, 2.0, 5, 7, draws),
-        Run("b", 0, {"m": 4.0, "eval_loss": 0.25}, 1.0, 6, 7, draws + 3),
-        Run("a", 1, {"m": 3.0, "eval_loss": 0.7}, 4.0, 5, 7, draws),
+        MethodRun("a", 0, {"m": 1.0, "eval_loss": 0.5}, 2.0, 5, 7, draws),
+        MethodRun("b", 0, {"m": 4.0, "eval_loss": 0.25}, 1.0, 6, 7, draws + 3),
+        MethodRun("a", 1, {"m": 3.0, "eval_loss": 0.7}, 4.0, 5, 7, draws),
     ]
     # The error of a: √(s²/2 + 1²) with s² = 2. On the same rows and the same seed b is 3 better in
     # every draw, so that no error of the rows is left.

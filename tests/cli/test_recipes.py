@@ -143,8 +143,8 @@ def test_numbers_are_the_published_ones_and_data_those_of_the_hub(recipe: str) -
     if task != "qqp":
         assert data.train_split == "train"
         return
-    parts = ReadInstruction.from_spec(data.train_split).to_absolute({"train": 363_846})
-    rows = [(part.from_ or 0, part.to or 363_846) for part in parts]
+    slices = ReadInstruction.from_spec(data.train_split).to_absolute({"train": 363_846})
+    rows = [(each.from_ or 0, each.to or 363_846) for each in slices]
     assert rows == [(0, 310_121), (310_122, 362_225), (362_226, 363_846)]
 
 

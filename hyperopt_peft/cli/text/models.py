@@ -64,9 +64,11 @@ def load_config(name: str) -> Any:
 
 
 def _not_loaded(option: str, name: str, error: Exception) -> ProblemError:
-    where = "the folder" if Path(name).is_dir() else "there is no such folder, and from the hub"
+    what = f"the folder {name} cannot be loaded"
+    if not Path(name).is_dir():
+        what = f"there is no folder {name}, and the hub or its cache gives nothing"
     reason = shorten(str(error), 300)  # a list of all kinds of models is longer
-    return ProblemError(f"{option}: {name} cannot be loaded, {where}: {reason}; correct the name")
+    return ProblemError(f"{option}: {what} ({reason}); correct the name")
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
@@ -124,7 +126,7 @@ def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, li
     return model, sorted({*report["missing_keys"], *mismatched})
 
 
-def adapted(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
+def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
     """``model`` in train mode with a new adapter, whose A depends on the current seed."""
     modules = [name for name, _ in model.named_modules() if name]
     endings = {name.rpartition(".")[2] for name in modules}

@@ -117,7 +117,7 @@ class Setup:
         base, new = models.load_base(self.task, self.args.model, self.config, self.args.dtype)
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.encoder.tokenizer.pad_token_id
-        model = models.adapted(base, self.args, self.task, dora=dora)
+        model = models.add_adapter(base, self.args, self.task, dora=dora)
         if names := models.untrained(model, new):
             logger.warning_once(
                 f"{', '.join(names)}: new, random and frozen; name their modules in modules_to_save"
@@ -205,7 +205,7 @@ def changed(args: Any, **values: Any) -> Any:
     return args
 
 
-def fit(trainer: BilevelTrainer) -> None:
+def train_or_resume(trainer: BilevelTrainer) -> None:
     """Train, or resume as the arguments say; errors name the options of the command line."""
     try:
         trainer.train(resume_from(trainer.args))

@@ -19,10 +19,11 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from hyperopt_peft.core.labels import IGNORED
+
 TaskName = Literal[
     "text-classification", "regression", "token-classification", "causal-lm", "seq2seq"
 ]
-IGNORED = -100  # the label that the losses of Transformers ignore
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,6 @@ class Task:
     metrics: Callable[[Any], dict[str, float]]
     metric: str
     classes: bool = False
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether a smaller ``metric`` is better: losses are, scores of classes are not."""
-        return not self.classes
 
 
 def argmax(logits: Any, labels: Tensor) -> Tensor:
