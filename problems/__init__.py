@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
     from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
+    from hyperopt_peft.problems.source_data import by_column
     from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 
 _MODULES = {
@@ -20,6 +21,7 @@ _MODULES = {
     "TaskLevel": "common",
     "TwoPhaseTrainer": "two_phases",
     "TwoPhaseTrainingArguments": "two_phases",
+    "by_column": "source_data",
 }
 __all__ = [
     "Adapter",
@@ -31,6 +33,7 @@ __all__ = [
     "TaskLevel",
     "TwoPhaseTrainer",
     "TwoPhaseTrainingArguments",
+    "by_column",
 ]
 
 

@@ -65,36 +65,14 @@ class BaselineComparison:
         """The result of the lowest trusted loss."""
         return min(self.results, key=lambda result: result.loss)
 
-    @property
-    def cheapest(self) -> MethodResult:
-        """The cheapest result whose mean difference to the best is within its standard error."""
-        near = [result for result in self.results if result is self.best or self._is_near(result)]
-        return min(near, key=lambda result: result.passes)
-
-    @property
-    def sentence(self) -> str:
-        """Which method to use, and which costs less at nearly the same loss."""
-        best, cheap = self.best, self.cheapest
-        text = f"use {best.method}: the lowest trusted loss, {best.loss:.4f}"
-        if cheap.passes >= best.passes:
-            return text
-        gap, error = cheap.difference(best)
-        return (
-            f"{text}; {cheap.method} is {gap:.4f} ± {error:.4f} above it, at "
-            f"{cheap.passes / best.passes:.0%} of the passes"
-        )
-
-    def _is_near(self, result: MethodResult) -> bool:
-        gap, error = result.difference(self.best)
-        return gap <= error
-
     def __str__(self) -> str:
         lines = [f"{'method':44}{'trusted loss':>14}{'to the best':>22}{'passes':>9}"]
         for result in sorted(self.results, key=lambda result: result.loss):
             gap, error = result.difference(self.best)
             text = "" if result is self.best else f"{gap:+.4f} ± {error:.4f}"
             lines.append(f"{result.method:44}{result.loss:14.4f}{text:>22}{result.passes:9}")
-        return "\n".join([*lines, self.sentence])
+        advice = f"use {self.best.method}: the lowest trusted loss, {self.best.loss:.4f}"
+        return "\n".join([*lines, advice])
 
 
 def compare_baselines(

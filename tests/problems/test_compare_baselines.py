@@ -27,17 +27,17 @@ from tests.support.mix_runs import rows, trainer, votes
 from tests.support.trainers import values
 
 
-def test_the_lowest_loss_is_best_and_a_cheaper_method_is_named() -> None:
-    source = torch.Generator().manual_seed(0)
-    best = MethodResult("best", torch.rand(40, generator=source), passes=90)
-    noise = 0.1 * torch.randn(40, generator=source)
-    near = MethodResult("near", best.losses + noise - noise.mean() + 1e-4, passes=30)
-    far = MethodResult("far", best.losses + 0.5 + 0.1 * torch.rand(40, generator=source), passes=10)
-    comparison = BaselineComparison([far, near, best])
-    assert comparison.best is best and comparison.cheapest is near
-    assert "near" in comparison.sentence and "33%" in comparison.sentence
-    assert "far" not in comparison.sentence and "90" in str(comparison)
-    assert BaselineComparison([far, best]).cheapest is best
+def test_the_table_is_in_the_order_of_losses_and_names_the_best() -> None:
+    losses = torch.tensor([0.1, 0.3, 0.5])
+    best = MethodResult("best", losses, passes=90)
+    worse = MethodResult("worse", losses + torch.tensor([0.1, 0.2, 0.3]), passes=30)
+    comparison = BaselineComparison([worse, best])
+    assert comparison.best is best
+    assert worse.difference(best) == pytest.approx((0.2, 0.1 / 3**0.5))
+    _, first, second, advice = str(comparison).splitlines()
+    assert first.split() == ["best", "0.3000", "90"]
+    assert second.split() == ["worse", "0.5000", "+0.2000", "±", "0.0577", "30"]
+    assert "use best" in advice
 
 
 @pytest.mark.parametrize(("classes", "largest"), [([0] * 7, 3), (["a"] * 4 + ["b"] * 3, 3)])
