@@ -61,7 +61,7 @@ def test_one_row_a_method_with_equal_starts(output: Any) -> None:
     # Before the first step LoRA and DoRA are one function of one batch.
     first = [losses(method, "")[0] for method in ("lora", "dora")]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
-    assert {row["method"] for row in results["estimators"]} >= {"direct", "darts:scheme=forward"}
+    assert {row["estimator"] for row in results["estimators"]} >= {"direct", "darts:scheme=forward"}
 
 
 def test_pictures_and_adapter_are_written(output: Any) -> None:

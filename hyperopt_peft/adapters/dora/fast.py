@@ -107,11 +107,13 @@ def _forward(
     It is computed by ``slow`` or PEFT where the fast pass does not apply.
     """
     adapter = active_adapter
-    instead = _instead(module, adapter, x, slow)
-    if instead is not peft_internals.DoraLinearVariant:  # which clears its cache itself
+    replacement = _replacement(module, adapter, x, slow)
+    if replacement is not peft_internals.DoraLinearVariant:  # which clears its cache itself
         peft_internals.clear_dora_cache(module, adapter)
-    if instead is not None:
-        y: Tensor = instead.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
+    if replacement is not None:
+        y: Tensor = replacement.forward(
+            module, active_adapter=adapter, x=x, result=result, **kwargs
+        )
         return y
 
     w0, m, (a, b) = base_weight(module), magnitude(module, adapter), factors(module, adapter)
@@ -155,21 +157,21 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _instead(
+def _replacement(
     module: lora.Linear, adapter: str, x: Tensor, slow: type[peft_internals.DoraLinearVariant]
 ) -> type[peft_internals.DoraLinearVariant] | None:
     """The forward pass to use in place of the fast one, None where the fast one applies."""
-    of_peft: type[peft_internals.DoraLinearVariant] = peft_internals.DoraLinearVariant
-    if not _is_whole(module, adapter, x):
+    peft_forward: type[peft_internals.DoraLinearVariant] = peft_internals.DoraLinearVariant
+    if not _has_full_weights(module, adapter, x):
         _warn_unreadable([f"lora.{type(module).__name__}"])
-        return of_peft
+        return peft_forward
     if peft_internals.is_caching(module) and not torch.is_grad_enabled():
-        return of_peft
+        return peft_forward
     inputs = x, *factors(module, adapter), magnitude(module, adapter)
-    return None if _is_alone(module, adapter) and not needs_plain_operations(*inputs) else slow
+    return None if _fast_applies(module, adapter) and not needs_plain_operations(*inputs) else slow
 
 
-def _is_whole(module: lora.Linear, adapter: str, x: Tensor) -> bool:
+def _has_full_weights(module: lora.Linear, adapter: str, x: Tensor) -> bool:
     """Whether every weight is in full on the device of x: not sharded, not offloaded."""
     weights = (module.get_base_layer().weight, *factors(module, adapter))
     return (
@@ -179,7 +181,7 @@ def _is_whole(module: lora.Linear, adapter: str, x: Tensor) -> bool:
     )
 
 
-def _is_alone(module: lora.Linear, adapter: str) -> bool:
+def _fast_applies(module: lora.Linear, adapter: str) -> bool:
     """Whether the layer is W0 x + b with a constant W0, and one B A x, without hooks."""
     base = module.get_base_layer()
     replaced = "forward" in vars(base) and not peft_internals.is_placed(base)
