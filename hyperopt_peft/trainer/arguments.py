@@ -194,11 +194,12 @@ class BilevelTrainingArguments(TrainingArguments):
             (0.0, 0.7)
         """
         args = copy.copy(self)
-        vars(args).update(max_grad_norm=0.0, save_total_limit=None, _original=self)
+        args.max_grad_norm, args.save_total_limit = 0.0, None
+        args.__dict__["_original"] = self
         return args
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(vars(self).get("_original", self))
+        return dict(vars(self.__dict__.get("_original", self)))
 
     def bilevel_settings(self) -> dict[str, Any]:
         """The fields of this class and its subclasses, without those of TrainingArguments."""

@@ -138,8 +138,8 @@ class BilevelTrainer(Trainer):
             callbacks=[self._callback, *(callbacks or ())],
             **trainer,
         )
-        self.lower: Problem = lower(self) if _is_function(lower) else lower
-        self.upper: Problem | None = upper(self) if _is_function(upper) else upper
+        self.lower: Problem = _made(lower, self)
+        self.upper: Problem | None = _made(upper, self)
         checks.check_levels(self.levels)
         if self.upper is not None and args.upper_prior is not None:
             checks.check_no_prior(self.upper)
@@ -201,7 +201,7 @@ class BilevelTrainer(Trainer):
         return {name: data_fingerprint(rows) for name, rows in data.items()}
 
     def _frozen_fingerprint(self) -> str | None:
-        """The identity of the weights that no level owns; None under FSDP2.
+        """The identity of process 0's weights that no level owns; None under FSDP2.
 
         There the processes have shards, and may get the weights from process 0 in training only.
         """
@@ -209,7 +209,8 @@ class BilevelTrainer(Trainer):
             return None
         owned = {id(variable) for level in self.levels for variable in level.variables}
         named = self.model.named_parameters()
-        return weights_fingerprint((name, p) for name, p in named if id(p) not in owned)
+        identity = weights_fingerprint((name, p) for name, p in named if id(p) not in owned)
+        return distributed.union([identity])[0]
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -477,3 +478,7 @@ class BilevelTrainer(Trainer):
 
 def _is_function(level: Any) -> bool:
     return callable(level) and not isinstance(level, Problem | nn.Module | type)
+
+
+def _made(level: Any, trainer: BilevelTrainer) -> Any:
+    return level(trainer) if _is_function(level) else level
