@@ -55,5 +55,5 @@ def plain(
     model: nn.Module, folder: Path, *, settings: Any = None, **options: Any
 ) -> BilevelTrainer:
     """A `BilevelTrainer` over the levels of BiDoRA."""
-    given = {**levels(model), "args": arguments(folder, **(settings or {})), **APART, **options}
-    return BilevelTrainer(model, **given)
+    args = arguments(folder, **(settings or {}))
+    return BilevelTrainer(model, **{**levels(model), "args": args, **APART, **options})

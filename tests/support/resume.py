@@ -87,12 +87,12 @@ def require_same_end(
     **settings: Any,
 ) -> tuple[Any, Any]:
     """Both ended runs, whose logs are alike too: each is of steps on one side of a checkpoint."""
-    whole = make(folder / "whole", **settings)
-    whole.train()
+    alone = make(folder / "alone", **settings)
+    alone.train()
     for stop in stops:
         interrupted(folder / "broken", stop, make, **settings)
     resumed = make(folder / "broken", **settings)
     resumed.train(resume_from_checkpoint=resume)
-    assert not differences(end(resumed), end(whole))
-    assert not differences(logs_of(resumed), logs_of(whole))
-    return whole, resumed
+    assert not differences(end(resumed), end(alone))
+    assert not differences(logs_of(resumed), logs_of(alone))
+    return alone, resumed

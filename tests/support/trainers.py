@@ -91,8 +91,8 @@ def peft_model(
     task, targets = TASKS[kind]
     model = base_model(kind, dropout)
     torch.manual_seed(1)
-    given = {"r": 2, "lora_alpha": 4, "lora_dropout": dropout, "target_modules": targets}
-    adapter = LoraConfig(task_type=task, use_dora=dora, **{**given, **options})
+    defaults = {"r": 2, "lora_alpha": 4, "lora_dropout": dropout, "target_modules": targets}
+    adapter = LoraConfig(task_type=task, use_dora=dora, **{**defaults, **options})
     model = get_peft_model(model, adapter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -165,8 +165,8 @@ def trainer(
     """
     model = model or peft_model(kind, dropout, dora=method != "lora")
     make = BiDoRATrainer if method == "bidora" else AdapterTrainer
-    given = {"train_dataset": data(kind, rows), **(options or {})}
-    return make(model, arguments(folder, **settings), **given)
+    arguments_of_trainer = {"train_dataset": data(kind, rows), **(options or {})}
+    return make(model, arguments(folder, **settings), **arguments_of_trainer)
 
 
 def values(model: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft.adapters import split_parameters
 from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
@@ -85,64 +84,3 @@ def test_retraining_has_its_own_length_rate_and_decay(tmp_path: Path) -> None:
     assert run.retrainer.state.log_history[0]["learning_rate"] == 5e-4
     assert run.retrainer.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert (run.args.learning_rate, run.args.weight_decay) == (1e-2, 0.0)
-
-
-def test_label_smoothing_and_loss_functions_keep_their_meaning(tmp_path: Path) -> None:
-    def loss_function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-        return 2 * torch.nn.functional.cross_entropy(outputs["logits"], labels)
-
-    for settings, options in (
-        ({"label_smoothing_factor": 0.3}, {}),
-        ({}, {"compute_loss_func": loss_function}),
-    ):
-        plain = Trainer(
-            peft_model(dropout=0.0),
-            TrainingArguments(
-                output_dir=str(tmp_path / "plain"),
-                max_steps=1,
-                per_device_train_batch_size=4,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-                seed=3,
-                **settings,
-            ),
-            train_dataset=data(),
-            **options,
-        )
-        plain.train()
-        run = trainer(
-            tmp_path / "ours", dropout=0.0, method="dora", max_steps=1, options=options, **settings
-        )
-        run.train()
-        expected = plain.state.log_history[0]["loss"]
-        assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
-        bilevel = trainer(
-            tmp_path / "bilevel",
-            dropout=0.0,
-            lower_steps=1,
-            max_steps=1,
-            per_device_upper_batch_size=4,
-            options=options,
-            **settings,
-        )
-        bilevel.train()
-        batch = bilevel.upper_batches.batch(0)
-        fresh = trainer(tmp_path / "fresh", dropout=0.0, options=options, **settings)
-        fresh.model.train()
-        expected = fresh.upper.loss(batch).item()
-        assert bilevel.state.log_history[0]["upper_loss"] == pytest.approx(expected, rel=1e-5)
-        plain_loss = fresh.model(**batch).loss.item()
-        assert expected != pytest.approx(plain_loss, rel=1e-3)
-
-
-def test_controls_get_all_of_the_data(tmp_path: Path) -> None:
-    train, upper = data(rows=18), data(rows=6, seed=5)
-    for method, lower, above in (("bidora", 18, 6), ("dora", 24, 0)):
-        options = {"train_dataset": train, "upper_dataset": upper}
-        run = trainer(tmp_path, method=method, options=options)
-        assert len(run.train_dataset) == lower
-        assert len(run.upper_dataset or ()) == above
-        run.train()

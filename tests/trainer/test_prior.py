@@ -41,33 +41,33 @@ def test_the_step_is_that_of_a_level_with_the_prior(tmp_path: Path, method: str)
         expected = hypergradient(upper, lower, method, **batches)
         for name, part in zip(upper.names, expected, strict=True):
             torch.testing.assert_close(watch.gradients[step][name], part, rtol=1e-6, atol=1e-9)
-        found = upper.gradient(above, upper.variables)
-        assert logs[number]["upper_prior"] == pytest.approx(found.metrics["prior"], rel=1e-9)
-        task = found.loss - found.metrics["prior"]
+        evaluation = upper.gradient(above, upper.variables)
+        assert logs[number]["upper_prior"] == pytest.approx(evaluation.metrics["prior"], rel=1e-9)
+        task = evaluation.loss - evaluation.metrics["prior"]
         assert logs[number]["upper_loss"] == pytest.approx(task, rel=1e-9)
     assert logs[0]["upper_prior"] == 0 < logs[1]["upper_prior"]
 
 
 def with_prior(folder: Path, callbacks: Any = (), *, start: float = 1.0, **settings: Any) -> Any:
     """A trainer whose upper variable begins at (``start``, −1, 0)."""
-    given = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 3}
-    given |= {"upper_prior": TAU, "upper_max_grad_norm": 0.0, **settings}
-    run, weight = pair(folder, callbacks=callbacks, **given)
+    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 3}
+    options |= {"upper_prior": TAU, "upper_max_grad_norm": 0.0, **settings}
+    run, weight = pair(folder, callbacks=callbacks, **options)
     with torch.no_grad():
-        for held in (weight, *run.upper.prior.start):
-            held[0] = start
+        for start_or_weight in (weight, *run.upper.prior.start):
+            start_or_weight[0] = start
     return run
 
 
 def test_a_resumed_run_pulls_to_the_first_run_s_initial_values(tmp_path: Path) -> None:
     """Not to the values of the checkpoint, nor to those of the program that goes on."""
-    whole = with_prior(tmp_path / "whole")
-    whole.train()
+    alone = with_prior(tmp_path / "alone")
+    alone.train()
     interrupted(tmp_path / "broken", (5,), with_prior)
     resumed = with_prior(tmp_path / "broken", start=7.0)
     resumed.train(resume_from_checkpoint=True)
-    assert not differences(end(resumed), end(whole))
-    assert not differences(logs_of(resumed), logs_of(whole))
+    assert not differences(end(resumed), end(alone))
+    assert not differences(logs_of(resumed), logs_of(alone))
     assert resumed.upper.prior.start[0].tolist() == [1.0, -1.0, 0.0]
 
 
@@ -77,12 +77,12 @@ def test_a_level_s_own_prior_is_resumed_too_and_is_not_given_twice(tmp_path: Pat
             super().__init__(model, weight, prior=TAU)
 
     settings = {"upper": Pulled, "upper_prior": None}
-    whole = with_prior(tmp_path / "whole")
-    whole.train()
+    alone = with_prior(tmp_path / "alone")
+    alone.train()
     interrupted(tmp_path / "broken", (5,), with_prior, **settings)
     resumed = with_prior(tmp_path / "broken", start=7.0, **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert not differences(end(resumed), end(whole))
+    assert not differences(end(resumed), end(alone))
     with pytest.raises(ProblemError, match="upper_prior"):
         pair(tmp_path, upper=Pulled, upper_prior=TAU)
     with pytest.raises(ProblemError, match="prior"):
@@ -101,11 +101,11 @@ def test_the_loss_of_a_lower_level_is_logged_without_its_prior(tmp_path: Path, m
     start = [w.detach().clone() for w in run.lower.variables]
     points, priors = [], []
 
-    def loss(batch: Any, known: Any = run.lower.loss) -> Any:
+    def loss(batch: Any, task: Any = run.lower.loss) -> Any:
         if len(points) % micro == 0:
             moves = [w.detach() - w0 for w, w0 in zip(run.lower.variables, start, strict=True)]
             priors.append(TAU / 2 * float(torch.cat([m.flatten() for m in moves]).square().mean()))
-        points.append(known(batch))
+        points.append(task(batch))
         return points[-1]
 
     run.lower.loss = loss

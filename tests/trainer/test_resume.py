@@ -125,7 +125,7 @@ def test_a_finished_run_takes_no_step_more(tmp_path: Path) -> None:
         settings = {"max_steps": steps, "rows": 25, "lr_scheduler_type": "constant"}
         folder = tmp_path / str(steps)
         require_same_end(folder, **settings, resume=None)
-        resumed = saving(folder / "whole", **settings)
+        resumed = saving(folder / "alone", **settings)
         resumed.train(resume_from_checkpoint=True)
         again = saving(folder / "broken", **settings)
         again.train(resume_from_checkpoint=str(folder / "broken" / f"checkpoint-{steps}"))
@@ -162,10 +162,10 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     """Also where its checkpoint is older than the one that was resumed from."""
     options = {"eval_dataset": data(rows=9, seed=5)}
     settings = {**BEST, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
-    whole, resumed = require_same_end(tmp_path, (4,), (7,), options=options, **settings)
-    best = whole.state.best_global_step
+    alone, resumed = require_same_end(tmp_path, (4,), (7,), options=options, **settings)
+    best = alone.state.best_global_step
     assert 0 < best < 8 and resumed.state.best_global_step == best
-    assert whole.state.best_model_checkpoint == str(tmp_path / "whole" / f"checkpoint-{best}")
+    assert alone.state.best_model_checkpoint == str(tmp_path / "alone" / f"checkpoint-{best}")
 
 
 def test_the_best_variables_outside_the_model_are_loaded_too(tmp_path: Path) -> None:
@@ -247,8 +247,8 @@ def test_early_stopping_counts_on(tmp_path: Path) -> None:
         made = saving(folder, callbacks, options=options, **settings)
         return made
 
-    whole, resumed = require_same_end(tmp_path, (5,), make=stopping)
-    assert whole.state.global_step == resumed.state.global_step == 6
+    alone, resumed = require_same_end(tmp_path, (5,), make=stopping)
+    assert alone.state.global_step == resumed.state.global_step == 6
 
 
 def test_an_epoch_that_a_callback_ended_is_warned_of(

@@ -119,22 +119,23 @@ def stock(folder: Path, table: Dataset, kind: str, **settings: Any) -> Any:
     return run
 
 
-def test_a_loss_function_gets_its_number_of_items_as_in_the_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("table", "kind", "options", "smoothing"),
+    [
+        (ragged("tokens"), "tokens", {"compute_loss_func": by_sum}, 0.0),
+        (data(), "classes", {}, 0.3),
+        (ragged("causal"), "causal", {}, 0.0),
+    ],
+)
+def test_a_loss_that_counts_labels_is_the_trainers(
+    tmp_path: Path, table: Dataset, kind: str, options: Any, smoothing: float
+) -> None:
     """Under accumulation the stock Trainer's losses and variables, to rounding."""
-    table = ragged("tokens")
     settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
-    settings |= {"optim": "sgd", "max_grad_norm": 0.0}
-    options = {"compute_loss_func": by_sum}
-    plain = stock(tmp_path / "plain", table, "tokens", options=options, **settings)
-    run, _, logs = trained(
-        AdapterTrainer,
-        tmp_path / "ours",
-        kind="tokens",
-        table=table,
-        fast_dora=False,
-        options=options,
-        **settings,
-    )
+    settings |= {"optim": "sgd", "max_grad_norm": 0.0, "label_smoothing_factor": smoothing}
+    plain = stock(tmp_path / "plain", table, kind, options=dict(options), **settings)
+    settings |= {"kind": kind, "table": table, "options": options, "fast_dora": False}
+    run, _, logs = trained(AdapterTrainer, tmp_path / "ours", **settings)
     expected = [log["loss"] for log in plain.state.log_history if "loss" in log]
     assert [log["loss"] for log in logs] == pytest.approx(expected, rel=1e-6, abs=1.1e-4)
     for name, value in values(plain.model).items():
