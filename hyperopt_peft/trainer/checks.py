@@ -102,14 +102,6 @@ def check_levels(levels: Sequence[Problem]) -> None:
             )
 
 
-def check_no_prior(upper: Problem) -> None:
-    """Raise ProblemError if ``upper`` has a prior beside the argument ``upper_prior``."""
-    if upper.prior is not None:
-        raise ProblemError(
-            f"upper_prior: the level {upper.name} has a prior of its own; leave one of them out"
-        )
-
-
 def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
     """Raise ProblemError for labels without an output of the classifier ``model``.
 

@@ -142,7 +142,10 @@ class BilevelTrainer(Trainer):
         self.upper: Problem | None = _made(upper, self)
         checks.check_levels(self.levels)
         if self.upper is not None and args.upper_prior is not None:
-            checks.check_no_prior(self.upper)
+            if self.upper.prior is not None:
+                raise ProblemError(
+                    f"upper_prior: the level {self.upper.name} has a prior; leave one of them out"
+                )
             self.upper.prior = GaussianPrior(args.upper_prior, self.upper.variables)
         self.estimator = args.estimator()
         checks.check_accelerator(self, self.levels, self.estimator)

@@ -104,6 +104,7 @@ def records(folder: Path) -> Any:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
 
 
+@pytest.mark.slow
 def test_one_cpu(tmp_path: Path) -> None:
     (record,) = launched("one_cpu.yaml", tmp_path)
     assert (record["processes"], record["type"], record["device"]) == (1, "NO", "cpu")

@@ -15,8 +15,9 @@ from hyperopt_peft.adapters import split_parameters
 from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
 
 
-@pytest.mark.parametrize("kind", TASKS)
-@pytest.mark.parametrize("method", ["bidora", "dora", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "method"), [*((k, "bidora") for k in TASKS), ("classes", "dora"), ("causal", "lora")]
+)
 def test_every_task_and_method(tmp_path: Path, kind: Any, method: Any) -> None:
     """The loss on the training data falls, and stock PEFT loads what was saved."""
     run = trainer(

@@ -25,8 +25,9 @@ CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 ROUNDING = {"darts": 1e-6, "minres": 1e-9, "penalty": 1e-8, "retrain": 1e-6}
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
 KINDS = {"ddp": "two_cpu_processes.yaml", "fsdp": "fsdp2.yaml"}
-RUNS = [("ddp", name) for name in in_processes.RUNS]
-RUNS += [("fsdp", name) for name in in_processes.SHARDED]
+EITHER = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
+RUNS = [pytest.param("ddp", name) for name in in_processes.RUNS]
+RUNS += [pytest.param("fsdp", name, marks=pytest.mark.slow) for name in in_processes.SHARDED]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ class Launched(dict[str, Any]):
         launcher = ["accelerate.commands.launch", "--config_file"]
         launcher += [str(CONFIGURATIONS / KINDS[kind]), "--num_processes", "2"]
         launcher += ["--main_process_port", "0"]
-        found = two_processes.run(launcher, "trainer_in_processes.py", self.folders[kind])
-        return self.setdefault(kind, found)
+        results = two_processes.run(launcher, "trainer_in_processes.py", self.folders[kind])
+        return self.setdefault(kind, results)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_what_is_saved_is_a_plain_adapter(two: Any, folders: Any, kind: Any, nam
     assert same(models.values(loaded), trained)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EITHER)
 def test_two_processes_resume_from_a_checkpoint_that_is_written_once(
     two: Any, folders: Any, kind: Any
 ) -> None:
@@ -115,7 +116,7 @@ def test_two_processes_resume_from_a_checkpoint_that_is_written_once(
     assert not [f for f in files if f.endswith(".part")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EITHER)
 def test_a_nan_on_one_process_stops_both(two: Any, folders: Any, kind: Any) -> None:
     """After the state before the step was written."""
     for result in two[kind]:
@@ -125,6 +126,7 @@ def test_a_nan_on_one_process_stops_both(two: Any, folders: Any, kind: Any) -> N
     assert (folders[kind] / "stopped" / "checkpoint-3" / "bilevel.json").is_file()
 
 
+@pytest.mark.slow
 def test_what_shards_cannot_do_is_refused(two: Any) -> None:
     """Before anything is trained."""
     for result in two["fsdp"]:
