@@ -1,6 +1,6 @@
 """Everything that is timed, in one command: the bilevel step, the DoRA layer, the MLP's iteration.
 
-    python benchmarks/speed timing      # some five minutes; writes benchmarks/results/speed.json
+    python benchmarks/speed timing      # some six minutes; writes benchmarks/results/speed.json
     python benchmarks/speed timing --quick
 
 *Steps*: MiniLM, all linear layers adapted, rank 8, 32 × 64 tokens. The unit is a training step of
@@ -115,7 +115,7 @@ def timed(
     runs: dict[str, Run], repeats: int, device: str, unit: str, lower: dict[str, int]
 ) -> list[Row]:
     """A row for each run; ``lower`` has the lower steps of those that are steps."""
-    seconds = interleaved(runs, repeats, device, warmup=1 if repeats == 1 else 2)
+    seconds = interleaved(runs, repeats, device)
     rows = []
     for name in runs:
         whole = ratio(seconds, name, unit)
@@ -130,7 +130,7 @@ def main() -> None:
     device, quick = options.device, options.quick
     if not quick and options.json is None:
         options.json = RESULTS / "speed.json"
-    size, length, repeats = (4, 8, 1) if quick else (32, 64, 6)
+    size, length, repeats = (4, 8, 1) if quick else (32, 64, 5)
     step_runs, lower = steps(size, length, device, *([("direct",)] if quick else []))
     layer_runs, tables = layers(size, length, device), {}
     for memory in ("default",) if quick else ("default", "freed memory kept"):

@@ -1,6 +1,5 @@
 """Every benchmark script runs with its smallest sizes; the pages have the tables of the results."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +26,8 @@ FAST = ["study report --check", "attribution report", "mix report --check"]
 def script(words: str, *more: str) -> subprocess.CompletedProcess[str]:
     folder, *options = words.split()
     command = [sys.executable, ROOT / "benchmarks" / folder, *options, *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    threads = ["--threads", "1"] if folder in ("speed", "estimators") and "--quick" in options else []
+    return subprocess.run([*command, *threads], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""A loss or a gradient that is not finite: one clear error with a checkpoint, or a skipped step."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hyperopt_peft import NonFiniteError
+from hyperopt_peft.engine.checkpoint import last_valid
+from tests.support.networks import differences
+from tests.support.resume import Stop, StopAt, end, saving
+
+
+def spoil(made: Any, level: Any, step: Any, kind: Any) -> Any:
+    """Make the level's loss infinite, or its gradient NaN, at one evaluation in a step.
+
+    ``kind``: "loss", "gradient", or "curvature": only where the lower variables are displaced.
+    """
+    problem = getattr(made, level)
+    loss, start = problem.task_loss, []
+
+    def spoilt(batch: Any) -> Any:
+        value = loss(batch)
+        if made.state.global_step + 1 != step:
+            return value
+        now = [v.detach().clone() for v in made.lower.variables]
+        start.append(now)
+        displaced = any(not torch.equal(a, b) for a, b in zip(now, start[0]))
+        if kind == "curvature" and not displaced:
+            return value
+        if kind == "loss":
+            return value * float("inf")
+        # Of these alone is a derivative taken at the displaced point.
+        variable = (made.upper if kind == "curvature" else made.lower).variables[0]
+        return value + (variable * 0).sum().abs().sqrt()  # the root of 0 has no derivative
+
+    problem.task_loss = spoilt
+    return made
+
+
+FAULTS = {
+    "lower loss": ("lower", "loss", "Direction: .*loss"),
+    "lower gradient": ("lower", "gradient", "Direction: .*gradient"),
+    "upper loss": ("upper", "loss", "darts: Magnitude: .*loss"),
+    "upper gradient": ("upper", "gradient", "darts: Magnitude: .*gradient"),
+    "curvature": ("lower", "curvature", "darts: .*not finite"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "micro"), [*((fault, 1) for fault in FAULTS), ("lower gradient", 2), ("curvature", 2)]
+)
+def test_what_is_not_finite_stops_with_a_checkpoint_of_the_step_before(
+    tmp_path: Path, fault: Any, micro: Any
+) -> None:
+    """From which the run goes on as if nothing had been."""
+    level, kind, message = FAULTS[fault]
+    settings = {"gradient_accumulation_steps": micro, "gamma": 1e-3}
+    whole = saving(tmp_path / "whole", **settings)
+    whole.train()
+    made = spoil(saving(tmp_path / "spoilt", **settings), level, 8, kind)
+    where = rf"^step 8 \(epoch \d+\.\d\d, {micro} micro-batches\): {message}"
+    kept = f"the state before it is in {tmp_path}/spoilt/checkpoint-7$"
+    with pytest.raises(NonFiniteError, match=f"{where}.*{kept}"):
+        made.train()
+    assert last_valid(tmp_path / "spoilt").name == "checkpoint-7"
+    resumed = saving(tmp_path / "spoilt", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(end(resumed), end(whole))
+
+
+def test_what_is_not_finite_in_the_first_step_leaves_a_checkpoint_too(tmp_path: Path) -> None:
+    require_goes_on_after(tmp_path, step=1)
+
+
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_what_is_not_finite_about_the_begin_of_an_epoch_leaves_a_checkpoint_too(
+    tmp_path: Path, step: Any
+) -> None:
+    require_goes_on_after(tmp_path, step=step, rows=25)
+
+
+def require_goes_on_after(folder: Path, step: Any, **settings: Any) -> None:
+    whole = saving(folder / "whole", **settings)
+    whole.train()
+    made = spoil(saving(folder / "spoilt", **settings), "lower", step, "loss")
+    with pytest.raises(NonFiniteError, match=rf"^step {step} .*checkpoint-{step - 1}$"):
+        made.train()
+    resumed = saving(folder / "spoilt", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(end(resumed), end(whole))
+
+
+def test_what_is_not_finite_where_nothing_can_be_written_is_still_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class NowFull(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                monkeypatch.setattr(os, "fsync", full)
+
+    made = spoil(saving(tmp_path, [NowFull()]), "lower", 8, "loss")
+    with pytest.raises(NonFiniteError, match=r"^step 8.*no checkpoint could be written$"):
+        made.train()
+    assert last_valid(tmp_path) == tmp_path / "checkpoint-6"
+
+
+@pytest.mark.parametrize(
+    ("fault", "micro"), [*((fault, 1) for fault in FAULTS), ("lower gradient", 2), ("curvature", 2)]
+)
+def test_what_is_not_finite_can_be_skipped_and_is_counted(
+    tmp_path: Path, fault: Any, micro: Any
+) -> None:
+    level, kind, _ = FAULTS[fault]
+    states = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            values = dict(made.model.named_parameters())
+            states[state.global_step] = {n: p.detach().clone() for n, p in values.items()}
+
+    settings = {"gradient_accumulation_steps": micro, "non_finite": "skip", "logging_steps": 1}
+    made = spoil(saving(tmp_path, [Keep()], **settings), level, 8, kind)
+    made.train()
+    assert made.skipped == 1 and made.state.global_step == 9
+    assert not differences(states[8], states[7])
+    assert differences(states[9], states[8]) and differences(states[7], states[6])
+    assert all(torch.isfinite(value).all() for value in states[9].values())
+    logs = {r["step"]: r.get("skipped") for r in made.state.log_history if "loss" in r}
+    assert logs == {**dict.fromkeys(range(1, 8)), 8: 1, 9: 1}
+
+
+def test_the_count_of_skipped_steps_is_resumed(tmp_path: Path) -> None:
+    whole = spoil(saving(tmp_path / "whole", non_finite="skip"), "lower", 5, "loss")
+    whole.train()
+    made = spoil(saving(tmp_path / "broken", [StopAt(8)], non_finite="skip"), "lower", 5, "loss")
+    with pytest.raises(Stop):
+        made.train()
+    resumed = saving(tmp_path / "broken", non_finite="skip")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.skipped == 1 and not differences(end(resumed), end(whole))
