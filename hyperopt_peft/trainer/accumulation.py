@@ -35,6 +35,7 @@ class Accumulated(Problem):
     too.
 
     Example:
+        >>> import torch
         >>> w = torch.ones((), requires_grad=True)
         >>> class Scale(Problem):
         ...     def loss(self, batch):

@@ -98,6 +98,7 @@ def check(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_classification(tmp_path: Path) -> None:
     table = tweets(60)
     inputs, tokenizer = tokenised(table.text)

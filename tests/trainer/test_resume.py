@@ -100,7 +100,6 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, name: str) -> None:
     [
         (None, "written without estimator.pt"),
         ({"v": [torch.ones(2)], "k": 1}, "'v'"),
-        ({"k": 1}, "'direction'"),
         ([], "mapping"),
     ],
 )
