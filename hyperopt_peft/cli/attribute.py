@@ -38,15 +38,9 @@ class AttributeArguments(OutputArguments):
         help="with options: unrolled (the whole run), minres, cg, nystrom or another implicit "
         "solver (the end of the run), or gradient",
     )
-    check: int = HfArg(
-        default=0, help="retrainings without random rows that check the scores; 0 for none"
-    )
-    slices: str | None = HfArg(
-        default=None, help="a column of the evaluation examples; each of its values gets scores"
-    )
-    suspects: int = HfArg(
-        default=0, help="folds of the search for wrong labels, a training each; 0 for none"
-    )
+    check: int = HfArg(default=0, help="retrainings without random rows that check the scores")
+    slices: str | None = HfArg(default=None, help="an evaluation column, whose values get scores")
+    suspects: int = HfArg(default=0, help="folds of the search for wrong labels, a training each")
     retrain_without: float | None = HfArg(
         default=None,
         help="the share of the rows to train without, those that hurt most, judged on test_file",
@@ -56,9 +50,7 @@ class AttributeArguments(OutputArguments):
         help="the examples that judge retrain_without; if not given eval_fraction of the training "
         "examples, which are then neither trained nor evaluated on",
     )
-    memory_limit: float = HfArg(
-        default=1.0, help="GiB of memory that the checkpoints of the run may take"
-    )
+    memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
     show: int = HfArg(default=10, help="rows at each end, in table and picture")
 
     def __post_init__(self) -> None:

@@ -65,10 +65,6 @@ class MethodRun:
     steps: int
     draws: Numbers
 
-    def record(self) -> dict[str, Any]:
-        """Plain values for JSON, with the standard deviation of the draws instead of the draws."""
-        return {**asdict(self), "draws": None, "test_standard_error": float(self.draws.std())}
-
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train every method with every seed, write the table and the runs."""
@@ -94,7 +90,8 @@ def run(argv: Sequence[str]) -> None:
             value = f"{result.metrics[metric]:.4f} ± {result.draws.std():.4f} on {size} rows"
             print(f"{method}, seed {seed}: {setup.task.metric} {value}", flush=True)
             # Written after each run, so that an interruption loses one run only.
-            record = {"metric": metric, "test_rows": size, "runs": [run.record() for run in runs]}
+            records = [{**asdict(run), "draws": run.draws.tolist()} for run in runs]
+            record = {"metric": metric, "test_rows": size, "runs": records}
             (output / "comparison.json").write_text(json.dumps(record, indent=1))
     if not distributed.rank():
         text = table(runs, metric, size)

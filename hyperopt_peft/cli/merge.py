@@ -31,14 +31,8 @@ class MergeArguments:
 
     adapter: str = HfArg(help="the folder of the adapter")
     output_dir: str = HfArg(help="where the merged model is written; must be empty or not exist")
-    model: str | None = HfArg(
-        default=None, help="the base model; the one that the adapter names if not given"
-    )
-    dtype: Dtype = HfArg(
-        default="float32",
-        help="of the saved weights, which are merged in float32; auto: as the base model's were "
-        "saved",
-    )
+    model: str | None = HfArg(default=None, help="the base model; if not given as the adapter says")
+    dtype: Dtype = HfArg(default="float32", help="to save in; auto: as the base model was saved")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -29,20 +29,14 @@ ORIGIN = "mix_source"
 class MixArguments(OutputArguments):
     """What is done with the weights."""
 
-    trusted_file: list[str] | None = HfArg(
-        default=None, help="the few examples that the sources are judged by: files"
-    )
-    test_file: list[str] | None = HfArg(
-        default=None, help="examples that the final adapter is evaluated on, and nothing else"
-    )
+    trusted_file: list[str] | None = HfArg(default=None, help="few examples that judge the sources")
+    test_file: list[str] | None = HfArg(default=None, help="to evaluate the final adapter alone")
     baseline_folds: int = HfArg(
         default=3,
         help="folds of the trusted examples by which simple baselines and the learned weights are "
         "compared, a search each; 0 for no comparison",
     )
-    equal_passes: bool = HfArg(
-        default=True, help="whether baselines may take as many passes as the search, too"
-    )
+    equal_passes: bool = HfArg(default=True, help="whether baselines may take the search's passes")
 
     def __post_init__(self) -> None:
         if not self.trusted_file:

@@ -31,9 +31,7 @@ class OutputArguments:
 
     _argument_group_name = "command"
 
-    overwrite_output_dir: bool = HfArg(
-        default=False, help="whether to replace the results of an earlier run in output_dir"
-    )
+    overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
 
     def require_output(self, args: TrainingArguments, *, resumes: bool = False) -> None:
         """Raise ProblemError unless results may be written to ``output_dir``; nothing is created.

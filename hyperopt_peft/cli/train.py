@@ -30,10 +30,7 @@ BASE_CONFIG = "base_config"
 class TrainArguments(OutputArguments):
     """Options of the command itself."""
 
-    dry_run: bool = HfArg(
-        default=False,
-        help="print owners of parameters, examples and steps; train nothing",
-    )
+    dry_run: bool = HfArg(default=False, help="print parameters, examples and steps alone")
 
 
 def run(argv: Sequence[str]) -> None:

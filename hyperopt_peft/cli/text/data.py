@@ -32,21 +32,17 @@ class DataArguments:
     _argument_group_name = "data"
 
     train_file: list[str] | None = HfArg(
-        default=None, help="training examples: CSV, TSV, JSON, JSONL or Parquet files"
+        default=None, help="CSV, TSV, JSON, JSONL or Parquet files"
     )
-    eval_file: list[str] | None = HfArg(
-        default=None, help="evaluation examples: files as for train_file; never trained on"
-    )
-    dataset: str | None = HfArg(
-        default=None, help="a data set of the hub (or a local folder), instead of train_file"
-    )
+    eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
+    dataset: str | None = HfArg(default=None, help="of the hub or a folder, in place of train_file")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
     eval_fraction: float = HfArg(
         default=0.1,
-        help="share of the training examples that is held out for evaluation where neither "
-        "eval_file nor eval_split is given, the same for every seed; 0 for no evaluation",
+        help="share of the training examples that is held out for evaluation if there are no "
+        "others, the same for every seed; 0 for no evaluation",
     )
     text_columns: list[str] = HfArg(
         default_factory=lambda: ["text"],
@@ -55,12 +51,9 @@ class DataArguments:
     )
     label_column: str = HfArg(
         default="label",
-        help="the column with the class, the number (regression) or the list of the words' tags "
-        "(token-classification)",
+        help="classes, numbers (regression) or lists of tags (token-classification)",
     )
-    tokens_column: str = HfArg(
-        default="tokens", help="the column with the list of words, for token-classification"
-    )
+    tokens_column: str = HfArg(default="tokens", help="lists of words, for token-classification")
     target_column: str | None = HfArg(
         default=None,
         help="the column with the text to produce, for seq2seq; for causal-lm the answer, and the "

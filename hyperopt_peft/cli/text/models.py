@@ -33,9 +33,7 @@ class ModelArguments:
     model: str = HfArg(help="the base model: a local folder or a hub name")
     task: TaskName = HfArg(help="the task to learn")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
-    dtype: Dtype = HfArg(
-        default="float32", help="of the base model's weights; auto: as they were saved"
-    )
+    dtype: Dtype = HfArg(default="float32", help="of the base model; auto: as it was saved")
     rank: int = HfArg(default=8, help="rank r of B·A")
     alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
     dropout: float = HfArg(default=0.0, help="dropout on the adapter's input")
@@ -44,7 +42,7 @@ class ModelArguments:
         help="names (or ends of names) of the modules to adapt, or all-linear",
     )
     modules_to_save: list[str] | None = HfArg(
-        default=None, help="modules that are trained in full; a new head of the task always is"
+        default=None, help="trained in full, as a new head is"
     )
 
     def __post_init__(self) -> None:
