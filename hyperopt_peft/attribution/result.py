@@ -20,12 +20,14 @@ from hyperopt_peft.errors import ProblemError
 
 @dataclass(frozen=True)
 class Removal:
-    """What a test set says of training without some rows.
+    """What a test set says of training without some rows: numbers such as ``loss``, by name.
 
-    ``measures`` are numbers of the test set, such as ``loss``, after each training: ``plain`` on
-    all rows, ``without`` the rows that the scores say hurt most, ``highest_loss`` without as many
-    rows of the highest mean training loss, and ``random`` without as many random rows, once for
-    each draw.
+    Attributes:
+        count: how many rows were left out.
+        plain: after the training on all rows.
+        without: without the rows that the scores say hurt most.
+        highest_loss: without as many rows of the highest mean training loss.
+        random: without as many random rows, once for each draw.
     """
 
     count: int
@@ -58,6 +60,12 @@ class Attribution:
         settings: what the scores were made with.
         columns: of a Trainer's data, columns of the rows by name, for `to_csv` and `table`.
         numbers: the number by which files, tables and pictures name each row, by default its place.
+
+    Example:
+        >>> scores = torch.tensor([0.5, -1.0, 0.1])
+        >>> result = Attribution(scores, {"all": scores}, scores, {"all": 0.3}, {})
+        >>> result.ranks().tolist(), result.without(1 / 3), result.ends(1)
+        ([1, 3, 2], [1, 2], ([0], [1]))
     """
 
     scores: Tensor
