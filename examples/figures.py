@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 from scipy import stats
 
 from hyperopt_peft.adapters import ModuleChange
@@ -45,8 +46,9 @@ def estimators(comparison: Comparison, path: Path) -> None:
             style = {"color": COLOURS[index % len(COLOURS)], "marker": "os"[index >= len(COLOURS)]}
             axes.scatter(row.seconds, row.cosine, s=60, zorder=3, label=label, **style)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.minorticks_off()
         axes.set_xlabel("seconds for one hypergradient")
         axes.set_ylabel("cosine to the reference")
         axes.set_title(f"reference: {comparison.reference}")
