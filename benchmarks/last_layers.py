@@ -128,13 +128,13 @@ def tokens(texts: Sequence[str] | Sequence[Sequence[str]], length: int = LENGTH)
 def disjoint(parts: Sequence[Tensor], texts: Sequence[Any], length: int = LENGTH) -> list[Tensor]:
     """Each part without rows that an earlier part has: the first ``length`` tokens are the same."""
     ids = [tuple(row) for row in tokens(texts, length).input_ids.tolist()]
-    known: set[tuple[int, ...]] = set()
-    found = []
+    earlier: set[tuple[int, ...]] = set()
+    apart = []
     for part in parts:
-        kept = [row for row in part.tolist() if ids[row] not in known]
-        found.append(torch.tensor(kept, dtype=torch.long))
-        known.update(ids[row] for row in part.tolist())
-    return found
+        new = [row for row in part.tolist() if ids[row] not in earlier]
+        apart.append(torch.tensor(new, dtype=torch.long))
+        earlier.update(ids[row] for row in part.tolist())
+    return apart
 
 
 def first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:

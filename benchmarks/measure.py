@@ -113,17 +113,17 @@ def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
     The module's own parameters and buffers do not count.
     """
     owned = {x.untyped_storage()._cdata for x in (*module.parameters(), *module.buffers())}
-    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
+    tensors: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def keep(tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
-        kept.add(saved)
+        tensors.add(saved)
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         result = forward()
     # What a part of the graph held that is gone by now (a norm that was detached) is not kept.
-    storages = [saved.tensor.untyped_storage() for saved in kept]
+    storages = [saved.tensor.untyped_storage() for saved in tensors]
     total = sum({x._cdata: x.nbytes() for x in storages if x._cdata not in owned}.values())
     del result
     return total

@@ -34,8 +34,8 @@ def datainf(setting: RetrainingSetup) -> Tensor:
     total = torch.zeros(len(rows))
     for layer, wanted in enumerate(above):
         if wanted is not None:
-            own = torch.stack([row[layer].flatten() for row in rows])
-            total += datainf_layer(own, wanted.flatten())
+            gradients = torch.stack([row[layer].flatten() for row in rows])
+            total += datainf_layer(gradients, wanted.flatten())
     return total.double()
 
 
@@ -97,8 +97,8 @@ def kronfluence(setting: RetrainingSetup) -> Tensor:
             per_device_query_batch_size=CHUNK,
             per_device_train_batch_size=CHUNK,
         )
-        found: Tensor = analyzer.load_pairwise_scores("scores")["all_modules"]
-    return -found.double().mean(0) / len(data.train)
+        pairwise: Tensor = analyzer.load_pairwise_scores("scores")["all_modules"]
+    return -pairwise.double().mean(0) / len(data.train)
 
 
 class Batches:
@@ -157,8 +157,8 @@ def magic(trainer: Any) -> tuple[Tensor, float]:
             if isinstance(x, Tensor) and x.is_floating_point()
         ]
         behind = BackwardState(wanted, moments, torch.zeros_like(data.weights))
-        found = bergson.backward(folder, data, behind, state)
-    return found.weight_grads.detach().double(), time.process_time() - begin
+        result = bergson.backward(folder, data, behind, state)
+    return result.weight_grads.detach().double(), time.process_time() - begin
 
 
 def peers() -> dict[str, Any]:

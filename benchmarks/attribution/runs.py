@@ -1,4 +1,4 @@
-"""The runs of `attribution.py`: texts, the model, ways to train, and leaving rows out."""
+"""The runs of `scores`: texts, the model, ways to train, and leaving rows out."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ def draw(task: str, seed: int, noise: str = "none", share: float = 0.0) -> Rows:
     order = torch.randperm(half, generator=source)
     order = order if seed in DEVELOPMENT_SEEDS else order + half
     chosen, above = order[:TRAIN], order[TRAIN : TRAIN + ABOVE]
-    given = states.labels[chosen]
+    noisy = states.labels[chosen]
     if clean is not None:
         judged = replace(states, labels=clean)  # Φ is of rows with right labels in every case
-        return Rows(judged, chosen, above, given, given != clean[chosen])
-    labels = planted(given, int(states.labels.max()) + 1, noise, share, source)
-    return Rows(states, chosen, above, labels, labels != given)
+        return Rows(judged, chosen, above, noisy, noisy != clean[chosen])
+    labels = planted(noisy, int(states.labels.max()) + 1, noise, share, source)
+    return Rows(states, chosen, above, labels, labels != noisy)
 
 
 def planted(
@@ -238,11 +238,11 @@ def part_of_mean(lower: RowWeighted, index: Tensor) -> Tensor:
 
 def actual(setting: RetrainingSetup, masks: Sequence[Tensor]) -> Tensor:
     """The change of Φ in each retraining without the rows of a mask, ``(R,)``."""
-    before, found = setting.values()["all"], []
+    before, changes = setting.values()["all"], []
     for out in masks:
         with setting.run.without(out):
-            found.append(setting.values()["all"] - before)
-    return torch.tensor(found, dtype=torch.float64)
+            changes.append(setting.values()["all"] - before)
+    return torch.tensor(changes, dtype=torch.float64)
 
 
 def random_rows(count: int, share: float, retrainings: int, seed: int) -> list[Tensor]:

@@ -1,11 +1,11 @@
 """How well do scores of training rows predict retraining, what do they cost, what do they find?
 
-    python benchmarks/attribution.py --json benchmarks/results/attribution.json
+    python benchmarks/attribution scores
 
 Tweets and movie sentences, LoRA in the last two layers of MiniLM on cached states of the layers
-below (`attribution_runs`). Parts: ``smooth``, on development seeds and rows alone, which change
+below (`runs`). Parts: ``smooth``, on development seeds and rows alone, which change
 makes a run smooth; ``methods``, every method against the same retrainings; ``cost``; ``suspects``.
-A run is an entry of the JSON file, which is written after every few retrainings: an interrupted
+A run is an entry of the file, saved after every few retrainings: an interrupted
 benchmark goes on from it, and a method that is added later needs no new retrainings.
 Seconds are those of one thread's processor time, which other processes do not lengthen.
 """
@@ -102,24 +102,24 @@ class Trained:
 
     def __init__(self, rows: Rows | Callable[[], Rows], recipe: Recipe, seed: int) -> None:
         self.rows, self.recipe, self.seed = rows, recipe, seed
-        self.known: RetrainingSetup | None = None
+        self.trained_setting: RetrainingSetup | None = None
 
     @property
     def setting(self) -> RetrainingSetup:
         """The run and Φ."""
-        if self.known is None:
+        if self.trained_setting is None:
             rows = self.rows() if callable(self.rows) else self.rows
-            self.known = trained(level(rows, self.recipe, self.seed), self.recipe)
-        return self.known
+            self.trained_setting = trained(level(rows, self.recipe, self.seed), self.recipe)
+        return self.trained_setting
 
 
 def retrain(runs: Store, row: Row, run: Trained, seed: int, retrainings: int) -> list[Tensor]:
     """Fill up the entry's changes of Φ in retrainings; returns the rows that each leaves out."""
     masks = random_rows(TRAIN, SHARE, retrainings, seed)
-    known = row.setdefault("actual", [])
-    while len(known) < retrainings:
-        begin, count = time.process_time(), min(5, retrainings - len(known))
-        known += rounded(actual(run.setting, masks[len(known) : len(known) + count]))
+    changes = row.setdefault("actual", [])
+    while len(changes) < retrainings:
+        begin, count = time.process_time(), min(5, retrainings - len(changes))
+        changes += rounded(actual(run.setting, masks[len(changes) : len(changes) + count]))
         row["seconds of a retraining"] = (time.process_time() - begin) / count
         runs.save(row)
     return masks
@@ -137,14 +137,18 @@ def rounded(values: Iterable[float]) -> list[float]:
 
 def score(runs: Store, row: Row, run: Trained, names: Sequence[str], masks: list[Tensor]) -> None:
     """Fill up the entry with what the methods ``names`` predict, and what they cost."""
-    known = row.setdefault("methods", {})
+    measured = row.setdefault("methods", {})
     for name in names:
-        if len(known.get(name, {}).get("predicted", ())) >= len(masks):
+        if len(measured.get(name, {}).get("predicted", ())) >= len(masks):
             continue
         setting, begin = run.setting, time.process_time()
         values, cost = by_name(setting, name)
         seconds = time.process_time() - begin
-        known[name] = {"predicted": rounded(predicted(values, masks)), "seconds": seconds, **cost}
+        measured[name] = {
+            "predicted": rounded(predicted(values, masks)),
+            "seconds": seconds,
+            **cost,
+        }
         if name == WHOLE:
             row["loss"] = setting.values()["all"]
             source = torch.Generator().manual_seed(run.seed)
@@ -224,8 +228,10 @@ def memory(runs: Store, quick: bool) -> None:
         if name not in sizes:
             setting = run.setting
             size = sum(v.numel() * v.element_size() for v in setting.run.levels[0].variables)
-            found = peak_memory(lambda name=name: by_name(run.setting, name), torch.device("cpu"))
-            sizes[name] = found / size
+            peak_bytes = peak_memory(
+                lambda name=name: by_name(run.setting, name), torch.device("cpu")
+            )
+            sizes[name] = peak_bytes / size
             runs.save(row)
 
 
@@ -241,15 +247,15 @@ def timed(recipe: Recipe, memory_limit: float) -> Row:
     begin = time.process_time()
     setting = trained(lower, recipe, memory_limit)
     _, passes = by_name(setting, WHOLE)
-    whole = time.process_time() - begin
-    return {"plain": plain, "whole": whole, "trainings": 1 + passes["trainings"]}
+    with_scores = time.process_time() - begin
+    return {"plain": plain, "whole": with_scores, "trainings": 1 + passes["trainings"]}
 
 
 def peak(recipe: Recipe, memory_limit: float) -> int:
     """The peak memory of training and scores in bytes, every row as long as the longest."""
     rows = draw("tweets", 0)
-    whole = replace(rows.states, mask=torch.ones_like(rows.states.mask))
-    lower = level(replace(rows, states=whole), recipe, 0)
+    full_length = replace(rows.states, mask=torch.ones_like(rows.states.mask))
+    lower = level(replace(rows, states=full_length), recipe, 0)
     return peak_memory(
         lambda: by_name(trained(lower, recipe, memory_limit, chunk=1), WHOLE), torch.device("cpu")
     )
@@ -275,14 +281,14 @@ def ranked(run: Trained) -> Row:
     """The area under the curve of each ranking of the wrong labels."""
     assert isinstance(run.rows, Rows)
     setting, wrong, labels = run.setting, run.rows.wrong, run.rows.labels
-    whole, gradient = (by_name(setting, name)[0] for name in (WHOLE, "gradient"))
+    by_run, gradient = (by_name(setting, name)[0] for name in (WHOLE, "gradient"))
     losses = setting.run.losses / setting.run.visits
-    found = suspects(setting, whole, losses, 5, 0)
+    result = suspects(setting, by_run, losses, 5, 0)
     orders = {
-        "library (`suspects`)": -found.confidence,
-        "out-of-fold probability": -found.probabilities.gather(1, labels[:, None])[:, 0],
+        "library (`suspects`)": -result.confidence,
+        "out-of-fold probability": -result.probabilities.gather(1, labels[:, None])[:, 0],
         "mean training loss": losses,
-        "score of the whole run": whole,
+        "score of the whole run": by_run,
         "score by gradients": gradient,
     }
     if find_spec("cleanlab"):
@@ -293,7 +299,7 @@ def ranked(run: Trained) -> Row:
             ("cleanlab, adjusted", {"adjust_pred_probs": True}),
         ):
             quality = get_label_quality_scores(
-                labels.numpy(), found.probabilities.numpy(), method="self_confidence", **options
+                labels.numpy(), result.probabilities.numpy(), method="self_confidence", **options
             )
             orders[name] = -torch.from_numpy(quality)
     auc = {name: float(roc_auc_score(wrong, order)) for name, order in orders.items()}
@@ -301,7 +307,7 @@ def ranked(run: Trained) -> Row:
 
 
 def main() -> None:
-    """Run what is missing in the JSON file, and summarise all of it."""
+    """Run what is missing in the file, and summarise all of it."""
     title = __doc__.partition("\n")[0]
     options = run_parser(title, RESULTS / "attribution.jsonl", PARTS).parse_args()
     runs = opened(options)
@@ -312,7 +318,3 @@ def main() -> None:
     tables = tables_of(runs)
     show(tables, targets_of(tables))
     runs.finish()
-
-
-if __name__ == "__main__":
-    main()

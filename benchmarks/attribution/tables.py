@@ -1,4 +1,4 @@
-"""The entries of the attribution benchmarks' JSON files, with the tables and targets of them."""
+"""The entries of the attribution benchmarks, with the tables and targets of them."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ TRAINERS = {
 
 def check(row: Row, name: str) -> ScoreCheck:
     """What an entry's retrainings say of the method ``name``."""
-    found = torch.tensor(row["methods"][name]["predicted"], dtype=torch.float64)
+    predicted = torch.tensor(row["methods"][name]["predicted"], dtype=torch.float64)
     truth = torch.tensor(row["actual"], dtype=torch.float64)
     smooth = row.get("metasmoothness") if name == WHOLE else None
-    return ScoreCheck(found[: len(truth)], truth, smooth, SHARE)
+    return ScoreCheck(predicted[: len(truth)], truth, smooth, SHARE)
 
 
-def lds(found: ScoreCheck) -> float:
+def lds(result: ScoreCheck) -> float:
     """The LDS; 0 where all predictions are equal, as of a solve that ended at 0."""
-    return 0.0 if math.isnan(found.lds) else found.lds
+    return 0.0 if math.isnan(result.lds) else result.lds
 
 
 def mean(values: Iterable[float]) -> float | None:
     """The mean, None of nothing."""
-    known = list(values)
-    return statistics.fmean(known) if known else None
+    numbers = list(values)
+    return statistics.fmean(numbers) if numbers else None
 
 
 def smooth_table(rows: Sequence[Row]) -> list[Row]:
     """A row for each change, means over the development seeds."""
-    found = []
+    table = []
     for name in dict.fromkeys(row["name"] for row in rows):
         named = [r for r in rows if r["name"] == name and len(r.get("actual", ())) > 4]
         checks = [check(r, WHOLE) for r in named]
         if checks:
-            found.append(
+            table.append(
                 {
                     "run": name,
                     "LDS": mean(map(lds, checks)),
@@ -63,25 +63,25 @@ def smooth_table(rows: Sequence[Row]) -> list[Row]:
                     "retrainings": sum(len(c.actual) for c in checks),
                 }
             )
-    return found
+    return table
 
 
 def damping_table(rows: Sequence[Row]) -> list[Row]:
     """The LDS of the solver with each damping, means over the development seeds."""
-    found = []
+    table = []
     for name in dict.fromkeys(row["name"] for row in rows):
         named = [r for r in rows if r["name"] == name and len(r.get("methods", ())) > 1]
         for method in dict.fromkeys(m for r in named for m in r["methods"] if m != WHOLE):
             checks = [check(r, method) for r in named if method in r["methods"]]
             line = {"run": name, "method": method, "LDS": mean(map(lds, checks))}
-            found.append({**line, "runs": len(checks)})
-    return found
+            table.append({**line, "runs": len(checks)})
+    return table
 
 
 def methods_table(rows: Sequence[Row], setting: str, tasks: Sequence[str] = TASKS) -> list[Row]:
     """A row for each method: means over the seeds on each task, cost over all."""
     rows = [r for r in rows if r["setting"] == setting and len(r.get("actual", ())) > 4]
-    found = []
+    table = []
     for name in dict.fromkeys(name for row in rows for name in row["methods"]):
         line: Row = {"method": name}
         for task in tasks:
@@ -90,38 +90,38 @@ def methods_table(rows: Sequence[Row], setting: str, tasks: Sequence[str] = TASK
             line[f"{task}: interval"] = interval(checks) if checks else None
             slopes = [c.slope for c in checks if not math.isnan(c.slope)]
             line[f"{task}: slope"] = mean(slopes)
-        known = [r["methods"][name] for r in rows if name in r["methods"]]
-        line["trainings"] = mean(m["trainings"] for m in known if "trainings" in m)
+        costs = [r["methods"][name] for r in rows if name in r["methods"]]
+        line["trainings"] = mean(m["trainings"] for m in costs if "trainings" in m)
         line["time"] = statistics.median(
             r["methods"][name]["seconds"] / r["seconds of a retraining"]
             for r in rows
             if name in r["methods"]
         )
         line["seeds"] = len({r["seed"] for r in rows if name in r["methods"]})
-        found.append(line)
-    return found
+        table.append(line)
+    return table
 
 
 def interval(checks: Sequence[ScoreCheck]) -> str:
     """The 95 % interval of the mean LDS of runs, each with the error of its retrainings."""
-    known = [c.interval for c in checks if not math.isnan(c.lds)]
-    half = sum(((high - low) / 2) ** 2 for low, high in known) ** 0.5 / len(checks)
-    middle = sum(sum(pair) / 2 for pair in known) / len(checks)
+    intervals = [c.interval for c in checks if not math.isnan(c.lds)]
+    half = sum(((high - low) / 2) ** 2 for low, high in intervals) ** 0.5 / len(checks)
+    middle = sum(sum(pair) / 2 for pair in intervals) / len(checks)
     return f"{middle - half:.2f} to {min(middle + half, 1.0):.2f}"
 
 
 def suspects_table(rows: Sequence[Row]) -> list[Row]:
     """A row for each kind of noise: the areas, means over the seeds."""
-    rows, found = [row for row in rows if "auc" in row], []
+    rows, table = [row for row in rows if "auc" in row], []
     for key in dict.fromkeys((r["task"], r["noise"], r["share"]) for r in rows):
         same = [r for r in rows if (r["task"], r["noise"], r["share"]) == key]
         wrong = statistics.fmean(r["wrong"] for r in same) / TRAIN
         names = dict.fromkeys(name for r in same for name in r["auc"])
         areas = {n: mean(r["auc"][n] for r in same if n in r["auc"]) for n in names}
-        found.append(
+        table.append(
             {"texts": key[0], "noise": key[1], "wrong": wrong, **areas, "seeds": len(same)}
         )
-    return found
+    return table
 
 
 def cost_table(rows: Sequence[Row]) -> list[Row]:
@@ -141,7 +141,7 @@ def cost_table(rows: Sequence[Row]) -> list[Row]:
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:
     """All tables that have rows."""
-    found = {
+    tables = {
         "Which change makes a run smooth (development seeds)": smooth_table(runs.of("smooth")),
         "Damping of the solvers (development seeds)": damping_table(runs.of("smooth")),
         "Rough setting": methods_table(runs.of("methods"), "rough"),
@@ -155,36 +155,38 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
         ],
         "Wrong labels: area under the curve": suspects_table(runs.of("suspects")),
     }
-    return {title: rows for title, rows in found.items() if rows}
+    return {title: rows for title, rows in tables.items() if rows}
 
 
 def targets_of(tables: Mapping[str, Sequence[Row]]) -> list[Target]:
     """The targets of what has been measured."""
-    found = []
+    targets = []
     settings = {"Rough setting": TASKS, "Smooth setting": TASKS}
     for title, tasks in (settings | {title: (part,) for part, title in TRAINERS.items()}).items():
         rows = {row["method"]: row for row in tables.get(title, ())}
         for task in tasks if WHOLE in rows else ():
             where = f"{title.lower()}, {task}" if title in settings else task
-            found_lds, slope = rows[WHOLE][f"{task}: LDS"], rows[WHOLE][f"{task}: slope"]
-            if found_lds is None:
+            whole_lds, slope = rows[WHOLE][f"{task}: LDS"], rows[WHOLE][f"{task}: slope"]
+            if whole_lds is None:
                 continue
             others = [r[f"{task}: LDS"] for name, r in rows.items() if name not in (WHOLE, MAGIC)]
             best = max(other for other in others if other is not None)
             if title == "Smooth setting":
-                found.append(Target(f"LDS of the whole run, {where}", found_lds, 0.95, True))
-                found.append(Target(f"|slope − 1| of the whole run, {where}", abs(slope - 1), 0.1))
+                targets.append(Target(f"LDS of the whole run, {where}", whole_lds, 0.95, True))
+                targets.append(
+                    Target(f"|slope − 1| of the whole run, {where}", abs(slope - 1), 0.1)
+                )
             name = f"LDS of the whole run − best other method, {where}"
-            found.append(Target(name, found_lds - best, 0, True))
+            targets.append(Target(name, whole_lds - best, 0, True))
     for row in tables.get("Cost of the whole run", ()):
-        found.append(Target(f"attribution ÷ training, passes, {row['run']}", row["passes"], 4))
-        found.append(Target(f"attribution ÷ training, time, {row['run']}", row["time"], 4.5))
+        targets.append(Target(f"attribution ÷ training, passes, {row['run']}", row["passes"], 4))
+        targets.append(Target(f"attribution ÷ training, time, {row['run']}", row["time"], 4.5))
         if row["memory beyond it"] is not None:
             name = f"memory beyond that of one step ÷ adapter, {row['run']}"
-            found.append(Target(name, row["memory beyond it"], 80))
+            targets.append(Target(name, row["memory beyond it"], 80))
     key = "Wrong labels: area under the curve"
     rows_of = [row for row in tables.get(key, ()) if "cleanlab, self-confidence" in row]
     if rows_of:
         least = min(r["library (`suspects`)"] - r["cleanlab, self-confidence"] for r in rows_of)
-        found.append(Target("suspects − cleanlab, area under the curve", least, 0, True))
-    return found
+        targets.append(Target("suspects − cleanlab, area under the curve", least, 0, True))
+    return targets

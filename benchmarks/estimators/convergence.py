@@ -1,6 +1,6 @@
 """The value function against oracle calls: how fast each estimator brings a bilevel program down.
 
-    python benchmarks/convergence.py --json benchmarks/results/convergence.json
+    python benchmarks/estimators convergence --json benchmarks/results/convergence.json
 
 Problems A (penalties of a logistic regression, in the box [−12, 6]) and B (weights of noisy
 images), full batch, float64, the same two optimizers for every estimator: Adam below on A, gradient
@@ -112,8 +112,8 @@ def curve(make: Any, method: str, calls: int) -> tuple[list[tuple[int, float]], 
 
 def main() -> None:
     """Run all, print the values, draw the figure."""
-    given = arguments("the value function against oracle calls", calls=20_000)
-    calls = 400 if given.quick else given.calls
+    options = arguments("the value function against oracle calls", calls=20_000)
+    calls = 400 if options.quick else options.calls
     problems = {"A": problem_a, "B": problem_b}
     runs = {
         key: {method: curve(make, method, calls) for method in METHODS}
@@ -132,8 +132,8 @@ def main() -> None:
         Target("A: best value (a long run of projected gradients: .03138)", best["A"], 0.0316),
         Target("B: best test accuracy", accuracy, 0.92, at_least=True),
     ]
-    report(given, {f"Value after {calls} oracle calls": rows}, targets, {"curves": curves})
-    if given.json is not None:
+    report(options, {f"Value after {calls} oracle calls": rows}, targets, {"curves": curves})
+    if options.json is not None:
         draw(curves, best)
 
 
@@ -153,7 +153,3 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], best: dict[str, 
     handles, labels = panels[0].get_legend_handles_labels()
     canvas.legend(handles, labels, fontsize=8, loc="outside right upper")
     canvas.savefig(FIGURE, dpi=110)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,31 +1,26 @@
 """What each estimator costs, in forward+backward passes of the lower loss, beside its error.
 
-    python benchmarks/estimators.py --json estimators.json
+    python benchmarks/estimators cost --json estimators.json
 
-Cost: one iteration (a lower step, a hypergradient, an upper step) on the MLP of benchmarks/mlp.py,
-here and in the libraries of benchmarks/peers.py; G is one forward+backward of the lower loss.
-Error: relative to the exact hypergradient at the lower minimum of problem A, penalties of a
-logistic regression, and problem B, weights of noisy images.
-Waits: how often one hypergradient on A reads numbers from the device, and sends a batch there.
+Cost: one iteration (a lower step, a hypergradient, an upper step) on the MLP of
+`benchmarks.speed.mlp`, here and in the libraries of `benchmarks.speed.peers`; G is one
+forward+backward of the lower loss. Error: relative to the exact hypergradient at the lower minimum
+of problem A, penalties of a logistic regression, and problem B, weights of noisy images.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
 from benchmarks.measure import Target, arguments, interleaved, ratio, report
 from benchmarks.speed.mlp import batch, engine, networks, weighted_loss
 from benchmarks.speed.peers import betty, plain_loop, torchopt_root
-from hyperopt_peft import compare_hypergradients, hypergradient
+from hyperopt_peft import compare_hypergradients
 from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems import hypercleaning, logistic
@@ -53,41 +48,27 @@ MEASURED = {
     "minres(5)": "minres:steps=5,tolerance=0.0",
 }
 
-# Counted on problem A, where no solver stops before its last step.
-COUNTED = (
-    "direct",
-    "darts",
-    "neumann:terms=10",
-    "cg:steps=10,tolerance=0.0",
-    "cg:steps=10,tolerance=0.0,product=difference",
-    "minres:steps=10,tolerance=0.0",
-    "warm",
-    "penalty",
-    "f2sa",
-)
-READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
-
 
 def peers() -> dict[str, Callable[[], object]]:
     """One iteration of every peer that is installed; says which are not."""
-    found: dict[str, Callable[[], object]] = {
+    installed: dict[str, Callable[[], object]] = {
         f"plain loop, {name}": plain_loop(method)
         for name, method in (("darts", "darts"), ("neumann(5)", "neumann"), ("cg(5)", "cg"))
     }
     if find_spec("torchopt"):
-        found["TorchOpt root, cg(5)"] = torchopt_root(5)
+        installed["TorchOpt root, cg(5)"] = torchopt_root(5)
     else:
         print("TorchOpt is not installed: skipped (pip install torchopt)")
     if find_spec("betty"):
-        found["Betty darts"] = betty("darts")
-        found["Betty neumann(5)"] = betty("neumann", neumann_iterations=5, neumann_alpha=0.01)
-        found["Betty cg(5)"] = betty("cg", cg_iterations=5)
+        installed["Betty darts"] = betty("darts")
+        installed["Betty neumann(5)"] = betty("neumann", neumann_iterations=5, neumann_alpha=0.01)
+        installed["Betty cg(5)"] = betty("cg", cg_iterations=5)
     else:
         print(
             "Betty is not installed: skipped "
             "(pip install --no-deps --ignore-requires-python betty-ml==0.2.1)"
         )
-    return found
+    return installed
 
 
 def unit(device: str) -> Callable[[], object]:
@@ -99,70 +80,24 @@ def unit(device: str) -> Callable[[], object]:
 
 def errors() -> tuple[dict[str, float], dict[str, float]]:
     """Relative errors on problems A and B."""
-    found = []
+    relative = []
     for upper, lower in (logistic.breast_cancer(), hypercleaning.digits()):
         minimize(lower)
         methods = [MEASURED.get(name, method) for name, method in COSTED.items()]
         rows = compare_hypergradients(upper, lower, methods, repeats=1).rows
-        found.append({name: row.relative_error for name, row in zip(COSTED, rows)})
-    return found[0], found[1]
-
-
-class Sent(tuple[()]):
-    """A batch that counts how often it is sent to a device."""
-
-    times = 0
-
-    def to(self, device: object) -> Sent:
-        """The batch, which is there already."""
-        self.times += 1
-        return self
-
-
-def host_reads(run: Callable[[], object]) -> int:
-    """How often ``run`` waits for numbers from a device; a CPU would wait as often."""
-    reads = 0
-
-    def counting(read: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal reads
-            reads += 1
-            return read(*arguments, **options)
-
-        return call
-
-    with ExitStack() as stack:
-        for name in READS:
-            replaced = counting(getattr(Tensor, name))
-            stack.enter_context(mock.patch.object(Tensor, name, replaced))
-        run()
-    return reads
-
-
-def waits() -> list[dict[str, Any]]:
-    """Host reads, and transfers of a batch, of one hypergradient on problem A."""
-    upper, lower = logistic.breast_cancer()
-    minimize(lower)
-    hypergradient(upper, lower, "darts")  # whether f runs in half precision is found once
-    rows = []
-    for method in COUNTED:
-        above, below = Sent(), Sent()  # A's losses read no batch
-        batches = {"upper_batch": above, "lower_batch": below}
-        reads = host_reads(partial(hypergradient, upper, lower, method, **batches))
-        sent = max(above.times, below.times)
-        rows.append({"estimator": method, "host reads": reads, "transfers of a batch": sent})
-    return rows
+        relative.append({name: row.relative_error for name, row in zip(COSTED, rows)})
+    return relative[0], relative[1]
 
 
 def main() -> None:
     """Measure, print, and write JSON where asked for."""
-    given = arguments("cost and error of every estimator, and of other libraries'")
-    device = given.device
+    options = arguments("cost and error of every estimator, and of other libraries'")
+    device = options.device
     engines = {name: engine(method, device) for name, method in COSTED.items()}
     others = peers() if device == "cpu" else {}
     runs: dict[str, Callable[[], object]] = {"G": unit(device)}
     runs |= {name: lambda e=e: e.run(1) for name, e in engines.items()}
-    seconds = interleaved(runs | others, 15 if given.quick else 150, device, warmup=3)
+    seconds = interleaved(runs | others, 15 if options.quick else 150, device, warmup=3)
     on_a, on_b = errors()
     rows: list[dict[str, Any]] = []
     for name in seconds:
@@ -182,21 +117,8 @@ def main() -> None:
         Target(f"upper iteration on the MLP in G, {name}", cost[name], most)
         for name, most in (("darts:scheme=forward", 2.3), ("neumann(5)", 13.0), ("cg(5)", 15.0))
     ]
-    counted = waits()
-    targets += [
-        Target(f"host reads of a hypergradient, {row['estimator']}", row["host reads"], 12)
-        for row in counted
-        if row["estimator"] == "cg:steps=10,tolerance=0.0"
-    ]
-    most = max(row["transfers of a batch"] for row in counted)
-    targets.append(Target("transfers of a batch for a hypergradient, any estimator", most, 1))
-    tables = {"Cost and error": rows, "Waits of one hypergradient": counted}
-    report(given, tables, targets, {"missing peers": _missing(others)})
+    report(options, {"Cost and error": rows}, targets, {"missing peers": _missing(others)})
 
 
 def _missing(others: dict[str, Any]) -> list[str]:
     return [p for p in ("Betty", "TorchOpt") if not any(name.startswith(p) for name in others)]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Is the hypergradient right under dropout and in half precision?
 
-    python benchmarks/fidelity.py --json fidelity.json
+    python benchmarks/estimators fidelity --json fidelity.json
 
 MiniLM with DoRA on query and value as in BiDoRA: magnitudes above, A, B and head below. Each
 estimator's implicit term (the hypergradient less ∂F/∂u, which would hide the error) is held against
@@ -155,15 +155,15 @@ def measure(dropout: float, draws: int) -> tuple[list[Row], list[Row]]:
         for name, method in METHODS.items():
             if name == EXACT and precision == "fp32":
                 continue  # the reference itself
-            found = [method(upper, lower, seed) for seed in range(draws)]
-            pairs = list(zip(found, exact, strict=True))
+            estimates = [method(upper, lower, seed) for seed in range(draws)]
+            pairs = list(zip(estimates, exact, strict=True))
             cosines = [dot(h, t) / (h.norm() * t.norm()) for h, t in pairs]
             errors = [(h - t).norm() / t.norm() for h, t in pairs]
             row: Row = {"precision": precision, "dropout": dropout, "method": name}
             details.append(row | {"cosines": cosines, "relative errors": errors})
             row["cosine"] = statistics.median(cosines)
             row["relative error"] = statistics.median(errors)
-            row["spread"] = deviation(found) / unit
+            row["spread"] = deviation(estimates) / unit
             row["spread of the exact terms"] = deviation(exact) / unit
             rows.append(row)
     return rows, details
@@ -171,12 +171,12 @@ def measure(dropout: float, draws: int) -> tuple[list[Row], list[Row]]:
 
 def main() -> None:
     """Measure, print, and write JSON where asked for."""
-    given = arguments("the implicit term against the exact one, under dropout and in bfloat16")
-    if given.device != "cpu":  # a GPU draws other masks for another dtype or attention kernel
+    options = arguments("the implicit term against the exact one, under dropout and in bfloat16")
+    if options.device != "cpu":  # a GPU draws other masks for another dtype or attention kernel
         raise SystemExit("fidelity.py compares precisions mask by mask, which needs --device cpu")
-    draws = 3 if given.quick else 20
+    draws = 3 if options.quick else 20
     rows, details = [], []
-    for dropout in (0.0, 0.1) if given.quick else (0.0, 0.05, 0.1, 0.3):
+    for dropout in (0.0, 0.1) if options.quick else (0.0, 0.05, 0.1, 0.3):
         medians, numbers = measure(dropout, draws)
         rows += medians
         details += numbers
@@ -190,8 +190,4 @@ def main() -> None:
     note = f"{BETTY} compared" if BETTY else f"no Betty to compare with; {INSTALL_BETTY}"
     print(note)
     tables = {f"Implicit term, {draws} draws of masks": rows}
-    report(given, tables, targets, {"Betty": note, "draws": details})
-
-
-if __name__ == "__main__":
-    main()
+    report(options, tables, targets, {"Betty": note, "draws": details})

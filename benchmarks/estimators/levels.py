@@ -1,4 +1,4 @@
-"""The problems of benchmarks/comparison.py, ready to be asked for hypergradients.
+"""The problems of `comparison`, ready to be asked for hypergradients.
 
 A, B and C are at the minimum of their lower level, in float64. "BiDoRA" is MiniLM on real tweets:
 magnitudes above; A, B and head below, with ½λ‖w − w0‖², without which the lower level of a small

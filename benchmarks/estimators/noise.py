@@ -1,6 +1,6 @@
 """What do minibatches do to an estimator?
 
-    python benchmarks/noise.py --json noise.json
+    python benchmarks/estimators noise --json noise.json
 
 Digits hyper-cleaning (problem B), its 800 noisy images below and 400 clean ones above, at a minimum
 of the lower level. Batches of 64 are drawn anew for each estimate, of the lower data, of the upper
@@ -143,12 +143,12 @@ def noise(
         k += 1
         if k <= 0:
             continue
-        (found,) = result.hypergradient
+        (value,) = result.hypergradient
         rows = slice(None) if below is None else below
-        found = found[rows] * (1 if below is None else SIZE / len(exact))
-        errors.append(float((found - exact[rows]).norm() / exact[rows].norm()))
-        total[rows] += found
-        squares[rows] += found.square()
+        value = value[rows] * (1 if below is None else SIZE / len(exact))
+        errors.append(float((value - exact[rows]).norm() / exact[rows].norm()))
+        total[rows] += value
+        squares[rows] += value.square()
         seen[rows] += 1
     drawn = seen > 0
     exact, seen = exact[drawn], seen[drawn]
@@ -201,8 +201,8 @@ def rows_of(measure: Callable[[str], Row], methods: Sequence[str], title: str) -
 
 def main() -> None:
     """Measure, print, and write JSON where asked for."""
-    given = arguments("error, bias and spread of the estimators under minibatch noise")
-    count, settle, steps, seeds = (60, 40, 60, 1) if given.quick else (250, 250, 300, 3)
+    options = arguments("error, bias and spread of the estimators under minibatch noise")
+    count, settle, steps, seeds = (60, 40, 60, 1) if options.quick else (250, 250, 300, 3)
     methods = sorted({*registered(), *OPTIONS} - SKIPPED)
     upper, lower = levels()
     minimise(lower)
@@ -217,8 +217,4 @@ def main() -> None:
     title = f"Trained in batches of both, {steps} upper steps of one lower step, {seeds} seeds"
     tables[title] = rows_of(partial(training, steps=steps, seeds=seeds), methods, title)
     targets: list[Target] = []
-    report(given, tables, targets, {"batch size": SIZE})
-
-
-if __name__ == "__main__":
-    main()
+    report(options, tables, targets, {"batch size": SIZE})

@@ -104,7 +104,7 @@ def independent_difference(upper: Problem, lower: Problem) -> Vector:
 
 def peers() -> tuple[dict[str, Peer], list[str]]:
     """Every peer that is installed, by name with what is known to be wrong; those that are not."""
-    found: dict[str, Peer] = {
+    installed: dict[str, Peer] = {
         "loop: difference, ε = 0.01/‖b‖": independent_difference,
         "loop: fixed point (20), step 0.1": partial(plain, partial(fixed_point, 0.1, 20)),
         "loop: cg (10)": partial(plain, partial(conjugate_gradients, steps=10)),
@@ -115,13 +115,13 @@ def peers() -> tuple[dict[str, Peer], list[str]]:
         darts = {"darts_alpha": 0.01, "darts_multitask": False}
         neumann = {"neumann_iterations": 20, "neumann_alpha": 1.0}
         cg = {"cg_iterations": 10, "cg_alpha": 1.0}
-        found[f"{name} darts: H⁻¹ = I"] = partial(betty, "darts", darts)
-        found[f"{name} neumann (20): step 1 by default"] = partial(betty, "neumann", neumann)
-        found[f"{name} cg (10): wrong second direction"] = partial(betty, "cg", cg)
+        installed[f"{name} darts: H⁻¹ = I"] = partial(betty, "darts", darts)
+        installed[f"{name} neumann (20): step 1 by default"] = partial(betty, "neumann", neumann)
+        installed[f"{name} cg (10): wrong second direction"] = partial(betty, "cg", cg)
     else:
         missing.append("Betty (pip install --no-deps --ignore-requires-python betty-ml==0.2.1)")
     if find_spec("torchopt"):
-        found[f"TorchOpt {version('torchopt')} cg (10)"] = partial(torchopt_cg, 10)
+        installed[f"TorchOpt {version('torchopt')} cg (10)"] = partial(torchopt_cg, 10)
     else:
         missing.append("TorchOpt (pip install torchopt)")
-    return found, missing
+    return installed, missing

@@ -112,8 +112,8 @@ class Learner(ABC):
 
         One further right and ``classes − 1`` further wrong votes keep it off 0 and 1.
         """
-        given = (task.votes[task.train] != NO_VOTE).sum(0)
-        return (self.agrees(task, model).sum(0) + 1) / (given + task.classes)
+        counts = (task.votes[task.train] != NO_VOTE).sum(0)
+        return (self.agrees(task, model).sum(0) + 1) / (counts + task.classes)
 
 
 class LogisticHead(nn.Module):
@@ -212,10 +212,10 @@ class Head(Learner):
 
         def closure() -> float:
             self.passes.count += 1
-            found = level.gradient(None, level.variables)
-            for variable, slope in zip(level.variables, found.gradient, strict=True):
+            evaluation = level.gradient(None, level.variables)
+            for variable, slope in zip(level.variables, evaluation.gradient, strict=True):
                 variable.grad = slope
-            return float(found.loss)
+            return float(evaluation.loss)
 
         optimizer.step(closure)
         optimizer.zero_grad()
@@ -317,8 +317,8 @@ class Lora(Learner):
 
     def _steps(self, level: Problem, steps: int, passes: float = 1) -> None:
         for _ in range(steps):
-            found = level.gradient(level.next_batch(), level.variables)
-            level.step(found.gradient)
+            evaluation = level.gradient(level.next_batch(), level.variables)
+            level.step(evaluation.gradient)
         self.passes.count += steps * passes
 
     def count_products(self, above: int) -> None:

@@ -123,12 +123,12 @@ def _weighed(learner: Learner, task: Task, a: Tensor) -> Trained:
 def filtered(learner: Learner, task: Task) -> Trained:
     """Sources without the votes that a model of the trusted rows does not give, and trusted."""
     votes = task.votes.clone()
-    known = votes[task.train]
-    known[~learner.agrees(task, trusted_only(learner, task).model)] = NO_VOTE
-    votes[task.train] = known
-    kept = task.train[(known != NO_VOTE).any(1)]
-    used = (known != NO_VOTE).any(0)
-    return mixed(learner, replace(task, train=kept, votes=votes[:, used]))
+    agreed = votes[task.train]
+    agreed[~learner.agrees(task, trusted_only(learner, task).model)] = NO_VOTE
+    votes[task.train] = agreed
+    rows = task.train[(agreed != NO_VOTE).any(1)]
+    used = (agreed != NO_VOTE).any(0)
+    return mixed(learner, replace(task, train=rows, votes=votes[:, used]))
 
 
 def learnt(learner: Learner, task: Task, recipe: Recipe) -> Trained:

@@ -59,7 +59,7 @@ def named_is_good(cell: Cell) -> list[bool]:
     Its accuracy is the highest one, or within one standard error of the difference of two
     accuracies that are the highest.
     """
-    found = []
+    good = []
     for seed in sorted({seed for by_seed in cell.values() for seed in by_seed}):
         rows = {n: s[seed] for n, s in cell.items() if seed in s and "cv" in s[seed]}
         if LEARNT not in rows or len(rows) < 2:
@@ -68,8 +68,8 @@ def named_is_good(cell: Cell) -> list[bool]:
         best = max(rows.values(), key=lambda row: row["accuracy"])
         top = best["accuracy"]
         error = math.sqrt(2 * top * (1 - top) / best["tests"])
-        found.append(bool(top - named["accuracy"] <= error))
-    return found
+        good.append(bool(top - named["accuracy"] <= error))
+    return good
 
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:

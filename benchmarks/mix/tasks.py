@@ -78,9 +78,9 @@ def trec(model: str, trusted: int, source: torch.Generator, development: bool) -
     for number, row in enumerate(train):
         for function, vote in row["votes"]:
             votes[number, function] = vote
-    known = {row["text"] for row in gold}
+    gold_texts = {row["text"] for row in gold}
     leaks = {row["text"] for row in gold[half:]}
-    used = [i for i, row in enumerate(train) if row["votes"] and row["text"] not in known]
+    used = [i for i, row in enumerate(train) if row["votes"] and row["text"] not in gold_texts]
     first = torch.tensor([count + i for i in range(half) if gold[i]["text"] not in leaks])
     first = first[torch.randperm(len(first), generator=source)]
     below = torch.tensor(used)
@@ -168,12 +168,12 @@ def domains(trusted: int, source: torch.Generator, seed: int) -> Task:
 def _states(name: str, texts: Sequence[str], labels: Tensor) -> Callable[..., dict[str, Tensor]]:
     """Arguments of `LastLayers`, in batches without columns of padding alone."""
     layers = 6 - LAYERS
-    found: States = cached(
+    states: States = cached(
         f"{name}-{layers}-{LENGTH}", lambda: encode(texts, labels, LENGTH, layers)
     )
 
     def inputs(index: Tensor) -> dict[str, Tensor]:
-        batch = found.inputs(index)
+        batch = states.inputs(index)
         longest = int(batch["mask"].sum(1).max())
         return {key: value[:, :longest] for key, value in batch.items()}
 
@@ -182,9 +182,9 @@ def _states(name: str, texts: Sequence[str], labels: Tensor) -> Callable[..., di
 
 def _features(texts: Sequence[str], train: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
     """The mean of MiniLM's last states, with mean 0 and deviation 1 over the training rows."""
-    found: Tensor = cached("trec-features", lambda: pooled(texts))
-    found = (found - found[train].mean(0)) / found[train].std(0)
-    return lambda index: {"features": found[index]}
+    features: Tensor = cached("trec-features", lambda: pooled(texts))
+    features = (features - features[train].mean(0)) / features[train].std(0)
+    return lambda index: {"features": features[index]}
 
 
 @torch.no_grad()
@@ -192,13 +192,13 @@ def pooled(texts: Sequence[str]) -> Tensor:
     """The mean of MiniLM's last states of each text, ``(n, 384)``."""
     tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
     model = AutoModel.from_pretrained(model_path("minilm")).eval()
-    found = []
+    means = []
     for begin in range(0, len(texts), 100):
         options = {"truncation": True, "max_length": 32, "padding": True}
         batch = tokenizer(list(texts[begin : begin + 100]), return_tensors="pt", **options)
         mask = batch.attention_mask[..., None].float()
-        found.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-    return torch.cat(found)
+        means.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+    return torch.cat(means)
 
 
 _known: dict[str, object] = {}

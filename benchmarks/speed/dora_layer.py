@@ -1,6 +1,6 @@
 """What a DoRA layer costs: PEFT's, ours, LoRA's and full fine-tuning.
 
-    python benchmarks/dora_layer.py --json dora_layer.json
+    python benchmarks/speed dora_layer --json dora_layer.json
 
 Time of one forward+backward and bytes kept between them, for the whole of MiniLM (all linear
 layers adapted, rank 8, 32 × 64 tokens) and for single layers of several widths and numbers of
@@ -22,7 +22,6 @@ from benchmarks.measure import (
     Target,
     arguments,
     interleaved,
-    keep_memory,
     kept_bytes,
     ratio,
     report,
@@ -35,14 +34,8 @@ FLOOR = "frozen, no adapter"
 Row = dict[str, Any]
 
 
-def whole_model(
-    repeats: int, dropout: float, size: int, length: int, device: str, memory: str = "default"
-) -> list[Row]:
-    """MiniLM with every method: milliseconds, ratio to PEFT's DoRA, kept bytes.
-
-    Args:
-        memory: what the allocator does with freed memory, for the table.
-    """
+def whole_model(repeats: int, dropout: float, size: int, length: int, device: str) -> list[Row]:
+    """MiniLM with every method: milliseconds, ratio to PEFT's DoRA, kept bytes."""
     batch = batches(1, size, length, device=device)[0]
     models = {
         method: minilm(method, dropout=dropout, device=device)
@@ -52,20 +45,19 @@ def whole_model(
     frozen.bert.embeddings.register_forward_hook(lambda *call: call[2].requires_grad_())
     models[FLOOR] = frozen
     rows = []
-    kept = {name: kept_bytes(lambda m=m: m(**batch).loss, m) for name, m in models.items()}
-    rest = kept[FLOOR]
+    sizes = {name: kept_bytes(lambda m=m: m(**batch).loss, m) for name, m in models.items()}
+    rest = sizes[FLOOR]
     seconds = interleaved({n: _step(m, batch) for n, m in models.items()}, repeats, device)
     for name in models:
         rows.append(
             {
                 "MiniLM": name,
                 "adapter dropout": dropout,
-                "freed memory": memory,
                 "ms": 1e3 * statistics.median(seconds[name]),
                 "time ÷ PEFT DoRA": ratio(seconds, name, UNIT),
-                "kept MB": kept[name] / 2**20,
-                "kept ÷ PEFT DoRA": kept[name] / kept[UNIT],
-                "kept by its layers ÷ PEFT DoRA": (kept[name] - rest) / (kept[UNIT] - rest),
+                "kept MB": sizes[name] / 2**20,
+                "kept ÷ PEFT DoRA": sizes[name] / sizes[UNIT],
+                "kept by its layers ÷ PEFT DoRA": (sizes[name] - rest) / (sizes[UNIT] - rest),
             }
         )
     return rows
@@ -127,11 +119,11 @@ def single_layer(
         return run
 
     seconds = interleaved({m: step(module) for m, module in layers.items()}, repeats, device)
-    kept = {m: kept_bytes(lambda k=k: k(x), k) for m, k in layers.items()}
+    sizes = {m: kept_bytes(lambda k=k: k(x), k) for m, k in layers.items()}
     row: Row = {"layer": f"{width}²", "dtype": str(dtype)[6:], "tokens": tokens}
     row["PEFT DoRA ms"] = 1e3 * statistics.median(seconds[UNIT])
     row |= {f"{m} ÷ PEFT": ratio(seconds, m, UNIT) for m in layers if m != UNIT}
-    row |= {"kept, fast full ÷ PEFT": kept["fast full"] / kept[UNIT]}
+    row |= {"kept, fast full ÷ PEFT": sizes["fast full"] / sizes[UNIT]}
     return [row]
 
 
@@ -142,15 +134,15 @@ def equality(device: str) -> list[Row]:
         for ours, theirs in (("fast detach", UNIT), ("fast full", "norm in graph")):
             if dtype == torch.float64 and device == "mps":
                 continue
-            found, expected = (_values(m, dtype, device) for m in (ours, theirs))
+            values, expected = (_values(m, dtype, device) for m in (ours, theirs))
             exact = _values(theirs, torch.float64, device)
             rows.append(
                 {
                     "ours": ours,
                     "theirs": theirs,
                     "dtype": str(dtype)[6:],
-                    "ours against theirs": _difference(found, expected),
-                    "ours against float64": _difference(found, exact),
+                    "ours against theirs": _difference(values, expected),
+                    "ours against float64": _difference(values, exact),
                     "theirs against float64": _difference(expected, exact),
                 }
             )
@@ -169,14 +161,14 @@ def _values(method: str, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [tensor.double() for tensor in (y.detach(), x.grad, *gradients) if tensor is not None]
 
 
-def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+def _difference(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(values, expected, strict=True))
 
 
 def main() -> None:
     """Measure, print, and write JSON where asked for."""
-    given = arguments("time, kept activations and equality of DoRA layers")
-    quick, device = given.quick, given.device
+    options = arguments("time, kept activations and equality of DoRA layers")
+    quick, device = options.quick, options.device
     rows = whole_model(2 if quick else 15, 0.0, 32, 64, device)
     fast = next(row for row in rows if row["MiniLM"] == "fast full")
     sizes = [(384, 256), (384, 2048)]
@@ -191,8 +183,6 @@ def main() -> None:
             singles += single_layer(width, tokens, repeats, device, dtype)
     if not quick:
         rows += whole_model(10, 0.1, 32, 64, device)
-    if not quick and device == "cpu" and keep_memory():
-        rows += whole_model(15, 0.0, 32, 64, device, "kept")
     targets = [
         Target("DoRA layer, time ÷ PEFT, MiniLM", fast["time ÷ PEFT DoRA"], 0.65),
         Target("DoRA layer, kept activations ÷ PEFT, whole MiniLM", fast["kept ÷ PEFT DoRA"], 0.55),
@@ -202,17 +192,9 @@ def main() -> None:
             0.55,
         ),
     ]
-    if rows[-1]["freed memory"] == "kept":
-        kept = next(row for row in rows[::-1] if row["MiniLM"] == "fast full")
-        name = "DoRA layer, time ÷ PEFT, MiniLM, freed memory kept by the process"
-        targets.append(Target(name, kept["time ÷ PEFT DoRA"], 0.65))
     tables = {
         "Whole model, 32×64 tokens": rows,
         "Single layers": singles,
         "Equality": equality(device),
     }
-    report(given, tables, targets, {})
-
-
-if __name__ == "__main__":
-    main()
+    report(options, tables, targets, {})

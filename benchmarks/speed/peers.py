@@ -1,4 +1,4 @@
-"""The problem of benchmarks/mlp.py in other libraries, and in the plainest loops.
+"""The problem of `benchmarks.speed.mlp` in other libraries, and in the plainest loops.
 
 Each function returns one iteration (a lower step, a hypergradient, an upper step), ready to be
 called again and again. Betty and TorchOpt are imported where they are used.

@@ -118,9 +118,9 @@ def timed(
     seconds = interleaved(runs, repeats, device)
     rows = []
     for name in runs:
-        whole = ratio(seconds, name, unit)
-        row = {"run": name, "ms": 1e3 * statistics.median(seconds[name]), f"÷ {unit}": whole}
-        rows.append(row | ({"per lower step": whole / lower[name]} if name in lower else {}))
+        step_ratio = ratio(seconds, name, unit)
+        row = {"run": name, "ms": 1e3 * statistics.median(seconds[name]), f"÷ {unit}": step_ratio}
+        rows.append(row | ({"per lower step": step_ratio / lower[name]} if name in lower else {}))
     return rows
 
 

@@ -107,14 +107,14 @@ class Study:
         model = {**self.model, **more.pop("model", {})}
         length = more.pop("length") if "length" in more else self.tasks[task]
         rows = {**self.rows, "length": length}
-        given = {"passes": passes, "options": options, "model": model, "rows": rows}
-        return Run(part, task, size, name, **given, **more)
+        fields = {"passes": passes, "options": options, "model": model, "rows": rows}
+        return Run(part, task, size, name, **fields, **more)
 
     def variants_runs(self) -> Iterator[Run]:
         """The default with one change, and controls, on development tasks and seeds."""
-        given = self.variants
-        methods = {name: (self.method(each), {}) for name, each in given["controls"].items()}
-        for change in given["changes"]:
+        plan = self.variants
+        methods = {name: (self.method(each), {}) for name, each in plan["controls"].items()}
+        for change in plan["changes"]:
             name = ", ".join(f"{key}={value}" for key, value in change.items()) or "default"
             model = {k: v for k, v in change.items() if k in self.model}
             bilevel = {k: v for k, v in change.items() if k not in self.model}
@@ -123,11 +123,11 @@ class Study:
             for task in self.development["tasks"]:
                 for name, (options, model) in methods.items():
                     yield self._run(
-                        *("variants", task, given["size"], self.sizes[given["size"]], name),
+                        *("variants", task, plan["size"], self.sizes[plan["size"]], name),
                         options=options,
                         model=model,
                         seed=seed,
-                        rate=given["rate"],
+                        rate=plan["rate"],
                     )
 
     def rates_of(self, name: str) -> list[float]:
@@ -173,18 +173,18 @@ class Study:
 
     def shift_runs(self) -> Iterator[Run]:
         """The runs with a source domain and a target domain."""
-        given = self.shift
+        plan = self.shift
         for seed in self.seeds:
-            for size in given["targets"]:
-                for source, target in given["pairs"]:
-                    for name, options in given["methods"].items():
-                        options = {**self.method(options), "source": given["source"]}
+            for size in plan["targets"]:
+                for source, target in plan["pairs"]:
+                    for name, options in plan["methods"].items():
+                        options = {**self.method(options), "source": plan["source"]}
                         yield self._run(
-                            *("shift", f"{source} → {target}", size, given["passes"], name),
+                            *("shift", f"{source} → {target}", size, plan["passes"], name),
                             options=options,
                             seed=seed,
-                            rate=given["rate"],
-                            length=given["length"],
+                            rate=plan["rate"],
+                            length=plan["length"],
                         )
 
     def runs(self, store: Store) -> Iterator[Run]:

@@ -138,11 +138,11 @@ def held_out(study: Study, store: Store, size: int) -> list[Row]:
             [store.get(run.key) for run in study.rates_runs(task, size, name)]
             for task in study.tasks
         ]
-        known = [[r for r in of_task if r is not None] for of_task in results]
-        if len({len(of_task) for of_task in known} | {len(study.rates_of(name))}) > 1:
+        measured = [[r for r in of_task if r is not None] for of_task in results]
+        if len({len(of_task) for of_task in measured} | {len(study.rates_of(name))}) > 1:
             continue
-        means = [statistics.fmean(r["score"] for r in column) for column in zip(*known)]
-        by_loss = [min(of_task, key=lambda r: r["loss"])["score"] for of_task in known]
+        means = [statistics.fmean(r["score"] for r in column) for column in zip(*measured)]
+        by_loss = [min(of_task, key=lambda r: r["loss"])["score"] for of_task in measured]
         row: Row = {"method": name}
         row |= dict(zip(("lowest rate", "middle", "highest"), means))
         row |= {"best of these": max(means), "rates by loss": statistics.fmean(by_loss)}

@@ -85,10 +85,10 @@ class Task:
         logits, labels = [], []
         for part in torch.as_tensor(rows).split(200):
             batch = self.states([{"row": row} for row in part.tolist()])
-            found = model(states=batch["states"], mask=batch["mask"]).logits
-            known = batch["labels"] != IGNORED
-            logits.append(found[known])
-            labels.append(batch["labels"][known])
+            output = model(states=batch["states"], mask=batch["mask"]).logits
+            labelled = batch["labels"] != IGNORED
+            logits.append(output[labelled])
+            labels.append(batch["labels"][labelled])
         out, truth = torch.cat(logits), torch.cat(labels)
         guess = out.argmax(-1)
         return {
@@ -134,8 +134,8 @@ def tags(name: str, length: int, frozen: int, counts: tuple[int, int, int]) -> T
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     names = [*sorted({tag for row in rows for _, tag in row} - {"O"}), "O"]
     words = [[word for word, _ in rows[k]] for k in order]
-    given = [[names.index(tag) for _, tag in rows[k]] for k in order]
-    states = encode(words, given, length, frozen)
+    classes = [[names.index(tag) for _, tag in rows[k]] for k in order]
+    states = encode(words, classes, length, frozen)
     parts = [len(rows) - 500, 200, 300]
     numbers = [part[:count] for part, count in zip(torch.arange(len(rows)).split(parts), counts)]
     return Task(states, len(names), *disjoint(numbers, words, length), metric=entities_f1)

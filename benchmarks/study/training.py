@@ -34,33 +34,33 @@ def measure(run: Run) -> dict[str, Any]:
     model = adapted(run, here)
     first = adapted_weights(model)
     begin = time.process_time()
-    found = (bilevel if "bilevel" in run.options else phases)(run, here, model, rows)
-    found["seconds"] = round(time.process_time() - begin, 2)
+    result = (bilevel if "bilevel" in run.options else phases)(run, here, model, rows)
+    result["seconds"] = round(time.process_time() - begin, 2)
     if run.options.get("method") == "full":
-        found |= weight_line(first, adapted_weights(model))
+        result |= weight_line(first, adapted_weights(model))
     elif any("magnitude" in name for name, _ in model.named_parameters()):
-        found |= line([(c.delta_direction, c.delta_magnitude) for c in decompose(model)])
+        result |= line([(c.delta_direction, c.delta_magnitude) for c in decompose(model)])
     train = here.score(model, rows["union"]["row"])
-    found |= here.score(model, rows["judged"]["row"])
-    return found | {"train loss": train["loss"], "train score": train["score"]}
+    result |= here.score(model, rows["judged"]["row"])
+    return result | {"train loss": train["loss"], "train score": train["score"]}
 
 
 def rows_of(run: Run) -> tuple[Task, dict[str, Dataset]]:
     """The task, and rows: ``union`` of ``source`` and ``target`` or all to train on, ``judged``."""
 
-    def known(name: str) -> Task:
+    def task_of(name: str) -> Task:
         return task(name, layers=run.model["layers"], **run.rows)
 
     if run.part != "shift":
-        here = known(run.task)
+        here = task_of(run.task)
         drawn = here.drawn(run.size, run.seed)
         if run.part == "rates":
-            held = run.size // 5
-            judged, drawn = drawn[:held], drawn[held:]
+            count = run.size // 5
+            judged, drawn = drawn[:count], drawn[count:]
         else:
             judged = (here.development if run.part == "variants" else here.test).tolist()
         return here, {"union": here.dataset(drawn), "judged": here.dataset(judged)}
-    source, target = (known(f"{name} domain") for name in run.task.split(" → "))
+    source, target = (task_of(f"{name} domain") for name in run.task.split(" → "))
     both, offset = joined(source, target), len(source.states.labels)
     below = both.dataset(source.drawn(run.options["source"], run.seed))
     above = both.dataset([offset + row for row in target.drawn(run.size, run.seed)])
@@ -112,21 +112,21 @@ def options_of(run: Run, folder: str, steps: int, **more: Any) -> dict[str, Any]
 
 def bilevel(run: Run, here: Task, model: Any, rows: Mapping[str, Dataset]) -> dict[str, Any]:
     """A search and a retraining of as many steps as the run has passes."""
-    given = dict(run.options["bilevel"])
-    kind = TRAINERS[given.pop("trainer", "bidora")]
-    if ratio := given.pop("rate_ratio", None):
-        given["upper_learning_rate"] = ratio * run.rate
+    settings = dict(run.options["bilevel"])
+    kind = TRAINERS[settings.pop("trainer", "bidora")]
+    if ratio := settings.pop("rate_ratio", None):
+        settings["upper_learning_rate"] = ratio * run.rate
     with tempfile.TemporaryDirectory() as folder:
 
         def trainer(model: Any, steps: int) -> TwoPhaseTrainer:
             more = {"logging_strategy": "steps", "logging_steps": 0.25, "retrain_steps": steps}
-            args = BiDoRATrainingArguments(**options_of(run, folder, steps, **more, **given))
+            args = BiDoRATrainingArguments(**options_of(run, folder, steps, **more, **settings))
             data = {"train_dataset": rows["union"]}
             if "source" in rows:
                 data = {"train_dataset": rows["source"], "upper_dataset": rows["target"]}
             return kind(model, args, data_collator=here.states, **data)
 
-        again = 0 if given.get("retrain") == "none" else 1
+        again = 0 if settings.get("retrain") == "none" else 1
         counted = trainer(copy.deepcopy(model), 1)
         a_step = counted.passes_of_an_upper_step() / counted.args.lower_steps
         steps = max(1, round(run.passes / (a_step + again)))

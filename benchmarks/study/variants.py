@@ -102,8 +102,8 @@ class HyperMagnitudes(TwoPhaseTrainer):
         )
 
     def _lower(self, trainer: BilevelTrainer) -> Problem:
-        given = self.start, self.scales, self.precisions
-        return Pulled(trainer.model, *given, task_loss=trainer.task_loss)
+        pull = self.start, self.scales, self.precisions
+        return Pulled(trainer.model, *pull, task_loss=trainer.task_loss)
 
     def _upper(self, trainer: BilevelTrainer) -> Problem:
         owned = [("scales", self.scales), ("precisions", self.precisions)]
