@@ -63,7 +63,8 @@ def test_python_blocks_run_in_order(page: str) -> None:
 @pytest.mark.slow  # a process of its own
 def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path: Path) -> None:
     page = PAGES["define-an-estimator.md"]
-    (tmp_path / "secant.py").write_text(blocks(page, "python")[0])
+    (source,) = (block for block in blocks(page, "python") if "class Secant" in block)
+    (tmp_path / "secant.py").write_text(source)
     (command,) = re.findall(r"<!-- command: property tests -->\n```sh\n(.*?)\n```", page, re.S)
     variables, _, arguments = command.partition(" python ")
     assert variables == "PYTHONPATH=."

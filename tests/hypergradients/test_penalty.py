@@ -215,18 +215,6 @@ def test_a_run_that_never_comes_closer_ends_where_it_began() -> None:
 
 
 @pytest.mark.parametrize("method", ["f2sa", "penalty"])
-def test_a_stationary_upper_loss_keeps_the_state(method: str) -> None:
-    quadratic = displaced(program(1))
-    upper, lower = quadratic.levels()
-    state_before = asked((upper, lower), method)[0].state
-    here = flat(quadratic.w).detach()
-    still = Level(lambda w, u: (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u)
-    actual, passes = asked((still, lower), method, state_before)
-    assert actual.state is state_before and passes == 1
-    assert (actual.residual, actual.steps, actual.note) == (0.0, 0, "∂F/∂w is zero")
-
-
-@pytest.mark.parametrize("method", ["f2sa", "penalty"])
 @pytest.mark.parametrize("steps", [10, 200])
 def test_runs_end_at_negative_curvature_and_say_so(method: str, steps: int) -> None:
     """There is no minimum; what is found is the point of least gradient, w at worst."""

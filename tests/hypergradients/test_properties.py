@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hyperopt_peft import hypergradient
-from hyperopt_peft.hypergradients import registered
+from hyperopt_peft.hypergradients import open_oracle, registered
+from hyperopt_peft.hypergradients.estimate import estimate as estimate_at
 from tests.support.cases import Case, cases
 from tests.support.quadratic import Level, Program, flat, leaves, program, programs
 
@@ -181,9 +182,10 @@ def test_an_upper_loss_without_w_gives_the_direct_term(case: Case) -> None:
 
 
 @cases()
-def test_a_stationary_upper_loss_gives_the_direct_term(case: Case) -> None:
+def test_a_stationary_upper_loss_gives_the_direct_term_and_keeps_the_state(case: Case) -> None:
     """∂F/∂w is exactly 0 here: a solver that divides by its norm would return NaN."""
     quadratic = program(0)
+    state = estimate_at(open_oracle(*quadratic.levels()), case.estimator).state
     _, lower = quadratic.levels()
     here = flat(quadratic.w).detach()
     upper = Level(
@@ -192,8 +194,12 @@ def test_a_stationary_upper_loss_gives_the_direct_term(case: Case) -> None:
         quadratic.w,
         quadratic.u,
     )
-    actual = flat(hypergradient(upper, lower, case.estimator))
-    assert torch.equal(actual, 2 * flat(quadratic.u))
+    oracle = open_oracle(upper, lower)
+    oracle.state = state
+    result = estimate_at(oracle, case.estimator)
+    assert torch.equal(flat(result.hypergradient), 2 * flat(quadratic.u))
+    if case.kind in ("implicit", "penalty"):
+        assert result.state is state
 
 
 @cases()

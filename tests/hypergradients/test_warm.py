@@ -15,7 +15,7 @@ from hyperopt_peft.hypergradients import Estimate, Matvec, Vector, WarmStart
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.implicit import warm
 from hyperopt_peft.hypergradients.implicit.warm import FIRST_STEPS
-from tests.support.quadratic import Level, flat, positive, program, symmetric
+from tests.support.quadratic import flat, positive, program, symmetric
 
 EXAMPLES = settings(max_examples=25)
 State = dict[str, Any]
@@ -186,19 +186,6 @@ def test_calls_at_one_point_converge_to_the_exact_hypergradient(method: str) -> 
         errors.append(float((flat(result.implicit) - quadratic.exact_implicit).norm()))
     assert errors[-1] < 1e-6 * quadratic.exact_implicit.norm() < errors[0]
     assert all(later <= earlier + 1e-6 for earlier, later in pairwise(errors))
-
-
-def test_a_stationary_upper_loss_keeps_the_state() -> None:
-    quadratic = program(0)
-    upper, lower = quadratic.levels()
-    oracle = open_oracle(upper, lower)
-    state_before = estimate(oracle, "warm").state
-    here = flat(quadratic.w).detach()
-    still = Level(lambda w, u: (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u)
-    oracle = open_oracle(still, lower)
-    oracle.state = state_before
-    result = estimate(oracle, "warm")
-    assert result.state is state_before and result.implicit.norm() == 0
 
 
 def test_a_run_takes_the_first_steps_once() -> None:
