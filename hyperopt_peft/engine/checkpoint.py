@@ -33,8 +33,7 @@ def writing(folder: Path) -> Iterator[None]:
     """Write the files of the checkpoint ``folder`` in the body; remove ``folder`` on failure.
 
     Raises:
-        ProblemError: a file could not be written, for example to a full disk; the message names
-            the last complete checkpoint.
+        ProblemError: a file could not be written, for example to a full disk.
     """
     try:
         yield
@@ -133,20 +132,18 @@ def last_valid(folder: Path) -> Path | None:
     return next((path for path, _ in valid_checkpoints(folder)), None)
 
 
-def to_resume(given: str | bool | None, *folders: Path) -> tuple[Path, dict[str, Any]] | None:
+def to_resume(path: str | bool | None, *folders: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to resume from, and its record; None for a new run.
 
-    Args:
-        given: the checkpoint's path; True for the last complete one in ``folders``; else None.
-        folders: where checkpoints are written.
+    ``path`` is that of the checkpoint; True for the last complete one in ``folders``; else None.
 
     Raises:
-        ProblemError: there is no complete checkpoint, or ``given`` is incomplete.
+        ProblemError: there is no complete checkpoint, or that of ``path`` is incomplete.
     """
-    if given is not True:
-        return (Path(given), verify_manifest(Path(given))) if given else None
-    for found in valid_checkpoints(*folders):
-        return found
+    if path is not True:
+        return (Path(path), verify_manifest(Path(path))) if path else None
+    if (last := next(valid_checkpoints(*folders), None)) is not None:
+        return last
     raise ProblemError(
         f"{folders[0]}: there is no complete checkpoint; give the path of one, or start a new run"
     )
@@ -167,8 +164,7 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     neither counted nor deleted.
     """
     paths = [path for path in _in_order(folder) if (path / MANIFEST).is_file()]
-    kept = [path for path in paths if best and path.resolve() == Path(best).resolve()]
-    spare = [path for path in paths[:-1] if path not in kept]
+    spare = [p for p in paths[:-1] if best is None or p.resolve() != Path(best).resolve()]
     surplus = len(paths) - limit if limit and limit > 0 else 0
     for path in spare[: max(0, surplus)]:
         shutil.rmtree(path, ignore_errors=True)
@@ -224,8 +220,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _in_order(*folders: Path) -> list[Path]:
     """The checkpoints by time of writing; those without a readable manifest come first."""
-    found = (path for folder in folders for path in folder.glob(f"{PREFIX}*"))
-    paths = [path for path in found if path.name[len(PREFIX) :].isdigit()]
+    matches = (path for folder in folders for path in folder.glob(f"{PREFIX}*"))
+    paths = [path for path in matches if path.name[len(PREFIX) :].isdigit()]
     return sorted(paths, key=lambda path: (written(path), int(path.name[len(PREFIX) :])))
 
 

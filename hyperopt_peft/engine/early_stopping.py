@@ -74,7 +74,7 @@ class EarlyStopping:
         if record["step"] % self.every:
             return
         loss = held_out_loss(engine.upper, engine.lower, self.held_out, seed=engine.seed)
-        window = [known["upper_loss"] for known in engine.history[-self.every :]]
+        window = [step["upper_loss"] for step in engine.history[-self.every :]]
         record["held_out_loss"] = loss
         record["upper_gap"] = loss - sum(window) / len(window)
         record["upper_snr"] = engine.upper_snr()
@@ -101,8 +101,8 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """The best loss, its step and variables, and the evaluations since."""
-        own = {"best": self.best, "best_step": self.best_step, "failures": self.failures}
-        return {**own, "values": [value.clone() for value in self._values]}
+        numbers = {"best": self.best, "best_step": self.best_step, "failures": self.failures}
+        return {**numbers, "values": [value.clone() for value in self._values]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``, of `state_dict`."""
@@ -129,8 +129,8 @@ def held_out_loss(
     ):
         for batch in batches:
             # A distributed model's reducers expect a backward pass after a forward pass.
-            found = upper.gradient(upper.on_device(batch), upper.variables)
-            losses.append(found.loss - prior_of(upper, found.metrics))
+            evaluation = upper.gradient(upper.on_device(batch), upper.variables)
+            losses.append(evaluation.loss - prior_of(upper, evaluation.metrics))
             buffers.restore()
     if not losses:
         raise ProblemError("held_out: there are no batches; give at least one")

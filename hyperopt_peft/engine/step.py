@@ -64,8 +64,8 @@ class LowerStep:
 class BilevelStep:
     """The lower step and the hypergradient of `Engine`, `Nested` and `BilevelTrainer`.
 
-    A driver has the loop and moves the upper variables. A BilevelStep records of the
-    lower steps what the estimator requires, builds the estimator's `Oracle`, and has its state.
+    A driver has the loop and moves the upper variables. This class records what the estimator
+    requires of the lower steps, builds the estimator's `Oracle`, and has its state.
 
     Args:
         upper: the upper level, with loss F and variables u.
@@ -119,10 +119,7 @@ class BilevelStep:
         return (*self.lower.variables, *u)
 
     def train_lower(self, *, number: int) -> LowerStep:
-        """Do one lower step, on the lower level's next batch.
-
-        Args:
-            number: the number of the lower step, from 1.
+        """Do lower step ``number``, from 1, on the lower level's next batch.
 
         Raises:
             ProblemError: at the first step, f does not read a lower variable.
@@ -152,15 +149,12 @@ class BilevelStep:
         number: int,
         next_upper_batch: Callable[[], Any],
     ) -> Gradient:
-        """Record a lower step, and return the gradient that the step descends along.
-
-        The gradient is ∂f/∂w, or ∂(f + upper_weight·F)/∂w with an ``upper_weight``.
+        """Record lower step ``number``; returns ∂f/∂w, or ∂(f + upper_weight·F)/∂w.
 
         Args:
             batch: the batch of f.
             random_state: the generator states before f was evaluated.
-            gradient: the gradient of f with respect to ``variables``, at the value of
-                ``variables`` when f was evaluated.
+            gradient: of f with respect to ``variables``, as these were before the evaluation.
             number: the number of the lower step, from 1.
             next_upper_batch: returns the next batch of F; called only with an ``upper_weight``.
 
@@ -201,13 +195,10 @@ class BilevelStep:
     def oracle(
         self, upper: Problem, batch: Any, upper_random: RandomState, last: StepRecord
     ) -> Oracle:
-        """The losses, gradients and products of ``upper`` and the lower level, for an estimator.
+        """The oracle of ``upper`` and the lower level.
 
-        Args:
-            upper: the level with loss F.
-            batch: the batch of F.
-            upper_random: the generator states from which F's random numbers are drawn.
-            last: the lower step whose batch and random numbers f gets.
+        F is evaluated on ``batch`` from ``upper_random``, f on the batch and from the generator
+        states of the lower step ``last``.
         """
         return Oracle(
             upper,
@@ -222,12 +213,9 @@ class BilevelStep:
         )
 
     def hypergradient(self, batch: Any, *, number: int) -> UpperStep:
-        """dF/du at the current point; no variable moves.
+        """dF/du at the current point on ``batch``; no variable moves.
 
-        Args:
-            batch: the batch of F.
-            number: the number of the upper step; F's random numbers are a function of the number
-                and the seed.
+        F's random numbers are a function of the seed and ``number``, that of the upper step.
 
         Raises:
             ProblemError: at the first step, no loss reads an upper variable.
@@ -277,10 +265,7 @@ class BilevelStep:
         self.forget()
 
     def _with_upper_loss(self, gradient: Gradient, batch: Any, number: int) -> Gradient:
-        """∂(f + upper_weight·F)/∂w from ∂f/∂w, by one forward+backward pass of F.
-
-        Buffers and random states are restored afterwards.
-        """
+        """∂(f + upper_weight·F)/∂w from ∂f/∂w, by one forward+backward pass of F."""
         weight, w = self.requirements.upper_weight, self.lower.variables
         with (
             preserve_state((*self.upper.variables, *w), self.devices),
@@ -309,16 +294,7 @@ def prior_of(level: Problem, metrics: Mapping[str, float]) -> float:
 def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) -> None:
     """Raise ProblemError where ``estimator`` needs more records of lower steps than there are.
 
-    Args:
-        estimator: the estimator of dF/du.
-        lower_steps: the number of lower steps before each upper step.
-        recorded: how many of these the driver records: all in the Engine, the last in the Trainer.
-
-    Example:
-        >>> from hyperopt_peft.hypergradients import get_estimator
-        >>> require_history(get_estimator("unrolled:steps=3"), lower_steps=2, recorded=2)
-        Traceback (most recent call last):
-        hyperopt_peft.errors.ProblemError: hypergradient: unrolled needs the last 3 lower steps ...
+    Of the ``lower_steps`` before each upper step, the Engine records all, the Trainer the last.
     """
     needs = estimator.requirements
     if needs.history <= recorded and not (needs.every_step and needs.history < lower_steps):
