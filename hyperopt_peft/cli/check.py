@@ -18,7 +18,7 @@ from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
 from hyperopt_peft.hypergradients import get_estimator
 from hyperopt_peft.problems import BiDoRATrainer
-from hyperopt_peft.utils.signal_to_noise import ENOUGH
+from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
 from hyperopt_peft.utils.validation import require_count
 
 NONE, RETRAINING = ["none"], "retraining"
@@ -96,7 +96,7 @@ def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> None:
     upper, lower, args = trainer.upper, trainer.lower, trainer.args
     assert upper is not None
     shown: dict[str, Any] = {"seed": args.seed, "progress": sys.stderr.isatty()}
-    pairs = [_batches(trainer, number) for number in range(ENOUGH)]
+    pairs = [_batches(trainer, number) for number in range(MIN_SAMPLES)]
     several: dict[str, Any] = {f"{name}es": [pair[name] for pair in pairs] for name in pairs[0]}
     steps = command.solver_steps
     check = check_problem(upper, lower, **pairs[0], **several, solver_steps=steps, **shown)

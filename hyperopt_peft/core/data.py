@@ -132,8 +132,8 @@ class DataStream:
         owners: dict[str, Any] = {"loader": self.data}
         owners |= {key: getattr(self.data, key, None) for key in ("sampler", "batch_sampler")}
         owners["inner_sampler"] = getattr(owners["batch_sampler"], "sampler", None)
-        found = {key: getattr(owner, "generator", None) for key, owner in owners.items()}
-        return {key: g for key, g in found.items() if isinstance(g, torch.Generator)}
+        generators = {key: getattr(owner, "generator", None) for key, owner in owners.items()}
+        return {key: g for key, g in generators.items() if isinstance(g, torch.Generator)}
 
     def _capture(self) -> dict[str, Tensor]:
         states = {key: g.get_state() for key, g in self._generators().items()}

@@ -28,13 +28,13 @@ def options_by_group(level: Level) -> list[dict[str, Tensor]]:
             not finite or not a single number; a number of mappings that differs from the number of
             groups; no optimizer; or a learning rate that a scheduler sets as well.
     """
-    given = level.optimizer_options()
-    if not given:
+    options = level.optimizer_options()
+    if not options:
         return []
     if level.optimizer is None:
         raise ProblemError(f"{level.name}: optimizer_options need an optimizer; give the level one")
     groups = level.optimizer.param_groups
-    options = [given] * len(groups) if isinstance(given, Mapping) else list(given)
+    options = [options] * len(groups) if isinstance(options, Mapping) else list(options)
     if len(options) != len(groups):
         raise ProblemError(
             f"{level.name}: optimizer_options has {len(options)} mappings for {len(groups)} groups "
@@ -116,8 +116,8 @@ def optimizer_state_copy(
     position = {id(variable): index for index, variable in enumerate(variables)}
     groups = [
         {key: deepcopy(value) for key, value in group.items() if key != "params"}
-        | {**given, "variables": [position[id(x)] for x in group["params"] if id(x) in position]}
-        for group, given in zip(
+        | {**values, "variables": [position[id(x)] for x in group["params"] if id(x) in position]}
+        for group, values in zip(
             optimizer.param_groups, options or [{}] * len(optimizer.param_groups), strict=True
         )
     ]

@@ -43,8 +43,8 @@ class GaussianPrior:
         """The prior at ``variables``, a scalar with its autograd graph."""
         pairs = zip(variables, self.start, strict=True)
         squares = [(widened(u) - widened(sharded_like(u0, u))).square().sum() for u, u0 in pairs]
-        whole = [gather(square).to(squares[0].device) for square in squares]
-        return self.weight / 2 * torch.stack(whole).sum() / sum(u.numel() for u in variables)
+        sums = [gather(square).to(squares[0].device) for square in squares]
+        return self.weight / 2 * torch.stack(sums).sum() / sum(u.numel() for u in variables)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of u0."""

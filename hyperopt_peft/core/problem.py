@@ -285,21 +285,21 @@ class Problem:
     def require_finite(
         self, loss: Tensor, gradient: Sequence[Tensor | None]
     ) -> tuple[float, tuple[float, ...]]:
-        """The value of ``loss``, and the 2-norm of each part of ``gradient``, 0 for None.
+        """The value of ``loss``, and the 2-norm of each entry of ``gradient``, 0 for None.
 
         Raises:
             NonFiniteError: ``loss`` or an entry of ``gradient`` is NaN or infinite.
         """
-        parts = [part for part in gradient if part is not None]
-        value, *squares = to_floats([loss, *squares_of(parts, wide=False)])
+        slopes = [slope for slope in gradient if slope is not None]
+        value, *squares = to_floats([loss, *squares_of(slopes, wide=False)])
         if not math.isfinite(value):
             raise NonFiniteError(f"{self.name}: the loss is {value}")
         if not all(1e-30 < square < math.inf for square in squares):  # zero, or beyond float32
-            squares = to_floats(squares_of(parts))
-        if not math.isfinite(sum(squares)) and not all_finite(parts):
+            squares = to_floats(squares_of(slopes))
+        if not math.isfinite(sum(squares)) and not all_finite(slopes):
             raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
-        found = iter(squares)
-        return value, tuple(0.0 if part is None else next(found) ** 0.5 for part in gradient)
+        norms = (square**0.5 for square in squares)
+        return value, tuple(0.0 if slope is None else next(norms) for slope in gradient)
 
     def step(self, gradient: Sequence[Tensor | None], norm: float | None = None) -> float:
         """One step of the optimizer along ``gradient``, then one of the scheduler.
@@ -316,15 +316,15 @@ class Problem:
                 f"{self.name}: the level has no optimizer; give one to train the level"
             )
         if norm is None:
-            norm = norm_of(part for part in gradient if part is not None)
+            norm = norm_of(slope for slope in gradient if slope is not None)
         if not math.isfinite(norm):
             raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
         write_options(self)
         factor = self.clipping(norm)
-        for variable, part in zip(self.variables, gradient, strict=True):
-            if part is not None and factor != 1:
-                part = part * factor
-            variable.grad = None if part is None else part.to(variable.dtype)
+        for variable, slope in zip(self.variables, gradient, strict=True):
+            if slope is not None and factor != 1:
+                slope = slope * factor
+            variable.grad = None if slope is None else slope.to(variable.dtype)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
@@ -374,12 +374,12 @@ class Problem:
         variables = zip(self.names, self.variables, strict=True)
         return {
             "variables": {name: variable.detach().clone() for name, variable in variables},
-            **{key: deepcopy(part.state_dict()) for key, part in self._parts().items()},
+            **{key: deepcopy(x.state_dict()) for key, x in self._stateful().items()},
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``state`` does not fit this level."""
-        check_level_state(self, state, self._parts())
+        check_level_state(self, state, self._stateful())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``, of `state_dict`.
@@ -391,18 +391,18 @@ class Problem:
         with torch.no_grad():
             for name, variable in zip(self.names, self.variables, strict=True):
                 variable.copy_(state["variables"][name])
-        for key, part in self._parts().items():
-            part.load_state_dict(deepcopy(state[key]))
+        for key, stateful in self._stateful().items():
+            stateful.load_state_dict(deepcopy(state[key]))
 
-    def _parts(self) -> dict[str, Any]:
-        """The objects with a state of their own."""
-        parts = {
+    def _stateful(self) -> dict[str, Any]:
+        """The objects with a state, by their entry in the level's state."""
+        objects = {
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "batches": self.batches,
             "prior": self.prior if isinstance(self.prior, GaussianPrior) else None,
         }
-        return {key: part for key, part in parts.items() if part is not None}
+        return {key: x for key, x in objects.items() if x is not None}
 
 
 def variables_of(*levels: Problem) -> tuple[Tensor, ...]:

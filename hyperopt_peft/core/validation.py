@@ -155,8 +155,8 @@ def require_read(
     A variable that the prior alone reads counts as None. ``besides`` has the names of the
     variables to check, which no other loss reads; None for all.
     """
-    for name, part in zip(level.names, gradient, strict=True):
-        unread = part is None or name in level.unread
+    for name, slope in zip(level.names, gradient, strict=True):
+        unread = slope is None or name in level.unread
         if unread and (besides is None or name in besides):
             raise ProblemError(
                 f"{level.name}: no gradient reaches variable {name!r} at the first step; use the "
@@ -185,9 +185,9 @@ def check_level_state(level: Level, state: Any, parts: Mapping[str, Any]) -> Non
     """Raise ProblemError where ``state`` does not fit ``level``, whose ``parts`` have states."""
     expected = {"variables", *parts}
     if not isinstance(state, Mapping) or set(state) != expected:
-        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        entries = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ProblemError(
-            f"{level.name}: the state must have {sorted(expected)}, got {found}; use a state of "
+            f"{level.name}: the state must have {sorted(expected)}, got {entries}; use a state of "
             "this level"
         )
     for key in ("optimizer", "scheduler"):

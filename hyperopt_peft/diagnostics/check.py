@@ -31,7 +31,7 @@ from hyperopt_peft.utils.random_state import (
     restore_host_random_state,
 )
 from hyperopt_peft.utils.restore import assign_, perturbed
-from hyperopt_peft.utils.signal_to_noise import ENOUGH, REMEDIES, SignalToNoise
+from hyperopt_peft.utils.signal_to_noise import ADVICE, MIN_SAMPLES, SignalToNoise
 from hyperopt_peft.utils.validation import require_count
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
@@ -131,7 +131,7 @@ def _pairs(oracle: Oracle, *of_levels: Sequence[Any] | None) -> list[tuple[Any, 
     levels = ((oracle.upper, oracle.upper_batch), (oracle.lower, oracle.lower_batch))
     for (level, batch), batches in zip(levels, of_levels, strict=True):
         if batches is None:
-            batches = [batch] if level.batches is None else level.batches.ahead(ENOUGH)
+            batches = [batch] if level.batches is None else level.batches.ahead(MIN_SAMPLES)
         both.append([level.on_device(each) for each in batches])
     count = max(map(len, both))
     return list(islice(zip(*map(cycle, both)), count if count > 1 else 0))
@@ -386,4 +386,4 @@ class _Examination:
                 f"the hypergradient is noise: over {len(self.pairs)} pairs of batches its "
                 f"signal-to-noise ratio is {ratio:.2g}"
             )
-            self._add("noisy hypergradient", "warning", self.oracle.upper, words, f"try {REMEDIES}")
+            self._add("noisy hypergradient", "warning", self.oracle.upper, words, f"try {ADVICE}")

@@ -38,7 +38,7 @@ from hyperopt_peft.trainer.step import OptimizerStep
 from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of, upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
-from hyperopt_peft.utils.signal_to_noise import ENOUGH, REMEDIES
+from hyperopt_peft.utils.signal_to_noise import ADVICE, MIN_SAMPLES
 
 logger = logging.getLogger(__name__)
 
@@ -408,14 +408,14 @@ class BilevelTrainer(Trainer):
         count, ratio = self.bilevel_step.signal.count, self.bilevel_step.signal.read()
         if ratio is None or ratio == math.inf:
             return {}
-        if ratio < 1 and count >= ENOUGH and not self._warned_of_noise:
+        if ratio < 1 and count >= MIN_SAMPLES and not self._warned_of_noise:
             self._warned_of_noise = True
             logger.warning(
                 "upper_snr: %.2g over %d upper steps: the upper level follows noise, unless it is "
                 "near its minimum; try %s",
                 ratio,
                 count,
-                REMEDIES,
+                ADVICE,
             )
         return {"upper_snr": ratio}
 

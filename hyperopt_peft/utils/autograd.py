@@ -32,8 +32,8 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
 
 def graph_leaves(tensor: Tensor) -> list[Tensor]:
     """The tensors whose ``.grad`` ``tensor.backward()`` writes."""
-    found = (getattr(node, "variable", None) for node in graph_nodes([tensor]))
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+    leaves = (getattr(node, "variable", None) for node in graph_nodes([tensor]))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def once_differentiable_functions(tensor: Tensor) -> list[str]:

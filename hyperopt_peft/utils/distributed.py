@@ -160,11 +160,11 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Form:
+class ShardLayout:
     """The shape of a tensor, and how the tensor is spread over the processes.
 
-    ``here`` is the shape of this process's part, and ``holders`` the number of processes that
-    hold the same part: 0 for a plain tensor, which is the same on every process.
+    ``here`` is the shape of this process's shard, and ``ranks`` the number of processes with the
+    same shard: 0 for a plain tensor, which is the same on every process.
     """
 
     shape: torch.Size
@@ -172,21 +172,21 @@ class Form:
     stride: tuple[int, ...] = ()
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
-    holders: int = 0
+    ranks: int = 0
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Form:
-        """The form of ``tensor``."""
+    def of(cls, tensor: Tensor) -> ShardLayout:
+        """The layout of ``tensor``."""
         if not isinstance(tensor, DTensor):
             return cls(tensor.shape, tensor.shape)
         mesh, placements = tensor.device_mesh, tensor.placements
         split = (mesh.size(k) for k, p in enumerate(placements) if isinstance(p, Shard))
-        holders = dist.get_world_size() // math.prod(split)
+        ranks = dist.get_world_size() // math.prod(split)
         here = tensor.to_local().shape
-        return cls(tensor.shape, here, tensor.stride(), mesh, placements, holders)
+        return cls(tensor.shape, here, tensor.stride(), mesh, placements, ranks)
 
     def shaped(self, part: Tensor) -> Tensor:
-        """The tensor of this form whose part on this process has the entries ``part``."""
+        """The tensor of this layout whose part on this process has the entries ``part``."""
         if self.mesh is None:
             return part.view(self.shape)
         return DTensor.from_local(
@@ -199,12 +199,12 @@ class Form:
         )
 
 
-def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
-    """The full tensor ``whole``, sharded and placed as ``like``, in the dtype of ``like``."""
+def sharded_like(full: Tensor, like: Tensor) -> Tensor:
+    """The tensor ``full``, sharded and placed as ``like``, in the dtype of ``like``."""
     if not isinstance(like, DTensor):
-        return whole.to(like)
-    whole = whole.to(like.device, like.dtype)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        return full.to(like)
+    full = full.to(like.device, like.dtype)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def reshard(model: nn.Module) -> None:
@@ -231,20 +231,20 @@ def seen_parameters() -> Iterator[list[Tensor]]:
     A backward pass writes the gradients of these parameters, though they are not in autograd's
     graph.
     """
-    found: list[Tensor] = []
+    sharded: list[Tensor] = []
 
     def see(module: nn.Module, _inputs: object) -> None:
         if shards(module):
-            found.extend(p for p in module.parameters() if is_sharded(p))
+            sharded.extend(p for p in module.parameters() if is_sharded(p))
 
     hook = nn.modules.module.register_module_forward_pre_hook(see)
     try:
-        yield found
+        yield sharded
     finally:
         hook.remove()
 
 
-def totals(values: Sequence[Tensor], holders: Sequence[int]) -> list[Tensor]:
+def totals(values: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """``values``, each a scalar of one tensor's shard on this process, over the shards of all.
 
     A plain tensor is equal on all processes: its value stays. Every process must call this
@@ -252,12 +252,12 @@ def totals(values: Sequence[Tensor], holders: Sequence[int]) -> list[Tensor]:
 
     Args:
         values: for each tensor a scalar of its shard on this process, for example a sum.
-        holders: `Form.holders` of each tensor.
+        ranks: `ShardLayout.ranks` of each tensor.
     """
     result = list(values)
-    sharded = [k for k, count in enumerate(holders) if count]
+    sharded = [k for k, count in enumerate(ranks) if count]
     if sharded:
-        here = torch.stack([values[k].double() / holders[k] for k in sharded])
+        here = torch.stack([values[k].double() / ranks[k] for k in sharded])
         dist.all_reduce(here)
         for k, value in zip(sharded, here, strict=True):
             result[k] = value

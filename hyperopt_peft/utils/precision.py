@@ -39,12 +39,12 @@ class SinglePrecision(TorchFunctionMode):
         kwargs = kwargs or {}
         # An argument that the function writes to must not be replaced by a copy.
         written = 1 if _writes(getattr(func, "__name__", "")) else 0
-        kept, args = args[:written], args[written:]
+        targets, args = args[:written], args[written:]
         args, kwargs = tree_map(_widened, (args, kwargs))
         with ExitStack() as stack:
             for device in _autocast_devices():
                 stack.enter_context(torch.autocast(device, enabled=False))
-            return _CASTS.get(func, func)(*kept, *args, **kwargs)
+            return _CASTS.get(func, func)(*targets, *args, **kwargs)
 
 
 def _widened(value: Any) -> Any:

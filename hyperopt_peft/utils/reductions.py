@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.utils.autograd import HALF
-from hyperopt_peft.utils.distributed import Form, is_sharded, to_local, totals
+from hyperopt_peft.utils.distributed import ShardLayout, is_sharded, to_local, totals
 
 BLOCK = 2**15  # entries that a CPU widens at a time, which then stay in its cache
 SINGLE_BLOCK = 2**20  # entries whose products are summed in float32, to some six digits
@@ -34,7 +34,9 @@ def to_floats(scalars: Sequence[Tensor]) -> list[float]:
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
     tensors = list(tensors)
-    return not any(to_floats(_whole([(~x.isfinite()).sum() for x in to_local(tensors)], tensors)))
+    return not any(
+        to_floats(_over_shards([(~x.isfinite()).sum() for x in to_local(tensors)], tensors))
+    )
 
 
 def squares(tensors: Sequence[Tensor], *, wide: bool = True) -> list[Tensor]:
@@ -50,7 +52,7 @@ def squares(tensors: Sequence[Tensor], *, wide: bool = True) -> list[Tensor]:
     if not wide:
         here = [x.float() if x.dtype in HALF else x for x in here]
     norms = torch._foreach_norm(here, 2, torch.float64 if wide else None)
-    return _whole(torch._foreach_mul(norms, norms), tensors)
+    return _over_shards(torch._foreach_mul(norms, norms), tensors)
 
 
 def summed(scalars: Sequence[Tensor]) -> Tensor:
@@ -95,5 +97,7 @@ def _blockwise_dot(a: Tensor, b: Tensor, block: int, dtype: torch.dtype) -> Tens
     return torch.stack([torch.dot(x.to(dtype), y.to(dtype)) for x, y in pairs]).double().sum()
 
 
-def _whole(values: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
-    return totals(values, [Form.of(x).holders for x in of]) if is_sharded(*of) else list(values)
+def _over_shards(values: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+    return (
+        totals(values, [ShardLayout.of(x).ranks for x in of]) if is_sharded(*of) else list(values)
+    )

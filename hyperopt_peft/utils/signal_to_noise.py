@@ -11,9 +11,9 @@ from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner
 
 #: The fewest vectors of which a ratio below 1 is worth a warning.
-ENOUGH = 4
-#: What a ratio below 1 asks for.
-REMEDIES = "a larger batch of either level, fewer upper variables, or a prior"
+MIN_SAMPLES = 4
+#: What to try where the ratio is below 1.
+ADVICE = "a larger batch of either level, fewer upper variables, or a prior"
 
 
 class SignalToNoise:

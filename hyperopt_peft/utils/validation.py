@@ -55,43 +55,39 @@ def type_name(hint: Any) -> str:
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
-def require_settings(made: str, known: Mapping[str, Any], has: str, now: Mapping[str, Any]) -> None:
-    """Raise ProblemError where saved settings differ from current ones.
+def require_settings(
+    old: str, saved: Mapping[str, Any], new: str, current: Mapping[str, Any]
+) -> None:
+    """Raise ProblemError where the settings of ``old`` and of ``new`` differ.
 
     The message has the name and both values of the first difference, however deep in lists and
     mappings, and the number of others.
-
-    Args:
-        made: the name of the saved object in the message.
-        known: the settings of the saved object.
-        has: the name of the current object in the message.
-        now: the settings of the current object.
 
     Example:
         >>> require_settings("the state", {"a": [2, 8]}, "this run", {"a": [4, 8]})
         Traceback (most recent call last):
         hyperopt_peft.errors.ProblemError: a[0]: the state was made with 2, this run has 4; ...
     """
-    if found := list(_differences("", known, now)):
-        (name, before, after), *others = found
+    if differences := list(_differences("", saved, current)):
+        (name, before, after), *others = differences
         more = f" ({len(others)} more settings differ)" if others else ""
         raise ProblemError(
-            f"{name}: {made} was made with {_short(before)}, {has} has {_short(after)}{more}; "
+            f"{name}: {old} was made with {_short(before)}, {new} has {_short(after)}{more}; "
             "resume with the same settings, or start a new run"
         )
 
 
-def _differences(name: str, known: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+def _differences(name: str, saved: Any, current: Any) -> Iterator[tuple[str, Any, Any]]:
     """The entries in which two nests of mappings and lists differ, with both values."""
-    if isinstance(known, Mapping) and isinstance(now, Mapping):
-        for key in {**now, **known}:
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        for key in {**current, **saved}:
             inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(inner, known.get(key), now.get(key))
-    elif isinstance(known, list) and isinstance(now, list) and len(known) == len(now):
-        for position, (before, after) in enumerate(zip(known, now)):
+            yield from _differences(inner, saved.get(key), current.get(key))
+    elif isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
+        for position, (before, after) in enumerate(zip(saved, current)):
             yield from _differences(f"{name}[{position}]", before, after)
-    elif known != now:
-        yield name, known, now
+    elif saved != current:
+        yield name, saved, current
 
 
 def _short(value: Any, limit: int = 100) -> str:

@@ -10,25 +10,25 @@ from torch import Tensor
 
 from hyperopt_peft.utils import reductions
 from hyperopt_peft.utils.autograd import HALF
-from hyperopt_peft.utils.distributed import Form, gather, sharded_like, to_local, totals
+from hyperopt_peft.utils.distributed import ShardLayout, gather, sharded_like, to_local, totals
 
 
 class Space:
-    """The layout of a vector: one flat buffer for each dtype, device and `Form.holders`.
+    """The layout of a vector: one flat buffer for each dtype, device and `ShardLayout.ranks`.
 
     The buffer has the local shard of a sharded part.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.forms = [Form.of(part) for part in parts]
+        self.layouts = [ShardLayout.of(part) for part in parts]
         kinds = [
-            (widened_dtype(part), part.device, form.holders)
-            for part, form in zip(parts, self.forms)
+            (widened_dtype(part), part.device, layout.ranks)
+            for part, layout in zip(parts, self.layouts)
         ]
         self.kinds = list(dict.fromkeys(kinds))
         self._buffer = [self.kinds.index(kind) for kind in kinds]
         self._sizes = [part.numel() for part in to_local(parts)]
-        self.holders = [holders for _, _, holders in self.kinds]
+        self.ranks = [ranks for _, _, ranks in self.kinds]
 
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """New buffers with the entries of ``parts``."""
@@ -40,11 +40,11 @@ class Space:
 
     def split(self, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The parts, as views of ``buffers``."""
-        found: dict[int, Tensor] = {}
+        parts: dict[int, Tensor] = {}
         for k, buffer in enumerate(buffers):
             indices = self._indices(k)
-            found |= zip(indices, buffer.split([self._sizes[i] for i in indices]), strict=True)
-        return tuple(form.shaped(found[i]) for i, form in enumerate(self.forms))
+            parts |= zip(indices, buffer.split([self._sizes[i] for i in indices]), strict=True)
+        return tuple(layout.shaped(parts[i]) for i, layout in enumerate(self.layouts))
 
     def _indices(self, buffer: int) -> list[int]:
         return [i for i, k in enumerate(self._buffer) if k == buffer]
@@ -91,7 +91,7 @@ class Vector:
         return iter(self.parts)
 
     def __len__(self) -> int:
-        return len(self._space.forms)
+        return len(self._space.layouts)
 
     def __add__(self, other: Vector) -> Vector:
         return self._with(map(torch.add, self.buffers, other.buffers))
@@ -152,21 +152,21 @@ class Vector:
 
     def numel(self) -> int:
         """The number of entries."""
-        return sum(form.shape.numel() for form in self._space.forms)
+        return sum(layout.shape.numel() for layout in self._space.layouts)
 
     def flat(self) -> Tensor:
         """All entries in the order of the parts, ``(numel,)``, on the first part's device.
 
         The result is the buffer itself where the vector has a single one that is not sharded.
         """
-        if self._space.holders == [0]:
+        if self._space.ranks == [0]:
             return self.buffers[0]
         device = self.parts[0].device
         return torch.cat([gather(part).reshape(-1).to(device) for part in self.parts])
 
     def with_entries(self, flat: Tensor) -> Vector:
         """A vector like this one with the entries ``flat``, ``(numel,)``; inverse of `flat`."""
-        chunks = flat.split([form.shape.numel() for form in self._space.forms])
+        chunks = flat.split([layout.shape.numel() for layout in self._space.layouts])
         return Vector(sharded_like(x.reshape(p.shape), p) for x, p in zip(chunks, self.parts))
 
     def isfinite(self) -> bool:
@@ -182,7 +182,7 @@ class Vector:
 def inner(a: Vector, b: Vector) -> Tensor:
     """⟨a, b⟩, a scalar tensor in float64 on the device; see `reductions.dot_product`."""
     sums = list(map(reductions.dot_product, a.buffers, b.buffers))
-    return reductions.summed(totals(sums, a._space.holders))
+    return reductions.summed(totals(sums, a._space.ranks))
 
 
 def dot(a: Vector, b: Vector) -> float:
