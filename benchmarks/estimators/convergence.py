@@ -113,7 +113,7 @@ def curve(make: Any, method: str, calls: int) -> tuple[list[tuple[int, float]], 
 def main() -> None:
     """Run all, print the values, draw the figure."""
     options = arguments("the value function against oracle calls", calls=20_000)
-    calls = 400 if options.quick else options.calls
+    calls = 100 if options.quick else options.calls
     problems = {"A": problem_a, "B": problem_b}
     runs = {
         key: {method: curve(make, method, calls) for method in METHODS}
