@@ -31,11 +31,16 @@ from text_data import TextData, load_data, load_model, logits_of, quiet, reload
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import compare_hypergradients, split_dataset
+from hyperopt_peft import (
+    BiDoRATrainer,
+    BiDoRATrainingArguments,
+    compare_hypergradients,
+    split_dataset,
+)
 from hyperopt_peft.adapters import decompose
 from hyperopt_peft.diagnostics import recommend, spectrum
 from hyperopt_peft.diagnostics.compare import Comparison
-from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems import AdapterTrainer
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 
 

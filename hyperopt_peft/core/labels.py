@@ -26,7 +26,8 @@ ITEMS, WEIGHT = "num_items_in_batch", "loss_weight"
 #: The label of a position that is not scored.
 IGNORED = -100
 MULTI_LABEL = "multi_label_classification"
-ADVICE = "write the level as a Problem with a loss of your own"
+#: What to do about a loss that is none of the rules of this module.
+OWN_LOSS = "write the level as a Problem with a loss of your own"
 
 #: The relative difference of a model's own loss and the mean over labels that is rounding.
 TOLERANCE = 1e-2
@@ -204,7 +205,7 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any], scored: Tensor) -> bool
     if not fitting:
         raise ProblemError(
             f"{type(model).__name__}: the loss scores neither the positions of the labels nor "
-            f"those before the labels; {ADVICE}"
+            f"those before the labels; {OWN_LOSS}"
         )
     # Both fit where gradients have underflown, or where logits do not depend on the position.
     return min(fitting, key=lambda shifted: float(errors[shifted]))
@@ -217,7 +218,7 @@ def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> 
             return
     raise ProblemError(
         f"{type(model).__name__}: the loss of the first batch is {float(output.loss):.4g}, which "
-        "is no mean over the labels, so that a row has no loss of its own; " + ADVICE
+        "is no mean over the labels, so that a row has no loss of its own; " + OWN_LOSS
     )
 
 
@@ -246,7 +247,7 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
         raise ProblemError(
             f"{type(model).__name__}: the model must return loss and logits for a batch with "
-            f"labels; {ADVICE}"
+            f"labels; {OWN_LOSS}"
         )
     return output
 

@@ -15,9 +15,8 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from hyperopt_peft import BilevelTrainingArguments
+from hyperopt_peft import BiDoRATrainer, BiDoRATrainingArguments, BilevelTrainingArguments
 from hyperopt_peft.hypergradients import registered, registry
-from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -120,7 +119,7 @@ def test_the_diff_turns_dora_into_bidora_in_three_lines(
 def test_every_diff_changes_nothing_but_the_names() -> None:
     names = {
         "from transformers import Trainer, TrainingArguments": (
-            "from hyperopt_peft.problems import BiDoRATrainer, BiDoRATrainingArguments"
+            "from hyperopt_peft import BiDoRATrainer, BiDoRATrainingArguments"
         ),
         "args = TrainingArguments(": "args = BiDoRATrainingArguments(",
         "trainer = Trainer(": "trainer = BiDoRATrainer(",
