@@ -63,19 +63,11 @@ def losses_of(
     """`row_losses` of the trainer's model in its precision, ``training`` with dropout.
 
     Raises:
-        ProblemError: as `row_losses`; or the batch is none of the model's forward.
+        ProblemError: as `row_losses`.
     """
-    inputs = _model_inputs(batch)
     trainer.model.train(training)
-    try:
-        with trainer.compute_loss_context_manager():
-            return row_losses(trainer.model, inputs)
-    except (TypeError, ValueError, IndexError) as error:
-        raise ProblemError(
-            f"the model has no loss for each row of a batch of {sorted(inputs)}: {error}; give the "
-            "data the columns of the model's forward, with valid labels (a sequence-to-sequence "
-            "model needs DataCollatorForSeq2Seq(tokenizer, model))"
-        ) from error
+    with trainer.compute_loss_context_manager():
+        return row_losses(trainer.model, _model_inputs(batch))
 
 
 def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     labels = require_labels(batch)
     shifted = labels_are_shifted(model, batch)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    losses = _of_logits(model, model(**inputs).logits, labels, shifted)
+    losses = _of_logits(model, _called(model, inputs).logits, labels, shifted)
     if model not in _MEAN:
         _require_mean(model, batch, shifted)
         _MEAN[model] = True
@@ -236,13 +236,7 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     parameters = signature(base_model(model).forward).parameters
     if "labels" in parameters:  # a Trainer's columns may be others' than the model's
         batch = {key: value for key, value in batch.items() if key in parameters}
-    try:
-        output = model(**batch)
-    except (TypeError, ValueError, IndexError) as error:
-        raise ProblemError(
-            f"the model has no loss for a batch of {sorted(batch)}: {error}; give the data the "
-            "columns of the model's forward, with valid labels"
-        ) from error
+    output = _called(model, batch)
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
         raise ProblemError(
@@ -250,6 +244,17 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
             f"labels; {OWN_LOSS}"
         )
     return output
+
+
+def _called(model: Any, batch: Mapping[str, Any]) -> Any:
+    try:
+        return model(**batch)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ProblemError(
+            f"the model has no loss for a batch of {sorted(batch)}: {error}; give the data the "
+            "columns of the model's forward, with valid labels (a sequence-to-sequence model "
+            "needs DataCollatorForSeq2Seq(tokenizer, model))"
+        ) from error
 
 
 @contextmanager

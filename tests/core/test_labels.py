@@ -138,3 +138,9 @@ def test_labels_of_rows_are_not_shifted() -> None:
 def test_a_loss_of_neither_rule_is_refused(model: Any, message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         row_losses(model, batch())
+
+
+def test_a_model_that_cannot_read_a_batch_is_one_error() -> None:
+    model = MODELS["T5"][0]()  # without labels T5 asks for the decoder's input
+    with pytest.raises(ProblemError, match="DataCollatorForSeq2Seq"):
+        row_losses(model, batch())
