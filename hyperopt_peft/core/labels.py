@@ -41,17 +41,17 @@ _MEAN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether the loss of ``model`` compares the logits of a token with the next token's label.
 
-    No name decides: the model's own loss on ``batch`` is differentiated by its logits. The gradient
-    is zero except at the positions that the loss scores, which are those with a label, or those
-    before one. The first batch with scored labels decides for the model. The pass leaves model and
-    random state as they were.
+    No name decides: the model's own loss on ``batch``, with other labels, is differentiated by its
+    logits. At each position the derivative is negative for the class alone that the loss scores
+    there: the position's label, or the next one's. Without a gradient the loss's value decides. The
+    first batch decides for the model; the pass leaves model and random state as they were.
 
     Args:
         model: the model, with or without a PEFT adapter.
         batch: a batch with ``labels``. Without a label for each token the answer is False.
 
     Raises:
-        ProblemError: the gradient is that of neither rule; the model returns no loss or no logits.
+        ProblemError: neither rule fits; the model returns no loss or no logits.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -64,10 +64,7 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
         return False
     if model not in _SHIFTED:
-        scored = labels != IGNORED
-        if not scored.any():
-            return False
-        _SHIFTED[model] = _shifted(model, batch, scored)
+        _SHIFTED[model] = _shifted(model, batch)
     return _SHIFTED[model]
 
 
@@ -186,32 +183,36 @@ def require_labels(batch: Any) -> Tensor:
     return labels
 
 
-def _shifted(model: nn.Module, batch: Mapping[str, Any], scored: Tensor) -> bool:
-    gradient = None
+def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    gradient, labels = None, require_labels(batch)
+    # 0, 1, 1, 0, 0, ...: one, two and three positions later the labels are others.
+    pattern = (torch.arange(labels.shape[-1], device=labels.device) + 1) // 2 % 2
+    labels = pattern.expand_as(labels).contiguous()
+    batch = {**batch, "labels": labels}
     with _probing(model), torch.enable_grad():
         output = _output(model, batch)
         if output.logits.requires_grad:
             (gradient,) = torch.autograd.grad(output.loss, output.logits, allow_unused=True)
     if gradient is None:  # all parameters are frozen, or the loss is of other logits
         errors = {shifted: _error_of_mean(model, batch, output, shifted) for shifted in _RULES}
-        misses = {shifted: int(error > TOLERANCE) for shifted, error in errors.items()}
-    else:
-        reached = gradient.ne(0).any(-1)
-        scored = _beside_logits(scored, reached.shape[1], False)
-        positions = {False: scored, True: pad(scored, (0, 1))[:, 1:]}
-        misses = {shifted: int((reached & ~positions[shifted]).sum()) for shifted in _RULES}
-        errors = {shifted: (reached ^ positions[shifted]).sum() for shifted in _RULES}
-    fitting = [shifted for shifted in _RULES if not misses[shifted]]
+        fitting = [shifted for shifted in _RULES if errors[shifted] <= TOLERANCE]
+        fitting.sort(key=lambda shifted: float(errors[shifted]))
+    else:  # a position's cross entropy falls with the logit of its label alone
+        reached, scored = gradient.ne(0).any(-1), gradient.argmin(-1)
+        labels = _beside_logits(labels, scored.shape[1], IGNORED)
+        expected = {False: labels, True: _next(labels)}
+        fitting = [s for s in _RULES if not (reached & (scored != expected[s])).any()]
     if not fitting:
         raise ProblemError(
-            f"{type(model).__name__}: the loss scores neither the positions of the labels nor "
-            f"those before the labels; {OWN_LOSS}"
+            f"{type(model).__name__}: the loss scores the logits of a token neither by its label "
+            f"nor by the next token's; {OWN_LOSS}"
         )
-    # Both fit where gradients have underflown, or where logits do not depend on the position.
-    return min(fitting, key=lambda shifted: float(errors[shifted]))
+    return fitting[0]
 
 
 def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:
+    labels = require_labels(batch)
+    batch = {**batch, "labels": labels.where(labels != IGNORED, 0)}  # no mean is over nothing
     with _probing(model), torch.no_grad():
         output = _output(model, batch)
         if _error_of_mean(model, batch, output, shifted) <= TOLERANCE:
@@ -280,10 +281,14 @@ def _of_logits(model: Any, logits: Tensor, labels: Tensor, shifted: bool) -> tup
     if labels.dim() > 1:
         labels = _beside_logits(labels, logits.shape[1], IGNORED)
     if shifted:
-        labels = pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        labels = _next(labels)
     each = cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     rows = each.view(len(labels), -1).sum(1)
     return rows, (labels != IGNORED).view(len(labels), -1).sum(1)
+
+
+def _next(labels: Tensor) -> Tensor:
+    return pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 def _beside_logits(labels: Tensor, length: int, value: Any) -> Tensor:

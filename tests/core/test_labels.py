@@ -119,10 +119,11 @@ def test_asking_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_batch_without_scored_labels_decides_nothing() -> None:
-    model, rows = RemoteCausal(), batch()
-    assert not labels_are_shifted(model, rows | {"labels": torch.full((3, 6), -100)})
+def test_a_batch_without_scored_labels_decides_too() -> None:
+    model, rows = RemoteCausal(), batch() | {"labels": torch.full((3, 6), -100)}
     assert labels_are_shifted(model, rows)
+    sums, counts = row_losses(model, rows)
+    assert not sums.any() and not counts.any()
 
 
 def test_labels_of_rows_are_not_shifted() -> None:
