@@ -74,7 +74,3 @@ def test_the_attributes_that_are_read_are_there(name: str) -> None:
 @pytest.mark.parametrize("method", ["compute_loss", "compute_loss_context_manager"])
 def test_the_methods_that_are_called_are_there(method: str) -> None:
     assert callable(getattr(Trainer, method))
-
-
-def test_the_loss_takes_its_number_of_items() -> None:
-    assert "num_items_in_batch" in parameters(Trainer.compute_loss)

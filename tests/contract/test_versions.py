@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.matrix import PACKAGES, counts, lower_bounds
+from tests.matrix import PACKAGES, lower_bounds
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,14 +40,3 @@ def test_the_oldest_set_is_that_of_the_lower_bounds() -> None:
     for package, pin in pinned.items():
         (exact,) = pin
         assert exact.operator == "==" and BOUNDS[package].contains(exact.version)
-
-
-def test_counts_of_a_report(tmp_path: Path) -> None:
-    (tmp_path / "report.xml").write_text(
-        '<testsuites><testsuite><testcase classname="a" name="one"/>'
-        '<testcase classname="a" name="two"><failure/></testcase>'
-        '<testcase classname="a" name="three"><skipped/></testcase></testsuite></testsuites>'
-    )
-    found = counts(tmp_path / "report.xml")
-    assert found == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["a::two"]}
-    assert counts(tmp_path / "none.xml")["failed"] == 1

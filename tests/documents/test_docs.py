@@ -157,28 +157,6 @@ def test_tables_list_every_argument_with_its_default() -> None:
         assert f"| `{name}` |" in first
 
 
-def test_what_is_said_of_betty_is_in_betty() -> None:
-    betty = pytest.importorskip("betty", reason="Betty is installed on its own")
-    from betty.configs import Config, EngineConfig
-    from betty.engine import Engine
-    from betty.problems import ImplicitProblem, IterativeProblem
-
-    assert betty.__name__ == "betty"
-    text = PAGES["coming-from-betty.md"]
-    options = {"type", "unroll_steps", "warmup_steps", "darts_alpha", "neumann_iterations"}
-    options |= {"neumann_alpha", "cg_iterations", "gradient_clipping", "gradient_accumulation"}
-    options |= {"precision", "log_step"}
-    engine = {"train_iters", "logger_type", "valid_step", "early_stopping", "strategy", "roll_back"}
-    methods = {"training_step", "trainable_parameters", "state_dict", "grad_callback"}
-    for name in options | engine | methods:
-        assert name in text
-    assert options <= Config.__dataclass_fields__.keys()
-    assert engine <= EngineConfig.__dataclass_fields__.keys()
-    assert all(hasattr(ImplicitProblem, name) for name in methods - {"grad_callback"})
-    assert IterativeProblem and callable(Engine.run)
-    assert (Config().neumann_iterations, Config().neumann_alpha) == (1, 1.0)
-
-
 def test_figures_about_betty_are_those_of_the_benchmarks() -> None:
     file = ROOT / "benchmarks/results/fidelity.json"
     if not file.exists():

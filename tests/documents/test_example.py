@@ -70,9 +70,3 @@ def test_pictures_and_adapter_are_written(output: Any) -> None:
         assert (folder / f"{name}.png").stat().st_size > 10_000
     assert PeftConfig.from_pretrained(folder / "adapter").use_dora
     assert "logits agree" in printed
-
-
-def test_unknown_method_is_named() -> None:
-    done = run("--methods", "lora", "dorra")
-    assert done.returncode != 0
-    assert "dorra" in done.stderr

@@ -184,12 +184,3 @@ def test_ranks_are_counts_and_make_a_stock_adapter(tmp_path: Path) -> None:
             n: r for n, r in wanted.items() if r
         }
         assert all(layer.scaling["default"] == pytest.approx(1) for layer in layers.values())
-
-
-def test_the_search_finds_the_ranks_of_the_true_update() -> None:
-    model, upper, lower = selection("sigmoid", 0.03)
-    lower.optimizer = torch.optim.Adam(lower.variables, lr=0.02)
-    upper.optimizer = torch.optim.Adam(upper.variables, lr=0.1)
-    options = {"lower_steps": 3, "warmup_steps": 200, "progress": False}
-    Engine(upper, lower, "darts:scheme=forward", **options).run(250)
-    assert ranks.selected_ranks(model, 0.5) == {"first": 1, "second": 0}

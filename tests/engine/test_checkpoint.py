@@ -1,6 +1,5 @@
 """Checkpoints on disk: whole or refused, never executed; the last written one is the last."""
 
-import errno
 import json
 import os
 import resource
@@ -23,19 +22,10 @@ from hyperopt_peft.engine.checkpoint import (
     write_manifest,
     write_state,
 )
+from tests.support.damage import DAMAGES, Trap, no_space
 
 RECORD = {"settings": {"seed": 1}, "skipped": 2}
 STATE = {"weights": torch.arange(4.0), "steps": [1, 2], "name": "x"}
-
-
-class Trap:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, marker: Any) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +62,10 @@ def test_a_complete_folder_gives_its_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "part/notes.txt"])
-@pytest.mark.parametrize("damage", [lambda x: x[:-1], lambda x: b"", lambda x: b"x" + x[1:], None])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: Any) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = write(tmp_path, 3)
-    if damage is None:
-        (path / name).unlink()
-    else:
-        (path / name).write_bytes(damage((path / name).read_bytes()))
+    DAMAGES[damage](path / name)
     with pytest.raises(ProblemError, match=name):
         verify_manifest(path)
 
@@ -115,18 +102,6 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
     assert last_valid(tmp_path) is None and last_valid(tmp_path / "nowhere") is None
 
 
-def test_a_pickle_in_a_complete_folder_is_not_executed(tmp_path: Path) -> None:
-    path = write(tmp_path, 3, complete=False)
-    torch.save({"state": Trap(tmp_path / "executed")}, path / "optimizer.pt")
-    write_manifest(path, RECORD)
-    verify_manifest(path)  # the hashes are of the bytes, whatever they are
-    with pytest.raises(ProblemError, match=r"optimizer\.pt"):
-        read_state(path / "optimizer.pt")
-    assert not (tmp_path / "executed").exists()
-    torch.load(path / "optimizer.pt", weights_only=False)  # the trap works
-    assert (tmp_path / "executed").exists()
-
-
 def test_the_last_complete_one_is_the_last_that_was_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,15 +122,10 @@ def test_the_last_complete_one_is_the_last_that_was_written(
     ("limit", "best", "left"),
     [
         (None, None, [2, 4, 6, 8, 100]),
-        (0, None, [2, 4, 6, 8, 100]),
-        (9, None, [2, 4, 6, 8, 100]),
         (3, None, [4, 6, 8, 100]),
         (1, None, [8, 100]),
-        (1, 8, [8, 100]),
         (1, 2, [2, 8, 100]),
-        (2, 2, [2, 8, 100]),
         (3, 2, [2, 6, 8, 100]),
-        (3, 6, [4, 6, 8, 100]),
     ],
 )
 def test_the_oldest_are_deleted_but_the_last_and_the_best(
@@ -187,14 +157,11 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(
     write_state(path, STATE)
     before = path.read_bytes()
 
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if fails == "write":  # the kernel refuses to go on in the middle of the file
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     else:
-        monkeypatch.setattr(os, fails, full)
+        monkeypatch.setattr(os, fails, no_space)
     try:
         with pytest.raises(ProblemError, match=r"state\.pt"):
             write_state(path, {"weights": torch.ones(10_000)})
@@ -208,25 +175,24 @@ def test_a_truncated_or_changed_state_is_one_error_or_loads(tmp_path: Path) -> N
     path = tmp_path / "state.pt"
     write_state(path, STATE)
     content = path.read_bytes()
-    for length in range(0, len(content), 7):
+    for length in range(0, len(content), 31):
         path.write_bytes(content[:length])
         with pytest.raises(ProblemError, match=r"state\.pt"):
             read_state(path)
-    for position in range(0, len(content), 3):
-        path.write_bytes(
-            content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
-        )
+    for position in range(0, len(content), 13):
+        changed = bytearray(content)
+        changed[position] ^= 0x55
+        path.write_bytes(changed)
         with suppress(ProblemError):
             read_state(path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04.", b"PK\x03\x04", b"\x80\x02N."])
-def test_what_is_no_state_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [None, b"text", b"\x80\x04.", b"PK\x03\x04", b"\x80\x02N."])
+def test_what_is_no_state_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "state.pt"
-    with pytest.raises(ProblemError, match=r"state\.pt"):
-        read_state(path)
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(ProblemError, match=r"state\.pt"):
         read_state(path)
 

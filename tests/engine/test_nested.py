@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +13,10 @@ from torch.optim import SGD
 
 from hyperopt_peft import (
     Engine,
-    Estimator,
     Nested,
     NonFiniteError,
     Problem,
     ProblemError,
-    compare_hypergradients,
     hypergradient,
 )
 from hyperopt_peft.engine import fit, minimize
@@ -45,25 +43,21 @@ SHORT = {"sizes": (1, 2, 1, 2)}
 @pytest.mark.parametrize(
     ("count", "options", "inner", "outer", "error"),
     [
-        *((3, {"seed": k}, "exact", outer, 1e-12) for k in (0, 1) for outer in (EXACT, CG, MINRES)),
+        (3, {}, "exact", EXACT, 1e-12),
         (3, SMALL, "cg:steps=30,tolerance=1e-14", CG, 1e-10),
-        (3, SMALL, MINRES, EXACT, 1e-10),
+        (3, SMALL, MINRES, MINRES, 1e-10),
         (3, SMALL, "neumann:terms=50", EXACT, 1e-10),
         (3, SMALL, EXACT, NEUMANN, 1e-10),
-        (3, {}, None, "cg:product=difference,tolerance=1e-12", 1e-10),
         (4, {}, "exact", CG, 1e-12),
         # Differences of differences: one length for all would be 80 times worse.
         (4, SHORT, "exact", "exact:product=difference", 1e-7),
     ],
 )
-@pytest.mark.parametrize("settled", [False, True])
 def test_a_hypergradient_has_the_closed_form(
-    count: int, options: Any, inner: str | None, outer: str, error: float, settled: bool
+    count: int, options: Any, inner: str, outer: str, error: float
 ) -> None:
     """At any point: implicit differentiation treats a level's values as its minimum."""
     program = chain(count, **options)
-    if settled:
-        program.settle()
     above = outer if options is SHORT else EXACT
     (found,) = hypergradient(*nested(program.levels(), inner, above), outer)
     assert relative_error(found, program.hypergradient()) < error
@@ -87,21 +81,6 @@ def newton(objective: Any, x: Tensor, steps: int = 1) -> Any:
         rows = [torch.autograd.grad(part, x, create_graph=True)[0] for part in g]
         x = x - torch.linalg.solve(torch.stack(rows), g)
     return x
-
-
-def test_it_is_the_derivative_of_the_nested_minima() -> None:
-    """Autograd through argmin f, and through argmin of G over it, knows no implicit formula."""
-    program = chain(3)
-    program.settle()
-    (found,) = hypergradient(*nested(program.levels()), EXACT)
-    u, v, w = (x.detach().clone().requires_grad_() for x in program.blocks)
-
-    def lowest(u: Any, v: Any) -> Any:
-        return newton(lambda w: program.objective(2, (u, v, w)), w)
-
-    best = newton(lambda v: program.objective(1, (u, v, lowest(u, v))), v)
-    (expected,) = torch.autograd.grad(program.objective(0, (u, best, lowest(u, best))), u)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_gradient_is_the_total_one() -> None:
@@ -171,12 +150,11 @@ def test_without_following_the_second_derivatives_are_wrong(
     assert least <= relative_error(found, expected) < most
 
 
-@pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_darts_takes_the_identity_for_the_inverse(scheme: str) -> None:
+def test_darts_takes_the_identity_for_the_inverse() -> None:
     """In training, from the start of the level's last step, with that step's own gradient."""
     program = chain(3, seed=1)
     u = program.blocks[0].detach().clone()
-    method = f"darts:xi=0.5,epsilon=1.0,scheme={scheme}"
+    method = "darts:xi=0.5,epsilon=1.0,scheme=forward"
     engine = Engine(*nested(program.levels(lr=1e-2)), method, progress=False)
     engine.run(1)
     found = (u - program.blocks[0].detach()) / 1e-2
@@ -192,9 +170,8 @@ def test_darts_takes_the_identity_for_the_inverse(scheme: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("length", [3, pytest.param(4, marks=pytest.mark.slow)])
-def test_training_reaches_the_optimum_of_the_chain(length: int) -> None:
-    program = chain(length, sizes={3: (2, 2, 3), 4: (1, 1, 1, 1)}[length], ridge=10.0)
+def test_training_reaches_the_optimum_of_the_chain() -> None:
+    program = chain(3, **SMALL)
     method = "cg:product=difference,epsilon=1.0"
     top, lower = nested(program.levels(lr=0.06), "cg", method, lower_steps=2)
     engine = Engine(top, lower, method, lower_steps=2, progress=False)
@@ -223,16 +200,6 @@ def test_a_level_comes_after_the_steps_of_the_one_below() -> None:
     log.clear()
     fit(lower, 2, progress=False)
     assert log == [*inner, *inner]
-
-
-def test_estimators_can_be_compared_on_a_chain() -> None:
-    levels = nested(chain(3).levels())
-    methods = ["cg:product=difference", "cg", "darts", "direct"]
-    table = compare_hypergradients(*levels, methods, EXACT, repeats=1)
-    cg, refused, darts, direct = table.records()
-    assert cg["relative_error"] < 1e-4 < direct["relative_error"]
-    assert 'product="difference"' in refused["problem"]
-    assert 0 < darts["cosine"] < 1
 
 
 def test_half_precision_is_displaced_in_single_precision() -> None:
@@ -268,7 +235,7 @@ def everything(engine: Any) -> dict[str, Any]:
         del level["batches"]
     return {
         "state": state,
-        "tensors": {k: v.clone() for k, v in {**net.state_dict()}.items()},
+        "tensors": {k: v.clone() for k, v in net.state_dict().items()},
         "objects": {k: (id(v), v.data_ptr(), id(v.grad)) for k, v in net.named_parameters()},
         "random": torch.get_rng_state(),
         "hooks": len(nn.modules.module._global_forward_pre_hooks),
@@ -316,7 +283,7 @@ def test_a_hypergradient_leaves_no_trace(method: str) -> None:
     total = interrupt(levels, 0, losses)
     assert not differences(found, hypergradient(engine.upper, engine.lower, method))
     assert total() >= 8
-    for k in sorted({1, 2, 3, 5, 8, total() // 2, total() - 1, total()}):
+    for k in sorted({1, 2, 5, total() // 2, total() - 1, total()}):
         interrupt(levels, k, losses)
         with pytest.raises(Interruption):
             hypergradient(engine.upper, engine.lower, method)
@@ -330,8 +297,7 @@ def test_a_hypergradient_leaves_no_trace(method: str) -> None:
     assert not differences(engine.state_dict(), twin.state_dict())
 
 
-@pytest.mark.parametrize("generators", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "generators"), [(METHODS[0], False), (METHODS[1], True)])
 def test_the_levels_above_leak_nothing_into_the_lowest(method: str, generators: bool) -> None:
     """At a learning rate of 0 above, it is trained as if alone, bit for bit."""
     engine = network_engine(method, generators=generators, rates=(0.0, 0.0, 0.05))
@@ -404,7 +370,7 @@ LOSSES = {
 }
 
 
-def three(non_finite: Any = "raise", **losses: Any) -> Engine:
+def three(**losses: Any) -> Engine:
     """An engine over three levels of one number each, with other losses where given."""
     variables = leaf(), leaf(), leaf()
     first, middle, lower = (
@@ -412,7 +378,7 @@ def three(non_finite: Any = "raise", **losses: Any) -> Engine:
         for h, x, name in zip((LOSSES | losses).values(), variables, ("first", "middle", "last"))
     )
     level = Nested(middle, lower)
-    return Engine(first, level, "cg:product=difference", non_finite=non_finite, progress=False)
+    return Engine(first, level, "cg:product=difference", progress=False)
 
 
 @pytest.mark.parametrize("level", ["top", "g", "f"])
@@ -421,19 +387,6 @@ def test_a_level_that_is_not_finite_is_named(level: str) -> None:
     engine = three(**{level: lambda u, v, w: (u + v + w).sum() * float("nan")})
     with pytest.raises(NonFiniteError, match=f"step 1: .*{name}: .*loss"):
         engine.run(1)
-
-
-def test_steps_that_are_not_finite_can_be_skipped() -> None:
-    calls = []
-
-    def now_and_then(u: Any, v: Any, w: Any) -> Any:
-        calls.append(1)
-        return (w - v).square().sum() * (float("inf") if len(calls) == 5 else 1)
-
-    engine = three(f=now_and_then, non_finite="skip")
-    records = engine.run(4)
-    assert engine.skipped == 1 and len(records) >= 3
-    assert all(torch.isfinite(x) for level in engine.lower.levels for x in level.variables)
 
 
 @pytest.mark.parametrize(
@@ -518,17 +471,3 @@ X, UNROLLED = leaf(), "unrolled:steps=2,product=difference"
 def test_mistakes_are_named(construct: Callable[..., Any], message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         construct()
-
-
-@dataclass(frozen=True)
-class Own(Estimator):
-    """An estimator of one's own that asks for an exact product."""
-
-    def estimate(self, oracle: Any) -> None:
-        with oracle.product("exact"):
-            raise AssertionError
-
-
-def test_an_exact_product_is_refused_whoever_asks() -> None:
-    with pytest.raises(ProblemError, match='product="difference"'):
-        hypergradient(*nested(chain(3).levels()), Own())

@@ -76,15 +76,6 @@ def test_a_skipped_first_step_does_not_hide_a_variable_that_no_loss_reads(owner:
         engine.run(3)
 
 
-def test_the_count_of_skipped_steps_is_part_of_the_state() -> None:
-    engine = Engine(*non_finite_levels({("upper", 2)}), non_finite="skip", progress=False)
-    engine.run(3)
-    resumed = Engine(*non_finite_levels(set()), non_finite="skip", progress=False)
-    resumed.load_state_dict(engine.state_dict())
-    assert (resumed.skipped, resumed.step, resumed.lower_step) == (1, 3, 3)
-    assert resumed.history == engine.history
-
-
 def test_an_estimate_that_is_not_finite_names_its_estimator() -> None:
     class Overflowing(Direct):
         def estimate(self, oracle: Oracle) -> Estimate:

@@ -29,7 +29,7 @@ def distance(found: Any, expected: Any) -> Any:
 
 def rounding(method: str) -> Any:
     first_order = method.startswith(("darts", "sama")) and "exact" not in method
-    first_order |= "difference" in method or method in ("f2sa", "penalty")
+    first_order |= "difference" in method or method.startswith(("f2sa", "penalty"))
     return 1e-7 if first_order else 1e-12
 
 
@@ -126,12 +126,3 @@ def test_second_derivatives_and_half_precision_of_shards_are_refused(two: Any) -
         assert "turn mixed precision off" in half
         assert result["refusals"].keys() == set(levels.SECOND_ORDER)
         assert all('product="difference"' in text for text in result["refusals"].values())
-
-
-def test_sharded_tensors_are_reduced_as_whole_ones(two: Any) -> None:
-    """Uneven shards, and parts that several processes hold, count once."""
-    expected = pytest.approx((sum(k * k for k in range(21)) + 2) ** 0.5, rel=1e-12)
-    for result in two:
-        found = result["reductions"]
-        assert all(value == expected for value in found["norms"].values())
-        assert found["noticed"] and found["huge"]

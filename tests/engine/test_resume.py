@@ -1,6 +1,5 @@
 """Stopped and continued, a run is bit-identical to one that was never stopped."""
 
-import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -11,19 +10,18 @@ import torch
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
-from hyperopt_peft import Engine, Nested, Problem, ProblemError
+from hyperopt_peft import Engine, Nested, ProblemError
 from tests.support.networks import adam_levels, differences
 
 STEPS = 8
 WARM = ("warm", "f2sa:inner_steps=2", "penalty:inner_steps=2")  # with a state between two steps
 TWO = ["darts", "darts:scheme=forward", "cg", "unrolled:steps=2", "sama", *WARM]
-THREE = ["darts", "darts:scheme=forward", "cg:product=difference,steps=3"]
-THREE += ["unrolled:product=difference"]
+THREE = ["darts:scheme=forward", "cg:product=difference,steps=3", "unrolled:product=difference"]
 #: Estimator, levels, whether loaders have generators of their own, and the steps before the stop:
-#: at the start, within the epochs of the levels, and at their ends.
+#: at the start, within the epochs of the levels, and at an end.
 CASES = [
-    *((method, 2, False, stop) for method in TWO for stop in (1, 4)),
-    *(("darts", 2, generators, stop) for generators in (False, True) for stop in (0, 3, 6)),
+    *((method, 2, False, 4) for method in TWO),
+    *(("darts", 2, generators, stop) for generators, stop in ((True, 0), (False, 3), (True, 6))),
     *((method, 3, False, 4) for method in THREE),
     ("darts", 3, True, 3),
 ]
@@ -65,28 +63,6 @@ def test_a_resumed_run_is_bit_identical(
         assert resumed.step == len(resumed.history) == stop
         resumed.run(STEPS - stop)
         assert not differences(everything(resumed), everything(unbroken))
-
-
-def test_a_run_that_a_callback_saved_and_that_was_interrupted_continues(tmp_path: Path) -> None:
-    unbroken = engine("unrolled:steps=2")
-    unbroken.run(STEPS)
-    path, buffers = tmp_path / "engine.pt", {}
-
-    def save(run: Engine, record: dict[str, Any]) -> None:
-        if record["step"] % 2 == 0:
-            run.save(path)
-            buffers[run.step] = deepcopy(run.lower.net.state_dict())
-        if record["step"] == 7:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        engine("unrolled:steps=2", callbacks=[save]).run(STEPS)
-    assert os.listdir(tmp_path) == ["engine.pt"]
-    resumed = engine("unrolled:steps=2")
-    resumed.load(str(path))
-    resumed.lower.net.load_state_dict(buffers[6])
-    resumed.run(STEPS - resumed.step)
-    assert not differences(everything(resumed), everything(unbroken))
 
 
 def test_a_state_is_a_copy() -> None:
@@ -188,58 +164,20 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes(
     assert not differences(everything(second), before)
 
 
-@pytest.mark.parametrize("state", [None, [], {}, {"step": 1}])
+@pytest.mark.parametrize("state", [None, {"step": 1}])
 def test_what_is_no_state_is_refused(state: Any) -> None:
     with pytest.raises(ProblemError, match="'lower'"):
         engine().load_state_dict(state)
 
 
-class Trap:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("make", "message"),
     [
-        (None, r"engine\.pt"),
-        (lambda folder: {"history": Trap(folder / "executed")}, r"engine\.pt"),
-        (lambda folder: engine().lower.state_dict(), "Engine"),
-        (lambda folder: engine(lower_steps=3).state_dict(), "lower_steps: .* 3,.* 2"),
+        (lambda: engine().lower.state_dict(), "Engine"),
+        (lambda: engine(lower_steps=3).state_dict(), "lower_steps: .* 3,.* 2"),
     ],
-    ids=["missing", "hostile", "of a level", "of another Engine"],
 )
-def test_files_that_do_not_fit_are_refused_and_nothing_changes(
-    content: Any, message: str, tmp_path: Path
-) -> None:
-    if content is not None:
-        torch.save(content(tmp_path), tmp_path / "engine.pt")
-    run = engine()
-    run.run(1)
-    before = everything(run)
+def test_a_file_of_something_else_is_refused(make: Any, message: str, tmp_path: Path) -> None:
+    torch.save(make(), tmp_path / "engine.pt")
     with pytest.raises(ProblemError, match=message):
-        run.load(tmp_path / "engine.pt")
-    assert not differences(everything(run), before)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_level_has_a_state_of_its_own() -> None:
-    w = torch.ones(2, requires_grad=True)
-    level = Problem([("w", w)], data=[1, 2, 3], optimizer=SGD([w], lr=0.1, momentum=0.9))
-    level.next_batch()
-    level.step([torch.ones(2)])
-    state = level.state_dict()
-    level.next_batch()
-    level.step([torch.ones(2)])
-    expected = w.detach().clone()
-    level.load_state_dict(state)
-    assert level.next_batch() == 2
-    level.step([torch.ones(2)])
-    assert torch.equal(w, expected)
-    with pytest.raises(ProblemError, match="'w'"):
-        level.load_state_dict({**state, "variables": {"w": torch.ones(3)}})
+        engine().load(tmp_path / "engine.pt")

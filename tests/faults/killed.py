@@ -54,7 +54,7 @@ def of_trainer(folder: Path, ready: Ready, **settings: Any) -> dict[str, Any]:
     return {**end(made), "logs": logs_of(made)}
 
 
-def of_engine(folder: Path, ready: Ready, hypergradient: str, steps: int = 100) -> dict[str, Any]:
+def of_engine(folder: Path, ready: Ready, steps: int = 100) -> dict[str, Any]:
     transformers.set_seed(0)
     path = folder / STATE
 
@@ -63,7 +63,7 @@ def of_engine(folder: Path, ready: Ready, hypergradient: str, steps: int = 100) 
             engine.save(path)
 
     options = {"lower_steps": 2, "callbacks": [save], "progress": False}
-    engine = Engine(*network_levels(), hypergradient, **options)
+    engine = Engine(*network_levels(), "unrolled:steps=2", **options)
     ready()
     if path.exists():
         engine.load(path)
@@ -72,7 +72,6 @@ def of_engine(folder: Path, ready: Ready, hypergradient: str, steps: int = 100) 
 
 
 RUNS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
-    "warm retraining": (of_trainer, {"retrain": "warm"}),
     "retraining from scratch, two micro-batches": (
         of_trainer,
         {"retrain": "scratch", "gradient_accumulation_steps": 2, "max_steps": 12},
@@ -87,8 +86,7 @@ RUNS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
             "save_total_limit": 2,
         },
     ),
-    "Engine, darts": (of_engine, {"hypergradient": "darts:scheme=forward"}),
-    "Engine, unrolled": (of_engine, {"hypergradient": "unrolled:steps=2"}),
+    "Engine, unrolled": (of_engine, {}),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import TrainerCallback
 
 from hyperopt_peft import NonFiniteError
 from hyperopt_peft.engine.checkpoint import last_valid
+from tests.support.damage import no_space
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, saving
 
@@ -53,60 +53,44 @@ FAULTS = {
 }
 
 
+# With the step of the fault: the first, one about the begin of an epoch, or one within it.
 @pytest.mark.parametrize(
-    ("fault", "micro"), [*((fault, 1) for fault in FAULTS), ("lower gradient", 2), ("curvature", 2)]
+    ("fault", "micro", "step", "rows"),
+    [
+        ("lower loss", 1, 1, 24),
+        ("lower gradient", 2, 8, 24),
+        ("upper loss", 1, 8, 24),
+        ("upper gradient", 1, 8, 24),
+        ("curvature", 2, 8, 24),
+        *(("lower loss", 1, step, 25) for step in (5, 6)),
+    ],
 )
 def test_what_is_not_finite_stops_with_a_checkpoint_of_the_step_before(
-    tmp_path: Path, fault: Any, micro: Any
+    tmp_path: Path, fault: str, micro: int, step: int, rows: int
 ) -> None:
     """From which the run goes on as if nothing had been."""
     level, kind, message = FAULTS[fault]
-    settings = {"gradient_accumulation_steps": micro, "gamma": 1e-3}
-    whole = saving(tmp_path / "whole", **settings)
-    whole.train()
-    made = spoil(saving(tmp_path / "spoilt", **settings), level, 8, kind)
-    where = rf"^step 8 \(epoch \d+\.\d\d, {micro} micro-batches\): {message}"
-    kept = f"the state before it is in {tmp_path}/spoilt/checkpoint-7$"
-    with pytest.raises(NonFiniteError, match=f"{where}.*{kept}"):
+    settings = {"gradient_accumulation_steps": micro, "gamma": 1e-3, "rows": rows}
+    alone = saving(tmp_path / "alone", **settings)
+    alone.train()
+    made = spoil(saving(tmp_path / "spoilt", **settings), level, step, kind)
+    where = rf"^step {step} \(epoch \d+\.\d\d, {micro} micro-batches\): {message}"
+    state = f"the state before it is in {tmp_path}/spoilt/checkpoint-{step - 1}$"
+    with pytest.raises(NonFiniteError, match=f"{where}.*{state}"):
         made.train()
-    assert last_valid(tmp_path / "spoilt").name == "checkpoint-7"
+    assert last_valid(tmp_path / "spoilt").name == f"checkpoint-{step - 1}"
     resumed = saving(tmp_path / "spoilt", **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert not differences(end(resumed), end(whole))
-
-
-def test_what_is_not_finite_in_the_first_step_leaves_a_checkpoint_too(tmp_path: Path) -> None:
-    require_goes_on_after(tmp_path, step=1)
-
-
-@pytest.mark.parametrize("step", [5, 6, 7])
-def test_what_is_not_finite_about_the_begin_of_an_epoch_leaves_a_checkpoint_too(
-    tmp_path: Path, step: Any
-) -> None:
-    require_goes_on_after(tmp_path, step=step, rows=25)
-
-
-def require_goes_on_after(folder: Path, step: Any, **settings: Any) -> None:
-    whole = saving(folder / "whole", **settings)
-    whole.train()
-    made = spoil(saving(folder / "spoilt", **settings), "lower", step, "loss")
-    with pytest.raises(NonFiniteError, match=rf"^step {step} .*checkpoint-{step - 1}$"):
-        made.train()
-    resumed = saving(folder / "spoilt", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert not differences(end(resumed), end(whole))
+    assert not differences(end(resumed), end(alone))
 
 
 def test_what_is_not_finite_where_nothing_can_be_written_is_still_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     class NowFull(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 7:
-                monkeypatch.setattr(os, "fsync", full)
+                monkeypatch.setattr(os, "fsync", no_space)
 
     made = spoil(saving(tmp_path, [NowFull()]), "lower", 8, "loss")
     with pytest.raises(NonFiniteError, match=r"^step 8.*no checkpoint could be written$"):
@@ -115,10 +99,11 @@ def test_what_is_not_finite_where_nothing_can_be_written_is_still_named(
 
 
 @pytest.mark.parametrize(
-    ("fault", "micro"), [*((fault, 1) for fault in FAULTS), ("lower gradient", 2), ("curvature", 2)]
+    ("fault", "micro"),
+    [("lower loss", 1), ("upper loss", 1), ("lower gradient", 2), ("curvature", 2)],
 )
 def test_what_is_not_finite_can_be_skipped_and_is_counted(
-    tmp_path: Path, fault: Any, micro: Any
+    tmp_path: Path, fault: str, micro: int
 ) -> None:
     level, kind, _ = FAULTS[fault]
     states = {}

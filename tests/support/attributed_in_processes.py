@@ -1,6 +1,5 @@
 """An attribution of one process, or of two with half of each batch each; run as a script."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,10 @@ def levels_of(processes: int, rank: int) -> Any:
     return lower, weights, evaluation
 
 
-def main(folder: str) -> None:
-    two_processes.start()
+def work(folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    torch.save(results(dist.get_world_size(), rank), Path(folder) / f"{rank}.pt")
-    two_processes.leave()
+    return results(dist.get_world_size(), dist.get_rank())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    two_processes.main(work)

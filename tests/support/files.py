@@ -28,7 +28,6 @@ KINDS = {
     "causal-lm": "causal",
     "seq2seq": "seq2seq",
 }
-TARGETS = {"causal": ["q_proj", "v_proj"], "seq2seq": ["q", "v"]}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

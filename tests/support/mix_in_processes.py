@@ -1,11 +1,8 @@
 """A `MixTrainer` in each of two processes; run as a script by one of them."""
 
-import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from tests.support import two_processes
 from tests.support.mix_runs import trainer
@@ -30,11 +27,5 @@ def train(folder: Path, batch: int) -> dict[str, Tensor]:
     return {"logits": run.weights.logits.detach().clone(), **values(run.model)}
 
 
-def main(folder: str) -> None:
-    two_processes.start()
-    torch.save(train(Path(folder), 4), Path(folder) / f"{dist.get_rank()}.pt")
-    two_processes.leave()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    two_processes.main(lambda folder: train(folder, 4))

@@ -83,7 +83,6 @@ def require_same_end(
     folder: Path,
     *stops: Sequence[Any],
     make: Callable[..., Any] = saving,
-    resume: bool | None = True,
     **settings: Any,
 ) -> tuple[Any, Any]:
     """Both ended runs, whose logs are alike too: each is of steps on one side of a checkpoint."""
@@ -92,7 +91,7 @@ def require_same_end(
     for stop in stops:
         interrupted(folder / "broken", stop, make, **settings)
     resumed = make(folder / "broken", **settings)
-    resumed.train(resume_from_checkpoint=resume)
+    resumed.train(resume_from_checkpoint=True)
     assert not differences(end(resumed), end(alone))
     assert not differences(logs_of(resumed), logs_of(alone))
     return alone, resumed

@@ -1,7 +1,6 @@
 """A `BiDoRATrainer` in each of two processes; run as a script by one of them."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ RUNS = {
     "direct": {"hypergradient": "direct", "gamma": 0.1, "rows": 23, "upper_fraction": 0.3},
     "cg": {"hypergradient": "cg:steps=3", "gradient_accumulation_steps": 2},
     "minres": {"hypergradient": "minres:steps=3,product=difference", "sized": True},
-    "neumann": {"hypergradient": "neumann:terms=3", "lower_steps": 1},
     "penalty": {"hypergradient": "penalty:inner_steps=3", "gradient_accumulation_steps": 2},
     "retrain": {
         "retrain": "scratch",
@@ -119,9 +117,7 @@ def stopped(folder: Path, batch: Any) -> Any:
         return str(error)
 
 
-def main(folder: Path) -> None:
-    two_processes.start()
-    folder = Path(folder)
+def work(folder: Path) -> dict[str, Any]:
     sharded = "ACCELERATE_USE_FSDP" in os.environ
     runs = SHARDED if sharded else RUNS
     results = {}
@@ -139,9 +135,8 @@ def main(folder: Path) -> None:
         # As a file of accelerate's sets it; Transformers 5.0 has no argument for it.
         os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
         results["refused"] = refused | {"state": refusal(folder / "state")}
-    torch.save(results, folder / f"{dist.get_rank()}.pt")
-    two_processes.leave()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    two_processes.main(work)

@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,17 @@ def run(launcher: Any, script: str, folder: Path, *arguments: Any) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def start() -> None:
-    """One thread, and one that hangs ends with a trace of where it is."""
+def main(work: Callable[[Path], Any]) -> None:
+    """One of the processes: writes what ``work`` returns of the folder that `run` was given.
+
+    One that hangs ends with a trace of where it is.
+    """
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(200, exit=True)
-
-
-def leave() -> None:
-    """End the process group once no model holds it.
-
-    Where DDP is the last to hold it, Python waits for gloo's threads while they wait for Python to
-    drop the tensors of their last reduction.
-    """
+    folder = Path(sys.argv[1])
+    result = work(folder)
+    torch.save(result, folder / f"{distributed.get_rank()}.pt")
+    # Where DDP is the last to hold the process group, Python waits for gloo's threads while they
+    # wait for Python to drop the tensors of their last reduction.
     gc.collect()
     distributed.destroy_process_group()

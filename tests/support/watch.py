@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from tests.support.trainers import trainer
+from hyperopt_peft import Problem
+from hyperopt_peft.adapters import use_fast_dora
+from hyperopt_peft.problems.bidora import Direction, Magnitude
+from tests.support.trainers import peft_model, trainer
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "upper_max_grad_norm": 0.0}
 
@@ -35,6 +39,20 @@ def watched(folder: Path, model: nn.Module, **settings: Any) -> tuple[Any, ...]:
         folder, model=model, dropout=0.0, options={"callbacks": [watch]}, **{**SGD, **settings}
     )
     return run, watch
+
+
+def replayed(watch: Watch, prior: float | None = None) -> tuple[Problem, Problem, Any]:
+    """Lower and upper level over a fresh model, and what moves it to a step of ``watch``."""
+    model = double(peft_model(dropout=0.0))
+    use_fast_dora(model, "full")
+    named = dict(model.named_parameters())
+
+    @torch.no_grad()
+    def move(step: int) -> None:
+        for name, value in watch.points[step].items():
+            named[name].copy_(value)
+
+    return Direction(model), Magnitude(model, prior=prior), move
 
 
 def batches_of(run: Any, steps: int) -> Any:

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import TrainingArguments
 
 from hyperopt_peft import BilevelTrainer, Problem, ProblemError
 from hyperopt_peft.problems.bidora import Direction
-from tests.support.refusals import APART, cases, levels, plain, refuses, rows, stream
+from tests.support.refusals import APART, cases, levels, plain, refuses, stream
 from tests.support.trainers import arguments, data, peft_model
 
 
@@ -38,9 +37,6 @@ def on_two_gpus(folder: Path) -> Any:
     return args
 
 
-LISTED = list(data())
-
-
 class Half(Problem):
     """Owns what another level owns too."""
 
@@ -56,10 +52,6 @@ PLAIN = {
         lambda m, f: {"args": arguments(f, auto_find_batch_size=True)},
         "auto_find_batch_size",
     ),
-    "a cache emptied between passes": (
-        lambda m, f: {"args": arguments(f, torch_empty_cache_steps=2)},
-        "torch_empty_cache_steps",
-    ),
     "model_init": (lambda m, f: {"model_init": peft_model}, "model_init"),
     "compute_loss_func": (
         lambda m, f: {"compute_loss_func": lambda *_, **__: 0},
@@ -70,7 +62,6 @@ PLAIN = {
         "label_smoothing_factor",
     ),
     "compilation": (lambda m, f: {"args": arguments(f, torch_compile=True)}, "torch_compile"),
-    "no level": (lambda m, f: {"lower": None}, "a level must be a Problem, got NoneType"),
     "a module as level": (lambda m, f: {"upper": m}, "a level must be a Problem, got PeftModel"),
     "data of a level": (lambda m, f: levels(m, data=[{}]), "Direction"),
     "optimizer of a level": (
@@ -91,18 +82,6 @@ PLAIN = {
         lambda m, f: {"upper_dataset": Unsized()},
         "upper_dataset.*Unsized",
     ),
-    "upper data of another model": (
-        lambda m, f: {
-            "train_dataset": rows(0, 30).map(lambda row, i: {"i": i}, with_indices=True),
-            "upper_dataset": Dataset.from_dict({"i": list(range(100, 110))}),
-        },
-        "upper_dataset: No columns in the dataset match",
-    ),
-    "one list for both levels": (
-        lambda m, f: {"train_dataset": LISTED, "upper_dataset": LISTED},
-        "24 of 24 examples of upper_dataset are in train_dataset too",
-    ),
-    "an optimizer's class": (lambda m, f: {"optimizers": (torch.optim.AdamW, None)}, "optimizers"),
     "an optimizer without a level": (
         lambda m, f: {"optimizers": (torch.optim.AdamW(groups(m, 1e-3, 1e-3)[:1]), None)},
         "optimizers.*magnitude.* shape none",
@@ -126,10 +105,6 @@ PLAIN = {
             }
         ),
         "optimizers.*group",
-    ),
-    "a scheduler without optimizer": (
-        lambda m, f: {"optimizers": (None, torch.optim.lr_scheduler.ConstantLR(adamw(m)))},
-        "optimizers.*scheduler",
     ),
     "a scheduler of another optimizer": (
         lambda m, f: {"optimizers": (adamw(m), torch.optim.lr_scheduler.ConstantLR(adamw(m)))},

@@ -7,99 +7,46 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Value
-from torch import nn
 
-from hyperopt_peft import BilevelTrainer, NonFiniteError, Problem, ProblemError
+from hyperopt_peft import NonFiniteError, Problem, ProblemError
+from tests.support.class_weights import Plain, Weighted, pair
 from tests.support.refusals import APART, cases, refuses, relabelled
-from tests.support.trainers import arguments, data, peft_model, trainer
+from tests.support.trainers import data, peft_model, trainer
 
 
-class Fading(nn.Module):
-    """A model whose loss is ``form`` of its outputs."""
+class Idle(Plain):
+    """Owns a variable too that no loss reads."""
 
-    def __init__(self, form: Any) -> None:
-        super().__init__()
-        self.form = form
-        self.weight = nn.Parameter(torch.ones(6))
-        self.scale = nn.Parameter(torch.ones(6))
-        self.idle = nn.Parameter(torch.ones(2))
-
-    def forward(self, input_ids: Any = None, labels: Any = None) -> Any:
-        return {"loss": self.form(input_ids * self.weight, self.scale)}
-
-
-class Own(Problem):
-    """The model's own loss."""
-
-    def __init__(self, model: Any, *variables: Any, name: Any = None) -> None:
+    def __init__(self, model: Any, weight: Any) -> None:
         self.model = model
-        named = dict(model.named_parameters())
-        super().__init__([(key, named[key]) for key in variables], name=name)
+        Problem.__init__(self, {"weight": weight, "idle": torch.ones(2, requires_grad=True)})
+
+
+class PerExample(Weighted):
+    """Its loss has an entry for each example."""
 
     def loss(self, batch: Any) -> Any:
-        return self.model(**batch)
+        return self.model(**batch)["logits"].sum(1)
 
 
-def product(y: Any, scale: Any) -> Any:
-    return (y * scale).square().mean()
+class Infinite(Weighted):
+    """The root of 0 has no derivative."""
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch) + (self.variables[0][0, 0] * 0).sqrt()
 
 
-LEVELS = {
-    "a lower variable that no loss reads": (
-        product,
-        {"lower": ("weight", "idle"), "upper": ("scale",)},
-        ProblemError,
-        "lower.*'idle'",
-    ),
-    "an upper variable that no loss reads": (
-        product,
-        {"lower": ("weight",), "upper": ("scale", "idle")},
-        ProblemError,
-        "upper.*'idle'",
-    ),
-    "a loss for every example": (
-        lambda y, scale: (y * scale).mean(1),
-        {},
-        ProblemError,
-        r"lower.*\(4,\)",
-    ),
-    "a loss that is a number": (
-        lambda y, scale: product(y, scale).item(),
-        {},
-        ProblemError,
-        "lower.*float",
-    ),
-    "a loss that is cut off": (
-        lambda y, scale: product(y, scale).detach(),
-        {},
-        ProblemError,
-        "lower.*detach",
-    ),
-    "a loss that is NaN": (
-        lambda y, scale: product(y, scale) * float("nan"),
-        {},
-        NonFiniteError,
-        "step 1 .*nan.*checkpoint-0",
-    ),
-    "a gradient that is infinite": (
-        lambda y, scale: product(y, scale) + (y[0, 0] * 0).sqrt() * 0,
-        {},
-        NonFiniteError,
-        "step 1 .*lower.*gradient",
-    ),
-}
-
-
-@cases(LEVELS)
-def test_losses(case: Any, tmp_path: Path) -> None:
-    form, owned, error, message = case
-    owned = {"lower": ("weight",), "upper": ("scale",), **owned}
-    model = Fading(form)
-    parts = {name: Own(model, *variables, name=name) for name, variables in owned.items()}
-    args = arguments(tmp_path, lower_steps=1)
-    run = BilevelTrainer(model, **parts, args=args, **APART)
-    refuses(error, message, model, run.train)
+@pytest.mark.parametrize(
+    ("levels", "error", "message"),
+    [
+        ({"upper": Idle}, ProblemError, "Idle.*'idle'"),
+        ({"lower": PerExample}, ProblemError, r"PerExample.*\(8,\)"),
+        ({"lower": Infinite}, NonFiniteError, "step 1 .*gradient.*checkpoint-0"),
+    ],
+)
+def test_losses(levels: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    run, _ = pair(tmp_path, lower_steps=1, **levels)
+    refuses(error, message, run.model, run.train)
 
 
 def step(*, options: Any = None, **settings: Any) -> Any:
@@ -133,16 +80,6 @@ TRAINING = {
         "batch of .*'input_ids'.*labels",
     ),
     "labels without an output": (step(options=UNKNOWN), {}, "batch of .*Target 3"),
-    "labels that are no classes": (
-        step(options={"train_dataset": data().cast_column("labels", Value("float32"))}),
-        {},
-        "batch of .*Target size",
-    ),
-    "tokens outside the vocabulary": (
-        step(options={"train_dataset": data().map(lambda row: {"input_ids": [50] * 6})}),
-        {},
-        "batch of .*index out of range",
-    ),
     "examples of different length": (
         step(options={"train_dataset": ragged()}),
         {},

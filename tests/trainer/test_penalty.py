@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from hyperopt_peft import hypergradient
-from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.hypergradients.penalty.penalty import GAMMA
-from hyperopt_peft.problems.bidora import Direction, Magnitude
 from tests.support.trainers import peft_model
-from tests.support.watch import batches_of, double, watched
+from tests.support.watch import batches_of, double, replayed, watched
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
@@ -26,15 +24,10 @@ def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path: Path, mic
     run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
     lower_batches = batches_of(run, 6 * micro)
     run.train()
-    fresh = double(peft_model(dropout=0.0))
-    use_fast_dora(fresh, "full")
-    lower, upper = Direction(fresh), Magnitude(fresh)
-    named = dict(fresh.named_parameters())
+    lower, upper, move = replayed(watch)
     losses = [log["loss"] for log in run.state.log_history if "loss" in log]
     for step in range(6):
-        with torch.no_grad():
-            for name, value in watch.points[step].items():
-                named[name].copy_(value)
+        move(step)
         batches = lower_batches[step * micro : (step + 1) * micro]
         parts = [lower.gradient(batch, lower.variables) for batch in batches]
         above = upper.gradient(run.upper_batches.batch(step + step // 2), lower.variables)

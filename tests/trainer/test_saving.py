@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -33,10 +32,7 @@ def test_the_arguments_are_the_users_on_disk_and_in_memory(tmp_path: Path) -> No
     assert len(list(tmp_path.glob("checkpoint-*"))) == 3
 
 
-@pytest.mark.parametrize("retrain", ["none", "warm"])
-def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(
-    tmp_path: Path, retrain: Any
-) -> None:
+def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(tmp_path: Path) -> None:
     """And a search that has not ended is not followed by a retraining."""
 
     class Ask(TrainerCallback):
@@ -48,7 +44,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_a_signal_asked_for(
                 (callback,) = [c for c in callbacks if type(c).__name__ == "JITCheckpointCallback"]
                 callback.jit_manager.is_checkpoint_requested = True
 
-    settings = {"enable_jit_checkpoint": True, "save_steps": 100, "retrain": retrain}
+    settings = {"enable_jit_checkpoint": True, "save_steps": 100, "retrain": "warm"}
     alone = saving(tmp_path / "alone", **settings)
     alone.train()
     made = saving(tmp_path / "broken", [Ask()], **settings)

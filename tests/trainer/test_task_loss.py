@@ -43,7 +43,7 @@ def trained(make: Any, folder: Path, *, table: Dataset | None = None, **settings
     return run, watch.gradients, [log for log in run.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("method", ["direct", "darts", "cg:steps=2,product=difference"])
+@pytest.mark.parametrize("method", ["darts", "cg:steps=2,product=difference"])
 def test_a_loss_of_one_s_own_is_that_of_both_levels(tmp_path: Path, method: str) -> None:
     """Each loss and the upper gradient are a hundred times the model's own, also in a solve."""
     settings = {"hypergradient": method, "learning_rate": 0.0, "upper_learning_rate": 0.0}
@@ -144,7 +144,7 @@ def test_a_loss_that_counts_labels_is_the_trainers(
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("tokens", {}), ("tokens", {"compute_loss_func": by_sum}), ("causal", {}), ("seq2seq", {})],
+    [("tokens", {"compute_loss_func": by_sum}), ("causal", {}), ("seq2seq", {})],
 )
 def test_accumulation_is_a_mean_over_labels(
     tmp_path: Path, kind: str, options: dict[str, Any]

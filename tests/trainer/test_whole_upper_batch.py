@@ -16,12 +16,8 @@ from tests.support.watch import double, watched
 METHODS = {
     "direct": 1e-12,
     "darts:scheme=forward": 1e-5,
-    "darts:product=exact": 1e-12,
     "cg:steps=3,damping=1.0": 1e-11,
-    "minres:steps=3,product=difference": 1e-6,
-    "unrolled:steps=1": 1e-11,
     "penalty:inner_steps=2": 1e-7,
-    "f2sa:inner_steps=2": 1e-5,
 }
 
 
@@ -61,7 +57,7 @@ def test_pieces_are_the_batch(tmp_path: Path, method: str) -> None:
         assert (found - right).norm() <= tolerance * right.norm()
 
 
-@pytest.mark.parametrize("kind", ["tokens", "causal", "seq2seq"])
+@pytest.mark.parametrize("kind", ["tokens", "causal"])
 def test_a_label_counts_the_same_in_each_piece(tmp_path: Path, kind: str) -> None:
     losses = []
     for size in (None, 9):
