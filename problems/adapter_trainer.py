@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import concatenate_datasets
-
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.layers import resolve_adapter
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import require_examples
+from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 
@@ -58,14 +55,14 @@ class AdapterTrainer(BilevelTrainer):
     ) -> None:
         resolve_adapter(model)
         if upper_dataset is not None:
-            train_dataset = joined(train_dataset, upper_dataset)
+            train_dataset = joined(train_dataset=train_dataset, upper_dataset=upper_dataset)
         super().__init__(
             model, lower=_level, upper=None, args=args, train_dataset=train_dataset, **trainer
         )
 
     def settings(self) -> dict[str, Any]:
-        """As `BilevelTrainer.settings`, with the adapter's options, and without a retraining's."""
-        return adapter_settings(self.model) | without_retraining(super().settings())
+        """As `BilevelTrainer.settings`, with the adapter's options."""
+        return adapter_settings(self.model) | super().settings()
 
 
 def _level(trainer: BilevelTrainer) -> Problem:
@@ -90,18 +87,3 @@ def adapter_settings(model: Any) -> dict[str, Any]:
         "rank": getattr(config, "r", None),
         **{name: getattr(config, name, None) for name in names},
     }
-
-
-def without_retraining(settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` without those of a retraining, which a search may resume without."""
-    return {key: value for key, value in settings.items() if not key.startswith("retrain")}
-
-
-def joined(train: Any, upper: Any) -> Any:
-    """The examples of ``train_dataset`` and ``upper_dataset`` in one data set."""
-    require_examples("train_dataset", train)
-    require_examples("upper_dataset", upper)
-    try:
-        return concatenate_datasets([train, upper])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ProblemError(f"train_dataset and upper_dataset do not join: {error}") from error

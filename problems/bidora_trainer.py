@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
@@ -13,15 +13,19 @@ from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
-from hyperopt_peft.problems.adapter_trainer import adapter_settings, joined, without_retraining
+from hyperopt_peft.problems.adapter_trainer import adapter_settings
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from hyperopt_peft.problems.two_phases import (
     TwoPhaseTrainer,
     TwoPhaseTrainingArguments,
     options_of_retraining,
 )
+from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
+
+#: The estimator of BiDoRA's own code.
+PUBLISHED = {"hypergradient": "darts:scheme=forward", "xi": 1.0}
 
 
 @dataclass
@@ -72,20 +76,15 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
 
     def __post_init__(self) -> None:
         if self.preset == "published":
-            self._prefer(hypergradient="darts:scheme=forward", xi=1.0)
+            for name, value in PUBLISHED.items():
+                if getattr(self, name) not in (getattr(type(self), name), value):  # the default
+                    raise ProblemError(
+                        f"{name}: preset='published' has {value!r}, got {getattr(self, name)!r}; "
+                        "leave one of them out"
+                    )
+                setattr(self, name, value)
         super().__post_init__()
         self._require("not be negative", lambda x: x >= 0, "gamma")
-
-    def _prefer(self, **preset: Any) -> None:
-        """Set options that have their defaults; raise ProblemError for one with another value."""
-        defaults = {each.name: each.default for each in fields(self)}
-        for name, value in preset.items():
-            if getattr(self, name) not in (defaults[name], value):
-                raise ProblemError(
-                    f"{name}: preset={self.preset!r} has {value!r}, got {getattr(self, name)!r}; "
-                    "leave one of them out"
-                )
-            setattr(self, name, value)
 
     def estimator(self) -> Estimator:
         """The estimator that ``hypergradient`` and ``xi`` name."""
@@ -145,12 +144,12 @@ class BiDoRATrainer(TwoPhaseTrainer):
         #: All training examples of both levels, and those that were given for the upper one alone.
         self.examples, self.given_upper = train_dataset, upper_dataset
         if upper_dataset is not None:
-            self.examples = joined(train_dataset, upper_dataset)
+            self.examples = joined(train_dataset=train_dataset, upper_dataset=upper_dataset)
         self._options = options_of_retraining(callbacks, trainer)
         super().__init__(
             model,
             lower=_lower,
-            upper=_upper,
+            upper=lambda made: Magnitude(made.model, task_loss=made.task_loss),
             args=args,
             train_dataset=train_dataset,
             upper_dataset=upper_dataset,
@@ -164,9 +163,8 @@ class BiDoRATrainer(TwoPhaseTrainer):
             )
 
     def settings(self) -> dict[str, Any]:
-        """As `BilevelTrainer.settings`, with the adapter's options, and without retraining's."""
-        settings = adapter_settings(self.model) | {"method": "bidora"}
-        return settings | without_retraining(super().settings())
+        """As `BilevelTrainer.settings`, with the adapter's options."""
+        return adapter_settings(self.model) | {"method": "bidora"} | super().settings()
 
     def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
         """The trainer of directions and head with the magnitudes frozen, on all examples."""
@@ -203,10 +201,6 @@ def _lower(trainer: BilevelTrainer) -> Problem:
 
 def _direction(trainer: BilevelTrainer) -> Problem:
     return Direction(trainer.model, gamma=trainer.args.gamma, task_loss=trainer.task_loss)
-
-
-def _upper(trainer: BilevelTrainer) -> Problem:
-    return Magnitude(trainer.model, task_loss=trainer.task_loss)
 
 
 def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:

@@ -15,25 +15,8 @@ from hyperopt_peft.errors import ProblemError
 TaskLoss = Callable[[Any], Tensor]
 
 
-def own_loss(model: Any) -> TaskLoss:
-    """The function batch ↦ ``model(**batch).loss``."""
-
-    def loss(batch: Any) -> Tensor:
-        result: Tensor = model(**batch).loss
-        return result
-
-    return loss
-
-
 def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
-    """The parameters of ``model`` that require a gradient, except those in ``without``, by name.
-
-    Example:
-        >>> from torch import nn
-        >>> model = nn.Linear(2, 1)
-        >>> [name for name, _ in trainable(model, without=[model.bias])]
-        ['weight']
-    """
+    """The parameters of ``model`` that require a gradient, except those in ``without``, by name."""
     excluded = {id(parameter) for parameter in without}
     named = model.named_parameters()
     return [(name, p) for name, p in named if p.requires_grad and id(p) not in excluded]
@@ -60,7 +43,7 @@ class TaskLevel(Problem):
         self, model: Any, variables: Variables, *, task_loss: TaskLoss | None = None, **level: Any
     ) -> None:
         self.model = model
-        self.task_loss = task_loss or own_loss(model)
+        self.task_loss = task_loss or (lambda batch: model(**batch).loss)
         super().__init__(variables, **level)
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:

@@ -149,11 +149,6 @@ def split_folds(classes: Sequence[Any], folds: int, *, seed: int = 0) -> np.ndar
 
     Raises:
         ProblemError: ``folds`` is not from 2 to the number of rows.
-
-    Example:
-        >>> folds = split_folds(["a", "b"] * 3, 3)
-        >>> sorted(folds[::2].tolist()), sorted(folds[1::2].tolist())
-        ([0, 1, 2], [0, 1, 2])
     """
     if not 2 <= folds <= len(classes):
         raise ProblemError(

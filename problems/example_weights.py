@@ -68,10 +68,6 @@ def column(batch: Any, name: str, count: int, what: str) -> Tensor:
 
     Raises:
         ProblemError: there is no such column, or the column has other values or another length.
-
-    Example:
-        >>> column({"source": torch.tensor([0, 1])}, "source", 2, "source")
-        tensor([0, 1])
     """
     if name not in batch:
         raise ProblemError(

@@ -60,7 +60,7 @@ class Baselines:
             of_retraining = 0
         self.passes = of_retraining + trainer.search_passes()
         self._options = {**trainer.options, "callbacks": None}
-        self._agreement: tuple[SourceData, Tensor] | None = None
+        self._last: tuple[SourceData, Tensor] | None = None  # data, and their agreement
 
     def __enter__(self) -> Baselines:
         self._end = [variable.detach().clone() for variable in self.variables]
@@ -77,29 +77,25 @@ class Baselines:
         Learned weights have the steps of the trainer. Those of `AGREEMENT` and `FILTERED` begin
         with a model of the trusted rows, which ``steps`` does not count and the passes do.
         """
+        if method == LEARNED:
+            assign_(self.variables, self.trainer.initial)
+            args = self._silenced(copy(self.trainer.args))
+            _run(MixTrainer(self.model, args, sources=data, **self._options))
+            return self.passes
         passes = steps * self.passes_of_a_step
         if method == TRUSTED_ONLY:
             self._fit(data.trusted, steps)
-            if steps == self.steps:
-                self._agreement = data, self._score(data.sources)
         elif method == EQUAL:
             self._fit(data.everything, steps, self._weights(data))
         elif method == SOURCES_FIRST:
             self._fit(data.sources, steps - steps // 2, self._weights(data))
             self._fit(data.trusted, steps // 2, restart=False)
-        elif method == AGREEMENT:
-            weights = self._weights(data, self.agreement(data))
-            self._fit(data.everything, steps, weights)
-            passes += self.steps * self.passes_of_a_step
-        elif method == FILTERED:
-            agreeing = _agreeing(data, self.agreement(data))
-            self._fit(agreeing.everything, steps, self._weights(agreeing))
-            passes += self.steps * self.passes_of_a_step
         else:
-            assign_(self.variables, self.trainer.initial)
-            args = self._silenced(copy(self.trainer.args))
-            _run(MixTrainer(self.model, args, sources=data, **self._options))
-            passes = self.passes
+            agreement = self._agreement(data)
+            passes += self.steps * self.passes_of_a_step
+            rows = _agreeing(data, agreement) if method == FILTERED else data
+            weights = self._weights(rows, agreement if method == AGREEMENT else None)
+            self._fit(rows.everything, steps, weights)
         return passes
 
     @torch.no_grad()
@@ -108,20 +104,18 @@ class Baselines:
         losses = [example_losses(self.model, batch) for batch in self._batches(rows)]
         return torch.cat(losses).cpu()
 
-    def agreement(self, data: SourceData) -> Tensor:
+    def _agreement(self, data: SourceData) -> Tensor:
         """How far a model of the trusted rows agrees with each row of the sources, from 0 to 1.
 
         The shape is ``(n,)``, or ``(n, K)`` of votes. Of a class the agreement is 0 or 1, and NaN
         without a vote; of other labels exp(−loss).
         """
-        if self._agreement is None or self._agreement[0] is not data:
+        if self._last is None or self._last[0] is not data:
             self._fit(data.trusted, self.steps)
-            self._agreement = data, self._score(data.sources)
-        return self._agreement[1]
-
-    @torch.no_grad()
-    def _score(self, rows: Dataset) -> Tensor:
-        return torch.cat([self._agreement_of(batch) for batch in self._batches(rows)]).cpu()
+            with torch.no_grad():
+                each = [self._agreement_of(batch) for batch in self._batches(data.sources)]
+            self._last = data, torch.cat(each).cpu()
+        return self._last[1]
 
     def _agreement_of(self, batch: Any) -> Tensor:
         labels: Tensor = batch.get("labels")

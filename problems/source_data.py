@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Value, concatenate_datasets
+from datasets import Dataset, Value
 from transformers.utils import logging
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES
-from hyperopt_peft.trainer.data import classes_of, digests, label_column, require_examples
+from hyperopt_peft.trainer.data import joined, label_column, require_examples, shared
 from hyperopt_peft.utils.groups import group_rows
 
 #: The name of the trusted rows among the sources.
 TRUSTED = "trusted"
-SHOWN = 5
 logger = logging.get_logger(__name__)
 
 
@@ -60,8 +59,13 @@ class SourceData:
             data = cls(*_of_votes(sources, trusted))
         else:
             data = cls(*_of_names(sources, trusted))
-        data._require_apart()
-        data._warn_of_classes()
+        outside = {label_column(trusted), SOURCE, VOTES}  # a row leaks with another label too
+        columns = [name for name in data.trusted.column_names if name not in outside]
+        if common := shared(data.trusted.select_columns(columns), data.sources):
+            raise ProblemError(
+                f"trusted: {common} of {len(trusted)} rows are in a source too, so that they judge "
+                "what was trained on them; remove them from the sources"
+            )
         return data
 
     @property
@@ -76,44 +80,17 @@ class SourceData:
     @property
     def everything(self) -> Dataset:
         """The rows of the sources, then the trusted ones."""
-        return _joined([self.sources, self.trusted])
+        return joined(sources=self.sources, trusted=self.trusted)
 
     def of_columns(self, names: Collection[str]) -> SourceData:
         """The data with those columns alone that are in ``names``."""
         columns = [name for name in self.sources.column_names if name in names]
-        parts = {"sources": self.sources, "trusted": self.trusted}
-        return replace(self, **{key: rows.select_columns(columns) for key, rows in parts.items()})
+        sources, trusted = (rows.select_columns(columns) for rows in (self.sources, self.trusted))
+        return replace(self, sources=sources, trusted=trusted)
 
     def with_trusted(self, rows: Sequence[int]) -> SourceData:
         """The data with these trusted rows alone."""
         return replace(self, trusted=self.trusted.select(rows))
-
-    def _require_apart(self) -> None:
-        """Raise ProblemError where a trusted row is in a source, whatever its label."""
-        outside = {label_column(self.trusted), SOURCE, VOTES}
-        columns = [name for name in self.trusted.column_names if name not in outside]
-        seen = set(digests(self.sources, columns))
-        leaked = [row for row, each in enumerate(digests(self.trusted, columns)) if each in seen]
-        if leaked:
-            more = ", …" if len(leaked) > SHOWN else ""
-            raise ProblemError(
-                f"trusted: {len(leaked)} of {len(self.trusted)} rows are in a source too (rows "
-                f"{', '.join(map(str, leaked[:SHOWN]))}{more}), so that they judge what was "
-                "trained on them; remove them from the sources"
-            )
-
-    def _warn_of_classes(self) -> None:
-        """Warn of classes that no trusted row has."""
-        label = label_column(self.trusted)
-        classes, trusted = (classes_of(rows, label) for rows in (self.sources, self.trusted))
-        if classes is None or trusted is None:
-            return
-        feature = self.trusted.features[label]
-        for number in sorted(set(classes) - set(trusted)):
-            name = feature.int2str(number) if isinstance(feature, ClassLabel) else number
-            logger.warning(
-                "class %r: no trusted row has it, so that no source gains by it; add some", name
-            )
 
 
 def by_column(rows: Dataset, column: str) -> dict[str, Dataset]:
@@ -124,7 +101,7 @@ def by_column(rows: Dataset, column: str) -> dict[str, Dataset]:
 
     Example:
         >>> rows = Dataset.from_dict({"x": [0, 1, 2], "origin": ["wiki", "code", "wiki"]})
-        >>> {name: part["x"][:] for name, part in by_column(rows, "origin").items()}
+        >>> {name: each["x"][:] for name, each in by_column(rows, "origin").items()}
         {'wiki': [0, 2], 'code': [1]}
     """
     if column not in rows.column_names:
@@ -152,11 +129,11 @@ def _of_names(sources: Any, trusted: Dataset) -> tuple[tuple[str, ...], Dataset,
                 f"source {name!r}: has the columns {sorted(rows.column_names)}, and the "
                 f"trusted rows {sorted(trusted.column_names)}; give both the same ones"
             )
-    *parts, last = (
+    *numbered, last = (
         rows.add_column(SOURCE, [number] * len(rows), feature=Value("int64"))
         for number, rows in enumerate((*sources.values(), trusted))
     )
-    return (*sources, TRUSTED), _joined(parts), last
+    return (*sources, TRUSTED), joined(**dict(zip(sources, numbered, strict=True))), last
 
 
 def _of_votes(rows: Dataset, trusted: Dataset) -> tuple[tuple[str, ...], Dataset, Dataset]:
@@ -195,12 +172,3 @@ def _of_votes(rows: Dataset, trusted: Dataset) -> tuple[tuple[str, ...], Dataset
     common = [name for name in rows.column_names if name in trusted.column_names]
     names = (*map(str, range(votes.shape[1] - 1)), TRUSTED)
     return names, rows.select_columns(common), trusted.select_columns(common)
-
-
-def _joined(parts: Sequence[Dataset]) -> Dataset:
-    """The rows of all ``parts``, which have the same columns."""
-    columns = parts[0].column_names
-    try:
-        return concatenate_datasets([part.select_columns(columns) for part in parts])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ProblemError(f"the sources and the trusted rows do not join: {error}") from error

@@ -61,6 +61,11 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
         self._require("be positive", lambda x: x > 0, "retrain_epochs", "retrain_steps")
         self._require("be at least 1", lambda n: n >= 1, "retrain_gradient_accumulation_steps")
 
+    def resume_must_match(self) -> dict[str, Any]:
+        """As `BilevelTrainingArguments.resume_must_match`; a search may resume without the rest."""
+        values = super().resume_must_match()
+        return {name: value for name, value in values.items() if not name.startswith("retrain")}
+
     def for_retraining(self) -> Self:
         """The arguments of the second phase; it writes to the folder ``retrain``."""
         args = copy.copy(self)
@@ -137,18 +142,21 @@ class TwoPhaseTrainer(BilevelTrainer):
         folder = Path(arguments.output_dir or "")
         point = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
         if point is not None and point[0].resolve().parent == folder.resolve():
-            self._restore_learned()
+            if learned := self._learned():
+                _assign(learned, _read(folder.parent / LEARNED, learned))
         else:
             from_scratch = self.args.retrain == "scratch"
             if from_scratch:
                 initial = self._initial(resumed=point is not None)
             output = self._train_from(point, *args, **kwargs)
-            if self.signalled:  # the search is unfinished
+            if self._callback.signalled:  # the search is unfinished
                 return output
             reshard(self.model)
             if from_scratch:
-                self._restore(initial)
-            self._write_learned()
+                _assign(dict(zip(self.lower.names, self.lower.variables)), initial)
+            learned = {name: variable.detach() for name, variable in self._learned().items()}
+            if learned and self.args.should_save:
+                checkpoint.write_state(folder.parent / LEARNED, learned)
             point = None
         self.retrainer = self.retraining(arguments)
         return self.retrainer._train_from(point, *args, **kwargs)
@@ -170,23 +178,16 @@ class TwoPhaseTrainer(BilevelTrainer):
         pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
         return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
 
-    def _initial(self, resumed: bool) -> list[Tensor]:
+    def _initial(self, resumed: bool) -> dict[str, Tensor]:
         """The lower level's initial values, which are also in a file for a resumed run."""
         path = Path(self.args.output_dir or "") / INITIAL
-        values = {
-            name: variable.detach().clone()
-            for name, variable in zip(self.lower.names, self.lower.variables, strict=True)
-        }
+        variables = dict(zip(self.lower.names, self.lower.variables, strict=True))
         if resumed:
-            values = _read(path, values)
-        elif self.args.should_save:
+            return _read(path, variables)
+        values = {name: variable.detach().clone() for name, variable in variables.items()}
+        if self.args.should_save:
             checkpoint.write_state(path, values)
-        return [values[name] for name in self.lower.names]
-
-    @torch.no_grad()
-    def _restore(self, initial: list[Tensor]) -> None:
-        for variable, value in zip(self.lower.variables, initial, strict=True):
-            variable.copy_(sharded_like(value, variable))
+        return values
 
     def _learned(self) -> dict[str, Tensor]:
         """The upper variables outside the model, which a checkpoint of the retraining lacks."""
@@ -195,23 +196,17 @@ class TwoPhaseTrainer(BilevelTrainer):
         named = zip(self.upper.names, self.upper.variables, strict=True)
         return {name: variable for name, variable in named if id(variable) not in of_model}
 
-    def _write_learned(self) -> None:
-        values = {name: variable.detach() for name, variable in self._learned().items()}
-        if values and self.args.should_save:
-            checkpoint.write_state(Path(self.args.output_dir or "") / LEARNED, values)
-
-    @torch.no_grad()
-    def _restore_learned(self) -> None:
-        if learned := self._learned():
-            values = _read(Path(self.args.output_dir or "") / LEARNED, learned)
-            for name, variable in learned.items():
-                variable.copy_(values[name])
-
 
 def options_of_retraining(callbacks: Sequence[Any] | None, trainer: Mapping[str, Any]) -> Any:
     """The arguments of a second trainer, made before the search changes the callbacks' state."""
     copies = [copy.copy(callback) for callback in callbacks or ()]
     return {**trainer, "callbacks": copies, "optimizers": (None, None)}
+
+
+@torch.no_grad()
+def _assign(variables: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, variable in variables.items():
+        variable.copy_(sharded_like(values[name], variable))
 
 
 def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:

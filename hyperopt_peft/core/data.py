@@ -18,10 +18,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
     Tensors and whatever else has a method ``to`` (``BatchEncoding``), mappings, lists, tuples
     and named tuples of these; any other value is returned as it is.
-
-    Example:
-        >>> to_device({"x": torch.ones(2), "name": "a"}, torch.device("cpu"))
-        {'x': tensor([1., 1.]), 'name': 'a'}
     """
     if hasattr(batch, "to"):
         return batch.to(device)

@@ -107,22 +107,12 @@ def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def weighted_mean(weights: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """Σ v_i s_i / Σ c_i, of `row_losses`: the loss of the model where each weight is 1.
-
-    Example:
-        >>> weighted_mean(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 9.0]), torch.tensor([1, 1]))
-        tensor(0.5000)
-    """
+    """Σ v_i s_i / Σ c_i, of `row_losses`: the loss of the model where each weight is 1."""
     return (weights.to(sums) * sums).sum() / counts.sum().clamp(min=1)
 
 
 def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
-    """The number of labels of ``batch`` that are scored; None without labels.
-
-    Example:
-        >>> int(scored_labels({"labels": torch.tensor([[5, 6, IGNORED]])}, shifted=True))
-        1
-    """
+    """The number of labels of ``batch`` that are scored; None without labels."""
     if not isinstance(batch, Mapping):
         return None
     labels = batch.get("shift_labels")
@@ -148,13 +138,6 @@ def label_weights(
         shifted: whether a label is the next token's, so that the first one of a row is not scored.
         items: whether the loss takes ``num_items_in_batch``, c_ip.
         across_processes: whether the Trainer multiplies such a loss by P, which c_ip·P undoes.
-
-    Example:
-        >>> labels = torch.tensor([0, 1, 1]), torch.tensor([0])
-        >>> batches = [{"labels": each} for each in labels]
-        >>> added = label_weights(batches, shifted=False, items=False, across_processes=False)
-        >>> [float(each["loss_weight"]) for each in added]
-        [1.5, 0.5]
     """
     counts = [scored_labels(batch, shifted) for batch in batches]
     counted = [count for count in counts if count is not None]

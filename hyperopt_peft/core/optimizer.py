@@ -106,12 +106,6 @@ def optimizer_state_copy(
         ``"kind"``, the optimizer's class; ``"groups"``, the options of each parameter group with
         some of ``variables``, whose positions are under ``"variables"``; ``"state"``, a mapping
         from a variable's position to the optimizer's state of the variable (its momentum).
-
-    Example:
-        >>> w = torch.ones(2, requires_grad=True)
-        >>> copied = optimizer_state_copy(torch.optim.SGD([w], lr=0.1), [w], with_state=True)
-        >>> copied["kind"].__name__, copied["groups"][0]["lr"], copied["state"]
-        ('SGD', 0.1, {})
     """
     position = {id(variable): index for index, variable in enumerate(variables)}
     groups = [

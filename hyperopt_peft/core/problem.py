@@ -20,9 +20,9 @@ from hyperopt_peft.core.prior import GaussianPrior, Prior, as_prior, prior_value
 from hyperopt_peft.core.validation import (
     Variables,
     check_level_state,
-    check_max_grad_norm,
     check_optimizer,
     check_scheduler,
+    is_number,
     loss_and_metrics,
     missing_input_hint,
     named_variables,
@@ -39,16 +39,12 @@ from hyperopt_peft.utils.reductions import squares as squares_of
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class LossGradient:
     """A loss at one point, and its gradient.
 
     ``gradient`` has one entry for each requested variable, in the variable's shape and dtype. An
     entry is None where the loss does not read the variable. ``norms`` are the 2-norms of the
     entries, 0 for None. ``metrics`` are the other numbers that the loss returned.
-
-    Example:
-        >>> Evaluation(0.5, {}, (torch.ones(4), None), norms=(2.0, 0.0)).loss
-        0.5
     """
 
     loss: float
@@ -69,10 +65,6 @@ class StepRecord:
             did not move.
         upper_gradient: ∂f/∂u from the same backward pass; None where no estimator requires it.
         optimizer: `Problem.optimizer_snapshot` from before the step.
-
-    Example:
-        >>> StepRecord(batch=None, random_state=RandomState.capture()).variables
-        ()
     """
 
     batch: Any
@@ -146,14 +138,17 @@ class Problem:
         self.prior = as_prior(prior, self.variables, self.name)
         self.batches = None if data is None else DataStream(data, self.name)
         self.optimizer, self.scheduler = optimizer, scheduler
-        check_max_grad_norm(max_grad_norm, self.name)
+        if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
+            raise ProblemError(
+                f"{self.name}: max_grad_norm must be a positive number, got {max_grad_norm!r}"
+            )
         self.max_grad_norm = max_grad_norm
         #: Whether the loss runs in half precision; None until it is first evaluated.
         self.half: bool | None = None
         #: The names of the variables that the prior reads and the loss does not, as `half`.
         self.unread: frozenset[str] = frozenset()
         if optimizer is not None:
-            check_optimizer(optimizer, self.names, self.variables, self.name)
+            check_optimizer(optimizer, zip(self.names, self.variables), self.name)
         if scheduler is not None:
             check_scheduler(scheduler, optimizer, self.name)
 
@@ -236,7 +231,7 @@ class Problem:
         read = set(map(id, graph_leaves(loss)))
         return frozenset(n for n, v in zip(self.names, self.variables) if id(v) not in read)
 
-    def gradient(self, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+    def gradient(self, batch: Any, variables: Sequence[Tensor]) -> LossGradient:
         """The loss on ``batch`` and the gradient with respect to ``variables``.
 
         ``loss.backward`` is called, so that hooks of a wrapped model run; every ``.grad`` is
@@ -248,7 +243,7 @@ class Problem:
         """
         loss, metrics, gradient = self.differentiate(batch, variables)
         value, norms = self.require_finite(loss, gradient)
-        return Evaluation(value, metrics, gradient, norms)
+        return LossGradient(value, metrics, gradient, norms)
 
     def differentiate(
         self, batch: Any, variables: Sequence[Tensor]
@@ -353,7 +348,9 @@ class Problem:
         """Within the body, the levels below follow perturbed variables of the levels above."""
         return nullcontext()
 
-    def gradient_above(self, upper: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+    def gradient_above(
+        self, upper: Problem, batch: Any, variables: Sequence[Tensor]
+    ) -> LossGradient:
         """The loss on ``batch`` of ``upper``, the level above, and its gradient."""
         return upper.gradient(batch, variables)
 

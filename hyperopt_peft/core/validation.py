@@ -36,11 +36,6 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     Raises:
         ProblemError: there are no variables; one is no leaf or requires no gradient; or one
             tensor or one name is given twice.
-
-    Example:
-        >>> import torch
-        >>> named_variables([torch.ones(1, requires_grad=True)], "lower")
-        (('variable 0',), (tensor([1.], requires_grad=True),))
     """
     if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
         raise ProblemError(
@@ -130,12 +125,7 @@ def runs_in_half(loss: Tensor, level: str) -> bool:
 
 
 def missing_input_hint(batch: Any, error: Exception) -> str:
-    """A sentence on the missing input where that is why a loss raised ``error``; else empty.
-
-    Example:
-        >>> missing_input_hint({"x": 1}, KeyError("labels"))
-        "the loss reads 'labels', and the batch has only x; ..."
-    """
+    """A sentence on the missing input where that is why a loss raised ``error``; else empty."""
     if batch is None and "NoneType" in str(error):
         return f"the loss got no batch ({error}); give the level data, or the call a batch"
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
@@ -173,12 +163,6 @@ def is_number(value: Any) -> bool:
 
 def _plain(value: Any) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
-
-
-def check_max_grad_norm(limit: Any, level: str) -> None:
-    """Raise ProblemError unless ``limit`` is a positive number or None."""
-    if limit is not None and not (is_number(limit) and limit > 0):
-        raise ProblemError(f"{level}: max_grad_norm must be a positive number, got {limit!r}")
 
 
 def check_level_state(level: Level, state: Any, parts: Mapping[str, Any]) -> None:
@@ -225,21 +209,19 @@ def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer | None, level: 
         )
 
 
-def check_optimizer(
-    optimizer: Optimizer, names: Sequence[str], variables: Sequence[Tensor], level: str
-) -> None:
-    """Raise ProblemError unless ``optimizer`` holds exactly ``variables``."""
+def check_optimizer(optimizer: Any, named: Iterable[tuple[str, Tensor]], owner: str) -> None:
+    """Raise ProblemError unless ``optimizer`` holds exactly the variables ``named``."""
     if not isinstance(optimizer, Optimizer):
         raise ProblemError(
-            f"{level}: optimizer must be a torch.optim.Optimizer over the level's "
-            f"variables, got {optimizer!r}"
+            f"{owner}: optimizer must be a torch.optim.Optimizer over the "
+            f"variables to train, got {optimizer!r}"
         )
     params = {id(x): x for group in optimizer.param_groups for x in group["params"]}
-    owned = {id(variable): name for name, variable in zip(names, variables, strict=True)}
+    owned = {id(variable): name for name, variable in named}
     foreign = [tuple(tensor.shape) for key, tensor in params.items() if key not in owned]
     missing = [name for key, name in owned.items() if key not in params]
     if missing or foreign:
         raise ProblemError(
-            f"{level}: optimizer must hold exactly the level's variables; add {missing or 'none'}, "
-            f"and remove tensors of shape {foreign or 'none'}"
+            f"{owner}: optimizer must hold exactly the variables to train; add "
+            f"{missing or 'none'}, and remove tensors of shape {foreign or 'none'}"
         )

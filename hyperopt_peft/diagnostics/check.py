@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.core.optimizer import read_by_options
-from hyperopt_peft.core.problem import Evaluation, Problem, devices_of
+from hyperopt_peft.core.problem import LossGradient, Problem, devices_of
 from hyperopt_peft.diagnostics.curvature import Curvature, measure_curvature
 from hyperopt_peft.diagnostics.findings import Check, Finding, Severity
 from hyperopt_peft.diagnostics.progress import counted
@@ -172,7 +172,7 @@ class _Examination:
     def _variables(self) -> tuple[Tensor, ...]:
         return (*self.oracle.upper.variables, *self.oracle.lower.variables)
 
-    def _first_order(self, level: Problem, batch: Any, random: RandomState) -> Evaluation | None:
+    def _first_order(self, level: Problem, batch: Any, random: RandomState) -> LossGradient | None:
         """Add the findings of a few evaluations of a loss; None if the loss has no gradient."""
         versions, host = [x._version for x in self._variables], host_random_state()
         evaluation = None
@@ -199,7 +199,7 @@ class _Examination:
         self._randomness(level, batch, random, evaluation, host)
         return evaluation
 
-    def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> Evaluation:
+    def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> LossGradient:
         buffers, lower = self.oracle.buffers, self.oracle.lower
         self.oracle.passes.count(gradients=1)
         with replay(random):  # F too is differentiated through the levels below the lower one
@@ -239,7 +239,7 @@ class _Examination:
         level: Problem,
         batch: Any,
         random: RandomState,
-        first: Evaluation,
+        first: LossGradient,
         host: Mapping[str, Any],
     ) -> None:
         """Add findings if the loss is random, or depends on other state than PyTorch's."""
@@ -258,7 +258,7 @@ class _Examination:
             advice = "all passes of one hypergradient see the same ones; module.eval() stops it"
             self._add("random", "note", level, words, advice)
 
-    def _differs(self, level: Problem, one: Evaluation, other: Evaluation) -> bool:
+    def _differs(self, level: Problem, one: LossGradient, other: LossGradient) -> bool:
         """Whether two evaluations differ by more than the rounding of sums in another order."""
         a, b = (Vector.of(e.gradient, self._variables) for e in (one, other))
         epsilon = torch.finfo(torch.bfloat16).eps if level.half else machine_epsilon(a)

@@ -14,32 +14,17 @@ import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from hyperopt_peft.errors import ProblemError
 
 MANIFEST = "bilevel.json"
 PREFIX = "checkpoint-"
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Write the files of the checkpoint ``folder`` in the body; remove ``folder`` on failure.
-
-    Raises:
-        ProblemError: a file could not be written, for example to a full disk.
-    """
-    try:
-        yield
-    # On a full disk torch.save raises RuntimeError, and safetensors its own error.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise failed(folder, error) from error
 
 
 def failed(folder: Path, error: Exception) -> ProblemError:
@@ -56,13 +41,6 @@ def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
     """Declare ``folder`` complete: write the hashes of its files, and ``record``, to the manifest.
 
     It appears in one atomic rename, so that an interrupted write leaves a folder without it.
-
-    Example:
-        >>> folder = Path("checkpoint-1")
-        >>> write_state(folder / "state.pt", {"step": 1})
-        >>> write_manifest(folder, {"seed": 0})
-        >>> verify_manifest(folder)["seed"], read_state(folder / "state.pt")
-        (0, {'step': 1})
     """
     files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
     text = json.dumps({**record, "written": time.time(), "files": files}, indent=1)

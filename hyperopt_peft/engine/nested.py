@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.core.optimizer import read_by_options
-from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord
+from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import estimate, like
@@ -187,7 +187,9 @@ class Nested(Problem):
         loss = torch.tensor(evaluation.loss, dtype=torch.float64)
         return loss, evaluation.metrics | self._log, evaluation.gradient
 
-    def gradient_above(self, upper: Problem, batch: Any, variables: Sequence[Tensor]) -> Evaluation:
+    def gradient_above(
+        self, upper: Problem, batch: Any, variables: Sequence[Tensor]
+    ) -> LossGradient:
         """The loss of ``upper`` and its total derivative, with w = w*(u, v)."""
         oracle = self._oracle(upper, batch, variables)
         try:
@@ -207,7 +209,7 @@ class Nested(Problem):
         if result.residual is not None:
             metrics["residual"] = result.residual
         _, norms = upper.require_finite(torch.tensor(evaluation.loss), gradient)
-        return Evaluation(evaluation.loss, metrics, gradient, norms)
+        return LossGradient(evaluation.loss, metrics, gradient, norms)
 
     @contextmanager
     def anchored(self) -> Iterator[None]:

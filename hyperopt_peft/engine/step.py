@@ -78,16 +78,6 @@ class BilevelStep:
 
     Raises:
         ProblemError: the estimator cannot be used with these levels.
-
-    Example:
-        >>> from hyperopt_peft.hypergradients import get_estimator
-        >>> from hyperopt_peft.problems.ridge import diabetes
-        >>> upper, lower = diabetes()
-        >>> step = BilevelStep(upper, lower, get_estimator("cg"))
-        >>> lower_step = step.train_lower(number=1)
-        >>> upper_step = step.hypergradient(upper.next_batch(), number=1)
-        >>> upper_step.hypergradient[0].shape
-        torch.Size([10])
     """
 
     def __init__(

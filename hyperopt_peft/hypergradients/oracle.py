@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hyperopt_peft.core.problem import Evaluation, Problem, StepRecord, devices_of, variables_of
+from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord, devices_of, variables_of
 from hyperopt_peft.core.validation import one_tensor
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.products import (
@@ -48,7 +48,7 @@ class UpperGradient:
     direct: Vector
     b: Vector
     norm: float
-    evaluation: Evaluation
+    evaluation: LossGradient
 
 
 @dataclass

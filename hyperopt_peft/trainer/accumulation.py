@@ -33,17 +33,6 @@ class Accumulated(Problem):
     Variables and prior are the level's. Every evaluation of a micro-batch has the same random
     numbers, and first-order passes hold one graph at a time. ``optimizer`` may own other tensors
     too.
-
-    Example:
-        >>> import torch
-        >>> w = torch.ones((), requires_grad=True)
-        >>> class Scale(Problem):
-        ...     def loss(self, batch):
-        ...         return w * batch
-        >>> start = RandomState.capture()
-        >>> batch = [MicroBatch(torch.tensor(x), start) for x in (1.0, 3.0)]
-        >>> Accumulated(Scale([w])).gradient(batch, (w,)).gradient
-        (tensor(2.),)
     """
 
     def __init__(

@@ -186,12 +186,6 @@ class BilevelTrainingArguments(TrainingArguments):
         """A copy with which the Trainer's loop neither clips gradients nor deletes checkpoints.
 
         `BilevelTrainer` does both itself. Written to disk, the copy is the original.
-
-        Example:
-            >>> args = BilevelTrainingArguments("outputs", max_grad_norm=0.7, report_to="none")
-            >>> limitless = args.without_limits()
-            >>> limitless.max_grad_norm, copy.copy(limitless).max_grad_norm
-            (0.0, 0.7)
         """
         args = copy.copy(self)
         args.max_grad_norm, args.save_total_limit = 0.0, None

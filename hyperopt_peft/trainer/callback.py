@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import pickle
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.engine import checkpoint
-from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import NEEDED, save_checkpoint
 from hyperopt_peft.utils import distributed
@@ -29,39 +28,17 @@ LEVELS, ESTIMATOR = "levels.safetensors", "estimator.pt"
 logger = logging.getLogger(__name__)
 
 
-class TrainerOfLevels(Protocol):
-    """What `BilevelCallback` reads of a trainer and calls on it."""
-
-    args: Any
-    state: Any
-    accelerator: Any
-    skipped: int
-    bilevel_step: BilevelStep | None
-    devices: list[torch.device]
-
-    def settings(self) -> dict[str, Any]:
-        """The settings in which a checkpoint and the run that resumes must agree, as JSON."""
-
-    def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """The tensors of the levels that a checkpoint has, by level and name."""
-
-    def adopt_prepared_parameters(self) -> None:
-        """Replace the levels' variables by those that the Trainer has prepared."""
-
-    def begin_step(self) -> None:
-        """Begin an optimizer step."""
-
-
 class BilevelCallback(TrainerCallback):
     """Writes, completes and restores the files of a checkpoint that the Trainer does not know.
 
     These are the variables of both levels (a level may own tensors outside the model), the state
     of the estimator, the random states of each process now and at the beginning of the epoch, and
     the manifest: settings and hashes of all files, written last. The callback has no state in
-    ``trainer_state.json``, from which the Trainer would rebuild it without ``trainer``.
+    ``trainer_state.json``, from which the Trainer would rebuild it without ``trainer``, the
+    `BilevelTrainer`.
     """
 
-    def __init__(self, trainer: TrainerOfLevels) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.writing: Path | None = None  # a checkpoint without its manifest
         self.signalled = False  # whether SIGTERM asked for a checkpoint and ended the run
@@ -151,11 +128,12 @@ class BilevelCallback(TrainerCallback):
         (self.epoch_random if self.epoch_step == done else step_begin).restore()
         folder = Path(trainer.args.output_dir) / f"{checkpoint.PREFIX}{done}"
         try:
-            with checkpoint.writing(folder):
-                if not (folder / checkpoint.MANIFEST).exists():
-                    save_checkpoint(trainer)
-                    self.complete()
-        except ProblemError:
+            if not (folder / checkpoint.MANIFEST).exists():
+                save_checkpoint(trainer)
+                self.complete()
+        # On a full disk torch.save raises RuntimeError, and safetensors its own error.
+        except (OSError, RuntimeError, SafetensorError):
+            shutil.rmtree(folder, ignore_errors=True)
             return "no checkpoint could be written"
         finally:
             self.writing = None

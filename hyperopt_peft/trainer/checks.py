@@ -19,7 +19,6 @@ from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import label_column
-from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import base_model
 
@@ -28,7 +27,7 @@ FSDP2_SINCE = Version("5.10")
 
 
 def check_arguments(
-    args: Any, model: Any, options: Mapping[str, Any], *, trainer_loss: bool, own_loss: bool
+    args: Any, model: Any, options: Mapping[str, Any], *, trainer_loss: bool, custom_loss: bool
 ) -> None:
     """Raise ProblemError for settings that would not train the bilevel program.
 
@@ -37,7 +36,7 @@ def check_arguments(
         model: the model.
         options: the further arguments of `transformers.Trainer`.
         trainer_loss: whether the lower level uses the Trainer's own loss.
-        own_loss: whether the trainer's class overrides ``compute_loss``.
+        custom_loss: whether the trainer's class overrides ``compute_loss``.
     """
     if not isinstance(args, BilevelTrainingArguments):
         raise ProblemError(f"args must be BilevelTrainingArguments, got {type(args).__name__}")
@@ -73,7 +72,7 @@ def check_arguments(
             "levels own the tensors of one model; make the model first",
         ),
         "compute_loss_func": (not trainer_loss and options.get("compute_loss_func"), of_levels),
-        "compute_loss": (not trainer_loss and own_loss, of_levels),
+        "compute_loss": (not trainer_loss and custom_loss, of_levels),
         "label_smoothing_factor": (not trainer_loss and args.label_smoothing_factor, of_levels),
     }
     for name, (used, reason) in refused.items():
@@ -129,11 +128,6 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
             f"{column}: the data have class {largest}, but the model's num_labels is {classes} "
             f"(classes 0 to {classes - 1}); load the model with num_labels={largest + 1}"
         )
-
-
-def check_columns(trainer: Trainer, data: Any, name: str) -> None:
-    """Raise ProblemError if the model reads no column of ``data``, the argument ``name``."""
-    loader_of(trainer, data, name)
 
 
 def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
@@ -149,6 +149,21 @@ def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
         )
     if has_length(data) and len(data) == 0:
         raise ProblemError(f"{name} has no examples; give it some")
+
+
+def joined(**tables: Any) -> Any:
+    """The rows of ``tables``, data sets with the same columns, one after another.
+
+    Raises:
+        ProblemError: one is empty or no data set, or they do not join; the names are in the text.
+    """
+    for name, rows in tables.items():
+        require_examples(name, rows)
+    first, *_ = tables.values()
+    try:
+        return concatenate_datasets([t.select_columns(first.column_names) for t in tables.values()])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ProblemError(f"{' and '.join(tables)} do not join: {error}") from error
 
 
 @contextmanager

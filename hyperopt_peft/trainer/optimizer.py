@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.core.validation import check_optimizer
 from hyperopt_peft.errors import ProblemError
 
 
@@ -68,29 +69,19 @@ def learning_rate(optimizer: Any, level: Problem) -> float | None:
     return None if rate is None else float(rate)  # Adafactor may have none
 
 
-def check_optimizer(optimizer: Any, scheduler: Any, levels: Sequence[Problem]) -> None:
+def check_optimizers(optimizer: Any, scheduler: Any, levels: Sequence[Problem]) -> None:
     """Raise ProblemError unless a user's optimizer has the levels' variables, in own groups."""
     if optimizer is None:
         if scheduler is not None:
             raise ProblemError("optimizers: a scheduler without an optimizer; give both or neither")
         return
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ProblemError(
-            f"optimizers: the first must be a torch.optim.Optimizer, got {optimizer!r}"
-        )
+    named = [(n, v) for level in levels for n, v in zip(level.names, level.variables, strict=True)]
+    check_optimizer(optimizer, named, "optimizers")
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ProblemError(
             "optimizers: the scheduler drives another optimizer; make the scheduler for this one"
         )
-    names = {id(v): n for level in levels for n, v in zip(level.names, level.variables)}
     groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
-    foreign = [tuple(p.shape) for p in params_of(optimizer) if id(p) not in names]
-    missing = [name for key, name in names.items() if not any(key in group for group in groups)]
-    if missing or foreign:
-        raise ProblemError(
-            "optimizers: the optimizer must hold exactly the variables of both levels; missing "
-            f"are {missing or 'none'}, foreign are tensors of shape {foreign or 'none'}"
-        )
     of_levels = [{id(v) for v in level.variables} for level in levels]
     if any(sum(bool(group & of_level) for of_level in of_levels) > 1 for group in groups):
         raise ProblemError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from hyperopt_peft.core.problem import Problem, devices_of
+from hyperopt_peft.core.problem import Problem, devices_of, variables_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
 from hyperopt_peft.trainer.accumulation import MicroBatch
@@ -28,6 +29,7 @@ UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
 LabelWeights = Callable[[Sequence[Any]], list[dict[str, Tensor]]]
 
 
+@dataclass(eq=False)
 class OptimizerStep:
     """A step of both levels at one point: the lower gradient, and the hypergradient when due.
 
@@ -44,24 +46,19 @@ class OptimizerStep:
         autocast: a context in which the losses are evaluated.
     """
 
-    def __init__(
-        self,
-        lower: Problem,
-        bilevel: BilevelStep | None,
-        *,
-        args: BilevelTrainingArguments,
-        optimizer: Any,
-        accelerator: Accelerator,
-        upper_batches: UpperBatches | None,
-        label_weights: LabelWeights,
-        autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
-        self.lower, self.bilevel, self.args = lower, bilevel, args
-        self.optimizer, self.accelerator, self.upper_batches = optimizer, accelerator, upper_batches
-        self.label_weights, self.autocast = label_weights, autocast
-        levels = [lower] if bilevel is None else [lower, bilevel.upper]
-        self.u = () if bilevel is None else bilevel.upper.variables
-        self.devices = devices_of(*levels)
+    lower: Problem
+    bilevel: BilevelStep | None
+    args: BilevelTrainingArguments
+    optimizer: Any
+    accelerator: Accelerator
+    upper_batches: UpperBatches | None
+    label_weights: LabelWeights
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def __post_init__(self) -> None:
+        upper = [] if self.bilevel is None else [self.bilevel.upper]
+        self.u = variables_of(*upper)
+        self.devices = devices_of(self.lower, *upper)
         self.log = StepLog()
         self.begin(0)
 
@@ -183,15 +180,7 @@ class OptimizerStep:
 
 
 class StepLog:
-    """The numbers of the steps since the last log: to be averaged, and the last of others.
-
-    Example:
-        >>> log = StepLog()
-        >>> log.add({"loss": 1.0}), log.add({"loss": 3.0, "residual": None})
-        (None, None)
-        >>> log.read()
-        ({'loss': 2.0}, {})
-    """
+    """The numbers of the steps since the last log: to be averaged, and the last of others."""
 
     def __init__(self) -> None:
         self.last: dict[str, Any] = {}

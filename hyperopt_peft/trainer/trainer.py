@@ -29,7 +29,7 @@ from hyperopt_peft.trainer.data import collating, data_of_levels
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
 from hyperopt_peft.trainer.loss_rule import LossRule
 from hyperopt_peft.trainer.optimizer import (
-    check_optimizer,
+    check_optimizers,
     new_optimizer,
     parameter_groups,
     params_of,
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "bilevel_settings.json"
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
-Level = Problem | Callable[["BilevelTrainer"], Problem]
+LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
 
 
 class BilevelTrainer(Trainer):
@@ -104,8 +104,8 @@ class BilevelTrainer(Trainer):
         self,
         model: nn.Module,
         *,
-        lower: Level,
-        upper: Level | None,
+        lower: LevelLike,
+        upper: LevelLike | None,
         args: BilevelTrainingArguments,
         train_dataset: Any,
         upper_dataset: Any = None,
@@ -115,7 +115,7 @@ class BilevelTrainer(Trainer):
         self.trainer_loss = _is_function(lower)
         custom = type(self).compute_loss is not BilevelTrainer.compute_loss
         checks.check_arguments(
-            args, model, trainer, trainer_loss=self.trainer_loss, own_loss=custom
+            args, model, trainer, trainer_loss=self.trainer_loss, custom_loss=custom
         )
         if self.trainer_loss:
             for data in (train_dataset, upper_dataset):
@@ -149,8 +149,8 @@ class BilevelTrainer(Trainer):
             self.upper.prior = GaussianPrior(args.upper_prior, self.upper.variables)
         self.estimator = args.estimator()
         checks.check_accelerator(self, self.levels, self.estimator)
-        check_optimizer(self.optimizer, self.lr_scheduler, self.levels)
-        checks.check_columns(self, self.train_dataset, "train_dataset")
+        check_optimizers(self.optimizer, self.lr_scheduler, self.levels)
+        loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
         self.upper_batches: UpperBatches | None = None
         if self.upper is not None:
             loader = loader_of(self, self.upper_dataset, "upper_dataset")
@@ -162,28 +162,14 @@ class BilevelTrainer(Trainer):
         """The lower level, and the upper one where there is one."""
         return [self.lower] if self.upper is None else [self.lower, self.upper]
 
-    def named_variables(self) -> list[tuple[str, Tensor]]:
-        """All variables, by level and name."""
-        return [
-            (f"{key}.{name}", variable)
-            for key, level in zip(("lower", "upper"), self.levels)
-            for name, variable in zip(level.names, level.variables, strict=True)
-        ]
-
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """The variables, and the values that a level's prior pulls to, by level and name."""
-        starts = [
-            (f"{key} prior.{name}", start)
-            for key, level in zip(("lower", "upper"), self.levels)
-            if isinstance(level.prior, GaussianPrior)
-            for name, start in zip(level.names, level.prior.start, strict=True)
-        ]
-        return self.named_variables() + starts
-
-    @property
-    def signalled(self) -> bool:
-        """Whether SIGTERM ended the last run, after its checkpoint (``enable_jit_checkpoint``)."""
-        return self._callback.signalled
+        named: list[tuple[str, Tensor]] = []
+        for key, level in zip(("lower", "upper"), self.levels):
+            named += [(f"{key}.{n}", x) for n, x in zip(level.names, level.variables)]
+            if isinstance(level.prior, GaussianPrior):
+                named += [(f"{key} prior.{n}", x) for n, x in zip(level.names, level.prior.start)]
+        return named
 
     def settings(self) -> dict[str, Any]:
         """The settings in which a checkpoint and the run that resumes must agree, as JSON."""

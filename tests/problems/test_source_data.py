@@ -1,6 +1,5 @@
 """The rows of sources and the trusted rows: numbers, votes, and what is refused."""
 
-import logging
 from typing import Any
 
 import pytest
@@ -54,7 +53,7 @@ def _named(table: Dataset) -> Dataset:
         ([rows(0), rows(10)], rows(20), "two or more"),
         ({"a": rows(0), "b": rows(10).select([])}, rows(20), "source 'b'"),
         ({"a": rows(0), "b": rows(10, y=[1, 2, 3])}, rows(20), "source 'b'.*'y'"),
-        ({"a": rows(0), "b": rows(10)}, rows(11), r"2 of 3 rows.*rows 0, 1\)"),
+        ({"a": rows(0), "b": rows(10)}, rows(11), "2 of 3 rows"),
         ({"a": rows(0), "b": rows(10)}, rows(20).select([]), "trusted"),
         ({"a": rows(0), "b": rows(10)}, None, "trusted"),
         ({"a": rows(0), "b": rows(10)}, [{"x": 1}], "trusted: .* list"),
@@ -77,13 +76,3 @@ def test_a_row_with_another_label_leaks_too() -> None:
     other = other.cast_column("label", ClassLabel(names=["no", "yes"]))
     with pytest.raises(ProblemError, match="3 of 3"):
         SourceData.of({"a": rows(0), "b": rows(10)}, other)
-
-
-def test_a_class_that_no_trusted_row_has_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        SourceData.of({"a": rows(0), "b": rows(10)}, rows(20, 4).filter(lambda r: not r["label"]))
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "'yes'" in caplog.text

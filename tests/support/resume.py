@@ -61,7 +61,7 @@ def end(made: Any) -> dict[str, Any]:
     last = getattr(made, "retrainer", None) or made
     parameters = {n: p.detach().clone() for n, p in made.model.named_parameters()}
     return {
-        "values": {n: v.detach().clone() for n, v in made.named_variables()} | parameters,
+        "values": {n: v.detach().clone() for n, v in made.named_tensors()} | parameters,
         "optimizer": last.optimizer.state_dict(),
         "schedule": last.lr_scheduler.state_dict(),
         "skipped": last.skipped,

@@ -47,7 +47,7 @@ def test_early_stopping_ends_with_the_best_levels(tmp_path: Path) -> None:
     assert run.state.global_step == 6 and len(losses) == 3
     assert torch.equal(weight, keep.points[0]) and not torch.equal(weight, keep.points[-1])
     best = load_file(Path(run.state.best_model_checkpoint) / "levels.safetensors")
-    for name, value in run.named_variables():
+    for name, value in run.named_tensors():
         assert torch.equal(value, best[name])
 
 
