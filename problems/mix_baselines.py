@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import Adapter, trainable
+from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, example_losses, without
 from hyperopt_peft.problems.mix_trainer import MixTrainer
@@ -82,14 +82,14 @@ class Baselines:
             args = self._silenced(copy(self.trainer.args))
             _run(MixTrainer(self.model, args, sources=data, **self._options))
             return self.passes
-        passes = steps * self.passes_of_a_step
+        passes, equal = steps * self.passes_of_a_step, self._weights(data)
         if method == TRUSTED_ONLY:
-            self._fit(data.trusted, steps)
+            self._fit(data.trusted, steps, equal)
         elif method == EQUAL:
-            self._fit(data.everything, steps, self._weights(data))
+            self._fit(data.everything, steps, equal)
         elif method == SOURCES_FIRST:
-            self._fit(data.sources, steps - steps // 2, self._weights(data))
-            self._fit(data.trusted, steps // 2, restart=False)
+            self._fit(data.sources, steps - steps // 2, equal)
+            self._fit(data.trusted, steps // 2, equal, restart=False)
         else:
             agreement = self._agreement(data)
             passes += self.steps * self.passes_of_a_step
@@ -111,7 +111,7 @@ class Baselines:
         without a vote; of other labels exp(−loss).
         """
         if self._last is None or self._last[0] is not data:
-            self._fit(data.trusted, self.steps)
+            self._fit(data.trusted, self.steps, self._weights(data))
             with torch.no_grad():
                 each = [self._agreement_of(batch) for batch in self._batches(data.sources)]
             self._last = data, torch.cat(each).cpu()
@@ -143,28 +143,16 @@ class Baselines:
         return weights.requires_grad_(False).to(self.trainer.args.device)
 
     def _fit(
-        self,
-        rows: Dataset,
-        steps: int,
-        weights: SourceWeights | None = None,
-        *,
-        restart: bool = True,
+        self, rows: Dataset, steps: int, weights: SourceWeights, *, restart: bool = True
     ) -> None:
         """Train on ``rows`` for ``steps``; from the initial values if ``restart``."""
         if restart:
             assign_(self.variables, self.trainer.initial)
         args = self._silenced(self.trainer.args.for_retraining())
         args.max_steps = max(1, steps)
-        if weights is None:
-            rows = rows.remove_columns([n for n in (SOURCE, VOTES) if n in rows.column_names])
-
-        def level(trainer: BilevelTrainer) -> Adapter:
-            if weights is None:
-                return Adapter(trainer.model, task_loss=trainer.task_loss)
-            return Mixture(trainer.model, weights)
-
+        levels = {"lower": lambda made: Mixture(made.model, weights), "upper": None}
         options = {**self._options, "args": args, "train_dataset": rows}
-        _run(BilevelTrainer(self.model, lower=level, upper=None, **options))
+        _run(BilevelTrainer(self.model, **levels, **options))
 
     def _silenced(self, args: Any) -> Any:
         """``args`` that write nothing."""

@@ -29,15 +29,6 @@ class SourceData:
         sources: the rows of all sources. The column ``source`` has the number of each row's source,
             or ``votes``, a list of a class for each source, -1 for none.
         trusted: the trusted rows, with the same columns.
-
-    Example:
-        >>> wiki, code = (Dataset.from_dict({"x": [k, k + 1], "label": [0, 1]}) for k in (0, 2))
-        >>> trusted = Dataset.from_dict({"x": [7, 8], "label": [1, 0]})
-        >>> data = SourceData.of({"wiki": wiki, "code": code}, trusted)
-        >>> data.counts
-        {'wiki': 2, 'code': 2, 'trusted': 2}
-        >>> data.sources["source"][:], data.trusted["source"][:]
-        ([0, 0, 1, 1], [2, 2])
     """
 
     names: tuple[str, ...]

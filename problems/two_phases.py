@@ -97,28 +97,13 @@ class TwoPhaseTrainer(BilevelTrainer):
         ProblemError: as `BilevelTrainer`.
 
     Example:
-        >>> from torch import nn, ones
-        >>> from hyperopt_peft import Problem
-        >>> model = nn.Linear(1, 1)
-        >>> class Fit(Problem):
-        ...     def loss(self, batch):
-        ...         return (model(batch["x"]) - batch["x"]).square().mean()
-        >>> rows = [{"x": ones(1) * k} for k in range(4)]
         >>> class Search(TwoPhaseTrainer):
         ...     def retraining(self, args):
-        ...         levels = {"lower": Fit([model.weight]), "upper": None}
-        ...         return BilevelTrainer(model, **levels, args=args, train_dataset=rows)
-        >>> options = {"remove_unused_columns": False, "use_cpu": True, "report_to": "none"}
-        >>> search = Search(
-        ...     model,
-        ...     lower=Fit([model.weight]),
-        ...     upper=Fit([model.bias], name="Bias"),
-        ...     args=TwoPhaseTrainingArguments("outputs", **options),
-        ...     train_dataset=rows[:3],
-        ...     upper_dataset=rows[3:],
-        ... )
-        >>> search.retraining(search.args.for_retraining()).levels[0].name
-        'Fit'
+        ...         levels = {"lower": self.lower, "upper": None}
+        ...         data = {"train_dataset": self.train_dataset}
+        ...         return BilevelTrainer(self.model, args=args, **levels, **data)
+        >>> Search.retrainer is None  # until `train` has made it
+        True
     """
 
     args: TwoPhaseTrainingArguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,7 @@ from hyperopt_peft.engine.step import prior_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 
 
-def fit(
-    problem: Problem,
-    steps: int,
-    *,
-    callbacks: Sequence[Callable[[Problem, dict[str, Any]], object]] = (),
-    progress: bool = True,
-) -> list[dict[str, Any]]:
+def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str, Any]]:
     """Do ``steps`` optimizer steps of ``problem`` alone; returns a record for each.
 
     A record has ``step``, ``loss``, ``grad_norm`` and the metrics of the loss; ``prior`` is apart
@@ -28,7 +21,6 @@ def fit(
     Args:
         problem: the level to train.
         steps: the number of steps.
-        callbacks: each is called as ``callback(problem, record)`` after a step.
         progress: whether to show a progress bar.
 
     Raises:
@@ -53,11 +45,8 @@ def fit(
             norm = problem.step(evaluation.gradient)
             loss = evaluation.loss - prior_of(problem, evaluation.metrics)
             record = {"step": step + 1, "loss": loss, "grad_norm": norm}
-            record |= evaluation.metrics
-            history.append(record)
+            history.append(record | evaluation.metrics)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            for callback in callbacks:
-                callback(problem, record)
     return history
 
 
@@ -100,14 +89,14 @@ def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
 
     def closure() -> float:
         evaluation = problem.gradient(None, problem.variables)
-        for variable, part in zip(problem.variables, evaluation.gradient, strict=True):
-            variable.grad = part
+        for variable, slope in zip(problem.variables, evaluation.gradient, strict=True):
+            variable.grad = slope
         return evaluation.loss
 
     optimizer.step(closure)
     final = problem.gradient(None, problem.variables)
     optimizer.zero_grad(set_to_none=True)
-    largest = max(float(part.abs().max()) for part in final.gradient if part is not None)
+    largest = max(float(slope.abs().max()) for slope in final.gradient if slope is not None)
     if largest > 1000 * tolerance:
         raise ProblemError(
             f"{problem.name}: the gradient is {largest:.2g} after {max_steps} steps; regularise "

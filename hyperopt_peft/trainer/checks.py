@@ -31,12 +31,8 @@ def check_arguments(
 ) -> None:
     """Raise ProblemError for settings that would not train the bilevel program.
 
-    Args:
-        args: the settings.
-        model: the model.
-        options: the further arguments of `transformers.Trainer`.
-        trainer_loss: whether the lower level uses the Trainer's own loss.
-        custom_loss: whether the trainer's class overrides ``compute_loss``.
+    ``options`` are the further arguments of `transformers.Trainer`. ``trainer_loss`` says whether
+    the lower level uses the Trainer's own loss, ``custom_loss`` whether a class overrides it.
     """
     if not isinstance(args, BilevelTrainingArguments):
         raise ProblemError(f"args must be BilevelTrainingArguments, got {type(args).__name__}")

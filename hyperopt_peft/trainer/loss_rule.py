@@ -57,9 +57,7 @@ class LossRule:
     def reads_items(self, compute: Callable[..., Tensor], inputs: Mapping[str, Any]) -> bool:
         """Whether the model's loss depends on ``num_items_in_batch``; measured once.
 
-        Args:
-            compute: the loss of ``inputs``, with the keyword ``num_items_in_batch``.
-            inputs: a batch.
+        ``compute`` is the loss of ``inputs``, a batch, with that keyword.
         """
         if self.trainer.compute_loss_func:
             return True

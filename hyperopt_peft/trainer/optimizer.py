@@ -39,10 +39,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The lower variables with and without ``args.weight_decay``, and the upper variables.
 
-    Args:
-        lower, upper: the levels.
-        args: the settings: each level's weight decay, and the upper level's learning rate.
-        without_decay: ids of tensors without weight decay, such as biases.
+    ``without_decay`` has the ids of tensors without weight decay, such as biases.
     """
     plain = [variable for variable in lower.variables if id(variable) in without_decay]
     decayed = [variable for variable in lower.variables if id(variable) not in without_decay]

@@ -194,10 +194,7 @@ class StepLog:
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """The means over steps and processes, and the last numbers; both are then cleared."""
-        each = {(key, i): float(v) for key, vs in self._values.items() for i, v in enumerate(vs)}
-        means: dict[str, list[float]] = {}
-        for (key, _), value in distributed.averages(each).items():
-            means.setdefault(key, []).append(value)
+        means = {key: sum(map(float, each)) / len(each) for key, each in self._values.items()}
         last = {key: float(value) for key, value in self.last.items() if value is not None}
         self._values, self.last = {}, {}
-        return {key: sum(values) / len(values) for key, values in means.items()}, last
+        return distributed.averages(means), last

@@ -38,16 +38,6 @@ class UpperBatches(Dataset[Any]):
 
     Raises:
         ProblemError: no examples, or an iterable data set.
-
-    Example:
-        >>> batches = UpperBatches(range(4), 2, seed=0, collate=list)
-        >>> batches.pieces(1) == batches.pieces(1)
-        True
-        >>> sorted(batches.batch(0) + batches.batch(1))
-        [0, 1, 2, 3]
-        >>> batches = UpperBatches(range(5), 2, seed=0, collate=len, full=True)
-        >>> batches.pieces(0)  # numbers of examples, and weights
-        [(1, 0.6), (2, 1.2), (2, 1.2)]
     """
 
     def __init__(

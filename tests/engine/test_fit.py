@@ -23,15 +23,14 @@ def level(data: list[float], **options: Any) -> FunctionLevel:
 
 
 def test_fit_does_the_steps_of_the_optimizer_and_records_them() -> None:
-    problem, seen = level([1.0, 2.0]), []
-    history = fit(problem, 3, callbacks=[lambda _, record: seen.append(record)], progress=False)
+    problem = level([1.0, 2.0])
+    history = fit(problem, 3, progress=False)
     w, expected = 1.0, []
     for step, factor in enumerate((1.0, 2.0, 1.0), start=1):
         record = {"step": step, "loss": factor * w * w, "grad_norm": 2 * factor * w}
         expected.append(record | {"factor": factor})
         w -= 0.1 * 2 * factor * w
     assert history == [pytest.approx(record, rel=1e-6) for record in expected]
-    assert seen == history
     assert problem.variables[0].item() == pytest.approx(w)
 
 
