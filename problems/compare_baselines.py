@@ -141,11 +141,8 @@ def compare_baselines(
 def split_folds(classes: Sequence[Any], folds: int, *, seed: int = 0) -> np.ndarray[Any, Any]:
     """The fold of each row, from 0 and below ``folds``, shuffled by ``seed``.
 
-    Args:
-        classes: the class of each row, by which the folds are stratified, unless every class has
-            fewer rows than there are folds.
-        folds: the number of folds.
-        seed: the seed of the permutation.
+    The folds are stratified by ``classes``, the class of each row, unless every class has fewer
+    rows than there are folds.
 
     Raises:
         ProblemError: ``folds`` is not from 2 to the number of rows.

@@ -24,8 +24,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return type(batch)({key: to_device(value, device) for key, value in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, list | tuple):
-        parts = [to_device(value, device) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 

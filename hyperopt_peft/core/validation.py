@@ -165,9 +165,9 @@ def _plain(value: Any) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def check_level_state(level: Level, state: Any, parts: Mapping[str, Any]) -> None:
-    """Raise ProblemError where ``state`` does not fit ``level``, whose ``parts`` have states."""
-    expected = {"variables", *parts}
+def check_level_state(level: Level, state: Any, stateful: Mapping[str, Any]) -> None:
+    """Raise ProblemError where ``state`` does not fit ``level`` with the objects ``stateful``."""
+    expected = {"variables", *stateful}
     if not isinstance(state, Mapping) or set(state) != expected:
         entries = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ProblemError(
@@ -175,10 +175,10 @@ def check_level_state(level: Level, state: Any, parts: Mapping[str, Any]) -> Non
             "this level"
         )
     for key in ("optimizer", "scheduler"):
-        if key in parts and _form(state[key]) != _form(parts[key].state_dict()):
+        if key in stateful and _form(state[key]) != _form(stateful[key].state_dict()):
             raise ProblemError(
-                f"{level.name}: the {key}'s state does not fit {type(parts[key]).__name__} or its "
-                f"parameter groups; create the level with the {key} of the saved run"
+                f"{level.name}: the {key}'s state does not fit {type(stateful[key]).__name__} or "
+                f"its parameter groups; create the level with the {key} of the saved run"
             )
     shapes = {name: tuple(v.shape) for name, v in zip(level.names, level.variables, strict=True)}
     saved = {name: tuple(v.shape) for name, v in state["variables"].items()}
