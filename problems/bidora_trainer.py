@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -113,8 +112,8 @@ class BiDoRATrainer(TwoPhaseTrainer):
         train_dataset: all training examples, split by ``args.upper_fraction``; the lower level's
             examples if ``upper_dataset`` is given.
         upper_dataset: the examples for the magnitudes; not ``eval_dataset``.
-        callbacks: the callbacks of the search; the retraining has copies in their initial state.
-        trainer: further arguments of `transformers.Trainer`.
+        trainer: further arguments of `transformers.Trainer`. The retraining has copies of the
+            ``callbacks`` in their initial state.
 
     Raises:
         ProblemError: as `BilevelTrainer`; a layer has no magnitude; or a product is exact over a
@@ -135,7 +134,6 @@ class BiDoRATrainer(TwoPhaseTrainer):
         *,
         train_dataset: Any,
         upper_dataset: Any = None,
-        callbacks: Sequence[Any] | None = None,
         **trainer: Any,
     ) -> None:
         if not isinstance(args, BiDoRATrainingArguments):
@@ -145,7 +143,7 @@ class BiDoRATrainer(TwoPhaseTrainer):
         self.examples, self.given_upper = train_dataset, upper_dataset
         if upper_dataset is not None:
             self.examples = joined(train_dataset=train_dataset, upper_dataset=upper_dataset)
-        self._options = options_of_retraining(callbacks, trainer)
+        self._options = options_of_retraining(trainer)
         super().__init__(
             model,
             lower=_lower,
@@ -153,7 +151,6 @@ class BiDoRATrainer(TwoPhaseTrainer):
             args=args,
             train_dataset=train_dataset,
             upper_dataset=upper_dataset,
-            callbacks=callbacks,
             **trainer,
         )
         if self.is_fsdp_enabled and args.gamma > 0:

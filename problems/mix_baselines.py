@@ -55,10 +55,9 @@ class Baselines:
         args = trainer.args.for_retraining()
         self.passes_of_a_step: int = args.gradient_accumulation_steps
         self.steps = args.steps_of(len(trainer.data.everything))
-        of_retraining = self.steps * self.passes_of_a_step
-        if trainer.args.retrain == "none":
-            of_retraining = 0
-        self.passes = of_retraining + trainer.search_passes()
+        self.passes = trainer.search_passes()
+        if trainer.args.retrain != "none":
+            self.passes += self.steps * self.passes_of_a_step
         self._options = {**trainer.options, "callbacks": None}
         self._last: tuple[SourceData, Tensor] | None = None  # data, and their agreement
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -121,7 +121,6 @@ class MixTrainer(TwoPhaseTrainer):
         *,
         sources: Mapping[str, Dataset] | Dataset | SourceData,
         trusted: Dataset | None = None,
-        callbacks: Sequence[Any] | None = None,
         **trainer: Any,
     ) -> None:
         if not isinstance(args, MixTrainingArguments):
@@ -141,7 +140,7 @@ class MixTrainer(TwoPhaseTrainer):
         self.data = sources.of_columns({*columns, SOURCE, VOTES})
         self.weights = SourceWeights(self.data.counts).to(args.device)
         #: The arguments of `transformers.Trainer` for further trainers of the same model.
-        self.options = options_of_retraining(callbacks, trainer)
+        self.options = options_of_retraining(trainer)
         #: The initial values of the trainable parameters.
         self.initial = [parameter.detach().clone() for _, parameter in trainable(model)]
         super().__init__(
@@ -151,7 +150,6 @@ class MixTrainer(TwoPhaseTrainer):
             args=args,
             train_dataset=self.data.everything,
             upper_dataset=self.data.trusted,
-            callbacks=callbacks,
             **trainer,
         )
 

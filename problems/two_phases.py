@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -182,9 +182,9 @@ class TwoPhaseTrainer(BilevelTrainer):
         return {name: variable for name, variable in named if id(variable) not in of_model}
 
 
-def options_of_retraining(callbacks: Sequence[Any] | None, trainer: Mapping[str, Any]) -> Any:
+def options_of_retraining(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a second trainer, made before the search changes the callbacks' state."""
-    copies = [copy.copy(callback) for callback in callbacks or ()]
+    copies = [copy.copy(callback) for callback in trainer.get("callbacks") or ()]
     return {**trainer, "callbacks": copies, "optimizers": (None, None)}
 
 

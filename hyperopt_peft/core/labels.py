@@ -99,7 +99,9 @@ def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     labels = require_labels(batch)
     shifted = labels_are_shifted(model, batch)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    losses = _of_logits(model, _called(model, inputs).logits, labels, shifted)
+    with model_reads(inputs):
+        output = model(**inputs)
+    losses = _of_logits(model, output.logits, labels, shifted)
     if model not in _MEAN:
         _require_mean(model, batch, shifted)
         _MEAN[model] = True
@@ -220,7 +222,8 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     parameters = signature(base_model(model).forward).parameters
     if "labels" in parameters:  # a Trainer's columns may be others' than the model's
         batch = {key: value for key, value in batch.items() if key in parameters}
-    output = _called(model, batch)
+    with model_reads(batch):
+        output = model(**batch)
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
         raise ProblemError(
@@ -230,9 +233,11 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     return output
 
 
-def _called(model: Any, batch: Mapping[str, Any]) -> Any:
+@contextmanager
+def model_reads(batch: Mapping[str, Any]) -> Iterator[None]:
+    """Turn the errors of a model that cannot read ``batch`` in the body into a ProblemError."""
     try:
-        return model(**batch)
+        yield
     except (TypeError, ValueError, IndexError) as error:
         raise ProblemError(
             f"the model has no loss for a batch of {sorted(batch)}: {error}; give the data the "

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hyperopt_peft.core.labels import ITEMS, WEIGHT
+from hyperopt_peft.core.labels import ITEMS, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
@@ -347,13 +347,8 @@ class BilevelTrainer(Trainer):
         """
         inputs = dict(batch)
         items, weight = inputs.pop(ITEMS, None), inputs.pop(WEIGHT, None)
-        try:
+        with model_reads(batch):
             loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
-        except (TypeError, ValueError, IndexError) as error:
-            raise ProblemError(
-                f"the model has no loss for a batch of {sorted(batch)}: {error}; give the data the "
-                "columns of the model's forward, with valid labels"
-            ) from error
         return loss if weight is None else loss * weight.to(loss.dtype)
 
     def compute_loss(
