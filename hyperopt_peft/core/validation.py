@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_half
+from hyperopt_peft.utils.validation import require_settings
 
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
@@ -180,14 +181,11 @@ def check_level_state(level: Level, state: Any, stateful: Mapping[str, Any]) -> 
                 f"{level.name}: the {key}'s state does not fit {type(stateful[key]).__name__} or "
                 f"its parameter groups; create the level with the {key} of the saved run"
             )
-    shapes = {name: tuple(v.shape) for name, v in zip(level.names, level.variables, strict=True)}
-    saved = {name: tuple(v.shape) for name, v in state["variables"].items()}
-    for name in (*shapes, *saved):
-        if shapes.get(name) != saved.get(name):
-            raise ProblemError(
-                f"{level.name}: variable {name!r} has shape {shapes.get(name)} in the level and "
-                f"{saved.get(name)} in the state; use the variables of the saved run"
-            )
+    saved, current = (
+        {f"{level.name}: variable {name!r}": tuple(v.shape) for name, v in named}
+        for named in (state["variables"].items(), zip(level.names, level.variables, strict=True))
+    )
+    require_settings("the state", saved, "the level", current)
 
 
 def _form(state: Mapping[str, Any]) -> Any:
