@@ -149,9 +149,9 @@ class Baselines:
             assign_(self.variables, self.trainer.initial)
         args = self._silenced(self.trainer.args.for_retraining())
         args.max_steps = max(1, steps)
-        levels = {"lower": lambda made: Mixture(made.model, weights), "upper": None}
-        options = {**self._options, "args": args, "train_dataset": rows}
-        _run(BilevelTrainer(self.model, **levels, **options))
+        options = {**self._options, "args": args, "train_dataset": rows, "upper": None}
+        options["lower"] = lambda made: Mixture(made.model, weights)
+        _run(BilevelTrainer(self.model, **options))
 
     def _silenced(self, args: Any) -> Any:
         """``args`` that write nothing."""
