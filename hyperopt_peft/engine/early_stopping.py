@@ -119,6 +119,7 @@ def held_out_loss(
     Dropout masks are a function of ``seed``, so that two losses differ by the variables alone.
 
     Raises:
+        ProblemError: there are no batches.
         NonFiniteError: F is NaN or infinite.
     """
     devices, losses = devices_of(upper, lower), []
@@ -131,4 +132,6 @@ def held_out_loss(
             evaluation = upper.gradient(upper.on_device(batch), upper.variables)
             losses.append(evaluation.loss - prior_of(upper, evaluation.metrics))
             buffers.restore()
+    if not losses:
+        raise ProblemError("held_out: there are no batches; give at least one")
     return sum(losses) / len(losses)

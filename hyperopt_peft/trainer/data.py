@@ -152,16 +152,15 @@ def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
 
 
 def joined(**tables: Any) -> Any:
-    """The rows of ``tables``, data sets with the same columns, one after another.
+    """The rows of ``tables``, one after another.
 
     Raises:
         ProblemError: one is empty or no data set, or they do not join; the names are in the text.
     """
     for name, rows in tables.items():
         require_examples(name, rows)
-    first, *_ = tables.values()
     try:
-        return concatenate_datasets([t.select_columns(first.column_names) for t in tables.values()])
+        return concatenate_datasets(list(tables.values()))
     except (ValueError, TypeError, AttributeError) as error:
         raise ProblemError(f"{' and '.join(tables)} do not join: {error}") from error
 
