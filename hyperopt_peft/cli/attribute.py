@@ -107,9 +107,8 @@ def run(argv: Sequence[str]) -> None:
     if first:
         columns: dict[str, list[Any]] = {}
         if suspects is not None:
-            flagged = set(suspects.flagged)
-            columns["suspect"] = [int(row in flagged) for row in range(len(setup.train))]
-            columns["label_confidence"] = suspects.confidence.tolist()
+            flagged = [int(row in suspects.flagged) for row in range(len(setup.train))]
+            columns = {"suspect": flagged, "label_confidence": suspects.confidence.tolist()}
         result.to_csv(output / "attribution.csv", columns)
         result.plot(output / "attribution.png", command.show)
     trainer.log_metrics("eval", metrics)
@@ -142,7 +141,7 @@ def split(
         evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
     test = None
     if command.test_file:
-        test = setup.read(command.test_file, "test_file", "the test examples")
+        test = setup.read(command.test_file, "test_file")
         for other, name in ((setup.train, "training"), (evaluation, "evaluation")):
             if common := shared(test, other):
                 raise ProblemError(

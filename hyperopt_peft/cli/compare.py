@@ -21,6 +21,7 @@ from hyperopt_peft.cli.text.setup import TYPES, Method, MethodArguments, Setup, 
 from hyperopt_peft.cli.train import phases
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.plots import COLOURS, drawing
 
 METHODS = get_args(Method)[::-1]
 #: Bootstrap samples of the test rows.
@@ -41,12 +42,6 @@ class CompareArguments(OutputArguments):
         default_factory=lambda: [0, 1, 2],
         help="of the start, the split and the order of examples; each method runs once a seed",
     )
-
-    def __post_init__(self) -> None:
-        for name in ("methods", "seeds"):
-            values = getattr(self, name)
-            if repeated := {value for value in values if values.count(value) > 1}:
-                raise ProblemError(f"{name}: {min(repeated)} is given twice; leave one out")
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ def run(argv: Sequence[str]) -> None:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     metric, runs, size = f"eval_{setup.task.metric}", list[MethodRun](), len(setup.evaluation)
-    for seed in command.seeds:
+    for seed in dict.fromkeys(command.seeds):
         budget, rows = args.steps_of(len(setup.train)), setup.train
         if any(settings.method == "bidora" for settings in chosen.values()):
             lower, _ = split_dataset(rows, args.upper_fraction, seed)
@@ -96,7 +91,8 @@ def run(argv: Sequence[str]) -> None:
     if not distributed.rank():
         text = table(runs, metric, size)
         (output / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
-        print(f"\n{text}\n\ntable and numbers are in {output}")
+        picture(runs, metric, output / "comparison.png")
+        print(f"\n{text}\n\ntable, picture and numbers are in {output}")
 
 
 def arguments_of(name: str, args: MethodArguments) -> MethodArguments:
@@ -162,6 +158,40 @@ def mean_and_error(values: Sequence[float], draws: Sequence[Numbers]) -> tuple[f
     return float(np.mean(values)), math.sqrt(over_seeds + over_rows)
 
 
+def means(runs: Sequence[MethodRun], metric: str) -> dict[str, tuple[float, float, float, float]]:
+    """Of each method the mean ``metric`` and the difference to the first, each with its error."""
+    baseline = {run.seed: run for run in runs if run.method == runs[0].method}
+    result = {}
+    for method in dict.fromkeys(run.method for run in runs):
+        pairs = [(run, baseline[run.seed]) for run in runs if run.method == method]
+        mean = mean_and_error(
+            [run.metrics[metric] for run, _ in pairs], [x.draws for x, _ in pairs]
+        )
+        difference = mean_and_error(
+            [run.metrics[metric] - other.metrics[metric] for run, other in pairs],
+            [run.draws - other.draws for run, other in pairs],
+        )
+        result[method] = *mean, *difference
+    return result
+
+
+def picture(runs: Sequence[MethodRun], metric: str, path: Path) -> None:
+    """The numbers of `means` as points with an error bar, ± one standard error."""
+    results = means(runs, metric)
+    first, height = runs[0].method, 1.5 + 0.5 * len(results)
+    with drawing(path, 9, height, columns=2, sharey=True) as (_, (left, right)):
+        for row, (method, (mean, error, difference, its_error)) in enumerate(results.items()):
+            style: Any = {"fmt": "o", "capsize": 4, "color": COLOURS[row % len(COLOURS)]}
+            left.errorbar(mean, row, xerr=error, **style)
+            if method != first:
+                right.errorbar(difference, row, xerr=its_error, **style)
+        left.set_yticks(range(len(results)), list(results), parse_math=False)
+        left.set_ylim(len(results) - 0.5, -0.5)
+        left.set_xlabel(f"{metric.removeprefix('eval_')} ± one standard error")
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set_xlabel(f"difference to {first}, paired")
+
+
 def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
     """The means of ``runs`` over the seeds in Markdown, and their errors on ``size`` test rows.
 
@@ -169,24 +199,17 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
     """
     timings = ("_runtime", "_per_second", "_time")
     others = [x for x in runs[0].metrics if x != metric and not x.endswith(timings)]
-    baseline = {run.seed: run for run in runs if run.method == runs[0].method}
     heads = ["method", metric, f"difference to {runs[0].method}", *others]
     heads = [head.removeprefix("eval_") for head in heads]
     lines = [[*heads, "seconds", "trainable parameters", "steps"]]
     lines.append(["---"] * len(lines[0]))
-    for method in dict.fromkeys(run.method for run in runs):
+    for method, (mean, error, difference, its_error) in means(runs, metric).items():
         seeds = [run for run in runs if run.method == method]
-        paired = [(run, baseline[run.seed]) for run in seeds]
-        value = mean_and_error([run.metrics[metric] for run in seeds], [run.draws for run in seeds])
-        gap = mean_and_error(
-            [run.metrics[metric] - other.metrics[metric] for run, other in paired],
-            [run.draws - other.draws for run, other in paired],
-        )
         lines.append(
             [
                 method,
-                "{:.4f} ± {:.4f}".format(*value),
-                "–" if method == runs[0].method else "{:+.4f} ± {:.4f}".format(*gap),
+                f"{mean:.4f} ± {error:.4f}",
+                "–" if method == runs[0].method else f"{difference:+.4f} ± {its_error:.4f}",
                 *(f"{np.mean([run.metrics[name] for run in seeds]):.4f}" for name in others),
                 f"{np.mean([run.seconds for run in seeds]):.1f}",
                 str(seeds[0].trainable_parameters),
@@ -194,8 +217,9 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
             ]
         )
     cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    of = " and of the seeds" if len(baseline) > 1 else "; one seed shows none of its own"
+    count = len({run.seed for run in runs})
+    of = " and of the seeds" if count > 1 else "; one seed shows none of its own"
     return (
-        f"{cells}\n\nMeans of {len(baseline)} seed{'s' * (len(baseline) > 1)} on {size} test rows; "
+        f"{cells}\n\nMeans of {count} seed{'s' * (count > 1)} on {size} test rows; "
         f"± is one standard error, of the test rows{of}. Differences are paired by seed and row."
     )

@@ -6,23 +6,30 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from datasets import Dataset
+from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
 from hyperopt_peft.cli.text.data import TRAIN, DataArguments, join, read_files, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import prepare, train_or_resume, warn_of_shared
+from hyperopt_peft.cli.text.setup import prepare, warn_of_shared
 from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.compare_baselines import compare_baselines
 from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
 from hyperopt_peft.utils.groups import group_rows
+from hyperopt_peft.utils.plots import COLOURS, drawing
 
 #: The column with the name of each training example's source file.
 ORIGIN = "mix_source"
+#: The sources' shares in a record of the Trainer's log.
+SHARES = "shares"
+#: A source has a colour and a marker of its own.
+MARKERS = "os^Dvx"
 
 
 @dataclass
@@ -93,7 +100,7 @@ def run(argv: Sequence[str]) -> None:
     command, model_args, data, args = parse("mix", kinds, argv)
     command.require_output(args, resumes=True)
     setup = prepare(model_args, data)
-    trusted = setup.read(command.trusted_file, "trusted_file", "the trusted examples")
+    trusted = setup.read(command.trusted_file, "trusted_file")
     folds = command.baseline_folds
     if folds and not 2 <= folds <= len(trusted):
         raise ProblemError(
@@ -102,7 +109,7 @@ def run(argv: Sequence[str]) -> None:
         )
     test = None
     if command.test_file:
-        test = setup.read(command.test_file, "test_file", "the test examples")
+        test = setup.read(command.test_file, "test_file")
         warn_of_shared(test, "test examples", setup.train, "in a source")
         warn_of_shared(test, "test examples", trusted, "trusted examples")
     column = data.source_column or ORIGIN
@@ -112,9 +119,10 @@ def run(argv: Sequence[str]) -> None:
     model = setup.model(args.seed, dora=False)
     options = {"trusted": trusted, "eval_dataset": test, **setup.options(model)}
     trainer = MixTrainer(model, args, sources=sources, **options)
-    train_or_resume(trainer)
-    save_adapter(trainer)
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
+    trainer.add_callback(RecordShares(trainer, output / "weights.png"))
+    trainer.train(resume_from(args))
+    save_adapter(trainer)
     shares, weights, counts = trainer.shares(), trainer.row_weights(), trainer.data.counts
     if first:
         record = {
@@ -136,8 +144,50 @@ def run(argv: Sequence[str]) -> None:
         if first:
             print(f"\nby {folds} folds of {len(trusted)} trusted examples:\n{comparison}")
     if first:
-        print(f"\nthe adapter and weights.json are in {output}")
+        print(f"\nthe adapter, weights.json and weights.png are in {output}")
     trainer.end_training()
+
+
+class RecordShares(TrainerCallback):
+    """Logs the sources' shares at each upper step of the search, and draws them at its end.
+
+    They are in the Trainer's state, so that the picture of a resumed search has all steps.
+    """
+
+    def __init__(self, trainer: MixTrainer, path: Path) -> None:
+        self.trainer, self.path, self.initial = trainer, path, trainer.shares()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the shares."""
+        if state.global_step % args.lower_steps == 0:
+            state.log_history.append({"step": state.global_step, SHARES: self.trainer.shares()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the shares."""
+        if state.is_world_process_zero:
+            logged = {x["step"]: x[SHARES] for x in state.log_history if SHARES in x}
+            picture({0: self.initial, **logged}, self.path)
+
+
+def picture(shares: Mapping[int, Mapping[str, float]], path: Path) -> None:
+    """The share of each source over the steps of the search, a colour and marker for each."""
+    with drawing(path, 8, 4.5) as (_, axes):
+        for number, name in enumerate(shares[0]):
+            axes.plot(
+                list(shares),
+                [at_step[name] for at_step in shares.values()],
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
+                markersize=4,
+                label=name,
+            )
+        axes.set_xlabel("lower step of the search")
+        axes.set_ylabel("share in the training loss")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name may have a $
 
 
 def configurations(

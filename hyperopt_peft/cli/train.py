@@ -12,15 +12,8 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.adapters import split_parameters
-from hyperopt_peft.cli.options import OutputArguments, parse
-from hyperopt_peft.cli.text.setup import (
-    TYPES,
-    MethodArguments,
-    Setup,
-    changed,
-    prepare,
-    train_or_resume,
-)
+from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
+from hyperopt_peft.cli.text.setup import TYPES, MethodArguments, Setup, changed, prepare
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
@@ -44,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
             print(plan(setup, setup.trainer(changed(args, output_dir=folder))))
         return
     trainer = setup.trainer(args)
-    train_or_resume(trainer)
+    trainer.train(resume_from(args))
     save(trainer, {} if setup.evaluation is None else trainer.evaluate())
     names = data.train_file or [data.dataset]
     trainer.create_model_card(dataset=[Path(name).name for name in names])

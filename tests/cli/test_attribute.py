@@ -15,7 +15,7 @@ from hyperopt_peft.cli.attribute import AttributeArguments, split
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
-from tests.support.cli import NOWHERE, refused, run, small_run
+from tests.support.cli import refused, run, small_run
 from tests.support.files import rows, write
 
 
@@ -118,30 +118,11 @@ def test_every_task_is_scored(tmp_path: Path, task: str) -> None:
 
 def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
     """In the order of the file, from a search and a retraining."""
-    run("attribute", **options(tmp_path, method="bidora", max_steps=4, check=5))
+    run("attribute", **options(tmp_path, method="bidora", max_steps=4))
     table = written(tmp_path)
     assert [line["text"] for line in table] == [row["text"] for row in rows()]
     assert all(float(line["score"]) != 0 for line in table)
     assert PeftConfig.from_pretrained(tmp_path / "out").use_dora
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"estimator": "unroled"}, "'unroled'.*unrolled"),
-        ({"estimator": "darts"}, "darts gives no score for each row"),
-        ({"check": 2}, "check.*at least 5"),
-        ({"suspects": 1}, "suspects.*at least 2"),
-        ({"suspects": 3}, "suspects: needs a class label per row; causal-lm has none"),
-        ({"retrain_without": 1.5}, "retrain_without.*1.5"),
-        ({"test_file": "test.csv"}, "test_file: is of retrain_without"),
-        ({"weight_column": "weight"}, "weight_column"),
-    ],
-)
-def test_bad_options_are_refused_before_any_work(
-    changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused(capsys, "attribute", {**NOWHERE, **changes}, words)
 
 
 @pytest.mark.parametrize(

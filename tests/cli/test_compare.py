@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hyperopt_peft import ProblemError
 from hyperopt_peft.cli import compare
 from hyperopt_peft.cli.compare import (
-    CompareArguments,
     MethodRun,
     arguments_of,
     bootstrap,
@@ -21,7 +19,7 @@ from hyperopt_peft.cli.compare import (
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import MethodArguments, prepare
-from tests.support.cli import NOWHERE, refused, run, small_run
+from tests.support.cli import refused, run, small_run
 
 METHODS = ["lora", "dora", "bidora:cg:steps=2,damping=1.0"]
 
@@ -31,7 +29,7 @@ def test_the_table_is_that_of_runs_of_one_budget(
 ) -> None:
     monkeypatch.setattr(compare, "DRAWS", 10)
     changes = {"target_modules": ["query"], "retrain_steps": 3}
-    run("compare", **small_run(tmp_path, methods=METHODS, seeds=[0, 1], **changes))
+    run("compare", **small_run(tmp_path, methods=METHODS, seeds=[0, 1, 0], **changes))
     folder = tmp_path / "out"
     record = json.loads((folder / "comparison.json").read_text())
     assert [(each["method"], each["seed"]) for each in record["runs"]] == [
@@ -50,6 +48,7 @@ def test_the_table_is_that_of_runs_of_one_budget(
     assert trainable["dora"] == trainable[METHODS[2]] > trainable["lora"]
     assert "runtime" not in text and "per_second" not in text
     assert not list(folder.rglob("checkpoint-*"))
+    assert (folder / "comparison.png").stat().st_size > 10_000
 
 
 def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path: Path) -> None:
@@ -112,30 +111,8 @@ def test_a_method_may_name_its_estimator(tmp_path: Path) -> None:
     assert arguments_of("bidora", args).estimator().xi == 0.1
     settings = arguments_of("bidora:cg:steps=3", args)
     assert (settings.method, settings.estimator().steps) == ("bidora", 3)
-    assert (args.method, args.xi, args.save_strategy) == ("bidora", 0.1, "steps")
-    assert settings.save_strategy == "no"
-    args.load_best_model_at_end = True
-    assert arguments_of("dora", args).save_strategy == "steps"
+    assert (args.xi, args.save_strategy) == (0.1, "steps")  # unchanged
 
 
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [
-        ("bidorra", "'bidora'"),
-        ("damping=1.0", "quotes"),
-        ("lora:cg", "'lora:cg'"),
-        ("bidora:dart", "'darts'"),
-    ],
-)
-def test_unknown_methods_are_refused_before_any_work(
-    method: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused(capsys, "compare", {**NOWHERE, "methods": ["lora", method]}, words)
-
-
-def test_methods_twice_and_no_evaluation_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ProblemError, match="seeds: 3"):
-        CompareArguments(seeds=[3, 1, 3])
+def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "compare", small_run(tmp_path, eval_fraction=0, eval_file=None), "eval_file")

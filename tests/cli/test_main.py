@@ -6,10 +6,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
@@ -67,18 +65,7 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
     assert err.rstrip("\n").splitlines()[-1] == "hyperopt-peft train: interrupted"
 
 
-def test_an_interruption_is_one_line_and_a_bug_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def ends(error: type[BaseException]) -> Callable[[object], NoReturn]:
-        def run(argv: object) -> NoReturn:
-            raise error("a bug")
-
-        return run
-
-    monkeypatch.setattr(train, "run", ends(KeyboardInterrupt))
-    assert main(["train"]) == 130
-    assert capsys.readouterr().err == "hyperopt-peft train: interrupted\n"
-    monkeypatch.setattr(train, "run", ends(KeyError))
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "run", lambda _: {}["a bug"])
     with pytest.raises(KeyError):
         main(["train"])

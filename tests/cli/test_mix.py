@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from peft import PeftConfig
 
+from hyperopt_peft.cli import mix
 from tests.support.cli import refused, run, small_run
 from tests.support.files import rows, write
 
@@ -25,14 +27,22 @@ def options(folder: Path, **changes: Any) -> dict[str, Any]:
         "swapped": write(folder / "swapped.jsonl", swapped),
     }
     trusted = write(folder / "trusted.jsonl", rows(number=12, seed=7))
-    mix = {"sources": json.dumps(files), "trusted_file": trusted, "baseline_folds": 0}
-    small = {"max_steps": 4, "retrain_steps": 2, "target_modules": ["query"]}
-    return small_run(folder, **{"train_file": None, "eval_file": None, **mix, **small, **changes})
+    data = {
+        "sources": yaml.safe_dump(files, sort_keys=False),
+        "trusted_file": trusted,
+        "baseline_folds": 0,
+    }
+    small: dict[str, Any] = {"max_steps": 4, "retrain_steps": 2, "target_modules": ["query"]}
+    small["gradient_accumulation_steps"] = 2
+    return small_run(folder, **{"train_file": None, "eval_file": None, **data, **small, **changes})
 
 
-def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    test = write(tmp_path / "test.jsonl", rows(number=9, seed=8))
+def test_everything_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    test = write(tmp_path / "test.jsonl", rows()[:6] + rows(number=4, seed=8))
     run("mix", **options(tmp_path, test_file=test, baseline_folds=2, equal_passes=False))
+    assert "6 of 10 test examples are in a source too" in caplog.text
     sources = json.loads((tmp_path / "out/weights.json").read_text())["sources"]
     assert list(sources) == ["web", "swapped", "trusted"]
     assert sum(source["share"] for source in sources.values()) == pytest.approx(1)
@@ -52,17 +62,7 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert re.search(r"source +rows +share", printed) and re.search("learn(ed|t) weights", printed)
     assert "by 2 folds of 12 trusted examples" in printed and "use " in printed
     assert "eval_loss" in printed
-
-
-def test_sources_in_yaml_and_test_examples_in_a_source_are_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    sources = {name: str(tmp_path / f"{name}.jsonl") for name in ("web", "swapped")}
-    text = yaml.safe_dump(sources, default_flow_style=True).strip()
-    test = write(tmp_path / "test.jsonl", rows()[:6] + rows(number=4, seed=8))
-    run("mix", **options(tmp_path, sources=text, test_file=test))
-    assert (tmp_path / "out/mixture.yaml").exists()
-    assert "6 of 10 test examples are in a source too" in caplog.text
+    assert (tmp_path / "out/weights.png").stat().st_size > 10_000
 
 
 def test_sources_in_a_column(tmp_path: Path) -> None:
@@ -73,6 +73,22 @@ def test_sources_in_a_column(tmp_path: Path) -> None:
     counts = {name: source["rows"] for name, source in sources.items()}
     assert counts == {"u": 12, "v": 12, "trusted": 12}
     assert not (tmp_path / "out/mixture.yaml").exists()
+
+
+def test_the_picture_of_a_resumed_search_has_every_upper_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(mix, "picture", lambda shares, path: drawn.append(shares))
+    chosen = options(tmp_path, save_strategy="steps", save_steps=2, retrain="none", max_steps=6)
+    run("mix", **chosen)
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    run("mix", **chosen, resume_from_checkpoint=True)
+    whole, resumed = drawn
+    assert list(whole) == [0, 2, 4, 6] and resumed == whole
+    assert whole[0] == pytest.approx({"web": 0.4, "swapped": 0.4, "trusted": 0.2})
+    sources = json.loads((tmp_path / "out/weights.json").read_text())["sources"]
+    assert whole[6] == {name: source["share"] for name, source in sources.items()} != whole[4]
 
 
 @pytest.mark.parametrize(

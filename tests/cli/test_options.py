@@ -16,8 +16,8 @@ from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.options import parse
 from hyperopt_peft.cli.text.setup import TYPES
-
-REQUIRED = ["--model", "m", "--task", "causal-lm", "--train_file", "t.csv", "--use_cpu"]
+from tests.support.cli import refused
+from tests.support.files import flags
 
 
 @dataclass
@@ -71,7 +71,9 @@ def test_a_file_and_flags_which_override_it(
 
 def test_a_mapping_reaches_training_arguments(tmp_path: Path) -> None:
     file = yaml(tmp_path, "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: none")
-    *_, args = parse("train", TYPES, [file, *REQUIRED])
+    *_, args = parse(
+        "train", TYPES, [file, *flags(model="m", task="causal-lm", train_file="t", use_cpu=True)]
+    )
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
     assert isinstance(args, TrainingArguments) and args.report_to == []
 
@@ -104,31 +106,45 @@ def test_bad_options_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("argv", "named"),
+    ("command", "changes", "words"),
     [
-        (REQUIRED[2:], "--model"),
-        ([*REQUIRED, "--learning_rat", "1"], "'learning_rate'"),
-        ([*REQUIRED, "--hypergradient", "dart"], "'darts'"),
-        ([*REQUIRED, "--load_best_model_at_end"], "eval strategy"),
-        ([*REQUIRED, "--method", "bidorra"], "--method"),
-        ([*REQUIRED, "--rank", "0"], "rank: "),
-        ([*REQUIRED, "--dropout", "1"], "dropout: "),
-        ([*REQUIRED, "--dtype", "float8"], "--dtype"),
-        ([*REQUIRED, "--dataset", "b"], "train_file: give either train_file or dataset"),
-        (REQUIRED[:4], "train_file: give either train_file or dataset"),
-        ([*REQUIRED, "--eval_split", "b"], "eval_split: is of a dataset"),
-        ([*REQUIRED, "--eval_fraction", "1"], "eval_fraction: "),
-        ([*REQUIRED, "--max_length", "1"], "max_length: "),
-        (
-            [*REQUIRED[:4], *["--dataset", "a", "--eval_split", "b", "--eval_file", "c"]],
-            "eval_split: is of a dataset, and in place of eval_file",
-        ),
+        ("train", {"model": None}, "--model"),
+        ("train", {"learning_rat": 1}, "'learning_rate'"),
+        ("train", {"hypergradient": "dart"}, "'darts'"),
+        ("train", {"load_best_model_at_end": True}, "eval strategy"),
+        ("train", {"method": "bidorra"}, "--method"),
+        ("train", {"rank": 0}, "rank: "),
+        ("train", {"dropout": 1}, "dropout: "),
+        ("train", {"dtype": "float8"}, "--dtype"),
+        ("train", {"dataset": "b"}, "train_file: give either train_file or dataset"),
+        ("train", {"train_file": None}, "train_file: give either train_file or dataset"),
+        ("train", {"eval_split": "b"}, "eval_split: is of a dataset"),
+        ("train", {"eval_fraction": 1}, "eval_fraction: "),
+        ("train", {"max_length": 1}, "max_length: "),
+        ("compare", {"methods": ["lora", "bidorra"]}, "'bidora'"),
+        ("compare", {"methods": ["damping=1.0"]}, "quotes"),
+        ("compare", {"methods": ["lora:cg"]}, "'lora:cg'"),
+        ("compare", {"methods": ["bidora:dart"]}, "'darts'"),
+        ("check", {"estimators": ["drts"]}, "'drts'.*'darts'"),
+        ("check", {"reference": "exakt"}, "'exakt'.*'exact'"),
+        ("check", {"reference": "retraining:steps=0"}, "retraining.*steps.*0"),
+        ("check", {"search_steps": -1}, "search_steps.*-1"),
+        ("check", {"solver_steps": 0}, "solver_steps.*0"),
+        ("attribute", {"estimator": "unroled"}, "'unroled'.*unrolled"),
+        ("attribute", {"estimator": "darts"}, "darts gives no score for each row"),
+        ("attribute", {"check": 2}, "check.*at least 5"),
+        ("attribute", {"suspects": 1}, "suspects.*at least 2"),
+        ("attribute", {"suspects": 3}, "suspects: needs a class label per row; causal-lm has none"),
+        ("attribute", {"retrain_without": 1.5}, "retrain_without.*1.5"),
+        ("attribute", {"test_file": "test.csv"}, "test_file: is of retrain_without"),
+        ("attribute", {"weight_column": "weight"}, "weight_column"),
     ],
 )
-def test_the_dataclasses_own_checks_are_problem_errors(argv: list[str], named: str) -> None:
-    with pytest.raises(ProblemError) as error:
-        parse("train", TYPES, argv)
-    assert named in str(error.value)
+def test_bad_options_are_one_line_before_any_work(
+    command: str, changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model": "none", "task": "causal-lm", "train_file": "none.csv", **changes}
+    refused(capsys, command, {k: v for k, v in options.items() if v is not None}, words)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

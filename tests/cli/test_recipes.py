@@ -40,78 +40,33 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
     "roberta-large-sst2": (1e-5, 0.5, 0.5, 20_000, None),
     "roberta-large-stsb": (1e-5, 0.5, 0.5, 14_000, None),
 }
-RECIPES = pytest.mark.parametrize("recipe", PUBLISHED)
-#: A classification, a pair of held-out parts, a regression and a retraining; the others are slow.
-FEW = ("roberta-base-mnli", "roberta-base-stsb", "roberta-large-rte")
-RUNS = [each if each in FEW else pytest.param(each, marks=pytest.mark.slow) for each in PUBLISHED]
-
-#: GLUE on the hub: the columns with texts, and the classes.
-GLUE: dict[str, tuple[list[str], list[str] | None]] = {
-    "cola": (["sentence"], ["unacceptable", "acceptable"]),
-    "mnli": (["premise", "hypothesis"], ["entailment", "neutral", "contradiction"]),
-    "mrpc": (["sentence1", "sentence2"], ["not_equivalent", "equivalent"]),
-    "qnli": (["question", "sentence"], ["entailment", "not_entailment"]),
-    "qqp": (["question1", "question2"], ["not_duplicate", "duplicate"]),
-    "rte": (["sentence1", "sentence2"], ["entailment", "not_entailment"]),
-    "sst2": (["sentence"], ["negative", "positive"]),
-    "stsb": (["sentence1", "sentence2"], None),
+#: The columns with texts of GLUE on the hub.
+TEXTS = {
+    "cola": ["sentence"],
+    "mnli": ["premise", "hypothesis"],
+    "mrpc": ["sentence1", "sentence2"],
+    "qnli": ["question", "sentence"],
+    "qqp": ["question1", "question2"],
+    "rte": ["sentence1", "sentence2"],
+    "sst2": ["sentence"],
+    "stsb": ["sentence1", "sentence2"],
 }
-
-
-def path(recipe: str) -> str:
-    return str(FOLDER / f"{recipe}.yaml")
+HELD_OUT = {"mnli": ["validation_matched", "validation_mismatched"]}
+#: A classification with two held-out splits, a regression, and a retraining, with their classes.
+RUNS = {
+    "roberta-base-mnli": ["entailment", "neutral", "contradiction"],
+    "roberta-base-stsb": None,
+    "roberta-large-rte": ["entailment", "not_entailment"],
+}
 
 
 def task_of(recipe: str) -> str:
     return recipe.rpartition("-")[2]
 
 
-def splits(task: str) -> list[str]:
-    held_out = ["_matched", "_mismatched"] if task == "mnli" else [""]
-    return ["train", *[f"validation{suffix}" for suffix in held_out]]
-
-
-@pytest.fixture(scope="module")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder that `datasets` reads as it reads GLUE on the hub, with a few rows."""
-    folder = tmp_path_factory.mktemp("glue")
-    configs = []
-    for task, (columns, classes) in GLUE.items():
-        label = Value("float32") if classes is None else ClassLabel(names=classes)
-        features = {**{name: Value("string") for name in columns}, "label": label}
-        files = []
-        for number, split in enumerate(splits(task)):
-            rows = [
-                {
-                    **{n: f"{WORDS[(7 * number + i + j) % 40]} w1" for j, n in enumerate(columns)},
-                    "label": i % 5 / 2 if classes is None else i % len(classes),
-                }
-                for i in range(20 if split == "train" else 6)
-            ]
-            file = folder / task / f"{split}.parquet"
-            file.parent.mkdir(exist_ok=True)
-            Dataset.from_list(rows, features=Features(features)).to_parquet(file)
-            files.append({"split": split, "path": f"{task}/{file.name}"})
-        configs.append({"config_name": task, "data_files": files})
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
-    return str(folder)
-
-
-def small(folder: Path, recipe: str, glue: str) -> dict[str, Any]:
-    """Options that put a small model and small data in the place of the recipe's."""
-    changes = {"model": save_model(folder / "model"), "dataset": glue, "use_cpu": True}
-    if task_of(recipe) == "qqp":
-        changes["train_split"] = "train"
-    return {**changes, "disable_tqdm": True, "output_dir": folder / "out"}
-
-
-def test_every_recipe_is_known() -> None:
-    assert sorted(file.stem for file in FOLDER.glob("*.yaml")) == sorted(PUBLISHED)
-
-
-@RECIPES
+@pytest.mark.parametrize("recipe", sorted({*PUBLISHED, *(x.stem for x in FOLDER.glob("*.yaml"))}))
 def test_numbers_are_the_published_ones_and_data_those_of_the_hub(recipe: str) -> None:
-    _, model, data, args = parse("train", (TrainArguments, *TYPES), [path(recipe)])
+    _, model, data, args = parse("train", (TrainArguments, *TYPES), [f"{FOLDER}/{recipe}.yaml"])
     rate, decay, upper_decay, steps, again = PUBLISHED[recipe]
     assert (args.learning_rate, args.upper_learning_rate) == (rate, rate)
     assert (args.weight_decay, args.upper_weight_decay) == (decay, upper_decay)
@@ -137,8 +92,8 @@ def test_numbers_are_the_published_ones_and_data_those_of_the_hub(recipe: str) -
     task = task_of(recipe)
     assert model.model == f"FacebookAI/{recipe.removesuffix(f'-{task}')}"
     assert (data.dataset, data.dataset_config) == ("nyu-mll/glue", task)
-    assert data.text_columns == GLUE[task][0] and data.label_column == "label"
-    assert data.eval_split == "+".join(splits(task)[1:])
+    assert data.text_columns == TEXTS[task] and data.label_column == "label"
+    assert data.eval_split == "+".join(HELD_OUT.get(task, ["validation"]))
     assert args.output_dir == f"outputs/glue/{recipe}"
     if task != "qqp":
         assert data.train_split == "train"
@@ -149,30 +104,39 @@ def test_numbers_are_the_published_ones_and_data_those_of_the_hub(recipe: str) -
 
 
 @pytest.mark.parametrize("recipe", RUNS)
-def test_dry_run(
-    recipe: str, glue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_few_steps_are_trained(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("train", path(recipe), "--dry-run", **small(tmp_path, recipe, glue))
-    printed = capsys.readouterr().out
-    steps, again = PUBLISHED[recipe][3], PUBLISHED[recipe][4]
-    retraining = again[2] if again else 0
-    assert f"steps: {steps} lower in the search, {steps} upper, {retraining} in the" in printed
-    evaluated = 12 if task_of(recipe) == "mnli" else 6
-    used = f"16 lower level, 4 upper level, {20 if again else 0} retraining, {evaluated} evaluation"
-    assert f"examples: {used}" in printed
-    assert "estimator: DARTS(" in printed
-    if classes := GLUE[task_of(recipe)][1]:
-        assert f"labels: {', '.join(classes)}\n" in printed
-
-
-@pytest.mark.parametrize("recipe", RUNS)
-def test_a_few_steps_are_trained(recipe: str, glue: str, tmp_path: Path) -> None:
-    again = PUBLISHED[recipe][4]
-    steps = {"max_steps": 3, **({"retrain_steps": 2} if again else {})}
-    run("train", path(recipe), **small(tmp_path, recipe, glue), **steps)
+    """On a small model and a folder that `datasets` reads as it reads GLUE on the hub."""
+    task, classes = task_of(recipe), RUNS[recipe]
+    label = Value("float32") if classes is None else ClassLabel(names=classes)
+    features = Features({**{name: Value("string") for name in TEXTS[task]}, "label": label})
+    files = []
+    splits = ["train", *HELD_OUT.get(task, ["validation"])]
+    for number, split in enumerate(splits):
+        rows = [
+            {
+                **{n: f"{WORDS[(7 * number + i + j) % 40]} w1" for j, n in enumerate(TEXTS[task])},
+                "label": i % 5 / 2 if classes is None else i % len(classes),
+            }
+            for i in range(20 if split == "train" else 6)
+        ]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"glue/{split}.parquet")
+        files.append({"split": split, "path": f"{split}.parquet"})
+    configs = yaml.safe_dump({"configs": [{"config_name": task, "data_files": files}]})
+    (tmp_path / "glue/README.md").write_text(f"---\n{configs}---\n")
+    options = {"model": save_model(tmp_path / "model"), "dataset": tmp_path / "glue"}
+    options |= {"use_cpu": True, "disable_tqdm": True, "output_dir": tmp_path / "out"}
+    file, again = f"{FOLDER}/{recipe}.yaml", PUBLISHED[recipe][4]
+    run("train", file, "--dry-run", **options)
+    assert f"4 upper level, {20 if again else 0} retraining, {6 * len(splits) - 6} evaluation" in (
+        printed := capsys.readouterr().out
+    )
+    assert classes is None or f"labels: {', '.join(classes)}\n" in printed
+    run("train", file, **options, max_steps=3, **({"retrain_steps": 2} if again else {}))
     results = json.loads((tmp_path / "out/all_results.json").read_text())
     assert ("retrain_loss" in results) == bool(again)
-    assert ("eval_pearson" if task_of(recipe) == "stsb" else "eval_accuracy") in results
+    assert ("eval_pearson" if classes is None else "eval_accuracy") in results
     saved = load_file(tmp_path / "out/adapter_model.safetensors")
     for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
         assert sum(name in key for key in saved) == 4  # query and value of two layers

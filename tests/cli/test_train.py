@@ -93,8 +93,10 @@ def test_both_phases_train_and_their_results_are_those_of_stock_peft(
 
 
 def test_a_baseline_is_trained_in_one_phase_and_needs_no_evaluation(tmp_path: Path) -> None:
+    """With one level, of which no part can lack the class that occurs once."""
+    path = write(tmp_path / "once.jsonl", [*rows(), {"text": "w1", "label": "d"}])
     changes = {"method": "lora", "target_modules": ["query", "value"], "eval_fraction": 0}
-    run("train", **small_run(tmp_path, eval_file=None, max_steps=1, **changes))
+    run("train", **small_run(tmp_path, train_file=path, eval_file=None, max_steps=1, **changes))
     adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert adapter["use_dora"] is False
     assert sorted(adapter["target_modules"]) == ["query", "value"]
@@ -103,17 +105,10 @@ def test_a_baseline_is_trained_in_one_phase_and_needs_no_evaluation(tmp_path: Pa
     assert not [name for name in results_of(tmp_path) if name.startswith("eval")]
 
 
-def test_a_baseline_trains_a_class_that_occurs_once(tmp_path: Path) -> None:
-    """It has one level, so that no level lacks the class."""
-    data = [*rows(), {"text": "w1", "label": "d"}]
-    path = write(tmp_path / "once.jsonl", data)
-    run("train", **small_run(tmp_path, train_file=path, method="lora", max_steps=1))
-
-
 def test_a_resumed_run_ends_in_the_same_adapter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With another rank or alpha the run is refused, by the name of the option."""
+    """With another rank or alpha the run is refused."""
     options = small_run(tmp_path, retrain="none", save_strategy="steps", save_steps=2, dropout=0.1)
     run("train", **options)
     adapter = tmp_path / "out/adapter_model.safetensors"
@@ -121,9 +116,11 @@ def test_a_resumed_run_ends_in_the_same_adapter(
     shutil.rmtree(tmp_path / "out/checkpoint-4")
     adapter.unlink()
     options["resume_from_checkpoint"] = "true"
-    for name, words in (("rank", r"2\b.*\b4\b.*\d+ more settings"), ("alpha", r"4\b.*\b5\b")):
-        changed = {**options, name: options[name] + (2 if name == "rank" else 1)}
-        error = refused(capsys, "train", changed, f"train: {name}: .*checkpoint-2 .*\\b{words}")
+    for name, words in (
+        ("rank", r"train: rank: .*checkpoint-2 .*\b2\b.*\b4\b.*\d+ more settings"),
+        ("alpha", r"train: lora_alpha: .*checkpoint-2 .*\b4\b.*\b6\b"),
+    ):
+        error = refused(capsys, "train", {**options, name: options[name] + 2}, words)
         assert len(error) < 500 and not adapter.exists()
     run("train", **options)
     assert adapter.read_bytes() == uninterrupted
@@ -139,6 +136,7 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"model": "no-such"}, "model: there is no folder no-such, and the hub"),
         ({"tokenizer": "./no-such"}, r"tokenizer: there is no folder \./no-such, and the hub"),
         ({"report_to": "comet_ml"}, "comet-ml"),
+        ({"seed": -1}, "seed: .*between 0 .*-1"),
         ({"upper_fraction": 0.01}, "24 training examples.*upper level"),
         ({"resume_from_checkpoint": "true"}, "out: there is no complete checkpoint"),
     ],

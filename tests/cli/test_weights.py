@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from hyperopt_peft import ProblemError
 from hyperopt_peft.cli.text.setup import WEIGHTS, MethodArguments, WeightedAdapter
 from tests.support.trainers import base_model
 
@@ -35,13 +34,3 @@ def test_weights_are_of_the_shifted_loss_of_remote_code(tmp_path: Path) -> None:
         assert float(weighted) == pytest.approx(float(expected), rel=1e-5)
     unweighted = trainer.compute_loss(model, dict(batch))
     assert float(unweighted) == pytest.approx(float(losses.mean()), rel=1e-5)
-
-
-def test_a_loss_that_is_no_mean_over_labels_is_refused(tmp_path: Path) -> None:
-    def summed(self: object, logits: torch.Tensor, labels: torch.Tensor, **_: object) -> object:
-        return logits.square().mean() + labels.float().mean()
-
-    trainer = trainer_of(tmp_path, loss_function=summed)
-    batch = {"input_ids": IDS, "labels": IDS, WEIGHTS: torch.ones(3)}
-    with pytest.raises(ProblemError):
-        trainer.compute_loss(trainer.model, batch)

@@ -24,7 +24,6 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "token-classification": {"label_column": "tags"},
     "seq2seq": {"target_column": "target"},
 }
-NOWHERE = {"model": "none", "task": "causal-lm", "train_file": "none.csv"}
 
 
 def small_run(folder: Path, task: str = "text-classification", **options: Any) -> dict[str, Any]:

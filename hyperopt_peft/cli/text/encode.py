@@ -1,9 +1,9 @@
-"""Encoding of a row of texts as token numbers and labels, one function for each task."""
+"""Encoding of rows of texts as token numbers and labels, one function for each task."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -14,7 +14,8 @@ from hyperopt_peft.cli.text.data import DataArguments, cache_folder
 from hyperopt_peft.core.labels import IGNORED
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
-Row = Mapping[str, Any]
+#: Some rows, as the values of each column.
+Batch = Mapping[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,21 @@ class Encoder:
             "regression": self._labelled,
             "token-classification": self._tags,
             "causal-lm": self._language,
-            "seq2seq": self._pair,
+            "seq2seq": self._pairs,
         }[self.task]
 
-        def encoded(row: Row, index: int) -> Row:
-            try:
-                return encode(row)
-            except ProblemError as error:
-                raise ProblemError(f"{where}: row {index} (from 0): {error}") from error
+        def encoded(batch: Batch, indices: list[int]) -> Batch:
+            _check_each(
+                self._check, (dict(zip(batch, row)) for row in zip(*batch.values())), indices, where
+            )
+            result = encode(batch)
+            if self.task == "causal-lm":
+                _check_each(_check_labels, result["labels"], indices, where)
+            return result
 
         rows = data.map(
             encoded,
+            batched=True,
             with_indices=True,
             remove_columns=data.column_names,
             cache_file_name=f"{cache_folder()}/{uuid4()}.arrow",
@@ -66,70 +71,100 @@ class Encoder:
             return rows.cast_column("labels", ClassLabel(names=list(self.names)))
         return rows.cast_column("labels", Value("float32")) if self.task == "regression" else rows
 
-    def _texts(self, row: Row) -> dict[str, Any]:
-        texts = [_text(row, column) for column in self.args.text_columns]
-        return dict(self.tokenizer(*texts, truncation=True, max_length=self.args.max_length))
-
-    def _class(self, name: str) -> int:
-        if name not in self.names:
-            raise ProblemError(
-                f"the label {name!r} is not in the training examples"
-                f"{did_you_mean(name, self.names)}; remove its rows, or add training examples of it"
-            )
-        return self.names.index(name)
-
-    def _labelled(self, row: Row) -> Row:
-        label = row[self.args.label_column]
-        if self.names:
-            label = self._class(label)
-        elif not isinstance(label, int | float) or not math.isfinite(label):
+    def _check(self, row: Mapping[str, Any]) -> None:
+        """Raise ProblemError if the task cannot learn ``row``."""
+        *texts, last = self.args.columns(self.task)
+        label, classes = row[last], [row[last]]
+        if self.task == "token-classification":
+            words, classes = row[texts.pop()], label
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise ProblemError(
+                    f"{self.args.tokens_column!r} has {words!r}, not a list of words; JSON and "
+                    "Parquet files have lists"
+                )
+            if len(words) != len(label):
+                raise ProblemError(
+                    f"{len(words)} words and {len(label)} tags; give each word a tag"
+                )
+        elif self.task in ("causal-lm", "seq2seq"):
+            texts.append(last)
+        elif not self.names and not (isinstance(label, int | float) and math.isfinite(label)):
             raise ProblemError(f"the label {label!r} is no finite number; correct or remove it")
-        return {**self._texts(row), "labels": label}
-
-    def _tags(self, row: Row) -> Row:
-        """The first token of a word has the word's tag, the others the ignored label."""
-        words, tags = row[self.args.tokens_column], row[self.args.label_column]
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        for column in texts:
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise ProblemError(
+                    f"{column!r} has {row[column]!r}, not a text; fill it or remove the row"
+                )
+        if self.names and (unknown := [name for name in classes if name not in self.names]):
             raise ProblemError(
-                f"{self.args.tokens_column!r} has {words!r}, not a list of words; JSON and Parquet "
-                "files have lists"
+                f"the label {unknown[0]!r} is not in the training examples"
+                f"{did_you_mean(unknown[0], self.names)}; remove its rows, or add training "
+                "examples of it"
             )
-        if len(words) != len(tags):
-            raise ProblemError(f"{len(words)} words and {len(tags)} tags; give each word a tag")
-        result = self.tokenizer(
-            words, is_split_into_words=True, truncation=True, max_length=self.args.max_length
-        )
-        labels, last = [], None
-        for word in result.word_ids():
-            first = word is not None and word != last
-            labels.append(self._class(tags[word]) if first else IGNORED)
-            last = word
+
+    def _tokens(self, *texts: Any, **options: Any) -> Any:
+        return self.tokenizer(*texts, truncation=True, max_length=self.args.max_length, **options)
+
+    def _labelled(self, batch: Batch) -> Batch:
+        labels = batch[self.args.label_column]
+        if self.names:
+            labels = [self.names.index(label) for label in labels]
+        return {**self._tokens(*map(batch.get, self.args.text_columns)), "labels": labels}
+
+    def _tags(self, batch: Batch) -> Batch:
+        """The first token of a word has the word's tag, the others the ignored label."""
+        result = self._tokens(batch[self.args.tokens_column], is_split_into_words=True)
+        labels = []
+        for row, tags in enumerate(batch[self.args.label_column]):
+            words = result.word_ids(row)
+            labels.append(
+                [
+                    IGNORED if word is None or word == last else self.names.index(tags[word])
+                    for word, last in zip(words, [None, *words])
+                ]
+            )
         return {**result, "labels": labels}
 
-    def _language(self, row: Row) -> Row:
+    def _language(self, batch: Batch) -> Batch:
         """Text and end-of-text token; a prompt before a target has no labels."""
         (column,), limit = self.args.text_columns, self.args.max_length
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        text, prompt = self.tokenizer(_text(row, column))["input_ids"], []
+        texts = self.tokenizer(batch[column])["input_ids"]
+        rows: list[tuple[list[int], list[int]]]  # prompts and answers
         if self.args.target_column is None:
-            answer = text if text[-1:] == end else [*text, *end]
+            rows = [([], text if text[-1:] == end else text + end) for text in texts]
         else:
-            target = _text(row, self.args.target_column)
-            answer = self.tokenizer(target, add_special_tokens=False)["input_ids"] + end
-            # A long prompt loses its beginning.
-            prompt = text[max(0, len(text) + len(answer[:limit]) - limit) :]
-        labels = [IGNORED] * len(prompt) + answer[:limit]
-        if all(label == IGNORED for label in labels[1:]):
-            raise ProblemError("there is no token to predict; remove it")
-        ids = prompt + answer[:limit]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+            targets = self.tokenizer(batch[self.args.target_column], add_special_tokens=False)
+            rows = [(text, target + end) for text, target in zip(texts, targets["input_ids"])]
+        result: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for prompt, answer in rows:
+            answer = answer[:limit]
+            prompt = prompt[max(0, len(prompt) + len(answer) - limit) :]  # loses its beginning
+            result["input_ids"].append(prompt + answer)
+            result["attention_mask"].append([1] * len(prompt + answer))
+            result["labels"].append([IGNORED] * len(prompt) + answer)
+        return result
 
-    def _pair(self, row: Row) -> Row:
-        target = _text(row, self.args.target_column or "")
-        labels = self.tokenizer(
-            text_target=target, truncation=True, max_length=self.args.max_length
-        )
-        return {**self._texts(row), "labels": labels["input_ids"]}
+    def _pairs(self, batch: Batch) -> Batch:
+        sources = batch[self.args.text_columns[0]]
+        targets = self._tokens(text_target=batch[self.args.target_column or ""])
+        return {**self._tokens(sources), "labels": targets["input_ids"]}
+
+
+def _check_each(
+    check: Callable[[Any], None], values: Iterable[Any], indices: list[int], where: str
+) -> None:
+    """Call ``check`` with each value; its error gets ``where`` and the row's index."""
+    for index, value in zip(indices, values):
+        try:
+            check(value)
+        except ProblemError as error:
+            raise ProblemError(f"{where}: row {index} (from 0): {error}") from error
+
+
+def _check_labels(labels: list[int]) -> None:
+    if all(label == IGNORED for label in labels[1:]):
+        raise ProblemError("there is no token to predict; remove it")
 
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:
@@ -151,13 +186,6 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
     if not all(name.strip() for name in names):
         raise ProblemError(f"column {column!r} has a blank label; fill it or remove its rows")
     return names
-
-
-def _text(row: Row, column: str) -> str:
-    text = row[column]
-    if not isinstance(text, str) or not text.strip():
-        raise ProblemError(f"{column!r} has {text!r}, not a text; fill it or remove the row")
-    return text
 
 
 def _named(data: Dataset, column: str) -> Dataset:

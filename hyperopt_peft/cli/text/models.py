@@ -163,13 +163,3 @@ def _linear_layers(model: Any, besides: set[str]) -> list[str]:
         and module is not output
         and not set(name.split(".")) & besides
     ]
-
-
-def untrained(model: Any, new: Sequence[str]) -> list[str]:
-    """The ``new`` weights of the base model that the PeftModel ``model`` does not train."""
-    trained = [
-        name.replace(".modules_to_save.default", "")
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
-    return [name for name in new if not any(each.endswith(f".{name}") for each in trained)]

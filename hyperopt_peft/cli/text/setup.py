@@ -18,7 +18,6 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from hyperopt_peft.cli.options import resume_from
 from hyperopt_peft.cli.text import models
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
@@ -41,8 +40,6 @@ from hyperopt_peft.trainer.trainer import BilevelTrainer
 logger = logging.get_logger(__name__)
 WEIGHTS = "row_weight"
 Method = Literal["bidora", "dora", "lora"]
-#: The options whose names in a checkpoint are PEFT's.
-OPTIONS = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
 @dataclass
@@ -105,20 +102,25 @@ class Setup:
     rows: Dataset
     evaluation_rows: Dataset | None
 
-    def read(self, paths: Sequence[str], option: str, where: str) -> Dataset:
-        """The encoded examples of further files, named in errors by ``option`` and ``where``."""
-        rows = read_files(paths, option)
+    def read(self, paths: Sequence[str], option: str) -> Dataset:
+        """The encoded examples of further files, those of ``option``."""
+        rows, where = read_files(paths, option), f"the {option.removesuffix('_file')} examples"
         require_columns(rows, self.encoder.args.columns(self.args.task), where)
         return self.encoder.encode(rows, where)
 
     def model(self, seed: int, *, dora: bool) -> Any:
         """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
-        set_seed(seed)
+        try:
+            set_seed(seed)
+        except ValueError as error:
+            raise ProblemError(f"seed: {error}, got {seed}") from error
         base, new = models.load_base(self.task, self.args.model, self.config, self.args.dtype)
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.encoder.tokenizer.pad_token_id
         model = models.add_adapter(base, self.args, self.task, dora=dora)
-        if names := models.untrained(model, new):
+        named = model.get_base_model().named_parameters()
+        frozen = {name.replace(".base_layer.", ".") for name, p in named if not p.requires_grad}
+        if names := [name for name in new if name in frozen]:
             logger.warning_once(
                 f"{', '.join(names)}: new, random and frozen; name their modules in modules_to_save"
             )
@@ -203,12 +205,3 @@ def changed(args: Any, **values: Any) -> Any:
     for name, value in values.items():
         setattr(args, name, value)
     return args
-
-
-def train_or_resume(trainer: BilevelTrainer) -> None:
-    """Train, or resume as the arguments say; errors name the options of the command line."""
-    try:
-        trainer.train(resume_from(trainer.args))
-    except ProblemError as error:
-        name, colon, rest = str(error).partition(":")
-        raise ProblemError(f"{OPTIONS.get(name, name)}{colon}{rest}") from error
