@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from hyperopt_peft.cli import compare
-from hyperopt_peft.cli.compare import (
-    MethodRun,
-    arguments_of,
-    bootstrap,
-    mean_and_error,
-    table,
-)
+from hyperopt_peft.cli.compare import MethodRun, arguments_of, bootstrap, table
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import MethodArguments, prepare
@@ -80,13 +74,6 @@ def test_bootstrap_is_the_binomial_error() -> None:
         lambda rows: float((rows.predictions == rows.label_ids).mean()), predictions, labels
     )
     assert draws.std() == pytest.approx((0.8 * 0.2 / 400) ** 0.5, rel=0.15)
-
-
-def test_errors_of_rows_and_seeds_add_in_squares() -> None:
-    draws = np.array([0.7, 0.9])
-    assert mean_and_error([0.8, 0.8], [draws, draws]) == pytest.approx((0.8, 0.1))
-    # √(s²/2 + 0.1²) with s² = 0.02.
-    assert mean_and_error([0.7, 0.9], [draws, draws])[1] == pytest.approx((0.01 + 0.01) ** 0.5)
 
 
 def test_a_table_by_hand() -> None:

@@ -25,13 +25,12 @@ def options(folder: Path, command: str) -> dict[str, Any]:
     return small_run(folder, max_steps=1, train_file=None, eval_file=None, **changes)
 
 
-@pytest.mark.parametrize("epochs", [0, -3])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_training_of_no_step_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, epochs: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    chosen = {**options(tmp_path, command), "max_steps": -1, "num_train_epochs": epochs}
-    refused(capsys, command, chosen, "num_train_epochs", str(epochs))
+    chosen = {**options(tmp_path, command), "max_steps": -1, "num_train_epochs": 0}
+    refused(capsys, command, chosen, "num_train_epochs .*got 0")
     assert not (tmp_path / "out").exists()
 
 
@@ -64,9 +63,5 @@ def test_an_earlier_run_is_replaced_on_demand(tmp_path: Path) -> None:
 def test_an_output_dir_that_is_or_lies_in_a_file_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
 ) -> None:
-    refused(
-        capsys,
-        "train",
-        small_run(tmp_path, output_dir=folder),
-        "output_dir: /dev/null is no folder",
-    )
+    chosen = small_run(tmp_path, output_dir=folder)
+    refused(capsys, "train", chosen, "output_dir: /dev/null is no folder")
