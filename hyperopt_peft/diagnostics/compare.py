@@ -90,30 +90,26 @@ class Comparison:
         table: list[tuple[str, ...]] = [(*head, "fwd+bwd", "products", "seconds", "MB")]
         for row in self.rows:
             numbers = (
-                _cell(row.cosine, ".4f"),  # NaN for a zero estimate
-                _cell(row.relative_error, ".2g"),
-                _cell(row.norm_ratio, ".3f"),
-                _cell(row.factor, ".2g"),
-                _cell(row.residual, ".2g"),
-                _cell(row.spread, ".2g"),
+                (row.cosine, ".4f"),  # NaN for a zero estimate
+                (row.relative_error, ".2g"),
+                (row.norm_ratio, ".3f"),
+                (row.factor, ".2g"),
+                (row.residual, ".2g"),
+                (row.spread, ".2g"),
+                (row.gradients, "d"),
+                (row.products, "d"),
+                (row.seconds, ".3g"),
+                (None if row.peak_memory is None else row.peak_memory / 2**20, ".1f"),
             )
-            cost = (str(row.gradients), str(row.products), f"{row.seconds:.3g}")
-            memory = None if row.peak_memory is None else row.peak_memory / 2**20
-            cells = (*numbers, *cost, _cell(memory, ".1f"))
-            name = row.estimator
-            table.append((name, row.problem) if row.problem else (name, *cells))
+            table.append((row.estimator, *(_cell(*number) for number in numbers)))
         if all(row.peak_memory is None for row in self.rows):
-            table = [row[:-1] if len(row) > 2 else row for row in table]
-        widths = [max(len(row[i]) for row in table if len(row) > 2) for i in range(len(table[0]))]
-        widths[0] = max(len(r[0]) for r in table)
+            table = [cells[:-1] for cells in table]
+        first, *widths = (max(map(len, column)) for column in zip(*table))
         lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 or len(row) == 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in table
+            "  ".join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in table
         ]
-        lines += [f"{row.estimator}: {row.note}" for row in self.rows if row.note]
+        said = ((row.estimator, row.problem or row.note) for row in self.rows)
+        lines += [f"{estimator}: {text}" for estimator, text in said if text]
         residual = self.reference_residual
         kind = "relative error" if self.reference.startswith(Retraining.name) else "residual"
         accuracy = "" if residual is None else f" ({kind} {residual:.2g})"

@@ -54,21 +54,15 @@ class Spectrum:
         least = min(abs(self.smallest), abs(self.largest))
         return self.radius / least if least else math.inf
 
-    def damping(self, condition: float = CONDITION) -> float:
-        """The least δ ≥ 0 for which H + δI is positive definite with this condition number.
+    def damping(self) -> float:
+        """The least δ ≥ 0 for which H + δI is positive definite with condition number κ = 10.
 
             (λmax + δ)/(λmin + δ) = κ,   δ = max(0, (λmax − κ·λmin)/(κ − 1))
 
-        δ has the units of H. At κ = 10, five steps of CG or MINRES leave a residual of a few
-        percent, and H + δI is positive definite even if the true λmin is lower by a tenth of
-        λmax − λmin.
-
-        Raises:
-            ProblemError: ``condition`` is not above 1.
+        δ has the units of H. Five steps of CG or MINRES then leave a residual of a few percent, and
+        H + δI is positive definite even if the true λmin is lower by a tenth of λmax − λmin.
         """
-        if not condition > 1:
-            raise ProblemError(f"condition: must be above 1, got {condition}")
-        return max(0.0, (self.largest - condition * self.smallest) / (condition - 1))
+        return max(0.0, (self.largest - CONDITION * self.smallest) / (CONDITION - 1))
 
     def dominated_by(self, damping: float) -> bool:
         """Whether δ ≥ |λ|max, so that (H + δI)⁻¹ is close to I/δ."""

@@ -7,37 +7,18 @@ from dataclasses import dataclass
 
 from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow, option
 from hyperopt_peft.diagnostics.retraining import Retraining
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import get_estimator, registered
 
-
-@dataclass(frozen=True)
-class Thresholds:
-    """The limits of an acceptable estimate; see `ComparisonRow`.
-
-    Attributes:
-        cosine: the smallest cosine.
-        relative_error: the largest relative error.
-        residual: the largest residual of the reference.
-        ratio: the largest norm ratio; its inverse is the smallest.
-    """
-
-    cosine: float = 0.95
-    relative_error: float = 0.3
-    residual: float = 0.1
-    ratio: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.cosine <= 1:
-            raise ProblemError(f"min_cosine: must be in [-1, 1], got {self.cosine}")
-        for name in ("relative_error", "residual"):
-            if getattr(self, name) <= 0:
-                raise ProblemError(f"max_{name}: must be positive, got {getattr(self, name)}")
+# The limits of an acceptable estimate, and of its reference; see `ComparisonRow`.
+MIN_COSINE = 0.95
+MAX_RELATIVE_ERROR = 0.3
+MAX_RESIDUAL = 0.1
+MAX_NORM_RATIO = 2.0  # its inverse is the smallest
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended ``estimator``, None if none is within the limits, and the ``reasons``.
+    """The recommended ``estimator``, None if none is close enough, and the ``reasons``.
 
     ``xi`` is the ξ ≥ 0 at which ``darts`` is closest to the reference; None without ``darts``.
     """
@@ -50,8 +31,8 @@ class Recommendation:
         return "\n".join(self.reasons)
 
 
-def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recommendation:
-    """The fastest estimator within ``limits``.
+def recommend(comparison: Comparison) -> Recommendation:
+    """The fastest estimator with a cosine of at least 0.95 and a relative error of at most 0.3.
 
     The reasons include warnings of a reference that did not converge, estimates of wrong norm, a
     damping that dominates the Hessian, and estimators without a result. The ξ of ``darts`` is the
@@ -69,15 +50,12 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
         >>> recommend(table).estimator
         'cg'
     """
-    limits = limits or Thresholds()
-    reasons = [*_of_reference(comparison, limits)]
+    reasons = _of_reference(comparison)
     rows = [row for row in comparison.rows if not row.problem and math.isfinite(row.cosine)]
     near = [
-        row
-        for row in rows
-        if row.cosine >= limits.cosine and row.relative_error <= limits.relative_error
+        row for row in rows if row.cosine >= MIN_COSINE and row.relative_error <= MAX_RELATIVE_ERROR
     ]
-    bounds = f"cosine ≥ {limits.cosine:g} and relative error ≤ {limits.relative_error:g}"
+    bounds = f"cosine ≥ {MIN_COSINE} and relative error ≤ {MAX_RELATIVE_ERROR}"
     best = min(near, key=lambda row: row.seconds) if near else None
     if best is not None:
         reasons.append(
@@ -99,13 +77,21 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
         )
     else:
         reasons.append("No estimator gave a number that can be compared.")
-    reasons += [text for row in rows for text in _of_length(row, limits)]
+    reasons += [
+        f"Warning: {row.estimator} is {row.norm_ratio:.2g} times as long as the reference."
+        for row in rows
+        # The length of darts is set by its ξ.
+        if row.norm_ratio > MAX_NORM_RATIO
+        or (_xi(row) is not None and row.norm_ratio < 1 / MAX_NORM_RATIO)
+    ]
     reasons += [
         f"Warning: {row.estimator}: {row.note}."
         for row in rows
         if comparison.spectrum and comparison.spectrum.dominated_by(_option(row, "damping") or 0.0)
     ]
-    xi = next((best_xi for row in rows if (best_xi := _best_xi(row)) is not None), None)
+    darts = ((_xi(row), row.factor) for row in rows)
+    best_xis = (xi * factor for xi, factor in darts if xi is not None and not math.isnan(factor))
+    xi = next((max(0.0, best_xi) for best_xi in best_xis), None)
     if xi is not None:
         reasons.append(
             f"darts comes closest to the reference with ξ = {xi:.2g}."
@@ -119,28 +105,20 @@ def recommend(comparison: Comparison, limits: Thresholds | None = None) -> Recom
     return Recommendation(None if best is None else best.estimator, tuple(reasons), xi)
 
 
-def _of_reference(comparison: Comparison, limits: Thresholds) -> list[str]:
+def _of_reference(comparison: Comparison) -> list[str]:
     warnings = []
     residual, name = comparison.reference_residual, comparison.reference.partition(":")[0]
-    if residual is not None and not residual <= limits.residual:
+    if residual is not None and not residual <= MAX_RESIDUAL:
         of, advice = "residual", "raise its steps or its damping"
         if name == Retraining.name:
             of, advice = "relative error", "raise its steps or lr, or set its epsilon"
         warnings.append(
             f"Warning: the reference is itself uncertain, {of} {residual:.3g} > "
-            f"{limits.residual:g}, and so is what follows; {advice}."
+            f"{MAX_RESIDUAL}, and so is what follows; {advice}."
         )
     if comparison.reference_note and name != Retraining.name:
         warnings.append(f"Warning: of the reference: {comparison.reference_note}.")
     return warnings
-
-
-def _of_length(row: ComparisonRow, limits: Thresholds) -> list[str]:
-    """A warning of a wrong norm. A small norm is a warning for ``darts`` only, where ξ sets it."""
-    long = row.norm_ratio > limits.ratio
-    if long or (_xi(row) is not None and row.norm_ratio < 1 / limits.ratio):
-        return [f"Warning: {row.estimator} is {row.norm_ratio:.2g} times as long as the reference."]
-    return []
 
 
 def _option(row: ComparisonRow, name: str) -> float | None:
@@ -151,8 +129,3 @@ def _option(row: ComparisonRow, name: str) -> float | None:
 
 def _xi(row: ComparisonRow) -> float | None:
     return _option(row, "xi") if row.estimator.partition(":")[0] == "darts" else None
-
-
-def _best_xi(row: ComparisonRow) -> float | None:
-    xi = _xi(row)
-    return None if xi is None or math.isnan(row.factor) else max(0.0, xi * row.factor)

@@ -20,6 +20,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.reductions import norm
 from hyperopt_peft.utils.restore import assign_, perturbed
+from hyperopt_peft.utils.validation import PositiveFloat, PositiveInt
 from hyperopt_peft.utils.vector import Vector, dot, widened
 
 
@@ -116,18 +117,10 @@ class Retraining(Estimator):
     """
 
     name = "retraining"
-    steps: int = 20
-    directions: int = 4
-    epsilon: float | None = None
-    lr: float | None = None
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        self.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        self.require(self.directions >= 1, f"directions must be positive, got {self.directions}")
-        for option in ("epsilon", "lr"):
-            value = getattr(self, option)
-            self.require(value is None or value > 0, f"{option} must be positive, got {value}")
+    steps: PositiveInt = 20
+    directions: PositiveInt = 4
+    epsilon: PositiveFloat | None = None
+    lr: PositiveFloat | None = None
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Raise ProblemError if there is neither ``lr`` nor a lower optimizer."""
@@ -212,12 +205,8 @@ class Retraining(Estimator):
         if self.lr is not None:
             return torch.optim.SGD(copies, lr=self.lr)
         # accelerate wraps the optimizer
-        optimizer: Any = getattr(
-            lower.optimizer, "optimizer", lower.optimizer
-        )  # accelerate wraps it
-        memo: dict[int, Any] = {
-            id(x): copy for x, copy in zip(lower.variables, copies, strict=True)
-        }
+        optimizer: Any = getattr(lower.optimizer, "optimizer", lower.optimizer)
+        memo: dict[int, Any] = {id(x): copy for x, copy in zip(lower.variables, copies)}
         twin: Optimizer = deepcopy(optimizer, memo)
         for group, options in zip(twin.param_groups, present_options(lower)):  # functions of u
             group.update(options)
@@ -247,9 +236,9 @@ def orthonormal(vectors: Iterable[Vector], beyond: Sequence[Vector] = ()) -> lis
         size = vector.norm()
         if not size or not math.isfinite(size):
             continue
-        unit = rest = vector / size
+        rest = vector / size
         for q in (*beyond, *basis) * 2:
             rest = rest - dot(q, rest) * q
-        if (length := rest.norm()) > 1e-2 * unit.norm():
+        if (length := rest.norm()) > 1e-2:
             basis.append(rest / length)
     return basis

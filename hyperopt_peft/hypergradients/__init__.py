@@ -21,6 +21,7 @@ from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.forward import Forward
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.hypergradients.unrolled.sama import SAMA
+from hyperopt_peft.utils.validation import Bound
 from hyperopt_peft.utils.vector import Vector, dot, inner, zeros_like
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "KFAC",
     "MINRES",
     "SAMA",
+    "Bound",
     "ConjugateGradient",
     "Cost",
     "Direct",

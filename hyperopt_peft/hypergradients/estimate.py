@@ -41,6 +41,12 @@ def open_oracle(
 
     Raises:
         ProblemError: both levels own the same tensor.
+
+    Example:
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> with open_oracle(*diabetes()).open() as oracle:
+        ...     oracle.lower_gradient().numel()
+        10
     """
     check_ownership(upper, lower)
     devices = devices_of(upper, lower)

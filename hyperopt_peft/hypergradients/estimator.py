@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar, get_type_hints
 
 from hyperopt_peft.core.optimizer import read_by_options
@@ -15,7 +15,8 @@ from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.utils.validation import matches, type_name
 from hyperopt_peft.utils.vector import Vector
 
-_hints = cache(get_type_hints)  # evaluating them takes as long as a small network's pass
+# Evaluating them takes as long as a small network's pass.
+_hints = cache(partial(get_type_hints, include_extras=True))
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Cost:
 class Estimator(ABC):
     """An estimator of dF/du; a subclass is a frozen dataclass whose fields are the options.
 
-    The constructor checks options against their type hints, then calls ``check``.
+    The constructor checks options against their type hints, which may have a `Bound`.
 
     Raises:
         ProblemError: an option has the wrong type or is out of range.
@@ -137,30 +138,11 @@ class Estimator(ABC):
                 self.require(
                     False, f"{option.name} must be {type_name(hints[option.name])}, got {value!r}"
                 )
-        self.check()
 
     def require(self, condition: bool, message: str) -> None:
         """Raise ProblemError with the estimator's name and ``message`` unless ``condition``."""
         if not condition:
             raise ProblemError(f"{self.name or type(self).__name__}: {message}")
-
-    def require_least(self, **bounds: float) -> None:
-        """Raise ProblemError if an option is below its bound; None is no number to compare."""
-        for option, bound in bounds.items():
-            value = getattr(self, option)
-            self.require(
-                value is None or value >= bound,
-                f"{option} must be at least {bound}, got {value}",
-            )
-
-    def require_positive(self, *options: str) -> None:
-        """Raise ProblemError if an option is a number that is not above 0."""
-        for option in options:
-            value = getattr(self, option)
-            self.require(value is None or value > 0, f"{option} must be positive, got {value}")
-
-    def check(self) -> None:  # noqa: B027 - an estimator without options has no ranges
-        """Check the ranges of the options."""
 
     @property
     def requirements(self) -> Requirements:

@@ -8,11 +8,12 @@ first-order passes only.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Objective:
         return gradient
 
 
-class Product(Protocol):
+class Product(ABC):
     """Second-derivative products of f at a fixed point; see `Oracle.product`.
 
     Example:
@@ -110,23 +111,36 @@ class Product(Protocol):
         10
     """
 
+    objective: Objective
+
     def hessian(self, v: Vector) -> Vector:
         """∂²f/∂w² v, shaped like the lower variables."""
+        return self._along(self.objective.lower.variables, v)
 
     def mixed(self, v: Vector) -> Vector:
         """∂²f/∂u∂w v, shaped like the upper variables."""
+        return self._along(self.objective.upper.variables, v)
 
     def both(self, v: Vector) -> tuple[Vector, Vector]:
         """∂²f/∂w² v and ∂²f/∂u∂w v, at the cost of one of them."""
+        w, u = self.objective.lower.variables, self.objective.upper.variables
+        parts = self._along((*w, *u), v).parts
+        return Vector(parts[: len(w)]), Vector(parts[len(w) :])
 
     def tangent(self, v: Vector, e: Vector) -> Vector:
         """∂²f/∂w² v + ∂²f/∂w∂u e, the derivative of ∂f/∂w as w moves along v and u along e."""
+        return self._along(self.objective.lower.variables, v, e)
 
+    @abstractmethod
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
         """∂f/∂w, in the variables' dtypes; by a pass of its own unless a graph has it."""
 
+    @abstractmethod
+    def _along(self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None) -> Vector:
+        """∂(⟨∂f/∂w, v⟩ + ⟨∂f/∂u, e⟩)/∂variables; e = 0 if None."""
 
-class ExactProduct:
+
+class ExactProduct(Product):
     """Products by double backward through one autograd graph (Pearlmutter 1994).
 
     Attention runs in PyTorch's math kernel, the only one with a second derivative. The backward
@@ -146,23 +160,6 @@ class ExactProduct:
         self._loss = loss
         self.gradient = _slopes(loss, objective.lower.variables)
 
-    def hessian(self, v: Vector) -> Vector:
-        """∂²f/∂w² v = ∂⟨∂f/∂w, v⟩/∂w."""
-        return self._derivative(self.objective.lower.variables, v)
-
-    def mixed(self, v: Vector) -> Vector:
-        """∂²f/∂u∂w v = ∂⟨∂f/∂w, v⟩/∂u."""
-        return self._derivative(self.objective.upper.variables, v)
-
-    def both(self, v: Vector) -> tuple[Vector, Vector]:
-        """∂²f/∂w² v and ∂²f/∂u∂w v = ∂⟨∂f/∂w, v⟩/∂(w, u), by one backward pass."""
-        w, u = self.objective.lower.variables, self.objective.upper.variables
-        return _parted(self._derivative((*w, *u), v), len(w))
-
-    def tangent(self, v: Vector, e: Vector) -> Vector:
-        """∂²f/∂w² v + ∂²f/∂w∂u e = ∂(⟨∂f/∂w, v⟩ + ⟨∂f/∂u, e⟩)/∂w."""
-        return self._derivative(self.objective.lower.variables, v, e)
-
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
         """∂f/∂w, which the graph has; zero where f does not read a variable."""
         w = self.objective.lower.variables
@@ -173,9 +170,7 @@ class ExactProduct:
         """∂f/∂u, with its graph."""
         return _slopes(self._loss, self.objective.upper.variables)
 
-    def _derivative(
-        self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None
-    ) -> Vector:
+    def _along(self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None) -> Vector:
         self.objective.passes.count(products=1)
         slopes = list(zip(self.gradient, v, strict=True))
         if e is not None:
@@ -204,7 +199,7 @@ def _slopes(loss: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @dataclass
-class DifferenceProduct:
+class DifferenceProduct(Product):
     """Products by finite differences of g = ∂f/∂w or ∂f/∂u along v, with h = epsilon/‖v‖.
 
         central   (g(w+hv) − g(w−hv))/2h    error O(h²)
@@ -225,29 +220,11 @@ class DifferenceProduct:
     epsilon: float | None = None
     scheme: Scheme = "central"
     upper_gradient: Vector | None = None
-    _unmoved: dict[str, Vector] = field(init=False, default_factory=dict)
+    _unmoved: dict[tuple[int, ...], Vector] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.upper_gradient is not None:
-            self._unmoved["upper"] = self.upper_gradient
-
-    def hessian(self, v: Vector) -> Vector:
-        """∂²f/∂w² v, by differences of ∂f/∂w."""
-        return self._difference("lower", self.objective.lower.variables, v)
-
-    def mixed(self, v: Vector) -> Vector:
-        """∂²f/∂u∂w v, by differences of ∂f/∂u."""
-        return self._difference("upper", self.objective.upper.variables, v)
-
-    def both(self, v: Vector) -> tuple[Vector, Vector]:
-        """∂²f/∂w² v and ∂²f/∂u∂w v, by differences of ∂f/∂(w, u)."""
-        w, u = self.objective.lower.variables, self.objective.upper.variables
-        return _parted(self._difference("both", (*w, *u), v), len(w))
-
-    def tangent(self, v: Vector, e: Vector) -> Vector:
-        """∂²f/∂w² v + ∂²f/∂w∂u e, by differences of ∂f/∂w with both w and u perturbed."""
-        with perturbed(self.objective.upper.variables) as here:
-            return self._difference("lower", self.objective.lower.variables, v, (here, e))
+            self._unmoved[_ids(self.objective.upper.variables)] = self.upper_gradient
 
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
         """∂f/∂w at ``point``, by one forward+backward."""
@@ -255,35 +232,39 @@ class DifferenceProduct:
         assign_(w, self.point)
         return self.objective.parts(w)
 
+    def _along(self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None) -> Vector:
+        of_w = (self.objective.lower.variables, self.point, v)
+        if e is None:
+            return self._difference(variables, of_w)
+        u = self.objective.upper.variables
+        with perturbed(u) as here:
+            return self._difference(variables, of_w, (u, here, e))
+
     def _difference(
         self,
-        level: str,
         variables: tuple[Tensor, ...],
-        v: Vector,
-        upper: tuple[Sequence[Tensor], Vector] | None = None,
+        *moves: tuple[tuple[Tensor, ...], Sequence[Tensor], Vector],
     ) -> Vector:
-        """A difference along v; ``upper`` is u and the direction of its perturbation, if any."""
-        square = inner(v, v) if upper is None else inner(v, v) + inner(upper[1], upper[1])
+        """A difference of ∂f/∂variables; a move has tensors, their values, and a direction."""
+        square = reductions.summed([inner(along, along) for _, _, along in moves])
         # The factor epsilon/‖v‖ may overflow float32 for a tiny v; its square root does not.
         root = (self._length / square.sqrt()).sqrt()
         root = torch.where(square > 0, root, 0.0)  # v = 0
-        moves = [(self.objective.lower.variables, self.point, (v * root).mul_(root))]
-        if upper is not None:
-            along = (upper[1] * root).mul_(root)
-            moves.append((self.objective.upper.variables, upper[0], along))
+        steps = [(moved, here, (along * root).mul_(root)) for moved, here, along in moves]
 
         def gradient(side: float) -> Vector:
-            for moved, here, along in moves:
-                assign_(moved, here, along.parts, side)
+            for moved, here, step in steps:
+                assign_(moved, here, step.parts, side)
             return self.objective.gradient(variables)
 
         ahead = gradient(1.0)
         if self.scheme == "central":
             behind, root = gradient(-1.0), 2**0.5 * root
         else:
-            if level not in self._unmoved:
-                self._unmoved[level] = gradient(0.0)
-            behind = self._unmoved[level]
+            key = _ids(variables)
+            if key not in self._unmoved:
+                self._unmoved[key] = gradient(0.0)
+            behind = self._unmoved[key]
         back = torch.where(square > 0, 1 / root, 0.0)
         return ahead.add_(behind, -1.0).mul_(back).mul_(back)
 
@@ -298,9 +279,8 @@ class DifferenceProduct:
         )
 
 
-def _parted(vector: Vector, size: int) -> tuple[Vector, Vector]:
-    """The first ``size`` parts, and the others."""
-    return Vector(vector.parts[:size]), Vector(vector.parts[size:])
+def _ids(variables: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(id, variables))
 
 
 def default_epsilon(

@@ -36,15 +36,14 @@ def unpacked(state: Mapping[str, Any], variables: Sequence[Tensor]) -> State:
         if isinstance(value, int | float):
             result[key] = value
         elif isinstance(value, list) and [tuple(getattr(x, "shape", ())) for x in value] == shapes:
-            result[key] = Vector(_placed(x, v) for x, v in zip(value, variables, strict=True))
+            # The dtype of a vector may be wider than the variable's.
+            result[key] = Vector(
+                sharded_like(x, v) if is_sharded(v) else x.to(v.device)
+                for x, v in zip(value, variables, strict=True)
+            )
         else:
             raise ProblemError(
                 f"the estimator's state: {key!r} does not have the shapes of the lower variables; "
                 "use a state of the same levels"
             )
     return result
-
-
-def _placed(full: Tensor, like: Tensor) -> Tensor:
-    """``whole`` on the device and shards of ``like``; the dtype of a `Vector` may be wider."""
-    return sharded_like(full, like) if is_sharded(like) else full.to(like.device)

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from hyperopt_peft.errors import ProblemError
 
+_COMPARISONS = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound of a number, for a type hint: ``Annotated[int, Bound("≥", 1)]``.
+
+    Example:
+        >>> matches(0, Annotated[int, Bound("≥", 1)]), matches(0.5, Fraction)
+        (False, True)
+    """
+
+    sign: Literal["≥", ">", "≤", "<"]
+    number: float
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.number:g}"
+
+
+PositiveInt = Annotated[int, Bound("≥", 1)]
+NonNegativeInt = Annotated[int, Bound("≥", 0)]
+PositiveFloat = Annotated[float, Bound(">", 0)]
+NonNegativeFloat = Annotated[float, Bound("≥", 0)]
+Fraction = Annotated[float, Bound("≥", 0), Bound("<", 1)]
+
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the type ``hint``: a class, a Literal or a union of these.
+    """Whether ``value`` is of the type ``hint``: a class, a Literal, or a union, with `Bound`s.
 
     An int is accepted as a float; a bool is accepted neither as an int nor as a float.
 
@@ -18,6 +45,10 @@ def matches(value: Any, hint: Any) -> bool:
         >>> matches(3, float | None), matches(True, int), matches("cg", Literal["cg", "minres"])
         (True, False, True)
     """
+    if get_origin(hint) is Annotated:
+        kind, *bounds = get_args(hint)
+        within = (_COMPARISONS[bound.sign](value, bound.number) for bound in bounds)
+        return matches(value, kind) and all(within)
     if get_origin(hint) in (Union, UnionType):
         return any(matches(value, choice) for choice in get_args(hint))
     if get_origin(hint) is Literal:
@@ -45,9 +76,12 @@ def type_name(hint: Any) -> str:
     """The type ``hint`` as an error message names it.
 
     Example:
-        >>> type_name(int | None), type_name(Literal["cg", "minres"])
-        ('int or None', "'cg' or 'minres'")
+        >>> type_name(PositiveInt | None), type_name(Literal["cg", "minres"])
+        ('int ≥ 1 or None', "'cg' or 'minres'")
     """
+    if get_origin(hint) is Annotated:
+        kind, *bounds = get_args(hint)
+        return f"{type_name(kind)} {' and '.join(map(str, bounds))}"
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(type_name(choice) for choice in get_args(hint))
     if get_origin(hint) is Literal:

@@ -180,7 +180,12 @@ class Vector:
 
 
 def inner(a: Vector, b: Vector) -> Tensor:
-    """⟨a, b⟩, a scalar tensor in float64 on the device; see `reductions.dot_product`."""
+    """⟨a, b⟩, a scalar tensor in float64 on the device; see `reductions.dot_product`.
+
+    Example:
+        >>> inner(Vector([torch.tensor([1.0, 2.0])]), Vector([torch.tensor([3.0, 4.0])]))
+        tensor(11., dtype=torch.float64)
+    """
     sums = list(map(reductions.dot_product, a.buffers, b.buffers))
     return reductions.summed(totals(sums, a._space.ranks))
 

@@ -11,6 +11,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.validation import NonNegativeFloat
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
 
 LARGEST = 5000  # unknowns; a float64 Hessian of this size has 200 MB
@@ -35,12 +36,7 @@ class Exact(Solver):
         (tensor([1.0000, 0.2500]),)
     """
 
-    damping: float = 0.0
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require_least(damping=0)
+    damping: NonNegativeFloat = 0.0
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """As `Estimator.check_levels`; the lower level has at most 5,000 unknowns."""

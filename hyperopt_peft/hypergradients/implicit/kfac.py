@@ -14,6 +14,7 @@ from hyperopt_peft.hypergradients.implicit.solver import Advance, Matvec, Soluti
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.validation import Fraction, NonNegativeInt, PositiveFloat
 from hyperopt_peft.utils.vector import Vector, widened, zeros_like
 
 ONLY_PRECONDITIONER = "the result is the preconditioner's alone"
@@ -64,16 +65,9 @@ class KFAC(Solver):
         [0.049, 0.005]
     """
 
-    steps: int = 10
-    damping: float | None = None
-    tolerance: float = 1e-6
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require_least(steps=0)
-        self.require_positive("damping")
-        self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+    steps: NonNegativeInt = 10
+    damping: PositiveFloat | None = None
+    tolerance: Fraction = 1e-6
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """As `Estimator.check_levels`; the lower level is not sharded, and has none below."""
@@ -125,7 +119,6 @@ def layer_samples(oracle: Oracle) -> Samples:
     with oracle.moved() as gradients, linear_calls(oracle.lower.variables) as calls:
         gradients("lower", here)
     samples: dict[Layer, list[tuple[Tensor, Tensor]]] = {}
-    for (layer, rows), calls_of in calls.rows.items():
-        x, delta = calls_of.joined()
+    for (layer, rows), (x, delta) in calls.rows().items():
         samples.setdefault(layer, []).append((x, rows * delta))  # f is a mean over rows
     return samples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -62,36 +62,16 @@ class Layer:
         return torch.cat([*columns, ones], -1) if self.bias is not None else x
 
 
-@dataclass
-class LayerRows:
-    """Inputs ``(rows, tokens, in)`` of a layer, and the loss's gradients of its outputs.
-
-    ``rows`` is the first dimension of the layer's input, ``tokens`` the product of the others but
-    the last. Calls of a layer with equally many rows are further tokens of these rows.
-    """
-
-    inputs: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-
-    def joined(self) -> tuple[Tensor, Tensor]:
-        """The inputs and the gradients of all calls."""
-        x, delta = (
-            torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-            for parts in (self.inputs, self.gradients)
-        )
-        return x, delta
-
-
 class LinearCalls(TorchFunctionMode):
     """Watches calls of ``linear`` and ``x @ V`` whose weight or bias is one of ``variables``.
 
-    ``rows`` has what a backward pass found, by layer and number of rows. Half precision is widened.
+    Half precision is widened.
     """
 
     def __init__(self, variables: Sequence[Tensor]) -> None:
         super().__init__()
         self._number = {id(variable): k for k, variable in enumerate(variables)}
-        self.rows: dict[tuple[Layer, int], LayerRows] = {}
+        self._calls: dict[tuple[Layer, int], list[tuple[Tensor, Tensor]]] = {}
 
     def __torch_function__(
         self,
@@ -113,9 +93,22 @@ class LinearCalls(TorchFunctionMode):
         rows = len(x) if x.dim() > 1 else 1
         if layer.transposed and gradient.dim() < x.dim():
             gradient = gradient[..., None]  # V is (in,)
-        collected = self.rows.setdefault((layer, rows), LayerRows())
-        for values, into in ((layer.inputs(x), collected.inputs), (gradient, collected.gradients)):
-            into.append(widened(values.detach()).reshape(rows, -1, values.shape[-1]))
+        inputs, delta = (
+            widened(values.detach()).reshape(rows, -1, values.shape[-1])
+            for values in (layer.inputs(x), gradient)
+        )
+        self._calls.setdefault((layer, rows), []).append((inputs, delta))
+
+    def rows(self) -> dict[tuple[Layer, int], tuple[Tensor, Tensor]]:
+        """Inputs ``(rows, tokens, in)`` and gradients of the outputs, by layer and number of rows.
+
+        The rows are the first dimension of an input, the tokens all others but the last. Calls of a
+        layer with equally many rows are further tokens of these rows.
+        """
+        return {
+            key: (torch.cat([x for x, _ in calls], 1), torch.cat([delta for _, delta in calls], 1))
+            for key, calls in self._calls.items()
+        }
 
 
 def _of_linear(
@@ -145,8 +138,8 @@ def linear_calls(variables: Sequence[Tensor]) -> Iterator[LinearCalls]:
         >>> layer, x = nn.Linear(3, 2, bias=False), torch.ones(4, 3)
         >>> with linear_calls([layer.weight]) as calls:
         ...     layer(x).sum().backward()
-        >>> [(rows, *(part.shape for part in of.joined())) for (_, rows), of in calls.rows.items()]
-        [(4, torch.Size([4, 1, 3]), torch.Size([4, 1, 2]))]
+        >>> [(x.shape, delta.shape) for x, delta in calls.rows().values()]
+        [(torch.Size([4, 1, 3]), torch.Size([4, 1, 2]))]
     """
     hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.validation import Fraction, NonNegativeFloat, PositiveInt
 from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_like
 
 
@@ -29,15 +30,9 @@ class MINRES(Solver):
         (tensor([ 1.0000, -0.2500]),)
     """
 
-    steps: int = 10
-    damping: float = 0.0
-    tolerance: float = 1e-6
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require_least(steps=1, damping=0)
-        self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+    steps: PositiveInt = 10
+    damping: NonNegativeFloat = 0.0
+    tolerance: Fraction = 1e-6
 
     def cost(self) -> Cost:
         """At most ``steps`` products."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.validation import NonNegativeInt, PositiveFloat
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
 POWER_STEPS = 10  # of the estimate of the largest eigenvalue
@@ -31,14 +32,8 @@ class Neumann(Solver):
         (tensor([0.4375, 0.2500]),)
     """
 
-    terms: int = 20
-    step_size: float | None = None
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require_least(terms=0)
-        self.require_positive("step_size")
+    terms: NonNegativeInt = 20
+    step_size: PositiveFloat | None = None
 
     def cost(self) -> Cost:
         """``terms`` products, and ten more without a ``step_size``."""

@@ -12,6 +12,12 @@ from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.validation import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+)
 from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalised, zeros_like
 
 
@@ -41,16 +47,10 @@ class Nystrom(Solver):
         (tensor([1.0000, 0.2500]),)
     """
 
-    rank: int = 10
-    steps: int = 10
-    damping: float | None = None
-    tolerance: float = 1e-6
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require_least(rank=1, steps=0, damping=0)
-        self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+    rank: PositiveInt = 10
+    steps: NonNegativeInt = 10
+    damping: NonNegativeFloat | None = None
+    tolerance: Fraction = 1e-6
 
     def cost(self) -> Cost:
         """``rank`` products, and at most ``steps``; 2·``rank`` vectors are U and HΩ."""

@@ -14,6 +14,7 @@ from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Re
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.validation import PositiveFloat
 from hyperopt_peft.utils.vector import Vector, zeros_like
 
 Matvec = Callable[[Vector], Vector]
@@ -62,11 +63,7 @@ class Solver(Estimator):
     """
 
     product: ProductKind = field(default="exact", kw_only=True)
-    epsilon: float | None = field(default=None, kw_only=True)
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        self.require_positive("epsilon")
+    epsilon: PositiveFloat | None = field(default=None, kw_only=True)
 
     @property
     def requirements(self) -> Requirements:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Cost
@@ -18,6 +18,7 @@ from hyperopt_peft.hypergradients.implicit.solver import (
 from hyperopt_peft.hypergradients.oracle import State
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.validation import Bound, NonNegativeFloat, PositiveFloat, PositiveInt
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
 FIRST_STEPS = 20  # of the Neumann series and of the power iteration, before the first upper step
@@ -50,17 +51,10 @@ class WarmStart(Solver):
         True
     """
 
-    steps: int = 1
-    step_size: float | None = None
-    decay: float = 0.5
-    damping: float = 0.0
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require_least(steps=1, damping=0)
-        self.require_positive("step_size")
-        self.require(0 <= self.decay <= 1, f"decay must be in [0, 1], got {self.decay}")
+    steps: PositiveInt = 1
+    step_size: PositiveFloat | None = None
+    decay: Annotated[float, Bound("≥", 0), Bound("≤", 1)] = 0.5
+    damping: NonNegativeFloat = 0.0
 
     def cost(self) -> Cost:
         """``steps`` products, and one for the power iteration, after the first upper step."""

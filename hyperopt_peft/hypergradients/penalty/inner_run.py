@@ -11,6 +11,7 @@ from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import MovedGradients, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.validation import Fraction, NonNegativeInt
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
 NOT_CONVEX = "the curvature of f along ∂F/∂w is not positive"
@@ -44,13 +45,8 @@ class InnerRuns(Estimator):
     ⟨s, y⟩/⟨y, y⟩ for the last step s and its change y of the gradient.
     """
 
-    inner_steps: int = field(default=100, kw_only=True)
-    tolerance: float = field(default=3e-3, kw_only=True)
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        self.require_least(inner_steps=0)
-        self.require(0 <= self.tolerance < 1, f"tolerance must be in [0, 1), got {self.tolerance}")
+    inner_steps: NonNegativeInt = field(default=100, kw_only=True)
+    tolerance: Fraction = field(default=3e-3, kw_only=True)
 
     def response(self, oracle: Oracle, gradients: MovedGradients, slope: Vector) -> Vector | None:
         """An initial guess r of dw_ν/dν = −H⁻¹b at ν = 0; ``slope`` is ∂f/∂w at w.

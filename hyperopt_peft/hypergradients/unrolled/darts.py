@@ -9,6 +9,7 @@ from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Re
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind, Scheme
 from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.validation import NonNegativeFloat, PositiveFloat
 from hyperopt_peft.utils.vector import Vector, zeros_like
 
 
@@ -20,13 +21,9 @@ class OneStep(Estimator):
     backward with ``product="exact"``.
     """
 
-    epsilon: float | None = field(default=None, kw_only=True)
+    epsilon: PositiveFloat | None = field(default=None, kw_only=True)
     scheme: Scheme = field(default="central", kw_only=True)
     product: ProductKind = field(default="difference", kw_only=True)
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        self.require_positive("epsilon")
 
     @property
     def requirements(self) -> Requirements:
@@ -82,12 +79,7 @@ class DARTS(OneStep):
         True
     """
 
-    xi: float | Literal["lr"] = 1.0
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        self.require(self.xi == "lr" or self.xi >= 0, "xi must not be negative")
-        super().check()
+    xi: NonNegativeFloat | Literal["lr"] = 1.0
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""

@@ -13,6 +13,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled, last_steps
+from hyperopt_peft.utils.validation import PositiveInt
 from hyperopt_peft.utils.vector import Vector, dot, zeros_like
 
 
@@ -51,12 +52,7 @@ class Forward(Unrolled):
     """
 
     carry: bool = False
-    limit: int = 32
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        super().check()
-        self.require_least(limit=1)
+    limit: PositiveInt = 32
 
     @property
     def requirements(self) -> Requirements:

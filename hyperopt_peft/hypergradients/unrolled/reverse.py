@@ -15,6 +15,7 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.restore import assign_, perturbed
+from hyperopt_peft.utils.validation import PositiveFloat, PositiveInt
 from hyperopt_peft.utils.vector import zeros_like
 
 
@@ -50,14 +51,9 @@ class Unrolled(Estimator):
         [0.7, 0.18, 0.01]
     """
 
-    steps: int = 1
+    steps: PositiveInt = 1
     product: ProductKind = "exact"
-    epsilon: float | None = None
-
-    def check(self) -> None:
-        """Check the ranges of the options."""
-        self.require_least(steps=1)
-        self.require_positive("epsilon")
+    epsilon: PositiveFloat | None = None
 
     @property
     def requirements(self) -> Requirements:
