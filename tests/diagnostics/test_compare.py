@@ -15,18 +15,6 @@ from tests.support.cases import Case, cases
 from tests.support.networks import network_levels
 from tests.support.quadratic import FunctionLevel, flat, program
 
-COLUMNS = (
-    "cosine",
-    "rel. error",
-    "norm ratio",
-    "residual",
-    "spread",
-    "fwd+bwd",
-    "products",
-    "seconds",
-    "MB",
-)
-
 
 def test_a_comparison_measures_against_the_reference() -> None:
     levels = program(0).levels()
@@ -66,7 +54,7 @@ def test_a_table_can_be_read() -> None:
     )
     assert isinstance(table, Comparison)
     head, first, second, last = str(table).splitlines()
-    assert head.startswith("estimator") and all(column in head for column in COLUMNS)
+    assert head.startswith("estimator") and head.endswith("MB")
     assert first.startswith("cg:steps=3 ") and second.startswith("direct ")
     assert f"{table.records()[0]['cosine']:.4f}" in first
     assert last.startswith("against exact (residual ") and last.endswith("; 2 repeats")
@@ -161,13 +149,8 @@ def test_batches_are_those_that_come_next_and_stay_the_next() -> None:
     [
         ("direct", 1, 0),
         ("darts", 3, 0),
-        ("darts:product=exact", 2, 1),
         ("cg:steps=5", 2, 5 + 1),
-        ("neumann:terms=5", 2, 5 + 10 + 1),
-        ("exact", 2, 12 + 1),
         ("unrolled:steps=3", 1 + 3 * 2, 3),  # each step is simulated, then differentiated
-        ("sama", 4, 0),  # 3 in training, where the lower step is known
-        ("nystrom:rank=3,steps=5,tolerance=0", 2, 3 + 5 + 1),
         ("cg:steps=5,product=difference", 1 + 2 * (5 + 1), 0),
     ],
 )

@@ -4,10 +4,9 @@ import math
 
 import pytest
 
-from hyperopt_peft import ProblemError
 from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow
 from hyperopt_peft.diagnostics.curvature import Spectrum
-from hyperopt_peft.diagnostics.recommend import Thresholds, recommend
+from hyperopt_peft.diagnostics.recommend import recommend
 
 
 def row(method, cosine=0.99, error=0.1, seconds=1.0, ratio=1.0, problem="", factor=math.nan):
@@ -32,12 +31,6 @@ def test_the_quickest_within_both_thresholds():
     assert reason.startswith(
         "Use minres: of 2 within cosine ≥ 0.95 and relative error ≤ 0.3 it is the quickest, 0.3 s"
     )
-
-
-def test_thresholds_are_the_users_and_inclusive():
-    rows = comparison(row("darts", cosine=0.6, error=0.8))
-    assert recommend(rows).estimator is None
-    assert recommend(rows, Thresholds(cosine=0.6, relative_error=0.8)).estimator == "darts"
 
 
 def test_direct_alone_says_that_the_implicit_term_is_small():
@@ -120,9 +113,3 @@ def test_of_other_estimators_only_long_ones_are_warned_of():
     long = recommend(comparison(row("cg"), row("neumann", 0.4, 3.0, ratio=4.0)))
     assert len(short.reasons) == 1
     assert long.reasons[1] == "Warning: neumann is 4 times as long as the reference."
-
-
-def test_thresholds_are_checked():
-    for limits, name in ((dict(cosine=2), "min_cosine"), (dict(residual=0), "max_residual")):
-        with pytest.raises(ProblemError, match=name):
-            Thresholds(**limits)

@@ -1,8 +1,9 @@
 """The finite-difference hypergradient: closed forms, unrolled steps, errors, and no trace."""
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from hyperopt_peft import (
     NonFiniteError,
-    Problem,
     ProblemError,
     compare_hypergradients,
     hypergradient,
@@ -20,7 +20,7 @@ from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.utils.random_state import host_random_state
 from tests.support.by_hand import OPTIMIZERS
-from tests.support.networks import differences, network_levels
+from tests.support.networks import differences, give_gradients, network_levels, snapshot
 from tests.support.quadratic import FunctionLevel, Level, Program, flat, program
 
 SMALL: dict[str, Any] = {"w_shapes": [(2,), ()], "u_shapes": [(), (2,)]}
@@ -119,52 +119,38 @@ def test_the_residual_bounds_the_error_of_a_coarse_epsilon() -> None:
     assert result.residual == pytest.approx(3 * 0.1**2 / 3.01)
 
 
-def state(upper: Any, lower: Any) -> Any:
-    variables = (*upper.variables, *lower.variables)
-    return [
-        [[x.detach().clone(), x.grad.clone()] for x in variables],
-        [deepcopy(level.state_dict()) for level in (upper, lower)],
-        deepcopy(upper.net.state_dict()),
-        torch.get_rng_state(),
-        host_random_state(),
-    ]
-
-
-def retrained(method: Retraining) -> Callable[[Problem, Problem], object]:
-    return lambda *levels: hypergradient(*levels, method)
-
-
-def compared(upper: Problem, lower: Problem) -> object:
-    reference = Retraining(steps=2, directions=1)
-    return compare_hypergradients(upper, lower, ["darts", "cg:steps=2"], reference, repeats=1)
-
-
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize(
     ("run", "error"),
     [
-        (retrained(Retraining(steps=3)), None),
-        (retrained(Retraining(steps=3, lr=1e30)), NonFiniteError),
-        (compared, None),
+        (partial(hypergradient, estimator=Retraining(steps=3)), None),
+        (partial(hypergradient, estimator=Retraining(steps=3, lr=1e30)), NonFiniteError),
+        (
+            partial(
+                compare_hypergradients,
+                estimators=["darts", "cg:steps=2"],
+                reference=Retraining(steps=2, directions=1),
+                repeats=1,
+            ),
+            None,
+        ),
     ],
 )
 def test_everything_is_bit_identical_afterwards(run: Any, error: Any) -> None:
-    upper, lower = network_levels()
-    lower.step(lower.gradient(lower.next_batch(), lower.variables).gradient)
-    for k, variable in enumerate((*upper.variables, *lower.variables)):
-        variable.grad = torch.full_like(variable, k)
-    lower.peek_batch(), upper.peek_batch()
-    assert lower.optimizer is not None
-    moments = [s["momentum_buffer"] for s in lower.optimizer.state.values()]
-    before = state(upper, lower)
-    if error is None:
-        run(upper, lower)
-    else:
-        with pytest.raises(error):
-            run(upper, lower)
-    assert differences(before, state(upper, lower)) == []
-    after = [s["momentum_buffer"] for s in lower.optimizer.state.values()]
-    assert all(a is b for a, b in zip(moments, after, strict=True))
+    levels = network_levels()
+    levels[1].step(levels[1].gradient(levels[1].next_batch(), levels[1].variables).gradient)
+    give_gradients(levels[0].net)
+    for level in levels:
+        level.peek_batch()
+
+    def state() -> Any:
+        data = [deepcopy(level.state_dict()) for level in levels]
+        return [snapshot(*levels), data, host_random_state()]
+
+    before = state()
+    with pytest.raises(error) if error else nullcontext():
+        run(*levels)
+    assert not differences(before, state())
 
 
 def test_both_sides_see_the_same_masks() -> None:

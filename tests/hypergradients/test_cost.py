@@ -1,4 +1,4 @@
-"""What each estimator costs: as counted, as its ``cost`` says, and as the docs' table has it."""
+"""What each estimator costs: passes, vectors and reads, as counted and as documented."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt_peft import Engine
+from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import get_estimator, registered
 from hyperopt_peft.hypergradients.estimator import Cost
-from tests.support.quadratic import FunctionLevel
+from hyperopt_peft.utils import reductions
+from hyperopt_peft.utils.signal_to_noise import SignalToNoise
+from tests.support.quadratic import FunctionLevel, program
 
+READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
 SIZE = 200_000  # of w; everything else is small beside it
 
 
@@ -63,9 +66,12 @@ def levels() -> Any:
     )
 
 
+Counted = tuple[Any, str, str]
+
+
 @contextmanager
-def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Count losses and passes through autograd's engine."""
+def counted(monkeypatch: pytest.MonkeyPatch, *functions: Counted) -> Iterator[Counter[str]]:
+    """Count the calls of each (object, name of its function, name of the count)."""
     counts: Counter[str] = Counter()
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,12 +82,16 @@ def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter
         return run
 
     with monkeypatch.context() as patch:
-        for level in (engine.upper, engine.lower):
-            patch.setattr(level, "loss", counting("losses", level.loss))
-        run = counting("backwards", torch.autograd.graph._engine_run_backward)
-        for module in (torch.autograd, torch.autograd.graph):
-            patch.setattr(module, "_engine_run_backward", run)
+        for thing, attribute, name in functions:
+            patch.setattr(thing, attribute, counting(name, getattr(thing, attribute)))
         yield counts
+
+
+def passes(engine: Engine) -> list[Counted]:
+    """Losses, and passes through autograd's engine."""
+    losses = [(level, "loss", "losses") for level in (engine.upper, engine.lower)]
+    modules = (torch.autograd, torch.autograd.graph)
+    return losses + [(module, "_engine_run_backward", "backwards") for module in modules]
 
 
 def engine(estimator: str) -> Engine:
@@ -93,7 +103,7 @@ def engine(estimator: str) -> Engine:
 def test_passes_of_one_iteration(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = engine(estimator)
     ready.run(1)
-    with counted(ready, monkeypatch) as counts:
+    with counted(monkeypatch, *passes(ready)) as counts:
         ready.run(1)
     assert (counts["losses"], counts["backwards"]) == COSTS[estimator][:2]
 
@@ -104,3 +114,73 @@ def test_vectors_held_at_once(estimator: str) -> None:
     ready = engine(estimator)
     held = peak_memory(lambda: ready.run(3), torch.device("cpu")) / (4 * SIZE)
     assert round(held) == COSTS[estimator][2]
+
+
+# Each read of a number waits for the device. A few steps are counted, whatever they reach.
+EACH_READ: list[Counted] = [(Tensor, name, "reads") for name in READS]
+ignore_residuals = pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
+
+
+def reads(method: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    levels = program(0).levels()
+    hypergradient(*levels, method)  # whether f runs in half precision is found once
+    with counted(monkeypatch, *EACH_READ) as counts:
+        hypergradient(*levels, method)
+    return sum(counts.values())
+
+
+@ignore_residuals
+@pytest.mark.parametrize("product", ["exact", "difference"])
+@pytest.mark.parametrize("solver", ["cg", "minres"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_krylov_solver_reads_once_a_step(
+    solver: str, steps: int, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside that F with its gradient is read once, and f with the result once."""
+    method = f"{solver}:steps={steps},tolerance=0,product={product}"
+    assert reads(method, monkeypatch) == steps + 2
+
+
+@ignore_residuals
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        ("direct", 2),
+        ("darts", 2),
+        ("darts:scheme=forward", 2),
+        ("neumann:terms=20", 4),
+        ("neumann:terms=20,product=difference", 4),
+        ("exact", 4),
+        ("nystrom:rank=3,steps=0", 9),
+        ("nystrom:rank=3,steps=5,tolerance=0", 3 + 5 + 9),
+        ("kfac:steps=5,tolerance=0", 5 + 3),
+        ("warm", 20 + 5),
+        ("penalty:inner_steps=5,tolerance=0.0", 6 + 4),
+        ("penalty:inner_steps=9,tolerance=0.0", 10 + 4),
+        # Two runs, with F evaluated and checked at each point beside.
+        ("f2sa:inner_steps=5,tolerance=0.0", 2 * (6 + 6) + 8),
+        ("f2sa:inner_steps=9,tolerance=0.0", 2 * (10 + 10) + 8),
+    ],
+)
+def test_no_estimator_reads_more_than_once_a_step(
+    method: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reads(method, monkeypatch) <= most
+
+
+def test_all_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: a read that is not made by `reductions.to_floats` counts as well."""
+    with counted(monkeypatch, *EACH_READ) as counts:
+        x = torch.ones(())
+        values = float(x), x.item(), bool(x), x.tolist(), reductions.to_floats([x, 2 * x])
+    assert sum(counts.values()) == len(values)
+
+
+def test_the_signal_to_noise_ratio_is_read_once_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal, vectors = SignalToNoise(), torch.randn(3, 4)
+    with counted(monkeypatch, *EACH_READ) as counts:
+        for row in vectors:
+            signal.add([row])
+        assert not counts
+        signal.read()
+    assert sum(counts.values()) == 1

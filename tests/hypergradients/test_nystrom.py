@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hyperopt_peft import hypergradient
-from hyperopt_peft.hypergradients import ConjugateGradient, Nystrom, Vector, dot
+from hyperopt_peft.hypergradients import ConjugateGradient, Nystrom, Vector
 from hyperopt_peft.hypergradients.implicit import nystrom
-from tests.support.quadratic import Level, flat, positive, program, symmetric
+from tests.support.quadratic import flat, positive, program, symmetric
 from tests.support.systems import indefinite, residual, system
 
 EXAMPLES = settings(max_examples=20)
@@ -92,17 +92,6 @@ def test_it_shortens_conjugate_gradients_where_few_eigenvalues_are_large() -> No
     assert 10 + ours.steps < 0.7 * plain.steps
 
 
-def test_alone_it_is_poor_on_a_flat_spectrum() -> None:
-    """Why it is not the default: most of b lies where the columns do not look."""
-    h = positive(60, torch.Generator().manual_seed(0))
-    expected = torch.linalg.solve(h, system(h)[2])
-    errors = [
-        float((solved(h, rank=10, steps=steps)[0] - expected).norm() / expected.norm())
-        for steps in (0, 10)
-    ]
-    assert errors[0] > 0.2 and errors[1] < 0.01
-
-
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @given(rank=st.integers(1, 11), scale=st.floats(1e-3, 1e3), steps=st.sampled_from([0, 2]))
 @EXAMPLES
@@ -138,33 +127,12 @@ def test_negative_curvature_is_left_out_or_ends_it(rank: int, seed: int) -> None
     assert v.isfinite().all() and "negative curvature" in solution.note
 
 
-@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize("steps", [0, 5])
-def test_a_hessian_that_is_zero_leaves_the_direct_term(steps: int) -> None:
-    quadratic = program(0)
-    upper, _ = quadratic.levels()
-    linear = Level(lambda w, u: w @ u, quadratic.w, quadratic.w, quadratic.u)
-    actual = flat(hypergradient(upper, linear, f"nystrom:steps={steps}"))
-    torch.testing.assert_close(actual, quadratic.direct)
+def test_a_hessian_that_is_zero_leaves_the_damping(steps: int) -> None:
     solution = Nystrom(steps=steps).solve(lambda v: 0.0 * v, Vector([torch.ones(3)]))
     assert solution.v.norm() == 0 and "zero" in solution.note
     damped = Nystrom(steps=steps, damping=4.0).solve(lambda v: 0.0 * v, Vector([torch.ones(3)]))
     torch.testing.assert_close(damped.v.flat(), torch.full((3,), 0.25))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_low_rank_hessian_is_found(dtype: torch.dtype) -> None:
-    """Eigenvalues that are rounding count as none; b within its range is solved for."""
-    generator = torch.Generator().manual_seed(0)
-    h = symmetric(torch.tensor([3.0, 2, 1] + [0] * 17).double(), generator)
-    b = Vector([(h @ torch.ones(20, dtype=torch.float64)).to(dtype)])
-    solution = Nystrom(rank=10, steps=0).solve(
-        lambda v: v.with_entries((h.to(dtype)) @ v.flat()), b
-    )
-    expected = torch.linalg.pinv(h, rtol=1e-9) @ b.flat().double()
-    error = (solution.v.flat().double() - expected).norm() / expected.norm()
-    assert error < 100 * torch.finfo(dtype).eps ** 0.5
-    assert dot(solution.v, solution.v) > 0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Estimate, Oracle
@@ -148,17 +148,6 @@ def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, m
     w, u = start()
     with pytest.raises(ProblemError, match=f"FunctionLevel: .*{message}"):
         hypergradient(*make_levels(make(w), w, u), method)
-
-
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_adam_with_decoupled_decay_is_adamw(decoupled: bool) -> None:
-    """The group's flag decides, whatever the class is called."""
-    actual = []
-    for kind, options in ((Adam, {"decoupled_weight_decay": decoupled}), (AdamW, {})):
-        w, u = start()
-        levels = make_levels(kind(w, lr=0.05, weight_decay=0.3, **options), w, u)
-        actual.append(flat(hypergradient(*levels, "unrolled:steps=3")))
-    assert torch.equal(*actual) == decoupled
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -5,6 +5,7 @@ as soon as it is registered.
 """
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from hyperopt_peft import hypergradient
 from hyperopt_peft.hypergradients import open_oracle, registered
 from hyperopt_peft.hypergradients.estimate import estimate as estimate_at
+from hyperopt_peft.hypergradients.registry import Kind
 from tests.support.cases import Case, cases
 from tests.support.quadratic import Level, Program, flat, leaves, program, programs
 
@@ -40,16 +42,9 @@ def assert_close(actual: Tensor, expected: Tensor, scale: Tensor, tolerance: flo
 
 def test_every_kind_is_registered() -> None:
     """The properties below must not become empty."""
-    names = {"direct", "darts", "neumann", "cg", "minres", "exact", "unrolled", "sama", "nystrom"}
-    names |= {"warm", "f2sa", "penalty", "kfac"}
-    assert names <= registered().keys()
-    assert {entry.kind for entry in registered().values()} == {
-        "direct",
-        "identity",
-        "implicit",
-        "unrolled",
-        "penalty",
-    }
+    names = {"direct", "darts", "neumann", "cg", "minres", "exact", "unrolled", "forward", "sama"}
+    assert names | {"nystrom", "warm", "f2sa", "penalty", "kfac"} <= registered().keys()
+    assert {entry.kind for entry in registered().values()} == set(get_args(Kind))
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
@@ -65,13 +60,15 @@ def test_implicit_and_penalty_estimators_reach_their_tolerance(
 
 
 @cases("identity")
-@given(program=programs())
+@given(program=programs(), scale=st.floats(1e-3, 1e3))
 @EXAMPLES
 def test_identity_estimators_replace_the_inverse_hessian_by_a_number(
-    case: Case, program: Program
+    case: Case, program: Program, scale: float
 ) -> None:
-    implicit = program.implicit(getattr(case.estimator, "xi", 1.0) * program.b)
-    assert_close(estimate(case, program), program.direct + implicit, implicit, case.rounding)
+    """So their implicit term is proportional to the scale of f."""
+    implicit = scale * program.implicit(getattr(case.estimator, "xi", 1.0) * program.b)
+    actual = estimate(case, program, scale=scale) - program.direct
+    assert_close(actual, implicit, implicit, 10 * case.rounding)
 
 
 @cases("unrolled")
@@ -110,17 +107,6 @@ def test_scaling_f_leaves_implicit_estimators_unchanged(
 ) -> None:
     plain, scaled = estimate(case, program), estimate(case, program, scale=scale)
     assert_close(scaled, plain, program.exact_implicit, 10 * case.rounding)
-
-
-@cases("identity")
-@given(program=programs(), scale=st.floats(1e-3, 1e3))
-@EXAMPLES
-def test_scaling_f_scales_the_implicit_term_of_identity_estimators(
-    case: Case, program: Program, scale: float
-) -> None:
-    plain = estimate(case, program) - program.direct
-    scaled = estimate(case, program, scale=scale) - program.direct
-    assert_close(scaled, scale * plain, scale * plain, 10 * case.rounding)
 
 
 @cases()

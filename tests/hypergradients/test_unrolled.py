@@ -1,5 +1,6 @@
-"""Unrolling against autograd through the same optimizer steps, written out by hand."""
+"""Unrolling, backwards and forwards, against autograd through the same optimizer steps by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from hyperopt_peft import Engine, hypergradient
+from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
 from hyperopt_peft.diagnostics.memory import peak_memory
+from hyperopt_peft.hypergradients.estimate import estimate
 from tests.support.by_hand import (
     BATCHES,
     OPTIMIZERS,
@@ -19,29 +21,43 @@ from tests.support.by_hand import (
     trained_by_hand,
     upper_f,
 )
+from tests.support.learned_options import make
 from tests.support.quadratic import FunctionLevel, flat
 
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+both_modes = pytest.mark.parametrize("method", ["unrolled", "forward"])
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The hypergradients of an Engine's run."""
+    actual = []
+
+    def spy(oracle: Any, method: str) -> Any:
+        result = estimate(oracle, method)
+        actual.append(flat(result.hypergradient))
+        return result
+
+    monkeypatch.setattr("hyperopt_peft.engine.step.estimate", spy)
+    return actual
 
 
 @each_optimizer
-@pytest.mark.parametrize("warmup", [0, 2])
-@pytest.mark.parametrize("steps", [1, 3])
-def test_training_is_differentiated_like_the_steps_by_hand(
-    optimizer: str, warmup: int, steps: int
-) -> None:
+@both_modes
+def test_training_is_differentiated_like_the_steps_by_hand(optimizer: str, method: str) -> None:
     kind, options = OPTIMIZERS[optimizer]
     w, u = start()
-    expected = trained_by_hand(ByHand(kind, [options] * 2), warmup, steps)
-    actual = trained(
-        make_levels(kind(w, **options), w, u), warmup, steps, f"unrolled:steps={steps}"
-    )
+    expected = trained_by_hand(ByHand(kind, [options] * 2), 2, 3)
+    actual = trained(make_levels(kind(w, **options), w, u), 2, 3, f"{method}:steps=3")
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@both_modes
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 @pytest.mark.parametrize("setting", ["clipping", "groups", "schedule", "dropout", "truncated"])
-def test_each_step_is_differentiated_as_it_was_done(optimizer: str, setting: str) -> None:
+def test_each_step_is_differentiated_as_it_was_done(
+    optimizer: str, setting: str, method: str
+) -> None:
     """The groups are in the reverse order of the variables; each step has its own dropout mask."""
     kind, options = OPTIMIZERS[optimizer]
     w, u = start()
@@ -64,11 +80,11 @@ def test_each_step_is_differentiated_as_it_was_done(optimizer: str, setting: str
     expected = trained_by_hand(hand, 2 + done - steps, steps)
     torch.manual_seed(3)
     levels: Any = make_levels(optimizer_of_w, w, u, **more)
-    actual = trained(levels, 2, done, f"unrolled:steps={steps}")
+    actual = trained(levels, 2, done, f"{method}:steps={steps}")
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@both_modes
 def test_a_record_tells_how_many_steps_were_differentiated(method: str) -> None:
     w, u = start()
     levels = make_levels(SGD(w, lr=0.1), w, u)
@@ -77,7 +93,10 @@ def test_a_record_tells_how_many_steps_were_differentiated(method: str) -> None:
 
 
 @each_optimizer
-def test_outside_training_steps_are_simulated_from_the_current_point(optimizer: str) -> None:
+@both_modes
+def test_outside_training_steps_are_simulated_from_the_current_point(
+    optimizer: str, method: str
+) -> None:
     """F is differentiated at the current point, on which the optimizer's state depends."""
     kind, options = OPTIMIZERS[optimizer]
     w, u = start()
@@ -91,25 +110,12 @@ def test_outside_training_steps_are_simulated_from_the_current_point(optimizer: 
     adjoint = torch.autograd.grad(upper_f(w, u), w)
     after = hand.run(3, w, u, [BATCHES[2]])
     implicit = flat(torch.autograd.grad(after, u, adjoint))
-    actual = flat(hypergradient(upper, lower, "unrolled:steps=3"))
+    actual = flat(hypergradient(upper, lower, f"{method}:steps=3"))
     torch.testing.assert_close(actual, direct + implicit, rtol=1e-12, atol=1e-12)
     assert implicit.norm() > 0.01 * direct.norm()
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_one_step_of_gradient_descent_is_darts(training: bool) -> None:
-    actual = []
-    for method in ("unrolled:steps=1", "darts:xi=lr,product=exact"):
-        w, u = start()
-        levels = make_levels(SGD(w, lr=0.3), w, u)
-        if training:
-            actual.append(trained(levels, 1, 2, method))
-        else:
-            actual.append(flat(hypergradient(*levels, method)))
-    torch.testing.assert_close(actual[0], actual[1], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@both_modes
 def test_graphs_of_two_steps_are_never_held_at_once(method: str) -> None:
     """Another step adds what is recorded of it, here 3 vectors of 4 numbers, and no graph."""
 
@@ -130,3 +136,50 @@ def test_graphs_of_two_steps_are_never_held_at_once(method: str) -> None:
     few, many = held(2), held(12)
     assert few > 5 * 8 * 10_000  # the graph of one step
     assert many - few < 10 * 3 * 4 * 8 + 1000
+
+
+@each_optimizer
+def test_carried_tangents_look_back_on_the_whole_run(optimizer: str, seen: Any) -> None:
+    """At a u that rests, six upper steps of one lower step are reverse mode through six."""
+
+    def engine(method: str, **options: int) -> Engine:
+        levels = make(*OPTIMIZERS[optimizer], upper_rate=0.0, max_grad_norm=0.3)
+        return Engine(*levels, method, warmup_steps=1, progress=False, **options)
+
+    forward, again = (engine("forward:carry=true") for _ in range(2))
+    forward.run(2)
+    again.load_state_dict(forward.state_dict())
+    again.run(4)
+    for k, carried in list(enumerate(seen, 1)):
+        engine(f"unrolled:steps={k}", lower_steps=k).run(1)
+        torch.testing.assert_close(carried, seen[-1], rtol=1e-12, atol=1e-12)
+    assert len(again._step._records) == 1  # one step is kept, whatever it looks back on
+
+
+def test_without_carry_the_steps_before_the_last_upper_step_are_left_out(seen: Any) -> None:
+    for method in ("forward:steps=2", "unrolled:steps=2"):
+        levels = make(*OPTIMIZERS["adamw"], upper_rate=0.0)
+        Engine(*levels, method, lower_steps=2, progress=False).run(3)
+    for forward, reverse in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-13)
+
+
+def test_too_many_unknowns_are_sent_to_reverse_mode() -> None:
+    levels = make(SGD, {"lr": 0.1})
+    with pytest.raises(ProblemError, match="limit=5"):
+        hypergradient(*levels, "forward:limit=5")
+    with pytest.raises(ProblemError, match="limit=5"):
+        Engine(*levels, "forward:limit=5", warmup_steps=1000)
+    hypergradient(*levels, "forward:limit=6")
+    with pytest.raises(ProblemError, match="limit"):
+        hypergradient(*levels, "forward:limit=0")
+
+
+def test_carried_tangents_need_every_lower_step(tmp_path: Path) -> None:
+    levels = make(SGD, {"lr": 0.1})
+    with pytest.raises(ProblemError, match="lower_steps=3"):
+        Engine(*levels, "forward:carry=true", lower_steps=3)
+    with pytest.raises(ProblemError, match="every lower step"):
+        BilevelTrainingArguments(
+            str(tmp_path), hypergradient="forward:carry=true", lower_steps=2, use_cpu=True
+        ).estimator()

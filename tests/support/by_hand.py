@@ -186,14 +186,14 @@ class ByHand:
         self.state = [[s.detach() for s in state] for state in self.state]
 
 
-def trained_by_hand(hand: ByHand, warmup: int, steps: int) -> Tensor:
-    """The hypergradient through the last ``steps`` steps."""
+def trained_by_hand(hand: ByHand, warmup: int, steps: int, options: Leaves = ()) -> Tensor:
+    """The hypergradient through the last ``steps`` steps, that of ``options`` at its end."""
     w, u = start()
     w = [x.detach().requires_grad_() for x in hand.run(warmup, w, u, BATCHES)]
     hand.forget_the_graph()
     shift = warmup % len(BATCHES)
     after = hand.run(steps, w, u, BATCHES[shift:] + BATCHES[:shift])
-    return flat(torch.autograd.grad(upper_f(after, u), u))
+    return flat(torch.autograd.grad(upper_f(after, u), [*u, *options]))
 
 
 def trained(levels: Any, warmup: int, lower_steps: int, method: str) -> Tensor:

@@ -119,3 +119,28 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
         pairs = enumerate(zip(a, b, strict=True))
         return [d for k, (x, y) in pairs for d in differences(x, y, f"{where}/{k}")]
     return [] if type(a) is type(b) and (a == b or (a != a and b != b)) else [where]
+
+
+def snapshot(*levels: Classify) -> dict[str, Any]:
+    """Copies of all that a hypergradient must not change, except the data's position."""
+    net = levels[0].net
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    optimizers = [level.optimizer_snapshot(with_state=True) for level in levels]
+    return {
+        "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        "objects": {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors.items()},
+        "gradients": {
+            name: (p.requires_grad, id(p.grad), None if p.grad is None else p.grad.clone())
+            for name, p in net.named_parameters()
+        },
+        "optimizers": optimizers,
+        "random": torch.get_rng_state(),
+        "modes": [module.training for module in net.modules()],
+        "hooks": len(nn.modules.module._global_forward_pre_hooks),
+    }
+
+
+def give_gradients(net: nn.Module) -> None:
+    """Gradients that the user holds while asking for a hypergradient."""
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None

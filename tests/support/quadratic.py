@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hyperopt_peft import Problem
 from hyperopt_peft.hypergradients import Vector
@@ -52,6 +53,20 @@ class Level(FunctionLevel):
         self.objective = objective
         optimizer = torch.optim.SGD(owned, lr=lr)
         super().__init__(lambda _: objective(flat(w), flat(u)), owned, optimizer=optimizer)
+
+
+class Once(torch.autograd.Function):
+    """x ↦ x², with a first derivative only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
 
 
 @dataclass
