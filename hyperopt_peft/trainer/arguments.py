@@ -192,8 +192,19 @@ class BilevelTrainingArguments(TrainingArguments):
         args.__dict__["_original"] = self
         return args
 
+    @property
+    def original(self) -> Self:
+        """The arguments of which these are a copy by `without_limits`; else these."""
+        original: Self = self.__dict__.get("_original", self)
+        return original
+
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self.__dict__.get("_original", self)))
+        return dict(vars(self.original))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `transformers.TrainingArguments.to_dict`, of the original."""
+        values: dict[str, Any] = TrainingArguments.to_dict(self.original)
+        return values
 
     def bilevel_settings(self) -> dict[str, Any]:
         """The fields of this class and its subclasses, without those of TrainingArguments."""

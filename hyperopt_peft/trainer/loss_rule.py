@@ -35,7 +35,7 @@ class LossRule:
 
     def label_weights(self, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
         """The entries that make the mean loss of ``batches`` the mean over their labels."""
-        if self.of_levels:
+        if self.of_levels or not batches:  # no batches: an epoch that was resumed at its end
             return [{} for _ in batches]
         return label_weights(
             batches,

@@ -228,6 +228,8 @@ class BilevelTrainer(Trainer):
             with self._callback.run(resumed):
                 distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
                 folder = None if resumed is None else str(resumed[0])
+                # Before the loop, which in older versions reads these arguments once.
+                self.args = args_of_user.without_limits()
                 return super().train(folder, *args, **kwargs)
         finally:
             self.args = args_of_user
@@ -269,7 +271,7 @@ class BilevelTrainer(Trainer):
             )
 
     def adopt_prepared_parameters(self) -> None:
-        """Replace the levels' variables by the optimizer's; the Trainer's loop clips nothing.
+        """Replace the levels' variables by the optimizer's.
 
         The callback calls this after the Trainer has prepared model and optimizer: FSDP2 replaces
         the parameters, also in the optimizer, by shards.
@@ -278,7 +280,6 @@ class BilevelTrainer(Trainer):
         for level in self.levels:
             level.variables = tuple(prepared[id(variable)] for variable in level.variables)
         self._set_step(self.optimizer)
-        self.args = self.args.without_limits()
 
     def begin_step(self) -> None:
         """Begin an optimizer step; the callback calls this before the first micro-batch."""
@@ -444,14 +445,15 @@ class BilevelTrainer(Trainer):
         """
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
-            lower = Accumulated(self.lower, optimizer, self.args.max_grad_norm or None)
+            limit = self.args.original.max_grad_norm or None
+            lower = Accumulated(self.lower, optimizer, limit)
             upper = Accumulated(self.upper)
             self.bilevel_step = BilevelStep(upper, lower, self.estimator, seed=self.args.seed)
         self.devices = devices_of(*self.levels)
         self.current_step = OptimizerStep(
             self.lower,
             self.bilevel_step,
-            args=self.args,
+            args=self.args.original,
             optimizer=optimizer,
             accelerator=self.accelerator,
             upper_batches=self.upper_batches,
