@@ -179,7 +179,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
     "bad weights": (
         bad([{**r, "w": 1.0} for r in rows()], w=-1.0),
         {"weight_column": "w"},
-        [r"row 1 \(from 0\) of 'w' is -1.0"],
+        [r"row 1 \(from 0\) of 'w' is -1"],
     ),
 }
 

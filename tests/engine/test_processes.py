@@ -3,6 +3,7 @@
 Differences of gradients divide by their step, and their rounding with them.
 """
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,14 +13,24 @@ from tests.support import levels_in_processes as levels
 from tests.support import two_processes
 
 LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-KINDS = ("plain", "ddp", "fsdp")
+KINDS = ("plain", "ddp", pytest.param("fsdp", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What each process has of every check: one launch for all of them."""
-    folder = tmp_path_factory.mktemp("two")
-    return two_processes.run(LAUNCHER, "levels_in_processes.py", folder)
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each process has of every check of some kinds, by their names: one launch for these."""
+
+    @cache
+    def results(*kinds: str) -> Any:
+        folder = tmp_path_factory.mktemp("two")
+        return two_processes.run(LAUNCHER, "levels_in_processes.py", folder, *kinds)
+
+    return results
+
+
+@pytest.fixture
+def two(kind: str, launched: Any) -> Any:
+    return launched("fsdp") if kind == "fsdp" else launched("plain", "ddp")
 
 
 def distance(found: Any, expected: Any) -> Any:
@@ -119,7 +130,8 @@ def test_the_upper_losses_draw_numbers_of_their_own(two: Any, kind: str) -> None
     assert len(set(drawn)) == len(drawn) == 6
 
 
-def test_second_derivatives_and_half_precision_of_shards_are_refused(two: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_second_derivatives_and_half_precision_of_shards_are_refused(two: Any, kind: str) -> None:
     """With the name of what works."""
     for result in two:
         half = result["refusals"].pop("darts")

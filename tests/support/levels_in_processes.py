@@ -1,5 +1,6 @@
 """Two levels over a small network, plain or distributed; run as a script, one of two processes."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -240,9 +241,10 @@ def work(folder: Path) -> dict[str, Any]:
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
         }
-        for kind in ("plain", "ddp", "fsdp")
+        for kind in sys.argv[2:]
     }
-    results["refusals"] = refusals("fsdp", *place)
+    if "fsdp" in results:
+        results["refusals"] = refusals("fsdp", *place)
     return results
 
 
