@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> None:
     if not distributed.rank():
         text = table(runs, metric, size)
         (output / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
-        picture(runs, metric, output / "comparison.png")
+        draw_comparison(runs, metric, output / "comparison.png")
         print(f"\n{text}\n\ntable, picture and numbers are in {output}")
 
 
@@ -158,7 +158,9 @@ def mean_and_error(values: Sequence[float], draws: Sequence[Numbers]) -> tuple[f
     return float(np.mean(values)), math.sqrt(over_seeds + over_rows)
 
 
-def means(runs: Sequence[MethodRun], metric: str) -> dict[str, tuple[float, float, float, float]]:
+def method_means(
+    runs: Sequence[MethodRun], metric: str
+) -> dict[str, tuple[float, float, float, float]]:
     """Of each method the mean ``metric`` and the difference to the first, each with its error."""
     baseline = {run.seed: run for run in runs if run.method == runs[0].method}
     result = {}
@@ -175,9 +177,9 @@ def means(runs: Sequence[MethodRun], metric: str) -> dict[str, tuple[float, floa
     return result
 
 
-def picture(runs: Sequence[MethodRun], metric: str, path: Path) -> None:
-    """The numbers of `means` as points with an error bar, ± one standard error."""
-    results = means(runs, metric)
+def draw_comparison(runs: Sequence[MethodRun], metric: str, path: Path) -> None:
+    """The numbers of `method_means` as points with an error bar, ± one standard error."""
+    results = method_means(runs, metric)
     first, height = runs[0].method, 1.5 + 0.5 * len(results)
     with drawing(path, 9, height, columns=2, sharey=True) as (_, (left, right)):
         for row, (method, (mean, error, difference, its_error)) in enumerate(results.items()):
@@ -203,7 +205,7 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
     heads = [head.removeprefix("eval_") for head in heads]
     lines = [[*heads, "seconds", "trainable parameters", "steps"]]
     lines.append(["---"] * len(lines[0]))
-    for method, (mean, error, difference, its_error) in means(runs, metric).items():
+    for method, (mean, error, difference, its_error) in method_means(runs, metric).items():
         seeds = [run for run in runs if run.method == method]
         lines.append(
             [

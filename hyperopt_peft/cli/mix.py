@@ -166,10 +166,10 @@ class RecordShares(TrainerCallback):
         """Draw the shares."""
         if state.is_world_process_zero:
             logged = {x["step"]: x[SHARES] for x in state.log_history if SHARES in x}
-            picture({0: self.initial, **logged}, self.path)
+            draw_shares({0: self.initial, **logged}, self.path)
 
 
-def picture(shares: Mapping[int, Mapping[str, float]], path: Path) -> None:
+def draw_shares(shares: Mapping[int, Mapping[str, float]], path: Path) -> None:
     """The share of each source over the steps of the search, a colour and marker for each."""
     with drawing(path, 8, 4.5) as (_, axes):
         for number, name in enumerate(shares[0]):

@@ -19,7 +19,7 @@ E = TypeVar("E", bound=type[Estimator])
 #: The default estimator. A network's Hessian is indefinite away from minima, where cg stops and
 #: minres does not; no cheaper row of docs/comparison.md has smaller errors on all problems.
 DEFAULT = "minres"
-T = TypeVar("T", bound=Estimator)
+EstimatorT = TypeVar("EstimatorT", bound=Estimator)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def get_estimator(estimator: EstimatorLike) -> Estimator:
     return with_options(_ENTRIES[name].estimator, text)
 
 
-def with_options(estimator: type[T], text: str) -> T:
+def with_options(estimator: type[EstimatorT], text: str) -> EstimatorT:
     """An ``estimator`` with the options in ``text``, such as ``"steps=40,damping=0.1"``.
 
     Raises:

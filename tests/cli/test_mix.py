@@ -79,7 +79,7 @@ def test_the_picture_of_a_resumed_search_has_every_upper_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(mix, "picture", lambda shares, path: drawn.append(shares))
+    monkeypatch.setattr(mix, "draw_shares", lambda shares, path: drawn.append(shares))
     chosen = options(tmp_path, save_strategy="steps", save_steps=2, retrain="none", max_steps=6)
     run("mix", **chosen)
     shutil.rmtree(tmp_path / "out/checkpoint-6")
