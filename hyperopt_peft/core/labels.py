@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ OWN_LOSS = "write the level as a Problem with a loss of your own"
 TOLERANCE = 1e-2
 
 _RULES = (False, True)
-# By model, which is asked once.
+# A model is asked once: the answers of some, and the models whose loss is a mean over labels.
 _SHIFTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_MEAN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_MEAN: WeakSet[nn.Module] = WeakSet()
 
 
 def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -104,7 +104,7 @@ def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     losses = _of_logits(model, output.logits, labels, shifted)
     if model not in _MEAN:
         _require_mean(model, batch, shifted)
-        _MEAN[model] = True
+        _MEAN.add(model)
     return losses
 
 
@@ -184,7 +184,7 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         fitting.sort(key=lambda shifted: float(errors[shifted]))
     else:  # a position's cross entropy falls with the logit of its label alone
         reached, scored = gradient.ne(0).any(-1), gradient.argmin(-1)
-        labels = _beside_logits(labels, scored.shape[1], IGNORED)
+        labels = _beside_logits(labels, scored.shape[1])
         expected = {False: labels, True: _next(labels)}
         fitting = [s for s in _RULES if not (reached & (scored != expected[s])).any()]
     if not fitting:
@@ -267,7 +267,7 @@ def _of_logits(model: Any, logits: Tensor, labels: Tensor, shifted: bool) -> tup
     if labels.dim() != logits.dim() - 1:
         raise _unfit(labels, logits)
     if labels.dim() > 1:
-        labels = _beside_logits(labels, logits.shape[1], IGNORED)
+        labels = _beside_logits(labels, logits.shape[1])
     if shifted:
         labels = _next(labels)
     each = cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
@@ -279,9 +279,9 @@ def _next(labels: Tensor) -> Tensor:
     return pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
-def _beside_logits(labels: Tensor, length: int, value: Any) -> Tensor:
+def _beside_logits(labels: Tensor, length: int) -> Tensor:
     """``labels`` for each of ``length`` logits; prompt tuning adds some before the tokens'."""
-    return pad(labels, (length - labels.shape[1], 0), value=value)
+    return pad(labels, (length - labels.shape[1], 0), value=IGNORED)
 
 
 def _of_numbers(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
