@@ -5,9 +5,10 @@
     python -m tests.matrix --json matrix.json -- -m "not slow"
 
 Each set gets a virtual environment of its own outside the repository, with this checkout installed
-editable. The set ``oldest`` has each dependency at its lower bound. The set ``peft`` runs PEFT's
-own tests of DoRA, from PEFT's source distribution, with the fast layer in place of PEFT's: those
-files of them that need no GPU, without the tests that ask for a model from the hub.
+editable. The set ``oldest`` has each dependency, TRL and bitsandbytes included, at its lower bound.
+The set ``peft`` runs PEFT's own tests of DoRA, from PEFT's source distribution, with the fast layer
+in place of PEFT's: those files of them that need no GPU, without the tests that ask for a model
+from the hub.
 """
 
 from __future__ import annotations
@@ -36,14 +37,32 @@ INTERPRETERS = {
 }
 PEFT_TESTS = ("custom_models", "helpers", "initialization", "lora_variants")
 PEFT_NEEDS = ("attrs", "diffusers", "parameterized")
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "torchopt", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "torchopt",
+    "numpy",
+    "trl",
+    "bitsandbytes",
+)
+#: Extras whose packages have bounds that are promised, as those of the dependencies are.
+EXTRAS = ("bitsandbytes", "trl")
 Row = dict[str, Any]
 
 
-def lower_bounds() -> list[str]:
-    """``torch==2.10`` for ``torch>=2.10`` in pyproject.toml, and so on."""
+def bounds() -> list[str]:
+    """The promised versions of pyproject.toml: ``torch>=2.10`` and so on, `EXTRAS` included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [re.sub(r">=([\d.]+).*", r"==\1", bound) for bound in project["dependencies"]]
+    extras = [bound for name in EXTRAS for bound in project["optional-dependencies"][name]]
+    return [*project["dependencies"], *extras]
+
+
+def lower_bounds() -> list[str]:
+    """``torch==2.10`` for ``torch>=2.10`` of `bounds`, and so on."""
+    return [re.sub(r">=([\d.]+).*", r"==\1", bound) for bound in bounds()]
 
 
 def environment(name: str, folder: Path) -> Path:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.matrix import PACKAGES, lower_bounds
+from tests.matrix import PACKAGES, bounds, lower_bounds
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-BOUNDS = {one.name: one.specifier for one in map(Requirement, PROJECT["dependencies"])}
+BOUNDS = {one.name: one.specifier for one in map(Requirement, bounds())}
 
 
 @pytest.mark.parametrize("package", BOUNDS)
