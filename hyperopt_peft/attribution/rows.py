@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hyperopt_peft.core.labels import (
-    IGNORED,
     ITEMS,
     WEIGHT,
     label_weights,
@@ -20,6 +19,7 @@ from hyperopt_peft.core.labels import (
     row_losses,
     weighted_mean,
 )
+from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable

@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, pad
+from torch.nn.functional import pad
 
+from hyperopt_peft.core.logits import IGNORED, beside_logits, losses_of_logits, next_labels
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import function_modes_off
@@ -23,9 +24,8 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: Entries of a batch that a Trainer adds for its loss, which removes them.
 ITEMS, WEIGHT = "num_items_in_batch", "loss_weight"
-#: The label of a position that is not scored.
-IGNORED = -100
-MULTI_LABEL = "multi_label_classification"
+#: The argument with which TRL's head returns the log-probabilities of labels without logits.
+FUSED = "fused_lm_head"
 #: What to do about a loss that is none of the rules of this module.
 OWN_LOSS = "write the level as a Problem with a loss of your own"
 
@@ -64,7 +64,7 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
         return False
     if model not in _SHIFTED:
-        _SHIFTED[model] = _shifted(model, batch)
+        _SHIFTED[model] = has_fused_head(model) or _shifted(model, batch)
     return _SHIFTED[model]
 
 
@@ -96,16 +96,54 @@ def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         >>> sums.shape, counts
         (torch.Size([3]), tensor([1, 1, 1]))
     """
+    losses, scored = label_losses(model, batch)
+    rows = len(losses), -1
+    return losses.reshape(rows).sum(1), scored.reshape(rows).sum(1)
+
+
+def label_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The loss of each label, of the shape of ``labels``, and whether the label is scored.
+
+    A label that is not scored has the loss 0. A causal model's logits are widened a chunk at a
+    time. Where the model has TRL's fused head there are none, and no second derivatives either.
+
+    Raises:
+        ProblemError: as `row_losses`.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
+        >>> ids = torch.tensor([[3, 1, 4], [1, 5, -100]])
+        >>> losses, scored = label_losses(model, {"input_ids": ids.clamp(min=0), "labels": ids})
+        >>> losses.shape, scored.tolist()
+        (torch.Size([2, 3]), [[False, True, True], [False, True, False]])
+    """
     labels = require_labels(batch)
+    if has_fused_head(model):
+        with model_reads(batch):
+            output = model(**batch, **{FUSED: True})
+        # The first position has no prediction; those of a prompt that is tuned are left out.
+        scored = pad(output.label_mask, (1, 0))[:, -labels.shape[1] :]
+        return pad(-output.log_probs, (1, 0))[:, -labels.shape[1] :], scored
     shifted = labels_are_shifted(model, batch)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with model_reads(inputs):
         output = model(**inputs)
-    losses = _of_logits(model, output.logits, labels, shifted)
+    losses = losses_of_logits(model, output.logits, labels, shifted=shifted)
     if model not in _MEAN:
         _require_mean(model, batch, shifted)
         _MEAN.add(model)
     return losses
+
+
+def has_fused_head(model: Any) -> bool:
+    """Whether ``model`` has the head of TRL's trainers, which scores the next token's label."""
+    forward = base_model(model).forward
+    while forward is not None:  # accelerate wraps the forward too
+        if FUSED in signature(forward, follow_wrapped=False).parameters:
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
 
 
 def weighted_mean(weights: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
@@ -184,8 +222,8 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         fitting.sort(key=lambda shifted: float(errors[shifted]))
     else:  # a position's cross entropy falls with the logit of its label alone
         reached, scored = gradient.ne(0).any(-1), gradient.argmin(-1)
-        labels = _beside_logits(labels, scored.shape[1])
-        expected = {False: labels, True: _next(labels)}
+        labels = beside_logits(labels, scored.shape[1])
+        expected = {False: labels, True: next_labels(labels)}
         fitting = [s for s in _RULES if not (reached & (scored != expected[s])).any()]
     if not fitting:
         raise ProblemError(
@@ -212,8 +250,9 @@ def _error_of_mean(
     model: nn.Module, batch: Mapping[str, Any], output: Any, shifted: bool
 ) -> Tensor:
     """The relative difference of the model's own loss and the mean over its labels."""
-    sums, counts = _of_logits(model, output.logits.detach(), require_labels(batch), shifted)
-    mean = weighted_mean(torch.ones_like(sums), sums, counts)
+    labels, logits = require_labels(batch), output.logits.detach()
+    losses, scored = losses_of_logits(model, logits, labels, shifted=shifted)
+    mean = losses.sum() / scored.sum().clamp(min=1)
     loss: Tensor = output.loss.detach().to(mean.dtype)
     return (loss - mean).abs() / mean.abs().clamp(min=TOLERANCE)
 
@@ -258,46 +297,3 @@ def _probing(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         distributed.reshard(model)
-
-
-def _of_logits(model: Any, logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if labels.is_floating_point():
-        return _of_numbers(model, logits, labels)
-    if labels.dim() != logits.dim() - 1:
-        raise _unfit(labels, logits)
-    if labels.dim() > 1:
-        labels = _beside_logits(labels, logits.shape[1])
-    if shifted:
-        labels = _next(labels)
-    each = cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
-    rows = each.view(len(labels), -1).sum(1)
-    return rows, (labels != IGNORED).view(len(labels), -1).sum(1)
-
-
-def _next(labels: Tensor) -> Tensor:
-    return pad(labels, (0, 1), value=IGNORED)[:, 1:]
-
-
-def _beside_logits(labels: Tensor, length: int) -> Tensor:
-    """``labels`` for each of ``length`` logits; prompt tuning adds some before the tokens'."""
-    return pad(labels, (length - labels.shape[1], 0), value=IGNORED)
-
-
-def _of_numbers(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    if labels.numel() != logits.numel():
-        raise _unfit(labels, logits)
-    labels = labels.to(logits.dtype).view_as(logits)
-    if getattr(getattr(model, "config", None), "problem_type", None) == MULTI_LABEL:
-        each = binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    else:
-        each = mse_loss(logits, labels, reduction="none")
-    rows = each.view(len(labels), -1)
-    return rows.sum(1), torch.full_like(rows[:, 0], rows.shape[1], dtype=torch.int64)
-
-
-def _unfit(labels: Tensor, logits: Tensor) -> ProblemError:
-    return ProblemError(
-        f"labels: must be a class for each example or token, or a number for each logit, got "
-        f"{labels.dtype} of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
-    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -24,7 +25,14 @@ from transformers import (
 )
 
 from hyperopt_peft import ProblemError
-from hyperopt_peft.core.labels import labels_are_shifted, row_losses, weighted_mean
+from hyperopt_peft.core import logits as of_logits
+from hyperopt_peft.core.labels import (
+    label_losses,
+    labels_are_shifted,
+    row_losses,
+    weighted_mean,
+)
+from hyperopt_peft.core.logits import losses_of_logits
 from hyperopt_peft.utils.random_state import RandomState
 
 SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -106,6 +114,52 @@ def test_row_losses_add_up_to_the_models_own_loss(kind: str) -> None:
     for row in range(3):
         alone = model(**{name: value[row : row + 1] for name, value in inputs.items()}).loss
         torch.testing.assert_close(sums[row] / counts[row], alone)
+    losses, scored = label_losses(model, inputs)
+    assert losses.shape == rows["labels"].shape and not losses[~scored].any()
+    expected = rows["labels"] != -100
+    expected[:, 0] &= not MODELS[kind][1]
+    assert torch.equal(scored, expected)
+    one = {**inputs, "labels": torch.full_like(rows["labels"], -100)}
+    one["labels"][1, 3] = rows["labels"][1, 3]  # the label whose loss stands in its place
+    torch.testing.assert_close(losses[1, 3], model(**one).loss)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_chunks_of_logits_change_no_derivative(shifted: bool, monkeypatch: Any) -> None:
+    """Of first and second order; a chunk of two positions, and a last one of one."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 3, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1, 4, -100], [-100, -100, -100], [0, 2, 3]])
+
+    def losses(x: torch.Tensor) -> torch.Tensor:
+        return losses_of_logits(None, x, labels, shifted=shifted)[0]
+
+    expected = losses(logits)
+    direction, along = torch.randn_like(expected), torch.randn_like(logits)
+    (gradient,) = torch.autograd.grad(expected, logits, direction)
+    monkeypatch.setattr(of_logits, "CHUNK", 10)
+    in_chunks = losses(logits)
+    (first,) = torch.autograd.grad(in_chunks, logits, direction, create_graph=True)
+    (second,) = torch.autograd.grad((first * along).sum(), logits)
+    monkeypatch.undo()
+    (again,) = torch.autograd.grad(losses(logits), logits, direction, create_graph=True)
+    assert torch.equal(in_chunks, expected) and torch.equal(first, gradient)
+    assert torch.equal(second, torch.autograd.grad((again * along).sum(), logits)[0])
+    assert second.any()
+
+
+def test_a_fused_head_gives_the_losses_of_the_logits() -> None:
+    """Also of rows that TRL's own trainers wrap in an adapter."""
+    add_fused_lm_head = pytest.importorskip("trl.trainer.utils").add_fused_lm_head
+    plain, rows = MODELS["Llama"][0]().eval(), batch()
+    expected = label_losses(plain, rows)
+    fused = MODELS["Llama"][0]().eval()
+    fused.load_state_dict(plain.state_dict())
+    add_fused_lm_head(fused)
+    for model in (fused, get_peft_model(fused, LoraConfig(target_modules=["q_proj"]))):
+        losses, scored = label_losses(model, rows)
+        torch.testing.assert_close(losses, expected[0])
+        assert torch.equal(scored, expected[1]) and labels_are_shifted(model, rows)
 
 
 def test_asking_changes_nothing() -> None:

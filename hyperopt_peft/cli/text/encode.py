@@ -11,7 +11,7 @@ from uuid import uuid4
 from datasets import ClassLabel, Dataset, Value
 
 from hyperopt_peft.cli.text.data import DataArguments, cache_folder
-from hyperopt_peft.core.labels import IGNORED
+from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
 #: Some rows, as the values of each column.

@@ -19,7 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from hyperopt_peft.core.labels import IGNORED
+from hyperopt_peft.core.logits import IGNORED
 
 TaskName = Literal[
     "text-classification", "regression", "token-classification", "causal-lm", "seq2seq"

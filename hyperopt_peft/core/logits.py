@@ -1,0 +1,102 @@
+"""The loss of each label, of a model's logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, pad
+from torch.utils.checkpoint import checkpoint
+
+from hyperopt_peft.errors import ProblemError
+
+#: The label of a position that is not scored.
+IGNORED = -100
+MULTI_LABEL = "multi_label_classification"
+#: The most logits of which a cross entropy holds a copy in single precision, 128 MiB.
+CHUNK = 2**25
+
+
+def losses_of_logits(
+    model: Any, logits: Tensor, labels: Tensor, *, shifted: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss of each label, 0 where none is scored, and whether it is; both of their shape.
+
+    Half-precision logits are widened, a chunk at a time.
+
+    Args:
+        model: the model, whose configuration says what numbers are.
+        logits: ``(n, C)``, or ``(n, T, C)`` with T or more positions.
+        labels: whole numbers ``(n,)`` or ``(n, T)``, -100 for none, or a number a logit.
+        shifted: whether the logits of a position score the next position's label.
+
+    Raises:
+        ProblemError: the labels do not fit the logits.
+
+    Example:
+        >>> labels = torch.tensor([[1, 0, -100]])
+        >>> losses_of_logits(None, torch.zeros(1, 3, 2), labels, shifted=True)
+        (tensor([[0.0000, 0.6931, 0.0000]]), tensor([[False,  True, False]]))
+    """
+    if labels.is_floating_point():
+        return _of_numbers(model, logits, labels)
+    if labels.dim() != logits.dim() - 1:
+        raise _unfit(labels, logits)
+    if labels.dim() == 1:
+        return _cross_entropy(logits, labels), labels != IGNORED
+    targets = beside_logits(labels, logits.shape[1])
+    targets = next_labels(targets) if shifted else targets
+    each = _cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    scored = targets != IGNORED
+    if shifted:  # to the place of the label
+        each, scored = pad(each[:, :-1], (1, 0)), pad(scored[:, :-1], (1, 0))
+    return each[:, -labels.shape[1] :], scored[:, -labels.shape[1] :]
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """The label of the next position, for each."""
+    return pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+
+def beside_logits(labels: Tensor, length: int) -> Tensor:
+    """``labels`` for each of ``length`` logits; prompt tuning adds some before the tokens'."""
+    return pad(labels, (length - labels.shape[1], 0), value=IGNORED)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log softmax(logits)[label] of each row, in single precision or better.
+
+    Of large logits a chunk alone is widened at a time, in the backward pass again.
+    """
+    size = max(1, CHUNK // logits.shape[-1])
+    if len(labels) <= size:
+        return _of_chunk(logits, labels)
+    chunks = zip(logits.split(size), labels.split(size), strict=True)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(_of_chunk, *chunk, **options) for chunk in chunks])
+
+
+def _of_chunk(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(_widened(logits), labels, reduction="none", ignore_index=IGNORED)
+
+
+def _of_numbers(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if labels.numel() != logits.numel():
+        raise _unfit(labels, logits)
+    logits = _widened(logits).view_as(labels)
+    multi_label = getattr(getattr(model, "config", None), "problem_type", None) == MULTI_LABEL
+    loss = binary_cross_entropy_with_logits if multi_label else mse_loss
+    each = loss(logits, labels.to(logits.dtype), reduction="none")
+    return each, torch.ones_like(each, dtype=torch.bool)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _unfit(labels: Tensor, logits: Tensor) -> ProblemError:
+    return ProblemError(
+        f"labels: must be a class for each example or token, or a number for each logit, got "
+        f"{labels.dtype} of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
+    )
