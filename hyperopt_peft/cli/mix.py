@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 
+from hyperopt_peft.cli.mixture_files import write_mixture
 from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
 from hyperopt_peft.cli.text.data import TRAIN, DataArguments, join, read_files, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
@@ -69,8 +70,10 @@ class SourceArguments(DataArguments):
                 raise ProblemError(f"{name}: mix has test_file and learns weights; leave it out")
         if bool(self.sources) == bool(self.source_column):
             raise ProblemError("sources: give either the files of each source, or a source_column")
+        self.files: dict[str, list[str]] = {}
+        #: The number of rows of each file, by source, once they are read.
+        self.rows: dict[str, dict[str, int]] = {}
         if not self.sources:
-            self.files = {}
             super().__post_init__()
             return
         if self.train_file or self.dataset:
@@ -89,8 +92,14 @@ class SourceArguments(DataArguments):
         """The examples of all sources; those of ``sources`` have the source's name in `ORIGIN`."""
         if not self.files:
             return super().read()[0], None
-        tables = {name: read_files(paths, "sources") for name, paths in self.files.items()}
-        names = [name for name, table in tables.items() for _ in range(len(table))]
+        tables = {
+            (name, path): read_files([path], "sources")
+            for name, paths in self.files.items()
+            for path in paths
+        }
+        names = [name for (name, _), table in tables.items() for _ in range(len(table))]
+        for (name, path), table in tables.items():
+            self.rows.setdefault(name, {})[path] = len(table)
         return join(tables.values(), "sources").add_column(ORIGIN, names), None
 
 
@@ -130,8 +139,8 @@ def run(argv: Sequence[str]) -> None:
             for name in weights
         }
         (output / "weights.json").write_text(json.dumps({"sources": record}, indent=1) + "\n")
-        if data.files:
-            (output / "mixture.yaml").write_text(configurations(weights, shares, data.files))
+        if data.rows:
+            write_mixture(output / "mixture", data.rows, weights)
         print(f"{'source':30}{'rows':>8}{'share':>9}{'row weight':>12}")
         for name in sorted(weights, key=lambda each: -weights[each]):
             print(f"{name[:29]:30}{counts[name]:8}{shares[name]:9.3f}{weights[name]:12.3f}")
@@ -188,46 +197,3 @@ def draw_shares(shares: Mapping[int, Mapping[str, float]], path: Path) -> None:
         legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         for text in legend.get_texts():
             text.set_parse_math(False)  # a name may have a $
-
-
-def configurations(
-    weights: Mapping[str, float],
-    shares: Mapping[str, float],
-    files: Mapping[str, Sequence[str]],
-) -> str:
-    """The mix in the configurations of other trainers, by name of the source.
-
-    TRL and axolotl take a part of the rows of each data set, here all of that with the largest
-    weight. LLaMA-Factory draws each data set with a probability, its share in the training loss.
-
-    Example:
-        >>> files = {"wiki": ["w.jsonl"], "code": ["c.jsonl"]}
-        >>> print(configurations({"wiki": 1.5, "code": 0.5}, {"wiki": 0.6, "code": 0.4}, files))
-        # TRL
-        datasets:
-        - path: json
-          data_files: w.jsonl
-          split: train
-        - path: json
-          data_files: c.jsonl
-          split: train[:33%]
-        ...
-    """
-    largest = max(weights[name] for name in files)
-    trl, axolotl = [], []
-    for name, paths in files.items():
-        relative, suffix = weights[name] / largest, Path(paths[0]).suffix
-        percent = max(1, round(100 * relative))
-        data = paths[0] if len(paths) == 1 else list(paths)
-        kind = {".jsonl": "json", ".tsv": "csv"}.get(suffix, suffix.removeprefix("."))
-        rows = "train" if percent == 100 else f"train[:{percent}%]"
-        trl.append({"path": kind, "data_files": data, "split": rows})
-        axolotl.append({"path": data, "weight": max(0.001, round(relative, 3))})
-    total = sum(shares[name] for name in files)
-    factory = {
-        "dataset": ",".join(files),
-        "mix_strategy": "interleave_over",
-        "interleave_probs": ",".join(f"{shares[name] / total:.10f}" for name in files),
-    }
-    tools = {"TRL": {"datasets": trl}, "axolotl": {"datasets": axolotl}, "LLaMA-Factory": factory}
-    return "\n".join(f"# {name}\n{yaml.safe_dump(x, sort_keys=False)}" for name, x in tools.items())

@@ -48,16 +48,15 @@ def test_everything_at_once(
     assert sum(source["share"] for source in sources.values()) == pytest.approx(1)
     assert sources["web"]["rows"] == sources["swapped"]["rows"] == 24
     assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
-    documents = (tmp_path / "out/mixture.yaml").read_text().split("\n\n")
-    trl, axolotl, factory = map(yaml.safe_load, documents)
-    files = [entry["data_files"] for entry in trl["datasets"]]
+    mixture = {p.stem: yaml.safe_load(p.read_text()) for p in tmp_path.glob("out/mixture/*")}
+    files = [entry["data_files"] for entry in mixture["trl"]["datasets"]]
     assert [Path(file).name for file in files] == ["web.jsonl", "swapped.jsonl"]
     ratio = sources["swapped"]["row_weight"] / sources["web"]["row_weight"]
-    weights = [entry["weight"] for entry in axolotl["datasets"]]
-    assert max(weights) == 1 and weights[1] / weights[0] == pytest.approx(ratio, abs=2e-3)
-    odds = [float(x) for x in factory["interleave_probs"].split(",")]
-    assert sum(odds) == pytest.approx(1, abs=1e-8)  # what interleave_datasets asks for
-    assert odds[1] / odds[0] == pytest.approx(ratio, abs=2e-3)
+    fractions = [entry["fraction"] for entry in mixture["trl"]["datasets"]]
+    kept = [entry["weight"] for entry in mixture["axolotl"]["datasets"]]
+    drawn = [float(x) for x in mixture["llama-factory"]["interleave_probs"].split(",")]
+    for web, swapped in (fractions, kept, drawn):
+        assert swapped / web == pytest.approx(ratio)
     printed = capsys.readouterr().out
     assert re.search(r"source +rows +share", printed) and re.search("learn(ed|t) weights", printed)
     assert "by 2 folds of 12 trusted examples" in printed and "use " in printed
@@ -72,7 +71,7 @@ def test_sources_in_a_column(tmp_path: Path) -> None:
     sources = json.loads((tmp_path / "out/weights.json").read_text())["sources"]
     counts = {name: source["rows"] for name, source in sources.items()}
     assert counts == {"u": 12, "v": 12, "trusted": 12}
-    assert not (tmp_path / "out/mixture.yaml").exists()
+    assert not (tmp_path / "out/mixture").exists()
 
 
 def test_the_picture_of_a_resumed_search_has_every_upper_step(
