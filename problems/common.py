@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -46,7 +46,7 @@ class TaskLevel(Problem):
         self.task_loss = task_loss or (lambda batch: model(**batch).loss)
         super().__init__(variables, **level)
 
-    def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
+    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """L."""
         return self.task_loss(batch)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from hyperopt_peft.core.examples import WeightedExamples
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.example_weights import COLUMNS, column, example_losses, without
@@ -82,7 +83,7 @@ class SourceWeights(nn.Module):
         return mass / mass.sum()
 
 
-class Mixture(Adapter):
+class Mixture(WeightedExamples, Adapter):
     """Lower level: min over the trainable parameters w of the mean of v_k(i) ℓ_i(w).
 
     The column ``source`` of a batch has the source of each example, a number from 0 in the order
@@ -112,18 +113,31 @@ class Mixture(Adapter):
         self.weights = weights
         super().__init__(model, **level)
 
-    def loss(self, batch: Any) -> dict[str, Tensor]:
-        """The weighted mean; the plain mean and each share p_k are metrics."""
-        weights, names = self.weights(), self.weights.names
+    def groups(self, batch: Any) -> Tensor:
+        """The source of each row."""
         if VOTES in batch:
-            losses, source = self._of_votes(batch, len(names))
+            raise ProblemError(
+                "column 'votes': sources share a row, whose gradient has no part of each; choose "
+                "another product than dots"
+            )
+        return column(batch, SOURCE, len(self.weights.names), SOURCE)
+
+    def losses(self, batch: Any) -> Tensor:
+        """The summed loss of each source's rows, or votes."""
+        count = len(self.weights.names)
+        if VOTES in batch:
+            losses, source = self._of_votes(batch, count)
         else:
-            source = column(batch, SOURCE, len(names), SOURCE)
-            losses = example_losses(self.model, batch)
-        shares = zip(names, self.weights.shares().detach(), strict=True)
+            source, losses = self.groups(batch), example_losses(self.model, batch)
+        return losses.new_zeros(count).index_add(0, source, losses)
+
+    def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
+        """The weighted mean; the plain mean and each share p_k are metrics."""
+        number = (batch[VOTES] != NO_VOTE).sum() if VOTES in batch else len(batch[SOURCE])
+        shares = zip(self.weights.names, self.weights.shares().detach(), strict=True)
         return {
-            "loss": (weights[source].to(losses) * losses).mean(),
-            "task_loss": losses.detach().mean(),
+            "loss": (self.weights().to(losses) * losses).sum() / number,
+            "task_loss": losses.detach().sum() / number,
             **{f"share_{name}": share for name, share in shares},
         }
 

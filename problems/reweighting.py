@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.labels import require_labels
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.example_weights import column, example_losses
@@ -69,7 +71,7 @@ class WeightNet(nn.Module):
         return weights
 
 
-class Weighted(Adapter):
+class Weighted(WeightedExamples, Adapter):
     """Lower level: min over the trainable parameters w of mean v_i ℓ_i(w), noisy labels.
 
     Args:
@@ -96,9 +98,17 @@ class Weighted(Adapter):
         self.weights = weights
         super().__init__(model, **level)
 
-    def loss(self, batch: Any) -> dict[str, Tensor]:
+    def groups(self, batch: Any) -> Tensor:
+        """Each row is a group."""
+        labels = require_labels(batch)
+        return torch.arange(len(labels), device=labels.device)
+
+    def losses(self, batch: Any) -> Tensor:
+        """ℓ_i, the loss of each row."""
+        return example_losses(self.model, batch)
+
+    def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
         """Mean v_i ℓ_i; ``weight`` (mean v_i) and ``task_loss`` (mean ℓ_i) are metrics."""
-        losses = example_losses(self.model, batch)
         weights = self.weights(losses, batch)
         if weights.shape != losses.shape:
             raise ProblemError(
