@@ -94,10 +94,21 @@ class NumberedCollator:
         self.collate = collate
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of ``rows``, with their numbers under ``index``."""
+        """The batch of ``rows``, with their numbers under ``index``.
+
+        Raises:
+            ProblemError: the collator joins rows, as TRL's does with ``padding_free=True``.
+        """
         index = torch.tensor([row[INDEX] for row in rows])
         plain = [{name: value for name, value in row.items() if name != INDEX} for row in rows]
-        return {**self.collate(plain), INDEX: index}
+        batch = self.collate(plain)
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and len(labels) != len(rows):
+            raise ProblemError(
+                f"data_collator: {len(rows)} rows became {len(labels)}, so that a row has no loss "
+                "of its own; pad them (padding_free=False)"
+            )
+        return {**batch, INDEX: index}
 
 
 class ModelOnRows:

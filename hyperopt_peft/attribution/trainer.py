@@ -18,6 +18,7 @@ from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.dora.fast import FastFullNorm
 from hyperopt_peft.adapters.dora.variants import VARIANTS
 from hyperopt_peft.attribution.evaluation import Evaluation
+from hyperopt_peft.attribution.own_loss import OWN_LOSS, has_own_loss, require_mean_over_labels
 from hyperopt_peft.attribution.recorder import Recorder, RowWeightedBiDoRA
 from hyperopt_peft.attribution.rows import (
     INDEX,
@@ -35,6 +36,8 @@ from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.random_state import RandomState
 
+#: Libraries whose own methods of these names train as the recorded run does, if the loss agrees.
+KNOWN_LIBRARIES = ("transformers", "trl", "hyperopt_peft")
 #: Methods of a Trainer that decide what is trained and that the recorded run does not call.
 UNSUPPORTED_OVERRIDES = (
     "create_optimizer",
@@ -67,6 +70,8 @@ def setup_from_trainer(
     _check_trainer(trainer)
     data = TrainerData.read(trainer, evaluation, slices)
     model, random_state = _model(trainer)
+    if has_own_loss(trainer):
+        require_mean_over_labels(trainer, data)
     if second_derivatives:
         require_norm_in_graph(model)
     recorder = Recorder(len(data.train_rows), memory_limit, differentiated)
@@ -145,14 +150,8 @@ def _check_trainer(trainer: Any) -> None:
         raise ProblemError(
             f"training: must be a Problem or a transformers.Trainer, got {type(trainer).__name__}"
         )
-    stock = (Trainer.compute_loss, BilevelTrainer.compute_loss)
-    overridden = type(trainer).compute_loss not in stock
-    if overridden or trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
-        raise ProblemError(
-            "training: the trainer has a loss of its own (compute_loss, compute_loss_func or label "
-            "smoothing), whose share of each row is not known; use attribute with a level of your "
-            "own"
-        )
+    if trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
+        raise ProblemError(f"compute_loss_func, label_smoothing_factor: {OWN_LOSS}")
     if level_count(trainer) == 2 and not isinstance(trainer, BiDoRATrainer):
         raise ProblemError(
             f"training: {type(trainer).__name__} has levels whose share of each row is not known; "
@@ -160,17 +159,20 @@ def _check_trainer(trainer: Any) -> None:
         )
     for name in UNSUPPORTED_OVERRIDES:
         module = getattr(getattr(trainer, name), "__module__", "").partition(".")[0]
-        if module not in ("transformers", "hyperopt_peft"):
+        if module not in KNOWN_LIBRARIES:
             raise ProblemError(
                 f"training: {type(trainer).__name__} has a {name} of its own, which the recorded "
                 "run would not call; give the arguments or the optimizers of a "
                 "transformers.Trainer, or use attribute with a level of your own"
             )
-    if trainer.args.neftune_noise_alpha is not None:
-        raise ProblemError(
-            "neftune_noise_alpha: the noise is of the Trainer's own run, and not of its "
-            "repetitions; leave it out"
-        )
+    refused = {
+        "neftune_noise_alpha": "the noise is of the Trainer's own run, and not of its repetitions",
+        "packing": "a pack is one row of many texts, which would share a score",
+        "activation_offloading": "the recorded run keeps activations on the device",
+    }
+    for name, reason in refused.items():
+        if getattr(trainer.args, name, None):
+            raise ProblemError(f"{name}: {reason}; leave it out")
 
 
 def require_norm_in_graph(model: Any) -> None:

@@ -1,0 +1,56 @@
+"""Whether the loss of a trainer of a class such as TRL's is the mean over the labels of a batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import Trainer
+
+from hyperopt_peft.attribution.rows import INDEX, NumberedCollator
+from hyperopt_peft.attribution.trainer_data import TrainerData
+from hyperopt_peft.core.labels import TOLERANCE, row_losses, weighted_mean
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import collating
+from hyperopt_peft.utils.random_state import RandomState, replay
+
+OWN_LOSS = (
+    "the trainer has a loss of its own, whose share of each row is not known; use attribute with a "
+    "level of your own"
+)
+
+
+def has_own_loss(trainer: Trainer) -> bool:
+    """Whether a class of ``trainer`` replaces `transformers.Trainer.compute_loss`."""
+    kinds = [kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
+    return any(kind.__module__.partition(".")[0] != "hyperopt_peft" for kind in kinds[:-1])
+
+
+@torch.no_grad()
+def require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
+    """Raise ProblemError where the loss of the first batch is not the mean over its labels.
+
+    No name decides: `transformers.Trainer.compute_loss`, as ``trainer`` overrides it, is compared
+    with `row_losses`, without dropout. ``SFTTrainer`` with ``loss_type="nll"`` passes.
+    """
+    count = min(len(data.train_rows), trainer.args.per_device_train_batch_size)
+    with collating("train_dataset"):
+        batch = NumberedCollator(data.collate)([data.train_rows[k] for k in range(count)])
+    batch = send_to_device({k: x for k, x in batch.items() if k != INDEX}, trainer.args.device)
+    own = "has no labels"
+    if isinstance(batch.get("labels"), Tensor):
+        trainer.model.eval()
+        metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's, which a pass adds to
+        with replay(RandomState.capture()), trainer.compute_loss_context_manager():
+            sums, counts = row_losses(trainer.model, batch)
+            mean = weighted_mean(torch.ones_like(sums), sums, counts)
+            loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
+        if metrics is not None:
+            trainer._metrics = metrics
+        if (loss - mean).abs() <= TOLERANCE * mean.abs():
+            return
+        own = f"has the loss {float(loss):.4g}, and the mean over its labels is {float(mean):.4g}"
+    raise ProblemError(f"training: the first batch of {type(trainer).__name__} {own}: {OWN_LOSS}")

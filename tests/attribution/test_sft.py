@@ -1,0 +1,139 @@
+"""`attribute` of TRL's SFTTrainer: its token loss is the rows', and nothing else of TRL's is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    DataCollatorForSeq2Seq,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from hyperopt_peft import ProblemError, attribute
+from hyperopt_peft.attribution import Attribution
+from tests.support.attributed import differences
+from tests.support.language import LAYOUTS, language_model, lora, rows, tokenizer
+from tests.support.trainers import values
+
+trl = pytest.importorskip("trl")
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 3,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "bf16": False,
+}
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """In float64 throughout, which Llama is not: its norms are in float32."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer()), n_embd=8, n_layer=2, n_head=2, n_positions=32)
+    config.initializer_range, config.eos_token_id, config.bos_token_id = 0.5, 1, 1
+    return GPT2LMHeadModel(config).double()
+
+
+def sft(folder: Path, layout: str = "completion", **options: Any) -> Any:
+    """An SFTTrainer with TRL's defaults, in float32."""
+    options.setdefault("eval_dataset", rows(layout, 4, seed=1))
+    args = trl.SFTConfig(str(folder), **{**SETTINGS, **LAYOUTS[layout], **options.pop("args", {})})
+    defaults = {"processing_class": tokenizer(), "peft_config": lora(), "model": language_model()}
+    return trl.SFTTrainer(args=args, train_dataset=rows(layout, 7), **{**defaults, **options})
+
+
+def attributed(trainer: Any, **options: Any) -> Attribution:
+    return attribute(trainer, progress=False, **options)
+
+
+def test_scores_are_slopes_of_retraining(tmp_path: Path) -> None:
+    """In float64, with accumulation, clipping, dropout of the adapter and checkpointing."""
+    adapter = lora(target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1)
+    trainer = sft(
+        tmp_path,
+        model=gpt2(),
+        peft_config=adapter,
+        args={"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "max_steps": 2},
+    )
+    trainer.model.double()
+    result = attributed(trainer)
+    truth = differences(result, 1e-5)
+    assert float((result.scores - truth).norm() / truth.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["text", "completion", "messages"])
+def test_scores_are_those_of_a_stock_trainer_with_the_same_tokens(
+    tmp_path: Path, layout: str
+) -> None:
+    trainer = sft(tmp_path, layout)
+    data = {
+        name: [trainer.data_collator([row]) for row in getattr(trainer, name)]
+        for name in ("train_dataset", "eval_dataset")
+    }
+    plain = {
+        name: [{key: row[key][0].tolist() for key in ("input_ids", "labels")} for row in of_name]
+        for name, of_name in data.items()
+    }
+    stock = Trainer(
+        sft(tmp_path, layout).model,
+        TrainingArguments(str(tmp_path), **SETTINGS),
+        data_collator=DataCollatorForSeq2Seq(tokenizer()),
+        **plain,
+    )
+    scores = attributed(trainer).scores
+    expected = attributed(stock).scores
+    assert torch.allclose(scores, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_the_run_is_the_trainers_own(tmp_path: Path) -> None:
+    plain, watched = sft(tmp_path), sft(tmp_path)
+    plain.train()
+    result = attributed(watched)
+    for name, value in values(watched.model).items():
+        assert torch.allclose(value, values(plain.model)[name], rtol=1e-4, atol=1e-6), name
+    shown, again = plain.evaluate(), watched.evaluate()
+    assert result.values["all"] == pytest.approx(shown["eval_loss"], rel=1e-4)
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert again[name] == pytest.approx(shown[name], rel=1e-4), name
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"args": {"loss_type": "dft"}}, "a loss of its own"),
+    ({"layout": "packed"}, "packing: a pack is one row"),
+    ({"args": {"padding_free": True, "max_length": None}}, "padding_free=False"),
+]
+
+
+@pytest.mark.parametrize(("options", "fragment"), BAD)
+def test_bad_input_is_named(tmp_path: Path, options: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(ProblemError, match=fragment):
+        attributed(sft(tmp_path, **options))
+
+
+def test_activation_offloading_is_refused(tmp_path: Path) -> None:
+    trainer = sft(tmp_path)
+    trainer.args.activation_offloading = True  # without a GPU TRL cannot begin with it
+    with pytest.raises(ProblemError, match="activation_offloading"):
+        attributed(trainer)
+
+
+def test_a_loss_of_pairs_is_refused(tmp_path: Path) -> None:
+    trainer = trl.DPOTrainer(
+        language_model(),
+        args=trl.DPOConfig(str(tmp_path), **SETTINGS),
+        train_dataset=rows("preference", 6),
+        eval_dataset=rows("preference", 3, seed=1),
+        processing_class=tokenizer(),
+        peft_config=lora(),
+    )
+    with pytest.raises(ProblemError, match="DPOTrainer has no labels: the trainer has a loss"):
+        attributed(trainer)
