@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.labels import WEIGHT, label_losses, labels_are_shifted, scored_labels
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.example_weights import COLUMNS, column, example_losses, without
@@ -86,9 +87,11 @@ class SourceWeights(nn.Module):
 class Mixture(WeightedExamples, Adapter):
     """Lower level: min over the trainable parameters w of the mean of v_k(i) ℓ_i(w).
 
-    The column ``source`` of a batch has the source of each example, a number from 0 in the order
-    of ``weights.names``. Or the column ``votes``, ``(n, K)``, has the class that each source gives
-    to an example, -1 for none; ``labels`` are then not read, and the mean is over the votes.
+    The column ``source`` of a batch has the source of each row ``(n,)``, a number from 0 in the
+    order of ``weights.names``. Of the shape of ``labels``, ``(n, T)``, it has the source of each
+    token, and the mean is over all labels: the loss of a language model where each weight is 1.
+    Or the column ``votes``, ``(n, K)``, has the class that each source gives to an example, -1 for
+    none; ``labels`` are then not read, and the mean is over the votes.
 
     Args:
         model: a Transformers model with an adapter, for classification or language modelling.
@@ -114,7 +117,7 @@ class Mixture(WeightedExamples, Adapter):
         super().__init__(model, **level)
 
     def groups(self, batch: Any) -> Tensor:
-        """The source of each row."""
+        """The source of each row, or label."""
         if VOTES in batch:
             raise ProblemError(
                 "column 'votes': sources share a row, whose gradient has no part of each; choose "
@@ -123,23 +126,36 @@ class Mixture(WeightedExamples, Adapter):
         return column(batch, SOURCE, len(self.weights.names), SOURCE)
 
     def losses(self, batch: Any) -> Tensor:
-        """The summed loss of each source's rows, or votes."""
+        """The summed loss of each source's rows, labels or votes."""
         count = len(self.weights.names)
         if VOTES in batch:
             losses, source = self._of_votes(batch, count)
+        elif (source := self.groups(batch)).dim() == 1:
+            losses = example_losses(self.model, batch)
         else:
-            source, losses = self.groups(batch), example_losses(self.model, batch)
-        return losses.new_zeros(count).index_add(0, source, losses)
+            losses, _ = label_losses(self.model, without(batch, COLUMNS))
+        return losses.new_zeros(count).index_add(0, source.flatten(), losses.flatten())
 
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
         """The weighted mean; the plain mean and each share p_k are metrics."""
-        number = (batch[VOTES] != NO_VOTE).sum() if VOTES in batch else len(batch[SOURCE])
+        number = self._number(batch)
         shares = zip(self.weights.names, self.weights.shares().detach(), strict=True)
         return {
             "loss": (self.weights().to(losses) * losses).sum() / number,
             "task_loss": losses.detach().sum() / number,
             **{f"share_{name}": share for name, share in shares},
         }
+
+    def _number(self, batch: Any) -> Any:
+        """N, of the rows, labels or votes; in a Trainer the mean of a step's micro-batches."""
+        if VOTES in batch:
+            return (batch[VOTES] != NO_VOTE).sum()
+        source, labels = batch[SOURCE], batch.get("labels")
+        if labels is None or source.shape != labels.shape:
+            return len(source)
+        number = scored_labels(batch, labels_are_shifted(self.model, without(batch, COLUMNS)))
+        assert number is not None
+        return number.clamp(min=1) / batch.get(WEIGHT, 1)
 
     def _of_votes(self, batch: Any, count: int) -> tuple[Tensor, Tensor]:
         """The loss of each vote, and its source."""

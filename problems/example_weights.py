@@ -64,22 +64,28 @@ def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def column(batch: Any, name: str, count: int, what: str) -> Tensor:
-    """``batch[name]``, ``(n,)``: whole numbers from 0 and below ``count``, one for each row.
+    """``batch[name]``: whole numbers from 0 and below ``count``, one for each row, or label.
 
     Raises:
-        ProblemError: there is no such column, or the column has other values or another length.
+        ProblemError: there is no such column, or the column has other values or another shape.
     """
     if name not in batch:
         raise ProblemError(
-            f"column {name!r}: the batch has only {sorted(batch)}; add the number of the {what} to "
-            "each row of the training set, and set remove_unused_columns=False in a Trainer"
+            f"column {name!r}: the batch has only {sorted(batch)}; give each row of the training "
+            f"set the number of its {what}, set remove_unused_columns=False in a Trainer, and use "
+            "a data_collator that does not drop the column"
         )
     values = batch[name]
-    if not isinstance(values, Tensor) or values.dim() != 1 or values.dtype != torch.int64:
+    if not isinstance(values, Tensor) or values.dtype != torch.int64:
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise ProblemError(f"column {name!r}: must be a whole number an example, got {kind}")
-    if isinstance(labels := batch.get("labels"), Tensor) and len(labels) != len(values):
-        raise ProblemError(f"column {name!r}: has {len(values)} entries for {len(labels)} labels")
+    labels = batch.get("labels")
+    labels = labels if isinstance(labels, Tensor) else values
+    if values.shape not in (labels.shape[:1], labels.shape):
+        raise ProblemError(
+            f"column {name!r}: has the shape {tuple(values.shape)}; give a number for each row or "
+            f"label of the batch, whose labels have the shape {tuple(labels.shape)}"
+        )
     low, high = (int(x) for x in values.aminmax())
     if low < 0 or high >= count:
         raise ProblemError(

@@ -17,6 +17,7 @@ from hyperopt_peft import (
     ProblemError,
     hypergradient,
 )
+from hyperopt_peft.core.labels import label_losses
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut, example_losses
 from tests.support.trainers import data, peft_model
@@ -138,6 +139,35 @@ def test_the_loss_is_the_weighted_sum_of_the_sources_means(average: Any) -> None
     mass = a * counts if average == "rows" else a
     torch.testing.assert_close(loss, mass @ means / mass.sum())
     assert sum(metrics[f"share_{s}"] for s in range(3)) == pytest.approx(1)
+
+
+def test_labels_have_sources_too() -> None:
+    """Of a row of several documents: Σ_t v_k(t) ℓ_t / N, whose slope by u is that of the sum."""
+    model, _, lower, _, mixture = adapter_levels()
+    weights = lower.weights
+    del mixture["source"]
+    mixture["labels"][1, :3] = mixture["labels"][2, 3:] = -100
+    source = (torch.arange(36) // 5 % 3).view(6, 6)
+    losses, scored = label_losses(model, mixture)
+    expected = (weights()[source] * losses).sum() / scored.sum()
+    variables = (*lower.variables, weights.logits)
+    value = lower.gradient({**mixture, "source": source}, variables)
+    assert value.loss == pytest.approx(float(expected.detach()), rel=1e-12)
+    for one, other in zip(value.gradient, torch.autograd.grad(expected, variables), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.nn.init.zeros_(weights.logits)
+    weights.average = "rows"
+    loss = lower.loss({**mixture, "source": source})
+    torch.testing.assert_close(loss["loss"].float(), model(**mixture).loss)
+    assert loss["loss"] == loss["task_loss"]
+
+
+def test_a_source_a_row_is_none_for_rows_in_one() -> None:
+    """A padding-free batch has one loss, over which the sources must not be broadcast."""
+    _, _, lower, _, mixture = adapter_levels()
+    flat = {name: values.view(1, -1) for name, values in mixture.items() if name != "source"}
+    with pytest.raises(ProblemError, match=r"source.*\(6,\).*\(1, 36\)"):
+        lower.loss({**flat, "source": mixture["source"]})
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(-5, 5)), min_size=2, max_size=6))
