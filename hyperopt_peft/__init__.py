@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
     from hyperopt_peft.trainer.data import split_dataset
-    from hyperopt_peft.trainer.trainer import BilevelTrainer
+    from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
 
 _MODULES = {
     "BiDoRATrainer": "problems.bidora_trainer",
@@ -41,6 +41,7 @@ _MODULES = {
     "ProblemError": "errors",
     "Solver": "hypergradients",
     "attribute": "attribution.attribute",
+    "bilevel": "trainer.trainer",
     "check_problem": "diagnostics.check",
     "compare_baselines": "problems.compare_baselines",
     "compare_hypergradients": "diagnostics.compare",
@@ -66,6 +67,7 @@ __all__ = [
     "ProblemError",
     "Solver",
     "attribute",
+    "bilevel",
     "check_problem",
     "compare_baselines",
     "compare_hypergradients",

@@ -20,6 +20,7 @@ from hyperopt_peft.problems.two_phases import (
     options_of_retraining,
 )
 from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 
@@ -125,6 +126,7 @@ class BiDoRATrainer(TwoPhaseTrainer):
         'outputs/retrain'
     """
 
+    Arguments = BiDoRATrainingArguments
     args: BiDoRATrainingArguments
 
     def __init__(
@@ -136,8 +138,7 @@ class BiDoRATrainer(TwoPhaseTrainer):
         upper_dataset: Any = None,
         **trainer: Any,
     ) -> None:
-        if not isinstance(args, BiDoRATrainingArguments):
-            raise ProblemError(f"args must be BiDoRATrainingArguments, got {type(args).__name__}")
+        check_class(args, self.Arguments)
         _check_model(model, args)
         #: All training examples of both levels, and those that were given for the upper one alone.
         self.examples, self.given_upper = train_dataset, upper_dataset
@@ -145,7 +146,7 @@ class BiDoRATrainer(TwoPhaseTrainer):
             self.examples = joined(train_dataset=train_dataset, upper_dataset=upper_dataset)
         self._options = options_of_retraining(trainer)
         super().__init__(
-            model,
+            model=model,
             lower=_lower,
             upper=lambda made: Magnitude(made.model, task_loss=made.task_loss),
             args=args,

@@ -23,6 +23,7 @@ from hyperopt_peft.problems.two_phases import (
     TwoPhaseTrainingArguments,
     options_of_retraining,
 )
+from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.models import base_model
 
@@ -111,6 +112,7 @@ class MixTrainer(TwoPhaseTrainer):
         ['web', 'books', 'trusted']
     """
 
+    Arguments = MixTrainingArguments
     args: MixTrainingArguments
     may_share_rows = True
 
@@ -123,8 +125,7 @@ class MixTrainer(TwoPhaseTrainer):
         trusted: Dataset | None = None,
         **trainer: Any,
     ) -> None:
-        if not isinstance(args, MixTrainingArguments):
-            raise ProblemError(f"args must be MixTrainingArguments, got {type(args).__name__}")
+        check_class(args, self.Arguments)
         for name, value in (
             ("label_smoothing_factor", args.label_smoothing_factor),
             ("compute_loss_func", trainer.get("compute_loss_func")),
@@ -144,7 +145,7 @@ class MixTrainer(TwoPhaseTrainer):
         #: The initial values of the trainable parameters.
         self.initial = [parameter.detach().clone() for _, parameter in trainable(model)]
         super().__init__(
-            model,
+            model=model,
             lower=self._lower,
             upper=self._upper,
             args=args,

@@ -106,6 +106,7 @@ class TwoPhaseTrainer(BilevelTrainer):
         True
     """
 
+    Arguments = TwoPhaseTrainingArguments
     args: TwoPhaseTrainingArguments
     retrainer: BilevelTrainer | None = None
 

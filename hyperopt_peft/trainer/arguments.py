@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -16,6 +16,7 @@ from hyperopt_peft.engine.step import require_history
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
+from hyperopt_peft.trainer.over import Combined
 from hyperopt_peft.utils.validation import matches, type_name
 
 #: The fields of `transformers.TrainingArguments`, of all versions, that change a run's result, so
@@ -59,7 +60,7 @@ RESUME_MUST_MATCH = (
 
 
 @dataclass
-class BilevelTrainingArguments(TrainingArguments):
+class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     """`transformers.TrainingArguments` of the lower level, and arguments of the upper level.
 
     Epochs and steps count optimizer steps of the lower level. Both levels have the same learning
@@ -75,6 +76,9 @@ class BilevelTrainingArguments(TrainingArguments):
         >>> args.estimator()
         ConjugateGradient(...)
     """
+
+    #: The arguments' class of the trainer that a bilevel trainer stands before.
+    parents: ClassVar[type[TrainingArguments]] = TrainingArguments
 
     hypergradient: str = HfArg(
         default=DEFAULT,
@@ -207,12 +211,15 @@ class BilevelTrainingArguments(TrainingArguments):
         return values
 
     def bilevel_settings(self) -> dict[str, Any]:
-        """The fields of this class and its subclasses, without those of TrainingArguments."""
-        inherited = {each.name for each in fields(TrainingArguments)}
+        """The fields of this class and its subclasses, without those of `parents`."""
+        inherited = {each.name for each in fields(self.parents)}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
 
     def resume_must_match(self) -> dict[str, Any]:
-        """The arguments that change a run's result, as plain values."""
+        """The arguments that change a run's result: all that TrainingArguments does not have."""
         values, levels = self.to_dict(), self.bilevel_settings()
         levels.pop("non_finite")  # a resumed run may change it
-        return {**{name: values[name] for name in RESUME_MUST_MATCH if name in values}, **levels}
+        standard = {field.name for field in fields(TrainingArguments)}
+        of_parents = [field.name for field in fields(self.parents) if field.name not in standard]
+        names = (*RESUME_MUST_MATCH, *of_parents)
+        return {**{name: values[name] for name in names if name in values}, **levels}

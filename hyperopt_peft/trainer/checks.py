@@ -17,7 +17,6 @@ from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
-from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import base_model
@@ -26,18 +25,30 @@ from hyperopt_peft.utils.models import base_model
 FSDP2_SINCE = Version("5.10")
 
 
+def check_class(args: Any, kind: Any) -> None:
+    """Raise ProblemError unless ``args`` are of ``kind``, or of both bases that it combines."""
+    bases = vars(kind).get("made_by", (None, (kind,)))[1]
+    if not all(isinstance(args, base) for base in bases):
+        raise ProblemError(
+            f"args must be {kind.__name__}, got {type(args).__name__}; make them by the Arguments "
+            "of the trainer's class"
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raise ProblemError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_arguments(
-    args: Any, model: Any, options: Mapping[str, Any], *, trainer_loss: bool, custom_loss: bool
+    args: Any, options: Mapping[str, Any], *, trainer_loss: bool, custom_loss: bool
 ) -> None:
     """Raise ProblemError for settings that would not train the bilevel program.
 
     ``options`` are the further arguments of `transformers.Trainer`. ``trainer_loss`` says whether
     the lower level uses the Trainer's own loss, ``custom_loss`` whether a class overrides it.
     """
-    if not isinstance(args, BilevelTrainingArguments):
-        raise ProblemError(f"args must be BilevelTrainingArguments, got {type(args).__name__}")
-    if not isinstance(model, nn.Module):
-        raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     of_levels = (
         "the levels have losses of their own; change these, or give the levels as functions of the "
         "trainer that read trainer.task_loss"
@@ -62,6 +73,14 @@ def check_arguments(
         "torch_empty_cache_steps": (
             args.torch_empty_cache_steps,
             "a step has many passes; empty the cache in a callback",
+        ),
+        "activation_offloading=True": (
+            getattr(args, "activation_offloading", False),
+            "the estimators' passes would not offload; use gradient_checkpointing",
+        ),
+        "deepspeed": (
+            args.deepspeed or getattr(args, "deepspeed_plugin", None),
+            "DeepSpeed does not expose gradients; use DDP or FSDP2",
         ),
         "model_init": (
             options.get("model_init"),
@@ -131,8 +150,6 @@ def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Es
 
     DDP equals one process. FSDP2 is for estimators with first-order products, in float32.
     """
-    if trainer.is_deepspeed_enabled:
-        raise ProblemError("deepspeed: DeepSpeed does not expose gradients; use DDP or FSDP2")
     if trainer.accelerator.mixed_precision == "fp16":
         raise ProblemError("fp16: the loss scale is part of the gradients; use bf16")
     if distributed.world_size() != trainer.args.world_size:

@@ -13,6 +13,9 @@ from transformers.trainer_utils import has_length
 
 from hyperopt_peft.errors import ProblemError
 
+#: The names under which a trainer prepares the only evaluation data and the upper level's data.
+EVALUATION, UPPER = "eval", "upper_dataset"
+
 
 def split_dataset(
     train: Dataset, upper_fraction: float, seed: int, label: str | None = None
@@ -101,15 +104,40 @@ def data_of_levels(
     elif bilevel:
         seed = args.seed if args.data_seed is None else args.data_seed
         train, upper = split_dataset(train, args.upper_fraction, seed)
-    if not has_length(train):
-        return Endless(train), upper
     batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(train) < batch:
+    if args.dataloader_drop_last and has_length(train) and len(train) < batch:
         raise ProblemError(
             f"dataloader_drop_last: True leaves no batch of {batch} of the {len(train)} examples "
             "of train_dataset; lower per_device_train_batch_size"
         )
     return train, upper
+
+
+def with_upper(evaluation: Any, upper: Any, args: Any) -> Any:
+    """The evaluation data and the upper level's, by name, which a trainer prepares alike.
+
+    Without evaluation data that ``args`` asks for there are none, as the trainer says.
+    """
+    if upper is None or (evaluation is None and args.eval_strategy != "no"):
+        return evaluation
+    if not isinstance(evaluation, Mapping):
+        evaluation = {} if evaluation is None else {EVALUATION: evaluation}
+    return {**evaluation, UPPER: upper}
+
+
+def without_upper(prepared: Any, evaluation: Any, upper: Any) -> tuple[Any, Any]:
+    """The prepared evaluation data, in the form of ``evaluation``, and the upper level's."""
+    if upper is None:
+        return prepared, None
+    if not isinstance(prepared, Mapping) or UPPER not in prepared:
+        raise ProblemError(
+            "upper_dataset: the trainer did not keep the sets of evaluation data by name, as which "
+            "it prepares the upper level's data; let it take a dict of data sets as eval_dataset"
+        )
+    rest = {name: rows for name, rows in prepared.items() if name != UPPER}
+    if isinstance(evaluation, Mapping):
+        return rest, prepared[UPPER]
+    return rest.get(EVALUATION), prepared[UPPER]
 
 
 def label_column(data: Dataset) -> str | None:

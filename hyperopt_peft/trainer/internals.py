@@ -1,7 +1,10 @@
-"""Private names of `transformers`, each with a test in tests/contract."""
+"""Private names of `transformers` and TRL, each with a test in tests/contract."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -17,3 +20,17 @@ NEEDED = (SCHEDULER_NAME, TRAINER_STATE_NAME)
 def save_checkpoint(trainer: Trainer) -> None:
     """Write a checkpoint now; the public interface writes one only after a complete step."""
     trainer._save_checkpoint(trainer.model, None)
+
+
+#: What the ``compute_loss`` of TRL's trainers counts at each call.
+METRICS = ("_metrics", "_stored_metrics", "_total_train_tokens")
+
+
+@contextmanager
+def metrics_restored(trainer: Trainer) -> Iterator[None]:
+    """Restore afterwards what evaluations of the loss in the body add to the metrics."""
+    before = {name: deepcopy(vars(trainer)[name]) for name in METRICS if name in vars(trainer)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(before)

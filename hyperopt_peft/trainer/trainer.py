@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from hyperopt_peft.core.labels import ITEMS, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
@@ -25,14 +26,22 @@ from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
-from hyperopt_peft.trainer.data import collating, data_of_levels
+from hyperopt_peft.trainer.data import Endless, collating, data_of_levels, with_upper, without_upper
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
+from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.loss_rule import LossRule
 from hyperopt_peft.trainer.optimizer import (
     check_optimizers,
     new_optimizer,
     parameter_groups,
     params_of,
+)
+from hyperopt_peft.trainer.over import (
+    Combined,
+    arguments_of,
+    check_parent,
+    combined,
+    combined_arguments,
 )
 from hyperopt_peft.trainer.step import OptimizerStep
 from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of, upper_batches
@@ -47,7 +56,7 @@ SETTINGS = "bilevel_settings.json"
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
 
 
-class BilevelTrainer(Trainer):
+class BilevelTrainer(Trainer, metaclass=Combined):
     """`transformers.Trainer` for a lower and an upper level over one model.
 
     Every optimizer step moves the lower level. Each ``lower_steps``-th step moves the upper level
@@ -94,6 +103,8 @@ class BilevelTrainer(Trainer):
         ['Fit', 'Bias']
     """
 
+    #: The class of ``args``.
+    Arguments: ClassVar[Any] = BilevelTrainingArguments
     args: BilevelTrainingArguments
     #: Whether an example of the upper level may train the lower level too.
     may_share_rows: ClassVar[bool] = False
@@ -113,17 +124,20 @@ class BilevelTrainer(Trainer):
         **trainer: Any,
     ) -> None:
         self.trainer_loss = _is_function(lower)
-        custom = type(self).compute_loss is not BilevelTrainer.compute_loss
-        checks.check_arguments(
-            args, model, trainer, trainer_loss=self.trainer_loss, custom_loss=custom
+        custom = any(
+            "compute_loss" in vars(base)
+            for base in type(self).__mro__
+            if base not in (BilevelTrainer, Trainer)
         )
-        if self.trainer_loss:
-            for data in (train_dataset, upper_dataset):
-                checks.check_labels(model, data, trainer)
-        train_dataset, self.upper_dataset = data_of_levels(
+        checks.check_class(args, self.Arguments)
+        checks.check_arguments(args, trainer, trainer_loss=self.trainer_loss, custom_loss=custom)
+        if self.parent() is Trainer:
+            checks.check_model(model)
+        evaluation = trainer.pop("eval_dataset", None)
+        train_dataset, upper_dataset = data_of_levels(
             train_dataset,
             upper_dataset,
-            trainer.get("eval_dataset"),
+            evaluation,
             args,
             bilevel=upper is not None,
             may_share_rows=self.may_share_rows,
@@ -131,13 +145,24 @@ class BilevelTrainer(Trainer):
         self.skipped = 0
         self._loss_rule = LossRule(self, of_levels=not self.trainer_loss, custom=custom)
         self._callback = BilevelCallback(self)
+        # The parent prepares the upper level's data as one more set of evaluation data.
         super().__init__(
-            model,
-            args,
+            model=model,
+            args=args,
             train_dataset=train_dataset,
+            eval_dataset=with_upper(evaluation, upper_dataset, args),
             callbacks=[self._callback, *(callbacks or ())],
             **trainer,
         )
+        checks.check_model(self.model)
+        self.eval_dataset, self.upper_dataset = without_upper(
+            self.eval_dataset, evaluation, upper_dataset
+        )
+        if self.trainer_loss:
+            for data in (self.train_dataset, self.upper_dataset):
+                checks.check_labels(self.model, data, trainer)
+        if not has_length(self.train_dataset):
+            self.train_dataset = Endless(self.train_dataset)
         self.lower: Problem = _made(lower, self)
         self.upper: Problem | None = _made(upper, self)
         checks.check_levels(self.levels)
@@ -156,6 +181,39 @@ class BilevelTrainer(Trainer):
             loader = loader_of(self, self.upper_dataset, "upper_dataset")
             self.upper_batches = upper_batches(self.upper_dataset, loader, args)
         self._set_step(self.optimizer or self._new_optimizer())
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_parent(cls.parent())
+        if "Arguments" not in vars(cls):
+            cls.Arguments = combined_arguments(cls.Arguments, arguments_of(cls.parent()))
+
+    @classmethod
+    def over(cls, trainer: type[Trainer]) -> type[Self]:
+        """This trainer over another: both levels train by the loss and on the data of ``trainer``.
+
+        The class is (cls, ``trainer``), always the same, and its arguments ``Arguments`` are those
+        of ``trainer``, with its defaults, and of this class.
+
+        Raises:
+            ProblemError: no trainer, or one that does more in a step than evaluate its loss.
+
+        Example:
+            >>> class Smoothed(Trainer):
+            ...     def compute_loss(self, model, inputs, *args, **kwargs):
+            ...         return super().compute_loss(model, inputs, *args, **kwargs) * 0.9
+            >>> BilevelTrainer.over(Smoothed).__name__
+            'BilevelSmoothed'
+        """
+        made: type[Self] = combined(cls, trainer)
+        return made
+
+    @classmethod
+    def parent(cls) -> type[Trainer]:
+        """The class that this trainer stands before; its ``super()`` in the last instance."""
+        bases = cls.__mro__
+        above: type[Trainer] = bases[bases.index(BilevelTrainer) + 1]
+        return above
 
     @property
     def levels(self) -> list[Problem]:
@@ -181,7 +239,7 @@ class BilevelTrainer(Trainer):
             **{name: list(tensor.shape) for name, tensor in self.named_tensors()},
             "frozen weights of the model": self._frozen_fingerprint(),
         }
-        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return plain
 
     @cached_property
@@ -318,7 +376,8 @@ class BilevelTrainer(Trainer):
         self.accelerator.backward(loss)
         if step.complete:
             try:
-                step.set_gradients(self.state.global_step + 1)
+                with metrics_restored(self):
+                    step.set_gradients(self.state.global_step + 1)
             except NonFiniteError as error:
                 step.clear_gradients()
                 self._skip_or_stop(error)
@@ -460,6 +519,17 @@ class BilevelTrainer(Trainer):
             label_weights=self._loss_rule.label_weights,
             autocast=self.compute_loss_context_manager,
         )
+
+
+def bilevel(trainer: type[Trainer]) -> type[BilevelTrainer]:
+    """`BilevelTrainer.over` ``trainer``: two levels in any trainer, such as TRL's SFTTrainer.
+
+    Example:
+        >>> from transformers import Seq2SeqTrainer
+        >>> bilevel(Seq2SeqTrainer).Arguments.__mro__[1].__name__
+        'Seq2SeqTrainingArguments'
+    """
+    return BilevelTrainer.over(trainer)
 
 
 def _is_function(level: Any) -> bool:

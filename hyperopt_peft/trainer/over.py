@@ -1,0 +1,114 @@
+"""Classes of two bases: a bilevel trainer before any `transformers.Trainer`, and their arguments."""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+from collections.abc import Callable
+from copy import copy
+from dataclasses import fields, make_dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
+
+from transformers import Trainer, TrainingArguments
+
+from hyperopt_peft.errors import ProblemError
+
+#: Methods that a bilevel step replaces and does not call, with what they would have done.
+REPLACED = {
+    "_prepare_inputs": "a trainer that generates or changes its batches in each step (GRPO, RLOO)",
+    "create_optimizer": "an optimizer of its own; give it as optimizer_cls_and_kwargs",
+    "training_step": "a step of its own; change compute_loss",
+}
+
+
+class Combined(type):
+    """The class of classes that pickle by their two bases where these were combined."""
+
+    #: The function that combines, and its arguments; absent where a module has the class.
+    made_by: tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+copyreg.pickle(
+    Combined,  # type: ignore[arg-type]
+    lambda cls: vars(cls).get("made_by", cls.__qualname__),  # type: ignore[arg-type]
+)
+
+
+@cache
+def combined(ours: Any, parent: type[Trainer]) -> Any:
+    """The class (``ours``, ``parent``), always the same; ``ours`` where ``parent`` is its base."""
+    if not (isinstance(parent, type) and issubclass(parent, Trainer)):
+        name = getattr(parent, "__name__", repr(parent))
+        raise ProblemError(f"over: must be a subclass of transformers.Trainer, got {name}")
+    if issubclass(ours, parent):
+        return ours
+    name = ours.__name__.removesuffix("Trainer") + parent.__name__
+    body = {
+        "__module__": ours.__module__,
+        "__doc__": f"`{ours.__name__}` over `{parent.__name__}`.",
+        "made_by": (combined, (ours, parent)),
+    }
+    return type(ours)(name, (ours, parent), body)
+
+
+def check_parent(parent: type[Trainer]) -> None:
+    """Raise ProblemError where a bilevel step would skip what ``parent`` does in a step."""
+    for name, what in REPLACED.items():
+        method = getattr(parent, name)
+        # TRL's own training_step only opens a context, for activation_offloading.
+        known = name == "training_step" and method.__module__.startswith("trl.")
+        if method is not getattr(Trainer, name) and not known:
+            raise ProblemError(
+                f"{parent.__name__}: has {name} of its own, which a bilevel step does not call: "
+                f"{what}"
+            )
+
+
+def arguments_of(parent: type[Trainer]) -> type[TrainingArguments]:
+    """The class of ``args`` by the type hint of the first ``__init__`` that names them."""
+    for base in parent.__mro__:
+        init = vars(base).get("__init__")
+        parameter = init and inspect.signature(init).parameters.get("args")
+        if not parameter or parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        hint = SimpleNamespace(__annotations__={"args": parameter.annotation})
+        kind = get_type_hints(hint, init.__globals__)["args"]
+        for each in get_args(kind) or (kind,):
+            if isinstance(each, type) and issubclass(each, TrainingArguments):
+                return each
+    return TrainingArguments
+
+
+@cache
+def combined_arguments(ours: Any, parents: type[TrainingArguments]) -> Any:
+    """The dataclass (``parents``, ``ours``), always the same.
+
+    ``parents`` decides the defaults, except of the fields that ``ours`` or one of its bases in this
+    package declares.
+
+    Raises:
+        ProblemError: both declare a field.
+    """
+    if issubclass(ours, parents):
+        return ours
+    standard = {field.name for field in fields(TrainingArguments)}
+    declared = [inspect.get_annotations(base) for base in ours.__mro__ if type(base) is Combined]
+    own = [field for field in fields(ours) if any(field.name in names for names in declared)]
+    for name in {field.name for field in own} - standard:
+        if name in parents.__dataclass_fields__:
+            raise ProblemError(f"{name}: an argument of both {parents.__name__} and {ours.__name__}")
+    hints = get_type_hints(ours)
+    made = make_dataclass(
+        ours.__name__.removesuffix("TrainingArguments") + parents.__name__,
+        [(field.name, hints[field.name], copy(field)) for field in own],
+        bases=(parents, ours),
+        namespace={
+            "__doc__": f"`{ours.__name__}` with the arguments of `{parents.__name__}`.",
+            "made_by": (combined_arguments, (ours, parents)),
+            "parents": parents,
+        },
+    )
+    made.__module__ = ours.__module__
+    return made
