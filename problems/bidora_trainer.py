@@ -19,8 +19,8 @@ from hyperopt_peft.problems.two_phases import (
     TwoPhaseTrainingArguments,
     options_of_retraining,
 )
-from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.checks import check_class
+from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.core.labels import ITEMS, WEIGHT, require_labels, row_losses
+from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, require_labels, row_losses
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 
 #: Columns that weights are read by, and a Trainer's entries, which are no arguments of a model.
-COLUMNS = ("index", "source", "votes", ITEMS, WEIGHT)
+COLUMNS = ("index", "source", "votes", ITEMS, MICRO_BATCHES, WEIGHT)
 
 
 class HeldOut(Problem):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hyperopt_peft.core.labels import (
     ITEMS,
+    MICRO_BATCHES,
     WEIGHT,
     label_weights,
     labels_are_shifted,
@@ -29,6 +30,8 @@ from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 INDEX = "index"
+#: Entries of a batch that the model does not read.
+ADDED = (INDEX, WEIGHT, ITEMS, MICRO_BATCHES)
 
 
 class RowWeighted(Problem):
@@ -71,7 +74,7 @@ def losses_of(
 
 
 def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in (INDEX, ITEMS, WEIGHT)}
+    return {name: value for name, value in batch.items() if name not in ADDED}
 
 
 class NumberedRows(Dataset[Any]):
@@ -129,7 +132,7 @@ class ModelOnRows:
         """All rows, as one step's micro-batches, with the weights for a mean over all labels."""
         batches = self.batches(rows)
         shifted = labels_are_shifted(self.trainer.model, _model_inputs(batches[0]))
-        weights = label_weights(batches, shifted=shifted, items=False, across_processes=False)
+        weights = label_weights(batches, shifted=shifted)
         state = RandomState.capture()
         return [MicroBatch({**b, **w}, state) for b, w in zip(batches, weights, strict=True)]
 

@@ -22,8 +22,11 @@ from hyperopt_peft.utils.autograd import function_modes_off
 from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.random_state import RandomState, replay
 
-#: Entries of a batch that a Trainer adds for its loss, which removes them.
-ITEMS, WEIGHT = "num_items_in_batch", "loss_weight"
+#: Entries of a micro-batch that a Trainer adds for the loss of a step, the mean over its
+#: micro-batches. A mean over labels is multiplied by ``WEIGHT``, see `label_weights`. A sum over
+#: labels is divided by ``ITEMS``, the labels of the whole step (of all processes, where the Trainer
+#: multiplies the loss by their number), and multiplied by ``MICRO_BATCHES``, their number.
+WEIGHT, ITEMS, MICRO_BATCHES = "loss_weight", "num_items_in_batch", "micro_batches"
 #: The argument with which TRL's head returns the log-probabilities of labels without logits.
 FUSED = "fused_lm_head"
 #: What to do about a loss that is none of the rules of this module.
@@ -163,9 +166,7 @@ def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
     return labels.ne(IGNORED).sum() if isinstance(labels, Tensor) else None
 
 
-def label_weights(
-    batches: Sequence[Any], *, shifted: bool, items: bool, across_processes: bool
-) -> list[dict[str, Tensor]]:
+def label_weights(batches: Sequence[Any], *, shifted: bool) -> list[dict[str, Tensor]]:
     """The entries of each batch that make a step's loss the mean over all of its labels.
 
     The loss of micro-batch i on process p is the mean over its c_ip labels that are scored. The
@@ -176,8 +177,6 @@ def label_weights(
     Args:
         batches: the n micro-batches of this process; without ``labels`` there are no entries.
         shifted: whether a label is the next token's, so that the first one of a row is not scored.
-        items: whether the loss takes ``num_items_in_batch``, c_ip.
-        across_processes: whether the Trainer multiplies such a loss by P, which c_ip·P undoes.
     """
     counts = [scored_labels(batch, shifted) for batch in batches]
     counted = [count for count in counts if count is not None]
@@ -186,11 +185,7 @@ def label_weights(
     # Apple's devices have no floats of 64 bits.
     exact = torch.float32 if counted[0].is_mps else torch.float64
     mean = distributed.average(torch.stack(counted).sum().to(exact)) / len(counted)
-    factor = distributed.world_size() if across_processes else 1
-    return [
-        {WEIGHT: count / mean, **({ITEMS: count.clamp(min=1) * factor} if items else {})}
-        for count in counted
-    ]
+    return [{WEIGHT: count / mean} for count in counted]
 
 
 def require_labels(batch: Any) -> Tensor:

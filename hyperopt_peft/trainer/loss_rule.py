@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
 
-from hyperopt_peft.core.labels import ITEMS, label_weights, labels_are_shifted
+from hyperopt_peft.core.labels import (
+    ITEMS,
+    MICRO_BATCHES,
+    label_weights,
+    labels_are_shifted,
+)
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
 from hyperopt_peft.utils.restore import preserve_state
 
@@ -20,78 +26,99 @@ logger = logging.getLogger(__name__)
 
 
 class LossRule:
-    """The weights of micro-batches by their labels, as the loss of ``trainer`` needs them.
+    """Makes the mean of the micro-batches' losses the loss that a Trainer trains.
+
+    A loss that reads the number of labels in its step is divided by that number. The losses of
+    others are weighted by their labels, unless the Trainer's class says that the mean of the
+    micro-batches counts.
 
     Args:
-        trainer: the trainer, with model and arguments.
-        of_levels: whether the levels have losses of their own, which know no labels.
-        custom: whether the trainer's class overrides ``compute_loss``.
+        model: the model.
+        loss: the loss of a batch, which may have the entries that this class adds.
+        context: a context in which the loss is evaluated, and the metrics of the Trainer restored.
+        device: the device of the batches.
+        scaled: what the Trainer's class says: its loss is one of the whole step (True), of each
+            micro-batch (False), or whichever the loss itself shows (None).
+        sums: whether the Trainer trains the sum of losses that have a number of labels.
+        custom: whether the loss may be another than the model's, which may have none.
     """
 
-    def __init__(self, trainer: Trainer, *, of_levels: bool, custom: bool) -> None:
-        self.trainer, self.of_levels, self.custom = trainer, of_levels, custom
-        self._reads_items: bool | None = None
-        self._compared = False
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any], Tensor],
+        context: Callable[[], AbstractContextManager[Any]],
+        device: torch.device,
+        *,
+        scaled: bool | None,
+        sums: bool,
+        custom: bool,
+    ) -> None:
+        self.model, self.loss, self.context, self.device = model, loss, context, device
+        self.sums, self.custom = sums, custom
+        self.of_micro_batches, self._reads_items, self._warned = scaled is False, scaled, False
 
-    def label_weights(self, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
-        """The entries that make the mean loss of ``batches`` the mean over their labels."""
-        if self.of_levels or not batches:  # no batches: an epoch that was resumed at its end
+    def entries(
+        self, batches: Sequence[Any], items: Any, across_processes: bool
+    ) -> list[dict[str, Any]]:
+        """The entries of the micro-batches ``batches`` of a step, see `core.labels`.
+
+        The first call measures whether the loss reads the number of labels.
+
+        Args:
+            batches: the micro-batches of this process.
+            items: the Trainer's count of the labels in the step, or None.
+            across_processes: whether it is the count of all processes.
+        """
+        if self.of_micro_batches or not batches:  # none: an epoch that was resumed at its end
             return [{} for _ in batches]
-        return label_weights(
-            batches,
-            shifted=isinstance(batches[0], Mapping) and self._labels_are_shifted(batches[0]),
-            items=True,
-            across_processes=self.trainer.args.average_tokens_across_devices,
-        )
-
-    def _labels_are_shifted(self, batch: Mapping[str, Any]) -> bool:
-        trainer = self.trainer
-        try:
-            with trainer.compute_loss_context_manager():
-                return labels_are_shifted(trainer.model, send_to_device(batch, trainer.args.device))
-        except ProblemError:
-            if self.custom or trainer.compute_loss_func:  # the model may have no loss
-                return False
-            raise
-
-    def reads_items(self, compute: Callable[..., Tensor], inputs: Mapping[str, Any]) -> bool:
-        """Whether the model's loss depends on ``num_items_in_batch``; measured once.
-
-        ``compute`` is the loss of ``inputs``, a batch, with that keyword.
-        """
-        if self.trainer.compute_loss_func:
-            return True
-        if self._reads_items is None:
-            self._reads_items = self._differs(
-                lambda items: compute(dict(inputs), num_items_in_batch=items)
-            )
-        return self._reads_items is not False
-
-    def warn_of_sum(self, loss: Callable[[Any], Tensor], batch: Mapping[str, Any]) -> None:
-        """Warn once where `transformers.Trainer` would train the sum of the micro-batches.
-
-        The Trainer leaves the mean to a loss that is given the number of labels, and some losses
-        ignore the number.
-        """
-        trainer = self.trainer
-        leaves_mean = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
-        if self._compared or not leaves_mean:
-            return
-        self._compared = True
-        with trainer.compute_loss_context_manager():
-            reads = self._differs(lambda items: loss({**batch, ITEMS: items}))
-        if reads is False:
+        entries: list[dict[str, Any]] = label_weights(batches, shifted=self._shifted(batches[0]))
+        if items is None:
+            return entries
+        if not across_processes:
+            items = distributed.average(torch.as_tensor(items, dtype=torch.float32))
+        of_step = {ITEMS: items, MICRO_BATCHES: len(batches)}
+        if self._reads(batches[0], items):
+            return [{**entry, **of_step} for entry in entries]
+        if len(batches) > 1 and self.sums and not self._warned:
+            self._warned = True
             logger.warning(
                 "gradient_accumulation_steps: the loss ignores num_items_in_batch, so that "
                 "transformers.Trainer trains the sum of the micro-batches' losses, and this "
                 "trainer their mean; a learning rate is not the same in both"
             )
+        return entries
 
-    def _differs(self, loss: Callable[[Tensor], Tensor]) -> bool | None:
-        """Whether ``loss`` depends on the number of items; None where it is 0."""
-        values, device = [], self.trainer.args.device
-        for items in (1, 2):
-            with preserve_state((), [device]), torch.no_grad():
-                values.append(loss(torch.tensor(items, device=device)))
-        reshard(self.trainer.model)
-        return bool(values[0] != values[1]) if values[0] else None
+    def _shifted(self, batch: Any) -> bool:
+        if not isinstance(batch, Mapping):
+            return False
+        try:
+            with self.context():
+                return labels_are_shifted(self.model, send_to_device(batch, self.device))
+        except ProblemError:
+            if self.custom:
+                return False
+            raise
+
+    def _reads(self, batch: Any, items: Any) -> bool:
+        if self._reads_items is None:  # so far unknown
+            self._reads_items = differs(
+                lambda number: self.loss({**batch, ITEMS: items * 0 + number, MICRO_BATCHES: 1}),
+                self.context,
+                self.device,
+            )
+            reshard(self.model)
+        return self._reads_items is not False
+
+
+def differs(
+    loss: Callable[[int], Tensor],
+    context: Callable[[], AbstractContextManager[Any]],
+    device: torch.device,
+) -> bool | None:
+    """Whether ``loss`` of 1 and of 2 labels differ; None where the loss is 0."""
+    values = []
+    for number in (1, 2):
+        with preserve_state((), [device]), torch.no_grad(), context():
+            values.append(loss(number))
+    return bool(values[0] != values[1]) if values[0] else None

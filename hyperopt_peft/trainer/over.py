@@ -1,4 +1,4 @@
-"""Classes of two bases: a bilevel trainer before any `transformers.Trainer`, and their arguments."""
+"""A bilevel trainer before any `transformers.Trainer`: the class of both, and its arguments."""
 
 from __future__ import annotations
 
@@ -30,10 +30,7 @@ class Combined(type):
     made_by: tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-copyreg.pickle(
-    Combined,  # type: ignore[arg-type]
-    lambda cls: vars(cls).get("made_by", cls.__qualname__),  # type: ignore[arg-type]
-)
+copyreg.pickle(Combined, lambda cls: vars(cls).get("made_by", cls.__qualname__))
 
 
 @cache
@@ -70,8 +67,10 @@ def arguments_of(parent: type[Trainer]) -> type[TrainingArguments]:
     """The class of ``args`` by the type hint of the first ``__init__`` that names them."""
     for base in parent.__mro__:
         init = vars(base).get("__init__")
-        parameter = init and inspect.signature(init).parameters.get("args")
-        if not parameter or parameter.kind is parameter.VAR_POSITIONAL:
+        if init is None:
+            continue
+        parameter = inspect.signature(init).parameters.get("args")
+        if parameter is None or parameter.kind is parameter.VAR_POSITIONAL:
             continue
         hint = SimpleNamespace(__annotations__={"args": parameter.annotation})
         kind = get_type_hints(hint, init.__globals__)["args"]
@@ -98,7 +97,9 @@ def combined_arguments(ours: Any, parents: type[TrainingArguments]) -> Any:
     own = [field for field in fields(ours) if any(field.name in names for names in declared)]
     for name in {field.name for field in own} - standard:
         if name in parents.__dataclass_fields__:
-            raise ProblemError(f"{name}: an argument of both {parents.__name__} and {ours.__name__}")
+            raise ProblemError(
+                f"{name}: an argument of both {parents.__name__} and {ours.__name__}"
+            )
     hints = get_type_hints(ours)
     made = make_dataclass(
         ours.__name__.removesuffix("TrainingArguments") + parents.__name__,

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.core.problem import Problem, devices_of, variables_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
@@ -25,8 +26,6 @@ from hyperopt_peft.utils.random_state import RandomState
 
 #: The logged numbers of an upper step.
 UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
-#: Makes the entries of each micro-batch that weight its loss by its labels.
-LabelWeights = Callable[[Sequence[Any]], list[dict[str, Tensor]]]
 
 
 @dataclass(eq=False)
@@ -42,7 +41,7 @@ class OptimizerStep:
         optimizer: the optimizer of both levels, whose learning rates are logged.
         accelerator: clips the gradients.
         upper_batches: the upper level's batches, where there is an upper level.
-        label_weights: the entries of micro-batches of the upper level.
+        with_entries: adds the entries of micro-batches that the loss reads, see `LossRule`.
         autocast: a context in which the losses are evaluated.
     """
 
@@ -52,7 +51,7 @@ class OptimizerStep:
     optimizer: Any
     accelerator: Accelerator
     upper_batches: UpperBatches | None
-    label_weights: LabelWeights
+    with_entries: Callable[[Sequence[Any]], list[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def __post_init__(self) -> None:
@@ -164,15 +163,15 @@ class OptimizerStep:
         """Batch ``number`` of the upper level; F is a mean over its labels, or else its rows."""
         assert self.upper_batches is not None
         pieces, shares = zip(*self.upper_batches.pieces(number), strict=True)
-        weights = self.label_weights(pieces)
+        batches = self.with_entries(pieces)
         seed = ("upper", self.args.seed, number, *distributed.rank_key())
         return [
             MicroBatch(
-                self._on_device({**piece, **entries} if entries else piece),
+                self._on_device(batch),
                 RandomState.seeded(self.devices, *seed, k),
-                1.0 if entries else share,
+                1.0 if isinstance(batch, Mapping) and WEIGHT in batch else share,
             )
-            for k, (piece, share, entries) in enumerate(zip(pieces, shares, weights))
+            for k, (batch, share) in enumerate(zip(batches, shares, strict=True))
         ]
 
     def _on_device(self, inputs: Any) -> Any:

@@ -6,17 +6,19 @@ import gc
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hyperopt_peft.core.labels import ITEMS, WEIGHT, model_reads
+from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
@@ -29,7 +31,7 @@ from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.data import Endless, collating, data_of_levels, with_upper, without_upper
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
 from hyperopt_peft.trainer.internals import metrics_restored
-from hyperopt_peft.trainer.loss_rule import LossRule
+from hyperopt_peft.trainer.loss_rule import LossRule, differs
 from hyperopt_peft.trainer.optimizer import (
     check_optimizers,
     new_optimizer,
@@ -143,7 +145,7 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             may_share_rows=self.may_share_rows,
         )
         self.skipped = 0
-        self._loss_rule = LossRule(self, of_levels=not self.trainer_loss, custom=custom)
+        self._model_reads_items: bool | None = None
         self._callback = BilevelCallback(self)
         # The parent prepares the upper level's data as one more set of evaluation data.
         super().__init__(
@@ -158,7 +160,17 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         self.eval_dataset, self.upper_dataset = without_upper(
             self.eval_dataset, evaluation, upper_dataset
         )
+        self._loss_rule: LossRule | None = None
         if self.trainer_loss:
+            self._loss_rule = LossRule(
+                self.model,
+                self.task_loss,
+                self._measuring,
+                args.device,
+                scaled=getattr(self, "loss_is_scaled_for_ga", None),
+                sums=self.model_accepts_loss_kwargs or self.compute_loss_func is not None,
+                custom=custom or self.compute_loss_func is not None,
+            )
             for data in (self.train_dataset, self.upper_dataset):
                 checks.check_labels(self.model, data, trainer)
         if not has_length(self.train_dataset):
@@ -350,10 +362,17 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             return [], None
         with collating("train_dataset"):
             batches = list(islice(epoch_iterator, num_batches))
-        weights = self._loss_rule.label_weights(batches)
-        if len(batches) > 1 and weights[0]:
-            self._loss_rule.warn_of_sum(self.task_loss, batches[0])
-        return [{**b, **w} if w else b for b, w in zip(batches, weights, strict=True)], None
+        return self._with_entries(batches), None
+
+    def _with_entries(self, batches: Any) -> list[Any]:
+        """The micro-batches of a step, with the entries that the loss of the Trainer needs."""
+        args = self.args
+        batches, items = super().get_batch_samples(iter(batches), len(batches), args.device)
+        if self._loss_rule is None:
+            return batches
+        across = args.average_tokens_across_devices
+        entries = self._loss_rule.entries(batches, items, across)
+        return [{**b, **e} if e else b for b, e in zip(batches, entries, strict=True)]
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one micro-batch; after the last one ``.grad`` is the step's direction.
@@ -406,9 +425,12 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             ProblemError: the model cannot compute a loss for ``batch``.
         """
         inputs = dict(batch)
-        items, weight = inputs.pop(ITEMS, None), inputs.pop(WEIGHT, None)
+        weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
         with model_reads(batch):
             loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
+        if items is not None:
+            # In 64 bits the division by n, for the mean over micro-batches, gives the loss again.
+            return (loss if loss.is_mps else loss.double()) * n
         return loss if weight is None else loss * weight.to(loss.dtype)
 
     def compute_loss(
@@ -423,10 +445,27 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         With a count of labels the Trainer multiplies the loss by the number of processes, also when
         the model averages over rows itself. Such a model gets no count.
         """
-        compute, rule = super().compute_loss, self._loss_rule
-        if num_items_in_batch is not None and not rule.reads_items(partial(compute, model), inputs):
-            num_items_in_batch = None
-        return compute(model, inputs, return_outputs, num_items_in_batch)
+        compute = super().compute_loss
+        if num_items_in_batch is not None and distributed.world_size() > 1:
+            if self._model_reads_items is None:
+                self._model_reads_items = differs(
+                    lambda number: compute(
+                        model, dict(inputs), num_items_in_batch=torch.tensor(number)
+                    ),
+                    self._measuring,
+                    self.args.device,
+                )
+                reshard(self.model)
+            if self._model_reads_items is False:
+                num_items_in_batch = None
+        return compute(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        with metrics_restored(self), self.compute_loss_context_manager():
+            yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `transformers.Trainer.log`, with the numbers of the levels."""
@@ -516,7 +555,7 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             optimizer=optimizer,
             accelerator=self.accelerator,
             upper_batches=self.upper_batches,
-            label_weights=self._loss_rule.label_weights,
+            with_entries=self._with_entries,
             autocast=self.compute_loss_context_manager,
         )
 
