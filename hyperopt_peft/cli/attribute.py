@@ -25,6 +25,7 @@ from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.validation import require_count
 
 ROW, SLICE = "row", "slice"
 
@@ -59,6 +60,9 @@ class AttributeArguments(OutputArguments):
             value = getattr(self, name)
             if value and value < least:
                 raise ProblemError(f"{name}: must be 0 or at least {least}, got {value}")
+        if not self.memory_limit > 0:  # nan neither
+            raise ProblemError(f"memory_limit: must be positive, got {self.memory_limit}")
+        require_count("show", self.show, least=0)
         if self.retrain_without is not None and not 0 < self.retrain_without < 1:
             raise ProblemError(f"retrain_without: must be in (0, 1), got {self.retrain_without}")
         if self.test_file and self.retrain_without is None:

@@ -8,25 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.mixture_files import write_mixture
-from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
-from hyperopt_peft.cli.text.data import TRAIN, DataArguments, join, read_files, require_columns
+from hyperopt_peft.cli.options import OutputArguments, option, parse, resume_from
+from hyperopt_peft.cli.text import sft
+from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import prepare, warn_of_shared
+from hyperopt_peft.cli.text.setup import Setup, prepare, trainer_errors, warn_of_shared
+from hyperopt_peft.cli.text.sources import SourceArguments, Sources
 from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.compare_baselines import compare_baselines
-from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
+from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.utils.groups import group_rows
 from hyperopt_peft.utils.plots import COLOURS, drawing
 
-#: The column with the name of each training example's source file.
-ORIGIN = "mix_source"
 #: The sources' shares in a record of the Trainer's log.
 SHARES = "shares"
 #: A source has a colour and a marker of its own.
@@ -51,83 +50,23 @@ class MixArguments(OutputArguments):
             raise ProblemError("trusted_file: give examples with labels that you trust")
 
 
-@dataclass
-class SourceArguments(DataArguments):
-    """The examples of the sources, and their columns."""
-
-    sources: str | None = HfArg(
-        default=None,
-        help="the files of each source, by name, as a mapping: {wiki: a.jsonl, code: [b.jsonl]}",
-    )
-    source_column: str | None = HfArg(
-        default=None, help="the column of train_file or dataset that names each example's source"
-    )
-    eval_fraction: float = HfArg(default=0.0, help="must stay 0 here: mix has test_file")
-
-    def __post_init__(self) -> None:
-        for name in ("eval_file", "eval_split", "eval_fraction", "weight_column"):
-            if getattr(self, name):
-                raise ProblemError(f"{name}: mix has test_file and learns weights; leave it out")
-        if bool(self.sources) == bool(self.source_column):
-            raise ProblemError("sources: give either the files of each source, or a source_column")
-        self.files: dict[str, list[str]] = {}
-        #: The number of rows of each file, by source, once they are read.
-        self.rows: dict[str, dict[str, int]] = {}
-        if not self.sources:
-            super().__post_init__()
-            return
-        if self.train_file or self.dataset:
-            raise ProblemError("sources: have the training files; leave train_file and dataset out")
-        try:
-            files = yaml.safe_load(self.sources)
-            self.files = {
-                str(k): [v] if isinstance(v, str) else [*map(str, v)] for k, v in files.items()
-            }
-        except (yaml.YAMLError, TypeError, AttributeError) as error:
-            raise ProblemError(
-                f"sources: must map names to files, as in {{wiki: a.jsonl}}, got {self.sources!r}"
-            ) from error
-
-    def read(self) -> tuple[Dataset, None]:
-        """The examples of all sources; those of ``sources`` have the source's name in `ORIGIN`."""
-        if not self.files:
-            return super().read()[0], None
-        tables = {
-            (name, path): read_files([path], "sources")
-            for name, paths in self.files.items()
-            for path in paths
-        }
-        names = [name for (name, _), table in tables.items() for _ in range(len(table))]
-        for (name, path), table in tables.items():
-            self.rows.setdefault(name, {})[path] = len(table)
-        return join(tables.values(), "sources").add_column(ORIGIN, names), None
-
-
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, learn the weights, train with them; write adapter and weights."""
-    kinds = (MixArguments, ModelArguments, SourceArguments, MixTrainingArguments)
+    kind: Any = MixTrainer
+    if is_sft := option("task", argv) == sft.SFT:
+        kind = MixTrainer.over(sft.sft_trainer())
+    data_kind = Sources if is_sft else SourceArguments
+    kinds = (MixArguments, ModelArguments, data_kind, kind.Arguments)
     command, model_args, data, args = parse("mix", kinds, argv)
     command.require_output(args, resumes=True)
-    setup = prepare(model_args, data)
-    trusted = setup.read(command.trusted_file, "trusted_file")
-    folds = command.baseline_folds
-    if folds and not 2 <= folds <= len(trusted):
-        raise ProblemError(
-            f"baseline_folds: must be 0, or from 2 to the {len(trusted)} rows of trusted_file, got "
-            f"{folds}"
-        )
-    test = None
-    if command.test_file:
-        test = setup.read(command.test_file, "test_file")
-        warn_of_shared(test, "test examples", setup.train, "in a source")
-        warn_of_shared(test, "test examples", trusted, "trusted examples")
-    column = data.source_column or ORIGIN
-    require_columns(setup.rows, [column], TRAIN)
-    groups = group_rows(setup.rows[column])
+    setup = sft.prepare(model_args, data, args) if is_sft else prepare(model_args, data)
+    require_columns(setup.rows, [data.column], TRAIN)
+    groups = group_rows(setup.rows[data.column])
     sources = {name: setup.train.select(rows) for name, rows in groups.items()}
+    examples = held_out(command, setup)
     model = setup.model(args.seed, dora=False)
-    options = {"trusted": trusted, "eval_dataset": test, **setup.options(model)}
-    trainer = MixTrainer(model, args, sources=sources, **options)
+    with trainer_errors():
+        trainer = kind(model, args, sources=sources, **examples, **setup.options(model))
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
     trainer.add_callback(RecordShares(trainer, output / "weights.png"))
     trainer.train(resume_from(args))
@@ -144,17 +83,33 @@ def run(argv: Sequence[str]) -> None:
         print(f"{'source':30}{'rows':>8}{'share':>9}{'row weight':>12}")
         for name in sorted(weights, key=lambda each: -weights[each]):
             print(f"{name[:29]:30}{counts[name]:8}{shares[name]:9.3f}{weights[name]:12.3f}")
-    if test is not None:
+    if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if folds:
+    if folds := command.baseline_folds:
         comparison = compare_baselines(trainer, folds=folds, equal_passes=command.equal_passes)
         if first:
-            print(f"\nby {folds} folds of {len(trusted)} trusted examples:\n{comparison}")
+            print(f"\nby {folds} folds of the trusted examples:\n{comparison}")
     if first:
         print(f"\nthe adapter, weights.json and weights.png are in {output}")
     trainer.end_training()
+
+
+def held_out(command: MixArguments, setup: Setup) -> dict[str, Dataset | None]:
+    """The trusted and the test examples, as arguments of `MixTrainer`."""
+    trusted, test = setup.read(command.trusted_file or (), "trusted_file"), None
+    folds = command.baseline_folds
+    if folds and not 2 <= folds <= len(trusted):
+        raise ProblemError(
+            f"baseline_folds: must be 0, or from 2 to the {len(trusted)} rows of trusted_file, got "
+            f"{folds}"
+        )
+    if command.test_file:
+        test = setup.read(command.test_file, "test_file")
+        warn_of_shared(test, "test examples", setup.train, "in a source")
+        warn_of_shared(test, "test examples", trusted, "trusted examples")
+    return {"trusted": trusted, "eval_dataset": test}
 
 
 class RecordShares(TrainerCallback):

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import SaveStrategy
 
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.errors import ProblemError, did_you_mean
@@ -34,12 +35,14 @@ class OutputArguments:
     overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
 
     def require_output(self, args: TrainingArguments, *, resumes: bool = False) -> None:
-        """Raise ProblemError unless results may be written to ``output_dir``; nothing is created.
+        """Raise ProblemError unless results can be written to ``output_dir``; nothing is created.
 
         Args:
             args: the settings of the run.
             resumes: whether the command goes on from ``args.resume_from_checkpoint``.
         """
+        if args.save_strategy == SaveStrategy.STEPS and not args.save_steps > 0:
+            raise ProblemError(f"save_steps: must be positive, got {args.save_steps}")
         folder = Path(args.output_dir or "")
         parents = (folder, *folder.absolute().parents)
         existing = next(parent for parent in parents if parent.exists())
@@ -75,9 +78,7 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
         ProblemError: an unknown option (the message has the nearest one), a bad value, or a file
             that is no mapping of options.
     """
-    flags = list(argv)
-    if flags and not flags[0].startswith("-"):
-        flags = [*flags_of(Path(flags[0])), *flags[1:]]
+    flags = expanded(argv)
     names = {field.name for options in types for field in fields(options) if field.init}
     for flag in flags:
         name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -103,6 +104,29 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
             f"{rest[0]!r}: unexpected argument; give a YAML file first, then --name value"
         )
     return parsed
+
+
+def option(name: str, argv: Sequence[str]) -> str | None:
+    """The value of the option ``name`` in ``argv``, on which the other options depend; or None.
+
+    Raises:
+        ProblemError: the option has no value, or the file of options cannot be read.
+
+    Example:
+        >>> option("task", ["--seed", "3", "--task", "sft"])
+        'sft'
+    """
+    parser = _Parser((), add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}")
+    value: str | None = getattr(parser.parse_known_args(expanded(argv))[0], name)
+    return value
+
+
+def expanded(argv: Sequence[str]) -> list[str]:
+    """``argv`` as flags alone: those of the YAML file come first."""
+    if argv and not argv[0].startswith("-"):
+        return [*flags_of(Path(argv[0])), *argv[1:]]
+    return list(argv)
 
 
 def flags_of(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from datasets import ClassLabel, Dataset, Value
 
-from hyperopt_peft.cli.text.data import DataArguments, cache_folder
+from hyperopt_peft.cli.text.data import DataArguments, cache_folder, require_columns
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
@@ -38,9 +38,10 @@ class Encoder:
         """The arguments of the model's forward, with ``labels``.
 
         Raises:
-            ProblemError: a value that the task cannot learn; the message has ``where``, the name
-                of the data, and the row, from 0.
+            ProblemError: a missing column or an empty cell, or a value that the task cannot learn;
+                the message has ``where``, the name of the data, and the row, from 0.
         """
+        require_columns(data, self.args.columns(self.task), where)
         if self.names:
             data = _named(data, self.args.label_column)
         encode = {
@@ -52,12 +53,12 @@ class Encoder:
         }[self.task]
 
         def encoded(batch: Batch, indices: list[int]) -> Batch:
-            _check_each(
+            check_each(
                 self._check, (dict(zip(batch, row)) for row in zip(*batch.values())), indices, where
             )
             result = encode(batch)
             if self.task == "causal-lm":
-                _check_each(_check_labels, result["labels"], indices, where)
+                check_each(_check_labels, result["labels"], indices, where)
             return result
 
         rows = data.map(
@@ -151,8 +152,8 @@ class Encoder:
         return {**self._tokens(sources), "labels": targets["input_ids"]}
 
 
-def _check_each(
-    check: Callable[[Any], None], values: Iterable[Any], indices: list[int], where: str
+def check_each(
+    check: Callable[[Any], None], values: Iterable[Any], indices: Iterable[int], where: str
 ) -> None:
     """Call ``check`` with each value; its error gets ``where`` and the row's index."""
     for index, value in zip(indices, values):

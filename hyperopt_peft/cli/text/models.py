@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.hf_argparser import HfArg
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -31,9 +31,12 @@ class ModelArguments:
     _argument_group_name = "model and adapter"
 
     model: str = HfArg(help="the base model: a local folder or a hub name")
-    task: TaskName = HfArg(help="the task to learn")
+    task: TaskName = HfArg(help="the task to learn; sft, by TRL, is of mix alone")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
     dtype: Dtype = HfArg(default="float32", help="of the base model; auto: as it was saved")
+    load_in_4bit: bool = HfArg(
+        default=False, help="the base model's linear layers in 4 bits (NF4, with bitsandbytes)"
+    )
     rank: int = HfArg(default=8, help="rank r of B·A")
     alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
     dropout: float = HfArg(default=0.0, help="dropout on the adapter's input")
@@ -46,6 +49,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.load_in_4bit and self.task not in ("causal-lm", "sft"):
+            raise ProblemError(f"load_in_4bit: is for causal-lm and sft, got task {self.task}")
         for name in ("rank", "alpha"):
             if getattr(self, name) < 1:
                 raise ProblemError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -104,8 +109,13 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     return tokenizer
 
 
-def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, list[str]]:
+def load_base(
+    task: Task, name: str, config: Any, dtype: Dtype, *, four_bits: bool = False
+) -> tuple[Any, list[str]]:
     """The base model, and the names of its new weights, which depend on the current seed."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on a new head has forty lines
     try:
@@ -113,11 +123,16 @@ def load_base(task: Task, name: str, config: Any, dtype: Dtype) -> tuple[Any, li
             name,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            quantization_config=quantization if four_bits else None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, error) from error
+    except ImportError as error:
+        raise ProblemError(
+            f"load_in_4bit: {error}; run pip install 'hyperopt-peft[bitsandbytes]'"
+        ) from error
     finally:
         logging.set_verbosity(level)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -96,7 +97,7 @@ class Setup:
     args: ModelArguments
     task: Task
     config: Any
-    encoder: Encoder
+    encoder: Any
     train: Dataset
     evaluation: Dataset | None
     rows: Dataset
@@ -105,7 +106,6 @@ class Setup:
     def read(self, paths: Sequence[str], option: str) -> Dataset:
         """The encoded examples of further files, those of ``option``."""
         rows, where = read_files(paths, option), f"the {option.removesuffix('_file')} examples"
-        require_columns(rows, self.encoder.args.columns(self.args.task), where)
         return self.encoder.encode(rows, where)
 
     def model(self, seed: int, *, dora: bool) -> Any:
@@ -114,10 +114,13 @@ class Setup:
             set_seed(seed)
         except ValueError as error:
             raise ProblemError(f"seed: {error}, got {seed}") from error
-        base, new = models.load_base(self.task, self.args.model, self.config, self.args.dtype)
+        args = self.args
+        base, new = models.load_base(
+            self.task, args.model, self.config, args.dtype, four_bits=args.load_in_4bit
+        )
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.encoder.tokenizer.pad_token_id
-        model = models.add_adapter(base, self.args, self.task, dora=dora)
+        model = models.add_adapter(base, args, self.task, dora=dora)
         named = model.get_base_model().named_parameters()
         frozen = {name.replace(".base_layer.", ".") for name, p in named if not p.requires_grad}
         if names := [name for name in new if name in frozen]:
@@ -157,13 +160,19 @@ class Setup:
                 for rows in (train, evaluation)
             )
         data = {"train_dataset": train, "eval_dataset": evaluation}
-        try:
+        with trainer_errors():
             return kind(model, args, **data, **self.options(model))
-        except ProblemError:
-            raise
-        # Of the Trainer: a logger that is not installed, or an unreachable hub, for example.
-        except (ValueError, RuntimeError, OSError) as error:
-            raise ProblemError(str(error)) from error
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """Turn a Trainer's errors, such as a logger that is not installed, into a ProblemError."""
+    try:
+        yield
+    except ProblemError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ProblemError(str(error)) from error
 
 
 def prepare(args: ModelArguments, data: DataArguments) -> Setup:
@@ -172,9 +181,11 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
     Raises:
         ProblemError: invalid data, or a model that cannot be loaded.
     """
+    if args.task not in TASKS:
+        raise ProblemError(f"task: {args.task} is of mix alone; use causal-lm")
     task, columns = TASKS[args.task], data.columns(args.task)
     rows, evaluation_rows = data.read()
-    require_columns(rows, columns, TRAIN)
+    require_columns(rows, columns, TRAIN)  # before the classes are read
     names = class_names(rows, data.label_column) if task.classes else ()
     config = models.labelled(models.load_config(args.model), args.task, names)
     name = args.tokenizer or args.model
@@ -184,7 +195,6 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
     if data.weight_column:
         train = train.add_column(WEIGHTS, weights_of(rows, data.weight_column))
     if evaluation_rows is not None:
-        require_columns(evaluation_rows, columns, EVALUATION)
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
         warn_of_shared(evaluation, "evaluation examples", train, "training examples")
     elif data.eval_fraction > 0:

@@ -22,7 +22,7 @@ from transformers import (
 from hyperopt_peft.core.logits import IGNORED
 
 TaskName = Literal[
-    "text-classification", "regression", "token-classification", "causal-lm", "seq2seq"
+    "text-classification", "regression", "token-classification", "causal-lm", "seq2seq", "sft"
 ]
 
 
