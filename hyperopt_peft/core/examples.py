@@ -41,6 +41,11 @@ class WeightedExamples(Problem):
     #: Called with each batch and its ``losses``, between ``losses`` and ``weighted``.
     observer: Callable[[Any, Tensor], None] | None = None
 
+    @property
+    def examples(self) -> WeightedExamples:
+        """This level."""
+        return self
+
     def groups(self, batch: Any) -> Tensor:
         """The number of the group, from 0, of each row ``(n,)``, or of each token ``(n, T)``."""
         raise ProblemError(f"{self.name}: define groups(self, batch)")

@@ -171,6 +171,11 @@ class Problem:
         return {}
 
     @property
+    def examples(self) -> Problem | None:
+        """The `WeightedExamples`: this level, or one that it evaluates; None if there is none."""
+        return None
+
+    @property
     def devices(self) -> list[torch.device]:
         """The devices that hold the variables."""
         return list(dict.fromkeys(variable.device for variable in self.variables))

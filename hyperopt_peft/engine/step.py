@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +99,7 @@ class BilevelStep:
         self.signal = SignalToNoise()  # of the hypergradients since it was last read
         self._records: deque[StepRecord] = deque(maxlen=max(1, self.requirements.history))
         self._copies = TensorPool()
+        self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
         self._upper_read = False
 
@@ -149,7 +151,7 @@ class BilevelStep:
             next_upper_batch: returns the next batch of F; called only with an ``upper_weight``.
 
         Raises:
-            ProblemError: at the first step, f does not read a lower variable.
+            ProblemError: at the first step, f does not read a lower variable; or as `Dots.check`.
             NonFiniteError: F or the gradient of F is NaN or infinite.
         """
         needs, w = self.requirements, self.lower.variables
@@ -161,6 +163,8 @@ class BilevelStep:
             self._unread = {n for n, u, g in pairs if g is None and id(u) not in options}
         if needs.upper_weight:
             of_w = self._with_upper_loss(of_w, next_upper_batch(), number)
+        if self._ahead is not None and self._ahead.observed is not None:
+            self._ahead.observed.check(of_w)
         if len(self._records) == self._records.maxlen:
             self._forget_first()
         record = StepRecord(batch, random_state)
@@ -202,6 +206,27 @@ class BilevelStep:
             state=self.state,
         )
 
+    def look_ahead(self, batch: Any, *, number: int) -> None:
+        """Differentiate F on ``batch``, before the passes of the lower step at the same point.
+
+        For an estimator with `Requirements.lower_pass`. The lower step's `observed` passes then
+        have what f contributes to `hypergradient`, which is next, with the same arguments.
+
+        Raises:
+            NonFiniteError: F or the gradient of F is NaN or infinite.
+        """
+        self._ahead = None
+        now = StepRecord(None, RandomState.capture(self.devices))
+        oracle = self.oracle(self.upper, batch, self._seeded(number), now)
+        with oracle.open():
+            oracle.observed = self.estimator.observe(oracle)
+        self._ahead = oracle
+
+    def observed(self) -> AbstractContextManager[None]:
+        """Within the body, forward and backward passes of the lower step are observed."""
+        dots = None if self._ahead is None else self._ahead.observed
+        return nullcontext() if dots is None else dots.observe()
+
     def hypergradient(self, batch: Any, *, number: int) -> UpperStep:
         """dF/du at the current point on ``batch``; no variable moves.
 
@@ -217,6 +242,8 @@ class BilevelStep:
                 f"{self.lower.name}: no lower step was finite since the last upper step"
             )
         oracle = self.oracle(self.upper, batch, self._seeded(number), self.last)
+        if self._ahead is not None:
+            oracle.take_upper(self._ahead)
         result = estimate(oracle, self.estimator)
         self.state = result.state
         self.signal.add(result.hypergradient)
@@ -238,6 +265,7 @@ class BilevelStep:
 
     def forget(self) -> None:
         """Delete the records of lower steps; drivers call this after each upper step."""
+        self._ahead = None
         while self._records:
             self._forget_first()
 

@@ -18,6 +18,7 @@ from hyperopt_peft.hypergradients.products import Product
 from hyperopt_peft.hypergradients.registry import get_estimator, register, registered
 from hyperopt_peft.hypergradients.unrolled.darts import DARTS
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
+from hyperopt_peft.hypergradients.unrolled.fastmix import FastMix
 from hyperopt_peft.hypergradients.unrolled.forward import Forward
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.hypergradients.unrolled.sama import SAMA
@@ -37,6 +38,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Exact",
+    "FastMix",
     "Forward",
     "FunctionSolver",
     "Matvec",

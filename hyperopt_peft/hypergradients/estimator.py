@@ -11,6 +11,7 @@ from typing import ClassVar, get_type_hints
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.utils.validation import matches, type_name
 from hyperopt_peft.utils.vector import Vector
@@ -72,6 +73,8 @@ class Requirements:
             batch.
         every_step: whether every lower step must have a record.
         second_derivatives: whether f is differentiated twice.
+        lower_pass: whether `Estimator.observe` takes what f contributes from the lower step's own
+            pass, where the driver can differentiate F at the same point before.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -85,6 +88,7 @@ class Requirements:
     upper_weight: float = 0.0
     every_step: bool = False
     second_derivatives: bool = False
+    lower_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,13 @@ class Estimator(ABC):
             f"the optimizer_options of {lower.name} read {', '.join(names)}, and this estimator "
             'does not differentiate the optimizer; choose "unrolled" or "forward"',
         )
+
+    def observe(self, oracle: Oracle) -> Dots | None:
+        """What to observe of the lower step's pass, which is next; None for nothing.
+
+        `estimate` then has it as ``oracle.observed``. The oracle has no lower batch yet.
+        """
+        return None
 
     @abstractmethod
     def estimate(self, oracle: Oracle) -> Estimate:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord, devices_of, variables_of
 from hyperopt_peft.core.validation import one_tensor
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.products import (
     NO_EXACT_PRODUCT,
     SHARDED,
@@ -66,6 +67,7 @@ class Oracle:
         passes: the number of passes so far.
         buffers: the modules' buffers, restored after each evaluation.
         losses: the values of f so far, on their device.
+        observed: the dot products of the lower step's own pass, where it was observed.
 
     Example:
         >>> from hyperopt_peft.hypergradients import open_oracle
@@ -88,6 +90,7 @@ class Oracle:
     passes: Passes = field(default_factory=Passes)
     buffers: Buffers = field(default_factory=Buffers)
     losses: list[Tensor] = field(default_factory=list)
+    observed: Dots | None = None
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:
@@ -100,6 +103,11 @@ class Oracle:
     def upper_gradient(self) -> UpperGradient:
         """∂F/∂u and ∂F/∂w, by one forward+backward pass."""
         return self._upper_gradient()
+
+    def take_upper(self, other: Oracle) -> None:
+        """Take ∂F/∂u, ∂F/∂w and the observed pass from ``other``, an oracle of the same point."""
+        self.upper_gradient, self.passes = other.upper_gradient, other.passes
+        self.observed = other.observed
 
     def _upper_gradient(self) -> UpperGradient:
         self.passes.count(gradients=1)
@@ -190,6 +198,19 @@ class Oracle:
                 yield DifferenceProduct(objective, point, epsilon, scheme, upper_gradient)
             else:
                 yield ExactProduct(objective)
+
+    def observe(self, dots: Dots, at: StepRecord | None = None) -> Dots:
+        """``dots`` of one forward+backward pass of f, at the current w or the start of step ``at``.
+
+        The pass runs in the precision of training.
+        """
+        objective, w = self._objective(at), self.lower.variables
+        with nullcontext() if at is None else perturbed(w, self.copies), dots.observe():
+            if at is not None:
+                assign_(w, at.variables)
+            gradient = objective.parts(w)
+        dots.check(gradient)
+        return dots
 
     @contextmanager
     def _single_precision(self, half: bool) -> Iterator[None]:

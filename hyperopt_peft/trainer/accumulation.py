@@ -47,6 +47,11 @@ class Accumulated(Problem):
         self.optimizer, self.prior = optimizer, level.prior
         self.half, self.unread = level.half, level.unread
 
+    @property
+    def examples(self) -> Problem | None:
+        """As the level's."""
+        return self.level.examples
+
     def terms(self, batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """The share of each micro-batch in the mean loss, and its metrics."""
         for micro in batch:

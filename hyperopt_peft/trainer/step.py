@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.core.problem import Problem, devices_of, variables_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
+from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.accumulation import MicroBatch
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.optimizer import learning_rate
@@ -73,7 +74,26 @@ class OptimizerStep:
         self.upper: list[MicroBatch] = []
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
+        self._failure: NonFiniteError | None = None  # of `look_ahead`
+        if self.bilevel is not None:
+            self.bilevel.forget()
         self.clear_gradients()
+
+    def look_ahead(self, number: int) -> None:
+        """Differentiate F before the passes of step ``number`` that the estimator observes."""
+        bilevel, every = self.bilevel, self.args.lower_steps
+        if bilevel is None or not bilevel.requirements.lower_pass or number % every:
+            return
+        self.upper = self._upper_batch(number // every - 1)
+        try:
+            with self.autocast():
+                bilevel.look_ahead(self.upper, number=number)
+        except NonFiniteError as error:
+            self._failure = error
+
+    def observed(self) -> AbstractContextManager[None]:
+        """The context of the forward and the backward pass of each micro-batch."""
+        return nullcontext() if self.bilevel is None else self.bilevel.observed()
 
     @property
     def complete(self) -> bool:
@@ -106,6 +126,8 @@ class OptimizerStep:
         Raises:
             NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
         """
+        if self._failure is not None:
+            raise self._failure
         w, u = self.lower.variables, self.u
         gradient = distributed.mean([x.grad for x in (*w, *u)], (*w, *u))
         loss = distributed.average(torch.stack(self._losses).sum())
@@ -139,7 +161,8 @@ class OptimizerStep:
             )
         if number % every == 0:
             # With an upper weight each lower step has read an upper batch.
-            self.upper = self._upper_batch((number if shared else 0) + number // every - 1)
+            if not self.upper:
+                self.upper = self._upper_batch((number if shared else 0) + number // every - 1)
             with self.autocast():
                 upper = bilevel.hypergradient(self.upper, number=number)
             numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}

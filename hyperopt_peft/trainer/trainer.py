@@ -355,6 +355,14 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         """Begin an optimizer step; the callback calls this before the first micro-batch."""
         self._counters = self.current_flos, self.state.num_input_tokens_seen
         self.current_step.begin(self.current_gradient_accumulation_steps)
+        self._set_training_mode(self.model)
+        with metrics_restored(self):
+            self.current_step.look_ahead(self.state.global_step + 1)
+
+    def _set_training_mode(self, model: nn.Module) -> None:
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of the next step, with label weights; none at the end of the run."""
@@ -387,12 +395,11 @@ class BilevelTrainer(Trainer, metaclass=Combined):
                 "training_step: a step of two levels is a part of train(); call train(), or "
                 "hyperopt_peft.hypergradient for one hypergradient"
             )
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        self._set_training_mode(model)
         step = self.current_step
-        loss = step.loss(inputs)
-        self.accelerator.backward(loss)
+        with step.observed():
+            loss = step.loss(inputs)
+            self.accelerator.backward(loss)
         if step.complete:
             try:
                 with metrics_restored(self):

@@ -28,9 +28,14 @@ class Case:
 
 
 def cases(*kinds: str) -> Any:
-    """Parametrises over the registered estimators of ``kinds``, and their kinds of product."""
+    """Parametrises over the registered estimators of ``kinds``, and their kinds of product.
+
+    Dot products, and fastmix with them, are for levels that weight examples: see test_dots.
+    """
     found = []
     for name, entry in registered().items():
+        if entry.estimator().requirements.lower_pass:
+            continue
         options = {field.name for field in dataclasses.fields(entry.estimator)}
         for product in get_args(ProductKind) if "product" in options else (None,):
             estimator = entry.estimator(**({} if product is None else {"product": product}))

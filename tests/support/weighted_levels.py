@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 
 class Linear(nn.Module):
@@ -70,3 +71,41 @@ def central_difference(variable: Any, entry: Any, function: Any, step: float = 1
         with torch.no_grad():
             variable[entry] -= sign * step
     return (values[0] - values[1]) / (2 * step)
+
+
+class Layers(nn.Module):
+    """A classifier of sequences ``(n, T, 4)``, with the interface of a Transformers model.
+
+    ``checkpointed`` recomputes the hidden layers in the backward pass.
+    """
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 5, bias=False)
+        self.drop, self.head = nn.Dropout(dropout), nn.Linear(5, 3)
+        self.checkpointed = False
+        self.double()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.second(self.drop(self.first(x).tanh_())).relu_()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        hidden = checkpoint(self.hidden, x, use_reentrant=False) if self.checkpointed else None
+        logits = self.head((self.hidden(x) if hidden is None else hidden).mean(1))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def sequences(count: int, seed: int) -> dict[str, Tensor]:
+    """Rows for `Layers`, with the columns of sources and of examples."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(count, 3, 4, generator=generator, dtype=torch.float64),
+        "labels": torch.randint(3, (count,), generator=generator),
+        "source": torch.randint(3, (count,), generator=generator),
+        "index": torch.randperm(count, generator=generator),
+    }

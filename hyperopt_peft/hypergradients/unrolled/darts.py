@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.hypergradients.dots import Dots, linear_layers
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind, Scheme
@@ -17,34 +20,55 @@ from hyperopt_peft.utils.vector import Vector, zeros_like
 class OneStep(Estimator):
     """The gradient through the last lower step, by one mixed product at the step's start.
 
-    The product is a difference of ∂f/∂u of length ``epsilon``, central or forward, or a double
-    backward with ``product="exact"``.
+    The product is a difference of ∂f/∂u of length ``epsilon``, central or forward; a double
+    backward with ``product="exact"``; or by ``product="dots"``, for a lower level that weights
+    examples: see `hypergradients.dots`.
     """
 
     epsilon: PositiveFloat | None = field(default=None, kw_only=True)
     scheme: Scheme = field(default="central", kw_only=True)
-    product: ProductKind = field(default="difference", kw_only=True)
+    product: ProductKind | Literal["dots"] = field(default="difference", kw_only=True)
 
     @property
     def requirements(self) -> Requirements:
         """The last lower step; for a forward difference also ∂f/∂u at its start."""
-        exact = self.product == "exact"
         return Requirements(
             history=1,
-            lower_gradient=self.scheme == "forward" and not exact,
-            second_derivatives=exact,
+            lower_gradient=self.scheme == "forward" and self.product == "difference",
+            second_derivatives=self.product == "exact",
+            lower_pass=self.product == "dots",
         )
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Raise ProblemError as `Estimator.check_levels`, and with dots as `linear_layers`."""
+        super().check_levels(upper, lower)
+        if self.product == "dots":
+            linear_layers(lower)
+
+    def observe(self, oracle: Oracle) -> Dots | None:
+        """With dots, the dot products with the direction, where this is known before the step."""
+        along = self.known_direction(oracle) if self.product == "dots" else None
+        return None if along is None else Dots.of(oracle.lower, along)
+
+    @abstractmethod
+    def known_direction(self, oracle: Oracle) -> Vector | None:
+        """v of `mixed`, from what is known before the lower step's pass; None if it is not."""
 
     def mixed(self, oracle: Oracle, v: Vector) -> Vector:
         """∂²f/∂u∂w · v at the start of the last lower step; outside training at the current w."""
         at = oracle.history[-1] if oracle.history else None
+        if self.product == "dots":
+            dots = oracle.observed or oracle.observe(Dots.of(oracle.lower, v), at)
+            return dots.mixed(oracle.upper.variables)
         with oracle.product(
             self.product, at=at, epsilon=self.epsilon, scheme=self.scheme
         ) as product:
             return product.mixed(v)
 
     def cost(self) -> Cost:
-        """F, f, and the mixed product."""
+        """F, f, and the mixed product; with dots one pass less where f's own pass is observed."""
+        if self.product == "dots":
+            return Cost(3, 3, 5)
         if self.product == "exact":
             return Cost(3, 4, 4)
         passes = 3 if self.scheme == "forward" else 4
@@ -88,6 +112,10 @@ class DARTS(OneStep):
         if xi == 0:
             return Estimate(direct, zeros_like(direct))
         return Estimate(direct, -xi * self.mixed(oracle, b))
+
+    def known_direction(self, oracle: Oracle) -> Vector | None:
+        """∂F/∂w; None for ξ = 0."""
+        return oracle.upper_gradient.b if self.xi != 0 else None
 
     def _learning_rate(self, oracle: Oracle) -> float:
         last = oracle.history[-1].optimizer if oracle.history else None

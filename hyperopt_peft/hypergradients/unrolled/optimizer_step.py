@@ -28,6 +28,7 @@ class DifferentiableStep:
     Args:
         level: the level; the current `Problem.optimizer_options` are the differentiable options.
         snapshot: all other options, of `Problem.optimizer_snapshot`.
+        clipping: whether the step clips g.
 
     Raises:
         ProblemError: the level has no optimizer, or one of another class.
@@ -41,7 +42,9 @@ class DifferentiableStep:
         ('sum',)
     """
 
-    def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
+    def __init__(
+        self, level: Problem, snapshot: Mapping[str, Any], *, clipping: bool = True
+    ) -> None:
         # Imported here so that other estimators do not load TorchOpt.
         from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
 
@@ -57,6 +60,7 @@ class DifferentiableStep:
                 f"{', '.join(each.__name__ for each in RULES)}"
             )
         self.level, self._rule = level, RULES[kind]
+        self._clips = clipping and level.max_grad_norm is not None
         self._decoupled = kind is torch.optim.AdamW
         used = [self._rule.names(group) for group in snapshot["groups"]]
         #: torch's names of the moments of all groups.
@@ -198,7 +202,7 @@ class DifferentiableStep:
     def _clipping(self, step: StepRecord) -> Clipping:
         """c, ‖g‖ and g."""
         gradient = Vector.of(step.gradient, step.variables)
-        norm = 0.0 if self.level.max_grad_norm is None else gradient.norm()
+        norm = gradient.norm() if self._clips else 0.0
         return self.level.clipping(norm), norm, gradient
 
 

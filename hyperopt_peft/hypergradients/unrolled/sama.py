@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Requirements
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.darts import OneStep
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.hypergradients.unrolled.reverse import last_steps
+from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.vector import Vector
 
 
 @register("sama", kind="unrolled")
@@ -26,6 +28,10 @@ class SAMA(OneStep):
     The estimate is that of ``unrolled:steps=1``, by first-order passes. The step is the last lower
     one; outside training it is the next one, for one more forward+backward pass. ``epsilon``,
     ``scheme`` and ``product`` are those of `DARTS`. Choe et al. 2023, arXiv:2310.05674.
+
+    With ``product="dots"`` in the Trainer, D must be known before ∂f/∂w is: its moments are those
+    from before the step, its g is ∂F/∂w, clipped, and the derivative of clipping is omitted. At
+    the optimizer's first step, and everywhere else, D is as above.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -47,9 +53,24 @@ class SAMA(OneStep):
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
+        if oracle.observed is not None:
+            norm = Vector.of(oracle.history[-1].gradient, oracle.lower.variables).norm()
+            factor = oracle.lower.clipping(norm)
+            return Estimate(direct, factor * oracle.observed.mixed(oracle.upper.variables))
         optimizer, (step,) = last_steps(oracle, 1)
         along = optimizer.vjp(step, b)[1]
         return Estimate(direct, self.mixed(oracle, along))
+
+    def known_direction(self, oracle: Oracle) -> Vector | None:
+        """−D ∂F/∂w with moments from before the step; None without moments."""
+        lower, above = oracle.lower, oracle.upper_gradient
+        snapshot = lower.optimizer_snapshot(with_state=True)
+        optimizer = DifferentiableStep(lower, snapshot, clipping=False)
+        if optimizer.moment_names and not snapshot["state"]:
+            return None
+        gradient = (lower.clipping(above.norm) * above.b).parts
+        step = StepRecord(None, RandomState({}), lower.variables, gradient, None, snapshot)
+        return optimizer.vjp(step, above.b)[1]
 
     def cost(self) -> Cost:
         """As `OneStep`, and a backward pass through the optimizer's step."""

@@ -1,0 +1,330 @@
+"""∂²f/∂u∂w·b of a loss that weights examples, by dot products in one backward pass.
+
+    f = weighted(ℓ_1, …, ℓ_G; u)     ∂²f/∂u∂w·b = Σ_g ∂f'_g/∂u ⟨∇ℓ_g, b⟩,   f'_g = ∂f/∂ℓ_g
+
+A linear layer y = xWᵀ + c with the gradients δ_t = ∂f/∂y_t of its outputs, and a direction (B, d)
+of (W, c), have
+
+    ⟨∂f/∂W, B⟩ + ⟨∂f/∂c, d⟩ = Σ_t δ_t·(B x_t + d)
+
+The terms of group g, summed over all layers, are f'_g ⟨∇ℓ_g, b⟩. So any backward pass of f has the
+dot products of all groups. This is the "ghost dot product" of Wang et al. 2024, arXiv:2406.11011.
+There is no second derivative, no difference and no pass in single precision, and the loss may use
+any attention kernel, frozen quantised layers and gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.prior import prior_value
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.autograd import without_autocast
+from hyperopt_peft.utils.distributed import gather
+from hyperopt_peft.utils.models import base_model
+from hyperopt_peft.utils.reductions import to_floats
+from hyperopt_peft.utils.vector import Vector, inner, widened
+
+#: A direction (B, d) of the weight and the bias of a layer; None where the layer's is no variable.
+Direction = tuple[Tensor | None, Tensor | None]
+ADVICE = "choose product=difference, or another estimator"
+UNCALLED = "does not call the model's output layer, as with a fused head"
+
+
+@dataclass
+class _Evaluation:
+    """An evaluation of the losses: f'_g ⟨∇ℓ_g, b⟩ by row or token, in parts of one shape."""
+
+    batch: Any
+    losses: Tensor
+    sums: dict[tuple[torch.Size, torch.device], Tensor] = field(default_factory=dict)
+
+
+class Dots:
+    """The dot products ⟨∇ℓ_g, b⟩ of all groups, from passes of a level's loss in `observe`.
+
+    Sums are over rows, or over tokens where ``groups`` gives each token a group. A group then must
+    own whole documents: a token's inputs get gradients from the losses of later tokens of the
+    document.
+
+    Args:
+        level: the level with loss f, whose `Problem.examples` weights examples.
+        directions: by layer, the direction b.
+        along: b as a vector shaped like the level's variables; None where it is not.
+
+    """
+
+    def __init__(
+        self,
+        level: Problem,
+        directions: Mapping[nn.Module, Direction],
+        along: Vector | None = None,
+    ) -> None:
+        self.level, self.directions, self.along = level, directions, along
+        self.examples = weighted_examples(level)
+        self._evaluations: list[_Evaluation] = []
+        self._called: set[nn.Module] = set()
+        self._epsilon = 0.0
+
+    @classmethod
+    def of(cls, level: Problem, along: Vector) -> Dots:
+        """The dot products with ``along``, shaped like the level's variables."""
+        parts: dict[int | None, Tensor] = dict(enumerate(map(gather, along)))
+        directions: dict[nn.Module, Direction] = {
+            layer: (parts.get(weight), parts.get(bias))
+            for layer, (weight, bias) in linear_layers(level).items()
+        }
+        return cls(level, directions, along)
+
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """Within the body, forward and backward passes of the level's loss are observed.
+
+        Each backward pass comes before the next forward pass.
+        """
+        with ExitStack() as stack:
+            for layer, direction in self.directions.items():
+                tap = partial(self._tap, direction)
+                stack.callback(layer.register_forward_hook(tap, with_kwargs=True).remove)
+            stack.callback(setattr, self.examples, "observer", self.examples.observer)
+            self.examples.observer = self._begin
+            yield
+
+    def _begin(self, batch: Any, losses: Tensor) -> None:
+        self._evaluations.append(_Evaluation(batch, losses.detach()))
+
+    def _tap(
+        self,
+        direction: Direction,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Tensor,
+    ) -> Tensor | None:
+        if not (torch.is_grad_enabled() and output.requires_grad):
+            return None
+        x = args[0] if args else kwargs["input"]
+        self._called.add(layer)
+        self._epsilon = max(self._epsilon, torch.finfo(output.dtype).eps)
+        weight, bias = (None if part is None else part.to(output.dtype) for part in direction)
+        result: Tensor = _Tap.apply(output, x.detach().to(output.dtype), weight, bias, self._add)
+        return result
+
+    def _add(self, dots: Tensor) -> None:
+        sums, key = self._evaluations[-1].sums, (dots.shape, dots.device)
+        sums[key] = sums[key] + dots if key in sums else dots
+
+    def check(self, gradient: Sequence[Tensor | None]) -> None:
+        """Raise ProblemError unless all dot products sum to ⟨``gradient``, b⟩, as rounding allows.
+
+        ``gradient`` is ∂f/∂w of the observed passes, averaged over the processes.
+        """
+        names, w = self.level.names, self.level.variables
+        if self.along is None:
+            if not self._called:
+                self._refuse(UNCALLED)
+            return
+        for layer, numbers in linear_layers(self.level).items():
+            unseen = [names[k] for k in numbers if k is not None and gradient[k] is not None]
+            if unseen and layer not in self._called:
+                self._refuse(f"reads variable {unseen[0]!r} without calling its layer")
+        slope = Vector.of(gradient, w)
+        if self.level.prior is not None:
+            term = prior_value(self.level.prior, w, self.level.name)
+            slope = slope - Vector.of(torch.autograd.grad(term, w, allow_unused=True), w)
+        dots = [x.to(w[0].device) for e in self._evaluations for x in e.sums.values()]
+        sums = [torch.stack([x.sum(), x.abs().sum()]) for x in dots]
+        here = distributed.average(torch.stack(sums).sum(0))
+        total, size, expected = to_floats([*here, inner(slope, self.along)])
+        if abs(total - expected) > self._epsilon**0.5 * size:
+            self._refuse(
+                f"has dot products of layers that sum to {total:.6g}, and a derivative of "
+                f"{expected:.6g}: it uses a weight outside of its layer, or w outside of losses"
+            )
+
+    def _refuse(self, reason: str) -> None:
+        raise ProblemError(f"{self.level.name}: dot products: the loss {reason}; {ADVICE}")
+
+    def mixed(self, variables: Sequence[Tensor]) -> Vector:
+        """∂²f/∂u∂w·b for the upper ``variables`` u, an average over the processes."""
+        total: list[Tensor | None] = [None] * len(variables)
+        for evaluation in self._evaluations:
+            losses = evaluation.losses.clone().requires_grad_()
+            with torch.enable_grad():
+                f = self.examples.weighted(losses, evaluation.batch)
+                f = f["loss"] if isinstance(f, Mapping) else f
+                (slope,) = torch.autograd.grad(f, losses, create_graph=True)
+            sums = self._by_group(evaluation)
+            dots = torch.where(slope == 0, 0, sums / slope.detach())
+            if slope.requires_grad:
+                parts = torch.autograd.grad(slope, variables, dots.to(slope), allow_unused=True)
+                total = [
+                    b if a is None else a if b is None else a + b for a, b in zip(total, parts)
+                ]
+        return Vector.of(distributed.mean(total, variables), variables)
+
+    def _by_group(self, evaluation: _Evaluation) -> Tensor:
+        """f'_g ⟨∇ℓ_g, b⟩, ``(G,)``."""
+        groups = self.examples.groups(evaluation.batch)
+        losses = evaluation.losses
+        result = losses.new_zeros(len(losses), dtype=widened(losses).dtype)
+        for (shape, _), dots in evaluation.sums.items():
+            of_rows = groups.dim() == 1 and shape[:1] == groups.shape
+            if not of_rows and dots.numel() != groups.numel():
+                raise ProblemError(
+                    f"{self.level.name}: dot products: groups has the shape "
+                    f"{tuple(groups.shape)}, and a layer is called on inputs of shape "
+                    f"{(*shape, '…')}, which have no such rows or tokens; {ADVICE}"
+                )
+            each = dots.reshape(len(groups), -1).sum(1) if of_rows else dots.flatten()
+            result.index_add_(0, groups.flatten(), each.to(result))
+        return result
+
+
+class _Tap(torch.autograd.Function):
+    """y, whose backward pass calls ``add`` with δ·(Bx + d) of each row or token.
+
+    Bx + d is saved, or x where this is smaller, so that a checkpoint recomputes what is saved.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, add: Any
+    ) -> Tensor:
+        narrow = weight is None or weight.shape[0] <= weight.shape[1]
+        ctx.add, ctx.transposed, ctx.bias = add, None if narrow else weight, None
+        if weight is None:
+            saved = bias
+        elif narrow:
+            saved = linear(x, weight, bias)
+        else:
+            saved, ctx.bias = x, bias
+        ctx.save_for_backward(saved)
+        ctx.mark_dirty(y)  # else an operation in place on y would raise
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        slope = delta if ctx.transposed is None else delta @ ctx.transposed
+        dots = (widened(slope) * widened(saved)).sum(-1)
+        if ctx.bias is not None:
+            dots = dots + widened(delta) @ widened(ctx.bias)
+        ctx.add(dots)
+        return delta, None, None, None, None
+
+
+def weighted_examples(level: Problem) -> WeightedExamples:
+    """The level that weights examples in ``level``.
+
+    Raises:
+        ProblemError: there is none.
+    """
+    examples = level.examples
+    if not isinstance(examples, WeightedExamples):
+        raise ProblemError(
+            f"{level.name}: dot products need a level that weights examples, a WeightedExamples; "
+            f"{ADVICE}"
+        )
+    return examples
+
+
+def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | None]]:
+    """By layer, the numbers of its weight and its bias among the variables of ``level``.
+
+    Raises:
+        ProblemError: a variable is neither of an ``nn.Linear`` in the level's model; or as
+            `weighted_examples`.
+    """
+    number = {id(variable): k for k, variable in enumerate(level.variables)}
+    layers = {
+        layer: numbers
+        for layer in weighted_examples(level).model.modules()
+        if isinstance(layer, nn.Linear)
+        and (numbers := (number.get(id(layer.weight)), number.get(id(layer.bias)))) != (None, None)
+    }
+    found = {k for numbers in layers.values() for k in numbers}
+    for k, name in enumerate(level.names):
+        if k not in found:
+            raise ProblemError(
+                f"{level.name}: dot products need variables that are weights or biases of linear "
+                f"layers, and {name!r} is none; {ADVICE}"
+            )
+    return layers
+
+
+def output_layer(level: Problem) -> nn.Module:
+    """The output layer of the model in ``level``.
+
+    Raises:
+        ProblemError: the model has none; or as `weighted_examples`.
+    """
+    model = base_model(weighted_examples(level).model)
+    layer = getattr(model, "get_output_embeddings", lambda: None)()
+    if layer is None:
+        raise ProblemError(
+            f"{level.name}: {type(model).__name__} has no get_output_embeddings(), whose gradient "
+            "the estimator takes; choose darts with product=dots"
+        )
+    return layer  # type: ignore[no-any-return]
+
+
+@contextmanager
+def output_gradient(level: Problem) -> Iterator[Callable[[], Tensor]]:
+    """A function that returns the gradient of the output layer's weight from passes in the body.
+
+    The gradient is an average over the processes. The layer may be frozen, and a tied weight has
+    no gradient from the input embeddings.
+    """
+    total: list[Tensor] = []
+
+    def add(gradient: Tensor) -> None:
+        total[:] = [sum(total, gradient)]
+
+    def tap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not (torch.is_grad_enabled() and output.requires_grad):
+            return None
+        result: Tensor = _WeightGradient.apply(output, args[0].detach().to(output.dtype), add)
+        return result
+
+    def result() -> Tensor:
+        if not total:
+            raise ProblemError(f"{level.name}: the upper loss {UNCALLED}; {ADVICE}")
+        return distributed.average(total[0])
+
+    handle = output_layer(level).register_forward_hook(tap)
+    try:
+        yield result
+    finally:
+        handle.remove()
+
+
+class _WeightGradient(torch.autograd.Function):
+    """y = xVᵀ, whose backward pass calls ``add`` with ∂/∂V."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, add: Callable[[Tensor], None]) -> Tensor:
+        ctx.add = add
+        ctx.save_for_backward(x)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.add(delta.flatten(0, -2).mT @ x.flatten(0, -2))
+        return delta, None, None

@@ -1,0 +1,329 @@
+"""Products by dot products: equal to exact ones, without a trace, and refused where wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+from torch.optim import SGD, AdamW
+
+from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
+from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.hypergradients import open_oracle
+from hyperopt_peft.hypergradients.estimate import estimate
+from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
+from hyperopt_peft.problems.example_weights import HeldOut
+from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
+from tests.support.weighted_levels import Layers, sequences
+
+ROWS = 12
+KINDS: dict[str, Callable[[], tuple[type, nn.Module]]] = {
+    "sources": lambda: (Mixture, SourceWeights({"a": 4, "b": 5, "c": 3})),
+    "examples": lambda: (Weighted, SampleWeights(ROWS)),
+    "net": lambda: (Weighted, WeightNet(4)),
+    "detached net": lambda: (Weighted, WeightNet(4, detach=True)),
+}
+
+
+def levels(kind: str = "sources", dropout: float = 0.0, **options: Any) -> tuple[Any, Any]:
+    """Both levels, each with a batch, equal at every call."""
+    model = Layers(dropout)
+    make, weights = KINDS[kind]()
+    weights.double()
+    for parameter in weights.parameters():
+        nn.init.normal_(parameter)
+    upper = HeldOut(model, weights, data=[sequences(5, seed=2)])
+    lower = make(model, weights, data=[sequences(ROWS, seed=1)], **options)
+    lower.optimizer = AdamW(lower.variables, lr=0.1, eps=1e-3)
+    lower.max_grad_norm = 0.1
+    return upper, lower
+
+
+def gradient(levels: tuple[Any, Any], method: str) -> Tensor:
+    return torch.cat([part.flatten() for part in hypergradient(*levels, method)])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", ["darts:xi=0.7", "sama:"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_equal_the_exact_product(kind: str, method: str, checkpointed: bool) -> None:
+    """Of layers with and without bias, on tokens and on rows, with dropout and clipping."""
+    both = levels(kind, dropout=0.3)
+    both[1].model.checkpointed = checkpointed
+    dots, exact = (
+        gradient(both, f"{method},product={p}".replace(":,", ":")) for p in ("dots", "exact")
+    )
+    torch.testing.assert_close(dots, exact, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["darts:product=dots", "fastmix"])
+def test_checkpointing_changes_no_bit(method: str) -> None:
+    both, results = levels(dropout=0.3), []
+    for checkpointed in (False, True):
+        both[1].model.checkpointed = checkpointed
+        results.append(gradient(both, method))
+    assert torch.equal(*results) and results[0].any()
+
+
+def test_in_training_they_are_taken_where_the_last_lower_step_began() -> None:
+    moved = []
+    for product in ("exact", "dots"):
+        upper, lower = levels("examples", dropout=0.3)
+        upper.optimizer = SGD(upper.variables, lr=1.0)
+        torch.manual_seed(5)
+        engine = Engine(upper, lower, f"sama:product={product}", lower_steps=2, progress=False)
+        history = engine.run(3)
+        moved.append(upper.variables[0].detach())
+        passes = history[-1]["gradients"], history[-1]["products"]
+        assert passes == ((2, 0) if product == "dots" else (2, 1))
+    torch.testing.assert_close(*moved, rtol=1e-10, atol=1e-12)
+
+
+class Packed(WeightedExamples):
+    """Next-token losses of a causal network whose rows are packs of documents.
+
+    Source k is that of a document, and all tokens of a document have its number.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        torch.manual_seed(0)
+        self.model = nn.ModuleDict({"value": nn.Linear(6, 6), "head": nn.Linear(6, 9)}).double()
+        self.embedding, self.logits = torch.randn(9, 6, dtype=torch.float64), logits
+        super().__init__(self.model.named_parameters())
+
+    def groups(self, batch: Any) -> Tensor:
+        return batch["source"]
+
+    def losses(self, batch: Any) -> Tensor:
+        ids, document, source = batch["ids"], batch["document"], batch["source"]
+        alike = (document[:, :, None] == document[:, None]).tril().double()
+        mixed = alike / alike.sum(-1, keepdim=True) @ self.model["value"](self.embedding[ids])
+        scores = self.model["head"](mixed.tanh()).mT[..., :-1]
+        each = cross_entropy(scores, ids[:, 1:], reduction="none")
+        each = each * (document[:, 1:] == document[:, :-1])  # the next document is not predicted
+        return each.new_zeros(3).index_add(0, source[:, :-1].flatten(), each.flatten())
+
+    def weighted(self, losses: Tensor, batch: Any) -> Tensor:
+        return (self.logits.softmax(0) * losses).sum() / batch["ids"].numel()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_tokens_may_have_groups(flat: bool) -> None:
+    """Packs of documents, and all documents in one row."""
+    generator = torch.Generator().manual_seed(1)
+    batch = {
+        "ids": torch.randint(9, (4, 8), generator=generator),
+        "document": torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]] * 4) + 3 * torch.arange(4)[:, None],
+        "source": torch.tensor([[0, 0, 0, 2, 2, 1, 1, 1], [1] * 8, [2] * 5 + [0] * 3, [0] * 8]),
+    }
+    if flat:
+        batch = {name: column.view(1, -1) for name, column in batch.items()}
+    logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    lower = Packed(logits)
+
+    class Above(Packed):
+        def __init__(self) -> None:
+            self.model, self.embedding, self.logits = lower.model, lower.embedding, logits
+            WeightedExamples.__init__(self, [logits])
+
+        def weighted(self, losses: Tensor, batch: Any) -> Tensor:
+            return losses[1]
+
+    both = Above(), lower
+    results = [
+        hypergradient(*both, f"darts:product={product}", upper_batch=batch, lower_batch=batch)[0]
+        for product in ("exact", "dots")
+    ]
+    torch.testing.assert_close(*results, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fastmix_aligns_gradients_of_the_frozen_output_layer(tied: bool) -> None:
+    """−ξ J ⟨∇_V F, ∇_V L_k⟩, with J = ∂v_k/∂u and V a weight that may be another layer's too."""
+    upper, lower = levels()
+    model, (logits,) = lower.model, upper.variables
+    head = model.head
+    if tied:  # its use elsewhere is no part of the gradient
+        inner = nn.Linear(5, 3, bias=False).double()
+        inner.weight = head.weight
+        model.drop = nn.Sequential(nn.Linear(6, 5), inner, nn.Linear(3, 6)).double()
+    head.requires_grad_(False)
+    lower = Mixture(model, lower.weights, data=[sequences(ROWS, seed=1)])
+    slope = gradient((upper, lower), "fastmix:xi=0.5")
+
+    def of_head(loss: Callable[[], Tensor]) -> Tensor:
+        """The gradient of a copy of the weight that the output alone reads."""
+        copy = head.weight.detach().clone().requires_grad_()
+        hook = head.register_forward_hook(lambda _m, x, _y: linear(x[0], copy, head.bias))
+        (slope,) = torch.autograd.grad(loss(), copy)
+        hook.remove()
+        return slope
+
+    (target,), (mixture,) = upper.batches.data, lower.batches.data
+    goal = of_head(lambda: upper.loss(target))
+    aligned = torch.stack(
+        [(goal * of_head(lambda k=k: lower.losses(mixture)[k])).sum() / ROWS for k in range(3)]
+    )
+    (expected,) = torch.autograd.grad(lower.weights(), logits, -0.5 * aligned)
+    torch.testing.assert_close(slope, expected, rtol=1e-11, atol=0)
+
+
+def test_without_upper_variables_in_the_weights_they_are_zero() -> None:
+    upper, lower = levels()
+    lower.weighted = lambda losses, batch: losses.sum()
+    assert not gradient((upper, lower), "darts:product=dots").any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_and_half_precision(dtype: torch.dtype) -> None:
+    """Under autocast, with weights in float32. The loss says that there is no float32 pass."""
+    exact = gradient(levels(), "darts:product=exact")
+    both, seen = levels(), set()
+    for variable in (*both[0].variables, *both[1].variables):
+        variable.data = variable.data.float()
+    for level in both:
+        level.batches.data[0]["x"] = level.batches.data[0]["x"].float()
+    both[1].model.head.register_forward_hook(lambda _m, _x, y: seen.add(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        actual = gradient(both, "darts:product=dots")
+    error = float((actual - exact).norm() / exact.norm())
+    assert error < (3e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert seen == {dtype}
+
+
+class Interruption(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["darts:product=dots", "sama:product=dots", "fastmix"])
+@pytest.mark.parametrize("where", ["losses", "weighted", "backward", "upper", None])
+def test_nothing_is_left_behind(method: str, where: str | None) -> None:
+    upper, lower = levels(dropout=0.3)
+    model = lower.model
+
+    def fail(*_: Any) -> Any:
+        raise Interruption
+
+    if where == "backward":
+        plain = lower.weighted
+
+        def weighted(losses: Tensor, batch: Any) -> Any:
+            losses.register_hook(fail)
+            return plain(losses, batch)
+
+        lower.weighted = weighted
+    elif where == "upper":
+        upper.loss = fail
+    elif where:
+        setattr(lower, where, fail)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [(p.clone(), p.grad, p.grad.clone()) for p in model.parameters()]
+    random = torch.get_rng_state()
+    if where:
+        with pytest.raises(Interruption):
+            hypergradient(upper, lower, method)
+    else:
+        assert gradient((upper, lower), method).any()
+    assert torch.equal(torch.get_rng_state(), random) and lower.observer is None
+    assert not any(module._forward_hooks for module in model.modules())
+    for parameter, (value, slope, copy) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.grad is slope and torch.equal(slope, copy)
+
+
+def embedded(lower: Any) -> None:
+    lower.names, lower.variables = ("table",), (nn.Embedding(3, 4).weight,)
+
+
+def outside(lower: Any) -> None:
+    """A weight that the loss also uses without its layer."""
+    plain = type(lower).losses
+    weight = lower.model.head.weight
+    lower.losses = lambda batch: plain(lower, batch) + 1e-2 * weight.square().sum()
+
+
+def uncalled(lower: Any) -> None:
+    head = lower.model.head
+    lower.model.forward = lambda x, labels=None: Layers.forward(
+        Stand(lower.model, lambda h: linear(h, head.weight, head.bias)), x, labels
+    )
+
+
+class Stand:
+    """A model with another head."""
+
+    def __init__(self, model: Any, head: Any) -> None:
+        self.model, self.head = model, head
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def misshapen(lower: Any) -> None:
+    lower.groups = lambda batch: torch.zeros(ROWS - 1, dtype=torch.int64)
+
+
+def no_groups(lower: Any) -> None:
+    lower.batches.data[0]["votes"] = torch.zeros(ROWS, 3, dtype=torch.int64)
+
+
+REFUSALS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "embedding": (embedded, "'table'.*product=difference"),
+    "outside": (outside, "outside of its layer.*product=difference"),
+    "uncalled": (uncalled, "'head.weight' without calling its layer"),
+    "misshapen": (misshapen, r"groups.*\(11,\).*\(12, "),
+    "votes": (no_groups, "'votes'.*another product"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_where_they_would_be_wrong_they_are_refused(case: str) -> None:
+    spoil, message = REFUSALS[case]
+    upper, lower = levels("examples" if case == "misshapen" else "sources")
+    spoil(lower)
+    with pytest.raises(ProblemError, match=message):
+        hypergradient(upper, lower, "darts:product=dots")
+
+
+def test_a_level_must_weight_examples() -> None:
+    upper, lower = levels()
+    for method in ("darts:product=dots", "fastmix"):
+        with pytest.raises(ProblemError, match="WeightedExamples"):
+            hypergradient(upper, HeldOut(None, lower.model), method)
+    lower.model.get_output_embeddings = lambda: None
+    with pytest.raises(ProblemError, match="get_output_embeddings"):
+        hypergradient(upper, lower, "fastmix")
+
+
+def test_fastmix_refuses_a_fused_head() -> None:
+    upper, lower = levels()
+    uncalled(lower)
+    with pytest.raises(ProblemError, match="fused head"):
+        hypergradient(upper, lower, "fastmix")
+
+
+def test_a_solver_has_no_dot_products() -> None:
+    with pytest.raises(ProblemError, match="minres: product"):
+        hypergradient(*levels(), "minres:product=dots")
+
+
+def test_a_prior_is_no_part_of_the_dot_products() -> None:
+    results = []
+    for product in ("exact", "dots"):
+        both = levels(prior=3.0)
+        with torch.no_grad():
+            for variable in both[1].variables:
+                variable.add_(0.1)
+        results.append(gradient(both, f"darts:product={product}"))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-13)
+
+
+def test_not_a_number_is_reported_as_such() -> None:
+    upper, lower = levels()
+    lower.evaluate(lower.peek_batch())  # the first batch says which loss the model has
+    lower.batches.data[0]["x"][0] = torch.nan
+    with pytest.raises(NonFiniteError, match="loss is nan"):
+        estimate(open_oracle(upper, lower), "darts:product=dots")

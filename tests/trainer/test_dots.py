@@ -1,0 +1,96 @@
+"""Dot products in the lower step's own backward pass: exact ones, for the passes of F alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
+from hyperopt_peft.problems.example_weights import HeldOut
+from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
+from tests.support.trainers import data, peft_model
+
+WEIGHTS: dict[str, Any] = {
+    "sources": lambda: SourceWeights({"a": 12, "b": 12}),
+    "examples": lambda: SampleWeights(24),
+    "net": lambda: WeightNet(5),
+}
+
+
+def trained(folder: Path, method: str, *, weights: str = "sources", **options: Any) -> Any:
+    """A trainer after a run over a causal model, with Adam above."""
+    model = options.pop("model", None) or peft_model("causal", dropout=0.1, dora=False)
+    torch.manual_seed(7)
+    dtype = options.pop("dtype", torch.float32)
+    module = WEIGHTS[weights]().to(dtype)
+    settings = {
+        "max_steps": 4,
+        "lower_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "upper_learning_rate": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "hypergradient": method,
+    }
+    train = data("causal").add_column("source", [row % 2 for row in range(24)])
+    trainer = BilevelTrainer(
+        model.to(dtype),
+        lower=(Mixture if weights == "sources" else Weighted)(model, module),
+        upper=HeldOut(model, module),
+        args=BilevelTrainingArguments(str(folder), **{**settings, **options}),
+        train_dataset=train.add_column("index", list(range(24))),
+        upper_dataset=data("causal", 8, seed=5),
+    )
+    trainer.train()
+    return trainer
+
+
+def learnt(trainer: Any) -> Tensor:
+    return torch.cat([x.detach().flatten() for x in trainer.upper.variables])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_training_is_that_of_the_exact_product(
+    weights: str, checkpointed: bool, tmp_path: Path
+) -> None:
+    """With dropout and accumulation. Llama takes its norms in float32."""
+    options = {"gradient_checkpointing": checkpointed, "weights": weights, "optim": "sgd"}
+    options |= {"dtype": torch.float64, "upper_learning_rate": 10.0}
+    exact, dots = (
+        trained(tmp_path, f"darts:product={product}", **options) for product in ("exact", "dots")
+    )
+    start = torch.cat([x.detach().flatten() for x in _initial(weights)])
+    torch.testing.assert_close(learnt(dots), learnt(exact), rtol=1e-4, atol=1e-6)
+    assert (learnt(dots) - start).abs().max() > 1e-3
+
+
+def _initial(weights: str) -> list[Tensor]:
+    torch.manual_seed(7)
+    return list(WEIGHTS[weights]().double().parameters())
+
+
+def test_an_upper_step_costs_passes_of_the_upper_loss_alone(tmp_path: Path) -> None:
+    """4 steps of 2 micro-batches, and 2 upper steps on one batch each."""
+    model, calls = peft_model("causal", dropout=0.1, dora=False), []
+    model.register_forward_hook(lambda *_: calls.append(model.training))
+    trained(tmp_path, "darts:product=dots", model=model, per_device_upper_batch_size=8)
+    assert sum(calls) == 4 * 2 + 2
+
+
+def test_half_precision_and_checkpointing(tmp_path: Path) -> None:
+    """As tools for language models train by default: equal bits with and without checkpoints."""
+    runs = [
+        trained(tmp_path, "sama:product=dots", gradient_checkpointing=on, bf16=True)
+        for on in (False, True)
+    ]
+    assert torch.equal(*map(learnt, runs)) and learnt(runs[0]).any()
