@@ -16,8 +16,15 @@ from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
 from hyperopt_peft.attribution.suspects import Suspects
-from hyperopt_peft.cli.options import OutputArguments, parse
-from hyperopt_peft.cli.text.data import EVALUATION, DataArguments, hold_out, require_columns
+from hyperopt_peft.cli.options import OutputArguments, option, parse
+from hyperopt_peft.cli.text import sft
+from hyperopt_peft.cli.text.data import (
+    EVALUATION,
+    DataArguments,
+    ExampleData,
+    hold_out,
+    require_columns,
+)
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import Method as Training
 from hyperopt_peft.cli.text.setup import MethodArguments, Setup, changed, prepare
@@ -82,17 +89,26 @@ class AttributionTrainingArguments(MethodArguments):
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, score; write ``attribution.csv``, a picture and the adapter."""
-    kinds = (AttributeArguments, ModelArguments, DataArguments, AttributionTrainingArguments)
-    command, model_args, data, args = parse("attribute", kinds, argv)
+    is_sft = option("task", argv) == sft.SFT
+    kinds: Any = (DataArguments, AttributionTrainingArguments)
+    if is_sft:
+        kinds = (ExampleData, sft.require_trl().SFTConfig)
+    command, model_args, data, args = parse(
+        "attribute", (AttributeArguments, ModelArguments, *kinds), argv
+    )
     if command.suspects and model_args.task != "text-classification":
         raise ProblemError(f"suspects: needs a class label per row; {model_args.task} has none")
-    if data.weight_column:
+    if is_sft and command.retrain_without is not None:
+        raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
+    if getattr(data, "weight_column", None):
         raise ProblemError("weight_column: attribute weighs all rows alike; leave it out")
     command.require_output(args)
-    setup, test = split(command, prepare(model_args, replace(data, eval_fraction=0.0)), data)
+    without = replace(data, eval_fraction=0.0)
+    setup = sft.prepare(model_args, without, args) if is_sft else prepare(model_args, without)
+    setup, test = split(command, setup, data)
     # The Trainer removes the numbers of the rows, and the slices.
     trainer = setup.trainer(changed(args, remove_unused_columns=True))
-    if args.method == "dora":
+    if getattr(args, "method", None) == "dora":
         use_fast_dora(trainer.model)
     result = attribute(
         trainer,
@@ -101,9 +117,10 @@ def run(argv: Sequence[str]) -> None:
         memory_limit=command.memory_limit,
         progress=sys.stderr.isatty(),
     )
-    result.numbers = setup.train[ROW][:]
+    # TRL leaves rows out whose labels are cut off.
+    result.numbers = (trainer.train_dataset if is_sft else setup.train)[ROW][:]
     rows = setup.rows.select(result.numbers)
-    result.columns = {name: rows[name][:] for name in data.columns(model_args.task)}
+    result.columns = {name: rows[name][:] for name in setup.encoder.columns}
     suspects = result.suspects(command.suspects, seed=args.seed) if command.suspects else None
     metrics, output = trainer.evaluate(), Path(args.output_dir)
     save_adapter(trainer)
@@ -122,11 +139,11 @@ def run(argv: Sequence[str]) -> None:
             print(f"{text}\n", flush=True)
     if first:
         print(f"attribution.csv, attribution.png and the adapter are in {output}")
-    trainer.end_training()
+    (trainer.accelerator if is_sft else trainer).end_training()
 
 
 def split(
-    command: AttributeArguments, setup: Setup, data: DataArguments
+    command: AttributeArguments, setup: Setup, data: ExampleData
 ) -> tuple[Setup, Dataset | None]:
     """The set-up, whose training rows have their numbers in the files, and the test rows."""
     train, evaluation = setup.train.add_column(ROW, range(len(setup.train))), setup.evaluation

@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, learn the weights, train with them; write adapter and weights."""
     kind: Any = MixTrainer
     if is_sft := option("task", argv) == sft.SFT:
-        kind = MixTrainer.over(sft.sft_trainer())
+        kind = MixTrainer.over(sft.require_trl().SFTTrainer)
     data_kind = Sources if is_sft else SourceArguments
     kinds = (MixArguments, ModelArguments, data_kind, kind.Arguments)
     command, model_args, data, args = parse("mix", kinds, argv)

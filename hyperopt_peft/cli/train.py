@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import Trainer
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.adapters import split_parameters
@@ -66,7 +67,7 @@ def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
     trainer.save_state()
 
 
-def save_adapter(trainer: BilevelTrainer) -> None:
+def save_adapter(trainer: Trainer) -> None:
     """Write the adapter, the tokenizer and the base model's configuration."""
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -122,7 +122,7 @@ def test_bad_options_are_refused(
         ("train", {"eval_fraction": 1}, "eval_fraction: "),
         ("train", {"max_length": 1}, "max_length: "),
         ("train", {"save_steps": 0}, "save_steps: must be positive, got 0"),
-        ("train", {"task": "sft"}, "task: sft is of mix alone"),
+        ("train", {"task": "sft"}, "task: sft is of mix and attribute"),
         ("train", {"load_in_4bit": True, "task": "seq2seq"}, "load_in_4bit: .*got task seq2seq"),
         ("compare", {"methods": ["lora", "bidorra"]}, "'bidora'"),
         ("compare", {"methods": ["damping=1.0"]}, "quotes"),

@@ -59,8 +59,8 @@ class TrainingData:
 
 
 @dataclass
-class DataArguments(TrainingData):
-    """The examples and their columns."""
+class ExampleData(TrainingData):
+    """The training and the evaluation examples."""
 
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
@@ -69,6 +69,25 @@ class DataArguments(TrainingData):
         help="share of the training examples that is held out for evaluation if there are no "
         "others, the same for every seed; 0 for no evaluation",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_split and (self.eval_file or not self.dataset):
+            raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
+        if not 0 <= self.eval_fraction < 1:
+            raise ProblemError(f"eval_fraction: must be in [0, 1), got {self.eval_fraction}")
+
+    def read(self) -> tuple[Dataset, Dataset | None]:
+        """The training examples, and the evaluation examples unless these are to be held out."""
+        if self.eval_file:
+            return self.read_train(), read_files(self.eval_file, "eval_file")
+        return self.read_train(), self._read_split("eval_split") if self.eval_split else None
+
+
+@dataclass
+class DataArguments(ExampleData):
+    """The examples and their columns."""
+
     text_columns: list[str] = HfArg(
         default_factory=lambda: ["text"],
         help="the column with the text; two for pairs of texts; the source for seq2seq; the "
@@ -93,10 +112,6 @@ class DataArguments(TrainingData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eval_split and (self.eval_file or not self.dataset):
-            raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
-        if not 0 <= self.eval_fraction < 1:
-            raise ProblemError(f"eval_fraction: must be in [0, 1), got {self.eval_fraction}")
         if self.max_length < 2:
             raise ProblemError(f"max_length: must be at least 2, got {self.max_length}")
 
@@ -116,12 +131,6 @@ class DataArguments(TrainingData):
                     f"{', '.join(self.text_columns)}; leave some out"
                 )
         return columns
-
-    def read(self) -> tuple[Dataset, Dataset | None]:
-        """The training examples, and the evaluation examples unless these are to be held out."""
-        if self.eval_file:
-            return self.read_train(), read_files(self.eval_file, "eval_file")
-        return self.read_train(), self._read_split("eval_split") if self.eval_split else None
 
 
 def read_files(paths: Sequence[str], option: str) -> Dataset:
@@ -213,7 +222,7 @@ def weights_of(train: Dataset, column: str) -> list[float]:
 
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """The training and the evaluation part of ``train``, stratified if the labels are classes."""
-    column = "labels" if isinstance(train.features["labels"], ClassLabel) else None
+    column = "labels" if isinstance(train.features.get("labels"), ClassLabel) else None
     try:
         parts = train.train_test_split(test_size=fraction, seed=0, stratify_by_column=column)
     except ValueError as error:

@@ -34,6 +34,11 @@ class Encoder:
     tokenizer: Any
     names: tuple[str, ...] = ()
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read."""
+        return self.args.columns(self.task)
+
     def encode(self, data: Dataset, where: str) -> Dataset:
         """The arguments of the model's forward, with ``labels``.
 
@@ -41,7 +46,7 @@ class Encoder:
             ProblemError: a missing column or an empty cell, or a value that the task cannot learn;
                 the message has ``where``, the name of the data, and the row, from 0.
         """
-        require_columns(data, self.args.columns(self.task), where)
+        require_columns(data, self.columns, where)
         if self.names:
             data = _named(data, self.args.label_column)
         encode = {
@@ -74,7 +79,7 @@ class Encoder:
 
     def _check(self, row: Mapping[str, Any]) -> None:
         """Raise ProblemError if the task cannot learn ``row``."""
-        *texts, last = self.args.columns(self.task)
+        *texts, last = self.columns
         label, classes = row[last], [row[last]]
         if self.task == "token-classification":
             words, classes = row[texts.pop()], label

@@ -8,10 +8,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from hyperopt_peft.cli.text.data import TRAIN, require_columns
+from hyperopt_peft.cli.text.data import EVALUATION, TRAIN, ExampleData, require_columns
 from hyperopt_peft.cli.text.encode import check_each
 from hyperopt_peft.cli.text.models import ModelArguments, load_config, load_tokenizer
-from hyperopt_peft.cli.text.setup import Setup
+from hyperopt_peft.cli.text.setup import Setup, trainer_errors, warn_of_shared
 from hyperopt_peft.cli.text.sources import Sources
 from hyperopt_peft.cli.text.tasks import TASKS
 from hyperopt_peft.errors import ProblemError
@@ -21,16 +21,16 @@ SFT = "sft"
 OF_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
-def sft_trainer() -> Any:
-    """TRL's SFTTrainer; a ProblemError where TRL is not installed."""
+def require_trl() -> Any:
+    """The module ``trl``; a ProblemError where TRL is not installed."""
     try:
-        from trl import SFTTrainer
+        import trl
     except ImportError as error:
         raise ProblemError(
             f"task sft: trains with TRL, which cannot be imported ({error}); run pip install "
             "'hyperopt-peft[trl]'"
         ) from error
-    return SFTTrainer
+    return trl
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,20 @@ class SFTSetup(Setup):
         """The arguments of any trainer of ``model``: TRL has a collator and metrics of its own."""
         return {"processing_class": self.encoder.tokenizer}
 
+    def trainer(self, args: Any) -> Any:
+        """An SFTTrainer of a new model, by the ``SFTConfig`` ``args``."""
+        model = self.model(args.seed, dora=False)
+        data = {"train_dataset": self.train, "eval_dataset": self.evaluation}
+        with trainer_errors():
+            return require_trl().SFTTrainer(model, args, **data, **self.options(model))
 
-def prepare(args: ModelArguments, data: Sources, training: Any) -> SFTSetup:
+
+def prepare(args: ModelArguments, data: Sources | ExampleData, training: Any) -> SFTSetup:
     """Read and check the texts, without loading weights.
 
     Args:
         args: the options of the model.
-        data: the sources.
+        data: the sources, or training and evaluation examples.
         training: an ``SFTConfig``.
 
     Raises:
@@ -57,9 +64,17 @@ def prepare(args: ModelArguments, data: Sources, training: Any) -> SFTSetup:
     tokenizer = load_tokenizer(name, config, training.max_length or 2, SFT)
     template = bool(tokenizer.chat_template or training.chat_template_path)
     encoder = Conversations(tokenizer, training.dataset_text_field, template)
-    rows = data.read_train(encoder.encode)
-    train = rows.remove_columns(data.column) if data.files else encoder.encode(rows, TRAIN)
-    return SFTSetup(args, TASKS["causal-lm"], config, encoder, train, None, rows, None)
+    evaluation_rows = evaluation = None
+    if isinstance(data, Sources):
+        rows = data.read_train(encoder.encode)
+    else:
+        rows, evaluation_rows = data.read()
+    train = encoder.encode(rows, TRAIN)
+    if evaluation_rows is not None:
+        evaluation = encoder.encode(evaluation_rows, EVALUATION)
+        warn_of_shared(evaluation, "evaluation examples", train, "training examples")
+    task = TASKS["causal-lm"]
+    return SFTSetup(args, task, config, encoder, train, evaluation, rows, evaluation_rows)
 
 
 @dataclass
@@ -70,13 +85,13 @@ class Conversations:
         tokenizer: of the model.
         text_field: the column of plain texts.
         chat_template: whether there is one, which messages need.
-        layout: the columns with text, once rows are read.
+        columns: those with text, once rows are read.
     """
 
     tokenizer: Any
     text_field: str = "text"
     chat_template: bool = True
-    layout: tuple[str, ...] = field(default=(), init=False)
+    columns: tuple[str, ...] = field(default=(), init=False)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         """The columns of ``rows`` that are trained on; ``where`` names the rows in errors.
@@ -85,27 +100,26 @@ class Conversations:
             ProblemError: no layout or another one than before; an empty cell or text; a message
                 without a role; or messages without a chat template.
         """
-        layouts = [("messages",), ("prompt", "completion"), (self.text_field,)]
-        columns = rows.column_names
-        known = [self.layout] if self.layout else layouts
-        found = next((names for names in known if set(names) <= set(columns)), None)
-        if found is None:
-            wanted = " or ".join(" and ".join(map(repr, names)) for names in known)
-            as_before = ", as the files before" if self.layout else ""
+        names, layouts = rows.column_names, [("messages",), ("prompt", "completion")]
+        layouts = [self.columns] if self.columns else [*layouts, (self.text_field,)]
+        layout = next((columns for columns in layouts if {*columns} <= {*names}), None)
+        if layout is None:
+            wanted = " or ".join(" and ".join(map(repr, columns)) for columns in layouts)
+            like = ", as the files before" if self.columns else ""
             raise ProblemError(
-                f"{where}: has the columns {columns}, not {wanted}{as_before}; rename the columns"
+                f"{where}: has the columns {names}, not {wanted}{like}; rename the columns"
             )
-        self.layout = found
-        require_columns(rows, found, where)
-        rows = rows.select_columns([*found, *(name for name in OF_TEMPLATE if name in columns)])
+        self.columns = layout
+        require_columns(rows, layout, where)
+        rows = rows.select_columns([*layout, *(name for name in OF_TEMPLATE if name in names)])
         check_each(self._check, rows, range(len(rows)), where)
         return rows
 
     def _check(self, row: Mapping[str, Any]) -> None:
-        values = [row[column] for column in self.layout]
+        values = [row[column] for column in self.columns]
         if len({type(value) for value in values}) > 1:
             raise ProblemError(f"{values[0]!r} and {values[1]!r}: give two texts, or two lists")
-        for column, value in zip(self.layout, values, strict=True):
+        for column, value in zip(self.columns, values, strict=True):
             if isinstance(value, str) and column != "messages":
                 if not value.strip():
                     raise ProblemError(f"{column!r} has {value!r}; fill it or remove the row")

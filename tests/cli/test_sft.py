@@ -1,5 +1,6 @@
-"""``mix --task sft``: texts, prompts with completions and messages, through TRL's trainer."""
+"""``--task sft``: texts, prompts with completions and messages, through TRL's trainer."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -96,6 +97,43 @@ def test_weights_mixture_and_adapter(
     printed = capsys.readouterr().out
     assert "eval_loss" in printed and "row weight" in printed
     assert ("by 2 folds" in printed) == ("baseline_folds" in changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["text", "completion", "messages"])
+def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
+    """In the order of the file, without the row whose completion is cut off."""
+    rows = language.rows(layout, 8).to_list()
+    if layout == "completion":
+        rows[2]["prompt"] = "say a " * 12
+    evaluation = [
+        {**row, "origin": "xy"[k % 2]} for k, row in enumerate(language.rows(layout, 4, 9))
+    ]
+    chosen = options(tmp_path, model, train_file=write(tmp_path / "train.jsonl", rows))
+    for name in ("sources", "trusted_file", "baseline_folds", "lower_steps", "retrain_steps"):
+        del chosen[name]
+    changes = {"eval_file": write(tmp_path / "eval.jsonl", evaluation), "slices": "origin"}
+    run(
+        "attribute",
+        **chosen,
+        **changes,
+        assistant_only_loss=layout == "messages",
+        estimator="gradient",
+    )
+    with (tmp_path / "out/attribution.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    numbers = [k for k in range(8) if layout != "completion" or k != 2]
+    assert [int(line["row"]) for line in table] == numbers
+    for line, number in zip(table, numbers, strict=True):
+        assert all(line[column] == str(value) for column, value in rows[number].items())
+        halves = float(line["score_x"]) + float(line["score_y"])
+        assert float(line["score"]) == pytest.approx(halves / 2)
+    assert PeftConfig.from_pretrained(tmp_path / "out").task_type == "CAUSAL_LM"
+
+
+def test_no_retraining_without_rows(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"task": "sft", "model": model, "train_file": "none.csv", "retrain_without": 0.1}
+    refused(capsys, "attribute", chosen, "retrain_without: is not of task sft")
 
 
 def messages(*said: dict[str, Any]) -> list[Any]:
