@@ -53,7 +53,8 @@ class AdapterTrainer(BilevelTrainer):
         upper_dataset: Any = None,
         **trainer: Any,
     ) -> None:
-        resolve_adapter(model)
+        if trainer.get("peft_config") is None:
+            resolve_adapter(model)
         if upper_dataset is not None:
             train_dataset = joined(train_dataset=train_dataset, upper_dataset=upper_dataset)
         super().__init__(

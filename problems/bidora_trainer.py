@@ -139,7 +139,8 @@ class BiDoRATrainer(TwoPhaseTrainer):
         **trainer: Any,
     ) -> None:
         check_class(args, self.Arguments)
-        _check_model(model, args)
+        if trainer.get("peft_config") is None:
+            _check_model(model, args)
         #: All training examples of both levels, and those that were given for the upper one alone.
         self.examples, self.given_upper = train_dataset, upper_dataset
         if upper_dataset is not None:
@@ -166,21 +167,22 @@ class BiDoRATrainer(TwoPhaseTrainer):
 
     def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
         """The trainer of directions and head with the magnitudes frozen, on all examples."""
-        return Retrainer(self, args, train_dataset=self.examples, **self._options)
+        options = {**self._options, "search": self}
+        return self.trainer_of(_direction, args, self.examples, options, Retrainer)
 
 
 class Retrainer(BilevelTrainer):
     """The second phase: min over A, B and head of the loss of ``search``."""
 
-    def __init__(
-        self, search: BiDoRATrainer, args: BiDoRATrainingArguments, **trainer: Any
-    ) -> None:
+    def __init__(self, model: Any, *, search: BiDoRATrainer, **trainer: Any) -> None:
         self.search = search
-        super().__init__(search.model, lower=_direction, upper=None, args=args, **trainer)
+        super().__init__(model, **trainer)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss of the search, whose class may override ``compute_loss``."""
-        return self.search.compute_loss(*args, **kwargs)
+        """The loss of the search, where its class overrides ``compute_loss``."""
+        if type(self.search).compute_loss is not BilevelTrainer.compute_loss:
+            return self.search.compute_loss(*args, **kwargs)
+        return super().compute_loss(*args, **kwargs)
 
     def settings(self) -> dict[str, Any]:
         """The settings of the search and of the retraining."""
@@ -191,6 +193,7 @@ class Retrainer(BilevelTrainer):
 def _lower(trainer: BilevelTrainer) -> Problem:
     model, args = trainer.model, trainer.args
     assert isinstance(args, BiDoRATrainingArguments)
+    _check_model(model, args)
     # Levels copy initial values (m0, retrain="scratch"), which must be equal on all processes.
     distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
     (use_fast_dora if args.fast_dora else set_norm_grad)(model, args.norm_grad)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,6 +21,8 @@ from hyperopt_peft.utils.distributed import reshard, sharded_like
 
 #: Files of the search: the lower level's initial values, and learned variables outside the model.
 INITIAL, LEARNED = "initial.pt", "learned.pt"
+#: TRL's name of the adapter with which DPOTrainer and KTOTrainer compare.
+REFERENCE = "ref"
 
 
 @dataclass
@@ -99,9 +102,7 @@ class TwoPhaseTrainer(BilevelTrainer):
     Example:
         >>> class Search(TwoPhaseTrainer):
         ...     def retraining(self, args):
-        ...         levels = {"lower": self.lower, "upper": None}
-        ...         data = {"train_dataset": self.train_dataset}
-        ...         return BilevelTrainer(self.model, args=args, **levels, **data)
+        ...         return self.trainer_of(self.lower, args, self.train_dataset, {})
         >>> Search.retrainer is None  # until `train` has made it
         True
     """
@@ -113,6 +114,34 @@ class TwoPhaseTrainer(BilevelTrainer):
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the second phase, with the arguments ``args``."""
         raise NotImplementedError
+
+    def trainer_of(
+        self,
+        lower: Any,
+        args: Any,
+        train_dataset: Any,
+        options: Mapping[str, Any],
+        kind: type[BilevelTrainer] = BilevelTrainer,
+    ) -> BilevelTrainer:
+        """A trainer of one level on this one's model, over the same parent.
+
+        Args:
+            lower: the level, or a function that makes it.
+            args: the settings.
+            train_dataset: the examples, as this trainer was given them.
+            options: of `options_of_retraining`.
+            kind: the class, before it is made over the parent.
+        """
+        with as_prepared(self.model):
+            return kind.over(self.parent())(
+                self.model,
+                lower=lower,
+                upper=None,
+                args=args,
+                train_dataset=train_dataset,
+                processing_class=self.processing_class,
+                **options,
+            )
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -185,8 +214,33 @@ class TwoPhaseTrainer(BilevelTrainer):
 
 def options_of_retraining(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a second trainer, made before the search changes the callbacks' state."""
+    made_once = ("peft_config", "quantization_config", "processing_class")
     copies = [copy.copy(callback) for callback in trainer.get("callbacks") or ()]
-    return {**trainer, "callbacks": copies, "optimizers": (None, None)}
+    rest = {name: value for name, value in trainer.items() if name not in made_once}
+    return {**rest, "callbacks": copies, "optimizers": (None, None)}
+
+
+@contextmanager
+def as_prepared(model: Any) -> Iterator[None]:
+    """Undo what the constructor of a second trainer, in the body, does to its ``model``.
+
+    TRL's trainers patch ``forward`` of the model for a fused head. Those of preferences copy an
+    adapter that they find to another one, `REFERENCE`, with which their loss compares.
+    """
+    forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}
+    named = [(n, p) for n, p in model.named_parameters() if f".{REFERENCE}." in n]
+    values = {name: parameter.detach().clone() for name, parameter in named}
+    if values:  # the constructor would refuse a second one
+        model.delete_adapter(REFERENCE)
+    yield
+    for module, forward in forwards.items():
+        module.forward = forward
+    if values:
+        with torch.no_grad():
+            for name, value in values.items():
+                model.get_parameter(name).copy_(value)
+    elif REFERENCE in getattr(model, "peft_config", ()):
+        model.delete_adapter(REFERENCE)
 
 
 @torch.no_grad()

@@ -86,20 +86,25 @@ def data_of_levels(
     *,
     bilevel: bool,
     may_share_rows: bool = False,
+    prepared: bool = True,
 ) -> tuple[Any, Any]:
     """The lower and the upper level's examples: ``train`` is split if ``upper`` is None.
 
-    With ``may_share_rows`` an example of ``upper`` may be in ``train`` too.
+    With ``may_share_rows`` an example of ``upper`` may be in ``train`` too. Not ``prepared``, the
+    examples are texts that a trainer tokenizes.
 
     Raises:
-        ProblemError: as `split_dataset`, `require_examples` and `require_apart`; ``upper`` is
-            given without an upper level; or ``dataloader_drop_last`` leaves no batch.
+        ProblemError: as `split_dataset`, `require_examples`, `require_same_layout` and
+            `require_apart`; ``upper`` is given without an upper level; or
+            ``dataloader_drop_last`` leaves no batch.
     """
     require_examples("train_dataset", train)
     if not bilevel and upper is not None:
         raise ProblemError("upper_dataset: there is no upper level; leave upper_dataset out")
     if upper is not None:
         require_examples("upper_dataset", upper, by_index=True)
+        if not prepared:
+            require_same_layout(train, upper)
         require_apart(train, upper, evaluation, may_share_rows=may_share_rows)
     elif bilevel:
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -232,6 +237,28 @@ def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bo
         )
 
 
+def require_same_layout(lower: Any, upper: Any) -> None:
+    """Raise ProblemError unless both have the same columns, those of single numbers aside.
+
+    A trainer that prepares text decides by the columns of the training set what is scored.
+    """
+    if not (isinstance(lower, Dataset) and isinstance(upper, Dataset)):
+        return
+    columns = [
+        {name for name, kind in data.features.items() if not _is_number(kind)}
+        for data in (lower, upper)
+    ]
+    if other := sorted(columns[0] ^ columns[1]):
+        raise ProblemError(
+            f"upper_dataset: has other columns than train_dataset ({', '.join(other)}); give both "
+            "the same layout"
+        )
+
+
+def _is_number(kind: Any) -> bool:
+    return isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "string" not in kind.dtype)
+
+
 def _columns(one: Dataset, other: Dataset) -> list[str]:
     return [column for column in one.column_names if column in other.column_names]
 
@@ -242,6 +269,11 @@ def shared(data: Any, other: Any) -> int:
         return 0
     others = set(digests(other, _columns(data, other)))
     return sum(digest in others for digest in digests(data, _columns(data, other)))
+
+
+def endless(data: Any) -> Any:
+    """``data``, or `Endless` of a stream without a length."""
+    return data if data is None or has_length(data) else Endless(data)
 
 
 class Endless(IterableDataset[Any]):

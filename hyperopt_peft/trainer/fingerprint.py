@@ -10,8 +10,11 @@ import pyarrow  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import has_length
+
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.utils import distributed
 
 #: The largest number of rows that a fingerprint reads, evenly spaced.
 FINGERPRINT_ROWS = 100_000
@@ -40,6 +43,15 @@ def data_fingerprint(data: Any) -> str | int | None:
             stream.write_table(plain.combine_chunks())
         digest.update(sink.getvalue())
     return digest.hexdigest()
+
+
+def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
+    """The identity of process 0's weights of ``model`` that no level owns."""
+    owned = {id(variable) for level in levels for variable in level.variables}
+    named = model.named_parameters()
+    identity = weights_fingerprint((name, p) for name, p in named if id(p) not in owned)
+    identities: list[str] = distributed.union([identity])
+    return identities[0]
 
 
 @torch.no_grad()

@@ -56,7 +56,8 @@ class LossRule:
     ) -> None:
         self.model, self.loss, self.context, self.device = model, loss, context, device
         self.sums, self.custom = sums, custom
-        self.of_micro_batches, self._reads_items, self._warned = scaled is False, scaled, False
+        self.of_micro_batches, self._warned = scaled is False, False
+        self._reads_items, self._model_reads_items = scaled, scaled
 
     def entries(
         self, batches: Sequence[Any], items: Any, across_processes: bool
@@ -78,7 +79,7 @@ class LossRule:
         if not across_processes:
             items = distributed.average(torch.as_tensor(items, dtype=torch.float32))
         of_step = {ITEMS: items, MICRO_BATCHES: len(batches)}
-        if self._reads(batches[0], items):
+        if self._reads(batches[0]):
             return [{**entry, **of_step} for entry in entries]
         if len(batches) > 1 and self.sums and not self._warned:
             self._warned = True
@@ -100,25 +101,27 @@ class LossRule:
                 return False
             raise
 
-    def _reads(self, batch: Any, items: Any) -> bool:
-        if self._reads_items is None:  # so far unknown
-            self._reads_items = differs(
-                lambda number: self.loss({**batch, ITEMS: items * 0 + number, MICRO_BATCHES: 1}),
-                self.context,
-                self.device,
+    def _reads(self, batch: Any) -> bool:
+        if self._reads_items is None:
+            batch = send_to_device(batch, self.device)
+            self._reads_items = self._differs(
+                lambda items: self.loss({**batch, ITEMS: items, MICRO_BATCHES: 1})
             )
-            reshard(self.model)
         return self._reads_items is not False
 
+    def model_reads_items(self, compute: Any, model: nn.Module, inputs: Any) -> bool:
+        """Whether ``compute``, the parent's loss of ``inputs``, depends on the number of labels."""
+        if self._model_reads_items is None:
+            self._model_reads_items = self._differs(
+                lambda items: compute(model, dict(inputs), num_items_in_batch=items)
+            )
+        return self._model_reads_items is not False
 
-def differs(
-    loss: Callable[[int], Tensor],
-    context: Callable[[], AbstractContextManager[Any]],
-    device: torch.device,
-) -> bool | None:
-    """Whether ``loss`` of 1 and of 2 labels differ; None where the loss is 0."""
-    values = []
-    for number in (1, 2):
-        with preserve_state((), [device]), torch.no_grad(), context():
-            values.append(loss(number))
-    return bool(values[0] != values[1]) if values[0] else None
+    def _differs(self, loss: Callable[[Tensor], Tensor]) -> bool | None:
+        """Whether ``loss`` of 1 and of 2 labels differ; None, so far unknown, where it is 0."""
+        values = []
+        for number in (1, 2):
+            with preserve_state((), [self.device]), torch.no_grad(), self.context():
+                values.append(loss(torch.tensor(number, device=self.device)))
+        reshard(self.model)
+        return bool(values[0] != values[1]) if values[0] else None

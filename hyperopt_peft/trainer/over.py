@@ -34,7 +34,7 @@ copyreg.pickle(Combined, lambda cls: vars(cls).get("made_by", cls.__qualname__))
 
 
 @cache
-def combined(ours: Any, parent: type[Trainer]) -> Any:
+def combined(ours: Any, parent: Any) -> Any:
     """The class (``ours``, ``parent``), always the same; ``ours`` where ``parent`` is its base."""
     if not (isinstance(parent, type) and issubclass(parent, Trainer)):
         name = getattr(parent, "__name__", repr(parent))
@@ -63,7 +63,7 @@ def check_parent(parent: type[Trainer]) -> None:
             )
 
 
-def arguments_of(parent: type[Trainer]) -> type[TrainingArguments]:
+def arguments_of(parent: type[Trainer]) -> Any:
     """The class of ``args`` by the type hint of the first ``__init__`` that names them."""
     for base in parent.__mro__:
         init = vars(base).get("__init__")
@@ -81,7 +81,7 @@ def arguments_of(parent: type[Trainer]) -> type[TrainingArguments]:
 
 
 @cache
-def combined_arguments(ours: Any, parents: type[TrainingArguments]) -> Any:
+def combined_arguments(ours: Any, parents: Any) -> Any:
     """The dataclass (``parents``, ``ours``), always the same.
 
     ``parents`` decides the defaults, except of the fields that ``ours`` or one of its bases in this
@@ -113,3 +113,8 @@ def combined_arguments(ours: Any, parents: type[TrainingArguments]) -> Any:
     )
     made.__module__ = ours.__module__
     return made
+
+
+def defines_loss(kind: type[Trainer], besides: tuple[type[Trainer], ...]) -> bool:
+    """Whether ``kind`` or one of its bases, ``besides`` some, defines ``compute_loss``."""
+    return any("compute_loss" in vars(base) for base in kind.__mro__ if base not in besides)

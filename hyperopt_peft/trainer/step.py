@@ -19,6 +19,7 @@ from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.accumulation import MicroBatch
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.logs import StepLog
 from hyperopt_peft.trainer.optimizer import learning_rate
 from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
@@ -199,24 +200,3 @@ class OptimizerStep:
 
     def _on_device(self, inputs: Any) -> Any:
         return send_to_device(inputs, self.args.device, non_blocking=True)
-
-
-class StepLog:
-    """The numbers of the steps since the last log: to be averaged, and the last of others."""
-
-    def __init__(self) -> None:
-        self.last: dict[str, Any] = {}
-        self._values: dict[str, list[Any]] = {}
-
-    def add(self, values: Mapping[str, Any]) -> None:
-        """Add a step's numbers without None and infinity (‖implicit‖/‖direct‖ with direct = 0)."""
-        for key, value in values.items():
-            if value is not None and value != float("inf"):
-                self._values.setdefault(key, []).append(value)
-
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The means over steps and processes, and the last numbers; both are then cleared."""
-        means = {key: sum(map(float, each)) / len(each) for key, each in self._values.items()}
-        last = {key: float(value) for key, value in self.last.items() if value is not None}
-        self._values, self.last = {}, {}
-        return distributed.averages(means), last

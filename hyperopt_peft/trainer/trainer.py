@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,10 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 
 from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
@@ -28,10 +24,17 @@ from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
-from hyperopt_peft.trainer.data import Endless, collating, data_of_levels, with_upper, without_upper
-from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
+from hyperopt_peft.trainer.data import (
+    collating,
+    data_of_levels,
+    endless,
+    with_upper,
+    without_upper,
+)
+from hyperopt_peft.trainer.fingerprint import data_fingerprint, frozen_fingerprint
 from hyperopt_peft.trainer.internals import metrics_restored
-from hyperopt_peft.trainer.loss_rule import LossRule, differs
+from hyperopt_peft.trainer.logs import NoiseLog, upper_gap
+from hyperopt_peft.trainer.loss_rule import LossRule
 from hyperopt_peft.trainer.optimizer import (
     check_optimizers,
     new_optimizer,
@@ -44,14 +47,12 @@ from hyperopt_peft.trainer.over import (
     check_parent,
     combined,
     combined_arguments,
+    defines_loss,
 )
 from hyperopt_peft.trainer.step import OptimizerStep
 from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of, upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
-from hyperopt_peft.utils.signal_to_noise import ADVICE, MIN_SAMPLES
-
-logger = logging.getLogger(__name__)
 
 SETTINGS = "bilevel_settings.json"
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
@@ -110,12 +111,15 @@ class BilevelTrainer(Trainer, metaclass=Combined):
     args: BilevelTrainingArguments
     #: Whether an example of the upper level may train the lower level too.
     may_share_rows: ClassVar[bool] = False
+    current_step: OptimizerStep
+    train_dataset: Any
+    eval_dataset: Any
     optimizer: Any
     current_flos: float
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         *,
         lower: LevelLike,
         upper: LevelLike | None,
@@ -126,14 +130,10 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         **trainer: Any,
     ) -> None:
         self.trainer_loss = _is_function(lower)
-        custom = any(
-            "compute_loss" in vars(base)
-            for base in type(self).__mro__
-            if base not in (BilevelTrainer, Trainer)
-        )
+        custom = defines_loss(type(self), besides=(BilevelTrainer, Trainer))
         checks.check_class(args, self.Arguments)
         checks.check_arguments(args, trainer, trainer_loss=self.trainer_loss, custom_loss=custom)
-        if self.parent() is Trainer:
+        if self.parent() is Trainer:  # others may load a model by its name
             checks.check_model(model)
         evaluation = trainer.pop("eval_dataset", None)
         train_dataset, upper_dataset = data_of_levels(
@@ -143,15 +143,15 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             args,
             bilevel=upper is not None,
             may_share_rows=self.may_share_rows,
+            prepared=self.parent() is Trainer,
         )
         self.skipped = 0
-        self._model_reads_items: bool | None = None
         self._callback = BilevelCallback(self)
-        # The parent prepares the upper level's data as one more set of evaluation data.
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
+            # The parent prepares the upper level's data as it prepares evaluation data.
             eval_dataset=with_upper(evaluation, upper_dataset, args),
             callbacks=[self._callback, *(callbacks or ())],
             **trainer,
@@ -160,21 +160,19 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         self.eval_dataset, self.upper_dataset = without_upper(
             self.eval_dataset, evaluation, upper_dataset
         )
-        self._loss_rule: LossRule | None = None
         if self.trainer_loss:
-            self._loss_rule = LossRule(
-                self.model,
-                self.task_loss,
-                self._measuring,
-                args.device,
-                scaled=getattr(self, "loss_is_scaled_for_ga", None),
-                sums=self.model_accepts_loss_kwargs or self.compute_loss_func is not None,
-                custom=custom or self.compute_loss_func is not None,
-            )
             for data in (self.train_dataset, self.upper_dataset):
                 checks.check_labels(self.model, data, trainer)
-        if not has_length(self.train_dataset):
-            self.train_dataset = Endless(self.train_dataset)
+        self.train_dataset = endless(self.train_dataset)
+        self._loss_rule = LossRule(
+            self.model,
+            self.task_loss,
+            self._measuring,
+            args.device,
+            scaled=getattr(self, "loss_is_scaled_for_ga", None),
+            sums=self.model_accepts_loss_kwargs or self.compute_loss_func is not None,
+            custom=custom or self.compute_loss_func is not None,
+        )
         self.lower: Problem = _made(lower, self)
         self.upper: Problem | None = _made(upper, self)
         checks.check_levels(self.levels)
@@ -201,31 +199,30 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             cls.Arguments = combined_arguments(cls.Arguments, arguments_of(cls.parent()))
 
     @classmethod
-    def over(cls, trainer: type[Trainer]) -> type[Self]:
-        """This trainer over another: both levels train by the loss and on the data of ``trainer``.
+    def over(cls, trainer: Any) -> type[Self]:
+        """This class before ``trainer``, another subclass of `transformers.Trainer`.
 
-        The class is (cls, ``trainer``), always the same, and its arguments ``Arguments`` are those
-        of ``trainer``, with its defaults, and of this class.
+        The class has the bases (cls, ``trainer``) and is always the same object. Both levels train
+        by the loss of ``trainer`` and on data that ``trainer`` prepares. The arguments are
+        ``Arguments``, those of ``trainer`` with its defaults, and those of this class.
 
         Raises:
-            ProblemError: no trainer, or one that does more in a step than evaluate its loss.
+            ProblemError: ``trainer`` is no trainer, or does more in a step than evaluate its loss.
 
         Example:
-            >>> class Smoothed(Trainer):
+            >>> class Halved(Trainer):
             ...     def compute_loss(self, model, inputs, *args, **kwargs):
-            ...         return super().compute_loss(model, inputs, *args, **kwargs) * 0.9
-            >>> BilevelTrainer.over(Smoothed).__name__
-            'BilevelSmoothed'
+            ...         return super().compute_loss(model, inputs, *args, **kwargs) / 2
+            >>> BilevelTrainer.over(Halved)
+            <class 'hyperopt_peft.trainer.trainer.BilevelHalved'>
         """
         made: type[Self] = combined(cls, trainer)
         return made
 
     @classmethod
-    def parent(cls) -> type[Trainer]:
-        """The class that this trainer stands before; its ``super()`` in the last instance."""
-        bases = cls.__mro__
-        above: type[Trainer] = bases[bases.index(BilevelTrainer) + 1]
-        return above
+    def parent(cls) -> Any:
+        """The class that `over` was given; else `transformers.Trainer`."""
+        return cls.__mro__[cls.__mro__.index(BilevelTrainer) + 1]
 
     @property
     def levels(self) -> list[Problem]:
@@ -249,7 +246,10 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             "processes": distributed.world_size(),
             **self._data_fingerprints,
             **{name: list(tensor.shape) for name, tensor in self.named_tensors()},
-            "frozen weights of the model": self._frozen_fingerprint(),
+            # Under FSDP2 processes have shards, and some get weights from process 0 in training.
+            "frozen weights of the model": (
+                None if self.is_fsdp_enabled else frozen_fingerprint(self.model, self.levels)
+            ),
         }
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return plain
@@ -258,18 +258,6 @@ class BilevelTrainer(Trainer, metaclass=Combined):
     def _data_fingerprints(self) -> dict[str, Any]:
         data = {"train_dataset": self.train_dataset, "upper_dataset": self.upper_dataset}
         return {name: data_fingerprint(rows) for name, rows in data.items()}
-
-    def _frozen_fingerprint(self) -> str | None:
-        """The identity of process 0's weights that no level owns; None under FSDP2.
-
-        There the processes have shards, and may get the weights from process 0 in training only.
-        """
-        if self.is_fsdp_enabled:
-            return None
-        owned = {id(variable) for level in self.levels for variable in level.variables}
-        named = self.model.named_parameters()
-        identity = weights_fingerprint((name, p) for name, p in named if id(p) not in owned)
-        return distributed.union([identity])[0]
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -292,7 +280,7 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         self, resumed: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Train from the checkpoint ``resumed``, with its record; None for a new run."""
-        self.skipped, self._warned_of_noise = 0, False
+        self.skipped, self._noise = 0, NoiseLog()
         args_of_user = self.args
         try:
             with self._callback.run(resumed):
@@ -365,22 +353,25 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             self.optimizer.train()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The micro-batches of the next step, with label weights; none at the end of the run."""
+        """The micro-batches of the next step, with the entries of `LossRule`.
+
+        There are none at the end of the run.
+        """
         if self.control.should_training_stop:
             return [], None
         with collating("train_dataset"):
             batches = list(islice(epoch_iterator, num_batches))
         return self._with_entries(batches), None
 
-    def _with_entries(self, batches: Any) -> list[Any]:
-        """The micro-batches of a step, with the entries that the loss of the Trainer needs."""
+    def _with_entries(self, batches: Sequence[Any]) -> list[Any]:
+        """The micro-batches of a step of either level, with the entries that its loss reads."""
         args = self.args
-        batches, items = super().get_batch_samples(iter(batches), len(batches), args.device)
-        if self._loss_rule is None:
-            return batches
-        across = args.average_tokens_across_devices
-        entries = self._loss_rule.entries(batches, items, across)
-        return [{**b, **e} if e else b for b, e in zip(batches, entries, strict=True)]
+        counted = super().get_batch_samples(iter(batches), len(batches), args.device)
+        samples: list[Any] = list(counted[0])
+        if not self.trainer_loss:  # losses of the levels' own know no labels
+            return samples
+        entries = self._loss_rule.entries(samples, counted[1], args.average_tokens_across_devices)
+        return [{**b, **e} if e else b for b, e in zip(samples, entries, strict=True)]
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one micro-batch; after the last one ``.grad`` is the step's direction.
@@ -423,10 +414,10 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         ) from error
 
     def task_loss(self, batch: Any) -> Tensor:
-        """The loss that the Trainer would train: a scalar, the weighted mean over the labels.
+        """The loss that the Trainer would train: a scalar, whose mean over micro-batches counts.
 
-        With the weights, the mean over the micro-batches and processes of a step is the mean over
-        all of its labels.
+        With the entries of `LossRule`, the mean over the micro-batches and processes of a step is
+        the mean over all of its labels.
 
         Raises:
             ProblemError: the model cannot compute a loss for ``batch``.
@@ -437,8 +428,10 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
         if items is not None:
             # In 64 bits the division by n, for the mean over micro-batches, gives the loss again.
-            return (loss if loss.is_mps else loss.double()) * n
-        return loss if weight is None else loss * weight.to(loss.dtype)
+            loss = (loss if loss.is_mps else loss.double()) * n
+        elif weight is not None:
+            loss = loss * weight.to(loss.dtype)
+        return loss
 
     def compute_loss(
         self,
@@ -452,25 +445,15 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         With a count of labels the Trainer multiplies the loss by the number of processes, also when
         the model averages over rows itself. Such a model gets no count.
         """
-        compute = super().compute_loss
-        if num_items_in_batch is not None and distributed.world_size() > 1:
-            if self._model_reads_items is None:
-                self._model_reads_items = differs(
-                    lambda number: compute(
-                        model, dict(inputs), num_items_in_batch=torch.tensor(number)
-                    ),
-                    self._measuring,
-                    self.args.device,
-                )
-                reshard(self.model)
-            if self._model_reads_items is False:
-                num_items_in_batch = None
-        return compute(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        compute, items = super().compute_loss, num_items_in_batch
+        multiplied = items is not None and distributed.world_size() > 1
+        if multiplied and not self._loss_rule.model_reads_items(compute, model, inputs):
+            items = None
+        return compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
+        """A context for a loss that nothing is trained by."""
         with metrics_restored(self), self.compute_loss_context_manager():
             yield
 
@@ -481,30 +464,11 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             logs |= {key: value for key, value in means.items() if key not in logs} | last
             if self.skipped:
                 logs["skipped"] = self.skipped
-            logs |= self._signal_to_noise()
-        if "eval_loss" in logs and self.is_in_train and self.trainer_loss:
-            losses = [x["upper_loss"] for x in self.state.log_history if "upper_loss" in x]
-            if losses:
-                logs["eval_upper_gap"] = logs["eval_loss"] - losses[-1]
+            if self.bilevel_step is not None:
+                logs |= self._noise.read(self.bilevel_step.signal)
+        if self.is_in_train and self.trainer_loss:
+            logs |= upper_gap(logs, self.state.log_history)
         super().log(logs, start_time)
-
-    def _signal_to_noise(self) -> dict[str, float]:
-        """``upper_snr`` of the steps since the last log; warns once where it is below 1."""
-        if self.bilevel_step is None:
-            return {}
-        count, ratio = self.bilevel_step.signal.count, self.bilevel_step.signal.read()
-        if ratio is None or ratio == math.inf:
-            return {}
-        if ratio < 1 and count >= MIN_SAMPLES and not self._warned_of_noise:
-            self._warned_of_noise = True
-            logger.warning(
-                "upper_snr: %.2g over %d upper steps: the upper level follows noise, unless it is "
-                "near its minimum; try %s",
-                ratio,
-                count,
-                ADVICE,
-            )
-        return {"upper_snr": ratio}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `transformers.Trainer.save_model`, with the settings; the levels in checkpoints."""
@@ -567,13 +531,13 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         )
 
 
-def bilevel(trainer: type[Trainer]) -> type[BilevelTrainer]:
-    """`BilevelTrainer.over` ``trainer``: two levels in any trainer, such as TRL's SFTTrainer.
+def bilevel(trainer: Any) -> type[BilevelTrainer]:
+    """`BilevelTrainer` over another trainer, such as TRL's SFTTrainer; see `BilevelTrainer.over`.
 
     Example:
         >>> from transformers import Seq2SeqTrainer
-        >>> bilevel(Seq2SeqTrainer).Arguments.__mro__[1].__name__
-        'Seq2SeqTrainingArguments'
+        >>> bilevel(Seq2SeqTrainer).Arguments("outputs", report_to="none").predict_with_generate
+        False
     """
     return BilevelTrainer.over(trainer)
 
