@@ -19,7 +19,7 @@ from hyperopt_peft.core.logits import IGNORED, beside_logits, losses_of_logits, 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import function_modes_off
-from hyperopt_peft.utils.models import base_model
+from hyperopt_peft.utils.models import base_model, keep_differentiable
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: Entries of a micro-batch that a Trainer adds for the loss of a step, the mean over its
@@ -284,6 +284,7 @@ def model_reads(batch: Mapping[str, Any]) -> Iterator[None]:
 def _probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, in which heads are not fused; afterwards all is as before."""
     modes = [(module, module.training) for module in model.modules()]
+    keep_differentiable(model)
     model.eval()
     try:
         with function_modes_off(), replay(RandomState.capture()):

@@ -11,7 +11,13 @@ from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 LETTERS = "abcdefghijklmnop"
 SPECIAL = ["<pad>", "<end>", "<unk>"]
@@ -60,6 +66,18 @@ def language_model(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaFo
         "eos_token_id": 1,
     }
     return LlamaForCausalLM(LlamaConfig(**sizes | config)).to(dtype)
+
+
+def quantised(folder: Any, compute: torch.dtype = torch.float32, **config: Any) -> Any:
+    """`language_model` in 4 bits, as ``from_pretrained`` loads it from ``folder``."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}
+    language_model(**sizes | config).save_pretrained(folder)
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, device_map={"": "cpu"}, quantization_config=bits, dtype=torch.float32
+    )
 
 
 def lora(**options: Any) -> LoraConfig:
