@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.labels import TOLERANCE, row_losses, weighted_mean
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import collating
+from hyperopt_peft.trainer.internals import metrics_restored
+from hyperopt_peft.utils.models import keep_differentiable
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 OWN_LOSS = (
@@ -42,14 +43,16 @@ def require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
     batch = send_to_device({k: x for k, x in batch.items() if k != INDEX}, trainer.args.device)
     own = "has no labels"
     if isinstance(batch.get("labels"), Tensor):
+        keep_differentiable(trainer.model)
         trainer.model.eval()
-        metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's, which a pass adds to
-        with replay(RandomState.capture()), trainer.compute_loss_context_manager():
+        with (
+            replay(RandomState.capture()),
+            metrics_restored(trainer),
+            trainer.compute_loss_context_manager(),
+        ):
             sums, counts = row_losses(trainer.model, batch)
             mean = weighted_mean(torch.ones_like(sums), sums, counts)
             loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
-        if metrics is not None:
-            trainer._metrics = metrics
         if (loss - mean).abs() <= TOLERANCE * mean.abs():
             return
         own = f"has the loss {float(loss):.4g}, and the mean over its labels is {float(mean):.4g}"

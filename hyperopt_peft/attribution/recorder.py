@@ -24,10 +24,14 @@ class Recorder(TrainerCallback):
     Args:
         rows: the number of training rows.
         memory_limit, differentiated: see `Run`.
+        twice: whether the losses are differentiated twice.
     """
 
-    def __init__(self, rows: int, memory_limit: float, differentiated: bool) -> None:
-        self.rows, self.memory_limit, self.differentiated = rows, memory_limit, differentiated
+    def __init__(
+        self, rows: int, memory_limit: float, *, differentiated: bool, twice: bool
+    ) -> None:
+        self.rows, self.memory_limit = rows, memory_limit
+        self.differentiated, self.twice = differentiated, twice
         self.runner: Any = None
         self.run: Run | None = None
 
@@ -46,7 +50,7 @@ class Recorder(TrainerCallback):
         dtype = torch.promote_types(dtypes[0], torch.float32) if dtypes else torch.float32
         device = trainer.args.device
         self.weights = torch.ones(self.rows, dtype=dtype, device=device, requires_grad=True)
-        return RowWeighted(trainer, self.weights)
+        return RowWeighted(trainer, self.weights, twice=self.twice)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the run, or its second phase."""

@@ -44,24 +44,32 @@ class RowWeighted(Problem):
         trainer: the trainer, with the model.
         weights: v, ``(n,)``.
         training: whether dropout is on.
+        twice: whether the loss is differentiated twice.
 
     Raises:
         ProblemError: see `row_losses`.
     """
 
-    def __init__(self, trainer: BilevelTrainer, weights: Tensor, *, training: bool = True) -> None:
-        self.trainer, self.weights, self.training = trainer, weights, training
+    def __init__(
+        self, trainer: BilevelTrainer, weights: Tensor, *, training: bool = True, twice: bool
+    ) -> None:
+        self.trainer, self.weights = trainer, weights
+        self.training, self.twice = training, twice
         super().__init__(trainable(trainer.model), name="training")
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Σ v_i s_i / Σ c_i."""
-        sums, counts = losses_of(self.trainer, batch, training=self.training)
+        sums, counts = losses_of(self.trainer, batch, training=self.training, twice=self.twice)
         loss = weighted_mean(self.weights[batch[INDEX]], sums, counts)
         return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
 
 
 def losses_of(
-    trainer: BilevelTrainer, batch: Mapping[str, Any], *, training: bool = False
+    trainer: BilevelTrainer,
+    batch: Mapping[str, Any],
+    *,
+    training: bool = False,
+    twice: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`row_losses` of the trainer's model in its precision, ``training`` with dropout.
 
@@ -70,7 +78,7 @@ def losses_of(
     """
     trainer.model.train(training)
     with trainer.compute_loss_context_manager():
-        return row_losses(trainer.model, _model_inputs(batch))
+        return row_losses(trainer.model, _model_inputs(batch), twice=twice)
 
 
 def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,9 @@ def setup_from_trainer(
         require_mean_over_labels(trainer, data)
     if second_derivatives:
         require_norm_in_graph(model)
-    recorder = Recorder(len(data.train_rows), memory_limit, differentiated)
+    recorder = Recorder(
+        len(data.train_rows), memory_limit, differentiated=differentiated, twice=second_derivatives
+    )
     with TemporaryDirectory(prefix="attribution-") as folder:  # the user's has his checkpoints
         runner = _runner(trainer, model, recorder, data, _arguments(trainer, folder, progress))
         _train(runner, recorder, random_state)
@@ -136,7 +138,7 @@ def _setup(
         run,
         Evaluation(run.weights, losses),
         {name: len(rows) / count for name, rows in data.groups.items()},
-        Accumulated(RowWeighted(runner, run.weights, training=False)),
+        Accumulated(RowWeighted(runner, run.weights, training=False, twice=recorder.twice)),
         lambda: reader.micro_batches(data.train_rows),
         measure=lambda test: reader.measure(data.test_rows(trainer, test)),
         probabilities=lambda rows: reader.probabilities(data.train_rows, rows),

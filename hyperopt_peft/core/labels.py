@@ -71,7 +71,9 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return _SHIFTED[model]
 
 
-def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def row_losses(
+    model: Any, batch: Mapping[str, Any], *, twice: bool = False
+) -> tuple[Tensor, Tensor]:
     """The summed loss of each row, ``(n,)``, and how many labels the row has, ``(n,)``.
 
     The model's own loss, of which it returns only the mean, is the sum of all by the count of all:
@@ -85,6 +87,7 @@ def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         model: the model, with or without a PEFT adapter.
         batch: the model's arguments and ``labels``. A sequence-to-sequence model also needs
             ``decoder_input_ids``, of ``DataCollatorForSeq2Seq(tokenizer, model)``.
+        twice: as for `label_losses`.
 
     Raises:
         ProblemError: there are no labels, or labels that do not fit the logits; or the model's own
@@ -99,16 +102,23 @@ def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         >>> sums.shape, counts
         (torch.Size([3]), tensor([1, 1, 1]))
     """
-    losses, scored = label_losses(model, batch)
+    losses, scored = label_losses(model, batch, twice=twice)
     rows = len(losses), -1
     return losses.reshape(rows).sum(1), scored.reshape(rows).sum(1)
 
 
-def label_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def label_losses(
+    model: Any, batch: Mapping[str, Any], *, twice: bool = False
+) -> tuple[Tensor, Tensor]:
     """The loss of each label, of the shape of ``labels``, and whether the label is scored.
 
     A label that is not scored has the loss 0. A causal model's logits are widened a chunk at a
-    time. Where the model has TRL's fused head there are none, and no second derivatives either.
+    time. TRL's fused head makes none.
+
+    Args:
+        model, batch: as for `row_losses`.
+        twice: whether the losses are differentiated twice, which those of a fused head cannot be;
+            the model then makes logits.
 
     Raises:
         ProblemError: as `row_losses`.
@@ -122,7 +132,7 @@ def label_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         (torch.Size([2, 3]), [[False, True, True], [False, True, False]])
     """
     labels = require_labels(batch)
-    if has_fused_head(model):
+    if has_fused_head(model) and not twice:
         with model_reads(batch):
             output = model(**batch, **{FUSED: True})
         # The first position has no prediction; those of a prompt that is tuned are left out.

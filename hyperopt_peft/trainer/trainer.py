@@ -53,6 +53,7 @@ from hyperopt_peft.trainer.step import OptimizerStep
 from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of, upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
+from hyperopt_peft.utils.models import keep_differentiable
 
 SETTINGS = "bilevel_settings.json"
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
@@ -157,6 +158,7 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             **trainer,
         )
         checks.check_model(self.model)
+        keep_differentiable(self.model)
         self.eval_dataset, self.upper_dataset = without_upper(
             self.eval_dataset, evaluation, upper_dataset
         )

@@ -16,7 +16,7 @@ from transformers import (
 from hyperopt_peft import ProblemError, attribute
 from hyperopt_peft.attribution import Attribution
 from tests.support.attributed import differences
-from tests.support.language import LAYOUTS, language_model, lora, rows, tokenizer
+from tests.support.language import LAYOUTS, language_model, lora, quantised, rows, tokenizer
 from tests.support.trainers import values
 
 trl = pytest.importorskip("trl")
@@ -55,8 +55,10 @@ def attributed(trainer: Any, **options: Any) -> Attribution:
     return attribute(trainer, progress=False, **options)
 
 
-def test_scores_are_slopes_of_retraining(tmp_path: Path) -> None:
+def test_scores_are_slopes_of_retraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, with accumulation, clipping, dropout of the adapter and checkpointing."""
+    # TRL's head is in float32.
+    monkeypatch.setattr("hyperopt_peft.core.labels.has_fused_head", lambda model: False)
     adapter = lora(target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1)
     trainer = sft(
         tmp_path,
@@ -104,6 +106,17 @@ def test_the_run_is_the_trainers_own(tmp_path: Path) -> None:
     assert result.values["all"] == pytest.approx(shown["eval_loss"], rel=1e-4)
     for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert again[name] == pytest.approx(shown[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "unrolled:product=difference", "gradient"])
+def test_a_base_in_4_bits_has_the_scores_of_its_weights(tmp_path: Path, estimator: str) -> None:
+    """Where the layers compute in float32."""
+    pytest.importorskip("bitsandbytes")
+    scores, expected = (
+        attributed(sft(tmp_path, model=model), estimator=estimator).scores
+        for model in (quantised(tmp_path / "model"), quantised(tmp_path / "model").dequantize())
+    )
+    assert float((scores - expected).norm() / expected.norm()) < 1e-5
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
