@@ -67,11 +67,6 @@ def lacks_second_derivative(error: RuntimeError) -> bool:
     return any(word in str(error) for word in ("not implemented", "double", "twice"))
 
 
-def recomputed_in_other_dtypes(error: RuntimeError) -> bool:
-    """Whether ``error`` says that a checkpoint was recomputed in other dtypes."""
-    return any(word in str(error) for word in ("same dtype", "Recomputed"))
-
-
 def is_half(node: Any) -> bool:
     """Whether a result of ``node`` is in bfloat16 or float16."""
     return any(output.dtype in HALF for output in getattr(node, "_input_metadata", ()))

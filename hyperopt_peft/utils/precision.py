@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils.autograd import HALF, recomputed_in_other_dtypes
+from hyperopt_peft.utils.autograd import HALF
 from hyperopt_peft.utils.vector import widened
 
 _CASTS: dict[Any, Callable[..., Tensor]] = {
@@ -26,7 +26,8 @@ class SinglePrecision(TorchFunctionMode):
 
     A finite difference divides rounding errors by its step; at the 8 bits of bfloat16 the result
     would be all rounding. Half-precision arguments are converted to float32, casts to half
-    precision become casts to float32, and autocast is off.
+    precision become casts to float32, and autocast is off. All this holds in backward passes too,
+    where gradient checkpoints run parts of the forward pass again.
     """
 
     def __torch_function__(
@@ -37,14 +38,86 @@ class SinglePrecision(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # An argument that the function writes to must not be replaced by a copy.
-        written = 1 if _writes(getattr(func, "__name__", "")) else 0
-        targets, args = args[:written], args[written:]
-        args, kwargs = tree_map(_widened, (args, kwargs))
         with ExitStack() as stack:
             for device in _autocast_devices():
                 stack.enter_context(torch.autocast(device, enabled=False))
-            return _CASTS.get(func, func)(*targets, *args, **kwargs)
+            if func in _ENGINE:
+                return _ENGINE[func](self, *args, **kwargs)
+            # An argument that the function writes to must not be replaced by a copy.
+            written = 1 if _writes(getattr(func, "__name__", "")) else 0
+            targets, args = args[:written], args[written:]
+            out = {key: value for key, value in kwargs.items() if key == "out"}
+            args, kwargs = tree_map(_widened, (args, kwargs))
+            return _CASTS.get(func, func)(*targets, *args, **{**kwargs, **out})
+
+
+# PyTorch pops a mode while the mode handles a function. The functions below run autograd's engine
+# with the mode active: autograd asks the modes for tensors, and not for gradient edges.
+
+
+def _backward(
+    mode: SinglePrecision,
+    tensors: Tensor | Iterable[Tensor],
+    grad_tensors: Any = None,
+    inputs: Any = None,
+    **options: Any,
+) -> None:
+    """`torch.autograd.backward`."""
+    if inputs is not None:
+        inputs = _tensors(inputs)
+        for tensor in inputs:
+            tensor.retain_grad()  # as the engine does for tensors that are no leaves
+        inputs = _edges(inputs)
+    outputs = _edges(tensors)
+    with mode:
+        torch.autograd.backward(outputs, grad_tensors, inputs=inputs, **options)
+
+
+def _tensor_backward(
+    mode: SinglePrecision, tensor: Tensor, gradient: Tensor | None = None, **options: Any
+) -> None:
+    """`torch.Tensor.backward`."""
+    _backward(mode, tensor, gradient, **options)
+
+
+def _grad(
+    mode: SinglePrecision,
+    outputs: Tensor | Iterable[Tensor],
+    inputs: Any,
+    materialize_grads: bool = False,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad`."""
+    if materialize_grads:  # not possible for edges
+        options["allow_unused"] = True
+    inputs = _tensors(inputs)
+    edges = _edges(outputs), _edges(inputs)
+    with mode:
+        gradients = torch.autograd.grad(*edges, **options)
+    if not materialize_grads:
+        return gradients
+    differentiable = bool(options.get("create_graph"))
+    return tuple(
+        torch.zeros_like(x, requires_grad=differentiable) if gradient is None else gradient
+        for x, gradient in zip(inputs, gradients, strict=True)
+    )
+
+
+_ENGINE: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.backward: _tensor_backward,
+    torch.autograd.backward: _backward,
+    torch.autograd.grad: _grad,
+}
+
+
+def _tensors(tensors: Any) -> tuple[Tensor, ...]:
+    if isinstance(tensors, dict):
+        tensors = tensors.values()
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+
+
+def _edges(tensors: Any) -> tuple[GradientEdge, ...]:
+    return tuple(map(get_gradient_edge, _tensors(tensors)))
 
 
 def _widened(value: Any) -> Any:
@@ -76,9 +149,6 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
     """Within the body, ``variables`` are float32 and operations run in `SinglePrecision`.
 
     Afterwards the variables have their half-precision data again, bit for bit.
-
-    Raises:
-        ProblemError: gradient checkpointing recomputes a half-precision part of the loss.
     """
     narrow = [(variable, variable.data) for variable in variables if variable.dtype in HALF]
     try:
@@ -86,13 +156,6 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
             variable.data = data.float()
         with SinglePrecision():
             yield
-    except RuntimeError as error:
-        if not recomputed_in_other_dtypes(error):
-            raise
-        raise ProblemError(
-            "gradient checkpointing: the backward pass recomputes half-precision parts of the "
-            "loss, which must run in float32; turn it off, or load the model in float32"
-        ) from error
     finally:
         for variable, data in narrow:
             variable.data = data

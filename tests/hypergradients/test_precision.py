@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -237,7 +239,9 @@ def add(x: Tensor) -> None:
     x += 1
 
 
-@pytest.mark.parametrize("change", [assign, add, lambda x: x.mul_(3)])
+@pytest.mark.parametrize(
+    "change", [assign, add, lambda x: x.mul_(3), lambda x: torch.add(x, 2, out=x)]
+)
 def test_operations_in_place_reach_the_tensor_itself(change: Callable[[Tensor], object]) -> None:
     """A half-precision mask or cache that a loss writes to is not a widened copy."""
     actual, expected = torch.ones(3).bfloat16(), torch.ones(3).bfloat16()
@@ -265,25 +269,77 @@ def test_nothing_becomes_half_precision(make: Callable[..., Tensor], dtype: torc
         assert make(torch.ones(2), dtype).dtype is torch.float32
 
 
-class Recomputed(nn.Module):
-    """Two linear layers in bfloat16, the first of them checkpointed, and a float32 gate."""
+class Recorded(torch.autograd.Function):
+    """x², whose backward pass records the dtype of a cast and whether autocast is enabled."""
 
-    def __init__(self, *, reentrant: bool) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4).bfloat16()
-        self.gate, self.reentrant = nn.Parameter(torch.ones(4)), reentrant
+    seen: ClassVar[list[tuple[torch.dtype, bool]]] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.first, x * self.gate.bfloat16(), use_reentrant=self.reentrant)
-        return self.second(x).float().square().mean()
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        Recorded.seen.append((x.bfloat16().dtype, torch.is_autocast_enabled("cpu")))
+        return 2 * x * slope
 
 
-@pytest.mark.parametrize(("reentrant", "said"), [(True, "use_reentrant"), (False, "float32")])
-def test_checkpointing_that_would_be_wrong_is_refused(reentrant: bool, said: str) -> None:
-    net = Recomputed(reentrant=reentrant)
-    x = torch.randn(3, 4).bfloat16()
-    lower = FunctionLevel(lambda _: net(x), [net.second.weight])
-    upper = FunctionLevel(lambda _: net(x + 1), [net.gate])
-    with pytest.raises(ProblemError, match=said):
+A, B = (torch.arange(1.0, 4, requires_grad=True) for _ in range(2))
+
+
+def cubes() -> tuple[Tensor, Tensor, Tensor]:
+    """A², (A²)·B and ΣA³, of which the first is no leaf."""
+    square = Recorded.apply(A)
+    return square, square * B, (square * A).sum()
+
+
+def backward(call: Callable[[Tensor, Tensor, Tensor], object]) -> Callable[..., list[Any]]:
+    """``call``, for the gradients that it writes."""
+
+    def written(*outputs: Tensor) -> list[Any]:
+        A.grad = B.grad = None
+        call(*outputs)
+        return [A.grad, B.grad, outputs[0].grad if outputs[0].retains_grad else None]
+
+    return written
+
+
+ONES, EYE = torch.ones(3), torch.eye(3)
+grad = torch.autograd.grad
+ENGINE: list[Callable[[Tensor, Tensor, Tensor], Any]] = [
+    backward(lambda s, p, z: z.backward()),
+    backward(lambda s, p, z: z.backward(inputs=A)),
+    backward(lambda s, p, z: p.backward(2 * ONES, inputs=[s, B])),
+    backward(lambda s, p, z: torch.autograd.backward([p, z], [ONES, None])),
+    lambda s, p, z: grad(z, [A, s]),
+    lambda s, p, z: grad((p, z), A, (ONES, None)),
+    lambda s, p, z: grad(z, (A, B), allow_unused=True),
+    lambda s, p, z: grad(z, (A, B), materialize_grads=True),
+    lambda s, p, z: grad(p, B, EYE, is_grads_batched=True),
+    lambda s, p, z: grad(grad(z, A, create_graph=True)[0].sum(), A),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("call", ENGINE)
+def test_a_backward_pass_is_in_single_precision_too(call: Callable[..., Any]) -> None:
+    expected = call(*cubes())
+    Recorded.seen.clear()
+    with torch.autocast("cpu", torch.bfloat16), SinglePrecision():
+        actual = call(*cubes())
+    assert set(Recorded.seen) <= {(torch.float32, False)}
+    assert len(actual) == len(expected)
+    for got, known in zip(actual, expected, strict=True):
+        assert (got is None and known is None) or torch.equal(got, known)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 1)
+    x = torch.randn(3, 4, requires_grad=True)
+    hidden = partial(checkpoint, first, use_reentrant=True)
+    lower = FunctionLevel(lambda _: second(hidden(x)).sum(), second.parameters())
+    upper = FunctionLevel(lambda _: second(hidden(x)).sum(), first.parameters())
+    with pytest.raises(ProblemError, match="use_reentrant"):
         hypergradient(upper, lower, "darts")
-    assert net.second.weight.dtype == torch.bfloat16
