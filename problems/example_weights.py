@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, require_labels, row_losses
-from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.common import TaskLevel, TaskLoss
 
 #: Columns that weights are read by, and a Trainer's entries, which are no arguments of a model.
 COLUMNS = ("index", "source", "votes", ITEMS, MICRO_BATCHES, WEIGHT)
 
 
-class HeldOut(Problem):
+class HeldOut(TaskLevel):
     """Upper level: min over the parameters of ``weights`` of the model's loss on held-out data.
 
     The examples are clean ones above `Weighted`, and those of a target task above `Mixture`.
@@ -31,15 +32,21 @@ class HeldOut(Problem):
         ('weight', 'bias')
     """
 
-    def __init__(self, model: Any, weights: nn.Module, **level: Any) -> None:
-        self.model = model
-        super().__init__(weights.named_parameters(), **level)
+    def __init__(
+        self, model: Any, weights: nn.Module, *, task_loss: TaskLoss | None = None, **level: Any
+    ) -> None:
+        task_loss = task_loss or partial(_model_loss, model)
+        super().__init__(model, weights.named_parameters(), task_loss=task_loss, **level)
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of the model."""
         require_labels(batch)
-        loss: Tensor = self.model(**without(batch, COLUMNS)).loss
-        return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
+        return self.task_loss(batch)
+
+
+def _model_loss(model: Any, batch: Any) -> Tensor:
+    loss: Tensor = model(**without(batch, COLUMNS)).loss
+    return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
 
 
 def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:

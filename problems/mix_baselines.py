@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +20,12 @@ from torch.utils.data import DataLoader
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, Mixture, SourceWeights
+from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, example_losses, without
 from hyperopt_peft.problems.mix_trainer import MixTrainer
-from hyperopt_peft.problems.source_data import SourceData
+from hyperopt_peft.problems.source_data import TRUSTED, SourceData
+from hyperopt_peft.problems.source_trainer import equal_weights
+from hyperopt_peft.problems.two_phases import as_prepared
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.restore import assign_
 
@@ -54,11 +57,12 @@ class Baselines:
         self.variables = [parameter for _, parameter in trainable(self.model)]
         args = trainer.args.for_retraining()
         self.passes_of_a_step: int = args.gradient_accumulation_steps
-        self.steps = args.steps_of(len(trainer.data.everything))
+        self.steps = args.steps_of(len(trainer.train_dataset))
         self.passes = trainer.search_passes()
         if trainer.args.retrain != "none":
             self.passes += self.steps * self.passes_of_a_step
-        self._options = {**trainer.options, "callbacks": None}
+        self._options = {**trainer.options, "callbacks": None, "eval_dataset": None}
+        self._learned = {**self._options, "processing_class": trainer.processing_class}
         self._last: tuple[SourceData, Tensor] | None = None  # data, and their agreement
 
     def __enter__(self) -> Baselines:
@@ -79,29 +83,32 @@ class Baselines:
         if method == LEARNED:
             assign_(self.variables, self.trainer.initial)
             args = self._silenced(copy(self.trainer.args))
-            _run(MixTrainer(self.model, args, sources=data, **self._options))
+            with as_prepared(self.model):
+                made = type(self.trainer)(self.model, args, sources=data, **self._learned)
+            _run(made)
             return self.passes
-        passes, equal = steps * self.passes_of_a_step, self._weights(data)
+        passes = steps * self.passes_of_a_step
+        trusted = {TRUSTED: data.parts[TRUSTED]}
         if method == TRUSTED_ONLY:
-            self._fit(data.trusted, steps, equal)
+            self._fit(trusted, steps)
         elif method == EQUAL:
-            self._fit(data.everything, steps, equal)
+            self._fit(data.parts, steps)
         elif method == SOURCES_FIRST:
-            self._fit(data.sources, steps - steps // 2, equal)
-            self._fit(data.trusted, steps // 2, equal, restart=False)
+            sources = {name: rows for name, rows in data.parts.items() if name != TRUSTED}
+            self._fit(sources, steps - steps // 2)
+            self._fit(trusted, steps // 2, restart=False)
         else:
             agreement = self._agreement(data)
             passes += self.steps * self.passes_of_a_step
-            rows = _agreeing(data, agreement) if method == FILTERED else data
-            weights = self._weights(rows, agreement if method == AGREEMENT else None)
-            self._fit(rows.everything, steps, weights)
+            if method == FILTERED:
+                self._fit(_agreeing(data, agreement).parts, steps)
+            else:
+                self._fit(data.parts, steps, _logits(data, agreement))
         return passes
 
-    @torch.no_grad()
     def losses(self, rows: Dataset) -> Tensor:
-        """The loss of each of ``rows``, ``(n,)``, without dropout."""
-        losses = [example_losses(self.model, batch) for batch in self._batches(rows)]
-        return torch.cat(losses).cpu()
+        """The loss of each of ``rows``, trusted ones, ``(n,)``, without dropout."""
+        return self._of_rows({TRUSTED: rows}, partial(example_losses, self.model))
 
     def _agreement(self, data: SourceData) -> Tensor:
         """How far a model of the trusted rows agrees with each row of the sources, from 0 to 1.
@@ -110,10 +117,9 @@ class Baselines:
         without a vote; of other labels exp(−loss).
         """
         if self._last is None or self._last[0] is not data:
-            self._fit(data.trusted, self.steps, self._weights(data))
-            with torch.no_grad():
-                each = [self._agreement_of(batch) for batch in self._batches(data.sources)]
-            self._last = data, torch.cat(each).cpu()
+            self._fit({TRUSTED: data.parts[TRUSTED]}, self.steps)
+            sources = {name: rows for name, rows in data.parts.items() if name != TRUSTED}
+            self._last = data, self._of_rows(sources, self._agreement_of)
         return self._last[1]
 
     def _agreement_of(self, batch: Any) -> Tensor:
@@ -126,32 +132,27 @@ class Baselines:
         votes: Tensor = batch[VOTES]
         return (predicted[:, None] == votes).float().masked_fill(votes == NO_VOTE, torch.nan)
 
-    def _weights(self, data: SourceData, agreement: Tensor | None = None) -> SourceWeights:
-        """Equal weights, or a = the mean agreement of each source, and of the trusted rows 1."""
-        counts = {name: max(1, count) for name, count in data.counts.items()}
-        weights = SourceWeights(counts)
-        if agreement is not None:
-            if agreement.dim() == 2:  # of votes
-                sums, votes = agreement.nansum(0), (~agreement.isnan()).sum(0)
-            else:
-                source, size = torch.tensor(data.sources[SOURCE][:]), len(data.names)
-                sums, votes = source.bincount(agreement, size), source.bincount(minlength=size)
-            share = ((sums + 1) / (votes + 2)).clamp(1e-3, 1 - 1e-3)
-            share[-1] = 1 - 1e-3
-            weights.logits.data = share.logit()
-        return weights.requires_grad_(False).to(self.trainer.args.device)
-
     def _fit(
-        self, rows: Dataset, steps: int, weights: SourceWeights, *, restart: bool = True
+        self,
+        parts: Mapping[str, Dataset],
+        steps: int,
+        logits: Tensor | None = None,
+        *,
+        restart: bool = True,
     ) -> None:
-        """Train on ``rows`` for ``steps``; from the initial values if ``restart``."""
+        """Train on ``parts`` for ``steps``, by fixed weights; from the initial values if wanted."""
+
+        def weights(counts: Mapping[str, int]) -> SourceWeights:
+            made = equal_weights(counts)
+            if logits is not None:
+                made.logits.data = logits
+            return made
+
         if restart:
             assign_(self.variables, self.trainer.initial)
         args = self._silenced(self.trainer.args.for_retraining())
         args.max_steps = max(1, steps)
-        options = {**self._options, "args": args, "train_dataset": rows, "upper": None}
-        options["lower"] = lambda made: Mixture(made.model, weights)
-        _run(BilevelTrainer(self.model, **options))
+        _run(self.trainer.of_parts(parts, args, weights, **self._options))
 
     def _silenced(self, args: Any) -> Any:
         """``args`` that write nothing."""
@@ -160,14 +161,39 @@ class Baselines:
         args.disable_tqdm, args.load_best_model_at_end = True, False
         return args
 
-    def _batches(self, rows: Dataset) -> Iterator[Any]:
+    @torch.no_grad()
+    def _of_rows(self, parts: Mapping[str, Dataset], function: Callable[[Any], Tensor]) -> Tensor:
+        """``function`` of batches of all rows in ``parts``, as the parent prepares single rows."""
+        args = self._silenced(copy(self.trainer.args))
+        for packs in ("packing", "padding_free", "eval_packing", "shuffle_dataset"):
+            if getattr(args, packs, None):
+                setattr(args, packs, False)
+        made = self.trainer.of_parts(parts, args, **self._options)
+        count = sum(map(len, parts.values()))
+        if len(made.train_dataset) != count:
+            raise ProblemError(
+                f"compare_baselines: the trainer leaves out {count - len(made.train_dataset)} of "
+                f"{count} rows, without a label to score; remove these rows"
+            )
         self.model.eval()
-        args, collate = self.trainer.args, self.trainer.data_collator
         loader: Any = DataLoader(
-            rows, batch_size=args.per_device_eval_batch_size, collate_fn=collate
+            made.train_dataset, args.per_device_eval_batch_size, collate_fn=made.data_collator
         )
-        for batch in loader:
-            yield send_to_device(dict(batch), args.device)
+        batches = (send_to_device(dict(batch), args.device) for batch in loader)
+        with made.compute_loss_context_manager():
+            return torch.cat([function(batch) for batch in batches]).cpu()
+
+
+def _logits(data: SourceData, agreement: Tensor) -> Tensor:
+    """Of a = the mean agreement of each source; that of the trusted rows is 1."""
+    if agreement.dim() == 2:  # of votes
+        sums, votes = agreement.nansum(0), (~agreement.isnan()).sum(0)
+    else:
+        source, size = torch.tensor(data.sources[SOURCE][:]), len(data.names)
+        sums, votes = source.bincount(agreement, size), source.bincount(minlength=size)
+    share = ((sums + 1) / (votes + 2)).clamp(1e-3, 1 - 1e-3)
+    share[-1] = 1 - 1e-3
+    return share.logit()
 
 
 def _run(trainer: BilevelTrainer) -> None:

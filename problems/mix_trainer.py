@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -14,18 +13,25 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.data_sources import SOURCE, VOTES, Mixture, SourceWeights
+from hyperopt_peft.problems.data_sources import SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.source_data import SourceData
+from hyperopt_peft.problems.source_trainer import SourceTrainer, equal_weights
 from hyperopt_peft.problems.two_phases import (
     TwoPhaseTrainer,
     TwoPhaseTrainingArguments,
+    as_prepared,
     options_of_retraining,
 )
 from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.utils.models import base_model
+
+#: The estimator that is the best for what has a source.
+AUTO = "auto"
+#: The estimators of sources of labels, as a language model has them, and of sources of rows.
+OF_LABELS, OF_ROWS = "darts:product=dots", "minres:steps=3,damping=0.1"
 
 
 @dataclass
@@ -43,8 +49,9 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         "the search ended, or from the initial values",
     )
     hypergradient: str = HfArg(
-        default="minres:steps=3,damping=0.1",
-        help="hypergradient estimator, with options: darts:xi=1.0 is cheaper",
+        default=AUTO,
+        help=f"hypergradient estimator, with options; {AUTO} is {OF_LABELS} where each token has a "
+        f"label, as in a language model, and else {OF_ROWS}",
     )
     lower_steps: int = HfArg(
         default=3, help="optimizer steps from one update of the weights to the next"
@@ -68,8 +75,14 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     # The lower level reads a column that the model does not; the trainer removes all others.
     remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
 
+    def estimator(self, *, of_labels: bool = False) -> Estimator:
+        """As `BilevelTrainingArguments.estimator`; ``auto`` is the one of labels, or of rows."""
+        if self.hypergradient != AUTO:
+            return super().estimator()
+        return get_estimator(OF_LABELS if of_labels else OF_ROWS)
 
-class MixTrainer(TwoPhaseTrainer):
+
+class MixTrainer(SourceTrainer, TwoPhaseTrainer):
     """Learns the weights of data sources on trusted rows, then trains on everything with them.
 
     In the search the lower level trains the adapter on the sources (`Mixture`), and the upper level
@@ -135,48 +148,57 @@ class MixTrainer(TwoPhaseTrainer):
                     f"{name}: not possible in MixTrainer, whose levels have a loss of each row; "
                     "leave it out"
                 )
-        if not isinstance(sources, SourceData):
-            sources = SourceData.of(sources, trusted)
-        columns = {*signature(base_model(model).forward).parameters, "label", "label_ids"}
-        self.data = sources.of_columns({*columns, SOURCE, VOTES})
-        self.weights = SourceWeights(self.data.counts).to(args.device)
-        #: The arguments of `transformers.Trainer` for further trainers of the same model.
+        #: The sources and the trusted rows as they were given.
+        self.data = sources if isinstance(sources, SourceData) else SourceData.of(sources, trusted)
+        #: The arguments of the parent for further trainers of the same model.
         self.options = options_of_retraining(trainer)
-        #: The initial values of the trainable parameters.
-        self.initial = [parameter.detach().clone() for _, parameter in trainable(model)]
         super().__init__(
-            model=model,
-            lower=self._lower,
-            upper=self._upper,
-            args=args,
-            train_dataset=self.data.everything,
-            upper_dataset=self.data.trusted,
+            model,
+            args,
+            parts=self.data.parts,
+            names=self.data.names,
+            upper=MixTrainer._held_out,
             **trainer,
         )
+        #: The initial values of the trainable parameters.
+        self.initial = [parameter.detach().clone() for _, parameter in trainable(self.model)]
 
-    def _lower(self, trainer: BilevelTrainer) -> Problem:
-        return Mixture(trainer.model, self.weights)
-
-    def _upper(self, trainer: BilevelTrainer) -> Problem:
+    def _held_out(self) -> Problem:
         prior = len(self.weights.names) / (8 * len(self.data.trusted))
         # The argument, where there is one, becomes the level's prior afterwards.
-        is_default = trainer.args.upper_prior is None
-        return HeldOut(trainer.model, self.weights, prior=prior if is_default else None)
+        default = prior if self.args.upper_prior is None else None
+        return HeldOut(self.model, self.weights, task_loss=self.task_loss, prior=default)
+
+    def make_estimator(self) -> Estimator:
+        """As `BilevelTrainer.make_estimator`; by default the one for labels, or for rows."""
+        return self.args.estimator(of_labels=self.of_labels)
 
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the adapter on everything, with the learned weights."""
-        return BilevelTrainer(
-            self.model,
-            lower=self._lower,
-            upper=None,
-            args=args,
-            train_dataset=self.data.everything,
-            **self.options,
-        )
+        return self.of_parts(self.data.parts, args, lambda counts: self.weights, **self.options)
+
+    def of_parts(
+        self,
+        parts: Mapping[str, Dataset],
+        args: Any,
+        weights: Callable[[Mapping[str, int]], SourceWeights] = equal_weights,
+        **options: Any,
+    ) -> SourceTrainer:
+        """A trainer of the same kind that trains the model on ``parts``, with fixed weights."""
+        with as_prepared(self.model):
+            return SourceTrainer.over(self.parent())(
+                self.model,
+                args,
+                parts=parts,
+                names=self.data.names,
+                weights=weights,
+                processing_class=self.processing_class,
+                **options,
+            )
 
     def search_passes(self) -> int:
         """The forward+backward passes of the search, in passes over a micro-batch."""
-        steps = self.args.steps_of(len(self.data.everything))
+        steps = self.args.steps_of(len(self.train_dataset))
         return math.ceil(steps * self.passes_of_an_upper_step() / self.args.lower_steps)
 
     def shares(self) -> dict[str, float]:

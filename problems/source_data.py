@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,11 +73,14 @@ class SourceData:
         """The rows of the sources, then the trusted ones."""
         return joined(sources=self.sources, trusted=self.trusted)
 
-    def of_columns(self, names: Collection[str]) -> SourceData:
-        """The data with those columns alone that are in ``names``."""
-        columns = [name for name in self.sources.column_names if name in names]
-        sources, trusted = (rows.select_columns(columns) for rows in (self.sources, self.trusted))
-        return replace(self, sources=sources, trusted=trusted)
+    @property
+    def parts(self) -> dict[str, Dataset]:
+        """The rows of each source by name, and the trusted ones; rows with votes are one part."""
+        if VOTES in self.sources.column_names:
+            return {VOTES: self.sources, TRUSTED: self.trusted}
+        tables = by_column(self.sources, SOURCE)
+        parts = {self.names[int(number)]: rows for number, rows in tables.items()}
+        return {**parts, TRUSTED: self.trusted.remove_columns(SOURCE)}
 
     def with_trusted(self, rows: Sequence[int]) -> SourceData:
         """The data with these trusted rows alone."""

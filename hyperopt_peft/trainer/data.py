@@ -118,31 +118,30 @@ def data_of_levels(
     return train, upper
 
 
-def with_upper(evaluation: Any, upper: Any, args: Any) -> Any:
-    """The evaluation data and the upper level's, by name, which a trainer prepares alike.
+def with_more(evaluation: Any, more: Mapping[str, Any], args: Any) -> Any:
+    """The evaluation data and ``more`` by name, which a trainer prepares alike.
 
     Without evaluation data that ``args`` asks for there are none, as the trainer says.
     """
-    if upper is None or (evaluation is None and args.eval_strategy != "no"):
+    if not more or (evaluation is None and args.eval_strategy != "no"):
         return evaluation
     if not isinstance(evaluation, Mapping):
         evaluation = {} if evaluation is None else {EVALUATION: evaluation}
-    return {**evaluation, UPPER: upper}
+    return {**evaluation, **more}
 
 
-def without_upper(prepared: Any, evaluation: Any, upper: Any) -> tuple[Any, Any]:
-    """The prepared evaluation data, in the form of ``evaluation``, and the upper level's."""
-    if upper is None:
-        return prepared, None
-    if not isinstance(prepared, Mapping) or UPPER not in prepared:
+def without_more(prepared: Any, evaluation: Any, more: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The prepared evaluation data, in the form of ``evaluation``, and those of ``more``."""
+    if not more:
+        return prepared, {}
+    if not isinstance(prepared, Mapping) or not more.keys() <= prepared.keys():
         raise ProblemError(
-            "upper_dataset: the trainer did not keep the sets of evaluation data by name, as which "
-            "it prepares the upper level's data; let it take a dict of data sets as eval_dataset"
+            f"{', '.join(more)}: the trainer did not keep the sets of evaluation data by name, as "
+            "which it prepares these; let it take a dict of data sets as eval_dataset"
         )
-    rest = {name: rows for name, rows in prepared.items() if name != UPPER}
-    if isinstance(evaluation, Mapping):
-        return rest, prepared[UPPER]
-    return rest.get(EVALUATION), prepared[UPPER]
+    rest = {name: rows for name, rows in prepared.items() if name not in more}
+    named = {name: prepared[name] for name in more}
+    return (rest if isinstance(evaluation, Mapping) else rest.get(EVALUATION)), named
 
 
 def label_column(data: Dataset) -> str | None:

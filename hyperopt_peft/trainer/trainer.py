@@ -20,16 +20,18 @@ from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.data import (
+    UPPER,
     collating,
     data_of_levels,
     endless,
-    with_upper,
-    without_upper,
+    with_more,
+    without_more,
 )
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, frozen_fingerprint
 from hyperopt_peft.trainer.internals import metrics_restored
@@ -148,20 +150,20 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         )
         self.skipped = 0
         self._callback = BilevelCallback(self)
+        # The parent prepares the upper level's data as it prepares evaluation data.
+        more = {} if upper_dataset is None else {UPPER: upper_dataset}
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
-            # The parent prepares the upper level's data as it prepares evaluation data.
-            eval_dataset=with_upper(evaluation, upper_dataset, args),
+            eval_dataset=with_more(evaluation, more, args),
             callbacks=[self._callback, *(callbacks or ())],
             **trainer,
         )
         checks.check_model(self.model)
         keep_differentiable(self.model)
-        self.eval_dataset, self.upper_dataset = without_upper(
-            self.eval_dataset, evaluation, upper_dataset
-        )
+        self.eval_dataset, named = without_more(self.eval_dataset, evaluation, more)
+        self.upper_dataset = named.get(UPPER)
         if self.trainer_loss:
             for data in (self.train_dataset, self.upper_dataset):
                 checks.check_labels(self.model, data, trainer)
@@ -184,7 +186,7 @@ class BilevelTrainer(Trainer, metaclass=Combined):
                     f"upper_prior: the level {self.upper.name} has a prior; leave one of them out"
                 )
             self.upper.prior = GaussianPrior(args.upper_prior, self.upper.variables)
-        self.estimator = args.estimator()
+        self.estimator = self.make_estimator()
         checks.check_accelerator(self, self.levels, self.estimator)
         check_optimizers(self.optimizer, self.lr_scheduler, self.levels)
         loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
@@ -225,6 +227,10 @@ class BilevelTrainer(Trainer, metaclass=Combined):
     def parent(cls) -> Any:
         """The class that `over` was given; else `transformers.Trainer`."""
         return cls.__mro__[cls.__mro__.index(BilevelTrainer) + 1]
+
+    def make_estimator(self) -> Estimator:
+        """The estimator that the arguments name."""
+        return self.args.estimator()
 
     @property
     def levels(self) -> list[Problem]:
