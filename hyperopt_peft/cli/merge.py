@@ -77,6 +77,10 @@ def _load(args: MergeArguments) -> tuple[Any, torch.dtype]:
         raise ProblemError(f"adapter: {folder} has the unknown task_type {adapter.task_type}")
     saved = folder / BASE_CONFIG  # written by train, with the labels of a new head
     config = load_config(str(saved if saved.is_dir() else name))
+    if hasattr(config, "quantization_config") and not hasattr(
+        load_config(name), "quantization_config"
+    ):
+        del config.quantization_config  # of load_in_4bit, which would round the merged weights
     dtype = config.dtype or torch.float32  # loading sets ``config.dtype``
     base, new = load_base(task, name, config, "float32")
     trained = set(adapter.modules_to_save or [])

@@ -36,9 +36,10 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama and its tokenizer."""
+    """A folder with a Llama, whose sizes bitsandbytes can pack on a CPU, and its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    language.language_model(max_position_embeddings=64).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
+    language.language_model(max_position_embeddings=64, **sizes).save_pretrained(folder)
     language.tokenizer().save_pretrained(folder)
     return folder
 
@@ -94,6 +95,7 @@ def test_weights_mixture_and_adapter(
         web, forum = (entry["fraction"] for entry in mixture["datasets"])
         weights = [sources[name]["row_weight"] for name in ("web", "forum")]
         assert web / forum == pytest.approx(weights[0] / weights[1])
+    run("merge", adapter=tmp_path / "out", output_dir=tmp_path / "merged")
     printed = capsys.readouterr().out
     assert "eval_loss" in printed and "row weight" in printed
     assert ("by 2 folds" in printed) == ("baseline_folds" in changes)
@@ -132,8 +134,13 @@ def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
 
 
 def test_no_retraining_without_rows(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = {"task": "sft", "model": model, "train_file": "none.csv", "retrain_without": 0.1}
-    refused(capsys, "attribute", chosen, "retrain_without: is not of task sft")
+    chosen = {"task": "sft", "model": model, "train_file": "a.csv", "use_cpu": True}
+    refused(
+        capsys,
+        "attribute",
+        chosen | {"retrain_without": 0.1},
+        "retrain_without: is not of task sft",
+    )
 
 
 def messages(*said: dict[str, Any]) -> list[Any]:
