@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.core.validation import check_optimizer
 from hyperopt_peft.errors import ProblemError
 
 
-def new_optimizer(kind: Any, options: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> Any:
-    """The optimizer ``kind`` with ``options`` over ``groups`` of parameters.
+def new_optimizer(
+    kind_and_options: tuple[Any, Mapping[str, Any]], groups: Sequence[dict[str, Any]]
+) -> Any:
+    """The optimizer of a class with options over ``groups`` of parameters.
 
     Raises:
         ProblemError: the optimizer takes no groups of parameters, or refuses the options.
     """
+    kind, options = kind_and_options
     name = getattr(kind, "__name__", kind)
     takes_groups = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     # Some take the model, and step in hooks of the backward pass.
@@ -51,6 +54,12 @@ def parameter_groups(
         options = {"lr": args.upper_learning_rate, "weight_decay": args.upper_weight_decay}
         groups.append({"params": list(upper.variables), **options})
     return [group for group in groups if group["params"]]
+
+
+def undecayed(model: nn.Module, decayed: Iterable[str]) -> set[int]:
+    """The ids of the parameters of ``model`` without those with a name in ``decayed``."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {id(p) for p in named.values()} - {id(named[name]) for name in decayed}
 
 
 def params_of(optimizer: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import fields, make_dataclass
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from transformers import Trainer, TrainingArguments
 
@@ -115,6 +115,41 @@ def combined_arguments(ours: Any, parents: Any) -> Any:
     return made
 
 
-def defines_loss(kind: type[Trainer], besides: tuple[type[Trainer], ...]) -> bool:
-    """Whether ``kind`` or one of its bases, ``besides`` some, defines ``compute_loss``."""
-    return any("compute_loss" in vars(base) for base in kind.__mro__ if base not in besides)
+class CombinedTrainer(Trainer, metaclass=Combined):
+    """A `transformers.Trainer` that can stand before any other; the base of bilevel trainers."""
+
+    #: The class of ``args``.
+    Arguments: ClassVar[Any] = TrainingArguments
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_parent(cls.parent())
+        if "Arguments" not in vars(cls):
+            cls.Arguments = combined_arguments(cls.Arguments, arguments_of(cls.parent()))
+
+    @classmethod
+    def over(cls, trainer: Any) -> type[Self]:
+        """This class before ``trainer``, another subclass of `transformers.Trainer`.
+
+        The class has the bases (cls, ``trainer``) and is always the same object. Both levels train
+        by the loss of ``trainer`` and on data that ``trainer`` prepares. The arguments are
+        ``Arguments``, those of ``trainer`` with its defaults, and those of this class.
+
+        Raises:
+            ProblemError: ``trainer`` is no trainer, or does more in a step than evaluate its loss.
+
+        Example:
+            >>> from hyperopt_peft import BilevelTrainer
+            >>> class Halved(Trainer):
+            ...     def compute_loss(self, model, inputs, *args, **kwargs):
+            ...         return super().compute_loss(model, inputs, *args, **kwargs) / 2
+            >>> BilevelTrainer.over(Halved)
+            <class 'hyperopt_peft.trainer.trainer.BilevelHalved'>
+        """
+        made: type[Self] = combined(cls, trainer)
+        return made
+
+    @classmethod
+    def parent(cls) -> Any:
+        """The class that `over` was given; else `transformers.Trainer`."""
+        return cls.__mro__[cls.__mro__.index(CombinedTrainer) + 1]

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -33,36 +28,20 @@ from hyperopt_peft.trainer.data import (
     with_more,
     without_more,
 )
-from hyperopt_peft.trainer.fingerprint import data_fingerprint, frozen_fingerprint
 from hyperopt_peft.trainer.internals import metrics_restored
+from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.logs import NoiseLog, upper_gap
-from hyperopt_peft.trainer.loss_rule import LossRule
-from hyperopt_peft.trainer.optimizer import (
-    check_optimizers,
-    new_optimizer,
-    parameter_groups,
-    params_of,
-)
-from hyperopt_peft.trainer.over import (
-    Combined,
-    arguments_of,
-    check_parent,
-    combined,
-    combined_arguments,
-    defines_loss,
-)
+from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
 from hyperopt_peft.trainer.step import OptimizerStep
 from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of, upper_batches
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.distributed import reshard
 from hyperopt_peft.utils.models import keep_differentiable
 
-SETTINGS = "bilevel_settings.json"
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
 
 
-class BilevelTrainer(Trainer, metaclass=Combined):
+class BilevelTrainer(TwoLevelTrainer):
     """`transformers.Trainer` for a lower and an upper level over one model.
 
     Every optimizer step moves the lower level. Each ``lower_steps``-th step moves the upper level
@@ -109,15 +88,11 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         ['Fit', 'Bias']
     """
 
-    #: The class of ``args``.
-    Arguments: ClassVar[Any] = BilevelTrainingArguments
-    args: BilevelTrainingArguments
+    Arguments = BilevelTrainingArguments
     #: Whether an example of the upper level may train the lower level too.
     may_share_rows: ClassVar[bool] = False
     current_step: OptimizerStep
-    train_dataset: Any
     eval_dataset: Any
-    optimizer: Any
     current_flos: float
 
     def __init__(
@@ -133,9 +108,10 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         **trainer: Any,
     ) -> None:
         self.trainer_loss = _is_function(lower)
-        custom = defines_loss(type(self), besides=(BilevelTrainer, Trainer))
         checks.check_class(args, self.Arguments)
-        checks.check_arguments(args, trainer, trainer_loss=self.trainer_loss, custom_loss=custom)
+        checks.check_arguments(
+            args, trainer, trainer_loss=self.trainer_loss, custom_loss=self.has_own_loss()
+        )
         if self.parent() is Trainer:  # others may load a model by its name
             checks.check_model(model)
         evaluation = trainer.pop("eval_dataset", None)
@@ -168,17 +144,9 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             for data in (self.train_dataset, self.upper_dataset):
                 checks.check_labels(self.model, data, trainer)
         self.train_dataset = endless(self.train_dataset)
-        self._loss_rule = LossRule(
-            self.model,
-            self.task_loss,
-            self._measuring,
-            args.device,
-            scaled=getattr(self, "loss_is_scaled_for_ga", None),
-            sums=self.model_accepts_loss_kwargs or self.compute_loss_func is not None,
-            custom=custom or self.compute_loss_func is not None,
-        )
-        self.lower: Problem = _made(lower, self)
-        self.upper: Problem | None = _made(upper, self)
+        self._set_loss_rule()
+        self.lower = _made(lower, self)
+        self.upper = _made(upper, self)
         checks.check_levels(self.levels)
         if self.upper is not None and args.upper_prior is not None:
             if self.upper.prior is not None:
@@ -195,77 +163,6 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             loader = loader_of(self, self.upper_dataset, "upper_dataset")
             self.upper_batches = upper_batches(self.upper_dataset, loader, args)
         self._set_step(self.optimizer or self._new_optimizer())
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        check_parent(cls.parent())
-        if "Arguments" not in vars(cls):
-            cls.Arguments = combined_arguments(cls.Arguments, arguments_of(cls.parent()))
-
-    @classmethod
-    def over(cls, trainer: Any) -> type[Self]:
-        """This class before ``trainer``, another subclass of `transformers.Trainer`.
-
-        The class has the bases (cls, ``trainer``) and is always the same object. Both levels train
-        by the loss of ``trainer`` and on data that ``trainer`` prepares. The arguments are
-        ``Arguments``, those of ``trainer`` with its defaults, and those of this class.
-
-        Raises:
-            ProblemError: ``trainer`` is no trainer, or does more in a step than evaluate its loss.
-
-        Example:
-            >>> class Halved(Trainer):
-            ...     def compute_loss(self, model, inputs, *args, **kwargs):
-            ...         return super().compute_loss(model, inputs, *args, **kwargs) / 2
-            >>> BilevelTrainer.over(Halved)
-            <class 'hyperopt_peft.trainer.trainer.BilevelHalved'>
-        """
-        made: type[Self] = combined(cls, trainer)
-        return made
-
-    @classmethod
-    def parent(cls) -> Any:
-        """The class that `over` was given; else `transformers.Trainer`."""
-        return cls.__mro__[cls.__mro__.index(BilevelTrainer) + 1]
-
-    def make_estimator(self) -> Estimator:
-        """The estimator that the arguments name."""
-        return self.args.estimator()
-
-    @property
-    def levels(self) -> list[Problem]:
-        """The lower level, and the upper one where there is one."""
-        return [self.lower] if self.upper is None else [self.lower, self.upper]
-
-    def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """The variables, and the values that a level's prior pulls to, by level and name."""
-        named: list[tuple[str, Tensor]] = []
-        for key, level in zip(("lower", "upper"), self.levels):
-            named += [(f"{key}.{n}", x) for n, x in zip(level.names, level.variables)]
-            if isinstance(level.prior, GaussianPrior):
-                named += [(f"{key} prior.{n}", x) for n, x in zip(level.names, level.prior.start)]
-        return named
-
-    def settings(self) -> dict[str, Any]:
-        """The settings in which a checkpoint and the run that resumes must agree, as JSON."""
-        settings = {
-            **self.args.resume_must_match(),
-            "hypergradient": repr(self.estimator) if self.upper is not None else None,
-            "processes": distributed.world_size(),
-            **self._data_fingerprints,
-            **{name: list(tensor.shape) for name, tensor in self.named_tensors()},
-            # Under FSDP2 processes have shards, and some get weights from process 0 in training.
-            "frozen weights of the model": (
-                None if self.is_fsdp_enabled else frozen_fingerprint(self.model, self.levels)
-            ),
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-        return plain
-
-    @cached_property
-    def _data_fingerprints(self) -> dict[str, Any]:
-        data = {"train_dataset": self.train_dataset, "upper_dataset": self.upper_dataset}
-        return {name: data_fingerprint(rows) for name, rows in data.items()}
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -301,27 +198,6 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             self.args = args_of_user
             if self.upper_batches is not None:
                 self.upper_batches.close()
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """The optimizer ``args.optim`` over both levels, with groups of their own."""
-        if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
-            reshard(self.model)
-        if self.optimizer is None:
-            self.optimizer = self._new_optimizer()
-        self._unprepared = params_of(self.optimizer)
-        return self.optimizer
-
-    def _new_optimizer(self) -> Any:
-        model = self.model
-        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-            self.args, model
-        )
-        named = dict(model.named_parameters(remove_duplicate=False))
-        decayed = {id(named[name]) for name in self.get_decay_parameter_names(model)}
-        plain = {id(parameter) for parameter in named.values()} - decayed
-        return new_optimizer(
-            kind, options, parameter_groups(self.lower, self.upper, self.args, plain)
-        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step."""
@@ -371,16 +247,6 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             batches = list(islice(epoch_iterator, num_batches))
         return self._with_entries(batches), None
 
-    def _with_entries(self, batches: Sequence[Any]) -> list[Any]:
-        """The micro-batches of a step of either level, with the entries that its loss reads."""
-        args = self.args
-        counted = super().get_batch_samples(iter(batches), len(batches), args.device)
-        samples: list[Any] = list(counted[0])
-        if not self.trainer_loss:  # losses of the levels' own know no labels
-            return samples
-        entries = self._loss_rule.entries(samples, counted[1], args.average_tokens_across_devices)
-        return [{**b, **e} if e else b for b, e in zip(samples, entries, strict=True)]
-
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one micro-batch; after the last one ``.grad`` is the step's direction.
 
@@ -421,50 +287,6 @@ class BilevelTrainer(Trainer, metaclass=Combined):
             f"micro-batches): {error}; {NON_FINITE_ADVICE}; {written}"
         ) from error
 
-    def task_loss(self, batch: Any) -> Tensor:
-        """The loss that the Trainer would train: a scalar, whose mean over micro-batches counts.
-
-        With the entries of `LossRule`, the mean over the micro-batches and processes of a step is
-        the mean over all of its labels.
-
-        Raises:
-            ProblemError: the model cannot compute a loss for ``batch``.
-        """
-        inputs = dict(batch)
-        weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
-        with model_reads(batch):
-            loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
-        if items is not None:
-            # In 64 bits the division by n, for the mean over micro-batches, gives the loss again.
-            loss = (loss if loss.is_mps else loss.double()) * n
-        elif weight is not None:
-            loss = loss * weight.to(loss.dtype)
-        return loss
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """As `transformers.Trainer.compute_loss`, corrected for evaluation by several processes.
-
-        With a count of labels the Trainer multiplies the loss by the number of processes, also when
-        the model averages over rows itself. Such a model gets no count.
-        """
-        compute, items = super().compute_loss, num_items_in_batch
-        multiplied = items is not None and distributed.world_size() > 1
-        if multiplied and not self._loss_rule.model_reads_items(compute, model, inputs):
-            items = None
-        return compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
-
-    @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        """A context for a loss that nothing is trained by."""
-        with metrics_restored(self), self.compute_loss_context_manager():
-            yield
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `transformers.Trainer.log`, with the numbers of the levels."""
         if "loss" in logs:
@@ -477,26 +299,6 @@ class BilevelTrainer(Trainer, metaclass=Combined):
         if self.is_in_train and self.trainer_loss:
             logs |= upper_gap(logs, self.state.log_history)
         super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `transformers.Trainer.save_model`, with the settings; the levels in checkpoints."""
-        folder = Path(output_dir or self.args.output_dir)
-        if _internal_call and folder.name.startswith(checkpoint.PREFIX):
-            self._callback.write(folder)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / SETTINGS).write_text(json.dumps(self.args.bilevel_settings(), indent=1))
-        super().save_model(output_dir, _internal_call)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `transformers.Trainer.create_model_card`, with the bilevel settings."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            settings = {"levels": [level.name for level in self.levels]}
-            settings |= self.args.bilevel_settings()
-            lines = "".join(f"- {key}: {value}\n" for key, value in settings.items())
-            with (Path(self.args.output_dir) / "README.md").open("a") as card:
-                card.write(f"\n\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n{lines}")
 
     def end_training(self) -> None:
         """End the process group: the last line of a script.

@@ -18,6 +18,8 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: The most examples of an upper level for which each batch is all of them, unless a size is given.
 FULL = 128
+#: The column of the documents' lengths in rows that TRL has packed.
+PACKED = "seq_lengths"
 
 
 class UpperBatches(Dataset[Any]):
@@ -157,10 +159,18 @@ def loader_of(trainer: Trainer, data: Any, name: str) -> Any:
     """The Trainer's loader of ``data``, or of its first row.
 
     Raises:
-        ProblemError: ``data``, the argument ``name``, has no column that the model reads.
+        ProblemError: ``data``, the argument ``name``, has no column that the model reads; or the
+            column of the documents' lengths in packed rows would be removed.
     """
+    table = isinstance(data, datasets.Dataset)
     try:
-        few = data.select(range(1)) if isinstance(data, datasets.Dataset) else data
-        return trainer.get_test_dataloader(few)
+        loader = trainer.get_test_dataloader(data.select(range(1)) if table else data)
     except ValueError as error:
         raise ProblemError(f"{name}: {error}") from error
+    if table and PACKED in set(data.column_names) - set(loader.dataset.column_names):
+        raise ProblemError(
+            f"{name}: the rows are packed, and without the column {PACKED!r}, which the trainer "
+            "removes as unused, documents attend to each other; set remove_unused_columns=False "
+            "with TRL's collator, or use the trainer's class .over(SFTTrainer)"
+        )
+    return loader

@@ -1,0 +1,116 @@
+"""A Trainer of two levels: their variables, one optimizer, and what is saved of them."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hyperopt_peft.core.prior import GaussianPrior
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.hypergradients import Estimator
+from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.callback import BilevelCallback
+from hyperopt_peft.trainer.fingerprint import data_fingerprint, frozen_fingerprint
+from hyperopt_peft.trainer.optimizer import (
+    new_optimizer,
+    parameter_groups,
+    params_of,
+    undecayed,
+)
+from hyperopt_peft.trainer.task_loss import TaskLossTrainer
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.distributed import reshard
+
+SETTINGS = "bilevel_settings.json"
+
+
+class TwoLevelTrainer(TaskLossTrainer):
+    """A Trainer that trains, saves and restores the variables of its levels."""
+
+    args: BilevelTrainingArguments
+    lower: Problem
+    upper: Problem | None
+    estimator: Estimator
+    train_dataset: Any
+    upper_dataset: Any
+    optimizer: Any
+    _callback: BilevelCallback
+
+    def make_estimator(self) -> Estimator:
+        """The estimator that the arguments name."""
+        return self.args.estimator()
+
+    @property
+    def levels(self) -> list[Problem]:
+        """The lower level, and the upper one where there is one."""
+        return [self.lower] if self.upper is None else [self.lower, self.upper]
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The variables, and the values that a level's prior pulls to, by level and name."""
+        named: list[tuple[str, Tensor]] = []
+        for key, level in zip(("lower", "upper"), self.levels):
+            named += [(f"{key}.{n}", x) for n, x in zip(level.names, level.variables)]
+            if isinstance(level.prior, GaussianPrior):
+                named += [(f"{key} prior.{n}", x) for n, x in zip(level.names, level.prior.start)]
+        return named
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in which a checkpoint and the run that resumes must agree, as JSON."""
+        settings = {
+            **self.args.resume_must_match(),
+            "hypergradient": repr(self.estimator) if self.upper is not None else None,
+            "processes": distributed.world_size(),
+            **self._data_fingerprints,
+            **{name: list(tensor.shape) for name, tensor in self.named_tensors()},
+            # Under FSDP2 processes have shards, and some get weights from process 0 in training.
+            "frozen weights of the model": (
+                None if self.is_fsdp_enabled else frozen_fingerprint(self.model, self.levels)
+            ),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+        return plain
+
+    @cached_property
+    def _data_fingerprints(self) -> dict[str, Any]:
+        data = {"train_dataset": self.train_dataset, "upper_dataset": self.upper_dataset}
+        return {name: data_fingerprint(rows) for name, rows in data.items()}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The optimizer ``args.optim`` over both levels, with groups of their own."""
+        if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
+            reshard(self.model)
+        if self.optimizer is None:
+            self.optimizer = self._new_optimizer()
+        self._unprepared = params_of(self.optimizer)
+        return self.optimizer
+
+    def _new_optimizer(self) -> Any:
+        model, args = self.model, self.args
+        kind = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args, model)
+        plain = undecayed(model, self.get_decay_parameter_names(model))
+        return new_optimizer(kind, parameter_groups(self.lower, self.upper, args, plain))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers.Trainer.save_model`, with the settings; the levels in checkpoints."""
+        folder = Path(output_dir or self.args.output_dir)
+        if _internal_call and folder.name.startswith(checkpoint.PREFIX):
+            self._callback.write(folder)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS).write_text(json.dumps(self.args.bilevel_settings(), indent=1))
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `transformers.Trainer.create_model_card`, with the bilevel settings."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            settings = {"levels": [level.name for level in self.levels]}
+            settings |= self.args.bilevel_settings()
+            lines = "".join(f"- {key}: {value}\n" for key, value in settings.items())
+            with (Path(self.args.output_dir) / "README.md").open("a") as card:
+                card.write(f"\n\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n{lines}")

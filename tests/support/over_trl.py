@@ -1,0 +1,113 @@
+"""Bilevel trainers over TRL's, and TRL's own with the same settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForSequenceClassification, PrinterCallback
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from hyperopt_peft import BilevelTrainer
+from hyperopt_peft.problems.common import Adapter
+from tests.support.language import LAYOUTS, language_model, lora, rows, tokenizer
+
+CONFIGS = {
+    SFTTrainer: SFTConfig,
+    DPOTrainer: DPOConfig,
+    KTOTrainer: KTOConfig,
+    RewardTrainer: RewardConfig,
+}
+
+
+def data_for(kind: type, layout: str, count: int = 24, seed: int = 0) -> Dataset:
+    """Rows that a trainer ``kind`` reads; ``layout`` is SFTTrainer's."""
+    if kind is SFTTrainer:
+        return rows(layout, count, seed)
+    pairs = rows("preference", count, seed)
+    if kind is not KTOTrainer:
+        return pairs
+    return Dataset.from_list(
+        [
+            {
+                "prompt": row["prompt"],
+                "completion": row["chosen" if k % 2 else "rejected"],
+                "label": bool(k % 2),
+            }
+            for k, row in enumerate(pairs)
+        ]
+    )
+
+
+def model_for(kind: type, **options: Any) -> Any:
+    model = language_model(**options)
+    if kind is not RewardTrainer:
+        return model
+    return LlamaForSequenceClassification(
+        LlamaConfig(**{**model.config.to_dict(), "num_labels": 1})
+    )
+
+
+def made(
+    folder: Path,
+    parent: type,
+    kind: type | None = None,
+    layout: str = "completion",
+    *,
+    callbacks: Sequence[Any] = (),
+    options: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """``parent`` itself, or a bilevel trainer ``kind`` over it; `BilevelTrainer` has one level."""
+    task = "SEQ_CLS" if parent is RewardTrainer else "CAUSAL_LM"
+    common: dict[str, Any] = {
+        "use_cpu": True,
+        "report_to": "none",
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **LAYOUTS.get(layout, {}),
+        **settings,
+    }
+    options = dict(options or {})
+    model = options.pop("model", None) or model_for(parent)
+    if kind is None:
+        cls, arguments = parent, CONFIGS[parent]
+    else:
+        cls = kind.over(parent)  # type: ignore[attr-defined]
+        arguments = cls.Arguments
+    if kind is BilevelTrainer:
+        options = {
+            "lower": lambda t: Adapter(t.model, task_loss=t.task_loss),
+            "upper": None,
+        } | options
+    config = lora(**(adapter or {}))
+    config.task_type = task
+    trainer = cls(
+        model=model,
+        args=arguments(str(folder), **common),
+        **{
+            "train_dataset": data_for(parent, layout),
+            "processing_class": tokenizer(),
+            "peft_config": config,
+            "callbacks": list(callbacks),
+            **options,
+        },
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -1,0 +1,214 @@
+"""A bilevel trainer over a trainer of TRL: what the parent does is the parent's."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+
+from hyperopt_peft import (
+    BiDoRATrainer,
+    BilevelTrainer,
+    BilevelTrainingArguments,
+    MixTrainer,
+    ProblemError,
+    bilevel,
+)
+from hyperopt_peft.trainer.internals import METRICS
+from tests.support.language import language_model, lora, rows
+from tests.support.networks import differences
+
+trl = pytest.importorskip("trl")
+
+from tests.support.over_trl import made  # noqa: E402
+from tests.support.resume import require_same_end  # noqa: E402
+
+SFT, DPO = trl.SFTTrainer, trl.DPOTrainer
+TIMES = ("_runtime", "_per_second")
+
+
+def end(trainer: Any) -> dict[str, Any]:
+    """Parameters, optimizer, metrics and logs."""
+    logs = [
+        {key: value for key, value in record.items() if not key.endswith(TIMES)}
+        for record in trainer.state.log_history
+    ]
+    return {
+        "values": {name: p.detach() for name, p in trainer.model.named_parameters()},
+        "moments": [list(state.values()) for state in trainer.optimizer.state.values()],
+        "metrics": {name: vars(trainer)[name] for name in METRICS if name in vars(trainer)},
+        "logs": logs,
+    }
+
+
+def same_as_parent(folder: Path, parent: type, layout: str, **settings: Any) -> None:
+    ends = []
+    for kind in (None, BilevelTrainer):
+        trainer = made(folder / str(kind), parent, kind, layout, **settings)
+        trainer.train()
+        ends.append(end(trainer))
+    # The lower level's numbers are logged besides the parent's.
+    for theirs, ours in zip(*(each["logs"] for each in ends), strict=True):
+        for key in [key for key in ours if key not in theirs]:
+            assert key == "lower_grad_norm"
+            del ours[key]
+    assert not differences(*ends)
+
+
+@pytest.mark.parametrize("layout", ["completion", "packed"])
+def test_one_level_over_sft_is_sft(tmp_path: Path, layout: str) -> None:
+    """Bit for bit, with TRL's defaults: bf16 and checkpointing; three micro-batches a step."""
+    same_as_parent(tmp_path, SFT, layout, gradient_accumulation_steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 7])
+@pytest.mark.parametrize("layout", ["text", "messages", "wrapped"])
+def test_one_level_over_sft_is_sft_in_each_layout(
+    tmp_path: Path, layout: str, accumulation: int
+) -> None:
+    same_as_parent(tmp_path, SFT, layout, gradient_accumulation_steps=accumulation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parent", [DPO, trl.KTOTrainer, trl.RewardTrainer])
+def test_one_level_over_preferences_is_the_parent(tmp_path: Path, parent: type) -> None:
+    same_as_parent(tmp_path, parent, "completion", gradient_accumulation_steps=3)
+
+
+@pytest.mark.slow
+def test_one_level_with_another_loss_is_the_parent(tmp_path: Path) -> None:
+    same_as_parent(tmp_path, SFT, "completion", gradient_accumulation_steps=3, loss_type="dft")
+
+
+@pytest.mark.parametrize("estimator", ["direct", pytest.param("f2sa", marks=pytest.mark.slow)])
+def test_what_the_loss_counts_is_what_was_trained(tmp_path: Path, estimator: str) -> None:
+    """``num_tokens`` of the search is that of SFTTrainer on the same rows."""
+    settings = {"gradient_accumulation_steps": 2, "gradient_checkpointing": False, "bf16": False}
+    two = {"retrain": "none", "lower_steps": 1, "hypergradient": estimator, "seed": 3}
+    data = {"train_dataset": rows(count=12), "eval_dataset": rows(count=6, seed=5)}
+    upper = {"upper_dataset": rows(count=6, seed=1)}
+    logs = []
+    for kind, options, more in ((None, data, {}), (BiDoRATrainer, data | upper, two)):
+        trainer = made(
+            tmp_path / str(kind),
+            SFT,
+            kind,
+            options=options,
+            adapter={"use_dora": True},
+            **{"seed": 3, **settings, **more},
+        )
+        trainer.train()
+        logs.append([x["num_tokens"] for x in trainer.state.log_history if "num_tokens" in x])
+        evaluation = trainer.evaluate()
+        assert evaluation["eval_num_tokens"] == logs[-1][-1]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parent", "peft"), [(SFT, True), (DPO, True), (DPO, False)], ids=["sft", "dpo", "dpo again"]
+)
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool) -> None:
+    """In the search and in the retraining, with TRL's defaults."""
+
+    def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
+        options: dict[str, Any] = {}
+        if not peft:
+            options["model"] = get_peft_model(language_model(), lora(use_dora=True))
+            options["peft_config"] = None
+        common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lower_steps": 2}
+        return made(
+            folder,
+            parent,
+            BiDoRATrainer,
+            callbacks=callbacks,
+            options=options,
+            adapter={"use_dora": True, "lora_dropout": 0.1},
+            **common,
+            **settings,
+        )
+
+    require_same_end(tmp_path, (3, "search"), (3, "retrain"), make=make)
+
+
+def test_a_class_is_one_object_that_pickles(tmp_path: Path) -> None:
+    assert bilevel(SFT) is bilevel(SFT) is BilevelTrainer.over(SFT)
+    for made_class in (bilevel(SFT), MixTrainer.over(SFT), BiDoRATrainer.over(DPO)):
+        assert pickle.loads(pickle.dumps(made_class)) is made_class
+        assert pickle.loads(pickle.dumps(made_class.Arguments)) is made_class.Arguments
+    args = MixTrainer.over(SFT).Arguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert pickle.loads(pickle.dumps(args)).to_dict() == args.to_dict()
+
+
+def test_defaults_are_the_parents_but_for_what_this_package_declares(tmp_path: Path) -> None:
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    args, theirs = bilevel(SFT).Arguments(**options), trl.SFTConfig(**options)
+    own = {"restore_callback_states_from_checkpoint"}
+    for name, value in theirs.to_dict().items():
+        if name not in own and not name.startswith("logging_dir"):
+            assert args.to_dict()[name] == value, name
+    assert args.restore_callback_states_from_checkpoint
+    mix = MixTrainer.over(SFT).Arguments(**options)
+    assert (mix.bf16, mix.gradient_accumulation_steps) == (True, 16)
+    assert {"max_length", "packing", "loss_type"} <= args.resume_must_match().keys()
+    assert not {"max_length", "bf16"} & args.bilevel_settings().keys()
+
+
+@pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer"])
+def test_a_trainer_that_generates_is_refused(name: str) -> None:
+    with pytest.raises(ProblemError, match=f"{name}: has _prepare_inputs"):
+        bilevel(getattr(trl, name))
+
+
+@pytest.mark.parametrize("kind", [trl.SFTConfig, BilevelTrainingArguments])
+def test_arguments_of_one_base_are_refused(tmp_path: Path, kind: Any) -> None:
+    args = kind(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ProblemError, match="args must be BilevelSFTConfig, got"):
+        bilevel(SFT)("none", args=args, lower=None, upper=None, train_dataset=rows())
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"activation_offloading": True}, {}, "activation_offloading"),
+        ({}, {"upper_dataset": rows("text", 6, seed=1)}, "completion, prompt, text"),
+        ({}, {"upper_dataset": rows(count=8), "eval_dataset": rows(count=8)}, "eval_dataset"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    tmp_path: Path, settings: Any, options: Any, message: str
+) -> None:
+    with pytest.raises(ProblemError, match=message):
+        made(tmp_path, SFT, BiDoRATrainer, options={"model": "none", **options}, **settings)
+
+
+def plain(data: Any) -> Any:
+    """The rows of a table, or of tables by name."""
+    if isinstance(data, dict):
+        return {name: plain(table) for name, table in data.items()}
+    return None if data is None else data.to_list()
+
+
+def test_evaluation_data_come_back_as_the_parent_prepares_them(tmp_path: Path) -> None:
+    held_out = rows(count=4, seed=7)
+    for given in (None, held_out, {"one": held_out, "two": rows(count=6, seed=8)}):
+        options = {"eval_dataset": given, "upper_dataset": rows(count=8, seed=1)}
+        trainer = made(tmp_path, SFT, BiDoRATrainer, options=options, adapter={"use_dora": True})
+        assert trainer.upper_dataset.column_names == trainer.train_dataset.column_names
+        theirs = made(tmp_path, SFT, options={"eval_dataset": given}).eval_dataset
+        assert plain(trainer.eval_dataset) == plain(theirs)
+    with pytest.raises(ValueError, match="eval_dataset"):
+        made(tmp_path, SFT, BiDoRATrainer, adapter={"use_dora": True}, eval_strategy="epoch")
+
+
+def test_packed_rows_are_refused_where_their_lengths_would_be_removed(tmp_path: Path) -> None:
+    """A stock Trainer has no use for the column, and documents would attend to each other."""
+    packed = made(tmp_path, SFT, layout="packed").train_dataset
+    args = BiDoRATrainer.Arguments(str(tmp_path), use_cpu=True, report_to="none")
+    model = get_peft_model(language_model(), lora(use_dora=True))
+    with pytest.raises(ProblemError, match=r"seq_lengths.*over\(SFTTrainer\)"):
+        BiDoRATrainer(model, args, train_dataset=packed)
