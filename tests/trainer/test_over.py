@@ -1,0 +1,107 @@
+"""A bilevel trainer over a user's own Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from hyperopt_peft import BilevelTrainer, ProblemError, bilevel
+from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft.problems.common import Adapter
+from tests.support.networks import differences
+from tests.support.trainers import data, peft_model, values
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 3,
+}
+
+
+class Confident(Trainer):
+    """A loss of its own, of each micro-batch: cross entropy and a reward for confidence."""
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, strength: float = 0.1, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.strength = strength
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.loss - self.strength * outputs.logits.softmax(-1).square().sum(-1).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def trained(kind: Any, folder: Path, model: Any, settings: Any = None, **options: Any) -> Any:
+    arguments = getattr(kind, "Arguments", TrainingArguments)
+    args = arguments(str(folder), **SETTINGS | (settings or {}))
+    trainer = kind(model=model, args=args, **options)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def test_one_level_over_a_loss_of_one_s_own_is_that_trainer(tmp_path: Path) -> None:
+    """Bit for bit, with arguments of its own; the last micro-batches are smaller."""
+    table, ends = data(rows=22), []
+    levels = {"lower": lambda made: Adapter(made.model, task_loss=made.task_loss), "upper": None}
+    for kind, more in ((Confident, {}), (bilevel(Confident), levels)):
+        model, options = peft_model(dora=False), {"train_dataset": table, "strength": 0.3, **more}
+        trainer = trained(kind, tmp_path / kind.__name__, model, **options)
+        losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+        ends.append((values(model), losses))
+    assert not differences(*ends)
+
+
+def test_both_levels_and_the_retraining_have_the_loss_of_the_parent(tmp_path: Path) -> None:
+    logged = []
+    for strength in (0.0, 0.3):
+        trainer = trained(
+            BiDoRATrainer.over(Confident),
+            tmp_path / str(strength),
+            peft_model(dropout=0.0),
+            {"max_steps": 1, "lower_steps": 1},
+            train_dataset=data(),
+            upper_dataset=data(rows=8, seed=1),
+            strength=strength,
+        )
+        assert isinstance(trainer.retrainer, Confident)
+        logs = [trainer.state.log_history, trainer.retrainer.state.log_history]
+        logged.append([logs[0][0]["loss"], logs[0][0]["upper_loss"], logs[1][0]["loss"]])
+    assert all(other < plain for plain, other in zip(*logged, strict=True))
+
+
+def test_what_a_step_would_skip_is_refused() -> None:
+    class Stepping(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().training_step(*args, **kwargs)
+
+    for kind, message in (
+        (Stepping, "Stepping: has training_step"),
+        (torch.nn.Module, "must be a subclass of transformers.Trainer, got Module"),
+        ("SFTTrainer", "got 'SFTTrainer'"),
+    ):
+        with pytest.raises(ProblemError, match=message):
+            bilevel(kind)
+
+
+def test_a_class_with_both_bases_is_the_class_over_one(tmp_path: Path) -> None:
+    class ByHand(BilevelTrainer, Confident):
+        pass
+
+    assert ByHand.parent() is bilevel(Confident).parent() is Confident
+    assert bilevel(Trainer) is BilevelTrainer
+    assert bilevel(Confident).Arguments is BilevelTrainer.Arguments

@@ -1,0 +1,100 @@
+"""Models that a trainer of TRL makes: by name, with a new adapter, over a 4-bit base."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig
+
+from hyperopt_peft import BiDoRATrainer, BilevelTrainer, ProblemError
+from tests.support.language import language_model, rows, tokenizer
+from tests.support.networks import differences
+
+trl = pytest.importorskip("trl")
+
+from tests.support.over_trl import made  # noqa: E402
+
+#: Reads the arguments of a run in a process that has made no class yet.
+READ = """
+import sys, torch
+args = torch.load(sys.argv[1], weights_only=False)
+print(type(args).__name__, args.upper_learning_rate, args.max_length, args.learning_rate)
+"""
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a saved model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    language_model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def bidora(folder: Path, **options: Any) -> Any:
+    settings = options.pop("settings", {})
+    return made(
+        folder,
+        trl.SFTTrainer,
+        BiDoRATrainer,
+        options=options,
+        adapter={"use_dora": True},
+        **{"lower_steps": 2, "hypergradient": "direct", "max_steps": 2, **settings},
+    )
+
+
+@pytest.mark.slow
+def test_a_model_by_name_is_the_model(tmp_path: Path, named: str) -> None:
+    """The parent loads it, with its tokenizer, and gives it the adapter."""
+    ends = []
+    for model in (named, None):
+        options = {"model": model} | ({"processing_class": None} if model else {})
+        trainer = bidora(tmp_path / str(bool(model)), **options)
+        trainer.train()
+        ends.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+        assert isinstance(trainer.model, PeftModel)
+    assert not differences(*ends)
+
+
+def test_a_name_that_no_trainer_loads_is_refused(tmp_path: Path) -> None:
+    args = BilevelTrainer.Arguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ProblemError, match="model must be a .*Module, got str"):
+        BilevelTrainer("name", args=args, lower=None, upper=None, train_dataset=rows())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["direct", "darts"])
+def test_a_4_bit_base_trains_in_both_phases(tmp_path: Path, named: str, estimator: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    trainer = bidora(
+        tmp_path,
+        model=named,
+        quantization_config=four_bits,
+        settings={"hypergradient": estimator, "max_steps": 4},
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == ("lora_" in name), name
+    assert trainer.retrainer.state.global_step == 4
+
+
+@pytest.mark.slow
+def test_arguments_are_read_in_a_new_process(tmp_path: Path) -> None:
+    """``training_args.bin``, whose class is made when it is read."""
+    trainer = bidora(tmp_path, settings={"retrain": "none", "save_strategy": "steps"})
+    trainer.train()
+    path = next(tmp_path.glob("checkpoint-*")) / "training_args.bin"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ, path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["BiDoRASFTConfig", "0.001", "1024", "0.01"]
