@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -78,7 +78,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     """
 
     #: The arguments' class of the trainer that a bilevel trainer stands before.
-    parents: ClassVar[type[TrainingArguments]] = TrainingArguments
+    parents = TrainingArguments
 
     hypergradient: str = HfArg(
         default=DEFAULT,

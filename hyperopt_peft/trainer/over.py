@@ -11,7 +11,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hyperopt_peft.errors import ProblemError
 
@@ -21,6 +21,9 @@ REPLACED = {
     "create_optimizer": "an optimizer of its own; give it as optimizer_cls_and_kwargs",
     "training_step": "a step of its own; change compute_loss",
 }
+
+#: The arguments of trainers whose type hint is not theirs.
+UNHINTED = {"Seq2SeqTrainer": Seq2SeqTrainingArguments, "Trainer": TrainingArguments}
 
 
 class Combined(type):
@@ -66,6 +69,8 @@ def check_parent(parent: type[Trainer]) -> None:
 def arguments_of(parent: type[Trainer]) -> Any:
     """The class of ``args`` by the type hint of the first ``__init__`` that names them."""
     for base in parent.__mro__:
+        if base.__name__ in UNHINTED:
+            return UNHINTED[base.__name__]
         init = vars(base).get("__init__")
         if init is None:
             continue

@@ -64,7 +64,7 @@ def test_a_model_by_name_is_the_model(tmp_path: Path, named: str) -> None:
 
 def test_a_name_that_no_trainer_loads_is_refused(tmp_path: Path) -> None:
     args = BilevelTrainer.Arguments(str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(ProblemError, match="model must be a .*Module, got str"):
+    with pytest.raises(ProblemError, match=r"model must be a .*Module, got str"):
         BilevelTrainer("name", args=args, lower=None, upper=None, train_dataset=rows())
 
 
