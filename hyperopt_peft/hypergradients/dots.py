@@ -32,7 +32,6 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import without_autocast
 from hyperopt_peft.utils.distributed import gather
-from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner, widened
 
@@ -272,14 +271,15 @@ def output_layer(level: Problem) -> nn.Module:
     Raises:
         ProblemError: the model has none; or as `weighted_examples`.
     """
-    model = base_model(weighted_examples(level).model)
-    layer = getattr(model, "get_output_embeddings", lambda: None)()
+    model = weighted_examples(level).model
+    owners = (each for each in model.modules() if hasattr(each, "get_output_embeddings"))
+    layer: nn.Module | None = next((each.get_output_embeddings() for each in owners), None)
     if layer is None:
         raise ProblemError(
             f"{level.name}: {type(model).__name__} has no get_output_embeddings(), whose gradient "
             "the estimator takes; choose darts with product=dots"
         )
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 @contextmanager

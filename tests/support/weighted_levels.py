@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class Linear(nn.Module):
@@ -93,11 +94,11 @@ class Layers(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         return self.second(self.drop(self.first(x).tanh_())).relu_()
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         hidden = checkpoint(self.hidden, x, use_reentrant=False) if self.checkpointed else None
         logits = self.head((self.hidden(x) if hidden is None else hidden).mean(1))
         loss = None if labels is None else cross_entropy(logits, labels)
-        return SimpleNamespace(logits=logits, loss=loss)
+        return SequenceClassifierOutput(logits=logits, loss=loss)
 
 
 def sequences(count: int, seed: int) -> dict[str, Tensor]:
