@@ -154,7 +154,8 @@ def _check_trainer(trainer: Any) -> None:
         )
     if trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
         raise ProblemError(f"compute_loss_func, label_smoothing_factor: {OWN_LOSS}")
-    if level_count(trainer) == 2 and not isinstance(trainer, BiDoRATrainer):
+    known = isinstance(trainer, BiDoRATrainer) and trainer.parent() is Trainer
+    if level_count(trainer) == 2 and not known:
         raise ProblemError(
             f"training: {type(trainer).__name__} has levels whose share of each row is not known; "
             "give a BiDoRATrainer, the trainer of one level, or an Engine with levels of your own"

@@ -13,8 +13,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hyperopt_peft import ProblemError, attribute
+from hyperopt_peft import BiDoRATrainer, ProblemError, attribute, bilevel
 from hyperopt_peft.attribution import Attribution
+from hyperopt_peft.problems import Adapter
 from tests.support.attributed import differences
 from tests.support.language import LAYOUTS, language_model, lora, quantised, rows, tokenizer
 from tests.support.trainers import values
@@ -96,6 +97,21 @@ def test_scores_are_those_of_a_stock_trainer_with_the_same_tokens(
     assert torch.allclose(scores, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_one_level_over_it_has_the_same_scores(tmp_path: Path) -> None:
+    kind = bilevel(trl.SFTTrainer)
+    trainer = kind(
+        language_model(),
+        lower=lambda trainer: Adapter(trainer.model, task_loss=trainer.task_loss),
+        upper=None,
+        args=kind.Arguments(str(tmp_path), **SETTINGS),
+        train_dataset=rows(count=7),
+        eval_dataset=rows(count=4, seed=1),
+        processing_class=tokenizer(),
+        peft_config=lora(),
+    )
+    assert torch.equal(attributed(trainer).scores, attributed(sft(tmp_path)).scores)
+
+
 def test_the_run_is_the_trainers_own(tmp_path: Path) -> None:
     plain, watched = sft(tmp_path), sft(tmp_path)
     plain.train()
@@ -136,6 +152,20 @@ def test_activation_offloading_is_refused(tmp_path: Path) -> None:
     trainer = sft(tmp_path)
     trainer.args.activation_offloading = True  # without a GPU TRL cannot begin with it
     with pytest.raises(ProblemError, match="activation_offloading"):
+        attributed(trainer)
+
+
+def test_two_levels_over_it_are_refused(tmp_path: Path) -> None:
+    kind = BiDoRATrainer.over(trl.SFTTrainer)
+    trainer = kind(
+        language_model(),
+        args=kind.Arguments(str(tmp_path), **SETTINGS),
+        train_dataset=rows(count=10),
+        eval_dataset=rows(count=4, seed=1),
+        processing_class=tokenizer(),
+        peft_config=lora(use_dora=True),
+    )
+    with pytest.raises(ProblemError, match="has levels whose share of each row is not known"):
         attributed(trainer)
 
 
