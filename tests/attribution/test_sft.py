@@ -124,7 +124,18 @@ def test_the_run_is_the_trainers_own(tmp_path: Path) -> None:
         assert again[name] == pytest.approx(shown[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("estimator", ["unrolled", "unrolled:product=difference", "gradient"])
+@pytest.mark.parametrize("estimator", ["unrolled", "unrolled:product=difference"])
+def test_checkpointing_changes_no_score_in_bf16(tmp_path: Path, estimator: str) -> None:
+    """Both are TRL's defaults."""
+    settings = ({"bf16": True, "gradient_checkpointing": on} for on in (True, False))
+    one, other = (
+        attributed(sft(tmp_path, args={**args, "max_steps": 3}), estimator=estimator).scores
+        for args in settings
+    )
+    assert one.abs().sum() > 0 and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "gradient"])
 def test_a_base_in_4_bits_has_the_scores_of_its_weights(tmp_path: Path, estimator: str) -> None:
     """Where the layers compute in float32."""
     pytest.importorskip("bitsandbytes")
