@@ -100,10 +100,12 @@ def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
 
 
 def shown_columns(data: Any) -> dict[str, Sequence[Any]]:
-    """Text and labels of ``data``, to show."""
+    """Text and the label of each row of ``data``, to show."""
     if not isinstance(data, datasets.Dataset):
         return {}
     label = label_column(data)
+    if label and isinstance(data.features[label], datasets.List):  # a number for each token
+        label = None
     shown = {
         name: data[name][:]
         for name, feature in data.features.items()

@@ -116,6 +116,7 @@ def test_the_run_is_the_trainers_own(tmp_path: Path) -> None:
     plain, watched = sft(tmp_path), sft(tmp_path)
     plain.train()
     result = attributed(watched)
+    assert result.columns.keys() == {"prompt", "completion"}
     for name, value in values(watched.model).items():
         assert torch.allclose(value, values(plain.model)[name], rtol=1e-4, atol=1e-6), name
     shown, again = plain.evaluate(), watched.evaluate()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from hyperopt_peft import BiDoRATrainer, BiDoRATrainingArguments, BilevelTrainingArguments
 from hyperopt_peft.hypergradients import registered, registry
+from tests.support import language
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -54,6 +55,10 @@ PROGRAMS = [n for n, text in PAGES.items() if "```python" in text and n != "comm
 def test_python_blocks_run_in_order(page: str) -> None:
     if "import numpy, optuna" in PAGES[page]:
         pytest.importorskip("optuna", reason="Optuna is an extra")
+    if "from trl import" in PAGES[page]:
+        pytest.importorskip("trl", reason="TRL is an extra")
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra")
+        language.write_files(Path())
     namespace = {}
     for block in blocks(PAGES[page], "python"):
         run(block, page, namespace)  # the blocks hold assertions of their own

@@ -3,6 +3,7 @@
 A test module that trains with TRL begins with ``pytest.importorskip("trl")``.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,3 +106,15 @@ def rows(layout: str = "completion", count: int = 16, seed: int = 0) -> Dataset:
         else:
             made.append({"text": f"{question} {answer}"})
     return Dataset.from_list(made)
+
+
+def write_files(folder: Path) -> None:
+    """A model by the name of a real one, and the rows of docs/language-models.md."""
+    name = folder / "Qwen" / "Qwen3-0.6B"
+    model = language_model(hidden_size=32, intermediate_size=64, num_key_value_heads=2)
+    model.save_pretrained(name)
+    tokenizer().save_pretrained(name)
+    files = {"web": 48, "forum": 48, "trusted": 12, "pairs": 40}
+    for seed, (file, count) in enumerate(files.items()):
+        layout = "preference" if file == "pairs" else "completion"
+        rows(layout, count, seed).to_json(folder / f"{file}.jsonl")
