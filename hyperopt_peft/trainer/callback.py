@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.internals import NEEDED, save_checkpoint
+from hyperopt_peft.trainer.internals import NEEDED, counters_of, save_checkpoint
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, sharded_like
 from hyperopt_peft.utils.random_state import RandomState
@@ -101,7 +101,8 @@ class BilevelCallback(TrainerCallback):
             torch.save(state, folder / ESTIMATOR)
         now = RandomState.capture(trainer.devices)
         position = {"step": self.epoch_step, "epoch": dict(self.epoch_random.states)}
-        torch.save({**position, "now": dict(now.states)}, _position(folder))
+        counters = counters_of(trainer)
+        torch.save({**position, "now": dict(now.states), "counters": counters}, _position(folder))
 
     def complete(self) -> None:
         """Write the manifest of the last written checkpoint, then delete older ones."""
@@ -160,6 +161,7 @@ class BilevelCallback(TrainerCallback):
         self.epoch_step = done
         if folder is not None:
             position = checkpoint.read_state(_position(folder))
+            vars(self.trainer).update(position["counters"])
             steps = state.max_steps
             if has_length(train_dataloader):
                 steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)

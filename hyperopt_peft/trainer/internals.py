@@ -26,6 +26,12 @@ def save_checkpoint(trainer: Trainer) -> None:
 METRICS = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
 
+def counters_of(trainer: Trainer) -> dict[str, int]:
+    """The metrics that count over the whole run, which TRL does not save."""
+    own = vars(trainer)
+    return {name: own[name] for name in METRICS if isinstance(own.get(name), int)}
+
+
 @contextmanager
 def metrics_restored(trainer: Trainer) -> Iterator[None]:
     """Restore afterwards what evaluations of the loss in the body add to the metrics."""

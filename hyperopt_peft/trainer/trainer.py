@@ -28,7 +28,7 @@ from hyperopt_peft.trainer.data import (
     with_more,
     without_more,
 )
-from hyperopt_peft.trainer.internals import metrics_restored
+from hyperopt_peft.trainer.internals import counters_of, metrics_restored
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.logs import NoiseLog, upper_gap
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
@@ -225,7 +225,7 @@ class BilevelTrainer(TwoLevelTrainer):
 
     def begin_step(self) -> None:
         """Begin an optimizer step; the callback calls this before the first micro-batch."""
-        self._counters = self.current_flos, self.state.num_input_tokens_seen
+        self._counters = self.current_flos, self.state.num_input_tokens_seen, counters_of(self)
         self.current_step.begin(self.current_gradient_accumulation_steps)
         self._set_training_mode(self.model)
         with metrics_restored(self):
@@ -280,7 +280,8 @@ class BilevelTrainer(TwoLevelTrainer):
             self.skipped += 1
             return
         step, state = self.current_step, self.state
-        self.current_flos, state.num_input_tokens_seen = self._counters
+        self.current_flos, state.num_input_tokens_seen, counters = self._counters
+        vars(self).update(counters)
         written = self._callback.save_before(step.micro[0].random_state)
         raise NonFiniteError(
             f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {step.count} "

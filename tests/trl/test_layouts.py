@@ -81,6 +81,7 @@ def first_step(folder: Path, layout: str, estimator: str, **settings: Any) -> tu
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:minres. the relative residual")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_is_that_of_rows_read_alone(tmp_path: Path, layout: str, estimator: str) -> None:

@@ -69,6 +69,7 @@ def test_a_name_that_no_trainer_loads_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:use_fast_dora:UserWarning")  # W0 cannot be read
 @pytest.mark.parametrize("estimator", ["direct", "darts"])
 def test_a_4_bit_base_trains_in_both_phases(tmp_path: Path, named: str, estimator: str) -> None:
     pytest.importorskip("bitsandbytes")
