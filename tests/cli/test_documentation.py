@@ -12,14 +12,14 @@ from tests.support.cli import run
 from tests.support.files import rows, save_model, write
 
 TEXT = (Path(__file__).parents[2] / "docs/command-line.md").read_text()
+EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_yaml_example_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
-    Path("config.yaml").write_text(example)
+    Path("config.yaml").write_text(EXAMPLES[0])
     write(Path("train.csv"), rows(number=60))
     model = save_model(tmp_path / "model")
     run("train", "config.yaml", "--dry-run", "--use_cpu", model=model)
@@ -30,6 +30,18 @@ def test_yaml_example_is_planned(
     assert "examples: 38 lower level, 10 upper level, 48 retraining, 12 evaluation" in printed
     assert "steps: 15 lower in the search, 7 upper, 15 in the retraining" in printed
     assert not Path("outputs").exists()
+
+
+def test_yaml_example_of_language_models_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to the files, which are not there."""
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    Path("sft.yaml").write_text(EXAMPLES[1])
+    model = save_model(tmp_path / "model", "causal-lm")
+    assert main(["mix", "sft.yaml", "--use_cpu", "--model", model]) == 2
+    assert "sources: there is no file web.jsonl" in capsys.readouterr().err
 
 
 def test_named_options_and_tasks_exist(capsys: pytest.CaptureFixture[str]) -> None:

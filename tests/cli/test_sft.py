@@ -189,6 +189,12 @@ def test_bad_rows_are_one_line_before_any_work(
         ({"sources": None}, "sources: give either"),
         ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
         ({"text_columns": ["text"]}, "unknown option --text_columns"),
+        ({"trusted_file": "{folder}/web.jsonl"}, "16 of 16 rows are in a source too"),
+        ({"eval_packing": False, "packing": True}, "eval_packing: "),
+        (
+            {"source_column": "origin", "sources": None, "train_file": "{folder}/web.jsonl"},
+            "origin",
+        ),
         ({"baseline_folds": 7}, "baseline_folds: .*the 6 rows of trusted_file, got 7"),
     ],
 )
@@ -199,7 +205,11 @@ def test_bad_options_are_one_line(
     changes: dict[str, Any],
     words: str,
 ) -> None:
-    refused(capsys, "mix", options(tmp_path, model, **changes), words)
+    named = {
+        name: value.format(folder=tmp_path) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
+    refused(capsys, "mix", options(tmp_path, model, **named), words)
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
