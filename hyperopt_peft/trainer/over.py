@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import re
 from collections.abc import Callable
 from copy import copy
 from dataclasses import fields, make_dataclass
@@ -67,22 +68,32 @@ def check_parent(parent: type[Trainer]) -> None:
 
 
 def arguments_of(parent: type[Trainer]) -> Any:
-    """The class of ``args`` by the type hint of the first ``__init__`` that names them."""
+    """The class of ``args`` by their type hint."""
     for base in parent.__mro__:
         if base.__name__ in UNHINTED:
             return UNHINTED[base.__name__]
-        init = vars(base).get("__init__")
-        if init is None:
-            continue
-        parameter = inspect.signature(init).parameters.get("args")
-        if parameter is None or parameter.kind is parameter.VAR_POSITIONAL:
-            continue
-        hint = SimpleNamespace(__annotations__={"args": parameter.annotation})
-        kind = get_type_hints(hint, init.__globals__)["args"]
-        for each in get_args(kind) or (kind,):
-            if isinstance(each, type) and issubclass(each, TrainingArguments):
-                return each
+        if annotation := _annotation(base, "args"):
+            hint = SimpleNamespace(__annotations__={"args": annotation})
+            kind = get_type_hints(hint, vars(base)["__init__"].__globals__)["args"]
+            for each in get_args(kind) or (kind,):
+                if isinstance(each, type) and issubclass(each, TrainingArguments):
+                    return each
     return TrainingArguments
+
+
+def loads_names(parent: type[Trainer]) -> bool:
+    """Whether ``parent`` loads a model by its name, by the type hint of ``model``."""
+    hints = (_annotation(base, "model") for base in parent.__mro__)
+    return bool(re.search(r"\bstr\b", str(next(filter(None, hints), ""))))
+
+
+def _annotation(base: type, name: str) -> Any:
+    """The annotation of the argument ``name`` where ``base`` defines ``__init__`` with it."""
+    init = vars(base).get("__init__")
+    parameter = None if init is None else inspect.signature(init).parameters.get(name)
+    if parameter is None or parameter.annotation is parameter.empty:
+        return None
+    return None if parameter.kind is parameter.VAR_POSITIONAL else parameter.annotation
 
 
 @cache

@@ -32,6 +32,7 @@ from hyperopt_peft.trainer.internals import counters_of, metrics_restored
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.logs import NoiseLog, upper_gap
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
+from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.step import OptimizerStep
 from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of, upper_batches
 from hyperopt_peft.utils import distributed
@@ -112,7 +113,7 @@ class BilevelTrainer(TwoLevelTrainer):
         checks.check_arguments(
             args, trainer, trainer_loss=self.trainer_loss, custom_loss=self.has_own_loss()
         )
-        if self.parent() is Trainer:  # others may load a model by its name
+        if not loads_names(self.parent()):
             checks.check_model(model)
         evaluation = trainer.pop("eval_dataset", None)
         train_dataset, upper_dataset = data_of_levels(
@@ -281,7 +282,7 @@ class BilevelTrainer(TwoLevelTrainer):
             return
         step, state = self.current_step, self.state
         self.current_flos, state.num_input_tokens_seen, counters = self._counters
-        vars(self).update(counters)
+        self.__dict__.update(counters)
         written = self._callback.save_before(step.micro[0].random_state)
         raise NonFiniteError(
             f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {step.count} "

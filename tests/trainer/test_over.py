@@ -98,7 +98,14 @@ def test_what_a_step_would_skip_is_refused() -> None:
             bilevel(kind)
 
 
-def test_a_class_with_both_bases_is_the_class_over_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [BilevelTrainer, bilevel(Confident)])
+def test_a_name_is_no_model_where_the_parent_loads_none(tmp_path: Path, kind: Any) -> None:
+    args = kind.Arguments(str(tmp_path), **SETTINGS)
+    with pytest.raises(ProblemError, match=r"model must be a .*Module, got str"):
+        kind("name", args=args, lower=lambda made: made, upper=None, train_dataset=data())
+
+
+def test_a_class_with_both_bases_is_a_class_over_one() -> None:
     class ByHand(BilevelTrainer, Confident):
         pass
 

@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
-from hyperopt_peft import BiDoRATrainer, BilevelTrainer, ProblemError
-from tests.support.language import language_model, rows, tokenizer
+from hyperopt_peft import BiDoRATrainer
+from tests.support.language import language_model, tokenizer
 from tests.support.networks import differences
 
 trl = pytest.importorskip("trl")
@@ -60,12 +60,6 @@ def test_a_model_by_name_is_the_model(tmp_path: Path, named: str) -> None:
         ends.append({name: p.detach() for name, p in trainer.model.named_parameters()})
         assert isinstance(trainer.model, PeftModel)
     assert not differences(*ends)
-
-
-def test_a_name_that_no_trainer_loads_is_refused(tmp_path: Path) -> None:
-    args = BilevelTrainer.Arguments(str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(ProblemError, match=r"model must be a .*Module, got str"):
-        BilevelTrainer("name", args=args, lower=None, upper=None, train_dataset=rows())
 
 
 @pytest.mark.slow
