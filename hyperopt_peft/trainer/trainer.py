@@ -273,7 +273,7 @@ class BilevelTrainer(TwoLevelTrainer):
             except NonFiniteError as error:
                 step.clear_gradients()
                 self._skip_or_stop(error)
-        return loss.detach() - step.last_prior
+        return loss.detach().float() - step.last_prior  # older Trainers sum in its dtype
 
     def _skip_or_stop(self, error: NonFiniteError) -> None:
         """Count the step as skipped, or write a checkpoint of the state before it and raise."""
