@@ -272,7 +272,8 @@ def output_layer(level: Problem) -> nn.Module:
         ProblemError: the model has none; or as `weighted_examples`.
     """
     model = weighted_examples(level).model
-    owners = (each for each in model.modules() if hasattr(each, "get_output_embeddings"))
+    modules: Iterator[Any] = model.modules()  # a wrapper for processes has no such method
+    owners = (each for each in modules if hasattr(each, "get_output_embeddings"))
     layer: nn.Module | None = next((each.get_output_embeddings() for each in owners), None)
     if layer is None:
         raise ProblemError(

@@ -180,16 +180,24 @@ def _check_fsdp(trainer: Trainer, levels: Sequence[Problem], estimator: Estimato
         )
     if len(levels) > 1 and estimator.requirements.second_derivatives:
         raise ProblemError(f"{estimator.name}: {SHARDED}")
-    if len(levels) > 1 and not isinstance(estimator, Direct) and precision != "no":
+    half = isinstance(estimator, Direct) or estimator.requirements.lower_pass
+    if len(levels) > 1 and not half and precision != "no":
         raise ProblemError(
             f"mixed_precision: {precision} does not go with FSDP2, since a difference of gradients "
-            "needs parameters in float32; turn it off"
+            "needs parameters in float32; turn it off, or choose direct or product=dots"
         )
     of_model = {id(parameter) for parameter in trainer.model.parameters()}
     for level in levels:
-        for name, variable in zip(level.names, level.variables, strict=True):
-            if id(variable) not in of_model:
+        inside = [id(variable) in of_model for variable in level.variables]
+        if not any(inside) and level is not levels[0]:  # replicated
+            if trainer.args.save_strategy != "no":
                 raise ProblemError(
-                    f"{level.name}: {name} is no parameter of the model, and FSDP2 shards no "
-                    "other tensors; make it a parameter"
+                    f"save_strategy: under FSDP2 a checkpoint has no optimizer state of "
+                    f"{level.name}, whose variables are outside of the model; set no"
                 )
+        elif not all(inside):
+            name = level.names[inside.index(False)]
+            raise ProblemError(
+                f"{level.name}: {name} is no parameter of the model, and FSDP2 shards no "
+                "other tensors; make it a parameter"
+            )

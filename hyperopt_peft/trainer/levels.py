@@ -39,6 +39,7 @@ class TwoLevelTrainer(TaskLossTrainer):
     train_dataset: Any
     upper_dataset: Any
     optimizer: Any
+    _replicated: list[dict[str, Any]]
     _callback: BilevelCallback
 
     def make_estimator(self) -> Estimator:
@@ -86,8 +87,24 @@ class TwoLevelTrainer(TaskLossTrainer):
             reshard(self.model)
         if self.optimizer is None:
             self.optimizer = self._new_optimizer()
-        self._unprepared = params_of(self.optimizer)
+        self._replicated = []
+        if self.is_fsdp_enabled:  # which finds a shard for each tensor of the optimizer
+            of_model = {id(parameter) for parameter in self.model.parameters()}
+            groups = self.optimizer.param_groups
+            self._replicated = [g for g in groups if id(g["params"][0]) not in of_model]
+            groups[:] = [g for g in groups if id(g["params"][0]) in of_model]
+        replicated = [x for group in self._replicated for x in group["params"]]
+        self._unprepared = params_of(self.optimizer) + replicated
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `transformers.Trainer.create_scheduler`, for a prepared optimizer.
+
+        Groups of tensors outside of a sharded model, which are replicated, join the optimizer.
+        """
+        while self._replicated:
+            self.optimizer.add_param_group(self._replicated.pop(0))
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _new_optimizer(self) -> Any:
         model, args = self.model, self.args

@@ -1,21 +1,26 @@
 """Hypergradients by dot products of `Layers`, plain or distributed; run as one of two processes."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hyperopt_peft import hypergradient
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, hypergradient
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
-from tests.support import two_processes
+from hyperopt_peft.utils.distributed import gather
+from tests.support import trainers, two_processes
 from tests.support.weighted_levels import Layers, sequences
 
 METHODS = ["darts:product=dots", "sama:product=dots", "fastmix"]
+RUNS = {"float": {}, "fastmix": {"hypergradient": "fastmix"}, "half": {"bf16": True}}
 
 
 def estimates(kind: str, count: int = 1, rank: int = 0) -> dict[str, Any]:
@@ -45,7 +50,33 @@ def estimates(kind: str, count: int = 1, rank: int = 0) -> dict[str, Any]:
     }
 
 
+def train(folder: Path, batch: int, **options: Any) -> dict[str, Any]:
+    """A run with dot products over a Llama in float64: the weights, and the adapter, at its end."""
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        # accelerate shards over GPUs only; it does not look at what they are.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    settings = {"max_steps": 4, "lower_steps": 2, "per_device_train_batch_size": batch}
+    settings |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    settings |= {"upper_learning_rate": 0.1, "report_to": "none", "remove_unused_columns": False}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "hypergradient": "darts:product=dots"}
+    model = trainers.peft_model("causal", dropout=0.0, dora=False).double()
+    weights = SourceWeights({"a": 12, "b": 12}).double()
+    trainer = BilevelTrainer(
+        model,
+        lower=Mixture(model, weights),
+        upper=HeldOut(model, weights),
+        args=BilevelTrainingArguments(str(folder), **{**settings, **options}),
+        train_dataset=trainers.data("causal").add_column("source", [k % 2 for k in range(24)]),
+        upper_dataset=trainers.data("causal", 8, seed=5),
+    )
+    trainer.train()
+    values = {name: gather(value) for name, value in trainers.values(trainer.model).items()}
+    return {"logits": weights.logits.detach(), **values}
+
+
 def work(folder: Path) -> dict[str, Any]:
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        return {name: train(folder / name, 2, **options) for name, options in RUNS.items()}
     dist.init_process_group("gloo")
     place = dist.get_world_size(), dist.get_rank()
     return {kind: estimates(kind, *place) for kind in sys.argv[2:]}

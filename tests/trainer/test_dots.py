@@ -5,12 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
+from hyperopt_peft.trainer.checks import FSDP2_SINCE
+from tests.support import dots_in_processes, two_processes
 from tests.support.trainers import data, peft_model
 
 WEIGHTS: dict[str, Any] = {
@@ -94,3 +98,23 @@ def test_half_precision_and_checkpointing(tmp_path: Path) -> None:
         for on in (False, True)
     ]
     assert torch.equal(*map(learnt, runs)) and learnt(runs[0]).any()
+
+
+@pytest.mark.slow
+def test_shards_train_as_one_process_does(tmp_path: Path) -> None:
+    """Under FSDP2 the adapter is sharded, and the weights of the sources are on both processes."""
+    if Version(transformers.__version__) < FSDP2_SINCE:
+        pytest.skip(f"FSDP2 is refused with transformers older than {FSDP2_SINCE}")
+    shipped = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
+    configuration = tmp_path / "fsdp2.yaml"
+    configuration.write_text(shipped.read_text().replace("BertLayer", "LlamaDecoderLayer"))
+    launcher = ["accelerate.commands.launch", "--config_file", str(configuration)]
+    launcher += ["--num_processes", "2", "--main_process_port", "0"]
+    two = two_processes.run(launcher, "dots_in_processes.py", tmp_path)
+    for name, options in dots_in_processes.RUNS.items():
+        one = dots_in_processes.train(tmp_path / "one", 4, **options)
+        for key, expected in one.items():
+            found = [process[name][key] for process in two]
+            assert torch.equal(*found)
+            tolerance = 0.1 if name == "half" else 1e-5
+            assert (found[0] - expected).norm() < tolerance * expected.norm(), (name, key)
