@@ -62,6 +62,23 @@ class Dots:
         directions: by layer, the direction b.
         along: b as a vector shaped like the level's variables; None where it is not.
 
+    Example:
+        >>> class Sum(WeightedExamples):
+        ...     def groups(self, x):
+        ...         return torch.arange(len(x))
+        ...     def losses(self, x):
+        ...         return self.model(x)[:, 0]
+        ...     def weighted(self, losses, x):
+        ...         return (u * losses).sum()
+        >>> u, x = torch.ones(2, requires_grad=True), torch.tensor([[5.0], [7.0]])
+        >>> layer = nn.Linear(1, 1)
+        >>> level = Sum([layer.weight])
+        >>> level.model = layer
+        >>> dots = Dots.of(level, Vector([torch.ones(1, 1)]))
+        >>> with dots.observe():
+        ...     level.loss(x).backward()
+        >>> dots.mixed([u]).parts  # ∇ℓ_i is x_i
+        (tensor([5., 7.]),)
     """
 
     def __init__(
@@ -142,9 +159,10 @@ class Dots:
         if self.level.prior is not None:
             term = prior_value(self.level.prior, w, self.level.name)
             slope = slope - Vector.of(torch.autograd.grad(term, w, allow_unused=True), w)
-        dots = [x.to(w[0].device) for e in self._evaluations for x in e.sums.values()]
-        sums = [torch.stack([x.sum(), x.abs().sum()]) for x in dots]
-        here = distributed.average(torch.stack(sums).sum(0))
+        here = torch.zeros(2, dtype=torch.float64, device=w[0].device)
+        for dots in (x for e in self._evaluations for x in e.sums.values()):
+            here += torch.stack([dots.sum(), dots.abs().sum()]).to(here)
+        here = distributed.average(here)
         total, size, expected = to_floats([*here, inner(slope, self.along)])
         if abs(total - expected) > self._epsilon**0.5 * size:
             self._refuse(

@@ -9,12 +9,13 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 
-from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, NonFiniteError
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
 from hyperopt_peft.trainer.checks import FSDP2_SINCE
 from tests.support import dots_in_processes, two_processes
+from tests.support.resume import Stop, StopAt
 from tests.support.trainers import data, peft_model
 
 WEIGHTS: dict[str, Any] = {
@@ -24,7 +25,16 @@ WEIGHTS: dict[str, Any] = {
 }
 
 
-def trained(folder: Path, method: str, *, weights: str = "sources", **options: Any) -> Any:
+def trained(
+    folder: Path,
+    method: str,
+    *,
+    weights: str = "sources",
+    upper: type[HeldOut] = HeldOut,
+    stop: int = 0,
+    resume: bool = False,
+    **options: Any,
+) -> Any:
     """A trainer after a run over a causal model, with Adam above."""
     model = options.pop("model", None) or peft_model("causal", dropout=0.1, dora=False)
     torch.manual_seed(7)
@@ -49,12 +59,14 @@ def trained(folder: Path, method: str, *, weights: str = "sources", **options: A
     trainer = BilevelTrainer(
         model.to(dtype),
         lower=(Mixture if weights == "sources" else Weighted)(model, module),
-        upper=HeldOut(model, module),
+        upper=upper(model, module),
         args=BilevelTrainingArguments(str(folder), **{**settings, **options}),
         train_dataset=train.add_column("index", list(range(24))),
         upper_dataset=data("causal", 8, seed=5),
     )
-    trainer.train()
+    if stop:
+        trainer.add_callback(StopAt(stop))
+    trainer.train(resume)
     return trainer
 
 
@@ -98,6 +110,33 @@ def test_half_precision_and_checkpointing(tmp_path: Path) -> None:
         for on in (False, True)
     ]
     assert torch.equal(*map(learnt, runs)) and learnt(runs[0]).any()
+
+
+def test_a_resumed_run_is_the_run_without_interruption(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = trained(tmp_path / "a", "sama:product=dots", **settings)
+    with pytest.raises(Stop):
+        trained(tmp_path / "b", "sama:product=dots", stop=5, **settings)
+    resumed = trained(tmp_path / "b", "sama:product=dots", resume=True, **settings)
+    assert torch.equal(learnt(resumed), learnt(whole))
+
+
+class Poisoned(HeldOut):
+    """An upper loss that is not a number in the second upper step, of two pieces each."""
+
+    count = 0
+
+    def loss(self, batch: Any) -> Tensor:
+        self.count += 1
+        return super().loss(batch) * (torch.nan if self.count == 3 else 1)
+
+
+def test_an_upper_loss_that_is_not_finite_skips_the_step(tmp_path: Path) -> None:
+    """Though F is differentiated before the step's own passes, whose batches are used up."""
+    trainer = trained(tmp_path, "darts:product=dots", upper=Poisoned, non_finite="skip")
+    assert trainer.skipped == 1 and not any(m._forward_hooks for m in trainer.model.modules())
+    with pytest.raises(NonFiniteError, match=r"step 4.*loss is nan"):
+        trained(tmp_path, "darts:product=dots", upper=Poisoned)
 
 
 @pytest.mark.slow
