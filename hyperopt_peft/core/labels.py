@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -268,13 +269,16 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         batch = {key: value for key, value in batch.items() if key in parameters}
     with model_reads(batch):
         output = model(**batch)
-    loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+        loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+        if logits is None:  # with labels TRL's head makes none, from 1.4 to 1.14
+            output = model(**{key: value for key, value in batch.items() if key != "labels"})
+            logits = getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
         raise ProblemError(
             f"{type(model).__name__}: the model must return loss and logits for a batch with "
             f"labels; {OWN_LOSS}"
         )
-    return output
+    return SimpleNamespace(loss=loss, logits=logits)
 
 
 @contextmanager

@@ -121,7 +121,8 @@ def test_the_run_is_the_trainers_own(tmp_path: Path) -> None:
         assert torch.allclose(value, values(plain.model)[name], rtol=1e-4, atol=1e-6), name
     shown, again = plain.evaluate(), watched.evaluate()
     assert result.values["all"] == pytest.approx(shown["eval_loss"], rel=1e-4)
-    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+    counted = {"eval_loss", "eval_entropy", "eval_mean_token_accuracy"}
+    for name in counted & shown.keys():  # some are others in older releases
         assert again[name] == pytest.approx(shown[name], rel=1e-4), name
 
 
