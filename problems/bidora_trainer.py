@@ -108,7 +108,8 @@ class BiDoRATrainer(TwoPhaseTrainer):
     ``state.log_history``. `AdapterTrainer` trains LoRA or DoRA in the same harness.
 
     Args:
-        model: a PeftModel with ``use_dora=True``.
+        model: a PeftModel with ``use_dora=True``; or what a trainer that this is `over` makes one
+            of, with a ``peft_config``.
         args: the settings.
         train_dataset: all training examples, split by ``args.upper_fraction``; the lower level's
             examples if ``upper_dataset`` is given.

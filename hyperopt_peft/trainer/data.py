@@ -90,8 +90,8 @@ def data_of_levels(
 ) -> tuple[Any, Any]:
     """The lower and the upper level's examples: ``train`` is split if ``upper`` is None.
 
-    With ``may_share_rows`` an example of ``upper`` may be in ``train`` too. Not ``prepared``, the
-    examples are texts that a trainer tokenizes.
+    With ``may_share_rows`` an example of ``upper`` may be in ``train`` too. Of examples that are
+    not ``prepared`` a trainer makes others.
 
     Raises:
         ProblemError: as `split_dataset`, `require_examples`, `require_same_layout` and
@@ -237,11 +237,13 @@ def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bo
 
 
 def require_same_layout(lower: Any, upper: Any) -> None:
-    """Raise ProblemError unless both have the same columns, those of single numbers aside.
+    """Raise ProblemError unless texts have the same columns, those of single numbers aside.
 
-    A trainer that prepares text decides by the columns of the training set what is scored.
+    A trainer that tokenizes them decides by the columns of the training set what is scored.
     """
     if not (isinstance(lower, Dataset) and isinstance(upper, Dataset)):
+        return
+    if "input_ids" in lower.column_names and "input_ids" in upper.column_names:
         return
     columns = [
         {name for name, kind in data.features.items() if not _is_number(kind)}

@@ -56,7 +56,7 @@ class LossRule:
     ) -> None:
         self.model, self.loss, self.context, self.device = model, loss, context, device
         self.sums, self.custom = sums, custom
-        self.of_micro_batches, self._warned = scaled is False, False
+        self.scaled, self._warned = scaled, False
         self._reads_items, self._model_reads_items = scaled, scaled
 
     def entries(
@@ -71,12 +71,12 @@ class LossRule:
             items: the Trainer's count of the labels in the step, or None.
             across_processes: whether it is the count of all processes.
         """
-        if self.of_micro_batches or not batches:  # none: an epoch that was resumed at its end
+        if self.scaled is False or not batches:  # none: an epoch that was resumed at its end
             return [{} for _ in batches]
         entries: list[dict[str, Any]] = label_weights(batches, shifted=self._shifted(batches[0]))
-        if items is None:
+        if items is None and not self.scaled:
             return entries
-        if not across_processes:
+        if items is not None and not across_processes:
             items = distributed.average(torch.as_tensor(items, dtype=torch.float32))
         of_step = {ITEMS: items, MICRO_BATCHES: len(batches)}
         if self._reads(batches[0]):

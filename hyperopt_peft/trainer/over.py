@@ -6,6 +6,7 @@ import copyreg
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from dataclasses import fields, make_dataclass
 from functools import cache
@@ -23,8 +24,8 @@ REPLACED = {
     "training_step": "a step of its own; change compute_loss",
 }
 
-#: The arguments of trainers whose type hint is not theirs.
-UNHINTED = {"Seq2SeqTrainer": Seq2SeqTrainingArguments, "Trainer": TrainingArguments}
+#: The arguments of a trainer whose type hint is not theirs.
+UNHINTED = {"transformers.trainer_seq2seq.Seq2SeqTrainer": Seq2SeqTrainingArguments}
 
 
 class Combined(type):
@@ -68,16 +69,17 @@ def check_parent(parent: type[Trainer]) -> None:
 
 
 def arguments_of(parent: type[Trainer]) -> Any:
-    """The class of ``args`` by their type hint."""
+    """The class of ``args`` by the first type hint of one that can be read."""
     for base in parent.__mro__:
-        if base.__name__ in UNHINTED:
-            return UNHINTED[base.__name__]
+        if kind := UNHINTED.get(f"{base.__module__}.{base.__qualname__}"):
+            return kind
         if annotation := _annotation(base, "args"):
             hint = SimpleNamespace(__annotations__={"args": annotation})
-            kind = get_type_hints(hint, vars(base)["__init__"].__globals__)["args"]
-            for each in get_args(kind) or (kind,):
-                if isinstance(each, type) and issubclass(each, TrainingArguments):
-                    return each
+            with suppress(NameError):  # imported for a type checker alone
+                hinted = get_type_hints(hint, vars(base)["__init__"].__globals__)["args"]
+                for each in get_args(hinted) or (hinted,):
+                    if isinstance(each, type) and issubclass(each, TrainingArguments):
+                        return each
     return TrainingArguments
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from hyperopt_peft.core.labels import WEIGHT
+from hyperopt_peft.core.labels import MICRO_BATCHES, WEIGHT
 from hyperopt_peft.core.problem import Problem, devices_of, variables_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
@@ -26,6 +26,8 @@ from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather
 from hyperopt_peft.utils.random_state import RandomState
 
+#: Entries of a micro-batch whose loss has its weight among those of the step.
+COUNTED = {WEIGHT, MICRO_BATCHES}
 #: The logged numbers of an upper step.
 UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
 
@@ -193,7 +195,7 @@ class OptimizerStep:
             MicroBatch(
                 self._on_device(batch),
                 RandomState.seeded(self.devices, *seed, k),
-                1.0 if isinstance(batch, Mapping) and WEIGHT in batch else share,
+                1.0 if isinstance(batch, Mapping) and batch.keys() & COUNTED else share,
             )
             for k, (batch, share) in enumerate(zip(batches, shares, strict=True))
         ]

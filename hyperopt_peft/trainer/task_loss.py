@@ -64,7 +64,7 @@ class TaskLossTrainer(CombinedTrainer):
         weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
         with model_reads(batch):
             loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
-        if items is not None:
+        if n is not None:
             # In 64 bits the division by n, for the mean over micro-batches, gives the loss again.
             loss = (loss if loss.is_mps else loss.double()) * n
         elif weight is not None:

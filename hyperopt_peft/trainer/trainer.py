@@ -59,7 +59,8 @@ class BilevelTrainer(TwoLevelTrainer):
     read its variables through the model. docs/training-reference.md lists the logged numbers.
 
     Args:
-        model: the model that the Trainer saves, evaluates and moves to its device.
+        model: the model that the Trainer saves, evaluates and moves to its device. A trainer `over`
+            one that loads models takes a name too.
         lower: the lower level, without data and optimizer.
         upper: the upper level, likewise; None trains the lower level alone, as a baseline.
         args: the settings.
@@ -67,7 +68,7 @@ class BilevelTrainer(TwoLevelTrainer):
             ``args.upper_fraction`` then divides.
         upper_dataset: the upper level's examples. Never ``eval_dataset``.
         callbacks: as for `transformers.Trainer`.
-        trainer: further arguments of `transformers.Trainer`.
+        trainer: further arguments of `transformers.Trainer`, or of the trainer that this is `over`.
 
     Raises:
         ProblemError: levels that share a tensor or have data or an optimizer, data sets that

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hyperopt_peft import BilevelTrainer, ProblemError, bilevel
@@ -26,6 +28,12 @@ SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 3,
 }
+
+
+#: Before, a Trainer decides by other attributes whether it trains the sum.
+SINCE = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.19"), reason="loss_is_scaled_for_ga is not read"
+)
 
 
 class Confident(Trainer):
@@ -57,8 +65,12 @@ def trained(kind: Any, folder: Path, model: Any, settings: Any = None, **options
 @pytest.mark.skipif(
     not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="Transformers does not read it"
 )
-def test_one_level_over_a_loss_of_one_s_own_is_that_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scaled", [False, pytest.param(True, marks=SINCE)])
+def test_one_level_over_a_loss_of_one_s_own_is_that_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
     """Bit for bit, with arguments of its own; the last micro-batches are smaller."""
+    monkeypatch.setattr(Confident, "loss_is_scaled_for_ga", scaled)
     table, ends = data(rows=22), []
     levels = {"lower": lambda made: Adapter(made.model, task_loss=made.task_loss), "upper": None}
     for kind, more in ((Confident, {}), (bilevel(Confident), levels)):
@@ -106,6 +118,13 @@ def test_a_name_is_no_model_where_the_parent_loads_none(tmp_path: Path, kind: An
     args = kind.Arguments(str(tmp_path), **SETTINGS)
     with pytest.raises(ProblemError, match=r"model must be a .*Module, got str"):
         kind("name", args=args, lower=lambda made: made, upper=None, train_dataset=data())
+
+
+def test_levels_that_would_not_have_the_loss_of_the_parent_are_refused(tmp_path: Path) -> None:
+    kind, model = bilevel(Confident), peft_model(dora=False)
+    args = kind.Arguments(str(tmp_path), **SETTINGS)
+    with pytest.raises(ProblemError, match="compute_loss: not possible"):
+        kind(model, args=args, lower=Adapter(model), upper=None, train_dataset=data())
 
 
 def test_a_class_with_both_bases_is_a_class_over_one() -> None:
