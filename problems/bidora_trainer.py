@@ -23,6 +23,7 @@ from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.models import rounds_activations
 
 #: The estimator of BiDoRA's own code.
 PUBLISHED = {"hypergradient": "darts:scheme=forward", "xi": 1.0}
@@ -218,7 +219,9 @@ def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:
         try:
             require_plain(layer, adapter, name)
         except ProblemError as error:
+            rounds = rounds_activations(layer.get_base_layer())
+            advice = "direct" if rounds else "product=difference, or darts"
             raise ProblemError(
                 f"hypergradient={args.hypergradient!r} differentiates twice, which needs weights "
-                f"that can be read; choose product=difference, or darts ({error})"
+                f"that can be read; choose {advice} ({error})"
             ) from error

@@ -73,6 +73,7 @@ class Requirements:
             batch.
         every_step: whether every lower step must have a record.
         second_derivatives: whether f is differentiated twice.
+        differences: whether gradients at close points are subtracted.
         lower_pass: whether `Estimator.observe` takes what f contributes from the lower step's own
             pass, where the driver can differentiate F at the same point before.
 
@@ -88,6 +89,7 @@ class Requirements:
     upper_weight: float = 0.0
     every_step: bool = False
     second_derivatives: bool = False
+    differences: bool = False
     lower_pass: bool = False
 
 

@@ -28,6 +28,7 @@ from hyperopt_peft.hypergradients.products import (
 )
 from hyperopt_peft.utils.autograd import HALF
 from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.models import require_no_rounding
 from hyperopt_peft.utils.precision import autocast_enabled, single_precision
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import Buffers, TensorPool, assign_, perturbed, preserve_state
@@ -145,6 +146,7 @@ class Oracle:
         w = self.lower.variables
         half = self._half(objective) or bool(self.upper.half)
         with ExitStack() as stack:
+            stack.enter_context(self._differentiable())
             stack.enter_context(self._single_precision(half))
             point = stack.enter_context(perturbed(w, None if half else self.copies))
             stack.enter_context(self.lower.anchored())
@@ -185,6 +187,8 @@ class Oracle:
         variables = self.lower.variables
         with ExitStack() as stack:
             stack.callback(self.buffers.restore)  # after the body, whose graph reads the buffers
+            if kind == "difference":
+                stack.enter_context(self._differentiable())
             stack.enter_context(self._single_precision(half))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
@@ -211,6 +215,13 @@ class Oracle:
             gradient = objective.parts(w)
         dots.check(gradient)
         return dots
+
+    @contextmanager
+    def _differentiable(self) -> Iterator[None]:
+        """Raise ProblemError where a layer of F, or of f in the body, rounds activations."""
+        require_no_rounding(self.buffers.modules)
+        yield
+        require_no_rounding(self.buffers.modules)
 
     @contextmanager
     def _single_precision(self, half: bool) -> Iterator[None]:

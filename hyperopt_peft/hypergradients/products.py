@@ -29,19 +29,16 @@ from hyperopt_peft.utils.autograd import (
     once_differentiable_functions,
     raises_when_differentiated,
 )
+from hyperopt_peft.utils.models import NO_DIFFERENCE, rounds_activations
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import Buffers, assign_, perturbed
 from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon
 
 ProductKind = Literal["exact", "difference"]
 Scheme = Literal["central", "forward"]
-SHARDED = (
-    "an exact product differentiates twice, which FSDP does not support; choose "
-    'product="difference", which needs first-order passes only'
-)
-NO_EXACT_PRODUCT = (
-    'there is no exact product; choose product="difference", which needs first-order passes only'
-)
+DIFFERENCE = 'choose product="difference", which needs first-order passes only'
+SHARDED = f"an exact product differentiates twice, which FSDP does not support; {DIFFERENCE}"
+NO_EXACT_PRODUCT = f"there is no exact product; {DIFFERENCE}"
 
 
 @dataclass
@@ -158,7 +155,7 @@ class ExactProduct(Product):
             loss, _ = objective.lower.evaluate(objective.batch)
         objective.losses.append(distributed.average(loss))
         self._loss = loss
-        self.gradient = _slopes(loss, objective.lower.variables)
+        self.gradient = self._slopes(objective.lower.variables)
 
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
         """∂f/∂w, which the graph has; zero where f does not read a variable."""
@@ -168,7 +165,7 @@ class ExactProduct(Product):
     @cached_property
     def _upper_gradient(self) -> tuple[Tensor, ...]:
         """∂f/∂u, with its graph."""
-        return _slopes(self._loss, self.objective.upper.variables)
+        return self._slopes(self.objective.upper.variables)
 
     def _along(self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None) -> Vector:
         self.objective.passes.count(products=1)
@@ -179,23 +176,41 @@ class ExactProduct(Product):
         if not pairs:  # f is linear
             return Vector.of([None] * len(variables), variables)
         outputs, cotangents = zip(*pairs, strict=True)
-        with _second_derivatives():
+        with self._second_derivatives():
             result = torch.autograd.grad(
                 outputs, variables, cotangents, retain_graph=True, allow_unused=True
             )
         return Vector.of(distributed.mean(result, variables), variables)
 
+    def _slopes(self, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """∂f/∂variables with its graph, zero for a variable that f does not read."""
+        loss = self._loss
+        with self._second_derivatives():
+            slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
+            # Autograd raises no error for such a function where its node is not on a path.
+            marked = once_differentiable_functions(loss)
+            if marked or any(map(raises_when_differentiated, graph_nodes(slopes))):
+                names = ", ".join(marked) or "a function"
+                raise RuntimeError(f"{names} is differentiable once, not twice")
+            return slopes
 
-def _slopes(loss: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """∂loss/∂variables with its graph, zero for a variable that the loss does not read."""
-    with _second_derivatives():
-        slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
-        # Autograd raises no error for such a function where its node is not on a path.
-        marked = once_differentiable_functions(loss)
-        if marked or any(map(raises_when_differentiated, graph_nodes(slopes))):
-            names = ", ".join(marked) or "a function"
-            raise RuntimeError(f"{names} is marked once_differentiable, not twice")
-        return slopes
+    @contextmanager
+    def _second_derivatives(self) -> Iterator[None]:
+        """Within the body, an operation without second derivative raises ProblemError with advice.
+
+        Gradient checkpointing reruns forward passes in the body, so attention uses the math kernel.
+        """
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        except RuntimeError as error:
+            if not lacks_second_derivative(error):
+                raise
+            rounded = any(map(rounds_activations, self.objective.buffers.modules))
+            advice = f"choose {NO_DIFFERENCE}" if rounded else DIFFERENCE
+            raise ProblemError(
+                f"the lower loss has no second derivative ({error}); {advice}"
+            ) from error
 
 
 @dataclass
@@ -329,21 +344,3 @@ def _without_reducers() -> Iterator[None]:
         hook.remove()
         for module in silenced:
             module.require_backward_grad_sync = True
-
-
-@contextmanager
-def _second_derivatives() -> Iterator[None]:
-    """Within the body, an operation without second derivative raises ProblemError with advice.
-
-    Gradient checkpointing reruns forward passes in the body, so attention uses the math kernel.
-    """
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    except RuntimeError as error:
-        if not lacks_second_derivative(error):
-            raise
-        raise ProblemError(
-            f"the lower loss has no second derivative ({error}); "
-            'choose product="difference", which needs first-order passes only'
-        ) from error

@@ -19,7 +19,7 @@ from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.models import base_model
+from hyperopt_peft.utils.models import base_model, require_no_rounding
 
 #: The oldest transformers whose loading of a sharded adapter was seen to work.
 FSDP2_SINCE = Version("5.10")
@@ -143,6 +143,15 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
             f"{column}: the data have class {largest}, but the model's num_labels is {classes} "
             f"(classes 0 to {classes - 1}); load the model with num_labels={largest + 1}"
         )
+
+
+def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimator) -> None:
+    """Raise ProblemError where ``estimator`` takes differences over layers that round activations.
+
+    A product raises the same error, after the first lower steps.
+    """
+    if len(levels) > 1 and estimator.requirements.differences:
+        require_no_rounding(model.modules())
 
 
 def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:

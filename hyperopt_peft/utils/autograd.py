@@ -37,11 +37,16 @@ def graph_leaves(tensor: Tensor) -> list[Tensor]:
 
 
 def once_differentiable_functions(tensor: Tensor) -> list[str]:
-    """The names of the ``once_differentiable`` custom functions in the graph of ``tensor``."""
+    """The names of the custom functions in the graph of ``tensor`` that are differentiable once.
+
+    These are the functions marked ``once_differentiable``, and those of Liger, which have no mark:
+    their backward passes run in kernels that autograd does not see.
+    """
 
     def marked(function: Any) -> bool:  # the mark is a wrapper, defined in torch's own module
         backward = getattr(function, "backward", None)
-        return getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
+        module: str = getattr(backward, "__globals__", {}).get("__name__", "")
+        return module == "torch.autograd.function" or module.startswith("liger_kernel.")
 
     functions: set[Any] = {getattr(node, "_forward_cls", None) for node in graph_nodes([tensor])}
     return sorted(function.__name__ for function in functions if marked(function))
@@ -64,7 +69,8 @@ def raises_when_differentiated(node: Any) -> bool:
 
 def lacks_second_derivative(error: RuntimeError) -> bool:
     """Whether ``error`` says that an operation has no second derivative."""
-    return any(word in str(error) for word in ("not implemented", "double", "twice"))
+    words = ("not implemented", "double", "twice", "support automatic differentiation")
+    return any(word in str(error) for word in words)
 
 
 def is_half(node: Any) -> bool:

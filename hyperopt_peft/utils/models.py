@@ -1,15 +1,24 @@
-"""The model behind an adapter, and 4-bit layers that stay differentiable."""
+"""The model behind an adapter, and what layers of 4 and 8 bits need."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from torch import nn
+
+from hyperopt_peft.errors import ProblemError
+
+#: Parts of the names of layers that round activations: LLM.int8 of bitsandbytes, FP8 of torchao and
+#: Transformers. Their libraries are no dependencies, and not loaded where no such layer is.
+ROUNDING = ("8bit", "fp8", "float8")
+NO_DIFFERENCE = "direct or product=dots, or load the model in 4 bits or in bf16"
 
 
 def base_model(model: Any) -> Any:
     """The pretrained model inside a PeftModel; any other model itself.
 
     Example:
-        >>> from torch import nn
         >>> base_model(nn.Linear(2, 1))
         Linear(in_features=2, out_features=1, bias=True)
     """
@@ -27,3 +36,34 @@ def keep_differentiable(model: Any) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
             module.state_dict()  # unpacks
+
+
+def rounds_activations(module: nn.Module) -> bool:
+    """Whether ``module`` rounds its input to 8 bits; layers that round weights alone do not.
+
+    A loss of such layers is constant between two roundings, so that a difference of its gradients
+    at close points is no derivative. On CPUs bitsandbytes rounds in evaluation mode alone; its
+    layers count all the same, since on GPUs they round in training too.
+
+    Example:
+        >>> rounds_activations(type("Linear8bitLt", (nn.Linear,), {})(2, 1))
+        True
+        >>> rounds_activations(type("Linear4bit", (nn.Linear,), {})(2, 1))
+        False
+    """
+    weight = module._parameters.get("weight")  # torchao's layers have no class of their own
+    names = [kind.__name__.lower() for kind in type(module).__mro__]
+    return (
+        any(word in name for word in ROUNDING for name in names)
+        or getattr(weight, "act_quant_kwargs", None) is not None
+        or type(weight).__name__ == "LinearActivationQuantizedTensor"
+    )
+
+
+def require_no_rounding(modules: Iterable[nn.Module]) -> None:
+    """Raise ProblemError if one of ``modules`` `rounds_activations`: no difference is right."""
+    if names := {type(module).__name__ for module in modules if rounds_activations(module)}:
+        raise ProblemError(
+            f"{', '.join(sorted(names))}: the layer rounds activations to 8 bits, so that a "
+            f"difference of gradients is no derivative; choose product=exact, {NO_DIFFERENCE}"
+        )

@@ -13,13 +13,18 @@ from hyperopt_peft.utils.random_state import RandomState
 
 
 class Buffers:
-    """The buffers of the modules that run, with their values before the first forward pass."""
+    """The buffers of the modules that run, with their values before the first forward pass.
+
+    ``modules`` are the modules themselves, those without a buffer included.
+    """
 
     def __init__(self) -> None:
+        self.modules: set[nn.Module] = set()
         self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor | None, Tensor | None]] = {}
 
     def see(self, module: nn.Module, _inputs: object) -> None:
         """Forward pre-hook: copy the module's buffers before its first forward pass."""
+        self.modules.add(module)
         for name, buffer in module._buffers.items():
             key = id(module), name
             if key not in self._seen:

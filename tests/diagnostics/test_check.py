@@ -205,7 +205,7 @@ def test_an_operation_without_second_derivative_is_named_and_done_without():
     check = pair.check()
     assert kinds(check, "error", "warning") == ["no double backward"]
     finding = finding_of(check, "no double backward")
-    assert "Once is marked once_differentiable" in finding.words
+    assert "Once is differentiable once" in finding.words
     assert 'product="difference"' in finding.advice
     assert check.curvature.largest == pytest.approx(1, rel=1e-6)  # by differences
 

@@ -69,15 +69,16 @@ def language_model(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaFo
     return LlamaForCausalLM(LlamaConfig(**sizes | config)).to(dtype)
 
 
-def quantised(folder: Any, compute: torch.dtype = torch.float32, **config: Any) -> Any:
-    """`language_model` in 4 bits, as ``from_pretrained`` loads it from ``folder``."""
+def quantised(
+    folder: Any, compute: torch.dtype = torch.float32, *, bits: int = 4, **config: Any
+) -> Any:
+    """`language_model` in 4 or 8 bits, as ``from_pretrained`` loads it from ``folder``."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}
     language_model(**sizes | config).save_pretrained(folder)
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-    )
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+    settings = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **four)
     return AutoModelForCausalLM.from_pretrained(
-        folder, device_map={"": "cpu"}, quantization_config=bits, dtype=torch.float32
+        folder, device_map={"": "cpu"}, quantization_config=settings, dtype=torch.float32
     )
 
 

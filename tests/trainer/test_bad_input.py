@@ -115,11 +115,15 @@ class Quantised(nn.Linear):
         return super().forward(x)
 
 
-def quantised() -> Any:
+class Linear8bitLt(Quantised):
+    """What a layer that rounds its input looks like: known by its name."""
+
+
+def quantised(kind: type[nn.Module] = Quantised) -> Any:
     base = base_model()
     for layer in base.bert.encoder.layer:
         old = layer.attention.self.query
-        layer.attention.self.query = Quantised(old.in_features, old.out_features)
+        layer.attention.self.query = kind(old.in_features, old.out_features)
     return get_peft_model(base, LoraConfig(target_modules=["query", "value"], use_dora=True))
 
 
@@ -148,9 +152,20 @@ MODELS = {
         {"hypergradient": "darts:product=exact"},
         "hypergradient='darts:product=exact' .* choose product=difference",
     ),
+    "in 8 bits, cg": (
+        lambda _: quantised(Linear8bitLt),
+        {"hypergradient": "cg"},
+        "hypergradient='cg' .* choose direct",
+    ),
+    "in 8 bits, differences": (
+        lambda _: quantised(Linear8bitLt),
+        {"hypergradient": "darts"},
+        "Linear8bitLt: .* choose product=exact, direct",
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:use_fast_dora")
 @cases(MODELS)
 def test_models(case: Any, tmp_path: Path) -> None:
     make, settings, message = case

@@ -1,4 +1,4 @@
-"""4-bit models are differentiable after a pass in evaluation mode."""
+"""Layers of 4 and 8 bits: which are differentiable, and which round their input."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hyperopt_peft.utils.models import keep_differentiable
+from hyperopt_peft.utils.models import keep_differentiable, rounds_activations
 from tests.support.language import quantised
 
 pytest.importorskip("bitsandbytes")
@@ -30,3 +30,10 @@ def test_gradients_are_those_before_a_pass_in_evaluation_mode(tmp_path: Path, be
     # Packing rounds the blocks' scales to bfloat16.
     tolerance = 0.0 if before else 2e-2
     assert (gradient() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("kwargs", [None, object()])
+def test_layers_of_torchao_round_where_their_weights_say_how(kwargs: object) -> None:
+    layer = nn.Linear(2, 1)
+    layer.weight.act_quant_kwargs = kwargs  # type: ignore[attr-defined]
+    assert rounds_activations(layer) == (kwargs is not None)

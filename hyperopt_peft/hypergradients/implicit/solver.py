@@ -67,8 +67,9 @@ class Solver(Estimator):
 
     @property
     def requirements(self) -> Requirements:
-        """Second derivatives for exact products."""
-        return Requirements(second_derivatives=self.product == "exact")
+        """Second derivatives for exact products, differences for the others."""
+        exact = self.product == "exact"
+        return Requirements(second_derivatives=exact, differences=not exact)
 
     def products_cost(self, products: int, vectors: int) -> Cost:
         """The cost of F, f, ``products`` Hessian-vector products and one mixed product."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import MovedGradients, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.reductions import to_floats
@@ -47,6 +47,11 @@ class InnerRuns(Estimator):
 
     inner_steps: NonNegativeInt = field(default=100, kw_only=True)
     tolerance: Fraction = field(default=3e-3, kw_only=True)
+
+    @property
+    def requirements(self) -> Requirements:
+        """Gradients at close points."""
+        return Requirements(differences=True)
 
     def response(self, oracle: Oracle, gradients: MovedGradients, slope: Vector) -> Vector | None:
         """An initial guess r of dw_ν/dν = −H⁻¹b at ν = 0; ``slope`` is ∂f/∂w at w.

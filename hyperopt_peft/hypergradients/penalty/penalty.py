@@ -50,7 +50,7 @@ class Penalty(InnerRuns):
     @property
     def requirements(self) -> Requirements:
         """The lower steps descend f + F/γ."""
-        return Requirements(upper_weight=1 / GAMMA)
+        return Requirements(upper_weight=1 / GAMMA, differences=not self.free)
 
     def cost(self) -> Cost:
         """The cost at ``inner_steps`` steps of the run."""

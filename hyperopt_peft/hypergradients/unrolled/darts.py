@@ -36,6 +36,7 @@ class OneStep(Estimator):
             history=1,
             lower_gradient=self.scheme == "forward" and self.product == "difference",
             second_derivatives=self.product == "exact",
+            differences=self.product == "difference",
             lower_pass=self.product == "dots",
         )
 

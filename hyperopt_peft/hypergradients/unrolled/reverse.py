@@ -62,6 +62,7 @@ class Unrolled(Estimator):
             history=self.steps,
             optimizer_state=True,
             second_derivatives=self.product == "exact",
+            differences=self.product == "difference",
         )
 
     def cost(self) -> Cost | None:

@@ -1,0 +1,96 @@
+"""Bases in 4 bits have the hypergradient of their weights; in 8 bits no difference is right."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from hyperopt_peft import Problem, ProblemError, hypergradient
+from hyperopt_peft.core.labels import losses_of_logits
+from hyperopt_peft.hypergradients import oracle, registered
+from tests.support.language import lora, quantised
+from tests.support.quadratic import FunctionLevel, flat
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
+
+SOLVERS = ("cg", "exact", "kfac", "minres", "neumann", "nystrom", "warm")
+DIFFERENCES = (
+    *(f"{name}:product=difference" for name in (*SOLVERS, "unrolled", "forward")),
+    *("darts", "darts:scheme=forward", "sama", "f2sa", "penalty"),
+)
+OTHERS = ("direct", "darts:product=exact", "minres:steps=3,damping=10.0", "unrolled")
+
+
+def levels(base: Any, *, training: bool = True) -> tuple[Problem, Problem]:
+    """Weights of eight examples above an adapter."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, lora(r=1, target_modules=["v_proj", "up_proj"])).train(training)
+    weights = nn.Parameter(torch.zeros(8))
+
+    def loss(batch: Tensor, shares: Tensor) -> Tensor:
+        logits = model(input_ids=batch).logits
+        return losses_of_logits(model, logits, batch, shifted=True)[0].mean(-1) @ shares
+
+    equal = torch.full((8,), 1 / 8)
+    w = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in w:
+        parameter.data *= 0.3  # a smooth loss, whose difference has a small truncation error
+    batches = (
+        torch.randint(3, 20, (8, 8), generator=torch.Generator().manual_seed(k)) for k in (0, 1)
+    )
+    sgd = torch.optim.SGD(w, lr=0.1)
+    return (
+        FunctionLevel(lambda rows: loss(rows, equal), [weights], data=[next(batches)]),
+        FunctionLevel(
+            lambda rows: loss(rows, weights.softmax(0)), w, data=[next(batches)], optimizer=sgd
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Problem, Problem]:
+    """In evaluation mode, where CPUs too round activations."""
+    return levels(quantised(tmp_path_factory.mktemp("8bit"), bits=8), training=False)
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    x, y = flat(actual), flat(expected)
+    return float((x - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_differences_over_layers_that_round_activations_are_refused(
+    method: str, in_8_bits: tuple[Problem, Problem]
+) -> None:
+    with pytest.raises(ProblemError, match=r"^Linear8bitLt: .*; choose product=exact, direct"):
+        hypergradient(*in_8_bits, method)
+
+
+def test_every_estimator_has_been_tried() -> None:
+    tried = {name.partition(":")[0] for name in (*DIFFERENCES, *OTHERS)}
+    assert {*registered()} <= tried | {"fastmix"}
+
+
+def test_exact_products_are_right_there_and_differences_would_not_be(
+    tmp_path: Path, in_8_bits: tuple[Problem, Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = levels(quantised(tmp_path, bits=8).dequantize())
+    expected = hypergradient(*weights, "darts:product=exact")
+    assert relative_error(hypergradient(*in_8_bits, "darts:product=exact"), expected) < 0.15
+    assert relative_error(hypergradient(*weights, "darts"), expected) < 0.01
+    monkeypatch.setattr(oracle, "require_no_rounding", lambda modules: None)
+    assert relative_error(hypergradient(*in_8_bits, "darts"), expected) > 0.5
+
+
+@pytest.mark.parametrize("method", ["darts:product=exact", "darts"])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 0.01), (torch.bfloat16, 0.03)])
+def test_bases_in_4_bits_have_the_hypergradient_of_their_weights(
+    tmp_path: Path, method: str, dtype: torch.dtype, error: float
+) -> None:
+    weights = levels(quantised(tmp_path).dequantize())
+    actual = hypergradient(*levels(quantised(tmp_path, dtype)), method)
+    assert relative_error(actual, hypergradient(*weights, "darts:product=exact")) < error
