@@ -28,10 +28,10 @@ from hyperopt_peft.problems.two_phases import (
 from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
-#: The estimator that is the best for what has a source.
+#: The name of the default estimator.
 AUTO = "auto"
-#: The estimators of sources of labels, as a language model has them, and of sources of rows.
-OF_LABELS, OF_ROWS = "darts:product=dots", "minres:steps=3,damping=0.1"
+#: Its values where each token has a label, as in a language model, and else.
+OF_TOKENS, OF_ROWS = "darts:product=dots", "minres:steps=3,damping=0.1"
 
 
 @dataclass
@@ -50,7 +50,7 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     )
     hypergradient: str = HfArg(
         default=AUTO,
-        help=f"hypergradient estimator, with options; {AUTO} is {OF_LABELS} where each token has a "
+        help=f"hypergradient estimator, with options; {AUTO} is {OF_TOKENS} where each token has a "
         f"label, as in a language model, and else {OF_ROWS}",
     )
     lower_steps: int = HfArg(
@@ -75,11 +75,11 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     # The lower level reads a column that the model does not; the trainer removes all others.
     remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
 
-    def estimator(self, *, of_labels: bool = False) -> Estimator:
-        """As `BilevelTrainingArguments.estimator`; ``auto`` is the one of labels, or of rows."""
+    def estimator(self, *, of_tokens: bool = False) -> Estimator:
+        """As `BilevelTrainingArguments.estimator`; ``auto`` is the one of tokens, or of rows."""
         if self.hypergradient != AUTO:
             return super().estimator()
-        return get_estimator(OF_LABELS if of_labels else OF_ROWS)
+        return get_estimator(OF_TOKENS if of_tokens else OF_ROWS)
 
 
 class MixTrainer(SourceTrainer, TwoPhaseTrainer):
@@ -98,8 +98,12 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
     ``gradient_accumulation_steps``. Where the logged ``upper_snr`` is near 0 from the beginning,
     the weights follow noise.
 
+    Of a language model each label has a source, and f is the mean over all labels: the loss that
+    the parent trains where all weights are 1. ``MixTrainer.over(SFTTrainer)`` takes texts, which
+    SFTTrainer prepares, each source alone; a packed row has one source.
+
     Args:
-        model: a PeftModel for classification or language modelling.
+        model: a PeftModel for classification or language modelling, or what the parent takes.
         args: the settings.
         sources: data sets by name; or one data set with the column ``votes``, a list of a class
             for each labelling function, -1 for none.
@@ -170,8 +174,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         return HeldOut(self.model, self.weights, task_loss=self.task_loss, prior=default)
 
     def make_estimator(self) -> Estimator:
-        """As `BilevelTrainer.make_estimator`; by default the one for labels, or for rows."""
-        return self.args.estimator(of_labels=self.of_labels)
+        """As `BilevelTrainer.make_estimator`; by default the one for tokens, or for rows."""
+        return self.args.estimator(of_tokens=self.of_tokens)
 
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the adapter on everything, with the learned weights."""

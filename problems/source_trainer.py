@@ -54,8 +54,8 @@ class SourceTrainer(BilevelTrainer):
     data_collator: Any
     #: The weights of the sources.
     weights: SourceWeights
-    #: Whether a source is that of a label, not of a row.
-    of_labels = False
+    #: Whether each token that the model reads has a label, and so a source of its own.
+    of_tokens = False
 
     def __init__(
         self,
@@ -105,7 +105,9 @@ class SourceTrainer(BilevelTrainer):
                 f"{type(self).__name__}: the batches have {sorted(batch)} and no labels, so that a "
                 "source has no loss of its own; use a trainer whose loss is a mean over labels"
             )
-        self.of_labels = SOURCE in batch and batch[SOURCE].dim() > 1
+        config = getattr(self.model, "config", None)
+        translates = getattr(config, "is_encoder_decoder", False)
+        self.of_tokens = SOURCE in batch and batch[SOURCE].dim() > 1 and not translates
         self.weights = self._make_weights(self._counts(batch)).to(self.args.device)
         lower = Mixture(self.model, self.weights)
         self._require_mean_over_labels(lower, batch)
@@ -145,7 +147,7 @@ class SourceTrainer(BilevelTrainer):
         rows, size = self.train_dataset, len(self._names)
         if VOTES in batch:
             counts = torch.tensor(rows[VOTES][:]).ne(NO_VOTE).sum(0)
-        elif not self.of_labels:
+        elif batch[SOURCE].dim() == 1:
             counts = torch.tensor(rows[SOURCE][:]).bincount(minlength=size)
         else:
             shifted = self.is_fsdp_enabled  # whose parameters may not be here yet

@@ -147,6 +147,17 @@ def test_bad_input_is_named(tmp_path: Path, options: Any, named: str) -> None:
         trainer(tmp_path, **options)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("classes", "minres"), ("causal", "darts")])
+def test_the_default_estimator_is_that_of_rows_or_tokens(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    run = trainer(tmp_path, kind=kind, hypergradient="auto")
+    assert run.estimator.name == name and run.args.hypergradient == "auto"
+    assert (run.train_dataset["source"][:] == [0] * 24 + [1] * 24 + [2] * 9) == (kind == "causal")
+    counts = [24 * 5, 24 * 5, 9 * 5] if kind == "causal" else [48, 48, 30]
+    assert run.weights.counts.tolist() == counts
+
+
 @pytest.mark.parametrize(("weight", "expected"), [(None, None), (0.0, 0.0), (0.5, 0.5)])
 def test_the_prior_s_default_is_a_variance_of_eight(
     tmp_path: Path, weight: float | None, expected: float | None
