@@ -16,7 +16,6 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
-from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import base_model, require_no_rounding
@@ -189,8 +188,7 @@ def _check_fsdp(trainer: Trainer, levels: Sequence[Problem], estimator: Estimato
         )
     if len(levels) > 1 and estimator.requirements.second_derivatives:
         raise ProblemError(f"{estimator.name}: {SHARDED}")
-    half = isinstance(estimator, Direct) or estimator.requirements.lower_pass
-    if len(levels) > 1 and not half and precision != "no":
+    if len(levels) > 1 and estimator.requirements.differences and precision != "no":
         raise ProblemError(
             f"mixed_precision: {precision} does not go with FSDP2, since a difference of gradients "
             "needs parameters in float32; turn it off, or choose direct or product=dots"
