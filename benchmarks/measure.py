@@ -52,7 +52,7 @@ class Target:
 def arguments(description: str, **more: int | list[str]) -> argparse.Namespace:
     """``--json FILE``, ``--quick``, ``--threads N`` and ``--device``; sets the threads.
 
-    ``more`` are further ones with their defaults: a whole number, or some of a list of names.
+    ``more`` are further ones by their defaults: False, a whole number, or some of a list of names.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
@@ -60,6 +60,9 @@ def arguments(description: str, **more: int | list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     for name, default in more.items():
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+            continue
         names = {"nargs": "+", "choices": default} if isinstance(default, list) else {"type": int}
         parser.add_argument(f"--{name}", default=default, **names)
     options = parser.parse_args()

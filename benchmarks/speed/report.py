@@ -1,4 +1,4 @@
-"""Write the tables of benchmarks/README.md from results/speed.json, or check them.
+"""Write the tables of steps into benchmarks/README.md and docs/language-models.md, or check them.
 
 python benchmarks/speed report --check
 """
@@ -12,10 +12,14 @@ from benchmarks import pages
 
 
 def main() -> None:
-    """The tables of the last timing."""
+    """The tables of the last measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 where they differ")
     options = parser.parse_args()
-    result = json.loads((pages.RESULTS / "speed.json").read_text())
-    text = pages.titled(result["tables"], result)
-    pages.write(pages.ROOT / "benchmarks/README.md", {"speed": text}, check=options.check)
+    for page, name, files in (
+        (pages.ROOT / "benchmarks/README.md", "speed", ["speed"]),
+        (pages.DOCS / "language-models.md", "cost", ["speed_language", "on_paper"]),
+    ):
+        results = [json.loads((pages.RESULTS / f"{file}.json").read_text()) for file in files]
+        tables = {title: rows for each in results for title, rows in each["tables"].items()}
+        pages.write(page, {name: pages.titled(tables, results[0])}, check=options.check)

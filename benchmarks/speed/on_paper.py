@@ -1,0 +1,140 @@
+"""Memory of large models' steps without a large machine: 8B and 70B, LoRA r = 16, eight cards.
+
+    python benchmarks/speed on_paper                 # seconds; writes results/on_paper.json
+
+The model is on the meta device, whose tensors have shapes and no numbers. *Weights and adapter* are
+counted and divided by the cards, as FSDP2 shards them, and the weights of two layers are whole at a
+time. *A pass* is run with checkpointing on 4 × 2048 tokens, and the peak of its living tensors is
+measured: the states between layers, and what one layer recomputes. The head is not run: TRL's runs
+in chunks. Attention is the flash kernel. ``direct`` and ``dots`` run in bf16. ``darts`` takes a
+difference, for which shards must be in float32. Allocators and communication need more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+
+from benchmarks.measure import arguments, report
+from benchmarks.pages import RESULTS
+from benchmarks.speed import llama
+
+CARDS, ROWS, LENGTH, RANK = 8, 4, 2048, 16
+#: Layers whose weights are whole at a time: the one that is run, and the next one.
+WHOLE = 2
+GB = 1e9
+Row = dict[str, Any]
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, each storage once.
+
+    Attributes:
+        now: bytes of those that live.
+        peak: the most that lived at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _is(x)}
+        for tensor in filter(_is, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given | self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def flash(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """The kernel that keeps no scores, ``(rows, tokens, heads, width)``."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    return kernel(query, key, value, 0.0, True)[0].transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("on_paper", flash)
+
+
+def on_a_card(shape: str, dtype: torch.dtype) -> Row:
+    """Bytes of a card by part."""
+    base = llama.base(shape, dtype=dtype, device="meta", attention="on_paper")
+    adapted = llama.adapted(base, RANK).train()
+    adapted.enable_input_require_grads()
+    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    adapter = [p for p in adapted.parameters() if p.requires_grad]
+    layer = adapted.get_base_model().model.layers[0]
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long, device="meta")
+    with Living() as living, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        states = adapted.get_base_model().model(ids).last_hidden_state
+        torch.autograd.grad(states.float().sum(), adapter)
+    frozen = [p for p in adapted.parameters() if not p.requires_grad]
+    return {
+        "weights, sharded": size(frozen) / CARDS,
+        "whole layers": WHOLE * size(p for p in layer.parameters() if not p.requires_grad),
+        # The adapter, its gradient, and Adam's two moments.
+        "adapter and Adam": 4 * size(adapter) / CARDS,
+        "a pass": living.peak,
+        "a direction": size(adapter) / CARDS,
+    }
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """The bytes of ``tensors``."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def table(shape: str) -> list[Row]:
+    """Gigabytes of lower and upper step by estimator."""
+    half, single = (on_a_card(shape, dtype) for dtype in (torch.bfloat16, torch.float32))
+    rows = []
+    # darts keeps a direction and the values that it displaces.
+    for estimator, parts, directions in (
+        ("direct", half, 0),
+        ("dots", half, 1),
+        ("darts", single, 2),
+    ):
+        direction = parts["a direction"]
+        lower = sum(parts.values()) - direction
+        upper = lower + directions * direction
+        named = {name: value / GB for name, value in parts.items()}
+        sums = {"lower step": lower / GB, "upper step": upper / GB}
+        precision = "bf16" if parts is half else "float32"
+        rows.append({"model": shape, "estimator": estimator, "in": precision, **named, **sums})
+    return rows
+
+
+def main() -> None:
+    """Count, print, and write JSON."""
+    options = arguments("memory of 8B and 70B on eight cards, on paper")
+    if not options.quick and options.json is None:
+        options.json = RESULTS / "on_paper.json"
+    rows = [
+        row for shape in (("tiny",) if options.quick else ("8B", "70B")) for row in table(shape)
+    ]
+    details = {"cards": CARDS, "rows": ROWS, "tokens": LENGTH, "rank": RANK}
+    report(options, {"GB on each card": rows}, details=details)
