@@ -11,6 +11,7 @@ run_script(
     "mix",
     {
         "cells": "all methods on all tasks (three hours)",
+        "language": "all ways on sources of text, for a language model (an hour)",
         "report": "the tables of docs/when-bilevel-pays.md; --check compares them",
     },
 )

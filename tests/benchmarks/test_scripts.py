@@ -1,5 +1,6 @@
 """Every benchmark script runs with its smallest sizes; the pages have the tables of the results."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,9 @@ ROOT = Path(__file__).parents[2]
 SLOW = [
     "speed timing --quick",
     "speed dora_layer --quick",
+    "speed language --quick",
+    "speed gpu --device cpu --small --threads 1",
+    "speed on_paper --quick",
     "estimators comparison --quick --methods direct cg:steps=10",
     "estimators convergence --quick",
     "estimators cost --quick",
@@ -40,6 +44,22 @@ def test_a_script_runs(words: str) -> None:
     done = script(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout or "--check" in words
+
+
+@pytest.mark.slow
+def test_the_mix_of_texts_runs(tmp_path: Path) -> None:
+    for name in ("code", "math_train", "math_test"):
+        rows = [{"prompt": f"add {k} and {k}", "completion": f"{2 * k}"} for k in range(60)]
+        (tmp_path / "instruct").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"instruct/{name}.jsonl").write_text(lines)
+    (tmp_path / "e2e").mkdir()
+    for name in ("devset", "testset_w_refs"):
+        lines = "".join(f"name[{k}],It is {k}.\n" for k in range(60))
+        (tmp_path / f"e2e/{name}.csv").write_text("mr,ref\n" + lines)
+    done = script("mix language --quick --parts e2e", "--data", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "sama, dots" in done.stdout and "Verdict" in done.stdout
 
 
 def test_a_page_with_another_number_is_found(tmp_path: Path) -> None:
