@@ -216,8 +216,10 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     gradient, labels = None, require_labels(batch)
     # 0, 1, 1, 0, 0, ...: one, two and three positions later the labels are others.
     pattern = (torch.arange(labels.shape[-1], device=labels.device) + 1) // 2 % 2
-    labels = pattern.expand_as(labels).contiguous()
-    batch = {**batch, "labels": labels}
+    # One row, since evaluation mode has no gradient checkpoints.
+    batch = {key: _first(value, len(labels)) for key, value in batch.items()}
+    labels = pattern[None]
+    batch["labels"] = labels
     with _probing(model), torch.enable_grad():
         output = _output(model, batch)
         if output.logits.requires_grad:
@@ -237,6 +239,11 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
             f"nor by the next token's; {OWN_LOSS}"
         )
     return fitting[0]
+
+
+def _first(value: Any, rows: int) -> Any:
+    """The first of the ``rows`` of a column; another value itself."""
+    return value[:1] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
 
 
 def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:
