@@ -113,17 +113,17 @@ def load_base(
     task: Task, name: str, config: Any, dtype: Dtype, *, four_bits: bool = False
 ) -> tuple[Any, list[str]]:
     """The base model, and the names of its new weights, which depend on the current seed."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on a new head has forty lines
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     try:
         model, report = task.model.from_pretrained(
             name,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            quantization_config=quantization if four_bits else None,
+            quantization_config=(
+                BitsAndBytesConfig(load_in_4bit=True, **nf4) if four_bits else None
+            ),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
