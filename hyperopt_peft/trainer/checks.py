@@ -156,7 +156,8 @@ def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimat
 def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:
     """Raise ProblemError for a configuration of accelerate that would not train ``levels``.
 
-    DDP equals one process. FSDP2 is for estimators with first-order products, in float32.
+    DDP equals one process. FSDP2 is for estimators with first-order products, those with
+    differences in float32.
     """
     if trainer.accelerator.mixed_precision == "fp16":
         raise ProblemError("fp16: the loss scale is part of the gradients; use bf16")

@@ -55,8 +55,9 @@ class BilevelTrainer(TwoLevelTrainer):
     train. Other losses are averaged over the micro-batches of a step.
 
     N processes train as one process with the whole batch: with DDP for every estimator, with
-    accelerate's FSDP2 for estimators with first-order products, in float32. Under FSDP2 a loss must
-    read its variables through the model. docs/training-reference.md lists the logged numbers.
+    accelerate's FSDP2 for estimators with first-order products, those with differences in float32.
+    Under FSDP2 a loss must read its variables through the model. docs/training-reference.md lists
+    the logged numbers.
 
     Args:
         model: the model that the Trainer saves, evaluates and moves to its device. A trainer `over`
