@@ -169,8 +169,9 @@ class BiDoRATrainer(TwoPhaseTrainer):
 
     def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
         """The trainer of directions and head with the magnitudes frozen, on all examples."""
-        options = {**self._options, "search": self}
-        return self.trainer_of(_direction, args, self.examples, options, Retrainer)
+        level = {"lower": _direction, "upper": None, "train_dataset": self.examples}
+        made: Retrainer = self.trainer_of(Retrainer, args, search=self, **level, **self._options)
+        return made
 
 
 class Retrainer(BilevelTrainer):

@@ -27,6 +27,7 @@ from hyperopt_peft.core.labels import WEIGHT, label_losses, labels_are_shifted, 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.example_weights import COLUMNS, column, example_losses, without
+from hyperopt_peft.utils.vector import widened
 
 #: The column with the number of an example's source, and that with the class that each source
 #: gives to an example, `NO_VOTE` for none.
@@ -167,5 +168,5 @@ class Mixture(WeightedExamples, Adapter):
                 f"{count} sources, got a shape of {tuple(votes.shape)} and {int(votes.max())}"
             )
         row, source = (votes != NO_VOTE).nonzero(as_tuple=True)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return cross_entropy(logits[row], votes[row, source], reduction="none"), source
+        logits = widened(logits[row])
+        return cross_entropy(logits, votes[row, source], reduction="none"), source

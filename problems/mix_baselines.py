@@ -25,7 +25,6 @@ from hyperopt_peft.problems.example_weights import COLUMNS, example_losses, with
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import equal_weights
-from hyperopt_peft.problems.two_phases import as_prepared
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.restore import assign_
 
@@ -62,7 +61,6 @@ class Baselines:
         if trainer.args.retrain != "none":
             self.passes += self.steps * self.passes_of_a_step
         self._options = {**trainer.options, "callbacks": None, "eval_dataset": None}
-        self._learned = {**self._options, "processing_class": trainer.processing_class}
         self._last: tuple[SourceData, Tensor] | None = None  # data, and their agreement
 
     def __enter__(self) -> Baselines:
@@ -83,9 +81,8 @@ class Baselines:
         if method == LEARNED:
             assign_(self.variables, self.trainer.initial)
             args = self._silenced(copy(self.trainer.args))
-            with as_prepared(self.model):
-                made = type(self.trainer)(self.model, args, sources=data, **self._learned)
-            _run(made)
+            kind = type(self.trainer)
+            _run(self.trainer.trainer_of(kind, args, sources=data, **self._options))
             return self.passes
         passes = steps * self.passes_of_a_step
         trusted = {TRUSTED: data.parts[TRUSTED]}

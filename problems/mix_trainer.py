@@ -22,7 +22,6 @@ from hyperopt_peft.problems.source_trainer import SourceTrainer, equal_weights
 from hyperopt_peft.problems.two_phases import (
     TwoPhaseTrainer,
     TwoPhaseTrainingArguments,
-    as_prepared,
     options_of_retraining,
 )
 from hyperopt_peft.trainer.checks import check_class
@@ -189,16 +188,9 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         **options: Any,
     ) -> SourceTrainer:
         """A trainer of the same kind that trains the model on ``parts``, with fixed weights."""
-        with as_prepared(self.model):
-            return SourceTrainer.over(self.parent())(
-                self.model,
-                args,
-                parts=parts,
-                names=self.data.names,
-                weights=weights,
-                processing_class=self.processing_class,
-                **options,
-            )
+        of_parts = {"parts": parts, "names": self.data.names, "weights": weights}
+        made: SourceTrainer = self.trainer_of(SourceTrainer, args, **of_parts, **options)
+        return made
 
     def search_passes(self) -> int:
         """The forward+backward passes of the search, in passes over a micro-batch."""

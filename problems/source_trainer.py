@@ -10,7 +10,6 @@ from accelerate.utils import send_to_device
 from datasets import Dataset, Value
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from hyperopt_peft.core.labels import TOLERANCE, labels_are_shifted
 from hyperopt_peft.core.logits import IGNORED
@@ -166,9 +165,8 @@ class SourceTrainer(BilevelTrainer):
     @torch.no_grad()
     def _require_mean_over_labels(self, lower: Mixture, batch: Any) -> None:
         """Raise ProblemError where the trainer has a loss of its own that is no such mean."""
-        replaced = type(self).compute_loss is not BilevelTrainer.compute_loss
-        own = replaced or self.parent().compute_loss is not Trainer.compute_loss
-        if not own or self.is_fsdp_enabled:  # whose parameters may not be here yet
+        # Under FSDP2 the parameters may not be here yet.
+        if not self.has_own_loss() or self.is_fsdp_enabled:
             return
         training = self.model.training
         self.model.eval()

@@ -102,7 +102,9 @@ class TwoPhaseTrainer(BilevelTrainer):
     Example:
         >>> class Search(TwoPhaseTrainer):
         ...     def retraining(self, args):
-        ...         return self.trainer_of(self.lower, args, self.train_dataset, {})
+        ...         level = {"lower": self.lower, "upper": None}
+        ...         data = {"train_dataset": self.train_dataset}
+        ...         return self.trainer_of(BilevelTrainer, args, **level, **data)
         >>> Search.retrainer is None  # until `train` has made it
         True
     """
@@ -112,36 +114,21 @@ class TwoPhaseTrainer(BilevelTrainer):
     retrainer: BilevelTrainer | None = None
 
     def retraining(self, args: Any) -> BilevelTrainer:
-        """The trainer of the second phase, with the arguments ``args``."""
+        """The trainer of the second phase, with the arguments ``args``; a subclass makes it."""
         raise NotImplementedError
 
-    def trainer_of(
-        self,
-        lower: Any,
-        args: Any,
-        train_dataset: Any,
-        options: Mapping[str, Any],
-        kind: type[BilevelTrainer] = BilevelTrainer,
-    ) -> BilevelTrainer:
-        """A trainer of one level on this one's model, over the same parent.
+    def trainer_of(self, kind: type[BilevelTrainer], args: Any, **options: Any) -> Any:
+        """A further trainer of this one's model, of the class ``kind`` over the same parent.
 
         Args:
-            lower: the level, or a function that makes it.
-            args: the settings.
-            train_dataset: the examples, as this trainer was given them.
-            options: of `options_of_retraining`.
             kind: the class, before it is made over the parent.
+            args: the settings.
+            options: further arguments of the class, see `options_of_retraining`; data are as this
+                trainer was given them.
         """
+        made = kind.over(self.parent())
         with as_prepared(self.model):
-            return kind.over(self.parent())(
-                self.model,
-                lower=lower,
-                upper=None,
-                args=args,
-                train_dataset=train_dataset,
-                processing_class=self.processing_class,
-                **options,
-            )
+            return made(self.model, args=args, processing_class=self.processing_class, **options)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

@@ -10,6 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.utils.checkpoint import checkpoint
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.vector import widened
 
 #: The label of a position that is not scored.
 IGNORED = -100
@@ -78,21 +79,17 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _of_chunk(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(_widened(logits), labels, reduction="none", ignore_index=IGNORED)
+    return cross_entropy(widened(logits), labels, reduction="none", ignore_index=IGNORED)
 
 
 def _of_numbers(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if labels.numel() != logits.numel():
         raise _unfit(labels, logits)
-    logits = _widened(logits).view_as(labels)
+    logits = widened(logits).view_as(labels)
     multi_label = getattr(getattr(model, "config", None), "problem_type", None) == MULTI_LABEL
     loss = binary_cross_entropy_with_logits if multi_label else mse_loss
     each = loss(logits, labels.to(logits.dtype), reduction="none")
     return each, torch.ones_like(each, dtype=torch.bool)
-
-
-def _widened(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _unfit(labels: Tensor, logits: Tensor) -> ProblemError:

@@ -61,6 +61,7 @@ class Dots:
         level: the level with loss f, whose `Problem.examples` weights examples.
         directions: by layer, the direction b.
         along: b as a vector shaped like the level's variables; None where it is not.
+        layers: with ``along``, the `linear_layers` of the level.
 
     Example:
         >>> class Sum(WeightedExamples):
@@ -86,8 +87,10 @@ class Dots:
         level: Problem,
         directions: Mapping[nn.Module, Direction],
         along: Vector | None = None,
+        layers: Mapping[nn.Linear, tuple[int | None, int | None]] | None = None,
     ) -> None:
-        self.level, self.directions, self.along = level, directions, along
+        self.level, self.directions = level, directions
+        self.along, self.layers = along, layers or {}
         self.examples = weighted_examples(level)
         self._evaluations: list[_Evaluation] = []
         self._called: set[nn.Module] = set()
@@ -97,11 +100,11 @@ class Dots:
     def of(cls, level: Problem, along: Vector) -> Dots:
         """The dot products with ``along``, shaped like the level's variables."""
         parts: dict[int | None, Tensor] = dict(enumerate(map(gather, along)))
+        layers = linear_layers(level)
         directions: dict[nn.Module, Direction] = {
-            layer: (parts.get(weight), parts.get(bias))
-            for layer, (weight, bias) in linear_layers(level).items()
+            layer: (parts.get(weight), parts.get(bias)) for layer, (weight, bias) in layers.items()
         }
-        return cls(level, directions, along)
+        return cls(level, directions, along, layers)
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -151,7 +154,7 @@ class Dots:
             if not self._called:
                 self._refuse(UNCALLED)
             return
-        for layer, numbers in linear_layers(self.level).items():
+        for layer, numbers in self.layers.items():
             unseen = [names[k] for k in numbers if k is not None and gradient[k] is not None]
             if unseen and layer not in self._called:
                 self._refuse(f"reads variable {unseen[0]!r} without calling its layer")
