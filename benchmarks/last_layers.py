@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hyperopt_peft.core.logits import IGNORED
+
 LENGTH, FROZEN = 24, 4
-#: The label of a token without one, which no loss counts.
-IGNORED = -100
 
 
 def movies() -> pandas.DataFrame:

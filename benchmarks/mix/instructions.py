@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.last_layers import IGNORED
+from hyperopt_peft.core.logits import IGNORED
 
 #: Next to the repository; ``--data`` gives another folder.
 DATA = Path(__file__).parents[3] / "shared/data"

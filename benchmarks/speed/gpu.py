@@ -91,12 +91,8 @@ def layer(machine: Machine) -> list[Row]:
 def step(machine: Machine) -> list[Row]:
     """BiDoRA's steps by PEFT's DoRA step."""
     size, length, repeats = (4, 8, 1) if machine.small else (32, 64, 3)
-    return timed(*_two(steps(size, length, machine.device), repeats, machine.device))
-
-
-def _two(made: Any, repeats: int, device: str) -> tuple[Any, ...]:
-    runs, lower = made
-    return runs, repeats, device, UNIT, lower
+    runs, lower = steps(size, length, machine.device)
+    return timed(runs, repeats, machine.device, UNIT, lower)
 
 
 def levels(machine: Machine, adapted: Any = None) -> list[Row]:

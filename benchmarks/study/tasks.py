@@ -19,7 +19,6 @@ from text_data import load_model, tweets
 from torch import Tensor
 
 from benchmarks.last_layers import (
-    IGNORED,
     LastLayers,
     States,
     disjoint,
@@ -27,6 +26,7 @@ from benchmarks.last_layers import (
     movies,
     tagged_tweets,
 )
+from hyperopt_peft.core.logits import IGNORED
 
 ROOT = Path(__file__).parents[2]
 #: Public data next to the repository: CoLA and SST-2.
