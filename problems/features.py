@@ -1,0 +1,200 @@
+"""What a frozen model makes of rows: a vector for each row, or for each token with a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from hyperopt_peft.core.logits import IGNORED
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.example_weights import COLUMNS, without
+from hyperopt_peft.trainer.data import collating
+from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
+from hyperopt_peft.utils.models import base_model, keep_differentiable
+from hyperopt_peft.utils.random_state import RandomState, replay
+
+
+@dataclass(frozen=True)
+class Features:
+    """The rows of a head: x, their labels, and where each comes from.
+
+    Attributes:
+        x: the features, ``(m, d)`` in float32 on the CPU; m is the number of rows, or of tokens
+            with a label.
+        labels: a class ``(m,)``, or numbers ``(m,)`` or ``(m, C)``.
+        row: the number of the data's row that each is of, ``(m,)``.
+
+    Example:
+        >>> features = Features(torch.ones(3, 2), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> len(features.select(torch.tensor([0, 2])).x)
+        2
+    """
+
+    x: Tensor
+    labels: Tensor
+    row: Tensor
+
+    def select(self, rows: Tensor) -> Features:
+        """Those of the data's rows ``rows``, in the present order."""
+        chosen = torch.isin(self.row, rows)
+        return Features(self.x[chosen], self.labels[chosen], self.row[chosen])
+
+    def standardized(self) -> Features:
+        """x with mean 0 and deviation 1 in each feature, so that one λ suits every model."""
+        deviation, mean = torch.std_mean(self.x, 0, correction=0)
+        return Features((self.x - mean) / deviation.clamp(min=1e-6), self.labels, self.row)
+
+
+def features_of(
+    model: Any,
+    rows: Dataset,
+    collate: Callable[[Sequence[Any]], Any],
+    *,
+    batch_size: int = 32,
+    device: torch.device | None = None,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> Features:
+    """The features of ``rows``: what ``model`` makes of them before its head.
+
+    Of a row it is the mean of the last layer's states over the tokens of ``attention_mask``; where
+    each token has a label, the states of the tokens that are scored. Of an encoder-decoder model it
+    is the encoder's. The model is in evaluation mode, and its adapter as it is. Besides the model
+    4·m·d bytes are held.
+
+    Args:
+        model: a model of Transformers, with or without a PEFT adapter.
+        rows: the rows, with labels.
+        collate: makes a batch of some of them.
+        batch_size: rows of a batch.
+        device: where the model reads its batches; by default that of its parameters.
+        precision: of the passes, such as a Trainer's ``compute_loss_context_manager``.
+        cache: a file; features of the same rows and model are read from it, else written to it.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
+            neither of a row nor of a token.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from transformers import default_data_collator
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = BertForSequenceClassification(tiny)
+        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
+        >>> features_of(model, rows, default_data_collator).x.shape
+        torch.Size([2, 8])
+    """
+    identity = "" if cache is None else _identity(model, rows, collate)
+    if cache is not None and (known := _read(cache, identity)) is not None:
+        return known
+    device = device or next(model.parameters()).device
+    loader: Any = DataLoader(_Numbered(rows), batch_size, collate_fn=_Collator(collate))
+    parts = []
+    with collating("the rows"), replay(RandomState.capture()), _evaluating(model), precision():
+        for number, batch in tqdm(loader, desc="features", disable=not progress):
+            parts.append(_of_batch(model, number, send_to_device(dict(batch), device)))
+    columns = zip(*((part.x, part.labels, part.row) for part in parts), strict=True)
+    features = Features(*map(torch.cat, columns))
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"x": features.x, "labels": features.labels, "row": features.row}
+        save_file(tensors, cache, metadata={"identity": identity})
+    return features
+
+
+@torch.no_grad()
+def _of_batch(model: Any, number: Tensor, batch: dict[str, Any]) -> Features:
+    labels = batch.pop("labels", None)
+    batch = without(batch, COLUMNS)
+    if not isinstance(labels, Tensor):
+        raise ProblemError("labels: a head needs a label of each row, or of each token")
+    output = model(**batch, output_hidden_states=True)
+    states = getattr(output, "encoder_last_hidden_state", None)
+    if states is None:
+        states = (getattr(output, "hidden_states", None) or (None,))[-1]
+    if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != len(number):
+        raise ProblemError(
+            f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a "
+            "head has no features to read"
+        )
+    of_tokens = labels.dim() == 2 and not labels.is_floating_point()
+    if of_tokens:
+        if labels.shape != states.shape[:2]:
+            raise ProblemError(
+                f"labels: have the shape {tuple(labels.shape)}, and the model's states "
+                f"{tuple(states.shape[:2])}; a head needs a label for each token"
+            )
+        row, token = (labels != IGNORED).nonzero(as_tuple=True)
+        x, labels, number = states[row, token], labels[row, token], number[row.cpu()]
+    else:
+        mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))
+        mask = mask[..., None].float()
+        x = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return Features(x.float().cpu(), labels.cpu(), number)
+
+
+class _Numbered(torch.utils.data.Dataset[Any]):
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[int, Any]:
+        return row, self.rows[row]
+
+
+@dataclass(frozen=True)
+class _Collator:
+    collate: Callable[[Sequence[Any]], Any]
+
+    def __call__(self, rows: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
+        numbers, plain = zip(*rows, strict=True)
+        return torch.tensor(numbers), self.collate(list(plain))
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode in the body; afterwards each module is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    keep_differentiable(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _identity(model: Any, rows: Dataset, collate: Any) -> str:
+    """The identity of the features: of the rows, the model's weights, and the first batch."""
+    with replay(RandomState.capture()), collating("the rows"):
+        first = collate([rows[row] for row in range(min(4, len(rows)))])
+    tensors = {name: value for name, value in dict(first).items() if isinstance(value, Tensor)}
+    named = [*model.named_parameters(), *tensors.items()]
+    return f"{data_fingerprint(rows)} {weights_fingerprint(named)}"
+
+
+def _read(path: Path, identity: str) -> Features | None:
+    """The features in ``path``; None if they are of other rows or another model."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("identity") != identity:
+                return None
+            return Features(*(file.get_tensor(name) for name in ("x", "labels", "row")))
+    except (OSError, SafetensorError):
+        return None
