@@ -7,14 +7,17 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.mix_baselines import LEARNED, SIMPLE, Baselines
+from hyperopt_peft.problems.compare_on_head import losses_on_head
+from hyperopt_peft.problems.head_mix import HeadMix
+from hyperopt_peft.problems.mix_baselines import SIMPLE, Baselines
+from hyperopt_peft.problems.mix_plans import LEARNED
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.trainer.data import classes_of, label_column
 
@@ -26,12 +29,14 @@ class MethodResult:
     Attributes:
         method: what was trained.
         losses: the loss of each trusted row, by the model of the folds without it, ``(n,)``.
-        passes: forward+backward passes over a micro-batch, of one fold.
+        passes: forward+backward passes over a micro-batch, of one fold; of a head, over all rows.
+        penalty: of a head that is trained on trusted rows alone, the λ of least loss; else 0.
     """
 
     method: str
     losses: Tensor
     passes: int
+    penalty: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -76,22 +81,35 @@ class BaselineComparison:
 
 
 def compare_baselines(
-    trainer: MixTrainer, *, folds: int = 3, equal_passes: bool = True
+    trainer: MixTrainer,
+    *,
+    model: Literal["auto", "head", "adapter"] = "auto",
+    folds: int = 3,
+    equal_passes: bool = True,
 ) -> BaselineComparison:
     """Compare a trained `MixTrainer` with simple methods, by cross-validation on trusted rows.
 
-    Every method trains on all but a fold of the trusted rows and is judged on the fold: the trusted
-    rows only; everything with equal weights; the sources, then the trusted rows; everything with
-    each source weighted by its agreement with a model of the trusted rows; everything but the rows
-    that disagree with that model; and learned weights. A method without a search takes the steps of
-    the retraining and, with ``equal_passes``, also as many passes as search and retraining
-    together; the better of the two counts. ``trainer``'s model is left as it was.
+    Every method trains on all but a fold of the trusted rows and is judged on the fold. The methods
+    of a head are those of `mix_plans`, all in seconds; `MixTrainer.retrain` trains the adapter by
+    the plan of one.
 
-    Learned weights cost ``folds`` times what ``trainer`` does, and with ``equal_passes`` each of
-    the others as much; without, a few trainings each.
+    Those of an adapter are: the trusted rows only; everything with equal weights; everything, then
+    the trusted rows; everything with each source weighted by its agreement with a model of the
+    trusted rows; everything but the rows that disagree with that model; and learned weights. A
+    method without a search takes the steps of the retraining and, with ``equal_passes``, also as
+    many passes as search and retraining together; the better of the two counts. ``trainer``'s model
+    is left as it was. Learned weights cost ``folds`` times what ``trainer`` does, and with
+    ``equal_passes`` each of the others as much; without, a few trainings each.
+
+    Args:
+        trainer: the trainer, which has trained.
+        model: what each method trains; ``auto`` is what the weights were learned on.
+        folds: of the trusted rows.
+        equal_passes: of an adapter, as above.
 
     Raises:
-        ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows.
+        ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows; a
+            head of a language model.
 
     Example:
         >>> from datasets import Dataset
@@ -109,16 +127,20 @@ def compare_baselines(
         >>> trainer = MixTrainer(model, args, **data)
         >>> trainer.remove_callback(PrinterCallback)
         >>> _ = trainer.train()
-        >>> comparison = compare_baselines(trainer, folds=2, equal_passes=False)
-        >>> [result.method for result in comparison.results][-1]
+        >>> comparison = compare_baselines(trainer, folds=2)
+        >>> [result.method for result in comparison.results][-2]
         'learned weights'
     """
     # A run that was resumed in the retraining has no step of the search.
-    if not trainer.state.global_step and trainer.retrainer is None:
+    if not trainer.state.log_history and trainer.retrainer is None:
         raise ProblemError("compare_baselines: the trainer has not trained; call train first")
-    baselines, data = Baselines(trainer), trainer.data
+    data = trainer.data
     classes = classes_of(data.trusted, label_column(data.trusted)) or [0] * len(data.trusted)
     fold_of_row = split_folds(classes, folds, seed=trainer.args.seed)
+    if model == "head" or (model == "auto" and trainer.on_head):
+        progress = not trainer.args.disable_tqdm
+        return _of_head(trainer.head_mix, torch.from_numpy(fold_of_row), progress=progress)
+    baselines = Baselines(trainer)
     lengths = {baselines.steps}
     if equal_passes:
         lengths.add(math.ceil(baselines.passes / baselines.passes_of_a_step))
@@ -133,9 +155,22 @@ def compare_baselines(
             for run in runs:
                 passes[run] = baselines.train(*run, train)
                 losses[run][rows] = baselines.losses(data.trusted.select(rows))
-    results = [MethodResult(run[0], losses[run], passes[run]) for run in runs]
-    by_method = [[each for each in results if each.method == name] for name in (*SIMPLE, LEARNED)]
-    return BaselineComparison([min(same, key=lambda each: each.loss) for same in by_method])
+    return _best([MethodResult(run[0], losses[run], passes[run]) for run in runs])
+
+
+def _of_head(mix: HeadMix, fold_of_row: Tensor, *, progress: bool) -> BaselineComparison:
+    runs = losses_on_head(mix, fold_of_row, progress=progress)
+    return _best([MethodResult(name, *run, penalty) for (name, penalty), run in runs.items()])
+
+
+def _best(results: Sequence[MethodResult]) -> BaselineComparison:
+    """The result of the lowest loss of each method."""
+    by_method: dict[str, list[MethodResult]] = {}
+    for result in results:
+        by_method.setdefault(result.method, []).append(result)
+    return BaselineComparison(
+        [min(same, key=lambda each: each.loss) for same in by_method.values()]
+    )
 
 
 def split_folds(classes: Sequence[Any], folds: int, *, seed: int = 0) -> np.ndarray[Any, Any]:

@@ -22,22 +22,23 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, example_losses, without
+from hyperopt_peft.problems.mix_plans import (
+    AGREEMENT,
+    AGREES,
+    EQUAL,
+    FILTERED,
+    LEARNED,
+    THEN_TRUSTED,
+    TRUSTED_ONLY,
+)
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import equal_weights
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.restore import assign_
 
-TRUSTED_ONLY = "trusted rows only"
-EQUAL = "everything, equal weights"
-SOURCES_FIRST = "the sources, then the trusted rows"
-AGREEMENT = "weights by agreement with the trusted rows"
-FILTERED = "everything but rows that disagree"
-LEARNED = "learned weights"
 #: The methods without a search.
-SIMPLE = (TRUSTED_ONLY, EQUAL, SOURCES_FIRST, AGREEMENT, FILTERED)
-#: The agreement with the trusted model from which a row is kept.
-AGREES = 0.5
+SIMPLE = (TRUSTED_ONLY, EQUAL, THEN_TRUSTED, AGREEMENT, FILTERED)
 
 
 class Baselines:
@@ -90,9 +91,8 @@ class Baselines:
             self._fit(trusted, steps)
         elif method == EQUAL:
             self._fit(data.parts, steps)
-        elif method == SOURCES_FIRST:
-            sources = {name: rows for name, rows in data.parts.items() if name != TRUSTED}
-            self._fit(sources, steps - steps // 2)
+        elif method == THEN_TRUSTED:
+            self._fit(data.parts, steps - steps // 2)
             self._fit(trusted, steps // 2, restart=False)
         else:
             agreement = self._agreement(data)

@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import TrainOutput
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.data_sources import SourceWeights
+from hyperopt_peft.problems.data_sources import SOURCE, VOTES, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
-from hyperopt_peft.problems.source_data import SourceData
+from hyperopt_peft.problems.features import features_of
+from hyperopt_peft.problems.head_mix import SEARCH_STEPS, HeadMix, Plan
+from hyperopt_peft.problems.head_rows import HeadRows, kept
+from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import SourceTrainer, equal_weights
 from hyperopt_peft.problems.two_phases import (
     TwoPhaseTrainer,
@@ -26,10 +33,15 @@ from hyperopt_peft.problems.two_phases import (
 )
 from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.distributed import broadcast
+from hyperopt_peft.utils.models import base_model
+from hyperopt_peft.utils.restore import assign_
 
-#: The name of the default estimator.
+#: The name of the default search, and of the default estimator.
 AUTO = "auto"
-#: Its values where each token has a label, as in a language model, and else.
+#: The file with the features of a search on the head.
+FEATURES = "features.safetensors"
+#: The default estimator where each token has a label, as in a language model, and else.
 OF_TOKENS, OF_ROWS = "darts:product=dots", "minres:steps=3,damping=0.1"
 
 
@@ -47,10 +59,18 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         help="after the search, train on all rows with the learned weights: not at all, from where "
         "the search ended, or from the initial values",
     )
+    search: Literal["auto", "head", "adapter"] = HfArg(
+        default=AUTO,
+        help="what the weights are learned on: a linear head on the features of the frozen model, "
+        f"in seconds, or the adapter; {AUTO} is the adapter for language models and else the head",
+    )
+    search_steps: int = HfArg(
+        default=SEARCH_STEPS, help="updates of the weights in a search on the head"
+    )
     hypergradient: str = HfArg(
         default=AUTO,
-        help=f"hypergradient estimator, with options; {AUTO} is {OF_TOKENS} where each token has a "
-        f"label, as in a language model, and else {OF_ROWS}",
+        help="of a search on the adapter, the hypergradient estimator, with options; "
+        f"{AUTO} is {OF_TOKENS} where each token has a label, and else {OF_ROWS}",
     )
     lower_steps: int = HfArg(
         default=3, help="optimizer steps from one update of the weights to the next"
@@ -74,6 +94,10 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     # The lower level reads a column that the model does not; the trainer removes all others.
     remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("be at least 1", lambda n: n >= 1, "search_steps")
+
     def estimator(self, *, of_tokens: bool = False) -> Estimator:
         """As `BilevelTrainingArguments.estimator`; ``auto`` is the one of tokens, or of rows."""
         if self.hypergradient != AUTO:
@@ -84,16 +108,20 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
 class MixTrainer(SourceTrainer, TwoPhaseTrainer):
     """Learns the weights of data sources on trusted rows, then trains on everything with them.
 
-    In the search the lower level trains the adapter on the sources (`Mixture`), and the upper level
-    the weights on the trusted rows (`HeldOut`). The trusted rows are one more source of the lower
-    level, ``trusted``, whose weight is learned as well. Then the adapter is trained from its
-    initial values on sources and trusted rows. ``weights`` has the result; `compare_baselines` says
-    whether it was worth it.
+    In the search the lower level trains a head on features of the frozen model, or the adapter, on
+    the sources (`Mixture`), and the upper level the weights on the trusted rows (`HeldOut`). The
+    trusted rows are one more source of the lower level, ``trusted``, whose weight is learned as
+    well. Then the adapter is trained from its initial values on sources and trusted rows.
+    ``weights`` has the result; `compare_baselines` says whether it was worth it, and `retrain`
+    trains by another `Plan`.
+
+    A search on the head takes seconds, and its hypergradient is exact (`HeadMix`). It needs a task
+    with classes, numbers or tags.
 
     The default prior makes n·(F + prior), with F the mean loss of n trusted rows, a negative log
     posterior whose logits have the prior variance 8.
 
-    The hypergradient needs about ten rows of each source in a step of the search: see
+    A search on the adapter needs about ten rows of each source in a step: see
     ``gradient_accumulation_steps``. Where the logged ``upper_snr`` is near 0 from the beginning,
     the weights follow noise.
 
@@ -106,7 +134,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         args: the settings.
         sources: data sets by name; or one data set with the column ``votes``, a list of a class
             for each labelling function, -1 for none.
-        trusted: the trusted rows, with the columns of the sources; of votes, with labels.
+        trusted: the trusted rows, with the columns of the sources; of votes, with labels, and
+            with the functions' votes on them where they are known.
         trainer: further arguments of `transformers.Trainer`.
 
     Raises:
@@ -165,6 +194,9 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         )
         #: The initial values of the trainable parameters.
         self.initial = [parameter.detach().clone() for _, parameter in trainable(self.model)]
+        self.on_head = self.args.search == "head" or (
+            self.args.search == AUTO and base_model(self.model).get_output_embeddings() is None
+        )
 
     def _held_out(self) -> Problem:
         prior = len(self.weights.names) / (8 * len(self.data.trusted))
@@ -176,9 +208,85 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         """As `BilevelTrainer.make_estimator`; by default the one for tokens, or for rows."""
         return self.args.estimator(of_tokens=self.of_tokens)
 
+    @cached_property
+    def head_mix(self) -> HeadMix:
+        """The head on the features of all rows, of the model with the adapter's initial values.
+
+        The features are in the file ``features.safetensors`` of the output folder.
+
+        Raises:
+            ProblemError: see `features_of`.
+        """
+        args, variables = self.args, [parameter for _, parameter in trainable(self.model)]
+        present = [variable.detach().clone() for variable in variables]
+        assign_(variables, self.initial)
+        features = features_of(
+            self.model,
+            self.train_dataset,
+            self.data_collator,
+            batch_size=args.per_device_eval_batch_size,
+            device=args.device,
+            precision=self.compute_loss_context_manager,
+            cache=Path(args.output_dir or "") / FEATURES if args.should_save else None,
+            progress=not args.disable_tqdm,
+        )
+        assign_(variables, present)
+        groups = VOTES if VOTES in self.train_dataset.column_names else SOURCE
+        config = base_model(self.model).config
+        rows = HeadRows.of(
+            self.data.names,
+            features,
+            torch.tensor(self.train_dataset[groups][:]),
+            outputs=config.num_labels,
+            trusted_votes=self.data.trusted_votes,
+            problem_type=config.problem_type,
+        )
+        rate, steps = args.upper_learning_rate, args.search_steps
+        return HeadMix(rows, prior=args.upper_prior, rate=rate, steps=steps)
+
+    def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `TwoPhaseTrainer.search`, or on the head, which has no checkpoints."""
+        if not self.on_head:
+            return super().search(point, *args, **kwargs)
+        mix = self.head_mix
+        self._take(mix.learned)
+        for step, (record, shares) in enumerate(zip(mix.history, mix.shares, strict=True)):
+            self.state.log_history.append({"step": step, "shares": shares, **record})
+        last = mix.history[-1]
+        self.log({"search_steps": mix.steps, "search_passes": mix.passes, **last})
+        return TrainOutput(0, last["upper_loss"], last)
+
+    def retrain(self, plan: Plan) -> None:
+        """Train the adapter from its initial values by ``plan``, as `retraining` is.
+
+        A training on the trusted rows alone takes half of the steps where another one is before it.
+        """
+        args = self.args.for_retraining()
+        assign_([parameter for _, parameter in trainable(self.model)], self.initial)
+        self._take(plan)
+        data = self.data
+        if plan.groups is not None:
+            data = kept(data, plan.groups, self.head_mix.rows)
+        trusted = {TRUSTED: data.parts[TRUSTED]}
+        steps = args.steps_of(len(self.train_dataset))
+        after = steps // 2 if plan.then_trusted else 0
+        phases = [(trusted if plan.trusted_only else data.parts, steps - after), (trusted, after)]
+        for parts, args.max_steps in phases[: 2 if after else 1]:
+            self.retrainer = self._of_weights(parts, args)
+            self.retrainer.train()
+
+    def _take(self, plan: Plan) -> None:
+        """Let the weights be those of ``plan``, on all processes."""
+        with torch.no_grad():
+            self.weights.logits.copy_(plan.logits)
+        broadcast([self.weights.logits], self.args.device)
+
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the adapter on everything, with the learned weights."""
-        return self.of_parts(self.data.parts, args, lambda counts: self.weights, **self.options)
+        return self._of_weights(self.data.parts, args)
+
+    def _of_weights(self, parts: Mapping[str, Dataset], args: Any) -> SourceTrainer:
+        return self.of_parts(parts, args, lambda counts: self.weights, **self.options)
 
     def of_parts(
         self,
@@ -193,7 +301,7 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         return made
 
     def search_passes(self) -> int:
-        """The forward+backward passes of the search, in passes over a micro-batch."""
+        """The forward+backward passes of a search on the adapter, over a micro-batch."""
         steps = self.args.steps_of(len(self.train_dataset))
         return math.ceil(steps * self.passes_of_an_upper_step() / self.args.lower_steps)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, Value
+from torch import Tensor
 from transformers.utils import logging
 
 from hyperopt_peft.errors import ProblemError
@@ -29,11 +31,14 @@ class SourceData:
         sources: the rows of all sources. The column ``source`` has the number of each row's source,
             or ``votes``, a list of a class for each source, -1 for none.
         trusted: the trusted rows, with the same columns.
+        trusted_votes: the class that each source gives to a trusted row, ``(n, K)``, if it is
+            known.
     """
 
     names: tuple[str, ...]
     sources: Dataset
     trusted: Dataset
+    trusted_votes: Tensor | None = None
 
     @classmethod
     def of(cls, sources: Mapping[str, Dataset] | Dataset, trusted: Dataset) -> SourceData:
@@ -84,7 +89,8 @@ class SourceData:
 
     def with_trusted(self, rows: Sequence[int]) -> SourceData:
         """The data with these trusted rows alone."""
-        return replace(self, trusted=self.trusted.select(rows))
+        votes = None if self.trusted_votes is None else self.trusted_votes[list(rows)]
+        return replace(self, trusted=self.trusted.select(rows), trusted_votes=votes)
 
 
 def by_column(rows: Dataset, column: str) -> dict[str, Dataset]:
@@ -130,7 +136,7 @@ def _of_names(sources: Any, trusted: Dataset) -> tuple[tuple[str, ...], Dataset,
     return (*sources, TRUSTED), joined(**dict(zip(sources, numbered, strict=True))), last
 
 
-def _of_votes(rows: Dataset, trusted: Dataset) -> tuple[tuple[str, ...], Dataset, Dataset]:
+def _votes(rows: Dataset) -> np.ndarray[Any, Any]:
     try:
         votes = np.array(rows[VOTES][:])
     except ValueError:  # lists of different lengths
@@ -141,12 +147,26 @@ def _of_votes(rows: Dataset, trusted: Dataset) -> tuple[tuple[str, ...], Dataset
             f"column {VOTES!r}: must have a list of a class for each of two or more sources, "
             f"{NO_VOTE} for none"
         )
+    return votes
+
+
+def _of_votes(
+    rows: Dataset, trusted: Dataset
+) -> tuple[tuple[str, ...], Dataset, Dataset, Tensor | None]:
+    votes, of_sources = _votes(rows), None
+    if VOTES in trusted.column_names:
+        of_sources = torch.from_numpy(_votes(trusted))
+        if of_sources.shape[1] != votes.shape[1]:
+            raise ProblemError(
+                f"column {VOTES!r}: the trusted rows have votes of {of_sources.shape[1]} sources, "
+                f"and the others of {votes.shape[1]}"
+            )
+        trusted = trusted.remove_columns(VOTES)
     label = label_column(trusted)
     dtype = getattr(trusted.features.get(label), "dtype", None)
-    if label is None or "int" not in str(dtype) or VOTES in trusted.column_names:
+    if label is None or "int" not in str(dtype):
         raise ProblemError(
-            f"trusted: must have a column 'label' or 'labels' of classes and no {VOTES!r}, got "
-            f"{trusted.features}"
+            f"trusted: must have a column 'label' or 'labels' of classes, got {trusted.features}"
         )
     if (silent := np.flatnonzero((votes == NO_VOTE).all(0))).size:
         raise ProblemError(f"source {silent[0]}: has no votes; leave its entry out of {VOTES!r}")
@@ -165,4 +185,4 @@ def _of_votes(rows: Dataset, trusted: Dataset) -> tuple[tuple[str, ...], Dataset
     trusted = trusted.add_column(VOTES, of_trusted.tolist())
     common = [name for name in rows.column_names if name in trusted.column_names]
     names = (*map(str, range(votes.shape[1] - 1)), TRUSTED)
-    return names, rows.select_columns(common), trusted.select_columns(common)
+    return names, rows.select_columns(common), trusted.select_columns(common), of_sources

@@ -138,10 +138,11 @@ class TwoPhaseTrainer(BilevelTrainer):
         ``resume_from_checkpoint`` is a checkpoint's folder, or True for the last complete
         checkpoint of either phase. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
         """
-        if self.args.retrain == "none":
-            return super().train(resume_from_checkpoint, *args, **kwargs)
         arguments = self.args.for_retraining()
         folder = Path(arguments.output_dir or "")
+        if self.args.retrain == "none":
+            point = checkpoint.to_resume(resume_from_checkpoint, folder.parent)
+            return self.search(point, *args, **kwargs)
         point = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
         if point is not None and point[0].resolve().parent == folder.resolve():
             if learned := self._learned():
@@ -150,7 +151,7 @@ class TwoPhaseTrainer(BilevelTrainer):
             from_scratch = self.args.retrain == "scratch"
             if from_scratch:
                 initial = self._initial(resumed=point is not None)
-            output = self._train_from(point, *args, **kwargs)
+            output = self.search(point, *args, **kwargs)
             if self._callback.signalled:  # the search is unfinished
                 return output
             reshard(self.model)
@@ -162,6 +163,10 @@ class TwoPhaseTrainer(BilevelTrainer):
             point = None
         self.retrainer = self.retraining(arguments)
         return self.retrainer._train_from(point, *args, **kwargs)
+
+    def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
+        """The first phase, from the checkpoint ``point`` with its record, or from the start."""
+        return self._train_from(point, *args, **kwargs)
 
     def release_models(self) -> None:
         """As `BilevelTrainer.release_models`, for both phases."""

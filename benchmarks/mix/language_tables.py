@@ -15,7 +15,7 @@ LEARNED = (OURS, "sama, dots", "fastmix")
 NAMES = {
     "proportional": simple.EQUAL,
     "trusted alone": simple.TRUSTED_ONLY,
-    "sources, then trusted": simple.SOURCES_FIRST,
+    "sources, then trusted": simple.THEN_TRUSTED,
     "agreement": simple.AGREEMENT,
     "filtered": simple.FILTERED,
     OURS: simple.LEARNED,

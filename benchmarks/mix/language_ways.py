@@ -304,7 +304,7 @@ WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "uniform": (uniform, ONE),
     "proportional": (by_product(simple.EQUAL), ONE),
     "trusted alone": (by_product(simple.TRUSTED_ONLY), SHORTER),
-    "sources, then trusted": (by_product(simple.SOURCES_FIRST), SHORTER),
+    "sources, then trusted": (by_product(simple.THEN_TRUSTED), SHORTER),
     "agreement": (by_product(simple.AGREEMENT), AFTER),
     "ODM": (odm, ONE),
     "DoReMi": (doremi, AFTER),

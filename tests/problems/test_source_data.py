@@ -61,7 +61,7 @@ def _named(table: Dataset) -> Dataset:
         (rows(0, votes=[[0, -1]] * 3), rows(20), "source 1: has no votes"),
         (rows(0, votes=[[0, 1], [1], [0, 0]]), rows(20), "'votes': must have a list"),
         (rows(0, votes=[[0, -2]] * 3), rows(20), "'votes': must have a list"),
-        (rows(0, votes=[[0, 1]] * 3), rows(20, votes=[[0, 1]] * 3), "trusted: .* no 'votes'"),
+        (rows(0, votes=[[0, 1]] * 3), rows(20, votes=[[0, 1, 1]] * 3), "'votes': the trusted"),
         (rows(0, votes=[[0, 1]] * 3), _named(rows(20)), "trusted: .* of classes"),
         ({"a": rows(0, source=[1, 2, 3]), "b": rows(10)}, rows(20, source=[1, 2, 3]), "'source'"),
     ],

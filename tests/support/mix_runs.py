@@ -56,6 +56,7 @@ def trainer(
         "gradient_accumulation_steps": 1,
         "learning_rate": 3e-2,
         "upper_learning_rate": 0.3,
+        "search": "adapter",
         "hypergradient": "darts:xi=1.0",
         "save_strategy": "no",
         "report_to": "none",

@@ -1,0 +1,60 @@
+"""The cross-validated trusted losses of all methods on a head, in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hyperopt_peft.problems.head_mix import HeadMix, Plan
+from hyperopt_peft.problems.mix_plans import methods_of
+
+#: The penalties that are tried for a training on trusted rows alone, and for one after another.
+ALONE, AFTER = (0.03, 0.1, 0.3), (0.1, 0.3, 1.0)
+
+
+def losses_on_head(
+    mix: HeadMix, fold_of_row: Tensor, *, progress: bool = False
+) -> dict[tuple[str, float], tuple[Tensor, int]]:
+    """Of each method and penalty that is tried, the losses ``(n,)`` and the passes of a fold.
+
+    A trusted row's loss is of the head that is trained without its fold.
+
+    Args:
+        mix: the head on all trusted rows.
+        fold_of_row: the fold of each trusted row, ``(n,)``, from 0.
+        progress: whether to show a progress bar.
+    """
+    losses: dict[tuple[str, float], Tensor] = {}
+    passes: dict[tuple[str, float], int] = {}
+    methods = methods_of(mix)
+    bar = tqdm(
+        total=len(methods) * int(fold_of_row.max() + 1), desc="methods", disable=not progress
+    )
+    for fold in fold_of_row.unique().tolist():
+        judged = (fold_of_row == fold).nonzero().flatten()
+        held_out = mix.rows.with_trusted(judged)
+        kept = (fold_of_row != fold).nonzero().flatten()
+        inside = replace(mix, rows=mix.rows.with_trusted(kept), passes=0)
+        for name, method in methods.items():
+            begin = inside.passes
+            plan = method(inside)
+            planned = inside.passes - begin
+            for penalty in penalties(plan):
+                begin = inside.passes
+                head = inside.fit(plan, penalty)
+                each = losses.setdefault((name, penalty), torch.zeros(len(fold_of_row)))
+                each[judged] = inside.losses(head, held_out)
+                passes[name, penalty] = planned + inside.passes - begin
+            bar.update()
+    bar.close()
+    return {key: (each, passes[key]) for key, each in losses.items()}
+
+
+def penalties(plan: Plan) -> tuple[float, ...]:
+    """The λ that are tried for the training on the trusted rows of ``plan``; 0 for none."""
+    if plan.then_trusted:
+        return AFTER
+    return ALONE if plan.trusted_only else (0.0,)

@@ -1,0 +1,224 @@
+"""The methods to train on sources and trusted rows, each as a `Plan`, made on a head.
+
+Each takes a `HeadMix`. The simple ones look at the sources once: at their agreement with a model of
+the trusted rows, at their votes on trusted rows, or at what a training without them gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.data_sources import NO_VOTE
+from hyperopt_peft.problems.head_mix import HeadMix, Plan
+
+TRUSTED_ONLY = "trusted rows only"
+EQUAL = "everything, equal weights"
+SOURCES_ALIKE = "everything, each source alike"
+THEN_TRUSTED = "everything, then the trusted rows"
+AGREEMENT = "weights by agreement with the trusted rows"
+LOG_ODDS = "weights by log odds of that agreement"
+FILTERED = "everything but rows that disagree"
+LABEL_MODEL = "labels of a label model"
+WITHOUT_ONE = "everything but one source"
+BELOW_HALF = "without sources below one half on trusted rows"
+COORDINATES = "sources left out one after another"
+LEARNED = "learned weights"
+LEARNED_THEN = "learned weights, then the trusted rows"
+#: The agreement with the trusted model from which a row or vote is kept.
+AGREES = 0.5
+#: The most sources that are tried one at a time, the largest ones.
+TRIED = 12
+#: The rounds of expectation and maximization of a label model.
+ROUNDS = 30
+
+
+def trusted_only(mix: HeadMix) -> Plan:
+    """The trusted rows alone."""
+    return Plan(torch.cat([torch.zeros(len(mix.rows.names) - 1), torch.ones(1)]))
+
+
+def equal(mix: HeadMix) -> Plan:
+    """All rows with the same weight."""
+    return Plan(torch.ones(len(mix.rows.names)))
+
+
+def sources_alike(mix: HeadMix) -> Plan:
+    """Each source with the same share of the loss."""
+    counts = mix.rows.counts(mix.rows.groups).clamp(min=1)
+    share = torch.cat([counts, torch.tensor([len(mix.rows.trusted.x)])])
+    return Plan(share.min() / share)
+
+
+def then_trusted(mix: HeadMix) -> Plan:
+    """All rows with the same weight, then the trusted ones."""
+    return Plan(torch.ones(len(mix.rows.names)), then_trusted=True)
+
+
+def agreement(mix: HeadMix) -> Plan:
+    """Each source with its agreement with a model of the trusted rows."""
+    return _of_sources(_shares(mix, _agreements(mix)))
+
+
+def log_odds(mix: HeadMix) -> Plan:
+    """Each source with the log odds of that agreement, as in naive Bayes; below 0 it is out.
+
+    log(q/(1 − q)·(C − 1)) for an agreement q of C classes, by the largest of them.
+    """
+    share = _shares(mix, _agreements(mix))
+    odds = (share / (1 - share) * max(1, mix.rows.outputs - 1)).log().clamp(min=0)
+    return _of_sources(odds / odds.max().clamp(min=1e-6))
+
+
+def filtered(mix: HeadMix) -> Plan:
+    """The rows, or votes, that a model of the trusted rows gives too; of numbers the better half.
+
+    Raises:
+        ProblemError: it gives none.
+    """
+    agrees = _agreements(mix)
+    if not mix.rows.votes:  # of tokens, the rows that agree on more than a half
+        row = mix.rows.sources.row
+        counts, sums = row.bincount(), row.bincount(agrees)
+        agrees = (sums / counts.clamp(min=1))[row].to(agrees.dtype)
+    numbers = mix.rows.sources.labels.is_floating_point()
+    keep = agrees >= (agrees.median() if numbers else AGREES)
+    if not keep.any():
+        raise ProblemError(
+            "compare_baselines: no row of a source agrees with the model of the trusted rows"
+        )
+    groups = mix.rows.groups.masked_fill(~keep, NO_VOTE)
+    return Plan(torch.ones(len(mix.rows.names)), groups=groups)
+
+
+def label_model(mix: HeadMix) -> Plan:
+    """The most likely class of each row, of the votes alone.
+
+    Source k gives the true class with probability q_k and each other one with the same: Dawid &
+    Skene 1979, doi:10.2307/2346806, with one parameter a source, by expectation and maximization.
+    The votes on trusted rows, where they are known, are of known classes.
+    """
+    rows, votes, classes = mix.rows, mix.rows.groups, mix.rows.outputs
+    hit = torch.nn.functional.one_hot(votes.clamp(min=0), classes).double()
+    hit *= (votes != NO_VOTE)[..., None]
+    counts, right = (votes != NO_VOTE).sum(0).double(), torch.zeros(votes.shape[1]).double()
+    if rows.trusted_votes is not None:
+        counts = counts + (rows.trusted_votes != NO_VOTE).sum(0)
+        right += (rows.trusted_votes == rows.trusted.labels[:, None]).sum(0)
+    posterior = hit.sum(1) / hit.sum((1, 2))[:, None].clamp(min=1)
+    for _ in range(ROUNDS):
+        q = ((hit * posterior[:, None]).sum((0, 2)) + right + 1) / (counts + classes)
+        odds = (q / (1 - q) * (classes - 1)).log()
+        prior = posterior.mean(0).clamp(min=1e-6).log()
+        posterior = ((hit * odds[:, None]).sum(1) + prior).softmax(1)
+    first = torch.full_like(votes, NO_VOTE)
+    voted = (votes != NO_VOTE).any(1)
+    first[voted, 0] = posterior.argmax(1)[voted]
+    return Plan(torch.ones(len(rows.names)), groups=first)
+
+
+def without_one(mix: HeadMix) -> Plan:
+    """All sources but the one, of the largest, without which the trusted loss is lowest."""
+    return min((_out(mix, [source]) for source in _largest(mix)), key=mix.objective)
+
+
+def below_half(mix: HeadMix) -> Plan:
+    """Without the sources whose votes on trusted rows are right in less than a half of them.
+
+    One right and one wrong vote more (a Beta(1, 1) prior) keep sources with few votes.
+    """
+    votes = mix.rows.trusted_votes
+    assert votes is not None
+    right = (votes == mix.rows.trusted.labels[:, None]).sum(0)
+    share = (right + 1) / ((votes != NO_VOTE).sum(0) + 2)
+    return _out(mix, (share < 0.5).nonzero().flatten().tolist())
+
+
+def coordinates(mix: HeadMix) -> Plan:
+    """A coordinate search: each of the largest sources is left out if the trusted loss falls."""
+    out: list[int] = []
+    best = mix.objective(_out(mix, out))
+    for source in _largest(mix):
+        loss = mix.objective(_out(mix, [*out, source]))
+        if loss < best:
+            out, best = [*out, source], loss
+    return _out(mix, out)
+
+
+def learned(mix: HeadMix) -> Plan:
+    """The weights that `HeadMix.search` finds."""
+    return mix.learned
+
+
+def learned_then(mix: HeadMix) -> Plan:
+    """The same weights, then the trusted rows."""
+    return Plan(mix.learned.a, then_trusted=True)
+
+
+def methods_of(mix: HeadMix) -> dict[str, Callable[[HeadMix], Plan]]:
+    """The methods for a kind of rows, from the cheapest to the dearest."""
+    return dict(_methods(mix))
+
+
+def _methods(mix: HeadMix) -> Iterator[tuple[str, Callable[[HeadMix], Plan]]]:
+    yield TRUSTED_ONLY, trusted_only
+    yield EQUAL, equal
+    yield SOURCES_ALIKE, sources_alike
+    if mix.rows.trusted_votes is not None:
+        yield BELOW_HALF, below_half
+    if mix.rows.votes:
+        yield LABEL_MODEL, label_model
+    yield AGREEMENT, agreement
+    if not mix.rows.sources.labels.is_floating_point():
+        yield LOG_ODDS, log_odds
+    yield FILTERED, filtered
+    yield THEN_TRUSTED, then_trusted
+    yield WITHOUT_ONE, without_one
+    yield COORDINATES, coordinates
+    yield LEARNED, learned
+    yield LEARNED_THEN, learned_then
+
+
+def _of_sources(a: Tensor) -> Plan:
+    return Plan(torch.cat([a.to(torch.float32), torch.ones(1)]))
+
+
+def _out(mix: HeadMix, sources: list[int]) -> Plan:
+    """All rows alike, without ``sources``."""
+    a = torch.ones(len(mix.rows.names))
+    a[sources] = 0
+    return Plan(a)
+
+
+def _largest(mix: HeadMix) -> list[int]:
+    """The largest sources."""
+    counts = mix.rows.counts(mix.rows.groups)
+    return counts.argsort(descending=True)[:TRIED].tolist()
+
+
+def _agreements(mix: HeadMix) -> Tensor:
+    """How far a model of the trusted rows agrees with each row or vote, of their shape.
+
+    Of a class the agreement is 0 or 1, and NaN without a vote; of numbers exp(−loss).
+    """
+    head, rows = mix.trusted_head, mix.rows
+    if rows.votes:
+        agrees = (mix.predicted(head, rows.sources.x)[:, None] == rows.groups).float()
+        return agrees.masked_fill(rows.groups == NO_VOTE, torch.nan)
+    if rows.sources.labels.is_floating_point():
+        return (-mix.losses_of(head, rows.sources)).exp()
+    return (mix.predicted(head, rows.sources.x) == rows.sources.labels).float()
+
+
+def _shares(mix: HeadMix, agrees: Tensor) -> Tensor:
+    """The mean agreement of each source, ``(K,)``, with one right and C − 1 wrong ones more."""
+    if mix.rows.votes:
+        sums, counts = agrees.nansum(0), (~agrees.isnan()).sum(0)
+    else:
+        size = len(mix.rows.names) - 1
+        sums = mix.rows.groups.bincount(agrees, size)
+        counts = mix.rows.groups.bincount(minlength=size)
+    return ((sums + 1) / (counts + max(2, mix.rows.outputs))).clamp(1e-3, 1 - 1e-3)
