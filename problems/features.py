@@ -51,9 +51,12 @@ class Features:
         chosen = torch.isin(self.row, rows)
         return Features(self.x[chosen], self.labels[chosen], self.row[chosen])
 
-    def standardized(self) -> Features:
-        """x with mean 0 and deviation 1 in each feature, so that one λ suits every model."""
-        deviation, mean = torch.std_mean(self.x, 0, correction=0)
+    def standardized(self, like: Features | None = None) -> Features:
+        """x with mean 0 and deviation 1 in each feature, so that one λ suits every model.
+
+        Mean and deviation are those of ``like``, by default of these rows.
+        """
+        deviation, mean = torch.std_mean((like or self).x, 0, correction=0)
         return Features((self.x - mean) / deviation.clamp(min=1e-6), self.labels, self.row)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import Tensor
 
-from hyperopt_peft.attribution.estimators import parse_estimator
+from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
 from hyperopt_peft.attribution.levels import setup_from_levels
 from hyperopt_peft.attribution.result import Attribution
 from hyperopt_peft.attribution.scores import scores
@@ -23,7 +24,8 @@ def attribute(
     row_weights: Tensor | None = None,
     evaluation: Any = None,
     *,
-    estimator: str | Estimator = "unrolled",
+    model: Literal["adapter", "head"] = "adapter",
+    estimator: str | Estimator | None = None,
     training_steps: int | None = None,
     slices: str | None = None,
     memory_limit: float = 1.0,
@@ -47,6 +49,12 @@ def attribute(
       Hessian of the mean loss over all training rows.
     * ``"gradient"``: the product of gradients at the end, see `IdentitySolver`.
 
+    Of a Trainer, ``model="head"`` gives the scores of another training, in seconds: that of a
+    linear head on the features that the Trainer's model, as it is, makes of the rows. The head is
+    at the minimum of a convex loss, so that scores and retrainings are exact to a tolerance: by
+    ``"cg"`` to a relative residual of 1e-6, by default, or another implicit solver. The Trainer
+    trains nothing then.
+
     A bilevel run has rows at both levels, and a score for each, by ``"unrolled"``. Its upper level
     moves along ∂F/∂u (``hypergradient="direct"``), whose derivative is known; the derivatives of
     other estimators are not.
@@ -61,7 +69,8 @@ def attribute(
         evaluation: of levels, a function that returns Φ, a list of functions whose sum is Φ, or a
             mapping of these from the names of slices, whose mean is the whole Φ. Of a Trainer, a
             data set; by default its ``eval_dataset``.
-        estimator: how, as above.
+        model: what is trained, the Trainer's adapter or a head on its features.
+        estimator: how, as above; by default ``"unrolled"``, and of a head ``"cg"``.
         training_steps: of a level, the number T of its steps; of an Engine, of upper steps, as in
             `Engine.run`; of a Trainer, None.
         slices: of a Trainer, the column of ``evaluation`` that groups its rows: a Φ for each
@@ -90,33 +99,47 @@ def attribute(
         >>> [round(x, 2) for x in result.scores.tolist()]
         [-2.67, -2.67, 5.33]
     """
-    parsed = parse_estimator(estimator)
-    if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
-        _check_bilevel(training, parsed.differentiates_run)
-    options: dict[str, Any] = {
-        "differentiated": parsed.differentiates_run,
-        "memory_limit": memory_limit,
-        "progress": progress,
-    }
+    if model not in ("adapter", "head"):
+        raise ProblemError(f"model: must be adapter or head, got {model!r}")
+    on_head = model == "head"
+    parsed = parse_estimator(estimator or (HEAD_ESTIMATOR if on_head else "unrolled"))
+    if on_head and parsed.differentiates_run:
+        raise ProblemError("estimator: a head has no steps; choose cg, or leave it out")
     columns: Mapping[str, Sequence[Any]] = {}
     if isinstance(training, Problem | Engine):
-        if slices is not None:
-            raise ProblemError("slices: is of a Trainer; give a level a mapping of functions")
-        setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
-    else:
-        from hyperopt_peft.attribution.trainer import setup_from_trainer
-
-        if row_weights is not None or training_steps is not None:
+        if slices is not None or on_head:
             raise ProblemError(
-                "row_weights, training_steps: a Trainer has rows and steps of its own; leave them "
-                "out"
+                "slices, model: are of a Trainer; give a level a mapping of functions"
             )
-        exact = parsed.estimator.requirements.second_derivatives
-        setup, columns = setup_from_trainer(
-            training, evaluation, slices, second_derivatives=exact, **options
+    elif row_weights is not None or training_steps is not None:
+        raise ProblemError(
+            "row_weights, training_steps: a Trainer has rows and steps of its own; leave them out"
         )
-    by_slice, cost = scores(setup, parsed, setup.run.checkpoints, progress=progress)
-    return Attribution.from_scores(setup, parsed, by_slice, cost, columns)
+    if on_head:
+        from hyperopt_peft.attribution.head import setup_from_head
+
+        setup, columns = setup_from_head(training, evaluation, slices, progress=progress)
+    else:
+        if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
+            _check_bilevel(training, parsed.differentiates_run)
+        options: dict[str, Any] = {
+            "differentiated": parsed.differentiates_run,
+            "memory_limit": memory_limit,
+            "progress": progress,
+        }
+        if isinstance(training, Problem | Engine):
+            setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
+        else:
+            from hyperopt_peft.attribution.trainer import setup_from_trainer
+
+            exact = parsed.estimator.requirements.second_derivatives
+            setup, columns = setup_from_trainer(
+                training, evaluation, slices, second_derivatives=exact, **options
+            )
+    by_slice, cost = scores(setup, parsed, progress=progress)
+    return Attribution.from_scores(
+        replace(setup, progress=progress), parsed, by_slice, {"model": model, **cost}, columns
+    )
 
 
 def _check_bilevel(training: Any, differentiates_run: bool) -> None:

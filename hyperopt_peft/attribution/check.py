@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
+from tqdm.auto import trange
 
 from hyperopt_peft.attribution.estimators import ScoreEstimator
 from hyperopt_peft.attribution.rank_interval import interval
+from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.errors import ProblemError
 
 #: LDS and metasmoothness from which scores are called trustworthy, and below which worthless.
 GOOD, POOR = 0.8, 0.4
+#: The slopes of trustworthy scores: sizes are right within a third. Leaving a row out moves Φ by
+#: more than the derivative at v = 1 has it, since the row no longer holds the others back, so that
+#: smooth runs have slopes of 1.05 to 1.3.
+SLOPES = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,11 @@ class ScoreCheck:
 
     @property
     def trustworthy(self) -> bool:
+        """Whether order and sizes are right: `ordered`, and the slope lies within `SLOPES`."""
+        return self.ordered and SLOPES[0] <= self.slope <= SLOPES[1]
+
+    @property
+    def ordered(self) -> bool:
         """Whether the interval of ``lds`` lies above `POOR` and ``lds`` is at least `GOOD`."""
         return self.lds >= GOOD and self.interval[0] > POOR
 
@@ -82,6 +94,12 @@ class ScoreCheck:
             return (
                 "the scores predict retraining; whether acting on them gains anything, `removal` "
                 "measures on test rows"
+            )
+        if self.ordered:
+            return (
+                "the scores order the rows as retraining does, but changes are "
+                f"{self.slope:.2f} times the predicted ones: rely on the order alone, or make the "
+                "run smoother"
             )
         if low <= POOR and high >= GOOD:
             return (
@@ -98,6 +116,21 @@ class ScoreCheck:
         if not self.lds >= POOR:
             return f"the scores do not predict retraining: do not act on them; {remedy}"
         return f"the scores predict retraining roughly; {remedy}"
+
+    def record(self) -> dict[str, Any]:
+        """The numbers of the check, for a file."""
+        return {
+            "lds": self.lds,
+            "interval": self.interval,
+            "slope": self.slope,
+            "metasmoothness": self.metasmoothness,
+            "share": self.share,
+            "predicted": self.predicted.tolist(),
+            "actual": self.actual.tolist(),
+            "trustworthy": self.trustworthy,
+            "advice": self.advice,
+            "by_slice": {name: check.record() for name, check in self.by_slice.items()},
+        }
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -135,7 +168,7 @@ def check_scores(
     seen = {name: torch.nan_to_num(values) for name, values in by_slice.items()}
     predicted = {name: torch.zeros(retrainings, dtype=torch.float64) for name in seen}
     actual = {name: torch.zeros(retrainings, dtype=torch.float64) for name in seen}
-    for number in range(retrainings):
+    for number in trange(retrainings, desc="check", disable=not setup.progress):
         rows_out = rows[torch.randperm(len(rows), generator=generator)[:count]]
         with run.without(rows_out):
             after = setup.values()
@@ -170,6 +203,7 @@ def metasmoothness(
         NonFiniteError: the run diverges with these weights.
     """
     run = setup.run
+    assert isinstance(run, Run)
     signs = torch.randint(0, 2, (len(run.row_weights),), generator=generator) * 2 - 1
     weights = run.row_weights * (1 + perturbation * signs.to(run.row_weights))
     with run.repeated(weights, keep=True) as checkpoints:

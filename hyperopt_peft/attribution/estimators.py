@@ -12,6 +12,9 @@ from hyperopt_peft.hypergradients.registry import get_estimator, with_options
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.utils.vector import Vector
 
+#: Of a head at its minimum: conjugate gradients with exact products to a relative residual of 1e-6.
+HEAD_ESTIMATOR = "cg:steps=2000,tolerance=1e-6"
+
 
 @dataclass(frozen=True)
 class IdentitySolver(Solver):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -78,6 +79,7 @@ def train_levels(
         NonFiniteError: a loss or a gradient is NaN or infinite; the message names the step.
     """
     run = Run(levels, weights, len(order), memory_limit, differentiated=differentiated)
+    begin = time.perf_counter()
     counts = [0 for _ in levels]
     for step, number in enumerate(tqdm(order, disable=not progress, desc=levels[0].name)):
         level, counts[number] = levels[number], counts[number] + 1
@@ -93,6 +95,7 @@ def train_levels(
             raise NonFiniteError(f"step {step + 1}: {error}") from error
         run.record(run.update(number, batch, random_state, result.gradient))
         level.step(result.gradient[:-1], math.hypot(*result.norms[:-1]))
+    run.seconds = time.perf_counter() - begin
     return run
 
 

@@ -11,13 +11,16 @@ from torch import Tensor
 from hyperopt_peft.utils.plots import BLUE, GREY, RED, drawing
 
 
-def picture(scores: Tensor, lines: Mapping[int, str], path: str | Path | None = None) -> Any:
+def picture(
+    scores: Tensor, lines: Mapping[int, str], trust: str, path: str | Path | None = None
+) -> Any:
     """The figure of `Attribution.plot`.
 
     Args:
         scores: ``(n,)``; NaN for a row that was never seen.
         lines: the text of each row that is drawn, from the one that hurts most to the one that
             helps most.
+        trust: what is known of the scores, below the picture.
         path: the file to write; None writes none.
     """
     seen, values = scores[~scores.isnan()], [float(scores[row]) for row in lines]
@@ -40,4 +43,5 @@ def picture(scores: Tensor, lines: Mapping[int, str], path: str | Path | None = 
         )
         right.set_xlabel("score")
         right.locator_params(axis="x", nbins=6)
+        figure.supxlabel(trust.partition(":")[0], fontsize=9)
     return figure

@@ -13,37 +13,13 @@ from torch import Tensor
 
 from hyperopt_peft.attribution.check import ScoreCheck, check_scores
 from hyperopt_peft.attribution.estimators import ScoreEstimator
+from hyperopt_peft.attribution.removal import Removal, remove
 from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
 
-
-@dataclass(frozen=True)
-class Removal:
-    """What a test set says of training without some rows: numbers such as ``loss``, by name.
-
-    Attributes:
-        count: how many rows were left out.
-        plain: after the training on all rows.
-        without: without the rows that the scores say hurt most.
-        highest_loss: without as many rows of the highest mean training loss.
-        random: without as many random rows, once for each draw.
-    """
-
-    count: int
-    plain: Mapping[str, float]
-    without: Mapping[str, float]
-    highest_loss: Mapping[str, float]
-    random: Sequence[Mapping[str, float]]
-
-    def __str__(self) -> str:
-        lines = [f"{'training':34}" + "".join(f"{name:>10}" for name in self.plain)]
-        rows = [("on all rows", self.plain), (f"without {self.count} rows by score", self.without)]
-        rows += [(f"without {self.count} of highest loss", self.highest_loss)]
-        rows += [(f"without {self.count} random rows", values) for values in self.random]
-        for title, values in rows:
-            lines.append(f"{title:34}" + "".join(f"{value:10.4f}" for value in values.values()))
-        return "\n".join(lines)
+#: What tables and pictures say before a check.
+UNCHECKED = "unchecked: call check() before relying on them"
 
 
 @dataclass
@@ -60,6 +36,7 @@ class Attribution:
         settings: what the scores were made with.
         columns: of a Trainer's data, columns of the rows by name, for `to_csv` and `table`.
         numbers: the number by which files, tables and pictures name each row, by default its place.
+        checked: the last `check` of the scores; None, and tables and pictures say so, before one.
 
     Example:
         >>> scores = torch.tensor([0.5, -1.0, 0.1])
@@ -75,6 +52,7 @@ class Attribution:
     settings: dict[str, Any]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     numbers: Sequence[int] = ()
+    checked: ScoreCheck | None = None
     _setup: Any = field(default=None, repr=False)
     _estimator: Any = field(default=None, repr=False)
 
@@ -100,6 +78,7 @@ class Attribution:
             "rows": len(run.row_weights),
             "unseen": int(unseen.sum()),
             "variables": sum(v.numel() for v in run.variables),
+            "seconds": run.seconds,
             **cost,
         }
         return cls(
@@ -123,7 +102,8 @@ class Attribution:
     ) -> ScoreCheck:
         """How well the scores predict retrainings without random rows; see `ScoreCheck`.
 
-        Costs a training for each of ``retrainings``, and with ``perturbation`` another attribution.
+        Costs a training, of ``settings["seconds"]``, for each of ``retrainings``, and with
+        ``perturbation`` another attribution.
 
         Args:
             retrainings: R, from 5; so few cannot tell, 20 or more can.
@@ -137,7 +117,10 @@ class Attribution:
             NonFiniteError: a retraining diverges.
         """
         options = retrainings, share, perturbation, seed
-        return check_scores(self._setup, self._estimator, self.by_slice, self.values, *options)
+        self.checked = check_scores(
+            self._setup, self._estimator, self.by_slice, self.values, *options
+        )
+        return self.checked
 
     def ranks(self) -> Tensor:
         """The rank of each row, ``(n,)``: 1 for the row that hurts most; 0 for an unseen row."""
@@ -160,6 +143,9 @@ class Attribution:
     def without(self, share: float) -> list[int]:
         """The rows to keep, in order: all but the ``share`` that hurts most, of positive score.
 
+        A training on these rows alone has other batches, and so is another run, which the scores
+        predict less well; a weight of 0 for the rows left out keeps the batches.
+
         Raises:
             ProblemError: a share that is not between 0 and 1.
         """
@@ -170,7 +156,9 @@ class Attribution:
         """Train without the rows that hurt most, and judge on rows that nothing has seen.
 
         Beside it: the plain training, the removal of as many rows of the highest training loss,
-        and of as many random rows. All trainings have the order and random numbers of the run.
+        and of as many random rows. Rows are left out by the weight 0, so that all trainings have
+        the order and the random numbers of the run. Of a Trainer also as many passes over the
+        training and the evaluation rows, in an order of their own, at the same rates.
 
         Args:
             share: the share of the rows to leave out.
@@ -184,25 +172,8 @@ class Attribution:
                 too, or a share that is not between 0 and 1.
             NonFiniteError: a training diverges.
         """
-        setup: RetrainingSetup = self._setup
-        measure = setup.measure(test)
         worst = self.ends(self._count(share))[0]
-        loss = torch.nan_to_num(self.losses, nan=-torch.inf)
-        highest = torch.argsort(loss, descending=True)[: len(worst)].tolist()
-        generator = torch.Generator().manual_seed(seed)
-        seen = (~self.scores.isnan()).nonzero().flatten()
-        random = [
-            seen[torch.randperm(len(seen), generator=generator)[: len(worst)]].tolist()
-            for _ in range(draws)
-        ]
-
-        def after(removed: list[int]) -> Mapping[str, float]:
-            with setup.run.without(removed):
-                return measure()
-
-        return Removal(
-            len(worst), after([]), after(worst), after(highest), list(map(after, random))
-        )
+        return remove(self._setup, self.scores, self.losses, worst, test, draws, seed)
 
     def suspects(self, folds: int = 5, *, seed: int = 0) -> Suspects:
         """Rows whose labels may be wrong, which the scores do not answer; see `Suspects`.
@@ -230,7 +201,7 @@ class Attribution:
         for title, rows in zip(("hurt most", "help most"), self.ends(count), strict=True):
             lines.append(f"{title}:")
             lines += [f"{self.scores[row]:+11.2e} {self.line(row)}" for row in rows]
-        return "\n".join(lines)
+        return "\n".join(lines if self.checked else [*lines, f"these scores are {UNCHECKED}"])
 
     def to_csv(self, path: str | Path, extra: Mapping[str, Sequence[Any]] | None = None) -> None:
         """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
@@ -283,7 +254,7 @@ class Attribution:
 
         hurting, helping = self.ends(count)
         lines = {row: self.line(row, width=44) for row in (*hurting, *reversed(helping))}
-        return picture(self.scores, lines, path)
+        return picture(self.scores, lines, str(self.checked or UNCHECKED), path)
 
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of ``row``, each column at most ``width`` characters."""

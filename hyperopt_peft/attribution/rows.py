@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hyperopt_peft.attribution.run import RecordedStep
 from hyperopt_peft.core.labels import (
     ITEMS,
     MICRO_BATCHES,
@@ -138,11 +140,31 @@ class ModelOnRows:
 
     def micro_batches(self, rows: NumberedRows) -> list[MicroBatch]:
         """All rows, as one step's micro-batches, with the weights for a mean over all labels."""
-        batches = self.batches(rows)
+        batches, state = self.batches(rows), RandomState.capture()
+        pairs = zip(batches, self._label_weights(batches), strict=True)
+        return [MicroBatch({**batch, **weight}, state) for batch, weight in pairs]
+
+    def _label_weights(self, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
         shifted = labels_are_shifted(self.trainer.model, _model_inputs(batches[0]))
-        weights = label_weights(batches, shifted=shifted)
-        state = RandomState.capture()
-        return [MicroBatch({**b, **w}, state) for b, w in zip(batches, weights, strict=True)]
+        return label_weights(batches, shifted=shifted)
+
+    def on_rows(self, step: RecordedStep, rows: Dataset[Any], order: Iterator[int]) -> RecordedStep:
+        """``step`` with micro-batches of as many ``rows``, the next ones of ``order``.
+
+        Each has the weight of the first training row.
+        """
+        (update,) = step.updates
+        device, batches = self.trainer.args.device, []
+        for micro in update.batch:
+            chosen: list[Any] = [rows[next(order)] for _ in micro.batch[INDEX]]
+            batch = self.collate([{**row, INDEX: 0} for row in chosen])
+            batches.append(send_to_device(batch, device))
+        weights = self._label_weights(batches)
+        parts = [
+            MicroBatch({**batch, **weight}, micro.random_state)
+            for batch, weight, micro in zip(batches, weights, update.batch, strict=True)
+        ]
+        return RecordedStep((replace(update, batch=parts),), step.assigned)
 
     @torch.no_grad()
     def losses(self, rows: NumberedRows, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.attribution.checkpoints import Checkpoints, Point
+from hyperopt_peft.attribution.training import Training
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
@@ -51,7 +52,7 @@ class RecordedStep:
         return tuple(self.assigned.get(index, value) for index, value in enumerate(values))
 
 
-class Run:
+class Run(Training):
     """T steps of levels whose losses read a weight for each training row.
 
     Each level moves its own variables by its own optimizer, along the gradient of its own loss.
@@ -84,21 +85,14 @@ class Run:
         *,
         differentiated: bool = True,
     ) -> None:
-        self.differentiated = differentiated
-        self.weights, self.length = weights, length
-        #: The weights of the recorded run.
-        self.row_weights = weights.detach().clone()
+        super().__init__(weights)
+        self.differentiated, self.length = differentiated, length
         self.levels: list[Problem] = []
-        self.variables: tuple[Tensor, ...] = ()
         #: Of each level, the indices of its variables in ``variables``.
         self.indices: list[list[int]] = []
         self._optimizers: list[DifferentiableStep | ProblemError] = []
         for level in levels:
             self.add(level)
-        self.steps: list[RecordedStep] = []
-        #: Per row: how many steps saw the row, and the sum of its losses in them.
-        self.visits = torch.zeros(len(weights), dtype=torch.int64)
-        self.losses = torch.zeros(len(weights), dtype=torch.float64)
         self.checkpoints = Checkpoints(self._interval(memory_limit) if differentiated else length)
 
     def add(self, level: Problem) -> None:
@@ -234,14 +228,6 @@ class Run:
                     f"{self.levels[0].name}: the run diverges with these row weights"
                 )
             yield checkpoints
-
-    @contextmanager
-    def without(self, rows: Sequence[int] | Tensor) -> Iterator[None]:
-        """The run again, with the weight 0 for ``rows``; otherwise as `repeated`."""
-        weights = self.row_weights.clone()
-        weights[rows] = 0.0
-        with self.repeated(weights):
-            yield
 
     def points(self, begin: int, end: int, checkpoints: Checkpoints) -> list[Point]:
         """The points before the steps from ``begin``, a checkpoint, to ``end``."""

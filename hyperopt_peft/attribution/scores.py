@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from hyperopt_peft.attribution.estimators import ScoreEstimator
 from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.reverse import Sweep
 from hyperopt_peft.attribution.run import Run
+from hyperopt_peft.attribution.training import Training
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.estimate import estimate
 from hyperopt_peft.hypergradients.oracle import Oracle
@@ -39,25 +41,30 @@ class RetrainingSetup:
     """A run, Φ, and the loss over all training rows at the run's end.
 
     Attributes:
-        run: the training run.
+        run: the training, a `Run` where it has steps that are differentiated.
         evaluation: Φ, by slice.
         shares: the share of each slice in the whole Φ.
         final: the level with the mean loss over all rows, over the run's variables.
         rows: its batch.
         measure: from test rows, a function that measures the model on them.
+        enlarged: the training with the evaluation rows among the training rows, of as many visits,
+            in an order of the seed; None where it is not known.
         probabilities: of a classifier with one class a row, a function from rows to the class
             probabilities.
         labels: likewise, the class of each row, ``(n,)``.
+        progress: whether retrainings show a progress bar.
     """
 
-    run: Run
+    run: Training
     evaluation: Evaluation
     shares: dict[str, float]
     final: Problem
     rows: Callable[[], Any]
     measure: Callable[[Any], Callable[[], Mapping[str, float]]] = measured
+    enlarged: Callable[[int], AbstractContextManager[None]] | None = None
     probabilities: Callable[[Sequence[int]], Tensor] | None = None
     labels: Tensor | None = None
+    progress: bool = False
 
     def values(self) -> dict[str, float]:
         """Φ of each slice at the current point."""
@@ -71,7 +78,7 @@ class RetrainingSetup:
 def scores(
     setup: RetrainingSetup,
     estimator: ScoreEstimator,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None = None,
     *,
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,15 +86,15 @@ def scores(
 
     The cost has the forward+backward passes, ``gradients``, the second backward passes,
     ``products``, and of a solver the relative ``residuals`` by slice and its ``notes``.
-    ``checkpoints`` are those of the run that led to the current point.
+    ``checkpoints`` are those of a run that led to the current point, by default the recorded one's.
 
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.
     """
-    passes, residuals, notes = Passes(), {}, {}
+    passes, residuals, notes, run = Passes(), {}, {}, setup.run
     names, level, rows = list(setup.evaluation.slices), setup.final, None
     if estimator.differentiates_run:
-        variables = [(str(number), variable) for number, variable in enumerate(setup.run.variables)]
+        variables = [(str(number), variable) for number, variable in enumerate(run.variables)]
         level = Problem(variables, name="the run")
     else:
         rows = setup.rows()
@@ -96,13 +103,14 @@ def scores(
         Oracle(setup.evaluation, level, losses, rows, fixed, fixed, passes=passes)
         for losses in setup.evaluation.slices.values()
     ]
-    if isinstance(estimator.estimator, Unrolled):
+    if isinstance(estimator.estimator, Unrolled) and isinstance(run, Run):
         adjoints = []
         for oracle in oracles:
             with oracle.open():
                 adjoints.append(oracle.upper_gradient.b.parts)
-        sweep = Sweep(setup.run, adjoints, passes, estimator.estimator.product)
-        products = sweep.back(checkpoints, last_steps=estimator.last_steps, progress=progress)
+        sweep, points = Sweep(run, adjoints, passes, estimator.estimator.product), run.checkpoints
+        options: dict[str, Any] = {"last_steps": estimator.last_steps, "progress": progress}
+        products = sweep.back(checkpoints or points, **options)
     else:
         results = [estimate(oracle, estimator.estimator) for oracle in oracles]
         products = [result.implicit.flat() for result in results]

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.errors import ProblemError
+
+#: The kappa up to which agreement is slight (Landis & Koch 1977, doi:10.2307/2529310).
+SLIGHT = 0.2
+CLEANLAB = "cleanlab's confident learning"
+WITHOUT_CLEANLAB = (
+    "the most probable class, since cleanlab, which flags fewer, is not installed "
+    '(pip install "hyperopt-peft[cleanlab]")'
+)
 
 
 @dataclass(frozen=True)
@@ -23,8 +33,12 @@ class Suspects:
         loss: the mean training loss, ``(n,)``.
         score: the attribution score, which answers another question, ``(n,)``.
         flagged: the rows that cleanlab takes for wrong, most doubtful first; without cleanlab the
-            rows whose label is not the most probable class.
+            rows whose label is not the most probable class; none where ``kappa`` is `SLIGHT`.
         probabilities: of each class, by the folds that did not train on the row, ``(n, classes)``.
+        accuracy: the share of the labels that are the most probable class, out of fold.
+        kappa: how far ``accuracy`` is above chance, from 0 to 1 (Cohen 1960,
+            doi:10.1177/001316446002000104).
+        method: what flagged the rows.
     """
 
     confidence: Tensor
@@ -32,6 +46,29 @@ class Suspects:
     score: Tensor
     flagged: list[int]
     probabilities: Tensor
+    accuracy: float
+    kappa: float
+    method: str
+
+    def record(self) -> dict[str, Any]:
+        """The numbers of the search, for a file."""
+        return {
+            "accuracy": self.accuracy,
+            "kappa": self.kappa,
+            "flagged": len(self.flagged),
+            "method": self.method,
+        }
+
+    def __str__(self) -> str:
+        text = (
+            f"out of fold {self.accuracy:.0%} of the labels are predicted (kappa {self.kappa:.2f})"
+        )
+        if self.kappa <= SLIGHT:
+            return (
+                f"{text}, which is near chance: such a model cannot tell a wrong label, and none "
+                "is flagged; train for longer, or on more rows"
+            )
+        return f"{text}; {len(self.flagged)} labels may be wrong, by {self.method}"
 
 
 def suspects(
@@ -49,14 +86,26 @@ def suspects(
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     parts, of_parts = order.tensor_split(folds), []
-    for rows in parts:
+    for rows in tqdm(parts, "folds", disable=not setup.progress):
         with setup.run.without(rows):
             of_parts.append(setup.probabilities(rows.tolist()))
     probabilities = torch.cat(of_parts)[order.argsort()]
     labelled = (labels >= 0).nonzero().flatten()
     confidence = torch.full((count,), torch.nan, dtype=torch.float64)
-    confidence[labelled], doubtful = _doubts(labels[labelled], probabilities[labelled])
-    return Suspects(confidence, loss, score, labelled[doubtful].tolist(), probabilities)
+    given, of_given = labels[labelled], probabilities[labelled]
+    confidence[labelled], doubtful = _doubts(given, of_given)
+    accuracy, kappa = _agreement(given, of_given.argmax(1), probabilities.shape[1])
+    flagged = labelled[doubtful].tolist() if kappa > SLIGHT else []
+    method = CLEANLAB if find_spec("cleanlab") else WITHOUT_CLEANLAB
+    return Suspects(confidence, loss, score, flagged, probabilities, accuracy, kappa, method)
+
+
+def _agreement(labels: Tensor, predicted: Tensor, classes: int) -> tuple[float, float]:
+    """The share of equal classes, and Cohen's kappa."""
+    accuracy = float((labels == predicted).double().mean())
+    counts = [torch.bincount(x, minlength=classes).double() / len(x) for x in (labels, predicted)]
+    chance = float(counts[0] @ counts[1])
+    return accuracy, (accuracy - chance) / (1 - chance) if chance < 1 else 0.0
 
 
 def _doubts(labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:

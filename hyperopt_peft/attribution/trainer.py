@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
+from itertools import count
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch.utils.data import ConcatDataset
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -27,6 +33,7 @@ from hyperopt_peft.attribution.rows import (
     NumberedRows,
     RowWeighted,
 )
+from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, level_count, shown_columns
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -34,6 +41,7 @@ from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState
 
 #: Libraries whose own methods of these names train as the recorded run does, if the loss agrees.
@@ -117,6 +125,7 @@ def _train(runner: BilevelTrainer, recorder: Recorder, random_state: RandomState
     """
     if random_state is not None:
         random_state.restore()
+    begin = time.perf_counter()
     try:
         runner.train()
     except NonFiniteError as error:
@@ -124,6 +133,8 @@ def _train(runner: BilevelTrainer, recorder: Recorder, random_state: RandomState
         raise NonFiniteError(
             f"step {step}: {error.__cause__ or error}; lower the learning rate or max_grad_norm"
         ) from error
+    assert recorder.run is not None
+    recorder.run.seconds = time.perf_counter() - begin
 
 
 def _setup(
@@ -132,26 +143,52 @@ def _setup(
     """The run of ``recorder``, and Φ at its end."""
     run, reader = recorder.run, ModelOnRows(runner, data.collate)
     assert run is not None
-    count = len(data.evaluation_rows)
+    size = len(data.evaluation_rows)
     losses = {name: reader.losses(data.evaluation_rows, rows) for name, rows in data.groups.items()}
     return RetrainingSetup(
         run,
         Evaluation(run.weights, losses),
-        {name: len(rows) / count for name, rows in data.groups.items()},
+        {name: len(rows) / size for name, rows in data.groups.items()},
         Accumulated(RowWeighted(runner, run.weights, training=False, twice=recorder.twice)),
         lambda: reader.micro_batches(data.train_rows),
         measure=lambda test: reader.measure(data.test_rows(trainer, test)),
+        enlarged=partial(_enlarged, run, reader, data) if len(run.levels) == 1 else None,
         probabilities=lambda rows: reader.probabilities(data.train_rows, rows),
         labels=reader.labels(data.train_rows),
     )
 
 
-def _check_trainer(trainer: Any) -> None:
-    """Raise ProblemError where the trainer trains a loss or in a way that is not known here."""
+@contextmanager
+def _enlarged(run: Run, reader: ModelOnRows, data: TrainerData, seed: int) -> Iterator[None]:
+    """The run on training and evaluation rows, in a new order, with as many visits of rows."""
+    rows: Any = ConcatDataset([data.train_rows, data.evaluation_rows])
+    generator = torch.Generator().manual_seed(seed)
+    first, every = distributed.rank(), distributed.world_size()
+    order = (
+        row
+        for _ in count()
+        for row in torch.randperm(len(rows), generator=generator).tolist()[first::every]
+    )
+    steps = run.steps
+    run.steps = [reader.on_rows(step, rows, order) for step in steps]
+    try:
+        with run.repeated(run.row_weights):
+            yield
+    finally:
+        run.steps = steps
+
+
+def require_trainer(trainer: Any) -> None:
+    """Raise ProblemError for something else than a `transformers.Trainer`."""
     if not isinstance(trainer, Trainer):
         raise ProblemError(
             f"training: must be a Problem or a transformers.Trainer, got {type(trainer).__name__}"
         )
+
+
+def _check_trainer(trainer: Any) -> None:
+    """Raise ProblemError where the trainer trains a loss or in a way that is not known here."""
+    require_trainer(trainer)
     if trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
         raise ProblemError(f"compute_loss_func, label_smoothing_factor: {OWN_LOSS}")
     known = isinstance(trainer, BiDoRATrainer) and trainer.parent() is Trainer

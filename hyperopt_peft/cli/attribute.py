@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
@@ -15,7 +16,6 @@ from hyperopt_peft import attribute
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.attribution.suspects import Suspects
 from hyperopt_peft.cli.options import OutputArguments, option, parse
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import (
@@ -41,10 +41,15 @@ ROW, SLICE = "row", "slice"
 class AttributeArguments(OutputArguments):
     """How rows are scored, and what is done with the scores."""
 
-    estimator: str = HfArg(
-        default="unrolled",
+    score_model: Literal["adapter", "head"] = HfArg(
+        default="adapter",
+        help="what is trained and scored: the adapter, or a linear head on the base model's "
+        "features, exactly and in seconds",
+    )
+    estimator: str | None = HfArg(
+        default=None,
         help="with options: unrolled (the whole run), minres, cg, nystrom or another implicit "
-        "solver (the end of the run), or gradient",
+        "solver (the end of the run), or gradient; by default unrolled, and cg of a head",
     )
     check: int = HfArg(default=0, help="retrainings without random rows that check the scores")
     slices: str | None = HfArg(default=None, help="an evaluation column, whose values get scores")
@@ -62,7 +67,8 @@ class AttributeArguments(OutputArguments):
     show: int = HfArg(default=10, help="rows at each end, in table and picture")
 
     def __post_init__(self) -> None:
-        parse_estimator(self.estimator)
+        if self.estimator is not None:
+            parse_estimator(self.estimator)
         for name, least in (("check", 5), ("suspects", 2)):
             value = getattr(self, name)
             if value and value < least:
@@ -112,6 +118,7 @@ def run(argv: Sequence[str]) -> None:
         use_fast_dora(trainer.model)
     result = attribute(
         trainer,
+        model=command.score_model,
         estimator=command.estimator,
         slices=command.slices and SLICE,
         memory_limit=command.memory_limit,
@@ -121,24 +128,19 @@ def run(argv: Sequence[str]) -> None:
     result.numbers = (trainer.train_dataset if is_sft else setup.train)[ROW][:]
     rows = setup.rows.select(result.numbers)
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
-    suspects = result.suspects(command.suspects, seed=args.seed) if command.suspects else None
-    metrics, output = trainer.evaluate(), Path(args.output_dir)
-    save_adapter(trainer)
-    first = not distributed.rank()
-    if first:
-        columns: dict[str, list[Any]] = {}
-        if suspects is not None:
-            flagged = [int(row in suspects.flagged) for row in range(len(setup.train))]
-            columns = {"suspect": flagged, "label_confidence": suspects.confidence.tolist()}
-        result.to_csv(output / "attribution.csv", columns)
-        result.plot(output / "attribution.png", command.show)
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    for text in summary(result, command, suspects, test, args.seed):
+    output, first = Path(args.output_dir), not distributed.rank()
+    if command.score_model == "adapter":
+        metrics = trainer.evaluate()
+        save_adapter(trainer)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    report = Report(result, command, output if first else None)
+    for text in report.paragraphs(test, args.seed):
         if first:
             print(f"{text}\n", flush=True)
     if first:
-        print(f"attribution.csv, attribution.png and the adapter are in {output}")
+        adapter = " and the adapter" if command.score_model == "adapter" else ""
+        print(f"attribution.csv, .json and .png{adapter} are in {output}")
     (trainer.accelerator if is_sft else trainer).end_training()
 
 
@@ -174,39 +176,86 @@ def split(
     return replace(setup, train=train.sort(ROW), evaluation=evaluation), test
 
 
-def summary(
-    result: Attribution,
-    command: AttributeArguments,
-    suspects: Suspects | None,
-    test: Dataset | None,
-    seed: int,
-) -> Iterator[str]:
-    """The paragraphs that are printed, each as soon as it is known: the last two train again."""
-    settings = result.settings
-    phi = ", ".join(f"{name} {value:.4f}" for name, value in result.values.items())
-    lines = [
-        f"{settings['rows']} training rows, {settings['steps']} steps, "
-        f"{settings['variables']:,} parameters; scores by {settings['estimator']}",
-        f"evaluation loss: {phi}",
-        f"{int((result.scores > 0).sum())} rows hurt (score > 0)",
-    ]
-    if settings["unseen"]:
-        lines.append(
-            f"{settings['unseen']} rows were never trained on: their score is NaN; train for longer"
-        )
-    if settings["residuals"]:
-        worst = max(settings["residuals"].values())
-        lines.append(f"largest relative residual of the solver: {worst:.2g}")
-    yield "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])])
-    yield result.table(command.show)
-    if suspects is not None:
-        doubtful = [result.line(row) for row in suspects.flagged[: command.show]]
-        title = f"{len(suspects.flagged)} labels may be wrong, the most doubtful first:"
-        yield "\n".join([title, *doubtful])
-    if command.check:
-        check = result.check(command.check, seed=seed)
-        by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
-        yield "\n".join([f"check: {check}", *by_slice])
-    if test is not None and command.retrain_without is not None:
-        removal = result.removal(command.retrain_without, test, seed=seed)
-        yield f"on {len(test)} rows that neither training nor scores saw:\n{removal}"
+class Report:
+    """What is printed of a result, and the files, which have each part as soon as it is known.
+
+    Args:
+        result: the scores.
+        command: what is done with them.
+        folder: where ``attribution.csv``, ``.png`` and ``.json`` are written; None for nowhere.
+    """
+
+    def __init__(
+        self, result: Attribution, command: AttributeArguments, folder: Path | None
+    ) -> None:
+        self.result, self.command, self.folder = result, command, folder
+        self.columns: dict[str, list[Any]] = {}
+        self.record: dict[str, Any] = {
+            "settings": result.settings,
+            "evaluation_loss": result.values,
+        }
+
+    def write(self, **parts: Any) -> None:
+        """Write the files again, with ``parts`` in the record."""
+        self.record |= parts
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.result.to_csv(self.folder / "attribution.csv", self.columns)
+            self.result.plot(self.folder / "attribution.png", self.command.show)
+            text = json.dumps(self.record, indent=1)
+            (self.folder / "attribution.json").write_text(text + "\n")
+
+    def paragraphs(self, test: Dataset | None, seed: int) -> Iterator[str]:
+        """The paragraphs that are printed; all but the first two train again."""
+        result, command = self.result, self.command
+        self.write()
+        yield self._summary()
+        if command.check:
+            yield self._cost("check", command.check, "and another attribution")
+            check = result.check(command.check, seed=seed)
+            self.write(check=check.record())
+            by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
+            yield "\n".join([f"check: {check}", *by_slice])
+        yield result.table(command.show)
+        if not command.check:
+            yield self._cost("unchecked: --check 20", 20, "and tells whether to rely on the scores")
+        if command.suspects:
+            yield self._cost("suspects", command.suspects)
+            suspects = result.suspects(command.suspects, seed=seed)
+            flagged = [int(row in suspects.flagged) for row in range(len(result.scores))]
+            self.columns = {"suspect": flagged, "label_confidence": suspects.confidence.tolist()}
+            self.write(suspects=suspects.record())
+            doubtful = [result.line(row) for row in suspects.flagged[: command.show]]
+            yield "\n".join([f"suspects: {suspects}", *doubtful])
+        if test is not None and command.retrain_without is not None:
+            draws = 5
+            yield self._cost("retrain_without", 4 + draws)
+            removal = result.removal(command.retrain_without, test, draws=draws, seed=seed)
+            self.write(removal=asdict(removal) | {"verdict": removal.verdict})
+            yield f"on {len(test)} rows that neither training nor scores saw:\n{removal}"
+
+    def _cost(self, name: str, trainings: int, more: str = "") -> str:
+        seconds = trainings * self.result.settings["seconds"]
+        time = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+        return f"{name}: {trainings} trainings, about {time} {more}".rstrip()
+
+    def _summary(self) -> str:
+        result, settings = self.result, self.result.settings
+        phi = ", ".join(f"{name} {value:.4f}" for name, value in result.values.items())
+        trained = f"{settings['steps']} steps"
+        if self.command.score_model == "head":
+            trained = "a head at its minimum"
+        lines = [
+            f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
+            f"scores by {settings['estimator']}",
+            f"evaluation loss: {phi}",
+            f"{int((result.scores > 0).sum())} rows hurt (score > 0)",
+        ]
+        if unseen := settings["unseen"]:
+            lines.append(
+                f"{unseen} rows were never trained on: their score is NaN; train for longer"
+            )
+        if settings["residuals"]:
+            worst = max(settings["residuals"].values())
+            lines.append(f"largest relative residual of the solver: {worst:.2g}")
+        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])])

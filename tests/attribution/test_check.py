@@ -80,6 +80,13 @@ def test_five_retrainings_cannot_tell(actual: list[int], lds: float) -> None:
     assert "5 retrainings cannot tell" in str(check)
 
 
+@pytest.mark.parametrize("slope", [0.6, 1.45])
+def test_right_order_and_wrong_sizes_are_not_trusted(slope: float) -> None:
+    x = torch.linspace(-1, 1, 20)
+    check = ScoreCheck(x, slope * x, 0.99, 0.05)
+    assert check.lds == 1.0 and not check.trustworthy and "order" in check.advice
+
+
 @pytest.mark.parametrize("smoothness", [0.99, 0.2])
 def test_advice_is_of_the_estimator_where_the_run_is_smooth(smoothness: float) -> None:
     x = torch.linspace(-1, 1, 20)

@@ -155,6 +155,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"training_steps": 0}, "training_steps"),
     ({"memory_limit": 1e-9}, "memory_limit"),
     ({"slices": "kind"}, "slices"),
+    ({"model": "head"}, "model"),
     ({"row_weights": torch.ones(ROWS)}, "row_weights"),
     ({"row_weights": LEAF}, "the loss does not read the row weights"),
     ({"evaluation": None}, "evaluation"),

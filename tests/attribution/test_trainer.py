@@ -2,7 +2,9 @@
 
 import copy
 import csv
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from transformers import (
 
 from hyperopt_peft import NonFiniteError, ProblemError, attribute
 from hyperopt_peft.attribution import Attribution
+from hyperopt_peft.attribution.suspects import suspects
 from tests.support.attributed import differences
 from tests.support.trainers import CONFIG, data, peft_model, values
 
@@ -131,11 +134,38 @@ def test_what_a_user_does_with_it(tmp_path: Path) -> None:
     assert sorted(int(row["rank"]) for row in table) == list(range(1, 15))
     result.plot(tmp_path / "attribution.png")
     assert (tmp_path / "attribution.png").stat().st_size > 10_000
-    suspects = result.suspects(folds=3)
-    assert suspects.probabilities.sum(1).allclose(torch.ones(14, dtype=torch.float64))
-    assert suspects.confidence.shape == (14,)
+    doubts = result.suspects(folds=3)
+    assert doubts.probabilities.sum(1).allclose(torch.ones(14, dtype=torch.float64))
+    assert doubts.confidence.shape == (14,)
     removal = result.removal(0.2, data(rows=9, seed=2), draws=1)
     assert {*removal.plain} == {"loss", "accuracy"} and "random" in str(removal)
+    assert removal.with_evaluation is not None and removal.with_evaluation != removal.plain
+    assert "unchecked" in result.table(2)
+    result.check(5, share=0.2, perturbation=None)
+    assert "unchecked" not in result.table(2)
+
+
+def test_evaluation_rows_are_trained_on_in_as_many_visits(tmp_path: Path) -> None:
+    """Each of the 21 rows about as often, in micro-batches of the recorded sizes."""
+    result = attributed(stock(tmp_path))
+    run = result._setup.run
+
+    def micro_batches() -> list[Any]:
+        return [m.batch for step in run.steps for m in step.updates[0].batch]
+
+    recorded = micro_batches()
+    with result._setup.enlarged(0):
+        other = micro_batches()
+    assert [len(b["labels"]) for b in other] == [len(b["labels"]) for b in recorded]
+    assert all(map(torch.equal, map(_ids, micro_batches()), map(_ids, recorded)))
+    drawn = [tuple(row) for batch in other for row in batch["input_ids"].tolist()]
+    both = [*data(rows=14)["input_ids"], *data(rows=7, seed=1)["input_ids"]]
+    counts = [drawn.count(tuple(row)) for row in both]
+    assert sum(counts) == len(drawn) and max(counts) - min(counts) <= 1
+
+
+def _ids(batch: dict[str, Tensor]) -> Tensor:
+    return batch["input_ids"]
 
 
 def test_gpt2_has_no_accuracy_of_unshifted_tokens(tmp_path: Path) -> None:
@@ -164,6 +194,25 @@ def test_out_of_fold_probabilities_are_of_runs_without_the_fold(tmp_path: Path) 
     )
     same = (one.probabilities - other.probabilities).abs().amax(1) < 1e-9
     assert same[5] and same.sum() == 7
+
+
+@pytest.mark.parametrize(("wrong", "kappa"), [(41, 0.18), (10, 0.8)])
+def test_a_model_near_chance_flags_no_label(wrong: int, kappa: float) -> None:
+    """A hundred rows of two classes, of which the out-of-fold model disagrees with ``wrong``."""
+    labels = torch.arange(100) % 2
+    confident = torch.where(torch.arange(100) < wrong, 0.1, 0.9).double()
+    of_ones = torch.where(labels == 1, confident, 1 - confident)
+    setup: Any = SimpleNamespace(
+        run=SimpleNamespace(without=lambda rows: nullcontext()),
+        labels=labels,
+        probabilities=lambda rows: torch.stack([1 - of_ones, of_ones], 1)[rows],
+        progress=False,
+    )
+    found = suspects(setup, labels, labels, folds=5, seed=0)
+    assert found.accuracy == pytest.approx(1 - wrong / 100)
+    assert found.kappa == pytest.approx(kappa, abs=0.005)
+    assert {*found.flagged} <= {*range(wrong)} and bool(found.flagged) == (kappa > 0.2)
+    assert ("near chance" in str(found)) == (not found.flagged)
 
 
 def test_rows_in_a_list_may_have_columns_that_the_model_does_not_take(tmp_path: Path) -> None:
@@ -202,6 +251,10 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"dora": True}, {}, "norm"),
     ({"dora": True}, {"estimator": "minres"}, "norm"),
     ({}, {"slices": "source"}, "slices"),
+    ({}, {"model": "tail"}, "model"),
+    ({}, {"model": "head", "estimator": "unrolled"}, "a head has no steps"),
+    ({"kind": "causal"}, {"model": "head"}, "the labels of LlamaForCausalLM are text"),
+    ({"kind": "seq2seq"}, {"model": "head"}, "the labels of T5"),
     ({}, {"training_steps": 3}, "training_steps"),
 ]
 
@@ -325,9 +378,9 @@ def test_a_row_without_a_label_was_seen_and_has_no_influence(tmp_path: Path) -> 
     rows = labelled([-100, *[k % 3 for k in range(1, 14)]])
     result = attributed(stock(tmp_path, train_dataset=rows))
     assert result.scores[0] == 0 and result.settings["unseen"] == 0
-    suspects = result.suspects(folds=2)
-    assert suspects.confidence[0].isnan() and 0 not in suspects.flagged
-    assert suspects.confidence[1:].isfinite().all()
+    doubts = result.suspects(folds=2)
+    assert doubts.confidence[0].isnan() and 0 not in doubts.flagged
+    assert doubts.confidence[1:].isfinite().all()
 
 
 def test_test_rows_that_the_scores_have_seen_are_refused(tmp_path: Path) -> None:

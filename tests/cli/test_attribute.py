@@ -59,8 +59,24 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert "24 training rows, 6 steps" in printed and "hurt most:" in printed
     assert re.search(r"check: LDS .* over 5 retrainings", printed)
-    assert "labels may be wrong" in printed and "on 9 rows that neither" in printed
-    assert "without 2 rows by score" in printed
+    assert "labels are predicted" in printed and "on 9 rows that neither" in printed
+    assert "check: 5 trainings, about" in printed
+    assert re.search(r"leaving 2 rows out by score moves the (accuracy|loss)", printed)
+    record = json.loads((tmp_path / "out/attribution.json").read_text())
+    assert len(record["check"]["actual"]) == 5 and {*record["check"]["by_slice"]} == {"x", "y"}
+    assert {"accuracy", "kappa", "flagged"} <= {*record["suspects"]}
+    assert len(record["removal"]["random"]) == 5 and record["removal"]["with_evaluation"]
+
+
+def test_scores_on_a_head_train_no_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = options(tmp_path, score_model="head", check=5)
+    run("attribute", **chosen)
+    table, printed = written(tmp_path), capsys.readouterr().out
+    assert all(line["rank"] != "0" for line in table)
+    assert "a head at its minimum" in printed and "check: LDS" in printed
+    assert not (tmp_path / "out/adapter_config.json").exists()
 
 
 def test_the_weights_are_those_that_train_reads(tmp_path: Path) -> None:
@@ -85,7 +101,9 @@ def test_the_weights_are_those_that_train_reads(tmp_path: Path) -> None:
         assert like == all(torch.allclose(plain[name], weighted[name]) for name in plain)
 
 
-def test_held_out_rows_are_not_in_the_file(tmp_path: Path) -> None:
+def test_held_out_rows_are_not_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(tmp_path / "train.csv", rows())
     changes = {"train_file": path, "eval_file": None, "eval_fraction": 0.25, "max_steps": 2}
     run("attribute", **options(tmp_path, method="dora", **changes))

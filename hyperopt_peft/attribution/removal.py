@@ -1,0 +1,112 @@
+"""Trainings without the rows that hurt most, judged on test rows, beside the simple ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hyperopt_peft.attribution.scores import RetrainingSetup
+
+Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a test set says of training without some rows: numbers such as ``loss``, by name.
+
+    Attributes:
+        count: how many rows were left out.
+        plain: after the training on all rows.
+        without: without the rows that the scores say hurt most.
+        highest_loss: without as many rows of the highest mean training loss.
+        random: without as many random rows, once for each draw.
+        with_evaluation: after as many passes over the training and the evaluation rows, the
+            simplest other use of these; None where they are not known as rows, and for two levels.
+
+    Example:
+        >>> plain, less, more = {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.05}
+        >>> print(Removal(3, plain, less, more, [more]).verdict)
+        leaving 3 rows out by score moves the loss by -0.1000: a gain that no other removal has
+    """
+
+    count: int
+    plain: Numbers
+    without: Numbers
+    highest_loss: Numbers
+    random: Sequence[Numbers]
+    with_evaluation: Numbers | None = None
+
+    @property
+    def verdict(self) -> str:
+        """A sentence: whether leaving out by score gained anything on the test rows.
+
+        The accuracy decides where there is one, otherwise the loss.
+        """
+        name, sign = ("accuracy", 1) if "accuracy" in self.plain else ("loss", -1)
+
+        def move(numbers: Numbers) -> float:
+            return numbers[name] - self.plain[name]
+
+        gain, noise = sign * move(self.without), max(map(abs, map(move, self.random)), default=0.0)
+        if gain <= noise:
+            judgement = f"no gain beyond random removals, which move it by up to {noise:.4f}"
+        elif gain > sign * move(self.highest_loss):
+            judgement = "a gain that no other removal has"
+        else:
+            judgement = "a gain that the highest loss has too"
+        text = f"leaving {self.count} rows out by score moves the {name} by "
+        text += f"{move(self.without):+.4f}: {judgement}"
+        if self.with_evaluation is not None:
+            other = move(self.with_evaluation)
+            text += f"; training on the evaluation rows too moves it by {other:+.4f}"
+        return text
+
+    def __str__(self) -> str:
+        lines = [f"{'training':38}" + "".join(f"{name:>10}" for name in self.plain)]
+        rows = [("on all rows", self.plain), (f"without {self.count} rows by score", self.without)]
+        rows += [(f"without {self.count} of highest loss", self.highest_loss)]
+        rows += [(f"without {self.count} random rows", values) for values in self.random]
+        if self.with_evaluation is not None:
+            rows.append(("as many passes, evaluation rows too", self.with_evaluation))
+        for title, values in rows:
+            lines.append(f"{title:38}" + "".join(f"{value:10.4f}" for value in values.values()))
+        return "\n".join([*lines, self.verdict])
+
+
+def remove(
+    setup: RetrainingSetup,
+    scores: Tensor,
+    losses: Tensor,
+    worst: list[int],
+    test: Any,
+    draws: int,
+    seed: int,
+) -> Removal:
+    """Train without the rows ``worst``, and otherwise; see `Attribution.removal`.
+
+    ``scores`` and ``losses`` are those of the rows, ``(n,)``, NaN for a row that was never seen.
+    """
+    measure = setup.measure(test)
+    loss = torch.nan_to_num(losses, nan=-torch.inf)
+    highest = torch.argsort(loss, descending=True)[: len(worst)].tolist()
+    generator = torch.Generator().manual_seed(seed)
+    seen = (~scores.isnan()).nonzero().flatten()
+    random = [
+        seen[torch.randperm(len(seen), generator=generator)[: len(worst)]].tolist()
+        for _ in range(draws)
+    ]
+    results = []
+    for rows in tqdm([[], worst, highest, *random], "removal", disable=not setup.progress):
+        with setup.run.without(rows):
+            results.append(measure())
+    with_evaluation = None
+    if setup.enlarged is not None:
+        with setup.enlarged(seed):
+            with_evaluation = measure()
+    plain, without, highest_loss, *others = results
+    return Removal(len(worst), plain, without, highest_loss, others, with_evaluation)
