@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +15,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.compare_on_adapter import losses_on_adapter
 from hyperopt_peft.problems.compare_on_head import losses_on_head
-from hyperopt_peft.problems.head_mix import HeadMix
-from hyperopt_peft.problems.mix_baselines import SIMPLE, Baselines
-from hyperopt_peft.problems.mix_plans import LEARNED
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.trainer.data import classes_of, label_column
 
@@ -31,12 +30,14 @@ class MethodResult:
         losses: the loss of each trusted row, by the model of the folds without it, ``(n,)``.
         passes: forward+backward passes over a micro-batch, of one fold; of a head, over all rows.
         penalty: of a head that is trained on trusted rows alone, the λ of least loss; else 0.
+        steps: of an adapter, the optimizer steps of a training; else 0.
     """
 
     method: str
     losses: Tensor
     passes: int
     penalty: float = 0.0
+    steps: int = 0
 
     @property
     def loss(self) -> float:
@@ -55,6 +56,9 @@ class BaselineComparison:
 
     Attributes:
         results: a result of each method.
+        row_weights: of each fold the learned weights of a row, by source.
+        untrained: the losses of a model that has learned nothing of a row, ``(n,)``: on a head the
+            best constant, else the adapter's initial values.
 
     Example:
         >>> one = MethodResult("trusted rows only", torch.tensor([0.5, 0.7, 0.6]), passes=10)
@@ -64,11 +68,39 @@ class BaselineComparison:
     """
 
     results: Sequence[MethodResult]
+    row_weights: Sequence[Mapping[str, float]] = ()
+    untrained: Tensor | None = None
 
     @property
     def best(self) -> MethodResult:
         """The result of the lowest trusted loss."""
         return min(self.results, key=lambda result: result.loss)
+
+    @property
+    def ties(self) -> list[MethodResult]:
+        """The other results that are within one standard error of the best."""
+        gaps = {result.method: result.difference(self.best) for result in self.results}
+        return [
+            result
+            for result in sorted(self.results, key=lambda result: result.loss)
+            if result is not self.best and gaps[result.method][0] <= gaps[result.method][1]
+        ]
+
+    @property
+    def near_chance(self) -> bool:
+        """Whether the best method is within two standard errors of a model without training."""
+        if self.untrained is None:
+            return False
+        gap, error = self.best.difference(MethodResult("", self.untrained, 0))
+        return not gap < -2 * error
+
+    @property
+    def sentence(self) -> str:
+        """Which method to use, and which are as good."""
+        text = f"use {self.best.method}: the lowest trusted loss, {self.best.loss:.4f}"
+        if names := [result.method for result in self.ties]:
+            text += f"; a tie, within its error, with {'; '.join(names)}"
+        return text
 
     def __str__(self) -> str:
         lines = [f"{'method':44}{'trusted loss':>14}{'to the best':>22}{'passes':>9}"]
@@ -76,8 +108,7 @@ class BaselineComparison:
             gap, error = result.difference(self.best)
             text = "" if result is self.best else f"{gap:+.4f} ± {error:.4f}"
             lines.append(f"{result.method:44}{result.loss:14.4f}{text:>22}{result.passes:9}")
-        advice = f"use {self.best.method}: the lowest trusted loss, {self.best.loss:.4f}"
-        return "\n".join([*lines, advice])
+        return "\n".join([*lines, self.sentence])
 
 
 def compare_baselines(
@@ -86,6 +117,7 @@ def compare_baselines(
     model: Literal["auto", "head", "adapter"] = "auto",
     folds: int = 3,
     equal_passes: bool = True,
+    record: Path | None = None,
 ) -> BaselineComparison:
     """Compare a trained `MixTrainer` with simple methods, by cross-validation on trusted rows.
 
@@ -106,6 +138,7 @@ def compare_baselines(
         model: what each method trains; ``auto`` is what the weights were learned on.
         folds: of the trusted rows.
         equal_passes: of an adapter, as above.
+        record: of an adapter, a file of finished trainings, with which a killed comparison goes on.
 
     Raises:
         ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows; a
@@ -136,41 +169,26 @@ def compare_baselines(
         raise ProblemError("compare_baselines: the trainer has not trained; call train first")
     data = trainer.data
     classes = classes_of(data.trusted, label_column(data.trusted)) or [0] * len(data.trusted)
-    fold_of_row = split_folds(classes, folds, seed=trainer.args.seed)
-    if model == "head" or (model == "auto" and trainer.on_head):
+    fold_of_row = torch.from_numpy(split_folds(classes, folds, seed=trainer.args.seed))
+    on_head = model == "head" or (model == "auto" and trainer.on_head)
+    if on_head:
         progress = not trainer.args.disable_tqdm
-        return _of_head(trainer.head_mix, torch.from_numpy(fold_of_row), progress=progress)
-    baselines = Baselines(trainer)
-    lengths = {baselines.steps}
-    if equal_passes:
-        lengths.add(math.ceil(baselines.passes / baselines.passes_of_a_step))
-    runs = [(method, steps) for steps in sorted(lengths) for method in SIMPLE]
-    runs.append((LEARNED, baselines.steps))
-    losses = {run: torch.zeros(len(fold_of_row)) for run in runs}
-    passes = {}
-    with baselines:
-        for fold in range(folds):
-            rows = np.flatnonzero(fold_of_row == fold)
-            train = data.with_trusted(np.flatnonzero(fold_of_row != fold).tolist())
-            for run in runs:
-                passes[run] = baselines.train(*run, train)
-                losses[run][rows] = baselines.losses(data.trusted.select(rows))
-    return _best([MethodResult(run[0], losses[run], passes[run]) for run in runs])
+        found = losses_on_head(trainer.head_mix, fold_of_row, progress=progress)
+    else:
+        found = losses_on_adapter(trainer, fold_of_row, equal_passes=equal_passes, record=record)
+    results = []
+    for (method, setting), losses in found.losses.items():
+        of_model = {"penalty": setting} if on_head else {"steps": int(setting)}
+        results.append(MethodResult(method, losses, found.passes[method, setting], **of_model))
+    return BaselineComparison(_best(results), found.row_weights, found.untrained)
 
 
-def _of_head(mix: HeadMix, fold_of_row: Tensor, *, progress: bool) -> BaselineComparison:
-    runs = losses_on_head(mix, fold_of_row, progress=progress)
-    return _best([MethodResult(name, *run, penalty) for (name, penalty), run in runs.items()])
-
-
-def _best(results: Sequence[MethodResult]) -> BaselineComparison:
+def _best(results: Sequence[MethodResult]) -> list[MethodResult]:
     """The result of the lowest loss of each method."""
     by_method: dict[str, list[MethodResult]] = {}
     for result in results:
         by_method.setdefault(result.method, []).append(result)
-    return BaselineComparison(
-        [min(same, key=lambda each: each.loss) for same in by_method.values()]
-    )
+    return [min(same, key=lambda each: each.loss) for same in by_method.values()]
 
 
 def split_folds(classes: Sequence[Any], folds: int, *, seed: int = 0) -> np.ndarray[Any, Any]:

@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hyperopt_peft.problems.fold_losses import FoldLosses
 from hyperopt_peft.problems.head_mix import HeadMix, Plan
-from hyperopt_peft.problems.mix_plans import methods_of
+from hyperopt_peft.problems.mix_plans import methods_of, trusted_only
 
 #: The penalties that are tried for a training on trusted rows alone, and for one after another.
 ALONE, AFTER = (0.03, 0.1, 0.3), (0.1, 0.3, 1.0)
 
 
-def losses_on_head(
-    mix: HeadMix, fold_of_row: Tensor, *, progress: bool = False
-) -> dict[tuple[str, float], tuple[Tensor, int]]:
-    """Of each method and penalty that is tried, the losses ``(n,)`` and the passes of a fold.
+def losses_on_head(mix: HeadMix, fold_of_row: Tensor, *, progress: bool = False) -> FoldLosses:
+    """The losses of each method and penalty that is tried.
 
-    A trusted row's loss is of the head that is trained without its fold.
+    A trusted row's loss is of the head that is trained without its fold; that of a model that has
+    learned nothing is of the best constant.
 
     Args:
         mix: the head on all trusted rows.
         fold_of_row: the fold of each trusted row, ``(n,)``, from 0.
         progress: whether to show a progress bar.
     """
-    losses: dict[tuple[str, float], Tensor] = {}
-    passes: dict[tuple[str, float], int] = {}
+    result = FoldLosses(len(fold_of_row), untrained=torch.zeros(len(fold_of_row)))
+    assert result.untrained is not None
     methods = methods_of(mix)
     bar = tqdm(
         total=len(methods) * int(fold_of_row.max() + 1), desc="methods", disable=not progress
@@ -44,13 +44,15 @@ def losses_on_head(
             planned = inside.passes - begin
             for penalty in penalties(plan):
                 begin = inside.passes
-                head = inside.fit(plan, penalty)
-                each = losses.setdefault((name, penalty), torch.zeros(len(fold_of_row)))
-                each[judged] = inside.losses(head, held_out)
-                passes[name, penalty] = planned + inside.passes - begin
+                each = inside.losses(inside.fit(plan, penalty), held_out)
+                result.add((name, penalty), judged, each, planned + inside.passes - begin)
             bar.update()
+        result.row_weights.append(inside.row_weights(inside.learned))
+        constant = replace(inside, rows=inside.rows.without_features())
+        head = constant.fit(trusted_only(constant))
+        result.untrained[judged] = constant.losses(head, held_out.without_features())
     bar.close()
-    return {key: (each, passes[key]) for key, each in losses.items()}
+    return result
 
 
 def penalties(plan: Plan) -> tuple[float, ...]:

@@ -153,6 +153,11 @@ class HeadMix:
         """The plan of the weights that `search` finds."""
         return Plan(self.search().logits.detach().sigmoid())
 
+    def row_weights(self, plan: Plan) -> dict[str, float]:
+        """The weight of a row of each source in ``plan``, by name; the mean over all rows is 1."""
+        weights = self._lower(self._head(), plan)[0]
+        return dict(zip(weights.names, weights().tolist(), strict=True))
+
     @cached_property
     def trusted_head(self) -> Head:
         """The head that is trained on the trusted rows alone."""

@@ -74,6 +74,14 @@ class HeadRows:
         votes = None if self.trusted_votes is None else self.trusted_votes[rows]
         return replace(self, trusted=numbered, trusted_votes=votes)
 
+    def without_features(self) -> HeadRows:
+        """With one feature that is 0, of which a head learns a constant."""
+        sources, trusted = (
+            replace(each, x=torch.zeros_like(each.x[:, :1]))
+            for each in (self.sources, self.trusted)
+        )
+        return replace(self, sources=sources, trusted=trusted)
+
     def batch(self, groups: Tensor) -> dict[str, Tensor]:
         """A batch of `Mixture` with the sources' rows and the trusted ones.
 

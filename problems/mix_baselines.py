@@ -50,7 +50,10 @@ class Baselines:
         steps: the optimizer steps of the trainer's retraining.
         passes_of_a_step: micro-batches in one of these steps.
         passes: the passes over a micro-batch of the trainer's search and retraining.
+        row_weights: the weights of a row that the last training of `LEARNED` found, by source.
     """
+
+    row_weights: dict[str, float]
 
     def __init__(self, trainer: MixTrainer) -> None:
         self.trainer, self.model = trainer, trainer.model
@@ -73,21 +76,36 @@ class Baselines:
         self._folder.cleanup()
         assign_(self.variables, self._end)
 
+    def restart(self) -> None:
+        """Give the model its initial values."""
+        assign_(self.variables, self.trainer.initial)
+
+    def keep(self) -> None:
+        """Let the ``with`` block leave the model as it is now."""
+        self._end = [variable.detach().clone() for variable in self.variables]
+
+    def passes_of(self, method: str, steps: int) -> int:
+        """The passes of `train`."""
+        if method == LEARNED:
+            return self.passes
+        # A model of the trusted rows comes first.
+        first = self.steps if method in (AGREEMENT, FILTERED) else 0
+        return (first + steps) * self.passes_of_a_step
+
     def train(self, method: str, steps: int, data: SourceData) -> int:
         """Train the model by ``method`` for ``steps`` from its initial values; returns the passes.
 
         Learned weights have the steps of the trainer. Those of `AGREEMENT` and `FILTERED` begin
         with a model of the trusted rows, which ``steps`` does not count and the passes do.
         """
-        if method == LEARNED:
-            assign_(self.variables, self.trainer.initial)
-            args = self._silenced(copy(self.trainer.args))
-            kind = type(self.trainer)
-            _run(self.trainer.trainer_of(kind, args, sources=data, **self._options))
-            return self.passes
-        passes = steps * self.passes_of_a_step
         trusted = {TRUSTED: data.parts[TRUSTED]}
-        if method == TRUSTED_ONLY:
+        if method == LEARNED:
+            self.restart()
+            args, kind = self._silenced(copy(self.trainer.args)), type(self.trainer)
+            made = self.trainer.trainer_of(kind, args, sources=data, **self._options)
+            _run(made)
+            self.row_weights = made.row_weights()
+        elif method == TRUSTED_ONLY:
             self._fit(trusted, steps)
         elif method == EQUAL:
             self._fit(data.parts, steps)
@@ -96,12 +114,11 @@ class Baselines:
             self._fit(trusted, steps // 2, restart=False)
         else:
             agreement = self._agreement(data)
-            passes += self.steps * self.passes_of_a_step
             if method == FILTERED:
                 self._fit(_agreeing(data, agreement).parts, steps)
             else:
                 self._fit(data.parts, steps, _logits(data, agreement))
-        return passes
+        return self.passes_of(method, steps)
 
     def losses(self, rows: Dataset) -> Tensor:
         """The loss of each of ``rows``, trusted ones, ``(n,)``, without dropout."""
@@ -146,7 +163,7 @@ class Baselines:
             return made
 
         if restart:
-            assign_(self.variables, self.trainer.initial)
+            self.restart()
         args = self._silenced(self.trainer.args.for_retraining())
         args.max_steps = max(1, steps)
         _run(self.trainer.of_parts(parts, args, weights, **self._options))

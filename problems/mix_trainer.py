@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from datasets import Dataset
@@ -16,6 +17,7 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import TrainOutput
 
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.problems.common import trainable
@@ -75,6 +77,9 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     lower_steps: int = HfArg(
         default=3, help="optimizer steps from one update of the weights to the next"
     )
+    learning_rate: float = HfArg(
+        default=1e-3, help="peak learning rate of the adapter; 2e-4 for a large language model"
+    )
     upper_learning_rate: float = HfArg(
         default=0.6, help="peak learning rate of the logits of the weights"
     )
@@ -91,12 +96,39 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     retrain_gradient_accumulation_steps: int | None = HfArg(
         default=1, help="micro-batches a step of the retraining"
     )
+    retrain_steps: int | None = HfArg(
+        default=None,
+        help="steps of the retraining, in place of epochs; if not given those of max_steps, or, "
+        "after a search on the adapter of max_steps, as many as read the same number of rows",
+    )
     # The lower level reads a column that the model does not; the trainer removes all others.
     remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("be at least 1", lambda n: n >= 1, "search_steps")
+
+    def for_retraining(self) -> Self:
+        """As `TwoPhaseTrainingArguments.for_retraining`, by rows after a search on the adapter."""
+        args = super().for_retraining()
+        by_rows = self.search == "adapter" and self.retrain_epochs is self.retrain_steps is None
+        if by_rows and self.max_steps > 0:
+            batches = self.max_steps * self.gradient_accumulation_steps
+            args.max_steps = math.ceil(batches / args.gradient_accumulation_steps)
+        return args
+
+    def epochs_of(self, rows: int) -> float:
+        """The epochs of a training on ``rows`` rows.
+
+        Example:
+            >>> MixTrainingArguments(
+            ...     "outputs", max_steps=6, report_to="none", use_cpu=True
+            ... ).for_retraining().epochs_of(24)
+            2.0
+        """
+        step = self.gradient_accumulation_steps * self.train_batch_size * self.world_size
+        steps = self.steps_of(rows)
+        return steps * step / rows if self.max_steps > 0 else float(self.num_train_epochs)
 
     def estimator(self, *, of_tokens: bool = False) -> Estimator:
         """As `BilevelTrainingArguments.estimator`; ``auto`` is the one of tokens, or of rows."""
@@ -197,6 +229,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         self.on_head = self.args.search == "head" or (
             self.args.search == AUTO and base_model(self.model).get_output_embeddings() is None
         )
+        self.args = copy(self.args)  # the caller's may be those of another model too
+        self.args.search = "head" if self.on_head else "adapter"
 
     def _held_out(self) -> Problem:
         prior = len(self.weights.names) / (8 * len(self.data.trusted))
@@ -252,14 +286,19 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         self._take(mix.learned)
         for step, (record, shares) in enumerate(zip(mix.history, mix.shares, strict=True)):
             self.state.log_history.append({"step": step, "shares": shares, **record})
+        self.state.log_history.append({"step": len(mix.history), "shares": self.shares()})
         last = mix.history[-1]
         self.log({"search_steps": mix.steps, "search_passes": mix.passes, **last})
         return TrainOutput(0, last["upper_loss"], last)
 
-    def retrain(self, plan: Plan) -> None:
+    def retrain(self, plan: Plan, *, resume: bool = False) -> None:
         """Train the adapter from its initial values by ``plan``, as `retraining` is.
 
         A training on the trusted rows alone takes half of the steps where another one is before it.
+
+        Args:
+            plan: the plan.
+            resume: whether to go on from the last complete checkpoint of a training by it, if any.
         """
         args = self.args.for_retraining()
         assign_([parameter for _, parameter in trainable(self.model)], self.initial)
@@ -271,9 +310,15 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         steps = args.steps_of(len(self.train_dataset))
         after = steps // 2 if plan.then_trusted else 0
         phases = [(trusted if plan.trusted_only else data.parts, steps - after), (trusted, after)]
-        for parts, args.max_steps in phases[: 2 if after else 1]:
-            self.retrainer = self._of_weights(parts, args)
-            self.retrainer.train()
+        folders = [Path(args.output_dir or ""), Path(args.output_dir or "") / TRUSTED]
+        point = next(checkpoint.valid_checkpoints(*folders), None) if resume else None
+        begin = 0 if point is None else folders.index(point[0].parent)
+        for (parts, steps), folder in [*zip(phases, folders)][begin : 2 if after else 1]:
+            phase = copy(args)
+            phase.max_steps, phase.output_dir = steps, str(folder)
+            self.retrainer = self._of_weights(parts, phase)
+            self.retrainer._train_from(point)
+            point = None
 
     def _take(self, plan: Plan) -> None:
         """Let the weights be those of ``plan``, on all processes."""

@@ -95,7 +95,7 @@ class AttributionTrainingArguments(MethodArguments):
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, score; write ``attribution.csv``, a picture and the adapter."""
-    is_sft = option("task", argv) == sft.SFT
+    is_sft = option("attribute", "task", argv) == sft.SFT
     kinds: Any = (DataArguments, AttributionTrainingArguments)
     if is_sft:
         kinds = (ExampleData, sft.require_trl().SFTConfig)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 
+from hyperopt_peft.cli.mix_results import SHARES, Learned, Verdict, draw_shares, write_weights
 from hyperopt_peft.cli.mixture_files import write_mixture
-from hyperopt_peft.cli.options import OutputArguments, option, parse, resume_from
+from hyperopt_peft.cli.options import OutputArguments, expanded, option, parse, resume_from
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
@@ -21,15 +23,21 @@ from hyperopt_peft.cli.text.setup import Setup, prepare, trainer_errors, warn_of
 from hyperopt_peft.cli.text.sources import SourceArguments, Sources
 from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.compare_baselines import compare_baselines
-from hyperopt_peft.problems.mix_trainer import MixTrainer
+from hyperopt_peft.problems.compare_baselines import (
+    BaselineComparison,
+    MethodResult,
+    compare_baselines,
+)
+from hyperopt_peft.problems.compare_on_adapter import passes_of, runs_of
+from hyperopt_peft.problems.mix_baselines import Baselines
+from hyperopt_peft.problems.mix_plans import LEARNED, methods_of
+from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
 from hyperopt_peft.utils.groups import group_rows
-from hyperopt_peft.utils.plots import COLOURS, drawing
 
-#: The sources' shares in a record of the Trainer's log.
-SHARES = "shares"
-#: A source has a colour and a marker of its own.
-MARKERS = "os^Dvx"
+#: The upper steps below which weights are not trusted, and the least share by which a loss falls.
+FEW_STEPS, LEAST_FALL = 10, 0.05
+#: The finished trainings of a comparison of adapters.
+RECORD = "folds.jsonl"
 
 
 @dataclass
@@ -40,24 +48,35 @@ class MixArguments(OutputArguments):
     test_file: list[str] | None = HfArg(default=None, help="to evaluate the final adapter alone")
     baseline_folds: int = HfArg(
         default=3,
-        help="folds of the trusted examples by which simple baselines and the learned weights are "
-        "compared, a search each; 0 for no comparison",
+        help="folds of the trusted examples by which simple methods and the learned weights are "
+        "compared: in seconds on a head, by a search each on the adapter; 0 for no comparison",
     )
-    equal_passes: bool = HfArg(default=True, help="whether baselines may take the search's passes")
+    equal_passes: bool = HfArg(
+        default=True,
+        help="whether, on the adapter, simple methods may take the search's passes too",
+    )
+    save: Literal["recommended", "learned"] = HfArg(
+        default="recommended",
+        help="the adapter to train and save: by the method of the lowest trusted loss in the "
+        "comparison, or by the learned weights",
+    )
 
     def __post_init__(self) -> None:
         if not self.trusted_file:
             raise ProblemError("trusted_file: give examples with labels that you trust")
 
 
+TYPES = (MixArguments, ModelArguments, SourceArguments, MixTrainingArguments)
+
+
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, learn the weights, train with them; write adapter and weights."""
+    """Parse ``argv``, learn the weights, compare, train; write adapter, weights and verdict."""
     kind: Any = MixTrainer
-    if is_sft := option("task", argv) == sft.SFT:
+    types: tuple[Any, ...] = TYPES
+    if is_sft := option("mix", "task", argv) == sft.SFT:
         kind = MixTrainer.over(sft.require_trl().SFTTrainer)
-    data_kind = Sources if is_sft else SourceArguments
-    kinds = (MixArguments, ModelArguments, data_kind, kind.Arguments)
-    command, model_args, data, args = parse("mix", kinds, argv)
+        types = (MixArguments, ModelArguments, Sources, kind.Arguments)
+    command, model_args, data, args = parse("mix", types, argv)
     command.require_output(args, resumes=True)
     setup = sft.prepare(model_args, data, args) if is_sft else prepare(model_args, data)
     require_columns(setup.rows, [data.column], TRAIN)
@@ -68,31 +87,35 @@ def run(argv: Sequence[str]) -> None:
     with trainer_errors():
         trainer = kind(model, args, sources=sources, **examples, **setup.options(model))
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
-    trainer.add_callback(RecordShares(trainer, output / "weights.png"))
-    trainer.train(resume_from(args))
-    save_adapter(trainer)
-    shares, weights, counts = trainer.shares(), trainer.row_weights(), trainer.data.counts
+    before = trusted_losses(trainer)
+    seconds = search(trainer, resume_from(args))
+    learned = Learned.of(trainer)
     if first:
-        record = {
-            name: {"rows": counts[name], "share": shares[name], "row_weight": weights[name]}
-            for name in weights
-        }
-        (output / "weights.json").write_text(json.dumps({"sources": record}, indent=1) + "\n")
+        output.mkdir(parents=True, exist_ok=True)
+        write_weights(learned, output / "weights.json")
+        if trajectory := [x[SHARES] for x in trainer.state.log_history if SHARES in x]:
+            draw_shares(trajectory, output / "weights.png")
         if data.rows:
-            write_mixture(output / "mixture", data.rows, weights)
-        print(f"{'source':30}{'rows':>8}{'share':>9}{'row weight':>12}")
-        for name in sorted(weights, key=lambda each: -weights[each]):
-            print(f"{name[:29]:30}{counts[name]:8}{shares[name]:9.3f}{weights[name]:12.3f}")
-    if trainer.eval_dataset is not None:
+            write_mixture(output / "mixture", data.rows, learned.row_weights)
+    comparison = compare(trainer, command, seconds)
+    chosen = comparison.best if comparison and command.save == "recommended" else None
+    train(trainer, chosen, bool(resume_from(args)))
+    trained = trainer.args.retrain != "none" or not trainer.on_head
+    if trained:
+        save_adapter(trainer)
+    notes = doubts(trainer, learned, comparison, (before, trusted_losses(trainer)))
+    if first:
+        saved = (chosen.method if chosen else LEARNED) if trained else None
+        verdict = Verdict(learned, comparison, saved, notes, expanded("mix", argv))
+        if comparison:
+            verdict.write(output)
+        print(f"\n{verdict}")
+    if trained and trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if folds := command.baseline_folds:
-        comparison = compare_baselines(trainer, folds=folds, equal_passes=command.equal_passes)
-        if first:
-            print(f"\nby {folds} folds of the trusted examples:\n{comparison}")
     if first:
-        print(f"\nthe adapter, weights.json and weights.png are in {output}")
+        print(f"\neverything is in {output}")
     trainer.end_training()
 
 
@@ -112,43 +135,131 @@ def held_out(command: MixArguments, setup: Setup) -> dict[str, Dataset | None]:
     return {"trusted": trusted, "eval_dataset": test}
 
 
+def trusted_losses(trainer: MixTrainer) -> Tensor:
+    """The loss of each trusted row by the present model, ``(n,)``."""
+    with Baselines(trainer) as baselines:
+        return baselines.losses(trainer.data.trusted)
+
+
+def search(trainer: MixTrainer, checkpoint: str | bool | None) -> float | None:
+    """Learn the weights; on the adapter train with them too, and save, and return the seconds.
+
+    A search on the head is done again where a run is resumed. The seconds of a resumed search are
+    None.
+    """
+    if trainer.on_head:
+        trainer.search(None)
+        return None
+    trainer.add_callback(RecordShares(trainer))
+    if trainer.args.retrain != "none":
+        announce(trainer, LEARNED)
+    begin = time.perf_counter()
+    trainer.train(checkpoint)
+    save_adapter(trainer)  # the comparison takes long
+    return None if checkpoint else time.perf_counter() - begin
+
+
+def compare(
+    trainer: MixTrainer, command: MixArguments, seconds: float | None
+) -> BaselineComparison | None:
+    """The comparison, if it is wanted; says how long it will take, by the ``seconds`` of a search.
+
+    Of the adapter it goes on where a killed run of the same settings has stopped.
+    """
+    folds, equal_passes = command.baseline_folds, command.equal_passes
+    output = Path(trainer.args.output_dir or "")
+    if not folds:
+        return None
+    if seconds is not None and trainer.is_world_process_zero():
+        baselines = Baselines(trainer)
+        passes = folds * passes_of(baselines, equal_passes=equal_passes)
+        minutes = seconds / 60 * passes / baselines.passes
+        number = folds * len(runs_of(baselines, equal_passes=equal_passes))
+        print(
+            f"\nthe adapter of the learned weights is in {output}; the comparison takes {number} "
+            f"trainings, about {minutes:.0f} minutes; after a kill it goes on with "
+            "--resume_from_checkpoint true",
+            flush=True,
+        )
+    options: dict[str, Any] = {"folds": folds, "equal_passes": equal_passes}
+    return compare_baselines(trainer, **options, record=output / RECORD)
+
+
+def train(trainer: MixTrainer, chosen: MethodResult | None, resume: bool) -> None:
+    """Train the adapter by the method of ``chosen``, by the learned weights with None."""
+    method = chosen.method if chosen else LEARNED
+    if trainer.args.retrain == "none":
+        return
+    if trainer.on_head:
+        announce(trainer, method)
+        plan = methods_of(trainer.head_mix)[method](trainer.head_mix)
+        trainer.retrain(plan, resume=resume)
+    elif chosen is not None and method != LEARNED:
+        announce(trainer, method, chosen.steps)
+        with Baselines(trainer) as baselines:
+            baselines.train(chosen.method, chosen.steps, trainer.data)
+            baselines.keep()
+
+
+def announce(trainer: MixTrainer, method: str, steps: int | None = None) -> None:
+    """Say how long the final training is, of ``steps`` or as the arguments say."""
+    args, rows = trainer.args.for_retraining(), len(trainer.train_dataset)
+    args.max_steps = steps or args.steps_of(rows)
+    if trainer.is_world_process_zero():
+        print(
+            f"\nfinal training, by {method}: {args.epochs_of(rows):.2f} epochs of {rows} rows, "
+            f"{args.max_steps} steps",
+            flush=True,
+        )
+
+
+def doubts(
+    trainer: MixTrainer,
+    learned: Learned,
+    comparison: BaselineComparison | None,
+    losses: tuple[Tensor, Tensor],
+) -> list[str]:
+    """The reasons not to believe the weights; ``losses`` of trusted rows before and after."""
+    args, notes = trainer.args, []
+    if learned.steps < FEW_STEPS:
+        name = "search_steps" if trainer.on_head else "max_steps or num_train_epochs"
+        notes.append(f"{learned.steps} updates of the weights are few; raise {name}")
+    if (most := args.upper_learning_rate * learned.steps) < 1:
+        notes.append(
+            f"upper_learning_rate {args.upper_learning_rate:g} moves no logit by more than about "
+            f"{most:.2g}, so that all weights stay near 1; its default is 0.6"
+        )
+    if comparison is not None and comparison.near_chance:
+        notes.append(
+            "no method is better than chance by more than twice its error: the weights say "
+            "nothing; give more trusted examples, or another model"
+        )
+    before, after = (float(each.mean()) for each in losses)
+    if args.retrain != "none" and after > (1 - LEAST_FALL) * before:
+        epochs = args.for_retraining().epochs_of(len(trainer.train_dataset))
+        notes.append(
+            f"the loss of the trusted examples went from {before:.4f} to {after:.4f} only: the "
+            f"adapter has hardly learned; raise learning_rate ({args.learning_rate:g}) or "
+            f"retrain_epochs ({epochs:.2f})"
+        )
+    return notes
+
+
 class RecordShares(TrainerCallback):
-    """Logs the sources' shares at each upper step of the search, and draws them at its end.
+    """Logs the sources' shares before the search on an adapter, and at each of its upper steps.
 
     They are in the Trainer's state, so that the picture of a resumed search has all steps.
     """
 
-    def __init__(self, trainer: MixTrainer, path: Path) -> None:
-        self.trainer, self.path, self.initial = trainer, path, trainer.shares()
+    def __init__(self, trainer: MixTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the initial shares."""
+        if state.global_step == 0:
+            state.log_history.append({"step": 0, SHARES: self.trainer.shares()})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the shares."""
         if state.global_step % args.lower_steps == 0:
             state.log_history.append({"step": state.global_step, SHARES: self.trainer.shares()})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the shares."""
-        if state.is_world_process_zero:
-            logged = {x["step"]: x[SHARES] for x in state.log_history if SHARES in x}
-            draw_shares({0: self.initial, **logged}, self.path)
-
-
-def draw_shares(shares: Mapping[int, Mapping[str, float]], path: Path) -> None:
-    """The share of each source over the steps of the search, a colour and marker for each."""
-    with drawing(path, 8, 4.5) as (_, axes):
-        for number, name in enumerate(shares[0]):
-            axes.plot(
-                list(shares),
-                [at_step[name] for at_step in shares.values()],
-                color=COLOURS[number % len(COLOURS)],
-                marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
-                markersize=4,
-                label=name,
-            )
-        axes.set_xlabel("lower step of the search")
-        axes.set_ylabel("share in the training loss")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a name may have a $

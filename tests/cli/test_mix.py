@@ -2,17 +2,25 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import PeftConfig
 
 from hyperopt_peft.cli import mix
+from hyperopt_peft.cli.mix_results import Learned
+from hyperopt_peft.problems.compare_baselines import BaselineComparison, MethodResult
+from hyperopt_peft.problems.mix_baselines import Baselines
+from hyperopt_peft.problems.mix_plans import LEARNED, THEN_TRUSTED, TRUSTED_ONLY
 from tests.support.cli import refused, run, small_run
-from tests.support.files import rows, write
+from tests.support.files import flags, rows, write
+from tests.support.mix_runs import trainer
+from tests.support.trainers import values
 
 
 def options(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -41,7 +49,7 @@ def test_everything_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     test = write(tmp_path / "test.jsonl", rows()[:6] + rows(number=4, seed=8))
-    run("mix", **options(tmp_path, test_file=test, baseline_folds=2, equal_passes=False))
+    run("mix", **options(tmp_path, test_file=test, baseline_folds=2))
     assert "6 of 10 test examples are in a source too" in caplog.text
     sources = json.loads((tmp_path / "out/weights.json").read_text())["sources"]
     assert list(sources) == ["web", "swapped", "trusted"]
@@ -58,10 +66,21 @@ def test_everything_at_once(
     for web, swapped in (fractions, kept, drawn):
         assert swapped / web == pytest.approx(ratio)
     printed = capsys.readouterr().out
-    assert re.search(r"source +rows +share", printed) and re.search("learn(ed|t) weights", printed)
-    assert "by 2 folds" in printed and "use " in printed
+    assert re.search(r"source +rows +share", printed) and LEARNED in printed
     assert "eval_loss" in printed
     assert (tmp_path / "out/weights.png").stat().st_size > 10_000
+    verdict = json.loads((tmp_path / "out/verdict.json").read_text())
+    losses = [method["trusted_loss"] for method in verdict["methods"]]
+    assert losses == sorted(losses) and len(losses) > 9
+    assert verdict["methods"][0]["method"] == verdict["recommended"] == verdict["saved"]
+    assert verdict["sentence"] in printed and verdict["upper_steps"] == 15
+    assert all(len(each["row_weight_of_folds"]) == 2 for each in verdict["sources"].values())
+    assert all(warning in printed for warning in verdict["warnings"])
+    page = (tmp_path / "out/verdict.md").read_text()
+    (command,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    given = flags(**options(tmp_path, test_file=test, baseline_folds=2))
+    assert shlex.split(command.replace("\\\n", ""))[2:] == given
+    assert "(weights.png)" in page and all(f"| {name} |" in page for name in sources)
 
 
 def test_sources_in_a_column(tmp_path: Path) -> None:
@@ -79,15 +98,51 @@ def test_the_picture_of_a_resumed_search_has_every_upper_step(
 ) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(mix, "draw_shares", lambda shares, path: drawn.append(shares))
-    chosen = options(tmp_path, save_strategy="steps", save_steps=2, retrain="none", max_steps=6)
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    chosen = options(tmp_path, search="adapter", retrain="none", **saves)
     run("mix", **chosen)
     shutil.rmtree(tmp_path / "out/checkpoint-6")
     run("mix", **chosen, resume_from_checkpoint=True)
     whole, resumed = drawn
-    assert list(whole) == [0, 2, 4, 6] and resumed == whole
+    assert len(whole) == 4 and resumed == whole  # before the first of 3 updates, and after each
     assert whole[0] == pytest.approx({"web": 0.4, "swapped": 0.4, "trusted": 0.2})
     sources = json.loads((tmp_path / "out/weights.json").read_text())["sources"]
-    assert whole[6] == {name: source["share"] for name, source in sources.items()} != whole[4]
+    assert whole[3] == {name: source["share"] for name, source in sources.items()} != whole[2]
+
+
+def test_many_sources_are_drawn_with_the_most_changed_in_colour(tmp_path: Path) -> None:
+    names = [f"source ${k}" for k in range(30)]
+    shares = [dict.fromkeys(names, 1 / 30), {name: k / 435 for k, name in enumerate(names)}]
+    mix.draw_shares(shares, tmp_path / "weights.png")
+    assert (tmp_path / "weights.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("search", "method"), [("adapter", TRUSTED_ONLY), ("head", THEN_TRUSTED)])
+def test_the_trained_adapter_is_that_of_the_chosen_method(
+    tmp_path: Path, search: str, method: str
+) -> None:
+    made = trainer(tmp_path, search=search, retrain_steps=4)
+    mix.search(made, None)
+    chosen = MethodResult(method, torch.zeros(30), passes=1, steps=4)
+    mix.train(made, chosen, False)
+    trained = values(made.model)
+    with Baselines(made) as baselines:
+        baselines.train(method, 4, made.data)
+        for name, value in values(made.model).items():
+            assert torch.allclose(value, trained[name], atol=1e-4), name
+
+
+def test_doubts_are_named(tmp_path: Path) -> None:
+    made = trainer(tmp_path, search="head", search_steps=3, upper_learning_rate=0.1)
+    learned = Learned({}, {}, {}, 3)
+    losses = torch.tensor([0.9, 1.1, 1.3])
+    near = BaselineComparison([MethodResult(LEARNED, losses, 1)], untrained=losses.flip(0))
+    found = " ".join(mix.doubts(made, learned, near, (losses, losses * 0.99)))
+    for words in ("3 updates", "upper_learning_rate 0.1", "no method is better", "hardly learned"):
+        assert words in found
+    made.args.upper_learning_rate, learned = 0.6, Learned({}, {}, {}, 15)
+    good = BaselineComparison([MethodResult(LEARNED, losses / 9, 1)], untrained=losses)
+    assert mix.doubts(made, learned, good, (losses, losses / 2)) == []
 
 
 @pytest.mark.parametrize(
@@ -102,11 +157,10 @@ def test_the_picture_of_a_resumed_search_has_every_upper_step(
         ({"sources": "{{a: a.jsonl, b: b.jsonl}}"}, "sources: there is no file a.jsonl"),
         ({"sources": "{{web: {folder}/web.jsonl}}"}, "two or more"),
         ({"source_column": "origin"}, "sources: give either"),
-        ({"train_file": "a.csv"}, "sources: have the training files; leave train_file"),
         ({"baseline_folds": 1}, "baseline_folds: must be 0, or from 2 to the 12 rows .*got 1"),
         ({"baseline_folds": 100}, "baseline_folds: .*got 100"),
-        ({"eval_file": "any.jsonl"}, "eval_file: mix has test_file"),
-        ({"weight_column": "w"}, "weight_column: mix .*learns weights"),
+        ({"eval_file": "any.jsonl"}, "eval_file: an option of train, compare"),
+        ({"weight_column": "w"}, "weight_column: an option of train, compare"),
     ],
 )
 def test_bad_options_are_named_before_training(

@@ -78,6 +78,18 @@ def test_a_mapping_reaches_training_arguments(tmp_path: Path) -> None:
     assert isinstance(args, TrainingArguments) and args.report_to == []
 
 
+def test_one_file_serves_all_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mapping under a command's name is of that command; an option of another one is not read."""
+    text = "rate: 2\nmethod: lora\ntrain: {rate: 3, words: [x]}\nmix: {rate: 4, nonsense: 1}"
+    assert read(yaml(tmp_path, "rate: 2\ntrain: {rate: 3, words: [x]}")) == Options(3, ["x"])
+    assert parse("merge", (Options,), [yaml(tmp_path, text)]) == [Options(2.0)]
+    assert "method: of other" in capsys.readouterr().err
+    with pytest.raises(ProblemError, match=r"--method: an option of train, .*; leave it out"):
+        parse("merge", (Options,), ["--method", "lora"])
+    with pytest.raises(ProblemError, match="unknown option --nonsense"):
+        parse("mix", (Options,), [yaml(tmp_path, text)])
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "words"),
     [

@@ -188,7 +188,7 @@ def test_bad_rows_are_one_line_before_any_work(
         ({"trusted_file": None}, "trusted_file: give"),
         ({"sources": None}, "sources: give either"),
         ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
-        ({"text_columns": ["text"]}, "unknown option --text_columns"),
+        ({"text_columns": ["text"]}, "--text_columns: an option of other tasks"),
         ({"trusted_file": "{folder}/web.jsonl"}, "16 of 16 rows are in a source too"),
         ({"eval_packing": False, "packing": True}, "eval_packing: "),
         (

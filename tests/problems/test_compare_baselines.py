@@ -31,8 +31,12 @@ def test_the_table_is_in_the_order_of_losses_and_names_the_best() -> None:
     losses = torch.tensor([0.1, 0.3, 0.5])
     best = MethodResult("best", losses, passes=90)
     worse = MethodResult("worse", losses + torch.tensor([0.1, 0.2, 0.3]), passes=30)
-    comparison = BaselineComparison([worse, best])
-    assert comparison.best is best
+    near = MethodResult("near", losses + torch.tensor([0.1, -0.1, 0.1]), passes=30)
+    comparison = BaselineComparison([worse, best], untrained=losses + 0.01)
+    assert comparison.best is best and comparison.ties == [] and not comparison.near_chance
+    with_tie = BaselineComparison([worse, near, best], untrained=near.losses)
+    assert with_tie.ties == [near] and with_tie.near_chance
+    assert "tie" in with_tie.sentence and "near" in with_tie.sentence
     assert worse.difference(best) == pytest.approx((0.2, 0.1 / 3**0.5))
     _, first, second, advice = str(comparison).splitlines()
     assert first.split() == ["best", "0.3000", "90"]
@@ -74,6 +78,53 @@ def test_a_wrong_source_is_exposed(tmp_path: Path, capsys: pytest.CaptureFixture
         assert baselines.losses(rows(60, 9)).mean() < equal
     for name, value in values(run.model).items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_killed_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the finished trainings of the same settings alone, the last line cut by the kill."""
+    counts, train, record = [0], Baselines.train, tmp_path / "folds.jsonl"
+
+    def killed_at(last: int) -> None:
+        def counted(self: Any, *args: Any) -> int:
+            counts[0] += 1
+            if counts[0] == last:
+                raise KeyboardInterrupt
+            return train(self, *args)
+
+        counts[0] = 0
+        monkeypatch.setattr(Baselines, "train", counted)
+
+    def compared(**options: Any) -> BaselineComparison:
+        run = trainer(tmp_path / "run", max_steps=1, retrain_steps=1, **options)
+        run.train()
+        return compare_baselines(run, folds=2, equal_passes=False, record=record)
+
+    killed_at(9)
+    with pytest.raises(KeyboardInterrupt):
+        compared()
+    record.write_text(f"{record.read_text()}{{")
+    killed_at(0)
+    resumed = compared()
+    assert counts == [4]
+    record.unlink()
+    whole = compared()
+    assert str(resumed) == str(whole) and resumed.row_weights == whole.row_weights
+    assert len(whole.row_weights) == 2 and {*whole.row_weights[0]} == {"good", "bad", "trusted"}
+    killed_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        compared(learning_rate=1e-3)
+
+
+def test_the_head_of_a_fold_has_its_weights_and_the_best_constant(tmp_path: Path) -> None:
+    run = trainer(tmp_path, search="head", retrain="none")
+    run.train()
+    comparison = compare_baselines(run, folds=2)
+    assert len(comparison.row_weights) == 2
+    assert all(fold["good"] > fold["bad"] for fold in comparison.row_weights)
+    # That of the classes' shares in the other fold, of three classes.
+    assert comparison.untrained is not None
+    assert float(comparison.untrained.mean()) == pytest.approx(1.1, abs=0.2)
+    assert not comparison.near_chance
 
 
 class Count(TrainerCallback):

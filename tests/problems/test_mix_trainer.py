@@ -11,10 +11,12 @@ from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
+from hyperopt_peft.problems.head_mix import Plan
+from hyperopt_peft.problems.mix_trainer import MixTrainingArguments
 from tests.support import mix_in_processes as in_processes
 from tests.support import two_processes
 from tests.support.mix_runs import rows, sources, trainer, votes
-from tests.support.resume import interrupted, require_same_end
+from tests.support.resume import Stop, StopAt, interrupted, require_same_end
 from tests.support.trainers import peft_model, values
 from tests.support.watch import SGD
 
@@ -116,6 +118,29 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     for name, value in in_processes.train(tmp_path / "one", 8).items():
         assert torch.equal(two[0][name], two[1][name]), name
         assert (two[0][name] - value).norm() <= 1e-9 * value.norm(), name
+
+
+def test_a_retraining_reads_as_many_rows_as_the_search_on_the_adapter() -> None:
+    options = {"max_steps": 6, "report_to": "none", "use_cpu": True}
+    accumulation = {"gradient_accumulation_steps": 16, "retrain_gradient_accumulation_steps": 3}
+    for search, steps in (("adapter", 32), ("head", 6)):
+        args = MixTrainingArguments("outputs", search=search, **options, **accumulation)
+        assert args.for_retraining().max_steps == steps
+
+
+def test_a_training_by_a_plan_resumes_in_either_phase(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 2, "retrain_steps": 8, "search": "head"}
+    plan = Plan(torch.tensor([0.9, 0.1, 0.8]), then_trusted=True)
+    whole = trainer(tmp_path / "whole", **saves)
+    whole.retrain(plan)
+    # The folder of the second phase is none that ends with "retrain".
+    for step, phase in ((3, "retrain"), (3, "search")):
+        with pytest.raises(Stop):
+            trainer(tmp_path / "run", [StopAt(step, phase)], **saves).retrain(plan, resume=True)
+    run = trainer(tmp_path / "run", **saves)
+    run.retrain(plan, resume=True)
+    for name, value in values(whole.model).items():
+        assert torch.equal(value, values(run.model)[name]), name
 
 
 def test_passes_of_the_search_are_counted_in_micro_batches(tmp_path: Path) -> None:

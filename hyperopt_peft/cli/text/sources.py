@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import yaml
 from datasets import Dataset
@@ -27,7 +27,8 @@ class Sources(TrainingData):
 
     sources: str | None = HfArg(
         default=None,
-        help="the files of each source, by name, as a mapping: {wiki: a.jsonl, code: [b.jsonl]}",
+        help="the files of each source, by name, as a mapping: {wiki: a.jsonl, code: [b.jsonl]}; "
+        "train_file and dataset are then not read",
     )
     source_column: str | None = HfArg(
         default=None, help="the column of train_file or dataset that names each example's source"
@@ -45,8 +46,6 @@ class Sources(TrainingData):
         if not self.sources:
             super().require_data()
             return
-        if self.train_file or self.dataset:
-            raise ProblemError("sources: have the training files; leave train_file and dataset out")
         try:
             files = yaml.safe_load(self.sources)
             self.files = {
@@ -83,10 +82,8 @@ class Sources(TrainingData):
 class SourceArguments(Sources, DataArguments):
     """The examples of the sources, and their columns."""
 
-    eval_fraction: float = HfArg(default=0.0, help="must stay 0 here: mix has test_file")
-
-    def __post_init__(self) -> None:
-        for name in ("eval_file", "eval_split", "eval_fraction", "weight_column"):
-            if getattr(self, name):
-                raise ProblemError(f"{name}: mix has test_file and learns weights; leave it out")
-        super().__post_init__()
+    # No options here: mix has a test_file, and learns weights.
+    eval_file: list[str] | None = field(default=None, init=False)
+    eval_split: str | None = field(default=None, init=False)
+    eval_fraction: float = field(default=0.0, init=False)
+    weight_column: str | None = field(default=None, init=False)

@@ -1,0 +1,243 @@
+"""What `hyperopt-peft mix` writes: weights, a picture of them, and a verdict."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hyperopt_peft.problems.compare_baselines import BaselineComparison
+from hyperopt_peft.problems.mix_trainer import MixTrainer
+from hyperopt_peft.utils.plots import COLOURS, GREY, drawing
+
+#: The sources' shares in a record of the Trainer's log.
+SHARES = "shares"
+#: A source has a colour and a marker of its own.
+MARKERS = "os^Dvx"
+#: The most sources with a colour: those whose share changed most.
+COLOURED = 12
+PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The learned weights.
+
+    Attributes:
+        counts: the rows of each source by name, and of the trusted ones.
+        shares: the share of each in the training loss.
+        row_weights: the weight of a row of each.
+        steps: the updates of the weights.
+    """
+
+    counts: Mapping[str, int]
+    shares: Mapping[str, float]
+    row_weights: Mapping[str, float]
+    steps: int
+
+    @classmethod
+    def of(cls, trainer: MixTrainer) -> Learned:
+        """The weights of a ``trainer`` that has searched."""
+        args = trainer.args
+        steps = args.steps_of(len(trainer.train_dataset)) // args.lower_steps
+        steps = args.search_steps if trainer.on_head else steps
+        return cls(trainer.data.counts, trainer.shares(), trainer.row_weights(), steps)
+
+    def record(self, folds: Sequence[Mapping[str, float]] = ()) -> dict[str, Any]:
+        """The weights by source, with the row weights that each of ``folds`` has learned."""
+        return {
+            name: {
+                "rows": self.counts[name],
+                "share": self.shares[name],
+                "row_weight": weight,
+                **({"row_weight_of_folds": [fold[name] for fold in folds]} if folds else {}),
+            }
+            for name, weight in self.row_weights.items()
+        }
+
+
+def write_weights(learned: Learned, path: Path, folds: Sequence[Mapping[str, float]] = ()) -> None:
+    """Write the weights as JSON."""
+    record = {"upper_steps": learned.steps, "sources": learned.record(folds)}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which method to use, by which the saved adapter is trained, and how to repeat the run.
+
+    Attributes:
+        learned: the weights.
+        comparison: of the methods, or None.
+        saved: the method of the saved adapter, or None.
+        notes: reasons not to believe the weights.
+        flags: the options of the run.
+    """
+
+    learned: Learned
+    comparison: BaselineComparison | None
+    saved: str | None
+    notes: Sequence[str]
+    flags: Sequence[str]
+
+    @property
+    def folds(self) -> Sequence[Mapping[str, float]]:
+        """The weights that each fold has learned."""
+        return self.comparison.row_weights if self.comparison else ()
+
+    def __str__(self) -> str:
+        folds = f"over {len(self.folds)} folds" if self.folds else ""
+        lines = [
+            f"weights after {self.learned.steps} updates",
+            f"{'source':30}{'rows':>8}{'share':>9}{'row weight':>12}{folds:>18}",
+        ]
+        weights = self.learned.row_weights
+        for name in sorted(weights, key=lambda each: -weights[each]):
+            between = f"{self._between(name):>18}" if self.folds else ""
+            share, rows = self.learned.shares[name], self.learned.counts[name]
+            lines.append(f"{name[:29]:30}{rows:8}{share:9.3f}{weights[name]:12.3f}{between}")
+        if self.comparison:
+            lines += ["", f"by {len(self.folds)} folds of the trusted examples:"]
+            lines.append(str(self.comparison))
+        if self.saved:
+            lines.append(f"the saved adapter: {self.saved}")
+        return "\n".join([*lines, *(f"warning: {note}" for note in self.notes)])
+
+    def write(self, folder: Path) -> None:
+        """Write ``verdict.json`` and ``verdict.md``, and the folds' weights to ``weights.json``."""
+        write_weights(self.learned, folder / "weights.json", self.folds)
+        record = json.dumps(self.record(), indent=1)
+        (folder / "verdict.json").write_text(f"{record}\n", encoding="utf-8")
+        (folder / "verdict.md").write_text(self.page(), encoding="utf-8")
+
+    def record(self) -> dict[str, Any]:
+        """The verdict as plain values."""
+        assert self.comparison is not None
+        methods = [
+            {
+                "method": result.method,
+                "trusted_loss": result.loss,
+                "to_the_best": gap,
+                "standard_error": error,
+                "passes": result.passes,
+                "losses": result.losses.tolist(),
+            }
+            for result, gap, error in _table(self.comparison)
+        ]
+        return {
+            "recommended": self.comparison.best.method,
+            "ties": [result.method for result in self.comparison.ties],
+            "saved": self.saved,
+            "sentence": self.comparison.sentence,
+            "warnings": list(self.notes),
+            "near_chance": self.comparison.near_chance,
+            "methods": methods,
+            "upper_steps": self.learned.steps,
+            "sources": self.learned.record(self.folds),
+            "options": list(self.flags),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+
+    def page(self) -> str:
+        """The verdict in Markdown."""
+        assert self.comparison is not None
+        weights = self.learned.row_weights
+        by_method = [
+            f"| {result.method} | {result.loss:.4f} | "
+            f"{'–' if result is self.comparison.best else f'{gap:+.4f} ± {error:.4f}'} | "
+            f"{result.passes} |"
+            for result, gap, error in _table(self.comparison)
+        ]
+        by_source = [
+            f"| {name} | {self.learned.counts[name]} | {self.learned.shares[name]:.3f} | "
+            f"{weights[name]:.3f} | {self._between(name)} |"
+            for name in sorted(weights, key=lambda each: -weights[each])
+        ]
+        versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        command = " \\\n    ".join(["hyperopt-peft mix", *_by_option(self.flags)])
+        return "\n".join(
+            [
+                "# How much should each source count?",
+                "",
+                f"**{self.comparison.sentence[0].upper()}{self.comparison.sentence[1:]}.** "
+                f"The saved adapter: {self.saved or 'none'}.",
+                "",
+                *(f"Warning: {note}.\n" for note in self.notes),
+                "| method | trusted loss | to the best | passes |",
+                "| --- | --- | --- | --- |",
+                *by_method,
+                "",
+                f"The loss is that of trusted examples, by models trained without their fold, of "
+                f"{len(self.folds)}; ± is one standard error of the paired difference.",
+                "",
+                f"![the share of each source at each of {self.learned.steps} updates](weights.png)",
+                "",
+                "| source | rows | share | row weight | over the folds |",
+                "| --- | --- | --- | --- | --- |",
+                *by_source,
+                "",
+                "## The same run again",
+                "",
+                "```sh",
+                command,
+                "```",
+                "",
+                f"Python {platform.python_version()}, {versions}.",
+                "",
+            ]
+        )
+
+    def _between(self, name: str) -> str:
+        """The range of a source's weight over the folds."""
+        values = [fold[name] for fold in self.folds]
+        return f"{min(values):.3f} to {max(values):.3f}"
+
+
+def _table(comparison: BaselineComparison) -> list[tuple[Any, float, float]]:
+    """Each result with its difference to the best and the standard error, the best first."""
+    results = sorted(comparison.results, key=lambda result: result.loss)
+    return [(result, *result.difference(comparison.best)) for result in results]
+
+
+def _by_option(flags: Sequence[str]) -> list[str]:
+    """``flags`` quoted for a shell, each option with its values."""
+    lines: list[list[str]] = []
+    for flag in flags:
+        if flag.startswith("--") or not lines:
+            lines.append([])
+        lines[-1].append(flag)
+    return [shlex.join(line) for line in lines]
+
+
+def draw_shares(shares: Sequence[Mapping[str, float]], path: Path) -> None:
+    """The share of each source before each update of the weights, and after the last.
+
+    A source has the same colour and marker in each picture of the same sources. Of many, those
+    whose share changed most have one, and the others are grey.
+    """
+    names = list(shares[0])
+    change = {name: abs(shares[-1][name] - shares[0][name]) for name in names}
+    largest = sorted(names, key=lambda name: -change[name])[:COLOURED]
+    coloured = [name for name in names if name in largest]
+    with drawing(path, 8, 4.5) as (_, axes):
+        for name in names:
+            number = coloured.index(name) if name in coloured else None
+            style: dict[str, Any] = {"color": GREY, "linewidth": 0.7, "alpha": 0.6, "zorder": 1}
+            if number is not None:
+                marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+                style = {"color": COLOURS[number % len(COLOURS)], "marker": marker}
+                style |= {"markersize": 4, "label": f"{name}, {shares[-1][name]:.3f}"}
+            axes.plot(range(len(shares)), [each[name] for each in shares], **style)
+        axes.set_xlabel("update of the weights")
+        axes.set_ylabel("share in the training loss")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        title = f"{len(coloured)} of {len(names)} sources" if len(names) > COLOURED else None
+        legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name may have a $

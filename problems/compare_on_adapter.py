@@ -1,0 +1,116 @@
+"""The cross-validated trusted losses of the methods of an adapter, a training each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hyperopt_peft.problems.fold_losses import FoldLosses
+from hyperopt_peft.problems.mix_baselines import SIMPLE, Baselines
+from hyperopt_peft.problems.mix_plans import LEARNED
+from hyperopt_peft.problems.mix_trainer import MixTrainer
+from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
+
+
+def losses_on_adapter(
+    trainer: MixTrainer, fold_of_row: Tensor, *, equal_passes: bool, record: Path | None = None
+) -> FoldLosses:
+    """The losses of each method and number of steps.
+
+    Args:
+        trainer: as for `compare_baselines`.
+        fold_of_row: the fold of each trusted row, ``(n,)``, from 0.
+        equal_passes: as for `compare_baselines`.
+        record: a file of lines, one for each finished training, in which a killed comparison of the
+            same data, settings and initial values goes on.
+    """
+    result, data = FoldLosses(len(fold_of_row)), trainer.data
+    with Baselines(trainer) as baselines:
+        runs = runs_of(baselines, equal_passes=equal_passes)
+        finished = _Record(record, _identity(trainer), writes=trainer.args.should_save)
+        folds = fold_of_row.unique().tolist()
+        total = len(folds) * passes_of(baselines, equal_passes=equal_passes)
+        disable = trainer.args.disable_tqdm
+        with tqdm(total=total, desc="comparison, in passes", disable=disable) as bar:
+            for fold in folds:
+                judged = (fold_of_row == fold).nonzero().flatten()
+                train = data.with_trusted((fold_of_row != fold).nonzero().flatten().tolist())
+                rows = data.trusted.select(judged.tolist())
+                for method, steps in runs:
+                    key = f"{fold} of {len(folds)}: {method}, {steps} steps"
+                    if (known := finished.get(key)) is None:
+                        passes = baselines.train(method, steps, train)
+                        weights = baselines.row_weights if method == LEARNED else None
+                        losses = baselines.losses(rows).tolist()
+                        known = {"losses": losses, "passes": passes, "row_weights": weights}
+                        finished.add(key, known)
+                    run = (method, float(steps))
+                    result.add(run, judged, torch.tensor(known["losses"]), known["passes"])
+                    if known["row_weights"]:
+                        result.row_weights.append(known["row_weights"])
+                    bar.update(known["passes"])
+        baselines.restart()
+        result.untrained = baselines.losses(data.trusted)
+    return result
+
+
+def runs_of(baselines: Baselines, *, equal_passes: bool) -> list[tuple[str, int]]:
+    """Each method of a fold with its steps."""
+    lengths = {baselines.steps}
+    if equal_passes:
+        lengths.add(math.ceil(baselines.passes / baselines.passes_of_a_step))
+    runs = [(method, steps) for steps in sorted(lengths) for method in SIMPLE]
+    return [*runs, (LEARNED, baselines.steps)]
+
+
+def passes_of(baselines: Baselines, *, equal_passes: bool) -> int:
+    """The passes over a micro-batch of all methods of a fold."""
+    runs = runs_of(baselines, equal_passes=equal_passes)
+    return sum(baselines.passes_of(*run) for run in runs)
+
+
+class _Record:
+    """Results by name in a file of lines, of which those with another identity are not read."""
+
+    def __init__(self, path: Path | None, identity: str, *, writes: bool) -> None:
+        self.path, self.identity, self.writes = path, identity, writes
+        self.known: dict[str, Any] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # a kill cut the last line
+                    continue
+                if entry["identity"] == identity:
+                    self.known[entry["run"]] = entry["result"]
+
+    def get(self, run: str) -> Any:
+        return self.known.get(run)
+
+    def add(self, run: str, result: Any) -> None:
+        if self.path is not None and self.writes:
+            entry = {"run": run, "result": result, "identity": self.identity}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(entry)}\n")
+
+
+def _identity(trainer: MixTrainer) -> str:
+    """The identity of the data, the settings and the initial values."""
+    settings = BilevelTrainingArguments.resume_must_match(trainer.args)
+    named = zip(map(str, range(len(trainer.initial))), trainer.initial, strict=True)
+    frozen = ((n, p) for n, p in trainer.model.named_parameters() if not p.requires_grad)
+    parts = [
+        data_fingerprint(trainer.data.everything),
+        weights_fingerprint(named),
+        weights_fingerprint(frozen),
+        json.dumps(settings, sort_keys=True, default=str),
+    ]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
