@@ -1,14 +1,13 @@
 """Whose labels should count, and how much?
 
-    python examples/mix.py            # MiniLM and tweets, no network
+    python examples/mix.py            # MiniLM and tweets, no network, a minute on two cores
     python examples/mix.py --quick    # the same, smaller
-    python examples/mix.py --folds 2  # simple baselines too, by two folds of the trusted tweets
 
 Twelve simulated annotators label tweets: four are right nine times of ten, four half of the time,
 and four mistake one class for the next. Some tweets have labels that are known to be right. The
-weight of each annotator is learned on these; an adapter is then trained on everything with the
-weights, beside equal weights and the trusted tweets alone. Each option of
-`transformers.TrainingArguments` is a flag.
+weight of each annotator is learned on a head of the frozen model's features, beside all simple
+ways to use the same labels; an adapter is then trained by the best of them, and one by equal
+weights. Each option of `transformers.TrainingArguments` is a flag.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,15 @@ from typing import Any
 # Read when torch is imported: threads that spin while they wait take the core from others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from sklearn.metrics import roc_auc_score
 from text_data import load_model, model_path, quiet, tweets
-from transformers import (
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    Trainer,
-    set_seed,
-)
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import MixTrainer, MixTrainingArguments, compare_baselines
+from hyperopt_peft.problems.mix_plans import EQUAL, methods_of
+from hyperopt_peft.utils.plots import BLUE, GREEN, drawing
 
 #: How often an annotator of each kind is right; an adversarial one is wrong in one way.
 KINDS = {"good": 0.9, "mediocre": 0.5, "adversarial": 0.1}
@@ -50,11 +45,11 @@ class Arguments:
     annotators: int = HfArg(default=4, help="annotators of each kind")
     rows: int = HfArg(default=150, help="tweets of each annotator")
     trusted: int = HfArg(default=40, help="tweets with right labels")
-    test_size: int = HfArg(default=600, help="test tweets")
+    test_size: int = HfArg(default=400, help="test tweets")
     max_length: int = HfArg(default=20, help="tokens a tweet")
     rank: int = HfArg(default=8, help="rank r of B·A")
     layers: int = HfArg(default=2, help="how many of the last layers have an adapter")
-    folds: int = HfArg(default=0, help="of a comparison with baselines, a search each; 0 for none")
+    folds: int = HfArg(default=3, help="of the trusted tweets, to compare methods by")
     quick: bool = HfArg(default=False, help="one annotator of each kind, a few steps")
 
 
@@ -63,20 +58,33 @@ class Training(MixTrainingArguments):
     """How to train: the defaults of this example."""
 
     output_dir: str | None = HfArg(default="outputs/mix", help="where results are written")
-    max_steps: int = HfArg(default=36, help="steps of the search")
-    retrain_steps: int | None = HfArg(default=100, help="steps of each training")
+    retrain_steps: int | None = HfArg(default=60, help="steps of each training of an adapter")
     learning_rate: float = HfArg(default=2e-3, help="peak learning rate of the adapter")
-    per_device_train_batch_size: int = HfArg(default=32, help="tweets a micro-batch")
-    # 128 tweets, ten of each annotator.
-    gradient_accumulation_steps: int = HfArg(default=4, help="micro-batches a step of the search")
+    per_device_train_batch_size: int = HfArg(default=32, help="tweets a step")
     per_device_eval_batch_size: int = HfArg(default=64, help="tweets a batch of the evaluation")
-    logging_steps: float = HfArg(default=12, help="steps from one log to the next")
+    logging_steps: float = HfArg(default=50, help="steps from one log to the next")
     save_strategy: str = HfArg(default="no", help="when to write checkpoints")
     report_to: str | None = HfArg(default="none", help="trackers, such as tensorboard")
 
 
-def parts_of(arguments: Arguments, seed: int) -> tuple[dict[str, Dataset], Dataset, Dataset]:
-    """The tweets of each annotator with its labels, the trusted and the test tweets, as tokens."""
+@dataclass(frozen=True)
+class Labelled:
+    """Tweets as tokens: of each annotator, trusted and for the test.
+
+    Attributes:
+        sources: those of each annotator with its labels, by name.
+        accuracy: how many of an annotator's labels are right, by name.
+        trusted, test: tweets with right labels.
+    """
+
+    sources: dict[str, Dataset]
+    accuracy: dict[str, float]
+    trusted: Dataset
+    test: Dataset
+
+
+def labelled(arguments: Arguments, seed: int) -> Labelled:
+    """The tweets, no two alike, with the labels of annotators drawn by ``seed``."""
     tokenizer = AutoTokenizer.from_pretrained(model_path(arguments.model))
 
     def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -90,18 +98,16 @@ def parts_of(arguments: Arguments, seed: int) -> tuple[dict[str, Dataset], Datas
     parts = rows.select(sorted(first_of.values())).train_test_split(
         arguments.test_size, first + each * len(names), seed=seed, stratify_by_column="label"
     )
-    train, test = parts["train"], parts["test"]
-    draw, sources = random.Random(seed), {}
+    train, draw, sources, accuracy = parts["train"], random.Random(seed), {}, {}
     for number, name in enumerate(names):
         begin, kind = first + number * each, name.split()[0]
         rows = train.select(range(begin, begin + each))
-        labels = [
-            label if draw.random() < KINDS[kind] else wrong(label, kind, draw)
-            for label in rows["label"]
-        ]
+        truth = rows["label"][:]
+        labels = [x if draw.random() < KINDS[kind] else wrong(x, kind, draw) for x in truth]
+        accuracy[name] = sum(map(int.__eq__, labels, truth)) / each
         feature = rows.features["label"]
         sources[name] = rows.remove_columns("label").add_column("label", labels, feature=feature)
-    return sources, train.select(range(first)), test
+    return Labelled(sources, accuracy, train.select(range(first)), parts["test"])
 
 
 def wrong(label: int, kind: str, draw: random.Random) -> int:
@@ -110,14 +116,15 @@ def wrong(label: int, kind: str, draw: random.Random) -> int:
 
 
 def main() -> None:
-    """Learn the weights, train with them and without; print what came out."""
+    """Learn the weights, compare, train by the best method and by equal weights."""
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
     if arguments.quick:
-        small = {"annotators": 1, "rows": 24, "trusted": 18, "test_size": 60}
+        small = {"annotators": 1, "rows": 24, "trusted": 18, "test_size": 60, "folds": 2}
         arguments = replace(arguments, **small)
-        training.max_steps, training.retrain_steps = 6, 4
+        training.retrain_steps = 4
     quiet()
-    sources, trusted, test = parts_of(arguments, training.seed)
+    data, output = labelled(arguments, training.seed), Path(training.output_dir)
+    set_seed(training.seed)
     adapter = LoraConfig(
         task_type="SEQ_CLS",
         r=arguments.rank,
@@ -126,49 +133,64 @@ def main() -> None:
         layers_to_transform=list(range(6))[-arguments.layers :],
         modules_to_save=["classifier"],
     )
-    common = {
-        "eval_dataset": test,
-        "compute_metrics": accuracy,
-        "data_collator": DataCollatorWithPadding(
+    names = data.test.features["label"].names
+    mix = MixTrainer(
+        get_peft_model(load_model(arguments.model, names), adapter),
+        training,
+        sources=data.sources,
+        trusted=data.trusted,
+        eval_dataset=data.test,
+        compute_metrics=accuracy,
+        data_collator=DataCollatorWithPadding(
             AutoTokenizer.from_pretrained(model_path(arguments.model))
         ),
-    }
-
-    def model() -> Any:
-        set_seed(training.seed)
-        base = load_model(arguments.model, trusted.features["label"].names)
-        return get_peft_model(base, adapter)
-
-    def measured(trainer: Any) -> float:
-        trainer.train()
-        return float(trainer.evaluate()["eval_accuracy"])
-
-    plain = training.for_retraining()
-    everything = concatenate_datasets([*sources.values(), trusted])
-    results = {
-        name: measured(Trainer(model(), plain, train_dataset=rows, **common))
-        for name, rows in (("trusted tweets", trusted), ("everything, equal weights", everything))
-    }
-    mix = MixTrainer(model(), training, sources=sources, trusted=trusted, **common)
-    results["everything, learned weights"] = measured(mix)
+    )
+    mix.search(None)  # in seconds; train() would train the adapter by the learned weights too
     weights = mix.row_weights()
-    print("\n| annotator | weight of a label |\n| --- | --- |")
-    for name in sorted(weights, key=lambda each: -weights[each]):
-        print(f"| {name} | {weights[name]:.2f} |")
-    good = [name.startswith("good") for name in sources]
-    if any(good) and not all(good):
-        area = roc_auc_score(good, [weights[name] for name in sources])
-        print(f"\nthe good annotators have the largest weights: area under the curve {area:.2f}")
-    print(f"\n| trained on | accuracy on {len(test)} test tweets |\n| --- | --- |")
-    for name, value in results.items():
-        print(f"| {name} | {value:.4f} |")
-    if arguments.folds:
-        print(f"\n{compare_baselines(mix, folds=arguments.folds, equal_passes=False)}")
-    output = Path(training.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    comparison = compare_baselines(mix, folds=arguments.folds)
+    right = {**data.accuracy, "trusted": 1.0}
+    print(f"\n{'annotator':16}{'weight of a label':>18}{'over the folds':>16}{'labels right':>14}")
+    for name, share in right.items():
+        between = "{:.2f} to {:.2f}".format(*ends(name, comparison.row_weights))
+        print(f"{name:16}{weights[name]:18.2f}{between:>16}{share:14.2f}")
+    draw_weights(weights, comparison.row_weights, right, output / "weights.png")
+    print(f"\n{comparison}\n")
+
+    results = {}
+    for method in dict.fromkeys([EQUAL, comparison.best.method]):
+        mix.retrain(methods_of(mix.head_mix)[method](mix.head_mix))
+        results[method] = float(mix.evaluate()["eval_accuracy"])
+    print(f"\n| the adapter, by | accuracy on {len(data.test)} test tweets |\n| --- | --- |")
+    for method, value in results.items():
+        print(f"| {method} | {value:.4f} |")
     record = {"arguments": asdict(arguments), "weights": weights, "accuracy": results}
     (output / "results.json").write_text(json.dumps(record, indent=1))
     mix.save_model()
+
+
+def ends(name: str, folds: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """The least and the largest weight of a source over the folds."""
+    return min(fold[name] for fold in folds), max(fold[name] for fold in folds)
+
+
+def draw_weights(
+    weights: Mapping[str, float],
+    folds: Sequence[Mapping[str, float]],
+    right: Mapping[str, float],
+    path: Path,
+) -> None:
+    """The weight of each source with its range over the folds, beside how many labels are right."""
+    with drawing(path, 8, 1 + 0.3 * len(right), columns=2, sharey=True) as (_, (left, beside)):
+        for row, name in enumerate(right):
+            left.plot(ends(name, folds), (row, row), color=BLUE, alpha=0.4, linewidth=5)
+            left.plot(weights[name], row, "o", color=BLUE)
+            beside.plot(right[name], row, "o", color=GREEN)
+        left.set_yticks(range(len(right)), list(right))
+        left.invert_yaxis()
+        left.set_xlim(left=0)
+        left.set_xlabel("learned weight (bar: over the folds)")
+        beside.set_xlim(0, 1.03)
+        beside.set_xlabel("right labels, which no method knows")
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -18,9 +18,9 @@ from hyperopt_peft.utils.plots import COLOURS, GREY, drawing
 #: The sources' shares in a record of the Trainer's log.
 SHARES = "shares"
 #: A source has a colour and a marker of its own.
-MARKERS = "os^Dvx"
+MARKERS = "os^DvxP*<>ph"
 #: The most sources with a colour: those whose share changed most.
-COLOURED = 12
+COLOURED = 18
 PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
 
 
@@ -222,13 +222,11 @@ def draw_shares(shares: Sequence[Mapping[str, float]], path: Path) -> None:
     """
     names = list(shares[0])
     change = {name: abs(shares[-1][name] - shares[0][name]) for name in names}
-    largest = sorted(names, key=lambda name: -change[name])[:COLOURED]
-    coloured = [name for name in names if name in largest]
+    coloured = sorted(names, key=lambda name: -change[name])[:COLOURED]
     with drawing(path, 8, 4.5) as (_, axes):
-        for name in names:
-            number = coloured.index(name) if name in coloured else None
+        for number, name in enumerate(names):
             style: dict[str, Any] = {"color": GREY, "linewidth": 0.7, "alpha": 0.6, "zorder": 1}
-            if number is not None:
+            if name in coloured:
                 marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
                 style = {"color": COLOURS[number % len(COLOURS)], "marker": marker}
                 style |= {"markersize": 4, "label": f"{name}, {shares[-1][name]:.3f}"}

@@ -11,7 +11,8 @@ from hyperopt_peft.cli.text.tasks import TASKS
 from tests.support.cli import run
 from tests.support.files import rows, save_model, write
 
-TEXT = (Path(__file__).parents[2] / "docs/command-line.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "command-line.md").read_text()
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 
@@ -30,6 +31,20 @@ def test_yaml_example_is_planned(
     assert "examples: 38 lower level, 10 upper level, 48 retraining, 12 evaluation" in printed
     assert "steps: 15 lower in the search, 7 upper, 15 in the retraining" in printed
     assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("page", ["command-line.md", "mix.md"])
+def test_yaml_example_of_mix_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (text, *_) = re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    Path("config.yaml").write_text(text)
+    for seed, name in enumerate(("web", "forum-1", "forum-2", "trusted", "test")):
+        write(Path(f"{name}.csv"), rows(number=12, seed=seed))
+    run("mix", "config.yaml", "--use_cpu", model=save_model(tmp_path / "model"), retrain_steps=2)
+    assert "outputs/mix" in Path("outputs/mix/verdict.md").read_text()
+    assert Path("outputs/mix/adapter_config.json").exists()
 
 
 def test_yaml_example_of_language_models_is_read(
