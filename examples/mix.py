@@ -43,7 +43,7 @@ class Arguments:
 
     model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
     annotators: int = HfArg(default=4, help="annotators of each kind")
-    rows: int = HfArg(default=150, help="tweets of each annotator")
+    rows: int = HfArg(default=100, help="tweets of each annotator")
     trusted: int = HfArg(default=40, help="tweets with right labels")
     test_size: int = HfArg(default=400, help="test tweets")
     max_length: int = HfArg(default=20, help="tokens a tweet")
@@ -58,7 +58,7 @@ class Training(MixTrainingArguments):
     """How to train: the defaults of this example."""
 
     output_dir: str | None = HfArg(default="outputs/mix", help="where results are written")
-    retrain_steps: int | None = HfArg(default=60, help="steps of each training of an adapter")
+    retrain_steps: int | None = HfArg(default=50, help="steps of each training of an adapter")
     learning_rate: float = HfArg(default=2e-3, help="peak learning rate of the adapter")
     per_device_train_batch_size: int = HfArg(default=32, help="tweets a step")
     per_device_eval_batch_size: int = HfArg(default=64, help="tweets a batch of the evaluation")
