@@ -12,6 +12,7 @@ run_script(
     {
         "scores": "every method on texts: retrainings, cost, memory, wrong labels (90 minutes)",
         "trainers": "the same through a Trainer, on token tags and documents (30 minutes)",
+        "uses": "what acting on scores gains, and what an order of batches changes",
         "report": "all tables of the runs",
     },
 )

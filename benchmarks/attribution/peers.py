@@ -13,15 +13,23 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from text_data import load_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
 from benchmarks.attribution.runs import CHUNK, RowWeighted
+from benchmarks.attribution.tables import HEAD
+from benchmarks.last_layers import LastLayers
+from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
+from hyperopt_peft.attribution.evaluation import Evaluation
+from hyperopt_peft.attribution.head import HeadTraining, chosen_l2, losses_of_features
 from hyperopt_peft.attribution.rows import INDEX
 from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.attribution.trainer import setup_from_trainer
+from hyperopt_peft.problems.features import Features
+from hyperopt_peft.problems.head import Head
 
 
 def datainf(setting: RetrainingSetup) -> Tensor:
@@ -53,6 +61,25 @@ def datainf_layer(rows: Tensor, wanted: Tensor) -> Tensor:
     inner = rows @ rows.T
     corrected = (products / (damping + lengths)) @ inner / count
     return -(products - corrected) / damping / count
+
+
+def head(setting: RetrainingSetup) -> Tensor:
+    """The scores of a head on the base model's features, as of ``attribute(model="head")``."""
+    lower: Any = setting.run.levels[0]
+    rows, body = lower.rows, LastLayers(load_model("minilm", ["no", "yes"]))
+    body.classifier, both = nn.Identity(), torch.cat([rows.train, rows.above])
+    with torch.no_grad():
+        x = torch.cat([body(**rows.states.inputs(part)).logits for part in both.split(CHUNK)])
+    labels = torch.cat([rows.labels, rows.states.labels[rows.above]])
+    every = Features(x.double(), labels, torch.arange(len(labels)))
+    count = len(rows.train)
+    first, above = every.select(torch.arange(count)), every.select(torch.arange(count, len(labels)))
+    train, above = first.standardized(), above.standardized(first)
+    model = Head(x.shape[1], rows.classes, dtype=torch.float64)
+    training = HeadTraining(model, train, count, chosen_l2(model, train, count))
+    phi = Evaluation(training.weights, lambda: losses_of_features(model, above)[0].mean())
+    setup = RetrainingSetup(training, phi, {"all": 1.0}, training.level, lambda: train)
+    return scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
 
 
 def kronfluence(setting: RetrainingSetup) -> Tensor:
@@ -164,7 +191,7 @@ def magic(trainer: Any) -> tuple[Tensor, float]:
 def peers() -> dict[str, Any]:
     """The peers that are installed, by name."""
     installed = {"kronfluence (EK-FAC)": kronfluence} if find_spec("kronfluence") else {}
-    return {"DataInf": datainf, **installed}
+    return {HEAD: head, "DataInf": datainf, **installed}
 
 
 def _trained(module: nn.Module) -> bool:

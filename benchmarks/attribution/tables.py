@@ -17,6 +17,8 @@ TASKS = ("tweets", "movies")
 #: The share of the rows that a retraining leaves out.
 SHARE = 0.05
 WHOLE = "unrolled"
+#: The scores of a head on the features of the model before training.
+HEAD = "head"
 #: MAGIC (arXiv:2503.13751) by Bergson (arXiv:2606.11660), the same derivative.
 MAGIC = "Bergson (MAGIC)"
 #: The parts of `trainers.py`, with the titles of their tables.

@@ -32,7 +32,7 @@ from transformers import AutoModelForTokenClassification, Trainer, TrainingArgum
 from benchmarks.attribution.peers import magic
 from benchmarks.attribution.runs import DEVELOPMENT_SEEDS, Recipe, random_rows
 from benchmarks.attribution.scores import PERTURBATION, SMOOTH, predicted, rounded
-from benchmarks.attribution.tables import MAGIC, SHARE, WHOLE, check, tables_of, targets_of
+from benchmarks.attribution.tables import HEAD, MAGIC, SHARE, WHOLE, check, tables_of, targets_of
 from benchmarks.last_layers import first_tokens, tagged_tweets, tokens
 from benchmarks.measure import show
 from benchmarks.pages import RESULTS
@@ -52,7 +52,7 @@ class States:
     """Rows as the states of the frozen layers, and a collator of rows that have their numbers.
 
     ``inputs_embeds`` is ``(n, tokens, hidden)``, the others are ``(n, tokens)``; padding is on the
-    right, and a token without a label has -100.
+    right, and a token without a label has -100. The labels may be of rows, ``(n,)``.
     """
 
     inputs_embeds: Tensor
@@ -63,7 +63,8 @@ class States:
         """The batch of ``rows``, without columns of padding alone."""
         index = torch.tensor([row["row"] for row in rows])
         length = int(self.attention_mask[index].sum(1).max())
-        return {name: values[index, :length] for name, values in vars(self).items()}
+        batch = {name: values[index] for name, values in vars(self).items()}
+        return {name: x if x.dim() == 1 else x[:, :length] for name, x in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -128,18 +129,23 @@ def tags(seed: int, quick: bool) -> Task:
     inputs = tokens(words)
     classes = [[names.index(tag) for _, tag in tweet] for tweet in tweets]
     labels = torch.stack([first_tokens(inputs.word_ids(n), y) for n, y in enumerate(classes)])
-    torch.manual_seed(seed)  # of the head
+    base, states = last_layers(AutoModelForTokenClassification, len(names), inputs, seed)
+    lora = LoraConfig(task_type="TOKEN_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
+    return Task("MiniLM", base, lora, States(states, inputs.attention_mask, labels), train, SMOOTH)
+
+
+def last_layers(kind: Any, classes: int, inputs: Any, seed: int) -> tuple[Any, Tensor]:
+    """MiniLM's last layers and a head drawn by ``seed``, without dropout; and their inputs."""
+    torch.manual_seed(seed)
     without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    base = AutoModelForTokenClassification.from_pretrained(
-        model_path("minilm"), num_labels=len(names), **without
-    )
+    base = kind.from_pretrained(model_path("minilm"), num_labels=classes, **without)
     encoder = base.bert.encoder
     encoder.layer, last = encoder.layer[:-LAST], encoder.layer[-LAST:]
     with torch.no_grad():
-        states = base.bert(inputs.input_ids, inputs.attention_mask).last_hidden_state
+        parts = zip(inputs.input_ids.split(100), inputs.attention_mask.split(100))
+        states = torch.cat([base.bert(*part).last_hidden_state for part in parts])
     encoder.layer, base.bert.embeddings = last, Given()
-    lora = LoraConfig(task_type="TOKEN_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
-    return Task("MiniLM", base, lora, States(states, inputs.attention_mask, labels), train, SMOOTH)
+    return base, states
 
 
 def documents(seed: int, quick: bool) -> Task:
@@ -159,7 +165,7 @@ def documents(seed: int, quick: bool) -> Task:
 
 #: By part: the task, the peers, the seeds and the retrainings.
 PARTS: dict[str, tuple[Callable[[int, bool], Task], tuple[str, ...], tuple[int, ...], int]] = {
-    "tags": (tags, (), (0, 1, 2), 20),
+    "tags": (tags, (HEAD,), (0, 1, 2), 20),
     "documents": (documents, (MAGIC,) if find_spec("bergson") else (), (0,), 15),
 }
 
@@ -185,6 +191,9 @@ def measure(runs: Store, part: str, seed: int, quick: bool) -> None:
         if name == MAGIC:
             scores, seconds = magic(trainer)
             cost = {"seconds": seconds}
+        elif name == HEAD:  # on features of the model before training
+            scores = attribute(task.trainer(seed), model="head", progress=False).scores
+            cost = {"seconds": time.process_time() - begin}
         else:
             result = attribute(trainer, estimator=name, progress=False)
             scores, counted = result.scores, result.settings

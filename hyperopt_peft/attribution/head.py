@@ -28,8 +28,8 @@ from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.trainer import require_trainer
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
 from hyperopt_peft.attribution.training import Training
-from hyperopt_peft.core.labels import labels_are_shifted, weighted_mean
-from hyperopt_peft.core.logits import IGNORED, losses_of_logits
+from hyperopt_peft.core.labels import labels_are_shifted, row_losses, weighted_mean
+from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
@@ -43,6 +43,8 @@ from hyperopt_peft.utils.restore import perturbed
 PENALTIES, FOLDS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01), 5
 #: The largest entry of the gradient at a minimum, in float64: below the share of a single row.
 TOLERANCE, STEPS = 1e-7, 2000
+#: The same in the choice of λ.
+ROUGHLY = 1e-3
 
 
 class RowWeightedHead(Problem):
@@ -65,27 +67,28 @@ class RowWeightedHead(Problem):
 
 
 def losses_of_features(head: Head, features: Features) -> tuple[Tensor, Tensor]:
-    """The summed loss of each row of ``features``, or of its tokens, and its labels' number."""
-    logits = head(features.x).logits
-    losses, scored = losses_of_logits(head, logits, features.labels, shifted=False)
-    shape = len(losses), -1
-    return losses.reshape(shape).sum(1), scored.reshape(shape).sum(1)
+    """`row_losses` of ``features``, of which a token is a row."""
+    return row_losses(head, {"features": features.x, "labels": features.labels})
 
 
 def chosen_l2(head: Head, features: Features, count: int) -> float:
     """λ by cross-validation on the ``count`` training rows, see above; ``head`` stays."""
     folds = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % FOLDS
-    levels = [RowWeightedHead(head, head.weight.new_ones(count), l2) for l2 in PENALTIES]
-    parts = []
-    for fold in range(min(FOLDS, count)):
-        others, rows = ((folds != fold).nonzero()[:, 0], (folds == fold).nonzero()[:, 0])
-        train, held_out = features.select(others), features.select(rows)
-        with perturbed(levels[0].variables):
-            for level in levels:  # each from the minimum of the larger λ
-                solve(level, train)
+    numbers = [(folds == fold).nonzero()[:, 0] for fold in range(min(FOLDS, count))]
+    parts = [
+        (features.select((folds != fold).nonzero()[:, 0]), features.select(rows))
+        for fold, rows in enumerate(numbers)
+    ]
+    of_penalties = []
+    with perturbed((head.weight, head.bias)):
+        for l2 in PENALTIES:
+            level, held_out = RowWeightedHead(head, head.weight.new_ones(count), l2), []
+            for train, others in parts:  # each from the last minimum
+                solve(level, train, tolerance=ROUGHLY)
                 with torch.no_grad():
-                    parts.append(losses_of_features(head, held_out)[0])
-    losses = torch.stack([torch.cat(parts[number :: len(levels)]) for number in range(len(levels))])
+                    held_out.append(losses_of_features(head, others)[0])
+            of_penalties.append(torch.cat(held_out))
+    losses = torch.stack(of_penalties)
     mean, best = losses.mean(1), losses[int(losses.mean(1).argmin())]
     limit = best.mean() + best.std() / len(best) ** 0.5
     return PENALTIES[int((mean <= limit).nonzero()[0])]
@@ -110,7 +113,7 @@ class HeadTraining(Training):
         super().__init__(weights, self.level.variables)
         begin = time.perf_counter()
         self._solve(features)
-        self.seconds = time.perf_counter() - begin
+        self.settings |= {"seconds": time.perf_counter() - begin, "l2": l2}
         self.visits += 1
         with torch.no_grad():
             sums, counts = losses_of_features(head, features)
@@ -171,6 +174,8 @@ def setup_from_head(
     count = len(data.train_rows)
     training = HeadTraining(head, train, count, chosen_l2(head, train, count))
     of_slices = {name: above.select(torch.tensor(rows)) for name, rows in data.groups.items()}
+    if not all(losses_of_features(head, rows)[1].any() for rows in of_slices.values()):
+        raise ProblemError("evaluation: no row has a label; give rows with labels")
 
     def measure(test: Any) -> Callable[[], Mapping[str, float]]:
         rows = features(data.test_rows(trainer, test)).standardized(raw)

@@ -95,7 +95,7 @@ def train_levels(
             raise NonFiniteError(f"step {step + 1}: {error}") from error
         run.record(run.update(number, batch, random_state, result.gradient))
         level.step(result.gradient[:-1], math.hypot(*result.norms[:-1]))
-    run.seconds = time.perf_counter() - begin
+    run.settings["seconds"] = time.perf_counter() - begin
     return run
 
 

@@ -78,7 +78,7 @@ class Attribution:
             "rows": len(run.row_weights),
             "unseen": int(unseen.sum()),
             "variables": sum(v.numel() for v in run.variables),
-            "seconds": run.seconds,
+            **run.settings,
             **cost,
         }
         return cls(

@@ -134,7 +134,7 @@ def _train(runner: BilevelTrainer, recorder: Recorder, random_state: RandomState
             f"step {step}: {error.__cause__ or error}; lower the learning rate or max_grad_norm"
         ) from error
     assert recorder.run is not None
-    recorder.run.seconds = time.perf_counter() - begin
+    recorder.run.settings["seconds"] = time.perf_counter() - begin
 
 
 def _setup(

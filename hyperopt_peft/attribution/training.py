@@ -21,7 +21,7 @@ class Training(ABC):
         steps: the steps of its optimizers.
         visits: how many steps saw each row, ``(n,)``.
         losses: the sum of each row's losses in them, ``(n,)`` in float64.
-        seconds: the time that the training took.
+        settings: the time that it took under ``seconds``, and what else is to be known of it.
     """
 
     def __init__(self, weights: Tensor, variables: Sequence[Tensor] = ()) -> None:
@@ -29,7 +29,7 @@ class Training(ABC):
         self.variables, self.steps = tuple(variables), list[Any]()
         self.visits = torch.zeros(len(weights), dtype=torch.int64)
         self.losses = torch.zeros(len(weights), dtype=torch.float64)
-        self.seconds = 0.0
+        self.settings = dict[str, Any]()
 
     @abstractmethod
     def repeated(self, weights: Tensor) -> AbstractContextManager[Any]:

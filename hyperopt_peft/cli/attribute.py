@@ -244,7 +244,7 @@ class Report:
         phi = ", ".join(f"{name} {value:.4f}" for name, value in result.values.items())
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
-            trained = "a head at its minimum"
+            trained = f"a head at its minimum (λ = {settings['l2']:g})"
         lines = [
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
             f"scores by {settings['estimator']}",

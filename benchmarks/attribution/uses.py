@@ -1,0 +1,253 @@
+"""What do scores gain, beside the simplest other use of the same evaluation rows?
+
+    python benchmarks/attribution uses
+
+Sentences with the label of one rater are trained on; evaluation and test rows have the label of
+many (`rated_text`). Parts: ``kinds``, a removal by score where the evaluation rows are of the same
+domain as the training rows, and where they are of another one; ``orders``, scores that are averaged
+over runs with other orders of batches, against retrainings from which rows are physically left out.
+LoRA, pooler and head in MiniLM's last two layers, on the states of the frozen ones; a call of
+`attribute` a run, and all settings are those of the smooth run in `scores`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from rated_text import one_rater
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from benchmarks.attribution.runs import random_rows
+from benchmarks.attribution.scores import SMOOTH, predicted, rounded
+from benchmarks.attribution.tables import SHARE
+from benchmarks.attribution.trainers import States, Task, last_layers
+from benchmarks.last_layers import tokens
+from benchmarks.measure import mean_and_half, show
+from benchmarks.pages import RESULTS
+from benchmarks.store import Row, Store, opened, run_parser
+from hyperopt_peft import attribute
+from hyperopt_peft.attribution import ScoreCheck
+
+SEEDS, LENGTH = (0, 1, 2, 3, 4), 12
+#: Rows of training, evaluation and test.
+TRAIN, ABOVE, TEST = 300, 60, 400
+#: By cell: the domains of the training rows, and that of evaluation and test rows.
+CELLS = {
+    "another domain": (("nyt", "amazon", "tweets"), "movies"),
+    "same domain": (("movies",), "movies"),
+}
+#: The cells of each part.
+PARTS = {"kinds": list(CELLS), "orders": ["same domain"]}
+REMOVED, ORDERS, RETRAININGS = 0.1, 3, 12
+LORA = LoraConfig(
+    task_type="SEQ_CLS",
+    r=8,
+    lora_alpha=16,
+    target_modules=["query", "value"],
+    modules_to_save=["pooler", "classifier"],
+)
+
+
+def drawn(cell: str, seed: int) -> pandas.DataFrame:
+    """``text`` and ``label`` of the rows of ``seed``: training, evaluation, then test."""
+    domains, target = CELLS[cell]
+    tables = {name: one_rater(name, seed=0) for name in {*domains, target}}
+    order = {name: table.sample(frac=1, random_state=seed) for name, table in tables.items()}
+    judged = order[target].iloc[: ABOVE + TEST]
+    rest = {name: table.drop(judged.index, errors="ignore") for name, table in order.items()}
+    rest[target] = order[target].iloc[ABOVE + TEST :]
+    each = TRAIN // len(domains)
+    train = pandas.concat([rest[name].iloc[:each] for name in domains])
+    parts = [train.assign(label=train.noisy), judged.assign(label=judged.clean)]
+    return pandas.concat(parts, ignore_index=True)[["text", "label"]]
+
+
+def task(cell: str, seed: int, quick: bool) -> Task:
+    """The cell's rows and model."""
+    table = drawn(cell, seed)
+    inputs, labels = tokens(list(table.text), LENGTH), torch.tensor(table.label.to_numpy())
+    base, states = last_layers(AutoModelForSequenceClassification, 3, inputs, seed)
+    recipe = replace(SMOOTH, epochs=1.0) if quick else SMOOTH
+    return Task("MiniLM", base, LORA, States(states, inputs.attention_mask, labels), TRAIN, recipe)
+
+
+def numbered(begin: int, end: int) -> Dataset:
+    """The rows from ``begin`` to ``end``."""
+    return Dataset.from_dict({"row": range(begin, end)})
+
+
+EVALUATION = numbered(TRAIN, TRAIN + ABOVE)
+JUDGES = numbered(TRAIN + ABOVE, TRAIN + ABOVE + TEST)
+
+
+def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
+    """What test rows say after each way, and what the check says of the scores."""
+    row = runs.entry(part="kinds", cell=cell, seed=seed)
+    if "ways" in row:
+        return
+    trainer, count = task(cell, seed, quick).trainer(seed), 5 if quick else RETRAININGS
+    options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
+    head = attribute(trainer, model="head", **options)
+    result = attribute(trainer, **options)
+    check = head.check(count, share=SHARE, seed=seed)
+    row["check of the head"] = {"lds": check.lds, "slope": check.slope}
+    setup: Any = result._setup
+    measure = setup.measure(JUDGES)
+    removal = result.removal(REMOVED, JUDGES, draws=2, seed=seed)
+    ways = {
+        "plain": removal.plain,
+        "evaluation rows too": removal.with_evaluation,
+        "without 10 % by score": removal.without,
+        "without 10 % of highest loss": removal.highest_loss,
+        "without 10 % at random": mean_of(removal.random),
+    }
+    with setup.run.without(head.ends(removal.count)[0]):
+        ways["without 10 % by the head's score"] = measure()
+    with setup.run.repeated(result.weights()):
+        ways["weights by score"] = measure()
+    row["ways"] = ways
+    on_head = head.removal(REMOVED, JUDGES, draws=2, seed=seed)
+    row["ways of the head"] = {
+        "plain": on_head.plain,
+        "evaluation rows too": on_head.with_evaluation,
+        "without 10 % by score": on_head.without,
+    }
+    runs.save(row)
+
+
+def mean_of(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number."""
+    return {name: statistics.fmean(one[name] for one in numbers) for name in numbers[0]}
+
+
+def orders(runs: Store, cell: str, seed: int, quick: bool) -> None:
+    """The changes of Φ without random rows: by weight 0 and physically, and what scores predict."""
+    row = runs.entry(part="orders", cell=cell, seed=seed)
+    if "physical" in row:
+        return
+    job, count = task(cell, seed, quick), 5 if quick else RETRAININGS
+    masks = random_rows(TRAIN, SHARE, count, seed)
+    options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
+    row["head"] = predicted(attribute(job.trainer(seed), model="head", **options).scores, masks)
+    row["predicted"], results = [], []
+    for number in range(ORDERS):
+        trainer = job.trainer(seed)
+        trainer.args.data_seed = 1000 * number + seed  # the same model in another order
+        results.append(attribute(trainer, **options))
+        row["predicted"].append(rounded(predicted(results[-1].scores, masks)))
+    setup: Any = results[0]._setup
+    row["weight 0"] = []
+    for out in masks:
+        with setup.run.without(out):
+            row["weight 0"].append(setup.values()["all"] - results[0].values["all"])
+    row["physical"] = [physical(job, seed, out) - results[0].values["all"] for out in masks]
+    runs.save(row)
+
+
+def physical(job: Task, seed: int, out: Tensor) -> float:
+    """Φ after a training from whose data set the rows ``out`` are missing."""
+    trainer = job.trainer(seed)
+    trainer.args.data_seed = seed
+    left = [row for row in range(TRAIN) if row not in set(out.tolist())]
+    trainer.train_dataset = Dataset.from_dict({"row": left})
+    trainer.train()
+    return float(trainer.evaluate(EVALUATION)["eval_loss"])
+
+
+def ways_table(rows: Sequence[Row], key: str) -> list[Row]:
+    """A row for each cell and way: means, and paired differences from the other two uses."""
+    table = []
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        same = [row[key] for row in rows if row["cell"] == cell]
+        for way in same[0]:
+            line: Row = {"evaluation rows": cell, "way": way}
+            for name in ("accuracy", "loss"):
+                line[name] = statistics.fmean(ways[way][name] for ways in same)
+            for other in ("plain", "evaluation rows too"):
+                pairs = [ways[way]["accuracy"] - ways[other]["accuracy"] for ways in same]
+                mean, half = mean_and_half(pairs)
+                line[f"accuracy − {other}"] = f"{mean:+.3f} ± {half:.3f}"
+            table.append({**line, "seeds": len(same)})
+    return table
+
+
+def checks_table(rows: Sequence[Row]) -> list[Row]:
+    """LDS and slope of the head's scores against its own retrainings."""
+    table = []
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        checks = [row["check of the head"] for row in rows if row["cell"] == cell]
+        means = {k: statistics.fmean(c[k] for c in checks) for k in ("lds", "slope")}
+        least = min(check["lds"] for check in checks)
+        table.append({"evaluation rows": cell, **means, "least LDS": least, "seeds": len(checks)})
+    return table
+
+
+def orders_table(rows: Sequence[Row]) -> list[Row]:
+    """LDS and slope against both kinds of retraining; the change of Φ that order alone makes."""
+    table = []
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        same = [row for row in rows if row["cell"] == cell]
+        for count in (*range(1, ORDERS + 1), 0):
+            line: Row = {
+                "evaluation rows": cell,
+                "scores": f"of {count} orders" if count else "head",
+            }
+            for kind in ("weight 0", "physical"):
+                checks = [
+                    ScoreCheck(_predicted(row, count), _tensor(row[kind]), None, SHARE)
+                    for row in same
+                ]
+                for name in ("lds", "slope"):
+                    mean, half = mean_and_half([getattr(check, name) for check in checks])
+                    line[f"{kind}: {name}"] = f"{mean:.2f} ± {half:.2f}"
+            table.append({**line, "seeds": len(same)})
+        spread = [float(_tensor(row["physical"]).std() / _predicted(row, 1).std()) for row in same]
+        print(f"{cell}: spread of physical changes ÷ predicted: {statistics.fmean(spread):.2f}")
+    return table
+
+
+def _tensor(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _predicted(row: Row, count: int) -> Tensor:
+    """The mean prediction of ``count`` orders; 0 for the head's."""
+    return _tensor(row["predicted"][:count]).mean(0) if count else _tensor(row["head"])
+
+
+def tables_of(runs: Store) -> dict[str, list[Row]]:
+    """All tables that have rows."""
+    tables = {
+        "The adapter on test rows": ways_table(runs.of("kinds"), "ways"),
+        "The head on test rows": ways_table(runs.of("kinds"), "ways of the head"),
+        "The head's scores against its own retrainings": checks_table(runs.of("kinds")),
+        "Orders of batches": orders_table(runs.of("orders")),
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def main() -> None:
+    """Run what is missing in the file, and summarise all of it."""
+    parts = {"kinds": kinds, "orders": orders}
+    title = __doc__.partition("\n")[0]
+    options = run_parser(title, RESULTS / "attribution_uses.jsonl", parts).parse_args()
+    runs = opened(options)
+    for part in options.parts:
+        for cell in PARTS[part]:
+            for seed in SEEDS[:1] if options.quick else SEEDS:
+                parts[part](runs, cell, seed, options.quick)
+                print(part, cell, seed, flush=True)
+    show(tables_of(runs))
+    runs.finish()
+
+
+if __name__ == "__main__":
+    main()
