@@ -70,6 +70,10 @@ class Arguments:
     modules_to_save: list[str] = HfArg(
         default_factory=lambda: ["pooler", "classifier"], help="modules trained in full"
     )
+    estimators: bool = HfArg(
+        default=False,
+        help="compare all hypergradient estimators at the trained point with retrainings, too",
+    )
     reference_steps: int = HfArg(
         default=5, help="steps of each retraining that estimators are compared with"
     )
@@ -224,7 +228,7 @@ def main() -> None:
     data = load_data(arguments.dataset, arguments.model, *sizes, training.seed)
     print(f"{len(data.train)} training and {len(data.test)} test examples, {data.label_names}")
 
-    results, curves, changes = [], {}, {}
+    results, curves, changes, records = [], {}, {}, []
     for method in arguments.methods:
         model, result = train(method, arguments, training, data)
         predicted, true = logits_of(model, data).argmax(1), data.test["labels"]
@@ -235,16 +239,18 @@ def main() -> None:
         changes[method] = decompose(model)
         if method == "bidora":
             reload(model, arguments.model, data, output / "adapter")
-            comparison = compare(model, arguments, training, data)
-            print(f"{comparison}\n{recommend(comparison)}")
-            estimators(comparison, output / "estimators.png")
+            if arguments.estimators:
+                comparison = compare(model, arguments, training, data)
+                print(f"{comparison}\n{recommend(comparison)}")
+                estimators(comparison, output / "estimators.png")
+                records = comparison.records()
     learning_curves(curves, output / "learning_curves.png")
     decomposition(changes, output / "decomposition.png")
     record = {
         "arguments": asdict(arguments),
         "training": training.bilevel_settings() | {"learning_rate": training.learning_rate},
         "results": [asdict(result) for result in results],
-        "estimators": comparison.records() if "bidora" in arguments.methods else [],
+        "estimators": records,
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))
     print(f"\n{table(results)}\n\nresults, pictures and adapter are in {output}")

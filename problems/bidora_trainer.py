@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
@@ -25,6 +28,11 @@ from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import rounds_activations
 
+logger = logging.get_logger(__name__)
+#: An adapter hardly learns in a phase of a smaller rate × steps, twice the way that Adam takes a
+#: weight with linear decay. The held-out score of DoRA on five tasks was .46 at .03, .60 at .1 and
+#: .68 to .70 from .3 on, whether by more steps or by a higher rate.
+LEARNS = 0.1
 #: The estimator of BiDoRA's own code.
 PUBLISHED = {"hypergradient": "darts:scheme=forward", "xi": 1.0}
 
@@ -86,6 +94,30 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
                 setattr(self, name, value)
         super().__post_init__()
         self._require("not be negative", lambda x: x >= 0, "gamma")
+
+    def phases(self, lower: int, everything: int) -> tuple[int, int]:
+        """The steps of the search, on ``lower`` rows, and of the retraining.
+
+        Example:
+            >>> options = {"per_device_train_batch_size": 8, "report_to": "none"}
+            >>> BiDoRATrainingArguments("outputs", num_train_epochs=2, **options).phases(80, 100)
+            (20, 26)
+        """
+        again = 0 if self.retrain == "none" else self.for_retraining().steps_of(everything)
+        return self.steps_of(lower), again
+
+    def warn_of_short_phases(self, search: int, retraining: int) -> None:
+        """Log a warning of each phase whose steps are too few for an adapter to learn by Adam."""
+        for phase, args, steps in (
+            ("search", self, search),
+            ("retraining", self.for_retraining(), retraining),
+        ):
+            rate = args.learning_rate
+            if 0 < rate * steps < LEARNS and "adam" in args.optim:
+                logger.warning_once(
+                    f"{phase}: {steps} steps at a learning rate of {rate:g} hardly train an "
+                    f"adapter; give it {math.ceil(LEARNS / rate)} steps or a higher rate"
+                )
 
     def estimator(self) -> Estimator:
         """The estimator that ``hypergradient`` and ``xi`` name."""
@@ -166,6 +198,13 @@ class BiDoRATrainer(TwoPhaseTrainer):
     def settings(self) -> dict[str, Any]:
         """As `BilevelTrainer.settings`, with the adapter's options."""
         return adapter_settings(self.model) | {"method": "bidora"} | super().settings()
+
+    def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `TwoPhaseTrainer.search`; a warning names phases that are too short to learn."""
+        data = self.train_dataset, self.examples
+        lower, everything = (len(rows) if has_length(rows) else 0 for rows in data)
+        self.args.warn_of_short_phases(*self.args.phases(lower, everything))
+        return super().search(point, *args, **kwargs)
 
     def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
         """The trainer of directions and head with the magnitudes frozen, on all examples."""

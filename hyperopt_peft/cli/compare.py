@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import split_dataset
 from hyperopt_peft.cli.options import OutputArguments, parse
 from hyperopt_peft.cli.text.setup import TYPES, Method, MethodArguments, Setup, changed, prepare
-from hyperopt_peft.cli.train import phases
 from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.plots import COLOURS, drawing
 
@@ -57,7 +56,7 @@ class MethodRun:
     metrics: dict[str, float]
     seconds: float
     trainable_parameters: int
-    steps: int
+    passes: int
     draws: Numbers
 
 
@@ -72,13 +71,16 @@ def run(argv: Sequence[str]) -> None:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     metric, runs, size = f"eval_{setup.task.metric}", list[MethodRun](), len(setup.evaluation)
+    budget = args.steps_of(len(setup.train))
+    for settings in chosen.values():
+        settings.max_steps = settings.retrain_steps = budget
+        if settings.method == "bidora":
+            settings.warn_of_short_phases(*settings.phases(0, 0))
+    if not distributed.rank():
+        print(f"{budget} steps each; bidora has as many in each of its phases", flush=True)
     for seed in dict.fromkeys(command.seeds):
-        budget, rows = args.steps_of(len(setup.train)), setup.train
-        if any(settings.method == "bidora" for settings in chosen.values()):
-            lower, _ = split_dataset(rows, args.upper_fraction, seed)
-            budget = sum(phases(args, len(lower), len(rows)))  # of every method
         for method, settings in chosen.items():
-            result = train(method, seed, settings, budget, setup)
+            result = train(method, seed, settings, setup)
             runs.append(result)
             if distributed.rank():
                 continue
@@ -114,12 +116,10 @@ def arguments_of(name: str, args: MethodArguments) -> MethodArguments:
     return settings
 
 
-def train(method: str, seed: int, args: MethodArguments, budget: int, setup: Setup) -> MethodRun:
-    """One run; all methods have the same start for one ``seed``, and ``budget`` steps."""
+def train(method: str, seed: int, args: MethodArguments, setup: Setup) -> MethodRun:
+    """One run; all methods have the same start for one ``seed``."""
     folder = str(Path(args.output_dir or "") / f"{method.replace(':', '-')}-seed{seed}")
     args = changed(args, seed=seed, data_seed=seed, output_dir=folder)
-    if args.method != "bidora":
-        args.max_steps = budget
     trainer = setup.trainer(args)
     begin = time.perf_counter()
     trainer.train()
@@ -130,11 +130,18 @@ def train(method: str, seed: int, args: MethodArguments, budget: int, setup: Set
         tested.predictions,
         tested.label_ids,
     )
-    steps = trainer.state.global_step
-    if (retrainer := getattr(trainer, "retrainer", None)) is not None:
-        steps += retrainer.state.global_step
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return MethodRun(method, seed, tested.metrics, seconds, trainable, steps, draws)
+    return MethodRun(method, seed, tested.metrics, seconds, trainable, passes_of(trainer), draws)
+
+
+def passes_of(trainer: Any) -> int:
+    """The micro-batches that a trained trainer has sent forward and backward, of both phases."""
+    steps, args = trainer.state.global_step, trainer.args
+    if not isinstance(trainer, BiDoRATrainer):
+        return int(steps * args.gradient_accumulation_steps)
+    upper, rest = divmod(steps, args.lower_steps)
+    passes = upper * trainer.passes_of_an_upper_step() + rest * args.gradient_accumulation_steps
+    return int(passes + (0 if trainer.retrainer is None else passes_of(trainer.retrainer)))
 
 
 def bootstrap(metric: Callable[[Any], float], predictions: Any, labels: Any) -> Numbers:
@@ -203,7 +210,7 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
     others = [x for x in runs[0].metrics if x != metric and not x.endswith(timings)]
     heads = ["method", metric, f"difference to {runs[0].method}", *others]
     heads = [head.removeprefix("eval_") for head in heads]
-    lines = [[*heads, "seconds", "trainable parameters", "steps"]]
+    lines = [[*heads, "passes", "seconds", "trainable parameters"]]
     lines.append(["---"] * len(lines[0]))
     for method, (mean, error, difference, its_error) in method_means(runs, metric).items():
         seeds = [run for run in runs if run.method == method]
@@ -213,9 +220,9 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
                 f"{mean:.4f} ± {error:.4f}",
                 "–" if method == runs[0].method else f"{difference:+.4f} ± {its_error:.4f}",
                 *(f"{np.mean([run.metrics[name] for run in seeds]):.4f}" for name in others),
+                str(seeds[0].passes),
                 f"{np.mean([run.seconds for run in seeds]):.1f}",
                 str(seeds[0].trainable_parameters),
-                str(seeds[0].steps),
             ]
         )
     cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
-from hyperopt_peft.cli.text.setup import TYPES, MethodArguments, Setup, changed, prepare
+from hyperopt_peft.cli.text.setup import TYPES, Setup, changed, prepare
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
@@ -82,12 +82,6 @@ def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:
     return {key: value for key, value in records[-1].items() if key != "step"} if records else {}
 
 
-def phases(args: MethodArguments, lower: int, everything: int) -> tuple[int, int]:
-    """The lower steps of bidora's search, on ``lower`` examples, and of its retraining."""
-    again = 0 if args.retrain == "none" else args.for_retraining().steps_of(everything)
-    return args.steps_of(lower), again
-
-
 def plan(setup: Setup, trainer: Any) -> str:
     """The plan in lines; a run without an upper step is a ProblemError."""
     args, model = trainer.args, trainer.model
@@ -102,8 +96,9 @@ def plan(setup: Setup, trainer: Any) -> str:
         ]
     else:
         owners, cost = split_parameters(model), args.estimator().cost()
-        search, again = phases(args, lower, everything)
+        search, again = args.phases(lower, everything)
         trainer.require_upper_step(search)
+        args.warn_of_short_phases(search, again)
         passes = ""
         if cost is not None:
             passes = f", upper step: {cost.losses} losses, {cost.backward_passes} backward passes"

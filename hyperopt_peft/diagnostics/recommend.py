@@ -13,7 +13,6 @@ from hyperopt_peft.hypergradients import get_estimator, registered
 MIN_COSINE = 0.95
 MAX_RELATIVE_ERROR = 0.3
 MAX_RESIDUAL = 0.1
-MAX_NORM_RATIO = 2.0  # its inverse is the smallest
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Recommendation:
 def recommend(comparison: Comparison) -> Recommendation:
     """The fastest estimator with a cosine of at least 0.95 and a relative error of at most 0.3.
 
-    The reasons include warnings of a reference that did not converge, estimates of wrong norm, a
-    damping that dominates the Hessian, and estimators without a result. The ξ of ``darts`` is the
+    The reasons include warnings of a reference that did not converge and of a damping that
+    dominates the Hessian, and name estimators without a result. The ξ of ``darts`` is the
     least-squares one: ξ = ⟨d, t − e⟩/⟨d, d⟩, with the direct term e, the implicit term d at ξ = 1
     and the reference t.
 
@@ -77,13 +76,6 @@ def recommend(comparison: Comparison) -> Recommendation:
         )
     else:
         reasons.append("No estimator gave a number that can be compared.")
-    reasons += [
-        f"Warning: {row.estimator} is {row.norm_ratio:.2g} times as long as the reference."
-        for row in rows
-        # The length of darts is set by its ξ.
-        if row.norm_ratio > MAX_NORM_RATIO
-        or (_xi(row) is not None and row.norm_ratio < 1 / MAX_NORM_RATIO)
-    ]
     reasons += [
         f"Warning: {row.estimator}: {row.note}."
         for row in rows

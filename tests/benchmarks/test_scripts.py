@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pages
+
 ROOT = Path(__file__).parents[2]
 SLOW = [
     "speed timing --quick",
@@ -23,7 +25,7 @@ SLOW = [
     "attribution scores --quick --parts methods cost memory suspects",
     "attribution trainers --quick",
     "mix cells --quick --parts annotators-lora",
-    "study smoke",
+    "study run --quick",
 ]
 FAST = ["study report --check", "attribution report", "mix report --check"]
 
@@ -63,8 +65,11 @@ def test_the_mix_of_texts_runs(tmp_path: Path) -> None:
 
 
 def test_a_page_with_another_number_is_found(tmp_path: Path) -> None:
-    done = script("study report --check", "--results", str(tmp_path / "no.jsonl"))
-    assert done.returncode == 1 and "results.md" in done.stderr
+    page = tmp_path / "page.md"
+    page.write_text("<!-- a table -->\n\n1\n<!-- end of a table -->")
+    pages.write(page, {"a": "1"}, check=True)
+    with pytest.raises(SystemExit, match="is not what the results give"):
+        pages.write(page, {"a": "2"}, check=True)
 
 
 def test_every_folder_says_what_it_has(

@@ -1,41 +1,50 @@
-"""The study of BiDoRA: its statistics, its plan, and that docs/results.md is what its runs give."""
+"""The study of BiDoRA: its plan, its choices, and its statistics."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from typing import Any
 
 import pytest
 import torch
-from scipy.stats import wilcoxon
 
 from benchmarks.last_layers import disjoint
 from benchmarks.measure import mean_and_half
 from benchmarks.store import Store
-from benchmarks.study.plan import Study
-from benchmarks.study.report import compared, differences, held_out, of_tasks
-from benchmarks.study.variants import HyperMagnitudes, Rotating
-from tests.support import trainers
+from benchmarks.study.plan import BIDORA, DORA, FROZEN, STOPPED, Run, quick
+from benchmarks.study.report import of_tasks, per_task, sections
+from benchmarks.study.training import calibration_error, temperature
 
-SMOKE = Path(__file__).parents[2] / "benchmarks/study/smoke.yaml"
+CELL = (40, 12)
 
 
-def test_statistics_are_those_of_the_definitions() -> None:
-    gaps = [0.03, -0.01, 0.0, 0.02, 0.05, -0.04]
-    row = compared(gaps)
-    assert row["win/tie/loss"] == "3/1/2"
-    assert row["p"] == f"{wilcoxon([gap for gap in gaps if gap]).pvalue:.2g}"
-    assert compared([0.1 + 0.2 - 0.3])["win/tie/loss"] == "0/1/0"  # floats of the last digit
+def result(run: Run, score: float) -> dict[str, Any]:
+    values = {"score": score, "loss": 1 - score, "ece": 0.1}
+    parts = {part: values for part in ("train", "held_out", "test", "scaled")}
+    return {"key": run.key, "seconds": 1.0, **parts}
+
+
+def test_half_an_interval_and_differences_of_the_same_task_and_seed() -> None:
     middle, half = mean_and_half([1.0, 2.0, 3.0])
     assert (middle, half) == (2.0, pytest.approx(4.302653 / 3**0.5))
+    one = {("a", 0): 0.5, ("a", 1): 0.7, ("c", 0): 0.9, ("c", 1): 0.3}
+    other = {("a", 1): 0.4, ("b", 0): 0.1, ("c", 0): 0.4, ("c", 1): 0.4}
+    values = ({key: {"x": x} for key, x in each.items()} for each in (one, other))
+    assert of_tasks(*values, lambda row: row["x"]) == [pytest.approx(0.3), pytest.approx(0.2)]
 
 
-def test_differences_are_of_the_same_task_and_seed() -> None:
-    one = {("a", 0): {"score": 0.5}, ("a", 1): {"score": 0.7}}
-    other = {("a", 1): {"score": 0.4}, ("b", 0): {"score": 0.1}}
-    assert differences(one, other) == [pytest.approx(0.3)]
-    more = one | {("c", 0): {"score": 0.9}, ("c", 1): {"score": 0.3}}
-    base = other | {("c", 0): {"score": 0.4}, ("c", 1): {"score": 0.4}}
-    assert of_tasks(more, base) == [pytest.approx(0.3), pytest.approx(0.2)]
+def test_calibration_error_is_the_gap_of_each_bin() -> None:
+    confidence = torch.tensor([0.9, 0.9, 0.9, 0.6, 0.6])
+    logits = torch.stack([confidence, 1 - confidence], dim=1).log()
+    labels = torch.tensor([0, 0, 1, 1, 1])  # two of three are right at .9, none at .6
+    expected = 3 / 5 * (0.9 - 2 / 3) + 2 / 5 * 0.6
+    assert calibration_error(logits, labels) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_temperature_makes_the_confidence_the_accuracy() -> None:
+    logits = torch.tensor([[7.0, 0.0]]).repeat(4, 1)
+    found = temperature(logits, torch.tensor([0, 0, 0, 1]))  # 3/4 = sigmoid(7 / T)
+    assert found == pytest.approx(7 / math.log(3), rel=1e-3)
 
 
 def test_no_row_is_alike_in_two_parts() -> None:
@@ -45,75 +54,40 @@ def test_no_row_is_alike_in_two_parts() -> None:
     assert [part.tolist() for part in found] == [[0, 1, 2], [3], [5]]
 
 
-def test_a_result_s_key_depends_on_all_of_the_run_s_options(tmp_path: Path) -> None:
-    text, keys = SMOKE.read_text(), set()
-    for change in (("a", "a"), ("test: 40", "test: 50"), ("tweets: 16", "tweets: 20")):
-        file = tmp_path / "study.yaml"
-        file.write_text(text.replace(*change))
-        keys |= {run.key for run in Study.read(file).rates_runs("tweets", 40, "DoRA")}
-    assert len(keys) == 6
-    file.write_text(text.replace("controls", "control"))
-    with pytest.raises(SystemExit, match="is not a study: KeyError"):
-        Study.read(file)
-    study = Study.read(SMOKE)
-    runs = [*study.variants_runs(), *study.rates_runs("tweets", 40, "DoRA")]
-    assert len({run.key for run in runs}) == len(runs)
-    study.default["bilevel"]["lower_steps"] += 1
-    changed = [run.key for run in study.variants_runs()]
-    same = [run.key in changed for run in runs if run.part == "variants"]
-    assert same == [True] + 4 * [False]  # the control is not bilevel
+def test_rates_are_chosen_by_the_held_out_score_of_seeds_that_are_not_judged() -> None:
+    study, store, measured = quick(), Store(None), list[Run]()
+    best = {DORA: {"rate": 6e-3}, BIDORA: {"rate": 2.5e-3, "upper_rate": 1e-1}}
+    for run in study.runs(store):
+        if run.key not in store.by_key:
+            upper_rate = run.options.get("upper_learning_rate")
+            right = (
+                {"rate": run.rate, "upper_rate": upper_rate} if upper_rate else {"rate": run.rate}
+            )
+            agree = sum(best.get(run.method, {}).get(k) == v for k, v in right.items())
+            store.save(result(run, 0.5 + 0.1 * agree))
+            measured.append(run)
+    assert {name: study.chosen(store, CELL, name) for name in best} == best
+    judged = [run for run in measured if run.seed not in study.development]
+    tried = [run for run in measured if run.seed in study.development]
+    # The runs that choose come first: the rates of four methods, and BiDoRA's other upper rate.
+    assert measured[: len(tried)] == tried
+    assert len(tried) == (4 * 2 + 1) * len(study.tasks) * len(study.development)
+    (frozen,) = {run.rate for run in judged if run.method == FROZEN}
+    assert frozen == best[BIDORA]["rate"]
+    stopped = [run for run in judged if run.method == STOPPED]
+    assert {run.rate for run in stopped} == {6e-3}
+    assert [run.until for run in stopped] == pytest.approx([0.3] * len(stopped))
+    assert len({run.key for run in measured}) == len(measured)
+    assert "All six layers adapted" in sections(study, store)
+    assert sections(study, Store(None)) == "No table is complete yet.\n"
 
 
-def test_a_method_s_rate_is_that_of_the_lowest_held_out_loss() -> None:
-    study, store = Study.read(SMOKE), Store(None)
-    cell = ("tweets", 40, "DoRA")
-    assert study.chosen(store, *cell) is None
-    results = {"tweets": ((0.9, 0.6), (0.8, 0.4)), "tags": ((0.5, 0.2), (0.7, 0.6))}
-    for task, of_rates in results.items():
-        for run, (loss, score) in zip(study.rates_runs(task, 40, "DoRA"), of_rates, strict=True):
-            store.save({"key": run.key, "loss": loss, "score": score})
-    assert study.chosen(store, *cell) == 5e-3
-    for name in set(study.table) - {"DoRA"}:
-        del study.table[name]
-    (row,) = held_out(study, store, 40)
-    assert list(row.values()) == ["DoRA", "0.400", "0.500", "0.500", "0.300"]
-
-
-def test_the_rows_above_are_not_those_of_the_lower_steps_before(tmp_path: Path) -> None:
-    rows = trainers.data()
-    args = trainers.arguments(tmp_path, max_steps=12, per_device_upper_batch_size=6)
-    trainer = Rotating(trainers.peft_model(), args, train_dataset=rows)
-
-    def numbers(batch: dict[str, torch.Tensor]) -> set[int]:
-        return {rows["input_ids"].index(row) for row in batch["input_ids"].tolist()}
-
-    below = [numbers(batch) for batch in trainer.get_train_dataloader()]
-    above = [numbers(trainer.upper_batches.batch(cycle)) for cycle in range(6)]
-    assert len(below) == 12
-    for step, batch in enumerate(below):
-        assert len(batch) == 4
-        assert not batch & above[step // 2]
-    assert set().union(*above[:4]) == set(range(24))  # an epoch
-    assert len(set().union(*below)) > 18  # more than one cycle can have
-    trainer.train()
-    assert trainer.state.global_step == 12
-
-
-def test_hyper_magnitudes_pull_to_a_scale_of_the_first_ones(tmp_path: Path) -> None:
-    args = trainers.arguments(tmp_path, hypergradient="minres:steps=5,damping=1.0", retrain="warm")
-    trainer = HyperMagnitudes(trainers.peft_model(dropout=0.0), args, train_dataset=trainers.data())
-    batch = trainers.data().with_format("torch")[:4]
-    with torch.no_grad():
-        assert trainer.lower.loss(batch) == trainer.lower.task_loss(batch)
-        trainer.scales[0] = torch.tensor(2.0).log()
-        trainer.precisions[0] = torch.tensor(3.0).log()
-        pull = trainer.lower.loss(batch) - trainer.lower.task_loss(batch)
-        assert pull.item() == pytest.approx(1.5 * trainer.start[0].square().mean().item(), rel=1e-4)
-        trainer.scales[0] = 0.0
-    first = [*trainer.scales.tolist(), *trainer.precisions.tolist()]
-    trainer.train()
-    learnt = [*trainer.scales.tolist(), *trainer.precisions.tolist()]
-    assert all(before != after for before, after in zip(first[1:3], learnt[1:3]))
-    assert trainer.retrainer.lower.scales is trainer.scales
-    now = [m for n, m in trainers.values(trainer.model).items() if "magnitude" in n]
-    assert all(not torch.equal(m, m0) for m, m0 in zip(now, trainer.start, strict=True))
+def test_a_rate_of_each_task_is_scored_on_the_seed_that_did_not_choose_it() -> None:
+    study, store = quick(), Store(None)
+    study = type(study)(**{**vars(study), "tasks": ("a",), "development": (0, 1)})
+    trials = [study.trials(CELL, DORA, rate=rate) for rate in study.rates]
+    for runs, scores in zip(trials, ((0.9, 0.2), (0.6, 0.5)), strict=True):
+        for run, score in zip(runs, scores, strict=True):
+            store.save(result(run, score))
+    # Seed 1 is scored by the rate that is best on seed 0, and the other way round.
+    assert per_task(study, store, trials) == pytest.approx((0.2 + 0.6) / 2)

@@ -9,8 +9,8 @@ from hyperopt_peft.diagnostics.curvature import Spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
 
 
-def row(method, cosine=0.99, error=0.1, seconds=1.0, ratio=1.0, problem="", factor=math.nan):
-    return ComparisonRow(method, cosine, error, ratio, factor, seconds=seconds, problem=problem)
+def row(method, cosine=0.99, error=0.1, seconds=1.0, problem="", factor=math.nan):
+    return ComparisonRow(method, cosine, error, 1.0, factor, seconds=seconds, problem=problem)
 
 
 def comparison(*rows, residual=0.01, note="", reference="minres:steps=40", spectrum=None):
@@ -79,16 +79,6 @@ def test_negative_curvature_of_the_reference_is_told():
     assert "negative curvature -3" in result.reasons[0]
 
 
-@pytest.mark.parametrize(("ratio", "warned"), [(2.1, True), (0.45, True), (2.0, False)])
-def test_darts_of_the_wrong_length(ratio, warned):
-    result = recommend(comparison(row("cg"), row("darts:xi=0.7", 0.4, 3, ratio=ratio)))
-    warnings = [reason for reason in result.reasons if "times as long" in reason]
-    assert (
-        warnings
-        == [f"Warning: darts:xi=0.7 is {ratio:.2g} times as long as the reference."][:warned]
-    )
-
-
 @pytest.mark.parametrize(("factor", "xi"), [(0.1, 0.07), (-0.1, 0.0), (math.nan, None)])
 def test_the_xi_of_darts_that_is_closest_to_the_reference(factor, xi):
     rows = row("cg"), row("darts:xi=0.7", 0.4, 3, factor=factor)
@@ -106,10 +96,3 @@ def test_a_damping_that_dominates_is_warned_of():
     result = recommend(comparison(*rows, spectrum=Spectrum(-0.1, 0.5)))
     assert [r for r in result.reasons if "cg:damping=1:" in r]
     assert not [r for r in result.reasons if "cg:damping=0.1:" in r]
-
-
-def test_of_other_estimators_only_long_ones_are_warned_of():
-    short = recommend(comparison(row("cg"), row("minres", 0.4, 0.9, ratio=0.2)))
-    long = recommend(comparison(row("cg"), row("neumann", 0.4, 3.0, ratio=4.0)))
-    assert len(short.reasons) == 1
-    assert long.reasons[1] == "Warning: neumann is 4 times as long as the reference."

@@ -20,6 +20,7 @@ SMALL = {
     "lower_steps": 2,
     "retrain": "warm",
     "retrain_steps": 2,
+    "estimators": True,
     "reference_steps": 3,
 }
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from hyperopt_peft.adapters import split_parameters
-from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
+from tests.support.trainers import TASKS, arguments, base_model, data, peft_model, trainer, values
 
 
 @pytest.mark.parametrize(("kind", "method"), [*((k, "bidora") for k in TASKS), ("causal", "lora")])
@@ -84,3 +84,28 @@ def test_retraining_has_its_own_length_rate_and_decay(tmp_path: Path) -> None:
     assert run.retrainer.state.log_history[0]["learning_rate"] == 5e-4
     assert run.retrainer.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert (run.args.learning_rate, run.args.weight_decay) == (1e-2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "again", "short"),
+    [
+        (1e-3, 99, 100, ["search: 99 steps"]),
+        (2e-3, 50, 49, ["retraining: 49 steps"]),
+        (1e-3, 100, 100, []),
+        (0.0, 7, 7, []),  # a control
+    ],
+)
+def test_a_phase_too_short_to_learn_is_named_with_the_steps_it_needs(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rate: float,
+    steps: int,
+    again: int,
+    short: list[str],
+) -> None:
+    sizes = {"max_steps": steps, "retrain_steps": again, "retrain": "warm"}
+    args = arguments(tmp_path, learning_rate=rate, **sizes)
+    assert args.phases(lower=80, everything=100) == (steps, again)
+    args.warn_of_short_phases(steps, again)
+    assert [record.message.partition(" at a")[0] for record in caplog.records] == short
+    assert all(f"give it {0.1 / rate:.0f} steps" in r.message for r in caplog.records)
