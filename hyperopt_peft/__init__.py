@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.compare_baselines import compare_baselines
-    from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
+    from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
+    from hyperopt_peft.problems.mix_trainer import MixTrainer
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
     from hyperopt_peft.trainer.data import split_dataset
     from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
@@ -34,7 +35,7 @@ _MODULES = {
     "Estimator": "hypergradients",
     "HypergradientWarning": "errors",
     "MixTrainer": "problems.mix_trainer",
-    "MixTrainingArguments": "problems.mix_trainer",
+    "MixTrainingArguments": "problems.mix_arguments",
     "Nested": "engine.nested",
     "NonFiniteError": "errors",
     "Problem": "core.problem",

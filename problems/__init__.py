@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.adapter_trainer import AdapterTrainer
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
-    from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
+    from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
+    from hyperopt_peft.problems.mix_trainer import MixTrainer
     from hyperopt_peft.problems.source_data import by_column
     from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 
@@ -17,7 +18,7 @@ _MODULES = {
     "BiDoRATrainer": "bidora_trainer",
     "BiDoRATrainingArguments": "bidora_trainer",
     "MixTrainer": "mix_trainer",
-    "MixTrainingArguments": "mix_trainer",
+    "MixTrainingArguments": "mix_arguments",
     "TaskLevel": "common",
     "TwoPhaseTrainer": "two_phases",
     "TwoPhaseTrainingArguments": "two_phases",

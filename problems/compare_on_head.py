@@ -9,11 +9,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperopt_peft.problems.fold_losses import FoldLosses
-from hyperopt_peft.problems.head_mix import HeadMix, Plan
-from hyperopt_peft.problems.mix_plans import methods_of, trusted_only
+from hyperopt_peft.problems.head_mix import HeadMix
+from hyperopt_peft.problems.mix_plans import (
+    LEARNED_THEN,
+    THEN_TRUSTED,
+    TRUSTED_ONLY,
+    methods_of,
+    trusted_only,
+)
 
-#: The penalties that are tried for a training on trusted rows alone, and for one after another.
-ALONE, AFTER = (0.03, 0.1, 0.3), (0.1, 0.3, 1.0)
+#: The λ that are tried for a training on trusted rows alone, and for one after another.
+PENALTIES = {
+    TRUSTED_ONLY: (0.03, 0.1, 0.3),
+    THEN_TRUSTED: (0.1, 0.3, 1.0),
+    LEARNED_THEN: (0.1, 0.3, 1.0),
+}
 
 
 def losses_on_head(mix: HeadMix, fold_of_row: Tensor, *, progress: bool = False) -> FoldLosses:
@@ -41,8 +51,8 @@ def losses_on_head(mix: HeadMix, fold_of_row: Tensor, *, progress: bool = False)
         for name, method in methods.items():
             begin = inside.passes
             plan = method(inside)
-            planned = inside.passes - begin
-            for penalty in penalties(plan):
+            planned = max(plan.passes, inside.passes - begin)  # a search is done once
+            for penalty in PENALTIES.get(name, (0.0,)):
                 begin = inside.passes
                 each = inside.losses(inside.fit(plan, penalty), held_out)
                 result.add((name, penalty), judged, each, planned + inside.passes - begin)
@@ -53,10 +63,3 @@ def losses_on_head(mix: HeadMix, fold_of_row: Tensor, *, progress: bool = False)
         result.untrained[judged] = constant.losses(head, held_out.without_features())
     bar.close()
     return result
-
-
-def penalties(plan: Plan) -> tuple[float, ...]:
-    """The λ that are tried for the training on the trusted rows of ``plan``; 0 for none."""
-    if plan.then_trusted:
-        return AFTER
-    return ALONE if plan.trusted_only else (0.0,)

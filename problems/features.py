@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.example_weights import COLUMNS, without
 from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
-from hyperopt_peft.utils.models import base_model, keep_differentiable
+from hyperopt_peft.utils.models import base_model, evaluating
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 
@@ -107,7 +107,7 @@ def features_of(
     device = device or next(model.parameters()).device
     loader: Any = DataLoader(_Numbered(rows), batch_size, collate_fn=_Collator(collate))
     parts = []
-    with collating("the rows"), replay(RandomState.capture()), _evaluating(model), precision():
+    with collating("the rows"), replay(RandomState.capture()), evaluating(model), precision():
         for number, batch in tqdm(loader, desc="features", disable=not progress):
             parts.append(_of_batch(model, number, send_to_device(dict(batch), device)))
     columns = zip(*((part.x, part.labels, part.row) for part in parts), strict=True)
@@ -132,7 +132,7 @@ def _of_batch(model: Any, number: Tensor, batch: dict[str, Any]) -> Features:
     if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != len(number):
         raise ProblemError(
             f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a "
-            "head has no features to read"
+            "head has no features to read; train the adapter in its place"
         )
     of_tokens = labels.dim() == 2 and not labels.is_floating_point()
     if of_tokens:
@@ -145,6 +145,7 @@ def _of_batch(model: Any, number: Tensor, batch: dict[str, Any]) -> Features:
         x, labels, number = states[row, token], labels[row, token], number[row.cpu()]
     else:
         mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))
+        states = states[:, -mask.shape[1] :]  # without those of a tuned prompt
         mask = mask[..., None].float()
         x = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
     return Features(x.float().cpu(), labels.cpu(), number)
@@ -168,19 +169,6 @@ class _Collator:
     def __call__(self, rows: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
         numbers, plain = zip(*rows, strict=True)
         return torch.tensor(numbers), self.collate(list(plain))
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode in the body; afterwards each module is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    keep_differentiable(model)
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _identity(model: Any, rows: Dataset, collate: Any) -> str:

@@ -11,6 +11,7 @@ products. The weights are then those of the adapter's training: a proxy, as in D
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,8 +30,8 @@ from hyperopt_peft.problems.head_rows import HeadRows
 
 #: Solves for the hypergradient of the head's minimum.
 SOLVER = "cg:steps=20,tolerance=0.01"
-#: The steps of a search.
-SEARCH_STEPS = 15
+#: The learning rate of a search, and its steps.
+RATE, SEARCH_STEPS = 0.6, 15
 #: The value of a for a source that is left out, and for one that counts as much as can be.
 OUT, FULL = 1e-6, 1 - 1e-6
 
@@ -45,11 +46,17 @@ class Plan:
         groups: in place of `HeadRows.groups`, -1 where a row or vote is left out.
         then_trusted: whether a training on the trusted rows alone follows, near where the first
             one ended.
+        passes: those of the search that found a.
+
+    Example:
+        >>> Plan(torch.tensor([1.0, 0.0, 1.0])).logits  # without the second source
+        tensor([ 13.8..., -13.8...,  13.8...])
     """
 
     a: Tensor
     groups: Tensor | None = None
     then_trusted: bool = False
+    passes: int = 0
 
     @property
     def trusted_only(self) -> bool:
@@ -72,18 +79,29 @@ class HeadMix:
         prior: τ; K/(8·n) of K logits and n trusted rows with None.
         rate, steps: of Adam on the logits u, at the upper level.
         passes: the evaluations over all rows until now; a product counts as two.
-        history: of each step of the last search the trusted loss and the residual of the solve.
-        shares: the sources' shares before each of these steps, by name.
+        history: before each step of the last search the trusted loss, ``upper_loss``, the
+            ``residual`` of the solve, and the sources' ``shares`` by name.
+
+    Example:
+        >>> from hyperopt_peft.problems.features import Features
+        >>> x = torch.tensor([[1.0], [-1.0]]).repeat(9, 1)
+        >>> labels = torch.tensor([0, 1] * 3 + [1, 0] * 3 + [0, 1] * 3)  # the second source errs
+        >>> features = Features(x, labels, torch.arange(18))
+        >>> groups = torch.arange(3).repeat_interleave(6)
+        >>> names = ("web", "books", "trusted")
+        >>> mix = HeadMix(HeadRows.of(names, features, groups, outputs=2), steps=5)
+        >>> a = mix.learned.a
+        >>> bool(a[0] > a[1])
+        True
     """
 
     rows: HeadRows
     l2: float = L2
     prior: float | None = None
-    rate: float = 0.6
+    rate: float = RATE
     steps: int = SEARCH_STEPS
     passes: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    shares: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def fit(self, plan: Plan, penalty: float = 0.0) -> Head:
         """The head that ``plan`` trains.
@@ -102,10 +120,11 @@ class HeadMix:
     @torch.no_grad()
     def losses(self, head: Head, rows: HeadRows | None = None) -> Tensor:
         """The mean loss of each trusted row, ``(n,)``, of `rows` or of those given."""
-        trusted = (rows or self.rows).trusted
-        each, counts = self.losses_of(head, trusted), trusted.row.bincount()
-        sums: Tensor = torch.zeros(len(counts)).index_add(0, trusted.row, each)
-        return sums / counts.clamp(min=1)
+        rows = rows or self.rows
+        trusted, n = rows.trusted, rows.n
+        each = self.losses_of(head, trusted)
+        counts = trusted.row.bincount(minlength=n)
+        return each.new_zeros(n).index_add(0, trusted.row, each) / counts.clamp(min=1)
 
     @torch.no_grad()
     def losses_of(self, head: Head, features: Features) -> Tensor:
@@ -125,12 +144,11 @@ class HeadMix:
     def search(self) -> SourceWeights:
         """The weights that Adam finds; the lower level starts where the last step left it."""
         head, self.history = self._head(), []
-        self.shares = []
         weights, lower, batch = self._lower(head, Plan(torch.full((len(self.rows.names),), 0.5)))
         weights.requires_grad_(True)
         optimizer = torch.optim.Adam([weights.logits], lr=self.rate, betas=(0.9, 0.99))
-        n = len(self.rows.trusted.row.unique())
-        prior = len(self.rows.names) / (8 * n) if self.prior is None else self.prior
+        default = len(self.rows.names) / (8 * self.rows.n)
+        prior = default if self.prior is None else self.prior
         upper = HeldOut(head, weights, prior=prior, optimizer=optimizer)
         above = self.rows.trusted_batch()
         for _ in range(self.steps):
@@ -138,9 +156,9 @@ class HeadMix:
             oracle = open_oracle(upper, lower, upper_batch=above, lower_batch=batch)
             result = estimate(oracle, SOLVER)
             self.passes += 2 * ((result.steps or 0) + 1)
-            self.shares.append(dict(zip(weights.names, weights.shares().tolist(), strict=True)))
             self.history.append(
                 {
+                    "shares": dict(zip(weights.names, weights.shares().tolist(), strict=True)),
                     "upper_loss": oracle.upper_gradient.evaluation.loss,
                     "residual": result.residual or 0.0,
                 }
@@ -151,7 +169,8 @@ class HeadMix:
     @cached_property
     def learned(self) -> Plan:
         """The plan of the weights that `search` finds."""
-        return Plan(self.search().logits.detach().sigmoid())
+        before = self.passes
+        return Plan(self.search().logits.detach().sigmoid(), passes=self.passes - before)
 
     def row_weights(self, plan: Plan) -> dict[str, float]:
         """The weight of a row of each source in ``plan``, by name; the mean over all rows is 1."""
@@ -161,7 +180,7 @@ class HeadMix:
     @cached_property
     def trusted_head(self) -> Head:
         """The head that is trained on the trusted rows alone."""
-        return self.fit(Plan(torch.cat([torch.zeros(len(self.rows.names) - 1), torch.ones(1)])))
+        return self.fit(Plan(torch.eye(len(self.rows.names))[-1]))
 
     def _head(self) -> Head:
         rows = self.rows
@@ -180,4 +199,6 @@ class HeadMix:
         return weights, lower, rows.batch(groups)
 
     def _solve(self, level: Problem, batch: Any) -> None:
-        self.passes += solve(level, batch)
+        rows = self.rows
+        share = len(batch["features"]) / (len(rows.sources.x) + len(rows.trusted.x))
+        self.passes += math.ceil(share * solve(level, batch))

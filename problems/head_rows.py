@@ -23,17 +23,26 @@ class HeadRows:
         sources: m rows, or tokens, of the sources.
         groups: the number of the source of each, ``(m,)``; or the class that each source gives to
             it, ``(m, K)``, -1 for none.
-        trusted: the trusted rows, or their tokens.
+        trusted: the n trusted rows, or their tokens.
+        n: the number of the trusted rows.
         trusted_votes: the class that each source gives to a trusted row, ``(n, K)``, if it is
             known.
         outputs: the number of classes, or of numbers to predict.
         problem_type: as in `Head`.
+
+    Example:
+        >>> features = Features(torch.eye(4), torch.tensor([0, 1, 0, 1]), torch.arange(4))
+        >>> groups = torch.tensor([0, 0, 1, 2])  # the last row is trusted
+        >>> rows = HeadRows.of(("web", "books", "trusted"), features, groups, outputs=2)
+        >>> rows.counts(rows.groups), rows.trusted.labels
+        (tensor([2, 1]), tensor([1]))
     """
 
     names: tuple[str, ...]
     sources: Features
     groups: Tensor
     trusted: Features
+    n: int
     outputs: int
     trusted_votes: Tensor | None = None
     problem_type: str | None = None
@@ -54,7 +63,7 @@ class HeadRows:
         of_sources = groups[sources.row] if groups.dim() == 1 else groups[sources.row, :last]
         chosen = features.select(trusted)
         numbered = replace(chosen, row=torch.searchsorted(trusted, chosen.row))
-        return cls(names, sources, of_sources, numbered, **rest)
+        return cls(names, sources, of_sources, numbered, len(trusted), **rest)
 
     @property
     def votes(self) -> bool:
@@ -68,11 +77,11 @@ class HeadRows:
         return groups[groups != NO_VOTE].bincount(minlength=len(self.names) - 1)
 
     def with_trusted(self, rows: Tensor) -> HeadRows:
-        """With these trusted rows alone, ``(n,)``, renumbered from 0."""
+        """With these trusted rows alone, ``(n,)``, which increase; they are renumbered from 0."""
         chosen = self.trusted.select(rows)
         numbered = replace(chosen, row=torch.searchsorted(rows, chosen.row))
         votes = None if self.trusted_votes is None else self.trusted_votes[rows]
-        return replace(self, trusted=numbered, trusted_votes=votes)
+        return replace(self, trusted=numbered, n=len(rows), trusted_votes=votes)
 
     def without_features(self) -> HeadRows:
         """With one feature that is 0, of which a head learns a constant."""

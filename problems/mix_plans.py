@@ -7,6 +7,7 @@ the trusted rows, at their votes on trusted rows, or at what a training without 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ ROUNDS = 30
 
 def trusted_only(mix: HeadMix) -> Plan:
     """The trusted rows alone."""
-    return Plan(torch.cat([torch.zeros(len(mix.rows.names) - 1), torch.ones(1)]))
+    return Plan(torch.eye(len(mix.rows.names))[-1])
 
 
 def equal(mix: HeadMix) -> Plan:
@@ -80,7 +81,7 @@ def filtered(mix: HeadMix) -> Plan:
         ProblemError: it gives none.
     """
     agrees = _agreements(mix)
-    if not mix.rows.votes:  # of tokens, the rows that agree on more than a half
+    if not mix.rows.votes:  # of tokens, the rows that agree on a half or more
         row = mix.rows.sources.row
         counts, sums = row.bincount(), row.bincount(agrees)
         agrees = (sums / counts.clamp(min=1))[row].to(agrees.dtype)
@@ -102,22 +103,25 @@ def label_model(mix: HeadMix) -> Plan:
     The votes on trusted rows, where they are known, are of known classes.
     """
     rows, votes, classes = mix.rows, mix.rows.groups, mix.rows.outputs
-    hit = torch.nn.functional.one_hot(votes.clamp(min=0), classes).double()
-    hit *= (votes != NO_VOTE)[..., None]
-    counts, right = (votes != NO_VOTE).sum(0).double(), torch.zeros(votes.shape[1]).double()
+    voted, voted_class = votes != NO_VOTE, votes.clamp(min=0)
+    counts, right = voted.sum(0).double(), torch.zeros(votes.shape[1]).double()
     if rows.trusted_votes is not None:
         counts = counts + (rows.trusted_votes != NO_VOTE).sum(0)
         right += (rows.trusted_votes == rows.trusted.labels[:, None]).sum(0)
-    posterior = hit.sum(1) / hit.sum((1, 2))[:, None].clamp(min=1)
+
+    def summed(of_votes: Tensor) -> Tensor:
+        """The sum of the votes for each class, ``(m, C)``."""
+        return of_votes.new_zeros(len(votes), classes).scatter_add(1, voted_class, of_votes * voted)
+
+    posterior = summed(voted.double()) / voted.sum(1, keepdim=True).clamp(min=1)
     for _ in range(ROUNDS):
-        q = ((hit * posterior[:, None]).sum((0, 2)) + right + 1) / (counts + classes)
+        hits = (posterior.gather(1, voted_class) * voted).sum(0)
+        q = (hits + right + 1) / (counts + classes)
         odds = (q / (1 - q) * (classes - 1)).log()
-        prior = posterior.mean(0).clamp(min=1e-6).log()
-        posterior = ((hit * odds[:, None]).sum(1) + prior).softmax(1)
-    first = torch.full_like(votes, NO_VOTE)
-    voted = (votes != NO_VOTE).any(1)
-    first[voted, 0] = posterior.argmax(1)[voted]
-    return Plan(torch.ones(len(rows.names)), groups=first)
+        posterior = (summed(odds.expand(votes.shape)) + posterior.mean(0).log()).softmax(1)
+    groups = torch.full_like(votes, NO_VOTE)
+    groups[:, 0] = posterior.argmax(1).where(voted.any(1), NO_VOTE)
+    return Plan(torch.ones(len(rows.names)), groups=groups)
 
 
 def without_one(mix: HeadMix) -> Plan:
@@ -155,7 +159,7 @@ def learned(mix: HeadMix) -> Plan:
 
 def learned_then(mix: HeadMix) -> Plan:
     """The same weights, then the trusted rows."""
-    return Plan(mix.learned.a, then_trusted=True)
+    return replace(mix.learned, then_trusted=True)
 
 
 def methods_of(mix: HeadMix) -> dict[str, Callable[[HeadMix], Plan]]:

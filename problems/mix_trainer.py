@@ -5,136 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import TrainOutput
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients import Estimator, get_estimator
+from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.problems.data_sources import SOURCE, VOTES, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.features import features_of
-from hyperopt_peft.problems.head_mix import SEARCH_STEPS, HeadMix, Plan
+from hyperopt_peft.problems.head_mix import HeadMix, Plan
 from hyperopt_peft.problems.head_rows import HeadRows, kept
+from hyperopt_peft.problems.mix_arguments import AUTO, MixTrainingArguments
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import SourceTrainer, equal_weights
-from hyperopt_peft.problems.two_phases import (
-    TwoPhaseTrainer,
-    TwoPhaseTrainingArguments,
-    options_of_retraining,
-)
+from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, options_of_retraining
 from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.distributed import broadcast
 from hyperopt_peft.utils.models import base_model
-from hyperopt_peft.utils.restore import assign_
+from hyperopt_peft.utils.restore import assign_, perturbed
 
-#: The name of the default search, and of the default estimator.
-AUTO = "auto"
 #: The file with the features of a search on the head.
 FEATURES = "features.safetensors"
-#: The default estimator where each token has a label, as in a language model, and else.
-OF_TOKENS, OF_ROWS = "darts:product=dots", "minres:steps=3,damping=0.1"
-
-
-@dataclass
-class MixTrainingArguments(TwoPhaseTrainingArguments):
-    """The arguments of `MixTrainer`.
-
-    Example:
-        >>> MixTrainingArguments("outputs", report_to="none").retrain
-        'scratch'
-    """
-
-    retrain: Literal["none", "warm", "scratch"] = HfArg(
-        default="scratch",
-        help="after the search, train on all rows with the learned weights: not at all, from where "
-        "the search ended, or from the initial values",
-    )
-    search: Literal["auto", "head", "adapter"] = HfArg(
-        default=AUTO,
-        help="what the weights are learned on: a linear head on the features of the frozen model, "
-        f"in seconds, or the adapter; {AUTO} is the adapter for language models and else the head",
-    )
-    search_steps: int = HfArg(
-        default=SEARCH_STEPS, help="updates of the weights in a search on the head"
-    )
-    hypergradient: str = HfArg(
-        default=AUTO,
-        help="of a search on the adapter, the hypergradient estimator, with options; "
-        f"{AUTO} is {OF_TOKENS} where each token has a label, and else {OF_ROWS}",
-    )
-    lower_steps: int = HfArg(
-        default=3, help="optimizer steps from one update of the weights to the next"
-    )
-    learning_rate: float = HfArg(
-        default=1e-3, help="peak learning rate of the adapter; 2e-4 for a large language model"
-    )
-    upper_learning_rate: float = HfArg(
-        default=0.6, help="peak learning rate of the logits of the weights"
-    )
-    upper_prior: float | None = HfArg(
-        default=None,
-        help="τ of the prior ½·τ·mean‖u − u0‖² of the K logits, which prevents overfitting the n "
-        "trusted rows; K/(8·n) if not given, 0 for none",
-    )
-    gradient_accumulation_steps: int = HfArg(
-        default=16,
-        help="micro-batches a step of the search, which needs about ten rows of each source: 128 "
-        "rows with the default batch size",
-    )
-    retrain_gradient_accumulation_steps: int | None = HfArg(
-        default=1, help="micro-batches a step of the retraining"
-    )
-    retrain_steps: int | None = HfArg(
-        default=None,
-        help="steps of the retraining, in place of epochs; if not given those of max_steps, or, "
-        "after a search on the adapter of max_steps, as many as read the same number of rows",
-    )
-    # The lower level reads a column that the model does not; the trainer removes all others.
-    remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("be at least 1", lambda n: n >= 1, "search_steps")
-
-    def for_retraining(self) -> Self:
-        """As `TwoPhaseTrainingArguments.for_retraining`, by rows after a search on the adapter."""
-        args = super().for_retraining()
-        by_rows = self.search == "adapter" and self.retrain_epochs is self.retrain_steps is None
-        if by_rows and self.max_steps > 0:
-            batches = self.max_steps * self.gradient_accumulation_steps
-            args.max_steps = math.ceil(batches / args.gradient_accumulation_steps)
-        return args
-
-    def epochs_of(self, rows: int) -> float:
-        """The epochs of a training on ``rows`` rows.
-
-        Example:
-            >>> MixTrainingArguments(
-            ...     "outputs", max_steps=6, report_to="none", use_cpu=True
-            ... ).for_retraining().epochs_of(24)
-            2.0
-        """
-        step = self.gradient_accumulation_steps * self.train_batch_size * self.world_size
-        steps = self.steps_of(rows)
-        return steps * step / rows if self.max_steps > 0 else float(self.num_train_epochs)
-
-    def estimator(self, *, of_tokens: bool = False) -> Estimator:
-        """As `BilevelTrainingArguments.estimator`; ``auto`` is the one of tokens, or of rows."""
-        if self.hypergradient != AUTO:
-            return super().estimator()
-        return get_estimator(OF_TOKENS if of_tokens else OF_ROWS)
 
 
 class MixTrainer(SourceTrainer, TwoPhaseTrainer):
@@ -225,12 +126,28 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
             **trainer,
         )
         #: The initial values of the trainable parameters.
-        self.initial = [parameter.detach().clone() for _, parameter in trainable(self.model)]
-        self.on_head = self.args.search == "head" or (
-            self.args.search == AUTO and base_model(self.model).get_output_embeddings() is None
-        )
+        self.initial = [variable.detach().clone() for variable in self._variables()]
+        search = self.args.search
+        #: Whether the weights are learned on a head.
+        self.on_head = search == "head" or (search == AUTO and not self._predicts_text())
+        if self.on_head:
+            self._require_features()
         self.args = copy(self.args)  # the caller's may be those of another model too
         self.args.search = "head" if self.on_head else "adapter"
+
+    def _variables(self) -> list[Tensor]:
+        return [parameter for _, parameter in trainable(self.model)]
+
+    def _predicts_text(self) -> bool:
+        head = getattr(base_model(self.model), "get_output_embeddings", None)
+        return head is not None and head() is not None
+
+    def _require_features(self) -> None:
+        if self._predicts_text():
+            raise ProblemError(
+                f"search: {type(base_model(self.model)).__name__} is a language model, for whose "
+                "tokens no head is learned; choose the adapter"
+            )
 
     def _held_out(self) -> Problem:
         prior = len(self.weights.names) / (8 * len(self.data.trusted))
@@ -249,22 +166,22 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         The features are in the file ``features.safetensors`` of the output folder.
 
         Raises:
-            ProblemError: see `features_of`.
+            ProblemError: the model is a language model; see `features_of`.
         """
-        args, variables = self.args, [parameter for _, parameter in trainable(self.model)]
-        present = [variable.detach().clone() for variable in variables]
-        assign_(variables, self.initial)
-        features = features_of(
-            self.model,
-            self.train_dataset,
-            self.data_collator,
-            batch_size=args.per_device_eval_batch_size,
-            device=args.device,
-            precision=self.compute_loss_context_manager,
-            cache=Path(args.output_dir or "") / FEATURES if args.should_save else None,
-            progress=not args.disable_tqdm,
-        )
-        assign_(variables, present)
+        self._require_features()
+        args = self.args
+        with perturbed(self._variables()):
+            assign_(self._variables(), self.initial)
+            features = features_of(
+                self.model,
+                self.train_dataset,
+                self.data_collator,
+                batch_size=args.per_device_eval_batch_size,
+                device=args.device,
+                precision=self.compute_loss_context_manager,
+                cache=Path(args.output_dir or "") / FEATURES if args.should_save else None,
+                progress=not args.disable_tqdm,
+            )
         groups = VOTES if VOTES in self.train_dataset.column_names else SOURCE
         config = base_model(self.model).config
         rows = HeadRows.of(
@@ -284,26 +201,25 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
             return super().search(point, *args, **kwargs)
         mix = self.head_mix
         self._take(mix.learned)
-        for step, (record, shares) in enumerate(zip(mix.history, mix.shares, strict=True)):
-            self.state.log_history.append({"step": step, "shares": shares, **record})
+        self.state.log_history += [{"step": k, **record} for k, record in enumerate(mix.history)]
         self.state.log_history.append({"step": len(mix.history), "shares": self.shares()})
-        last = mix.history[-1]
-        self.log({"search_steps": mix.steps, "search_passes": mix.passes, **last})
+        last = {name: mix.history[-1][name] for name in ("upper_loss", "residual")}
+        self.log({"search_steps": mix.steps, "search_passes": mix.learned.passes, **last})
         return TrainOutput(0, last["upper_loss"], last)
 
     def retrain(self, plan: Plan, *, resume: bool = False) -> None:
-        """Train the adapter from its initial values by ``plan``, as `retraining` is.
+        """Train the adapter from its initial values by ``plan``, whose weights `weights` then has.
 
-        A training on the trusted rows alone takes half of the steps where another one is before it.
+        The steps are those of `retraining`. A training on the trusted rows alone has half of them
+        where another one is before it.
 
         Args:
             plan: the plan.
             resume: whether to go on from the last complete checkpoint of a training by it, if any.
         """
-        args = self.args.for_retraining()
-        assign_([parameter for _, parameter in trainable(self.model)], self.initial)
+        args, data = self.args.for_retraining(), self.data
+        assign_(self._variables(), self.initial)
         self._take(plan)
-        data = self.data
         if plan.groups is not None:
             data = kept(data, plan.groups, self.head_mix.rows)
         trusted = {TRUSTED: data.parts[TRUSTED]}
@@ -316,7 +232,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         for (parts, steps), folder in [*zip(phases, folders)][begin : 2 if after else 1]:
             phase = copy(args)
             phase.max_steps, phase.output_dir = steps, str(folder)
-            self.retrainer = self._of_weights(parts, phase)
+            weights = equal_weights if parts is trusted else self._present_weights
+            self.retrainer = self.of_parts(parts, phase, weights, **self.options)
             self.retrainer._train_from(point)
             point = None
 
@@ -328,10 +245,10 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
 
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the adapter on everything, with the learned weights."""
-        return self._of_weights(self.data.parts, args)
+        return self.of_parts(self.data.parts, args, self._present_weights, **self.options)
 
-    def _of_weights(self, parts: Mapping[str, Dataset], args: Any) -> SourceTrainer:
-        return self.of_parts(parts, args, lambda counts: self.weights, **self.options)
+    def _present_weights(self, counts: Mapping[str, int]) -> SourceWeights:
+        return self.weights
 
     def of_parts(
         self,
@@ -346,7 +263,9 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         return made
 
     def search_passes(self) -> int:
-        """The forward+backward passes of a search on the adapter, over a micro-batch."""
+        """The passes of the search over a micro-batch; for a head, those of the features."""
+        if self.on_head:
+            return -(-len(self.train_dataset) // int(self.args.per_device_train_batch_size))
         steps = self.args.steps_of(len(self.train_dataset))
         return math.ceil(steps * self.passes_of_an_upper_step() / self.args.lower_steps)
 

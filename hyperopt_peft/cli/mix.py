@@ -29,9 +29,10 @@ from hyperopt_peft.problems.compare_baselines import (
     compare_baselines,
 )
 from hyperopt_peft.problems.compare_on_adapter import passes_of, runs_of
+from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
 from hyperopt_peft.problems.mix_baselines import Baselines
 from hyperopt_peft.problems.mix_plans import LEARNED, methods_of
-from hyperopt_peft.problems.mix_trainer import MixTrainer, MixTrainingArguments
+from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.utils.groups import group_rows
 
 #: The upper steps below which weights are not trusted, and the least share by which a loss falls.

@@ -20,7 +20,7 @@ from hyperopt_peft.core.logits import IGNORED, beside_logits, losses_of_logits, 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import function_modes_off
-from hyperopt_peft.utils.models import base_model, keep_differentiable
+from hyperopt_peft.utils.models import base_model, evaluating
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: Entries of a micro-batch that a Trainer adds for the loss of a step, the mean over its
@@ -304,13 +304,8 @@ def model_reads(batch: Mapping[str, Any]) -> Iterator[None]:
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, in which heads are not fused; afterwards all is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    keep_differentiable(model)
-    model.eval()
     try:
-        with function_modes_off(), replay(RandomState.capture()):
+        with evaluating(model), function_modes_off(), replay(RandomState.capture()):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         distributed.reshard(model)

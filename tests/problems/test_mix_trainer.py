@@ -12,7 +12,7 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.head_mix import Plan
-from hyperopt_peft.problems.mix_trainer import MixTrainingArguments
+from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
 from tests.support import mix_in_processes as in_processes
 from tests.support import two_processes
 from tests.support.mix_runs import rows, sources, trainer, votes

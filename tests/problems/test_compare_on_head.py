@@ -1,0 +1,88 @@
+"""The cross-validated losses of all methods on a head: a fold that is judged never trains."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hyperopt_peft.problems import head_mix
+from hyperopt_peft.problems.compare_on_head import PENALTIES, losses_on_head
+from hyperopt_peft.problems.head_mix import HeadMix
+from hyperopt_peft.problems.mix_plans import (
+    EQUAL,
+    LEARNED,
+    LEARNED_THEN,
+    equal,
+    methods_of,
+)
+from tests.support.head_rows import ROWS, mix
+
+FOLDS = 2
+
+
+def folds(made: HeadMix) -> torch.Tensor:
+    return torch.arange(made.rows.n) % FOLDS
+
+
+@pytest.mark.parametrize("kind", ["votes", pytest.param("tokens", marks=pytest.mark.slow)])
+def test_a_row_that_is_judged_never_trains(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lower batch before a judgement has its rows, and no upper one; those of the others do."""
+    made, trained, judged = mix(kind, steps=2), set(), []
+    solve, open_oracle, losses = head_mix.solve, head_mix.open_oracle, HeadMix.losses
+
+    def of(x: torch.Tensor) -> set[Any]:
+        return set(map(tuple, x.tolist()))
+
+    def solved(level: Any, batch: Any) -> int:
+        trained.update(of(batch["features"]))
+        return solve(level, batch)
+
+    def opened(*levels: Any, upper_batch: Any, lower_batch: Any) -> Any:
+        trained.update(of(upper_batch["features"]) | of(lower_batch["features"]))
+        return open_oracle(*levels, upper_batch=upper_batch, lower_batch=lower_batch)
+
+    def judge(self: HeadMix, head: Any, rows: Any = None) -> Any:
+        if rows is not None and rows.trusted.x.shape[1] > 1:  # no constant
+            held_out = of(rows.trusted.x)
+            assert not held_out & trained
+            assert not trained or of(made.rows.trusted.x) - held_out <= trained
+            trained.clear()
+            judged.append(rows.n)
+        return losses(self, head, rows)
+
+    monkeypatch.setattr(head_mix, "solve", solved)
+    monkeypatch.setattr(head_mix, "open_oracle", opened)
+    monkeypatch.setattr(HeadMix, "losses", judge)
+    results = losses_on_head(made, folds(made))
+    assert sum(judged) == len(results.losses) * made.rows.n
+
+
+def test_losses_are_those_of_the_head_of_the_other_folds() -> None:
+    made = mix()
+    fold_of_row = folds(made)
+    results = losses_on_head(made, fold_of_row)
+    losses = results.losses[EQUAL, 0.0]
+    for fold in range(FOLDS):
+        rows = (fold_of_row == fold).nonzero().flatten()
+        inside = HeadMix(made.rows.with_trusted((fold_of_row != fold).nonzero().flatten()))
+        head = inside.fit(equal(inside))
+        expected = made.losses(head)[rows]
+        torch.testing.assert_close(losses[rows], expected, rtol=1e-3, atol=1e-4)
+    assert results.losses[LEARNED, 0.0].mean() < losses.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_method_has_losses_and_a_price(kind: str) -> None:
+    """Trainings on the trusted rows have a penalty each; a search is paid by all that use it."""
+    made = mix(kind, steps=2)
+    results = losses_on_head(made, folds(made))
+    penalties = {name: [p for n, p in results.losses if n == name] for name, _ in results.losses}
+    assert list(penalties) == list(methods_of(made))
+    assert all(tried == list(PENALTIES.get(name, (0.0,))) for name, tried in penalties.items())
+    for run, losses in results.losses.items():
+        assert losses.shape == (made.rows.n,) and bool(losses.isfinite().all())
+        assert results.passes[run] > 0
+    passes = results.passes
+    assert passes[LEARNED_THEN, 0.1] > passes[LEARNED, 0.0] > passes[EQUAL, 0.0]
+    assert made.passes == 0

@@ -1,0 +1,171 @@
+"""Features: what a model makes of rows before its head, and the file that keeps them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import default_data_collator
+
+from hyperopt_peft import ProblemError
+from hyperopt_peft.problems.features import Features, features_of
+from hyperopt_peft.utils.models import base_model
+from tests.support import trainers
+from tests.support.trainers import LENGTH, data, peft_model, ragged
+
+
+def of(kind: str, rows: Dataset, **options: Any) -> Features:
+    return features_of(peft_model(kind), rows, default_data_collator, batch_size=7, **options)
+
+
+def padded(count: int = 10) -> Dataset:
+    """Rows of one to six tokens."""
+    mask = [[int(k <= row % LENGTH) for k in range(LENGTH)] for row in range(count)]
+    rows = data("classes", count).remove_columns("attention_mask")
+    return rows.add_column("attention_mask", mask)
+
+
+def test_a_row_is_the_mean_of_its_tokens_without_dropout() -> None:
+    """Padding does not count, and model and random state are as they were."""
+    rows, model = padded(), peft_model("classes").train()
+    before = torch.get_rng_state()
+    made = features_of(model, rows, default_data_collator, batch_size=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(each.training for each in model.modules())
+    model.eval()
+    for row in range(len(rows)):
+        ids = torch.tensor([rows[row]["input_ids"][: row % LENGTH + 1]])
+        states = base_model(model).bert(ids).last_hidden_state[0]
+        torch.testing.assert_close(made.x[row], states.mean(0))
+    assert made.labels.tolist() == rows["labels"][:] and made.row.tolist() == list(range(10))
+
+
+def test_a_token_has_what_the_model_s_own_head_reads() -> None:
+    """And tokens that are not scored have nothing."""
+    rows, model = ragged("tokens", 9), peft_model("tokens", dropout=0.0).eval()
+    made = of("tokens", rows)
+    batch = default_data_collator(list(rows))
+    scored = batch["labels"] != -100
+    logits = model(**batch).logits[scored]
+    torch.testing.assert_close(base_model(model).classifier(made.x), logits)
+    assert torch.equal(made.labels, batch["labels"][scored])
+    assert torch.equal(made.row, scored.nonzero()[:, 0])
+
+
+def test_numbers_and_several_labels_a_row() -> None:
+    numbers = data("regression", 5)
+    made = of("regression", numbers)
+    assert torch.equal(made.labels, torch.tensor(numbers["labels"][:]))
+    several = data("classes", 5).remove_columns("labels")
+    several = several.add_column("labels", [[1.0, 0.0, 1.0]] * 5)
+    made = of("classes", several)
+    assert made.x.shape == (5, 8) and made.labels.shape == (5, 3)
+
+
+def test_an_encoder_decoder_s_states_are_the_encoder_s() -> None:
+    class Classifier(nn.Module):
+        """T5 with a class a row."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = trainers.base_model("seq2seq")
+
+        def forward(self, input_ids: Any, attention_mask: Any, **options: Any) -> Any:
+            return self.model(input_ids, attention_mask, decoder_input_ids=input_ids, **options)
+
+    rows, model = padded(4), Classifier()
+    made = features_of(model, rows, default_data_collator)
+    model.eval()
+    states = model.model.encoder(torch.tensor([rows[2]["input_ids"][:3]])).last_hidden_state
+    torch.testing.assert_close(made.x[2], states[0].mean(0))
+
+
+def test_standardized_features_have_mean_0_and_deviation_1() -> None:
+    x = torch.randn(20, 3) * torch.tensor([1.0, 5.0, 0.0]) + 2  # the last one is constant
+    made = Features(x, torch.zeros(20), torch.arange(20)).standardized()
+    torch.testing.assert_close(made.x.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
+    expected = torch.tensor([1.0, 1.0, 0.0])
+    torch.testing.assert_close(made.x.std(0, correction=0), expected, rtol=0, atol=1e-5)
+
+
+def test_chosen_rows_are_those_of_the_data() -> None:
+    made = Features(torch.arange(5.0)[:, None], torch.arange(5), torch.tensor([0, 0, 2, 3, 3]))
+    chosen = made.select(torch.tensor([3, 0]))
+    assert chosen.labels.tolist() == [0, 1, 3, 4] and chosen.row.tolist() == [0, 0, 3, 3]
+
+
+class Count:
+    """Counts the batches."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def __call__(self, rows: Sequence[Any]) -> Any:
+        self.batches += 1
+        return default_data_collator(list(rows))
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def nothing(file: Path) -> None:
+    """The file stays."""
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "scale", "again"),
+    [
+        (nothing, 10, 1.0, False),
+        (nothing, 9, 1.0, True),
+        (nothing, 10, 2.0, True),
+        (damage, 10, 1.0, True),
+        (Path.unlink, 10, 1.0, True),
+    ],
+    ids=["same", "other rows", "another model", "damaged", "lost"],
+)
+def test_features_are_read_of_the_same_rows_and_model(
+    tmp_path: Path, change: Any, rows: int, scale: float, again: bool
+) -> None:
+    cache, count, model = tmp_path / "new" / "features.safetensors", Count(), peft_model()
+    first = features_of(model, padded(10), count, batch_size=5, cache=cache)
+    assert count.batches == 3  # one of them for the identity
+    change(cache)
+    with torch.no_grad():
+        model.get_parameter(next(n for n, p in model.named_parameters() if p.requires_grad)).mul_(
+            scale
+        )
+    second = features_of(model, padded(rows), count, batch_size=5, cache=cache)
+    assert count.batches == (6 if again else 4)
+    if not again:
+        assert torch.equal(first.x, second.x) and torch.equal(first.labels, second.labels)
+    fresh = features_of(model, padded(rows), default_data_collator, batch_size=5)
+    torch.testing.assert_close(second.x, fresh.x)
+
+
+class Pooled(nn.Module):
+    """Returns logits alone, as a convolution's features have no tokens."""
+
+    def forward(self, input_ids: Any, attention_mask: Any, output_hidden_states: bool) -> Any:
+        return {"logits": input_ids.float()}
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "named"),
+    [
+        (Pooled(), data("classes", 4), "Pooled: returns no states"),
+        (peft_model(), data("classes", 4).remove_columns("labels"), "labels: a head needs"),
+        (
+            peft_model(),
+            data("classes", 4).remove_columns("labels").add_column("labels", [[1, 0, 1]] * 4),
+            r"labels: have the shape \(4, 3\)",
+        ),
+    ],
+)
+def test_what_has_no_features_is_named(model: Any, rows: Dataset, named: str) -> None:
+    device = torch.device("cpu")
+    with pytest.raises(ProblemError, match=named):
+        features_of(model, rows, default_data_collator, device=device)

@@ -1,0 +1,154 @@
+"""A head on features: its loss, its minimum, and the hypergradient there, in closed form."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+
+from hyperopt_peft import NonFiniteError, hypergradient
+from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
+from hyperopt_peft.problems.example_weights import HeldOut
+from hyperopt_peft.problems.head import Head, L2Penalty, solve
+
+L2 = 0.3
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def level(head: Head, **prior: Any) -> TaskLevel:
+    return TaskLevel(head, head.named_parameters(), prior=L2Penalty(head, L2, **prior))
+
+
+def ridge(x: Tensor, y: Tensor, weights: Tensor, center: Tensor | float = 0.0) -> Tensor:
+    """The minimum (d + 1, C) of Σ_i v_i ‖x_i·W + b − y_i‖²/(N·C) + ½·λ·‖W − W0‖²."""
+    ones = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    penalty = L2 * torch.eye(ones.shape[1], dtype=x.dtype)
+    penalty[-1, -1] = 0
+    scale = 2 * weights[:, None] / y.numel()
+    start = torch.zeros(ones.shape[1], y.shape[1], dtype=x.dtype)
+    start[:-1] = center
+    return torch.linalg.solve(ones.T @ (scale * ones) + penalty, ones.T @ (scale * y) + L2 * start)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "loss"),
+    [
+        (torch.tensor([0, 2, 1, 0, 2]), None, cross_entropy),
+        (random(5, 3), None, mse_loss),
+        (random(5, 3).gt(0).double(), "multi_label_classification", None),
+    ],
+)
+def test_the_loss_is_that_of_a_transformers_model(
+    labels: Tensor, problem_type: str | None, loss: Any
+) -> None:
+    head = Head(4, 3, problem_type=problem_type, dtype=torch.float64)
+    nn.init.normal_(head.weight)
+    nn.init.normal_(head.bias)
+    x = random(5, 4, seed=1)
+    output = head(x, labels)
+    torch.testing.assert_close(output.logits, x @ head.weight + head.bias)
+    expected = (loss or binary_cross_entropy_with_logits)(output.logits, labels)
+    torch.testing.assert_close(output.loss, expected)
+    assert head(x).loss is None
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_solve_reaches_the_minimum_of_ridge_regression(near: bool) -> None:
+    """Also the one near another point, whose bias stays free."""
+    x, y = random(40, 5), random(40, 2, seed=1)
+    head = Head(5, 2, dtype=torch.float64)
+    if near:
+        nn.init.normal_(head.weight)
+    center = head.weight.detach().clone()
+    evaluations = solve(level(head, near=near), {"features": x, "labels": y}, tolerance=1e-7)
+    expected = ridge(x, y, x.new_ones(len(x)), center)
+    torch.testing.assert_close(
+        torch.cat([head.weight, head.bias[None]]), expected, rtol=0, atol=1e-6
+    )
+    assert 1 < evaluations < 50 and head.weight.grad is None
+
+
+def test_solve_ends_at_a_small_gradient_of_classes() -> None:
+    """From any start at the same minimum, and at once from the minimum itself."""
+    batch = {"features": random(60, 6), "labels": torch.arange(60) % 4}
+    ends = []
+    for seed in (0, 1):
+        head = Head(6, 4, dtype=torch.float64)
+        head.weight.data = random(6, 4, seed=seed)
+        problem = level(head)
+        solve(problem, batch, tolerance=1e-7)
+        gradient = problem.gradient(batch, problem.variables).gradient
+        assert all(float(slope.abs().max()) <= 1e-7 for slope in gradient if slope is not None)
+        assert solve(problem, batch, tolerance=1e-7) == 1
+        ends.append(head.weight.detach())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
+def test_solve_keeps_the_last_point_of_too_few_steps() -> None:
+    batch = {"features": random(60, 6), "labels": torch.arange(60) % 4}
+    head = Head(6, 4, dtype=torch.float64)
+    problem = level(head)
+    begin = problem.gradient(batch, problem.variables).loss
+    assert solve(problem, batch, tolerance=0.0, steps=2) <= 5
+    assert problem.gradient(batch, problem.variables).loss < begin
+
+
+def test_a_loss_that_is_no_number_is_an_error() -> None:
+    x = random(4, 2)
+    x[1] = torch.nan
+    head = Head(2, 2, dtype=torch.float64)
+    with pytest.raises(NonFiniteError):
+        solve(level(head), {"features": x, "labels": torch.tensor([0, 1, 0, 1])})
+
+
+def levels(labels: Tensor, outputs: int) -> tuple[Any, Any, Any, Any]:
+    """Three sources of 8 rows, at weights that differ, and held-out rows."""
+    head = Head(3, outputs, dtype=torch.float64)
+    weights = SourceWeights({"a": 8, "b": 8, "c": 8}).double()
+    weights.logits.data = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
+    lower = Mixture(head, weights, prior=L2Penalty(head, L2))
+    upper = HeldOut(head, weights, prior=0.1)
+    below = {"features": random(24, 3), "labels": labels[:24]}
+    below["source"] = torch.arange(24) // 8
+    return upper, lower, {"features": random(9, 3, seed=1), "labels": labels[24:]}, below
+
+
+def test_the_hypergradient_of_a_ridge_is_that_of_its_closed_form() -> None:
+    upper, lower, above, below = levels(random(33, 1, seed=2), 1)
+    solve(lower, below, tolerance=1e-7)
+    batches = {"upper_batch": above, "lower_batch": below}
+    (slope,) = hypergradient(upper, lower, "cg:steps=50,tolerance=1e-12", **batches)
+    weights = upper.variables[0].detach().clone().requires_grad_()
+    v = 3 * weights.sigmoid() / weights.sigmoid().sum()  # of equally many rows
+    w = ridge(below["features"], below["labels"], v[below["source"]])
+    loss = mse_loss(above["features"] @ w[:-1] + w[-1], above["labels"])
+    prior = 0.1 / 2 * (weights - upper.prior.start[0]).square().mean()
+    (expected,) = torch.autograd.grad(loss + prior, weights)
+    torch.testing.assert_close(slope, expected, rtol=0, atol=1e-6)
+
+
+def test_the_hypergradient_of_classes_is_the_difference_of_minima() -> None:
+    """By solving again at u ± ε."""
+    upper, lower, above, below = levels(torch.arange(33) % 3, 3)
+    batches = {"upper_batch": above, "lower_batch": below}
+    (u,) = upper.variables
+
+    def objective() -> float:
+        solve(lower, below, tolerance=1e-7)
+        return float(upper.gradient(above, [u]).loss)
+
+    solve(lower, below, tolerance=1e-7)
+    (slope,) = hypergradient(upper, lower, "cg:steps=50,tolerance=1e-11", **batches)
+    for k, expected in enumerate(slope):
+        values = []
+        for sign in (1, -1):
+            u.data[k] += sign * 1e-2
+            values.append(objective())
+            u.data[k] -= sign * 1e-2
+        assert (values[0] - values[1]) / 2e-2 == pytest.approx(float(expected), rel=1e-3)
