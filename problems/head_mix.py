@@ -29,7 +29,7 @@ from hyperopt_peft.problems.head import L2, Head, L2Penalty, solve
 from hyperopt_peft.problems.head_rows import HeadRows
 
 #: Solves for the hypergradient of the head's minimum.
-SOLVER = "cg:steps=20,tolerance=0.01"
+SOLVER = "cg:steps=8,tolerance=0.01"
 #: The learning rate of a search, and its steps.
 RATE, SEARCH_STEPS = 0.6, 15
 #: The value of a for a source that is left out, and for one that counts as much as can be.

@@ -89,7 +89,7 @@ def test_a_resumed_retraining_does_not_search_again(
 
     whole = make(tmp_path / "whole")
     whole.train()
-    interrupted(tmp_path / "cut", (2, "retrain"), make)
+    interrupted(tmp_path / "cut", (3, "retrain"), make)
     monkeypatch.setattr(HeadMix, "search", lambda self: pytest.fail("a search"))
     run = make(tmp_path / "cut")
     run.train(resume_from_checkpoint=True)
