@@ -10,7 +10,7 @@ from hyperopt_peft.problems import mix_baselines as simple
 
 #: The learned mix that the others are compared with, and all that are learned by a search.
 OURS = "darts, dots"
-LEARNED = (OURS, "sama, dots", "fastmix")
+LEARNED = (OURS, "fastmix")
 #: The ways that `compare_baselines` compares, and their names there.
 NAMES = {
     "proportional": simple.EQUAL,

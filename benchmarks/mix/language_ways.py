@@ -34,19 +34,21 @@ from hyperopt_peft.utils.restore import assign_
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long the trainings are: a search has as many passes as a training.
+    """How long the trainings are: a search and its training have the passes of three trainings.
 
     Attributes:
         rows: of a micro-batch.
         steps: of a training, of a micro-batch each.
-        upper_steps: of a search, each after a lower step.
+        upper_steps: of a search, each after a lower step and on `trusted` rows.
         micro_batches: of a lower step of the search.
+        trusted: rows of an upper step.
     """
 
     rows: int = 8
-    steps: int = 32
-    upper_steps: int = 4
-    micro_batches: int = 4
+    steps: int = 60
+    upper_steps: int = 25
+    micro_batches: int = 3
+    trusted: int = 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Setting:
 
     Attributes:
         rate: of the adapter.
-        length: of the last training, by `Sizes.steps`; a way has a length of 2 in all.
+        length: of the last training, by `Sizes.steps`; a way has a length of 3 in all.
         upper_rate: of the learned weights.
     """
 
@@ -90,6 +92,7 @@ class Trial:
         args = MixTrainingArguments(
             tempfile.gettempdir(),
             hypergradient=hypergradient,
+            search="adapter",
             max_steps=self.sizes.upper_steps,
             lower_steps=1,
             upper_learning_rate=self.setting.upper_rate,
@@ -97,6 +100,7 @@ class Trial:
             retrain_steps=self.steps,
             learning_rate=self.setting.rate,
             per_device_train_batch_size=self.sizes.rows,
+            per_device_upper_batch_size=self.sizes.trusted,
             per_device_eval_batch_size=32,
             seed=self.seed,
             bf16=True,
@@ -200,7 +204,8 @@ def oracle(trial: Trial) -> Row:
     """The clean rows of the target and the trusted ones: what nobody knows."""
     numbers = {trial.names.index(trial.mix.target), len(trial.names) - 1}
     rows = trial.rows.select([k for k, n in enumerate(trial.rows[SOURCE]) if n in numbers])
-    trial.fit(Mixture(trial.model, by_source(trial)), rows, trial.steps)
+    weights = SourceWeights(trial.counts).requires_grad_(False)
+    trial.fit(Mixture(trial.model, weights), rows, trial.steps)
     return trial.result()
 
 
@@ -295,10 +300,10 @@ def verdict(trial: Trial) -> Row:
 
 DOTS = "darts:product=dots"
 #: The ways by name, and what differs in the settings that each tries beside the rate.
-ONE = ({"length": 2.0},)
-SHORTER = ({"length": 2.0}, {"length": 0.5})
-AFTER = ({},)
-RATES = ({}, {"upper_rate": 3.0})
+ONE = ({}, {"length": 3.0})
+SHORTER = ({}, {"length": 3.0}, {"length": 0.5})
+AFTER = ({}, {"length": 2.0})
+RATES = ({}, {"upper_rate": 0.3})
 VERDICT = "verdict"
 WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "uniform": (uniform, ONE),
@@ -310,6 +315,5 @@ WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "DoReMi": (doremi, AFTER),
     "fastmix": (learned("fastmix"), RATES),
     OURS: (learned(DOTS), RATES),
-    "sama, dots": (learned("sama:product=dots"), RATES),
     "the target's clean rows": (oracle, ONE),
 }

@@ -8,15 +8,20 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import pages
-from benchmarks.mix.tables import tables_of
+from benchmarks.mix import language_tables, tables
 from benchmarks.store import MEASURED, Store
 
 
 def main() -> None:
-    """The tables of the file of runs."""
+    """The tables of the files of runs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 where they differ")
     options = parser.parse_args()
-    store = Store(pages.RESULTS / "mix.jsonl")
-    text = pages.titled(tables_of(store), store.by_key[MEASURED])
-    pages.write(pages.DOCS / "when-bilevel-pays.md", {"mix": text}, check=options.check)
+    sections = {}
+    for name, file, tables_of in (
+        ("mix", "mix", tables.tables_of),
+        ("mix of texts", "mix_language", language_tables.tables_of),
+    ):
+        store = Store(pages.RESULTS / f"{file}.jsonl")
+        sections[name] = pages.titled(tables_of(store), store.by_key[MEASURED])
+    pages.write(pages.DOCS / "when-bilevel-pays.md", sections, check=options.check)
