@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from hyperopt_peft.core.logits import IGNORED
+from hyperopt_peft.trainer.fingerprint import weights_fingerprint
 
 #: Next to the repository; ``--data`` gives another folder.
 DATA = Path(__file__).parents[3] / "shared/data"
@@ -103,7 +104,7 @@ class Below(nn.Module):
         self.kept = kept
         # In a tuple, without which it would be a part of the model that is trained.
         self.frozen = (frozen.bfloat16().eval(),)
-        self.file = CACHE / f"states-{LAYERS}.pt"
+        self.file = CACHE / f"states-{weights_fingerprint(frozen.named_parameters())[:16]}.pt"
         self.states: dict[tuple[int, ...], Tensor] = {}
         if self.file.exists():
             numbers = {int(token): number for number, token in enumerate(kept)}

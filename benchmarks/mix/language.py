@@ -4,9 +4,9 @@
 
 SmolLM2-135M, LoRA in its last layers (`instructions`), a few trusted rows of one task, and a clean
 and a damaged source of each of three tasks. `language_ways` has the ways, whose trainings are the
-product's; each takes at most as many forward+backward passes as three trainings. Each way's settings
-are those of the lowest loss on development rows: a learning rate, then one more setting. Test rows
-are read once, by the seeds that are reported. An interrupted benchmark goes on from its file.
+product's; each takes at most as many passes as three trainings. Each way's settings are those of
+the lowest loss on development rows: a learning rate, then one more setting. Test rows are read
+once, by the seeds that are reported. An interrupted benchmark goes on from its file.
 """
 
 from __future__ import annotations
