@@ -59,7 +59,7 @@ class LastLayers(nn.Module):
     def forward(
         self, states: Tensor, mask: Tensor, labels: Tensor | None = None
     ) -> SequenceClassifierOutput:
-        """Cross entropy, and logits from ``(rows, tokens, hidden)`` states."""
+        """Cross entropy, logits from ``(rows, tokens, hidden)`` states, and what the head reads."""
         bias = (1 - mask)[:, None, None, :] * torch.finfo(states.dtype).min
         for layer in self.layers:
             states = layer(states, bias)
@@ -70,7 +70,7 @@ class LastLayers(nn.Module):
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
-        return SequenceClassifierOutput(loss, logits)
+        return SequenceClassifierOutput(loss, logits, hidden_states=(states,))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def one_rater(domain: str, seed: int) -> pandas.DataFrame:
     random = np.random.RandomState(seed)
     noisy = table.ratings.map(random.choice)
     clean = table.ratings.map(np.mean)
-    table = table.assign(noisy=_class_of(noisy), clean=_class_of(clean))[["text", "noisy", "clean"]]
+    table = table.assign(noisy=class_of(noisy), clean=class_of(clean))[["text", "noisy", "clean"]]
     return table.drop_duplicates("text")
 
 
@@ -105,11 +105,12 @@ def archive() -> dict[str, bytes]:
     return {name.removeprefix(f"{ARCHIVE}/"): data for name, data in _members(packed).items()}
 
 
+def class_of(rating: pandas.Series[float]) -> pandas.Series[int]:
+    """0 of a negative rating, 1 within ±0.5 of 0, 2 of a positive one."""
+    return (rating > 0.5).astype(int) - (rating < -0.5).astype(int) + 1
+
+
 def _members(packed: bytes) -> dict[str, bytes]:
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         opened = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
         return {name: file.read() for name, file in opened.items() if file is not None}
-
-
-def _class_of(rating: pandas.Series[float]) -> pandas.Series[int]:
-    return (rating > 0.5).astype(int) - (rating < -0.5).astype(int) + 1

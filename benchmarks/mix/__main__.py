@@ -10,7 +10,7 @@ from benchmarks.measure import run_script  # noqa: E402
 run_script(
     "mix",
     {
-        "cells": "all methods on all tasks (three hours)",
+        "cells": "all methods on all tasks, by a head and by LoRA (hours)",
         "language": "all ways on sources of text, for a language model (an hour)",
         "report": "the tables of docs/when-bilevel-pays.md; --check compares them",
     },

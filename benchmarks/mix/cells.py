@@ -1,190 +1,193 @@
-"""Does a learned mix of sources beat simple baselines, and search at equal passes?
+"""Do weights that `MixTrainer` learns beat every simple way, and does the verdict name a good way?
 
     python benchmarks/mix cells
 
 A few trusted rows of a task, and sources whose labels are doubtful: questions with the votes of 68
-labelling functions (TREC; the rows are in a folder of their own, ``--trec``), tweets of twelve
-annotators, and sentiment of four domains with flipped and shuffled copies. A logistic head on the
-frozen MiniLM, or LoRA in the last layer on cached states (`learners`). `methods` has the ways to
-train: loops of this benchmark, not `MixTrainer`. Each chooses its settings by cross-validated
-trusted loss; those of the learned mix were chosen on development seeds and rows alone. An
-interrupted benchmark goes on from its file.
+labelling functions (``--trec`` is the folder of the rows), movie sentences with ratings of single
+persons, four domains with labels of single ratings, and two simulated tasks (`tasks`).
+`compare_baselines` judges each method of `mix_plans` by cross-validation on the trusted rows. The
+part ``head`` fits each method's plan to a head on the frozen MiniLM; ``lora`` trains LoRA in
+MiniLM's last layer once by the same plan (`MixTrainer.retrain`). An interrupted benchmark goes on
+from its file.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from transformers import default_data_collator
 
 from benchmarks.measure import show
 from benchmarks.mix import tasks
-from benchmarks.mix.learners import Head, Learner, Lora, Passes
-from benchmarks.mix.methods import (
-    Method,
-    Recipe,
-    Trained,
-    by_accuracy,
-    by_log_odds,
-    continued,
-    filtered,
-    held_out,
-    learnt,
-    mixed,
-    searched,
-    trusted_only,
-)
-from benchmarks.mix.tables import LEARNT, SEARCH, tables_of
-from benchmarks.mix.tasks import BAD, DEVELOPMENT_SEEDS, GOOD, Task
+from benchmarks.mix.tables import VERDICT, tables_of
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
+from hyperopt_peft import MixTrainer, MixTrainingArguments, compare_baselines
+from hyperopt_peft.problems.features import features_of
+from hyperopt_peft.problems.head_mix import SEARCH_STEPS
+from hyperopt_peft.problems.mix_plans import methods_of
 
-SEEDS, FOLDS = range(5), 3
-#: Task, model, trusted rows.
+SEEDS, FOLDS, PARTS = range(5), 5, ("head", "lora")
+#: Task and trusted rows; the last three are simulated.
 CELLS = [
-    *(("trec", "head", trusted) for trusted in (30, 60, 110, 260)),
-    ("annotators", "lora", 60),
-    *(("domains", "lora", trusted) for trusted in (32, 64)),
-    *(("trec", "lora", trusted) for trusted in (30, 60)),
+    *(("trec", trusted) for trusted in (30, 60, 110, 260)),
+    *(("raters", trusted) for trusted in (30, 60)),
+    *(("domains", trusted) for trusted in (32, 64)),
+    *(("copies", trusted) for trusted in (32, 64)),
+    ("annotators", 60),
 ]
-NAMES = list(dict.fromkeys(f"{task}-{model}" for task, model, _ in CELLS))
-#: Chosen on the development seeds.
-RECIPES = {"head": Recipe(), "lora": Recipe(prior=None, rate=0.3)}
+#: Steps of 16 rows, and the peak rate, of each training of the adapter.
+STEPS, RATE = 300, 3e-3
 
 
-@dataclass(frozen=True)
-class Way:
-    """A method, and the settings that it chooses from.
+class Cell:
+    """A task with a number of trusted rows, for one seed, and its `MixTrainer`."""
 
-    ``judged``: its cross-validated trusted loss is measured though there is nothing to choose.
-    """
+    def __init__(self, key: Row, folder: str, quick: bool) -> None:
+        self.task, seed = tasks.draw(key["task"], key["trusted"], key["seed"]), key["seed"]
+        self.folds = 2 if quick else FOLDS
+        args = MixTrainingArguments(
+            folder,
+            search="head",
+            search_steps=2 if quick else SEARCH_STEPS,
+            retrain="none",
+            retrain_steps=5 if quick else STEPS,
+            learning_rate=RATE,
+            per_device_train_batch_size=16,
+            per_device_eval_batch_size=100,
+            max_grad_norm=1.0,
+            seed=seed,
+            use_cpu=True,
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        self.trainer = MixTrainer(
+            self.task.model(seed),
+            args,
+            sources=self.task.sources,
+            trusted=self.task.trusted,
+            data_collator=default_data_collator,
+        )
 
-    variants: Sequence[tuple[str, Method, Learner]]
-    judged: bool = True
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor]:
+        """The features and the classes of the test rows, standardized as those of the others."""
+        model, collate = self.trainer.model, default_data_collator
+        rows = features_of(model, self.trainer.train_dataset, collate, batch_size=100).x
+        test = features_of(model, self.task.test, collate, batch_size=100)
+        deviation, mean = torch.std_mean(rows, 0, correction=0)
+        return (test.x - mean) / deviation.clamp(min=1e-6), test.labels
 
+    def head(self) -> Iterator[tuple[str, Row]]:
+        """Of each method, and of the one that is named: the accuracy of the head, and its price."""
+        mix, (x, labels) = self.trainer.head_mix, self.test
+        begin = time.process_time()
+        with silent():
+            self.trainer.train()
+        seconds = {"seconds": time.process_time() - begin, "passes": mix.passes}
+        begin = time.process_time()
+        comparison = compare_baselines(self.trainer, model="head", folds=self.folds)
+        judged = time.process_time() - begin
+        rows = {}
+        for result in comparison.results:
+            head = mix.fit(methods_of(mix)[result.method](mix), result.penalty)
+            right = mix.predicted(head, x) == labels
+            row = {"accuracy": float(right.double().mean()), "tests": len(right)}
+            rows[result.method] = {**row, "loss": result.loss, "penalty": result.penalty}
+            yield result.method, rows[result.method]
+        named = comparison.best.method
+        yield VERDICT, {**rows[named], "named": named, **seconds, "verdict seconds": judged}
 
-def ways(learner: Learner, recipe: Recipe) -> dict[str, Way]:
-    """All methods but the search."""
-    head = isinstance(learner, Head)
+    def lora(self, method: str) -> Row:
+        """The accuracy of the adapter that a method's plan trains."""
+        mix, model = self.trainer.head_mix, self.trainer.model
+        begin = time.process_time()
+        with silent():
+            self.trainer.retrain(methods_of(mix)[method](mix))
+        right = torch.cat(list(self._right(model)))
+        seconds = time.process_time() - begin
+        return {
+            "accuracy": float(right.double().mean()),
+            "tests": len(right),
+            "seconds": seconds,
+        }
 
-    def grid(method: Method, name: str = "") -> list[tuple[str, Method, Learner]]:
-        if not head:
-            return [(name, method, learner)]
-        return [
-            (f"{name} l2={l2:g}, repeat={n}".strip(), method, replace(learner, l2=l2, repeat=n))
-            for l2 in (0.03, 0.1)
-            for n in (1, 10)
-        ]
-
-    def line(method: Method, field: str, values: Sequence[float]) -> Way:
-        return Way([(f"{field}={x:g}", method, replace(learner, **{field: x})) for x in values])
-
-    def one(judged: bool = False, **changes: object) -> Way:
-        return Way([("", partial(learnt, recipe=replace(recipe, **changes)), learner)], judged)
-
-    alone = ("l2", (0.01, 0.03, 0.1)) if head else ("steps", (40, 100))
-    again = ("near", (0.1, 0.3, 1.0, 3.0)) if head else ("after", (20, 60))
-    return {
-        "trusted only": line(trusted_only, *alone),
-        "all, equal weights": Way(grid(mixed)),
-        "all, then trusted": line(continued, *again),
-        "agreement": Way(grid(by_accuracy, "accuracy") + grid(by_log_odds, "log odds")),
-        "filtered": Way(grid(filtered)),
-        LEARNT: one(judged=True),
-        "learnt, no prior": one(prior=0.0),
-        "upper rate 0": one(rate=0.0, steps=1),
-    }
-
-
-def measure(runs: Store, row: Row, task: Task, way: Way) -> None:
-    """Choose by cross-validated trusted loss, train, and test once."""
-    begin = time.process_time()
-    judged = way.judged or len(way.variants) > 1
-    losses = [held_out(m, learner, task, FOLDS) for _, m, learner in way.variants if judged]
-    means = [float(each.mean()) for each in losses]
-    chosen = means.index(min(means)) if judged else 0
-    name, method, learner = way.variants[chosen]
-    learner.passes.count = 0.0
-    trained = method(learner, task)
-    row |= {"setting": name, "passes": learner.passes.count, **tested(learner, task, trained)}
-    if judged:
-        row["cv"] = [round(float(loss), 3) for loss in losses[chosen]]
-    row["seconds"] = round(time.process_time() - begin, 2)
-    runs.save(row)
-
-
-def tested(learner: Learner, task: Task, trained: Trained) -> Row:
-    """Accuracy and loss of the test rows, and whether weights separate good from bad sources."""
-    losses, right = learner.outcome(task, trained.model, task.test)
-    row = {"accuracy": float(right.double().mean()), "loss": float(losses.mean())}
-    row["tests"] = right.numel()
-    if trained.weights is not None:
-        row["trusted share"] = float(trained.weights.shares()[-1])
-        u = trained.weights.logits.detach()[:-1]
-        if len(u) == len(task.quality):
-            of = (task.quality == GOOD) | (task.quality == BAD)
-            row["auc"] = float(roc_auc_score(task.quality[of] == GOOD, u[of]))
-            row["u"] = [round(float(x), 2) for x in trained.weights.logits]
-    return row
-
-
-def draw(name: str, model: str, trusted: int, seed: int) -> Task:
-    """The rows of ``seed`` with ``trusted`` trusted ones."""
-    source = torch.Generator().manual_seed(seed)
-    if name == "trec":
-        return tasks.trec(model, trusted, source, seed in DEVELOPMENT_SEEDS)
-    make = {"annotators": tasks.annotators, "domains": tasks.domains}[name]
-    return make(trusted, source, seed)
+    @torch.no_grad()
+    def _right(self, model: Any) -> Iterator[Tensor]:
+        model.eval()
+        rows, labels = (torch.tensor(self.task.test[name][:]) for name in ("row", "labels"))
+        for row, label in zip(rows.split(100), labels.split(100), strict=True):
+            yield model(row=row).logits.argmax(1) == label
 
 
-def compare(
-    runs: Store, seeds: Sequence[int], cells: Sequence[tuple[str, str, int]], quick: bool
-) -> None:
-    """Every method that the file lacks, of cells and seeds."""
-    for seed in seeds:
-        for name, model, trusted in cells:
-            steps = {"steps": 20} if quick else {}
-            learner = (
-                Head(passes=Passes())
-                if model == "head"
-                else Lora(passes=Passes(), seed=seed, **steps)
-            )
-            recipe = replace(RECIPES[model], steps=3) if quick else RECIPES[model]
-            key = {"part": "cells", "task": name, "model": model, "trusted": trusted, "seed": seed}
-            all_ways, task = ways(learner, recipe), None
-            for method in [*all_ways, SEARCH]:
-                row = runs.entry(**key, method=method)
-                if "accuracy" in row:
-                    continue
-                task = task or draw(name, model, trusted, seed)
-                way = all_ways.get(method)
-                if way is None:  # as many passes as the learned mix took
-                    passes = runs.entry(**key, method=LEARNT)["passes"]
-                    search = partial(searched, recipe=recipe, passes=passes, seed=seed)
-                    way = Way([("", search, learner)], model == "head")
-                measure(runs, row, task, way)
-                print(name, model, trusted, seed, method, f"{row['accuracy']:.3f}", flush=True)
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without the summary that a Trainer prints where it draws no bar."""
+    with redirect_stdout(StringIO()):
+        yield
+
+
+def measure(runs: Store, key: Row, parts: Sequence[str], quick: bool) -> None:
+    """What the file lacks of a cell: the head's rows first, then the adapter's by their names."""
+
+    def entry(part: str, method: str) -> Row:
+        return runs.entry(part=part, **key, method=method)
+
+    def save(part: str, method: str, row: Row) -> None:
+        runs.save(entry(part, method) | row)
+        print(part, *key.values(), f"{row['accuracy']:.3f}", method, flush=True)
+
+    with TemporaryDirectory(prefix="mix-") as folder:
+        cell = None
+        if "accuracy" not in entry("head", VERDICT):
+            cell = Cell(key, folder, quick)
+            for method, row in cell.head():
+                save("head", method, row)
+        if "lora" not in parts:
+            return
+        of_key = [r for r in runs.of("head") if all(r[name] == x for name, x in key.items())]
+        for method in [row["method"] for row in of_key if row["method"] != VERDICT]:
+            if "accuracy" not in entry("lora", method):
+                cell = cell or Cell(key, folder, quick)
+                save("lora", method, cell.lora(method))
+        named = entry("head", VERDICT)["named"]
+        if "accuracy" not in entry("lora", VERDICT):
+            save("lora", VERDICT, {**_figures(entry("lora", named)), "named": named})
+
+
+def _figures(row: Row) -> Row:
+    return {name: row[name] for name in ("accuracy", "tests", "seconds")}
 
 
 def main() -> None:
     """Run what is missing in the file, and print the tables of all of it."""
     title = __doc__.partition("\n")[0]
-    parser = run_parser(title, RESULTS / "mix.jsonl", NAMES)
+    parser = run_parser(title, RESULTS / "mix.jsonl", PARTS)
+    names = [f"{name}-{trusted}" for name, trusted in CELLS]
+    parser.add_argument("--cells", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--trec", type=Path, help="the folder with train.jsonl and gold.jsonl")
     options = parser.parse_args()
     if options.trec:
         tasks.TREC = options.trec
     runs = opened(options)
-    cells = [cell for cell in CELLS if "-".join(cell[:2]) in options.parts]
+    cells = [cell for cell, name in zip(CELLS, names, strict=True) if name in options.cells]
     if options.quick:
-        compare(runs, options.seeds[:1], cells[:1], True)
-    else:
-        compare(runs, options.seeds, cells, False)
+        cells, options.seeds = cells[:1], options.seeds[:1]
+    for seed in options.seeds:
+        for name, trusted in cells:
+            key = {"task": name, "trusted": trusted, "seed": seed}
+            measure(runs, key, options.parts, options.quick)
     show(tables_of(runs))
     runs.finish()

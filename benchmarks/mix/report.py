@@ -23,5 +23,6 @@ def main() -> None:
         ("mix of texts", "mix_language", language_tables.tables_of),
     ):
         store = Store(pages.RESULTS / f"{file}.jsonl")
-        sections[name] = pages.titled(tables_of(store), store.by_key[MEASURED])
+        if MEASURED in store.by_key:
+            sections[name] = pages.titled(tables_of(store), store.by_key[MEASURED])
     pages.write(pages.DOCS / "when-bilevel-pays.md", sections, check=options.check)

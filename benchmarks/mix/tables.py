@@ -4,96 +4,110 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from benchmarks.measure import mean_and_half
 from benchmarks.store import Row, Store
+from hyperopt_peft.problems.mix_plans import LEARNED, LEARNED_THEN
 
-LEARNT, SEARCH = "learnt", "search (TPE)"
-BASELINES = (
-    "trusted only",
-    "all, equal weights",
-    "all, then trusted",
-    "agreement",
-    "filtered",
-    SEARCH,
-)
+VERDICT = "the named way"
+MODELS = ("head", "lora")
 #: Of each method, the entries by seed.
-Cell = dict[str, dict[int, Row]]
+Cell = Mapping[str, Mapping[int, Row]]
 
 
-def cells(runs: Store) -> Iterator[tuple[tuple[str, str, int], Cell]]:
-    """Task, model and trusted rows, and the measured entries."""
-    rows = [row for row in runs.of("cells") if "accuracy" in row]
-    for key in dict.fromkeys((r["task"], r["model"], r["trusted"]) for r in rows):
-        cell: Cell = {}
-        for row in rows:
-            if (row["task"], row["model"], row["trusted"]) == key:
-                cell.setdefault(row["method"], {})[row["seed"]] = row
-        yield key, cell
+def cells(runs: Store, model: str) -> dict[str, Cell]:
+    """The measured entries of each task and number of trusted rows."""
+    found: dict[str, dict[str, dict[int, Row]]] = {}
+    for row in runs.of(model):
+        if "accuracy" in row:
+            cell = found.setdefault(f"{row['task']} {row['trusted']}", {})
+            cell.setdefault(row["method"], {})[row["seed"]] = row
+    return {name: cell for name, cell in found.items() if VERDICT in cell}
 
 
-def accuracy(by_seed: dict[int, Row]) -> float:
+def accuracy(by_seed: Mapping[int, Row]) -> float:
     """The mean over the seeds."""
     return statistics.fmean(row["accuracy"] for row in by_seed.values())
 
 
-def paired(one: dict[int, Row], other: dict[int, Row]) -> tuple[float, float]:
-    """The mean difference of accuracy over the common seeds, and half its 95 % interval.
-
-    By Student's t; infinite of one seed.
-    """
-    seeds = one.keys() & other.keys()
-    gaps = [one[seed]["accuracy"] - other[seed]["accuracy"] for seed in seeds]
-    return mean_and_half(gaps)
+def best_of(cell: Cell, without: tuple[str, ...] = (VERDICT,)) -> str:
+    """The method of the highest mean accuracy."""
+    return max((m for m in cell if m not in without), key=lambda method: accuracy(cell[method]))
 
 
-def best_baseline(cell: Cell) -> str:
-    """The baseline of the highest mean accuracy."""
-    return max((name for name in BASELINES if name in cell), key=lambda name: accuracy(cell[name]))
+def regrets(of_model: Mapping[str, Cell]) -> dict[str, list[float]]:
+    """Of each method its distance to the best one's mean accuracy, in each cell that has it."""
+    found: dict[str, list[float]] = {}
+    for cell in of_model.values():
+        top = accuracy(cell[best_of(cell)])
+        for method, by_seed in cell.items():
+            found.setdefault(method, []).append(top - accuracy(by_seed))
+    return found
 
 
-def named_is_good(cell: Cell) -> list[bool]:
-    """Whether the lowest cross-validated trusted loss names a good method, for each seed.
+def named_well(cell: Cell) -> list[bool]:
+    """Whether the named method is within one standard error of the best one, for each seed.
 
-    Its accuracy is the highest one, or within one standard error of the difference of two
-    accuracies that are the highest.
+    The error is that of the best one's accuracy on the test rows.
     """
     good = []
-    for seed in sorted({seed for by_seed in cell.values() for seed in by_seed}):
-        rows = {n: s[seed] for n, s in cell.items() if seed in s and "cv" in s[seed]}
-        if LEARNT not in rows or len(rows) < 2:
-            continue
-        named = min(rows.values(), key=lambda row: statistics.fmean(row["cv"]))
-        best = max(rows.values(), key=lambda row: row["accuracy"])
-        top = best["accuracy"]
-        error = math.sqrt(2 * top * (1 - top) / best["tests"])
-        good.append(bool(top - named["accuracy"] <= error))
+    for seed, named in cell[VERDICT].items():
+        top = max(by_seed[seed]["accuracy"] for by_seed in cell.values() if seed in by_seed)
+        error = math.sqrt(top * (1 - top) / named["tests"])
+        good.append(top - named["accuracy"] <= error)
     return good
 
 
+def lead(cell: Cell, method: str) -> Iterator[tuple[str, str]]:
+    """``method``, the best of the simple ones, and the difference with its paired interval."""
+    best = best_of(cell, (VERDICT, LEARNED, LEARNED_THEN))
+    seeds = cell[method].keys() & cell[best].keys()
+    gaps = [cell[method][s]["accuracy"] - cell[best][s]["accuracy"] for s in sorted(seeds)]
+    middle, half = mean_and_half(gaps)
+    yield method, f"{accuracy(cell[method]):.3f}"
+    yield "best simple way", f"{best}, {accuracy(cell[best]):.3f}"
+    yield "difference", f"{middle:+.3f} ± {half:.3f}"
+
+
+def summary(of_model: Mapping[str, Cell]) -> list[Row]:
+    """Of each cell the learned weights beside the best simple way, the verdict, the search."""
+    lines = []
+    for name, cell in of_model.items():
+        good, named = named_well(cell), cell[VERDICT].values()
+        row: dict[str, Any] = {"task": name, **dict(lead(cell, LEARNED))}
+        row["named well"] = f"{sum(good)} of {len(good)}"
+        if all("passes" in each for each in named):
+            for title in ("seconds", "verdict seconds"):
+                row[title] = f"{statistics.fmean(each[title] for each in named):.1f}"
+        lines.append(row)
+    return lines
+
+
 def tables_of(runs: Store) -> dict[str, list[Row]]:
-    """A row for each cell, and a row for each cell with the accuracy of each method."""
-    summary, methods = [], []
-    for (task, model, trusted), cell in cells(runs):
-        row: Row = {"task": f"{task}, {model}, {trusted}"}
-        methods.append(row | {n: f"{accuracy(cell[n]):.3f}" if n in cell else None for n in ALL})
-        if LEARNT not in cell or not set(cell) & set(BASELINES):
-            continue
-        learnt, best = cell[LEARNT], best_baseline(cell)
-        middle, half = paired(learnt, cell[best])
-        row |= {"learnt": f"{accuracy(learnt):.3f}", "best other way": best}
-        row["difference"] = f"{middle:+.3f} ± {half:.3f}"
-        areas = [entry["auc"] for entry in learnt.values() if "auc" in entry]
-        row["AUC"] = f"{statistics.fmean(areas):.2f}" if areas else None
-        equal = cell.get("all, equal weights", {})
-        passes = [learnt[s]["passes"] / equal[s]["passes"] for s in learnt if s in equal]
-        row["trainings"] = f"{statistics.fmean(passes):.1f}" if passes else None
-        good = named_is_good(cell)
-        summary.append(row | {"named well": f"{sum(good)} of {len(good)}"})
-    tables = {"The learned mix and the best other way": summary, "Accuracy": methods}
-    return {title: rows for title, rows in tables.items() if rows}
+    """Accuracies and the summary of each model, and the regrets of all methods."""
+    tables, by_model = {}, {model: cells(runs, model) for model in MODELS}
+    by_model = {model: found for model, found in by_model.items() if found}
+    all_regrets = {model: regrets(found) for model, found in by_model.items()}
+    methods = list(dict.fromkeys(m for found in all_regrets.values() for m in found))
+    methods = [*(m for m in methods if m != VERDICT), VERDICT]
+    if by_model:
+        tables["Regret"] = [_regret(method, all_regrets) for method in methods]
+    for model, found in by_model.items():
+        tables[f"Learned weights and the best simple way, {model}"] = summary(found)
+        tables[f"Accuracy, {model}"] = [
+            {"method": m}
+            | {name: f"{accuracy(c[m]):.3f}"[1:] if m in c else None for name, c in found.items()}
+            for m in methods
+        ]
+    return tables
 
 
-#: The methods in the order of a table.
-ALL = (*BASELINES, LEARNT, "learnt, no prior", "upper rate 0")
+def _regret(method: str, all_regrets: Mapping[str, Mapping[str, list[float]]]) -> Row:
+    row: Row = {"method": method}
+    for model, found in all_regrets.items():
+        each = found.get(method)
+        row[f"{model}, mean"] = f"{statistics.fmean(each):.3f}" if each else None
+        row[f"{model}, worst"] = f"{max(each):.3f}" if each else None
+    return row

@@ -1,215 +1,240 @@
-"""The tasks of `cells`: rows that sources label, a few trusted rows, and test rows."""
+"""The tasks of `cells`: sources of doubtful labels, a few trusted rows, and test rows."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pandas
 import torch
-from rated_text import DOMAINS, one_rater
-from text_data import model_path, tweets
-from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rated_text import DOMAINS, archive, class_of, one_rater
+from text_data import load_model, tweets
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from benchmarks.last_layers import States, disjoint, encode
+from benchmarks.last_layers import LENGTH, LastLayers, States, disjoint, encode
 from hyperopt_peft.problems.data_sources import NO_VOTE
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "outputs/mix"
 #: Questions with the votes of labelling functions, in a folder next to the repository.
 TREC = ROOT.parent / "shared/data/trec"
-#: Settings are chosen on these seeds, whose test rows no other seed is judged by.
-DEVELOPMENT_SEEDS = (100, 101)
-#: The number of LoRA's layers, the last ones, and the tokens that a text is cut to.
-LAYERS, LENGTH = 1, 16
-ANNOTATORS = {"good": 0.9, "mediocre": 0.6, "adversarial": 0.2}
-ROWS_OF_SOURCE, SOURCES_OF_KIND, TEST, POOL = 60, 4, 400, 1250
-GOOD, NEITHER, BAD = 1, 0, -1
+#: Settings are chosen on these seeds, which have trusted and test rows of their own.
+DEVELOPMENT_SEEDS = range(100, 104)
+#: The layers of MiniLM below the one that is trained.
+BELOW = 5
+#: Simulated annotators of each kind, how often one is right, and rows of one.
+ANNOTATORS, OF_A_KIND, ROWS = {"good": 0.9, "mediocre": 0.6, "adversarial": 0.2}, 4, 60
+#: Sentences of movie reviews come in blocks, in each of which the same persons rate.
+BLOCK, BLOCKS, RATERS = 30, 20, 3
+
+
+class OnStates(nn.Module):
+    """MiniLM's last layer and a head on the states of ``states``, of rows by their numbers."""
+
+    def __init__(self, states: States, classes: int) -> None:
+        super().__init__()
+        self.states = states
+        self.last = LastLayers(load_model("minilm", ["no", "yes"]), classes, BELOW)
+        self.config = SimpleNamespace(num_labels=classes, problem_type=None)
+
+    def forward(
+        self, row: Tensor, labels: Tensor | None = None, output_hidden_states: bool = False
+    ) -> SequenceClassifierOutput:
+        """Loss and logits; the hidden states are the mean over a row's tokens, as one token."""
+        inputs = self.states.inputs(row)
+        longest = int(inputs["mask"].sum(1).max())
+        output = self.last(**{name: x[:, :longest] for name, x in inputs.items()}, labels=labels)
+        output.hidden_states = (output.hidden_states[0][:, None],)
+        return output
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows by number, of which ``n`` are known.
+    """Rows by their numbers, in the column ``row``, with ``labels``.
 
     Attributes:
-        inputs: the model's arguments of rows.
-        labels: the true classes, ``(n,)``, -1 where nobody knows them; of documents the tokens.
-        votes: the class that each source gives to a row, ``(n, K)``, `NO_VOTE` for none; of
-            documents 0 for the source of the row.
-        train: the rows with votes.
-        trusted: the rows with a label to trust.
-        test: the rows that a trained model is judged by, once.
-        quality: of each source, `GOOD`, `BAD` or `NEITHER`, ``(K,)``.
+        states: of all rows, after the layers below.
+        classes: the number of classes.
+        sources: the rows of each source by name, or all rows with the column ``votes``.
+        trusted: rows with right labels, with ``votes`` where the sources vote on them.
+        test: rows that a trained model is judged by, once.
     """
 
-    inputs: Callable[[Tensor], dict[str, Tensor]]
-    labels: Tensor
-    votes: Tensor
-    train: Tensor
-    trusted: Tensor
-    test: Tensor
-    quality: Tensor
+    states: States
+    classes: int
+    sources: Mapping[str, Dataset] | Dataset
+    trusted: Dataset
+    test: Dataset
 
-    @property
-    def classes(self) -> int:
-        """The number of classes."""
-        return int(self.labels.max()) + 1
-
-    def votes_of(self, trusted: Tensor) -> Tensor:
-        """The right votes on trusted rows, ``(n,)``."""
-        labels = self.labels[trusted]
-        return labels if labels.dim() == 1 else torch.zeros_like(trusted)
+    def model(self, seed: int) -> Any:
+        """LoRA in the last layer and a new head, drawn from ``seed``."""
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"]
+        )
+        return get_peft_model(OnStates(self.states, self.classes), config)  # type: ignore[arg-type]
 
 
-def trec(model: str, trusted: int, source: torch.Generator, development: bool) -> Task:
+def rows_of(index: Tensor, labels: Tensor, votes: Tensor | None = None) -> Dataset:
+    """A data set of the rows ``index``, with their ``labels`` and, if given, their votes."""
+    columns = {"row": index.tolist(), "labels": labels.tolist()}
+    return Dataset.from_dict(columns if votes is None else {**columns, "votes": votes.tolist()})
+
+
+def trec(trusted: int, source: torch.Generator, development: bool) -> Task:
     """Questions of six classes with the votes of 68 labelling functions.
 
-    Trusted rows are of the first half of the gold rows. Test rows are the second half, whose
-    classes have other shares; in development they are the rest of the first half. A training row
-    that is also a gold row is left out.
+    Trusted rows are of the first half of the gold rows. Test rows are the second half; in
+    development they are the rest of the first half. A training row that is also a gold row is left
+    out.
     """
-    train, gold = questions()
-    count, half = len(train), len(gold) // 2
-    rows = [*train, *gold]
-    votes = torch.full((len(rows), 68), NO_VOTE)
-    for number, row in enumerate(train):
-        for function, vote in row["votes"]:
-            votes[number, function] = vote
-    gold_texts = {row["text"] for row in gold}
-    leaks = {row["text"] for row in gold[half:]}
-    used = [i for i, row in enumerate(train) if row["votes"] and row["text"] not in gold_texts]
-    first = torch.tensor([count + i for i in range(half) if gold[i]["text"] not in leaks])
-    first = first[torch.randperm(len(first), generator=source)]
-    below = torch.tensor(used)
-    if model == "lora":  # as many steps as the other tasks
-        below = below[torch.randperm(len(below), generator=source)[:1000]]
-    test = first[trusted:] if development else torch.arange(count + half, len(rows))
-    labels = torch.tensor([row.get("label", -1) for row in rows])
-    right = torch.tensor([_accuracy(gold, function) for function in range(votes.shape[1])])
-    quality = torch.full_like(right, NEITHER)
-    quality[right >= 0.7], quality[right <= 0.35] = GOOD, BAD
-    texts = [row["text"] for row in rows]
-    inputs = _features(texts, below) if model == "head" else _states("trec", texts, labels)
-    return Task(inputs, labels, votes, below, first[:trusted], test, quality)
-
-
-@cache
-def questions() -> tuple[list[dict], list[dict]]:  # type: ignore[type-arg]
-    """Training rows with votes, and gold rows with votes and labels."""
     train, gold = (
         [json.loads(line) for line in (TREC / f"{part}.jsonl").read_text().splitlines()]
         for part in ("train", "gold")
     )
-    return train, gold
+    count, half, rows = len(train), len(gold) // 2, [*train, *gold]
+    votes = torch.full((len(rows), 68), NO_VOTE)
+    for number, row in enumerate(rows):
+        for function, vote in row["votes"]:
+            votes[number, function] = vote
+    known = {row["text"] for row in gold}
+    used = torch.tensor([row["text"] not in known for row in train]) & (votes[:count] >= 0).any(1)
+    leaks = {row["text"] for row in gold[half:]}
+    first = torch.tensor([count + i for i in range(half) if gold[i]["text"] not in leaks])
+    first = first[torch.randperm(len(first), generator=source)]
+    test = first[trusted:] if development else torch.arange(count + half, len(rows))
+    first, below = first[:trusted], used.nonzero().flatten()
+    votes = votes[:, (votes[below] != NO_VOTE).any(0)]
+    labels = torch.tensor([row.get("label", 0) for row in rows])
+    states = states_of("trec", [row["text"] for row in rows], labels)
+    sources = rows_of(below, labels[below], votes[below]).remove_columns("labels")
+    apart = rows_of(first, labels[first], votes[first])
+    return Task(states, 6, sources, apart, rows_of(test, labels[test]))
 
 
-def _accuracy(gold: Sequence[dict], function: int) -> float:  # type: ignore[type-arg]
-    """The share of a function's votes on the gold rows that are right, one half of none."""
-    right = [vote == row["label"] for row in gold for k, vote in row["votes"] if k == function]
-    return sum(right) / len(right) if right else 0.5
+def raters(trusted: int, source: torch.Generator, development: bool) -> Task:
+    """Sentences of movie reviews in three classes, each rated by three persons.
+
+    Ratings come in blocks of 30 sentences. In a block the ratings at one place are of one person:
+    the means by place differ by 8 times what chance gives. 20 blocks have three persons each, who
+    are the sources; other blocks have the trusted and 600 test rows, with the class of the mean
+    rating.
+    """
+    domain, count = DOMAINS["movies"], 100 * BLOCK
+    read = {"sep": "\t", "header": None, "quoting": 3}
+    # Every third block of the file, in which sentences of one class follow each other.
+    place = (np.arange(0, 300, 3)[:, None] * BLOCK + np.arange(BLOCK)).flatten()
+    texts, ratings = (
+        list(pandas.read_csv(io.BytesIO(archive()[f"{domain}_{name}.txt"]), **read)[column][place])
+        for name, column in (("GroundTruth", 2), ("anonDataRatings", 3))
+    )
+    ratings = [pandas.Series(json.loads(each)) for each in ratings]
+    labels = torch.tensor(class_of(pandas.Series([each.mean() for each in ratings])).to_numpy())
+    half = count // BLOCK // 2
+    block = 2 * torch.randperm(half, generator=source) + (0 if development else 1)
+    row = (block[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+    train, rest = row[: BLOCKS * BLOCK], row[BLOCKS * BLOCK :]
+    votes = torch.full((count, BLOCKS * RATERS), NO_VOTE)
+    for number, rows in enumerate(train.split(BLOCK)):
+        persons = torch.randperm(min(map(len, (ratings[r] for r in rows))), generator=source)
+        for each in rows.tolist():
+            classes = class_of(ratings[each])[persons[:RATERS].tolist()]
+            votes[each, number * RATERS : (number + 1) * RATERS] = torch.tensor(list(classes))
+    train, first, test = disjoint([train, rest[:trusted], rest[trusted:][:600]], texts)
+    sources = rows_of(train, labels[train], votes[train]).remove_columns("labels")
+    states = states_of("raters", texts, labels)
+    return Task(states, 3, sources, rows_of(first, labels[first]), rows_of(test, labels[test]))
 
 
-def annotators(trusted: int, source: torch.Generator, seed: int) -> Task:
-    """Tweets that twelve annotators label, 60 each: four good, four mediocre, four adversarial.
+def domains(
+    trusted: int, source: torch.Generator, development: bool, seed: int, copies: bool = False
+) -> Task:
+    """Sentiment in three classes of four domains, for one of the domains; every seed has the next.
+
+    A source is 200 sentences of a domain, each with the class of one person's rating. With
+    ``copies`` it is 60 of them with the right class; each source then has a flipped and a shuffled
+    copy.
+    """
+    size, judged = 1200, 300  # rows of a domain, and test rows in each half of them
+    tables = [one_rater(domain, seed=0).sample(size, random_state=0) for domain in DOMAINS]
+    texts = [text for table in tables for text in table.text]
+    noisy, labels = (
+        torch.cat([torch.tensor(table[name].to_numpy()) for table in tables])
+        for name in ("noisy", "clean")
+    )
+    sources, half, target, count = {}, size // 2, seed % len(DOMAINS), ROWS if copies else 200
+    for number, name in enumerate(DOMAINS):
+        begin = number * size + (0 if development else half)
+        rest = torch.randperm(half - judged, generator=source) + begin + judged
+        rows = rest[:count]
+        if copies:
+            shuffled = labels[rows][torch.randperm(len(rows), generator=source)]
+            sources[name] = rows_of(rows, labels[rows])
+            sources[f"{name}, flipped"] = rows_of(rows, 2 - labels[rows])
+            sources[f"{name}, shuffled"] = rows_of(rows, shuffled)
+        else:
+            sources[name] = rows_of(rows, noisy[rows])
+        if number == target:
+            first, test = rest[count:][:trusted], torch.arange(judged) + begin
+    states = states_of("domains", texts, labels)
+    return Task(states, 3, sources, rows_of(first, labels[first]), rows_of(test, labels[test]))
+
+
+def annotators(trusted: int, source: torch.Generator, development: bool) -> Task:
+    """Tweets in three classes that twelve simulated annotators label, 60 each, four of a kind.
 
     A good one is right with probability .9 and a mediocre one .6, else another class is drawn. An
     adversarial one gives the next class with probability .8.
     """
-    table = tweets().to_pandas().sample(2 * POOL, random_state=0)
-    labels = torch.tensor(table.label.to_numpy())
-    order = torch.randperm(POOL - TEST, generator=source) + TEST
-    offset = 0 if seed in DEVELOPMENT_SEEDS else POOL
-    count = len(ANNOTATORS) * SOURCES_OF_KIND
-    chosen = order[: count * ROWS_OF_SOURCE + trusted] + offset
-    train, apart = chosen[:-trusted], chosen[-trusted:]
-    votes = torch.full((len(labels), count), NO_VOTE)
-    for number, rows in enumerate(train.split(ROWS_OF_SOURCE)):
-        kind = list(ANNOTATORS)[number // SOURCES_OF_KIND]
+    pool, judged = 1250, 400
+    table = tweets().to_pandas().sample(2 * pool, random_state=0)
+    texts, labels = list(table.text), torch.tensor(table.label.to_numpy())
+    begin, count = 0 if development else pool, len(ANNOTATORS) * OF_A_KIND
+    order = torch.randperm(pool - judged, generator=source) + begin + judged
+    train, first = order[: count * ROWS], order[count * ROWS :][:trusted]
+    sources = {}
+    for number, rows in enumerate(train.split(ROWS)):
+        kind = list(ANNOTATORS)[number // OF_A_KIND]
         wrong = torch.rand(len(rows), generator=source) >= ANNOTATORS[kind]
         step = torch.randint(1, 3, (len(rows),), generator=source)
         step = torch.ones_like(step) if kind == "adversarial" else step
-        votes[rows, number] = (labels[rows] + step * wrong) % 3
-    quality = torch.tensor([GOOD, NEITHER, BAD]).repeat_interleave(SOURCES_OF_KIND)
-    texts = list(table.text)
-    inputs = _states("tweets", texts, labels)
-    _, test = disjoint([order + offset, torch.arange(TEST) + offset], texts, LENGTH)
-    return Task(inputs, labels, votes, train, apart, test, quality)
+        sources[f"{kind} {number}"] = rows_of(rows, (labels[rows] + step * wrong) % 3)
+    _, test = disjoint([order, torch.arange(judged) + begin], texts)
+    states = states_of("tweets", texts, labels)
+    return Task(states, 3, sources, rows_of(first, labels[first]), rows_of(test, labels[test]))
 
 
-def domains(trusted: int, source: torch.Generator, seed: int) -> Task:
-    """Sentiment of four domains, each with a flipped and a shuffled copy, for one of the domains.
-
-    Every seed has the next domain as its target.
-    """
-    size, judged = 1000, 300  # rows of a domain, and test rows in each half of them
-    tables = [one_rater(domain, seed=0).sample(size, random_state=0) for domain in DOMAINS]
-    texts = [text for table in tables for text in table.text]
-    labels = torch.cat([torch.tensor(table.clean.to_numpy()) for table in tables])
-    votes, train = torch.full((len(labels), 3 * len(DOMAINS)), NO_VOTE), []
-    half, target = size // 2, seed % len(DOMAINS)
-    for number in range(len(DOMAINS)):
-        begin = number * size + (0 if seed in DEVELOPMENT_SEEDS else half)
-        rest = torch.randperm(half - judged, generator=source) + begin + judged
-        rows = rest[:ROWS_OF_SOURCE]
-        shuffled = labels[rows][torch.randperm(len(rows), generator=source)]
-        copies = torch.stack([labels[rows], 2 - labels[rows], shuffled], dim=1)
-        votes[rows, 3 * number : 3 * number + 3] = copies
-        train.append(rows)
-        if number == target:
-            apart, test = rest[ROWS_OF_SOURCE:][:trusted], torch.arange(judged) + begin
-    quality = torch.tensor([GOOD, BAD, BAD] * len(DOMAINS))
-    inputs = _states("domains", texts, labels)
-    return Task(inputs, labels, votes, torch.cat(train), apart, test, quality)
+def draw(name: str, trusted: int, seed: int) -> Task:
+    """The rows of ``seed`` with ``trusted`` trusted ones."""
+    source, development = torch.Generator().manual_seed(seed), seed in DEVELOPMENT_SEEDS
+    if name in ("domains", "copies"):
+        return domains(trusted, source, development, seed, copies=name == "copies")
+    make: dict[str, Callable[..., Task]] = {
+        "trec": trec,
+        "raters": raters,
+        "annotators": annotators,
+    }
+    return make[name](trusted, source, development)
 
 
-def _states(name: str, texts: Sequence[str], labels: Tensor) -> Callable[..., dict[str, Tensor]]:
-    """Arguments of `LastLayers`, in batches without columns of padding alone."""
-    layers = 6 - LAYERS
-    states: States = cached(
-        f"{name}-{layers}-{LENGTH}", lambda: encode(texts, labels, LENGTH, layers)
-    )
-
-    def inputs(index: Tensor) -> dict[str, Tensor]:
-        batch = states.inputs(index)
-        longest = int(batch["mask"].sum(1).max())
-        return {key: value[:, :longest] for key, value in batch.items()}
-
-    return inputs
+_known: dict[str, States] = {}
 
 
-def _features(texts: Sequence[str], train: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The mean of MiniLM's last states, with mean 0 and deviation 1 over the training rows."""
-    features: Tensor = cached("trec-features", lambda: pooled(texts))
-    features = (features - features[train].mean(0)) / features[train].std(0)
-    return lambda index: {"features": features[index]}
-
-
-@torch.no_grad()
-def pooled(texts: Sequence[str]) -> Tensor:
-    """The mean of MiniLM's last states of each text, ``(n, 384)``."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
-    model = AutoModel.from_pretrained(model_path("minilm")).eval()
-    means = []
-    for begin in range(0, len(texts), 100):
-        options = {"truncation": True, "max_length": 32, "padding": True}
-        batch = tokenizer(list(texts[begin : begin + 100]), return_tensors="pt", **options)
-        mask = batch.attention_mask[..., None].float()
-        means.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-    return torch.cat(means)
-
-
-_known: dict[str, object] = {}
-
-
-def cached(name: str, make: Callable[[], object]):  # type: ignore[no-untyped-def]
-    """What ``make`` returns, computed once."""
-    path = CACHE / f"{name}.pt"
+def states_of(name: str, texts: Sequence[str], labels: Tensor) -> States:
+    """The states of ``texts`` after the layers below, computed once and then read from a file."""
+    path = CACHE / f"{name}-{BELOW}-{LENGTH}.pt"
     if name not in _known:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(make(), path)
-        _known[name] = torch.load(path, weights_only=False)
+            torch.save(vars(encode(texts, labels, frozen=BELOW)), path)
+        _known[name] = States(**torch.load(path))
     return _known[name]

@@ -24,7 +24,7 @@ SLOW = [
     "estimators noise --quick",
     "attribution scores --quick --parts methods cost memory suspects",
     "attribution trainers --quick",
-    "mix cells --quick --parts annotators-lora",
+    "mix cells --quick --cells annotators-60",
     "study run --quick",
 ]
 FAST = ["study report --check", "attribution report", "mix report --check"]
