@@ -122,8 +122,8 @@ def compare_baselines(
     """Compare a trained `MixTrainer` with simple methods, by cross-validation on trusted rows.
 
     Every method trains on all but a fold of the trusted rows and is judged on the fold. The methods
-    of a head are those of `mix_plans`, all in seconds; `MixTrainer.retrain` trains the adapter by
-    the plan of one.
+    of a head are those of `mix_plans`, and need no training of the adapter, which
+    `MixTrainer.retrain` trains by the plan of one.
 
     Those of an adapter are: the trusted rows only; everything with equal weights; everything, then
     the trusted rows; everything with each source weighted by its agreement with a model of the

@@ -1,4 +1,4 @@
-"""The cross-validated trusted losses of all methods on a head, in seconds."""
+"""The cross-validated trusted losses of all methods on a head."""
 
 from __future__ import annotations
 

@@ -85,6 +85,18 @@ class SourceWeights(nn.Module):
         return mass / mass.sum()
 
 
+def default_prior(logits: int, trusted: int) -> float:
+    """τ = K/(8·n) for K ``logits`` and n ``trusted`` rows: a prior variance of 8 a logit.
+
+    exp(−n·(F + prior)), with F the mean loss of the trusted rows, is then a posterior.
+
+    Example:
+        >>> default_prior(4, 50)
+        0.01
+    """
+    return logits / (8 * trusted)
+
+
 class Mixture(WeightedExamples, Adapter):
     """Lower level: min over the trainable parameters w of the mean of v_k(i) ℓ_i(w).
 

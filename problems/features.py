@@ -14,7 +14,6 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hyperopt_peft.core.logits import IGNORED
@@ -45,6 +44,16 @@ class Features:
     x: Tensor
     labels: Tensor
     row: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """The rows of ``parts``, one after another."""
+        columns = zip(*((part.x, part.labels, part.row) for part in parts), strict=True)
+        return cls(*map(torch.cat, columns))
+
+    def batch(self) -> dict[str, Tensor]:
+        """All rows as a batch of `Head`."""
+        return {"features": self.x, "labels": self.labels}
 
     def select(self, rows: Tensor) -> Features:
         """Those of the data's rows ``rows``, in the present order."""
@@ -105,13 +114,12 @@ def features_of(
     if cache is not None and (known := _read(cache, identity)) is not None:
         return known
     device = device or next(model.parameters()).device
-    loader: Any = DataLoader(_Numbered(rows), batch_size, collate_fn=_Collator(collate))
-    parts = []
+    parts, numbers = [], torch.arange(len(rows)).split(batch_size)
     with collating("the rows"), replay(RandomState.capture()), evaluating(model), precision():
-        for number, batch in tqdm(loader, desc="features", disable=not progress):
-            parts.append(_of_batch(model, number, send_to_device(dict(batch), device)))
-    columns = zip(*((part.x, part.labels, part.row) for part in parts), strict=True)
-    features = Features(*map(torch.cat, columns))
+        for number in tqdm(numbers, desc="features", disable=not progress):
+            batch = dict(collate([rows[row] for row in number.tolist()]))
+            parts.append(_of_batch(model, number, send_to_device(batch, device)))
+    features = Features.joined(parts)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"x": features.x, "labels": features.labels, "row": features.row}
@@ -149,26 +157,6 @@ def _of_batch(model: Any, number: Tensor, batch: dict[str, Any]) -> Features:
         mask = mask[..., None].float()
         x = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
     return Features(x.float().cpu(), labels.cpu(), number)
-
-
-class _Numbered(torch.utils.data.Dataset[Any]):
-    def __init__(self, rows: Dataset) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> tuple[int, Any]:
-        return row, self.rows[row]
-
-
-@dataclass(frozen=True)
-class _Collator:
-    collate: Callable[[Sequence[Any]], Any]
-
-    def __call__(self, rows: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        numbers, plain = zip(*rows, strict=True)
-        return torch.tensor(numbers), self.collate(list(plain))
 
 
 def _identity(model: Any, rows: Dataset, collate: Any) -> str:

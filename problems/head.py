@@ -12,20 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft.core.logits import losses_of_logits
-from hyperopt_peft.core.problem import Problem
 
 #: λ, of features with mean 0 and deviation 1.
 L2 = 0.1
-#: The largest entry of the gradient at a minimum, and the most steps to it.
-TOLERANCE, STEPS = 1e-4, 500
 
 
 class Head(nn.Module):
@@ -88,52 +83,3 @@ class L2Penalty:
     def __call__(self, variables: Sequence[Tensor]) -> Tensor:
         """The penalty at ``variables``, W first."""
         return self.l2 / 2 * (variables[0] - self.center).square().sum()
-
-
-def solve(level: Problem, batch: Any, *, tolerance: float = TOLERANCE, steps: int = STEPS) -> int:
-    """Take ``level``'s variables to the minimum of its loss on ``batch``, by L-BFGS.
-
-    Nocedal 1980, doi:10.1090/S0025-5718-1980-0572855-7, with a strong Wolfe line search; it begins
-    at the present values. Returns the number of evaluations.
-
-    Args:
-        level: a level over a `Head`, or another convex one.
-        batch: all of its rows.
-        tolerance: the largest absolute entry of the gradient at the end.
-        steps: the most steps; where they do not suffice, the last point is kept.
-
-    Raises:
-        NonFiniteError: the loss or the gradient is NaN or infinite.
-
-    Example:
-        >>> from hyperopt_peft.problems.common import TaskLevel
-        >>> head, x = Head(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> variables = head.named_parameters()
-        >>> level = TaskLevel(head, variables, prior=L2Penalty(head))
-        >>> evaluations = solve(level, {"features": x, "labels": torch.tensor([0, 1])})
-        >>> bool(level.gradient({"features": x, "labels": torch.tensor([0, 1])},
-        ...                     level.variables).norms[0] < 1e-3)
-        True
-    """
-    optimizer = LBFGS(
-        level.variables,
-        max_iter=steps,
-        max_eval=2 * steps,
-        tolerance_grad=tolerance,
-        tolerance_change=0,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-    evaluations = 0
-
-    def closure() -> float:
-        nonlocal evaluations
-        evaluations += 1
-        evaluation = level.gradient(batch, level.variables)
-        for variable, slope in zip(level.variables, evaluation.gradient, strict=True):
-            variable.grad = slope
-        return evaluation.loss
-
-    optimizer.step(closure)
-    optimizer.zero_grad()
-    return evaluations

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.problems.common import TaskLevel
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
+from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, default_prior
 from hyperopt_peft.problems.example_weights import HeldOut, example_losses
 from hyperopt_peft.problems.features import Features
-from hyperopt_peft.problems.head import L2, Head, L2Penalty, solve
+from hyperopt_peft.problems.head import L2, Head, L2Penalty
 from hyperopt_peft.problems.head_rows import HeadRows
 
 #: Solves for the hypergradient of the head's minimum.
@@ -110,11 +111,11 @@ class HeadMix:
         """
         head = self._head()
         if not plan.trusted_only:
-            self._solve(*self._lower(head, plan)[1:])
+            self._solve(*self._lower(head, plan))
         if plan.trusted_only or plan.then_trusted:
             prior = L2Penalty(head, penalty or self.l2, near=plan.then_trusted)
             level = TaskLevel(head, head.named_parameters(), prior=prior)
-            self._solve(level, self.rows.trusted_batch())
+            self._solve(level, self.rows.trusted.batch())
         return head
 
     @torch.no_grad()
@@ -129,7 +130,7 @@ class HeadMix:
     @torch.no_grad()
     def losses_of(self, head: Head, features: Features) -> Tensor:
         """The loss of each row, or token, of ``features``, ``(m,)``."""
-        return example_losses(head, {"features": features.x, "labels": features.labels})
+        return example_losses(head, features.batch())
 
     def objective(self, plan: Plan) -> float:
         """F at the minimum of ``plan``: the loss of the trusted rows, which it trains on too."""
@@ -144,13 +145,14 @@ class HeadMix:
     def search(self) -> SourceWeights:
         """The weights that Adam finds; the lower level starts where the last step left it."""
         head, self.history = self._head(), []
-        weights, lower, batch = self._lower(head, Plan(torch.full((len(self.rows.names),), 0.5)))
-        weights.requires_grad_(True)
+        lower, batch = self._lower(head, Plan(torch.full((len(self.rows.names),), 0.5)))
+        weights = lower.weights.requires_grad_(True)
         optimizer = torch.optim.Adam([weights.logits], lr=self.rate, betas=(0.9, 0.99))
-        default = len(self.rows.names) / (8 * self.rows.n)
-        prior = default if self.prior is None else self.prior
+        prior = self.prior
+        if prior is None:
+            prior = default_prior(len(self.rows.names), self.rows.n)
         upper = HeldOut(head, weights, prior=prior, optimizer=optimizer)
-        above = self.rows.trusted_batch()
+        above = self.rows.trusted.batch()
         for _ in range(self.steps):
             self._solve(lower, batch)
             oracle = open_oracle(upper, lower, upper_batch=above, lower_batch=batch)
@@ -174,7 +176,7 @@ class HeadMix:
 
     def row_weights(self, plan: Plan) -> dict[str, float]:
         """The weight of a row of each source in ``plan``, by name; the mean over all rows is 1."""
-        weights = self._lower(self._head(), plan)[0]
+        weights = self._weights(plan)
         return dict(zip(weights.names, weights().tolist(), strict=True))
 
     @cached_property
@@ -187,18 +189,22 @@ class HeadMix:
         x = rows.sources.x
         return Head(x.shape[1], rows.outputs, problem_type=rows.problem_type, dtype=x.dtype)
 
-    def _lower(self, head: Head, plan: Plan) -> tuple[SourceWeights, Mixture, Any]:
-        """The weights of ``plan``, the level, and its only batch."""
+    def _groups(self, plan: Plan) -> Tensor:
+        return self.rows.groups if plan.groups is None else plan.groups
+
+    def _weights(self, plan: Plan) -> SourceWeights:
         rows = self.rows
-        groups = rows.groups if plan.groups is None else plan.groups
-        numbers = [*rows.counts(groups).clamp(min=1).tolist(), len(rows.trusted.x)]
+        numbers = [*rows.counts(self._groups(plan)).clamp(min=1).tolist(), len(rows.trusted.x)]
         weights = SourceWeights(dict(zip(rows.names, numbers, strict=True)))
         weights.logits.data = plan.logits.clone()
-        weights.requires_grad_(False)
-        lower = Mixture(head, weights, prior=L2Penalty(head, self.l2))
-        return weights, lower, rows.batch(groups)
+        return weights.requires_grad_(False)
+
+    def _lower(self, head: Head, plan: Plan) -> tuple[Mixture, Any]:
+        """The level of ``plan``, and its only batch."""
+        lower = Mixture(head, self._weights(plan), prior=L2Penalty(head, self.l2))
+        return lower, self.rows.batch(self._groups(plan))
 
     def _solve(self, level: Problem, batch: Any) -> None:
         rows = self.rows
         share = len(batch["features"]) / (len(rows.sources.x) + len(rows.trusted.x))
-        self.passes += math.ceil(share * solve(level, batch))
+        self.passes += math.ceil(share * lbfgs(level, batch))

@@ -113,16 +113,9 @@ class HeadRows:
             SOURCE: torch.cat([groups[keep], torch.full((len(trusted.x),), last)]),
         }
 
-    def trusted_batch(self) -> dict[str, Tensor]:
-        """The trusted rows as a batch of `Head`."""
-        return {"features": self.trusted.x, "labels": self.trusted.labels}
-
 
 def kept(data: SourceData, groups: Tensor, rows: HeadRows) -> SourceData:
     """``data`` with the ``groups`` of ``rows`` in place of their own; see `HeadRows.batch`."""
-    numbers = rows.sources.row[(groups.unsqueeze(-1) != NO_VOTE).flatten(1).any(1)]
-    sources = data.sources.select(numbers.unique().tolist())
     if rows.votes:
-        votes = pad(groups, (0, 1), value=NO_VOTE)[(groups != NO_VOTE).any(1)]
-        sources = sources.remove_columns(VOTES).add_column(VOTES, votes.tolist())
-    return replace(data, sources=sources)
+        return data.with_votes(pad(groups, (0, 1), value=NO_VOTE).numpy())
+    return data.with_sources(rows.sources.row[groups != NO_VOTE].unique().tolist())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from io import StringIO
 from tempfile import TemporaryDirectory
@@ -218,18 +217,15 @@ def _run(trainer: BilevelTrainer) -> None:
 
 def _agreeing(data: SourceData, agreement: Tensor) -> SourceData:
     """``data`` without rows, or votes, that disagree; of other labels without the worse half."""
-    rows = data.sources
     if agreement.dim() == 2:
-        votes = np.array(rows[VOTES][:])
-        votes[~(agreement >= AGREES).numpy()] = NO_VOTE
-        rows = rows.remove_columns(VOTES).add_column(VOTES, votes.tolist())
-        keep = torch.from_numpy((votes != NO_VOTE).any(1))
-    elif bool(((agreement == 0) | (agreement == 1)).all()):
         keep = agreement >= AGREES
     else:
-        keep = agreement >= agreement.median()
+        classes = bool(((agreement == 0) | (agreement == 1)).all())
+        keep = agreement >= (AGREES if classes else agreement.median())
     if not keep.any():
         raise ProblemError(
             "compare_baselines: no row of a source agrees with the model of the trusted rows"
         )
-    return replace(data, sources=rows.select(keep.nonzero().flatten().tolist()))
+    if keep.dim() == 1:
+        return data.with_sources(keep.nonzero().flatten().tolist())
+    return data.with_votes(np.where(keep.numpy(), np.array(data.sources[VOTES][:]), NO_VOTE))

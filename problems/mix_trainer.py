@@ -19,7 +19,7 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.data_sources import SOURCE, VOTES, SourceWeights
+from hyperopt_peft.problems.data_sources import SOURCE, VOTES, SourceWeights, default_prior
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head_mix import HeadMix, Plan
@@ -150,7 +150,7 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
             )
 
     def _held_out(self) -> Problem:
-        prior = len(self.weights.names) / (8 * len(self.data.trusted))
+        prior = default_prior(len(self.weights.names), len(self.data.trusted))
         # The argument, where there is one, becomes the level's prior afterwards.
         default = prior if self.args.upper_prior is None else None
         return HeldOut(self.model, self.weights, task_loss=self.task_loss, prior=default)
@@ -265,7 +265,7 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
     def search_passes(self) -> int:
         """The passes of the search over a micro-batch; for a head, those of the features."""
         if self.on_head:
-            return -(-len(self.train_dataset) // int(self.args.per_device_train_batch_size))
+            return math.ceil(len(self.train_dataset) / int(self.args.per_device_train_batch_size))
         steps = self.args.steps_of(len(self.train_dataset))
         return math.ceil(steps * self.passes_of_an_upper_step() / self.args.lower_steps)
 

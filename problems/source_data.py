@@ -87,6 +87,16 @@ class SourceData:
         parts = {self.names[int(number)]: rows for number, rows in tables.items()}
         return {**parts, TRUSTED: self.trusted.remove_columns(SOURCE)}
 
+    def with_sources(self, rows: Sequence[int]) -> SourceData:
+        """The data with these rows of the sources alone."""
+        return replace(self, sources=self.sources.select(rows))
+
+    def with_votes(self, votes: np.ndarray[Any, Any]) -> SourceData:
+        """The data with ``votes`` ``(rows, K + 1)`` in place of the sources', and rows with one."""
+        rows = self.sources.remove_columns(VOTES).add_column(VOTES, votes.tolist())
+        made = replace(self, sources=rows)
+        return made.with_sources(np.flatnonzero((votes != NO_VOTE).any(1)).tolist())
+
     def with_trusted(self, rows: Sequence[int]) -> SourceData:
         """The data with these trusted rows alone."""
         votes = None if self.trusted_votes is None else self.trusted_votes[list(rows)]

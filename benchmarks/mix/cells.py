@@ -84,10 +84,9 @@ class Cell:
     def test(self) -> tuple[Tensor, Tensor]:
         """The features and the classes of the test rows, standardized as those of the others."""
         model, collate = self.trainer.model, default_data_collator
-        rows = features_of(model, self.trainer.train_dataset, collate, batch_size=100).x
-        test = features_of(model, self.task.test, collate, batch_size=100)
-        deviation, mean = torch.std_mean(rows, 0, correction=0)
-        return (test.x - mean) / deviation.clamp(min=1e-6), test.labels
+        rows = features_of(model, self.trainer.train_dataset, collate, batch_size=100)
+        test = features_of(model, self.task.test, collate, batch_size=100).standardized(rows)
+        return test.x, test.labels
 
     def head(self) -> Iterator[tuple[str, Row]]:
         """Of each method, and of the one that is named: the accuracy of the head, and its price."""

@@ -31,9 +31,10 @@ from hyperopt_peft.attribution.training import Training
 from hyperopt_peft.core.labels import labels_are_shifted, row_losses, weighted_mean
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import Head, L2Penalty, solve
+from hyperopt_peft.problems.head import Head, L2Penalty
 from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -68,7 +69,7 @@ class RowWeightedHead(Problem):
 
 def losses_of_features(head: Head, features: Features) -> tuple[Tensor, Tensor]:
     """`row_losses` of ``features``, of which a token is a row."""
-    return row_losses(head, {"features": features.x, "labels": features.labels})
+    return row_losses(head, features.batch())
 
 
 def chosen_l2(head: Head, features: Features, count: int) -> float:
@@ -84,7 +85,7 @@ def chosen_l2(head: Head, features: Features, count: int) -> float:
         for l2 in PENALTIES:
             level, held_out = RowWeightedHead(head, head.weight.new_ones(count), l2), []
             for train, others in parts:  # each from the last minimum
-                solve(level, train, tolerance=ROUGHLY)
+                lbfgs(level, train, tolerance=ROUGHLY)
                 with torch.no_grad():
                     held_out.append(losses_of_features(head, others)[0])
             of_penalties.append(torch.cat(held_out))
@@ -123,7 +124,7 @@ class HeadTraining(Training):
         self.losses += of_rows[0] / of_rows[1].clamp(min=1)
 
     def _solve(self, features: Features) -> None:
-        solve(self.level, features, tolerance=TOLERANCE, steps=STEPS)
+        lbfgs(self.level, features, tolerance=TOLERANCE, max_steps=STEPS)
 
     @contextmanager
     def repeated(self, weights: Tensor) -> Iterator[None]:
@@ -139,9 +140,8 @@ class HeadTraining(Training):
         """The minimum on ``features`` too, each with the weight 1."""
         # All weights are 1 here, so that the first row's serves for each.
         like = Features(features.x, features.labels, torch.zeros_like(features.row))
-        columns = zip(columns_of(self.features), columns_of(like), strict=True)
         with perturbed(self.variables):
-            self._solve(Features(*map(torch.cat, columns)))
+            self._solve(Features.joined([self.features, like]))
             yield
 
 
@@ -166,7 +166,8 @@ def setup_from_head(
             precision=trainer.compute_loss_context_manager,
             progress=progress,
         )
-        return Features(*(x.double() if x.is_floating_point() else x for x in columns_of(found)))
+        labels = found.labels.double() if found.labels.is_floating_point() else found.labels
+        return Features(found.x.double(), labels, found.row)
 
     raw = features(data.train_rows)
     train, above = raw.standardized(), features(data.evaluation_rows).standardized(raw)
@@ -221,11 +222,6 @@ def _head(model: Any, features: Features) -> Head:
         outputs = max(int(labels.max()) + 1, getattr(config, "num_labels", 0))
     kind = getattr(config, "problem_type", None)
     return Head(features.x.shape[1], outputs, problem_type=kind, dtype=features.x.dtype)
-
-
-def columns_of(features: Features) -> tuple[Tensor, Tensor, Tensor]:
-    """x, labels and rows."""
-    return features.x, features.labels, features.row
 
 
 def _mean(head: Head, features: Features) -> Tensor:

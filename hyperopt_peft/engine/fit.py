@@ -50,6 +50,55 @@ def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str
     return history
 
 
+def lbfgs(
+    problem: Problem, batch: Any = None, *, tolerance: float = 1e-4, max_steps: int = 500
+) -> int:
+    """Move the variables towards a minimum of the loss on ``batch``, by L-BFGS.
+
+    Nocedal 1980, doi:10.1090/S0025-5718-1980-0572855-7, with a strong Wolfe line search; it begins
+    at the present values. The level's optimizer and data are not used. Returns the number of
+    evaluations.
+
+    Args:
+        problem: the level, whose loss is deterministic.
+        batch: the batch of each evaluation.
+        tolerance: the largest absolute entry of the gradient at which it ends.
+        max_steps: the most steps; where they do not suffice, the last point is kept.
+
+    Raises:
+        NonFiniteError: the loss or the gradient is NaN or infinite.
+
+    Example:
+        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> _, lower = diabetes()
+        >>> evaluations = lbfgs(lower, tolerance=1e-6)
+        >>> lower.gradient(None, lower.variables).norms[0] < 1e-5
+        True
+    """
+    optimizer = torch.optim.LBFGS(
+        problem.variables,
+        max_iter=max_steps,
+        max_eval=2 * max_steps,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+    evaluations = 0
+
+    def closure() -> float:
+        nonlocal evaluations
+        evaluations += 1
+        evaluation = problem.gradient(batch, problem.variables)
+        for variable, slope in zip(problem.variables, evaluation.gradient, strict=True):
+            variable.grad = slope
+        return evaluation.loss
+
+    optimizer.step(closure)
+    optimizer.zero_grad(set_to_none=True)
+    return evaluations
+
+
 def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 1000) -> float:
     """Move the variables to a minimum of a deterministic loss by L-BFGS; returns the loss.
 
@@ -77,25 +126,8 @@ def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
         True
     """
     problem.require_single("L-BFGS would not train them; use fit")
-    optimizer = torch.optim.LBFGS(
-        problem.variables,
-        max_iter=max_steps,
-        max_eval=2 * max_steps,
-        tolerance_grad=tolerance,
-        tolerance_change=0.0,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> float:
-        evaluation = problem.gradient(None, problem.variables)
-        for variable, slope in zip(problem.variables, evaluation.gradient, strict=True):
-            variable.grad = slope
-        return evaluation.loss
-
-    optimizer.step(closure)
+    lbfgs(problem, tolerance=tolerance, max_steps=max_steps)
     final = problem.gradient(None, problem.variables)
-    optimizer.zero_grad(set_to_none=True)
     largest = max(float(slope.abs().max()) for slope in final.gradient if slope is not None)
     if largest > 1000 * tolerance:
         raise ProblemError(

@@ -28,14 +28,14 @@ def folds(made: HeadMix) -> torch.Tensor:
 def test_a_row_that_is_judged_never_trains(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No lower batch before a judgement has its rows, and no upper one; those of the others do."""
     made, trained, judged = mix(kind, steps=2), set(), []
-    solve, open_oracle, losses = head_mix.solve, head_mix.open_oracle, HeadMix.losses
+    lbfgs, open_oracle, losses = head_mix.lbfgs, head_mix.open_oracle, HeadMix.losses
 
     def of(x: torch.Tensor) -> set[Any]:
         return set(map(tuple, x.tolist()))
 
     def solved(level: Any, batch: Any) -> int:
         trained.update(of(batch["features"]))
-        return solve(level, batch)
+        return lbfgs(level, batch)
 
     def opened(*levels: Any, upper_batch: Any, lower_batch: Any) -> Any:
         trained.update(of(upper_batch["features"]) | of(lower_batch["features"]))
@@ -50,7 +50,7 @@ def test_a_row_that_is_judged_never_trains(kind: str, monkeypatch: pytest.Monkey
             judged.append(rows.n)
         return losses(self, head, rows)
 
-    monkeypatch.setattr(head_mix, "solve", solved)
+    monkeypatch.setattr(head_mix, "lbfgs", solved)
     monkeypatch.setattr(head_mix, "open_oracle", opened)
     monkeypatch.setattr(HeadMix, "losses", judge)
     results = losses_on_head(made, folds(made))

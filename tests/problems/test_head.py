@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from hyperopt_peft import NonFiniteError, hypergradient
+from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
-from hyperopt_peft.problems.head import Head, L2Penalty, solve
+from hyperopt_peft.problems.head import Head, L2Penalty
 
 L2 = 0.3
 
@@ -66,7 +67,7 @@ def test_solve_reaches_the_minimum_of_ridge_regression(near: bool) -> None:
     if near:
         nn.init.normal_(head.weight)
     center = head.weight.detach().clone()
-    evaluations = solve(level(head, near=near), {"features": x, "labels": y}, tolerance=1e-7)
+    evaluations = lbfgs(level(head, near=near), {"features": x, "labels": y}, tolerance=1e-7)
     expected = ridge(x, y, x.new_ones(len(x)), center)
     torch.testing.assert_close(
         torch.cat([head.weight, head.bias[None]]), expected, rtol=0, atol=1e-6
@@ -82,10 +83,10 @@ def test_solve_ends_at_a_small_gradient_of_classes() -> None:
         head = Head(6, 4, dtype=torch.float64)
         head.weight.data = random(6, 4, seed=seed)
         problem = level(head)
-        solve(problem, batch, tolerance=1e-7)
+        lbfgs(problem, batch, tolerance=1e-7)
         gradient = problem.gradient(batch, problem.variables).gradient
         assert all(float(slope.abs().max()) <= 1e-7 for slope in gradient if slope is not None)
-        assert solve(problem, batch, tolerance=1e-7) == 1
+        assert lbfgs(problem, batch, tolerance=1e-7) == 1
         ends.append(head.weight.detach())
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
 
@@ -95,7 +96,7 @@ def test_solve_keeps_the_last_point_of_too_few_steps() -> None:
     head = Head(6, 4, dtype=torch.float64)
     problem = level(head)
     begin = problem.gradient(batch, problem.variables).loss
-    assert solve(problem, batch, tolerance=0.0, steps=2) <= 5
+    assert lbfgs(problem, batch, tolerance=0.0, max_steps=2) <= 5
     assert problem.gradient(batch, problem.variables).loss < begin
 
 
@@ -104,7 +105,7 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
     x[1] = torch.nan
     head = Head(2, 2, dtype=torch.float64)
     with pytest.raises(NonFiniteError):
-        solve(level(head), {"features": x, "labels": torch.tensor([0, 1, 0, 1])})
+        lbfgs(level(head), {"features": x, "labels": torch.tensor([0, 1, 0, 1])})
 
 
 def levels(labels: Tensor, outputs: int) -> tuple[Any, Any, Any, Any]:
@@ -121,7 +122,7 @@ def levels(labels: Tensor, outputs: int) -> tuple[Any, Any, Any, Any]:
 
 def test_the_hypergradient_of_a_ridge_is_that_of_its_closed_form() -> None:
     upper, lower, above, below = levels(random(33, 1, seed=2), 1)
-    solve(lower, below, tolerance=1e-7)
+    lbfgs(lower, below, tolerance=1e-7)
     batches = {"upper_batch": above, "lower_batch": below}
     (slope,) = hypergradient(upper, lower, "cg:steps=50,tolerance=1e-12", **batches)
     weights = upper.variables[0].detach().clone().requires_grad_()
@@ -140,10 +141,10 @@ def test_the_hypergradient_of_classes_is_the_difference_of_minima() -> None:
     (u,) = upper.variables
 
     def objective() -> float:
-        solve(lower, below, tolerance=1e-7)
+        lbfgs(lower, below, tolerance=1e-7)
         return float(upper.gradient(above, [u]).loss)
 
-    solve(lower, below, tolerance=1e-7)
+    lbfgs(lower, below, tolerance=1e-7)
     (slope,) = hypergradient(upper, lower, "cg:steps=50,tolerance=1e-11", **batches)
     for k, expected in enumerate(slope):
         values = []

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft import ProblemError, hypergradient
+from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.features import Features
-from hyperopt_peft.problems.head import Head, L2Penalty, solve
+from hyperopt_peft.problems.head import Head, L2Penalty
 from hyperopt_peft.problems.head_mix import SOLVER, HeadMix, Plan
 from hyperopt_peft.problems.head_rows import HeadRows
 from hyperopt_peft.problems.mix_plans import (
@@ -42,7 +43,7 @@ def predicted_by_trusted(made: HeadMix) -> Tensor:
     rows = made.rows
     head = Head(rows.sources.x.shape[1], rows.outputs)
     level = TaskLevel(head, head.named_parameters(), prior=L2Penalty(head))
-    solve(level, rows.trusted_batch())
+    lbfgs(level, rows.trusted.batch())
     return head(rows.sources.x).logits.argmax(1)
 
 
@@ -53,7 +54,7 @@ def test_a_plan_is_trained_to_the_minimum_of_its_rows() -> None:
     rows = made.rows
     chosen = rows.groups != 1
     alone = Head(rows.sources.x.shape[1], rows.outputs)
-    solve(
+    lbfgs(
         TaskLevel(alone, alone.named_parameters(), prior=L2Penalty(alone)),
         {
             "features": torch.cat([rows.sources.x[chosen], rows.trusted.x]),
@@ -220,8 +221,8 @@ def test_the_search_follows_the_hypergradient() -> None:
     weights = SourceWeights(dict(zip(rows.names, [24, 24, 24, 18], strict=True)))
     head = Head(5, 3)
     lower = Mixture(head, weights, prior=L2Penalty(head))
-    batches = {"upper_batch": rows.trusted_batch(), "lower_batch": rows.batch(rows.groups)}
-    solve(lower, batches["lower_batch"])
+    batches = {"upper_batch": rows.trusted.batch(), "lower_batch": rows.batch(rows.groups)}
+    lbfgs(lower, batches["lower_batch"])
     upper = HeldOut(head, weights, prior=0.0)
     (slope,) = hypergradient(upper, lower, SOLVER, **batches)
     found = made.search()
