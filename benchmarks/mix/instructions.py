@@ -63,6 +63,11 @@ class Mix:
     trusted: Dataset
     test: Dataset
 
+    @property
+    def damaged(self) -> str:
+        """The target's damaged source."""
+        return DAMAGED.format(self.target)
+
 
 def pairs(folder: Path) -> dict[str, tuple[list[Pair], list[Pair]]]:
     """The training and the test rows of each task.

@@ -29,6 +29,7 @@ from hyperopt_peft import BilevelTrainer, MixTrainer, MixTrainingArguments, comp
 from hyperopt_peft.problems import mix_baselines as simple
 from hyperopt_peft.problems.data_sources import SOURCE, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, without
+from hyperopt_peft.problems.source_data import TRUSTED
 from hyperopt_peft.utils.restore import assign_
 
 
@@ -200,13 +201,17 @@ def uniform(trial: Trial) -> Row:
     return trial.result()
 
 
-def oracle(trial: Trial) -> Row:
-    """The clean rows of the target and the trusted ones: what nobody knows."""
-    numbers = {trial.names.index(trial.mix.target), len(trial.names) - 1}
-    rows = trial.rows.select([k for k, n in enumerate(trial.rows[SOURCE]) if n in numbers])
-    weights = SourceWeights(trial.counts).requires_grad_(False)
-    trial.fit(Mixture(trial.model, weights), rows, trial.steps)
-    return trial.result()
+def of_sources(choose: Callable[[Trial], set[str]]) -> Way:
+    """The trusted rows and those of some sources, all with the same weight."""
+
+    def way(trial: Trial) -> Row:
+        numbers = {trial.names.index(name) for name in choose(trial) | {TRUSTED}}
+        rows = trial.rows.select([k for k, n in enumerate(trial.rows[SOURCE]) if n in numbers])
+        weights = SourceWeights(trial.counts).requires_grad_(False)
+        trial.fit(Mixture(trial.model, weights), rows, trial.steps)
+        return trial.result()
+
+    return way
 
 
 class Bandit(IterableDataset[Any]):
@@ -315,5 +320,7 @@ WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "DoReMi": (doremi, AFTER),
     "fastmix": (learned("fastmix"), RATES),
     OURS: (learned(DOTS), RATES),
-    "the target's clean rows": (oracle, ONE),
+    "the target's sources": (of_sources(lambda t: {t.mix.target, t.mix.damaged}), ONE),
+    # What nobody knows beforehand.
+    "the target's clean rows": (of_sources(lambda t: {t.mix.target}), ONE),
 }
