@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import MixTrainer, MixTrainingArguments, compare_baselines
-from hyperopt_peft.problems.mix_plans import EQUAL, methods_of
+from hyperopt_peft.problems.mix_plans import EQUAL, plan_of
 from hyperopt_peft.utils.plots import BLUE, GREEN, drawing
 
 #: How often an annotator of each kind is right; an adversarial one is wrong in one way.
@@ -156,9 +156,9 @@ def main() -> None:
     draw_weights(weights, comparison.row_weights, right, output / "weights.png")
     print(f"\n{comparison}\n")
 
-    results = {}
-    for method in dict.fromkeys([EQUAL, comparison.best.method]):
-        mix.retrain(methods_of(mix.head_mix)[method](mix.head_mix))
+    results, best = {}, comparison.best
+    for method, setting in {EQUAL: 1.0, best.method: best.setting}.items():
+        mix.retrain(plan_of(mix.head_mix, method, setting))
         results[method] = float(mix.evaluate()["eval_accuracy"])
     print(f"\n| the adapter, by | accuracy on {len(data.test)} test tweets |\n| --- | --- |")
     for method, value in results.items():

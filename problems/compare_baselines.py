@@ -29,15 +29,14 @@ class MethodResult:
         method: what was trained.
         losses: the loss of each trusted row, by the model of the folds without it, ``(n,)``.
         passes: forward+backward passes over a micro-batch, of one fold; of a head, over all rows.
-        penalty: of a head that is trained on trusted rows alone, the λ of least loss; else 0.
-        steps: of an adapter, the optimizer steps of a training; else 0.
+        setting: the one of least loss. Of an adapter, the optimizer steps of a training; of a head
+            see `mix_plans.settings_of`.
     """
 
     method: str
     losses: Tensor
     passes: int
-    penalty: float = 0.0
-    steps: int = 0
+    setting: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -176,10 +175,10 @@ def compare_baselines(
         found = losses_on_head(trainer.head_mix, fold_of_row, progress=progress)
     else:
         found = losses_on_adapter(trainer, fold_of_row, equal_passes=equal_passes, record=record)
-    results = []
-    for (method, setting), losses in found.losses.items():
-        of_model = {"penalty": setting} if on_head else {"steps": int(setting)}
-        results.append(MethodResult(method, losses, found.passes[method, setting], **of_model))
+    results = [
+        MethodResult(method, losses, found.passes[method, setting], setting)
+        for (method, setting), losses in found.losses.items()
+    ]
     return BaselineComparison(_best(results), found.row_weights, found.untrained)
 
 

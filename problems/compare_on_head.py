@@ -10,24 +10,11 @@ from tqdm import tqdm
 
 from hyperopt_peft.problems.fold_losses import FoldLosses
 from hyperopt_peft.problems.head_mix import HeadMix
-from hyperopt_peft.problems.mix_plans import (
-    LEARNED_THEN,
-    THEN_TRUSTED,
-    TRUSTED_ONLY,
-    methods_of,
-    trusted_only,
-)
-
-#: The λ that are tried for a training on trusted rows alone, and for one after another.
-PENALTIES = {
-    TRUSTED_ONLY: (0.03, 0.1, 0.3),
-    THEN_TRUSTED: (0.1, 0.3, 1.0),
-    LEARNED_THEN: (0.1, 0.3, 1.0),
-}
+from hyperopt_peft.problems.mix_plans import methods_of, settings_of, trusted_only, with_setting
 
 
 def losses_on_head(mix: HeadMix, fold_of_row: Tensor, *, progress: bool = False) -> FoldLosses:
-    """The losses of each method and penalty that is tried.
+    """The losses of each method and setting that is tried.
 
     A trusted row's loss is of the head that is trained without its fold; that of a model that has
     learned nothing is of the best constant.
@@ -52,10 +39,12 @@ def losses_on_head(mix: HeadMix, fold_of_row: Tensor, *, progress: bool = False)
             begin = inside.passes
             plan = method(inside)
             planned = max(plan.passes, inside.passes - begin)  # a search is done once
-            for penalty in PENALTIES.get(name, (0.0,)):
+            head = None
+            for setting in settings_of(name):
                 begin = inside.passes
-                each = inside.losses(inside.fit(plan, penalty), held_out)
-                result.add((name, penalty), judged, each, planned + inside.passes - begin)
+                head = inside.fit(with_setting(plan, setting), head)
+                each = inside.losses(head, held_out)
+                result.add((name, setting), judged, each, planned + inside.passes - begin)
             bar.update()
         result.row_weights.append(inside.row_weights(inside.learned))
         constant = replace(inside, rows=inside.rows.without_features())

@@ -47,6 +47,7 @@ class Plan:
         groups: in place of `HeadRows.groups`, -1 where a row or vote is left out.
         then_trusted: whether a training on the trusted rows alone follows, near where the first
             one ended.
+        penalty: the λ of a head's training on the trusted rows alone; `HeadMix.l2` with 0.
         passes: those of the search that found a.
 
     Example:
@@ -57,6 +58,7 @@ class Plan:
     a: Tensor
     groups: Tensor | None = None
     then_trusted: bool = False
+    penalty: float = 0.0
     passes: int = 0
 
     @property
@@ -104,16 +106,15 @@ class HeadMix:
     passes: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def fit(self, plan: Plan, penalty: float = 0.0) -> Head:
-        """The head that ``plan`` trains.
-
-        ``penalty`` is the λ of the training on the trusted rows alone; `l2` with 0.
-        """
+    def fit(self, plan: Plan, start: Head | None = None) -> Head:
+        """The head that ``plan`` trains, from the values of ``start``, which only save passes."""
         head = self._head()
+        if start is not None:
+            head.load_state_dict(start.state_dict())
         if not plan.trusted_only:
             self._solve(*self._lower(head, plan))
         if plan.trusted_only or plan.then_trusted:
-            prior = L2Penalty(head, penalty or self.l2, near=plan.then_trusted)
+            prior = L2Penalty(head, plan.penalty or self.l2, near=plan.then_trusted)
             level = TaskLevel(head, head.named_parameters(), prior=prior)
             self._solve(level, self.rows.trusted.batch())
         return head
@@ -134,7 +135,7 @@ class HeadMix:
 
     def objective(self, plan: Plan) -> float:
         """F at the minimum of ``plan``: the loss of the trusted rows, which it trains on too."""
-        return float(self.losses(self.fit(plan)).mean())
+        return float(self.losses(self.fit(plan, self._equal_head)).mean())
 
     @torch.no_grad()
     def predicted(self, head: Head, x: Tensor) -> Tensor:
@@ -144,8 +145,9 @@ class HeadMix:
 
     def search(self) -> SourceWeights:
         """The weights that Adam finds; the lower level starts where the last step left it."""
-        head, self.history = self._head(), []
-        lower, batch = self._lower(head, Plan(torch.full((len(self.rows.names),), 0.5)))
+        begin = Plan(torch.full((len(self.rows.names),), 0.5))  # equal weights
+        head, self.history = self.fit(begin, self._equal_head), []
+        lower, batch = self._lower(head, begin)
         weights = lower.weights.requires_grad_(True)
         optimizer = torch.optim.Adam([weights.logits], lr=self.rate, betas=(0.9, 0.99))
         prior = self.prior
@@ -183,6 +185,10 @@ class HeadMix:
     def trusted_head(self) -> Head:
         """The head that is trained on the trusted rows alone."""
         return self.fit(Plan(torch.eye(len(self.rows.names))[-1]))
+
+    @cached_property
+    def _equal_head(self) -> Head:
+        return self.fit(Plan(torch.ones(len(self.rows.names))))
 
     def _head(self) -> Head:
         rows = self.rows

@@ -35,6 +35,15 @@ AGREES = 0.5
 TRIED = 12
 #: The rounds of expectation and maximization of a label model.
 ROUNDS = 30
+#: The settings that are tried: the λ of a training on the trusted rows alone, or how often they
+#: are repeated; the learned weights have one of their own for the trusted rows.
+SETTINGS = {
+    TRUSTED_ONLY: (0.03, 0.1, 0.3),
+    THEN_TRUSTED: (0.1, 0.3, 1.0),
+    LEARNED: (1.0,),
+    LEARNED_THEN: (0.1, 0.3, 1.0),
+}
+REPEATS = (1.0, 10.0, 30.0, 100.0)
 
 
 def trusted_only(mix: HeadMix) -> Plan:
@@ -184,6 +193,30 @@ def _methods(mix: HeadMix) -> Iterator[tuple[str, Callable[[HeadMix], Plan]]]:
     yield COORDINATES, coordinates
     yield LEARNED, learned
     yield LEARNED_THEN, learned_then
+
+
+def plan_of(mix: HeadMix, method: str, setting: float | None = None) -> Plan:
+    """The plan of ``method``, with a ``setting`` as `compare_baselines` chooses one.
+
+    Args:
+        mix: the head.
+        method: one of `methods_of`.
+        setting: one of `settings_of`; the first with None.
+    """
+    plan = methods_of(mix)[method](mix)
+    return with_setting(plan, settings_of(method)[0] if setting is None else setting)
+
+
+def settings_of(method: str) -> tuple[float, ...]:
+    """The settings that are tried of a method."""
+    return SETTINGS.get(method, REPEATS)
+
+
+def with_setting(plan: Plan, setting: float) -> Plan:
+    """``plan`` with a λ for its training on the trusted rows alone, or with these repeated."""
+    if plan.trusted_only or plan.then_trusted:
+        return replace(plan, penalty=setting)
+    return replace(plan, a=torch.cat([plan.a[:-1] / setting, plan.a[-1:]]))
 
 
 def _of_sources(a: Tensor) -> Plan:

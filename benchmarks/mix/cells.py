@@ -34,7 +34,7 @@ from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft import MixTrainer, MixTrainingArguments, compare_baselines
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head_mix import SEARCH_STEPS
-from hyperopt_peft.problems.mix_plans import methods_of
+from hyperopt_peft.problems.mix_plans import LEARNED, plan_of
 
 SEEDS, FOLDS, PARTS = range(5), 5, ("head", "lora")
 #: Task and trusted rows; the last three are simulated.
@@ -100,20 +100,22 @@ class Cell:
         judged = time.process_time() - begin
         rows = {}
         for result in comparison.results:
-            head = mix.fit(methods_of(mix)[result.method](mix), result.penalty)
+            head = mix.fit(plan_of(mix, result.method, result.setting))
             right = mix.predicted(head, x) == labels
             row = {"accuracy": float(right.double().mean()), "tests": len(right)}
-            rows[result.method] = {**row, "loss": result.loss, "penalty": result.penalty}
+            rows[result.method] = {**row, "loss": result.loss, "setting": result.setting}
+            if result.method == LEARNED:
+                rows[result.method]["weights"] = mix.row_weights(mix.learned)
             yield result.method, rows[result.method]
         named = comparison.best.method
         yield VERDICT, {**rows[named], "named": named, **seconds, "verdict seconds": judged}
 
-    def lora(self, method: str) -> Row:
-        """The accuracy of the adapter that a method's plan trains."""
+    def lora(self, method: str, setting: float) -> Row:
+        """The accuracy of the adapter that a method's plan trains, with the head's setting."""
         mix, model = self.trainer.head_mix, self.trainer.model
         begin = time.process_time()
         with silent():
-            self.trainer.retrain(methods_of(mix)[method](mix))
+            self.trainer.retrain(plan_of(mix, method, setting))
         right = torch.cat(list(self._right(model)))
         seconds = time.process_time() - begin
         return {
@@ -156,10 +158,11 @@ def measure(runs: Store, key: Row, parts: Sequence[str], quick: bool) -> None:
         if "lora" not in parts:
             return
         of_key = [r for r in runs.of("head") if all(r[name] == x for name, x in key.items())]
-        for method in [row["method"] for row in of_key if row["method"] != VERDICT]:
+        chosen = {row["method"]: row["setting"] for row in of_key if row["method"] != VERDICT}
+        for method, setting in chosen.items():
             if "accuracy" not in entry("lora", method):
                 cell = cell or Cell(key, folder, quick)
-                save("lora", method, cell.lora(method))
+                save("lora", method, cell.lora(method, setting))
         named = entry("head", VERDICT)["named"]
         if "accuracy" not in entry("lora", VERDICT):
             save("lora", VERDICT, {**_figures(entry("lora", named)), "named": named})

@@ -31,7 +31,7 @@ from hyperopt_peft.problems.compare_baselines import (
 from hyperopt_peft.problems.compare_on_adapter import passes_of, runs_of
 from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
 from hyperopt_peft.problems.mix_baselines import Baselines
-from hyperopt_peft.problems.mix_plans import LEARNED, methods_of
+from hyperopt_peft.problems.mix_plans import LEARNED, plan_of
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.utils.groups import group_rows
 
@@ -193,12 +193,13 @@ def train(trainer: MixTrainer, chosen: MethodResult | None, resume: bool) -> Non
         return
     if trainer.on_head:
         announce(trainer, method)
-        plan = methods_of(trainer.head_mix)[method](trainer.head_mix)
+        plan = plan_of(trainer.head_mix, method, chosen.setting if chosen else None)
         trainer.retrain(plan, resume=resume)
     elif chosen is not None and method != LEARNED:
-        announce(trainer, method, chosen.steps)
+        steps = int(chosen.setting)
+        announce(trainer, method, steps)
         with Baselines(trainer) as baselines:
-            baselines.train(chosen.method, chosen.steps, trainer.data)
+            baselines.train(method, steps, trainer.data)
             baselines.keep()
 
 

@@ -123,7 +123,7 @@ def test_the_trained_adapter_is_that_of_the_chosen_method(
 ) -> None:
     made = trainer(tmp_path, search=search, retrain_steps=4)
     mix.search(made, None)
-    chosen = MethodResult(method, torch.zeros(30), passes=1, steps=4)
+    chosen = MethodResult(method, torch.zeros(30), passes=1, setting=4.0)
     mix.train(made, chosen, False)
     trained = values(made.model)
     with Baselines(made) as baselines:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperopt_peft.problems import head_mix
-from hyperopt_peft.problems.compare_on_head import PENALTIES, losses_on_head
+from hyperopt_peft.problems.compare_on_head import losses_on_head
 from hyperopt_peft.problems.head_mix import HeadMix
 from hyperopt_peft.problems.mix_plans import (
     EQUAL,
@@ -14,6 +14,7 @@ from hyperopt_peft.problems.mix_plans import (
     LEARNED_THEN,
     equal,
     methods_of,
+    settings_of,
 )
 from tests.support.head_rows import ROWS, mix
 
@@ -61,28 +62,28 @@ def test_losses_are_those_of_the_head_of_the_other_folds() -> None:
     made = mix()
     fold_of_row = folds(made)
     results = losses_on_head(made, fold_of_row)
-    losses = results.losses[EQUAL, 0.0]
+    losses = results.losses[EQUAL, 1.0]
     for fold in range(FOLDS):
         rows = (fold_of_row == fold).nonzero().flatten()
         inside = HeadMix(made.rows.with_trusted((fold_of_row != fold).nonzero().flatten()))
         head = inside.fit(equal(inside))
         expected = made.losses(head)[rows]
         torch.testing.assert_close(losses[rows], expected, rtol=1e-3, atol=1e-4)
-    assert results.losses[LEARNED, 0.0].mean() < losses.mean()
+    assert results.losses[LEARNED, 1.0].mean() < losses.mean()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ROWS)
 def test_every_method_has_losses_and_a_price(kind: str) -> None:
-    """Trainings on the trusted rows have a penalty each; a search is paid by all that use it."""
+    """And each of its settings has; a search is paid by all that use it."""
     made = mix(kind, steps=2)
     results = losses_on_head(made, folds(made))
-    penalties = {name: [p for n, p in results.losses if n == name] for name, _ in results.losses}
-    assert list(penalties) == list(methods_of(made))
-    assert all(tried == list(PENALTIES.get(name, (0.0,))) for name, tried in penalties.items())
+    settings = {name: [x for n, x in results.losses if n == name] for name, _ in results.losses}
+    assert list(settings) == list(methods_of(made))
+    assert all(tuple(tried) == settings_of(name) for name, tried in settings.items())
     for run, losses in results.losses.items():
         assert losses.shape == (made.rows.n,) and bool(losses.isfinite().all())
         assert results.passes[run] > 0
     passes = results.passes
-    assert passes[LEARNED_THEN, 0.1] > passes[LEARNED, 0.0] > passes[EQUAL, 0.0]
+    assert passes[LEARNED_THEN, 0.1] > passes[LEARNED, 1.0] > passes[EQUAL, 1.0]
     assert made.passes == 0

@@ -33,6 +33,7 @@ from hyperopt_peft.problems.mix_plans import (
     sources_alike,
     then_trusted,
     trusted_only,
+    with_setting,
     without_one,
 )
 from tests.support.head_rows import ROWS, by_source, by_votes, mix
@@ -68,12 +69,16 @@ def test_a_training_on_trusted_rows_starts_where_the_first_one_ended() -> None:
     """A large penalty holds the head there, and a small one leads to the trusted rows' own."""
     made = mix()
     first = made.fit(equal(made))
-    assert torch.allclose(made.fit(then_trusted(made), 1e4).weight, first.weight, atol=1e-3)
-    near, far = (made.losses(made.fit(then_trusted(made), x)).mean() for x in (10.0, 0.01))
+    assert torch.allclose(
+        made.fit(with_setting(then_trusted(made), 1e4)).weight, first.weight, atol=1e-3
+    )
+    near, far = (
+        made.losses(made.fit(with_setting(then_trusted(made), x))).mean() for x in (10.0, 0.01)
+    )
     assert far < near < made.losses(first).mean()
     alone = made.fit(trusted_only(made))
     assert torch.equal(alone.weight, made.trusted_head.weight)
-    small = made.fit(trusted_only(made), 0.01)
+    small = made.fit(with_setting(trusted_only(made), 0.01))
     assert made.losses(small).mean() < made.losses(alone).mean()
 
 
@@ -98,6 +103,30 @@ def test_simple_weights() -> None:
     weights = SourceWeights(counts)
     weights.logits.data = sources_alike(made).logits
     assert weights.shares().tolist() == pytest.approx([0.25] * 4, rel=1e-4)
+
+
+def test_a_setting_repeats_the_trusted_rows() -> None:
+    """The head is that of data in which each of them is three times."""
+    made = mix()
+    head = made.fit(with_setting(equal(made), 3.0))
+    rows, alone = made.rows, Head(5, made.rows.outputs)
+    lbfgs(
+        TaskLevel(alone, alone.named_parameters(), prior=L2Penalty(alone)),
+        {
+            "features": torch.cat([rows.sources.x, rows.trusted.x.repeat(3, 1)]),
+            "labels": torch.cat([rows.sources.labels, rows.trusted.labels.repeat(3)]),
+        },
+    )
+    torch.testing.assert_close(head.weight, alone.weight, rtol=0, atol=2e-3)
+
+
+def test_where_a_fit_starts_does_not_matter() -> None:
+    made = mix()
+    plan = Plan(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    start = made.fit(equal(made))
+    torch.testing.assert_close(
+        made.fit(plan, start).weight, made.fit(plan).weight, rtol=0, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["rows", "votes"])
