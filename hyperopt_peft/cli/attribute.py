@@ -16,7 +16,8 @@ from hyperopt_peft import attribute
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.cli.options import OutputArguments, option, parse
+from hyperopt_peft.cli.config import option
+from hyperopt_peft.cli.options import OutputArguments, parse
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
@@ -93,15 +94,16 @@ class AttributionTrainingArguments(MethodArguments):
     )
 
 
+TYPES = (AttributeArguments, ModelArguments, DataArguments, AttributionTrainingArguments)
+
+
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, score; write ``attribution.csv``, a picture and the adapter."""
     is_sft = option("attribute", "task", argv) == sft.SFT
-    kinds: Any = (DataArguments, AttributionTrainingArguments)
+    types: Any = TYPES
     if is_sft:
-        kinds = (ExampleData, sft.require_trl().SFTConfig)
-    command, model_args, data, args = parse(
-        "attribute", (AttributeArguments, ModelArguments, *kinds), argv
-    )
+        types = (AttributeArguments, ModelArguments, ExampleData, sft.require_trl().SFTConfig)
+    command, model_args, data, args = parse("attribute", types, argv)
     if command.suspects and model_args.task != "text-classification":
         raise ProblemError(f"suspects: needs a class label per row; {model_args.task} has none")
     if is_sft and command.retrain_without is not None:

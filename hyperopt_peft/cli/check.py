@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import check_problem, compare_hypergradients
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text.setup import TYPES, changed, prepare
+from hyperopt_peft.cli.text.setup import SHARED, changed, prepare
 from hyperopt_peft.diagnostics.compare import get_reference
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
@@ -76,9 +76,12 @@ class CheckArguments:
         return f"{name}:{options}{',' if options else ''}lr={1 / measured.radius:.3g}"
 
 
+TYPES = (CheckArguments, *SHARED)
+
+
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train for ``search_steps``, examine levels and estimators; write nothing."""
-    command, model_args, data, args = parse("check", (CheckArguments, *TYPES), argv)
+    command, model_args, data, args = parse("check", TYPES, argv)
     args = changed(args, method="bidora", retrain="none", max_steps=command.search_steps)
     args.save_strategy = type(args.save_strategy)("no")
     setup = prepare(model_args, data)

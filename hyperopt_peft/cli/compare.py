@@ -16,7 +16,7 @@ from transformers import EvalPrediction
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments, parse
-from hyperopt_peft.cli.text.setup import TYPES, Method, MethodArguments, Setup, changed, prepare
+from hyperopt_peft.cli.text.setup import SHARED, Method, MethodArguments, Setup, changed, prepare
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.utils import distributed
@@ -43,6 +43,9 @@ class CompareArguments(OutputArguments):
     )
 
 
+TYPES = (CompareArguments, *SHARED)
+
+
 @dataclass(frozen=True)
 class MethodRun:
     """One method with one seed.
@@ -62,7 +65,7 @@ class MethodRun:
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train every method with every seed, write the table and the runs."""
-    command, model_args, data, args = parse("compare", (CompareArguments, *TYPES), argv)
+    command, model_args, data, args = parse("compare", TYPES, argv)
     chosen = {method: arguments_of(method, args) for method in command.methods}
     command.require_output(args)
     setup = prepare(model_args, data)

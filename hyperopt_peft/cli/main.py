@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from hyperopt_peft import __version__
 from hyperopt_peft.cli import COMMANDS
+from hyperopt_peft.cli.listing import page, require_names
 from hyperopt_peft.errors import NonFiniteError, ProblemError, did_you_mean
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
@@ -27,12 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print(usage())
+    if name in ("-h", "--help", "--version"):
+        print(f"hyperopt-peft {__version__}" if name == "--version" else usage())
         return 0
     try:
         if name not in COMMANDS:
             raise ProblemError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
+        if {"-h", "--help", "--help_all"} & {*options}:
+            print(page(name, everything="--help_all" in options))
+            return 0
+        require_names(name, options)
         _run(name, options)
         return 0
     except (ProblemError, NonFiniteError) as error:
@@ -48,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, options: Sequence[str]) -> None:
     """Import the command, which takes seconds, and run it."""
+    # Of a kernel that is not installed, said to each user of Transformers with bitsandbytes.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     module = import_module(f"hyperopt_peft.cli.{name}")
     if not sys.stderr.isatty():  # a log file wants no bars
         import datasets
@@ -66,4 +75,6 @@ def usage() -> str:
     lines = ["usage: hyperopt-peft COMMAND [config.yaml] [options]", ""]
     width = max(map(len, COMMANDS)) + 2
     lines += [f"  {name:{width}}{summary}" for name, summary in COMMANDS.items()]
-    return "\n".join([*lines, "", "hyperopt-peft COMMAND --help lists the options of one."])
+    return "\n".join(
+        [*lines, "", "hyperopt-peft COMMAND --help lists the options of one; --version."]
+    )

@@ -35,6 +35,9 @@ class MergeArguments:
     dtype: Dtype = HfArg(default="float32", help="to save in; auto: as the base model was saved")
 
 
+TYPES = (MergeArguments,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, merge in float32, compare the logits before and after, cast and save.
 
@@ -42,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a folder that is not empty, an adapter that does not fit the base model, or
             logits that differ by more than rounding; nothing is saved then.
     """
-    (args,) = parse("merge", (MergeArguments,), argv)
+    (args,) = parse("merge", TYPES, argv)
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ProblemError(f"output_dir: {output} is not an empty folder; choose another")

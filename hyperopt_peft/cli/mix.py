@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 
+from hyperopt_peft.cli.config import expanded, option
 from hyperopt_peft.cli.mix_results import SHARES, Learned, Verdict, draw_shares, write_weights
 from hyperopt_peft.cli.mixture_files import write_mixture
-from hyperopt_peft.cli.options import OutputArguments, expanded, option, parse, resume_from
+from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
@@ -79,6 +80,7 @@ def run(argv: Sequence[str]) -> None:
         types = (MixArguments, ModelArguments, Sources, kind.Arguments)
     command, model_args, data, args = parse("mix", types, argv)
     command.require_output(args, resumes=True)
+    resumed = resume_from(args)
     setup = sft.prepare(model_args, data, args) if is_sft else prepare(model_args, data)
     require_columns(setup.rows, [data.column], TRAIN)
     groups = group_rows(setup.rows[data.column])
@@ -89,7 +91,7 @@ def run(argv: Sequence[str]) -> None:
         trainer = kind(model, args, sources=sources, **examples, **setup.options(model))
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
     before = trusted_losses(trainer)
-    seconds = search(trainer, resume_from(args))
+    seconds = search(trainer, resumed)
     learned = Learned.of(trainer)
     if first:
         output.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def run(argv: Sequence[str]) -> None:
             write_mixture(output / "mixture", data.rows, learned.row_weights)
     comparison = compare(trainer, command, seconds)
     chosen = comparison.best if comparison and command.save == "recommended" else None
-    train(trainer, chosen, bool(resume_from(args)))
+    train(trainer, chosen, bool(resumed))
     trained = trainer.args.retrain != "none" or not trainer.on_head
     if trained:
         save_adapter(trainer)

@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
-from hyperopt_peft.cli.text.setup import TYPES, Setup, changed, prepare
+from hyperopt_peft.cli.text.setup import SHARED, Setup, changed, prepare
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
@@ -27,9 +27,12 @@ class TrainArguments(OutputArguments):
     dry_run: bool = HfArg(default=False, help="print parameters, examples and steps alone")
 
 
+TYPES = (TrainArguments, *SHARED)
+
+
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``."""
-    command, model_args, data, args = parse("train", (TrainArguments, *TYPES), argv)
+    command, model_args, data, args = parse("train", TYPES, argv)
     if not command.dry_run:
         command.require_output(args, resumes=True)
     setup = prepare(model_args, data)

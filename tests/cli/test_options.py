@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,17 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.cli import COMMANDS
+from hyperopt_peft.cli.listing import (
+    FILE,
+    collected,
+    listing,
+    names_of,
+    training_names,
+    written,
+)
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text.setup import TYPES
+from hyperopt_peft.cli.text.setup import SHARED
 from tests.support.cli import refused
 from tests.support.files import flags
 
@@ -72,7 +80,7 @@ def test_a_file_and_flags_which_override_it(
 def test_a_mapping_reaches_training_arguments(tmp_path: Path) -> None:
     file = yaml(tmp_path, "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: none")
     *_, args = parse(
-        "train", TYPES, [file, *flags(model="m", task="causal-lm", train_file="t", use_cpu=True)]
+        "train", SHARED, [file, *flags(model="m", task="causal-lm", train_file="t", use_cpu=True)]
     )
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
     assert isinstance(args, TrainingArguments) and args.report_to == []
@@ -164,18 +172,24 @@ def test_bad_options_are_one_line_before_any_work(
     refused(capsys, command, {k: v for k, v in options.items() if v is not None}, words)
 
 
+def test_the_listing_is_that_of_the_classes() -> None:
+    """Else run ``python -m hyperopt_peft.cli.listing``; each option has a help."""
+    assert FILE.read_text() == written(collected())
+    rows = [row for groups in listing().values() for options in groups.values() for row in options]
+    assert all(name and text for name, _, _, text in rows)
+    assert training_names() == {field.name for field in fields(TrainingArguments)}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_and_every_option_has_help(
+def test_help_has_every_option_of_a_command_once(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
-    assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert f"hyperopt-peft {command} [config.yaml] [options]" in text
-    assert COMMANDS[command] in text
-    module = vars(import_module(f"hyperopt_peft.cli.{command}"))
-    kinds: list[Any] = [x for x in module.values() if hasattr(x, "_argument_group_name")]
-    assert any(kind._argument_group_name == "command" for kind in kinds)
-    for kind in kinds:
-        assert all(field.metadata.get("help") for field in fields(kind) if field.init)
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"hyperopt-peft {command} " in text and COMMANDS[command] in text
+    heads = re.findall(r"^  --(\w+)", text, re.MULTILINE)
+    own = [row[0] for options in listing()[command].values() for row in options]
+    assert heads == own and len({*heads}) == len(heads)
+    assert text.count("\n") < 160
+    assert main([command, "--help_all"]) == 0
+    assert {*re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)} == names_of(command)

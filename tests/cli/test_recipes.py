@@ -12,8 +12,7 @@ from datasets import ClassLabel, Dataset, Features, ReadInstruction, Value
 from safetensors.torch import load_file
 
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text.setup import TYPES
-from hyperopt_peft.cli.train import TrainArguments
+from hyperopt_peft.cli.train import TYPES
 from hyperopt_peft.hypergradients import DARTS
 from tests.support.cli import run
 from tests.support.files import WORDS, save_model
@@ -66,7 +65,7 @@ def task_of(recipe: str) -> str:
 
 @pytest.mark.parametrize("recipe", sorted({*PUBLISHED, *(x.stem for x in FOLDER.glob("*.yaml"))}))
 def test_numbers_are_the_published_ones_and_data_those_of_the_hub(recipe: str) -> None:
-    _, model, data, args = parse("train", (TrainArguments, *TYPES), [f"{FOLDER}/{recipe}.yaml"])
+    _, model, data, args = parse("train", TYPES, [f"{FOLDER}/{recipe}.yaml"])
     rate, decay, upper_decay, steps, again = PUBLISHED[recipe]
     assert (args.learning_rate, args.upper_learning_rate) == (rate, rate)
     assert (args.weight_decay, args.upper_weight_decay) == (decay, upper_decay)

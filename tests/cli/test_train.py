@@ -108,9 +108,11 @@ def test_a_baseline_is_trained_in_one_phase_and_needs_no_evaluation(tmp_path: Pa
 def test_a_resumed_run_ends_in_the_same_adapter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With another rank or alpha the run is refused."""
+    """The first start of ``resume_from_checkpoint: true`` is a new run; another rank is refused."""
     options = small_run(tmp_path, retrain="none", save_strategy="steps", save_steps=2, dropout=0.1)
-    run("train", **options)
+    (tmp_path / "out/checkpoint-1").mkdir(parents=True)  # a kill has left it incomplete
+    run("train", **options, resume_from_checkpoint="true")
+    assert "no complete checkpoint: a new run" in capsys.readouterr().out
     adapter = tmp_path / "out/adapter_model.safetensors"
     uninterrupted = adapter.read_bytes()
     shutil.rmtree(tmp_path / "out/checkpoint-4")
@@ -138,7 +140,7 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"report_to": "comet_ml"}, "comet-ml"),
         ({"seed": -1}, "seed: .*between 0 .*-1"),
         ({"upper_fraction": 0.01}, "24 training examples.*upper level"),
-        ({"resume_from_checkpoint": "true"}, "out: there is no complete checkpoint"),
+        ({"resume_from_checkpoint": "no/such"}, "no/such"),
     ],
 )
 def test_bad_options_are_one_line(

@@ -53,7 +53,8 @@ class MethodArguments(BiDoRATrainingArguments):
     )
 
 
-TYPES = (ModelArguments, DataArguments, MethodArguments)
+#: The options of the commands that train on files.
+SHARED = (ModelArguments, DataArguments, MethodArguments)
 
 
 class RowWeights(BilevelTrainer):
