@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import LogLocator
 from scipy import stats
 
 from hyperopt_peft.adapters import ModuleChange
 from hyperopt_peft.diagnostics.compare import Comparison
-from hyperopt_peft.utils.plots import COLOURS, drawing
+from hyperopt_peft.utils.plots import COLOURS, drawing, lines, points, smooth
 
 
 @dataclass(frozen=True)
@@ -26,34 +25,25 @@ class Curve:
 
 def learning_curves(curves: Mapping[str, Curve], path: Path) -> None:
     """Losses against the steps of adapter and head, smoothed over a tenth of each curve."""
-    with drawing(path, 7, 4) as (_, axes):
-        for name, curve in curves.items():
-            width = max(1, len(curve.losses) // 10)
-            smooth = np.convolve(curve.losses, np.ones(width) / width, mode="valid")
-            steps = curve.start + curve.stride * (np.arange(len(smooth)) + width)
-            axes.plot(steps, smooth, "--" if "upper" in name else "-", label=name)
-        axes.set_xlabel("optimizer step of adapter and head")
-        axes.set_ylabel("loss on training batches")
-        axes.legend()
+    smoothed = {
+        name: smooth(curve.start + curve.stride * (np.arange(len(curve.losses)) + 1), curve.losses)
+        for name, curve in curves.items()
+    }
+    xlabel, ylabel = "optimizer step of adapter and head", "loss on training batches"
+    lines({"": smoothed}, path, xlabel=xlabel, ylabel=ylabel)
 
 
 def estimators(comparison: Comparison, path: Path) -> None:
-    """Cosine to the reference against cost, in seconds, an estimator a point."""
-    rows = [row for row in comparison.rows if not row.problem and np.isfinite(row.cosine)]
-    with drawing(path, 7, 5) as (figure, axes):
-        for index, row in enumerate(rows):
-            label = f"{row.estimator} ({row.gradients} + {row.products})"
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": "os"[index >= len(COLOURS)]}
-            axes.scatter(row.seconds, row.cosine, s=60, zorder=3, label=label, **style)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        axes.set_xlabel("seconds for one hypergradient")
-        axes.set_ylabel("cosine to the reference")
-        axes.set_title(f"reference: {comparison.reference}")
-        title = "estimator (forward+backward + second backward passes)"
-        figure.legend(title=title, loc="outside lower center", ncols=2)
+    """The relative error of each estimator against its passes."""
+    rows = [row for row in comparison.rows if not row.problem and np.isfinite(row.relative_error)]
+    points(
+        {row.estimator: (row.gradients + row.products, row.relative_error) for row in rows},
+        path,
+        xlabel="passes for one hypergradient: forward+backward and second backward",
+        ylabel=f"relative error to {comparison.reference}",
+        xscale="log",
+        yscale="log",
+    )
 
 
 def decomposition(changes: Mapping[str, Sequence[ModuleChange]], path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import matrix
+from tests.matrix import INTERPRETERS
 
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -49,7 +49,7 @@ def test_workflows_run_what_there_is() -> None:
     }
     assert "bash .ci/run" in commands["ci"]
     sets = jobs["matrix"]["versions"]["strategy"]["matrix"]["include"]
-    assert {each["set"]: f"python{each['python']}" for each in sets} == matrix.INTERPRETERS
+    assert {each["set"]: f"python{each['python']}" for each in sets} == INTERPRETERS
     (publish,) = [job for of in jobs.values() for job in of.values() if "permissions" in job]
     assert publish["permissions"] == {"id-token": "write"} and publish["environment"] == "pypi"
     assert all("run" not in step for step in publish["steps"])

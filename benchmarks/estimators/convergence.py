@@ -13,9 +13,9 @@ L-BFGS on B, which do not count.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.measure import Target, arguments, report
@@ -23,6 +23,7 @@ from benchmarks.pages import DOCS
 from hyperopt_peft import Engine, NonFiniteError, ProblemError
 from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems import hypercleaning, logistic
+from hyperopt_peft.utils.plots import lines
 from hyperopt_peft.utils.restore import perturbed
 
 METHODS = [
@@ -134,22 +135,17 @@ def main() -> None:
     ]
     report(options, {f"Value after {calls} oracle calls": rows}, targets, {"curves": curves})
     if options.json is not None:
-        draw(curves, best)
+        draw(curves)
 
 
-def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], best: dict[str, float]) -> None:
-    """One panel a problem: value above the best one that any reached."""
-    canvas, panels = plt.subplots(1, len(curves), figsize=(11, 4.5), layout="constrained")
-    styles = ["-", "--", ":"]
-    for panel, (key, lines) in zip(panels, curves.items()):
-        for index, (method, points) in enumerate(lines.items()):
-            if len(points) == 1:  # refused
-                continue
-            x, y = zip(*points)
-            style = styles[index // 10]
-            panel.plot(x, y, style, color=f"C{index % 10}", label=method, linewidth=1.5)
-        panel.axhline(best[key], color="black", linewidth=0.6)
-        panel.set(title=f"Problem {key}", xlabel="oracle calls", ylabel="F(u, w*(u))", yscale="log")
-    handles, labels = panels[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, fontsize=8, loc="outside right upper")
-    canvas.savefig(FIGURE, dpi=110)
+def draw(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> None:
+    """One panel a problem."""
+    panels = {
+        f"Problem {key}": {
+            method: tuple(zip(*points, strict=True))
+            for method, points in named.items()
+            if len(points) > 1  # not refused
+        }
+        for key, named in curves.items()
+    }
+    lines(panels, FIGURE, xlabel="oracle calls", ylabel="F(u, w*(u))", yscale="log")

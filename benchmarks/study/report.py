@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import matplotlib.pyplot as plt
 
 from benchmarks import pages
 from benchmarks.measure import mean_and_half, table
 from benchmarks.store import MEASURED, Store
-from benchmarks.study.plan import BIDORA, DORA, FROZEN, STOPPED, Run, Study
+from benchmarks.study.plan import DORA, FROZEN, STOPPED, Run, Study
+from hyperopt_peft.utils.plots import lines
 
 PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
 Row = dict[str, Any]
@@ -214,29 +213,21 @@ def checks(study: Study, store: Store) -> list[Row]:
     return [{"method": name} | of_method(results, base) for name, (_, results) in best.items()]
 
 
-def lines(study: Study, store: Store, cell: Cell) -> Iterator[tuple[str, list[float]]]:
-    """The held-out score of each method at each rate."""
+def rate_curves(study: Study, store: Store, cell: Cell) -> dict[str, Any]:
+    """The rates and the held-out score of each method at them, where all are measured."""
+    curves = {}
     for method in (each for each in study.methods if each != FROZEN):
         candidates = study.candidates(store, cell, method)[: len(study.rates)]
         found = [study.score(store, study.trials(cell, method, **each)) for each in candidates]
-        known = [each for each in found if each is not None]
-        if len(known) == len(study.rates):
-            yield method, known
+        if found.count(None) == 0 and len(found) == len(study.rates):
+            curves[method] = (study.rates, found)
+    return curves
 
 
 def figure(study: Study, store: Store) -> None:
     """The held-out score over the rate, a panel for each cell and a line for each method."""
-    cells = [cell for cell in sorted(study.cells) if dict(lines(study, store, cell))]
-    if not cells:
-        return
-    figure, axes = plt.subplots(1, len(cells), figsize=(10, 3), sharey=True, squeeze=False)
-    figure.set_layout_engine("constrained")
-    for axis, cell in zip(axes.flat, cells, strict=True):
-        for name, values in lines(study, store, cell):
-            width = 2.5 if name == BIDORA else 1.2
-            axis.plot(study.rates, values, marker=".", linewidth=width, label=name)
-        axis.set(title="{} rows, {} passes".format(*cell), xlabel="rate", xscale="log")
-    axes.flat[0].set_ylabel("score on held-out rows")
-    axes.flat[0].legend(fontsize="small")
-    figure.savefig(FIGURE, dpi=110)
-    plt.close(figure)
+    panels = {cell: rate_curves(study, store, cell) for cell in sorted(study.cells)}
+    titled = {"{} rows, {} passes".format(*cell): found for cell, found in panels.items() if found}
+    if titled:
+        ylabel = "score on held-out rows"
+        lines(titled, FIGURE, xlabel="rate", ylabel=ylabel, xscale="log")

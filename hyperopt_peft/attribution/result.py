@@ -17,6 +17,7 @@ from hyperopt_peft.attribution.removal import Removal, remove
 from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.plots import row_scores
 
 #: What tables and pictures say before a check.
 UNCHECKED = "unchecked: call check() before relying on them"
@@ -250,15 +251,15 @@ class Attribution:
         Raises:
             ProblemError: the file cannot be written.
         """
-        from hyperopt_peft.attribution.picture import picture
-
         hurting, helping = self.ends(count)
         lines = {row: self.line(row, width=44) for row in (*hurting, *reversed(helping))}
-        return picture(self.scores, lines, str(self.checked or UNCHECKED), path)
+        note = str(self.checked).partition(":")[0] if self.checked else UNCHECKED
+        return row_scores(self.scores.numpy(), lines, note, path)
 
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of ``row``, each column at most ``width`` characters."""
-        cells = [" ".join(str(values[row]).split())[:width] for values in self.columns.values()]
+        cells = [" ".join(str(values[row]).split()) for values in self.columns.values()]
+        cells = [x if len(x) <= width else f"{x[: width - 1]}…" for x in cells]
         return f"{self.numbers[row]:6d}  {' | '.join(cells)}".rstrip()
 
     def _count(self, share: float) -> int:

@@ -20,7 +20,7 @@ from hyperopt_peft.cli.text.setup import SHARED, Method, MethodArguments, Setup,
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.plots import COLOURS, drawing
+from hyperopt_peft.utils.plots import intervals
 
 METHODS = get_args(Method)[::-1]
 #: Bootstrap samples of the test rows.
@@ -188,20 +188,14 @@ def method_means(
 
 
 def draw_comparison(runs: Sequence[MethodRun], metric: str, path: Path) -> None:
-    """The numbers of `method_means` as points with an error bar, ± one standard error."""
-    results = method_means(runs, metric)
-    first, height = runs[0].method, 1.5 + 0.5 * len(results)
-    with drawing(path, 9, height, columns=2, sharey=True) as (_, (left, right)):
-        for row, (method, (mean, error, difference, its_error)) in enumerate(results.items()):
-            style: Any = {"fmt": "o", "capsize": 4, "color": COLOURS[row % len(COLOURS)]}
-            left.errorbar(mean, row, xerr=error, **style)
-            if method != first:
-                right.errorbar(difference, row, xerr=its_error, **style)
-        left.set_yticks(range(len(results)), list(results), parse_math=False)
-        left.set_ylim(len(results) - 0.5, -0.5)
-        left.set_xlabel(f"{metric.removeprefix('eval_')} ± one standard error")
-        right.axvline(0, color="black", linewidth=0.8)
-        right.set_xlabel(f"difference to {first}, paired")
+    """The differences to the first method, paired, ± two standard errors, beside the means."""
+    gaps = {
+        f"{method}, {mean:.3f}": (gap, gap - 2 * error, gap + 2 * error)
+        for method, (mean, _, gap, error) in method_means(runs, metric).items()
+    }
+    name = metric.removeprefix("eval_")
+    title = f"{name} − that of {runs[0].method}, paired, ± two standard errors"
+    intervals({title: gaps}, path, zero=[title])
 
 
 def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:

@@ -13,14 +13,10 @@ from typing import Any
 
 from hyperopt_peft.problems.compare_baselines import BaselineComparison
 from hyperopt_peft.problems.mix_trainer import MixTrainer
-from hyperopt_peft.utils.plots import COLOURS, GREY, drawing
+from hyperopt_peft.utils.plots import lines
 
 #: The sources' shares in a record of the Trainer's log.
 SHARES = "shares"
-#: A source has a colour and a marker of its own.
-MARKERS = "os^DvxP*<>ph"
-#: The most sources with a colour: those whose share changed most.
-COLOURED = 18
 PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
 
 
@@ -215,27 +211,8 @@ def _by_option(flags: Sequence[str]) -> list[str]:
 
 
 def draw_shares(shares: Sequence[Mapping[str, float]], path: Path) -> None:
-    """The share of each source before each update of the weights, and after the last.
-
-    A source has the same colour and marker in each picture of the same sources. Of many, those
-    whose share changed most have one, and the others are grey.
-    """
-    names = list(shares[0])
-    change = {name: abs(shares[-1][name] - shares[0][name]) for name in names}
-    coloured = sorted(names, key=lambda name: -change[name])[:COLOURED]
-    with drawing(path, 8, 4.5) as (_, axes):
-        for number, name in enumerate(names):
-            style: dict[str, Any] = {"color": GREY, "linewidth": 0.7, "alpha": 0.6, "zorder": 1}
-            if name in coloured:
-                marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
-                style = {"color": COLOURS[number % len(COLOURS)], "marker": marker}
-                style |= {"markersize": 4, "label": f"{name}, {shares[-1][name]:.3f}"}
-            axes.plot(range(len(shares)), [each[name] for each in shares], **style)
-        axes.set_xlabel("update of the weights")
-        axes.set_ylabel("share in the training loss")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        title = f"{len(coloured)} of {len(names)} sources" if len(names) > COLOURED else None
-        legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title)
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a name may have a $
+    """The share of each source before each update of the weights, and after the last."""
+    updates = range(len(shares))
+    named = {f"{x}, {shares[-1][x]:.3f}": (updates, [y[x] for y in shares]) for x in shares[0]}
+    ylabel = "share in the training loss"
+    lines({"": named}, path, xlabel="update of the weights", ylabel=ylabel)

@@ -1,15 +1,18 @@
-"""The style of every figure: colours that remain distinct without colour vision, a light grid.
+"""Every figure of the library, in one style: colours distinct without colour vision, a light grid.
 
 The colours are those of Okabe & Ito 2008 (https://jfly.uni-koeln.de/color/) that are dark enough
-for lines on white.
+for lines on white. A function that draws returns the matplotlib figure, and writes it to ``path``,
+whose suffix gives the format, unless that is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hyperopt_peft.errors import ProblemError
 
@@ -23,6 +26,17 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
 )
 COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 GREY = "#999999"
+#: The styles of the first six lines, of the next six, and so on.
+STYLES = ("-", "--", ":")
+#: The entries of a history that `level_curves` draws.
+LOSSES = {
+    "lower_loss": "lower level",
+    "loss": "lower level",
+    "upper_loss": "upper level",
+    "eval_loss": "evaluation",
+}
+#: Values of a line by its name: x and y.
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 @contextmanager
@@ -39,7 +53,7 @@ def drawing(
     matplotlib is imported here, without pyplot: no global figure, no display.
 
     Args:
-        path: the file to write, whose suffix gives the format; None writes none.
+        path: the file to write; None writes none.
         width, height: of the figure, in inches.
         rows, columns: of axes; more than one give an array of axes.
         subplots: other arguments of ``Figure.subplots``, such as ``sharex`` and ``width_ratios``.
@@ -79,3 +93,223 @@ def drawing(
             except (OSError, ValueError) as error:  # ValueError: an unknown format
                 reason = getattr(error, "strerror", None) or error
                 raise ProblemError(f"{path}: cannot be written ({reason})") from error
+
+
+def lines(
+    panels: Mapping[str, Lines], path: str | Path | None = None, most: int = 18, **axes: Any
+) -> Any:
+    """A panel for each title in ``panels``, with the same legend, beside them.
+
+    Args:
+        panels: by title, the lines by name.
+        path: the file to write.
+        most: the lines with a colour, 18 at most: those whose y changes most; the others are grey.
+        axes: properties of all axes, such as ``xlabel``, ``ylabel`` and ``yscale``.
+
+    Example:
+        >>> shares = {"web": ([0, 1, 2], [0.5, 0.3, 0.2]), "forum": ([0, 1, 2], [0.5, 0.7, 0.8])}
+        >>> figure = lines({"": shares}, xlabel="update", ylabel="share")
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['web', 'forum']
+    """
+    change: dict[str, float] = {}
+    for named in panels.values():
+        for name, (_, y) in named.items():
+            change[name] = max(change.get(name, 0.0), abs(y[-1] - y[0]))
+    largest = sorted(change, key=lambda name: -change[name])[:most]
+    coloured = [name for name in change if name in largest]
+    width, shown = 2.5 + 5 * len(panels), {}
+    with drawing(path, width, 4, columns=len(panels), squeeze=False) as (figure, grid):
+        for panel, (title, named) in zip(grid.flat, panels.items(), strict=True):
+            for name, (x, y) in named.items():
+                style: dict[str, Any] = {"color": GREY, "linewidth": 0.7, "zorder": 1}
+                if name in coloured:
+                    group, colour = divmod(coloured.index(name), len(COLOURS))
+                    style = {"color": COLOURS[colour], "linestyle": STYLES[group]}
+                    style |= {"marker": "o", "markersize": 4} if len(x) <= 12 else {}
+                (line,) = panel.plot(x, y, **style)
+                if name in coloured:
+                    shown[name] = line
+            panel.set(title=title, **axes)
+            if panel.get_xscale() == "linear":
+                panel.locator_params(axis="x", integer=True, nbins=8)
+        some = f"{len(coloured)} of {len(change)}" if len(change) > len(coloured) else None
+        legend(figure, shown, some)
+    return figure
+
+
+def legend(figure: Any, shown: Mapping[str, Any], title: str | None = None) -> None:
+    """The names of what is ``shown`` right of all axes; a $ in one is a $."""
+    box = figure.legend(list(shown.values()), list(shown), title=title, loc="outside right upper")
+    for text in box.get_texts():
+        text.set_parse_math(False)
+
+
+def smooth(x: Sequence[float], y: Sequence[float], share: float = 0.1) -> tuple[Any, Any]:
+    """The means of ``y`` over windows of a ``share`` of it, and x at their ends.
+
+    Example:
+        >>> smooth([0, 1, 2, 3], [1, 3, 5, 7], share=0.5)[1].tolist()
+        [2.0, 4.0, 6.0]
+    """
+    width = max(1, round(share * len(y)))
+    return np.asarray(x[width - 1 :]), np.convolve(y, np.ones(width) / width, mode="valid")
+
+
+def level_curves(
+    history: Iterable[Mapping[str, Any]], path: str | Path | None = None, share: float = 0.05
+) -> Any:
+    """The losses of both levels over a run.
+
+    Args:
+        history: ``Engine.history``, or ``trainer.state.log_history``.
+        path: the file to write.
+        share: the share of a curve over which it is smoothed.
+
+    Example:
+        >>> history = [{"upper_loss": 1 / k, "lower_loss": 2 / k} for k in range(1, 30)]
+        >>> figure = level_curves(history)
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['lower level', 'upper level']
+    """
+    records = list(history)
+    curves: dict[str, tuple[Any, Any]] = {}
+    for key, name in LOSSES.items():
+        with_key = [(k + 1, record) for k, record in enumerate(records) if key in record]
+        if with_key:
+            x = [record.get("step", number) for number, record in with_key]
+            curves[name] = smooth(x, [record[key] for _, record in with_key], share)
+    step = "lower step" if any("step" in record for record in records) else "upper step"
+    return lines({"": curves}, path, xlabel=step, ylabel="loss")
+
+
+def points(
+    named: Mapping[str, tuple[float, float]],
+    path: str | Path | None = None,
+    title: str | None = None,
+    **axes: Any,
+) -> Any:
+    """A point for each name: an estimator's cost and error, for instance.
+
+    Args:
+        named: x and y by name.
+        path: the file to write.
+        title: of the legend.
+        axes: properties of the axes, such as ``xlabel`` and ``xscale``.
+
+    Example:
+        >>> figure = points({"direct": (1, 1.0), "cg": (13, 1e-3)}, xlabel="passes", yscale="log")
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['direct', 'cg']
+    """
+    with drawing(path, 8, 4) as (figure, panel):
+        shown = {}
+        for number, (name, (x, y)) in enumerate(named.items()):
+            group, colour = divmod(number, len(COLOURS))
+            style = {"color": COLOURS[colour], "marker": "osD^v"[group % 5]}
+            shown[name] = panel.scatter(x, y, s=55, zorder=3, **style)
+        panel.set(**axes)
+        for axis in (panel.xaxis, panel.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("")
+        legend(figure, shown, title)
+    return figure
+
+
+def intervals(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    path: str | Path | None = None,
+    zero: Sequence[str] = (),
+) -> Any:
+    """A value with an interval for each name, the names below each other, a panel a measure.
+
+    Args:
+        panels: by measure, (value, lower end, upper end) by name; all have the same names.
+        path: the file to write.
+        zero: the measures with a line at 0, such as paired differences.
+
+    Example:
+        >>> gaps = {"dora": (0.0, 0.0, 0.0), "bidora": (0.012, -0.004, 0.028)}
+        >>> figure = intervals({"accuracy − that of dora": gaps}, zero=["accuracy − that of dora"])
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['dora', 'bidora']
+    """
+    names = list(next(iter(panels.values())))
+    size = (3.5 + 3.5 * len(panels), 1 + 0.35 * len(names))
+    with drawing(path, *size, columns=len(panels), sharey=True, squeeze=False) as (figure, grid):
+        for panel, colour, (measure, rows) in zip(grid.flat, COLOURS, panels.items()):
+            if measure in zero:
+                panel.axvline(0, color="black", linewidth=0.8)
+            for y, (value, low, high) in enumerate(rows[name] for name in names):
+                panel.plot((low, high), (y, y), color=colour, alpha=0.4, linewidth=5)
+                panel.plot(value, y, "o", color=colour)
+            panel.set_xlabel(measure)
+        grid.flat[0].set_yticks(range(len(names)), names, parse_math=False)
+        grid.flat[0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def row_scores(
+    scores: np.ndarray[Any, Any],
+    texts: Mapping[int, str],
+    note: str,
+    path: str | Path | None = None,
+) -> Any:
+    """The distribution of the scores of training rows, and the rows that hurt and help most.
+
+    Heavy tails are cut: of the distribution at thrice the size that nine tenths of the scores do
+    not exceed, with the rows beyond in the outermost bars; of the rows at thrice the median size,
+    with the score as a number in the bar.
+
+    Args:
+        scores: of each row, ``(n,)``; NaN for one that was never seen.
+        texts: of the rows to draw, from the one that hurts most to the one that helps most.
+        note: a line below, on how far the scores can be trusted.
+        path: the file to write.
+
+    Example:
+        >>> scores = np.array([0.1, -0.2, 30.0, float("nan")])
+        >>> figure = row_scores(scores, {2: "wrong label", 1: "right label"}, "unchecked")
+        >>> figure.axes[0].get_title()
+        '3 rows, 67 % of them hurt'
+    """
+    seen, values = scores[~np.isnan(scores)], np.array([scores[row] for row in texts])
+    height = 2.5 + 0.24 * max(len(texts), 6)
+    with drawing(path, 11, height, columns=2, width_ratios=(1, 1.6)) as (figure, (left, right)):
+        end = _end(seen, 0.9)
+        bins = np.linspace(max(-end, seen.min()), min(end, seen.max()), min(40, 6 + len(seen) // 5))
+        left.hist(np.clip(seen, -end, end), bins=bins, color=GREY)
+        left.axvline(0, color="black", linewidth=0.8)
+        beyond = int((np.abs(seen) > end).sum())
+        cut = f"\noutermost bars: {beyond} rows beyond" if beyond else ""
+        left.set_xlabel(f"score dΦ/dv: helps < 0 < hurts{cut}")
+        left.set_ylabel("training rows")
+        left.set_title(f"{len(seen)} rows, {100 * (seen > 0).mean():.0f} % of them hurt")
+        end, y_positions, hurting = _end(values, 0.5), range(len(texts)), int((values > 0).sum())
+        colours = [RED if value > 0 else BLUE for value in values]
+        right.barh(y_positions, np.clip(values, -end, end), color=colours)
+        for y, value in enumerate(values):
+            if abs(value) > end:
+                side = "right" if value > 0 else "left"
+                end_of_bar = np.sign(value) * 0.98 * end
+                right.text(end_of_bar, y, f"{value:.2g}", ha=side, va="center", color="white")
+        right.set_yticks(y_positions, list(texts.values()), fontsize=8, parse_math=False)
+        right.grid(axis="y", visible=False)
+        right.invert_yaxis()
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set_title(
+            f"the {hurting} rows that hurt most, the {len(texts) - hurting} that help most"
+        )
+        right.set_xlabel("score")
+        for panel in (left, right):
+            panel.locator_params(axis="x", nbins=4)
+            panel.xaxis.set_major_formatter("{x:g}")
+        figure.supxlabel(note, fontsize=10)
+    return figure
+
+
+def _end(values: np.ndarray[Any, Any], share: float) -> float:
+    """Where an axis ends: at the largest size, or at thrice the quantile ``share`` of the sizes."""
+    sizes = np.abs(values)
+    return float(min(sizes.max(), 3 * np.quantile(sizes, share))) or 1.0

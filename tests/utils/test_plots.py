@@ -9,7 +9,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from hyperopt_peft import ProblemError
-from hyperopt_peft.utils.plots import COLOURS, drawing
+from hyperopt_peft.utils import plots
+from hyperopt_peft.utils.plots import COLOURS, GREY, drawing
 
 # RGB in linear light as seen without red and without green cones: Viénot, Brettel & Mollon 1999.
 WITHOUT_RED = [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]]
@@ -40,3 +41,42 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, name: str) -> None:
         pass
     with drawing(None, 4, 3) as (figure, _):
         assert figure.get_axes()
+
+
+def test_many_lines_have_the_most_changed_in_colour_the_same_in_each_panel() -> None:
+    first = {f"source ${k}": ([0, 1], [0, k]) for k in range(30)}
+    second = {name: line for name, line in first.items() if name != "source $29"}
+    figure = plots.lines({"one": first, "other": second}, ylabel="share")
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [f"source ${k}" for k in range(12, 30)]
+    assert legend.get_title().get_text() == "18 of 30"
+    styles = [[(x.get_color(), x.get_linestyle()) for x in a.lines] for a in figure.axes]
+    assert styles[0][:29] == styles[1] and len(set(styles[0][12:])) == 18
+    assert {colour for colour, _ in styles[0][:12]} == {GREY}
+
+
+def test_both_levels_of_a_trainers_log_are_drawn_over_its_steps() -> None:
+    log = [{"step": k, "loss": k, "upper_loss": 2 * k} for k in (10, 20)]
+    (panel,) = plots.level_curves([*log, {"step": 20, "eval_loss": 5}, {"train_loss": 1}]).axes
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines]
+    assert drawn == [([10, 20], [10, 20]), ([10, 20], [20, 40]), ([20], [5])]
+    assert panel.get_xlabel() == "lower step"
+
+
+def test_heavy_tails_are_cut_and_said() -> None:
+    scores = np.append(np.linspace(-1, 1, 40), [900.0, np.nan])
+    texts = {40: "far", 39: "near", 38: "nearer", 0: "helps"}
+    left, right = plots.row_scores(scores, texts, "unchecked").axes
+    assert left.get_xlim()[1] < 5 and "1 rows beyond" in left.get_xlabel()
+    assert left.get_title().startswith("41 rows")
+    widths = [bar.get_width() for bar in right.patches]
+    assert widths[0] < 4 and widths[1:] == pytest.approx(scores[[39, 38, 0]])
+    assert [text.get_text() for text in right.texts] == ["9e+02"]
+    assert left.figure.get_supxlabel() == "unchecked"
+
+
+def test_differences_have_a_line_at_zero() -> None:
+    gaps = {"a": (0.0, 0.0, 0.0), "b": (0.2, 0.1, 0.3)}
+    left, right = plots.intervals({"gap": gaps, "mean": gaps}, zero=["gap"]).axes
+    assert len(left.lines) == 5 and len(right.lines) == 4
