@@ -143,6 +143,8 @@ def raters(trusted: int, source: torch.Generator, development: bool) -> Task:
     block = 2 * torch.randperm(half, generator=source) + (0 if development else 1)
     row = (block[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
     train, rest = row[: BLOCKS * BLOCK], row[BLOCKS * BLOCK :]
+    # Sentences of a block are often of one class: trusted and test rows are drawn one by one.
+    rest = rest[torch.randperm(len(rest), generator=source)]
     votes = torch.full((count, BLOCKS * RATERS), NO_VOTE)
     for number, rows in enumerate(train.split(BLOCK)):
         persons = torch.randperm(min(map(len, (ratings[r] for r in rows))), generator=source)
