@@ -28,7 +28,7 @@ class ModuleChange:
     """The change of one adapted weight since initialisation.
 
     ``module`` is the module's name in ``peft_model.named_modules()``; ``delta_magnitude`` is ΔM,
-    the mean over rows of |m − m0|; ``delta_direction`` is ΔD, the mean over rows of 1 − cos(V, W0).
+    the mean over rows of ``|m − m0|``; ``delta_direction`` is ΔD, that of 1 − cos(V, W0).
 
     Example:
         >>> ModuleChange("encoder.0", delta_magnitude=0.1, delta_direction=0.02).delta_direction

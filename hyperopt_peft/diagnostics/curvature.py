@@ -45,12 +45,12 @@ class Spectrum:
 
     @property
     def radius(self) -> float:
-        """|λ|max, the spectral radius."""
+        """``|λ|max``, the spectral radius."""
         return max(abs(self.smallest), abs(self.largest))
 
     @property
     def condition(self) -> float:
-        """|λ|max/|λ|min of the two estimates, a lower bound of the condition number of H."""
+        """``|λ|max/|λ|min`` of the two estimates, a lower bound of the condition number of H."""
         least = min(abs(self.smallest), abs(self.largest))
         return self.radius / least if least else math.inf
 
@@ -65,7 +65,7 @@ class Spectrum:
         return max(0.0, (self.largest - CONDITION * self.smallest) / (CONDITION - 1))
 
     def dominated_by(self, damping: float) -> bool:
-        """Whether δ ≥ |λ|max, so that (H + δI)⁻¹ is close to I/δ."""
+        """Whether ``δ ≥ |λ|max``, so that (H + δI)⁻¹ is close to I/δ."""
         return damping > 0 and damping >= self.radius
 
 

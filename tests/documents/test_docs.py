@@ -129,7 +129,7 @@ def test_every_diff_changes_nothing_but_the_names() -> None:
         "args = TrainingArguments(": "args = BiDoRATrainingArguments(",
         "trainer = Trainer(": "trainer = BiDoRATrainer(",
     }
-    pages = [PAGES["training.md"], PAGES["coming-from-peft-trl.md"], README]
+    pages = [PAGES[n] for n in ("training.md", "start.md", "coming-from-peft-trl.md")] + [README]
     for diff in (diff for page in pages for diff in blocks(page, "diff")):
         pairs = changes(diff)
         assert len(pairs) == 3

@@ -1,0 +1,67 @@
+"""Sphinx builds the site from the Markdown pages here: ``python -m sphinx -W docs outputs/site``.
+
+The docstrings are in Google's style, with a name of the package between single backticks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.metadata import version as installed
+from typing import Any
+
+from sphinx.application import Sphinx
+from transformers import TrainingArguments
+
+project = "hyperopt-peft"
+version = release = installed(project)
+copyright = "the authors of hyperopt-peft; Apache-2.0"
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["upstream"]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+html_theme = "furo"
+html_title = "hyperopt-peft"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+
+myst_heading_anchors = 4
+highlight_language = "text"
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+default_role = "py:obj"  # a name that is not on the site stays as it is
+autosummary_generate = False
+autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+
+
+def own_arguments(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returned: str
+) -> tuple[str, str] | None:
+    """Arguments that derive from Transformers' have more than a hundred: their own are listed."""
+    if what == "class" and issubclass(obj, TrainingArguments):
+        return "(output_dir, …)", returned
+    return None
+
+
+def pages_elsewhere(app: Sphinx, name: str, source: list[str]) -> None:
+    """A Markdown file outside this folder is a file to download, like any other file there."""
+    source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", source[0])
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the hooks above."""
+    app.connect("source-read", pages_elsewhere)
+    app.connect("autodoc-process-signature", own_arguments)
