@@ -40,7 +40,7 @@ copybutton_prompt_is_regexp = True
 
 default_role = "py:obj"  # a name that is not on the site stays as it is
 autosummary_generate = False
-autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
@@ -56,6 +56,13 @@ def own_arguments(
     return None
 
 
+def named_pages(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """A page that a docstring names, ``docs/training.md``, is a link."""
+    lines[:] = [re.sub(r"docs/([\w-]+)\.md", r":doc:`/\1`", line) for line in lines]
+
+
 def pages_elsewhere(app: Sphinx, name: str, source: list[str]) -> None:
     """A Markdown file outside this folder is a file to download, like any other file there."""
     source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", source[0])
@@ -65,3 +72,4 @@ def setup(app: Sphinx) -> None:
     """Connect the hooks above."""
     app.connect("source-read", pages_elsewhere)
     app.connect("autodoc-process-signature", own_arguments)
+    app.connect("autodoc-process-docstring", named_pages)
