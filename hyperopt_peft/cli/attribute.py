@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,8 +17,11 @@ from hyperopt_peft import attribute
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.cli.config import option
+from hyperopt_peft.cli.config import expanded, option
 from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.plan import Work, seconds_a_pass, table
+from hyperopt_peft.cli.plan import phases as phases_of
+from hyperopt_peft.cli.report import REPORT, Report
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
@@ -29,13 +33,15 @@ from hyperopt_peft.cli.text.data import (
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import Method as Training
 from hyperopt_peft.cli.text.setup import MethodArguments, Setup, changed, prepare
-from hyperopt_peft.cli.train import save_adapter
+from hyperopt_peft.cli.train import evaluated, save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.validation import require_count
 
-ROW, SLICE = "row", "slice"
+ROW, SLICE, UNROLLED = "row", "slice", "unrolled"
+#: The trainings without random rows of `retrain_without`.
+DRAWS = 5
 
 
 @dataclass
@@ -114,6 +120,9 @@ def run(argv: Sequence[str]) -> None:
     without = replace(data, eval_fraction=0.0)
     setup = sft.prepare(model_args, without, args) if is_sft else prepare(model_args, without)
     setup, test = split(command, setup, data)
+    if command.dry_run:
+        print(plan(command, setup, args))
+        return
     # The Trainer removes the numbers of the rows, and the slices.
     trainer = setup.trainer(changed(args, remove_unused_columns=True))
     if getattr(args, "method", None) == "dora":
@@ -132,17 +141,18 @@ def run(argv: Sequence[str]) -> None:
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
     output, first = Path(args.output_dir), not distributed.rank()
     if command.score_model == "adapter":
-        metrics = trainer.evaluate()
+        metrics = evaluated(trainer)
         save_adapter(trainer)
-        trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    report = Report(result, command, output if first else None)
-    for text in report.paragraphs(test, args.seed):
+    scored, texts = Scored(result, command, output if first else None), list[str]()
+    for text in scored.paragraphs(test, args.seed):
+        texts.append(text)
         if first:
             print(f"{text}\n", flush=True)
+            page = report(scored, texts, expanded("attribute", argv), trainer.state.log_history)
+            page.write(output)
     if first:
-        adapter = " and the adapter" if command.score_model == "adapter" else ""
-        print(f"attribution.csv, .json and .png{adapter} are in {output}")
+        print(f"attribution.csv and {REPORT} are in {output}")
     (trainer.accelerator if is_sft else trainer).end_training()
 
 
@@ -178,7 +188,67 @@ def split(
     return replace(setup, train=train.sort(ROW), evaluation=evaluation), test
 
 
-class Report:
+def plan(command: AttributeArguments, setup: Setup, args: Any) -> str:
+    """The trainings in lines, and their time."""
+    rows, evaluation = len(setup.train), len(setup.evaluation or ())
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = setup.trainer(changed(args, remove_unused_columns=True, output_dir=folder))
+        seconds = seconds_a_pass(trainer)
+        phases = phases_of(setup, trainer)
+    line = f"examples: {rows} training, {evaluation} evaluation"
+    batches = rows / args.per_device_train_batch_size
+    if command.score_model == "head":
+        # A pass forward alone is a third of one with the way back.
+        features = Work("features", 1, 0, (batches + evaluation / rows * batches) / 3)
+        return f"{line}; heads are trained in seconds\n{table([features], seconds)}"
+    steps, passes = sum(work.steps for work in phases), sum(work.passes for work in phases)
+    # Scores by a whole run cost two trainings (docs/attribution.md), by its end passes over rows.
+    unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
+    scores = Work("scores", 1, 0, 2 * (passes if unrolled else batches))
+    works = [Work("training", 1, steps, passes), scores]
+    if command.check:
+        works += [Work("check", command.check + 1, steps, passes), replace(scores, name="")]
+    for name, trainings in (
+        ("suspects", command.suspects),
+        ("retrain_without", 4 + DRAWS if command.retrain_without else 0),
+    ):
+        works += [Work(name, trainings, steps, passes)] if trainings else []
+    return f"{line}\n{table(works, seconds)}"
+
+
+def report(
+    scored: Scored, texts: Sequence[str], flags: Sequence[str], history: Sequence[dict[str, Any]]
+) -> Report:
+    """The page of what is known; written again after each part, of which one may take hours."""
+    result, command = scored.result, scored.command
+    hurt, seen = int((result.scores > 0).sum()), int((~result.scores.isnan()).sum())
+    verdict = f"{hurt} of {seen} training rows hurt on the evaluation examples"
+    if removal := scored.record.get("removal"):
+        verdict = f"{verdict}; {removal['verdict']}"
+    tables = {
+        title: [["row", "score", "text"], *(_cells(result, row) for row in rows)]
+        for title, rows in zip(("Rows that hurt most", "Rows that help most"), result.ends(10))
+        if command.show and rows
+    }
+    return Report(
+        "attribute",
+        verdict,
+        flags,
+        subtitle=texts[0].splitlines()[0],
+        warnings=[] if result.checked else ["the scores are unchecked: give check"],
+        curves={"Losses": history},
+        pictures={"Scores of the training rows": (scored.folder or Path()) / "attribution.png"},
+        tables=tables,
+        texts={"Checks": "\n\n".join(text for text in texts if not text.startswith("hurt most"))},
+    )
+
+
+def _cells(result: Attribution, row: int) -> list[str]:
+    number, text = result.line(row).strip().split("  ", 1)
+    return [number, f"{float(result.scores[row]):+.2e}", text]
+
+
+class Scored:
     """What is printed of a result, and the files, which have each part as soon as it is known.
 
     Args:
@@ -218,7 +288,7 @@ class Report:
             self.write(check=check.record())
             by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
             yield "\n".join([f"check: {check}", *by_slice])
-        yield result.table(command.show)
+        yield result.table(command.show).partition("\nthese scores are")[0]
         if not command.check:
             yield self._cost("unchecked: --check 20", 20, "and tells whether to rely on the scores")
         if command.suspects:
@@ -230,9 +300,8 @@ class Report:
             doubtful = [result.line(row) for row in suspects.flagged[: command.show]]
             yield "\n".join([f"suspects: {suspects}", *doubtful])
         if test is not None and command.retrain_without is not None:
-            draws = 5
-            yield self._cost("retrain_without", 4 + draws)
-            removal = result.removal(command.retrain_without, test, draws=draws, seed=seed)
+            yield self._cost("retrain_without", 4 + DRAWS)
+            removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
             self.write(removal=asdict(removal) | {"verdict": removal.verdict})
             yield f"on {len(test)} rows that neither training nor scores saw:\n{removal}"
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import check_problem, compare_hypergradients
+from hyperopt_peft.cli.config import expanded
 from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, changed, prepare
 from hyperopt_peft.diagnostics.compare import get_reference
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
@@ -80,8 +82,9 @@ TYPES = (CheckArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train for ``search_steps``, examine levels and estimators; write nothing."""
+    """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.html``."""
     command, model_args, data, args = parse("check", TYPES, argv)
+    output = args.output_dir
     args = changed(args, method="bidora", retrain="none", max_steps=command.search_steps)
     args.save_strategy = type(args.save_strategy)("no")
     setup = prepare(model_args, data)
@@ -91,10 +94,13 @@ def run(argv: Sequence[str]) -> None:
             trainer.train()
     trainer.model.train()
     with trainer.compute_loss_context_manager():
-        _examine(trainer, command)
+        page = _examine(trainer, command)
+    page.flags = expanded("check", argv)
+    page.subtitle = f"after {command.search_steps} steps of the search on {model_args.model}"
+    print(f"\n{page.write(output or '.', 'check.html')} has all of it")
 
 
-def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> None:
+def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> Report:
     """Print the check of the levels on their first batches, then the estimators side by side."""
     upper, lower, args = trainer.upper, trainer.lower, trainer.args
     assert upper is not None
@@ -103,16 +109,24 @@ def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> None:
     several: dict[str, Any] = {f"{name}es": [pair[name] for pair in pairs] for name in pairs[0]}
     steps = command.solver_steps
     check = check_problem(upper, lower, **pairs[0], **several, solver_steps=steps, **shown)
+    # The notes are for a program's author: the levels have no optimizer, and may draw masks.
+    check = replace(check, findings=tuple(x for x in check.findings if x.severity != "note"))
     print(check, flush=True)
+    found = len(check.findings)
+    verdict = f"{found} finding{'s' * (found != 1)} at this point" if found else "nothing is amiss"
+    page = Report("check", verdict, (), texts={"Both levels": str(check)})
     if command.estimators == NONE:
-        return
+        return page
     measured = check.curvature or spectrum(upper, lower, **pairs[0], seed=args.seed)
     estimators = command.chosen(measured, args.learning_rate)
     reference = command.truth(measured)
     comparison = compare_hypergradients(
         upper, lower, estimators, reference, repeats=1, **pairs[0], **shown
     )
-    print(f"\n{comparison}\n\n{recommend(comparison)}")
+    advice = recommend(comparison)
+    print(f"\n{comparison}\n\n{advice}")
+    page.texts = {**page.texts, "Estimators": f"{comparison}\n\n{advice}"}
+    return page
 
 
 def _batches(trainer: BiDoRATrainer, number: int) -> dict[str, Any]:

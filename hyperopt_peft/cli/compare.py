@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,14 +16,21 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction
 from transformers.hf_argparser import HfArg
 
+from hyperopt_peft.cli.config import expanded
 from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.plan import Work, passes_of_steps, phases, seconds_a_pass
+from hyperopt_peft.cli.plan import table as table_of
+from hyperopt_peft.cli.report import Report, rows_of
 from hyperopt_peft.cli.text.setup import SHARED, Method, MethodArguments, Setup, changed, prepare
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.plots import intervals
 
 METHODS = get_args(Method)[::-1]
+#: The share of a run's steps between two logs: the runs are many.
+FEW_LOGS = 0.25
 #: Bootstrap samples of the test rows.
 DRAWS = 200
 
@@ -72,7 +80,6 @@ def run(argv: Sequence[str]) -> None:
     if setup.evaluation is None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     metric, runs, size = f"eval_{setup.task.metric}", list[MethodRun](), len(setup.evaluation)
     budget = args.steps_of(len(setup.train))
     for settings in chosen.values():
@@ -81,6 +88,10 @@ def run(argv: Sequence[str]) -> None:
             settings.warn_of_short_phases(*settings.phases(0, 0))
     if not distributed.rank():
         print(f"{budget} steps each; bidora has as many in each of its phases", flush=True)
+    if command.dry_run:
+        print(plan(chosen, setup, len({*command.seeds})))
+        return
+    output.mkdir(parents=True, exist_ok=True)
     for seed in dict.fromkeys(command.seeds):
         for method, settings in chosen.items():
             result = train(method, seed, settings, setup)
@@ -97,7 +108,19 @@ def run(argv: Sequence[str]) -> None:
         text = table(runs, metric, size)
         (output / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
         draw_comparison(runs, metric, output / "comparison.png")
-        print(f"\n{text}\n\ntable, picture and numbers are in {output}")
+        for folder in sorted((path for path in output.rglob("*") if path.is_dir()), reverse=True):
+            if not any(folder.iterdir()):  # a Trainer makes its folder, and has saved nothing
+                folder.rmdir()
+        sentence, (rows, note) = verdict(runs, metric), text.split("\n\n")
+        page = Report(
+            "compare",
+            sentence,
+            expanded("compare", argv),
+            subtitle=note,
+            pictures={"Differences to the first method": output / "comparison.png"},
+            tables={"Methods": rows_of(rows)},
+        )
+        print(f"\n{text}\n\n{sentence}\n{page.write(output)} has all of it")
 
 
 def arguments_of(name: str, args: MethodArguments) -> MethodArguments:
@@ -111,12 +134,28 @@ def arguments_of(name: str, args: MethodArguments) -> MethodArguments:
     if colon and method != "bidora":
         raise ProblemError(f"methods: {method} takes no estimator, got {name!r}; give {method!r}")
     settings: MethodArguments = changed(args, method=method)
+    if settings.logging_steps == MethodArguments.logging_steps:
+        settings.logging_steps = FEW_LOGS
     if estimator:
         settings.hypergradient, settings.xi = estimator, None
     settings.estimator()
     if not settings.load_best_model_at_end:
         settings.save_strategy = type(settings.save_strategy)("no")
     return settings
+
+
+def plan(chosen: Mapping[str, MethodArguments], setup: Setup, seeds: int) -> str:
+    """The trainings of each method in lines, and their time."""
+    works, seconds = [], 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for method, settings in chosen.items():
+            trainer = setup.trainer(changed(settings, output_dir=folder))
+            seconds = seconds or seconds_a_pass(trainer)
+            each = phases(setup, trainer)
+            steps, passes = sum(work.steps for work in each), sum(work.passes for work in each)
+            works.append(Work(method, seeds, steps, passes))
+    rows = f"{len(setup.train)} training, {len(setup.evaluation or ())} evaluation"
+    return f"examples: {rows}\n{table_of(works, seconds)}"
 
 
 def train(method: str, seed: int, args: MethodArguments, setup: Setup) -> MethodRun:
@@ -139,12 +178,10 @@ def train(method: str, seed: int, args: MethodArguments, setup: Setup) -> Method
 
 def passes_of(trainer: Any) -> int:
     """The micro-batches that a trained trainer has sent forward and backward, of both phases."""
-    steps, args = trainer.state.global_step, trainer.args
-    if not isinstance(trainer, BiDoRATrainer):
-        return int(steps * args.gradient_accumulation_steps)
-    upper, rest = divmod(steps, args.lower_steps)
-    passes = upper * trainer.passes_of_an_upper_step() + rest * args.gradient_accumulation_steps
-    return int(passes + (0 if trainer.retrainer is None else passes_of(trainer.retrainer)))
+    passes, again = passes_of_steps(trainer, trainer.state.global_step), None
+    if isinstance(trainer, BiDoRATrainer):
+        again = trainer.retrainer
+    return passes if again is None else passes + passes_of(again)
 
 
 def bootstrap(metric: Callable[[Any], float], predictions: Any, labels: Any) -> Numbers:
@@ -187,6 +224,33 @@ def method_means(
     return result
 
 
+def verdict(runs: Sequence[MethodRun], metric: str) -> str:
+    """Which methods differ from the first by more than twice the standard error, in a sentence.
+
+    Example:
+        >>> import numpy as np
+        >>> draws = np.zeros(2)
+        >>> runs = [MethodRun(m, 0, {"a": v}, 1.0, 1, p, draws) for m, v, p in
+        ...         [("lora", 0.5, 9), ("dora", 0.75, 9)]]
+        >>> verdict(runs, "a")
+        'beside lora, dora has a higher a by 0.2500 ± 0.0000, for 9 passes in place of 9'
+    """
+    first, name, found = runs[0].method, metric.removeprefix("eval_"), []
+    passes = {run.method: run.passes for run in runs}
+    for method, (_, _, gap, error) in method_means(runs, metric).items():
+        if method != first and abs(gap) > 2 * error:
+            word, size = "higher" if gap > 0 else "lower", f"{abs(gap):.4f} ± {error:.4f}"
+            price = f"for {passes[method]} passes in place of {passes[first]}"
+            found.append(f"{method} has a {word} {name} by {size}, {price}")
+    if found:
+        return f"beside {first}, {'; '.join(found)}"
+    cheapest = min(passes, key=lambda method: passes[method])
+    return (
+        f"no method differs from {first} in {name} by more than twice the standard error; "
+        f"{cheapest} has the fewest passes ({passes[cheapest]})"
+    )
+
+
 def draw_comparison(runs: Sequence[MethodRun], metric: str, path: Path) -> None:
     """The differences to the first method, paired, ± two standard errors, beside the means."""
     gaps = {
@@ -203,8 +267,7 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
 
     A row for each method; columns for the compared ``metric``, the task's others and the loss.
     """
-    timings = ("_runtime", "_per_second", "_time")
-    others = [x for x in runs[0].metrics if x != metric and not x.endswith(timings)]
+    others = [x for x in runs[0].metrics if x != metric and not x.endswith(TIMINGS)]
     heads = ["method", metric, f"difference to {runs[0].method}", *others]
     heads = [head.removeprefix("eval_") for head in heads]
     lines = [[*heads, "passes", "seconds", "trainable parameters"]]

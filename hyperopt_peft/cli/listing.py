@@ -37,7 +37,7 @@ COMMON = {
     "seed": "of the start, the split and the order of examples",
     "bf16": "mixed precision in bfloat16",
     "use_cpu": "leave accelerators alone",
-    "logging_steps": "steps between two lines of the log",
+    "logging_steps": "steps between two lines of the log; below 1 a share of all steps",
     "resume_from_checkpoint": "of train and mix: a checkpoint's folder, or true for the last one, "
     "or a new run where there is none",
     "report_to": "tensorboard, wandb or another logger of Transformers",
@@ -91,7 +91,7 @@ def others(command: str, name: str, names: Collection[str]) -> str:
         return ""
     if plain in names_of(command):
         return "other tasks"
-    if found := [other for other in COMMANDS if plain in names_of(other)]:
+    if found := [other for other in COMMANDS if other != "init" and plain in names_of(other)]:
         return ", ".join(found)
     near = did_you_mean(name, names)
     near = near if near.startswith("; did") else "; --help lists the options"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from hyperopt_peft.cli.config import expanded, option
 from hyperopt_peft.cli.mix_results import SHARES, Learned, Verdict, draw_shares, write_weights
 from hyperopt_peft.cli.mixture_files import write_mixture
 from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
+from hyperopt_peft.cli.plan import Work, seconds_a_pass, table
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import Setup, prepare, trainer_errors, warn_of_shared
+from hyperopt_peft.cli.text.setup import Setup, changed, prepare, trainer_errors, warn_of_shared
 from hyperopt_peft.cli.text.sources import SourceArguments, Sources
-from hyperopt_peft.cli.train import save_adapter
+from hyperopt_peft.cli.train import evaluated, save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.compare_baselines import (
     BaselineComparison,
@@ -80,6 +82,8 @@ def run(argv: Sequence[str]) -> None:
         types = (MixArguments, ModelArguments, Sources, kind.Arguments)
     command, model_args, data, args = parse("mix", types, argv)
     command.require_output(args, resumes=True)
+    if args.logging_steps == 500:  # the Trainer's default, longer than most runs here
+        args.logging_steps = 0.05
     resumed = resume_from(args)
     setup = sft.prepare(model_args, data, args) if is_sft else prepare(model_args, data)
     require_columns(setup.rows, [data.column], TRAIN)
@@ -87,8 +91,12 @@ def run(argv: Sequence[str]) -> None:
     sources = {name: setup.train.select(rows) for name, rows in groups.items()}
     examples = held_out(command, setup)
     model = setup.model(args.seed, dora=False)
-    with trainer_errors():
+    with tempfile.TemporaryDirectory() as folder, trainer_errors():
+        args = changed(args, output_dir=folder) if command.dry_run else args
         trainer = kind(model, args, sources=sources, **examples, **setup.options(model))
+    if command.dry_run:
+        print(plan(trainer, command))
+        return
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
     before = trusted_losses(trainer)
     seconds = search(trainer, resumed)
@@ -113,13 +121,40 @@ def run(argv: Sequence[str]) -> None:
         if comparison:
             verdict.write(output)
         print(f"\n{verdict}")
+    metrics: dict[str, Any] = {}
     if trained and trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
+        metrics = evaluated(trainer)
         trainer.save_metrics("eval", metrics)
     if first:
-        print(f"\neverything is in {output}")
+        records = trainer.state.log_history[: -1 if metrics else None]  # without the evaluation
+        histories = {} if trainer.on_head else {"Search": records}
+        if trainer.retrainer is not None:
+            histories["Final training"] = trainer.retrainer.state.log_history
+        page = verdict.report(output, metrics, histories)
+        print(f"\n{page.write(output)} has all of it")
     trainer.end_training()
+
+
+def plan(trainer: MixTrainer, command: MixArguments) -> str:
+    """The rows and the trainings in lines, and their time."""
+    baselines = Baselines(trainer)
+    final = baselines.steps * baselines.passes_of_a_step
+    if trainer.on_head:
+        # A pass forward alone is a third of one with the way back.
+        works = [Work("features", 1, 0, trainer.search_passes() / 3)]
+    else:
+        args = trainer.args
+        steps = args.steps_of(len(trainer.train_dataset))
+        works = [Work("search", 1, steps, trainer.search_passes())]
+        if folds := command.baseline_folds:
+            runs = folds * len(runs_of(baselines, equal_passes=command.equal_passes))
+            passes = folds * passes_of(baselines, equal_passes=command.equal_passes)
+            works.append(Work("comparison", runs, baselines.steps, passes / runs))
+    if trainer.args.retrain != "none":
+        works.append(Work("final training", 1, baselines.steps, final))
+    rows = ", ".join(f"{count} {name}" for name, count in trainer.data.counts.items())
+    head = "; search and comparison on a head take seconds" if trainer.on_head else ""
+    return f"examples: {rows}{head}\n{table(works, seconds_a_pass(trainer))}"
 
 
 def held_out(command: MixArguments, setup: Setup) -> dict[str, Dataset | None]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hyperopt_peft.cli.report import PACKAGES, Report, by_option
 from hyperopt_peft.problems.compare_baselines import BaselineComparison
 from hyperopt_peft.problems.mix_trainer import MixTrainer
+from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.utils.plots import lines
 
 #: The sources' shares in a record of the Trainer's log.
 SHARES = "shares"
-PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
 
 
 @dataclass(frozen=True)
@@ -143,19 +143,13 @@ class Verdict:
         """The verdict in Markdown."""
         assert self.comparison is not None
         weights = self.learned.row_weights
-        by_method = [
-            f"| {result.method} | {result.loss:.4f} | "
-            f"{'–' if result is self.comparison.best else f'{gap:+.4f} ± {error:.4f}'} | "
-            f"{result.passes} |"
-            for result, gap, error in _table(self.comparison)
-        ]
         by_source = [
             f"| {name} | {self.learned.counts[name]} | {self.learned.shares[name]:.3f} | "
             f"{weights[name]:.3f} | {self._between(name)} |"
             for name in sorted(weights, key=lambda each: -weights[each])
         ]
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-        command = " \\\n    ".join(["hyperopt-peft mix", *_by_option(self.flags)])
+        command = " \\\n    ".join(["hyperopt-peft mix", *by_option(self.flags)])
         return "\n".join(
             [
                 "# How much should each source count?",
@@ -166,7 +160,7 @@ class Verdict:
                 *(f"Warning: {note}.\n" for note in self.notes),
                 "| method | trusted loss | to the best | passes |",
                 "| --- | --- | --- | --- |",
-                *by_method,
+                *(f"| {' | '.join(map(str, cells))} |" for cells in self._methods()),
                 "",
                 f"The loss is that of trusted examples, by models trained without their fold, of "
                 f"{len(self.folds)}; ± is one standard error of the paired difference.",
@@ -188,6 +182,55 @@ class Verdict:
             ]
         )
 
+    def report(self, folder: Path, metrics: Mapping[str, Any], curves: Mapping[str, Any]) -> Report:
+        """The page of the run, whose pictures are in ``folder``, with the test's ``metrics``."""
+        weights = self.learned.row_weights
+        heaviest = max(weights, key=lambda name: weights[name])
+        sentence = f"a row of {heaviest} counts most, {weights[heaviest]:.2f} times the mean row"
+        tables: dict[str, list[list[Any]]] = {}
+        if self.comparison:
+            sentence = self.comparison.sentence
+            tables["Methods"] = [
+                ["method", "trusted loss", "to the best", "passes"],
+                *self._methods(),
+            ]
+        tables["Sources"] = [
+            ["source", "rows", "share", "row weight"],
+            *(
+                [name, count, f"{self.learned.shares[name]:.3f}", f"{row_weight:.3f}"]
+                for name, row_weight in weights.items()
+                for count in [self.learned.counts[name]]
+            ),
+        ]
+        tested = {k: v for k, v in metrics.items() if not k.endswith((*TIMINGS, "epoch"))}
+        if tested:
+            numbers = [f"{value:.4f}" for value in tested.values()]
+            tables["Test examples"] = [[k.removeprefix("eval_") for k in tested], numbers]
+        return Report(
+            "mix",
+            sentence,
+            self.flags,
+            subtitle=f"the saved adapter: {self.saved or 'none'}",
+            warnings=self.notes,
+            curves=curves,
+            pictures={"The share of each source": folder / "weights.png"},
+            tables=tables,
+        )
+
+    def _methods(self) -> list[list[Any]]:
+        """The cells of each method of the comparison, the best first."""
+        assert self.comparison is not None
+        best = self.comparison.best
+        return [
+            [
+                result.method,
+                f"{result.loss:.4f}",
+                "–" if result is best else f"{gap:+.4f} ± {error:.4f}",
+                result.passes,
+            ]
+            for result, gap, error in _table(self.comparison)
+        ]
+
     def _between(self, name: str) -> str:
         """The range of a source's weight over the folds."""
         values = [fold[name] for fold in self.folds]
@@ -198,16 +241,6 @@ def _table(comparison: BaselineComparison) -> list[tuple[Any, float, float]]:
     """Each result with its difference to the best and the standard error, the best first."""
     results = sorted(comparison.results, key=lambda result: result.loss)
     return [(result, *result.difference(comparison.best)) for result in results]
-
-
-def _by_option(flags: Sequence[str]) -> list[str]:
-    """``flags`` quoted for a shell, each option with its values."""
-    lines: list[list[str]] = []
-    for flag in flags:
-        if flag.startswith("--") or not lines:
-            lines.append([])
-        lines[-1].append(flag)
-    return [shlex.join(line) for line in lines]
 
 
 def draw_shares(shares: Sequence[Mapping[str, float]], path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -43,6 +43,9 @@ class OutputArguments:
     _argument_group_name = "command"
 
     overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
+    dry_run: bool = HfArg(
+        default=False, help="print rows, steps, trainings and minutes; train and write nothing"
+    )
 
     def require_output(self, args: TrainingArguments, *, resumes: bool = False) -> None:
         """Raise ProblemError unless results can be written to ``output_dir``; nothing is created.
@@ -51,6 +54,8 @@ class OutputArguments:
             args: the settings of the run.
             resumes: whether the command goes on from ``args.resume_from_checkpoint``.
         """
+        if self.dry_run:
+            return
         if args.save_strategy == "steps" and not args.save_steps > 0:
             raise ProblemError(f"save_steps: must be positive, got {args.save_steps}")
         folder = Path(args.output_dir or "")
@@ -115,7 +120,7 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
         text = f"{', '.join(foreign)}: of other commands or tasks, and not read"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
     options = {name: value for name, value in options.items() if name not in foreign}
-    flags = [*flags_of(options), *flags]
+    flags = [*_defaults_here(names), *flags_of(options), *flags]
     parser = _Parser(
         types,
         add_help=False,
@@ -132,6 +137,19 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
             f"{rest[0]!r}: unexpected argument; give a YAML file first, then --name value"
         )
     return parsed
+
+
+def _defaults_here(names: Collection[str]) -> list[str]:
+    """Flags that suit this machine, of the options ``names``; the user's flags follow them."""
+    flags = []
+    if "disable_tqdm" in names and not sys.stderr.isatty():  # a log file wants no bars
+        flags.append("--disable_tqdm=true")
+    if "dataloader_pin_memory" in names:
+        import torch
+
+        if not torch.accelerator.is_available():  # where PyTorch warns of each loader
+            flags.append("--dataloader_pin_memory=false")
+    return flags
 
 
 def _names(types: Sequence[type]) -> set[str]:

@@ -3,50 +3,48 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import Trainer
-from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.cli.config import expanded
 from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
+from hyperopt_peft.cli.plan import levels, phases, seconds_a_pass, table
+from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Setup, changed, prepare
+from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
 
 
-@dataclass
-class TrainArguments(OutputArguments):
-    """Options of the command itself."""
-
-    dry_run: bool = HfArg(default=False, help="print parameters, examples and steps alone")
-
-
-TYPES = (TrainArguments, *SHARED)
+TYPES = (OutputArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``."""
     command, model_args, data, args = parse("train", TYPES, argv)
-    if not command.dry_run:
-        command.require_output(args, resumes=True)
+    command.require_output(args, resumes=True)
     setup = prepare(model_args, data)
     if command.dry_run:
         with tempfile.TemporaryDirectory() as folder:  # the trainer creates its output_dir
-            print(plan(setup, setup.trainer(changed(args, output_dir=folder))))
+            trainer = setup.trainer(changed(args, output_dir=folder))
+            print(levels(setup, trainer))
+            print(table(phases(setup, trainer), seconds_a_pass(trainer)))
         return
     trainer = setup.trainer(args)
     trainer.train(resume_from(args))
-    save(trainer, {} if setup.evaluation is None else trainer.evaluate())
-    names = data.train_file or [data.dataset]
-    trainer.create_model_card(dataset=[Path(name).name for name in names])
+    evaluation = {} if setup.evaluation is None else evaluated(trainer)
+    save(trainer, evaluation)
     if trainer.is_world_process_zero():
-        print(f"the adapter is in {args.output_dir}")
+        page = report(trainer, setup, evaluation, expanded("train", argv))
+        page.subtitle = f"{', '.join(data.train_file or [data.dataset])} · {model_args.model}"
+        print(f"{page.verdict}\nthe adapter is in {args.output_dir}")
+        print(f"{page.write(args.output_dir)} has all of it")
     trainer.end_training()
 
 
@@ -65,62 +63,77 @@ def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
         retrainer.save_state()
     for split, values in results.items():
         if values:
-            trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
     trainer.save_state()
 
 
+def evaluated(trainer: Trainer) -> dict[str, Any]:
+    """The numbers of an evaluation, without the time of preparing a model that is prepared."""
+    metrics = trainer.evaluate()
+    return {name: x for name, x in metrics.items() if not name.endswith("preparation_time")}
+
+
+def report(trainer: Any, setup: Setup, evaluation: dict[str, Any], flags: Sequence[str]) -> Report:
+    """The page of a run; its verdict says what a guess would reach."""
+    histories = {"Losses": trainer.state.log_history}
+    if (retrainer := getattr(trainer, "retrainer", None)) is not None:
+        # The evaluation of the final model is in the log of the search, which made another one.
+        search = trainer.state.log_history[: -1 if evaluation else None]
+        histories = {"Search": search, "Retraining": retrainer.state.log_history}
+    works = phases(setup, trainer)
+    tables: dict[str, list[list[Any]]] = {}
+    rows = [[work.name, work.steps, f"{work.passes:.0f}"] for work in works]
+    tables["Trainings"] = [["phase", "steps", "passes"], *rows]
+    verdict = f"{trainer.args.method}, {sum(work.steps for work in works)} steps"
+    if evaluation and setup.evaluation is not None:
+        numbers = {k.removeprefix("eval_"): v for k, v in evaluation.items() if _tells(k)}
+        tables["Evaluation"] = [[*numbers], [f"{value:.4f}" for value in numbers.values()]]
+        metric, size = setup.task.metric, len(setup.evaluation)
+        verdict = f"{metric} {numbers[metric]:.4g} on {size} evaluation rows, by {verdict}"
+        if metric == "accuracy":
+            count = max(Counter[int](setup.evaluation["labels"]).values())
+            verdict += f"; always the commonest class has {count / size:.4g}"
+    return Report("train", verdict, flags, curves=histories, tables=tables)
+
+
+def _tells(name: str) -> bool:
+    return name.startswith("eval_") and not name.endswith(TIMINGS)
+
+
 def save_adapter(trainer: Trainer) -> None:
-    """Write the adapter, the tokenizer and the base model's configuration."""
+    """Write the adapter, the tokenizer, the base model's configuration and a card."""
     trainer.save_model()
     if trainer.is_world_process_zero():
+        write_card(trainer)
         # The configuration has the names of the labels. Transformers would load a folder with an
         # adapter and a configuration as a whole model.
         trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
+
+
+def write_card(trainer: Trainer) -> None:
+    """Replace PEFT's card, of 200 empty lines, by one that has what is known."""
+    config = trainer.model.peft_config["default"]
+    method = getattr(trainer.args, "method", "dora" if config.use_dora else "lora")
+    lines = [
+        "---",
+        f"base_model: {config.base_model_name_or_path}",
+        "library_name: peft",
+        f"tags: [{method}, hyperopt-peft]",
+        "---",
+        "",
+        f"An adapter (rank {config.r}, alpha {config.lora_alpha}) by {method}.",
+        "",
+    ]
+    if isinstance(trainer, BiDoRATrainer):
+        settings = trainer.args.bilevel_settings()
+        lines += ["Magnitudes are learned by hypergradients on rows of their own:", ""]
+        lines += [f"- {name}: {value}" for name, value in settings.items() if value is not None]
+        lines.append("")
+    path = Path(trainer.args.output_dir or "") / "README.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:
     """The numbers that the Trainer logs at the end of training; none if it has not trained."""
     records = [record for record in trainer.state.log_history if "train_runtime" in record]
     return {key: value for key, value in records[-1].items() if key != "step"} if records else {}
-
-
-def plan(setup: Setup, trainer: Any) -> str:
-    """The plan in lines; a run without an upper step is a ProblemError."""
-    args, model = trainer.args, trainer.model
-    everything, lower = len(setup.train), len(trainer.train_dataset)
-    evaluation = 0 if setup.evaluation is None else len(setup.evaluation)
-    lines = [f"method: {args.method}"]
-    if trainer.upper is None:
-        lines += [
-            f"one level, all of the adapter: {_count(trainer.lower.variables)}",
-            f"examples: {lower} training, {evaluation} evaluation",
-            f"steps: {args.steps_of(lower)}",
-        ]
-    else:
-        owners, cost = split_parameters(model), args.estimator().cost()
-        search, again = args.phases(lower, everything)
-        trainer.require_upper_step(search)
-        args.warn_of_short_phases(search, again)
-        passes = ""
-        if cost is not None:
-            passes = f", upper step: {cost.losses} losses, {cost.backward_passes} backward passes"
-        lines += [
-            f"upper level, magnitudes: {_count(owners.magnitudes.values())}",
-            f"lower level, directions: {_count(owners.directions.values())}",
-            f"lower level, head: {_count(owners.rest.values())}",
-            f"examples: {lower} lower level, {len(trainer.upper_dataset)} upper level, "
-            f"{everything if again else 0} retraining, {evaluation} evaluation",
-            f"steps: {search} lower in the search, {search // args.lower_steps} upper, "
-            f"{again} in the retraining",
-            f"estimator: {args.estimator()!r}{passes}",
-        ]
-    lines.append(f"frozen: {_count(p for p in model.parameters() if not p.requires_grad)}")
-    if setup.task.classes:
-        lines.append(f"labels: {', '.join(setup.config.id2label.values())}")
-    return "\n".join(lines)
-
-
-def _count(parameters: Iterable[Tensor]) -> str:
-    sizes = [parameter.numel() for parameter in parameters]
-    return f"{sum(sizes):,} parameters in {len(sizes)} tensors"

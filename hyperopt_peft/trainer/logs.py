@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.signal_to_noise import ADVICE, MIN_SAMPLES, SignalToNoise
+from transformers import PrinterCallback, ProgressCallback
 
-logger = logging.getLogger(__name__)
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.signal_to_noise import SignalToNoise
+
+#: The numbers of a printed line; all others are in the Trainer's state.
+PRINTED = ("loss", "upper_loss", "grad_norm", "upper_grad_norm", "learning_rate")
+PRINTED_AT_END = ("train_loss", "train_runtime")
+#: The ends of an evaluation's numbers that say nothing of the model.
+TIMINGS = ("_runtime", "_per_second", "_time")
 
 
 class StepLog:
@@ -34,27 +39,10 @@ class StepLog:
         return distributed.averages(means), last
 
 
-class NoiseLog:
-    """``upper_snr`` of the upper steps since the last log; warns once where it is below 1."""
-
-    def __init__(self) -> None:
-        self._warned = False
-
-    def read(self, signal: SignalToNoise) -> dict[str, float]:
-        """The entry of the log; none before two upper steps."""
-        count, ratio = signal.count, signal.read()
-        if ratio is None or ratio == math.inf:
-            return {}
-        if ratio < 1 and count >= MIN_SAMPLES and not self._warned:
-            self._warned = True
-            logger.warning(
-                "upper_snr: %.2g over %d upper steps: the upper level follows noise, unless it is "
-                "near its minimum; try %s",
-                ratio,
-                count,
-                ADVICE,
-            )
-        return {"upper_snr": ratio}
+def signal_to_noise(signal: SignalToNoise) -> dict[str, float]:
+    """``upper_snr`` of the upper steps since the last log; nothing before two of them."""
+    ratio = signal.read()
+    return {} if ratio is None or ratio == math.inf else {"upper_snr": ratio}
 
 
 def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dict[str, float]:
@@ -63,3 +51,48 @@ def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dic
     if "eval_loss" not in logs or not losses:
         return {}
     return {"eval_upper_gap": logs["eval_loss"] - losses[-1]}
+
+
+def line_of(state: Any, logs: Mapping[str, Any]) -> str:
+    """A short line of ``logs`` at the step of the Trainer's ``state``.
+
+    Example:
+        >>> from transformers import TrainerState
+        >>> logs = {"loss": 0.83214, "grad_norm": 1.2, "lower_share_web": 0.5, "epoch": 2.0}
+        >>> line_of(TrainerState(global_step=20, max_steps=50), logs)
+        'step 20/50  loss 0.8321  grad_norm 1.2'
+    """
+    names = [name for name in (*PRINTED, *PRINTED_AT_END) if name in logs]
+    names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
+    numbers = [
+        f"{name} {logs[name]:.4g}" if isinstance(logs[name], float) else f"{name} {logs[name]}"
+        for name in names
+    ]
+    steps = [f"step {state.global_step}/{state.max_steps}"] if state.max_steps else []
+    return "  ".join([*steps, *numbers])
+
+
+class ShortProgress(ProgressCallback):
+    """A progress bar, above which each log is a short line."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write the line."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(line_of(state, logs))
+
+
+class ShortPrinter(PrinterCallback):
+    """Prints each log as a short line."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Print the line."""
+        if state.is_world_process_zero and logs:
+            print(line_of(state, logs), flush=True)
+
+
+def shorten(trainer: Any) -> None:
+    """Let ``trainer`` print logs as short lines; a callback of the user's is left as it is."""
+    for kind, short in ((ProgressCallback, ShortProgress), (PrinterCallback, ShortPrinter)):
+        if any(type(callback) is kind for callback in trainer.callback_handler.callbacks):
+            trainer.remove_callback(kind)
+            trainer.add_callback(short)

@@ -37,7 +37,8 @@ class TaskLossTrainer(CombinedTrainer):
             self._measuring,
             self.args.device,
             scaled=getattr(self, "loss_is_scaled_for_ga", None),
-            sums=custom or self.model_accepts_loss_kwargs,
+            sums=(custom or self.model_accepts_loss_kwargs)
+            and self.args.gradient_accumulation_steps > 1,
             custom=custom or self.has_own_loss(),
         )
 

@@ -30,7 +30,7 @@ from hyperopt_peft.trainer.data import (
 )
 from hyperopt_peft.trainer.internals import counters_of, metrics_restored
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
-from hyperopt_peft.trainer.logs import NoiseLog, upper_gap
+from hyperopt_peft.trainer.logs import shorten, signal_to_noise, upper_gap
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
 from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.step import OptimizerStep
@@ -139,6 +139,7 @@ class BilevelTrainer(TwoLevelTrainer):
             callbacks=[self._callback, *(callbacks or ())],
             **trainer,
         )
+        shorten(self)
         checks.check_model(self.model)
         keep_differentiable(self.model)
         self.eval_dataset, named = without_more(self.eval_dataset, evaluation, more)
@@ -189,7 +190,7 @@ class BilevelTrainer(TwoLevelTrainer):
         self, resumed: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Train from the checkpoint ``resumed``, with its record; None for a new run."""
-        self.skipped, self._noise = 0, NoiseLog()
+        self.skipped = 0
         args_of_user = self.args
         try:
             with self._callback.run(resumed):
@@ -300,7 +301,7 @@ class BilevelTrainer(TwoLevelTrainer):
             if self.skipped:
                 logs["skipped"] = self.skipped
             if self.bilevel_step is not None:
-                logs |= self._noise.read(self.bilevel_step.signal)
+                logs |= signal_to_noise(self.bilevel_step.signal)
         if self.is_in_train and self.trainer_loss:
             logs |= upper_gap(logs, self.state.log_history)
         super().log(logs, start_time)

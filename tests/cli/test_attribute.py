@@ -157,6 +157,10 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
         ({"eval_file": "copy"}, "every row of it is a training row too"),
         ({"memory_limit": 1e-9}, r"memory_limit: .* more than the limit"),
         ({"optim": "adafactor"}, "Adafactor"),
+        (
+            {"resume_from_checkpoint": "true"},
+            "resume_from_checkpoint: .*not resume",
+        ),
         ({"method": "bidora", "preset": "published"}, "derivative of darts is not known"),
     ],
 )

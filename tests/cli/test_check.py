@@ -27,12 +27,13 @@ def test_the_levels_are_in_words_and_every_default_estimator_in_the_table(
 ) -> None:
     run("check", **small_run(tmp_path, search_steps=2, **QUICK))
     text = capsys.readouterr().out
-    assert "eigenvalues of the lower Hessian" in text and "note: " in text
+    assert "eigenvalues of the lower Hessian" in text and "note: " not in text
     assert "signal-to-noise ratio" in text
     chosen = CheckArguments().chosen(Spectrum(1.0, 1.0), 1.0)
     assert [m.partition(":")[0] for m in table(text)] == [m.partition(":")[0] for m in chosen]
     assert "against retraining:steps=2,directions=1,lr=" in text and "ξ =" in text
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.html"]
+    assert "against retraining" in (tmp_path / "out/check.html").read_text()
 
 
 def test_defaults_follow_from_the_measured_spectrum() -> None:

@@ -26,7 +26,7 @@ def test_yaml_example_is_planned(
     run("train", "config.yaml", "--dry-run", "--use_cpu", model=model)
     printed = capsys.readouterr().out
     assert "method: bidora\n" in printed
-    assert "estimator: MINRES(" in printed and "steps=5, damping=0.2" in printed
+    assert "estimator: minres:steps=5,damping=0.2" in printed
     # 48 examples after the evaluation's 12: 38 and 10; 5 epochs of 3 batches, and again.
     assert "examples: 38 lower level, 10 upper level, 48 retraining, 12 evaluation" in printed
     assert "steps: 15 lower in the search, 7 upper, 15 in the retraining" in printed

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
-from hyperopt_peft.cli.text.tasks import Task, TaskName
+from hyperopt_peft.cli.text import TaskName
+from hyperopt_peft.cli.text.tasks import Task
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
 ALL_LINEAR = "all-linear"

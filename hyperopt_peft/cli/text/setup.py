@@ -51,6 +51,9 @@ class MethodArguments(BiDoRATrainingArguments):
         default="bidora",
         help="bidora, or a baseline that trains all of the adapter on all of the data: dora, lora",
     )
+    logging_steps: float = HfArg(
+        default=0.05, help="steps between two logs; below 1 a share of all steps"
+    )
 
 
 #: The options of the commands that train on files.

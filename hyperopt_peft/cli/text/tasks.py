@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,6 @@ from transformers import (
 )
 
 from hyperopt_peft.core.logits import IGNORED
-
-TaskName = Literal[
-    "text-classification", "regression", "token-classification", "causal-lm", "seq2seq", "sft"
-]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""hyperopt-peft init: a commented file of options for data of your own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from datasets import Dataset
+from transformers.hf_argparser import HfArg
+
+from hyperopt_peft.cli.guess import Guess, guess
+from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.text import TaskName
+from hyperopt_peft.cli.text.data import read_files
+from hyperopt_peft.errors import ProblemError
+
+#: A small model for each task.
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MODELS = {
+    "causal-lm": "HuggingFaceTB/SmolLM2-135M",
+    "seq2seq": "google/flan-t5-small",
+    "sft": "Qwen/Qwen3-0.6B",
+}
+BATCH, FEWEST_STEPS = 16, 80  # with which an adapter learns at the rates below
+RATE, RATE_OF_TOKENS = 2e-3, 5e-4
+#: Columns that name the source of a row.
+SOURCES = ("source", "origin", "domain", "dataset", "corpus", "subset")
+WIDTH = 48  # of an option, before its comment
+
+
+@dataclass
+class InitArguments:
+    """The command to write options for, and what cannot be guessed."""
+
+    _argument_group_name = "command"
+
+    command: Literal["train", "compare", "attribute", "mix"] = HfArg(
+        default="train", help="the command that the options are for"
+    )
+    task: TaskName | None = HfArg(default=None, help="guessed from the columns if not given")
+    text_columns: list[str] | None = HfArg(default=None, help="guessed if not given")
+    label_column: str | None = HfArg(default=None, help="guessed if not given")
+    model: str | None = HfArg(default=None, help="a small one of the hub if not given")
+    eval_file: list[str] | None = HfArg(default=None, help="examples to evaluate on")
+    trusted_file: list[str] | None = HfArg(
+        default=None, help="the trusted examples of mix, whose FILEs are the sources"
+    )
+    config_file: str = HfArg(default="config.yaml", help="the file to write")
+    overwrite: bool = HfArg(default=False, help="replace that file")
+
+
+TYPES = (InitArguments,)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Read the files that ``argv`` begins with, guess, and write the options; says what is guessed.
+
+    Raises:
+        ProblemError: no file, one that cannot be read, columns that cannot be guessed or used, or
+            a file of options that is already there.
+    """
+    first = next((k for k, word in enumerate(argv) if word.startswith("-")), len(argv))
+    files = list(argv[:first])
+    (command,) = parse("init", TYPES, argv[first:])
+    if not files:
+        raise ProblemError("give the file with your examples first: hyperopt-peft init data.csv")
+    target = Path(command.config_file)
+    if target.exists() and not command.overwrite:
+        raise ProblemError(f"{target}: is there already; give --overwrite or another --config_file")
+    if command.command == "mix" and not command.trusted_file:
+        raise ProblemError(
+            "trusted_file: mix judges its sources by a few examples that you trust, in a file of "
+            "their own; give --trusted_file"
+        )
+    rows = read_files(files, "init")
+    found = guess(rows, command.task, command.text_columns, command.label_column, command.command)
+    lines = options(command, files, rows, found)
+    names = ", ".join(map(str, rows.column_names))
+    print(f"{', '.join(files)}: {len(rows)} rows; columns {names}")
+    print(f"{found}\nif this is wrong, give --task, --text_columns or --label_column\n")
+    target.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    run_it = f"hyperopt-peft {command.command} {target}"
+    print(f"{target} is written; next:\n  {run_it} --dry_run\n  {run_it}")
+
+
+def options(command: InitArguments, files: list[str], rows: Dataset, found: Guess) -> list[str]:
+    """The lines of the file: each option with a comment, in an order to read."""
+    number, stem = len(rows), Path(files[0]).stem
+    of_tokens = found.task in ("causal-lm", "seq2seq", "sft")
+    on_head = command.command == "attribute" and found.task == "text-classification"
+    epochs = math.ceil(FEWEST_STEPS * BATCH / (0.6 * number))  # bidora's search has .8² of the rows
+    run_it = f"hyperopt-peft {command.command} {command.config_file}"
+    entries: list[tuple[str, Any, str]] = [
+        ("model", command.model or MODELS.get(found.task, MINILM), "a hub name or a local folder"),
+        ("task", found.task, found.summary),
+        *_data(command, files, rows),
+        *found.options(),
+        ("max_length", found.max_length, "tokens an example; longer ones are cut"),
+        *_own(command.command, on_head),
+        ("rank", 8, "of the adapter"),
+        ("learning_rate", RATE_OF_TOKENS if of_tokens else RATE, "peak, with linear decay"),
+        ("num_train_epochs", min(max(epochs, 3), 20), "passes over the training examples"),
+        ("per_device_train_batch_size", BATCH, "examples a step; less if memory is short"),
+        ("seed", 0, "of the start, the split and the order of examples"),
+        ("output_dir", f"outputs/{stem}-{command.command}", "the folder of the results"),
+    ]
+    head = [
+        f"# {found.task} on {', '.join(files)}: {run_it}",
+        f"# All options: hyperopt-peft {command.command} --help",
+        "",
+    ]
+    return head + [_line(*entry) for entry in entries if entry[1] is not None]
+
+
+def _data(command: InitArguments, files: list[str], rows: Dataset) -> list[tuple[str, Any, str]]:
+    """The options of the files."""
+    if command.command != "mix":
+        train = ("train_file", _one(files), f"{len(rows)} rows")
+        if command.eval_file:
+            return [train, ("eval_file", _one(command.eval_file), "never trained on")]
+        return [train, ("eval_fraction", 0.2, "share held out; or eval_file: another.csv")]
+    trusted = ("trusted_file", _one(command.trusted_file), "examples that judge the sources")
+    test = ("test_file", _one(command.eval_file), "examples that judge the final adapter")
+    if len(files) > 1:
+        sources = {Path(file).stem: file for file in files}
+        if len(sources) < len(files):
+            raise ProblemError("init: two files have one name, and sources need different ones")
+        return [("sources", sources, "each has a weight"), trusted, test]
+    column = next((name for name in rows.column_names if name.lower() in SOURCES), None)
+    if column is None:
+        raise ProblemError(
+            f"{files[0]}: has no column {' or '.join(SOURCES)} that names the source of a row; "
+            "rename the column, or give a file for each source"
+        )
+    source = ("source_column", column, f"each of its {len(set(rows[column]))} values has a weight")
+    return [("train_file", files[0], f"{len(rows)} rows"), source, trusted, test]
+
+
+def _one(files: list[str] | None) -> str | list[str] | None:
+    return files[0] if files and len(files) == 1 else files
+
+
+def _own(command: str, on_head: bool) -> list[tuple[str, Any, str]]:
+    """The options of the command itself."""
+    if command == "train":
+        return [("method", "lora", "or dora, or bidora: magnitudes learned on other rows")]
+    if command == "compare":
+        methods = ["lora", "dora", "bidora"]
+        return [("methods", methods, ""), ("seeds", [0, 1, 2], "each method runs once a seed")]
+    if command == "mix":
+        return [("baseline_folds", 3, "of the trusted rows, to compare with simple ways; 0: none")]
+    return [
+        (
+            "score_model",
+            "head" if on_head else "adapter",
+            "head: a linear one, in seconds; or adapter",
+        ),
+        ("check", 20 if on_head else 0, "retrainings that say whether to rely on the scores"),
+    ]
+
+
+def _line(name: str, value: Any, comment: str) -> str:
+    style: Any = {"default_flow_style": True, "width": 1000, "allow_unicode": True}
+    text = yaml.safe_dump(value, sort_keys=False, **style)
+    entry = f"{name}: {text.strip().removesuffix('...').strip()}"
+    return f"{entry:{WIDTH}}  # {comment}" if comment else entry

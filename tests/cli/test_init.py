@@ -1,0 +1,107 @@
+"""``init``: what a table is for is guessed, and the written file runs as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from hyperopt_peft.cli.config import divided
+from hyperopt_peft.cli.guess import guess
+from hyperopt_peft.cli.listing import names_of
+from hyperopt_peft.cli.main import main
+from tests.support.cli import refused, run
+from tests.support.files import KINDS, rows, save_model, write
+
+TEXTS = [f"text number {k}" for k in range(20)]
+CLASSES, AB = "text-classification", ["a", "b"] * 10
+
+
+def guessed(table: dict[str, list[Any]], command: str = "train", **given: Any) -> tuple[Any, ...]:
+    rest = [given.get(name) for name in ("task", "texts", "label")]
+    found = guess(Dataset.from_dict(table), *rest, command)
+    return found.task, found.texts, found.label
+
+
+@pytest.mark.parametrize(
+    ("table", "found"),
+    [
+        ({"id": [*range(20)], "tweet": TEXTS, "mood": AB}, (CLASSES, ["tweet"], "mood")),
+        ({"label": AB, "other": AB[::-1], "text": TEXTS}, (CLASSES, ["text"], "label")),
+        ({"text": TEXTS, "stars": [1, 2] * 10}, (CLASSES, ["text"], "stars")),
+        (
+            {"premise": TEXTS, "hypothesis": TEXTS[::-1], "label": AB},
+            (CLASSES, ["premise", "hypothesis"], "label"),
+        ),
+        ({"text": TEXTS, "score": [k / 7 for k in range(20)]}, ("regression", ["text"], "score")),
+        ({"text": TEXTS}, ("causal-lm", ["text"], None)),
+        ({"prompt": TEXTS, "completion": AB}, ("causal-lm", ["prompt"], "completion")),
+        (
+            {"tokens": [["a", "b"]] * 9, "ner_tags": [["x", "y"]] * 9},
+            ("token-classification", ["tokens"], "ner_tags"),
+        ),
+    ],
+)
+def test_task_and_columns_are_guessed(
+    table: dict[str, list[Any]], found: tuple[str, list[str], str | None]
+) -> None:
+    assert guessed(table) == found
+
+
+def test_conversations_and_a_given_task() -> None:
+    chat = {"messages": [[{"role": "user", "content": "hello"}]] * 9}
+    assert guessed(chat, "mix")[:2] == ("sft", ["messages"])
+    table = {"text": TEXTS, "x": AB, "y": AB}
+    assert guessed(table, task="causal-lm") == ("causal-lm", ["text"], None)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"text": TEXTS, "u": AB, "v": AB[::-1]}, "label_column: could be u or v"),
+        ({"text": TEXTS, "label": ["a"] * 18 + ["b"] * 2}, "fewer than 5 rows of b"),
+        ({"text": [None, *TEXTS[1:]], "label": AB}, "'text' is empty in 1 of 20 rows"),
+        ({"n": [*range(20)], "label": AB}, "text_columns: none of n, label looks like texts"),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 9}, "for attribute and mix"),
+    ],
+)
+def test_what_cannot_be_guessed_or_used_is_named(table: dict[str, list[Any]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        guessed(table)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_the_file_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    """And so do those for other commands, whose options exist."""
+    monkeypatch.chdir(tmp_path)
+    data = write(tmp_path / "data.jsonl", rows(task, number=60))
+    model = save_model(tmp_path / "model", task)
+    chosen = {"label_column": "target"} if task == "seq2seq" else {}
+    chosen = {"task": task} if task in ("causal-lm", "regression") else chosen
+    if task == "seq2seq":
+        chosen["task"] = task
+    run("init", data, model=model, **chosen)
+    changes = {"use_cpu": True, "max_length": 16, "target_modules": "all-linear"}
+    run("train", "config.yaml", "--dry_run", **changes)
+    assert not Path("outputs").exists()
+    run("init", data, "--command", "attribute", model=model, overwrite=True, **chosen)
+    assert {*divided("attribute", ["config.yaml"])[0]} <= names_of("attribute")
+
+
+def test_sources_and_trusted_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        write(tmp_path / f"{name}.csv", rows(number=20, seed=k)) for k, name in enumerate("ab")
+    ]
+    config = tmp_path / "mix.yaml"
+    refused(capsys, "init", {}, "give the file")
+    assert main(["init", *files, "--command", "mix"]) == 2
+    assert "trusted_file: mix judges" in capsys.readouterr().err
+    argv = ["init", *files, "--command", "mix", "--trusted_file", "t.csv", "--config_file", config]
+    assert main([*map(str, argv)]) == 0
+    options = yaml.safe_load(config.read_text())
+    assert options["sources"] == {"a": files[0], "b": files[1]}
+    assert options["trusted_file"] == "t.csv" and {*options} <= names_of("mix")
+    assert main([*map(str, argv)]) == 2  # the file is there
