@@ -13,7 +13,6 @@ import torch
 import transformers
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
-from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -21,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    ProgressCallback,
 )
 
 
@@ -64,8 +64,24 @@ def load_model(name: str, label_names: list[str]) -> Any:
     )
 
 
+class Bar(ProgressCallback):
+    """One bar for a training, which goes away when it ends; no dictionaries."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Draw it."""
+        self.training_bar = tqdm(total=state.max_steps, desc="training", leave=False)
+        self.current_step = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Nothing."""
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Nothing."""
+
+
 def quiet() -> None:
-    """Neither advice nor progress bars of Transformers and Datasets."""
+    """No advice of Transformers and Datasets, and no bars but `Bar`."""
+    transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Bar
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -81,16 +97,6 @@ def logits_of(model: Any, data: TextData, limit: int | None = None) -> torch.Ten
     logits = torch.cat([model(**batch.to(model.device)).logits.cpu() for batch in batches])
     model.train(was_training)
     return logits
-
-
-def reload(model: Any, name: str, data: TextData, folder: Path) -> None:
-    """Save the adapter, load it with stock PEFT onto ``name``, and compare the logits."""
-    model.save_pretrained(folder)
-    again = PeftModel.from_pretrained(load_model(name, data.label_names), folder)
-    difference = float((logits_of(model, data, 64) - logits_of(again, data, 64)).abs().max())
-    if not difference < 1e-4:
-        raise SystemExit(f"the reloaded adapter's logits differ by {difference}")
-    print(f"stock PEFT loads {folder}: logits agree to {difference:.1e}")
 
 
 def rated_tweets() -> pandas.DataFrame:
