@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ class Bar(ProgressCallback):
 
 
 def quiet() -> None:
-    """No advice of Transformers and Datasets, and no bars but `Bar`."""
+    """No advice of Transformers and Datasets, of renamings in PEFT too, and no bars but `Bar`."""
+    warnings.simplefilter("ignore", FutureWarning)
     transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Bar
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

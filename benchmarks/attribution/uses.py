@@ -4,7 +4,9 @@
 
 Sentences with the label of one rater are trained on; evaluation and test rows have the label of
 many (`rated_text`). Parts: ``kinds``, a removal by score where the evaluation rows are of the same
-domain as the training rows, and where they are of another one; ``orders``, scores that are averaged
+domain as the training rows, where they are of another one, and where a fifth of the training labels
+is made wrong; beside the simple ways: training on the evaluation rows too, or on these alone,
+half of the steps, and leaving out by the loss or by suspicion; ``orders``, scores that are averaged
 over runs with other orders of batches, against retrainings from which rows are physically left out.
 LoRA, pooler and head in MiniLM's last two layers, on the states of the frozen ones; a call of
 `attribute` a run, and all settings are those of the smooth run in `scores`.
@@ -12,6 +14,7 @@ LoRA, pooler and head in MiniLM's last two layers, on the states of the frozen o
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +26,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from rated_text import one_rater
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.attribution.runs import random_rows
@@ -43,10 +47,13 @@ TRAIN, ABOVE, TEST = 300, 60, 400
 CELLS = {
     "another domain": (("nyt", "amazon", "tweets"), "movies"),
     "same domain": (("movies",), "movies"),
+    "wrong labels": (("tweets",), "tweets"),
 }
+#: The cell with wrong labels, and their share; as many rows are left out there.
+WRONG_LABELS, WRONG = "wrong labels", 0.2
 #: The cells of each part.
 PARTS = {"kinds": list(CELLS), "orders": ["same domain"]}
-REMOVED, ORDERS, RETRAININGS = 0.1, 3, 12
+REMOVED, ORDERS, RETRAININGS, FOLDS = 0.1, 3, 12, 5
 LORA = LoraConfig(
     task_type="SEQ_CLS",
     r=8,
@@ -66,8 +73,19 @@ def drawn(cell: str, seed: int) -> pandas.DataFrame:
     rest[target] = order[target].iloc[ABOVE + TEST :]
     each = TRAIN // len(domains)
     train = pandas.concat([rest[name].iloc[:each] for name in domains])
+    if cell == WRONG_LABELS:
+        labels = with_wrong(torch.tensor(train.clean.to_numpy()), seed)
+        train = train.assign(noisy=labels.numpy())
     parts = [train.assign(label=train.noisy), judged.assign(label=judged.clean)]
     return pandas.concat(parts, ignore_index=True)[["text", "label"]]
+
+
+def with_wrong(labels: Tensor, seed: int) -> Tensor:
+    """``labels`` of three classes, a share `WRONG` of them another one, drawn by ``seed``."""
+    source = torch.Generator().manual_seed(seed)
+    out = torch.randperm(len(labels), generator=source)[: round(WRONG * len(labels))]
+    moved = torch.randint(1, 3, (len(out),), generator=source)
+    return labels.index_copy(0, out, (labels[out] + moved) % 3)
 
 
 def task(cell: str, seed: int, quick: bool) -> Task:
@@ -93,7 +111,8 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     row = runs.entry(part="kinds", cell=cell, seed=seed)
     if "ways" in row:
         return
-    trainer, count = task(cell, seed, quick).trainer(seed), 5 if quick else RETRAININGS
+    job, count = task(cell, seed, quick), 5 if quick else RETRAININGS
+    trainer, share = job.trainer(seed), WRONG if cell == WRONG_LABELS else REMOVED
     options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
     head = attribute(trainer, model="head", **options)
     result = attribute(trainer, **options)
@@ -101,26 +120,51 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     row["check of the head"] = {"lds": check.lds, "slope": check.slope}
     setup: Any = result._setup
     measure = setup.measure(JUDGES)
-    removal = result.removal(REMOVED, JUDGES, draws=2, seed=seed)
+    removal = result.removal(share, JUDGES, draws=2, seed=seed)
     ways = {
         "plain": removal.plain,
         "evaluation rows too": removal.with_evaluation,
-        "without 10 % by score": removal.without,
-        "without 10 % of highest loss": removal.highest_loss,
-        "without 10 % at random": mean_of(removal.random),
+        "evaluation rows alone": trained(job, seed, EVALUATION),
+        "half of the steps": trained(job, seed, shorter=2),
+        "without rows by score": removal.without,
+        "without rows of highest loss": removal.highest_loss,
+        "without random rows": mean_of(removal.random),
     }
-    with setup.run.without(head.ends(removal.count)[0]):
-        ways["without 10 % by the head's score"] = measure()
+    suspect = head.suspects(FOLDS, seed=seed).confidence.argsort()[: removal.count]
+    for name, out in {
+        "without rows by the head's score": head.ends(removal.count)[0],
+        "without rows by suspicion, on the head": suspect.tolist(),
+    }.items():
+        with setup.run.without(out):
+            ways[name] = measure()
+    kept = head.without(share)
+    both = Dataset.from_dict({"row": [*kept, *EVALUATION["row"]]})
+    ways["without rows by the head's score, evaluation rows too"] = trained(job, seed, both)
     with setup.run.repeated(result.weights()):
         ways["weights by score"] = measure()
     row["ways"] = ways
-    on_head = head.removal(REMOVED, JUDGES, draws=2, seed=seed)
+    on_head = head.removal(share, JUDGES, draws=2, seed=seed)
     row["ways of the head"] = {
         "plain": on_head.plain,
         "evaluation rows too": on_head.with_evaluation,
-        "without 10 % by score": on_head.without,
+        "without rows by score": on_head.without,
     }
     runs.save(row)
+
+
+def trained(
+    job: Task, seed: int, rows: Dataset | None = None, *, shorter: int = 1
+) -> dict[str, float]:
+    """What test rows say after the steps of the recipe, or fewer, on ``rows`` in place of all."""
+    trainer = job.trainer(seed)
+    steps = round(job.recipe.epochs * math.ceil(TRAIN / job.recipe.batch))
+    trainer.args.max_steps = max(1, steps // shorter)
+    trainer.train_dataset = trainer.train_dataset if rows is None else rows
+    trainer.train()
+    found = trainer.predict(JUDGES)
+    logits, labels = torch.tensor(found.predictions), torch.tensor(found.label_ids)
+    loss, right = cross_entropy(logits, labels), logits.argmax(1) == labels
+    return {"accuracy": float(right.double().mean()), "loss": float(loss)}
 
 
 def mean_of(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
