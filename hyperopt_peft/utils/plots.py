@@ -179,7 +179,7 @@ def level_curves(
         if with_key:
             x = [record.get("step", number) for number, record in with_key]
             curves[name] = smooth(x, [record[key] for _, record in with_key], share)
-    step = "lower step" if any("step" in record for record in records) else "upper step"
+    step = "upper step" if any("lower_loss" in record for record in records) else "lower step"
     return lines({"": curves}, path, xlabel=step, ylabel="loss")
 
 
