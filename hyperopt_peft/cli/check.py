@@ -125,6 +125,7 @@ def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> Report:
     )
     advice = recommend(comparison)
     print(f"\n{comparison}\n\n{advice}")
+    page.verdict = f"{page.verdict}; {str(advice).splitlines()[-1]}"
     page.texts = {**page.texts, "Estimators": f"{comparison}\n\n{advice}"}
     return page
 
