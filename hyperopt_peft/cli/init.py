@@ -76,7 +76,7 @@ def run(argv: Sequence[str]) -> None:
             "trusted_file: mix judges its sources by a few examples that you trust, in a file of "
             "their own; give --trusted_file"
         )
-    rows = read_files(files, "init")
+    rows = read_files(files, "file")
     found = guess(rows, command.task, command.text_columns, command.label_column, command.command)
     lines = options(command, files, rows, found)
     names = ", ".join(map(str, rows.column_names))
@@ -128,7 +128,7 @@ def _data(command: InitArguments, files: list[str], rows: Dataset) -> list[tuple
     if len(files) > 1:
         sources = {Path(file).stem: file for file in files}
         if len(sources) < len(files):
-            raise ProblemError("init: two files have one name, and sources need different ones")
+            raise ProblemError("sources: two files have one name; give each source its own")
         return [("sources", sources, "each has a weight"), trusted, test]
     column = next((name for name in rows.column_names if name.lower() in SOURCES), None)
     if column is None:
@@ -167,4 +167,5 @@ def _line(name: str, value: Any, comment: str) -> str:
     style: Any = {"default_flow_style": True, "width": 1000, "allow_unicode": True}
     text = yaml.safe_dump(value, sort_keys=False, **style)
     entry = f"{name}: {text.strip().removesuffix('...').strip()}"
+    comment = " ".join(comment.split())  # a class may be named in two lines
     return f"{entry:{WIDTH}}  # {comment}" if comment else entry
