@@ -21,7 +21,7 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), namespace)
-    assert (tmp_path / "outputs/adapter/adapter_model.safetensors").exists()
+    assert bool(namespace["scores"].scores.isfinite().all())
     assert namespace["penalty"][:3].max() < namespace["penalty"][3:].mean()
 
 
