@@ -40,7 +40,7 @@ copybutton_prompt_is_regexp = True
 
 default_role = "py:obj"  # a name that is not on the site stays as it is
 autosummary_generate = False
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
