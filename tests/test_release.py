@@ -28,6 +28,12 @@ def test_the_version_is_that_of_the_changelog_and_the_citation() -> None:
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
+def test_a_contributor_is_told_the_command_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    command = readme.partition("<!-- command: test -->")[2].split("```")[1]
+    assert command in (ROOT / "CONTRIBUTING.md").read_text()
+
+
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
 def test_every_form_and_workflow_is_read(path: Path) -> None:
     content = read(path)
