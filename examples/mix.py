@@ -156,7 +156,7 @@ def main() -> None:
     draw_weights(weights, comparison.row_weights, right, output / "weights.png")
     print(f"\n{comparison}\n")
 
-    results, best = {}, comparison.best
+    results, best = {}, comparison.recommended
     for method, setting in {EQUAL: 1.0, best.method: best.setting}.items():
         mix.retrain(plan_of(mix.head_mix, method, setting))
         results[method] = float(mix.evaluate()["eval_accuracy"])

@@ -17,8 +17,12 @@ from torch import Tensor
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.compare_on_adapter import losses_on_adapter
 from hyperopt_peft.problems.compare_on_head import losses_on_head
+from hyperopt_peft.problems.mix_plans import EQUAL, SOURCES_ALIKE
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.trainer.data import classes_of, label_column
+
+#: The methods that look at nothing, on a head and on an adapter.
+PLAIN = (SOURCES_ALIKE, EQUAL)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class BaselineComparison:
     Example:
         >>> one = MethodResult("trusted rows only", torch.tensor([0.5, 0.7, 0.6]), passes=10)
         >>> two = MethodResult("learned weights", torch.tensor([0.1, 0.3, 0.1]), passes=90)
-        >>> BaselineComparison([one, two]).best.method
+        >>> BaselineComparison([one, two]).recommended.method
         'learned weights'
     """
 
@@ -74,6 +78,17 @@ class BaselineComparison:
     def best(self) -> MethodResult:
         """The result of the lowest trusted loss."""
         return min(self.results, key=lambda result: result.loss)
+
+    @property
+    def recommended(self) -> MethodResult:
+        """The method to use: everything, unless another one is better by a standard error.
+
+        Of everything each source counts alike, or, on an adapter, each row: this looks at nothing,
+        and the lowest of many losses of few rows is often luck.
+        """
+        plain = next((r for name in PLAIN for r in self.results if r.method == name), self.best)
+        gap, error = plain.difference(self.best)
+        return plain if gap <= error else self.best
 
     @property
     def ties(self) -> list[MethodResult]:
@@ -96,6 +111,11 @@ class BaselineComparison:
     @property
     def sentence(self) -> str:
         """Which method to use, and which are as good."""
+        if self.recommended is not self.best:
+            return (
+                f"use {self.recommended.method}: no loss is lower by more than its error, that of "
+                f"{self.best.method} neither"
+            )
         text = f"use {self.best.method}: the lowest trusted loss, {self.best.loss:.4f}"
         if names := [result.method for result in self.ties]:
             text += f"; a tie, within its error, with {'; '.join(names)}"

@@ -107,7 +107,7 @@ class Cell:
             if result.method == LEARNED:
                 rows[result.method]["weights"] = mix.row_weights(mix.learned)
             yield result.method, rows[result.method]
-        named = comparison.best.method
+        named = comparison.recommended.method
         yield VERDICT, {**rows[named], "named": named, **seconds, "verdict seconds": judged}
 
     def lora(self, method: str, setting: float) -> Row:

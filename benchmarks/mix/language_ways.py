@@ -300,7 +300,10 @@ def verdict(trial: Trial) -> Row:
     silent(trainer)
     with redirect_stdout(StringIO()):
         comparison = compare_baselines(trainer, folds=2, equal_passes=False)
-    return {"named": comparison.best.method, "cv": {r.method: r.loss for r in comparison.results}}
+    return {
+        "named": comparison.recommended.method,
+        "cv": {r.method: r.loss for r in comparison.results},
+    }
 
 
 DOTS = "darts:product=dots"

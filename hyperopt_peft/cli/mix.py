@@ -109,7 +109,7 @@ def run(argv: Sequence[str]) -> None:
         if data.rows:
             write_mixture(output / "mixture", data.rows, learned.row_weights)
     comparison = compare(trainer, command, seconds)
-    chosen = comparison.best if comparison and command.save == "recommended" else None
+    chosen = comparison.recommended if comparison and command.save == "recommended" else None
     train(trainer, chosen, bool(resumed))
     trained = trainer.args.retrain != "none" or not trainer.on_head
     if trained:

@@ -126,7 +126,7 @@ class Verdict:
             for result, gap, error in _table(self.comparison)
         ]
         return {
-            "recommended": self.comparison.best.method,
+            "recommended": self.comparison.recommended.method,
             "ties": [result.method for result in self.comparison.ties],
             "saved": self.saved,
             "sentence": self.comparison.sentence,

@@ -44,6 +44,17 @@ def test_the_table_is_in_the_order_of_losses_and_names_the_best() -> None:
     assert "use best" in advice
 
 
+def test_what_looks_at_nothing_is_used_unless_another_is_better_by_its_error() -> None:
+    losses = torch.tensor([0.1, 0.3, 0.5])
+    plain = MethodResult(EQUAL, losses, passes=30)
+    luck = MethodResult("lucky", losses - torch.tensor([0.3, -0.1, 0.0]), passes=9)
+    better = MethodResult("better", losses - torch.tensor([0.1, 0.2, 0.1]), passes=90)
+    found = BaselineComparison([plain, luck])
+    assert found.best is luck and found.recommended is plain and "use everything" in found.sentence
+    assert BaselineComparison([plain, luck, better]).recommended is better
+    assert BaselineComparison([luck, better]).recommended is better
+
+
 @pytest.mark.parametrize(("classes", "largest"), [([0] * 7, 3), (["a"] * 4 + ["b"] * 3, 3)])
 def test_every_fold_has_its_share_of_every_class(classes: Any, largest: int) -> None:
     folds = split_folds(classes, 3, seed=1)
