@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import MixTrainer, MixTrainingArguments, compare_baselines
 from hyperopt_peft.problems.mix_plans import EQUAL, plan_of
-from hyperopt_peft.utils.plots import BLUE, GREEN, drawing
+from hyperopt_peft.utils.plots import intervals
 
 #: How often an annotator of each kind is right; an adversarial one is wrong in one way.
 KINDS = {"good": 0.9, "mediocre": 0.5, "adversarial": 0.1}
@@ -153,7 +153,12 @@ def main() -> None:
     for name, share in right.items():
         between = "{:.2f} to {:.2f}".format(*ends(name, comparison.row_weights))
         print(f"{name:16}{weights[name]:18.2f}{between:>16}{share:14.2f}")
-    draw_weights(weights, comparison.row_weights, right, output / "weights.png")
+    between = {name: (weights[name], *ends(name, comparison.row_weights)) for name in right}
+    panels = {
+        "learned weight (bar: over the folds)": between,
+        "right labels, which no method knows": {name: (x, x, x) for name, x in right.items()},
+    }
+    intervals(panels, output / "weights.png")
     print(f"\n{comparison}\n")
 
     results, best = {}, comparison.recommended
@@ -171,26 +176,6 @@ def main() -> None:
 def ends(name: str, folds: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     """The least and the largest weight of a source over the folds."""
     return min(fold[name] for fold in folds), max(fold[name] for fold in folds)
-
-
-def draw_weights(
-    weights: Mapping[str, float],
-    folds: Sequence[Mapping[str, float]],
-    right: Mapping[str, float],
-    path: Path,
-) -> None:
-    """The weight of each source with its range over the folds, beside how many labels are right."""
-    with drawing(path, 8, 1 + 0.3 * len(right), columns=2, sharey=True) as (_, (left, beside)):
-        for row, name in enumerate(right):
-            left.plot(ends(name, folds), (row, row), color=BLUE, alpha=0.4, linewidth=5)
-            left.plot(weights[name], row, "o", color=BLUE)
-            beside.plot(right[name], row, "o", color=GREEN)
-        left.set_yticks(range(len(right)), list(right))
-        left.invert_yaxis()
-        left.set_xlim(left=0)
-        left.set_xlabel("learned weight (bar: over the folds)")
-        beside.set_xlim(0, 1.03)
-        beside.set_xlabel("right labels, which no method knows")
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
