@@ -16,10 +16,8 @@ from hyperopt_peft.errors import ProblemError
 #: The kappa up to which agreement is slight (Landis & Koch 1977, doi:10.2307/2529310).
 SLIGHT = 0.2
 CLEANLAB = "cleanlab's confident learning"
-WITHOUT_CLEANLAB = (
-    "the most probable class, since cleanlab, which flags fewer, is not installed "
-    '(pip install "hyperopt-peft[cleanlab]")'
-)
+MOST_PROBABLE = "the most probable class"
+INSTALL = 'cleanlab flags fewer, and is not installed: pip install "hyperopt-peft[cleanlab]"'
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,11 @@ class Suspects:
         )
         if self.kappa <= SLIGHT:
             return (
-                f"{text}, which is near chance: such a model cannot tell a wrong label, and none "
+                f"{text}, which is near chance:\nsuch a model cannot tell a wrong label, and none "
                 "is flagged; train for longer, or on more rows"
             )
-        return f"{text}; {len(self.flagged)} labels may be wrong, by {self.method}"
+        text = f"{text}; {len(self.flagged)} labels may be wrong, by {self.method}"
+        return text if self.method == CLEANLAB else f"{text}\n{INSTALL}"
 
 
 def suspects(
@@ -96,7 +95,7 @@ def suspects(
     confidence[labelled], doubtful = _doubts(given, of_given)
     accuracy, kappa = _agreement(given, of_given.argmax(1), probabilities.shape[1])
     flagged = labelled[doubtful].tolist() if kappa > SLIGHT else []
-    method = CLEANLAB if find_spec("cleanlab") else WITHOUT_CLEANLAB
+    method = CLEANLAB if find_spec("cleanlab") else MOST_PROBABLE
     return Suspects(confidence, loss, score, flagged, probabilities, accuracy, kappa, method)
 
 

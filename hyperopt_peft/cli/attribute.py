@@ -17,8 +17,8 @@ from hyperopt_peft import attribute
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.cli.config import expanded, option
-from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.config import option
+from hyperopt_peft.cli.options import OutputArguments, flags_read, parse
 from hyperopt_peft.cli.plan import Work, seconds_a_pass, table
 from hyperopt_peft.cli.plan import phases as phases_of
 from hyperopt_peft.cli.report import REPORT, Report
@@ -149,7 +149,9 @@ def run(argv: Sequence[str]) -> None:
         texts.append(text)
         if first:
             print(f"{text}\n", flush=True)
-            page = report(scored, texts, expanded("attribute", argv), trainer.state.log_history)
+            page = report(
+                scored, texts, flags_read("attribute", types, argv), trainer.state.log_history
+            )
             page.write(output)
     if first:
         print(f"attribution.csv and {REPORT} are in {output}")

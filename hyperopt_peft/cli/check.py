@@ -11,8 +11,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import check_problem, compare_hypergradients
-from hyperopt_peft.cli.config import expanded
-from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.options import flags_read, parse
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, changed, prepare
 from hyperopt_peft.diagnostics.compare import get_reference
@@ -95,7 +94,7 @@ def run(argv: Sequence[str]) -> None:
     trainer.model.train()
     with trainer.compute_loss_context_manager():
         page = _examine(trainer, command)
-    page.flags = expanded("check", argv)
+    page.flags = flags_read("check", TYPES, argv)
     page.subtitle = f"after {command.search_steps} steps of the search on {model_args.model}"
     print(f"\n{page.write(output or '.', 'check.html')} has all of it")
 

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.config import expanded
-from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.options import OutputArguments, flags_read, parse
 from hyperopt_peft.cli.plan import Work, passes_of_steps, phases, seconds_a_pass
 from hyperopt_peft.cli.plan import table as table_of
-from hyperopt_peft.cli.report import Report, rows_of
+from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Method, MethodArguments, Setup, changed, prepare
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.problems import BiDoRATrainer
@@ -105,20 +104,21 @@ def run(argv: Sequence[str]) -> None:
             record = {"metric": metric, "test_rows": size, "runs": records}
             (output / "comparison.json").write_text(json.dumps(record, indent=1))
     if not distributed.rank():
-        text = table(runs, metric, size)
+        rows, note, sentence = *table(runs, metric, size), verdict(runs, metric)
+        cells = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+        text = "\n".join([*(f"| {' | '.join(line)} |" for line in cells), "", note])
         (output / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
         draw_comparison(runs, metric, output / "comparison.png")
         for folder in sorted((path for path in output.rglob("*") if path.is_dir()), reverse=True):
             if not any(folder.iterdir()):  # a Trainer makes its folder, and has saved nothing
                 folder.rmdir()
-        sentence, (rows, note) = verdict(runs, metric), text.split("\n\n")
         page = Report(
             "compare",
             sentence,
-            expanded("compare", argv),
+            flags_read("compare", TYPES, argv),
             subtitle=note,
             pictures={"Differences to the first method": output / "comparison.png"},
-            tables={"Methods": rows_of(rows)},
+            tables={"Methods": rows},
         )
         print(f"\n{text}\n\n{sentence}\n{page.write(output)} has all of it")
 
@@ -262,16 +262,16 @@ def draw_comparison(runs: Sequence[MethodRun], metric: str, path: Path) -> None:
     intervals({title: gaps}, path, zero=[title])
 
 
-def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
-    """The means of ``runs`` over the seeds in Markdown, and their errors on ``size`` test rows.
+def table(runs: Sequence[MethodRun], metric: str, size: int) -> tuple[list[list[str]], str]:
+    """The means of ``runs`` over the seeds and their errors, and a note on ``size`` test rows.
 
-    A row for each method; columns for the compared ``metric``, the task's others and the loss.
+    Heads, then a row for each method; columns for the compared ``metric``, the task's others and
+    the loss.
     """
     others = [x for x in runs[0].metrics if x != metric and not x.endswith(TIMINGS)]
     heads = ["method", metric, f"difference to {runs[0].method}", *others]
     heads = [head.removeprefix("eval_") for head in heads]
     lines = [[*heads, "passes", "seconds", "trainable parameters"]]
-    lines.append(["---"] * len(lines[0]))
     for method, (mean, error, difference, its_error) in method_means(runs, metric).items():
         seeds = [run for run in runs if run.method == method]
         lines.append(
@@ -285,10 +285,9 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> str:
                 str(seeds[0].trainable_parameters),
             ]
         )
-    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     count = len({run.seed for run in runs})
     of = " and of the seeds" if count > 1 else "; one seed shows none of its own"
-    return (
-        f"{cells}\n\nMeans of {count} seed{'s' * (count > 1)} on {size} test rows; "
+    return lines, (
+        f"Means of {count} seed{'s' * (count > 1)} on {size} test rows; "
         f"± is one standard error, of the test rows{of}. Differences are paired by seed and row."
     )

@@ -34,12 +34,6 @@ def divided(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str
     return {}, list(argv)
 
 
-def expanded(command: str, argv: Sequence[str]) -> list[str]:
-    """``argv`` as flags alone: those of the YAML file come first."""
-    options, flags = divided(command, argv)
-    return [*flags_of(options), *flags]
-
-
 def option(command: str, name: str, argv: Sequence[str]) -> str | None:
     """The value of the option ``name`` in ``argv``, on which the other options depend; or None.
 
@@ -52,7 +46,8 @@ def option(command: str, name: str, argv: Sequence[str]) -> str | None:
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}")
-    value: str | None = getattr(parser.parse_known_args(expanded(command, argv))[0], name)
+    options, flags = divided(command, argv)
+    value: str | None = getattr(parser.parse_known_args([*flags_of(options), *flags])[0], name)
     return value
 
 

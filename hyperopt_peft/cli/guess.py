@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ from hyperopt_peft.errors import ProblemError
 TEXTS = ("text", "tweet", "sentence", "review", "content", "comment", "body", "message", "question")
 LABELS = ("label", "labels", "sentiment", "class", "category", "intent", "topic", "target", "tag")
 SCORES = ("score", "rating", "stars", "value", "similarity", "y")
+WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "pos_tags", "labels", "label")
 PROMPTS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+CONVERSATIONS = (("messages",), ("prompt", "completion"), ("text",))
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 MOST_CLASSES = 100
 TOKENS = {"min": 32, "max": 256, "of_texts": 1024}
@@ -78,31 +80,39 @@ def guess(
         >>> print(guess(rows, None, None, None, "train"))
         task: text-classification; text: tweet; label: mood with 2 classes: sad 5, glad 5
     """
-    for column in [*(texts or ()), *([label] if label else ())]:
-        require_columns(rows, [column], TRAIN)
+    require_columns(rows, [*(texts or ()), *filter(None, [label])], TRAIN)
     kinds = {name: _kind(rows[name][:200]) for name in rows.column_names}
     lists = [name for name, kind in kinds.items() if kind == "list"]
-    task = task or _task_of_layout(rows.column_names, lists, command)
+    task = task or _task_of_layout(kinds, lists, command)
+    unfit = ("dict",) if task == "token-classification" else ("dict", "list")
+    if label and kinds[label] in unfit:
+        raise ProblemError(f"label_column: {label} has lists or mappings; name another column")
+    if wrong := [name for name in texts or () if kinds[name] not in ("text", "list")]:
+        raise ProblemError(f"text_columns: {wrong[0]} has no texts; name another column")
     if task == "sft":
-        texts = texts or _conversations(rows.column_names)
-        label = None
+        texts, label = texts or _columns_of(kinds, CONVERSATIONS), None
+        if texts is None:
+            raise ProblemError(
+                "task sft: needs a column messages, or prompt and completion, or text; rename the "
+                "columns, or give --text_columns"
+            )
     elif task == "token-classification":
-        texts, label = texts or _named(lists, ("tokens", "words")), label or _tags(lists)
+        texts = texts or [_known(lists, WORDS) or next(iter(lists), "tokens")]
+        label = label or _known(lists, TAGS)
+        if label is None:
+            raise ProblemError("label_column: name the column with the lists of tags")
+    elif task in ("causal-lm", "seq2seq"):
+        pair = _columns_of(kinds, PROMPTS)
+        if texts is None and pair:
+            texts, label = pair[:1], label or pair[1]
+        texts = texts or _texts(rows, kinds, label)
+        if task == "seq2seq" and label is None:
+            raise ProblemError("label_column: name the column of the texts to produce")
     else:
-        pair = next((list(pair) for pair in (*PAIRS, *PROMPTS) if {*pair} <= {*kinds}), None)
-        if task in ("causal-lm", "seq2seq"):
-            if texts is None and pair:
-                texts, label = pair[:1], label or pair[1]
-            texts = texts or _texts(rows, kinds, {label})[:1]
-            if task == "seq2seq" and label is None:
-                raise ProblemError("label_column: name the column of the texts to produce")
-        else:
-            of_pair = pair if pair and tuple(pair) in PAIRS else None
-            texts = texts or of_pair or _texts(rows, kinds, {label})[:1]
-            label = label or _label(rows, kinds, texts, task)
-            task = task or ("causal-lm" if label is None else _kind_of(rows, kinds, label))
-    columns = [*texts, *([label] if label else [])]
-    require_columns(rows, columns, TRAIN)
+        texts = texts or _columns_of(kinds, PAIRS) or _texts(rows, kinds, label)
+        label = label or _label(rows, kinds, texts, task)
+        task = task or ("causal-lm" if label is None else _task_of_label(rows, kinds, label))
+    require_columns(rows, [*texts, *filter(None, [label])], TRAIN)
     classes: dict[Any, int] = {}
     if task == "text-classification":
         classes = dict(Counter(rows[label]).most_common())
@@ -112,11 +122,12 @@ def guess(
 
 def _kind(values: Sequence[Any]) -> str:
     seen = {type(value) for value in values if value is not None}
-    names = {str: "text", bool: "class", int: "whole", float: "number", list: "list"}
+    names = {str: "text", bool: "class", int: "whole", float: "number"}
+    names |= {list: "list", dict: "dict"}
     return names.get(seen.pop(), "other") if len(seen) == 1 else "other"
 
 
-def _task_of_layout(names: Sequence[str], lists: Sequence[str], command: str) -> str | None:
+def _task_of_layout(names: Collection[str], lists: Sequence[str], command: str) -> str | None:
     """The task that a table of ``names`` alone tells, or None."""
     of_trl = command in ("mix", "attribute")
     if "messages" in names:
@@ -126,76 +137,58 @@ def _task_of_layout(names: Sequence[str], lists: Sequence[str], command: str) ->
                 "them as --command, or texts"
             )
         return "sft"
-    if any({*pair} <= {*names} for pair in PROMPTS):
+    if _columns_of(names, PROMPTS):
         return "sft" if of_trl and {"prompt", "completion"} <= {*names} else "causal-lm"
     return "token-classification" if len(lists) > 1 else None
 
 
-def _conversations(names: Sequence[str]) -> list[str]:
-    for layout in (["messages"], ["prompt", "completion"], ["text"]):
-        if {*layout} <= {*names}:
-            return layout
-    raise ProblemError(
-        "task sft: needs a column messages, or prompt and completion, or text; rename the columns, "
-        "or give --text_columns"
-    )
+def _columns_of(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str] | None:
+    """The first of ``layouts`` whose columns are all among ``names``."""
+    return next(([*layout] for layout in layouts if {*layout} <= {*names}), None)
 
 
-def _named(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The first of ``names`` that is ``known``, else the first."""
-    if not names:
-        raise ProblemError("token-classification: needs columns with lists of words and of tags")
-    return [next((name for name in names if name.lower() in known), names[0])]
+def _known(names: Sequence[str], known: Sequence[str]) -> str | None:
+    """The one of ``names`` that comes first in ``known``."""
+    found = [name for name in names if name.lower() in known]
+    return min(found, key=lambda name: known.index(name.lower()), default=None)
 
 
-def _tags(lists: Sequence[str]) -> str:
-    tags = [name for name in lists if name.lower() in TAGS]
-    if not tags:
-        raise ProblemError("label_column: name the column with the lists of tags")
-    return tags[0]
-
-
-def _texts(rows: Dataset, kinds: dict[str, str], besides: set[str | None]) -> list[str]:
-    """The columns that look like texts: by name, then the longest."""
+def _texts(rows: Dataset, kinds: Mapping[str, str], label: str | None) -> list[str]:
+    """The column that looks most like texts: by name, then the longest."""
     lengths = {
         name: sum(map(len, filter(None, rows[name][:500])))
         for name, kind in kinds.items()
-        if kind == "text" and name not in besides and len(set(rows[name])) * 2 > len(rows)
+        if kind == "text" and name != label and len(set(rows[name])) * 2 > len(rows)
     }
-    names = sorted(lengths, key=lambda name: (name.lower() not in TEXTS, -lengths[name]))
-    if not names:
+    if not lengths:
         raise ProblemError(
             f"text_columns: none of {', '.join(kinds)} looks like texts, different in most rows; "
             "name one with --text_columns"
         )
-    return names
+    return [min(lengths, key=lambda name: (name.lower() not in TEXTS, -lengths[name]))]
 
 
 def _label(
-    rows: Dataset, kinds: dict[str, str], texts: Sequence[str], task: str | None
+    rows: Dataset, kinds: Mapping[str, str], texts: Sequence[str], task: str | None
 ) -> str | None:
     """The column to predict; None if there is none and ``task`` does not ask for one."""
     few = min(MOST_CLASSES, max(2, len(rows) // 4))
-    rest = [name for name in kinds if name not in texts and kinds[name] != "list"]
+    rest = [x for x, kind in kinds.items() if x not in texts and kind not in ("list", "dict")]
     classes = [name for name in rest if 2 <= len({*rows[name]} - {None}) <= few]
     numbers = [name for name in rest if kinds[name] in ("number", "whole")]
     candidates = {"regression": numbers, "text-classification": classes}.get(
         task or "", [*classes, *(x for x in numbers if kinds[x] == "number" and x not in classes)]
     )
     known = SCORES if task == "regression" else (*LABELS, *SCORES)
-    if named := sorted(
-        (name for name in candidates if name.lower() in known), key=lambda x: known.index(x.lower())
-    ):
-        return named[0]
-    if len(candidates) == 1:
-        return candidates[0]
+    if (named := _known(candidates, known)) or len(candidates) == 1:
+        return named or candidates[0]
     if not candidates and task is None:
         return None
     which = " or ".join(candidates) or f"none of {', '.join(rest) or 'no further columns'}"
     raise ProblemError(f"label_column: could be {which}; name it with --label_column")
 
 
-def _kind_of(rows: Dataset, kinds: dict[str, str], label: str) -> str:
+def _task_of_label(rows: Dataset, kinds: Mapping[str, str], label: str) -> str:
     many = len(set(rows[label])) > MOST_CLASSES
     numeric = kinds[label] == "number" or (kinds[label] == "whole" and many)
     return "regression" if numeric else "text-classification"
@@ -214,7 +207,7 @@ def _require_classes(classes: dict[Any, int], label: str) -> None:
 
 def _length(rows: Dataset, texts: Sequence[str], task: str) -> int:
     """Tokens that 95 of 100 examples do not exceed, at three and a half characters a token."""
-    if task == "sft" and rows.column_names and "messages" in texts:
+    if "messages" in texts:
         return TOKENS["of_texts"]
     values = [rows[name][:2000] for name in texts]
     sizes = sorted(

@@ -1,8 +1,7 @@
 """The options of every command, for ``--help`` and for errors in a name, without their classes.
 
 The classes load PyTorch, which takes seconds. ``options.json`` has their names, types, defaults and
-help; a test compares the file with the classes, and ``python -m hyperopt_peft.cli.listing`` writes
-it again.
+help: ``python -m tests.support.listing`` writes the file, and a test compares it with the classes.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import get_terminal_size
@@ -26,22 +24,6 @@ from hyperopt_peft.errors import ProblemError, did_you_mean
 #: A group's options: name, type, default and help.
 Options = Sequence[Sequence[str]]
 FILE = Path(__file__).with_name("options.json")
-#: Arguments of `transformers.TrainingArguments` that every training needs, with a short help.
-COMMON = {
-    "output_dir": "the folder of the results",
-    "learning_rate": "peak learning rate; 1e-3 is a first choice for an adapter",
-    "num_train_epochs": "passes over the training examples",
-    "max_steps": "optimizer steps, in place of epochs",
-    "per_device_train_batch_size": "examples a micro-batch",
-    "gradient_accumulation_steps": "micro-batches a step",
-    "seed": "of the start, the split and the order of examples",
-    "bf16": "mixed precision in bfloat16",
-    "use_cpu": "leave accelerators alone",
-    "logging_steps": "steps between two lines of the log; below 1 a share of all steps",
-    "resume_from_checkpoint": "of train and mix: a checkpoint's folder, or true for the last one, "
-    "or a new run where there is none",
-    "report_to": "tensorboard, wandb or another logger of Transformers",
-}
 #: Columns of the names in a page of help.
 INDENT = 30
 
@@ -125,7 +107,7 @@ def page(command: str, *, everything: bool = False) -> str:
     if everything and "learning_rate" in known:
         from transformers import TrainingArguments
 
-        rest = (row for row in _rows(TrainingArguments) if row[0] not in known)
+        rest = (row for row in rows_of(TrainingArguments) if row[0] not in known)
         groups["all other arguments of transformers.TrainingArguments"] = [*rest]
     for title, options in groups.items():
         lines += ["", f"{title}:", *(line for row in options for line in _entry(*row))]
@@ -146,34 +128,7 @@ def _entry(name: str, kind: str, default: str, text: str) -> Iterable[str]:
         head = ""
 
 
-def collected() -> dict[str, Any]:
-    """The contents of ``options.json``, from the classes of the commands' modules."""
-    commands, groups = dict[str, list[str]](), dict[str, Any]()
-    for command in COMMANDS:
-        module = vars(import_module(f"hyperopt_peft.cli.{command}"))
-        commands[command] = [kind.__name__ for kind in module["TYPES"]]
-        for kind in module["TYPES"]:
-            title = getattr(kind, "_argument_group_name", "training")
-            groups[kind.__name__] = {"title": title, "options": _own_rows(kind)}
-    return {"commands": commands, "groups": groups}
-
-
-def _own_rows(kind: type) -> list[list[str]]:
-    """The options of the class ``kind``; of `transformers.TrainingArguments` those of `COMMON`."""
-    from transformers import TrainingArguments
-
-    rows = {row[0]: row for row in _rows(kind)}
-    if not issubclass(kind, TrainingArguments):
-        return [*rows.values()]
-    inherited = TrainingArguments.__dataclass_fields__
-    common = [[name, *rows[name][1:3], text] for name, text in COMMON.items()]
-    for row in common:
-        if row[0] in ("output_dir", "report_to"):  # their defaults change with versions
-            row[1:3] = ["TEXT", ""]
-    return [*common, *(row for name, row in rows.items() if name not in inherited)]
-
-
-def _rows(kind: Any) -> Iterable[list[str]]:
+def rows_of(kind: Any) -> Iterable[list[str]]:
     """Name, type, default and help of each field of the dataclass ``kind``."""
     hints = get_type_hints(kind)
     for field in fields(kind):
@@ -203,13 +158,3 @@ def _kind(hint: Any, value: Any) -> str:
     if choices and all(isinstance(choice, str) for choice in choices):
         return f"{{{','.join(choices)}}}"
     return _kind(choices[0], value) if len(choices) == 1 else "TEXT"
-
-
-def written(record: dict[str, Any]) -> str:
-    """``record`` as JSON with a line for each option."""
-    text = json.dumps(record, ensure_ascii=False)
-    return text.replace("[[", "[\n [").replace("], [", "],\n [").replace("}, ", "},\n") + "\n"
-
-
-if __name__ == "__main__":
-    FILE.write_text(written(collected()), encoding="utf-8")

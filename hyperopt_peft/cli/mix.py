@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.config import expanded, option
+from hyperopt_peft.cli.config import option
 from hyperopt_peft.cli.mix_results import SHARES, Learned, Verdict, draw_shares, write_weights
 from hyperopt_peft.cli.mixture_files import write_mixture
-from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
+from hyperopt_peft.cli.options import OutputArguments, flags_read, parse, resume_from
 from hyperopt_peft.cli.plan import Work, seconds_a_pass, table
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
@@ -117,7 +117,7 @@ def run(argv: Sequence[str]) -> None:
     notes = doubts(trainer, learned, comparison, (before, trusted_losses(trainer)))
     if first:
         saved = (chosen.method if chosen else LEARNED) if trained else None
-        verdict = Verdict(learned, comparison, saved, notes, expanded("mix", argv))
+        verdict = Verdict(learned, comparison, saved, notes, flags_read("mix", types, argv))
         if comparison:
             verdict.write(output)
         print(f"\n{verdict}")

@@ -1,16 +1,15 @@
-"""What `hyperopt-peft mix` writes: weights, a picture of them, and a verdict."""
+"""What `hyperopt-peft mix` writes: weights, a picture of them, a verdict, and its page."""
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hyperopt_peft.cli.report import PACKAGES, Report, by_option
+from hyperopt_peft.cli.report import PACKAGES, Report
 from hyperopt_peft.problems.compare_baselines import BaselineComparison
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.trainer.logs import TIMINGS
@@ -105,11 +104,10 @@ class Verdict:
         return "\n".join([*lines, *(f"warning: {note}" for note in self.notes)])
 
     def write(self, folder: Path) -> None:
-        """Write ``verdict.json`` and ``verdict.md``, and the folds' weights to ``weights.json``."""
+        """Write ``verdict.json``, and the folds' weights to ``weights.json``."""
         write_weights(self.learned, folder / "weights.json", self.folds)
         record = json.dumps(self.record(), indent=1)
         (folder / "verdict.json").write_text(f"{record}\n", encoding="utf-8")
-        (folder / "verdict.md").write_text(self.page(), encoding="utf-8")
 
     def record(self) -> dict[str, Any]:
         """The verdict as plain values."""
@@ -139,69 +137,23 @@ class Verdict:
             "versions": {name: version(name) for name in PACKAGES},
         }
 
-    def page(self) -> str:
-        """The verdict in Markdown."""
-        assert self.comparison is not None
-        weights = self.learned.row_weights
-        by_source = [
-            f"| {name} | {self.learned.counts[name]} | {self.learned.shares[name]:.3f} | "
-            f"{weights[name]:.3f} | {self._between(name)} |"
-            for name in sorted(weights, key=lambda each: -weights[each])
-        ]
-        versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-        command = " \\\n    ".join(["hyperopt-peft mix", *by_option(self.flags)])
-        return "\n".join(
-            [
-                "# How much should each source count?",
-                "",
-                f"**{self.comparison.sentence[0].upper()}{self.comparison.sentence[1:]}.** "
-                f"The saved adapter: {self.saved or 'none'}.",
-                "",
-                *(f"Warning: {note}.\n" for note in self.notes),
-                "| method | trusted loss | to the best | passes |",
-                "| --- | --- | --- | --- |",
-                *(f"| {' | '.join(map(str, cells))} |" for cells in self._methods()),
-                "",
-                f"The loss is that of trusted examples, by models trained without their fold, of "
-                f"{len(self.folds)}; ± is one standard error of the paired difference.",
-                "",
-                f"![the share of each source at each of {self.learned.steps} updates](weights.png)",
-                "",
-                "| source | rows | share | row weight | over the folds |",
-                "| --- | --- | --- | --- | --- |",
-                *by_source,
-                "",
-                "## The same run again",
-                "",
-                "```sh",
-                command,
-                "```",
-                "",
-                f"Python {platform.python_version()}, {versions}.",
-                "",
-            ]
-        )
-
     def report(self, folder: Path, metrics: Mapping[str, Any], curves: Mapping[str, Any]) -> Report:
         """The page of the run, whose pictures are in ``folder``, with the test's ``metrics``."""
         weights = self.learned.row_weights
-        heaviest = max(weights, key=lambda name: weights[name])
-        sentence = f"a row of {heaviest} counts most, {weights[heaviest]:.2f} times the mean row"
+        names = sorted(weights, key=lambda each: -weights[each])
+        sentence = f"a row of {names[0]} counts most, {weights[names[0]]:.2f} times the mean row"
         tables: dict[str, list[list[Any]]] = {}
         if self.comparison:
             sentence = self.comparison.sentence
-            tables["Methods"] = [
-                ["method", "trusted loss", "to the best", "passes"],
-                *self._methods(),
-            ]
-        tables["Sources"] = [
-            ["source", "rows", "share", "row weight"],
-            *(
-                [name, count, f"{self.learned.shares[name]:.3f}", f"{row_weight:.3f}"]
-                for name, row_weight in weights.items()
-                for count in [self.learned.counts[name]]
-            ),
-        ]
+            title = f"Methods, by the loss of trusted examples out of {len(self.folds)} folds"
+            heads = ["method", "trusted loss", "to the best, ± one standard error", "passes"]
+            tables[title] = [heads, *self._methods()]
+        counts, shares = self.learned.counts, self.learned.shares
+        tables["Sources"] = [["source", "rows", "share", "row weight", "over the folds"]]
+        for name in names:
+            between = self._between(name) if self.folds else "–"
+            numbers = [f"{shares[name]:.3f}", f"{weights[name]:.3f}", between]
+            tables["Sources"].append([name, counts[name], *numbers])
         tested = {k: v for k, v in metrics.items() if not k.endswith((*TIMINGS, "epoch"))}
         if tested:
             numbers = [f"{value:.4f}" for value in tested.values()]
@@ -220,12 +172,11 @@ class Verdict:
     def _methods(self) -> list[list[Any]]:
         """The cells of each method of the comparison, the best first."""
         assert self.comparison is not None
-        best = self.comparison.best
         return [
             [
                 result.method,
                 f"{result.loss:.4f}",
-                "–" if result is best else f"{gap:+.4f} ± {error:.4f}",
+                "–" if result is self.comparison.best else f"{gap:+.4f} ± {error:.4f}",
                 result.passes,
             ]
             for result, gap, error in _table(self.comparison)

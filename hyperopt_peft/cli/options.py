@@ -95,6 +95,17 @@ def resume_from(args: TrainingArguments) -> str | bool | None:
     return next(valid_checkpoints(folder, folder / "retrain"), None) is not None or None
 
 
+def flags_read(command: str, types: Sequence[type], argv: Sequence[str]) -> list[str]:
+    """``argv`` as flags alone, by which the run can be repeated: those of its YAML file come first.
+
+    Options of the file that are of other commands or tasks are left out.
+    """
+    options, flags = divided(command, argv)
+    names = _names(types)
+    options = {name: x for name, x in options.items() if not others(command, name, names)}
+    return [*flags_of(options), *flags]
+
+
 def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
     """One instance of each dataclass in ``types``.
 
@@ -119,13 +130,8 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
     if foreign:
         text = f"{', '.join(foreign)}: of other commands or tasks, and not read"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
-    options = {name: value for name, value in options.items() if name not in foreign}
-    flags = [*_defaults_here(names), *flags_of(options), *flags]
-    parser = _Parser(
-        types,
-        add_help=False,
-        allow_abbrev=False,
-    )
+    flags = [*_defaults_here(names), *flags_read(command, types, argv)]
+    parser = _Parser(types, add_help=False, allow_abbrev=False)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
@@ -140,7 +146,7 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
 
 
 def _defaults_here(names: Collection[str]) -> list[str]:
-    """Flags that suit this machine, of the options ``names``; the user's flags follow them."""
+    """Flags of the options ``names`` that suit terminal and device; the user's follow them."""
     flags = []
     if "disable_tqdm" in names and not sys.stderr.isatty():  # a log file wants no bars
         flags.append("--disable_tqdm=true")

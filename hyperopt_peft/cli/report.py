@@ -108,9 +108,11 @@ class Report:
         options = by_option(self.flags)
         chosen = [re.split("[= ]", option.removeprefix("--"), maxsplit=1) for option in options]
         parts = [_section(title, _html_table(rows)) for title, rows in self.tables.items()]
-        parts += [_picture(caption, path.read_bytes()) for caption, path in self._existing()]
+        pictures = [(caption, path) for caption, path in self.pictures.items() if path.exists()]
+        parts += [_picture(caption, path.read_bytes()) for caption, path in pictures]
         parts += [_curves(title, history) for title, history in self.curves.items()]
-        parts += [_section(title, f"<pre>{escape(text)}</pre>") for title, text in self._texts()]
+        texts = [(title, text) for title, text in self.texts.items() if text]
+        parts += [_section(title, f"<pre>{escape(text)}</pre>") for title, text in texts]
         warnings = [f'<p class="warning">{escape(text)}</p>' for text in self.warnings]
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         return PAGE.substitute(
@@ -124,12 +126,6 @@ class Report:
             versions=escape(f"Python {platform.python_version()}, {versions}"),
         )
 
-    def _existing(self) -> list[tuple[str, Path]]:
-        return [(caption, path) for caption, path in self.pictures.items() if path.exists()]
-
-    def _texts(self) -> list[tuple[str, str]]:
-        return [(title, text) for title, text in self.texts.items() if text]
-
 
 def by_option(flags: Sequence[str]) -> list[str]:
     """``flags`` quoted for a shell, each option with its values; of a repeated one the last.
@@ -138,24 +134,14 @@ def by_option(flags: Sequence[str]) -> list[str]:
         >>> by_option(["--rank=8", "--text_columns", "a", "b c", "--rank", "4"])
         ["--text_columns a 'b c'", '--rank 4']
     """
-    lines: list[list[str]] = []
+    options: dict[str, list[str]] = {}
+    name = ""
     for flag in flags:
-        if flag.startswith("--") or not lines:
-            lines.append([])
-        lines[-1].append(flag)
-    last = {line[0].partition("=")[0].replace("-", "_"): line for line in lines}
-    return [shlex.join(line) for line in lines if any(line is each for each in last.values())]
-
-
-def rows_of(table: str) -> list[list[str]]:
-    """The cells of a table of Markdown, the heads first.
-
-    Example:
-        >>> rows_of("| a | b |\\n| --- | --- |\\n| 1 | 2 |")
-        [['a', 'b'], ['1', '2']]
-    """
-    lines = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
-    return [lines[0], *lines[2:]]
+        if flag.startswith("--"):
+            name = flag.partition("=")[0].replace("-", "_")
+            options.pop(name, None)
+        options.setdefault(name, []).append(flag)
+    return [shlex.join(option) for option in options.values()]
 
 
 def _sentence(text: str) -> str:
@@ -163,7 +149,7 @@ def _sentence(text: str) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n{content}" if title else content
+    return f"<h2>{escape(title)}</h2>\n{content}"
 
 
 def _html_table(rows: Sequence[Sequence[Any]]) -> str:

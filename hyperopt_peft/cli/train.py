@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from hyperopt_peft.cli.config import expanded
-from hyperopt_peft.cli.options import OutputArguments, parse, resume_from
+from hyperopt_peft.cli.options import OutputArguments, flags_read, parse, resume_from
 from hyperopt_peft.cli.plan import levels, phases, seconds_a_pass, table
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Setup, changed, prepare
@@ -41,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     evaluation = {} if setup.evaluation is None else evaluated(trainer)
     save(trainer, evaluation)
     if trainer.is_world_process_zero():
-        page = report(trainer, setup, evaluation, expanded("train", argv))
+        page = report(trainer, setup, evaluation, flags_read("train", TYPES, argv))
         page.subtitle = f"{', '.join(data.train_file or [data.dataset])} · {model_args.model}"
         print(f"{page.verdict}\nthe adapter is in {args.output_dir}")
         print(f"{page.write(args.output_dir)} has all of it")

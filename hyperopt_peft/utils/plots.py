@@ -311,5 +311,7 @@ def row_scores(
 
 def _end(values: np.ndarray[Any, Any], share: float) -> float:
     """Where an axis ends: at the largest size, or at thrice the quantile ``share`` of the sizes."""
+    if not len(values):
+        return 1.0
     sizes = np.abs(values)
     return float(min(sizes.max(), 3 * np.quantile(sizes, share))) or 1.0

@@ -213,6 +213,7 @@ def test_a_model_near_chance_flags_no_label(wrong: int, kappa: float) -> None:
     assert found.kappa == pytest.approx(kappa, abs=0.005)
     assert {*found.flagged} <= {*range(wrong)} and bool(found.flagged) == (kappa > 0.2)
     assert ("near chance" in str(found)) == (not found.flagged)
+    assert max(map(len, str(found).splitlines())) < 150
 
 
 def test_rows_in_a_list_may_have_columns_that_the_model_does_not_take(tmp_path: Path) -> None:

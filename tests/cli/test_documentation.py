@@ -43,7 +43,7 @@ def test_yaml_example_of_mix_runs(
     for seed, name in enumerate(("web", "forum-1", "forum-2", "trusted", "test")):
         write(Path(f"{name}.csv"), rows(number=12, seed=seed))
     run("mix", "config.yaml", "--use_cpu", model=save_model(tmp_path / "model"), retrain_steps=2)
-    assert "outputs/mix" in Path("outputs/mix/verdict.md").read_text()
+    assert "outputs/mix" in Path("outputs/mix/report.html").read_text()
     assert Path("outputs/mix/adapter_config.json").exists()
 
 

@@ -73,6 +73,14 @@ def test_what_cannot_be_guessed_or_used_is_named(table: dict[str, list[Any]], wo
         guessed(table)
 
 
+def test_a_column_of_another_kind_is_named() -> None:
+    table = {"text": TEXTS, "n": [*range(20)], "meta": [{"a": 1}] * 20, "label": AB}
+    assert guessed(table) == (CLASSES, ["text"], "label")
+    for given in ({"texts": ["n"]}, {"label": "meta"}):
+        with pytest.raises(ValueError, match="name another column"):
+            guessed(table, **given)
+
+
 @pytest.mark.parametrize("task", KINDS)
 def test_the_file_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     """And so do those for other commands, whose options exist."""

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,12 @@ def test_everything_at_once(
     assert verdict["sentence"] in printed and verdict["upper_steps"] == 15
     assert all(len(each["row_weight_of_folds"]) == 2 for each in verdict["sources"].values())
     assert all(warning in printed for warning in verdict["warnings"])
-    page = (tmp_path / "out/verdict.md").read_text()
-    (command,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    page = unescape((tmp_path / "out/report.html").read_text())
+    (command,) = re.findall(r"<pre>(hyperopt-peft mix.*?)</pre>", page, re.DOTALL)
     given = flags(**options(tmp_path, test_file=test, baseline_folds=2))
     assert shlex.split(command.replace("\\\n", ""))[2:] == given
-    assert "(weights.png)" in page and all(f"| {name} |" in page for name in sources)
+    assert "data:image/png" in page and "over the folds" in page
+    assert all(f"<td>{name}</td>" in page for name in sources)
 
 
 def test_sources_in_a_column(tmp_path: Path) -> None:

@@ -13,19 +13,13 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.cli import COMMANDS
-from hyperopt_peft.cli.listing import (
-    FILE,
-    collected,
-    listing,
-    names_of,
-    training_names,
-    written,
-)
+from hyperopt_peft.cli.listing import FILE, listing, names_of, training_names
 from hyperopt_peft.cli.main import main
-from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.options import flags_read, parse
 from hyperopt_peft.cli.text.setup import SHARED
 from tests.support.cli import refused
 from tests.support.files import flags
+from tests.support.listing import collected, written
 
 
 @dataclass
@@ -92,6 +86,8 @@ def test_one_file_serves_all_commands(tmp_path: Path, capsys: pytest.CaptureFixt
     assert read(yaml(tmp_path, "rate: 2\ntrain: {rate: 3, words: [x]}")) == Options(3, ["x"])
     assert parse("merge", (Options,), [yaml(tmp_path, text)]) == [Options(2.0)]
     assert "method: of other" in capsys.readouterr().err
+    flags = flags_read("merge", (Options,), [yaml(tmp_path, text), "--quiet"])
+    assert parse("merge", (Options,), flags) == [Options(2.0, quiet=True)]
     with pytest.raises(ProblemError, match=r"--method: an option of train, .*; leave it out"):
         parse("merge", (Options,), ["--method", "lora"])
     with pytest.raises(ProblemError, match="unknown option --nonsense"):
@@ -173,7 +169,7 @@ def test_bad_options_are_one_line_before_any_work(
 
 
 def test_the_listing_is_that_of_the_classes() -> None:
-    """Else run ``python -m hyperopt_peft.cli.listing``; each option has a help."""
+    """Else run ``python -m tests.support.listing``; each option has a help."""
     assert FILE.read_text() == written(collected())
     rows = [row for groups in listing().values() for options in groups.values() for row in options]
     assert all(name and text for name, _, _, text in rows)

@@ -74,6 +74,7 @@ def test_heavy_tails_are_cut_and_said() -> None:
     assert widths[0] < 4 and widths[1:] == pytest.approx(scores[[39, 38, 0]])
     assert [text.get_text() for text in right.texts] == ["9e+02"]
     assert left.figure.get_supxlabel() == "unchecked"
+    plots.row_scores(scores, {}, "no row is shown")
 
 
 def test_differences_have_a_line_at_zero() -> None:
