@@ -82,7 +82,10 @@ def run(argv: Sequence[str]) -> None:
     names = ", ".join(map(str, rows.column_names))
     print(f"{', '.join(files)}: {len(rows)} rows; columns {names}")
     print(f"{found}\nif this is wrong, give --task, --text_columns or --label_column\n")
-    target.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    try:
+        target.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    except OSError as error:
+        raise ProblemError(f"{target}: cannot be written ({error.strerror})") from error
     run_it = f"hyperopt-peft {command.command} {target}"
     print(f"{target} is written; next:\n  {run_it} --dry_run\n  {run_it}")
 

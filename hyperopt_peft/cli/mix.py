@@ -61,8 +61,8 @@ class MixArguments(OutputArguments):
     )
     save: Literal["recommended", "learned"] = HfArg(
         default="recommended",
-        help="the adapter to train and save: by the method of the lowest trusted loss in the "
-        "comparison, or by the learned weights",
+        help="the adapter to train and save: by the method that the comparison recommends, or by "
+        "the learned weights",
     )
 
     def __post_init__(self) -> None:

@@ -113,3 +113,5 @@ def test_sources_and_trusted_rows(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert options["sources"] == {"a": files[0], "b": files[1]}
     assert options["trusted_file"] == "t.csv" and {*options} <= names_of("mix")
     assert main([*map(str, argv)]) == 2  # the file is there
+    argv[-1] = tmp_path / "no/such.yaml"
+    assert main([*map(str, argv)]) == 2
