@@ -18,13 +18,19 @@ Cell = Mapping[str, Mapping[int, Row]]
 
 
 def cells(runs: Store, model: str) -> dict[str, Cell]:
-    """The measured entries of each task and number of trusted rows."""
+    """The measured entries of each task and number of trusted rows, of methods with all seeds."""
     found: dict[str, dict[str, dict[int, Row]]] = {}
     for row in runs.of(model):
         if "accuracy" in row:
             cell = found.setdefault(f"{row['task']} {row['trusted']}", {})
             cell.setdefault(row["method"], {})[row["seed"]] = row
-    return {name: cell for name, cell in found.items() if VERDICT in cell}
+    return {name: _complete(cell) for name, cell in found.items()}
+
+
+def _complete(cell: Cell) -> Cell:
+    """The methods of ``cell`` that have as many seeds as any other."""
+    most = max(map(len, cell.values()))
+    return {method: by_seed for method, by_seed in cell.items() if len(by_seed) == most}
 
 
 def accuracy(by_seed: Mapping[int, Row]) -> float:
@@ -75,12 +81,13 @@ def summary(of_model: Mapping[str, Cell]) -> list[Row]:
     """Of each cell the learned weights beside the best simple way, the verdict, the search."""
     lines = []
     for name, cell in of_model.items():
-        good, named = named_well(cell), cell[VERDICT].values()
         row: dict[str, Any] = {"task": name, **dict(lead(cell, LEARNED))}
-        row["named well"] = f"{sum(good)} of {len(good)}"
-        if all("passes" in each for each in named):
-            for title in ("seconds", "verdict seconds"):
-                row[title] = f"{statistics.fmean(each[title] for each in named):.1f}"
+        named = cell.get(VERDICT, {}).values()
+        good = named_well(cell) if named else []
+        row["named well"] = f"{sum(good)} of {len(good)}" if named else None
+        for title in ("seconds", "verdict seconds"):
+            measured = [each[title] for each in named if title in each]
+            row[title] = f"{statistics.fmean(measured):.1f}" if measured else None
         lines.append(row)
     return lines
 
@@ -91,7 +98,7 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
     by_model = {model: found for model, found in by_model.items() if found}
     all_regrets = {model: regrets(found) for model, found in by_model.items()}
     methods = list(dict.fromkeys(m for found in all_regrets.values() for m in found))
-    methods = [*(m for m in methods if m != VERDICT), VERDICT]
+    methods.sort(key=VERDICT.__eq__)  # last
     if by_model:
         tables["Regret"] = [_regret(method, all_regrets) for method in methods]
     for model, found in by_model.items():
