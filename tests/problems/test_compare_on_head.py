@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from hyperopt_peft.problems import head_mix
-from hyperopt_peft.problems.compare_on_head import losses_on_head
+from hyperopt_peft.problems.compare_on_head import TEMPERATURES, losses_on_head
 from hyperopt_peft.problems.head_mix import HeadMix
 from hyperopt_peft.problems.mix_plans import (
     EQUAL,
@@ -55,21 +56,24 @@ def test_a_row_that_is_judged_never_trains(kind: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(head_mix, "open_oracle", opened)
     monkeypatch.setattr(HeadMix, "losses", judge)
     results = losses_on_head(made, folds(made))
-    assert sum(judged) == len(results.losses) * made.rows.n
+    assert sum(judged) == len(results.losses) * len(TEMPERATURES) * made.rows.n
 
 
 def test_losses_are_those_of_the_head_of_the_other_folds() -> None:
+    """With one temperature for all folds, that of the least loss."""
     made = mix()
     fold_of_row = folds(made)
     results = losses_on_head(made, fold_of_row)
-    losses = results.losses[EQUAL, 1.0]
+    logits = torch.zeros(made.rows.n, made.rows.outputs)
     for fold in range(FOLDS):
         rows = (fold_of_row == fold).nonzero().flatten()
         inside = HeadMix(made.rows.with_trusted((fold_of_row != fold).nonzero().flatten()))
-        head = inside.fit(equal(inside))
-        expected = made.losses(head)[rows]
-        torch.testing.assert_close(losses[rows], expected, rtol=1e-3, atol=1e-4)
-    assert results.losses[LEARNED, 1.0].mean() < losses.mean()
+        logits[rows] = inside.fit(equal(inside))(made.rows.trusted.x[rows]).logits.detach()
+    labels = made.rows.trusted.labels
+    each = [cross_entropy(logits / t, labels, reduction="none") for t in TEMPERATURES]
+    expected = min(each, key=lambda losses: float(losses.mean()))
+    torch.testing.assert_close(results.losses[EQUAL, 1.0], expected, rtol=1e-3, atol=1e-4)
+    assert results.losses[LEARNED, 1.0].mean() < expected.mean()
 
 
 @pytest.mark.slow
