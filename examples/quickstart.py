@@ -53,7 +53,7 @@ class Arguments:
     output_dir: str = HfArg(default="outputs/quickstart", help="where results are written")
     rows: int = HfArg(default=300, help="training tweets")
     test_rows: int = HfArg(default=1000, help="tweets that only judge")
-    passes: int = HfArg(default=150, help="batches of 16 that go forward and backward, a method")
+    passes: int = HfArg(default=120, help="batches of 16 that go forward and backward, a method")
     layers: int = HfArg(default=2, help="how many of the model's last layers have an adapter")
     seed: int = HfArg(default=0, help="of data, head, A, order and dropout")
     full: bool = HfArg(default=False, help="1,000 tweets, 3,000 to judge, 1,000 passes, 4 layers")
