@@ -90,12 +90,11 @@ def quiet() -> None:
 
 
 @torch.no_grad()
-def logits_of(model: Any, data: TextData, limit: int | None = None) -> torch.Tensor:
-    """Logits ``(n, classes)`` of the (first ``limit``) test examples, in order."""
-    rows = data.test if limit is None else data.test.select(range(min(limit, len(data.test))))
+def logits_of(model: Any, data: TextData) -> torch.Tensor:
+    """Logits ``(n, classes)`` of the test examples, in order."""
     was_training = model.training
     model.eval()
-    batches = tqdm(data.batches(rows, 64, shuffle=False), desc="test", leave=False)
+    batches = tqdm(data.batches(data.test, 64, shuffle=False), desc="test", leave=False)
     logits = torch.cat([model(**batch.to(model.device)).logits.cpu() for batch in batches])
     model.train(was_training)
     return logits

@@ -11,6 +11,7 @@ products. The weights are then those of the adapter's training: a proxy, as in D
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -145,9 +146,8 @@ class HeadMix:
 
     def search(self) -> SourceWeights:
         """The weights that Adam finds; the lower level starts where the last step left it."""
-        begin = Plan(torch.full((len(self.rows.names),), 0.5))  # equal weights
-        head, self.history = self.fit(begin, self._equal_head), []
-        lower, batch = self._lower(head, begin)
+        head, self.history = copy.deepcopy(self._equal_head), []
+        lower, batch = self._lower(head, Plan(torch.full((len(self.rows.names),), 0.5)))
         weights = lower.weights.requires_grad_(True)
         optimizer = torch.optim.Adam([weights.logits], lr=self.rate, betas=(0.9, 0.99))
         prior = self.prior
