@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,8 @@ from hyperopt_peft.problems import AdapterTrainer
 from hyperopt_peft.utils import plots
 
 METHODS = ("LoRA", "DoRA", "BiDoRA")
+#: A folder that trainers make and, without checkpoints, leave empty.
+RUNS = "runs"
 #: The share of the training labels that are made wrong, and the share of the rows left out.
 WRONG, LEFT_OUT = 0.2, 0.2
 
@@ -121,7 +124,7 @@ def trainer_of(method: str, arguments: Arguments, data: Tweets, rows: Dataset) -
     """The trainer of a method on ``rows``; each method has the same passes over batches."""
     bilevel = method == "BiDoRA"
     args = BiDoRATrainingArguments(
-        str(Path(arguments.output_dir) / method),
+        str(Path(arguments.output_dir) / RUNS),
         max_steps=arguments.passes,
         learning_rate=2e-3,
         warmup_steps=0.1,
@@ -255,6 +258,7 @@ def main() -> None:
         "adapters": adapters(arguments, data, output),
         "rows that hurt": rows_that_hurt(arguments, data, output),
     }
+    shutil.rmtree(output / RUNS)
     (output / "results.json").write_text(json.dumps(record, indent=1))
     say(
         "\nOne seed; ± is half of a 95 % interval over the test tweets. On right labels no adapter "

@@ -43,6 +43,7 @@ def test_pictures_and_the_adapter_are_written(output: Any) -> None:
     folder, _ = output
     assert all((folder / f"{name}.png").stat().st_size > 10_000 for name in ("adapters", "rows"))
     assert PeftConfig.from_pretrained(folder / "adapter").use_dora
+    assert all(any(path.iterdir()) for path in folder.rglob("*") if path.is_dir())
 
 
 def test_known_states_change_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
