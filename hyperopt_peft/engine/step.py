@@ -25,6 +25,7 @@ from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, lik
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.state import packed, unpacked
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import TensorPool, preserve_state
@@ -233,7 +234,8 @@ class BilevelStep:
         F's random numbers are a function of the seed and ``number``, that of the upper step.
 
         Raises:
-            ProblemError: at the first step, no loss reads an upper variable.
+            ProblemError: at the first step, no loss reads an upper variable, or F does not and
+                the estimator is direct.
             NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite; or
                 no lower step was recorded since `forget`.
         """
@@ -249,7 +251,7 @@ class BilevelStep:
         self.signal.add(result.hypergradient)
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
         if not self._upper_read:
-            require_read(self.upper, above.gradient[: len(u)], besides=self._unread)
+            self._require_read(above.gradient[: len(u)])
             self._upper_read = True
         log = {
             "upper_loss": above.loss - prior_of(self.upper, above.metrics),
@@ -294,6 +296,16 @@ class BilevelStep:
             f if g is None else weight * g if f is None else f.add(g, alpha=weight)
             for f, g in zip(gradient, above, strict=True)
         )
+
+    def _require_read(self, of_u: Sequence[Tensor | None]) -> None:
+        """Raise ProblemError where no gradient will ever reach an upper variable."""
+        require_read(self.upper, of_u, besides=self._unread)
+        names = [n for n, g in zip(self.upper.names, of_u, strict=True) if g is None]
+        if names and isinstance(self.estimator, Direct):
+            raise ProblemError(
+                f"{self.upper.name}: the loss does not read {names[0]!r}, and direct has no other "
+                "gradient of it; choose an estimator with an implicit term, such as darts"
+            )
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())

@@ -203,6 +203,8 @@ def test_a_variable_that_one_loss_reads_is_enough() -> None:
     lower = FunctionLevel(lambda _: (w - of_f).square().sum(), [w], optimizer=SGD([w], lr=0.1))
     Engine(upper, lower, "cg", progress=False).run(2)
     assert of_f.item() != 1 and of_upper.item() != 1
+    with pytest.raises(ProblemError, match=r"variable 0.*direct"):  # it would never move
+        Engine(upper, lower, "direct", progress=False).run(1)
 
 
 def test_a_variable_that_the_first_losses_read_may_be_left_out_later() -> None:

@@ -50,6 +50,13 @@ class Plain(Problem):
         return self.model(**batch)["loss"]
 
 
+class Penalised(Plain):
+    """The model's own loss, and a term that reads the class weights."""
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch) + self.variables[0].square().mean()
+
+
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 6, generator=generator)

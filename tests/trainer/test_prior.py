@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hyperopt_peft import ProblemError
-from tests.support.class_weights import Plain, Weighted, pair
+from tests.support.class_weights import Penalised, Plain, Weighted, pair
 from tests.support.networks import differences
 from tests.support.resume import end, interrupted, logs_of
 
@@ -65,7 +65,7 @@ def test_the_loss_of_a_lower_level_is_logged_without_its_prior(tmp_path: Path, m
 
     settings = {"max_steps": 4, "logging_steps": 1, "gradient_accumulation_steps": micro}
     settings |= {"per_device_train_batch_size": 8 // micro, "hypergradient": "direct"}
-    run, _ = pair(tmp_path, lower=Pulled, **settings)
+    run, _ = pair(tmp_path, lower=Pulled, upper=Penalised, **settings)
     start = [w.detach().clone() for w in run.lower.variables]
     points, priors = [], []
 

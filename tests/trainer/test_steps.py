@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from hyperopt_peft.adapters import split_parameters
-from tests.support.class_weights import Plain, Stream, Weighted, streamed
+from tests.support.class_weights import Penalised, Plain, Stream, Weighted, streamed
 from tests.support.networks import differences
 from tests.support.resume import end, saving
 from tests.support.trainers import peft_model, trainer
@@ -88,7 +88,7 @@ class Fails(Weighted):
 
 def test_a_skipped_step_is_in_no_mean_and_in_no_later_run(tmp_path: Path) -> None:
     settings = {"hypergradient": "direct", "non_finite": "skip", "logging_steps": 3}
-    made = streamed(tmp_path, lower=Fails, **settings)
+    made = streamed(tmp_path, lower=Fails, upper=Penalised, **settings)
     made.train()
     assert [record["skipped"] for record in logs(made)] == [1, 1, 1]
     assert all(math.isfinite(record["lower_task"]) for record in logs(made))
