@@ -210,10 +210,11 @@ SHORT = ["A: error", "B: error", "BiDoRA: error", "BiDoRA: cosine", "passes"]
 
 
 def _columns(rows: list[Row], columns: Mapping[str, str]) -> str:
-    """A table of some columns under other names."""
+    """A table of some columns under other names; a row without a value is left out."""
     named = [
         row | {"estimator": row["estimator"] if row["kind"] == "peer" else f"`{row['estimator']}`"}
         for row in rows
+        if any(row.get(key) is not None for key in columns)
     ]
     heads = {"estimator": "estimator", **columns}
     return table([{head: row.get(key) for key, head in heads.items()} for row in named])

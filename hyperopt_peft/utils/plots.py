@@ -98,7 +98,7 @@ def drawing(
 def lines(
     panels: Mapping[str, Lines], path: str | Path | None = None, most: int = 18, **axes: Any
 ) -> Any:
-    """A panel for each title in ``panels``, with the same legend, beside them.
+    """A panel for each title in ``panels``, one below another, with the same legend beside them.
 
     Args:
         panels: by title, the lines by name.
@@ -118,8 +118,8 @@ def lines(
             change[name] = max(change.get(name, 0.0), abs(y[-1] - y[0]))
     largest = sorted(change, key=lambda name: -change[name])[:most]
     coloured = [name for name in change if name in largest]
-    width, shown = 2.5 + 5 * len(panels), {}
-    with drawing(path, width, 4, columns=len(panels), squeeze=False) as (figure, grid):
+    shown = {}
+    with drawing(path, 7.5, 4 * len(panels), rows=len(panels), squeeze=False) as (figure, grid):
         for panel, (title, named) in zip(grid.flat, panels.items(), strict=True):
             for name, (x, y) in named.items():
                 style: dict[str, Any] = {"color": GREY, "linewidth": 0.7, "zorder": 1}
