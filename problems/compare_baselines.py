@@ -17,12 +17,9 @@ from torch import Tensor
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.compare_on_adapter import losses_on_adapter
 from hyperopt_peft.problems.compare_on_head import losses_on_head
-from hyperopt_peft.problems.mix_plans import EQUAL, SOURCES_ALIKE
+from hyperopt_peft.problems.mix_plans import SOURCES_ALIKE
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.trainer.data import classes_of, label_column
-
-#: The methods that look at nothing, on a head and on an adapter.
-PLAIN = (SOURCES_ALIKE, EQUAL)
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,10 @@ class BaselineComparison:
     def recommended(self) -> MethodResult:
         """The method to use: everything, unless another one is better by a standard error.
 
-        Of everything each source counts alike, or, on an adapter, each row: this looks at nothing,
-        and the lowest of many losses of few rows is often luck.
+        Of everything each source counts alike: this looks at nothing, and the lowest of many losses
+        of few rows is often luck.
         """
-        plain = next((r for name in PLAIN for r in self.results if r.method == name), self.best)
+        plain = next((r for r in self.results if r.method == SOURCES_ALIKE), self.best)
         gap, error = plain.difference(self.best)
         return plain if gap <= error else self.best
 
@@ -144,12 +141,13 @@ def compare_baselines(
     of a head are those of `mix_plans`, and need no training of the adapter, which
     `MixTrainer.retrain` trains by the plan of one.
 
-    Those of an adapter are: the trusted rows only; everything with equal weights; everything, then
-    the trusted rows; everything with each source weighted by its agreement with a model of the
-    trusted rows; everything but the rows that disagree with that model; and learned weights. A
-    method without a search takes the steps of the retraining and, with ``equal_passes``, also as
-    many passes as search and retraining together; the better of the two counts. ``trainer``'s model
-    is left as it was. Learned weights cost ``folds`` times what ``trainer`` does, and with
+    Those of an adapter are the ones that take a training or two: the trusted rows only; everything,
+    with equal weights or each source alike; everything, then the trusted rows; everything with each
+    source weighted by its agreement with a model of the trusted rows; everything but the rows that
+    disagree with that model; and learned weights, alone or followed by the trusted rows. A method
+    without a search takes the steps of the retraining and, with ``equal_passes``, also as many
+    passes as search and retraining together; the better of the two counts. ``trainer``'s model is
+    left as it was. Learned weights cost ``folds`` times what ``trainer`` does, and with
     ``equal_passes`` each of the others as much; without, a few trainings each.
 
     Args:

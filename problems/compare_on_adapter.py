@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hyperopt_peft.problems.fold_losses import FoldLosses
 from hyperopt_peft.problems.mix_baselines import SIMPLE, Baselines
-from hyperopt_peft.problems.mix_plans import LEARNED
+from hyperopt_peft.problems.mix_plans import LEARNED, LEARNED_THEN
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, weights_fingerprint
@@ -53,8 +53,12 @@ def losses_on_adapter(
                         known = {"losses": losses, "passes": passes, "row_weights": weights}
                         finished.add(key, known)
                     run = (method, float(steps))
-                    result.add(run, judged, torch.tensor(known["losses"]), known["passes"])
+                    # The weights are those of `LEARNED`, which comes before.
+                    search = trainer.search_passes() if method == LEARNED_THEN else 0
+                    passes = known["passes"] + search
+                    result.add(run, judged, torch.tensor(known["losses"]), passes)
                     if known["row_weights"]:
+                        baselines.row_weights = known["row_weights"]
                         result.row_weights.append(known["row_weights"])
                     bar.update(known["passes"])
         baselines.restart()
@@ -68,7 +72,7 @@ def runs_of(baselines: Baselines, *, equal_passes: bool) -> list[tuple[str, int]
     if equal_passes:
         lengths.add(math.ceil(baselines.passes / baselines.passes_of_a_step))
     runs = [(method, steps) for steps in sorted(lengths) for method in SIMPLE]
-    return [*runs, (LEARNED, baselines.steps)]
+    return [*runs, (LEARNED, baselines.steps), (LEARNED_THEN, baselines.steps)]
 
 
 def passes_of(baselines: Baselines, *, equal_passes: bool) -> int:

@@ -21,12 +21,15 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, example_losses, without
+from hyperopt_peft.problems.head_mix import Plan
 from hyperopt_peft.problems.mix_plans import (
     AGREEMENT,
     AGREES,
     EQUAL,
     FILTERED,
     LEARNED,
+    LEARNED_THEN,
+    SOURCES_ALIKE,
     THEN_TRUSTED,
     TRUSTED_ONLY,
 )
@@ -37,7 +40,7 @@ from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.restore import assign_
 
 #: The methods without a search.
-SIMPLE = (TRUSTED_ONLY, EQUAL, THEN_TRUSTED, AGREEMENT, FILTERED)
+SIMPLE = (TRUSTED_ONLY, EQUAL, SOURCES_ALIKE, THEN_TRUSTED, AGREEMENT, FILTERED)
 
 
 class Baselines:
@@ -49,10 +52,9 @@ class Baselines:
         steps: the optimizer steps of the trainer's retraining.
         passes_of_a_step: micro-batches in one of these steps.
         passes: the passes over a micro-batch of the trainer's search and retraining.
-        row_weights: the weights of a row that the last training of `LEARNED` found, by source.
+        row_weights: the weights of a row that the last training of `LEARNED` found, by source; at
+            first the trainer's own.
     """
-
-    row_weights: dict[str, float]
 
     def __init__(self, trainer: MixTrainer) -> None:
         self.trainer, self.model = trainer, trainer.model
@@ -63,6 +65,7 @@ class Baselines:
         self.passes = trainer.search_passes()
         if trainer.args.retrain != "none":
             self.passes += self.steps * self.passes_of_a_step
+        self.row_weights = trainer.row_weights()
         self._options = {**trainer.options, "callbacks": None, "eval_dataset": None}
         self._last: tuple[SourceData, Tensor] | None = None  # data, and their agreement
 
@@ -94,8 +97,9 @@ class Baselines:
     def train(self, method: str, steps: int, data: SourceData) -> int:
         """Train the model by ``method`` for ``steps`` from its initial values; returns the passes.
 
-        Learned weights have the steps of the trainer. Those of `AGREEMENT` and `FILTERED` begin
-        with a model of the trusted rows, which ``steps`` does not count and the passes do.
+        Learned weights have the steps of the trainer; `LEARNED_THEN` takes those of the last
+        training of `LEARNED`. `AGREEMENT` and `FILTERED` begin with a model of the trusted rows,
+        which ``steps`` does not count and the passes do.
         """
         trusted = {TRUSTED: data.parts[TRUSTED]}
         if method == LEARNED:
@@ -108,20 +112,28 @@ class Baselines:
             self._fit(trusted, steps)
         elif method == EQUAL:
             self._fit(data.parts, steps)
-        elif method == THEN_TRUSTED:
-            self._fit(data.parts, steps - steps // 2)
+        elif method == SOURCES_ALIKE:
+            self._fit(data.parts, steps, sources_alike)
+        elif method in (THEN_TRUSTED, LEARNED_THEN):
+            first = equal_weights if method == THEN_TRUSTED else self._learned
+            self._fit(data.parts, steps - steps // 2, first)
             self._fit(trusted, steps // 2, restart=False)
         else:
             agreement = self._agreement(data)
             if method == FILTERED:
                 self._fit(_agreeing(data, agreement).parts, steps)
             else:
-                self._fit(data.parts, steps, _logits(data, agreement))
+                self._fit(data.parts, steps, partial(_fixed, _shares(data, agreement)))
         return self.passes_of(method, steps)
 
     def losses(self, rows: Dataset) -> Tensor:
         """The loss of each of ``rows``, trusted ones, ``(n,)``, without dropout."""
         return self._of_rows({TRUSTED: rows}, partial(example_losses, self.model))
+
+    def _learned(self, counts: Mapping[str, int]) -> SourceWeights:
+        """The weights of `row_weights`."""
+        weights = torch.tensor([self.row_weights[name] for name in counts])
+        return _fixed(weights / weights.max(), counts)
 
     def _agreement(self, data: SourceData) -> Tensor:
         """How far a model of the trusted rows agrees with each row of the sources, from 0 to 1.
@@ -149,18 +161,11 @@ class Baselines:
         self,
         parts: Mapping[str, Dataset],
         steps: int,
-        logits: Tensor | None = None,
+        weights: Callable[[Mapping[str, int]], SourceWeights] = equal_weights,
         *,
         restart: bool = True,
     ) -> None:
         """Train on ``parts`` for ``steps``, by fixed weights; from the initial values if wanted."""
-
-        def weights(counts: Mapping[str, int]) -> SourceWeights:
-            made = equal_weights(counts)
-            if logits is not None:
-                made.logits.data = logits
-            return made
-
         if restart:
             self.restart()
         args = self._silenced(self.trainer.args.for_retraining())
@@ -197,16 +202,29 @@ class Baselines:
             return torch.cat([function(batch) for batch in batches]).cpu()
 
 
-def _logits(data: SourceData, agreement: Tensor) -> Tensor:
-    """Of a = the mean agreement of each source; that of the trusted rows is 1."""
+def sources_alike(counts: Mapping[str, int]) -> SourceWeights:
+    """Fixed weights, with which each source has the same share of the loss."""
+    numbers = torch.tensor([max(1, count) for count in counts.values()])
+    return _fixed(numbers.min() / numbers, counts)
+
+
+def _fixed(a: Tensor, counts: Mapping[str, int]) -> SourceWeights:
+    """Fixed weights in the ratios of ``a``, from 0 to 1."""
+    weights = equal_weights(counts)
+    weights.logits.data = Plan(a).logits
+    return weights
+
+
+def _shares(data: SourceData, agreement: Tensor) -> Tensor:
+    """The mean agreement of each source, ``(K + 1,)``; that of the trusted rows is 1."""
     if agreement.dim() == 2:  # of votes
         sums, votes = agreement.nansum(0), (~agreement.isnan()).sum(0)
     else:
         source, size = torch.tensor(data.sources[SOURCE][:]), len(data.names)
         sums, votes = source.bincount(agreement, size), source.bincount(minlength=size)
-    share = ((sums + 1) / (votes + 2)).clamp(1e-3, 1 - 1e-3)
-    share[-1] = 1 - 1e-3
-    return share.logit()
+    share = (sums + 1) / (votes + 2)
+    share[-1] = 1
+    return share
 
 
 def _run(trainer: BilevelTrainer) -> None:

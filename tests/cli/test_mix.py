@@ -17,7 +17,13 @@ from hyperopt_peft.cli import mix
 from hyperopt_peft.cli.mix_results import Learned
 from hyperopt_peft.problems.compare_baselines import BaselineComparison, MethodResult
 from hyperopt_peft.problems.mix_baselines import Baselines
-from hyperopt_peft.problems.mix_plans import LEARNED, THEN_TRUSTED, TRUSTED_ONLY
+from hyperopt_peft.problems.mix_plans import (
+    LEARNED,
+    LEARNED_THEN,
+    SOURCES_ALIKE,
+    THEN_TRUSTED,
+    TRUSTED_ONLY,
+)
 from tests.support.cli import refused, run, small_run
 from tests.support.files import flags, rows, write
 from tests.support.mix_runs import trainer
@@ -120,13 +126,20 @@ def test_many_sources_are_drawn_with_the_most_changed_in_colour(tmp_path: Path) 
     assert (tmp_path / "weights.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("search", "method"), [("adapter", TRUSTED_ONLY), ("head", THEN_TRUSTED)])
+@pytest.mark.parametrize(
+    ("search", "method"),
+    [
+        *(("adapter", method) for method in (TRUSTED_ONLY, LEARNED_THEN)),
+        *(("head", method) for method in (SOURCES_ALIKE, THEN_TRUSTED, LEARNED_THEN)),
+    ],
+)
 def test_the_trained_adapter_is_that_of_the_chosen_method(
     tmp_path: Path, search: str, method: str
 ) -> None:
     made = trainer(tmp_path, search=search, retrain_steps=4)
     mix.search(made, None)
-    chosen = MethodResult(method, torch.zeros(30), passes=1, setting=4.0)
+    setting = 4.0 if search == "adapter" else 1.0
+    chosen = MethodResult(method, torch.zeros(30), passes=1, setting=setting)
     mix.train(made, chosen, False)
     trained = values(made.model)
     with Baselines(made) as baselines:
