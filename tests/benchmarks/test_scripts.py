@@ -27,7 +27,7 @@ SLOW = [
     "mix cells --quick --cells annotators-60",
     "study run --quick",
 ]
-FAST = ["study report --check", "attribution report", "mix report --check"]
+FAST = ["study report --check", "attribution report --check", "mix report --check"]
 
 
 def script(words: str, *more: str) -> subprocess.CompletedProcess[str]:
