@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,9 +17,8 @@ from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
 from hyperopt_peft.cli.config import option
-from hyperopt_peft.cli.options import OutputArguments, flags_read, parse
-from hyperopt_peft.cli.plan import Work, seconds_a_pass, table
-from hyperopt_peft.cli.plan import phases as phases_of
+from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
 from hyperopt_peft.cli.report import REPORT, Report
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import (
@@ -109,7 +107,7 @@ def run(argv: Sequence[str]) -> None:
     types: Any = TYPES
     if is_sft:
         types = (AttributeArguments, ModelArguments, ExampleData, sft.require_trl().SFTConfig)
-    command, model_args, data, args = parse("attribute", types, argv)
+    (command, model_args, data, args), flags = parse("attribute", types, argv)
     if command.suspects and model_args.task != "text-classification":
         raise ProblemError(f"suspects: needs a class label per row; {model_args.task} has none")
     if is_sft and command.retrain_without is not None:
@@ -120,11 +118,11 @@ def run(argv: Sequence[str]) -> None:
     without = replace(data, eval_fraction=0.0)
     setup = sft.prepare(model_args, without, args) if is_sft else prepare(model_args, without)
     setup, test = split(command, setup, data)
-    if command.dry_run:
-        print(plan(command, setup, args))
-        return
     # The Trainer removes the numbers of the rows, and the slices.
     trainer = setup.trainer(changed(args, remove_unused_columns=True))
+    if command.dry_run:
+        print(plan(command, setup, trainer))
+        return
     if getattr(args, "method", None) == "dora":
         use_fast_dora(trainer.model)
     result = attribute(
@@ -144,15 +142,11 @@ def run(argv: Sequence[str]) -> None:
         metrics = evaluated(trainer)
         save_adapter(trainer)
         trainer.save_metrics("eval", metrics)
-    scored, texts = Scored(result, command, output if first else None), list[str]()
+    scored = Scored(result, command, flags, output if first else None)
+    scored.curves = {"Losses": trainer.state.log_history}
     for text in scored.paragraphs(test, args.seed):
-        texts.append(text)
         if first:
             print(f"{text}\n", flush=True)
-            page = report(
-                scored, texts, flags_read("attribute", types, argv), trainer.state.log_history
-            )
-            page.write(output)
     if first:
         print(f"attribution.csv and {REPORT} are in {output}")
     (trainer.accelerator if is_sft else trainer).end_training()
@@ -190,64 +184,29 @@ def split(
     return replace(setup, train=train.sort(ROW), evaluation=evaluation), test
 
 
-def plan(command: AttributeArguments, setup: Setup, args: Any) -> str:
+def plan(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
     """The trainings in lines, and their time."""
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = setup.trainer(changed(args, remove_unused_columns=True, output_dir=folder))
-        seconds = seconds_a_pass(trainer)
-        phases = phases_of(setup, trainer)
     line = f"examples: {rows} training, {evaluation} evaluation"
-    batches = rows / args.per_device_train_batch_size
+    batches = rows / trainer.args.per_device_train_batch_size
+    training, works = whole(setup, trainer, "training"), list[Work]()
     if command.score_model == "head":
+        line += "; heads are trained in seconds"
         # A pass forward alone is a third of one with the way back.
-        features = Work("features", 1, 0, (batches + evaluation / rows * batches) / 3)
-        return f"{line}; heads are trained in seconds\n{table([features], seconds)}"
-    steps, passes = sum(work.steps for work in phases), sum(work.passes for work in phases)
-    # Scores by a whole run cost two trainings (docs/attribution.md), by its end passes over rows.
-    unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
-    scores = Work("scores", 1, 0, 2 * (passes if unrolled else batches))
-    works = [Work("training", 1, steps, passes), scores]
-    if command.check:
-        works += [Work("check", command.check + 1, steps, passes), replace(scores, name="")]
-    for name, trainings in (
-        ("suspects", command.suspects),
-        ("retrain_without", 4 + DRAWS if command.retrain_without else 0),
-    ):
-        works += [Work(name, trainings, steps, passes)] if trainings else []
-    return f"{line}\n{table(works, seconds)}"
-
-
-def report(
-    scored: Scored, texts: Sequence[str], flags: Sequence[str], history: Sequence[dict[str, Any]]
-) -> Report:
-    """The page of what is known; written again after each part, of which one may take hours."""
-    result, command = scored.result, scored.command
-    hurt, seen = int((result.scores > 0).sum()), int((~result.scores.isnan()).sum())
-    verdict = f"{hurt} of {seen} training rows hurt on the evaluation examples"
-    if removal := scored.record.get("removal"):
-        verdict = f"{verdict}; {removal['verdict']}"
-    tables = {
-        title: [["row", "score", "text"], *(_cells(result, row) for row in rows)]
-        for title, rows in zip(("Rows that hurt most", "Rows that help most"), result.ends(10))
-        if command.show and rows
-    }
-    return Report(
-        "attribute",
-        verdict,
-        flags,
-        subtitle=texts[0].splitlines()[0],
-        warnings=[] if result.checked else ["the scores are unchecked: give check"],
-        curves={"Losses": history},
-        pictures={"Scores of the training rows": (scored.folder or Path()) / "attribution.png"},
-        tables=tables,
-        texts={"Checks": "\n\n".join(text for text in texts if not text.startswith("hurt most"))},
-    )
-
-
-def _cells(result: Attribution, row: int) -> list[str]:
-    number, text = result.line(row).strip().split("  ", 1)
-    return [number, f"{float(result.scores[row]):+.2e}", text]
+        works.append(Work("features", 1, 0, (1 + evaluation / rows) * batches / 3))
+    else:
+        # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
+        unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
+        scores = Work("scores", 1, 0, 2 * (training.passes if unrolled else batches))
+        works += [training, scores]
+        if command.check:
+            works.append(replace(training, name="check", trainings=command.check + 1))
+            works.append(replace(scores, name=""))
+        if command.suspects:
+            works.append(replace(training, name="suspects", trainings=command.suspects))
+        if command.retrain_without:
+            works.append(replace(training, name="retrain_without", trainings=4 + DRAWS))
+    return f"{line}\n{table(works, seconds_a_pass(trainer))}"
 
 
 class Scored:
@@ -256,40 +215,45 @@ class Scored:
     Args:
         result: the scores.
         command: what is done with them.
-        folder: where ``attribution.csv``, ``.png`` and ``.json`` are written; None for nowhere.
+        flags: the options of the run.
+        folder: where ``attribution.csv``, ``.png``, ``.json`` and the page are; None for nowhere.
     """
 
     def __init__(
-        self, result: Attribution, command: AttributeArguments, folder: Path | None
+        self,
+        result: Attribution,
+        command: AttributeArguments,
+        flags: Sequence[str],
+        folder: Path | None,
     ) -> None:
-        self.result, self.command, self.folder = result, command, folder
+        self.result, self.command, self.flags, self.folder = result, command, flags, folder
+        self.curves: dict[str, Any] = {}
         self.columns: dict[str, list[Any]] = {}
-        self.record: dict[str, Any] = {
-            "settings": result.settings,
-            "evaluation_loss": result.values,
-        }
+        self.record = {"settings": result.settings, "evaluation_loss": result.values}
+        self.texts: list[str] = []
 
-    def write(self, **parts: Any) -> None:
-        """Write the files again, with ``parts`` in the record."""
+    def write(self, text: str, **parts: Any) -> str:
+        """Write the files again, with ``parts`` in the record and ``text`` in the page."""
         self.record |= parts
+        self.texts.append(text)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.result.to_csv(self.folder / "attribution.csv", self.columns)
             self.result.plot(self.folder / "attribution.png", self.command.show)
-            text = json.dumps(self.record, indent=1)
-            (self.folder / "attribution.json").write_text(text + "\n")
+            record = json.dumps(self.record, indent=1)
+            (self.folder / "attribution.json").write_text(f"{record}\n")
+            self._report(self.folder / "attribution.png").write(self.folder)
+        return text
 
     def paragraphs(self, test: Dataset | None, seed: int) -> Iterator[str]:
         """The paragraphs that are printed; all but the first two train again."""
         result, command = self.result, self.command
-        self.write()
-        yield self._summary()
+        yield self.write(self._summary())
         if command.check:
             yield self._cost("check", command.check, "and another attribution")
             check = result.check(command.check, seed=seed)
-            self.write(check=check.record())
             by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
-            yield "\n".join([f"check: {check}", *by_slice])
+            yield self.write("\n".join([f"check: {check}", *by_slice]), check=check.record())
         yield result.table(command.show).partition("\nthese scores are")[0]
         if not command.check:
             yield self._cost("unchecked: --check 20", 20, "and tells whether to rely on the scores")
@@ -298,14 +262,42 @@ class Scored:
             suspects = result.suspects(command.suspects, seed=seed)
             flagged = [int(row in suspects.flagged) for row in range(len(result.scores))]
             self.columns = {"suspect": flagged, "label_confidence": suspects.confidence.tolist()}
-            self.write(suspects=suspects.record())
             doubtful = [result.line(row) for row in suspects.flagged[: command.show]]
-            yield "\n".join([f"suspects: {suspects}", *doubtful])
+            text = "\n".join([f"suspects: {suspects}", *doubtful])
+            yield self.write(text, suspects=suspects.record())
         if test is not None and command.retrain_without is not None:
             yield self._cost("retrain_without", 4 + DRAWS)
             removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
-            self.write(removal=asdict(removal) | {"verdict": removal.verdict})
-            yield f"on {len(test)} rows that neither training nor scores saw:\n{removal}"
+            text = f"on {len(test)} rows that neither training nor scores saw:\n{removal}"
+            yield self.write(text, removal=asdict(removal) | {"verdict": removal.verdict})
+
+    def _report(self, picture: Path) -> Report:
+        """The page of what is known; written after each part, of which one may take hours."""
+        result = self.result
+        hurt, seen = int((result.scores > 0).sum()), int((~result.scores.isnan()).sum())
+        verdict = f"{hurt} of {seen} training rows hurt on the evaluation examples"
+        if removal := self.record.get("removal"):
+            verdict = f"{verdict}; {removal['verdict']}"
+        ends = zip(("Rows that hurt most", "Rows that help most"), result.ends(self.command.show))
+        return Report(
+            "attribute",
+            verdict,
+            self.flags,
+            subtitle=self.texts[0].splitlines()[0],
+            warnings=[] if result.checked else ["the scores are unchecked: give check"],
+            curves=self.curves,
+            pictures={"Scores of the training rows": picture},
+            tables={
+                title: [["row", "score", "text"], *map(self._cells, rows)]
+                for title, rows in ends
+                if rows
+            },
+            texts={"Checks": "\n\n".join(self.texts)},
+        )
+
+    def _cells(self, row: int) -> list[str]:
+        number, text = self.result.line(row).strip().split("  ", 1)
+        return [number, f"{float(self.result.scores[row]):+.2e}", text]
 
     def _cost(self, name: str, trainings: int, more: str = "") -> str:
         seconds = trainings * self.result.settings["seconds"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,18 +10,23 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import check_problem, compare_hypergradients
-from hyperopt_peft.cli.options import flags_read, parse
+from hyperopt_peft.cli.options import parse
+from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
 from hyperopt_peft.cli.report import Report
+from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.cli.text.setup import SHARED, changed, prepare
+from hyperopt_peft.diagnostics import Retraining
 from hyperopt_peft.diagnostics.compare import get_reference
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
-from hyperopt_peft.hypergradients import get_estimator
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients import Estimator, get_estimator
+from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
 from hyperopt_peft.utils.validation import require_count
 
-NONE, RETRAINING = ["none"], "retraining"
+NONE = ["none"]
 
 
 @dataclass
@@ -31,6 +35,7 @@ class CheckArguments:
 
     _argument_group_name = "command"
 
+    dry_run: bool = HfArg(default=False, help="print passes and minutes; train and write nothing")
     search_steps: int = HfArg(default=0, help="lower steps of the search before the check")
     solver_steps: int = HfArg(default=10, help="steps of the solvers that measure the curvature")
     estimators: list[str] | None = HfArg(
@@ -72,7 +77,7 @@ class CheckArguments:
     def truth(self, measured: Spectrum) -> str:
         """The reference, for retraining with the learning rate 1/|λ|max if it has none."""
         name, _, options = self.reference.partition(":")
-        if name != RETRAINING or "lr=" in options or not measured.radius:
+        if name != Retraining.name or "lr=" in options or not measured.radius:
             return self.reference
         return f"{name}:{options}{',' if options else ''}lr={1 / measured.radius:.3g}"
 
@@ -82,21 +87,48 @@ TYPES = (CheckArguments, *SHARED)
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.html``."""
-    command, model_args, data, args = parse("check", TYPES, argv)
+    (command, model_args, data, args), flags = parse("check", TYPES, argv)
+    if str(args.resume_from_checkpoint).lower() not in ("none", "false"):
+        raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
     output = args.output_dir
     args = changed(args, method="bidora", retrain="none", max_steps=command.search_steps)
-    args.save_strategy = type(args.save_strategy)("no")
+    args.save_strategy, args.output_dir = type(args.save_strategy)("no"), cache_folder()
     setup = prepare(model_args, data)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = setup.trainer(changed(args, output_dir=folder))
+    trainer = setup.trainer(args)
+    if command.dry_run:
+        works = planned(command, args.learning_rate)
         if command.search_steps:
-            trainer.train()
+            works.insert(0, whole(setup, trainer, "search"))
+        print(table(works, seconds_a_pass(trainer)))
+        return
+    if command.search_steps:
+        trainer.train()
     trainer.model.train()
     with trainer.compute_loss_context_manager():
         page = _examine(trainer, command)
-    page.flags = flags_read("check", TYPES, argv)
+    page.flags = flags
     page.subtitle = f"after {command.search_steps} steps of the search on {model_args.model}"
     print(f"\n{page.write(output or '.', 'check.html')} has all of it")
+
+
+def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
+    """The work of the check and of the comparison, in passes."""
+    solves = 5 + MIN_SAMPLES  # of the curvature at two points, and of the noise
+    works = [Work("both levels", solves, 0, _passes(MINRES(steps=command.solver_steps)))]
+    estimators = [*map(get_estimator, command.chosen(Spectrum(1.0, 1.0), learning_rate))]
+    if not estimators:
+        return works
+    count, reference = len(estimators), get_reference(command.reference)
+    passes = _passes(reference)
+    if isinstance(reference, Retraining):
+        passes = reference.passes(count + 1 + reference.directions)
+    mean = sum(map(_passes, estimators)) / count
+    return [*works, Work("estimators", count, 0, mean), Work("reference", 1, 0, passes)]
+
+
+def _passes(estimator: Estimator) -> int:
+    cost = estimator.cost()
+    return 2 if cost is None else cost.backward_passes
 
 
 def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> Report:

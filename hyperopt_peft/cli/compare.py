@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.options import OutputArguments, flags_read, parse
-from hyperopt_peft.cli.plan import Work, passes_of_steps, phases, seconds_a_pass
+from hyperopt_peft.cli.options import OutputArguments, parse
+from hyperopt_peft.cli.plan import passes_of_steps, seconds_a_pass, whole
 from hyperopt_peft.cli.plan import table as table_of
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Method, MethodArguments, Setup, changed, prepare
@@ -26,6 +25,7 @@ from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.plots import intervals
+from hyperopt_peft.utils.tables import aligned
 
 METHODS = get_args(Method)[::-1]
 #: The share of a run's steps between two logs: the runs are many.
@@ -72,9 +72,9 @@ class MethodRun:
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train every method with every seed, write the table and the runs."""
-    command, model_args, data, args = parse("compare", TYPES, argv)
-    chosen = {method: arguments_of(method, args) for method in command.methods}
+    (command, model_args, data, args), flags = parse("compare", TYPES, argv)
     command.require_output(args)
+    chosen = {method: arguments_of(method, args) for method in command.methods}
     setup = prepare(model_args, data)
     if setup.evaluation is None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
@@ -105,9 +105,6 @@ def run(argv: Sequence[str]) -> None:
             (output / "comparison.json").write_text(json.dumps(record, indent=1))
     if not distributed.rank():
         rows, note, sentence = *table(runs, metric, size), verdict(runs, metric)
-        cells = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-        text = "\n".join([*(f"| {' | '.join(line)} |" for line in cells), "", note])
-        (output / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
         draw_comparison(runs, metric, output / "comparison.png")
         for folder in sorted((path for path in output.rglob("*") if path.is_dir()), reverse=True):
             if not any(folder.iterdir()):  # a Trainer makes its folder, and has saved nothing
@@ -115,12 +112,12 @@ def run(argv: Sequence[str]) -> None:
         page = Report(
             "compare",
             sentence,
-            flags_read("compare", TYPES, argv),
+            flags,
             subtitle=note,
             pictures={"Differences to the first method": output / "comparison.png"},
             tables={"Methods": rows},
         )
-        print(f"\n{text}\n\n{sentence}\n{page.write(output)} has all of it")
+        print(f"\n{aligned(rows)}\n\n{note}\n{sentence}\n{page.write(output)} has all of it")
 
 
 def arguments_of(name: str, args: MethodArguments) -> MethodArguments:
@@ -147,13 +144,10 @@ def arguments_of(name: str, args: MethodArguments) -> MethodArguments:
 def plan(chosen: Mapping[str, MethodArguments], setup: Setup, seeds: int) -> str:
     """The trainings of each method in lines, and their time."""
     works, seconds = [], 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        for method, settings in chosen.items():
-            trainer = setup.trainer(changed(settings, output_dir=folder))
-            seconds = seconds or seconds_a_pass(trainer)
-            each = phases(setup, trainer)
-            steps, passes = sum(work.steps for work in each), sum(work.passes for work in each)
-            works.append(Work(method, seeds, steps, passes))
+    for method, settings in chosen.items():
+        trainer = setup.trainer(settings)
+        seconds = seconds or seconds_a_pass(trainer)
+        works.append(whole(setup, trainer, method, seeds))
     rows = f"{len(setup.train)} training, {len(setup.evaluation or ())} evaluation"
     return f"examples: {rows}\n{table_of(works, seconds)}"
 

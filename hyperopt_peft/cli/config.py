@@ -6,21 +6,15 @@ This module and `listing` load neither PyTorch nor Transformers.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.errors import ProblemError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ProblemError(message)
 
 
 def divided(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -37,17 +31,17 @@ def divided(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str
 def option(command: str, name: str, argv: Sequence[str]) -> str | None:
     """The value of the option ``name`` in ``argv``, on which the other options depend; or None.
 
-    Raises:
-        ProblemError: the option has no value, or the file of options cannot be read.
-
     Example:
         >>> option("mix", "task", ["--seed", "3", "--task", "sft"])
         'sft'
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}")
     options, flags = divided(command, argv)
-    value: str | None = getattr(parser.parse_known_args([*flags_of(options), *flags])[0], name)
+    value = options.get(name)
+    for flag, following in zip(flags, [*flags[1:], None]):
+        if flag.startswith(f"--{name}="):
+            value = flag.partition("=")[2]
+        elif flag == f"--{name}":
+            value = following
     return value
 
 

@@ -32,11 +32,14 @@ INDENT = 30
 def listing() -> dict[str, dict[str, Options]]:
     """The groups of options of each command, by title."""
     record = json.loads(FILE.read_text(encoding="utf-8"))
-    groups = record["groups"]
-    return {
-        command: {groups[name]["title"]: groups[name]["options"] for name in names}
-        for command, names in record["commands"].items()
-    }
+    rows: dict[str, Sequence[str]] = {}
+    groups: dict[str, tuple[str, Options]] = {}
+    for kind, (title, *options) in record["groups"].items():
+        rows |= {row[0]: row for row in options if not isinstance(row, str)}
+        # A name alone is the row of an earlier group.
+        groups[kind] = title, [rows[row] if isinstance(row, str) else row for row in options]
+    commands = record["commands"].items()
+    return {command: dict(groups[kind] for kind in kinds) for command, kinds in commands}
 
 
 @cache

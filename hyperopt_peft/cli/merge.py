@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
         ProblemError: a folder that is not empty, an adapter that does not fit the base model, or
             logits that differ by more than rounding; nothing is saved then.
     """
-    (args,) = parse("merge", TYPES, argv)
+    (args,), _ = parse("merge", TYPES, argv)
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ProblemError(f"output_dir: {output} is not an empty folder; choose another")

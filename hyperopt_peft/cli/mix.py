@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,14 @@ from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.config import option
-from hyperopt_peft.cli.mix_results import SHARES, Learned, Verdict, draw_shares, write_weights
+from hyperopt_peft.cli.mix_results import SHARES, Learned, Verdict, draw_shares
 from hyperopt_peft.cli.mixture_files import write_mixture
-from hyperopt_peft.cli.options import OutputArguments, flags_read, parse, resume_from
+from hyperopt_peft.cli.options import OutputArguments, parse
 from hyperopt_peft.cli.plan import Work, seconds_a_pass, table
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import Setup, changed, prepare, trainer_errors, warn_of_shared
+from hyperopt_peft.cli.text.setup import Setup, prepare, trainer_errors, warn_of_shared
 from hyperopt_peft.cli.text.sources import SourceArguments, Sources
 from hyperopt_peft.cli.train import evaluated, save_adapter
 from hyperopt_peft.errors import ProblemError
@@ -80,35 +78,33 @@ def run(argv: Sequence[str]) -> None:
     if is_sft := option("mix", "task", argv) == sft.SFT:
         kind = MixTrainer.over(sft.require_trl().SFTTrainer)
         types = (MixArguments, ModelArguments, Sources, kind.Arguments)
-    command, model_args, data, args = parse("mix", types, argv)
-    command.require_output(args, resumes=True)
+    (command, model_args, data, args), flags = parse("mix", types, argv)
+    resumed = command.require_output(args, resumes=True)
     if args.logging_steps == 500:  # the Trainer's default, longer than most runs here
         args.logging_steps = 0.05
-    resumed = resume_from(args)
     setup = sft.prepare(model_args, data, args) if is_sft else prepare(model_args, data)
     require_columns(setup.rows, [data.column], TRAIN)
     groups = group_rows(setup.rows[data.column])
     sources = {name: setup.train.select(rows) for name, rows in groups.items()}
     examples = held_out(command, setup)
     model = setup.model(args.seed, dora=False)
-    with tempfile.TemporaryDirectory() as folder, trainer_errors():
-        args = changed(args, output_dir=folder) if command.dry_run else args
+    with trainer_errors():
         trainer = kind(model, args, sources=sources, **examples, **setup.options(model))
     if command.dry_run:
         print(plan(trainer, command))
         return
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
     before = trusted_losses(trainer)
-    seconds = search(trainer, resumed)
+    search(trainer, resumed)
     learned = Learned.of(trainer)
     if first:
         output.mkdir(parents=True, exist_ok=True)
-        write_weights(learned, output / "weights.json")
+        Verdict(learned).write(output / "weights.json")
         if trajectory := [x[SHARES] for x in trainer.state.log_history if SHARES in x]:
             draw_shares(trajectory, output / "weights.png")
         if data.rows:
             write_mixture(output / "mixture", data.rows, learned.row_weights)
-    comparison = compare(trainer, command, seconds)
+    comparison = compare(trainer, command)
     chosen = comparison.recommended if comparison and command.save == "recommended" else None
     train(trainer, chosen, bool(resumed))
     trained = trainer.args.retrain != "none" or not trainer.on_head
@@ -117,9 +113,8 @@ def run(argv: Sequence[str]) -> None:
     notes = doubts(trainer, learned, comparison, (before, trusted_losses(trainer)))
     if first:
         saved = (chosen.method if chosen else LEARNED) if trained else None
-        verdict = Verdict(learned, comparison, saved, notes, flags_read("mix", types, argv))
-        if comparison:
-            verdict.write(output)
+        verdict = Verdict(learned, comparison, saved, notes, flags)
+        verdict.write(output / "weights.json")
         print(f"\n{verdict}")
     metrics: dict[str, Any] = {}
     if trained and trainer.eval_dataset is not None:
@@ -146,15 +141,21 @@ def plan(trainer: MixTrainer, command: MixArguments) -> str:
         args = trainer.args
         steps = args.steps_of(len(trainer.train_dataset))
         works = [Work("search", 1, steps, trainer.search_passes())]
-        if folds := command.baseline_folds:
-            runs = folds * len(runs_of(baselines, equal_passes=command.equal_passes))
-            passes = folds * passes_of(baselines, equal_passes=command.equal_passes)
-            works.append(Work("comparison", runs, baselines.steps, passes / runs))
+        if command.baseline_folds:
+            works.append(comparison_work(baselines, command))
     if trainer.args.retrain != "none":
         works.append(Work("final training", 1, baselines.steps, final))
     rows = ", ".join(f"{count} {name}" for name, count in trainer.data.counts.items())
     head = "; search and comparison on a head take seconds" if trainer.on_head else ""
     return f"examples: {rows}{head}\n{table(works, seconds_a_pass(trainer))}"
+
+
+def comparison_work(baselines: Baselines, command: MixArguments) -> Work:
+    """The trainings of a comparison on the adapter."""
+    folds, equal = command.baseline_folds, command.equal_passes
+    runs = folds * len(runs_of(baselines, equal_passes=equal))
+    passes = folds * passes_of(baselines, equal_passes=equal)
+    return Work("comparison", runs, baselines.steps, passes / runs)
 
 
 def held_out(command: MixArguments, setup: Setup) -> dict[str, Dataset | None]:
@@ -179,48 +180,39 @@ def trusted_losses(trainer: MixTrainer) -> Tensor:
         return baselines.losses(trainer.data.trusted)
 
 
-def search(trainer: MixTrainer, checkpoint: str | bool | None) -> float | None:
-    """Learn the weights; on the adapter train with them too, and save, and return the seconds.
+def search(trainer: MixTrainer, checkpoint: str | bool | None) -> None:
+    """Learn the weights; on the adapter train with them too, and save.
 
-    A search on the head is done again where a run is resumed. The seconds of a resumed search are
-    None.
+    A search on the head is done again where a run is resumed.
     """
     if trainer.on_head:
         trainer.search(None)
-        return None
+        return
     trainer.add_callback(RecordShares(trainer))
     if trainer.args.retrain != "none":
         announce(trainer, LEARNED)
-    begin = time.perf_counter()
     trainer.train(checkpoint)
     save_adapter(trainer)  # the comparison takes long
-    return None if checkpoint else time.perf_counter() - begin
 
 
-def compare(
-    trainer: MixTrainer, command: MixArguments, seconds: float | None
-) -> BaselineComparison | None:
-    """The comparison, if it is wanted; says how long it will take, by the ``seconds`` of a search.
-
-    Of the adapter it goes on where a killed run of the same settings has stopped.
-    """
-    folds, equal_passes = command.baseline_folds, command.equal_passes
-    output = Path(trainer.args.output_dir or "")
-    if not folds:
+def compare(trainer: MixTrainer, command: MixArguments) -> BaselineComparison | None:
+    """The comparison, if it is wanted; of the adapter it goes on where a killed run has stopped."""
+    if not command.baseline_folds:
         return None
-    if seconds is not None and trainer.is_world_process_zero():
-        baselines = Baselines(trainer)
-        passes = folds * passes_of(baselines, equal_passes=equal_passes)
-        minutes = seconds / 60 * passes / baselines.passes
-        number = folds * len(runs_of(baselines, equal_passes=equal_passes))
+    output = Path(trainer.args.output_dir or "")
+    if not trainer.on_head and trainer.is_world_process_zero():
+        trainings = comparison_work(Baselines(trainer), command).trainings
         print(
-            f"\nthe adapter of the learned weights is in {output}; the comparison takes {number} "
-            f"trainings, about {minutes:.0f} minutes; after a kill it goes on with "
-            "--resume_from_checkpoint true",
+            f"\nthe adapter of the learned weights is in {output}; the comparison takes "
+            f"{trainings} trainings, and goes on after a kill with --resume_from_checkpoint true",
             flush=True,
         )
-    options: dict[str, Any] = {"folds": folds, "equal_passes": equal_passes}
-    return compare_baselines(trainer, **options, record=output / RECORD)
+    return compare_baselines(
+        trainer,
+        folds=command.baseline_folds,
+        equal_passes=command.equal_passes,
+        record=output / RECORD,
+    )
 
 
 def train(trainer: MixTrainer, chosen: MethodResult | None, resume: bool) -> None:

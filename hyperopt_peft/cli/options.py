@@ -16,6 +16,8 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from hyperopt_peft.cli.config import divided, flags_of
 from hyperopt_peft.cli.listing import others
+from hyperopt_peft.cli.text.data import cache_folder
+from hyperopt_peft.engine.checkpoint import valid_checkpoints
 from hyperopt_peft.errors import ProblemError
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 RESULTS = (
     "adapter_config.json",
     "comparison.json",
-    "verdict.json",
+    "report.html",
     "checkpoint-*",
     "retrain/checkpoint-*",
 )
@@ -47,15 +49,29 @@ class OutputArguments:
         default=False, help="print rows, steps, trainings and minutes; train and write nothing"
     )
 
-    def require_output(self, args: TrainingArguments, *, resumes: bool = False) -> None:
-        """Raise ProblemError unless results can be written to ``output_dir``; nothing is created.
+    def require_output(
+        self, args: TrainingArguments, *, resumes: bool = False
+    ) -> str | bool | None:
+        """The checkpoint to resume, True for the last complete one, or None; nothing is created.
+
+        So a script that is started again and again may always give ``true``. A dry run gets an
+        ``output_dir`` of its own, since a Trainer makes the folder.
 
         Args:
             args: the settings of the run.
-            resumes: whether the command goes on from ``args.resume_from_checkpoint``.
+            resumes: whether the command can resume.
+
+        Raises:
+            ProblemError: results cannot be written to ``output_dir``, or would replace others.
         """
+        asked = str(args.resume_from_checkpoint)
+        if asked.lower() in ("none", "false"):
+            asked = ""
+        elif not resumes:
+            raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
         if self.dry_run:
-            return
+            args.output_dir = cache_folder()
+            return None
         if args.save_strategy == "steps" and not args.save_steps > 0:
             raise ProblemError(f"save_steps: must be positive, got {args.save_steps}")
         folder = Path(args.output_dir or "")
@@ -63,78 +79,52 @@ class OutputArguments:
         existing = next(parent for parent in parents if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ProblemError(f"output_dir: {existing} is no folder to write to; name another")
-        checkpoint = resume_from(args) if resumes else None
-        inside = checkpoint is True or (
-            checkpoint and folder.resolve() in Path(checkpoint).resolve().parents
-        )
-        starts = str(args.resume_from_checkpoint).lower() == "true" and not checkpoint
-        names = [name for name in RESULTS if "checkpoint" not in name or not (resumes and starts)]
-        result = next((path for name in names for path in folder.glob(name)), None)
-        if result and not inside and not self.overwrite_output_dir:
+        last = asked.lower() == "true"
+        if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:
+            return True
+        if asked and not last and folder.resolve() in Path(asked).resolve().parents:
+            return asked
+        results = (path for name in RESULTS for path in folder.glob(name))
+        result = next((path for path in results if not (last and "checkpoint" in path.name)), None)
+        if result and not self.overwrite_output_dir:
             raise ProblemError(
                 f"output_dir: {folder} has {result.name} of an earlier run; name another folder, "
                 "resume that run, or replace its results with --overwrite_output_dir"
             )
-        if not resumes and args.resume_from_checkpoint not in (None, "false", "False"):
-            raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
-        if resumes and starts:
+        if last:
             print(f"{folder} has no complete checkpoint: a new run")
+        return None if last else asked or None
 
 
-def resume_from(args: TrainingArguments) -> str | bool | None:
-    """The folder of a checkpoint; True for the last complete one, if there is one; None for none.
-
-    So a script that is started again and again may always give ``true``.
-    """
-    checkpoint: str | None = args.resume_from_checkpoint
-    if str(checkpoint).lower() != "true":
-        return None if str(checkpoint).lower() == "false" else checkpoint
-    from hyperopt_peft.engine.checkpoint import valid_checkpoints
-
-    folder = Path(args.output_dir or "")
-    return next(valid_checkpoints(folder, folder / "retrain"), None) is not None or None
-
-
-def flags_read(command: str, types: Sequence[type], argv: Sequence[str]) -> list[str]:
-    """``argv`` as flags alone, by which the run can be repeated: those of its YAML file come first.
-
-    Options of the file that are of other commands or tasks are left out.
-    """
-    options, flags = divided(command, argv)
-    names = _names(types)
-    options = {name: x for name, x in options.items() if not others(command, name, names)}
-    return [*flags_of(options), *flags]
-
-
-def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
-    """One instance of each dataclass in ``types``.
+def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """One instance of each dataclass in ``types``, and the flags by which they can be had again.
 
     Args:
         command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options, each with its help.
-        argv: a YAML file (optional), then flags.
+        argv: a YAML file (optional), then flags. Options of the file that are of other commands or
+            tasks are not read.
 
     Raises:
         ProblemError: an unknown option (the message has the nearest one) or a flag of another
             command, a bad value, or a file that is no mapping of options.
     """
     options, flags = divided(command, argv)
-    names = _names(types)
-    foreign = [name for name in options if others(command, name, names)]
+    names = {field.name for kind in types for field in fields(kind) if field.init}
     for flag in flags:
         name = flag.partition("=")[0].removeprefix("--")
         if flag.startswith("--") and (owners := others(command, name, names)):
             raise ProblemError(
                 f"--{name}: an option of {owners}, which this run does not read; leave it out"
             )
-    if foreign:
+    if foreign := [name for name in options if others(command, name, names)]:
         text = f"{', '.join(foreign)}: of other commands or tasks, and not read"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
-    flags = [*_defaults_here(names), *flags_read(command, types, argv)]
+    read = [*flags_of({k: v for k, v in options.items() if k not in foreign}), *flags]
     parser = _Parser(types, add_help=False, allow_abbrev=False)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
-            flags, return_remaining_strings=True, look_for_args_file=False
+            [*_defaults_here(names), *read], return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError) as error:  # of argparse and of the dataclasses
         raise ProblemError(str(error)) from error
@@ -142,7 +132,7 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> Any:
         raise ProblemError(
             f"{rest[0]!r}: unexpected argument; give a YAML file first, then --name value"
         )
-    return parsed
+    return parsed, read
 
 
 def _defaults_here(names: Collection[str]) -> list[str]:
@@ -156,7 +146,3 @@ def _defaults_here(names: Collection[str]) -> list[str]:
         if not torch.accelerator.is_available():  # where PyTorch warns of each loader
             flags.append("--dataloader_pin_memory=false")
     return flags
-
-
-def _names(types: Sequence[type]) -> set[str]:
-    return {field.name for options in types for field in fields(options) if field.init}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
-from torch import Tensor
-
-from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.cli.text.setup import Setup
 from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.utils.models import base_model
+from hyperopt_peft.utils.tables import aligned
 
 #: Micro-batches that are timed, after a first one.
 TIMED = 2
@@ -43,20 +41,19 @@ def table(works: Sequence[Work], seconds: float) -> str:
 
     Example:
         >>> print(table([Work("lora", 3, 100, 100), Work("bidora", 3, 200, 300)], 0.5))
-                        trainings   steps  passes  minutes
-        lora                    3     100     100      2.5
-        bidora                  3     200     300      7.5
+                trainings  steps  passes  minutes
+        lora            3    100     100      2.5
+        bidora          3    200     300      7.5
         together about 10.0 minutes without evaluation, by a timed pass of 0.50 seconds
     """
-    lines = [f"{'':16}{'trainings':>9}{'steps':>8}{'passes':>8}{'minutes':>9}"]
     minutes = [work.trainings * work.passes * seconds / 60 for work in works]
+    rows: list[Sequence[Any]] = [("", "trainings", "steps", "passes", "minutes")]
     for work, each in zip(works, minutes, strict=True):
-        lines.append(f"{work.name:16}{work.trainings:9}{work.steps:8}{work.passes:8.0f}{each:9.1f}")
-    lines.append(
-        f"together about {sum(minutes):.1f} minutes without evaluation, by a timed pass of "
-        f"{seconds:.2f} seconds"
+        rows.append((work.name, work.trainings, work.steps, f"{work.passes:.0f}", f"{each:.1f}"))
+    return (
+        f"{aligned(rows)}\ntogether about {sum(minutes):.1f} minutes without evaluation, by a "
+        f"timed pass of {seconds:.2f} seconds"
     )
-    return "\n".join(lines)
 
 
 def seconds_a_pass(trainer: Any) -> float:
@@ -64,7 +61,7 @@ def seconds_a_pass(trainer: Any) -> float:
     model = trainer.model.to(trainer.args.device)
     names = signature(base_model(model).forward).parameters
     begin = 0.0
-    for number, batch in enumerate(islice(_repeated(trainer), TIMED + 1)):
+    for number, batch in enumerate(islice(cycle(trainer.get_train_dataloader()), TIMED + 1)):
         inputs = {k: v.to(trainer.args.device) for k, v in batch.items() if k in names}
         with trainer.compute_loss_context_manager():
             loss = model(**inputs).loss
@@ -74,11 +71,6 @@ def seconds_a_pass(trainer: Any) -> float:
             begin = time.perf_counter()
     model.zero_grad()
     return (time.perf_counter() - begin) / TIMED
-
-
-def _repeated(trainer: Any) -> Iterable[Any]:
-    while True:
-        yield from trainer.get_train_dataloader()
 
 
 def passes_of_steps(trainer: Any, steps: int) -> int:
@@ -105,39 +97,28 @@ def phases(setup: Setup, trainer: Any) -> list[Work]:
     return works
 
 
+def whole(setup: Setup, trainer: Any, name: str, trainings: int = 1) -> Work:
+    """All phases of a run of ``trainer`` as one training."""
+    each = phases(setup, trainer)
+    return Work(name, trainings, sum(x.steps for x in each), sum(x.passes for x in each))
+
+
 def levels(setup: Setup, trainer: Any) -> str:
-    """Parameters, examples, steps and classes in lines; no upper step is a ProblemError."""
-    args, model = trainer.args, trainer.model
-    everything, lower = len(setup.train), len(trainer.train_dataset)
-    evaluation = 0 if setup.evaluation is None else len(setup.evaluation)
-    lines = [f"method: {args.method}"]
-    if trainer.upper is None:
-        lines += [
-            f"one level, all of the adapter: {_count(trainer.lower.variables)}",
-            f"examples: {lower} training, {evaluation} evaluation",
-            f"steps: {args.steps_of(lower)}",
-        ]
-    else:
-        owners = split_parameters(model)
-        search, again = args.phases(lower, everything)
+    """Parameters, examples and steps in lines; a search without an upper step is a ProblemError."""
+    args, rows = trainer.args, {"training": len(trainer.train_dataset)}
+    lines, trained = [f"method: {args.method}"], {"trained": trainer.lower.variables}
+    if trainer.upper is not None:
+        search, again = args.phases(rows["training"], len(setup.train))
         trainer.require_upper_step(search)
         args.warn_of_short_phases(search, again)
-        lines += [
-            f"upper level, magnitudes: {_count(owners.magnitudes.values())}",
-            f"lower level, directions: {_count(owners.directions.values())}",
-            f"lower level, head: {_count(owners.rest.values())}",
-            f"examples: {lower} lower level, {len(trainer.upper_dataset)} upper level, "
-            f"{everything if again else 0} retraining, {evaluation} evaluation",
-            f"steps: {search} lower in the search, {search // args.lower_steps} upper, "
-            f"{again} in the retraining",
-            f"estimator: {args.hypergradient}",
-        ]
-    lines.append(f"frozen: {_count(p for p in model.parameters() if not p.requires_grad)}")
+        trained = {"upper level": trainer.upper.variables, "lower level": trainer.lower.variables}
+        rows = {"lower level": rows["training"], "upper level": len(trainer.upper_dataset)}
+        rows["retraining"] = len(setup.train) if again else 0
+        lines.append(f"estimator: {args.hypergradient}, for {search // args.lower_steps} updates")
+    rows["evaluation"] = 0 if setup.evaluation is None else len(setup.evaluation)
+    sizes = [f"{sum(x.numel() for x in xs):,} {name}" for name, xs in trained.items()]
+    lines.append(f"parameters: {', '.join(sizes)}")
+    lines.append(f"examples: {', '.join(f'{count} {name}' for name, count in rows.items())}")
     if setup.task.classes:
         lines.append(f"labels: {', '.join(setup.config.id2label.values())}")
     return "\n".join(lines)
-
-
-def _count(parameters: Iterable[Tensor]) -> str:
-    sizes = [parameter.numel() for parameter in parameters]
-    return f"{sum(sizes):,} parameters in {len(sizes)} tensors"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import Trainer
 
-from hyperopt_peft.cli.options import OutputArguments, flags_read, parse, resume_from
+from hyperopt_peft.cli.options import OutputArguments, parse
 from hyperopt_peft.cli.plan import levels, phases, seconds_a_pass, table
 from hyperopt_peft.cli.report import Report
-from hyperopt_peft.cli.text.setup import SHARED, Setup, changed, prepare
+from hyperopt_peft.cli.text.setup import SHARED, Setup, prepare
 from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -26,21 +26,19 @@ TYPES = (OutputArguments, *SHARED)
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``."""
-    command, model_args, data, args = parse("train", TYPES, argv)
-    command.require_output(args, resumes=True)
+    (command, model_args, data, args), flags = parse("train", TYPES, argv)
+    checkpoint = command.require_output(args, resumes=True)
     setup = prepare(model_args, data)
-    if command.dry_run:
-        with tempfile.TemporaryDirectory() as folder:  # the trainer creates its output_dir
-            trainer = setup.trainer(changed(args, output_dir=folder))
-            print(levels(setup, trainer))
-            print(table(phases(setup, trainer), seconds_a_pass(trainer)))
-        return
     trainer = setup.trainer(args)
-    trainer.train(resume_from(args))
+    if command.dry_run:
+        print(levels(setup, trainer))
+        print(table(phases(setup, trainer), seconds_a_pass(trainer)))
+        return
+    trainer.train(checkpoint)
     evaluation = {} if setup.evaluation is None else evaluated(trainer)
     save(trainer, evaluation)
     if trainer.is_world_process_zero():
-        page = report(trainer, setup, evaluation, flags_read("train", TYPES, argv))
+        page = report(trainer, setup, evaluation, flags)
         page.subtitle = f"{', '.join(data.train_file or [data.dataset])} · {model_args.model}"
         print(f"{page.verdict}\nthe adapter is in {args.output_dir}")
         print(f"{page.write(args.output_dir)} has all of it")
@@ -113,23 +111,14 @@ def write_card(trainer: Trainer) -> None:
     """Replace PEFT's card, of 200 empty lines, by one that has what is known."""
     config = trainer.model.peft_config["default"]
     method = getattr(trainer.args, "method", "dora" if config.use_dora else "lora")
-    lines = [
-        "---",
-        f"base_model: {config.base_model_name_or_path}",
-        "library_name: peft",
-        f"tags: [{method}, hyperopt-peft]",
-        "---",
-        "",
-        f"An adapter (rank {config.r}, alpha {config.lora_alpha}) by {method}.",
-        "",
-    ]
+    header = {"base_model": config.base_model_name_or_path, "library_name": "peft"}
+    text = f"---\n{yaml.safe_dump(header | {'tags': [method, 'hyperopt-peft']})}---\n\n"
+    text += f"An adapter (rank {config.r}, alpha {config.lora_alpha}) by {method}.\n"
     if isinstance(trainer, BiDoRATrainer):
-        settings = trainer.args.bilevel_settings()
-        lines += ["Magnitudes are learned by hypergradients on rows of their own:", ""]
-        lines += [f"- {name}: {value}" for name, value in settings.items() if value is not None]
-        lines.append("")
-    path = Path(trainer.args.output_dir or "") / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+        text += "\nMagnitudes are learned by hypergradients on rows of their own:\n\n"
+        settings = trainer.args.bilevel_settings().items()
+        text += "".join(f"- {name}: {x}\n" for name, x in settings if x is not None)
+    Path(trainer.args.output_dir or "", "README.md").write_text(text, encoding="utf-8")
 
 
 def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def test_yaml_example_is_planned(
     assert "estimator: minres:steps=5,damping=0.2" in printed
     # 48 examples after the evaluation's 12: 38 and 10; 5 epochs of 3 batches, and again.
     assert "examples: 38 lower level, 10 upper level, 48 retraining, 12 evaluation" in printed
-    assert "steps: 15 lower in the search, 7 upper, 15 in the retraining" in printed
+    assert "damping=0.2, for 7 updates\n" in printed
+    assert re.search(r"^search +1 +15 .*\nretraining +1 +15 ", printed, re.MULTILINE)
     assert not Path("outputs").exists()
 
 

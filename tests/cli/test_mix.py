@@ -58,7 +58,8 @@ def test_everything_at_once(
     test = write(tmp_path / "test.jsonl", rows()[:6] + rows(number=4, seed=8))
     run("mix", **options(tmp_path, test_file=test, baseline_folds=2))
     assert "6 of 10 test examples are in a source too" in caplog.text
-    sources = json.loads((tmp_path / "out/weights.json").read_text())["sources"]
+    verdict = json.loads((tmp_path / "out/weights.json").read_text())
+    sources = verdict["sources"]
     assert list(sources) == ["web", "swapped", "trusted"]
     assert sum(source["share"] for source in sources.values()) == pytest.approx(1)
     assert sources["web"]["rows"] == sources["swapped"]["rows"] == 24
@@ -76,7 +77,6 @@ def test_everything_at_once(
     assert re.search(r"source +rows +share", printed) and LEARNED in printed
     assert "eval_loss" in printed
     assert (tmp_path / "out/weights.png").stat().st_size > 10_000
-    verdict = json.loads((tmp_path / "out/verdict.json").read_text())
     losses = [method["trusted_loss"] for method in verdict["methods"]]
     assert losses == sorted(losses) and len(losses) > 9
     assert verdict["recommended"] == verdict["saved"]

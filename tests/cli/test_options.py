@@ -15,7 +15,7 @@ from hyperopt_peft import ProblemError
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.listing import FILE, listing, names_of, training_names
 from hyperopt_peft.cli.main import main
-from hyperopt_peft.cli.options import flags_read, parse
+from hyperopt_peft.cli.options import parse
 from hyperopt_peft.cli.text.setup import SHARED
 from tests.support.cli import refused
 from tests.support.files import flags
@@ -36,7 +36,7 @@ class Options:
 
 
 def read(*argv: str) -> Options:
-    (options,) = parse("train", (Options,), argv)
+    (options,), _ = parse("train", (Options,), argv)
     assert isinstance(options, Options)
     return options
 
@@ -73,7 +73,7 @@ def test_a_file_and_flags_which_override_it(
 
 def test_a_mapping_reaches_training_arguments(tmp_path: Path) -> None:
     file = yaml(tmp_path, "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: none")
-    *_, args = parse(
+    (*_, args), _ = parse(
         "train", SHARED, [file, *flags(model="m", task="causal-lm", train_file="t", use_cpu=True)]
     )
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
@@ -84,10 +84,9 @@ def test_one_file_serves_all_commands(tmp_path: Path, capsys: pytest.CaptureFixt
     """A mapping under a command's name is of that command; an option of another one is not read."""
     text = "rate: 2\nmethod: lora\ntrain: {rate: 3, words: [x]}\nmix: {rate: 4, nonsense: 1}"
     assert read(yaml(tmp_path, "rate: 2\ntrain: {rate: 3, words: [x]}")) == Options(3, ["x"])
-    assert parse("merge", (Options,), [yaml(tmp_path, text)]) == [Options(2.0)]
+    parsed, flags = parse("merge", (Options,), [yaml(tmp_path, text), "--quiet"])
+    assert parsed == [Options(2.0, quiet=True)] == parse("merge", (Options,), flags)[0]
     assert "method: of other" in capsys.readouterr().err
-    flags = flags_read("merge", (Options,), [yaml(tmp_path, text), "--quiet"])
-    assert parse("merge", (Options,), flags) == [Options(2.0, quiet=True)]
     with pytest.raises(ProblemError, match=r"--method: an option of train, .*; leave it out"):
         parse("merge", (Options,), ["--method", "lora"])
     with pytest.raises(ProblemError, match="unknown option --nonsense"):
@@ -149,6 +148,8 @@ def test_bad_options_are_refused(
         ("check", {"reference": "retraining:steps=0"}, "retraining.*steps.*0"),
         ("check", {"search_steps": -1}, "search_steps.*-1"),
         ("check", {"solver_steps": 0}, "solver_steps.*0"),
+        ("check", {"resume_from_checkpoint": "true"}, "resume_from_checkpoint: .*not resume"),
+        ("compare", {"resume_from_checkpoint": "true"}, "resume_from_checkpoint: .*not resume"),
         ("attribute", {"estimator": "unroled"}, "'unroled'.*unrolled"),
         ("attribute", {"estimator": "darts"}, "darts gives no score for each row"),
         ("attribute", {"check": 2}, "check.*at least 5"),

@@ -65,7 +65,7 @@ def task_of(recipe: str) -> str:
 
 @pytest.mark.parametrize("recipe", sorted({*PUBLISHED, *(x.stem for x in FOLDER.glob("*.yaml"))}))
 def test_numbers_are_the_published_ones_and_data_those_of_the_hub(recipe: str) -> None:
-    _, model, data, args = parse("train", TYPES, [f"{FOLDER}/{recipe}.yaml"])
+    (_, model, data, args), _ = parse("train", TYPES, [f"{FOLDER}/{recipe}.yaml"])
     rate, decay, upper_decay, steps, again = PUBLISHED[recipe]
     assert (args.learning_rate, args.upper_learning_rate) == (rate, rate)
     assert (args.weight_decay, args.upper_weight_decay) == (decay, upper_decay)

@@ -30,14 +30,20 @@ COMMON = {
 
 
 def collected() -> dict[str, Any]:
-    """The contents of ``options.json``, from the classes of the commands' modules."""
-    commands, groups = dict[str, list[str]](), dict[str, Any]()
+    """The contents of ``options.json``, from the classes of the commands' modules.
+
+    A row of an earlier group is its name alone.
+    """
+    commands, groups, seen = dict[str, list[str]](), dict[str, list[Any]](), dict[str, list[str]]()
     for command in COMMANDS:
         module = vars(import_module(f"hyperopt_peft.cli.{command}"))
         commands[command] = [kind.__name__ for kind in module["TYPES"]]
         for kind in module["TYPES"]:
-            title = getattr(kind, "_argument_group_name", "training")
-            groups[kind.__name__] = {"title": title, "options": own_rows(kind)}
+            if kind.__name__ not in groups:
+                groups[kind.__name__] = [getattr(kind, "_argument_group_name", "training")]
+                for row in own_rows(kind):
+                    groups[kind.__name__].append(row[0] if seen.get(row[0]) == row else row)
+                    seen[row[0]] = row
     return {"commands": commands, "groups": groups}
 
 
@@ -57,7 +63,7 @@ def own_rows(kind: type) -> list[list[str]]:
 def written(record: dict[str, Any]) -> str:
     """``record`` as JSON with a line for each option."""
     text = json.dumps(record, ensure_ascii=False)
-    return text.replace("[[", "[\n [").replace("], [", "],\n [").replace("}, ", "},\n") + "\n"
+    return text.replace(", [", ",\n [").replace("], ", "],\n ").replace("}, ", "},\n") + "\n"
 
 
 if __name__ == "__main__":
