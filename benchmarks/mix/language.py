@@ -72,10 +72,11 @@ class Benchmark:
         return self.measure(row, seed, setting)
 
     def judge(self, seed: int) -> None:
-        """What `compare_baselines` names."""
+        """What `compare_baselines` recommends."""
         row = self.runs.entry(part="verdict", target=self.target, seed=seed)
         if "named" not in row:
-            row |= verdict(self.trial(seed, self.chosen(OURS)))
+            setting = self.chosen(OURS)
+            row |= {"setting": asdict(setting), **verdict(self.trial(seed, setting))}
             self.runs.save(row)
             print(self.target, seed, row["named"], flush=True)
 

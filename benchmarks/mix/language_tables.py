@@ -6,34 +6,29 @@ import statistics
 
 from benchmarks.measure import mean_and_half
 from benchmarks.store import Row, Store
-from hyperopt_peft.problems import mix_baselines as simple
 
 #: The learned mix that the others are compared with, and all that are learned by a search.
 OURS = "darts, dots"
 LEARNED = (OURS, "fastmix")
-#: The ways that `compare_baselines` compares, and their names there.
-NAMES = {
-    "proportional": simple.EQUAL,
-    "trusted alone": simple.TRUSTED_ONLY,
-    "sources, then trusted": simple.THEN_TRUSTED,
-    "agreement": simple.AGREEMENT,
-    "filtered": simple.FILTERED,
-    OURS: simple.LEARNED,
-}
+#: What `compare_baselines` recommends, as a way.
+RECOMMENDED = "what compare_baselines recommends"
 
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:
-    """For each target a table of the ways, and one of the verdicts and of the learned shares."""
+    """For each target a table of the ways; those of shares and of cross-validated losses."""
     rows, tables, summary = runs.of("language"), {}, []
     for target in dict.fromkeys(row["target"] for row in rows):
         ways: dict[str, dict[int, Row]] = {}
         for row in rows:
             if row["target"] == target and "loss" in row:
                 ways.setdefault(row["way"], {})[row["seed"]] = row
+        for row in runs.of("verdict"):
+            if row["target"] == target and "loss" in row:
+                ways.setdefault(RECOMMENDED, {})[row["seed"]] = row
         tables[f"Target {target}"] = [_line(name, ways) for name in ways]
         summary += _shares(target, ways)
     tables["Shares in the training loss"] = summary
-    tables["Verdict"] = _verdicts(runs, rows)
+    tables["Recommended"] = _recommended(runs)
     return {title: rows for title, rows in tables.items() if rows}
 
 
@@ -66,26 +61,11 @@ def _shares(target: str, ways: dict[str, dict[int, Row]]) -> list[Row]:
     return lines
 
 
-def _verdicts(runs: Store, rows: list[Row]) -> list[Row]:
-    """What `compare_baselines` names by seed, and how far its test loss is above the best."""
+def _recommended(runs: Store) -> list[Row]:
+    """The cross-validated loss of each method by seed; the recommended one is marked."""
     lines = []
     for row in runs.of("verdict"):
-        if "named" not in row:
-            continue
-        loss = {
-            r["way"]: r["loss"]
-            for r in rows
-            if (r["target"], r["seed"]) == (row["target"], row["seed"]) and r["way"] in NAMES
-        }
-        named = next(way for way, method in NAMES.items() if method == row["named"])
-        best = min(loss, key=lambda way: loss[way])
-        lines.append(
-            {
-                "target": row["target"],
-                "seed": row["seed"],
-                "named": named,
-                "best of these": best,
-                "above it": f"{loss[named] - loss[best]:.3f}" if named in loss else None,
-            }
-        )
+        if "named" in row:
+            losses = {m: f"{x:.2f}{' ←' * (m == row['named'])}" for m, x in row["cv"].items()}
+            lines.append({"target": row["target"], "seed": row["seed"], **losses})
     return lines
