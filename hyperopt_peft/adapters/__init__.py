@@ -1,6 +1,5 @@
 """Functions on PEFT models: layers, parameter ownership, DoRA's gradient, penalties, pseudo SVD."""
 
-from hyperopt_peft.adapters.analysis import ModuleChange, decompose
 from hyperopt_peft.adapters.dora.fast import use_fast_dora
 from hyperopt_peft.adapters.dora.variants import set_norm_grad
 from hyperopt_peft.adapters.layers import dora_layers, lora_layers
@@ -13,9 +12,7 @@ from hyperopt_peft.adapters.pseudo_svd import (
 from hyperopt_peft.adapters.regularizers import gram_penalty
 
 __all__ = [
-    "ModuleChange",
     "ParameterSplit",
-    "decompose",
     "dora_layers",
     "gram_penalty",
     "lora_layers",

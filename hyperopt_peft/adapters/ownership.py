@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from hyperopt_peft.adapters.layers import dora_layers, resolve_adapter
 from hyperopt_peft.errors import ProblemError
@@ -42,8 +40,7 @@ def split_parameters(peft_model: PeftModel, adapter_name: str | None = None) -> 
         adapter_name: the active adapter by default.
 
     Raises:
-        ProblemError: as `dora_layers`; a magnitude or a direction is frozen; a target shares its
-            weight with another module.
+        ProblemError: as `dora_layers`; or a magnitude or a direction is frozen.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -55,9 +52,9 @@ def split_parameters(peft_model: PeftModel, adapter_name: str | None = None) -> 
     """
     adapter = resolve_adapter(peft_model, adapter_name)
     layers = dora_layers(peft_model, adapter)
-    _require_untied(peft_model, layers)
-
-    magnitude_ids = {id(p) for _, layer in layers for p in _magnitude_parameters(layer, adapter)}
+    magnitude_ids = {
+        id(p) for _, layer in layers for p in layer.lora_magnitude_vector[adapter].parameters()
+    }
     direction_ids = {id(p) for _, layer in layers for p in _direction_parameters(layer, adapter)}
     split = ParameterSplit({}, {}, {})
     for name, parameter in peft_model.named_parameters():
@@ -77,41 +74,7 @@ def split_parameters(peft_model: PeftModel, adapter_name: str | None = None) -> 
     return split
 
 
-def _magnitude_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
-    return list(layer.lora_magnitude_vector[adapter].parameters())
-
-
 def _direction_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
     if adapter in layer.lora_embedding_A:
         return [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
     return [*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()]
-
-
-def _require_untied(peft_model: PeftModel, layers: list[tuple[str, LoraLayer]]) -> None:
-    """Raise ProblemError if a second module reads a base weight, which merging overwrites."""
-    readers: dict[Hashable, list[str]] = defaultdict(list)
-    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
-        readers[_memory(parameter)].append(name.rpartition(".")[0])
-    # A layer that is registered twice reads its weight under two names and is still one layer.
-    aliases: dict[int, list[str]] = defaultdict(list)
-    for name, module in peft_model.named_modules(remove_duplicate=False):
-        aliases[id(module)].append(name)
-
-    for name, layer in layers:
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if weight is None:
-            continue
-        prefixes = tuple(f"{alias}." for alias in aliases[id(layer)])
-        for reader in readers[_memory(weight)]:
-            if not f"{reader}.".startswith(prefixes):
-                raise ProblemError(
-                    f"{name}: shares its weight with {reader}, and merging would change both; "
-                    "untie them (tie_word_embeddings=False) or leave it out of target_modules"
-                )
-
-
-def _memory(tensor: Tensor) -> Hashable:
-    """A key that is equal for tensors at the same memory address."""
-    address = tensor.data_ptr()
-    # Tensors without storage (meta, sharded) all report address 0.
-    return (tensor.device, address) if address else id(tensor)

@@ -7,10 +7,8 @@ tests/contract/test_peft.py fails with the name that a new release has moved.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
-from packaging.version import Version
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, ParamWrapper
 from peft.tuners.lora.variants import (
@@ -86,8 +84,3 @@ def clear_dora_cache(layer: LoraLayer, adapter_name: str) -> None:
 def is_placed(module: nn.Module) -> bool:
     """Whether accelerate has placed ``module`` on a device, and replaced its forward for that."""
     return hasattr(module, "_hf_hook")
-
-
-def peft_before(release: str) -> bool:
-    """Whether the installed PEFT is older than ``release``."""
-    return Version(version("peft")) < Version(release)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from peft import PeftModel
 from peft.tuners.lora import variants
 from torch import Tensor, nn
@@ -34,7 +36,6 @@ from tests.support.adapted_models import (
     single,
     token_ids,
     tokens,
-    unmerged,
     wrap,
 )
 
@@ -243,8 +244,9 @@ def test_merging_and_unmerging(kind: str, safe_merge: bool) -> None:
     expected, w0 = model(x), adapted_layer(model).get_base_layer().weight.clone()
     model.merge_adapter(safe_merge=safe_merge)
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
-    if not unmerged(model, kind):
-        return
+    if kind == "conv1d_gpt2" and Version(version("peft")) < Version("0.21"):
+        return  # which unmerges along the wrong axis
+    model.unmerge_adapter()
     torch.testing.assert_close(adapted_layer(model).get_base_layer().weight, w0)
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
 

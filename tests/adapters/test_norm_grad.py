@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from peft.tuners.lora import variants
 from torch import Tensor, nn
@@ -17,14 +19,12 @@ from tests.support.adapted_models import (
     Single,
     adapted_layer,
     adapter_parameters,
-    base_layer,
     bert,
     dora_bert,
     layer_input,
     randomise,
     single,
     token_ids,
-    unmerged,
     wrap,
 )
 
@@ -37,13 +37,6 @@ def gradients(model: PeftModel, x: Tensor) -> dict[str, Tensor]:
     names, parameters = zip(*adapter_parameters(model), strict=True)
     loss = (weights * output.sin()).sum()
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_identity_at_initialisation(kind: str) -> None:
-    x, base = layer_input(kind), base_layer(kind).double()
-    model = set_norm_grad(single(kind))
-    torch.testing.assert_close(model(x), base(x), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -64,16 +57,6 @@ def test_outputs_and_random_draws_are_those_of_peft(
     output, state_after = run()
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(state, state_after)
-
-
-def test_a_whole_model_with_dropout_agrees_with_peft() -> None:
-    model = randomise(dora_bert(lora_dropout=0.2, target_modules="all-linear")).train()
-    outputs = []
-    for norm_grad in ("detach", "full"):
-        set_norm_grad(model, norm_grad)
-        torch.manual_seed(0)
-        outputs.append(model(token_ids()).logits)
-    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
@@ -145,19 +128,6 @@ def test_the_gradient_is_orthogonal_to_the_direction_only_with_the_norm_in_the_g
     assert along["detach"].abs().min() > 1e-3
 
 
-def test_scaling_a_direction_changes_nothing() -> None:
-    model, b = full_rank_layer()
-    set_norm_grad(model)
-    x, layer = layer_input("linear"), adapted_layer(model)
-    before = model(x)
-    with torch.no_grad():
-        c = torch.tensor([0.5, 1.5, 2.0, 3.0, 0.1]).double()
-        v, w0 = direction(layer, "default"), layer.get_base_layer().weight
-        b.copy_(c[:, None] * v - w0)
-    torch.testing.assert_close(direction(layer, "default"), c[:, None] * v)
-    torch.testing.assert_close(model(x), before)
-
-
 def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The output as a function of (A, B, m) and, where it is continuous, of x."""
     names, parameters = zip(*adapter_parameters(model), strict=True)
@@ -219,8 +189,9 @@ def test_merging_and_unmerging_stay_exact(kind: str, safe_merge: bool) -> None:
     expected, w0 = model(x), adapted_layer(model).get_base_layer().weight.clone()
     model.merge_adapter(safe_merge=safe_merge)
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
-    if not unmerged(model, kind):
-        return
+    if kind == "conv1d_gpt2" and Version(version("peft")) < Version("0.21"):
+        return  # which unmerges along the wrong axis
+    model.unmerge_adapter()
     torch.testing.assert_close(adapted_layer(model).get_base_layer().weight, w0)
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
 
@@ -277,8 +248,3 @@ def test_error_names_the_unsupported_module_and_changes_no_layer() -> None:
     first = layers["base_model.model.first"].lora_variant["default"]
     assert type(first) is variants.DoraConv2dVariant
     assert set_norm_grad(model, "detach") is model
-
-
-def test_error_without_dora() -> None:
-    with pytest.raises(ValueError, match=r"model\.layer: .*use_dora"):
-        set_norm_grad(single(use_dora=False))

@@ -4,10 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from hyperopt_peft.adapters import set_norm_grad, split_parameters
-from tests.support.adapted_models import KINDS, bert, dora_bert, gpt2, single, wrap
+from tests.support.adapted_models import KINDS, bert, dora_bert, single, wrap
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,47 +81,6 @@ def test_error_for_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
     next(iter(split_parameters(model).directions.values())).requires_grad_(False)
     with pytest.raises(ValueError, match=r"query\.lora_A\.default\.weight: "):
         split_parameters(model)
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize(("target", "other"), [("wte", "lm_head"), ("lm_head", "transformer.wte")])
-def test_error_for_a_target_with_a_tied_weight(target: str, other: str) -> None:
-    with pytest.raises(ValueError, match=rf"{target}: .*{other}"):
-        split_parameters(wrap(gpt2(), target_modules=[target]))
-
-    untied: PreTrainedModel = gpt2(tie_word_embeddings=False)
-    assert len(split_parameters(wrap(untied, target_modules=[target])).magnitudes) == 1
-
-
-class Pair(nn.Module):
-    def __init__(self, layer: nn.Linear, other: nn.Linear) -> None:
-        super().__init__()
-        self.layer, self.other = layer, other
-
-
-def test_tied_weights_are_found_by_memory() -> None:
-    """Also where the tie is one module under two names, or one storage in two parameters."""
-    shared = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=r"model\.layer: .*model\.other"):
-        split_parameters(wrap(Pair(shared, shared)))
-
-    view = nn.Linear(3, 3)
-    view.weight = nn.Parameter(shared.weight.data.T)
-    with pytest.raises(ValueError, match=r"model\.layer: .*model\.other"):
-        split_parameters(wrap(Pair(shared, view)))
-
-    assert len(split_parameters(wrap(Pair(shared, nn.Linear(3, 3)))).magnitudes) == 1
-
-
-def test_an_adapted_layer_registered_twice_is_not_a_tie() -> None:
-    model = wrap(Pair(nn.Linear(3, 3), nn.Linear(3, 3)))
-    model.base_model.model.again = model.base_model.model.layer
-    assert len(split_parameters(model).magnitudes) == 1
-
-
-def test_weights_without_storage_are_not_taken_for_tied() -> None:
-    model = wrap(Pair(nn.Linear(3, 3), nn.Linear(3, 3))).to("meta")
-    assert len(split_parameters(model).magnitudes) == 1
 
 
 def test_parameters_are_the_same_under_either_norm_gradient() -> None:

@@ -106,7 +106,7 @@ def test_param_wrapper_is_a_lora_layer() -> None:
 
 def test_enable_dora_caching_is_what_dora_caching_sets() -> None:
     if not hasattr(helpers, "DoraCaching"):
-        assert peft_internals.peft_before("0.19") and not hasattr(dora, "ENABLE_DORA_CACHING")
+        assert not hasattr(dora, "ENABLE_DORA_CACHING")
         return
     layer = adapted_layer(single()).eval()
     with helpers.DoraCaching():

@@ -7,7 +7,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
@@ -19,9 +18,6 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
 )
-
-from hyperopt_peft.adapters.peft_internals import peft_before
-from hyperopt_peft.errors import ProblemError
 
 torch.set_num_threads(1)
 
@@ -104,16 +100,6 @@ def randomise(model: PeftModel, seed: int = 3) -> PeftModel:
             else:
                 p.add_(noise, alpha=0.5)
     return model
-
-
-def unmerged(model: PeftModel, kind: str) -> bool:
-    """Whether ``model`` is unmerged now; before 0.21 PEFT cannot with Conv1D, which is an error."""
-    if kind == "conv1d_gpt2" and peft_before("0.21"):
-        with pytest.raises(ProblemError, match="peft"):
-            model.unmerge_adapter()
-        return False
-    model.unmerge_adapter()
-    return True
 
 
 def bert(*, dtype: torch.dtype = torch.float64, **config: Any) -> PreTrainedModel:

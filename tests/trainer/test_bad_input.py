@@ -101,13 +101,6 @@ def for_inference(folder: Path) -> Any:
     return PeftModel.from_pretrained(base_model(), folder / "adapter")
 
 
-def tied() -> Any:
-    base = base_model("causal")
-    base.config.tie_word_embeddings = True
-    base.lm_head.weight = base.model.embed_tokens.weight
-    return get_peft_model(base, LoraConfig(target_modules=["lm_head"], use_dora=True))
-
-
 class Quantised(nn.Linear):
     """What a quantised layer looks like: a forward of its own."""
 
@@ -141,7 +134,6 @@ MODELS = {
     ),
     "frozen magnitudes": (lambda _: frozen_magnitudes(), {}, "magnitude_vector"),
     "loaded for inference, bidora": (for_inference, {}, "is_trainable=True"),
-    "tied target": (lambda _: tied(), {}, "lm_head: .*embed_tokens"),
     "quantised, cg": (
         lambda _: quantised(),
         {"hypergradient": "cg"},

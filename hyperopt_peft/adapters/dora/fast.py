@@ -20,7 +20,6 @@ from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.dora.function import DoraDropoutLinear, DoraLinear
 from hyperopt_peft.adapters.dora.row_norms import RowNorm, measure
 from hyperopt_peft.adapters.dora.variants import (
-    CheckedLinear,
     FullNormLinear,
     NormGrad,
     require_norm_grad,
@@ -47,12 +46,9 @@ def use_fast_dora(
     differentiates through the row norm as well, which PEFT leaves out (arXiv:2402.09353, §4.3).
     Parameters, names, dropout, saving, merging and switching stay PEFT's own.
 
-    Other layers get the forward pass of `set_norm_grad`: embeddings and convolutions always, a
-    linear layer whose base weight is trained, whose parts have hooks, or where several adapters
-    are active at once, and each layer inside `torch.func` transforms, forward-mode derivatives and
-    `torch.jit.trace`. A layer whose W0 cannot be read (quantised, sharded) keeps PEFT's forward
-    pass, with a constant row norm; a warning names the layer. Inside ``peft.helpers.DoraCaching``
-    inference is PEFT's. `set_norm_grad` undoes this function.
+    Other layers get the forward pass of `set_norm_grad`, and a layer whose W0 cannot be read
+    (quantised, sharded) keeps PEFT's, with a constant row norm and a warning: docs/adapters.md has
+    all cases. `set_norm_grad` undoes this function.
 
     The backward pass needs the layer's output, so autograd refuses an operation that changes it in
     place, such as ``nn.ReLU(inplace=True)`` directly after the layer.
@@ -137,7 +133,7 @@ def _forward(
     return y
 
 
-class FastDora(CheckedLinear):
+class FastDora(peft_internals.DoraLinearVariant):
     """PEFT's DoRA on a linear layer, with the fast forward pass; the row norm is a constant."""
 
     forward = staticmethod(partial(_forward, slow=peft_internals.DoraLinearVariant))

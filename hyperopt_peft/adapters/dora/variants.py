@@ -144,26 +144,7 @@ def _without_bias(layer: Any, x: Tensor) -> Tensor:
     return peft_internals.convolution(layer, x, layer.get_base_layer().weight.to(x.dtype))
 
 
-class CheckedLinear(peft_internals.DoraLinearVariant):
-    """PEFT's variant for linear layers, with an error where an older PEFT unmerges wrongly."""
-
-    @staticmethod
-    def unmerge(module: lora.Linear, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """W0 from the merged weight.
-
-        Raises:
-            ProblemError: a ``Conv1D`` under PEFT before 0.21, which divides along the wrong axis.
-        """
-        if module.fan_in_fan_out and peft_internals.peft_before("0.21"):
-            raise ProblemError(
-                f"lora.{type(module).__name__}: this PEFT unmerges DoRA from a Conv1D wrongly; "
-                "install peft>=0.21 or load the base model again"
-            )
-        w0: Tensor = peft_internals.DoraLinearVariant.unmerge(module, active_adapter, orig_weight)
-        return w0
-
-
-class FullNormLinear(CheckedLinear):
+class FullNormLinear(peft_internals.DoraLinearVariant):
     """DoRA on a linear layer, with the row norm in the graph."""
 
     forward = staticmethod(adapted)
