@@ -18,15 +18,15 @@ from hyperopt_peft.cli.text import TaskName
 from hyperopt_peft.cli.text.data import read_files
 from hyperopt_peft.errors import ProblemError
 
-#: A small model for each task.
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+#: A small model for each task; the first is for all others.
 MODELS = {
+    "": "sentence-transformers/all-MiniLM-L6-v2",
     "causal-lm": "HuggingFaceTB/SmolLM2-135M",
     "seq2seq": "google/flan-t5-small",
     "sft": "Qwen/Qwen3-0.6B",
 }
+OF_TOKENS = ("causal-lm", "seq2seq", "sft")
 BATCH, FEWEST_STEPS = 16, 80  # with which an adapter learns at the rates below
-RATE, RATE_OF_TOKENS = 2e-3, 5e-4
 #: Columns that name the source of a row.
 SOURCES = ("source", "origin", "domain", "dataset", "corpus", "subset")
 WIDTH = 48  # of an option, before its comment
@@ -92,20 +92,20 @@ def run(argv: Sequence[str]) -> None:
 
 def options(command: InitArguments, files: list[str], rows: Dataset, found: Guess) -> list[str]:
     """The lines of the file: each option with a comment, in an order to read."""
-    number, stem = len(rows), Path(files[0]).stem
-    of_tokens = found.task in ("causal-lm", "seq2seq", "sft")
+    number, stem, of_tokens = len(rows), Path(files[0]).stem, found.task in OF_TOKENS
     on_head = command.command == "attribute" and found.task == "text-classification"
     epochs = math.ceil(FEWEST_STEPS * BATCH / (0.6 * number))  # bidora's search has .8² of the rows
     run_it = f"hyperopt-peft {command.command} {command.config_file}"
+    model = command.model or MODELS.get(found.task, MODELS[""])
     entries: list[tuple[str, Any, str]] = [
-        ("model", command.model or MODELS.get(found.task, MINILM), "a hub name or a local folder"),
+        ("model", model, "downloaded if new; or a folder: ./my-model"),
         ("task", found.task, found.summary),
         *_data(command, files, rows),
         *found.options(),
-        ("max_length", found.max_length, "tokens an example; longer ones are cut"),
+        ("max_length", 512 if of_tokens else 256, "tokens an example; longer ones are cut"),
         *_own(command.command, on_head),
         ("rank", 8, "of the adapter"),
-        ("learning_rate", RATE_OF_TOKENS if of_tokens else RATE, "peak, with linear decay"),
+        ("learning_rate", 5e-4 if of_tokens else 2e-3, "peak, with linear decay"),
         ("num_train_epochs", min(max(epochs, 3), 20), "passes over the training examples"),
         ("per_device_train_batch_size", BATCH, "examples a step; less if memory is short"),
         ("seed", 0, "of the start, the split and the order of examples"),
@@ -149,21 +149,18 @@ def _one(files: list[str] | None) -> str | list[str] | None:
 
 def _own(command: str, on_head: bool) -> list[tuple[str, Any, str]]:
     """The options of the command itself."""
-    if command == "train":
-        return [("method", "lora", "or dora, or bidora: magnitudes learned on other rows")]
-    if command == "compare":
-        methods = ["lora", "dora", "bidora"]
-        return [("methods", methods, ""), ("seeds", [0, 1, 2], "each method runs once a seed")]
-    if command == "mix":
-        return [("baseline_folds", 3, "of the trusted rows, to compare with simple ways; 0: none")]
-    return [
-        (
-            "score_model",
-            "head" if on_head else "adapter",
-            "head: a linear one, in seconds; or adapter",
-        ),
-        ("check", 20 if on_head else 0, "retrainings that say whether to rely on the scores"),
-    ]
+    model, comment = "head" if on_head else "adapter", "head: a linear one, in seconds; or adapter"
+    checks = "retrainings that say whether to rely on the scores"
+    own: dict[str, list[tuple[str, Any, str]]] = {
+        "train": [("method", "lora", "or dora, or bidora: magnitudes learned on other rows")],
+        "compare": [
+            ("methods", ["lora", "dora", "bidora"], ""),
+            ("seeds", [0, 1, 2], "each method runs once a seed"),
+        ],
+        "mix": [("baseline_folds", 3, "of the trusted rows, to compare with simple ways; 0: none")],
+        "attribute": [("score_model", model, comment), ("check", 20 if on_head else 0, checks)],
+    }
+    return own[command]
 
 
 def _line(name: str, value: Any, comment: str) -> str:
