@@ -35,13 +35,13 @@ from benchmarks.attribution.runs import (
 )
 from benchmarks.attribution.tables import SHARE, TASKS, WHOLE, check, tables_of, targets_of
 from benchmarks.measure import show
+from benchmarks.memory import peak_memory
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft.attribution.check import metasmoothness
 from hyperopt_peft.attribution.estimators import parse_estimator
 from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.attribution.suspects import suspects
-from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import registered
 
 SEEDS, RETRAININGS, DEVELOPMENT_RETRAININGS = (0, 1, 2), 50, 20

@@ -32,9 +32,9 @@ from benchmarks.estimators.breaks import found, in_one_process, refusal
 from benchmarks.estimators.levels import METHODS, Levels, encoder_problem, small_problems
 from benchmarks.estimators.peers import Peer, peers
 from benchmarks.measure import arguments, report, table
+from benchmarks.memory import peak_memory
 from benchmarks.pages import DOCS, ROOT, between, machine_line
 from hyperopt_peft import Problem, ProblemError, hypergradient
-from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.products import Passes

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Target, arguments, interleaved, ratio, report
+from benchmarks.memory import peak_memory
 from benchmarks.speed.mlp import batch, engine, networks, weighted_loss
 from benchmarks.speed.peers import betty, plain_loop, torchopt_root
 from hyperopt_peft import compare_hypergradients
-from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems import hypercleaning, logistic
 

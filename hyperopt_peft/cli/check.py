@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.hf_argparser import HfArg
@@ -140,8 +140,6 @@ def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> Report:
     several: dict[str, Any] = {f"{name}es": [pair[name] for pair in pairs] for name in pairs[0]}
     steps = command.solver_steps
     check = check_problem(upper, lower, **pairs[0], **several, solver_steps=steps, **shown)
-    # The notes are for a program's author: the levels have no optimizer, and may draw masks.
-    check = replace(check, findings=tuple(x for x in check.findings if x.severity != "note"))
     print(check, flush=True)
     found = len(check.findings)
     verdict = f"{found} finding{'s' * (found != 1)} at this point" if found else "nothing is amiss"

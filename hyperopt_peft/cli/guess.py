@@ -42,9 +42,11 @@ class Guess:
         if self.task == "sft":
             plain = [*self.texts] not in (["messages"], ["text"]) and len(self.texts) == 1
             return [("dataset_text_field", self.texts[0], "the text")] if plain else []
-        texts, label = ("text_columns", [*self.texts], "one text, or two"), "label_column"
-        comment = "a number to predict" if self.task == "regression" else "the classes"
-        if self.task == "token-classification":
+        texts: tuple[str, Any, str] = ("text_columns", [*self.texts], "one text, or two")
+        label, comment = "label_column", "the classes"
+        if self.task == "regression":
+            comment = "a number to predict"
+        elif self.task == "token-classification":
             texts, comment = ("tokens_column", self.texts[0], "lists of words"), "lists of tags"
         elif self.task in ("causal-lm", "seq2seq"):
             texts = ("text_columns", [*self.texts], "the text, or the prompt")
@@ -156,7 +158,7 @@ def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | N
     elif task is not None:
         numbers = []
     candidates = list(dict.fromkeys([*classes, *numbers]))
-    known = {name.lower(): name for name in candidates}
+    known: dict[str, str] = {name.lower(): name for name in candidates}
     named = [known[name] for name in LABELS if name in known]
     if named or len(candidates) == 1:
         return (named or candidates)[0]

@@ -65,7 +65,8 @@ class Verdict:
     def __str__(self) -> str:
         blocks = [f"weights after {self.learned.steps} updates\n{aligned(self._sources())}"]
         if self.comparison:
-            blocks.append(f"by folds of the trusted examples:\n{self.comparison}")
+            folds = len(self.comparison.row_weights)
+            blocks.append(f"by {folds} folds of the trusted examples:\n{self.comparison}")
         blocks += [f"the saved adapter: {self.saved}"] if self.saved else []
         return "\n\n".join([*blocks, *(f"warning: {note}" for note in self.notes)])
 

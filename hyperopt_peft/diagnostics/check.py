@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import cycle, islice
 from typing import Any
 
@@ -56,21 +55,17 @@ def check_problem(
     scalar with a gradient, is not finite, writes to a variable, or is not a function of its batch,
     the variables and PyTorch's random state. Warnings: no implicit term; f without second
     derivative; negative curvature; a linear system that ``solver_steps`` steps do not solve; a
-    lower level far from its minimum. Notes: dropout; buffers that a loss changes; a level without
-    optimizer.
+    lower level far from its minimum.
 
-    The distance from the lower minimum is measured by its effect on the hypergradient: the change
-    of the hypergradient by a Newton step on copies of w (by conjugate gradients, shortened until f
-    falls), divided by ‖direct‖ + ‖implicit‖. This ratio is invariant to factors of f, F and w. A
-    ratio above 0.1 is a warning. The ratio is that of one batch; if f is a mean over data, give a
-    large ``lower_batch``.
+    The distance from the lower minimum is measured by the change of the hypergradient by a Newton
+    step on copies of w (conjugate gradients, shortened until f falls), divided by ‖direct‖ +
+    ‖implicit‖, which is invariant to factors of f, F and w; above 0.1 it is a warning. It is that
+    of one batch: if f is a mean over data, give a large ``lower_batch``.
 
     `Check.signal_to_noise` is that of a hypergradient from one batch of each level, over several
-    pairs of batches and dropout masks at this point (`SignalToNoise`). A ratio below 1 is a
-    warning: an upper step then moves further along the noise than along the hypergradient.
-
-    `Check.curvature` has a damping for ``cg``, ``minres`` and ``warm`` and a ξ for ``darts``, both
-    in the units of this f.
+    pairs of batches and dropout masks (`SignalToNoise`); below 1 it is a warning, since an upper
+    step then moves further along the noise. `Check.curvature` has a damping for ``cg``, ``minres``
+    and ``warm`` and a ξ for ``darts``, in the units of this f.
 
     The cost is at most 5·``solver_steps`` second-derivative products and about twenty passes, and
     for each pair of batches ``solver_steps`` products and three passes. Variables, gradients,
@@ -120,8 +115,7 @@ def check_problem(
             examination.run()
     finally:
         restore_host_random_state(host)
-    order = ("error", "warning", "note")
-    findings = sorted(examination.findings, key=lambda finding: order.index(finding.severity))
+    findings = sorted(examination.findings, key=lambda finding: finding.severity)
     return Check(tuple(findings), examination.curvature, examination.signal_to_noise)
 
 
@@ -152,11 +146,6 @@ class _Examination:
 
     def run(self) -> None:
         oracle = self.oracle
-        for level in (oracle.upper, oracle.lower):
-            if level.optimizer is None:
-                words = "the level has no optimizer"
-                advice = "an Engine needs one for each level; a Trainer brings its own"
-                self._add("no optimizer", "note", level, words, advice)
         above = self._first_order(oracle.upper, oracle.upper_batch, oracle.upper_random)
         below = self._first_order(oracle.lower, oracle.lower_batch, oracle.lower_random)
         if above is None or below is None:
@@ -200,23 +189,14 @@ class _Examination:
         return evaluation
 
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> LossGradient:
-        buffers, lower = self.oracle.buffers, self.oracle.lower
+        lower = self.oracle.lower
         self.oracle.passes.count(gradients=1)
         with replay(random):  # F too is differentiated through the levels below the lower one
             if level is lower:
                 evaluation = lower.gradient(batch, self._variables)
             else:
                 evaluation = lower.gradient_above(level, batch, self._variables)
-        changed = sorted(set(buffers.changed()))
-        buffers.restore()
-        reported = {(finding.kind, finding.level) for finding in self.findings}
-        if changed and ("buffers", level.name) not in reported:
-            words = f"the loss changes the buffers {', '.join(changed)}"
-            advice = (
-                "hypergradients put them back, the level's own steps keep the change; "
-                "module.eval() stops it"
-            )
-            self._add("buffers", "note", level, words, advice)
+        self.oracle.buffers.restore()
         return evaluation
 
     def _edited(self, versions: list[int]) -> list[str]:
@@ -242,21 +222,15 @@ class _Examination:
         first: LossGradient,
         host: Mapping[str, Any],
     ) -> None:
-        """Add findings if the loss is random, or depends on other state than PyTorch's."""
-        if self._differs(level, first, self._evaluate(level, batch, random)):
-            restore_host_random_state(host)
-            of_host = not self._differs(level, first, self._evaluate(level, batch, random))
-            source = "draws from Python's or NumPy's generator" if of_host else "keeps a state"
-            words = f"two evaluations from one random state differ: the loss {source}"
-            advice = "draw with PyTorch's generators, and keep nothing from one call to the next"
-            self._add("not reproducible", "error", level, words, advice)
+        """Add a finding if the loss depends on other state than PyTorch's."""
+        if not self._differs(level, first, self._evaluate(level, batch, random)):
             return
-        devices = devices_of(self.oracle.upper, self.oracle.lower)
-        other = RandomState.seeded(devices, self.seed, "another")
-        if self._differs(level, first, self._evaluate(level, batch, other)):
-            words = "the loss draws random numbers, such as dropout masks"
-            advice = "all passes of one hypergradient see the same ones; module.eval() stops it"
-            self._add("random", "note", level, words, advice)
+        restore_host_random_state(host)
+        of_host = not self._differs(level, first, self._evaluate(level, batch, random))
+        source = "draws from Python's or NumPy's generator" if of_host else "keeps a state"
+        words = f"two evaluations from one random state differ: the loss {source}"
+        advice = "draw with PyTorch's generators, and keep nothing from one call to the next"
+        self._add("not reproducible", "error", level, words, advice)
 
     def _differs(self, level: Problem, one: LossGradient, other: LossGradient) -> bool:
         """Whether two evaluations differ by more than the rounding of sums in another order."""
@@ -272,7 +246,7 @@ class _Examination:
         unread = [
             (lower, n) for n, g in zip(lower.names, below[count:]) if g is None or n in lower.unread
         ]
-        both, options = zip(upper.names, upper.variables, above, below), self._options
+        both, options = zip(upper.names, upper.variables, above, below), read_by_options(lower)
         unread += [
             (upper, n)
             for n, x, f, g in both
@@ -293,13 +267,8 @@ class _Examination:
         if all(g is None for g in below[:count]):
             self._no_mixed()
 
-    @cached_property
-    def _options(self) -> set[int]:
-        """The ids of the variables that the lower optimizer's options are functions of."""
-        return read_by_options(self.oracle.lower)
-
     def _no_mixed(self) -> None:
-        if self._options:  # u acts through the optimizer, without a derivative of f
+        if read_by_options(self.oracle.lower):  # u acts through the optimizer, not through f
             return
         words = "∂²f/∂u∂w is zero here: the upper variables do not move the lower minimum"
         advice = (
@@ -339,9 +308,7 @@ class _Examination:
             self._add("negative curvature", "warning", lower, words, advice)
         if curvature.residual > 0.1:
             words = (
-                f"after {self.solver_steps} steps of minres the residual is still "
-                f"{curvature.residual:.2g}; the condition number is {curvature.condition:.1g} "
-                "or more"
+                f"{self.solver_steps} steps of minres leave a residual of {curvature.residual:.2g}"
             )
             advice = (
                 f"give the solver more steps or damping={curvature.damping():.2g}, or "

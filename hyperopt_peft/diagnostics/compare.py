@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from tqdm.auto import tqdm
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
-from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.diagnostics.progress import counted
 from hyperopt_peft.diagnostics.retraining import Coordinates, Retraining
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -23,6 +21,7 @@ from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, estimat
 from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator, with_options
+from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.vector import Vector, dot
 
 
@@ -40,7 +39,6 @@ class ComparisonRow:
         spread: the standard deviation of h over the repeats, divided by the norm of the mean.
         gradients, products: the numbers of forward+backward and of second backward passes.
         seconds: the time of one estimate.
-        peak_memory: the additional memory in bytes; None if not measured.
         note: the first note, for example on negative curvature or a dominant damping.
         problem: the error of an estimator without a result.
     """
@@ -55,7 +53,6 @@ class ComparisonRow:
     gradients: int = 0
     products: int = 0
     seconds: float = float("nan")
-    peak_memory: int | None = None
     note: str = ""
     problem: str = ""
 
@@ -65,8 +62,7 @@ class Comparison:
     """A table of `ComparisonRow`s, to print or to read by ``records()``.
 
     ``reference_residual`` is the largest residual of the reference's solves, or the relative error
-    of a retraining; None if unknown. ``reference_note`` is the reference's note. ``spectrum`` has
-    the extreme eigenvalues of the lower Hessian if an estimator or the reference has a damping.
+    of a retraining; None if unknown. ``reference_note`` is the reference's note.
 
     Example:
         >>> row = ComparisonRow("darts", cosine=0.9, relative_error=0.5)
@@ -79,7 +75,6 @@ class Comparison:
     reference_note: str
     repeats: int
     rows: tuple[ComparisonRow, ...]
-    spectrum: Spectrum | None = None
 
     def records(self) -> list[dict[str, Any]]:
         """One plain dict for each estimator."""
@@ -87,7 +82,7 @@ class Comparison:
 
     def __str__(self) -> str:
         head = ("estimator", "cosine", "rel. error", "norm ratio", "factor", "residual", "spread")
-        table: list[tuple[str, ...]] = [(*head, "fwd+bwd", "products", "seconds", "MB")]
+        table: list[Sequence[str]] = [(*head, "fwd+bwd", "products", "seconds")]
         for row in self.rows:
             numbers = (
                 (row.cosine, ".4f"),  # NaN for a zero estimate
@@ -99,15 +94,9 @@ class Comparison:
                 (row.gradients, "d"),
                 (row.products, "d"),
                 (row.seconds, ".3g"),
-                (None if row.peak_memory is None else row.peak_memory / 2**20, ".1f"),
             )
             table.append((row.estimator, *(_cell(*number) for number in numbers)))
-        if all(row.peak_memory is None for row in self.rows):
-            table = [cells[:-1] for cells in table]
-        first, *widths = (max(map(len, column)) for column in zip(*table))
-        lines = [
-            "  ".join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in table
-        ]
+        lines = [aligned(table)]
         said = ((row.estimator, row.problem or row.note) for row in self.rows)
         lines += [f"{estimator}: {text}" for estimator, text in said if text]
         residual = self.reference_residual
@@ -128,7 +117,6 @@ def compare_hypergradients(
     *,
     upper_batch: Any = NEXT,
     lower_batch: Any = NEXT,
-    memory: bool = False,
     progress: bool = True,
 ) -> Comparison:
     """Compare the estimates of ``estimators`` at the current point with a reference.
@@ -152,7 +140,6 @@ def compare_hypergradients(
         seed: the seed of the random numbers.
         upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
             for a Trainer have no data, and need batches.
-        memory: whether to measure the peak memory, by one more run of each estimator.
         progress: whether to show progress bars.
 
     Raises:
@@ -182,17 +169,12 @@ def compare_hypergradients(
 
     seeds = range(repeats)
     runs: list[list[_Run] | ProblemError | NonFiniteError] = []
-    most = (len(chosen) + (not isinstance(truth, Retraining))) * repeats
-    with tqdm(total=most, desc="estimates", disable=not progress) as bar:
-        if not isinstance(truth, Retraining):
-            solved = [_ticked(bar, "reference", oracle(k), truth) for k in seeds]
-            truths = [_Truth(run.estimate.hypergradient) for run in solved]
-            residual, note = _largest_residual(solved), _first_note(solved)
-        for name, estimator in chosen:
-            try:
-                runs.append([_ticked(bar, name, oracle(k), estimator) for k in seeds])
-            except (ProblemError, NonFiniteError) as error:
-                runs.append(error)
+    residual: float | None
+    for _, estimator in tqdm(chosen, desc="estimates", disable=not progress):
+        try:
+            runs.append([_run(oracle(k), estimator) for k in seeds])
+        except (ProblemError, NonFiniteError) as error:
+            runs.append(error)
     if isinstance(truth, Retraining):
         done = [each for each in runs if isinstance(each, list)]
         measured = [
@@ -200,6 +182,10 @@ def compare_hypergradients(
         ]
         truths = [_Truth(c.slopes, c.project) for c in measured]
         residual, note = max(c.error for c in measured), measured[0].note
+    else:
+        solved = [_run(oracle(k), truth) for k in seeds]
+        truths = [_Truth(run.estimate.hypergradient) for run in solved]
+        residual, note = _largest_residual(solved), _first_note(solved)
     ends = None
     if any(option(e, "damping") for e in (truth, *(e for _, e in chosen))):
         ends = spectrum(upper, lower, **batches, seed=seed)
@@ -208,12 +194,9 @@ def compare_hypergradients(
         if not isinstance(repeated, list):
             rows.append(ComparisonRow(name, problem=str(repeated)))
             continue
-        peak = None
-        if memory:
-            peak = peak_memory(partial(_run, oracle(0), estimator), upper.devices[0])
-        rows.append(_row(name, repeated, truths, peak, _dominance(estimator, ends)))
+        rows.append(_row(name, repeated, truths, _dominance(estimator, ends)))
     note = "; ".join(filter(None, (_dominance(truth, ends), note)))
-    return Comparison(_label(reference), residual, note, repeats, tuple(rows), ends)
+    return Comparison(_label(reference), residual, note, repeats, tuple(rows))
 
 
 def _label(estimator: EstimatorLike) -> str:
@@ -274,13 +257,6 @@ def _run(oracle: Oracle, estimator: Estimator) -> _Run:
     return _Run(result, oracle.passes.gradients, oracle.passes.products, seconds)
 
 
-def _ticked(bar: Any, name: str, oracle: Oracle, estimator: Estimator) -> _Run:
-    bar.set_postfix_str(name)
-    run = _run(oracle, estimator)
-    bar.update()
-    return run
-
-
 def _retrained(
     oracle: Oracle, truth: Retraining, estimates: Sequence[Estimate], progress: bool
 ) -> Coordinates:
@@ -290,9 +266,7 @@ def _retrained(
         return truth.coordinates(oracle, parts)
 
 
-def _row(
-    name: str, runs: Sequence[_Run], truths: Sequence[_Truth], memory: int | None, note: str
-) -> ComparisonRow:
+def _row(name: str, runs: Sequence[_Run], truths: Sequence[_Truth], note: str) -> ComparisonRow:
     estimates = [run.estimate.hypergradient for run in runs]
     mean = sum(estimates[1:], start=estimates[0]) / len(estimates)
     variance = statistics.fmean((h - mean).norm() ** 2 for h in estimates)
@@ -316,7 +290,6 @@ def _row(
         gradients=runs[0].gradients,
         products=runs[0].products,
         seconds=statistics.median(run.seconds for run in runs),
-        peak_memory=memory,
         note="; ".join(filter(None, (note, _first_note(runs)))),
     )
 

@@ -48,12 +48,6 @@ class Spectrum:
         """``|λ|max``, the spectral radius."""
         return max(abs(self.smallest), abs(self.largest))
 
-    @property
-    def condition(self) -> float:
-        """``|λ|max/|λ|min`` of the two estimates, a lower bound of the condition number of H."""
-        least = min(abs(self.smallest), abs(self.largest))
-        return self.radius / least if least else math.inf
-
     def damping(self) -> float:
         """The least δ ≥ 0 for which H + δI is positive definite with condition number κ = 10.
 

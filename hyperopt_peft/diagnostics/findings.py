@@ -7,15 +7,15 @@ from typing import Literal
 
 from hyperopt_peft.diagnostics.curvature import Curvature
 
-Severity = Literal["error", "warning", "note"]
+Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
 class Finding:
     """One finding: its ``kind``, the name of the ``level``, a description, and advice.
 
-    The severity is ``"error"`` if training fails or hypergradients are wrong, ``"warning"`` if
-    hypergradients are inaccurate or useless, ``"note"`` if nothing has to change.
+    The severity is ``"error"`` if training fails or hypergradients are wrong, and ``"warning"`` if
+    hypergradients are inaccurate or useless.
     """
 
     kind: str
@@ -42,8 +42,8 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether there are no errors and no warnings."""
-        return all(finding.severity == "note" for finding in self.findings)
+        """Whether nothing was found."""
+        return not self.findings
 
     def __str__(self) -> str:
         lines = [*map(str, self.findings)] or ["nothing was found"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow, option
 from hyperopt_peft.diagnostics.retraining import Retraining
-from hyperopt_peft.hypergradients import get_estimator, registered
+from hyperopt_peft.hypergradients import get_estimator
 
 # The limits of an acceptable estimate, and of its reference; see `ComparisonRow`.
 MIN_COSINE = 0.95
@@ -33,10 +33,8 @@ class Recommendation:
 def recommend(comparison: Comparison) -> Recommendation:
     """The fastest estimator with a cosine of at least 0.95 and a relative error of at most 0.3.
 
-    The reasons include warnings of a reference that did not converge and of a damping that
-    dominates the Hessian, and name estimators without a result. The ξ of ``darts`` is the
-    least-squares one: ξ = ⟨d, t − e⟩/⟨d, d⟩, with the direct term e, the implicit term d at ξ = 1
-    and the reference t.
+    The reasons include warnings of a reference that did not converge, and name estimators without a
+    result. The ξ of ``darts`` is the least-squares one, `ComparisonRow.factor` times its own.
 
     Example:
         >>> from hyperopt_peft import compare_hypergradients
@@ -55,12 +53,11 @@ def recommend(comparison: Comparison) -> Recommendation:
         row for row in rows if row.cosine >= MIN_COSINE and row.relative_error <= MAX_RELATIVE_ERROR
     ]
     bounds = f"cosine ≥ {MIN_COSINE} and relative error ≤ {MAX_RELATIVE_ERROR}"
-    best = min(near, key=lambda row: row.seconds) if near else None
+    best = min(near, key=lambda row: row.seconds, default=None)
     if best is not None:
         reasons.append(
             f"Use {best.estimator}: of {len(near)} within {bounds} it is the quickest, "
-            f"{best.seconds:.3g} s (cosine {best.cosine:.3f}, relative error "
-            f"{best.relative_error:.2g})."
+            f"{best.seconds:.3g} s ({_errors(best)})."
         )
         if best.estimator.partition(":")[0] == "direct":
             reasons.append(
@@ -70,21 +67,13 @@ def recommend(comparison: Comparison) -> Recommendation:
     elif rows:
         closest = min(rows, key=lambda row: row.relative_error)
         reasons.append(
-            f"None is within {bounds}; the closest is {closest.estimator} (cosine "
-            f"{closest.cosine:.3f}, relative error {closest.relative_error:.2g}): give it more "
-            f"steps or terms, or use the reference, {comparison.reference}."
+            f"None is within {bounds}; the closest is {closest.estimator} ({_errors(closest)}): "
+            f"give it more steps or terms, or use the reference, {comparison.reference}."
         )
     else:
         reasons.append("No estimator gave a number that can be compared.")
-    reasons += [
-        f"Warning: {row.estimator}: {row.note}."
-        for row in rows
-        if comparison.spectrum and comparison.spectrum.dominated_by(_option(row, "damping") or 0.0)
-    ]
-    darts = ((_xi(row), row.factor) for row in rows)
-    best_xis = (xi * factor for xi, factor in darts if xi is not None and not math.isnan(factor))
-    xi = next((max(0.0, best_xi) for best_xi in best_xis), None)
-    if xi is not None:
+    xi = next((row.factor * xi for row in rows if (xi := _xi(row)) is not None), math.nan)
+    if not math.isnan(xi):
         reasons.append(
             f"darts comes closest to the reference with ξ = {xi:.2g}."
             if xi > 0
@@ -94,30 +83,32 @@ def recommend(comparison: Comparison) -> Recommendation:
     reasons += [
         f"{row.estimator} gave no number: {row.problem}" for row in comparison.rows if row.problem
     ]
-    return Recommendation(None if best is None else best.estimator, tuple(reasons), xi)
+    estimator = None if best is None else best.estimator
+    return Recommendation(estimator, tuple(reasons), None if math.isnan(xi) else max(0.0, xi))
+
+
+def _errors(row: ComparisonRow) -> str:
+    return f"cosine {row.cosine:.3f}, relative error {row.relative_error:.2g}"
 
 
 def _of_reference(comparison: Comparison) -> list[str]:
-    warnings = []
-    residual, name = comparison.reference_residual, comparison.reference.partition(":")[0]
+    """What is doubtful in the reference."""
+    warnings, residual = [], comparison.reference_residual
+    retrained = comparison.reference.startswith(Retraining.name)
     if residual is not None and not residual <= MAX_RESIDUAL:
         of, advice = "residual", "raise its steps or its damping"
-        if name == Retraining.name:
+        if retrained:
             of, advice = "relative error", "raise its steps or lr, or set its epsilon"
         warnings.append(
             f"Warning: the reference is itself uncertain, {of} {residual:.3g} > "
             f"{MAX_RESIDUAL}, and so is what follows; {advice}."
         )
-    if comparison.reference_note and name != Retraining.name:
+    if comparison.reference_note and not retrained:
         warnings.append(f"Warning: of the reference: {comparison.reference_note}.")
     return warnings
 
 
-def _option(row: ComparisonRow, name: str) -> float | None:
-    """The value of a numeric option of the row's estimator; None if it has no such option."""
-    has_name = row.estimator.partition(":")[0] in registered()
-    return option(get_estimator(row.estimator), name) if has_name else None
-
-
 def _xi(row: ComparisonRow) -> float | None:
-    return _option(row, "xi") if row.estimator.partition(":")[0] == "darts" else None
+    """The ξ of the row's estimator, if it is darts with a number."""
+    is_darts = row.estimator.partition(":")[0] == "darts"
+    return option(get_estimator(row.estimator), "xi") if is_darts else None

@@ -31,14 +31,6 @@ class Buffers:
                 before = None if buffer is None else buffer.detach().clone()
                 self._seen[key] = (module, buffer, before)
 
-    def changed(self) -> list[str]:
-        """The names, ``Module.buffer``, of the buffers whose values have changed."""
-        return [
-            f"{type(module).__name__}.{name}"
-            for (_, name), (module, _, before) in self._seen.items()
-            if not _equal(module._buffers[name], before)
-        ]
-
     @torch.no_grad()
     def restore(self) -> None:
         """Restore every buffer: one changed in place, replaced, or created in place of None."""
@@ -52,10 +44,6 @@ class Buffers:
             torch._foreach_copy_(buffers, before)
         for (_, name), (module, buffer, _) in self._seen.items():
             module._buffers[name] = buffer
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 @contextmanager

@@ -181,17 +181,15 @@ def test_a_second_derivative_that_is_not_finite():
     assert "Hessian-vector product is not finite" in finding_of(check, "not finite").words
 
 
-def test_buffers_and_masks_are_notes_and_training_goes_on_as_if_nothing_had_been_checked():
+def test_training_goes_on_as_if_nothing_had_been_checked():
+    """Of levels with buffers and dropout."""
     runs = []
     for look in (False, True):
         upper, lower = network_levels()
         if look:
             buffers = {k: b.clone() for k, b in upper.net.named_buffers()}
-            check = examine(upper, lower)
+            examine(upper, lower)
             assert differences(buffers, dict(upper.net.named_buffers())) == []
-            assert sorted(kinds(check, "note")) == ["buffers", "buffers", "random", "random"]
-            words = [f.words for f in check.findings if f.kind == "buffers"]
-            assert all("BatchNorm1d.running_mean" in text for text in words)
         torch.manual_seed(3)
         engine = Engine(upper, lower, "darts", lower_steps=2, progress=False)
         engine.run(3)
@@ -240,9 +238,7 @@ def test_an_ill_conditioned_lower_level():
     check = examine(upper, lower)
     assert kinds(check, "error", "warning") == ["ill-conditioned"]
     finding = finding_of(check, "ill-conditioned")
-    assert finding.words.startswith("after 10 steps of minres the residual is still 0.")
-    assert 10 < check.curvature.condition <= 1e4
-    assert kinds(check, "note") == ["no optimizer", "no optimizer"]
+    assert finding.words.startswith("10 steps of minres leave a residual of 0.")
     assert "ill-conditioned" not in kinds(examine(upper, lower, solver_steps=400), "warning")
 
 
@@ -332,11 +328,10 @@ def test_a_loss_without_a_gradient():
 
 
 def test_the_worst_comes_first():
-    pair = Pair(lambda w, u: random.random() * w.sum() + torch.rand(()) * 0)
-    pair.upper.optimizer = None
+    pair = Pair(lambda w, u: random.random() * w.sum())
     pair.upper.function = lambda _: pair.u.square().sum()
     severities = [finding.severity for finding in pair.check().findings]
-    assert severities == ["error", "warning", "note"]
+    assert severities == ["error", "warning"]
 
 
 def test_levels_without_data_are_given_batches():

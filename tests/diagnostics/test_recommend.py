@@ -5,7 +5,6 @@ import math
 import pytest
 
 from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow
-from hyperopt_peft.diagnostics.curvature import Spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
 
 
@@ -13,8 +12,8 @@ def row(method, cosine=0.99, error=0.1, seconds=1.0, problem="", factor=math.nan
     return ComparisonRow(method, cosine, error, 1.0, factor, seconds=seconds, problem=problem)
 
 
-def comparison(*rows, residual=0.01, note="", reference="minres:steps=40", spectrum=None):
-    return Comparison(reference, residual, note, 3, rows, spectrum)
+def comparison(*rows, residual=0.01, note="", reference="minres:steps=40"):
+    return Comparison(reference, residual, note, 3, rows)
 
 
 def test_the_quickest_within_both_thresholds():
@@ -89,10 +88,3 @@ def test_the_xi_of_darts_that_is_closest_to_the_reference(factor, xi):
 
 def test_the_xi_of_a_rate_is_no_number():
     assert recommend(comparison(row("darts:xi=lr", factor=0.5))).xi is None
-
-
-def test_a_damping_that_dominates_is_warned_of():
-    rows = row("cg:damping=1"), row("cg:damping=0.1")
-    result = recommend(comparison(*rows, spectrum=Spectrum(-0.1, 0.5)))
-    assert [r for r in result.reasons if "cg:damping=1:" in r]
-    assert not [r for r in result.reasons if "cg:damping=0.1:" in r]

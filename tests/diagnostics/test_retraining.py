@@ -222,10 +222,9 @@ def test_a_dominating_damping_flatters_darts_and_the_retraining_does_not() -> No
     assert flattered.rows[0].cosine > 0.99
     assert "damping 5 dominates the Hessian" in flattered.reference_note
     assert "damping 5 dominates the Hessian" in str(flattered)
-    assert flattered.spectrum is not None and flattered.spectrum.radius == pytest.approx(0.5)
     reference = "retraining:steps=20,directions=1"
     free = compare_hypergradients(upper, lower, method, reference, repeats=1)
-    assert free.rows[0].cosine < 0.95 and free.spectrum is None
+    assert free.rows[0].cosine < 0.95
 
 
 def test_levels_of_a_trainer_are_given_batches() -> None:
@@ -240,5 +239,5 @@ def test_levels_of_a_trainer_are_given_batches() -> None:
     batches = {"upper_batch": torch.tensor(2.0), "lower_batch": torch.tensor(3.0)}
     levels = FunctionLevel(loss, [u]), FunctionLevel(loss, [w])
     reference = "retraining:steps=2,lr=0.1,directions=1"
-    compare_hypergradients(*levels, ["darts", "cg:damping=1"], reference, **batches, memory=True)
+    compare_hypergradients(*levels, ["darts", "cg:damping=1"], reference, **batches)
     assert seen == {2.0, 3.0}

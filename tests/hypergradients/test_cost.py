@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import peak_memory
 from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.core.examples import WeightedExamples
-from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients import get_estimator, registered
 from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.utils import reductions

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from benchmarks.memory import peak_memory
 from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
-from hyperopt_peft.diagnostics.memory import peak_memory
 from hyperopt_peft.hypergradients.estimate import estimate
 from tests.support.by_hand import (
     BATCHES,

@@ -120,30 +120,26 @@ class Conversations:
         if len({type(value) for value in values}) > 1:
             raise ProblemError(f"{values[0]!r} and {values[1]!r}: give two texts, or two lists")
         for column, value in zip(self.columns, values, strict=True):
-            if isinstance(value, str) and column != "messages":
-                if not value.strip():
-                    raise ProblemError(f"{column!r} has {value!r}; fill it or remove the row")
-            else:
+            if not isinstance(value, str) or column == "messages":
                 self._check_messages(column, value)
+            elif not value.strip():
+                raise ProblemError(f"{column!r} has {value!r}; fill it or remove the row")
 
     def _check_messages(self, column: str, messages: Any) -> None:
-        if not isinstance(messages, list) or not messages:
-            raise ProblemError(f"{column!r} has {messages!r}, not a list of messages")
-        for message in messages:
-            role = message.get("role") if isinstance(message, Mapping) else None
-            if not isinstance(role, str) or not role.strip():
-                raise ProblemError(
-                    f"{column!r} has the message {message!r}, without a role; give each message a "
-                    "'role' and a 'content'"
-                )
-            content = message.get("content")
-            blank = not content or (isinstance(content, str) and not content.strip())
-            if blank and role == "assistant" and not message.get("tool_calls"):
-                raise ProblemError(
-                    f"{column!r} has an empty message of the assistant; fill it or remove the row"
-                )
+        wrong = ""
         if not self.chat_template:
-            raise ProblemError(
-                f"{column!r} has messages, and the tokenizer no chat template; give "
-                "chat_template_path, or texts"
+            wrong = (
+                "messages, and the tokenizer no chat template; give chat_template_path, or texts"
             )
+        elif not isinstance(messages, list) or not messages:
+            wrong = f"{messages!r}, not a list of messages"
+        for message in () if wrong else messages:
+            role = message.get("role") if isinstance(message, Mapping) else None
+            if not role:
+                wrong = f"{message!r}, without a role; give each message a 'role' and a 'content'"
+            elif role == "assistant" and not (
+                message.get("tool_calls") or str(message.get("content") or "").strip()
+            ):
+                wrong = "an empty message of the assistant; fill it or remove the row"
+        if wrong:
+            raise ProblemError(f"{column!r} has {wrong}")
