@@ -29,7 +29,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class HypergradientWarning(UserWarning):
-    """An estimate whose residual says that its implicit term is far off."""
+    """An estimate whose implicit term is far off, by its residual, or left out where F needs it."""
 
 
 NON_FINITE_ADVICE = (

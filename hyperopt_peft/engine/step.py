@@ -9,6 +9,7 @@ The estimator evaluates f on the batch and the random numbers of the last lower 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from torch import Tensor
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
-from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
@@ -234,10 +235,12 @@ class BilevelStep:
         F's random numbers are a function of the seed and ``number``, that of the upper step.
 
         Raises:
-            ProblemError: at the first step, no loss reads an upper variable, or F does not and
-                the estimator is direct.
+            ProblemError: at the first step, no loss reads an upper variable.
             NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite; or
                 no lower step was recorded since `forget`.
+
+        Warns:
+            HypergradientWarning: the estimator is `Direct`, and F does not read a variable.
         """
         if self.last is None:
             raise NonFiniteError(
@@ -298,13 +301,15 @@ class BilevelStep:
         )
 
     def _require_read(self, of_u: Sequence[Tensor | None]) -> None:
-        """Raise ProblemError where no gradient will ever reach an upper variable."""
+        """Raise ProblemError where no loss reads an upper variable; warn where direct is 0."""
         require_read(self.upper, of_u, besides=self._unread)
         names = [n for n, g in zip(self.upper.names, of_u, strict=True) if g is None]
         if names and isinstance(self.estimator, Direct):
-            raise ProblemError(
-                f"{self.upper.name}: the loss does not read {names[0]!r}, and direct has no other "
-                "gradient of it; choose an estimator with an implicit term, such as darts"
+            warnings.warn(
+                f"{self.upper.name}: the loss does not read {names[0]!r}, which direct therefore "
+                "never moves; choose an estimator with an implicit term, such as darts",
+                HypergradientWarning,
+                stacklevel=2,
             )
 
     def _seeded(self, *key: int | str) -> RandomState:
