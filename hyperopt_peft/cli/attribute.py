@@ -35,11 +35,12 @@ from hyperopt_peft.cli.train import evaluated, save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.validation import require_count
 
 ROW, SLICE, UNROLLED = "row", "slice", "unrolled"
 #: The trainings without random rows of `retrain_without`.
 DRAWS = 5
+#: The rows at each end in tables and picture.
+SHOWN = 10
 
 
 @dataclass
@@ -69,7 +70,6 @@ class AttributeArguments(OutputArguments):
         "examples, which are then neither trained nor evaluated on",
     )
     memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
-    show: int = HfArg(default=10, help="rows at each end, in table and picture")
 
     def __post_init__(self) -> None:
         if self.estimator is not None:
@@ -80,7 +80,6 @@ class AttributeArguments(OutputArguments):
                 raise ProblemError(f"{name}: must be 0 or at least {least}, got {value}")
         if not self.memory_limit > 0:  # nan neither
             raise ProblemError(f"memory_limit: must be positive, got {self.memory_limit}")
-        require_count("show", self.show, least=0)
         if self.retrain_without is not None and not 0 < self.retrain_without < 1:
             raise ProblemError(f"retrain_without: must be in (0, 1), got {self.retrain_without}")
         if self.test_file and self.retrain_without is None:
@@ -239,7 +238,7 @@ class Scored:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.result.to_csv(self.folder / "attribution.csv", self.columns)
-            self.result.plot(self.folder / "attribution.png", self.command.show)
+            self.result.plot(self.folder / "attribution.png", SHOWN)
             record = json.dumps(self.record, indent=1)
             (self.folder / "attribution.json").write_text(f"{record}\n")
             self._report(self.folder / "attribution.png").write(self.folder)
@@ -254,7 +253,7 @@ class Scored:
             check = result.check(command.check, seed=seed)
             by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
             yield self.write("\n".join([f"check: {check}", *by_slice]), check=check.record())
-        yield result.table(command.show).partition("\nthese scores are")[0]
+        yield result.table(SHOWN).partition("\nthese scores are")[0]
         if not command.check:
             yield self._cost("unchecked: --check 20", 20, "and tells whether to rely on the scores")
         if command.suspects:
@@ -262,7 +261,7 @@ class Scored:
             suspects = result.suspects(command.suspects, seed=seed)
             flagged = [int(row in suspects.flagged) for row in range(len(result.scores))]
             self.columns = {"suspect": flagged, "label_confidence": suspects.confidence.tolist()}
-            doubtful = [result.line(row) for row in suspects.flagged[: command.show]]
+            doubtful = [result.line(row) for row in suspects.flagged[:SHOWN]]
             text = "\n".join([f"suspects: {suspects}", *doubtful])
             yield self.write(text, suspects=suspects.record())
         if test is not None and command.retrain_without is not None:
@@ -278,7 +277,7 @@ class Scored:
         verdict = f"{hurt} of {seen} training rows hurt on the evaluation examples"
         if removal := self.record.get("removal"):
             verdict = f"{verdict}; {removal['verdict']}"
-        ends = zip(("Rows that hurt most", "Rows that help most"), result.ends(self.command.show))
+        ends = zip(("Rows that hurt most", "Rows that help most"), result.ends(SHOWN))
         return Report(
             "attribute",
             verdict,

@@ -10,12 +10,10 @@ import ast
 import json
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import MISSING, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Any, get_args, get_origin, get_type_hints
 
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.config import divided, option
@@ -97,7 +95,7 @@ def require_names(command: str, argv: Sequence[str]) -> None:
 
 
 def page(command: str, *, everything: bool = False) -> str:
-    """The help of ``command``: its own options, then, with ``everything``, those of Transformers.
+    """The help of ``command``; with ``everything`` the names of all options of Transformers too.
 
     Example:
         >>> print(page("merge").partition("\\n\\n")[0])
@@ -105,59 +103,29 @@ def page(command: str, *, everything: bool = False) -> str:
     """
     usage = "FILE [FILE ...] [options]" if command == "init" else "[config.yaml] [options]"
     lines = [f"usage: hyperopt-peft {command} {usage}", "", f"{COMMANDS[command]}."]
-    groups = dict(listing()[command])
-    known = {name for options in groups.values() for name, *_ in options}
-    if everything and "learning_rate" in known:
-        from transformers import TrainingArguments
-
-        rest = (row for row in rows_of(TrainingArguments) if row[0] not in known)
-        groups["all other arguments of transformers.TrainingArguments"] = [*rest]
-    for title, options in groups.items():
+    for title, options in listing()[command].items():
         lines += ["", f"{title}:", *(line for row in options for line in _entry(*row))]
-    if not everything and "learning_rate" in known:
-        lines += ["", "--help_all adds the other arguments of transformers.TrainingArguments."]
+    own = {name for options in listing()[command].values() for name, *_ in options}
+    if "learning_rate" in own:
+        rest = "--help_all names them"
+        if everything:
+            rest = ", ".join(sorted(training_names() - own))
+        text = f"All other fields of transformers.TrainingArguments are options too: {rest}."
+        lines += ["", *textwrap.wrap(text, _width())]
     return "\n".join(lines)
 
 
+def _width() -> int:
+    return min(get_terminal_size().columns, 100)
+
+
 def _entry(name: str, kind: str, default: str, text: str) -> Iterable[str]:
-    head, width = f"  --{name} {kind}".rstrip(), min(get_terminal_size().columns, 100)
+    head = f"  --{name} {kind}".rstrip()
     text = f"{text} ({default})" if default else text
-    body = textwrap.wrap(" ".join(text.split()), max(width - INDENT, 30))
+    body = textwrap.wrap(" ".join(text.split()), max(_width() - INDENT, 30))
     if len(head) > INDENT - 2:
         yield head
         head = ""
     for part in body:
         yield f"{head:{INDENT}}{part}"
         head = ""
-
-
-def rows_of(kind: Any) -> Iterable[list[str]]:
-    """Name, type, default and help of each field of the dataclass ``kind``."""
-    hints = get_type_hints(kind)
-    for field in fields(kind):
-        if not field.init:
-            continue
-        value = field.default
-        if field.default_factory is not MISSING:
-            value = field.default_factory()
-        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if isinstance(value, bool):
-            text = str(value).lower()
-        if value is MISSING:
-            text = "required"
-        elif value in (None, False, ""):
-            text = ""
-        yield [field.name, _kind(hints[field.name], value), text, field.metadata.get("help", "")]
-
-
-def _kind(hint: Any, value: Any) -> str:
-    """A word for the values of a type, "" for a flag."""
-    names = {bool: "" if value is False else "{true,false}", int: "INT", float: "NUMBER"}
-    if hint in names:
-        return names[hint]
-    if get_origin(hint) is list:
-        return f"{_kind(get_args(hint)[0], value)} ..."
-    choices = [arg for arg in get_args(hint) if arg is not type(None)]
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return f"{{{','.join(choices)}}}"
-    return _kind(choices[0], value) if len(choices) == 1 else "TEXT"

@@ -57,6 +57,8 @@ def _run(name: str, options: Sequence[str]) -> None:
     """Import the command, which takes seconds, and run it."""
     # Of a kernel that is not installed, said to each user of Transformers with bitsandbytes.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if sys.stderr.isatty():
+        print("loading PyTorch and Transformers …", file=sys.stderr)
     module = import_module(f"hyperopt_peft.cli.{name}")
     if not sys.stderr.isatty():  # a log file wants no bars
         import datasets

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
 from hyperopt_peft.cli import COMMANDS
-from hyperopt_peft.cli.listing import FILE, rows_of
+from hyperopt_peft.cli.listing import FILE
 
 #: Arguments of `transformers.TrainingArguments` that every training needs, with a short help.
 COMMON = {
@@ -58,6 +60,38 @@ def own_rows(kind: type) -> list[list[str]]:
         if row[0] in ("output_dir", "report_to"):  # their defaults change with versions
             row[1:3] = ["TEXT", ""]
     return [*common, *(row for name, row in rows.items() if name not in inherited)]
+
+
+def rows_of(kind: Any) -> Iterable[list[str]]:
+    """Name, type, default and help of each field of the dataclass ``kind``."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if not field.init:
+            continue
+        value = field.default
+        if field.default_factory is not MISSING:
+            value = field.default_factory()
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if isinstance(value, bool):
+            text = str(value).lower()
+        if value is MISSING:
+            text = "required"
+        elif value in (None, False, ""):
+            text = ""
+        yield [field.name, _kind(hints[field.name], value), text, field.metadata.get("help", "")]
+
+
+def _kind(hint: Any, value: Any) -> str:
+    """A word for the values of a type, "" for a flag."""
+    names = {bool: "" if value is False else "{true,false}", int: "INT", float: "NUMBER"}
+    if hint in names:
+        return names[hint]
+    if get_origin(hint) is list:
+        return f"{_kind(get_args(hint)[0], value)} ..."
+    choices = [arg for arg in get_args(hint) if arg is not type(None)]
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return f"{{{','.join(choices)}}}"
+    return _kind(choices[0], value) if len(choices) == 1 else "TEXT"
 
 
 def written(record: dict[str, Any]) -> str:
