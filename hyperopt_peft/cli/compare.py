@@ -65,7 +65,6 @@ class MethodRun:
     seed: int
     metrics: dict[str, float]
     seconds: float
-    trainable_parameters: int
     passes: int
     draws: Numbers
 
@@ -166,8 +165,7 @@ def train(method: str, seed: int, args: MethodArguments, setup: Setup) -> Method
         tested.predictions,
         tested.label_ids,
     )
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return MethodRun(method, seed, tested.metrics, seconds, trainable, passes_of(trainer), draws)
+    return MethodRun(method, seed, tested.metrics, seconds, passes_of(trainer), draws)
 
 
 def passes_of(trainer: Any) -> int:
@@ -223,25 +221,22 @@ def verdict(runs: Sequence[MethodRun], metric: str) -> str:
 
     Example:
         >>> import numpy as np
-        >>> draws = np.zeros(2)
-        >>> runs = [MethodRun(m, 0, {"a": v}, 1.0, 1, p, draws) for m, v, p in
-        ...         [("lora", 0.5, 9), ("dora", 0.75, 9)]]
-        >>> verdict(runs, "a")
-        'beside lora, dora has a higher a by 0.2500 ± 0.0000, for 9 passes in place of 9'
+        >>> runs = [MethodRun(name, 0, {"f1": value}, 1.0, 9, np.zeros(2))
+        ...         for name, value in [("lora", 0.5), ("dora", 0.75)]]
+        >>> verdict(runs, "f1")
+        'beside lora, dora has a higher f1 by 0.2500 ± 0.0000'
     """
-    first, name, found = runs[0].method, metric.removeprefix("eval_"), []
-    passes = {run.method: run.passes for run in runs}
+    name, found = metric.removeprefix("eval_"), []
     for method, (_, _, gap, error) in method_means(runs, metric).items():
-        if method != first and abs(gap) > 2 * error:
-            word, size = "higher" if gap > 0 else "lower", f"{abs(gap):.4f} ± {error:.4f}"
-            price = f"for {passes[method]} passes in place of {passes[first]}"
-            found.append(f"{method} has a {word} {name} by {size}, {price}")
+        if abs(gap) > 2 * error:
+            word = "higher" if gap > 0 else "lower"
+            found.append(f"{method} has a {word} {name} by {abs(gap):.4f} ± {error:.4f}")
     if found:
-        return f"beside {first}, {'; '.join(found)}"
-    cheapest = min(passes, key=lambda method: passes[method])
+        return f"beside {runs[0].method}, {'; '.join(found)}"
+    cheapest = min(runs, key=lambda run: run.passes)
     return (
-        f"no method differs from {first} in {name} by more than twice the standard error; "
-        f"{cheapest} has the fewest passes ({passes[cheapest]})"
+        f"no method differs from {runs[0].method} in {name} by more than twice the standard error; "
+        f"{cheapest.method} has the fewest passes ({cheapest.passes})"
     )
 
 
@@ -265,7 +260,7 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> tuple[list[list[
     others = [x for x in runs[0].metrics if x != metric and not x.endswith(TIMINGS)]
     heads = ["method", metric, f"difference to {runs[0].method}", *others]
     heads = [head.removeprefix("eval_") for head in heads]
-    lines = [[*heads, "passes", "seconds", "trainable parameters"]]
+    lines = [[*heads, "passes", "seconds"]]
     for method, (mean, error, difference, its_error) in method_means(runs, metric).items():
         seeds = [run for run in runs if run.method == method]
         lines.append(
@@ -276,7 +271,6 @@ def table(runs: Sequence[MethodRun], metric: str, size: int) -> tuple[list[list[
                 *(f"{np.mean([run.metrics[name] for run in seeds]):.4f}" for name in others),
                 str(seeds[0].passes),
                 f"{np.mean([run.seconds for run in seeds]):.1f}",
-                str(seeds[0].trainable_parameters),
             ]
         )
     count = len({run.seed for run in runs})

@@ -67,17 +67,15 @@ def _load(args: MergeArguments) -> tuple[Any, torch.dtype]:
     folder = Path(args.adapter)
     try:
         adapter = PeftConfig.from_pretrained(args.adapter)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        task = next(task for task in TASKS.values() if task.peft == adapter.task_type)
+    except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
         raise ProblemError(
-            f"adapter: {folder}/adapter_config.json cannot be read ({error}); give the folder of "
-            "an adapter"
+            f"adapter: {folder}/adapter_config.json cannot be read or has no known task ({error}); "
+            "give the folder of an adapter"
         ) from error
     name = args.model or adapter.base_model_name_or_path
     if not name:
         raise ProblemError(f"model: {folder} does not name its base model; give the model")
-    task = next((task for task in TASKS.values() if task.peft == adapter.task_type), None)
-    if task is None:
-        raise ProblemError(f"adapter: {folder} has the unknown task_type {adapter.task_type}")
     saved = folder / BASE_CONFIG  # written by train, with the labels of a new head
     config = load_config(str(saved if saved.is_dir() else name))
     if hasattr(config, "quantization_config") and not hasattr(

@@ -251,15 +251,12 @@ def doubts(
     losses: tuple[Tensor, Tensor],
 ) -> list[str]:
     """The reasons not to believe the weights; ``losses`` of trusted rows before and after."""
-    args, notes = trainer.args, []
+    args, notes, rate = trainer.args, [], trainer.args.upper_learning_rate
     if learned.steps < FEW_STEPS:
         name = "search_steps" if trainer.on_head else "max_steps or num_train_epochs"
         notes.append(f"{learned.steps} updates of the weights are few; raise {name}")
-    if (most := args.upper_learning_rate * learned.steps) < 1:
-        notes.append(
-            f"upper_learning_rate {args.upper_learning_rate:g} moves no logit by more than about "
-            f"{most:.2g}, so that all weights stay near 1; its default is 0.6"
-        )
+    if rate * learned.steps < 1:
+        notes.append(f"upper_learning_rate {rate:g} keeps all weights near 1; its default is 0.6")
     if comparison is not None and comparison.near_chance:
         notes.append(
             "no method is better than chance by more than twice its error: the weights say "
@@ -267,11 +264,10 @@ def doubts(
         )
     before, after = (float(each.mean()) for each in losses)
     if args.retrain != "none" and after > (1 - LEAST_FALL) * before:
-        epochs = args.for_retraining().epochs_of(len(trainer.train_dataset))
         notes.append(
             f"the loss of the trusted examples went from {before:.4f} to {after:.4f} only: the "
             f"adapter has hardly learned; raise learning_rate ({args.learning_rate:g}) or "
-            f"retrain_epochs ({epochs:.2f})"
+            "retrain_epochs"
         )
     return notes
 

@@ -42,8 +42,6 @@ def test_the_table_is_that_of_runs_of_one_budget(
         for name in ("eval_accuracy", "eval_macro_f1", "eval_loss"):
             mean = statistics.fmean(each["metrics"][name] for each in runs)
             assert f"{mean:.4f}" in lines[method]
-    trainable = {each["method"]: each["trainable_parameters"] for each in record["runs"]}
-    assert trainable["dora"] == trainable[METHODS[2]] > trainable["lora"]
     assert "runtime" not in text and "per_second" not in text
     assert not list(folder.rglob("checkpoint-*"))
     assert (folder / "comparison.png").stat().st_size > 10_000
@@ -83,16 +81,16 @@ def test_bootstrap_is_the_binomial_error() -> None:
 def test_a_table_by_hand() -> None:
     draws = np.array([0.0, 2.0])
     runs = [
-        MethodRun("a", 0, {"m": 1.0, "eval_loss": 0.5}, 2.0, 5, 7, draws),
-        MethodRun("b", 0, {"m": 4.0, "eval_loss": 0.25}, 1.0, 6, 7, draws + 3),
-        MethodRun("a", 1, {"m": 3.0, "eval_loss": 0.7}, 4.0, 5, 7, draws),
+        MethodRun("a", 0, {"m": 1.0, "eval_loss": 0.5}, 2.0, 7, draws),
+        MethodRun("b", 0, {"m": 4.0, "eval_loss": 0.25}, 1.0, 7, draws + 3),
+        MethodRun("a", 1, {"m": 3.0, "eval_loss": 0.7}, 4.0, 7, draws),
     ]
     # The error of a: √(s²/2 + 1²) with s² = 2. On the same rows and the same seed b is 3 better in
     # every draw, so that no error of the rows is left.
     assert table(runs, "m", 40)[0] == [
-        ["method", "m", "difference to a", "loss", "passes", "seconds", "trainable parameters"],
-        ["a", "2.0000 ± 1.4142", "–", "0.6000", "7", "3.0", "5"],
-        ["b", "4.0000 ± 1.0000", "+3.0000 ± 0.0000", "0.2500", "7", "1.0", "6"],
+        ["method", "m", "difference to a", "loss", "passes", "seconds"],
+        ["a", "2.0000 ± 1.4142", "–", "0.6000", "7", "3.0"],
+        ["b", "4.0000 ± 1.0000", "+3.0000 ± 0.0000", "0.2500", "7", "1.0"],
     ]
 
 
