@@ -7,10 +7,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from hyperopt_peft.cli.text.setup import WEIGHTS, MethodArguments, WeightedAdapter
+from hyperopt_peft.cli.text.setup import WEIGHTS, MethodArguments, RowWeights
+from hyperopt_peft.problems import AdapterTrainer
 from tests.support.trainers import base_model
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10], [4, 6, 8, 3]])
+
+
+class WeightedAdapter(RowWeights, AdapterTrainer):
+    """As the command makes one."""
 
 
 def trainer_of(folder: Path, **members: object) -> WeightedAdapter:

@@ -58,12 +58,10 @@ class Encoder:
         }[self.task]
 
         def encoded(batch: Batch, indices: list[int]) -> Batch:
-            check_each(
-                self._check, (dict(zip(batch, row)) for row in zip(*batch.values())), indices, where
-            )
+            rows = (dict(zip(batch, row)) for row in zip(*batch.values()))
+            check_each(self._check, rows, indices, where)
             result = encode(batch)
-            if self.task == "causal-lm":
-                check_each(_check_labels, result["labels"], indices, where)
+            check_each(self._check_labels, result["labels"], indices, where)
             return result
 
         rows = data.map(
@@ -107,6 +105,10 @@ class Encoder:
                 f"{did_you_mean(unknown[0], self.names)}; remove its rows, or add training "
                 "examples of it"
             )
+
+    def _check_labels(self, labels: Any) -> None:
+        if self.task == "causal-lm" and all(label == IGNORED for label in labels[1:]):
+            raise ProblemError("there is no token to predict; remove it")
 
     def _tokens(self, *texts: Any, **options: Any) -> Any:
         return self.tokenizer(*texts, truncation=True, max_length=self.args.max_length, **options)
@@ -166,11 +168,6 @@ def check_each(
             check(value)
         except ProblemError as error:
             raise ProblemError(f"{where}: row {index} (from 0): {error}") from error
-
-
-def _check_labels(labels: list[int]) -> None:
-    if all(label == IGNORED for label in labels[1:]):
-        raise ProblemError("there is no token to predict; remove it")
 
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:

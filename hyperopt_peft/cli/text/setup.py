@@ -77,14 +77,6 @@ class RowWeights(BilevelTrainer):
         return weighted_mean(weights, *row_losses(model, inputs))
 
 
-class WeightedBiDoRA(RowWeights, BiDoRATrainer):
-    """`BiDoRATrainer` with a weight for each row."""
-
-
-class WeightedAdapter(RowWeights, AdapterTrainer):
-    """`AdapterTrainer` with a weight for each row."""
-
-
 @dataclass(frozen=True)
 class Setup:
     """The encoded data, and the construction of models and trainers for the data.
@@ -152,11 +144,11 @@ class Setup:
     def trainer(self, args: MethodArguments) -> Any:
         """The trainer of a new model, by ``args.method``."""
         model = self.model(args.seed, dora=args.method != "lora")
-        train, evaluation, bidora = self.train, self.evaluation, args.method == "bidora"
-        kind: Any = BiDoRATrainer if bidora else AdapterTrainer
+        train, evaluation = self.train, self.evaluation
+        kind: Any = BiDoRATrainer if args.method == "bidora" else AdapterTrainer
         if WEIGHTS in train.column_names:
             # The Trainer would remove the weights, which the model does not take.
-            kind = WeightedBiDoRA if bidora else WeightedAdapter
+            kind = type(f"Weighted{kind.__name__}", (RowWeights, kind), {})
             args = changed(args, remove_unused_columns=False)
             names = {*signature(model.get_base_model().forward).parameters, WEIGHTS}
             train, evaluation = (
