@@ -26,7 +26,9 @@ MODELS = {
     "sft": "Qwen/Qwen3-0.6B",
 }
 OF_TOKENS = ("causal-lm", "seq2seq", "sft")
-BATCH, FEWEST_STEPS = 16, 80  # with which an adapter learns at the rates below
+#: Steps with which an adapter learns at the rates below, and the epochs after which few rows are
+#: learnt by heart: on 100 tweets the loss of other tweets was 0.80 after 8, and 1.49 after 20.
+BATCH, FEWEST_STEPS, MOST_EPOCHS = 16, 50, 8
 #: Columns that name the source of a row.
 SOURCES = ("source", "origin", "domain", "dataset", "corpus", "subset")
 WIDTH = 48  # of an option, before its comment
@@ -106,7 +108,7 @@ def options(command: InitArguments, files: list[str], rows: Dataset, found: Gues
         *_own(command.command, on_head),
         ("rank", 8, "of the adapter"),
         ("learning_rate", 5e-4 if of_tokens else 2e-3, "peak, with linear decay"),
-        ("num_train_epochs", min(max(epochs, 3), 20), "passes over the training examples"),
+        ("num_train_epochs", min(max(epochs, 3), MOST_EPOCHS), "passes over the training examples"),
         ("per_device_train_batch_size", BATCH, "examples a step; less if memory is short"),
         ("seed", 0, "of the start, the split and the order of examples"),
         ("output_dir", f"outputs/{stem}-{command.command}", "the folder of the results"),
