@@ -16,12 +16,11 @@ from transformers import EvalPrediction
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments, parse
-from hyperopt_peft.cli.plan import passes_of_steps, seconds_a_pass, whole
+from hyperopt_peft.cli.plan import seconds_a_pass, whole
 from hyperopt_peft.cli.plan import table as table_of
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Method, MethodArguments, Setup, changed, prepare
 from hyperopt_peft.errors import ProblemError, did_you_mean
-from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.plots import intervals
@@ -165,15 +164,8 @@ def train(method: str, seed: int, args: MethodArguments, setup: Setup) -> Method
         tested.predictions,
         tested.label_ids,
     )
-    return MethodRun(method, seed, tested.metrics, seconds, passes_of(trainer), draws)
-
-
-def passes_of(trainer: Any) -> int:
-    """The micro-batches that a trained trainer has sent forward and backward, of both phases."""
-    passes, again = passes_of_steps(trainer, trainer.state.global_step), None
-    if isinstance(trainer, BiDoRATrainer):
-        again = trainer.retrainer
-    return passes if again is None else passes + passes_of(again)
+    passes = int(whole(setup, trainer, method).passes)
+    return MethodRun(method, seed, tested.metrics, seconds, passes, draws)
 
 
 def bootstrap(metric: Callable[[Any], float], predictions: Any, labels: Any) -> Numbers:
