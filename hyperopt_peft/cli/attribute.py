@@ -78,12 +78,8 @@ class AttributeArguments(OutputArguments):
             value = getattr(self, name)
             if value and value < least:
                 raise ProblemError(f"{name}: must be 0 or at least {least}, got {value}")
-        if not self.memory_limit > 0:  # nan neither
-            raise ProblemError(f"memory_limit: must be positive, got {self.memory_limit}")
         if self.retrain_without is not None and not 0 < self.retrain_without < 1:
             raise ProblemError(f"retrain_without: must be in (0, 1), got {self.retrain_without}")
-        if self.test_file and self.retrain_without is None:
-            raise ProblemError("test_file: is of retrain_without; give both, or leave it out")
 
 
 @dataclass
@@ -170,7 +166,7 @@ def split(
         require_columns(rows, [command.slices], EVALUATION)
         evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
     test = None
-    if command.test_file:
+    if command.test_file and command.retrain_without is not None:
         test = setup.read(command.test_file, "test_file")
         for other, name in ((setup.train, "training"), (evaluation, "evaluation")):
             if common := shared(test, other):

@@ -74,8 +74,6 @@ def _load(args: MergeArguments) -> tuple[Any, torch.dtype]:
             "give the folder of an adapter"
         ) from error
     name = args.model or adapter.base_model_name_or_path
-    if not name:
-        raise ProblemError(f"model: {folder} does not name its base model; give the model")
     saved = folder / BASE_CONFIG  # written by train, with the labels of a new head
     config = load_config(str(saved if saved.is_dir() else name))
     if hasattr(config, "quantization_config") and not hasattr(

@@ -72,8 +72,6 @@ class OutputArguments:
         if self.dry_run:
             args.output_dir = cache_folder()
             return None
-        if args.save_strategy == "steps" and not args.save_steps > 0:
-            raise ProblemError(f"save_steps: must be positive, got {args.save_steps}")
         folder = Path(args.output_dir or "")
         parents = (folder, *folder.absolute().parents)
         existing = next(parent for parent in parents if parent.exists())

@@ -74,8 +74,6 @@ class ExampleData(TrainingData):
         super().__post_init__()
         if self.eval_split and (self.eval_file or not self.dataset):
             raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
-        if not 0 <= self.eval_fraction < 1:
-            raise ProblemError(f"eval_fraction: must be in [0, 1), got {self.eval_fraction}")
 
     def read(self) -> tuple[Dataset, Dataset | None]:
         """The training examples, and the evaluation examples unless these are to be held out."""
@@ -109,11 +107,6 @@ class DataArguments(ExampleData):
         "attribute writes; not of evaluation examples",
     )
     max_length: int = HfArg(default=128, help="tokens an example; longer ones are cut")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_length < 2:
-            raise ProblemError(f"max_length: must be at least 2, got {self.max_length}")
 
     def columns(self, task: str) -> list[str]:
         """The columns that ``task`` reads."""

@@ -81,14 +81,11 @@ class Encoder:
         label, classes = row[last], [row[last]]
         if self.task == "token-classification":
             words, classes = row[texts.pop()], label
-            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            lists = isinstance(words, list) and isinstance(label, list)
+            if not lists or len(words) != len(label):
                 raise ProblemError(
-                    f"{self.args.tokens_column!r} has {words!r}, not a list of words; JSON and "
-                    "Parquet files have lists"
-                )
-            if len(words) != len(label):
-                raise ProblemError(
-                    f"{len(words)} words and {len(label)} tags; give each word a tag"
+                    f"{words!r} and {label!r} are not lists of words and tags of one length; JSON "
+                    "and Parquet files have lists"
                 )
         elif self.task in ("causal-lm", "seq2seq"):
             texts.append(last)
@@ -185,10 +182,7 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
             f"column {column!r} holds {', '.join(sorted(kind.__name__ for kind in kinds))}, not "
             "classes: give words, or whole numbers; fractions are for task regression"
         )
-    names = tuple(str(value) for value in sorted(set(values)))
-    if not all(name.strip() for name in names):
-        raise ProblemError(f"column {column!r} has a blank label; fill it or remove its rows")
-    return names
+    return tuple(str(value) for value in sorted(set(values)))
 
 
 def _named(data: Dataset, column: str) -> Dataset:

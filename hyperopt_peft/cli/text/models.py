@@ -52,11 +52,6 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.task not in ("causal-lm", "sft"):
             raise ProblemError(f"load_in_4bit: is for causal-lm and sft, got task {self.task}")
-        for name in ("rank", "alpha"):
-            if getattr(self, name) < 1:
-                raise ProblemError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ProblemError(f"dropout: must be in [0, 1), got {self.dropout}")
 
 
 def load_config(name: str) -> Any:
@@ -151,19 +146,19 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> 
     targets = list(args.target_modules)
     if targets == [ALL_LINEAR]:
         targets = _linear_layers(model, {*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or [])})
-    config = LoraConfig(
-        task_type=task.peft,
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.dropout,
-        target_modules=targets,
-        modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
-        use_dora=dora,
-    )
     try:
+        config = LoraConfig(
+            task_type=task.peft,
+            r=args.rank,
+            lora_alpha=args.alpha,
+            lora_dropout=args.dropout,
+            target_modules=targets,
+            modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
+            use_dora=dora,
+        )
         return get_peft_model(model, config).train()
     except (ValueError, TypeError) as error:
-        raise ProblemError(f"target_modules: the model cannot be adapted: {error}") from error
+        raise ProblemError(f"target_modules, rank: the model cannot be adapted: {error}") from error
 
 
 def _linear_layers(model: Any, besides: set[str]) -> list[str]:

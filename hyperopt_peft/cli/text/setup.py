@@ -106,10 +106,7 @@ class Setup:
 
     def model(self, seed: int, *, dora: bool) -> Any:
         """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
-        try:
-            set_seed(seed)
-        except ValueError as error:
-            raise ProblemError(f"seed: {error}, got {seed}") from error
+        set_seed(seed)
         args = self.args
         base, new = models.load_base(
             self.task, args.model, self.config, args.dtype, four_bits=args.load_in_4bit
