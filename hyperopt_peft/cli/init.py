@@ -99,8 +99,9 @@ def options(command: InitArguments, files: list[str], rows: Dataset, found: Gues
     epochs = math.ceil(FEWEST_STEPS * BATCH / (0.6 * number))  # bidora's search has .8² of the rows
     run_it = f"hyperopt-peft {command.command} {command.config_file}"
     model = command.model or MODELS.get(found.task, MODELS[""])
+    where = "yours" if command.model else "a first run downloads it; or a folder: ./my-model"
     entries: list[tuple[str, Any, str]] = [
-        ("model", model, "downloaded if new; or a folder: ./my-model"),
+        ("model", model, where),
         ("task", found.task, found.summary),
         *_data(command, files, rows),
         *found.options(),

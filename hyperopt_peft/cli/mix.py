@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.config import option
-from hyperopt_peft.cli.mix_results import SHARES, Learned, Verdict, draw_shares
+from hyperopt_peft.cli.mix_results import SHARES, Verdict, draw_shares
 from hyperopt_peft.cli.mixture_files import write_mixture
 from hyperopt_peft.cli.options import OutputArguments, parse
 from hyperopt_peft.cli.plan import Work, seconds_a_pass, table
@@ -96,24 +96,25 @@ def run(argv: Sequence[str]) -> None:
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
     before = trusted_losses(trainer)
     search(trainer, resumed)
-    learned = Learned.of(trainer)
+    verdict = Verdict.of(trainer, flags)
     if first:
         output.mkdir(parents=True, exist_ok=True)
-        Verdict(learned).write(output / "weights.json")
+        verdict.write(output / "weights.json")
         if trajectory := [x[SHARES] for x in trainer.state.log_history if SHARES in x]:
             draw_shares(trajectory, output / "weights.png")
         if data.rows:
-            write_mixture(output / "mixture", data.rows, learned.row_weights)
-    comparison = compare(trainer, command)
+            weights = {name: source["row_weight"] for name, source in verdict.sources.items()}
+            write_mixture(output / "mixture", data.rows, weights)
+    if comparison := compare(trainer, command):
+        verdict.compared(comparison)
     chosen = comparison.recommended if comparison and command.save == "recommended" else None
     train(trainer, chosen, bool(resumed))
     trained = trainer.args.retrain != "none" or not trainer.on_head
     if trained:
         save_adapter(trainer)
-    notes = doubts(trainer, learned, comparison, (before, trusted_losses(trainer)))
+        verdict.saved = chosen.method if chosen else LEARNED
+    verdict.notes = doubts(trainer, verdict, (before, trusted_losses(trainer)))
     if first:
-        saved = (chosen.method if chosen else LEARNED) if trained else None
-        verdict = Verdict(learned, comparison, saved, notes, flags)
         verdict.write(output / "weights.json")
         print(f"\n{verdict}")
     metrics: dict[str, Any] = {}
@@ -244,20 +245,15 @@ def announce(trainer: MixTrainer, method: str, steps: int | None = None) -> None
         )
 
 
-def doubts(
-    trainer: MixTrainer,
-    learned: Learned,
-    comparison: BaselineComparison | None,
-    losses: tuple[Tensor, Tensor],
-) -> list[str]:
+def doubts(trainer: MixTrainer, verdict: Verdict, losses: tuple[Tensor, Tensor]) -> list[str]:
     """The reasons not to believe the weights; ``losses`` of trusted rows before and after."""
     args, notes, rate = trainer.args, [], trainer.args.upper_learning_rate
-    if learned.steps < FEW_STEPS:
+    if verdict.steps < FEW_STEPS:
         name = "search_steps" if trainer.on_head else "max_steps or num_train_epochs"
-        notes.append(f"{learned.steps} updates of the weights are few; raise {name}")
-    if rate * learned.steps < 1:
+        notes.append(f"{verdict.steps} updates of the weights are few; raise {name}")
+    if rate * verdict.steps < 1:
         notes.append(f"upper_learning_rate {rate:g} keeps all weights near 1; its default is 0.6")
-    if comparison is not None and comparison.near_chance:
+    if verdict.comparison is not None and verdict.comparison.near_chance:
         notes.append(
             "no method is better than chance by more than twice its error: the weights say "
             "nothing; give more trusted examples, or another model"

@@ -19,51 +19,45 @@ from hyperopt_peft.utils.tables import aligned
 SHARES = "shares"
 
 
-@dataclass(frozen=True)
-class Learned:
-    """The learned weights.
-
-    Attributes:
-        counts: the rows of each source by name, and of the trusted ones.
-        shares: the share of each in the training loss.
-        row_weights: the weight of a row of each.
-        steps: the updates of the weights.
-    """
-
-    counts: Mapping[str, int]
-    shares: Mapping[str, float]
-    row_weights: Mapping[str, float]
-    steps: int
-
-    @classmethod
-    def of(cls, trainer: MixTrainer) -> Learned:
-        """The weights of a ``trainer`` that has searched."""
-        args = trainer.args
-        steps = args.steps_of(len(trainer.train_dataset)) // args.lower_steps
-        steps = args.search_steps if trainer.on_head else steps
-        return cls(trainer.data.counts, trainer.shares(), trainer.row_weights(), steps)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Verdict:
-    """Which method to use, by which the saved adapter is trained, and how to repeat the run.
+    """The learned weights; then which method to use, and by which the saved adapter is trained.
 
     Attributes:
-        learned: the weights.
+        sources: by name the rows, the share in the training loss, and the weight of a row.
+        steps: the updates of the weights.
+        flags: the options of the run.
         comparison: of the methods, or None.
         saved: the method of the saved adapter, or None.
         notes: reasons not to believe the weights.
-        flags: the options of the run.
     """
 
-    learned: Learned
+    sources: dict[str, dict[str, Any]]
+    steps: int
+    flags: Sequence[str] = ()
     comparison: BaselineComparison | None = None
     saved: str | None = None
     notes: Sequence[str] = ()
-    flags: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, trainer: MixTrainer, flags: Sequence[str]) -> Verdict:
+        """The weights of a ``trainer`` that has searched."""
+        args, shares = trainer.args, trainer.shares()
+        steps = args.steps_of(len(trainer.train_dataset)) // args.lower_steps
+        sources = {
+            name: {"rows": trainer.data.counts[name], "share": shares[name], "row_weight": weight}
+            for name, weight in trainer.row_weights().items()
+        }
+        return cls(sources, args.search_steps if trainer.on_head else steps, flags)
+
+    def compared(self, comparison: BaselineComparison) -> None:
+        """Add the ``comparison``, and to each source the weights that its folds have learned."""
+        self.comparison = comparison
+        for name, source in self.sources.items():
+            source["row_weight_of_folds"] = [fold[name] for fold in comparison.row_weights]
 
     def __str__(self) -> str:
-        blocks = [f"weights after {self.learned.steps} updates\n{aligned(self._sources())}"]
+        blocks = [f"weights after {self.steps} updates\n{aligned(self._table())}"]
         if self.comparison:
             folds = len(self.comparison.row_weights)
             blocks.append(f"by {folds} folds of the trusted examples:\n{self.comparison}")
@@ -72,7 +66,7 @@ class Verdict:
 
     def write(self, path: Path) -> None:
         """Write everything as JSON."""
-        record: dict[str, Any] = {"upper_steps": self.learned.steps, "sources": self._weights()}
+        record: dict[str, Any] = {"upper_steps": self.steps, "sources": self.sources}
         if found := self.comparison:
             record |= {
                 "recommended": found.recommended.method,
@@ -88,7 +82,7 @@ class Verdict:
 
     def report(self, folder: Path, metrics: Mapping[str, Any], curves: Mapping[str, Any]) -> Report:
         """The page of the run, whose pictures are in ``folder``, with the test's ``metrics``."""
-        sources = self._sources()
+        sources = self._table()
         sentence = f"a row of {sources[1][0]} counts most, {sources[1][3]} times the mean row"
         tables = dict[str, list[list[Any]]]()
         if self.comparison:
@@ -117,24 +111,10 @@ class Verdict:
             tables=tables,
         )
 
-    def _weights(self) -> dict[str, dict[str, Any]]:
-        """The numbers of each source, the row weights that each fold has learned included."""
-        learned, folds = self.learned, self.comparison.row_weights if self.comparison else ()
-        return {
-            name: {
-                "rows": learned.counts[name],
-                "share": learned.shares[name],
-                "row_weight": weight,
-                **({"row_weight_of_folds": [fold[name] for fold in folds]} if folds else {}),
-            }
-            for name, weight in learned.row_weights.items()
-        }
-
-    def _sources(self) -> list[list[Any]]:
+    def _table(self) -> list[list[Any]]:
         """A line for each source, the largest weight first."""
         lines = [["source", "rows", "share", "row weight", "over the folds"]]
-        weights = self._weights().items()
-        for name, each in sorted(weights, key=lambda item: -item[1]["row_weight"]):
+        for name, each in sorted(self.sources.items(), key=lambda item: -item[1]["row_weight"]):
             folds = each.get("row_weight_of_folds")
             between = f"{min(folds):.3f} to {max(folds):.3f}" if folds else "–"
             numbers = f"{each['share']:.3f}", f"{each['row_weight']:.3f}"
