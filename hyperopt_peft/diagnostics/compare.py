@@ -124,12 +124,8 @@ def compare_hypergradients(
     Each repeat has other random numbers (dropout masks), equal for all estimators. Nothing changes.
 
     With ``reference="retraining"`` the reference is measured by `Retraining`, along the direct and
-    implicit terms of all estimators, m orthonormal directions, and along K random directions
-    orthogonal to these. For n upper unknowns, with the slopes s of the random directions,
-
-        ‖dF/du‖² ≈ Σ_m slope² + (n − m)/K·Σ_K s²
-
-    The note has the share of dF/du outside the span of the estimators' terms.
+    implicit terms of all estimators and along random directions orthogonal to these
+    (`retraining.Coordinates`). The note has the share of dF/du outside the span of the terms.
 
     Args:
         estimators: an estimator, its name with options, a function ``(matvec, b) -> v``, or
