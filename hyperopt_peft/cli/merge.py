@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text.models import Dtype, load_base, load_config
+from hyperopt_peft.cli.text.models import load_base, load_config
 from hyperopt_peft.cli.text.tasks import TASKS
 from hyperopt_peft.cli.train import BASE_CONFIG
 from hyperopt_peft.errors import ProblemError
@@ -32,7 +32,7 @@ class MergeArguments:
     adapter: str = HfArg(help="the folder of the adapter")
     output_dir: str = HfArg(help="where the merged model is written; must be empty or not exist")
     model: str | None = HfArg(default=None, help="the base model; if not given as the adapter says")
-    dtype: Dtype = HfArg(default="float32", help="to save in; auto: as the base model was saved")
+    dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="to save in")
 
 
 TYPES = (MergeArguments,)
@@ -49,21 +49,21 @@ def run(argv: Sequence[str]) -> None:
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ProblemError(f"output_dir: {output} is not an empty folder; choose another")
-    model, dtype = _load(args)
+    model = _load(args)
     tokenizer = _tokenizer(
         [args.adapter, args.model or model.peft_config["default"].base_model_name_or_path]
     )
     merged, difference, largest = merge(model)
     print(f"logits before and after merging: largest difference {difference:.2g} of {largest:.2g}")
-    merged.to(dtype if args.dtype == "auto" else getattr(torch, args.dtype))
+    merged.to(getattr(torch, args.dtype))
     for saved in (merged, tokenizer):
         if saved is not None:
             saved.save_pretrained(output)
     print(f"the merged model is in {output}{', without a tokenizer' if tokenizer is None else ''}")
 
 
-def _load(args: MergeArguments) -> tuple[Any, torch.dtype]:
-    """The base model with the adapter in float32, by stock PEFT, and the dtype it was saved in."""
+def _load(args: MergeArguments) -> Any:
+    """The base model with the adapter in float32, by stock PEFT."""
     folder = Path(args.adapter)
     try:
         adapter = PeftConfig.from_pretrained(args.adapter)
@@ -80,7 +80,6 @@ def _load(args: MergeArguments) -> tuple[Any, torch.dtype]:
         load_config(name), "quantization_config"
     ):
         del config.quantization_config  # of load_in_4bit, which would round the merged weights
-    dtype = config.dtype or torch.float32  # loading sets ``config.dtype``
     base, new = load_base(task, name, config, "float32")
     trained = set(adapter.modules_to_save or [])
     if missing := [weight for weight in new if not trained & set(weight.split("."))]:
@@ -89,7 +88,7 @@ def _load(args: MergeArguments) -> tuple[Any, torch.dtype]:
             f"{len(missing) - 1} more weights; give the base model"
         )
     try:
-        return PeftModel.from_pretrained(base, args.adapter).eval(), dtype
+        return PeftModel.from_pretrained(base, args.adapter).eval()
     except (RuntimeError, ValueError) as error:
         raise ProblemError(
             f"adapter: {folder} does not fit {name} ({error}); give the base model as model"

@@ -56,15 +56,6 @@ def test_every_task_merges_in_float32_and_is_cast_afterwards(task: str, tmp_path
         assert torch.equal(weight, weights["float32"][name].to(weight.dtype))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_auto_is_the_dtype_of_the_base_model(folder: Path, tmp_path: Path, dtype: str) -> None:
-    shutil.copytree(folder / "out", tmp_path / "adapter")
-    path = tmp_path / "adapter/base_config/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype}))
-    run("merge", adapter=tmp_path / "adapter", output_dir=tmp_path / "merged", dtype="auto")
-    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == dtype
-
-
 def test_bad_adapters_are_named_and_nothing_is_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
