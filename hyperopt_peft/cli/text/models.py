@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,8 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.hf_argparser import HfArg
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
@@ -143,9 +142,12 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> 
         for name in getattr(args, option) or []:
             if name != ALL_LINEAR and not any(f".{each}".endswith(f".{name}") for each in modules):
                 raise ProblemError(f"{option}: no module {name!r}{did_you_mean(name, endings)}")
-    targets = list(args.target_modules)
-    if targets == [ALL_LINEAR]:
-        targets = _linear_layers(model, {*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or [])})
+    targets: Any = list(args.target_modules)
+    trained = [x for x in (*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or [])) if x in endings]
+    exclude = None
+    if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
+        targets = ALL_LINEAR
+        exclude = rf"(.*\.)?({'|'.join(map(re.escape, trained))})(\..*)?" if trained else None
     try:
         config = LoraConfig(
             task_type=task.peft,
@@ -153,24 +155,10 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> 
             lora_alpha=args.alpha,
             lora_dropout=args.dropout,
             target_modules=targets,
+            exclude_modules=exclude,
             modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
             use_dora=dora,
         )
         return get_peft_model(model, config).train()
     except (ValueError, TypeError) as error:
         raise ProblemError(f"target_modules, rank: the model cannot be adapted: {error}") from error
-
-
-def _linear_layers(model: Any, besides: set[str]) -> list[str]:
-    """All linear layers except the output layer and those in modules with a name in ``besides``.
-
-    The ``all-linear`` of PEFT would adapt the head of a token classifier and ``modules_to_save``.
-    """
-    output = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not output
-        and not set(name.split(".")) & besides
-    ]
