@@ -119,13 +119,6 @@ def test_the_picture_of_a_resumed_search_has_every_upper_step(
     assert whole[3] == {name: source["share"] for name, source in sources.items()} != whole[2]
 
 
-def test_many_sources_are_drawn_with_the_most_changed_in_colour(tmp_path: Path) -> None:
-    names = [f"source ${k}" for k in range(30)]
-    shares = [dict.fromkeys(names, 1 / 30), {name: k / 435 for k, name in enumerate(names)}]
-    mix.draw_shares(shares, tmp_path / "weights.png")
-    assert (tmp_path / "weights.png").stat().st_size > 10_000
-
-
 @pytest.mark.parametrize(
     ("search", "method"),
     [
