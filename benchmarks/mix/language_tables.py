@@ -28,7 +28,7 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
         tables[f"Target {target}"] = [_line(name, ways) for name in ways]
         summary += _shares(target, ways)
     tables["Shares in the training loss"] = summary
-    tables["Recommended"] = _recommended(runs)
+    tables["Cross-validated trusted loss, and what is recommended"] = _recommended(runs)
     return {title: rows for title, rows in tables.items() if rows}
 
 
@@ -62,10 +62,11 @@ def _shares(target: str, ways: dict[str, dict[int, Row]]) -> list[Row]:
 
 
 def _recommended(runs: Store) -> list[Row]:
-    """The cross-validated loss of each method by seed; the recommended one is marked."""
-    lines = []
-    for row in runs.of("verdict"):
-        if "named" in row:
-            losses = {m: f"{x:.2f}{' ←' * (m == row['named'])}" for m, x in row["cv"].items()}
-            lines.append({"target": row["target"], "seed": row["seed"], **losses})
-    return lines
+    """The cross-validated loss of each method by seed; that of the recommended one is marked."""
+    lines: dict[tuple[str, str], Row] = {}
+    for row in (row for row in runs.of("verdict") if "named" in row):
+        for method, loss in row["cv"].items():
+            line = {"target": row["target"], "method": method}
+            marked = f"{loss:.2f}{' ←' * (method == row['named'])}"
+            lines.setdefault((row["target"], method), line)[f"seed {row['seed']}"] = marked
+    return list(lines.values())
