@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import two_processes
-from tests.upstream.test_trl_row_weights import TestLossWeights, proposed
+from tests.support.proposed_row_weights import proposed
 
 
 def train(folder: Path, batch: int) -> Any:
     """The loss and the parameters after a step on two micro-batches."""
-    case = TestLossWeights()
+    case = proposed.TestLossWeights()
     case.tmp_dir = str(folder)
     rows = proposed.make_dataset(loss_weight=proposed.WEIGHTS)
     batches = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 2}
