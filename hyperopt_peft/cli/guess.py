@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import ClassLabel, Dataset, Value
 
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.errors import ProblemError
@@ -75,8 +75,9 @@ def guess(
         >>> print(guess(rows, None, None, None, "train"))
         task: text-classification; text: tweet; label: mood with 2 classes: sad 5, glad 5
     """
+    require_columns(rows, [label] if label else [], TRAIN)
     names = rows.column_names
-    lists = [name for name in names if not isinstance(rows.features[name], Value)]
+    lists = [name for name in names if not isinstance(rows.features[name], Value | ClassLabel)]
     task = task or _task_of_layout(names, lists, command)
     if label in lists and task != "token-classification":
         raise ProblemError(f"label_column: {label} has lists or mappings; name another column")

@@ -149,13 +149,15 @@ def bad(data: list[Any], **change: Any) -> list[Any]:
 
 
 NUMBERS = [{**row, "label": 0.5} for row in rows()]
-WORD_ROWS = [{"tokens": ["w1", "w2"], "label": ["O", "O"]}] * 3
+WORD_ROWS = [{"tokens": ["w1", "w2"], "label": ["O", "B"]}] * 3
 REGRESSION, TAGGING = {"task": "regression"}, {"task": "token-classification"}
 # Data, options, and the words that the error has.
 ERRORS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
     "a missing column": (rows(), {"text_columns": "txt"}, ["'txt'", "'text'"]),
     "an empty cell": (bad(rows(), text=None), {}, ["'text'", "1 of 24", r"row 1 \(from 0\)"]),
     "a blank text": (bad(rows(), text=" "), {}, ["'text'", r"row 1 \(from 0\)"]),
+    "a blank label": (bad(rows(), label=""), {}, ["'label'", "blank"]),
+    "one class": ([{**r, "label": "a"} for r in rows()], {}, ["'label'", "one class"]),
     "no classes": ([{**r, "label": {"a": 1}} for r in rows()], {}, ["'label'", "dict"]),
     "a word as number": (
         bad([{**r, "label": "0.5"} for r in rows()], label="x"),
@@ -173,6 +175,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
     "a tag too few": (bad(WORD_ROWS, label=["O"]), TAGGING, ["row 1", "of one length"]),
     "no target": ([{"text": "w1"}], {"task": "seq2seq"}, ["target_column", "seq2seq"]),
     "three texts": (rows(), {"text_columns": ["a", "b", "c"]}, ["text_columns", "a, b, c"]),
+    "a token of each example": (rows(), {"max_length": 1}, ["max_length", "2 to 512"]),
     "long examples": (rows(), {"max_length": 600}, ["max_length", "600", "512"]),
     "bad weights": (
         bad([{**r, "w": 1.0} for r in rows()], w=-1.0),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from hyperopt_peft.cli.config import divided
 from hyperopt_peft.cli.guess import guess
@@ -78,6 +78,14 @@ def test_a_column_of_another_kind_is_named() -> None:
     assert guessed(table) == (CLASSES, ["text"], "label")
     with pytest.raises(ValueError, match="name another column"):
         guessed(table, label="meta")
+    with pytest.raises(ValueError, match="no column 'lable'; did you mean 'label'"):
+        guessed(table, label="lable")
+
+
+def test_named_classes_of_a_parquet_file_are_a_label() -> None:
+    table = Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 10})
+    found = guess(table.cast_column("label", ClassLabel(names=["a", "b"])), None, None, None, "mix")
+    assert (found.task, found.label) == (CLASSES, "label")
 
 
 @pytest.mark.parametrize("task", KINDS)

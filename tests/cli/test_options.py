@@ -128,6 +128,8 @@ def test_bad_options_are_refused(
         ("train", {"hypergradient": "dart"}, "'darts'"),
         ("train", {"load_best_model_at_end": True}, "eval strategy"),
         ("train", {"method": "bidorra"}, "--method"),
+        ("train", {"dropout": 1}, "dropout: "),
+        ("train", {"alpha": 0}, "alpha, "),
         ("train", {"dtype": "float8"}, "--dtype"),
         ("train", {"dataset": "b"}, "train_file: give either train_file or dataset"),
         ("train", {"train_file": None}, "train_file: give either train_file or dataset"),

@@ -184,7 +184,7 @@ def test_bad_rows_are_one_line_before_any_work(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_length": 100}, "max_length: the model reads 64 tokens at most, got 100"),
+        ({"max_length": 100}, "max_length: the model reads 2 to 64 tokens, got 100"),
         ({"trusted_file": None}, "trusted_file: give"),
         ({"sources": None}, "sources: give either"),
         ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),

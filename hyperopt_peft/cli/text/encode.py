@@ -182,7 +182,12 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
             f"column {column!r} holds {', '.join(sorted(kind.__name__ for kind in kinds))}, not "
             "classes: give words, or whole numbers; fractions are for task regression"
         )
-    return tuple(str(value) for value in sorted(set(values)))
+    names = tuple(str(value) for value in sorted(set(values)))
+    if len(names) < 2 or not all(map(str.strip, names)):
+        raise ProblemError(
+            f"column {column!r} has one class, or a blank one; fill it or correct it"
+        )
+    return names
 
 
 def _named(data: Dataset, column: str) -> Dataset:

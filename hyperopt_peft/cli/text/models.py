@@ -51,6 +51,9 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.task not in ("causal-lm", "sft"):
             raise ProblemError(f"load_in_4bit: is for causal-lm and sft, got task {self.task}")
+        if self.alpha < 1 or not 0 <= self.dropout < 1:  # by which PEFT would train nothing
+            got = f"got {self.alpha} and {self.dropout}"
+            raise ProblemError(f"alpha, dropout: must be at least 1, and in [0, 1), {got}")
 
 
 def load_config(name: str) -> Any:
@@ -90,8 +93,9 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     except (OSError, ValueError) as error:
         raise _not_loaded("tokenizer", name, error) from error
     positions = getattr(config, "max_position_embeddings", None) or max_length
-    if max_length > (limit := min(tokenizer.model_max_length, positions)):
-        raise ProblemError(f"max_length: the model reads {limit} tokens at most, got {max_length}")
+    limit = min(tokenizer.model_max_length, positions)
+    if not 1 < max_length <= limit:
+        raise ProblemError(f"max_length: the model reads 2 to {limit} tokens, got {max_length}")
     size = getattr(config, "vocab_size", None) or len(tokenizer)
     if len(tokenizer) > size:
         raise ProblemError(

@@ -190,7 +190,7 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
         warn_of_shared(evaluation, "evaluation examples", train, "training examples")
-    elif data.eval_fraction > 0:
+    elif data.eval_fraction:
         train, evaluation = hold_out(train, data.eval_fraction)
     return Setup(args, task, config, encoder, train, evaluation, rows, evaluation_rows)
 
