@@ -233,26 +233,21 @@ def checks_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def orders_table(rows: Sequence[Row]) -> list[Row]:
-    """LDS and slope against both kinds of retraining; the change of Φ that order alone makes."""
+    """LDS and slope against both kinds of retraining."""
     table = []
-    for cell in dict.fromkeys(row["cell"] for row in rows):
-        same = [row for row in rows if row["cell"] == cell]
-        for count in (*range(1, ORDERS + 1), 0):
-            line: Row = {
-                "evaluation rows": cell,
-                "scores": f"of {count} orders" if count else "head",
-            }
-            for kind in ("weight 0", "physical"):
-                checks = [
-                    ScoreCheck(_predicted(row, count), _tensor(row[kind]), None, SHARE)
-                    for row in same
-                ]
-                for name in ("lds", "slope"):
-                    mean, half = mean_and_half([getattr(check, name) for check in checks])
-                    line[f"{kind}: {name}"] = f"{mean:.2f} ± {half:.2f}"
-            table.append({**line, "seeds": len(same)})
-        spread = [float(_tensor(row["physical"]).std() / _predicted(row, 1).std()) for row in same]
-        print(f"{cell}: spread of physical changes ÷ predicted: {statistics.fmean(spread):.2f}")
+    for count in (*range(1, ORDERS + 1), 0) if rows else ():
+        line: Row = {"scores": f"mean of {count} orders" if count else "of the head"}
+        for kind, title in (("weight 0", "by weight 0"), ("physical", "from the data set")):
+            checks = [
+                ScoreCheck(_predicted(row, count), _tensor(row[kind]), None, SHARE) for row in rows
+            ]
+            for name, shown in (("lds", "LDS"), ("slope", "slope")):
+                mean, half = mean_and_half([getattr(check, name) for check in checks])
+                line[f"left out {title}: {shown}"] = f"{mean:.2f} ± {half:.2f}"
+        table.append(line)
+    spread = [float(_tensor(row["physical"]).std() / _predicted(row, 1).std()) for row in rows]
+    if spread:
+        print(f"spread of changes from the data set ÷ predicted: {statistics.fmean(spread):.2f}")
     return table
 
 
@@ -266,7 +261,7 @@ def _predicted(row: Row, count: int) -> Tensor:
 
 
 #: The tables of docs/attribution.md, by the marks of their places.
-OF_PAGE = {"uses": "The adapter on test rows"}
+OF_PAGE = {"uses": "The adapter on test rows", "orders": "Orders of batches"}
 
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:
