@@ -72,7 +72,7 @@ TYPES = (MixArguments, ModelArguments, SourceArguments, MixTrainingArguments)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, learn the weights, compare, train; write adapter, weights and verdict."""
+    """Parse ``argv``, learn the weights, compare, train; write adapter and weights."""
     kind: Any = MixTrainer
     types: tuple[Any, ...] = TYPES
     if is_sft := option("mix", "task", argv) == sft.SFT:

@@ -184,9 +184,7 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
         )
     names = tuple(str(value) for value in sorted(set(values)))
     if len(names) < 2 or not all(map(str.strip, names)):
-        raise ProblemError(
-            f"column {column!r} has one class, or a blank one; fill it or correct it"
-        )
+        raise ProblemError(f"column {column!r} has one class, or a blank one; correct its rows")
     return names
 
 
