@@ -81,8 +81,8 @@ def _load(args: MergeArguments) -> Any:
     ):
         del config.quantization_config  # of load_in_4bit, which would round the merged weights
     base, new = load_base(task, name, config, "float32")
-    trained = set(adapter.modules_to_save or [])
-    if missing := [weight for weight in new if not trained & set(weight.split("."))]:
+    trained = tuple(adapter.modules_to_save or [])
+    if missing := [x for x in new if not any(part.endswith(trained) for part in x.split("."))]:
         raise ProblemError(
             f"model: {name} is not the adapter's base model: it lacks {missing[0]} and "
             f"{len(missing) - 1} more weights; give the base model"

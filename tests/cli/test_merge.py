@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
+)
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.cli.merge import merge
@@ -54,6 +59,15 @@ def test_every_task_merges_in_float32_and_is_cast_afterwards(task: str, tmp_path
         weights[dtype] = load_file(tmp_path / dtype / "model.safetensors")
     for name, weight in weights["bfloat16"].items():
         assert torch.equal(weight, weights["float32"][name].to(weight.dtype))
+
+
+def test_a_head_of_two_layers_is_trained_in_full(tmp_path: Path) -> None:
+    """PEFT finds the head by the end of its name: DistilBERT's ``pre_classifier`` is of it."""
+    options = small_run(tmp_path, method="lora", max_steps=1, target_modules="all-linear")
+    sizes = {"dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 2, "vocab_size": 50}
+    DistilBertModel(DistilBertConfig(**sizes)).save_pretrained(options["model"])
+    run("train", **options)
+    run("merge", adapter=tmp_path / "out", output_dir=tmp_path / "merged")
 
 
 def test_bad_adapters_are_named_and_nothing_is_written(

@@ -147,11 +147,12 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> 
             if name != ALL_LINEAR and not any(f".{each}".endswith(f".{name}") for each in modules):
                 raise ProblemError(f"{option}: no module {name!r}{did_you_mean(name, endings)}")
     targets: Any = list(args.target_modules)
-    trained = [x for x in (*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or [])) if x in endings]
+    heads = (*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or []))
+    trained = [x for x in heads if any(name.endswith(x) for name in modules)]  # as PEFT finds them
     exclude = None
     if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
         targets = ALL_LINEAR
-        exclude = rf"(.*\.)?({'|'.join(map(re.escape, trained))})(\..*)?" if trained else None
+        exclude = rf".*({'|'.join(map(re.escape, trained))})(\..*)?" if trained else None
     try:
         config = LoraConfig(
             task_type=task.peft,
