@@ -69,7 +69,9 @@ def _not_loaded(option: str, name: str, error: Exception) -> ProblemError:
     if not Path(name).is_dir():
         what = f"there is no folder {name}, and the hub or its cache gives nothing"
     reason = shorten(str(error), 300)  # a list of all kinds of models is longer
-    return ProblemError(f"{option}: {what} ({reason}); correct the name")
+    return ProblemError(
+        f"{option}: {what} ({reason}); correct the name, or give a folder with a model"
+    )
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
