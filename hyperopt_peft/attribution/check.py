@@ -92,8 +92,8 @@ class ScoreCheck:
         low, high = self.interval
         if self.trustworthy:
             return (
-                "the scores predict retraining; whether acting on them gains anything, `removal` "
-                "measures on test rows"
+                "the scores predict retraining; whether leaving rows out gains anything, test rows "
+                "tell (`removal`, or --retrain_without)"
             )
         if self.ordered:
             return (
