@@ -214,7 +214,8 @@ class BilevelTrainer(TwoLevelTrainer):
         if self.upper is not None and steps < self.args.lower_steps:
             raise ProblemError(
                 f"lower_steps: {self.args.lower_steps} leaves no upper step in a run of "
-                f"{steps} steps; train for longer or lower lower_steps"
+                f"{steps} steps of {self.args.gradient_accumulation_steps} micro-batches; train "
+                "for longer, or lower lower_steps or gradient_accumulation_steps"
             )
 
     def adopt_prepared_parameters(self) -> None:
