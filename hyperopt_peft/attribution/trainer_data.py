@@ -45,7 +45,7 @@ class TrainerData:
         train_rows = _numbered_rows(trainer, train, "train_dataset")
         check_labels(trainer.model, train, {"data_collator": trainer.data_collator})
         evaluation = trainer.eval_dataset if evaluation is None else evaluation
-        evaluation_rows = _numbered_rows(trainer, evaluation, "evaluation")
+        evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(evaluation_rows)
         common = count if evaluation is train else shared(evaluation, train)
         if common == count:

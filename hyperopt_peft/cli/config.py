@@ -66,6 +66,8 @@ def _options_in(path: Path, command: str) -> dict[str, Any]:
     """The options in the YAML file ``path`` for ``command``."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ProblemError(f"{path}: there is no such file; write one by init") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ProblemError(f"{path}: no readable YAML ({error}); correct the file") from error
     if not isinstance(options, dict):

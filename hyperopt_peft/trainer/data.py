@@ -166,7 +166,7 @@ def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
     With ``by_index`` the data set must have examples by index and a length.
     """
     if data is None:
-        raise ProblemError(f"{name}: there is none; give the trainer a {name}")
+        raise ProblemError(f"{name}: there is none; give the trainer one")
     if isinstance(data, str | Mapping):
         raise ProblemError(
             f"{name} must be one data set, got a {type(data).__name__}; give one part of it, "

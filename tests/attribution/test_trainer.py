@@ -239,7 +239,7 @@ class OwnOptimizer(Trainer):
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"eval_dataset": None}, {}, "evaluation"),
+    ({"eval_dataset": None}, {}, "eval_dataset: there is none"),
     ({"eval_dataset": data(rows=14)}, {}, "evaluation: every row of it is a training row"),
     ({"train_dataset": data(rows=14).select([])}, {}, "train_dataset"),
     ({"train_dataset": labelled([3] * 14)}, {}, "num_labels"),

@@ -109,7 +109,7 @@ def test_one_file_serves_all_commands(tmp_path: Path, capsys: pytest.CaptureFixt
         ("", ["--wor", "2"], ["--wor"]),  # no abbreviations: they change with versions
         ("", ["--rate"], ["--rate"]),
         ("", ["--rate", "2", "c.yaml"], ["'c.yaml'", "YAML file first"]),
-        ("", ["missing.yaml"], ["missing.yaml"]),
+        ("", ["missing.yaml"], ["missing.yaml: there is no such file"]),
     ],
 )
 def test_bad_options_are_refused(

@@ -40,7 +40,7 @@ def again(table: Any) -> Any:
 
 
 DATA = {
-    "none": ({"train_dataset": None}, "give the trainer a train_dataset"),
+    "none": ({"train_dataset": None}, "train_dataset: there is none"),
     "empty": ({"train_dataset": rows(0, 0)}, "train_dataset has no examples"),
     "all splits": (
         {"train_dataset": DatasetDict(train=data())},
