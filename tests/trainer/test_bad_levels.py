@@ -63,6 +63,10 @@ PLAIN = {
     ),
     "compilation": (lambda m, f: {"args": arguments(f, torch_compile=True)}, "torch_compile"),
     "a module as level": (lambda m, f: {"upper": m}, "a level must be a Problem, got PeftModel"),
+    "a level without super().__init__": (
+        lambda m, f: {"upper": Half.__new__(Half)},
+        "Half: has no variables",
+    ),
     "data of a level": (lambda m, f: levels(m, data=[{}]), "Direction"),
     "optimizer of a level": (
         lambda m, f: levels(m, optimizer=torch.optim.SGD(Direction(m).variables, 0.1)),
