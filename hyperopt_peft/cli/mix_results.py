@@ -67,16 +67,14 @@ class Verdict:
     def write(self, path: Path) -> None:
         """Write everything as JSON."""
         record: dict[str, Any] = {"upper_steps": self.steps, "sources": self.sources}
+        record |= {"saved": self.saved, "warnings": [*self.notes], "options": [*self.flags]}
         if found := self.comparison:
             record |= {
                 "recommended": found.recommended.method,
                 "ties": [result.method for result in found.ties],
-                "saved": self.saved,
                 "sentence": found.sentence,
-                "warnings": list(self.notes),
                 "near_chance": found.near_chance,
                 "methods": self._methods(),
-                "options": list(self.flags),
             }
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
