@@ -240,7 +240,8 @@ class BilevelStep:
                 no lower step was recorded since `forget`.
 
         Warns:
-            HypergradientWarning: the estimator is `Direct`, and F does not read a variable.
+            HypergradientWarning: the estimator is `Direct`, and F does not read a variable; or it
+                is another, and F reads no lower variable.
         """
         if self.last is None:
             raise NonFiniteError(
@@ -254,7 +255,7 @@ class BilevelStep:
         self.signal.add(result.hypergradient)
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
         if not self._upper_read:
-            self._require_read(above.gradient[: len(u)])
+            self._require_read(above.gradient[: len(u)], above.gradient[len(u) :])
             self._upper_read = True
         log = {
             "upper_loss": above.loss - prior_of(self.upper, above.metrics),
@@ -300,17 +301,24 @@ class BilevelStep:
             for f, g in zip(gradient, above, strict=True)
         )
 
-    def _require_read(self, of_u: Sequence[Tensor | None]) -> None:
-        """Raise ProblemError where no loss reads an upper variable; warn where direct is 0."""
+    def _require_read(self, of_u: Sequence[Tensor | None], of_w: Sequence[Tensor | None]) -> None:
+        """Raise ProblemError where no loss reads an upper variable; warn where a term is 0."""
         require_read(self.upper, of_u, besides=self._unread)
         names = [n for n, g in zip(self.upper.names, of_u, strict=True) if g is None]
-        if names and isinstance(self.estimator, Direct):
-            warnings.warn(
+        text = None
+        if not isinstance(self.estimator, Direct):
+            if all(g is None for g in of_w):  # such as those of another copy of the model
+                text = (
+                    f"{self.upper.name}: the loss reads no variable of {self.lower.name}, so that "
+                    "the hypergradient has no implicit term; let it read what that level trains"
+                )
+        elif names:
+            text = (
                 f"{self.upper.name}: the loss does not read {names[0]!r}, which direct therefore "
-                "never moves; choose an estimator with an implicit term, such as darts",
-                HypergradientWarning,
-                stacklevel=2,
+                "never moves; choose an estimator with an implicit term, such as darts"
             )
+        if text is not None:
+            warnings.warn(text, HypergradientWarning, stacklevel=2)
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())

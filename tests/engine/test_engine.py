@@ -210,6 +210,15 @@ def test_a_variable_that_one_loss_reads_is_enough() -> None:
     assert of_f.item() == before
 
 
+def test_an_upper_loss_of_another_copy_of_the_lower_variables_is_noticed() -> None:
+    """It moves nothing, and the run would end without a word."""
+    w, copy, u = leaf(), leaf(), leaf()
+    upper = FunctionLevel(lambda _: copy.square().sum(), [u], optimizer=SGD([u], lr=0.1))
+    lower = FunctionLevel(lambda _: (w - u).square().sum(), [w], optimizer=SGD([w], lr=0.1))
+    with pytest.warns(HypergradientWarning, match="no implicit term"):
+        Engine(upper, lower, "cg", progress=False).run(2)
+
+
 def test_a_variable_that_the_first_losses_read_may_be_left_out_later() -> None:
     """By a batch of another kind, say; the step then leaves it alone."""
     (w, v), (u, c) = (leaf(), leaf()), (leaf(), leaf())
