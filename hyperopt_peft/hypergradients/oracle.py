@@ -268,8 +268,8 @@ def check_ownership(*levels: Problem) -> None:
             raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
         if not hasattr(level, "variables"):
             raise ProblemError(
-                f"{type(level).__name__}: has no variables; call super().__init__(variables) in its "
-                "__init__"
+                f"{type(level).__name__}: has no variables; call super().__init__(variables) in "
+                "its __init__"
             )
     for level in levels[:-1]:
         level.require_single(

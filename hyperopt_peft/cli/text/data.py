@@ -198,7 +198,8 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
         if missing := data.data.column(column).null_count:
             raise ProblemError(
                 f"{where}: column {column!r} is empty in {missing} of {len(data)} rows, first in "
-                f"row {data[column][:].index(None)} (from 0); fill the cells or remove the rows"
+                f"row {data[column][:].index(None)} (from 0); fill the cells, remove the "
+                "rows, or put texts with line breaks into quotes"
             )
 
 
