@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import ConcatDataset
 from transformers import (
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     enable_full_determinism,
     set_seed,
@@ -57,6 +58,13 @@ UNSUPPORTED_OVERRIDES = (
     "get_batch_samples",
     "training_step",
 )
+
+
+class _Bar(ProgressCallback):
+    """A progress bar alone."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing."""
 
 
 def setup_from_trainer(
@@ -112,7 +120,10 @@ def _runner(
     else:
         datasets_ = _datasets(trainer, data.train_rows)
         runner = RowWeightedBiDoRA(model, recorder, **options, **datasets_)
-    runner.remove_callback(PrinterCallback)
+    for kind in (PrinterCallback, ProgressCallback):
+        runner.remove_callback(kind)
+    if not args.disable_tqdm:
+        runner.add_callback(_Bar)
     recorder.runner = runner
     return runner
 
