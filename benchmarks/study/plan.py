@@ -74,8 +74,8 @@ class Study:
 
     tasks: tuple[str, ...] = ("trec", "sst2", "tweets", "tags")
     cells: tuple[tuple[int, int], ...] = (
-        *((300, 300), (300, 100), (300, 900)),
-        *((100, 300), (100, 100)),  # 300 passes are as many epochs as 900 of 300 rows
+        *((300, 300), (300, 100), (100, 100)),
+        *((100, 300), (300, 900)),  # as many epochs
     )
     rates: tuple[float, ...] = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2)
     upper_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-1)
