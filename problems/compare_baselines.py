@@ -20,6 +20,7 @@ from hyperopt_peft.problems.compare_on_head import losses_on_head
 from hyperopt_peft.problems.mix_plans import SOURCES_ALIKE
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.trainer.data import classes_of, label_column
+from hyperopt_peft.utils.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,12 @@ class BaselineComparison:
         return text
 
     def __str__(self) -> str:
-        lines = [f"{'method':44}{'trusted loss':>14}{'to the best':>22}{'passes':>9}"]
+        rows: list[Sequence[Any]] = [("method", "trusted loss", "to the best", "passes")]
         for result in sorted(self.results, key=lambda result: result.loss):
             gap, error = result.difference(self.best)
             text = "" if result is self.best else f"{gap:+.4f} ± {error:.4f}"
-            lines.append(f"{result.method:44}{result.loss:14.4f}{text:>22}{result.passes:9}")
-        return "\n".join([*lines, self.sentence])
+            rows.append((result.method, f"{result.loss:.4f}", text, result.passes))
+        return f"{aligned(rows)}\n{self.sentence}"
 
 
 def compare_baselines(

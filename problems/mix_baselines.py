@@ -32,6 +32,7 @@ from hyperopt_peft.problems.mix_plans import (
     SOURCES_ALIKE,
     THEN_TRUSTED,
     TRUSTED_ONLY,
+    of_equal_shares,
 )
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
@@ -113,7 +114,7 @@ class Baselines:
         elif method == EQUAL:
             self._fit(data.parts, steps)
         elif method == SOURCES_ALIKE:
-            self._fit(data.parts, steps, sources_alike)
+            self._fit(data.parts, steps, alike)
         elif method in (THEN_TRUSTED, LEARNED_THEN):
             first = equal_weights if method == THEN_TRUSTED else self._learned
             self._fit(data.parts, steps - steps // 2, first)
@@ -123,7 +124,7 @@ class Baselines:
             if method == FILTERED:
                 self._fit(_agreeing(data, agreement).parts, steps)
             else:
-                self._fit(data.parts, steps, partial(_fixed, _shares(data, agreement)))
+                self._fit(data.parts, steps, partial(_fixed, Plan(_shares(data, agreement))))
         return self.passes_of(method, steps)
 
     def losses(self, rows: Dataset) -> Tensor:
@@ -133,7 +134,7 @@ class Baselines:
     def _learned(self, counts: Mapping[str, int]) -> SourceWeights:
         """The weights of `row_weights`."""
         weights = torch.tensor([self.row_weights[name] for name in counts])
-        return _fixed(weights / weights.max(), counts)
+        return _fixed(Plan(weights / weights.max()), counts)
 
     def _agreement(self, data: SourceData) -> Tensor:
         """How far a model of the trusted rows agrees with each row of the sources, from 0 to 1.
@@ -202,16 +203,15 @@ class Baselines:
             return torch.cat([function(batch) for batch in batches]).cpu()
 
 
-def sources_alike(counts: Mapping[str, int]) -> SourceWeights:
+def alike(counts: Mapping[str, int]) -> SourceWeights:
     """Fixed weights, with which each source has the same share of the loss."""
-    numbers = torch.tensor([max(1, count) for count in counts.values()])
-    return _fixed(numbers.min() / numbers, counts)
+    return _fixed(of_equal_shares(torch.tensor([*counts.values()])), counts)
 
 
-def _fixed(a: Tensor, counts: Mapping[str, int]) -> SourceWeights:
-    """Fixed weights in the ratios of ``a``, from 0 to 1."""
+def _fixed(plan: Plan, counts: Mapping[str, int]) -> SourceWeights:
+    """The weights of ``plan``, fixed."""
     weights = equal_weights(counts)
-    weights.logits.data = Plan(a).logits
+    weights.logits.data = plan.logits
     return weights
 
 

@@ -58,9 +58,14 @@ def equal(mix: HeadMix) -> Plan:
 
 def sources_alike(mix: HeadMix) -> Plan:
     """Each source with the same share of the loss."""
-    counts = mix.rows.counts(mix.rows.groups).clamp(min=1)
-    share = torch.cat([counts, torch.tensor([len(mix.rows.trusted.x)])])
-    return Plan(share.min() / share)
+    counts = mix.rows.counts(mix.rows.groups)
+    return of_equal_shares(torch.cat([counts, torch.tensor([len(mix.rows.trusted.x)])]))
+
+
+def of_equal_shares(counts: Tensor) -> Plan:
+    """All rows, with which each source has the same share; ``counts`` are of rows, or labels."""
+    counts = counts.clamp(min=1)
+    return Plan(counts.min() / counts)
 
 
 def then_trusted(mix: HeadMix) -> Plan:

@@ -236,7 +236,7 @@ def orders_table(rows: Sequence[Row]) -> list[Row]:
     """LDS and slope against both kinds of retraining."""
     table = []
     for count in (*range(1, ORDERS + 1), 0) if rows else ():
-        line: Row = {"scores": f"mean of {count} orders" if count else "of the head"}
+        line: Row = {"scores": f"of {count} order{'s' * (count > 1)}" if count else "of the head"}
         for kind, title in (("weight 0", "by weight 0"), ("physical", "from the data set")):
             checks = [
                 ScoreCheck(_predicted(row, count), _tensor(row[kind]), None, SHARE) for row in rows

@@ -304,21 +304,22 @@ class BilevelStep:
     def _require_read(self, of_u: Sequence[Tensor | None], of_w: Sequence[Tensor | None]) -> None:
         """Raise ProblemError where no loss reads an upper variable; warn where a term is 0."""
         require_read(self.upper, of_u, besides=self._unread)
-        names = [n for n, g in zip(self.upper.names, of_u, strict=True) if g is None]
-        text = None
-        if not isinstance(self.estimator, Direct):
-            if all(g is None for g in of_w):  # such as those of another copy of the model
-                text = (
-                    f"{self.upper.name}: the loss reads no variable of {self.lower.name}, so that "
-                    "the hypergradient has no implicit term; let it read what that level trains"
-                )
-        elif names:
-            text = (
-                f"{self.upper.name}: the loss does not read {names[0]!r}, which direct therefore "
-                "never moves; choose an estimator with an implicit term, such as darts"
+        direct, name = isinstance(self.estimator, Direct), self.upper.name
+        unread = [n for n, g in zip(self.upper.names, of_u, strict=True) if g is None]
+        if direct and unread:
+            warnings.warn(
+                f"{name}: the loss does not read {unread[0]!r}, which direct therefore never "
+                "moves; choose an estimator with an implicit term, such as darts",
+                HypergradientWarning,
+                stacklevel=2,
             )
-        if text is not None:
-            warnings.warn(text, HypergradientWarning, stacklevel=2)
+        if not direct and all(g is None for g in of_w):  # such as those of a copy of the model
+            warnings.warn(
+                f"{name}: the loss reads no variable of {self.lower.name}, so that the "
+                "hypergradient has no implicit term; let it read what that level trains",
+                HypergradientWarning,
+                stacklevel=2,
+            )
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())

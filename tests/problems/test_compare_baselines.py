@@ -24,7 +24,7 @@ from hyperopt_peft.problems.mix_baselines import (
     SOURCES_ALIKE,
     TRUSTED_ONLY,
     Baselines,
-    sources_alike,
+    alike,
 )
 from tests.support.mix_runs import rows, trainer, votes
 from tests.support.trainers import values
@@ -59,7 +59,7 @@ def test_what_looks_at_nothing_is_used_unless_another_is_better_by_its_error() -
 
 
 def test_sources_that_count_alike_have_the_same_share_whatever_their_sizes() -> None:
-    shares = sources_alike({"small": 3, "large": 300, "trusted": 30}).shares()
+    shares = alike({"small": 3, "large": 300, "trusted": 30}).shares()
     assert torch.allclose(shares, torch.full((3,), 1 / 3), atol=1e-4)
 
 
