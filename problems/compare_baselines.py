@@ -108,23 +108,31 @@ class BaselineComparison:
 
     @property
     def sentence(self) -> str:
-        """Which method to use, and which are as good."""
-        if self.recommended is not self.best:
-            return (
-                f"use {self.recommended.method}: no loss is lower by more than its error, that of "
-                f"{self.best.method} neither"
+        """Which method to use, which are as good, and whether any has learned something."""
+        chosen, lowest = self.recommended, f"the lowest trusted loss, {self.best.loss:.4f}"
+        reason = lowest if chosen is self.best else "no loss is lower by more than its error"
+        text = f"use {chosen.method}: {reason}"
+        tied = [result.method for result in (self.best, *self.ties) if result is not chosen]
+        if tied:
+            text += f"; a tie, within its error, with {'; '.join(tied)}"
+        if self.near_chance:
+            text += (
+                ". But no method is better than chance by more than twice its error: give more "
+                "trusted rows, or another model"
             )
-        text = f"use {self.best.method}: the lowest trusted loss, {self.best.loss:.4f}"
-        if names := [result.method for result in self.ties]:
-            text += f"; a tie, within its error, with {'; '.join(names)}"
         return text
+
+    def to_the_best(self, result: MethodResult) -> str:
+        """The loss of ``result`` minus the best one's, with its standard error, and a tie."""
+        if result is self.best:
+            return ""
+        gap, error = result.difference(self.best)
+        return ("tie, " if gap <= error else "") + f"{gap:+.4f} ± {error:.4f}"
 
     def __str__(self) -> str:
         rows: list[Sequence[Any]] = [("method", "trusted loss", "to the best", "passes")]
-        for result in sorted(self.results, key=lambda result: result.loss):
-            gap, error = result.difference(self.best)
-            text = "" if result is self.best else f"{gap:+.4f} ± {error:.4f}"
-            rows.append((result.method, f"{result.loss:.4f}", text, result.passes))
+        for each in sorted(self.results, key=lambda result: result.loss):
+            rows.append((each.method, f"{each.loss:.4f}", self.to_the_best(each), each.passes))
         return f"{aligned(rows)}\n{self.sentence}"
 
 

@@ -110,10 +110,12 @@ def features_of(
         >>> features_of(model, rows, default_data_collator).x.shape
         torch.Size([2, 8])
     """
-    identity = "" if cache is None else _identity(model, rows, collate)
+    device = torch.device(device or next(model.parameters()).device)
+    with precision():
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    identity = "" if cache is None else f"{_identity(model, rows, collate)} {autocast}"
     if cache is not None and (known := _read(cache, identity)) is not None:
         return known
-    device = device or next(model.parameters()).device
     parts, numbers = [], torch.arange(len(rows)).split(batch_size)
     with collating("the rows"), replay(RandomState.capture()), evaluating(model), precision():
         for number in tqdm(numbers, desc="features", disable=not progress):

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hyperopt_peft.core.logits import losses_of_logits
+from hyperopt_peft.core.logits import MULTI_LABEL, losses_of_logits
 
 #: λ, of features with mean 0 and deviation 1.
 L2 = 0.1
@@ -59,6 +60,20 @@ class Head(nn.Module):
             losses, scored = losses_of_logits(self, logits, labels, shifted=False)
             loss = losses.sum() / scored.sum().clamp(min=1)
         return SequenceClassifierOutput(loss, logits)
+
+
+def problem_type_of(config: Any, labels: Tensor) -> str | None:
+    """The ``problem_type`` of a model's ``config``; unset, what Transformers takes for ``labels``.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> problem_type_of(BertConfig(num_labels=3), torch.tensor([[0.2, 0.8, 0.0]]))
+        'multi_label_classification'
+    """
+    kind: str | None = getattr(config, "problem_type", None)
+    if kind is None and labels.is_floating_point() and getattr(config, "num_labels", 1) > 1:
+        return MULTI_LABEL
+    return kind
 
 
 class L2Penalty:

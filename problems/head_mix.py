@@ -1,4 +1,4 @@
-"""Learns the weights of sources on a head: convex, exact, in seconds.
+"""Learns the weights of sources on a head: convex, solved to its minimum, in seconds.
 
     upper: min over u   L(w*(u); trusted rows) + ½·τ·mean‖u − u0‖²
     lower: w*(u) = argmin over the head w   1/N Σ_i v_k(i)(u) ℓ_i(w) + ½·λ·‖W‖²
@@ -6,7 +6,7 @@
 As in `data_sources`, with a linear head on frozen features in place of the adapter. The lower level
 is solved to its minimum at each step, and the hypergradient by conjugate gradients with exact
 products. The weights are then those of the adapter's training: a proxy, as in DoReMi
-(Xie et al. 2023, arXiv:2305.10429), but one whose hypergradient is exact.
+(Xie et al. 2023, arXiv:2305.10429), but one whose hypergradient has the implicit term.
 """
 
 from __future__ import annotations

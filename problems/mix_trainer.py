@@ -22,6 +22,7 @@ from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.problems.data_sources import SOURCE, VOTES, SourceWeights, default_prior
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.features import features_of
+from hyperopt_peft.problems.head import problem_type_of
 from hyperopt_peft.problems.head_mix import HeadMix, Plan
 from hyperopt_peft.problems.head_rows import HeadRows, kept
 from hyperopt_peft.problems.mix_arguments import AUTO, MixTrainingArguments
@@ -48,8 +49,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
     ``weights`` has the result; `compare_baselines` says whether it was worth it, and `retrain`
     trains by another `Plan`.
 
-    A search on the head takes seconds, and its hypergradient is exact (`HeadMix`). It needs a task
-    with classes, numbers or tags.
+    A search on the head takes seconds, with a solve at the head's minimum (`HeadMix`). It needs a
+    task with classes, numbers or tags.
 
     The default prior makes n·(F + prior), with F the mean loss of n trusted rows, a negative log
     posterior whose logits have the prior variance 8.
@@ -190,7 +191,7 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
             torch.tensor(self.train_dataset[groups][:]),
             outputs=config.num_labels,
             trusted_votes=self.data.trusted_votes,
-            problem_type=config.problem_type,
+            problem_type=problem_type_of(config, features.labels),
         )
         rate, steps = args.upper_learning_rate, args.search_steps
         return HeadMix(rows, prior=args.upper_prior, rate=rate, steps=steps)

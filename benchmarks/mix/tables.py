@@ -13,6 +13,8 @@ from hyperopt_peft.problems.mix_plans import LEARNED, LEARNED_THEN
 
 VERDICT = "the named way"
 MODELS = ("head", "lora")
+#: The tasks that come last.
+SIMULATED = ("copies", "annotators")
 #: Of each method, the entries by seed.
 Cell = Mapping[str, Mapping[int, Row]]
 
@@ -24,7 +26,12 @@ def cells(runs: Store, model: str) -> dict[str, Cell]:
         if "accuracy" in row:
             cell = found.setdefault(f"{row['task']} {row['trusted']}", {})
             cell.setdefault(row["method"], {})[row["seed"]] = row
-    return {name: _complete(cell) for name, cell in found.items()}
+    return {name: _complete(found[name]) for name in sorted(found, key=_place)}
+
+
+def _place(name: str) -> tuple[bool, str, int]:
+    task, trusted = name.split()
+    return task in SIMULATED, task, int(trusted)
 
 
 def _complete(cell: Cell) -> Cell:
@@ -43,6 +50,14 @@ def best_of(cell: Cell, without: tuple[str, ...] = (VERDICT,)) -> str:
     return max((m for m in cell if m not in without), key=lambda method: accuracy(cell[method]))
 
 
+def best_elsewhere(cell: Cell, seed: int) -> str:
+    """The method of the highest mean accuracy on all seeds but ``seed``.
+
+    The best of many methods on some seeds is partly so by their luck. ``seed`` has none in it.
+    """
+    return best_of({m: {s: row for s, row in c.items() if s != seed} for m, c in cell.items()})
+
+
 def regrets(of_model: Mapping[str, Cell]) -> dict[str, list[float]]:
     """Of each method its distance to the best one's mean accuracy, in each cell that has it."""
     found: dict[str, list[float]] = {}
@@ -53,16 +68,27 @@ def regrets(of_model: Mapping[str, Cell]) -> dict[str, list[float]]:
     return found
 
 
-def named_well(cell: Cell) -> list[bool]:
-    """Whether the named method is within one standard error of the best one, for each seed.
+def regrets_elsewhere(of_model: Mapping[str, Cell]) -> dict[str, list[float]]:
+    """As `regrets`, seed by seed to the method that is the best one on the other seeds."""
+    found: dict[str, list[float]] = {}
+    for cell in of_model.values():
+        best = {seed: best_elsewhere(cell, seed) for seed in next(iter(cell.values()))}
+        top = statistics.fmean(cell[best[seed]][seed]["accuracy"] for seed in best)
+        for method, by_seed in cell.items():
+            found.setdefault(method, []).append(top - accuracy(by_seed))
+    return found
+
+
+def near_the_best(cell: Cell, chosen: Mapping[int, Row]) -> list[bool]:
+    """Whether what is chosen for a seed is within one standard error of its best method.
 
     The error is that of the best one's accuracy on the test rows.
     """
     good = []
-    for seed, named in cell[VERDICT].items():
-        top = max(by_seed[seed]["accuracy"] for by_seed in cell.values() if seed in by_seed)
-        error = math.sqrt(top * (1 - top) / named["tests"])
-        good.append(top - named["accuracy"] <= error)
+    for seed, row in chosen.items():
+        top = max(by_seed[seed]["accuracy"] for by_seed in cell.values())
+        error = math.sqrt(top * (1 - top) / cell[VERDICT][seed]["tests"])
+        good.append(top - row["accuracy"] <= error)
     return good
 
 
@@ -82,25 +108,28 @@ def summary(of_model: Mapping[str, Cell]) -> list[Row]:
     lines = []
     for name, cell in of_model.items():
         row: dict[str, Any] = {"task": name, **dict(lead(cell, LEARNED))}
-        named = cell.get(VERDICT, {}).values()
-        good = named_well(cell) if named else []
-        row["named well"] = f"{sum(good)} of {len(good)}" if named else None
+        named = cell.get(VERDICT, {})
+        row["named well"] = _number(near_the_best(cell, named)) if named else None
+        if len(named) > 1:
+            known = {seed: cell[best_elsewhere(cell, seed)][seed] for seed in named}
+            row["best of other seeds, well"] = _number(near_the_best(cell, known))
         for title in ("seconds", "verdict seconds"):
-            measured = [each[title] for each in named if title in each]
+            measured = [each[title] for each in named.values() if title in each]
             row[title] = f"{statistics.fmean(measured):.1f}" if measured else None
         lines.append(row)
     return lines
 
 
+def _number(good: list[bool]) -> str:
+    return f"{sum(good)} of {len(good)}"
+
+
 def tables_of(runs: Store) -> dict[str, list[Row]]:
     """Accuracies and the summary of each model, and the regrets of all methods."""
-    tables, by_model = {}, {model: cells(runs, model) for model in MODELS}
-    by_model = {model: found for model, found in by_model.items() if found}
-    all_regrets = {model: regrets(found) for model, found in by_model.items()}
-    methods = list(dict.fromkeys(m for found in all_regrets.values() for m in found))
+    by_model = {model: found for model in MODELS if (found := cells(runs, model))}
+    methods = list(dict.fromkeys(m for of in by_model.values() for c in of.values() for m in c))
     methods.sort(key=VERDICT.__eq__)  # last
-    if by_model:
-        tables["Regret"] = [_regret(method, all_regrets) for method in methods]
+    tables = {"Regret": [_regret(method, by_model) for method in methods]} if by_model else {}
     for model, found in by_model.items():
         tables[f"Learned weights and the best simple way, {model}"] = summary(found)
         tables[f"Accuracy, {model}"] = [
@@ -111,10 +140,16 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
     return tables
 
 
-def _regret(method: str, all_regrets: Mapping[str, Mapping[str, list[float]]]) -> Row:
-    row: Row = {"method": method}
-    for model, found in all_regrets.items():
-        each = found.get(method)
+def _regret(method: str, by_model: Mapping[str, Mapping[str, Cell]]) -> Row:
+    tasks = (cell for found in by_model.values() for cell in found if method in found[cell])
+    row: Row = {"method": method, "tasks": len({*tasks})}
+    for model, found in by_model.items():
+        each = regrets(found).get(method)
         row[f"{model}, mean"] = f"{statistics.fmean(each):.3f}" if each else None
         row[f"{model}, worst"] = f"{max(each):.3f}" if each else None
+        if all(len(by_seed) > 1 for cell in found.values() for by_seed in cell.values()):
+            fair = regrets_elsewhere(found).get(method)
+            row[f"{model}, to the best of other seeds"] = (
+                f"{statistics.fmean(fair):.3f}" if fair else None
+            )
     return row

@@ -34,7 +34,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import Head, L2Penalty
+from hyperopt_peft.problems.head import Head, L2Penalty, problem_type_of
 from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -220,7 +220,7 @@ def _head(model: Any, features: Features) -> Head:
     outputs = labels.shape[1] if labels.dim() > 1 else 1
     if not labels.is_floating_point():
         outputs = max(int(labels.max()) + 1, getattr(config, "num_labels", 0))
-    kind = getattr(config, "problem_type", None)
+    kind = problem_type_of(config, labels)
     return Head(features.x.shape[1], outputs, problem_type=kind, dtype=features.x.dtype)
 
 

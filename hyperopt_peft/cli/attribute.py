@@ -18,7 +18,7 @@ from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
 from hyperopt_peft.cli.config import option
 from hyperopt_peft.cli.options import OutputArguments, parse
-from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
+from hyperopt_peft.cli.plan import Work, in_words, seconds_a_pass, table, whole
 from hyperopt_peft.cli.report import REPORT, Report
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import (
@@ -297,8 +297,7 @@ class Scored:
         return [number, f"{float(self.result.scores[row]):+.2e}", text]
 
     def _cost(self, name: str, trainings: int, more: str = "") -> str:
-        seconds = trainings * self.result.settings["seconds"]
-        time = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+        time = in_words(trainings * self.result.settings["seconds"])
         return f"{name}: {trainings} trainings, about {time} {more}".rstrip()
 
     def _summary(self) -> str:

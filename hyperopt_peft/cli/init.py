@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
 def options(command: InitArguments, files: list[str], rows: Dataset, found: Guess) -> list[str]:
     """The lines of the file: each option with a comment, in an order to read."""
     number, stem, of_tokens = len(rows), Path(files[0]).stem, found.task in OF_TOKENS
-    on_head = command.command == "attribute" and found.task == "text-classification"
+    on_head = command.command == "attribute" and not of_tokens
     epochs = math.ceil(FEWEST_STEPS * BATCH / (0.6 * number))  # bidora's search has .8² of the rows
     run_it = f"hyperopt-peft {command.command} {command.config_file}"
     model = command.model or MODELS.get(found.task, MODELS[""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from hyperopt_peft.cli.config import option
 from hyperopt_peft.cli.mix_results import SHARES, Verdict, draw_shares
 from hyperopt_peft.cli.mixture_files import write_mixture
 from hyperopt_peft.cli.options import OutputArguments, parse
-from hyperopt_peft.cli.plan import Work, seconds_a_pass, table
+from hyperopt_peft.cli.plan import Work, in_words, seconds_a_pass, table
 from hyperopt_peft.cli.text import sft
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.cli.text.models import ModelArguments
@@ -38,6 +39,8 @@ from hyperopt_peft.utils.groups import group_rows
 
 #: The upper steps below which weights are not trusted, and the least share by which a loss falls.
 FEW_STEPS, LEAST_FALL = 10, 0.05
+#: What a comparison on a head takes for each fold, by the time of a search.
+SEARCHES_A_FOLD = 6
 #: The finished trainings of a comparison of adapters.
 RECORD = "folds.jsonl"
 
@@ -95,7 +98,7 @@ def run(argv: Sequence[str]) -> None:
         return
     output, first = Path(args.output_dir), trainer.is_world_process_zero()
     before = trusted_losses(trainer)
-    search(trainer, resumed)
+    seconds = search(trainer, resumed)
     verdict = Verdict.of(trainer, flags)
     if first:
         output.mkdir(parents=True, exist_ok=True)
@@ -105,18 +108,21 @@ def run(argv: Sequence[str]) -> None:
         if data.rows:
             weights = {name: source["row_weight"] for name, source in verdict.sources.items()}
             write_mixture(output / "mixture", data.rows, weights)
-    if comparison := compare(trainer, command):
+    if comparison := compare(trainer, command, seconds):
         verdict.compared(comparison)
+    if first:  # the final training takes long
+        verdict.write(output / "weights.json")
+        print(f"\n{verdict.findings}", flush=True)
     chosen = comparison.recommended if comparison and command.save == "recommended" else None
     train(trainer, chosen, bool(resumed))
     trained = trainer.args.retrain != "none" or not trainer.on_head
     if trained:
         save_adapter(trainer)
         verdict.saved = chosen.method if chosen else LEARNED
-    verdict.notes = doubts(trainer, verdict, (before, trusted_losses(trainer)))
+    verdict.notes = doubts(trainer, verdict, (before, trusted_losses(trainer)) if trained else None)
     if first:
         verdict.write(output / "weights.json")
-        print(f"\n{verdict}")
+        print(f"\n{verdict.outcome}")
     metrics: dict[str, Any] = {}
     if trained and trainer.eval_dataset is not None:
         metrics = evaluated(trainer)
@@ -147,7 +153,11 @@ def plan(trainer: MixTrainer, command: MixArguments) -> str:
     if trainer.args.retrain != "none":
         works.append(Work("final training", 1, baselines.steps, final))
     rows = ", ".join(f"{count} {name}" for name, count in trainer.data.counts.items())
-    head = "; search and comparison on a head take seconds" if trainer.on_head else ""
+    head = (
+        "; search and comparison on a head take seconds, of many sources a minute"
+        if trainer.on_head
+        else ""
+    )
     return f"examples: {rows}{head}\n{table(works, seconds_a_pass(trainer))}"
 
 
@@ -181,39 +191,65 @@ def trusted_losses(trainer: MixTrainer) -> Tensor:
         return baselines.losses(trainer.data.trusted)
 
 
-def search(trainer: MixTrainer, checkpoint: str | bool | None) -> None:
-    """Learn the weights; on the adapter train with them too, and save.
+def search(trainer: MixTrainer, checkpoint: str | bool | None) -> float | None:
+    """Learn the weights; on the adapter train with them too, and save. Returns the seconds.
 
-    A search on the head is done again where a run is resumed.
+    A search on the head is done again where a run is resumed; one on the adapter goes on, of which
+    the seconds are None.
     """
     if trainer.on_head:
+        _ = trainer.head_mix  # whose features are not of the search's time
+        begin = time.perf_counter()
         trainer.search(None)
-        return
+        return time.perf_counter() - begin
     trainer.add_callback(RecordShares(trainer))
     if trainer.args.retrain != "none":
         announce(trainer, LEARNED)
+    begin = time.perf_counter()
     trainer.train(checkpoint)
+    seconds = time.perf_counter() - begin
     save_adapter(trainer)  # the comparison takes long
+    return None if checkpoint else seconds
 
 
-def compare(trainer: MixTrainer, command: MixArguments) -> BaselineComparison | None:
-    """The comparison, if it is wanted; of the adapter it goes on where a killed run has stopped."""
+def compare(
+    trainer: MixTrainer, command: MixArguments, seconds: float | None
+) -> BaselineComparison | None:
+    """The comparison, if it is wanted; of the adapter it goes on where a killed run has stopped.
+
+    ``seconds`` are those of the search, or None of a part of it.
+    """
     if not command.baseline_folds:
         return None
     output = Path(trainer.args.output_dir or "")
-    if not trainer.on_head and trainer.is_world_process_zero():
-        trainings = comparison_work(Baselines(trainer), command).trainings
-        print(
-            f"\nthe adapter of the learned weights is in {output}; the comparison takes "
-            f"{trainings} trainings, and goes on after a kill with --resume_from_checkpoint true",
-            flush=True,
-        )
+    if trainer.is_world_process_zero():
+        print(f"\n{estimate(trainer, command, seconds)}", flush=True)
     return compare_baselines(
         trainer,
         folds=command.baseline_folds,
         equal_passes=command.equal_passes,
         record=output / RECORD,
     )
+
+
+def estimate(trainer: MixTrainer, command: MixArguments, seconds: float | None) -> str:
+    """What the comparison takes, by the ``seconds`` of the search."""
+    if trainer.on_head:
+        searches: float = SEARCHES_A_FOLD * command.baseline_folds
+        text = "comparison on the head"
+    else:
+        baselines = Baselines(trainer)
+        work = comparison_work(baselines, command)
+        searches = work.trainings * work.passes / baselines.passes
+        text = (
+            f"the adapter of the learned weights is in {trainer.args.output_dir}; comparison of "
+            f"{work.trainings} trainings"
+        )
+    if seconds is not None:
+        text += f", about {in_words(searches * seconds)}"
+    if not trainer.on_head and trainer.args.save_strategy != "no":
+        text += "; after a kill --resume_from_checkpoint true goes on with it"
+    return text
 
 
 def train(trainer: MixTrainer, chosen: MethodResult | None, resume: bool) -> None:
@@ -245,7 +281,9 @@ def announce(trainer: MixTrainer, method: str, steps: int | None = None) -> None
         )
 
 
-def doubts(trainer: MixTrainer, verdict: Verdict, losses: tuple[Tensor, Tensor]) -> list[str]:
+def doubts(
+    trainer: MixTrainer, verdict: Verdict, losses: tuple[Tensor, Tensor] | None
+) -> list[str]:
     """The reasons not to believe the weights; ``losses`` of trusted rows before and after."""
     args, notes, rate = trainer.args, [], trainer.args.upper_learning_rate
     if verdict.steps < FEW_STEPS:
@@ -253,17 +291,14 @@ def doubts(trainer: MixTrainer, verdict: Verdict, losses: tuple[Tensor, Tensor])
         notes.append(f"{verdict.steps} updates of the weights are few; raise {name}")
     if rate * verdict.steps < 1:
         notes.append(f"upper_learning_rate {rate:g} keeps all weights near 1; its default is 0.6")
-    if verdict.comparison is not None and verdict.comparison.near_chance:
-        notes.append(
-            "no method is better than chance by more than twice its error: the weights say "
-            "nothing; give more trusted examples, or another model"
-        )
+    if losses is None:
+        return notes
     before, after = (float(each.mean()) for each in losses)
-    if args.retrain != "none" and after > (1 - LEAST_FALL) * before:
+    if after > (1 - LEAST_FALL) * before:
         notes.append(
             f"the loss of the trusted examples went from {before:.4f} to {after:.4f} only: the "
-            f"adapter has hardly learned; raise learning_rate ({args.learning_rate:g}) or "
-            "retrain_epochs"
+            f"adapter has hardly learned; raise learning_rate ({args.learning_rate:g}) or the "
+            "number of steps"
         )
     return notes
 

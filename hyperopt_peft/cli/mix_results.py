@@ -56,13 +56,20 @@ class Verdict:
         for name, source in self.sources.items():
             source["row_weight_of_folds"] = [fold[name] for fold in comparison.row_weights]
 
-    def __str__(self) -> str:
+    @property
+    def findings(self) -> str:
+        """The weights and the comparison, in lines."""
         blocks = [f"weights after {self.steps} updates\n{aligned(self._table())}"]
         if self.comparison:
             folds = len(self.comparison.row_weights)
             blocks.append(f"by {folds} folds of the trusted examples:\n{self.comparison}")
-        blocks += [f"the saved adapter: {self.saved}"] if self.saved else []
-        return "\n\n".join([*blocks, *(f"warning: {note}" for note in self.notes)])
+        return "\n\n".join(blocks)
+
+    @property
+    def outcome(self) -> str:
+        """The saved adapter and the notes, in lines."""
+        lines = [f"the saved adapter: {self.saved or 'none'}"]
+        return "\n".join([*lines, *(f"warning: {note}" for note in self.notes)])
 
     def write(self, path: Path) -> None:
         """Write everything as JSON."""
@@ -89,10 +96,9 @@ class Verdict:
             tables[title] = [
                 ["method", "trusted loss", "to the best, ± one standard error", "passes"]
             ]
-            for each in self._methods():
-                gap = f"{each['to_the_best']:+.4f} ± {each['standard_error']:.4f}"
-                loss = f"{each['trusted_loss']:.4f}"
-                tables[title].append([each["method"], loss, gap, each["passes"]])
+            for each in sorted(self.comparison.results, key=lambda result: result.loss):
+                gap = self.comparison.to_the_best(each)
+                tables[title].append([each.method, f"{each.loss:.4f}", gap, each.passes])
         tables["Sources"] = sources
         tested = {k: v for k, v in metrics.items() if not k.endswith((*TIMINGS, "epoch"))}
         if tested:

@@ -56,6 +56,16 @@ def table(works: Sequence[Work], seconds: float) -> str:
     )
 
 
+def in_words(seconds: float) -> str:
+    """A time to read.
+
+    Example:
+        >>> in_words(95), in_words(300)
+        ('95 seconds', '5 minutes')
+    """
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
 def seconds_a_pass(trainer: Any) -> float:
     """The mean time of a micro-batch forward and backward; gradients are None again afterwards."""
     model = trainer.model.to(trainer.args.device)

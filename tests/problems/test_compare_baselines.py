@@ -40,6 +40,8 @@ def test_the_table_is_in_the_order_of_losses_and_names_the_best() -> None:
     with_tie = BaselineComparison([worse, near, best], untrained=near.losses)
     assert with_tie.ties == [near] and with_tie.near_chance
     assert "tie" in with_tie.sentence and "near" in with_tie.sentence
+    assert "better than chance" in str(with_tie) and "better than chance" not in str(comparison)
+    assert ["tie" in line for line in str(with_tie).splitlines()[1:4]] == [False, True, False]
     assert worse.difference(best) == pytest.approx((0.2, 0.1 / 3**0.5))
     _, first, second, advice = str(comparison).splitlines()
     assert first.split() == ["best", "0.3000", "90"]

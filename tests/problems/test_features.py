@@ -1,6 +1,7 @@
 """Features: what a model makes of rows before its head, and the file that keeps them."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def test_features_are_read_of_the_same_rows_and_model(
         assert torch.equal(first.x, second.x) and torch.equal(first.labels, second.labels)
     fresh = features_of(model, padded(rows), default_data_collator, batch_size=5)
     torch.testing.assert_close(second.x, fresh.x)
+
+
+def test_features_of_another_precision_are_made_again(tmp_path: Path) -> None:
+    cache, model = tmp_path / "features.safetensors", peft_model()
+    half = partial(torch.autocast, "cpu", torch.bfloat16)
+    exact = features_of(model, padded(), default_data_collator, cache=cache)
+    rounded = features_of(model, padded(), default_data_collator, cache=cache, precision=half)
+    assert not torch.equal(exact.x, rounded.x)
+    torch.testing.assert_close(exact.x, rounded.x, rtol=0.1, atol=0.1)
 
 
 class Pooled(nn.Module):

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from transformers import BertConfig, BertForSequenceClassification
 
 from hyperopt_peft import NonFiniteError, hypergradient
+from hyperopt_peft.core.logits import MULTI_LABEL
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
-from hyperopt_peft.problems.head import Head, L2Penalty
+from hyperopt_peft.problems.head import Head, L2Penalty, problem_type_of
 
 L2 = 0.3
 
@@ -42,7 +44,7 @@ def ridge(x: Tensor, y: Tensor, weights: Tensor, center: Tensor | float = 0.0) -
     [
         (torch.tensor([0, 2, 1, 0, 2]), None, cross_entropy),
         (random(5, 3), None, mse_loss),
-        (random(5, 3).gt(0).double(), "multi_label_classification", None),
+        (random(5, 3).gt(0).double(), MULTI_LABEL, None),
     ],
 )
 def test_the_loss_is_that_of_a_transformers_model(
@@ -57,6 +59,23 @@ def test_the_loss_is_that_of_a_transformers_model(
     expected = (loss or binary_cross_entropy_with_logits)(output.logits, labels)
     torch.testing.assert_close(output.loss, expected)
     assert head(x).loss is None
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 3)])
+@pytest.mark.parametrize("kind", [None, "regression", MULTI_LABEL])
+def test_numbers_are_scored_as_by_the_model(shape: tuple[int, int], kind: str | None) -> None:
+    """Soft labels too, of which nothing says what they are."""
+    labels = random(*shape).sigmoid().float()
+    tiny = BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=shape[1]
+    )
+    tiny.problem_type = kind
+    head = Head(8, shape[1], problem_type=problem_type_of(tiny, labels))
+    model = BertForSequenceClassification(tiny).eval()
+    states = model.bert(torch.ones(5, 2, dtype=torch.int64)).pooler_output.detach()
+    head.load_state_dict({"weight": model.classifier.weight.T, "bias": model.classifier.bias})
+    expected = model(torch.ones(5, 2, dtype=torch.int64), labels=labels).loss
+    torch.testing.assert_close(head(states, labels).loss, expected)
 
 
 @pytest.mark.parametrize("near", [False, True])
