@@ -12,6 +12,7 @@ run_script(
     {
         "cells": "all methods on all tasks, by a head and by LoRA (hours)",
         "language": "all ways on sources of text, for a language model (an hour)",
+        "defaults": "the search on a head with one default changed (ten minutes)",
         "report": "the tables of docs/when-bilevel-pays.md; --check compares them",
     },
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import pages
-from benchmarks.mix import language_tables, tables
+from benchmarks.mix import defaults, language_tables, tables
 from benchmarks.store import MEASURED, Store
 
 
@@ -20,6 +20,7 @@ def main() -> None:
     sections = {}
     for name, file, tables_of in (
         ("mix", "mix", tables.tables_of),
+        ("mix defaults", "mix_defaults", defaults.tables_of),
         ("mix of texts", "mix_language", language_tables.tables_of),
     ):
         store = Store(pages.RESULTS / f"{file}.jsonl")

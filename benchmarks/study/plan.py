@@ -79,7 +79,7 @@ class Study:
     )
     rates: tuple[float, ...] = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2)
     upper_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-1)
-    development: tuple[int, ...] = (100, 101, 102)
+    development: tuple[int, ...] = (50, 51, 52)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     methods: tuple[str, ...] = (LORA, DORA, BIDORA, PUBLISHED, FROZEN)
     check: tuple[int, int] = (300, 300)

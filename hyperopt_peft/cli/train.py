@@ -34,6 +34,9 @@ def run(argv: Sequence[str]) -> None:
         print(levels(setup, trainer))
         print(table(phases(setup, trainer), seconds_a_pass(trainer)))
         return
+    if trainer.is_world_process_zero():  # the lines of two phases look alike
+        steps = [f"{work.name}: {work.steps} steps" for work in phases(setup, trainer)]
+        print(", then ".join(steps), flush=True)
     trainer.train(checkpoint)
     evaluation = {} if setup.evaluation is None else evaluated(trainer)
     save(trainer, evaluation)
