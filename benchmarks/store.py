@@ -99,7 +99,9 @@ class Store:
         part.replace(self.path)
 
 
-def run_parser(description: str, results: Path, parts: Iterable[str]) -> argparse.ArgumentParser:
+def run_parser(
+    description: str, results: Path, parts: Iterable[str] = ()
+) -> argparse.ArgumentParser:
     """``--results FILE``, ``--quick`` and ``--parts``, for benchmarks that go on from a file."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
@@ -108,7 +110,8 @@ def run_parser(description: str, results: Path, parts: Iterable[str]) -> argpars
     parser.add_argument(
         "--quick", action="store_true", help="a few short runs, which are printed and not kept"
     )
-    parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
+    if parts := list(parts):
+        parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     return parser
 
 

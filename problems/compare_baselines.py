@@ -85,18 +85,13 @@ class BaselineComparison:
         of few rows is often luck.
         """
         plain = next((r for r in self.results if r.method == SOURCES_ALIKE), self.best)
-        gap, error = plain.difference(self.best)
-        return plain if gap <= error else self.best
+        return plain if self._tied(plain) else self.best
 
     @property
     def ties(self) -> list[MethodResult]:
         """The other results that are within one standard error of the best."""
-        gaps = {result.method: result.difference(self.best) for result in self.results}
-        return [
-            result
-            for result in sorted(self.results, key=lambda result: result.loss)
-            if result is not self.best and gaps[result.method][0] <= gaps[result.method][1]
-        ]
+        others = (each for each in self.results if each is not self.best and self._tied(each))
+        return sorted(others, key=lambda result: result.loss)
 
     @property
     def near_chance(self) -> bool:
@@ -109,15 +104,17 @@ class BaselineComparison:
     @property
     def sentence(self) -> str:
         """Which method to use, which are as good, and whether any has learned something."""
-        chosen, lowest = self.recommended, f"the lowest trusted loss, {self.best.loss:.4f}"
-        reason = lowest if chosen is self.best else "no loss is lower by more than its error"
-        text = f"use {chosen.method}: {reason}"
-        tied = [result.method for result in (self.best, *self.ties) if result is not chosen]
-        if tied:
-            text += f"; a tie, within its error, with {'; '.join(tied)}"
+        best, text = self.best, f"use {self.recommended.method}: "
+        lowest = f"the lowest trusted loss, {best.loss:.4f}"
+        if self.recommended is not best:
+            text += "within one standard error of "
+            lowest += f" of {best.method}"
+        text += lowest
+        if tied := [each.method for each in self.ties if each is not self.recommended]:
+            text += f"; a tie, within one standard error, too: {'; '.join(tied)}"
         if self.near_chance:
             text += (
-                ". But no method is better than chance by more than twice its error: give more "
+                ". But that is not better than chance by more than twice its error: give more "
                 "trusted rows, or another model"
             )
         return text
@@ -127,7 +124,11 @@ class BaselineComparison:
         if result is self.best:
             return ""
         gap, error = result.difference(self.best)
-        return ("tie, " if gap <= error else "") + f"{gap:+.4f} ± {error:.4f}"
+        return ("tie, " if self._tied(result) else "") + f"{gap:+.4f} ± {error:.4f}"
+
+    def _tied(self, result: MethodResult) -> bool:
+        gap, error = result.difference(self.best)
+        return gap <= error
 
     def __str__(self) -> str:
         rows: list[Sequence[Any]] = [("method", "trusted loss", "to the best", "passes")]

@@ -94,7 +94,8 @@ def features_of(
         batch_size: rows of a batch.
         device: where the model reads its batches; by default that of its parameters.
         precision: of the passes, such as a Trainer's ``compute_loss_context_manager``.
-        cache: a file; features of the same rows and model are read from it, else written to it.
+        cache: a file; features of the same rows, model and precision are read from it, else they
+            are written to it.
         progress: whether to show a progress bar.
 
     Raises:
@@ -171,7 +172,7 @@ def _identity(model: Any, rows: Dataset, collate: Any) -> str:
 
 
 def _read(path: Path, identity: str) -> Features | None:
-    """The features in ``path``; None if they are of other rows or another model."""
+    """The features in ``path``; None if they are not those of ``identity``."""
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("identity") != identity:

@@ -71,9 +71,8 @@ def problem_type_of(config: Any, labels: Tensor) -> str | None:
         'multi_label_classification'
     """
     kind: str | None = getattr(config, "problem_type", None)
-    if kind is None and labels.is_floating_point() and getattr(config, "num_labels", 1) > 1:
-        return MULTI_LABEL
-    return kind
+    several = labels.is_floating_point() and labels.dim() > 1 and labels.shape[1] > 1
+    return MULTI_LABEL if kind is None and several else kind
 
 
 class L2Penalty:

@@ -6,7 +6,7 @@
 As in `data_sources`, with a linear head on frozen features in place of the adapter. The lower level
 is solved to its minimum at each step, and the hypergradient by conjugate gradients with exact
 products. The weights are then those of the adapter's training: a proxy, as in DoReMi
-(Xie et al. 2023, arXiv:2305.10429), but one whose hypergradient has the implicit term.
+(Xie et al. 2023, arXiv:2305.10429), but with a hypergradient by implicit differentiation.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
     ``weights`` has the result; `compare_baselines` says whether it was worth it, and `retrain`
     trains by another `Plan`.
 
-    A search on the head takes seconds, with a solve at the head's minimum (`HeadMix`). It needs a
-    task with classes, numbers or tags.
+    A search on the head takes seconds; its hypergradient is by implicit differentiation at the
+    head's minimum (`HeadMix`). It needs a task with classes, numbers or tags.
 
     The default prior makes n·(F + prior), with F the mean loss of n trusted rows, a negative log
     posterior whose logits have the prior variance 8.

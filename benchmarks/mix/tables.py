@@ -13,8 +13,8 @@ from hyperopt_peft.problems.mix_plans import LEARNED, LEARNED_THEN
 
 VERDICT = "the named way"
 MODELS = ("head", "lora")
-#: The tasks that come last.
-SIMULATED = ("copies", "annotators")
+#: The tasks that come last, and those whose target is another domain on each seed.
+SIMULATED, ANOTHER_TARGET = ("copies", "annotators"), ("domains", "copies")
 #: Of each method, the entries by seed.
 Cell = Mapping[str, Mapping[int, Row]]
 
@@ -35,9 +35,9 @@ def _place(name: str) -> tuple[bool, str, int]:
 
 
 def _complete(cell: Cell) -> Cell:
-    """The methods of ``cell`` that have as many seeds as any other."""
-    most = max(map(len, cell.values()))
-    return {method: by_seed for method, by_seed in cell.items() if len(by_seed) == most}
+    """The methods of ``cell`` that have all the seeds of any."""
+    seeds = set().union(*cell.values())
+    return {method: by_seed for method, by_seed in cell.items() if by_seed.keys() == seeds}
 
 
 def accuracy(by_seed: Mapping[int, Row]) -> float:
@@ -50,30 +50,24 @@ def best_of(cell: Cell, without: tuple[str, ...] = (VERDICT,)) -> str:
     return max((m for m in cell if m not in without), key=lambda method: accuracy(cell[method]))
 
 
-def best_elsewhere(cell: Cell, seed: int) -> str:
+def best_of_others(cell: Cell, seed: int) -> str:
     """The method of the highest mean accuracy on all seeds but ``seed``.
 
-    The best of many methods on some seeds is partly so by their luck. ``seed`` has none in it.
+    The best of many methods is so partly by the luck of the seeds that it is the best of.
     """
     return best_of({m: {s: row for s, row in c.items() if s != seed} for m, c in cell.items()})
 
 
-def regrets(of_model: Mapping[str, Cell]) -> dict[str, list[float]]:
-    """Of each method its distance to the best one's mean accuracy, in each cell that has it."""
+def regrets(of_model: Mapping[str, Cell], *, left_out: bool = False) -> dict[str, list[float]]:
+    """Of each method its distance to the best one's mean accuracy, in each cell that has it.
+
+    The best one is that of all seeds or, with ``left_out``, for each seed that of all others.
+    """
     found: dict[str, list[float]] = {}
     for cell in of_model.values():
-        top = accuracy(cell[best_of(cell)])
-        for method, by_seed in cell.items():
-            found.setdefault(method, []).append(top - accuracy(by_seed))
-    return found
-
-
-def regrets_elsewhere(of_model: Mapping[str, Cell]) -> dict[str, list[float]]:
-    """As `regrets`, seed by seed to the method that is the best one on the other seeds."""
-    found: dict[str, list[float]] = {}
-    for cell in of_model.values():
-        best = {seed: best_elsewhere(cell, seed) for seed in next(iter(cell.values()))}
-        top = statistics.fmean(cell[best[seed]][seed]["accuracy"] for seed in best)
+        seeds = next(iter(cell.values()))
+        best = {s: best_of_others(cell, s) if left_out else best_of(cell) for s in seeds}
+        top = statistics.fmean(cell[best[seed]][seed]["accuracy"] for seed in seeds)
         for method, by_seed in cell.items():
             found.setdefault(method, []).append(top - accuracy(by_seed))
     return found
@@ -87,8 +81,7 @@ def near_the_best(cell: Cell, chosen: Mapping[int, Row]) -> list[bool]:
     good = []
     for seed, row in chosen.items():
         top = max(by_seed[seed]["accuracy"] for by_seed in cell.values())
-        error = math.sqrt(top * (1 - top) / cell[VERDICT][seed]["tests"])
-        good.append(top - row["accuracy"] <= error)
+        good.append(top - row["accuracy"] <= math.sqrt(top * (1 - top) / row["tests"]))
     return good
 
 
@@ -109,10 +102,8 @@ def summary(of_model: Mapping[str, Cell]) -> list[Row]:
     for name, cell in of_model.items():
         row: dict[str, Any] = {"task": name, **dict(lead(cell, LEARNED))}
         named = cell.get(VERDICT, {})
-        row["named well"] = _number(near_the_best(cell, named)) if named else None
-        if len(named) > 1:
-            known = {seed: cell[best_elsewhere(cell, seed)][seed] for seed in named}
-            row["best of other seeds, well"] = _number(near_the_best(cell, known))
+        good = near_the_best(cell, named)
+        row["named well"] = f"{sum(good)} of {len(good)}" if good else None
         for title in ("seconds", "verdict seconds"):
             measured = [each[title] for each in named.values() if title in each]
             row[title] = f"{statistics.fmean(measured):.1f}" if measured else None
@@ -120,16 +111,12 @@ def summary(of_model: Mapping[str, Cell]) -> list[Row]:
     return lines
 
 
-def _number(good: list[bool]) -> str:
-    return f"{sum(good)} of {len(good)}"
-
-
 def tables_of(runs: Store) -> dict[str, list[Row]]:
     """Accuracies and the summary of each model, and the regrets of all methods."""
     by_model = {model: found for model in MODELS if (found := cells(runs, model))}
     methods = list(dict.fromkeys(m for of in by_model.values() for c in of.values() for m in c))
     methods.sort(key=VERDICT.__eq__)  # last
-    tables = {"Regret": [_regret(method, by_model) for method in methods]} if by_model else {}
+    tables = _regrets(methods, by_model)
     for model, found in by_model.items():
         tables[f"Learned weights and the best simple way, {model}"] = summary(found)
         tables[f"Accuracy, {model}"] = [
@@ -140,16 +127,27 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
     return tables
 
 
-def _regret(method: str, by_model: Mapping[str, Mapping[str, Cell]]) -> Row:
-    tasks = (cell for found in by_model.values() for cell in found if method in found[cell])
-    row: Row = {"method": method, "tasks": len({*tasks})}
+def _regrets(
+    methods: list[str], by_model: Mapping[str, Mapping[str, Cell]]
+) -> dict[str, list[Row]]:
+    """The regrets in all cells, and in those whose task is the same on all seeds."""
+    everywhere: dict[str, Row] = {method: {"method": method} for method in methods}
+    one_task: dict[str, Row] = {method: {"method": method} for method in methods}
     for model, found in by_model.items():
-        each = regrets(found).get(method)
-        row[f"{model}, mean"] = f"{statistics.fmean(each):.3f}" if each else None
-        row[f"{model}, worst"] = f"{max(each):.3f}" if each else None
-        if all(len(by_seed) > 1 for cell in found.values() for by_seed in cell.values()):
-            fair = regrets_elsewhere(found).get(method)
-            row[f"{model}, to the best of other seeds"] = (
-                f"{statistics.fmean(fair):.3f}" if fair else None
-            )
-    return row
+        same = {n: c for n, c in found.items() if n.split()[0] not in ANOTHER_TARGET}
+        several = all(len(by_seed) > 1 for cell in same.values() for by_seed in cell.values())
+        values, left_out = regrets(found), regrets(same, left_out=True) if several else {}
+        of_same = regrets(same)
+        for method in methods:
+            each = values.get(method, [])
+            row = everywhere[method]
+            row["cells"] = max(row.get("cells", 0), len(each))
+            row[f"{model}, mean"] = f"{statistics.fmean(each):.3f}" if each else None
+            row[f"{model}, worst"] = f"{max(each):.3f}" if each else None
+            row = one_task[method]
+            for title, of in (("the best", of_same), ("the best of other seeds", left_out)):
+                middle, half = mean_and_half(of.get(method) or [math.nan])
+                row[f"{model}, to {title}"] = f"{middle:.3f} ± {half:.3f}" if half < 9 else None
+    tables = {"Regret": [*everywhere.values()]}
+    tables["Regret where the task is the same on all seeds"] = [*one_task.values()]
+    return tables if by_model else {}

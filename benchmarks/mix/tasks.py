@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "outputs/mix"
 #: Questions with the votes of labelling functions, in a folder next to the repository.
 TREC = ROOT.parent / "shared/data/trec"
-#: Settings are chosen on these seeds, which have trusted and test rows of their own.
+#: Settings are chosen on these seeds, whose test rows no other seed is judged by.
 DEVELOPMENT_SEEDS = range(50, 54)
 #: The layers of MiniLM below the one that is trained.
 BELOW = 5

@@ -84,11 +84,8 @@ def run(argv: Sequence[str]) -> None:
         if settings.method == "bidora":
             settings.warn_of_short_phases(*settings.phases(0, 0))
     if not distributed.rank():
-        print(
-            f"{budget} steps each; bidora has as many in each of its phases, whatever "
-            "retrain_epochs is",
-            flush=True,
-        )
+        phases = "; bidora has as many in each of its phases, whatever retrain_epochs is"
+        print(f"{budget} steps each{phases if 'bidora' in chosen else ''}", flush=True)
     if command.dry_run:
         print(plan(chosen, setup, len({*command.seeds})))
         return

@@ -100,6 +100,7 @@ def run(argv: Sequence[str]) -> None:
     before = trusted_losses(trainer)
     seconds = search(trainer, resumed)
     verdict = Verdict.of(trainer, flags)
+    verdict.notes = doubts(trainer, verdict.steps)
     if first:
         output.mkdir(parents=True, exist_ok=True)
         verdict.write(output / "weights.json")
@@ -112,17 +113,20 @@ def run(argv: Sequence[str]) -> None:
         verdict.compared(comparison)
     if first:  # the final training takes long
         verdict.write(output / "weights.json")
-        print(f"\n{verdict.findings}", flush=True)
+        print(f"\n{verdict}", flush=True)
     chosen = comparison.recommended if comparison and command.save == "recommended" else None
     train(trainer, chosen, bool(resumed))
     trained = trainer.args.retrain != "none" or not trainer.on_head
     if trained:
         save_adapter(trainer)
-        verdict.saved = chosen.method if chosen else LEARNED
-    verdict.notes = doubts(trainer, verdict, (before, trusted_losses(trainer)) if trained else None)
-    if first:
-        verdict.write(output / "weights.json")
-        print(f"\n{verdict.outcome}")
+        again = chosen is not None and trainer.args.retrain != "none"
+        verdict.saved = chosen.method if chosen and again else LEARNED
+        late = hardly_learned(trainer, before, trusted_losses(trainer))
+        verdict.notes += late
+        if first:
+            verdict.write(output / "weights.json")
+            lines = [f"the saved adapter: {verdict.saved}", *(f"warning: {note}" for note in late)]
+            print("\n" + "\n".join(lines))
     metrics: dict[str, Any] = {}
     if trained and trainer.eval_dataset is not None:
         metrics = evaluated(trainer)
@@ -153,11 +157,7 @@ def plan(trainer: MixTrainer, command: MixArguments) -> str:
     if trainer.args.retrain != "none":
         works.append(Work("final training", 1, baselines.steps, final))
     rows = ", ".join(f"{count} {name}" for name, count in trainer.data.counts.items())
-    head = (
-        "; search and comparison on a head take seconds, of many sources a minute"
-        if trainer.on_head
-        else ""
-    )
+    head = "; search and comparison on a head take seconds, or a minute" if trainer.on_head else ""
     return f"examples: {rows}{head}\n{table(works, seconds_a_pass(trainer))}"
 
 
@@ -194,8 +194,8 @@ def trusted_losses(trainer: MixTrainer) -> Tensor:
 def search(trainer: MixTrainer, checkpoint: str | bool | None) -> float | None:
     """Learn the weights; on the adapter train with them too, and save. Returns the seconds.
 
-    A search on the head is done again where a run is resumed; one on the adapter goes on, of which
-    the seconds are None.
+    A search on the head is done again where a run is resumed. One on the adapter goes on, and None
+    is returned.
     """
     if trainer.on_head:
         _ = trainer.head_mix  # whose features are not of the search's time
@@ -217,7 +217,7 @@ def compare(
 ) -> BaselineComparison | None:
     """The comparison, if it is wanted; of the adapter it goes on where a killed run has stopped.
 
-    ``seconds`` are those of the search, or None of a part of it.
+    ``seconds`` are those of the search, None where it is not known.
     """
     if not command.baseline_folds:
         return None
@@ -233,20 +233,20 @@ def compare(
 
 
 def estimate(trainer: MixTrainer, command: MixArguments, seconds: float | None) -> str:
-    """What the comparison takes, by the ``seconds`` of the search."""
+    """What the comparison will take, by the ``seconds`` of the search."""
     if trainer.on_head:
         searches: float = SEARCHES_A_FOLD * command.baseline_folds
-        text = "comparison on the head"
+        text = f"methods are compared on the head in {command.baseline_folds} folds"
     else:
         baselines = Baselines(trainer)
         work = comparison_work(baselines, command)
         searches = work.trainings * work.passes / baselines.passes
         text = (
-            f"the adapter of the learned weights is in {trainer.args.output_dir}; comparison of "
-            f"{work.trainings} trainings"
+            f"the adapter of the learned weights is in {trainer.args.output_dir}; methods are "
+            f"compared by {work.trainings} trainings"
         )
     if seconds is not None:
-        text += f", about {in_words(searches * seconds)}"
+        text += f", in about {in_words(searches * seconds)}"
     if not trainer.on_head and trainer.args.save_strategy != "no":
         text += "; after a kill --resume_from_checkpoint true goes on with it"
     return text
@@ -281,26 +281,27 @@ def announce(trainer: MixTrainer, method: str, steps: int | None = None) -> None
         )
 
 
-def doubts(
-    trainer: MixTrainer, verdict: Verdict, losses: tuple[Tensor, Tensor] | None
-) -> list[str]:
-    """The reasons not to believe the weights; ``losses`` of trusted rows before and after."""
-    args, notes, rate = trainer.args, [], trainer.args.upper_learning_rate
-    if verdict.steps < FEW_STEPS:
+def doubts(trainer: MixTrainer, steps: int) -> list[str]:
+    """The reasons not to believe the weights after ``steps`` updates."""
+    notes, rate = [], trainer.args.upper_learning_rate
+    if steps < FEW_STEPS:
         name = "search_steps" if trainer.on_head else "max_steps or num_train_epochs"
-        notes.append(f"{verdict.steps} updates of the weights are few; raise {name}")
-    if rate * verdict.steps < 1:
+        notes.append(f"{steps} updates of the weights are few; raise {name}")
+    if rate * steps < 1:
         notes.append(f"upper_learning_rate {rate:g} keeps all weights near 1; its default is 0.6")
-    if losses is None:
-        return notes
-    before, after = (float(each.mean()) for each in losses)
-    if after > (1 - LEAST_FALL) * before:
-        notes.append(
-            f"the loss of the trusted examples went from {before:.4f} to {after:.4f} only: the "
-            f"adapter has hardly learned; raise learning_rate ({args.learning_rate:g}) or the "
-            "number of steps"
-        )
     return notes
+
+
+def hardly_learned(trainer: MixTrainer, before: Tensor, after: Tensor) -> list[str]:
+    """A note where the losses of trusted rows, ``(n,)``, have hardly fallen in the training."""
+    was, now = float(before.mean()), float(after.mean())
+    if now <= (1 - LEAST_FALL) * was:
+        return []
+    return [
+        f"the loss of the trusted examples went from {was:.4f} to {now:.4f} only: the adapter has "
+        f"hardly learned; raise learning_rate ({trainer.args.learning_rate:g}) or the number of "
+        "steps"
+    ]
 
 
 class RecordShares(TrainerCallback):

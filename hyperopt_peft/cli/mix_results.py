@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Verdict:
     flags: Sequence[str] = ()
     comparison: BaselineComparison | None = None
     saved: str | None = None
-    notes: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, trainer: MixTrainer, flags: Sequence[str]) -> Verdict:
@@ -56,20 +56,12 @@ class Verdict:
         for name, source in self.sources.items():
             source["row_weight_of_folds"] = [fold[name] for fold in comparison.row_weights]
 
-    @property
-    def findings(self) -> str:
-        """The weights and the comparison, in lines."""
+    def __str__(self) -> str:
         blocks = [f"weights after {self.steps} updates\n{aligned(self._table())}"]
         if self.comparison:
             folds = len(self.comparison.row_weights)
             blocks.append(f"by {folds} folds of the trusted examples:\n{self.comparison}")
-        return "\n\n".join(blocks)
-
-    @property
-    def outcome(self) -> str:
-        """The saved adapter and the notes, in lines."""
-        lines = [f"the saved adapter: {self.saved or 'none'}"]
-        return "\n".join([*lines, *(f"warning: {note}" for note in self.notes)])
+        return "\n\n".join([*blocks, *(f"warning: {note}" for note in self.notes)])
 
     def write(self, path: Path) -> None:
         """Write everything as JSON."""

@@ -63,6 +63,8 @@ def in_words(seconds: float) -> str:
         >>> in_words(95), in_words(300)
         ('95 seconds', '5 minutes')
     """
+    if seconds < 1:
+        return "a second"
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 

@@ -43,7 +43,7 @@ def fitted(rows: Features, l2: float = 0.1) -> HeadTraining:
     return HeadTraining(Head(6, 3, dtype=torch.float64), rows, count, l2)
 
 
-@pytest.mark.parametrize("kind", ["classes", "regression", "tokens"])
+@pytest.mark.parametrize("kind", ["classes", "soft", "regression", "tokens"])
 def test_scores_are_slopes_of_the_minimum(tmp_path: Path, kind: str) -> None:
     """Of tokens a row has a score, whatever the number of its tags."""
     rows = ragged(kind, 14) if kind == "tokens" else data(kind, 14)
@@ -51,6 +51,8 @@ def test_scores_are_slopes_of_the_minimum(tmp_path: Path, kind: str) -> None:
     truth = differences(result, 1e-2)
     assert float((result.scores - truth).norm() / truth.norm()) < 1e-3
     assert result.settings["residuals"]["all"] < 1e-6
+    if kind == "soft":  # the binary cross entropy that the model itself has, below that of 1/2
+        assert 0.2 < result.values["all"] < 0.8
 
 
 def test_scores_predict_other_minima() -> None:

@@ -25,6 +25,7 @@ SLOW = [
     "attribution scores --quick --parts methods cost memory suspects",
     "attribution trainers --quick",
     "mix cells --quick --cells annotators-60",
+    "mix defaults --quick",
     "study run --quick",
 ]
 FAST = ["study report --check", "attribution report --check", "mix report --check"]

@@ -14,7 +14,6 @@ import yaml
 from peft import PeftConfig
 
 from hyperopt_peft.cli import mix
-from hyperopt_peft.cli.mix_results import Verdict
 from hyperopt_peft.problems.compare_baselines import MethodResult
 from hyperopt_peft.problems.mix_baselines import Baselines
 from hyperopt_peft.problems.mix_plans import (
@@ -144,12 +143,36 @@ def test_the_trained_adapter_is_that_of_the_chosen_method(
 def test_doubts_are_named(tmp_path: Path) -> None:
     made = trainer(tmp_path, search="head", search_steps=3, upper_learning_rate=0.1)
     losses = torch.tensor([0.9, 1.1, 1.3])
-    found = " ".join(mix.doubts(made, Verdict({}, 3), (losses, losses * 0.99)))
+    found = mix.doubts(made, 3) + mix.hardly_learned(made, losses, losses * 0.99)
     for words in ("3 updates", "upper_learning_rate 0.1", "hardly learned"):
-        assert words in found
+        assert words in " ".join(found)
     made.args.upper_learning_rate = 0.6
-    for fell in ((losses, losses / 2), None):  # None of a head without a training
-        assert mix.doubts(made, Verdict({}, 15), fell) == []
+    assert mix.doubts(made, 15) + mix.hardly_learned(made, losses, losses / 2) == []
+
+
+def test_without_a_final_training_the_saved_adapter_is_the_learned_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"baseline_folds": 2, "equal_passes": False, "learning_rate": 1e-6}
+    run("mix", **options(tmp_path, search="adapter", retrain="none", **short))
+    verdict, printed = json.loads((tmp_path / "out/weights.json").read_text()), capsys.readouterr()
+    assert verdict["saved"] == LEARNED and f"the saved adapter: {LEARNED}" in printed.out
+    few, rate, fall = verdict["warnings"]
+    assert "2 updates" in few and "upper_learning_rate" in rate and "hardly learned" in fall
+    assert all(f"warning: {warning}" in printed.out for warning in verdict["warnings"])
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_the_comparison_says_what_it_takes(tmp_path: Path, strategy: str) -> None:
+    made = trainer(tmp_path, search="adapter", retrain_steps=4, save_strategy=strategy)
+    command = mix.MixArguments(trusted_file=["trusted.csv"], baseline_folds=2)
+    baselines = Baselines(made)
+    work = mix.comparison_work(baselines, command)
+    seconds = 60.0 * baselines.passes / (work.trainings * work.passes)
+    text = mix.estimate(made, command, 10 * seconds)
+    assert f"{work.trainings} trainings" in text and "10 minutes" in text
+    assert ("resume_from_checkpoint" in text) == (strategy == "steps")
+    assert "about" not in mix.estimate(made, command, None)
 
 
 @pytest.mark.parametrize(

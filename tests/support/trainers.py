@@ -77,6 +77,7 @@ def base_model(kind: str = "classes", dropout: float = 0.1) -> Any:
 
 TASKS = {
     "classes": ("SEQ_CLS", ["query", "value", "intermediate.dense"]),
+    "soft": ("SEQ_CLS", ["query", "value"]),
     "regression": ("SEQ_CLS", ["query", "value"]),
     "tokens": ("TOKEN_CLS", ["query", "value"]),
     "causal": ("CAUSAL_LM", ["q_proj", "v_proj"]),
@@ -110,6 +111,9 @@ def data(kind: str = "classes", rows: int = 24, seed: int = 0) -> Any:
     if kind == "classes":
         features["labels"] = ClassLabel(names=["a", "b", "c"])
         columns["labels"] = [row % 3 for row in range(rows)]
+    elif kind == "soft":
+        features["labels"] = List(Value("float32"))
+        columns["labels"] = torch.rand(rows, 3, generator=generator).tolist()
     elif kind == "regression":
         features["labels"] = Value("float32")
         columns["labels"] = torch.randn(rows, generator=generator).tolist()
