@@ -53,9 +53,8 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
         ('darts:scheme=forward', 1.0)
     """
 
-    # Equal in quality to the solvers and to darts on development tasks, and the cheapest
-    # (benchmarks/bidora_estimators.py at the tag before-lean); likewise an upper step after four
-    # lower ones (benchmarks/study).
+    # Equal in quality to the published one, which has darts and an upper step after each lower
+    # one, and cheaper (benchmarks/study).
     hypergradient: str = HfArg(
         default="direct",
         help="hypergradient estimator, with options: minres:steps=5,damping=1.0",

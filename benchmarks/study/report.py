@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import pages
@@ -42,6 +42,8 @@ def sections(study: Study, store: Store) -> str:
             tables[f"{title}: test score"] = scores(study, store, cell, methods)
             tables[f"{title}: fit and calibration, means over tasks"] = fits(methods)
         tables[f"{size} rows: score on held-out rows at every rate"] = rates(study, store, cells)
+        title = f"{size} rows: the best rate of each task, and its score on held-out rows"
+        tables[title] = rates_of_tasks(study, store, cells)
     tables["All six layers adapted, {} rows, {} passes".format(*study.check)] = checks(study, store)
     texts = [f"**{title}**\n\n{table(rows)}\n" for title, rows in tables.items() if rows]
     if MEASURED in store.by_key:
@@ -160,39 +162,64 @@ def highest(study: Study, store: Store, cell: Cell, method: str) -> float:
     return study.score(store, study.trials(cell, method, **rates)) or 0.0
 
 
+def known_trials(
+    study: Study, store: Store, cells: Sequence[Cell]
+) -> Iterator[tuple[Row, list[dict[str, Any]], list[list[Run]]]]:
+    """Of each cell and method whose trials are complete: names, candidates, and runs of each."""
+    for cell in sorted(cells):
+        for method in (each for each in study.methods if each != FROZEN):
+            candidates = study.candidates(store, cell, method)
+            if study.best(store, cell, method, candidates):
+                trials = [study.trials(cell, method, **each) for each in candidates]
+                yield {"method": method, "passes": cell[1]}, candidates, trials
+
+
 def rates(study: Study, store: Store, cells: Sequence[Cell]) -> list[Row]:
     """The held-out score at each rate, the mean over tasks and seeds of development.
 
     The last column has a rate for each task, chosen on all seeds but one and scored on that one.
     """
     rows = []
-    for cell in sorted(cells):
-        for method in (each for each in study.methods if each != FROZEN):
-            candidates = study.candidates(store, cell, method)
-            if not study.best(store, cell, method, candidates):
-                continue
-            trials = [study.trials(cell, method, **each) for each in candidates]
-            found = [study.score(store, runs) or 0.0 for runs in trials]
-            row: Row = {"method": method, "passes": cell[1]}
-            of_rates = found[: len(study.rates)]
-            row |= {f"{r:g}": f"{s:.3f}" for r, s in zip(study.rates, of_rates)}
-            upper = zip(study.upper_rates[1:], found[len(study.rates) :])
-            row["other upper rates"] = "; ".join(f"{r:g}: {s:.3f}" for r, s in upper) or None
-            row["a rate a task"] = f"{per_task(study, store, trials):.3f}"
-            rows.append(row)
+    for row, _, trials in known_trials(study, store, cells):
+        found = [study.score(store, runs) or 0.0 for runs in trials]
+        of_rates = found[: len(study.rates)]
+        row |= {f"{r:g}": f"{s:.3f}" for r, s in zip(study.rates, of_rates)}
+        upper = zip(study.upper_rates[1:], found[len(study.rates) :])
+        row["other upper rates"] = "; ".join(f"{r:g}: {s:.3f}" for r, s in upper) or None
+        row["a rate a task"] = f"{per_task(study, store, trials):.3f}"
+        rows.append(row)
     return rows
+
+
+def rates_of_tasks(study: Study, store: Store, cells: Sequence[Cell]) -> list[Row]:
+    """The rate of the highest mean held-out score of each task, with that score."""
+    rows = []
+    for row, candidates, trials in known_trials(study, store, cells):
+        scores = held_out(store, trials)
+        for task in study.tasks:
+            means = [statistics.fmean(x for (t, _), x in s.items() if t == task) for s in scores]
+            best = max(range(len(means)), key=means.__getitem__)
+            row[task] = f"{candidates[best]['rate']:g}: {means[best]:.3f}"
+        rows.append(row)
+    return rows
+
+
+def held_out(store: Store, trials: Sequence[Sequence[Run]]) -> list[dict[tuple[str, int], float]]:
+    """The held-out scores of each candidate's runs, by task and seed."""
+    return [
+        {(run.task, run.seed): store.by_key[run.key]["held_out"]["score"] for run in runs}
+        for runs in trials
+    ]
 
 
 def per_task(study: Study, store: Store, trials: Sequence[Sequence[Run]]) -> float:
     """The held-out score where each task has the best candidate of its other seeds."""
-    scores = [
-        {(run.task, run.seed): store.by_key[run.key]["held_out"]["score"] for run in runs}
-        for runs in trials
-    ]
+    scores = held_out(store, trials)
     left_out = []
+    seeds = list(dict.fromkeys(seed for _, seed in scores[0]))
     for task in study.tasks:
-        for seed in study.development:
-            others = [each for each in study.development if each != seed] or [seed]
+        for seed in seeds:
+            others = [each for each in seeds if each != seed] or [seed]
             best = max(scores, key=lambda s: sum(s[task, each] for each in others))
             left_out.append(best[task, seed])
     return statistics.fmean(left_out)
