@@ -119,7 +119,8 @@ def lines(
     largest = sorted(change, key=lambda name: -change[name])[:most]
     coloured = [name for name in change if name in largest]
     shown = {}
-    with drawing(path, 7.5, 4 * len(panels), rows=len(panels), squeeze=False) as (figure, grid):
+    height = min(4 * len(panels), 12)
+    with drawing(path, 7.5, height, rows=len(panels), squeeze=False) as (figure, grid):
         for panel, (title, named) in zip(grid.flat, panels.items(), strict=True):
             for name, (x, y) in named.items():
                 style: dict[str, Any] = {"color": GREY, "linewidth": 0.7, "zorder": 1}
