@@ -147,7 +147,9 @@ def _regrets(
             row = one_task[method]
             for title, of in (("the best", of_same), ("the best of other seeds", left_out)):
                 middle, half = mean_and_half(of.get(method) or [math.nan])
-                row[f"{model}, to {title}"] = f"{middle:.3f} ± {half:.3f}" if half < 9 else None
+                row[f"{model}, to {title}"] = (
+                    f"{middle:.3f} ± {half:.3f}" if math.isfinite(half) else None
+                )
     tables = {"Regret": [*everywhere.values()]}
     tables["Regret where the task is the same on all seeds"] = [*one_task.values()]
     return tables if by_model else {}

@@ -28,10 +28,13 @@ def train(study: Study, store: Store) -> None:
             continue
         result = measure(run, test=run.seed in study.seeds)
         names = ("task", "size", "method", "seed", "rate", "options", "passes")
-        fields = {f"run {name}": getattr(run, name) for name in names}
-        store.save({"key": run.key, **fields, **result})
+        store.save({"key": run.key, **result})
         score = result.get("test", result["held_out"])["score"]
-        print(*fields.values(), f"score {score:.3f} in {result['seconds']:.0f} s", flush=True)
+        print(
+            *(getattr(run, name) for name in names),
+            f"score {score:.3f} in {result['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -114,13 +114,13 @@ def run(argv: Sequence[str]) -> None:
     if first:  # the final training takes long
         verdict.write(output / "weights.json")
         print(f"\n{verdict}", flush=True)
-    chosen = comparison.recommended if comparison and command.save == "recommended" else None
+    by_comparison = command.save == "recommended" and trainer.args.retrain != "none"
+    chosen = comparison.recommended if comparison and by_comparison else None
     train(trainer, chosen, bool(resumed))
     trained = trainer.args.retrain != "none" or not trainer.on_head
     if trained:
         save_adapter(trainer)
-        again = chosen is not None and trainer.args.retrain != "none"
-        verdict.saved = chosen.method if chosen and again else LEARNED
+        verdict.saved = chosen.method if chosen else LEARNED
         late = hardly_learned(trainer, before, trusted_losses(trainer))
         verdict.notes += late
         if first:

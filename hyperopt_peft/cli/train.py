@@ -30,13 +30,13 @@ def run(argv: Sequence[str]) -> None:
     checkpoint = command.require_output(args, resumes=True)
     setup = prepare(model_args, data)
     trainer = setup.trainer(args)
+    works = phases(setup, trainer)
     if command.dry_run:
         print(levels(setup, trainer))
-        print(table(phases(setup, trainer), seconds_a_pass(trainer)))
+        print(table(works, seconds_a_pass(trainer)))
         return
     if trainer.is_world_process_zero():  # the lines of two phases look alike
-        steps = [f"{work.name}: {work.steps} steps" for work in phases(setup, trainer)]
-        print(", then ".join(steps), flush=True)
+        print(", then ".join(f"{work.name}: {work.steps} steps" for work in works), flush=True)
     trainer.train(checkpoint)
     evaluation = {} if setup.evaluation is None else evaluated(trainer)
     save(trainer, evaluation)
