@@ -61,8 +61,6 @@ class Run:
 class Study:
     """What is run. Rates are chosen on the seeds ``development``, by rows held out from training.
 
-    Those of the cells that were measured first, ``first_cells``, were chosen on other seeds.
-
     Attributes:
         tasks: their names.
         cells: training rows and passes, in the order of their runs.
@@ -77,13 +75,11 @@ class Study:
     tasks: tuple[str, ...] = ("trec", "sst2", "tweets", "tags")
     cells: tuple[tuple[int, int], ...] = (
         *((300, 300), (300, 100), (100, 100)),
-        *((100, 300), (300, 900)),  # as many epochs
+        *((100, 300), (300, 900), (100, 900)),
     )
     rates: tuple[float, ...] = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2)
     upper_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-1)
     development: tuple[int, ...] = (50, 51, 52)
-    first_development: tuple[int, ...] = (100, 101, 102)
-    first_cells: tuple[tuple[int, int], ...] = ((300, 100), (100, 100))
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     methods: tuple[str, ...] = (LORA, DORA, BIDORA, PUBLISHED, FROZEN)
     check: tuple[int, int] = (300, 300)
@@ -110,13 +106,9 @@ class Study:
             **{"options": options, "model": self.model, "rows": self.rows, **fields},
         )
 
-    def development_of(self, cell: tuple[int, int]) -> tuple[int, ...]:
-        """The seeds on which the rates of a cell are chosen."""
-        return self.first_development if cell in self.first_cells else self.development
-
     def trials(self, cell: tuple[int, int], method: str, **fields: Any) -> list[Run]:
         """The runs that choose, of one rate and upper rate: each task and seed of development."""
-        pairs = [(task, seed) for task in self.tasks for seed in self.development_of(cell)]
+        pairs = [(task, seed) for task in self.tasks for seed in self.development]
         return [self.run(cell, method, task=t, seed=seed, **fields) for t, seed in pairs]
 
     def candidates(self, store: Store, cell: tuple[int, int], method: str) -> list[dict[str, Any]]:

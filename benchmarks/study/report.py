@@ -141,12 +141,7 @@ def fits(methods: Methods) -> list[Row]:
 
 
 def tuned(study: Study, store: Store, cells: Sequence[Cell]) -> list[Row]:
-    """Of each method the cell of the best held-out score, where all cells are complete.
-
-    None where the cells' held-out scores are of different seeds, which do not compare.
-    """
-    if len({study.development_of(cell) for cell in cells}) > 1:
-        return []
+    """Of each method the cell of the best held-out score, where all cells are complete."""
     of_cells = {cell: judged(study, store, cell) for cell in cells}
     best: dict[str, Cell] = {}
     for name in study.methods:
