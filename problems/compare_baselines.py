@@ -147,18 +147,16 @@ def compare_baselines(
 ) -> BaselineComparison:
     """Compare a trained `MixTrainer` with simple methods, by cross-validation on trusted rows.
 
-    Every method trains on all but a fold of the trusted rows and is judged on the fold. The methods
-    of a head are those of `mix_plans`, and need no training of the adapter, which
-    `MixTrainer.retrain` trains by the plan of one.
+    Every method of `mix_plans` trains on all but a fold of the trusted rows and is judged on the
+    fold. On a head that needs no training of the adapter, which `MixTrainer.retrain` trains by the
+    plan of a method.
 
-    Those of an adapter are the ones that take a training or two: the trusted rows only; everything,
-    with equal weights or each source alike; everything, then the trusted rows; everything with each
-    source weighted by its agreement with a model of the trusted rows; everything but the rows that
-    disagree with that model; and learned weights, alone or followed by the trusted rows. A method
-    without a search takes the steps of the retraining and, with ``equal_passes``, also as many
-    passes as search and retraining together; the better of the two counts. ``trainer``'s model is
-    left as it was. Learned weights cost ``folds`` times what ``trainer`` does, and with
-    ``equal_passes`` each of the others as much; without, a few trainings each.
+    On an adapter a method without a search takes the steps of the retraining and, with
+    ``equal_passes``, also as many passes as search and retraining together; the better of the two
+    counts. A model of the trusted rows, and each of the largest sources left out, take a training
+    of the adapter. ``trainer``'s model is left as it was. Learned weights cost ``folds`` times what
+    ``trainer`` does, and with ``equal_passes`` each of the others as much; without, a few trainings
+    each.
 
     Args:
         trainer: the trainer, which has trained.

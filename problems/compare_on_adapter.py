@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperopt_peft.problems.fold_losses import FoldLosses
-from hyperopt_peft.problems.mix_baselines import SIMPLE, Baselines
+from hyperopt_peft.problems.mix_baselines import Baselines
 from hyperopt_peft.problems.mix_plans import LEARNED, LEARNED_THEN
 from hyperopt_peft.problems.mix_trainer import MixTrainer
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -71,7 +71,8 @@ def runs_of(baselines: Baselines, *, equal_passes: bool) -> list[tuple[str, int]
     lengths = {baselines.steps}
     if equal_passes:
         lengths.add(math.ceil(baselines.passes / baselines.passes_of_a_step))
-    runs = [(method, steps) for steps in sorted(lengths) for method in SIMPLE]
+    simple = [each for each in baselines.methods if each not in (LEARNED, LEARNED_THEN)]
+    runs = [(method, steps) for steps in sorted(lengths) for method in simple]
     return [*runs, (LEARNED, baselines.steps), (LEARNED_THEN, baselines.steps)]
 
 

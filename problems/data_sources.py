@@ -27,12 +27,11 @@ from hyperopt_peft.core.labels import WEIGHT, label_losses, labels_are_shifted, 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.example_weights import COLUMNS, column, example_losses, without
+from hyperopt_peft.problems.votes import VOTES, voted
 from hyperopt_peft.utils.vector import widened
 
-#: The column with the number of an example's source, and that with the class that each source
-#: gives to an example, `NO_VOTE` for none.
-SOURCE, VOTES = "source", "votes"
-NO_VOTE = -1
+#: The column with the number of an example's source.
+SOURCE = "source"
 
 
 class SourceWeights(nn.Module):
@@ -103,8 +102,9 @@ class Mixture(WeightedExamples, Adapter):
     The column ``source`` of a batch has the source of each row ``(n,)``, a number from 0 in the
     order of ``weights.names``. Of the shape of ``labels``, ``(n, T)``, it has the source of each
     token, and the mean is over all labels: the loss of a language model where each weight is 1.
-    Or the column ``votes``, ``(n, K)``, has the class that each source gives to an example, -1 for
-    none; ``labels`` are then not read, and the mean is over the votes.
+    Or the column ``votes`` has what each source says of an example: a class, ``(n, K)``, -1 for
+    none, or probabilities of the classes, ``(n, K, C)``, 0 for none. ``labels`` are then not read,
+    and the mean is over the votes.
 
     Args:
         model: a Transformers model with an adapter, for classification or language modelling.
@@ -162,7 +162,7 @@ class Mixture(WeightedExamples, Adapter):
     def _number(self, batch: Any) -> Any:
         """N, of the rows, labels or votes; in a Trainer the mean of a step's micro-batches."""
         if VOTES in batch:
-            return (batch[VOTES] != NO_VOTE).sum()
+            return voted(batch[VOTES]).sum()
         source, labels = batch[SOURCE], batch.get("labels")
         if labels is None or source.shape != labels.shape:
             return len(source)
@@ -174,11 +174,16 @@ class Mixture(WeightedExamples, Adapter):
         """The loss of each vote, and its source."""
         votes = batch[VOTES]
         logits = self.model(**without(batch, ("labels", *COLUMNS))).logits
-        if votes.shape != (len(logits), count) or int(votes.max()) >= logits.shape[-1]:
+        rows, classes = logits.shape
+        of_classes = votes.shape == (rows, count) and int(votes.max()) < classes
+        if not of_classes and votes.shape != (rows, count, classes):
             raise ProblemError(
-                f"column 'votes': must be a class below {logits.shape[-1]}, or -1, of each of "
-                f"{count} sources, got a shape of {tuple(votes.shape)} and {int(votes.max())}"
+                f"column 'votes': must be a class below {classes}, or -1, of each of {count} "
+                f"sources, or {classes} probabilities of each, got a shape of "
+                f"{tuple(votes.shape)} and {float(votes.max()):g}"
             )
-        row, source = (votes != NO_VOTE).nonzero(as_tuple=True)
-        logits = widened(logits[row])
-        return cross_entropy(logits, votes[row, source], reduction="none"), source
+        row, source = voted(votes).nonzero(as_tuple=True)
+        logits, targets = widened(logits[row]), votes[row, source]
+        if targets.is_floating_point():
+            targets = targets.to(logits.dtype)
+        return cross_entropy(logits, targets, reduction="none"), source

@@ -45,7 +45,7 @@ class Plan:
     Attributes:
         a: σ(u) of each source and, last, of the trusted rows, ``(K + 1,)``, from 0 to 1; equal
             entries weight all rows alike.
-        groups: in place of `HeadRows.groups`, -1 where a row or vote is left out.
+        groups: in place of `HeadRows.groups`, without the rows or votes that are left out.
         then_trusted: whether a training on the trusted rows alone follows, near where the first
             one ended.
         penalty: the λ of a head's training on the trusted rows alone; `HeadMix.l2` with 0.
@@ -143,6 +143,14 @@ class HeadMix:
         """The most likely class of each row, ``(m,)``."""
         predicted: Tensor = head(x).logits.argmax(-1)
         return predicted
+
+    def predictions(self) -> Tensor:
+        """The most likely class of each of the sources' rows by `trusted_head`, ``(m,)``."""
+        return self.predicted(self.trusted_head, self.rows.sources.x)
+
+    def source_losses(self) -> Tensor:
+        """The loss of each of the sources' rows by `trusted_head`, ``(m,)``."""
+        return self.losses_of(self.trusted_head, self.rows.sources)
 
     def search(self) -> SourceWeights:
         """The weights that Adam finds; the lower level starts where the last step left it."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES
+from hyperopt_peft.problems.data_sources import SOURCE
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.source_data import SourceData
+from hyperopt_peft.problems.votes import NO_VOTE, VOTES, one_source_more, one_vote, voted
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,11 @@ class HeadRows:
     Attributes:
         names: the sources, then ``trusted``.
         sources: m rows, or tokens, of the sources.
-        groups: the number of the source of each, ``(m,)``; or the class that each source gives to
-            it, ``(m, K)``, -1 for none.
+        groups: the number of the source of each, ``(m,)``; or the `votes` of the K sources on it,
+            ``(m, K)`` or ``(m, K, C)``.
         trusted: the n trusted rows, or their tokens.
         n: the number of the trusted rows.
-        trusted_votes: the class that each source gives to a trusted row, ``(n, K)``, if it is
-            known.
+        trusted_votes: those on the trusted rows, if they are known.
         outputs: the number of classes, or of numbers to predict.
         problem_type: as in `Head`.
 
@@ -53,11 +52,11 @@ class HeadRows:
     ) -> HeadRows:
         """The rows of ``features``, of which the ones with the last group are trusted.
 
-        ``groups`` are those of the data's rows, as in a batch of `Mixture`, ``(n,)`` or ``(n, K)``.
-        The features are standardized.
+        ``groups`` are those of the data's rows, as in a batch of `Mixture`. The features are
+        standardized.
         """
         features, last = features.standardized(), len(names) - 1
-        is_trusted = groups == last if groups.dim() == 1 else groups[:, last] != NO_VOTE
+        is_trusted = groups == last if groups.dim() == 1 else voted(groups)[:, last]
         trusted = is_trusted.nonzero().flatten()
         sources = features.select((~is_trusted).nonzero().flatten())
         of_sources = groups[sources.row] if groups.dim() == 1 else groups[sources.row, :last]
@@ -68,12 +67,17 @@ class HeadRows:
     @property
     def votes(self) -> bool:
         """Whether the sources vote on rows."""
-        return self.groups.dim() == 2
+        return self.groups.dim() > 1
+
+    @property
+    def numbers(self) -> bool:
+        """Whether labels are no classes."""
+        return self.sources.labels.is_floating_point()
 
     def counts(self, groups: Tensor) -> Tensor:
         """The rows, tokens or votes of each source in ``groups``, ``(K,)``."""
         if self.votes:
-            return (groups != NO_VOTE).sum(0)
+            return voted(groups).sum(0)
         return groups[groups != NO_VOTE].bincount(minlength=len(self.names) - 1)
 
     def with_trusted(self, rows: Tensor) -> HeadRows:
@@ -98,15 +102,12 @@ class HeadRows:
         left out.
         """
         last, sources, trusted = len(self.names) - 1, self.sources, self.trusted
-        keep = (groups != NO_VOTE).any(1) if self.votes else groups != NO_VOTE
+        keep = voted(groups).any(1) if self.votes else groups != NO_VOTE
         x = torch.cat([sources.x[keep], trusted.x])
         if self.votes:
-            of_trusted = torch.full((len(trusted.x), last + 1), NO_VOTE)
-            of_trusted[:, last] = trusted.labels
-            return {
-                "features": x,
-                VOTES: torch.cat([pad(groups[keep], (0, 1), value=NO_VOTE), of_trusted]),
-            }
+            votes = one_source_more(groups[keep])
+            of_trusted = one_vote(votes, trusted.labels, last)
+            return {"features": x, VOTES: torch.cat([votes, of_trusted])}
         return {
             "features": x,
             "labels": torch.cat([sources.labels[keep], trusted.labels]),
@@ -117,5 +118,5 @@ class HeadRows:
 def kept(data: SourceData, groups: Tensor, rows: HeadRows) -> SourceData:
     """``data`` with the ``groups`` of ``rows`` in place of their own; see `HeadRows.batch`."""
     if rows.votes:
-        return data.with_votes(pad(groups, (0, 1), value=NO_VOTE).numpy())
+        return data.with_votes(one_source_more(groups))
     return data.with_sources(rows.sources.row[groups != NO_VOTE].unique().tolist())

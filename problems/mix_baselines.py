@@ -1,4 +1,4 @@
-"""The simple methods to train on sources and trusted rows, beside that of learned weights."""
+"""The methods to train an adapter on sources and trusted rows, beside that of learned weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from io import StringIO
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
@@ -19,37 +18,45 @@ from torch.utils.data import DataLoader
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, SourceWeights
+from hyperopt_peft.problems.data_sources import SOURCE, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, example_losses, without
+from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head_mix import Plan
+from hyperopt_peft.problems.head_rows import HeadRows, kept
 from hyperopt_peft.problems.mix_plans import (
     AGREEMENT,
-    AGREES,
-    EQUAL,
+    COORDINATES,
     FILTERED,
     LEARNED,
     LEARNED_THEN,
+    LOG_ODDS,
     SOURCES_ALIKE,
-    THEN_TRUSTED,
-    TRUSTED_ONLY,
+    TRIED,
+    WITHOUT_ONE,
+    methods_of,
     of_equal_shares,
+    trusted_only,
 )
-from hyperopt_peft.problems.mix_trainer import MixTrainer
+from hyperopt_peft.problems.mix_trainer import MixTrainer, phases_of
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import equal_weights
+from hyperopt_peft.problems.votes import VOTES
+from hyperopt_peft.trainer.data import classes_of, label_column
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.restore import assign_
-
-#: The methods without a search.
-SIMPLE = (TRUSTED_ONLY, EQUAL, SOURCES_ALIKE, THEN_TRUSTED, AGREEMENT, FILTERED)
 
 
 class Baselines:
     """Trains the model of a `MixTrainer` by each method; a ``with`` block leaves it as it was.
 
-    Nothing is written or printed, and the user's callbacks are not called.
+    It is the `mix_plans.Mix` of the adapter: a model of the trusted rows, and trainings without a
+    source, are those of the adapter. Nothing is written or printed, and the user's callbacks are
+    not called.
 
     Attributes:
+        methods: the names of the methods, in the order in which they are to be trained.
+        data, rows: what the last training read, at first the trainer's; the rows have no features.
         steps: the optimizer steps of the trainer's retraining.
         passes_of_a_step: micro-batches in one of these steps.
         passes: the passes over a micro-batch of the trainer's search and retraining.
@@ -68,7 +75,14 @@ class Baselines:
             self.passes += self.steps * self.passes_of_a_step
         self.row_weights = trainer.row_weights()
         self._options = {**trainer.options, "callbacks": None, "eval_dataset": None}
-        self._last: tuple[SourceData, Tensor] | None = None  # data, and their agreement
+        self._take(trainer.data)
+        self.methods = list(methods_of(self))
+
+    def _take(self, data: SourceData) -> None:
+        """Let ``data`` be those of the next trainings."""
+        self.data, self.rows = data, self._rows_of(data)
+        self._plans: dict[str, Plan] = {}
+        self._of_trusted_model: Tensor | None = None
 
     def __enter__(self) -> Baselines:
         self._end = [variable.detach().clone() for variable in self.variables]
@@ -87,91 +101,100 @@ class Baselines:
         """Let the ``with`` block leave the model as it is now."""
         self._end = [variable.detach().clone() for variable in self.variables]
 
+    @property
+    def learned(self) -> Plan:
+        """The plan of `row_weights`."""
+        weights = torch.tensor([self.row_weights[name] for name in self.data.names])
+        return Plan(weights / weights.max())
+
+    def objective(self, plan: Plan) -> float:
+        """The mean loss of the trusted rows after a training of `steps` by ``plan``."""
+        self._fit(plan, self.steps)
+        return float(self.losses(self.data.trusted).mean())
+
     def passes_of(self, method: str, steps: int) -> int:
         """The passes of `train`."""
         if method == LEARNED:
             return self.passes
-        # A model of the trusted rows comes first.
-        first = self.steps if method in (AGREEMENT, FILTERED) else 0
-        return (first + steps) * self.passes_of_a_step
+        tried = min(TRIED, len(self.data.names) - 1)
+        before = {WITHOUT_ONE: tried, COORDINATES: 1 + tried}
+        before |= dict.fromkeys((AGREEMENT, LOG_ODDS, FILTERED), 1)
+        return (before.get(method, 0) * self.steps + steps) * self.passes_of_a_step
 
     def train(self, method: str, steps: int, data: SourceData) -> int:
         """Train the model by ``method`` for ``steps`` from its initial values; returns the passes.
 
         Learned weights have the steps of the trainer; `LEARNED_THEN` takes those of the last
-        training of `LEARNED`. `AGREEMENT` and `FILTERED` begin with a model of the trusted rows,
-        which ``steps`` does not count and the passes do.
+        training of `LEARNED`. Some methods begin with other trainings, of a model of the trusted
+        rows or without a source, which ``steps`` does not count and the passes do.
         """
-        trusted = {TRUSTED: data.parts[TRUSTED]}
+        if data is not self.data:
+            self._take(data)
         if method == LEARNED:
             self.restart()
             args, kind = self._silenced(copy(self.trainer.args)), type(self.trainer)
             made = self.trainer.trainer_of(kind, args, sources=data, **self._options)
             _run(made)
             self.row_weights = made.row_weights()
-        elif method == TRUSTED_ONLY:
-            self._fit(trusted, steps)
-        elif method == EQUAL:
-            self._fit(data.parts, steps)
-        elif method == SOURCES_ALIKE:
-            self._fit(data.parts, steps, alike)
-        elif method in (THEN_TRUSTED, LEARNED_THEN):
-            first = equal_weights if method == THEN_TRUSTED else self._learned
-            self._fit(data.parts, steps - steps // 2, first)
-            self._fit(trusted, steps // 2, restart=False)
         else:
-            agreement = self._agreement(data)
-            if method == FILTERED:
-                self._fit(_agreeing(data, agreement).parts, steps)
-            else:
-                self._fit(data.parts, steps, partial(_fixed, Plan(_shares(data, agreement))))
+            if method == LEARNED_THEN or method not in self._plans:
+                self._plans[method] = methods_of(self)[method](self)
+            weights = alike if method == SOURCES_ALIKE else None
+            self._fit(self._plans[method], steps, weights)
         return self.passes_of(method, steps)
 
     def losses(self, rows: Dataset) -> Tensor:
         """The loss of each of ``rows``, trusted ones, ``(n,)``, without dropout."""
         return self._of_rows({TRUSTED: rows}, partial(example_losses, self.model))
 
-    def _learned(self, counts: Mapping[str, int]) -> SourceWeights:
-        """The weights of `row_weights`."""
-        weights = torch.tensor([self.row_weights[name] for name in counts])
-        return _fixed(Plan(weights / weights.max()), counts)
+    def predictions(self) -> Tensor:
+        """The most likely class of each of the sources' rows by a model of the trusted ones."""
 
-    def _agreement(self, data: SourceData) -> Tensor:
-        """How far a model of the trusted rows agrees with each row of the sources, from 0 to 1.
+        def predicted(batch: Any) -> Tensor:
+            classes: Tensor = self.model(**without(batch, ("labels", *COLUMNS))).logits.argmax(-1)
+            return classes
 
-        The shape is ``(n,)``, or ``(n, K)`` of votes. Of a class the agreement is 0 or 1, and NaN
-        without a vote; of other labels exp(−loss).
-        """
-        if self._last is None or self._last[0] is not data:
-            self._fit({TRUSTED: data.parts[TRUSTED]}, self.steps)
-            sources = {name: rows for name, rows in data.parts.items() if name != TRUSTED}
-            self._last = data, self._of_rows(sources, self._agreement_of)
-        return self._last[1]
+        return self._by_trusted_model(predicted)
 
-    def _agreement_of(self, batch: Any) -> Tensor:
-        labels: Tensor = batch.get("labels")
-        if VOTES not in batch and (labels.dim() > 1 or labels.is_floating_point()):
-            return (-example_losses(self.model, batch)).exp()
-        predicted: Tensor = self.model(**without(batch, ("labels", *COLUMNS))).logits.argmax(-1)
-        if VOTES not in batch:
-            return (predicted == labels).float()
-        votes: Tensor = batch[VOTES]
-        return (predicted[:, None] == votes).float().masked_fill(votes == NO_VOTE, torch.nan)
+    def source_losses(self) -> Tensor:
+        """The loss of each of the sources' rows by that model, ``(m,)``."""
+        return self._by_trusted_model(partial(example_losses, self.model))
+
+    def _by_trusted_model(self, function: Callable[[Any], Tensor]) -> Tensor:
+        """``function`` of the sources' rows; data of one kind have one such function."""
+        if self._of_trusted_model is None:
+            self._fit(trusted_only(self), self.steps)
+            sources = {name: rows for name, rows in self.data.parts.items() if name != TRUSTED}
+            self._of_trusted_model = self._of_rows(sources, function)
+        return self._of_trusted_model
+
+    def _rows_of(self, data: SourceData) -> HeadRows:
+        """``data`` with one feature that is 0; labels that are no classes are numbers."""
+        rows = data.everything
+        classes = classes_of(rows, label_column(rows))
+        labels = torch.zeros(len(rows)) if classes is None else torch.tensor(classes)
+        return HeadRows.of(
+            data.names,
+            Features(torch.zeros(len(rows), 1), labels, torch.arange(len(rows))),
+            torch.tensor(rows[VOTES if VOTES in rows.column_names else SOURCE][:]),
+            outputs=1 if classes is None else base_model(self.model).config.num_labels,
+            trusted_votes=data.trusted_votes,
+        )
 
     def _fit(
         self,
-        parts: Mapping[str, Dataset],
+        plan: Plan,
         steps: int,
-        weights: Callable[[Mapping[str, int]], SourceWeights] = equal_weights,
-        *,
-        restart: bool = True,
+        weights: Callable[[Mapping[str, int]], SourceWeights] | None = None,
     ) -> None:
-        """Train on ``parts`` for ``steps``, by fixed weights; from the initial values if wanted."""
-        if restart:
-            self.restart()
-        args = self._silenced(self.trainer.args.for_retraining())
-        args.max_steps = max(1, steps)
-        _run(self.trainer.of_parts(parts, args, weights, **self._options))
+        """Train by ``plan`` for ``steps`` from the initial values; ``weights`` replace its own."""
+        self.restart()
+        data = self.data if plan.groups is None else kept(self.data, plan.groups, self.rows)
+        for parts, count in phases_of(plan, data, steps):
+            args = self._silenced(self.trainer.args.for_retraining())
+            args.max_steps = max(1, count)
+            of_plan = partial(_fixed, plan) if len(parts) > 1 else equal_weights
+            _run(self.trainer.of_parts(parts, args, weights or of_plan, **self._options))
 
     def _silenced(self, args: Any) -> Any:
         """``args`` that write nothing."""
@@ -215,35 +238,7 @@ def _fixed(plan: Plan, counts: Mapping[str, int]) -> SourceWeights:
     return weights
 
 
-def _shares(data: SourceData, agreement: Tensor) -> Tensor:
-    """The mean agreement of each source, ``(K + 1,)``; that of the trusted rows is 1."""
-    if agreement.dim() == 2:  # of votes
-        sums, votes = agreement.nansum(0), (~agreement.isnan()).sum(0)
-    else:
-        source, size = torch.tensor(data.sources[SOURCE][:]), len(data.names)
-        sums, votes = source.bincount(agreement, size), source.bincount(minlength=size)
-    share = (sums + 1) / (votes + 2)
-    share[-1] = 1
-    return share
-
-
 def _run(trainer: BilevelTrainer) -> None:
     """Train without the summary that a Trainer prints where it draws no bar."""
     with redirect_stdout(StringIO()):
         trainer.train()
-
-
-def _agreeing(data: SourceData, agreement: Tensor) -> SourceData:
-    """``data`` without rows, or votes, that disagree; of other labels without the worse half."""
-    if agreement.dim() == 2:
-        keep = agreement >= AGREES
-    else:
-        classes = bool(((agreement == 0) | (agreement == 1)).all())
-        keep = agreement >= (AGREES if classes else agreement.median())
-    if not keep.any():
-        raise ProblemError(
-            "compare_baselines: no row of a source agrees with the model of the trusted rows"
-        )
-    if keep.dim() == 1:
-        return data.with_sources(keep.nonzero().flatten().tolist())
-    return data.with_votes(np.where(keep.numpy(), np.array(data.sources[VOTES][:]), NO_VOTE))

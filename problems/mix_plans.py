@@ -1,20 +1,24 @@
-"""The methods to train on sources and trusted rows, each as a `Plan`, made on a head.
+"""The methods to train on sources and trusted rows, each as a `Plan`.
 
-Each takes a `HeadMix`. The simple ones look at the sources once: at their agreement with a model of
-the trusted rows, at their votes on trusted rows, or at what a training without them gives.
+Each takes a `Mix`, of a head or of an adapter. The simple ones look at the sources once: at their
+agreement with a model of the trusted rows, at their votes on trusted rows, or at what a training
+without them gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.data_sources import NO_VOTE
 from hyperopt_peft.problems.head_mix import HeadMix, Plan
+from hyperopt_peft.problems.head_rows import HeadRows
+from hyperopt_peft.problems.votes import NO_VOTE, one_vote, only, summed, voted
+from hyperopt_peft.problems.votes import agreement as agreement_of_votes
 
 TRUSTED_ONLY = "trusted rows only"
 EQUAL = "everything, equal weights"
@@ -46,17 +50,38 @@ SETTINGS = {
 REPEATS = (1.0, 10.0, 30.0, 100.0)
 
 
-def trusted_only(mix: HeadMix) -> Plan:
+class Mix(Protocol):
+    """What the methods read: a `HeadMix`, or the `Baselines` of an adapter."""
+
+    @property
+    def rows(self) -> HeadRows:
+        """The sources and labels of the rows; their features are not read."""
+
+    @property
+    def learned(self) -> Plan:
+        """The weights that the search finds."""
+
+    def predictions(self) -> Tensor:
+        """The most likely class of each of the sources' rows by a model of the trusted ones."""
+
+    def source_losses(self) -> Tensor:
+        """The loss of each of the sources' rows by that model."""
+
+    def objective(self, plan: Plan) -> float:
+        """The mean loss of the trusted rows after a training by ``plan``, which has them too."""
+
+
+def trusted_only(mix: Mix) -> Plan:
     """The trusted rows alone."""
     return Plan(torch.eye(len(mix.rows.names))[-1])
 
 
-def equal(mix: HeadMix) -> Plan:
+def equal(mix: Mix) -> Plan:
     """All rows with the same weight."""
     return Plan(torch.ones(len(mix.rows.names)))
 
 
-def sources_alike(mix: HeadMix) -> Plan:
+def sources_alike(mix: Mix) -> Plan:
     """Each source with the same share of the loss."""
     counts = mix.rows.counts(mix.rows.groups)
     return of_equal_shares(torch.cat([counts, torch.tensor([len(mix.rows.trusted.x)])]))
@@ -68,17 +93,17 @@ def of_equal_shares(counts: Tensor) -> Plan:
     return Plan(counts.min() / counts)
 
 
-def then_trusted(mix: HeadMix) -> Plan:
+def then_trusted(mix: Mix) -> Plan:
     """All rows with the same weight, then the trusted ones."""
     return Plan(torch.ones(len(mix.rows.names)), then_trusted=True)
 
 
-def agreement(mix: HeadMix) -> Plan:
+def agreement(mix: Mix) -> Plan:
     """Each source with its agreement with a model of the trusted rows."""
     return _of_sources(_shares(mix, _agreements(mix)))
 
 
-def log_odds(mix: HeadMix) -> Plan:
+def log_odds(mix: Mix) -> Plan:
     """Each source with the log odds of that agreement, as in naive Bayes; below 0 it is out.
 
     log(q/(1 − q)·(C − 1)) for an agreement q of C classes, by the largest of them.
@@ -88,7 +113,7 @@ def log_odds(mix: HeadMix) -> Plan:
     return _of_sources(odds / odds.max().clamp(min=1e-6))
 
 
-def filtered(mix: HeadMix) -> Plan:
+def filtered(mix: Mix) -> Plan:
     """The rows, or votes, that a model of the trusted rows gives too; of numbers the better half.
 
     Raises:
@@ -99,17 +124,17 @@ def filtered(mix: HeadMix) -> Plan:
         row = mix.rows.sources.row
         counts, sums = row.bincount(), row.bincount(agrees)
         agrees = (sums / counts.clamp(min=1))[row].to(agrees.dtype)
-    numbers = mix.rows.sources.labels.is_floating_point()
-    keep = agrees >= (agrees.median() if numbers else AGREES)
+    keep = agrees >= (agrees.median() if mix.rows.numbers else AGREES)
     if not keep.any():
         raise ProblemError(
             "compare_baselines: no row of a source agrees with the model of the trusted rows"
         )
-    groups = mix.rows.groups.masked_fill(~keep, NO_VOTE)
+    groups = mix.rows.groups
+    groups = only(groups, keep) if mix.rows.votes else groups.masked_fill(~keep, NO_VOTE)
     return Plan(torch.ones(len(mix.rows.names)), groups=groups)
 
 
-def label_model(mix: HeadMix) -> Plan:
+def label_model(mix: Mix) -> Plan:
     """The most likely class of each row, of the votes alone.
 
     Source k gives the true class with probability q_k and each other one with the same: Dawid &
@@ -117,45 +142,39 @@ def label_model(mix: HeadMix) -> Plan:
     The votes on trusted rows, where they are known, are of known classes.
     """
     rows, votes, classes = mix.rows, mix.rows.groups, mix.rows.outputs
-    voted, voted_class = votes != NO_VOTE, votes.clamp(min=0)
-    counts, right = voted.sum(0).double(), torch.zeros(votes.shape[1]).double()
+    cast = voted(votes)
+    counts, right = cast.sum(0).double(), torch.zeros(votes.shape[1]).double()
     if rows.trusted_votes is not None:
-        counts = counts + (rows.trusted_votes != NO_VOTE).sum(0)
-        right += (rows.trusted_votes == rows.trusted.labels[:, None]).sum(0)
-
-    def summed(of_votes: Tensor) -> Tensor:
-        """The sum of the votes for each class, ``(m, C)``."""
-        return of_votes.new_zeros(len(votes), classes).scatter_add(1, voted_class, of_votes * voted)
-
-    posterior = summed(voted.double()) / voted.sum(1, keepdim=True).clamp(min=1)
+        counts = counts + voted(rows.trusted_votes).sum(0)
+        right += agreement_of_votes(rows.trusted_votes, rows.trusted.labels).sum(0)
+    posterior = summed(votes, cast.double(), classes) / cast.sum(1, keepdim=True).clamp(min=1)
     for _ in range(ROUNDS):
-        hits = (posterior.gather(1, voted_class) * voted).sum(0)
+        hits = agreement_of_votes(votes, posterior).sum(0)
         q = (hits + right + 1) / (counts + classes)
-        odds = (q / (1 - q) * (classes - 1)).log()
-        posterior = (summed(odds.expand(votes.shape)) + posterior.mean(0).log()).softmax(1)
-    groups = torch.full_like(votes, NO_VOTE)
-    groups[:, 0] = posterior.argmax(1).where(voted.any(1), NO_VOTE)
+        odds = (q / (1 - q) * (classes - 1)).log().expand(len(votes), -1)
+        posterior = (summed(votes, odds, classes) + posterior.mean(0).log()).softmax(1)
+    groups = only(one_vote(votes, posterior.argmax(1), 0), cast.any(1, keepdim=True))
     return Plan(torch.ones(len(rows.names)), groups=groups)
 
 
-def without_one(mix: HeadMix) -> Plan:
+def without_one(mix: Mix) -> Plan:
     """All sources but the one, of the largest, without which the trusted loss is lowest."""
     return min((_out(mix, [source]) for source in _largest(mix)), key=mix.objective)
 
 
-def below_half(mix: HeadMix) -> Plan:
+def below_half(mix: Mix) -> Plan:
     """Without the sources whose votes on trusted rows are right in less than a half of them.
 
     One right and one wrong vote more (a Beta(1, 1) prior) keep sources with few votes.
     """
     votes = mix.rows.trusted_votes
     assert votes is not None
-    right = (votes == mix.rows.trusted.labels[:, None]).sum(0)
-    share = (right + 1) / ((votes != NO_VOTE).sum(0) + 2)
+    right = agreement_of_votes(votes, mix.rows.trusted.labels).sum(0)
+    share = (right + 1) / (voted(votes).sum(0) + 2)
     return _out(mix, (share < 0.5).nonzero().flatten().tolist())
 
 
-def coordinates(mix: HeadMix) -> Plan:
+def coordinates(mix: Mix) -> Plan:
     """A coordinate search: each of the largest sources is left out if the trusted loss falls."""
     out: list[int] = []
     best = mix.objective(_out(mix, out))
@@ -166,22 +185,22 @@ def coordinates(mix: HeadMix) -> Plan:
     return _out(mix, out)
 
 
-def learned(mix: HeadMix) -> Plan:
+def learned(mix: Mix) -> Plan:
     """The weights that `HeadMix.search` finds."""
     return mix.learned
 
 
-def learned_then(mix: HeadMix) -> Plan:
+def learned_then(mix: Mix) -> Plan:
     """The same weights, then the trusted rows."""
     return replace(mix.learned, then_trusted=True)
 
 
-def methods_of(mix: HeadMix) -> dict[str, Callable[[HeadMix], Plan]]:
+def methods_of(mix: Mix) -> dict[str, Callable[[Mix], Plan]]:
     """The methods for a kind of rows, from the cheapest to the dearest."""
     return dict(_methods(mix))
 
 
-def _methods(mix: HeadMix) -> Iterator[tuple[str, Callable[[HeadMix], Plan]]]:
+def _methods(mix: Mix) -> Iterator[tuple[str, Callable[[Mix], Plan]]]:
     yield TRUSTED_ONLY, trusted_only
     yield EQUAL, equal
     yield SOURCES_ALIKE, sources_alike
@@ -190,7 +209,7 @@ def _methods(mix: HeadMix) -> Iterator[tuple[str, Callable[[HeadMix], Plan]]]:
     if mix.rows.votes:
         yield LABEL_MODEL, label_model
     yield AGREEMENT, agreement
-    if not mix.rows.sources.labels.is_floating_point():
+    if not mix.rows.numbers:
         yield LOG_ODDS, log_odds
     yield FILTERED, filtered
     yield THEN_TRUSTED, then_trusted
@@ -228,34 +247,35 @@ def _of_sources(a: Tensor) -> Plan:
     return Plan(torch.cat([a.to(torch.float32), torch.ones(1)]))
 
 
-def _out(mix: HeadMix, sources: list[int]) -> Plan:
+def _out(mix: Mix, sources: list[int]) -> Plan:
     """All rows alike, without ``sources``."""
     a = torch.ones(len(mix.rows.names))
     a[sources] = 0
     return Plan(a)
 
 
-def _largest(mix: HeadMix) -> list[int]:
+def _largest(mix: Mix) -> list[int]:
     """The largest sources."""
     counts = mix.rows.counts(mix.rows.groups)
     return counts.argsort(descending=True)[:TRIED].tolist()
 
 
-def _agreements(mix: HeadMix) -> Tensor:
-    """How far a model of the trusted rows agrees with each row or vote, of their shape.
+def _agreements(mix: Mix) -> Tensor:
+    """How far a model of the trusted rows agrees with each row or vote, ``(m,)`` or ``(m, K)``.
 
-    Of a class the agreement is 0 or 1, and NaN without a vote; of numbers exp(−loss).
+    Of a class the agreement is 0 or 1, of a vote its probability of the model's class, and NaN
+    without one; of numbers exp(−loss).
     """
-    head, rows = mix.trusted_head, mix.rows
+    rows = mix.rows
     if rows.votes:
-        agrees = (mix.predicted(head, rows.sources.x)[:, None] == rows.groups).float()
-        return agrees.masked_fill(rows.groups == NO_VOTE, torch.nan)
-    if rows.sources.labels.is_floating_point():
-        return (-mix.losses_of(head, rows.sources)).exp()
-    return (mix.predicted(head, rows.sources.x) == rows.sources.labels).float()
+        agrees = agreement_of_votes(rows.groups, mix.predictions())
+        return agrees.masked_fill(~voted(rows.groups), torch.nan)
+    if rows.numbers:
+        return (-mix.source_losses()).exp()
+    return (mix.predictions() == rows.sources.labels).float()
 
 
-def _shares(mix: HeadMix, agrees: Tensor) -> Tensor:
+def _shares(mix: Mix, agrees: Tensor) -> Tensor:
     """The mean agreement of each source, ``(K,)``, with one right and C − 1 wrong ones more."""
     if mix.rows.votes:
         sums, counts = agrees.nansum(0), (~agrees.isnan()).sum(0)

@@ -19,7 +19,7 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problems.common import trainable
-from hyperopt_peft.problems.data_sources import SOURCE, VOTES, SourceWeights, default_prior
+from hyperopt_peft.problems.data_sources import SOURCE, SourceWeights, default_prior
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head import problem_type_of
@@ -29,6 +29,7 @@ from hyperopt_peft.problems.mix_arguments import AUTO, MixTrainingArguments
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import SourceTrainer, equal_weights
 from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, options_of_retraining
+from hyperopt_peft.problems.votes import VOTES
 from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.distributed import broadcast
@@ -67,7 +68,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         model: a PeftModel for classification or language modelling, or what the parent takes.
         args: the settings.
         sources: data sets by name; or one data set with the column ``votes``, a list of a class
-            for each labelling function, -1 for none.
+            for each labelling function, -1 for none, or of its probabilities of the classes, all
+            0 for none.
         trusted: the trusted rows, with the columns of the sources; of votes, with labels, and
             with the functions' votes on them where they are known.
         trainer: further arguments of `transformers.Trainer`.
@@ -223,17 +225,14 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         self._take(plan)
         if plan.groups is not None:
             data = kept(data, plan.groups, self.head_mix.rows)
-        trusted = {TRUSTED: data.parts[TRUSTED]}
-        steps = args.steps_of(len(self.train_dataset))
-        after = steps // 2 if plan.then_trusted else 0
-        phases = [(trusted if plan.trusted_only else data.parts, steps - after), (trusted, after)]
+        phases = phases_of(plan, data, args.steps_of(len(self.train_dataset)))
         folders = [Path(args.output_dir or ""), Path(args.output_dir or "") / TRUSTED]
         point = next(checkpoint.valid_checkpoints(*folders), None) if resume else None
         begin = 0 if point is None else folders.index(point[0].parent)
-        for (parts, steps), folder in [*zip(phases, folders)][begin : 2 if after else 1]:
+        for (parts, steps), folder in [*zip(phases, folders)][begin:]:
             phase = copy(args)
             phase.max_steps, phase.output_dir = steps, str(folder)
-            weights = equal_weights if parts is trusted else self._present_weights
+            weights = self._present_weights if len(parts) > 1 else equal_weights
             self.retrainer = self.of_parts(parts, phase, weights, **self.options)
             self.retrainer._train_from(point)
             point = None
@@ -280,3 +279,14 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
 
     def _by_name(self, values: Tensor) -> dict[str, float]:
         return dict(zip(self.weights.names, values.tolist(), strict=True))
+
+
+def phases_of(plan: Plan, data: SourceData, steps: int) -> list[tuple[dict[str, Dataset], int]]:
+    """The parts of ``data`` that ``plan`` trains on, and for how many of ``steps``, by phase.
+
+    A phase of the trusted rows alone has no other part.
+    """
+    trusted = {TRUSTED: data.parts[TRUSTED]}
+    after = steps // 2 if plan.then_trusted else 0
+    first = (trusted if plan.trusted_only else data.parts, steps - after)
+    return [first, (trusted, after)] if after else [first]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.data_sources import SOURCE, VOTES
+from hyperopt_peft.problems.data_sources import SOURCE
+from hyperopt_peft.problems.votes import VOTES
 
 
 @dataclass(frozen=True)

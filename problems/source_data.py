@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES
+from hyperopt_peft.problems.data_sources import SOURCE
+from hyperopt_peft.problems.votes import NO_VOTE, VOTES, one_source_more, one_vote, voted
 from hyperopt_peft.trainer.data import joined, label_column, require_examples, shared
 from hyperopt_peft.utils.groups import group_rows
 
 #: The name of the trusted rows among the sources.
 TRUSTED = "trusted"
+#: How far the sum of a source's probabilities may be from 1, or from 0 for no vote.
+TOLERANCE = 1e-3
 logger = logging.get_logger(__name__)
 
 
@@ -29,10 +32,10 @@ class SourceData:
     Attributes:
         names: the sources, then ``trusted``.
         sources: the rows of all sources. The column ``source`` has the number of each row's source,
-            or ``votes``, a list of a class for each source, -1 for none.
+            or ``votes``, a list of a class for each source, -1 for none, or of a list of
+            probabilities for each, all 0 for none.
         trusted: the trusted rows, with the same columns.
-        trusted_votes: the class that each source gives to a trusted row, ``(n, K)``, if it is
-            known.
+        trusted_votes: the `votes` of the sources on the trusted rows, if they are known.
     """
 
     names: tuple[str, ...]
@@ -68,9 +71,9 @@ class SourceData:
     def counts(self) -> dict[str, int]:
         """The number of rows, or votes, of each source, by name."""
         if VOTES in self.sources.column_names:
-            numbers = (np.array(self.everything[VOTES][:]) != NO_VOTE).sum(0)
+            numbers = voted(torch.tensor(self.everything[VOTES][:])).sum(0)
         else:
-            numbers = np.bincount(self.everything[SOURCE][:], minlength=len(self.names))
+            numbers = torch.tensor(self.everything[SOURCE][:]).bincount(minlength=len(self.names))
         return dict(zip(self.names, numbers.tolist(), strict=True))
 
     @property
@@ -91,11 +94,11 @@ class SourceData:
         """The data with these rows of the sources alone."""
         return replace(self, sources=self.sources.select(rows))
 
-    def with_votes(self, votes: np.ndarray[Any, Any]) -> SourceData:
-        """The data with ``votes`` ``(rows, K + 1)`` in place of the sources', and rows with one."""
+    def with_votes(self, votes: Tensor) -> SourceData:
+        """The data with ``votes`` of K + 1 sources in place of the sources', and rows with one."""
         rows = self.sources.remove_columns(VOTES).add_column(VOTES, votes.tolist())
         made = replace(self, sources=rows)
-        return made.with_sources(np.flatnonzero((votes != NO_VOTE).any(1)).tolist())
+        return made.with_sources(voted(votes).any(1).nonzero().flatten().tolist())
 
     def with_trusted(self, rows: Sequence[int]) -> SourceData:
         """The data with these trusted rows alone."""
@@ -146,16 +149,20 @@ def _of_names(sources: Any, trusted: Dataset) -> tuple[tuple[str, ...], Dataset,
     return (*sources, TRUSTED), joined(**dict(zip(sources, numbered, strict=True))), last
 
 
-def _votes(rows: Dataset) -> np.ndarray[Any, Any]:
+def _votes(rows: Dataset) -> Tensor:
     try:
-        votes = np.array(rows[VOTES][:])
-    except ValueError:  # lists of different lengths
-        votes = np.empty(0)
-    integers = votes.ndim == 2 and votes.shape[1] >= 2 and votes.dtype.kind == "i"
+        votes = torch.from_numpy(np.array(rows[VOTES][:]))
+    except (TypeError, ValueError):  # lists of different lengths; strings
+        votes = torch.empty(0)
+    if votes.dim() == 3 and votes.shape[1] >= 2:
+        sums = votes.sum(-1)
+        if votes.min() >= 0 and torch.minimum(sums, (sums - 1).abs()).max() < TOLERANCE:
+            return votes.float()
+    integers = votes.dim() == 2 and votes.shape[1] >= 2 and not votes.is_floating_point()
     if not integers or votes.min() < NO_VOTE:
         raise ProblemError(
             f"column {VOTES!r}: must have a list of a class for each of two or more sources, "
-            f"{NO_VOTE} for none"
+            f"{NO_VOTE} for none, or of probabilities for each, whose sum is 1, or 0 for none"
         )
     return votes
 
@@ -165,11 +172,11 @@ def _of_votes(
 ) -> tuple[tuple[str, ...], Dataset, Dataset, Tensor | None]:
     votes, of_sources = _votes(rows), None
     if VOTES in trusted.column_names:
-        of_sources = torch.from_numpy(_votes(trusted))
-        if of_sources.shape[1] != votes.shape[1]:
+        of_sources = _votes(trusted)
+        if of_sources.shape[1:] != votes.shape[1:]:
             raise ProblemError(
-                f"column {VOTES!r}: the trusted rows have votes of {of_sources.shape[1]} sources, "
-                f"and the others of {votes.shape[1]}"
+                f"column {VOTES!r}: those of a trusted row have the shape "
+                f"{tuple(of_sources.shape[1:])}, and of the others {tuple(votes.shape[1:])}"
             )
         trusted = trusted.remove_columns(VOTES)
     label = label_column(trusted)
@@ -178,20 +185,26 @@ def _of_votes(
         raise ProblemError(
             f"trusted: must have a column 'label' or 'labels' of classes, got {trusted.features}"
         )
-    if (silent := np.flatnonzero((votes == NO_VOTE).all(0))).size:
-        raise ProblemError(f"source {silent[0]}: has no votes; leave its entry out of {VOTES!r}")
-    voted = (votes != NO_VOTE).any(1)
-    if not voted.all():
-        logger.warning("%d of %d rows have no vote, and are left out", (~voted).sum(), len(voted))
-        rows, votes = rows.select(np.flatnonzero(voted)), votes[voted]
-    of_trusted = np.full((len(trusted), votes.shape[1] + 1), NO_VOTE)
-    of_trusted[:, -1] = trusted[label][:]
+    if (silent := (~voted(votes).any(0)).nonzero()).numel():
+        raise ProblemError(f"source {silent[0, 0]}: has no votes; leave its entry out of {VOTES!r}")
+    some = voted(votes).any(1)
+    if not some.all():
+        logger.warning("%d of %d rows have no vote, and are left out", (~some).sum(), len(some))
+        rows, votes = rows.select(some.nonzero().flatten().tolist()), votes[some]
+    votes = one_source_more(votes)
+    classes = torch.tensor(trusted[label][:])
+    if votes.dim() == 3 and int(classes.max()) >= votes.shape[2]:
+        raise ProblemError(
+            f"column {VOTES!r}: has {votes.shape[2]} probabilities a source, and a trusted row the "
+            f"class {int(classes.max())}"
+        )
     # A batch needs a label a row, which the loss of votes does not read: the first vote.
-    first = votes[np.arange(len(votes)), (votes != NO_VOTE).argmax(1)]
+    first = votes[torch.arange(len(votes)), voted(votes).int().argmax(1)]
     if label not in rows.column_names:
-        rows = rows.add_column(label, first.tolist(), feature=trusted.features[label])
-    votes = np.pad(votes, ((0, 0), (0, 1)), constant_values=NO_VOTE)
+        labels = (first.argmax(1) if first.dim() == 2 else first).tolist()
+        rows = rows.add_column(label, labels, feature=trusted.features[label])
     rows = rows.remove_columns(VOTES).add_column(VOTES, votes.tolist())
+    of_trusted = one_vote(votes, classes, votes.shape[1] - 1)
     trusted = trusted.add_column(VOTES, of_trusted.tolist())
     common = [name for name in rows.column_names if name in trusted.column_names]
     names = (*map(str, range(votes.shape[1] - 1)), TRUSTED)

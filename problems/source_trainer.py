@@ -15,10 +15,11 @@ from hyperopt_peft.core.labels import TOLERANCE, labels_are_shifted
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.data_sources import NO_VOTE, SOURCE, VOTES, Mixture, SourceWeights
+from hyperopt_peft.problems.data_sources import SOURCE, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, without
 from hyperopt_peft.problems.source_collator import SourceCollator
 from hyperopt_peft.problems.source_data import TRUSTED
+from hyperopt_peft.problems.votes import VOTES, voted
 from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.data import collating, joined, with_more, without_more
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -145,7 +146,7 @@ class SourceTrainer(BilevelTrainer):
         """The number of labels, rows or votes of each source; ``batch`` is the first one."""
         rows, size = self.train_dataset, len(self._names)
         if VOTES in batch:
-            counts = torch.tensor(rows[VOTES][:]).ne(NO_VOTE).sum(0)
+            counts = voted(torch.tensor(rows[VOTES][:])).sum(0)
         elif batch[SOURCE].dim() == 1:
             counts = torch.tensor(rows[SOURCE][:]).bincount(minlength=size)
         else:

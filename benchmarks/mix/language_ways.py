@@ -26,9 +26,16 @@ from benchmarks.mix.instructions import PADDING, Language, Mix, collated, judged
 from benchmarks.mix.language_tables import OURS
 from benchmarks.store import Row
 from hyperopt_peft import BilevelTrainer, MixTrainer, MixTrainingArguments, compare_baselines
-from hyperopt_peft.problems import mix_baselines as simple
 from hyperopt_peft.problems.data_sources import SOURCE, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, without
+from hyperopt_peft.problems.mix_baselines import Baselines
+from hyperopt_peft.problems.mix_plans import (
+    AGREEMENT,
+    EQUAL,
+    LEARNED,
+    THEN_TRUSTED,
+    TRUSTED_ONLY,
+)
 from hyperopt_peft.problems.source_data import TRUSTED
 from hyperopt_peft.utils.restore import assign_
 
@@ -168,7 +175,7 @@ def by_product(method: str) -> Way:
     """A simple way of `compare_baselines`."""
 
     def way(trial: Trial) -> Row:
-        with simple.Baselines(trial.host) as baselines:
+        with Baselines(trial.host) as baselines:
             with redirect_stdout(StringIO()):
                 baselines.train(method, trial.steps, trial.host.data)
             return trial.result()
@@ -274,7 +281,7 @@ def doremi(trial: Trial) -> Row:
     half, count = max(1, trial.sizes.steps // 2), len(trial.names)
     every = trial.rows.add_column("index", range(len(trial.rows)))
     trial.fit(Mixture(trial.model, by_source(trial)), every, half)
-    with simple.Baselines(trial.host) as baselines:
+    with Baselines(trial.host) as baselines:
         reference = baselines.losses(every.select_columns(list(PADDING)))
     level = Mixture(trial.model, by_source(trial))
     history = []
@@ -298,10 +305,10 @@ def verdict(trial: Trial) -> Row:
     """What `compare_baselines` recommends, by two folds of the trusted rows; trained on all."""
     trainer = trial.learner(DOTS)
     silent(trainer)
-    with redirect_stdout(StringIO()), simple.Baselines(trainer) as baselines:
+    with redirect_stdout(StringIO()), Baselines(trainer) as baselines:
         comparison = compare_baselines(trainer, folds=2, equal_passes=False)
         best = comparison.recommended
-        if best.method != simple.LEARNED:  # by which the model is trained now
+        if best.method != LEARNED:  # by which the model is trained now
             baselines.train(best.method, int(best.setting), trainer.data)
         result = trial.result()
     return {**result, "named": best.method, "cv": {r.method: r.loss for r in comparison.results}}
@@ -316,10 +323,10 @@ RATES = ({}, {"upper_rate": 0.3})
 VERDICT = "verdict"
 WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "uniform": (uniform, ONE),
-    "proportional": (by_product(simple.EQUAL), ONE),
-    "trusted alone": (by_product(simple.TRUSTED_ONLY), SHORTER),
-    "sources, then trusted": (by_product(simple.THEN_TRUSTED), SHORTER),
-    "agreement": (by_product(simple.AGREEMENT), AFTER),
+    "proportional": (by_product(EQUAL), ONE),
+    "trusted alone": (by_product(TRUSTED_ONLY), SHORTER),
+    "sources, then trusted": (by_product(THEN_TRUSTED), SHORTER),
+    "agreement": (by_product(AGREEMENT), AFTER),
     "ODM": (odm, ONE),
     "DoReMi": (doremi, AFTER),
     "fastmix": (learned("fastmix"), RATES),

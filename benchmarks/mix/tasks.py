@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.last_layers import LENGTH, LastLayers, States, disjoint, encode
-from hyperopt_peft.problems.data_sources import NO_VOTE
+from hyperopt_peft.problems.votes import NO_VOTE
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "outputs/mix"

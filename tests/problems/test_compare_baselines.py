@@ -15,16 +15,23 @@ from hyperopt_peft.problems.compare_baselines import (
     compare_baselines,
     split_folds,
 )
-from hyperopt_peft.problems.mix_baselines import (
+from hyperopt_peft.problems.head_mix import Plan
+from hyperopt_peft.problems.mix_baselines import Baselines, alike
+from hyperopt_peft.problems.mix_plans import (
     AGREEMENT,
+    COORDINATES,
     EQUAL,
     FILTERED,
+    LABEL_MODEL,
     LEARNED,
     LEARNED_THEN,
+    LOG_ODDS,
     SOURCES_ALIKE,
     TRUSTED_ONLY,
-    Baselines,
-    alike,
+    WITHOUT_ONE,
+    coordinates,
+    methods_of,
+    without_one,
 )
 from tests.support.mix_runs import rows, trainer, votes
 from tests.support.trainers import values
@@ -88,8 +95,9 @@ def test_a_wrong_source_is_exposed(tmp_path: Path, capsys: pytest.CaptureFixture
     comparison = compare_baselines(run, folds=2, equal_passes=False)
     assert capsys.readouterr().out == ""
     by_name = {result.method: result for result in comparison.results}
-    assert len(by_name) == 8 and all(len(result.losses) == 30 for result in by_name.values())
-    for good in (LEARNED, AGREEMENT, FILTERED):
+    assert [*by_name] == [*methods_of(run.head_mix)]  # as on the head
+    assert all(len(result.losses) == 30 for result in by_name.values())
+    for good in (LEARNED, AGREEMENT, LOG_ODDS, FILTERED, WITHOUT_ONE, COORDINATES):
         assert by_name[good].loss < by_name[EQUAL].loss
     assert by_name[LEARNED].passes > by_name[TRUSTED_ONLY].passes
     assert run.row_weights() == weights
@@ -121,7 +129,9 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run.train()
         return compare_baselines(run, folds=2, equal_passes=False, record=record)
 
-    killed_at(16)  # learned weights, then the trusted rows, whose weights are in the record
+    killed_at(
+        22
+    )  # the last one: learned weights, then the trusted rows, whose weights are in the record
     with pytest.raises(KeyboardInterrupt):
         compared()
     record.write_text(f"{record.read_text()}{{")
@@ -196,16 +206,32 @@ def test_baselines_have_the_steps_of_the_retraining_or_all_passes(
     assert passes.pop(LEARNED) == expected
     assert passes.pop(LEARNED_THEN) == run.search_passes() + 6
     for method, count in passes.items():
-        of_trusted_model = 6 if method in (AGREEMENT, FILTERED) else 0
+        before = {AGREEMENT: 1, LOG_ODDS: 1, FILTERED: 1, WITHOUT_ONE: 2, COORDINATES: 3}
         longest = expected + expected % 2 if equal_passes else 6
-        assert count - of_trusted_model in {6, longest}
+        assert count - 6 * before.get(method, 0) in {6, longest}
 
 
-@pytest.mark.parametrize("kind", ["votes", "tokens"])
+@pytest.mark.parametrize("kind", ["votes", "soft votes", "tokens"])
 def test_votes_and_sequences_are_judged_too(tmp_path: Path, kind: str) -> None:
-    run = trainer(tmp_path, data=votes(40), max_steps=4)
-    if kind == "tokens":
-        run = trainer(tmp_path, kind="tokens", max_steps=4)
+    data = None if kind == "tokens" else votes(40, sure=0.8 if kind == "soft votes" else None)
+    kind = "tokens" if data is None else "classes"
+    run = trainer(tmp_path, kind=kind, data=data, max_steps=4)
     run.train()
     comparison = compare_baselines(run, folds=2, equal_passes=False)
     assert all(result.losses.isfinite().all() for result in comparison.results)
+    methods = {result.method for result in comparison.results}
+    assert (LABEL_MODEL in methods) == (LOG_ODDS in methods) == (data is not None)
+
+
+def test_a_method_trains_the_adapter_by_its_own_look_at_the_sources(tmp_path: Path) -> None:
+    """A model of the trusted rows, and trainings without a source, are those of the adapter."""
+    run = trainer(tmp_path)
+    with Baselines(run) as baselines:
+        baselines.train(TRUSTED_ONLY, baselines.steps, run.data)
+        logits = run.predict(run.data.sources.remove_columns("source")).predictions
+        assert baselines.predictions().tolist() == logits.argmax(-1).tolist()
+        losses = []
+        for plan in (torch.tensor([0.0, 1, 1]), torch.tensor([1.0, 0, 1])):
+            losses.append(baselines.objective(Plan(plan)))
+        assert losses[0] > losses[1]  # the second source is wrong
+        assert without_one(baselines).a.tolist() == coordinates(baselines).a.tolist() == [1, 0, 1]

@@ -146,14 +146,14 @@ def test_trusted_rows_alone_have_all_steps(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["votes", "rows", "tokens"])
+@pytest.mark.parametrize("kind", ["votes", "soft votes", "rows", "tokens"])
 def test_the_adapter_is_trained_by_every_method(tmp_path: Path, kind: str) -> None:
     data: Dataset | None = None
-    if kind == "votes":
-        data = votes(30)
+    if "votes" in kind:
+        data = votes(30, sure=0.8 if kind == "soft votes" else None)
     run = on_head(tmp_path, kind="tokens" if kind == "tokens" else "classes", data=data)
     methods = methods_of(run.head_mix)
-    assert (LABEL_MODEL in methods) == (kind == "votes")
+    assert (LABEL_MODEL in methods) == ("votes" in kind)
     for method in methods.values():
         run.retrain(method(run.head_mix))
         assert all(value.isfinite().all() for value in values(run.model).values())

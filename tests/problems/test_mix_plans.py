@@ -36,7 +36,7 @@ from hyperopt_peft.problems.mix_plans import (
     with_setting,
     without_one,
 )
-from tests.support.head_rows import ROWS, by_source, by_votes, mix
+from tests.support.head_rows import ROWS, as_probabilities, by_soft_votes, by_source, by_votes, mix
 
 
 def predicted_by_trusted(made: HeadMix) -> Tensor:
@@ -217,6 +217,23 @@ def test_a_label_model_weighs_votes_by_the_accuracies_that_it_finds() -> None:
     assert right(plan.groups[:, 0]) > right(hits.sum(1).argmax(1)) + 0.03
 
 
+def test_the_probabilities_of_one_class_make_the_plans_of_votes() -> None:
+    """Of every method; of others the agreement is the probability of the model's class."""
+    votes = mix("votes", steps=2)
+    soft = replace(votes, rows=by_soft_votes(sure=1.0))
+    for name, method in methods_of(votes).items():
+        expected, found = method(votes), method(soft)
+        torch.testing.assert_close(found.a, expected.a, rtol=1e-3, atol=1e-4, msg=name)
+        if expected.groups is not None:
+            assert found.groups is not None
+            assert torch.equal(found.groups, as_probabilities(expected.groups)), name
+    less = replace(votes, rows=by_soft_votes(sure=0.8))
+    for of_less, of_votes in zip(agreement(less).a[:3], agreement(votes).a[:3], strict=True):
+        # 16 votes, of which one right and two wrong ones are the prior's.
+        hits = float(of_votes) * 19 - 1
+        assert float(of_less) == pytest.approx((0.8 * hits + 0.1 * (16 - hits) + 1) / 19)
+
+
 def test_without_the_worst_source() -> None:
     """Each of the three is tried."""
     made = mix()
@@ -285,7 +302,7 @@ def test_the_prior_s_default_is_that_of_the_adapter_s_search() -> None:
 def test_every_method_of_the_rows_is_a_plan(kind: str) -> None:
     made = mix(kind, steps=2)
     methods = methods_of(made)
-    assert (LABEL_MODEL in methods) == (BELOW_HALF in methods) == (kind == "votes")
+    assert (LABEL_MODEL in methods) == (BELOW_HALF in methods) == ("votes" in kind)
     assert (LOG_ODDS in methods) == (kind != "numbers")
     for method in methods.values():
         plan = method(made)

@@ -151,9 +151,11 @@ def test_passes_of_the_search_are_counted_in_micro_batches(tmp_path: Path) -> No
     assert run.search_passes() == 4 * (2 * 3 + 2)
 
 
-def test_votes_of_labelling_functions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("search", "sure"), [("adapter", None), ("adapter", 0.9), ("head", 0.9)])
+def test_votes_of_labelling_functions(tmp_path: Path, search: str, sure: float | None) -> None:
     """Of which one is wrong by a class, and a column of text does not matter."""
-    run = trainer(tmp_path, data=votes(60).add_column("text", ["words"] * 60))
+    data = votes(60, sure=sure).add_column("text", ["words"] * 60)
+    run = trainer(tmp_path, data=data, search=search)
     run.train()
     weights = run.row_weights()
     assert weights["0"] > 2 * weights["1"]

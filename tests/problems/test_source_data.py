@@ -34,6 +34,20 @@ def test_votes_and_labels_of_trusted_rows() -> None:
     assert data.everything.features["label"].names == ["no", "yes"]
 
 
+def test_votes_may_be_probabilities() -> None:
+    """A trusted row has one class, a source without a sum of 1 none."""
+    votes = [[[0.3, 0.7], [0.0, 0.0]], [[0.0, 0.0]] * 2, [[1.0, 0.0], [0.5, 0.5]]]
+    voted = rows(0, votes=votes).remove_columns("label")
+    of_trusted = [[[0.0, 0.0], [0.9, 0.1]]] * 2
+    data = SourceData.of(voted, rows(20, 2, votes=of_trusted))
+    assert data.counts == {"0": 2, "1": 1, "trusted": 2}
+    assert data.sources["x"][:] == [0, 2] and data.sources["label"][:] == [1, 0]
+    assert data.sources["votes"][1] == [[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]]
+    assert data.trusted["votes"][:] == [[[0, 0], [0, 0], [1, 0]], [[0, 0], [0, 0], [0, 1]]]
+    assert data.trusted_votes is not None and data.trusted_votes.shape == (2, 2, 2)
+    assert len(data.everything) == 4
+
+
 def test_a_column_of_sources_is_taken_apart() -> None:
     parts = by_column(rows(0, origin=["u", "v", "u"]), "origin")
     assert {name: part["x"][:] for name, part in parts.items()} == {"u": [0, 2], "v": [1]}
@@ -61,7 +75,12 @@ def _named(table: Dataset) -> Dataset:
         (rows(0, votes=[[0, -1]] * 3), rows(20), "source 1: has no votes"),
         (rows(0, votes=[[0, 1], [1], [0, 0]]), rows(20), "'votes': must have a list"),
         (rows(0, votes=[[0, -2]] * 3), rows(20), "'votes': must have a list"),
-        (rows(0, votes=[[0, 1]] * 3), rows(20, votes=[[0, 1, 1]] * 3), "'votes': the trusted"),
+        (rows(0, votes=[[[0.2, 0.7]] * 2] * 3), rows(20), "'votes': .* sum is 1"),
+        (rows(0, votes=[[[1.2, -0.2]] * 2] * 3), rows(20), "'votes': .* sum is 1"),
+        (rows(0, votes=[["a", "b"]] * 3), rows(20), "'votes': must have a list"),
+        (rows(0, votes=[[[1.0], [1.0]]] * 3), rows(20), "'votes': has 1 prob.* the class 1"),
+        (rows(0, votes=[[0, 1]] * 3), rows(20, votes=[[0, 1, 1]] * 3), "'votes': those of a trust"),
+        (rows(0, votes=[[0, 1]] * 3), rows(20, votes=[[[0, 1]] * 2] * 3), "those of a trusted"),
         (rows(0, votes=[[0, 1]] * 3), _named(rows(20)), "trusted: .* of classes"),
         ({"a": rows(0, source=[1, 2, 3]), "b": rows(10)}, rows(20, source=[1, 2, 3]), "'source'"),
     ],

@@ -1,5 +1,7 @@
 """Rows of a head: sources that are right, wrong by a class, and random, and trusted rows."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +53,21 @@ def by_votes(count: int = 24, trusted: int = 18) -> HeadRows:
     return HeadRows.of(NAMES, features, groups, outputs=CLASSES, trusted_votes=of_trusted)
 
 
+def as_probabilities(votes: Tensor, classes: int = CLASSES, sure: float = 1.0) -> Tensor:
+    """Votes for a class as probabilities, ``sure`` for that class and the rest for all others."""
+    rest = torch.full((*votes.shape, classes), (1 - sure) / (classes - 1))
+    soft = rest.scatter(-1, votes.clamp(min=0)[..., None], sure)
+    return soft * (votes != -1)[..., None]
+
+
+def by_soft_votes(sure: float = 0.8) -> HeadRows:
+    """`by_votes` with probabilities."""
+    rows = by_votes()
+    assert rows.trusted_votes is not None
+    soft = [as_probabilities(each, sure=sure) for each in (rows.groups, rows.trusted_votes)]
+    return replace(rows, groups=soft[0], trusted_votes=soft[1])
+
+
 def by_tokens(count: int = 20, trusted: int = 8, tokens: int = 4) -> HeadRows:
     """Rows of four tokens with a class each, of the three sources by turns."""
     x, classes = points(tokens * (count + trusted), 0)
@@ -75,7 +92,13 @@ def by_numbers(count: int = 24, trusted: int = 18) -> HeadRows:
     return HeadRows.of(NAMES, features, groups, outputs=1)
 
 
-ROWS = {"rows": by_source, "votes": by_votes, "tokens": by_tokens, "numbers": by_numbers}
+ROWS: dict[str, Callable[[], HeadRows]] = {
+    "rows": by_source,
+    "votes": by_votes,
+    "soft votes": by_soft_votes,
+    "tokens": by_tokens,
+    "numbers": by_numbers,
+}
 
 
 def mix(kind: str = "rows", **options: Any) -> HeadMix:

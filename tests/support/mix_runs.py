@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import default_data_collator
 
 from hyperopt_peft.problems import MixTrainer, MixTrainingArguments
+from tests.support.head_rows import as_probabilities
 from tests.support.trainers import data as random_rows
 from tests.support.trainers import peft_model
 
@@ -28,12 +29,17 @@ def sources(count: int = 48) -> dict[str, Dataset]:
     return {"good": rows(count, 1), "bad": rows(count, 2, wrong=True)}
 
 
-def votes(count: int) -> Dataset:
-    """Rows with the votes of two functions, one of which is wrong by a class."""
+def votes(count: int, *, sure: float | None = None) -> Dataset:
+    """Rows with the votes of two functions, one of which is wrong by a class.
+
+    With ``sure`` they are probabilities, this one that of the class.
+    """
     table = rows(count, 4)
     right = torch.tensor(table["labels"][:])
     columns = torch.stack([right, (right + 1) % 3], 1)
     columns[::2, 0] = columns[1::5, 1] = -1
+    if sure is not None:
+        columns = as_probabilities(columns, 3, sure)
     return table.remove_columns("labels").add_column("votes", columns.tolist())
 
 
