@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.adapter_trainer import AdapterTrainer
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
+    from hyperopt_peft.problems.head import Head
     from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
     from hyperopt_peft.problems.mix_trainer import MixTrainer
     from hyperopt_peft.problems.source_data import by_column
@@ -17,6 +18,7 @@ _MODULES = {
     "AdapterTrainer": "adapter_trainer",
     "BiDoRATrainer": "bidora_trainer",
     "BiDoRATrainingArguments": "bidora_trainer",
+    "Head": "head",
     "MixTrainer": "mix_trainer",
     "MixTrainingArguments": "mix_arguments",
     "TaskLevel": "common",
@@ -29,6 +31,7 @@ __all__ = [
     "AdapterTrainer",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
+    "Head",
     "MixTrainer",
     "MixTrainingArguments",
     "TaskLevel",

@@ -38,6 +38,23 @@ class Head(nn.Module):
         >>> head = Head(3, 2)
         >>> head(torch.ones(4, 3), torch.tensor([0, 1, 0, 1])).loss
         tensor(0.6931, grad_fn=...)
+
+        As the model of an Engine's lower level, here on two sources of which one is wrong:
+
+        >>> from hyperopt_peft import Engine
+        >>> from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
+        >>> from hyperopt_peft.problems.example_weights import HeldOut
+        >>> x, labels = torch.tensor([[1.0], [-1.0]]).repeat(2, 1), torch.tensor([0, 1, 1, 0])
+        >>> below = {"features": x, "labels": labels, "source": torch.tensor([0, 0, 1, 1])}
+        >>> above = {"features": x[:2], "labels": labels[:2]}
+        >>> head, weights = Head(1, 2), SourceWeights({"right": 2, "wrong": 2})
+        >>> sgd = torch.optim.SGD(head.parameters(), lr=1.0)
+        >>> adam = torch.optim.Adam(weights.parameters(), lr=0.5)
+        >>> lower = Mixture(head, weights, prior=L2Penalty(head), data=[below], optimizer=sgd)
+        >>> upper = HeldOut(head, weights, data=[above], optimizer=adam)
+        >>> _ = Engine(upper, lower, "cg", lower_steps=5, progress=False).run(5)
+        >>> bool(weights.shares()[0] > 0.8)
+        True
     """
 
     def __init__(

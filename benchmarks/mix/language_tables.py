@@ -8,8 +8,8 @@ from benchmarks.measure import mean_and_half
 from benchmarks.store import Row, Store
 
 #: The learned mix that the others are compared with, and all that are learned by a search.
-OURS = "darts, dots"
-LEARNED = (OURS, "fastmix")
+OURS, ON_FEATURES = "darts, dots", "a head on features"
+LEARNED = (OURS, "fastmix", ON_FEATURES)
 #: What `compare_baselines` recommends, as a way.
 RECOMMENDED = "what compare_baselines recommends"
 

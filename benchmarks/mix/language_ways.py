@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import random
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from typing import Any
@@ -23,16 +24,21 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from benchmarks.mix.instructions import PADDING, Language, Mix, collated, judged
-from benchmarks.mix.language_tables import OURS
+from benchmarks.mix.language_tables import ON_FEATURES, OURS
 from benchmarks.store import Row
 from hyperopt_peft import BilevelTrainer, MixTrainer, MixTrainingArguments, compare_baselines
+from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.problems.data_sources import SOURCE, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, without
+from hyperopt_peft.problems.features import Features
+from hyperopt_peft.problems.head_mix import HeadMix
+from hyperopt_peft.problems.head_rows import HeadRows
 from hyperopt_peft.problems.mix_baselines import Baselines
 from hyperopt_peft.problems.mix_plans import (
     AGREEMENT,
     EQUAL,
     LEARNED,
+    SOURCES_ALIKE,
     THEN_TRUSTED,
     TRUSTED_ONLY,
 )
@@ -75,6 +81,8 @@ class Setting:
 
 
 FULL = Sizes()
+#: Of a row, in the search on a head.
+TOKENS = 16
 
 
 class Alone(BilevelTrainer):
@@ -194,18 +202,54 @@ def learned(hypergradient: str) -> Way:
     return way
 
 
+def on_features(trial: Trial) -> Row:
+    """A search on a head, as for classes, over the states of the tokens; then a training."""
+    mix = HeadMix(tokens_of(trial), rate=trial.setting.upper_rate)
+    begin = time.process_time()
+    plan = mix.learned
+    seconds = time.process_time() - begin
+    with redirect_stdout(StringIO()):
+        trial.host.retrain(plan)
+    return {**trial.result(), **shares(trial.host.weights), "search seconds": round(seconds, 1)}
+
+
+@torch.no_grad()
+def tokens_of(trial: Trial) -> HeadRows:
+    """The states of at most `TOKENS` tokens of a row, and of all of a trusted one, in its answer.
+
+    The classes are the tokens that the trusted rows have, and one of all others: with the whole
+    vocabulary an evaluation takes minutes.
+    """
+    generator, last = torch.Generator().manual_seed(trial.seed), len(trial.names) - 1
+    parts, source = [], torch.tensor(trial.rows[SOURCE][:])
+    for number in torch.arange(len(trial.rows)).split(32):
+        batch = collated([trial.rows[row] for row in number.tolist()])
+        labels = batch.pop("labels")[:, 1:]
+        batch.pop(SOURCE)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = trial.model.eval()(**batch, output_hidden_states=True)
+        order = torch.rand(labels.shape, generator=generator)
+        order[labels == IGNORED] = math.inf
+        order[(source[number] == last)[:, None] & (labels != IGNORED)] = 0
+        least = order.kthvalue(min(TOKENS, labels.shape[1]), 1, keepdim=True).values
+        chosen = (order < math.inf) & (order <= least)
+        row, token = chosen.nonzero(as_tuple=True)
+        x = output.hidden_states[-1][row, token].float()
+        parts.append(Features(x, labels[row, token], number[row]))
+    features = Features.joined(parts)
+    known = features.labels[source[features.row] == last].unique()
+    place = torch.searchsorted(known, features.labels).clamp(max=len(known) - 1)
+    classes = place.where(known[place] == features.labels, len(known))
+    features = replace(features, labels=classes)
+    return HeadRows.of(trial.names, features, source, outputs=len(known) + 1)
+
+
 def by_source(trial: Trial, logits: Tensor | None = None) -> SourceWeights:
     """Shares of the sources that do not hang on their sizes; equal ones without logits."""
     weights = SourceWeights(trial.counts, kind="softmax", average="sources")
     if logits is not None:
         weights.logits.data = logits
     return weights.requires_grad_(False)
-
-
-def uniform(trial: Trial) -> Row:
-    """Each source has the same share."""
-    trial.fit(Mixture(trial.model, by_source(trial)), trial.rows, trial.steps)
-    return trial.result()
 
 
 def of_sources(choose: Callable[[Trial], set[str]]) -> Way:
@@ -322,7 +366,7 @@ AFTER = ({}, {"length": 2.0})
 RATES = ({}, {"upper_rate": 0.3})
 VERDICT = "verdict"
 WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
-    "uniform": (uniform, ONE),
+    "uniform": (by_product(SOURCES_ALIKE), ONE),
     "proportional": (by_product(EQUAL), ONE),
     "trusted alone": (by_product(TRUSTED_ONLY), SHORTER),
     "sources, then trusted": (by_product(THEN_TRUSTED), SHORTER),
@@ -331,6 +375,7 @@ WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "DoReMi": (doremi, AFTER),
     "fastmix": (learned("fastmix"), RATES),
     OURS: (learned(DOTS), RATES),
+    ON_FEATURES: (on_features, RATES),
     "the target's sources": (of_sources(lambda t: {t.mix.target, t.mix.damaged}), ONE),
     # What nobody knows beforehand.
     "the target's clean rows": (of_sources(lambda t: {t.mix.target}), ONE),

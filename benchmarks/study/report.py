@@ -226,7 +226,7 @@ def per_task(study: Study, store: Store, trials: Sequence[Sequence[Run]]) -> flo
 
 
 def checks(study: Study, store: Store) -> list[Row]:
-    """All layers adapted, one seed: each method at the better of its two rates by held-out rows."""
+    """All layers adapted, one seed: each method at the best of its rates by held-out rows."""
     runs = [run for run in study.checks(store) if store.get(run.key)]
     best: dict[str, tuple[float, dict[Any, Row]]] = {}
     for name in dict.fromkeys(run.method for run in runs):
