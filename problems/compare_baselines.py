@@ -153,10 +153,10 @@ def compare_baselines(
 
     On an adapter a method without a search takes the steps of the retraining and, with
     ``equal_passes``, also as many passes as search and retraining together; the better of the two
-    counts. A model of the trusted rows, and each of the largest sources left out, take a training
-    of the adapter. ``trainer``'s model is left as it was. Learned weights cost ``folds`` times what
-    ``trainer`` does, and with ``equal_passes`` each of the others as much; without, a few trainings
-    each.
+    counts. A model of the trusted rows, and each of the at most 12 largest sources left out in turn
+    and one after another, take a training of the adapter each in every fold. ``trainer``'s model is
+    left as it was. Learned weights cost ``folds`` times what ``trainer`` does, and with
+    ``equal_passes`` each of the others as much.
 
     Args:
         trainer: the trainer, which has trained.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ def losses_on_adapter(
         runs = runs_of(baselines, equal_passes=equal_passes)
         finished = _Record(record, _identity(trainer), writes=trainer.args.should_save)
         folds = fold_of_row.unique().tolist()
-        total = len(folds) * passes_of(baselines, equal_passes=equal_passes)
-        disable = trainer.args.disable_tqdm
+        works = [passes for _, passes in works_of(baselines, runs)]
+        total, disable = len(folds) * sum(works), trainer.args.disable_tqdm
         with tqdm(total=total, desc="comparison, in passes", disable=disable) as bar:
             for fold in folds:
                 judged = (fold_of_row == fold).nonzero().flatten()
                 train = data.with_trusted((fold_of_row != fold).nonzero().flatten().tolist())
                 rows = data.trusted.select(judged.tolist())
-                for method, steps in runs:
+                for (method, steps), work in zip(runs, works, strict=True):
                     key = f"{fold} of {len(folds)}: {method}, {steps} steps"
                     if (known := finished.get(key)) is None:
                         passes = baselines.train(method, steps, train)
@@ -60,7 +61,7 @@ def losses_on_adapter(
                     if known["row_weights"]:
                         baselines.row_weights = known["row_weights"]
                         result.row_weights.append(known["row_weights"])
-                    bar.update(known["passes"])
+                    bar.update(work)
         baselines.restart()
         result.untrained = baselines.losses(data.trusted)
     return result
@@ -76,10 +77,21 @@ def runs_of(baselines: Baselines, *, equal_passes: bool) -> list[tuple[str, int]
     return [*runs, (LEARNED, baselines.steps), (LEARNED_THEN, baselines.steps)]
 
 
-def passes_of(baselines: Baselines, *, equal_passes: bool) -> int:
-    """The passes over a micro-batch of all methods of a fold."""
-    runs = runs_of(baselines, equal_passes=equal_passes)
-    return sum(baselines.passes_of(*run) for run in runs)
+def works_of(baselines: Baselines, runs: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
+    """The trainings and the passes over a micro-batch of each of a fold's ``runs``.
+
+    What several of them look at first is trained once.
+    """
+    works, known = [], set()
+    for method, steps in runs:
+        name, before = baselines.before(method)
+        passes = baselines.passes_of(method, steps)
+        if name in known:
+            passes -= before * baselines.steps * baselines.passes_of_a_step
+            before = 0
+        known.add(name)
+        works.append((before + 1, passes))
+    return works
 
 
 class _Record:
@@ -112,8 +124,10 @@ def _identity(trainer: MixTrainer) -> str:
     settings = BilevelTrainingArguments.resume_must_match(trainer.args)
     named = zip(map(str, range(len(trainer.initial))), trainer.initial, strict=True)
     frozen = ((n, p) for n, p in trainer.model.named_parameters() if not p.requires_grad)
+    votes = trainer.data.trusted_votes
     parts = [
         data_fingerprint(trainer.data.everything),
+        weights_fingerprint([("votes", votes)] if votes is not None else []),
         weights_fingerprint(named),
         weights_fingerprint(frozen),
         json.dumps(settings, sort_keys=True, default=str),

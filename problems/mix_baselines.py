@@ -41,9 +41,9 @@ from hyperopt_peft.problems.mix_trainer import MixTrainer, phases_of
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import equal_weights
 from hyperopt_peft.problems.votes import VOTES
-from hyperopt_peft.trainer.data import classes_of, label_column
+from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.utils.models import base_model
+from hyperopt_peft.utils.distributed import broadcast
 from hyperopt_peft.utils.restore import assign_
 
 
@@ -82,7 +82,7 @@ class Baselines:
         """Let ``data`` be those of the next trainings."""
         self.data, self.rows = data, self._rows_of(data)
         self._plans: dict[str, Plan] = {}
-        self._of_trusted_model: Tensor | None = None
+        self._of_trusted_model: dict[str, Tensor] = {}
 
     def __enter__(self) -> Baselines:
         self._end = [variable.detach().clone() for variable in self.variables]
@@ -108,18 +108,24 @@ class Baselines:
         return Plan(weights / weights.max())
 
     def objective(self, plan: Plan) -> float:
-        """The mean loss of the trusted rows after a training of `steps` by ``plan``."""
+        """The mean loss of the trusted rows after `steps` by ``plan``, which trains on them too."""
         self._fit(plan, self.steps)
         return float(self.losses(self.data.trusted).mean())
+
+    def before(self, method: str) -> tuple[str, int]:
+        """What ``method`` looks at first, by name, and for how many trainings of `steps`."""
+        tried = min(TRIED, len(self.data.names) - 1)
+        trainings = {WITHOUT_ONE: tried, COORDINATES: 1 + tried}
+        if method in (AGREEMENT, LOG_ODDS, FILTERED):
+            return TRUSTED, 1
+        return method, trainings.get(method, 0)
 
     def passes_of(self, method: str, steps: int) -> int:
         """The passes of `train`."""
         if method == LEARNED:
             return self.passes
-        tried = min(TRIED, len(self.data.names) - 1)
-        before = {WITHOUT_ONE: tried, COORDINATES: 1 + tried}
-        before |= dict.fromkeys((AGREEMENT, LOG_ODDS, FILTERED), 1)
-        return (before.get(method, 0) * self.steps + steps) * self.passes_of_a_step
+        _, trainings = self.before(method)
+        return (trainings * self.steps + steps) * self.passes_of_a_step
 
     def train(self, method: str, steps: int, data: SourceData) -> int:
         """Train the model by ``method`` for ``steps`` from its initial values; returns the passes.
@@ -154,32 +160,32 @@ class Baselines:
             classes: Tensor = self.model(**without(batch, ("labels", *COLUMNS))).logits.argmax(-1)
             return classes
 
-        return self._by_trusted_model(predicted)
+        return self._by_trusted_model("classes", predicted)
 
     def source_losses(self) -> Tensor:
         """The loss of each of the sources' rows by that model, ``(m,)``."""
-        return self._by_trusted_model(partial(example_losses, self.model))
+        return self._by_trusted_model("losses", partial(example_losses, self.model))
 
-    def _by_trusted_model(self, function: Callable[[Any], Tensor]) -> Tensor:
-        """``function`` of the sources' rows; data of one kind have one such function."""
-        if self._of_trusted_model is None:
+    def _by_trusted_model(self, name: str, function: Callable[[Any], Tensor]) -> Tensor:
+        """``function`` of the sources' rows, the same one for a ``name``."""
+        if name not in self._of_trusted_model:
             self._fit(trusted_only(self), self.steps)
             sources = {name: rows for name, rows in self.data.parts.items() if name != TRUSTED}
-            self._of_trusted_model = self._of_rows(sources, function)
-        return self._of_trusted_model
+            self._of_trusted_model[name] = self._of_rows(sources, function)
+        return self._of_trusted_model[name]
 
     def _rows_of(self, data: SourceData) -> HeadRows:
-        """``data`` with one feature that is 0; labels that are no classes are numbers."""
-        rows = data.everything
-        classes = classes_of(rows, label_column(rows))
-        labels = torch.zeros(len(rows)) if classes is None else torch.tensor(classes)
-        return HeadRows.of(
-            data.names,
-            Features(torch.zeros(len(rows), 1), labels, torch.arange(len(rows))),
-            torch.tensor(rows[VOTES if VOTES in rows.column_names else SOURCE][:]),
-            outputs=1 if classes is None else base_model(self.model).config.num_labels,
-            trusted_votes=data.trusted_votes,
-        )
+        """``data`` with one feature that is 0; labels that are no class of a row are numbers."""
+        rows, labels, outputs = data.everything, torch.zeros(len(data.everything)), 1
+        groups = torch.tensor(rows[VOTES if VOTES in rows.column_names else SOURCE][:])
+        column = label_column(rows)
+        if self.trainer.of_classes and column is not None:
+            labels = torch.tensor(rows[column][:])
+            votes = groups.shape[2] if groups.dim() == 3 else 1 + int(groups.max())
+            outputs = max(1 + int(labels.max()), votes if groups.dim() > 1 else 1)
+        features = Features(torch.zeros(len(rows), 1), labels, torch.arange(len(rows)))
+        options = {"outputs": outputs, "trusted_votes": data.trusted_votes}
+        return HeadRows.of(data.names, features, groups, **options)
 
     def _fit(
         self,
@@ -223,7 +229,9 @@ class Baselines:
         )
         batches = (send_to_device(dict(batch), args.device) for batch in loader)
         with made.compute_loss_context_manager():
-            return torch.cat([function(batch) for batch in batches]).cpu()
+            found = torch.cat([function(batch) for batch in batches]).cpu()
+        broadcast([found], args.device)  # a plan must not hang on the rounding of a process
+        return found
 
 
 def alike(counts: Mapping[str, int]) -> SourceWeights:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.head_mix import HeadMix, Plan
 from hyperopt_peft.problems.head_rows import HeadRows
-from hyperopt_peft.problems.votes import NO_VOTE, one_vote, only, summed, voted
+from hyperopt_peft.problems.votes import NO_VOTE, decided, one_vote, only, summed, voted
 from hyperopt_peft.problems.votes import agreement as agreement_of_votes
 
 TRUSTED_ONLY = "trusted rows only"
@@ -33,7 +33,7 @@ BELOW_HALF = "without sources below one half on trusted rows"
 COORDINATES = "sources left out one after another"
 LEARNED = "learned weights"
 LEARNED_THEN = "learned weights, then the trusted rows"
-#: The agreement with the trusted model from which a row or vote is kept.
+#: The agreement with the trusted model from which a row is kept.
 AGREES = 0.5
 #: The most sources that are tried one at a time, the largest ones.
 TRIED = 12
@@ -114,22 +114,23 @@ def log_odds(mix: Mix) -> Plan:
 
 
 def filtered(mix: Mix) -> Plan:
-    """The rows, or votes, that a model of the trusted rows gives too; of numbers the better half.
+    """The rows, or votes, whose class a model of the trusted rows has; of numbers the better half.
 
     Raises:
         ProblemError: it gives none.
     """
-    agrees = _agreements(mix)
-    if not mix.rows.votes:  # of tokens, the rows that agree on a half or more
-        row = mix.rows.sources.row
+    groups = mix.rows.groups
+    if mix.rows.votes:
+        keep = decided(groups) == mix.predictions()[:, None]
+    else:  # of tokens, the rows that agree on a half or more
+        row, agrees = mix.rows.sources.row, _agreements(mix)
         counts, sums = row.bincount(), row.bincount(agrees)
         agrees = (sums / counts.clamp(min=1))[row].to(agrees.dtype)
-    keep = agrees >= (agrees.median() if mix.rows.numbers else AGREES)
+        keep = agrees >= (agrees.median() if mix.rows.numbers else AGREES)
     if not keep.any():
         raise ProblemError(
             "compare_baselines: no row of a source agrees with the model of the trusted rows"
         )
-    groups = mix.rows.groups
     groups = only(groups, keep) if mix.rows.votes else groups.masked_fill(~keep, NO_VOTE)
     return Plan(torch.ones(len(mix.rows.names)), groups=groups)
 
@@ -169,7 +170,7 @@ def below_half(mix: Mix) -> Plan:
     """
     votes = mix.rows.trusted_votes
     assert votes is not None
-    right = agreement_of_votes(votes, mix.rows.trusted.labels).sum(0)
+    right = (decided(votes) == mix.rows.trusted.labels[:, None]).sum(0)
     share = (right + 1) / (voted(votes).sum(0) + 2)
     return _out(mix, (share < 0.5).nonzero().flatten().tolist())
 
@@ -186,7 +187,7 @@ def coordinates(mix: Mix) -> Plan:
 
 
 def learned(mix: Mix) -> Plan:
-    """The weights that `HeadMix.search` finds."""
+    """The weights that a search finds."""
     return mix.learned
 
 

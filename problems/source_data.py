@@ -157,8 +157,8 @@ def _votes(rows: Dataset) -> Tensor:
     if votes.dim() == 3 and votes.shape[1] >= 2:
         sums = votes.sum(-1)
         if votes.min() >= 0 and torch.minimum(sums, (sums - 1).abs()).max() < TOLERANCE:
-            return votes.float()
-    integers = votes.dim() == 2 and votes.shape[1] >= 2 and not votes.is_floating_point()
+            return (votes * (sums > 0.5)[..., None]).float()
+    integers = votes.dim() == 2 and votes.shape[1] >= 2 and votes.dtype == torch.int64
     if not integers or votes.min() < NO_VOTE:
         raise ProblemError(
             f"column {VOTES!r}: must have a list of a class for each of two or more sources, "

@@ -56,6 +56,8 @@ class SourceTrainer(BilevelTrainer):
     weights: SourceWeights
     #: Whether each token that the model reads has a label, and so a source of its own.
     of_tokens = False
+    #: Whether each row has one class.
+    of_classes = False
 
     def __init__(
         self,
@@ -108,6 +110,8 @@ class SourceTrainer(BilevelTrainer):
         config = getattr(self.model, "config", None)
         translates = getattr(config, "is_encoder_decoder", False)
         self.of_tokens = SOURCE in batch and batch[SOURCE].dim() > 1 and not translates
+        labels = batch["labels"]
+        self.of_classes = labels.dim() == 1 and not labels.is_floating_point()
         self.weights = self._make_weights(self._counts(batch)).to(self.args.device)
         lower = Mixture(self.model, self.weights)
         self._require_mean_over_labels(lower, batch)

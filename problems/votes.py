@@ -25,6 +25,16 @@ def voted(votes: Tensor) -> Tensor:
     return votes.any(-1) if votes.dim() == 3 else votes != NO_VOTE
 
 
+def decided(votes: Tensor) -> Tensor:
+    """The most likely class of each vote, ``(n, K)``; -1 for none.
+
+    Example:
+        >>> decided(torch.tensor([[[0.4, 0.3, 0.3], [0.0, 0.0, 0.0]]]))
+        tensor([[ 0, -1]])
+    """
+    return votes.argmax(-1).masked_fill(~voted(votes), NO_VOTE) if votes.dim() == 3 else votes
+
+
 def only(votes: Tensor, keep: Tensor) -> Tensor:
     """``votes`` where ``keep``, ``(n, K)``, and none elsewhere."""
     if votes.dim() == 3:

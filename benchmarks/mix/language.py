@@ -57,8 +57,9 @@ class Benchmark:
         _, variants = WAYS[name]
 
         def loss(setting: Setting) -> float:
-            key = {"part": "choice", "target": self.target, "way": name, **asdict(setting)}
-            return float(self.measure(self.runs.entry(**key), DEVELOPMENT_SEED, setting)["loss"])
+            key = {"part": "choice", "target": self.target, "way": name, "seed": DEVELOPMENT_SEED}
+            row = self.runs.entry(**key, **asdict(setting))
+            return float(self.measure(row, DEVELOPMENT_SEED, setting)["loss"])
 
         first, *others = (Setting(**variant) for variant in variants)
         best = min((replace(first, rate=rate) for rate in RATES), key=loss)

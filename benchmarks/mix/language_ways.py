@@ -375,7 +375,7 @@ WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "DoReMi": (doremi, AFTER),
     "fastmix": (learned("fastmix"), RATES),
     OURS: (learned(DOTS), RATES),
-    ON_FEATURES: (on_features, RATES),
+    ON_FEATURES: (on_features, (*AFTER, {"upper_rate": 0.3})),
     "the target's sources": (of_sources(lambda t: {t.mix.target, t.mix.damaged}), ONE),
     # What nobody knows beforehand.
     "the target's clean rows": (of_sources(lambda t: {t.mix.target}), ONE),

@@ -30,7 +30,7 @@ from hyperopt_peft.problems.compare_baselines import (
     MethodResult,
     compare_baselines,
 )
-from hyperopt_peft.problems.compare_on_adapter import passes_of, runs_of
+from hyperopt_peft.problems.compare_on_adapter import runs_of, works_of
 from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
 from hyperopt_peft.problems.mix_baselines import Baselines
 from hyperopt_peft.problems.mix_plans import LEARNED, plan_of
@@ -164,9 +164,9 @@ def plan(trainer: MixTrainer, command: MixArguments) -> str:
 def comparison_work(baselines: Baselines, command: MixArguments) -> Work:
     """The trainings of a comparison on the adapter."""
     folds, equal = command.baseline_folds, command.equal_passes
-    runs = folds * len(runs_of(baselines, equal_passes=equal))
-    passes = folds * passes_of(baselines, equal_passes=equal)
-    return Work("comparison", runs, baselines.steps, passes / runs)
+    works = works_of(baselines, runs_of(baselines, equal_passes=equal))
+    trainings, passes = map(sum, zip(*works, strict=True))
+    return Work("comparison", folds * trainings, baselines.steps, passes / trainings)
 
 
 def held_out(command: MixArguments, setup: Setup) -> dict[str, Dataset | None]:

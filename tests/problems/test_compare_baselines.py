@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Value
 from transformers import TrainerCallback
 
 from hyperopt_peft import ProblemError
@@ -15,10 +16,13 @@ from hyperopt_peft.problems.compare_baselines import (
     compare_baselines,
     split_folds,
 )
+from hyperopt_peft.problems.compare_on_adapter import runs_of, works_of
+from hyperopt_peft.problems.example_weights import example_losses
 from hyperopt_peft.problems.head_mix import Plan
 from hyperopt_peft.problems.mix_baselines import Baselines, alike
 from hyperopt_peft.problems.mix_plans import (
     AGREEMENT,
+    BELOW_HALF,
     COORDINATES,
     EQUAL,
     FILTERED,
@@ -33,7 +37,7 @@ from hyperopt_peft.problems.mix_plans import (
     methods_of,
     without_one,
 )
-from tests.support.mix_runs import rows, trainer, votes
+from tests.support.mix_runs import rows, trainer, voted, votes
 from tests.support.trainers import values
 
 
@@ -129,9 +133,8 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run.train()
         return compare_baselines(run, folds=2, equal_passes=False, record=record)
 
-    killed_at(
-        22
-    )  # the last one: learned weights, then the trusted rows, whose weights are in the record
+    # Learned weights, then the trusted rows: the last one, whose weights are in the record.
+    killed_at(22)
     with pytest.raises(KeyboardInterrupt):
         compared()
     record.write_text(f"{record.read_text()}{{")
@@ -213,14 +216,17 @@ def test_baselines_have_the_steps_of_the_retraining_or_all_passes(
 
 @pytest.mark.parametrize("kind", ["votes", "soft votes", "tokens"])
 def test_votes_and_sequences_are_judged_too(tmp_path: Path, kind: str) -> None:
-    data = None if kind == "tokens" else votes(40, sure=0.8 if kind == "soft votes" else None)
+    sure = 0.8 if kind == "soft votes" else None
+    data = None if kind == "tokens" else votes(40, sure=sure)
+    trusted = None if data is None else voted(rows(30, 3), sure)
     kind = "tokens" if data is None else "classes"
-    run = trainer(tmp_path, kind=kind, data=data, max_steps=4)
+    run = trainer(tmp_path, kind=kind, data=data, trusted=trusted, max_steps=4)
     run.train()
     comparison = compare_baselines(run, folds=2, equal_passes=False)
     assert all(result.losses.isfinite().all() for result in comparison.results)
     methods = {result.method for result in comparison.results}
-    assert (LABEL_MODEL in methods) == (LOG_ODDS in methods) == (data is not None)
+    of_votes = {LABEL_MODEL, LOG_ODDS, BELOW_HALF}
+    assert methods & of_votes == (of_votes if data is not None else set())
 
 
 def test_a_method_trains_the_adapter_by_its_own_look_at_the_sources(tmp_path: Path) -> None:
@@ -230,8 +236,28 @@ def test_a_method_trains_the_adapter_by_its_own_look_at_the_sources(tmp_path: Pa
         baselines.train(TRUSTED_ONLY, baselines.steps, run.data)
         logits = run.predict(run.data.sources.remove_columns("source")).predictions
         assert baselines.predictions().tolist() == logits.argmax(-1).tolist()
+        expected = example_losses(run.model, run.data_collator(run.train_dataset.to_list()[:96]))
+        torch.testing.assert_close(baselines.source_losses(), expected.detach())
         losses = []
         for plan in (torch.tensor([0.0, 1, 1]), torch.tensor([1.0, 0, 1])):
             losses.append(baselines.objective(Plan(plan)))
         assert losses[0] > losses[1]  # the second source is wrong
         assert without_one(baselines).a.tolist() == coordinates(baselines).a.tolist() == [1, 0, 1]
+
+
+def test_whole_numbers_are_classes_where_the_model_reads_them_as_such(tmp_path: Path) -> None:
+    """However many there are in a fold, and though the rows of texts have them in a column."""
+    table = rows(30, 3).cast_column("labels", Value("int64"))
+    few = {"a": rows(4, 1).cast_column("labels", Value("int64")), "b": table.select(range(4, 8))}
+    run = trainer(tmp_path, data=few, trusted=table.select(range(3)))
+    assert LOG_ODDS in Baselines(run).methods and Baselines(run).rows.outputs == 3
+    run.of_classes = False  # as of a language model, which reads no column of classes
+    assert LOG_ODDS not in Baselines(run).methods and Baselines(run).rows.numbers
+
+
+def test_what_several_methods_look_at_is_counted_once(tmp_path: Path) -> None:
+    baselines = Baselines(trainer(tmp_path))
+    runs = runs_of(baselines, equal_passes=True)
+    trainings = sum(count for count, _ in works_of(baselines, runs))
+    # Of each run, of the model of the trusted rows, and of the two sources left out.
+    assert trainings == len(runs) + 1 + 2 + 3

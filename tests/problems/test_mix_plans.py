@@ -227,6 +227,11 @@ def test_the_probabilities_of_one_class_make_the_plans_of_votes() -> None:
         if expected.groups is not None:
             assert found.groups is not None
             assert torch.equal(found.groups, as_probabilities(expected.groups)), name
+    unsure, predicted = by_soft_votes(sure=0.4), predicted_by_trusted(votes)
+    found = filtered(replace(votes, rows=unsure)).groups
+    kept = votes.rows.groups == predicted[:, None]  # of three classes, the most likely one
+    assert found is not None and torch.equal(found, unsure.groups * kept[..., None])
+    assert torch.equal(below_half(replace(votes, rows=unsure)).a, below_half(votes).a)
     less = replace(votes, rows=by_soft_votes(sure=0.8))
     for of_less, of_votes in zip(agreement(less).a[:3], agreement(votes).a[:3], strict=True):
         # 16 votes, of which one right and two wrong ones are the prior's.

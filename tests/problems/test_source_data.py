@@ -36,7 +36,7 @@ def test_votes_and_labels_of_trusted_rows() -> None:
 
 def test_votes_may_be_probabilities() -> None:
     """A trusted row has one class, a source without a sum of 1 none."""
-    votes = [[[0.3, 0.7], [0.0, 0.0]], [[0.0, 0.0]] * 2, [[1.0, 0.0], [0.5, 0.5]]]
+    votes = [[[0.3, 0.7], [1e-5, 0.0]], [[0.0, 0.0]] * 2, [[1.0, 0.0], [0.5, 0.5]]]
     voted = rows(0, votes=votes).remove_columns("label")
     of_trusted = [[[0.0, 0.0], [0.9, 0.1]]] * 2
     data = SourceData.of(voted, rows(20, 2, votes=of_trusted))
@@ -78,6 +78,7 @@ def _named(table: Dataset) -> Dataset:
         (rows(0, votes=[[[0.2, 0.7]] * 2] * 3), rows(20), "'votes': .* sum is 1"),
         (rows(0, votes=[[[1.2, -0.2]] * 2] * 3), rows(20), "'votes': .* sum is 1"),
         (rows(0, votes=[["a", "b"]] * 3), rows(20), "'votes': must have a list"),
+        (rows(0, votes=[[True, False]] * 3), rows(20), "'votes': must have a list"),
         (rows(0, votes=[[[1.0], [1.0]]] * 3), rows(20), "'votes': has 1 prob.* the class 1"),
         (rows(0, votes=[[0, 1]] * 3), rows(20, votes=[[0, 1, 1]] * 3), "'votes': those of a trust"),
         (rows(0, votes=[[0, 1]] * 3), rows(20, votes=[[[0, 1]] * 2] * 3), "those of a trusted"),

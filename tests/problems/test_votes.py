@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hyperopt_peft.problems.votes import (
     agreement,
+    decided,
     one_source_more,
     one_vote,
     only,
@@ -34,7 +35,7 @@ def test_the_probabilities_of_one_class_are_that_class(
     weights = torch.rand(votes.shape, generator=generator)
     classes = torch.randint(0, CLASSES, (len(votes),), generator=generator)
     posterior = torch.rand(len(votes), CLASSES, generator=generator)
-    assert torch.equal(voted(soft), voted(votes))
+    assert torch.equal(voted(soft), voted(votes)) and torch.equal(decided(soft), votes)
     torch.testing.assert_close(summed(soft, weights, CLASSES), summed(votes, weights, CLASSES))
     for each in (classes, posterior):
         torch.testing.assert_close(agreement(soft, each), agreement(votes, each))

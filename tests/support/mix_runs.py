@@ -34,13 +34,17 @@ def votes(count: int, *, sure: float | None = None) -> Dataset:
 
     With ``sure`` they are probabilities, this one that of the class.
     """
-    table = rows(count, 4)
+    return voted(rows(count, 4), sure).remove_columns("labels")
+
+
+def voted(table: Dataset, sure: float | None = None) -> Dataset:
+    """``table`` with these votes."""
     right = torch.tensor(table["labels"][:])
     columns = torch.stack([right, (right + 1) % 3], 1)
     columns[::2, 0] = columns[1::5, 1] = -1
     if sure is not None:
         columns = as_probabilities(columns, 3, sure)
-    return table.remove_columns("labels").add_column("votes", columns.tolist())
+    return table.add_column("votes", columns.tolist())
 
 
 def trainer(
