@@ -164,13 +164,13 @@ class Study:
                         yield self.run(cell, STOPPED, **where, **rates[STOPPED], **until)
 
     def checks(self, store: Store) -> Iterator[Run]:
-        """All layers adapted, one seed: at the rate of the cell, and at the two next lower ones."""
+        """All layers adapted, one seed: at the rate of the cell, and at the next lower one."""
         model = {**self.model, "layers": 6}
         for method in self.methods:
             if rates := self.chosen(store, self.check, method):
                 for task in self.tasks:
                     place = self.rates.index(rates["rate"])
-                    for rate in self.rates[max(0, place - 2) : place + 1]:
+                    for rate in self.rates[max(0, place - 1) : place + 1]:
                         where = {"task": task, "seed": self.seeds[0], "model": model}
                         yield self.run(self.check, method, **where, **{**rates, "rate": rate})
 
