@@ -92,7 +92,7 @@ def test_new_weights_that_stay_random_are_warned_of(
         ("attribute", {"check": 5, "suspects": 3}, {"training": 1, "check": 6, "suspects": 3}),
         ("attribute", {"score_model": "head"}, {"features": 1}),
         ("mix", {}, {"features": 1, "final training": 1}),
-        ("mix", {"search": "adapter", "baseline_folds": 2}, {"search": 1, "comparison": 28}),
+        ("mix", {"search": "adapter", "baseline_folds": 2}, {"search": 1, "comparison": 52}),
     ],
 )
 def test_every_command_says_its_trainings_and_minutes(
