@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 from io import StringIO
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,14 +55,15 @@ class Baselines:
     not called.
 
     Attributes:
-        methods: the names of the methods, in the order in which they are to be trained.
-        data, rows: what the last training read, at first the trainer's; the rows have no features.
+        data: what the last training read, at first the trainer's.
         steps: the optimizer steps of the trainer's retraining.
         passes_of_a_step: micro-batches in one of these steps.
         passes: the passes over a micro-batch of the trainer's search and retraining.
         row_weights: the weights of a row that the last training of `LEARNED` found, by source; at
             first the trainer's own.
     """
+
+    _rows: HeadRows | None
 
     def __init__(self, trainer: MixTrainer) -> None:
         self.trainer, self.model = trainer, trainer.model
@@ -76,11 +77,22 @@ class Baselines:
         self.row_weights = trainer.row_weights()
         self._options = {**trainer.options, "callbacks": None, "eval_dataset": None}
         self._take(trainer.data)
-        self.methods = list(methods_of(self))
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """The names of the methods, in the order in which they are to be trained."""
+        return list(methods_of(self))
+
+    @property
+    def rows(self) -> HeadRows:
+        """The rows of `data`, without features; many uses need none."""
+        if self._rows is None:
+            self._rows = self._rows_of(self.data)
+        return self._rows
 
     def _take(self, data: SourceData) -> None:
         """Let ``data`` be those of the next trainings."""
-        self.data, self.rows = data, self._rows_of(data)
+        self.data, self._rows = data, None
         self._plans: dict[str, Plan] = {}
         self._of_trusted_model: dict[str, Tensor] = {}
 
@@ -170,7 +182,7 @@ class Baselines:
         """``function`` of the sources' rows, the same one for a ``name``."""
         if name not in self._of_trusted_model:
             self._fit(trusted_only(self), self.steps)
-            sources = {name: rows for name, rows in self.data.parts.items() if name != TRUSTED}
+            sources = {part: rows for part, rows in self.data.parts.items() if part != TRUSTED}
             self._of_trusted_model[name] = self._of_rows(sources, function)
         return self._of_trusted_model[name]
 

@@ -185,13 +185,18 @@ def test_the_mean_weight_is_one(sources: Any) -> None:
             )
 
 
-def test_votes_are_examples_of_their_source() -> None:
-    """A row with several votes is several rows of one source each; one without is none."""
+def mixture_of_votes() -> tuple[Mixture, SourceWeights, Any, torch.Tensor]:
+    """A level of random weights, its weights, and four rows with votes of three sources."""
     model, weights = Linear(), SourceWeights({"a": 3, "b": 2, "c": 1}).double()
     torch.nn.init.normal_(weights.logits)
     torch.nn.init.normal_(model.w)
-    lower, (batch, _) = Mixture(model, weights), rows(4, seed=3)
     votes = torch.tensor([[0, 1, -1], [2, 2, 0], [-1, -1, -1], [1, -1, -1]])
+    return Mixture(model, weights), weights, rows(4, seed=3)[0], votes
+
+
+def test_votes_are_examples_of_their_source() -> None:
+    """A row with several votes is several rows of one source each; one without is none."""
+    lower, weights, batch, votes = mixture_of_votes()
     row, source = (votes >= 0).nonzero(as_tuple=True)
     apart = {"x": batch["x"][row], "labels": votes[row, source], "source": source}
     together = lower.gradient({**batch, "votes": votes}, (*lower.variables, weights.logits))
@@ -207,11 +212,7 @@ def test_votes_are_examples_of_their_source() -> None:
 
 def test_a_vote_of_probabilities_is_a_weighted_vote_for_each_class() -> None:
     """And the probabilities of one class alone are that class."""
-    model, weights = Linear(), SourceWeights({"a": 3, "b": 2, "c": 1}).double()
-    torch.nn.init.normal_(weights.logits)
-    torch.nn.init.normal_(model.w)
-    lower, (batch, _) = Mixture(model, weights), rows(4, seed=3)
-    votes = torch.tensor([[0, 1, -1], [2, 2, 0], [-1, -1, -1], [1, -1, -1]])
+    lower, weights, batch, votes = mixture_of_votes()
     soft = as_probabilities(votes, sure=0.7).double()
 
     def gradient(votes: Any) -> Any:
