@@ -166,8 +166,8 @@ def compare_baselines(
         record: of an adapter, a file of finished trainings, with which a killed comparison goes on.
 
     Raises:
-        ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows; a
-            head of a language model.
+        ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows; of
+            texts, a row without a label; a head of a model in shards (FSDP).
 
     Example:
         >>> from datasets import Dataset
@@ -197,6 +197,7 @@ def compare_baselines(
     fold_of_row = torch.from_numpy(split_folds(classes, folds, seed=trainer.args.seed))
     on_head = model == "head" or (model == "auto" and trainer.on_head)
     if on_head:
+        trainer.require_every_row()
         progress = not trainer.args.disable_tqdm
         found = losses_on_head(trainer.head_mix, fold_of_row, progress=progress)
     else:

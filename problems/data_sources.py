@@ -41,6 +41,8 @@ class SourceWeights(nn.Module):
         counts: by name, the number n_k of examples, or votes, of each source.
         kind: a = σ(u), where a source can be switched off alone, or a softmax.
         average: ``"rows"`` (s_k = 1) counts each example alike, ``"sources"`` (1/n_k) each source.
+        sampled: the share of each source's examples that are trained on, ``(K,)``, 1 by default; v
+            is of one of these, so that a sample has the source's share of the loss.
 
     Raises:
         ProblemError: there are fewer than two sources, or one without examples.
@@ -52,6 +54,8 @@ class SourceWeights(nn.Module):
     """
 
     counts: Tensor
+    #: The number of each source's examples that are trained on.
+    present: Tensor
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class SourceWeights(nn.Module):
         *,
         kind: Literal["sigmoid", "softmax"] = "sigmoid",
         average: Literal["rows", "sources"] = "rows",
+        sampled: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(counts, Mapping) or len(counts) < 2:
@@ -72,10 +77,12 @@ class SourceWeights(nn.Module):
         self.logits = nn.Parameter(torch.zeros(len(counts)))
         numbers = [float(count) for count in counts.values()]
         self.register_buffer("counts", torch.tensor(numbers), persistent=False)
+        present = self.counts if sampled is None else self.counts * sampled
+        self.register_buffer("present", present, persistent=False)
 
     def forward(self) -> Tensor:
         """v, ``(K,)``; the mean over all examples is 1."""
-        return self.shares() * self.counts.sum() / self.counts
+        return self.shares() * self.present.sum() / self.present
 
     def shares(self) -> Tensor:
         """p_k = v_k n_k / N, the share of source k in the lower loss, ``(K,)``; the sum is 1."""

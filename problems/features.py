@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from hyperopt_peft.core.labels import model_reads
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.example_weights import COLUMNS, without
@@ -79,13 +81,15 @@ def features_of(
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     cache: Path | None = None,
     progress: bool = False,
+    shifted: bool = False,
+    share: Tensor | None = None,
 ) -> Features:
     """The features of ``rows``: what ``model`` makes of them before its head.
 
     Of a row it is the mean of the last layer's states over the tokens of ``attention_mask``; where
-    each token has a label, the states of the tokens that are scored. Of an encoder-decoder model it
-    is the encoder's. The model is in evaluation mode, and its adapter as it is. Besides the model
-    4·m·d bytes are held.
+    each token has a label, the states by which the labels that are scored are predicted. Of an
+    encoder-decoder model it is the encoder's, of its text the decoder's. The model is in evaluation
+    mode, and its adapter as it is. Besides the model 4·m·d bytes are held.
 
     Args:
         model: a model of Transformers, with or without a PEFT adapter.
@@ -97,6 +101,9 @@ def features_of(
         cache: a file; features of the same rows, model and precision are read from it, else they
             are written to it.
         progress: whether to show a progress bar.
+        shifted: whether a label is the next token, as of a causal language model.
+        share: of each row the probability with which one of its tokens' labels is read,
+            ``(len(rows),)``, by default 1. Those that are do not depend on ``batch_size``.
 
     Raises:
         ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
@@ -114,14 +121,21 @@ def features_of(
     device = torch.device(device or next(model.parameters()).device)
     with precision():
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    identity = "" if cache is None else f"{_identity(model, rows, collate)} {autocast}"
+    share = torch.ones(len(rows)) if share is None else share
+    if cache is not None:
+        identity = f"{_identity(model, rows, collate, share)} {autocast} {shifted}"
     if cache is not None and (known := _read(cache, identity)) is not None:
         return known
     parts, numbers = [], torch.arange(len(rows)).split(batch_size)
+    generator = torch.Generator().manual_seed(0)
     with collating("the rows"), replay(RandomState.capture()), evaluating(model), precision():
         for number in tqdm(numbers, desc="features", disable=not progress):
             batch = dict(collate([rows[row] for row in number.tolist()]))
-            parts.append(_of_batch(model, number, send_to_device(batch, device)))
+            part = _of_batch(model, number, send_to_device(batch, device), shifted)
+            read = torch.rand(len(part.row), generator=generator) < share[part.row]
+            parts.append(
+                Features(part.x[read].float().cpu(), part.labels[read].cpu(), part.row[read])
+            )
     features = Features.joined(parts)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -131,43 +145,55 @@ def features_of(
 
 
 @torch.no_grad()
-def _of_batch(model: Any, number: Tensor, batch: dict[str, Any]) -> Features:
+def _of_batch(model: Any, number: Tensor, batch: dict[str, Any], shifted: bool) -> Features:
     labels = batch.pop("labels", None)
     batch = without(batch, COLUMNS)
     if not isinstance(labels, Tensor):
         raise ProblemError("labels: a head needs a label of each row, or of each token")
-    output = model(**batch, output_hidden_states=True)
-    states = getattr(output, "encoder_last_hidden_state", None)
-    if states is None:
-        states = (getattr(output, "hidden_states", None) or (None,))[-1]
-    if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != len(number):
+    of_tokens = labels.dim() == 2 and not labels.is_floating_point()
+    states = _states(model, batch, len(number), of_tokens)
+    if not of_tokens:
+        mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))[..., None].float()
+        x = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return Features(x, labels, number)
+    if labels.shape != states.shape[:2]:
+        raise ProblemError(
+            f"labels: have the shape {tuple(labels.shape)}, and the model's states "
+            f"{tuple(states.shape[:2])}; a head needs a label for each token"
+        )
+    if shifted:
+        states, labels = states[:, :-1], labels[:, 1:]
+    row, token = (labels != IGNORED).nonzero(as_tuple=True)
+    return Features(states[row, token], labels[row, token], number[row.cpu()])
+
+
+def _states(model: Any, batch: dict[str, Any], count: int, of_tokens: bool) -> Tensor:
+    """The last layer's states of the ``count`` rows' tokens, ``(n, T, d)``."""
+    # The logits, which are not used, are those of one position.
+    few = "logits_to_keep" in signature(base_model(model).forward).parameters
+    with model_reads(batch):
+        output = model(**batch, output_hidden_states=True, **({"logits_to_keep": 1} if few else {}))
+    encoded = getattr(output, "encoder_last_hidden_state", None)
+    layers = getattr(output, "hidden_states", None)
+    if encoded is not None and of_tokens:
+        layers = output.decoder_hidden_states
+    states = encoded if encoded is not None and not of_tokens else (layers or (None,))[-1]
+    if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != count:
         raise ProblemError(
             f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a "
             "head has no features to read; train the adapter in its place"
         )
-    of_tokens = labels.dim() == 2 and not labels.is_floating_point()
-    if of_tokens:
-        if labels.shape != states.shape[:2]:
-            raise ProblemError(
-                f"labels: have the shape {tuple(labels.shape)}, and the model's states "
-                f"{tuple(states.shape[:2])}; a head needs a label for each token"
-            )
-        row, token = (labels != IGNORED).nonzero(as_tuple=True)
-        x, labels, number = states[row, token], labels[row, token], number[row.cpu()]
-    else:
-        mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))
-        states = states[:, -mask.shape[1] :]  # without those of a tuned prompt
-        mask = mask[..., None].float()
-        x = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return Features(x.float().cpu(), labels.cpu(), number)
+    if encoded is None and "attention_mask" in batch:
+        states = states[:, -batch["attention_mask"].shape[1] :]  # without those of a tuned prompt
+    return states
 
 
-def _identity(model: Any, rows: Dataset, collate: Any) -> str:
-    """The identity of the features: of the rows, the model's weights, and the first batch."""
+def _identity(model: Any, rows: Dataset, collate: Any, share: Tensor) -> str:
+    """The identity of the features: of rows, shares, the model's weights, and the first batch."""
     with replay(RandomState.capture()), collating("the rows"):
         first = collate([rows[row] for row in range(min(4, len(rows)))])
     tensors = {name: value for name, value in dict(first).items() if isinstance(value, Tensor)}
-    named = [*model.named_parameters(), *tensors.items()]
+    named = [*model.named_parameters(), *tensors.items(), ("share", share)]
     return f"{data_fingerprint(rows)} {weights_fingerprint(named)}"
 
 

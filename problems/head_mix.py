@@ -187,7 +187,8 @@ class HeadMix:
     def row_weights(self, plan: Plan) -> dict[str, float]:
         """The weight of a row of each source in ``plan``, by name; the mean over all rows is 1."""
         weights = self._weights(plan)
-        return dict(zip(weights.names, weights().tolist(), strict=True))
+        of_a_row = weights.shares() * weights.counts.sum() / weights.counts
+        return dict(zip(weights.names, of_a_row.tolist(), strict=True))
 
     @cached_property
     def trusted_head(self) -> Head:
@@ -208,8 +209,9 @@ class HeadMix:
 
     def _weights(self, plan: Plan) -> SourceWeights:
         rows = self.rows
-        numbers = [*rows.counts(self._groups(plan)).clamp(min=1).tolist(), len(rows.trusted.x)]
-        weights = SourceWeights(dict(zip(rows.names, numbers, strict=True)))
+        numbers = rows.counts(self._groups(plan)).clamp(min=1).tolist()
+        counts = dict(zip(rows.names, numbers, strict=True))
+        weights = SourceWeights(counts, sampled=rows.sampled)
         weights.logits.data = plan.logits.clone()
         return weights.requires_grad_(False)
 

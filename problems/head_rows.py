@@ -26,6 +26,8 @@ class HeadRows:
         trusted: the n trusted rows, or their tokens.
         n: the number of the trusted rows.
         trusted_votes: those on the trusted rows, if they are known.
+        sampled: the share of each source's labels, and of the trusted rows', that are among these,
+            ``(K + 1,)``; all with None.
         outputs: the number of classes, or of numbers to predict.
         problem_type: as in `Head`.
 
@@ -34,7 +36,7 @@ class HeadRows:
         >>> groups = torch.tensor([0, 0, 1, 2])  # the last row is trusted
         >>> rows = HeadRows.of(("web", "books", "trusted"), features, groups, outputs=2)
         >>> rows.counts(rows.groups), rows.trusted.labels
-        (tensor([2, 1]), tensor([1]))
+        (tensor([2, 1, 1]), tensor([1]))
     """
 
     names: tuple[str, ...]
@@ -45,6 +47,7 @@ class HeadRows:
     outputs: int
     trusted_votes: Tensor | None = None
     problem_type: str | None = None
+    sampled: Tensor | None = None
 
     @classmethod
     def of(
@@ -75,10 +78,16 @@ class HeadRows:
         return self.sources.labels.is_floating_point()
 
     def counts(self, groups: Tensor) -> Tensor:
-        """The rows, tokens or votes of each source in ``groups``, ``(K,)``."""
+        """The rows, labels or votes of each source in ``groups``, and the trusted ones, ``(K+1,)``.
+
+        Of a sample they are those of all that it stands for.
+        """
         if self.votes:
-            return voted(groups).sum(0)
-        return groups[groups != NO_VOTE].bincount(minlength=len(self.names) - 1)
+            counts = voted(groups).sum(0)
+        else:
+            counts = groups[groups != NO_VOTE].bincount(minlength=len(self.names) - 1)
+        counts = torch.cat([counts, torch.tensor([len(self.trusted.x)])])
+        return counts if self.sampled is None else counts / self.sampled
 
     def with_trusted(self, rows: Tensor) -> HeadRows:
         """With these trusted rows alone, ``(n,)``, which increase; they are renumbered from 0."""
@@ -113,6 +122,21 @@ class HeadRows:
             "labels": torch.cat([sources.labels[keep], trusted.labels]),
             SOURCE: torch.cat([groups[keep], torch.full((len(trusted.x),), last)]),
         }
+
+
+def of_classes(labels: Tensor, like: Tensor, most: int) -> tuple[Tensor, int]:
+    """The tokens ``labels`` as classes, and their number: those of ``like``, and one of all others.
+
+    Only the ``most`` most frequent of ``like`` have a class of their own.
+
+    Example:
+        >>> of_classes(torch.tensor([7, 5, 9, 8]), like=torch.tensor([9, 7, 7]), most=10)
+        (tensor([0, 2, 1, 2]), 3)
+    """
+    tokens, counts = like.unique(return_counts=True)
+    tokens = tokens[counts.argsort(descending=True, stable=True)[:most]].sort().values
+    place = torch.searchsorted(tokens, labels).clamp(max=len(tokens) - 1)
+    return place.where(tokens[place] == labels, len(tokens)), len(tokens) + 1
 
 
 def kept(data: SourceData, groups: Tensor, rows: HeadRows) -> SourceData:

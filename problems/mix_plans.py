@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.head_mix import HeadMix, Plan
 from hyperopt_peft.problems.head_rows import HeadRows
 from hyperopt_peft.problems.votes import NO_VOTE, decided, one_vote, only, summed, voted
@@ -83,8 +82,7 @@ def equal(mix: Mix) -> Plan:
 
 def sources_alike(mix: Mix) -> Plan:
     """Each source with the same share of the loss."""
-    counts = mix.rows.counts(mix.rows.groups)
-    return of_equal_shares(torch.cat([counts, torch.tensor([len(mix.rows.trusted.x)])]))
+    return of_equal_shares(mix.rows.counts(mix.rows.groups))
 
 
 def of_equal_shares(counts: Tensor) -> Plan:
@@ -116,8 +114,7 @@ def log_odds(mix: Mix) -> Plan:
 def filtered(mix: Mix) -> Plan:
     """The rows, or votes, whose class a model of the trusted rows has; of numbers the better half.
 
-    Raises:
-        ProblemError: it gives none.
+    Without any these are the trusted rows alone.
     """
     groups = mix.rows.groups
     if mix.rows.votes:
@@ -128,9 +125,7 @@ def filtered(mix: Mix) -> Plan:
         agrees = (sums / counts.clamp(min=1))[row].to(agrees.dtype)
         keep = agrees >= (agrees.median() if mix.rows.numbers else AGREES)
     if not keep.any():
-        raise ProblemError(
-            "compare_baselines: no row of a source agrees with the model of the trusted rows"
-        )
+        return trusted_only(mix)
     groups = only(groups, keep) if mix.rows.votes else groups.masked_fill(~keep, NO_VOTE)
     return Plan(torch.ones(len(mix.rows.names)), groups=groups)
 
@@ -212,7 +207,8 @@ def _methods(mix: Mix) -> Iterator[tuple[str, Callable[[Mix], Plan]]]:
     yield AGREEMENT, agreement
     if not mix.rows.numbers:
         yield LOG_ODDS, log_odds
-    yield FILTERED, filtered
+    if mix.rows.sampled is None:  # else a row is not known
+        yield FILTERED, filtered
     yield THEN_TRUSTED, then_trusted
     yield WITHOUT_ONE, without_one
     yield COORDINATES, coordinates
@@ -257,7 +253,7 @@ def _out(mix: Mix, sources: list[int]) -> Plan:
 
 def _largest(mix: Mix) -> list[int]:
     """The largest sources."""
-    counts = mix.rows.counts(mix.rows.groups)
+    counts = mix.rows.counts(mix.rows.groups)[:-1]
     return counts.argsort(descending=True)[:TRIED].tolist()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head import problem_type_of
 from hyperopt_peft.problems.head_mix import HeadMix, Plan
-from hyperopt_peft.problems.head_rows import HeadRows, kept
+from hyperopt_peft.problems.head_rows import HeadRows, kept, of_classes
 from hyperopt_peft.problems.mix_arguments import AUTO, MixTrainingArguments
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import SourceTrainer, equal_weights
@@ -38,6 +39,11 @@ from hyperopt_peft.utils.restore import assign_, perturbed
 
 #: The file with the features of a search on the head.
 FEATURES = "features.safetensors"
+#: Of texts the most labels of the sources, and of the trusted rows, that a head is trained on, and
+#: its most classes.
+LABELS, CLASSES = 20_000, 500
+#: The settings of a parent by which its rows are not those of the data.
+PACKS = ("packing", "padding_free", "eval_packing", "shuffle_dataset")
 
 
 class MixTrainer(SourceTrainer, TwoPhaseTrainer):
@@ -130,11 +136,11 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         )
         #: The initial values of the trainable parameters.
         self.initial = [variable.detach().clone() for variable in self._variables()]
-        search = self.args.search
+        search, whole = self.args.search, not self.is_fsdp_enabled
         #: Whether the weights are learned on a head.
-        self.on_head = search == "head" or (search == AUTO and not self._predicts_text())
+        self.on_head = search == "head" or (search == AUTO and whole)
         if self.on_head:
-            self._require_features()
+            self._require_whole_model()
         self.args = copy(self.args)  # the caller's may be those of another model too
         self.args.search = "head" if self.on_head else "adapter"
 
@@ -145,11 +151,11 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         head = getattr(base_model(self.model), "get_output_embeddings", None)
         return head is not None and head() is not None
 
-    def _require_features(self) -> None:
-        if self._predicts_text():
+    def _require_whole_model(self) -> None:
+        if self.is_fsdp_enabled:
             raise ProblemError(
-                f"search: {type(base_model(self.model)).__name__} is a language model, for whose "
-                "tokens no head is learned; choose the adapter"
+                "search: a head needs the features of a whole model, and this one is in shards "
+                "(FSDP); choose the adapter"
             )
 
     def _held_out(self) -> Problem:
@@ -166,37 +172,76 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
     def head_mix(self) -> HeadMix:
         """The head on the features of all rows, of the model with the adapter's initial values.
 
-        The features are in the file ``features.safetensors`` of the output folder.
+        The features are in the file ``features.safetensors`` of the output folder. Of texts they
+        are those of at most `LABELS` labels of all sources, as many of each, and of the trusted
+        rows; a label's class is the token, one of the `CLASSES` most frequent of the trusted rows,
+        or any other one.
 
         Raises:
-            ProblemError: the model is a language model; see `features_of`.
+            ProblemError: the model is in shards (FSDP); see `features_of`.
         """
-        self._require_features()
+        self._require_whole_model()
         args = self.args
+        rate, steps = args.upper_learning_rate, args.search_steps
+        return HeadMix(self._head_rows(), prior=args.upper_prior, rate=rate, steps=steps)
+
+    def _head_rows(self) -> HeadRows:
+        args, single = self.args, self
+        if any(getattr(self.args, name, None) for name in PACKS):
+            single = self.of_single_rows(self.data.parts, copy(args))
+        rows, self._prepared = single.train_dataset, len(single.train_dataset)
+        groups = torch.tensor(rows[VOTES if VOTES in rows.column_names else SOURCE][:])
+        text, sampled = self._predicts_text(), None
+        if text:
+            counts = self.weights.counts.cpu()
+            most = torch.full_like(counts, LABELS / (len(counts) - 1))
+            most[-1] = LABELS
+            sampled = (most / counts).clamp(max=1)
         with perturbed(self._variables()):
             assign_(self._variables(), self.initial)
             features = features_of(
                 self.model,
-                self.train_dataset,
-                self.data_collator,
+                rows,
+                single.data_collator,
                 batch_size=args.per_device_eval_batch_size,
                 device=args.device,
                 precision=self.compute_loss_context_manager,
                 cache=Path(args.output_dir or "") / FEATURES if args.should_save else None,
                 progress=not args.disable_tqdm,
+                shifted=self.shifted,
+                share=None if sampled is None else sampled[groups],
             )
-        groups = VOTES if VOTES in self.train_dataset.column_names else SOURCE
         config = base_model(self.model).config
-        rows = HeadRows.of(
+        outputs, kind = config.num_labels, problem_type_of(config, features.labels)
+        if text:
+            last = len(self.data.names) - 1
+            trusted = features.labels[groups[features.row] == last]
+            labels, outputs = of_classes(features.labels, trusted, CLASSES)
+            features = replace(features, labels=labels)
+        return HeadRows.of(
             self.data.names,
             features,
-            torch.tensor(self.train_dataset[groups][:]),
-            outputs=config.num_labels,
+            groups,
+            outputs=outputs,
             trusted_votes=self.data.trusted_votes,
-            problem_type=problem_type_of(config, features.labels),
+            problem_type=kind,
+            sampled=None if sampled is None or sampled.min() == 1 else sampled,
         )
-        rate, steps = args.upper_learning_rate, args.search_steps
-        return HeadMix(rows, prior=args.upper_prior, rate=rate, steps=steps)
+
+    def of_single_rows(self, parts: Mapping[str, Dataset], args: Any) -> SourceTrainer:
+        """As `of_parts`, with rows that are neither packed nor shuffled; ``args`` are changed."""
+        for name in PACKS:
+            if getattr(args, name, None):
+                setattr(args, name, False)
+        args.report_to = []
+        return self.of_parts(
+            parts, args, **{**self.options, "callbacks": None, "eval_dataset": None}
+        )
+
+    def require_every_row(self) -> None:
+        """Raise ProblemError where `head_mix` lacks rows of `data`."""
+        _ = self.head_mix
+        require_count(self._prepared, sum(map(len, self.data.parts.values())))
 
     def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
         """As `TwoPhaseTrainer.search`, or on the head, which has no checkpoints."""
@@ -224,6 +269,7 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         assign_(self._variables(), self.initial)
         self._take(plan)
         if plan.groups is not None:
+            self.require_every_row()
             data = kept(data, plan.groups, self.head_mix.rows)
         phases = phases_of(plan, data, args.steps_of(len(self.train_dataset)))
         folders = [Path(args.output_dir or ""), Path(args.output_dir or "") / TRUSTED]
@@ -279,6 +325,15 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
 
     def _by_name(self, values: Tensor) -> dict[str, float]:
         return dict(zip(self.weights.names, values.tolist(), strict=True))
+
+
+def require_count(prepared: int, given: int) -> None:
+    """Raise ProblemError where a trainer has not ``prepared`` all rows that it was ``given``."""
+    if prepared != given:
+        raise ProblemError(
+            f"compare_baselines: the trainer leaves out {given - prepared} of {given} rows, "
+            "without a label to score; remove these rows"
+        )
 
 
 def phases_of(plan: Plan, data: SourceData, steps: int) -> list[tuple[dict[str, Dataset], int]]:

@@ -58,6 +58,8 @@ class SourceTrainer(BilevelTrainer):
     of_tokens = False
     #: Whether each row has one class.
     of_classes = False
+    #: Whether a label is the next token.
+    shifted = False
 
     def __init__(
         self,
@@ -154,16 +156,16 @@ class SourceTrainer(BilevelTrainer):
         elif batch[SOURCE].dim() == 1:
             counts = torch.tensor(rows[SOURCE][:]).bincount(minlength=size)
         else:
-            shifted = self.is_fsdp_enabled  # whose parameters may not be here yet
-            if not shifted:
+            self.shifted = self.is_fsdp_enabled  # whose parameters may not be here yet
+            if not self.shifted:
                 with self.compute_loss_context_manager():
-                    shifted = labels_are_shifted(self.model, without(batch, COLUMNS))
+                    self.shifted = labels_are_shifted(self.model, without(batch, COLUMNS))
             loader: DataLoader[Any] = DataLoader(rows, 256, collate_fn=self.data_collator)
             counts = torch.zeros(size, dtype=torch.int64)
             with collating("sources"), replay(RandomState.capture()):
                 for each in loader:
                     source, scored = each[SOURCE], each["labels"] != IGNORED
-                    scored[:, 0] &= not shifted
+                    scored[:, 0] &= not self.shifted
                     counts += source[scored].bincount(minlength=size)
         return dict(zip(self._names, counts.tolist(), strict=True))
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,20 +27,18 @@ from benchmarks.mix.instructions import PADDING, Language, Mix, collated, judged
 from benchmarks.mix.language_tables import ON_FEATURES, OURS
 from benchmarks.store import Row
 from hyperopt_peft import BilevelTrainer, MixTrainer, MixTrainingArguments, compare_baselines
-from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.problems.data_sources import SOURCE, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, without
-from hyperopt_peft.problems.features import Features
-from hyperopt_peft.problems.head_mix import HeadMix
-from hyperopt_peft.problems.head_rows import HeadRows
 from hyperopt_peft.problems.mix_baselines import Baselines
 from hyperopt_peft.problems.mix_plans import (
     AGREEMENT,
     EQUAL,
-    LEARNED,
     SOURCES_ALIKE,
     THEN_TRUSTED,
     TRUSTED_ONLY,
+    equal,
+    plan_of,
+    with_setting,
 )
 from hyperopt_peft.problems.source_data import TRUSTED
 from hyperopt_peft.utils.restore import assign_
@@ -81,8 +79,6 @@ class Setting:
 
 
 FULL = Sizes()
-#: Of a row, in the search on a head.
-TOKENS = 16
 
 
 class Alone(BilevelTrainer):
@@ -102,13 +98,14 @@ class Trial:
         self.mix, self.seed, self.setting, self.sizes = mix, seed, setting, sizes
         self.steps = max(1, round(sizes.steps * setting.length))
         self.model = language.model(seed)
+        self._folder = TemporaryDirectory()
 
-    def learner(self, hypergradient: str = "direct") -> MixTrainer:
+    def learner(self, hypergradient: str = "direct", search: Any = "adapter") -> MixTrainer:
         """A search of the weights with the options of all ways; with `Baselines` a host of them."""
         args = MixTrainingArguments(
-            tempfile.gettempdir(),
+            self._folder.name,
             hypergradient=hypergradient,
-            search="adapter",
+            search=search,
             max_steps=self.sizes.upper_steps,
             lower_steps=1,
             upper_learning_rate=self.setting.upper_rate,
@@ -202,46 +199,25 @@ def learned(hypergradient: str) -> Way:
     return way
 
 
+def repeated(count: int) -> Way:
+    """All rows with the same weight, and the trusted ones with ``count`` times theirs."""
+
+    def way(trial: Trial) -> Row:
+        with redirect_stdout(StringIO()), Baselines(trial.host) as baselines:
+            trial.host.retrain(with_setting(equal(baselines), count))
+        return {**trial.result(), **shares(trial.host.weights)}
+
+    return way
+
+
 def on_features(trial: Trial) -> Row:
-    """A search on a head, as for classes, over the states of the tokens; then a training."""
-    mix = HeadMix(tokens_of(trial), rate=trial.setting.upper_rate)
+    """`MixTrainer` with a search on a head."""
+    trainer = trial.learner(search="head")
     begin = time.process_time()
-    plan = mix.learned
+    _ = trainer.head_mix.learned
     seconds = time.process_time() - begin
-    with redirect_stdout(StringIO()):
-        trial.host.retrain(plan)
-    return {**trial.result(), **shares(trial.host.weights), "search seconds": round(seconds, 1)}
-
-
-@torch.no_grad()
-def tokens_of(trial: Trial) -> HeadRows:
-    """The states of at most `TOKENS` tokens of a row, and of all of a trusted one, in its answer.
-
-    The classes are the tokens that the trusted rows have, and one of all others: with the whole
-    vocabulary an evaluation takes minutes.
-    """
-    generator, last = torch.Generator().manual_seed(trial.seed), len(trial.names) - 1
-    parts, source = [], torch.tensor(trial.rows[SOURCE][:])
-    for number in torch.arange(len(trial.rows)).split(32):
-        batch = collated([trial.rows[row] for row in number.tolist()])
-        labels = batch.pop("labels")[:, 1:]
-        batch.pop(SOURCE)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = trial.model.eval()(**batch, output_hidden_states=True)
-        order = torch.rand(labels.shape, generator=generator)
-        order[labels == IGNORED] = math.inf
-        order[(source[number] == last)[:, None] & (labels != IGNORED)] = 0
-        least = order.kthvalue(min(TOKENS, labels.shape[1]), 1, keepdim=True).values
-        chosen = (order < math.inf) & (order <= least)
-        row, token = chosen.nonzero(as_tuple=True)
-        x = output.hidden_states[-1][row, token].float()
-        parts.append(Features(x, labels[row, token], number[row]))
-    features = Features.joined(parts)
-    known = features.labels[source[features.row] == last].unique()
-    place = torch.searchsorted(known, features.labels).clamp(max=len(known) - 1)
-    classes = place.where(known[place] == features.labels, len(known))
-    features = replace(features, labels=classes)
-    return HeadRows.of(trial.names, features, source, outputs=len(known) + 1)
+    silent(trainer)
+    return {**trial.result(), **shares(trainer.weights), "search seconds": round(seconds, 1)}
 
 
 def by_source(trial: Trial, logits: Tensor | None = None) -> SourceWeights:
@@ -347,15 +323,16 @@ def doremi(trial: Trial) -> Row:
 
 def verdict(trial: Trial) -> Row:
     """What `compare_baselines` recommends, by two folds of the trusted rows; trained on all."""
-    trainer = trial.learner(DOTS)
-    silent(trainer)
-    with redirect_stdout(StringIO()), Baselines(trainer) as baselines:
-        comparison = compare_baselines(trainer, folds=2, equal_passes=False)
+    trainer = trial.learner(search="head")
+    begin = time.process_time()
+    with redirect_stdout(StringIO()):
+        trainer.search(None)
+        comparison = compare_baselines(trainer, folds=2)
         best = comparison.recommended
-        if best.method != LEARNED:  # by which the model is trained now
-            baselines.train(best.method, int(best.setting), trainer.data)
-        result = trial.result()
-    return {**result, "named": best.method, "cv": {r.method: r.loss for r in comparison.results}}
+        seconds = time.process_time() - begin
+        trainer.retrain(plan_of(trainer.head_mix, best.method, best.setting))
+    found = {"named": best.method, "repeats": best.setting, "search seconds": round(seconds, 1)}
+    return {**trial.result(), **found, "cv": {r.method: r.loss for r in comparison.results}}
 
 
 DOTS = "darts:product=dots"
@@ -368,6 +345,8 @@ VERDICT = "verdict"
 WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "uniform": (by_product(SOURCES_ALIKE), ONE),
     "proportional": (by_product(EQUAL), ONE),
+    "proportional, trusted × 10": (repeated(10), ONE),
+    "proportional, trusted × 30": (repeated(30), ONE),
     "trusted alone": (by_product(TRUSTED_ONLY), SHORTER),
     "sources, then trusted": (by_product(THEN_TRUSTED), SHORTER),
     "agreement": (by_product(AGREEMENT), AFTER),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import default_data_collator
 
@@ -54,6 +55,50 @@ def test_a_token_has_what_the_model_s_own_head_reads() -> None:
     torch.testing.assert_close(base_model(model).classifier(made.x), logits)
     assert torch.equal(made.labels, batch["labels"][scored])
     assert torch.equal(made.row, scored.nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_of_texts_they_are_what_predicts_a_label(kind: str) -> None:
+    """The states of the token before, or of the decoder; a tuned prompt's are left out."""
+    model, rows = trainers.base_model(kind, dropout=0.0).eval(), ragged(kind, 9)
+    if kind == "causal":
+        model = get_peft_model(model, PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3)).eval()
+
+    def collate(rows: Sequence[Any]) -> Any:
+        batch = default_data_collator(list(rows))
+        if kind == "seq2seq":
+            decoded = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+            batch["decoder_input_ids"] = decoded
+        return batch
+
+    made = features_of(model, rows, collate, batch_size=4, shifted=kind == "causal")
+    batch = collate(list(rows))
+    labels, logits = batch["labels"], model(**batch).logits
+    logits = logits[:, -labels.shape[1] :]
+    if kind == "causal":
+        labels, logits = labels[:, 1:], logits[:, :-1]
+    scored = labels != -100
+    head = base_model(model).lm_head
+    torch.testing.assert_close(head(made.x), logits[scored])
+    assert torch.equal(made.labels, labels[scored])
+    assert torch.equal(made.row, scored.nonzero()[:, 0])
+
+
+def test_a_sample_of_the_labels_does_not_depend_on_the_batches() -> None:
+    """Of a row with the share 1 all are read, of one with 0 none."""
+    rows, model = ragged("tokens", 60), peft_model("tokens", dropout=0.0)
+    share = torch.full((60,), 0.5)
+    share[:10], share[10:20] = 1, 0
+
+    def read(**options: Any) -> Features:
+        return features_of(model, rows, default_data_collator, **options)
+
+    every, made, other = read(), read(share=share), read(share=share, batch_size=7)
+    torch.testing.assert_close(made.x, other.x)
+    assert torch.equal(made.row, other.row) and torch.equal(made.labels, other.labels)
+    before, after = (each.row.bincount(minlength=60) for each in (every, made))
+    assert torch.equal(after[:10], before[:10]) and not after[10:20].any()
+    assert 0.35 < after[20:].sum() / before[20:].sum() < 0.65
 
 
 def test_numbers_and_several_labels_a_row() -> None:
@@ -168,6 +213,7 @@ class Pooled(nn.Module):
     [
         (Pooled(), data("classes", 4), "Pooled: returns no states"),
         (peft_model(), data("classes", 4).remove_columns("labels"), "labels: a head needs"),
+        (peft_model("seq2seq"), data("seq2seq", 4), "no loss for a batch.*DataCollatorForSeq2Seq"),
         (
             peft_model(),
             data("classes", 4).remove_columns("labels").add_column("labels", [[1, 0, 1]] * 4),

@@ -1,16 +1,19 @@
 """The rows of a head: the same loss as `Mixture` has over the plain rows."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
+from hyperopt_peft.problems.example_weights import example_losses
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
-from hyperopt_peft.problems.head_rows import HeadRows, kept
+from hyperopt_peft.problems.head_rows import HeadRows, kept, of_classes
 from hyperopt_peft.problems.source_data import SourceData
 from tests.support import mix_runs
+from tests.support.head_rows import NAMES as NAMES_OF_ROWS
 from tests.support.head_rows import ROWS, by_source, by_tokens, by_votes
 
 NAMES = ("a", "b", "trusted")
@@ -43,7 +46,7 @@ def test_a_batch_is_that_of_the_mixture(votes: bool) -> None:
     assert rows.trusted.row.tolist() == [0, 1] and rows.trusted.labels.tolist() == [1, 2]
     plain = {"features": features.standardized().x}
     plain |= {"votes": groups} if votes else {"labels": labels, "source": source}
-    assert [*rows.counts(rows.groups).tolist(), rows.n] == list(counts.values())
+    assert rows.counts(rows.groups).tolist() == list(counts.values())
     for found, expected in zip(
         mixed(counts, rows.batch(rows.groups)), mixed(counts, plain), strict=True
     ):
@@ -67,12 +70,40 @@ def test_rows_that_are_left_out_are_in_no_batch() -> None:
     groups = rows.groups.masked_fill(rows.groups == 1, -1)
     batch = rows.batch(groups)
     assert sorted(batch["source"].unique().tolist()) == [0, 2, 3]
-    assert len(batch["features"]) == 48 + 18 and rows.counts(groups).tolist() == [24, 0, 24]
+    assert len(batch["features"]) == 48 + 18 and rows.counts(groups).tolist() == [24, 0, 24, 18]
     alone = votes.groups.clone()
     alone[:, 1:] = -1
     assert len(votes.batch(alone)["features"]) == 16 + 18
-    assert votes.counts(alone).tolist() == [16, 0, 0]
+    assert votes.counts(alone).tolist() == [16, 0, 0, 18]
     assert len(tokens.batch(tokens.groups)["features"]) == len(tokens.groups) + 8 * 4
+
+
+def test_a_sample_s_sources_have_the_shares_of_all_rows() -> None:
+    """At equal weights a source's mean loss counts by the number of all its labels."""
+    rows = by_source()
+    sampled = torch.tensor([0.5, 0.25, 1.0, 0.5])
+    few = replace(rows, sampled=sampled)
+    counts = few.counts(few.groups)
+    assert counts.tolist() == [48, 96, 24, 36]
+    weights = SourceWeights(dict(zip(NAMES_OF_ROWS, counts.tolist())), sampled=sampled)
+    torch.nn.init.normal_(weights.logits)
+    torch.manual_seed(0)
+    head, batch = Head(5, 3), few.batch(few.groups)
+    torch.nn.init.normal_(head.weight)
+    losses = example_losses(head, batch)
+    means = torch.stack([losses[batch["source"] == k].mean() for k in range(4)])
+    mass = weights.logits.sigmoid() * counts
+    expected = (mass / mass.sum() * means).sum()
+    torch.testing.assert_close(Mixture(head, weights).loss(batch)["loss"], expected)
+
+
+def test_tokens_are_classes_of_the_trusted_rows_tokens() -> None:
+    """Of two equally frequent ones that are too many the first has a class."""
+    like = torch.tensor([30, 10, 30, 20])
+    labels = torch.tensor([10, 20, 30, 5, 40])
+    assert of_classes(labels, like, 9)[0].tolist() == [0, 1, 2, 3, 3]
+    found, number = of_classes(labels, like, 2)
+    assert found.tolist() == [0, 2, 1, 2, 2] and number == 3
 
 
 def head_rows(data: SourceData) -> HeadRows:

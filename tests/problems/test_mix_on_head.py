@@ -59,25 +59,20 @@ def test_the_features_are_those_of_the_initial_adapter(tmp_path: Path) -> None:
     assert all(torch.equal(value, end[name]) for name, value in values(run.model).items())
 
 
-@pytest.mark.parametrize(
-    ("kind", "head"), [("tokens", True), ("regression", True), ("causal", False)]
-)
-def test_the_default_search_is_on_the_head_except_of_language_models(
-    tmp_path: Path, kind: str, head: bool
-) -> None:
+@pytest.mark.parametrize("kind", ["tokens", "regression", "causal"])
+def test_the_default_search_is_on_the_head(tmp_path: Path, kind: str) -> None:
     run = on_head(tmp_path, kind=kind, search="auto", max_steps=2, retrain_steps=1)
     run.train()
-    assert run.on_head == head == ("head_mix" in vars(run))
+    assert run.on_head and "head_mix" in vars(run)
     assert len(run.weights.names) == 3 and run.weights.logits.isfinite().all()
     assert run.weights.logits.norm() > 0
 
 
-def test_a_language_model_has_no_head(tmp_path: Path) -> None:
-    with pytest.raises(ProblemError, match=r"LlamaForCausalLM is a language model.*adapter"):
-        on_head(tmp_path, kind="causal")
+def test_a_model_in_shards_has_no_head(tmp_path: Path) -> None:
     run = on_head(tmp_path, kind="causal", search="adapter", max_steps=2, retrain="none")
     run.train()
-    with pytest.raises(ProblemError, match="language model"):
+    run.is_fsdp_enabled = True
+    with pytest.raises(ProblemError, match=r"in shards \(FSDP\); choose the adapter"):
         compare_baselines(run, model="head")
 
 

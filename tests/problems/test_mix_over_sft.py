@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PrinterCallback
 
 from hyperopt_peft import MixTrainer, ProblemError, compare_baselines, hypergradient
 from hyperopt_peft.core.labels import label_losses
+from hyperopt_peft.problems import mix_trainer
 from hyperopt_peft.problems.example_weights import COLUMNS, without
+from hyperopt_peft.problems.mix_plans import plan_of
 from hyperopt_peft.problems.source_collator import SourceCollator
 from tests.support import language
 from tests.support.resume import require_same_end
+from tests.support.trainers import values
 
 trl = pytest.importorskip("trl")
 Mix = MixTrainer.over(trl.SFTTrainer)
@@ -59,6 +62,7 @@ def trainer(
 ) -> Any:
     """Two sources and the trusted rows; ``settings`` are arguments, ``options`` the trainer's."""
     common = {
+        "search": "adapter",
         "max_steps": 4,
         "lower_steps": 2,
         "per_device_train_batch_size": 4,
@@ -204,6 +208,70 @@ def test_a_source_of_noise_loses(tmp_path: Path, settings: Any) -> None:
     shares = [records[-1][f"lower_share_{name}"] for name in SOURCES]
     assert sum(shares) == pytest.approx(1) and "upper_snr" in records[-1]
     assert isinstance(run.retrainer, trl.SFTTrainer)
+
+
+def head_features(run: Any) -> Any:
+    """The rows of the head, in an order that padding does not change."""
+    sources = run.head_mix.rows.sources
+    return sources.x, sources.labels, sources.row
+
+
+@pytest.mark.parametrize("layout", ["packed", "wrapped", "flat"])
+def test_a_head_reads_rows_that_are_not_packed(tmp_path: Path, layout: str) -> None:
+    """Of the labels that the texts have; weights and parent's data stay packed."""
+    options = {"search": "head", "upper_prior": 0.1}
+    plain = trainer(tmp_path / "plain", layout="text", **options)
+    run = trainer(tmp_path / layout, layout=layout, **options)
+    length = len(run.train_dataset)
+    for found, expected in zip(head_features(run), head_features(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(run.train_dataset) == length and run.args.packing == (layout != "flat")
+    run.train()
+    plain.train()
+    torch.testing.assert_close(run.weights.logits, plain.weights.logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_source_of_noise_loses_on_the_head(tmp_path: Path) -> None:
+    """By some labels of each source too: its share of the loss is that of all of them."""
+    every = trainer(tmp_path / "all", data=noisy(), options=PLAIN, search="head")
+    assert every.head_mix.rows.sampled is None and every.on_head
+    few = trainer(tmp_path / "few", data=noisy(), options=PLAIN, search="head")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mix_trainer, "LABELS", 200)
+        rows = few.head_mix.rows
+    counts = few.weights.counts
+    assert 60 < len(rows.sources.x) < 350 and rows.counts(rows.groups).sum() > counts.sum() / 2
+    assert len(rows.trusted.x) == counts[-1]
+    for run in (every, few):
+        run.train()
+        weights = run.row_weights()
+        assert weights["web"] > 2 * weights["forum"] and weights["trusted"] > 2 * weights["forum"]
+        assert run.retrainer.state.global_step == 2
+    learned = every.head_mix.row_weights(every.head_mix.learned)
+    assert learned == pytest.approx(every.row_weights(), rel=1e-4)
+
+
+def test_a_comparison_on_the_head_trains_by_its_best_method(tmp_path: Path) -> None:
+    run = trainer(tmp_path, data=noisy(), options=PLAIN, search="head", retrain="none")
+    run.train()
+    comparison = compare_baselines(run, folds=2)
+    losses = {result.method: result.loss for result in comparison.results}
+    assert losses["learned weights"] < losses["everything, equal weights"]
+    best, before = comparison.best, values(run.model)
+    run.retrain(plan_of(run.head_mix, best.method, best.setting))
+    assert any(not torch.equal(value, before[name]) for name, value in values(run.model).items())
+
+
+def test_a_row_without_a_label_can_be_searched_and_not_compared(tmp_path: Path) -> None:
+    """TRL leaves out a completion that is cut off."""
+    web, forum, trusted = noisy()
+    long = Dataset.from_list([{"prompt": "say a then b " * 9, "completion": " a b c"}])
+    data = concatenate_datasets([web, long]), forum, trusted
+    run = trainer(tmp_path, data=data, search="head", max_length=24, retrain="none")
+    run.train()
+    assert run.weights.logits.norm() > 0
+    with pytest.raises(ProblemError, match="leaves out 1 of 113 rows, without a label"):
+        compare_baselines(run, folds=2)
 
 
 @pytest.mark.slow

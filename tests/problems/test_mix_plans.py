@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt_peft import ProblemError, hypergradient
+from hyperopt_peft import hypergradient
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
@@ -18,6 +18,7 @@ from hyperopt_peft.problems.head_mix import SOLVER, HeadMix, Plan
 from hyperopt_peft.problems.head_rows import HeadRows
 from hyperopt_peft.problems.mix_plans import (
     BELOW_HALF,
+    FILTERED,
     LABEL_MODEL,
     LOG_ODDS,
     agreement,
@@ -172,11 +173,17 @@ def test_rows_of_tokens_agree_by_halves_and_numbers_by_the_median() -> None:
     )
 
 
-def test_where_no_row_agrees_there_is_none_to_filter() -> None:
+def test_where_no_row_agrees_the_trusted_ones_are_left() -> None:
     rows = by_source()
     wrong = replace(rows.sources, labels=(predicted_by_trusted(mix()) + 1) % 3)
-    with pytest.raises(ProblemError, match="no row of a source agrees"):
-        filtered(HeadMix(replace(rows, sources=wrong)))
+    assert filtered(HeadMix(replace(rows, sources=wrong))).trusted_only
+
+
+def test_of_a_sample_no_row_is_filtered() -> None:
+    made = mix("tokens")
+    assert FILTERED in methods_of(made)
+    few = replace(made.rows, sampled=torch.tensor([0.5, 1, 1, 1]))
+    assert FILTERED not in methods_of(HeadMix(few))
 
 
 def _voted(accuracies: list[float], count: int = 3000, classes: int = 4) -> tuple[HeadRows, Tensor]:
