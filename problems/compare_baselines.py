@@ -166,8 +166,8 @@ def compare_baselines(
         record: of an adapter, a file of finished trainings, with which a killed comparison goes on.
 
     Raises:
-        ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows; of
-            texts, a row without a label; a head of a model in shards (FSDP).
+        ProblemError: ``trainer`` has not trained; fewer than 2 folds, or more than trusted rows; on
+            the adapter, a text without a label; on a head, a model in shards (FSDP).
 
     Example:
         >>> from datasets import Dataset
@@ -192,12 +192,13 @@ def compare_baselines(
     # A run that was resumed in the retraining has no step of the search.
     if not trainer.state.log_history and trainer.retrainer is None:
         raise ProblemError("compare_baselines: the trainer has not trained; call train first")
-    data = trainer.data
-    classes = classes_of(data.trusted, label_column(data.trusted)) or [0] * len(data.trusted)
-    fold_of_row = torch.from_numpy(split_folds(classes, folds, seed=trainer.args.seed))
+    trusted = trainer.data.trusted
     on_head = model == "head" or (model == "auto" and trainer.on_head)
+    # A parent leaves texts out without a label.
+    rows = trainer.head_mix.rows.n if on_head else len(trusted)
+    classes = classes_of(trusted, label_column(trusted)) or [0] * rows
+    fold_of_row = torch.from_numpy(split_folds(classes, folds, seed=trainer.args.seed))
     if on_head:
-        trainer.require_every_row()
         progress = not trainer.args.disable_tqdm
         found = losses_on_head(trainer.head_mix, fold_of_row, progress=progress)
     else:

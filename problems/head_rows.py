@@ -26,8 +26,8 @@ class HeadRows:
         trusted: the n trusted rows, or their tokens.
         n: the number of the trusted rows.
         trusted_votes: those on the trusted rows, if they are known.
-        sampled: the share of each source's labels, and of the trusted rows', that are among these,
-            ``(K + 1,)``; all with None.
+        sampled: of texts, the share of each source's labels, and of the trusted rows', that are
+            among these, ``(K + 1,)``.
         outputs: the number of classes, or of numbers to predict.
         problem_type: as in `Head`.
 

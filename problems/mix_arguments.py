@@ -35,7 +35,8 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     search: Literal["auto", "head", "adapter"] = HfArg(
         default=AUTO,
         help="what the weights are learned on: a linear head on the features of the frozen model, "
-        f"in seconds, or the adapter; {AUTO} is the adapter for language models and else the head",
+        f"in seconds, of texts in minutes, or the adapter; {AUTO} is the head, and of a model in "
+        "shards (FSDP) the adapter",
     )
     search_steps: int = HfArg(
         default=SEARCH_STEPS, help="updates of the weights in a search on the head"

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.problems.data_sources import SOURCE, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, example_losses, without
@@ -36,7 +37,7 @@ from hyperopt_peft.problems.mix_plans import (
     of_equal_shares,
     trusted_only,
 )
-from hyperopt_peft.problems.mix_trainer import MixTrainer, phases_of, require_count
+from hyperopt_peft.problems.mix_trainer import MixTrainer, phases_of
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import equal_weights
 from hyperopt_peft.problems.votes import VOTES
@@ -225,7 +226,12 @@ class Baselines:
         """``function`` of batches of all rows in ``parts``, as the parent prepares single rows."""
         args = self._silenced(copy(self.trainer.args))
         made = self.trainer.of_single_rows(parts, args)
-        require_count(len(made.train_dataset), sum(map(len, parts.values())))
+        count = sum(map(len, parts.values()))
+        if len(made.train_dataset) != count:
+            raise ProblemError(
+                f"compare_baselines: the trainer leaves out {count - len(made.train_dataset)} of "
+                f"{count} rows, without a label to score; remove these rows"
+            )
         self.model.eval()
         loader: Any = DataLoader(
             made.train_dataset, args.per_device_eval_batch_size, collate_fn=made.data_collator

@@ -207,7 +207,7 @@ def _methods(mix: Mix) -> Iterator[tuple[str, Callable[[Mix], Plan]]]:
     yield AGREEMENT, agreement
     if not mix.rows.numbers:
         yield LOG_ODDS, log_odds
-    if mix.rows.sampled is None:  # else a row is not known
+    if mix.rows.sampled is None:  # a head knows some of a text's labels
         yield FILTERED, filtered
     yield THEN_TRUSTED, then_trusted
     yield WITHOUT_ONE, without_one

@@ -54,7 +54,8 @@ class MixArguments(OutputArguments):
     baseline_folds: int = HfArg(
         default=3,
         help="folds of the trusted examples by which simple methods and the learned weights are "
-        "compared: in seconds on a head, by a search each on the adapter; 0 for no comparison",
+        "compared: in seconds on a head, of texts in minutes, by a search each on the adapter; 0 "
+        "for no comparison",
     )
     equal_passes: bool = HfArg(
         default=True,
@@ -157,7 +158,8 @@ def plan(trainer: MixTrainer, command: MixArguments) -> str:
     if trainer.args.retrain != "none":
         works.append(Work("final training", 1, baselines.steps, final))
     rows = ", ".join(f"{count} {name}" for name, count in trainer.data.counts.items())
-    head = "; search and comparison on a head take seconds, or a minute" if trainer.on_head else ""
+    length = "minutes" if trainer.of_tokens else "seconds, or a minute"
+    head = f"; search and comparison on a head take {length}" if trainer.on_head else ""
     return f"examples: {rows}{head}\n{table(works, seconds_a_pass(trainer))}"
 
 

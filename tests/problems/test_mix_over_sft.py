@@ -234,7 +234,7 @@ def test_a_head_reads_rows_that_are_not_packed(tmp_path: Path, layout: str) -> N
 def test_a_source_of_noise_loses_on_the_head(tmp_path: Path) -> None:
     """By some labels of each source too: its share of the loss is that of all of them."""
     every = trainer(tmp_path / "all", data=noisy(), options=PLAIN, search="head")
-    assert every.head_mix.rows.sampled is None and every.on_head
+    assert every.on_head and every.head_mix.rows.sampled.tolist() == [1, 1, 1]
     few = trainer(tmp_path / "few", data=noisy(), options=PLAIN, search="head")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mix_trainer, "LABELS", 200)
@@ -262,16 +262,18 @@ def test_a_comparison_on_the_head_trains_by_its_best_method(tmp_path: Path) -> N
     assert any(not torch.equal(value, before[name]) for name, value in values(run.model).items())
 
 
-def test_a_row_without_a_label_can_be_searched_and_not_compared(tmp_path: Path) -> None:
-    """TRL leaves out a completion that is cut off."""
+def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+    """TRL drops a completion that is cut off; the comparison on the adapter needs every row."""
     web, forum, trusted = noisy()
-    long = Dataset.from_list([{"prompt": "say a then b " * 9, "completion": " a b c"}])
-    data = concatenate_datasets([web, long]), forum, trusted
+    long = [{"prompt": f"say {letter} then b " * 9, "completion": " a b c"} for letter in "ab"]
+    one, other = (Dataset.from_list([row]) for row in long)
+    data = concatenate_datasets([one, web]), forum, concatenate_datasets([other, trusted])
     run = trainer(tmp_path, data=data, search="head", max_length=24, retrain="none")
     run.train()
-    assert run.weights.logits.norm() > 0
-    with pytest.raises(ProblemError, match="leaves out 1 of 113 rows, without a label"):
-        compare_baselines(run, folds=2)
+    best = compare_baselines(run, folds=2).best
+    assert len(best.losses) == 16 and best.losses.all()
+    with pytest.raises(ProblemError, match="leaves out 1 of 9 rows"):
+        compare_baselines(run, folds=2, model="adapter")
 
 
 @pytest.mark.slow
