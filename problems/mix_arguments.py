@@ -16,6 +16,8 @@ from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
 AUTO = "auto"
 #: The default estimator where each token has a label, as in a language model, and else.
 OF_TOKENS, OF_ROWS = "darts:product=dots", "minres:steps=3,damping=0.1"
+#: The updates of the weights in a search on a head of texts, whose weights take longer to settle.
+STEPS_OF_TEXTS = 30
 
 
 @dataclass
@@ -38,8 +40,10 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
         f"in seconds, of texts in minutes, or the adapter; {AUTO} is the head, and of a model in "
         "shards (FSDP) the adapter",
     )
-    search_steps: int = HfArg(
-        default=SEARCH_STEPS, help="updates of the weights in a search on the head"
+    search_steps: int | None = HfArg(
+        default=None,
+        help=f"updates of the weights in a search on the head; {SEARCH_STEPS} if not given, of texts "
+        f"{STEPS_OF_TEXTS}",
     )
     hypergradient: str = HfArg(
         default=AUTO,
@@ -78,7 +82,7 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("be at least 1", lambda n: n >= 1, "search_steps")
+        self._require("be at least 1", lambda n: n is None or n >= 1, "search_steps")
 
     def for_retraining(self) -> Self:
         """As `TwoPhaseTrainingArguments.for_retraining`, by rows after a search on the adapter."""

@@ -24,9 +24,9 @@ from hyperopt_peft.problems.data_sources import SOURCE, SourceWeights, default_p
 from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head import problem_type_of
-from hyperopt_peft.problems.head_mix import HeadMix, Plan
+from hyperopt_peft.problems.head_mix import SEARCH_STEPS, HeadMix, Plan
 from hyperopt_peft.problems.head_rows import HeadRows, kept, of_classes
-from hyperopt_peft.problems.mix_arguments import AUTO, MixTrainingArguments
+from hyperopt_peft.problems.mix_arguments import AUTO, STEPS_OF_TEXTS, MixTrainingArguments
 from hyperopt_peft.problems.source_data import TRUSTED, SourceData
 from hyperopt_peft.problems.source_trainer import SourceTrainer, equal_weights
 from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, options_of_retraining
@@ -41,7 +41,7 @@ from hyperopt_peft.utils.restore import assign_, perturbed
 FEATURES = "features.safetensors"
 #: Of texts the most labels of the sources, and of the trusted rows, that a head is trained on, and
 #: its most classes.
-LABELS, CLASSES = 20_000, 500
+LABELS, CLASSES = 8_000, 500
 #: The settings of a parent by which its rows are not those of the data.
 PACKS = ("packing", "padding_free", "eval_packing", "shuffle_dataset")
 
@@ -143,6 +143,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
             self._require_whole_model()
         self.args = copy(self.args)  # the caller's may be those of another model too
         self.args.search = "head" if self.on_head else "adapter"
+        if self.args.search_steps is None:
+            self.args.search_steps = STEPS_OF_TEXTS if self._predicts_text() else SEARCH_STEPS
 
     def _variables(self) -> list[Tensor]:
         return [parameter for _, parameter in trainable(self.model)]

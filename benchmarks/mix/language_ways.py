@@ -29,6 +29,7 @@ from benchmarks.store import Row
 from hyperopt_peft import BilevelTrainer, MixTrainer, MixTrainingArguments, compare_baselines
 from hyperopt_peft.problems.data_sources import SOURCE, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, without
+from hyperopt_peft.problems.head_mix import RATE
 from hyperopt_peft.problems.mix_baselines import Baselines
 from hyperopt_peft.problems.mix_plans import (
     AGREEMENT,
@@ -354,7 +355,7 @@ WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "DoReMi": (doremi, AFTER),
     "fastmix": (learned("fastmix"), RATES),
     OURS: (learned(DOTS), RATES),
-    ON_FEATURES: (on_features, (*AFTER, {"upper_rate": 0.3})),
+    ON_FEATURES: (on_features, ({"upper_rate": RATE}, {"upper_rate": RATE, "length": 2.0})),
     "the target's sources": (of_sources(lambda t: {t.mix.target, t.mix.damaged}), ONE),
     # What nobody knows beforehand.
     "the target's clean rows": (of_sources(lambda t: {t.mix.target}), ONE),
