@@ -42,8 +42,8 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
     )
     search_steps: int | None = HfArg(
         default=None,
-        help=f"updates of the weights in a search on the head; {SEARCH_STEPS} if not given, of texts "
-        f"{STEPS_OF_TEXTS}",
+        help=f"updates of the weights in a search on the head; {SEARCH_STEPS} if not given, "
+        f"{STEPS_OF_TEXTS} of texts",
     )
     hypergradient: str = HfArg(
         default=AUTO,
@@ -82,7 +82,7 @@ class MixTrainingArguments(TwoPhaseTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("be at least 1", lambda n: n is None or n >= 1, "search_steps")
+        self._require("be at least 1", lambda n: n >= 1, "search_steps")
 
     def for_retraining(self) -> Self:
         """As `TwoPhaseTrainingArguments.for_retraining`, by rows after a search on the adapter."""

@@ -143,8 +143,6 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
             self._require_whole_model()
         self.args = copy(self.args)  # the caller's may be those of another model too
         self.args.search = "head" if self.on_head else "adapter"
-        if self.args.search_steps is None:
-            self.args.search_steps = STEPS_OF_TEXTS if self._predicts_text() else SEARCH_STEPS
 
     def _variables(self) -> list[Tensor]:
         return [parameter for _, parameter in trainable(self.model)]
@@ -184,8 +182,9 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         """
         self._require_whole_model()
         args = self.args
-        rate, steps = args.upper_learning_rate, args.search_steps
-        return HeadMix(self._head_rows(), prior=args.upper_prior, rate=rate, steps=steps)
+        steps = args.search_steps or (STEPS_OF_TEXTS if self._predicts_text() else SEARCH_STEPS)
+        rate, prior = args.upper_learning_rate, args.upper_prior
+        return HeadMix(self._head_rows(), prior=prior, rate=rate, steps=steps)
 
     def _head_rows(self) -> HeadRows:
         args, single = self.args, self

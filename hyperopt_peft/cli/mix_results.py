@@ -48,7 +48,7 @@ class Verdict:
             name: {"rows": trainer.data.counts[name], "share": shares[name], "row_weight": weight}
             for name, weight in trainer.row_weights().items()
         }
-        return cls(sources, args.search_steps if trainer.on_head else steps, flags)
+        return cls(sources, trainer.head_mix.steps if trainer.on_head else steps, flags)
 
     def compared(self, comparison: BaselineComparison) -> None:
         """Add the ``comparison``, and to each source the weights that its folds have learned."""
