@@ -194,9 +194,10 @@ def compare_baselines(
         raise ProblemError("compare_baselines: the trainer has not trained; call train first")
     trusted = trainer.data.trusted
     on_head = model == "head" or (model == "auto" and trainer.on_head)
-    # A parent leaves texts out without a label.
     rows = trainer.head_mix.rows.n if on_head else len(trusted)
-    classes = classes_of(trusted, label_column(trusted)) or [0] * rows
+    classes = classes_of(trusted, label_column(trusted))
+    if classes is None or len(classes) != rows:  # some texts have no label
+        classes = [0] * rows
     fold_of_row = torch.from_numpy(split_folds(classes, folds, seed=trainer.args.seed))
     if on_head:
         progress = not trainer.args.disable_tqdm

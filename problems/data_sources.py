@@ -81,7 +81,7 @@ class SourceWeights(nn.Module):
         self.register_buffer("present", present, persistent=False)
 
     def forward(self) -> Tensor:
-        """v, ``(K,)``; the mean over all examples is 1."""
+        """v, ``(K,)``; the mean over the examples that are trained on is 1."""
         return self.shares() * self.present.sum() / self.present
 
     def shares(self) -> Tensor:

@@ -131,11 +131,25 @@ def features_of(
     with collating("the rows"), replay(RandomState.capture()), evaluating(model), precision():
         for number in tqdm(numbers, desc="features", disable=not progress):
             batch = dict(collate([rows[row] for row in number.tolist()]))
-            part = _of_batch(model, number, send_to_device(batch, device), shifted)
-            read = torch.rand(len(part.row), generator=generator) < share[part.row]
-            parts.append(
-                Features(part.x[read].float().cpu(), part.labels[read].cpu(), part.row[read])
-            )
+            labels = batch.pop("labels", None)
+            if not isinstance(labels, Tensor):
+                raise ProblemError("labels: a head needs a label of each row, or of each token")
+            batch = without(batch, COLUMNS)
+            if labels.dim() < 2 or labels.is_floating_point():
+                x = _means(model, send_to_device(batch, device), len(number))
+            else:
+                labels = _sampled(labels, share[number], generator, shifted)
+                if not (read := labels.ne(IGNORED).any(1)).any():
+                    continue
+                labels, number = labels[read], number[read]
+                batch = {name: _rows(value, read) for name, value in batch.items()}
+                states = _states(model, send_to_device(batch, device), labels)
+                row, token = (labels != IGNORED).nonzero(as_tuple=True)
+                x, labels = states[row, token - int(shifted)], labels[row, token]
+                number = number[row]
+            parts.append(Features(x.float().cpu(), labels, number))
+    if not parts:
+        raise ProblemError("labels: no row has a label that is scored; give rows with labels")
     features = Features.joined(parts)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -144,48 +158,73 @@ def features_of(
     return features
 
 
-@torch.no_grad()
-def _of_batch(model: Any, number: Tensor, batch: dict[str, Any], shifted: bool) -> Features:
-    labels = batch.pop("labels", None)
-    batch = without(batch, COLUMNS)
-    if not isinstance(labels, Tensor):
-        raise ProblemError("labels: a head needs a label of each row, or of each token")
-    of_tokens = labels.dim() == 2 and not labels.is_floating_point()
-    states = _states(model, batch, len(number), of_tokens)
-    if not of_tokens:
-        mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))[..., None].float()
-        x = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return Features(x, labels, number)
+def _sampled(labels: Tensor, share: Tensor, generator: torch.Generator, shifted: bool) -> Tensor:
+    """The labels of tokens, of which those that are not read are ignored."""
+    labels = labels.clone()
+    if shifted:
+        labels[:, 0] = IGNORED  # no token is before it
+    row, token = (labels != IGNORED).nonzero(as_tuple=True)
+    left_out = torch.rand(len(row), generator=generator) >= share[row]
+    labels[row[left_out], token[left_out]] = IGNORED
+    return labels
+
+
+def _rows(value: Any, which: Tensor) -> Any:
+    """The rows ``which`` of a column; another value itself."""
+    of_rows = isinstance(value, Tensor) and value.shape[:1] == which.shape
+    return value[which] if of_rows else value
+
+
+def _means(model: Any, batch: dict[str, Any], count: int) -> Tensor:
+    """The mean state of each row, ``(n, d)``, over the tokens that are no padding."""
+    output = _output(model, batch)
+    states = getattr(output, "encoder_last_hidden_state", None)
+    states = _last(model, output, "hidden_states") if states is None else states
+    if states.dim() != 3 or len(states) != count:
+        raise _no_states(model)
+    mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))
+    states, mask = states[:, -mask.shape[1] :], mask[..., None].float()  # without a tuned prompt's
+    means: Tensor = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return means
+
+
+def _states(model: Any, batch: dict[str, Any], labels: Tensor) -> Tensor:
+    """The state of each token, or of each one of a decoder, of the shape of ``labels``."""
+    output = _output(model, batch)
+    decodes = getattr(output, "encoder_last_hidden_state", None) is not None
+    states = _last(model, output, "decoder_hidden_states" if decodes else "hidden_states")
+    read = batch.get("attention_mask", batch.get("input_ids"))
+    if not decodes and read is not None:
+        states = states[:, -read.shape[1] :]
     if labels.shape != states.shape[:2]:
         raise ProblemError(
             f"labels: have the shape {tuple(labels.shape)}, and the model's states "
             f"{tuple(states.shape[:2])}; a head needs a label for each token"
         )
-    if shifted:
-        states, labels = states[:, :-1], labels[:, 1:]
-    row, token = (labels != IGNORED).nonzero(as_tuple=True)
-    return Features(states[row, token], labels[row, token], number[row.cpu()])
+    return states
 
 
-def _states(model: Any, batch: dict[str, Any], count: int, of_tokens: bool) -> Tensor:
-    """The last layer's states of the ``count`` rows' tokens, ``(n, T, d)``."""
+@torch.no_grad()
+def _output(model: Any, batch: dict[str, Any]) -> Any:
     # The logits, which are not used, are those of one position.
     few = "logits_to_keep" in signature(base_model(model).forward).parameters
     with model_reads(batch):
-        output = model(**batch, output_hidden_states=True, **({"logits_to_keep": 1} if few else {}))
-    encoded = getattr(output, "encoder_last_hidden_state", None)
-    layers = getattr(output, "hidden_states", None)
-    if encoded is not None and of_tokens:
-        layers = output.decoder_hidden_states
-    states = encoded if encoded is not None and not of_tokens else (layers or (None,))[-1]
-    if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != count:
-        raise ProblemError(
-            f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a "
-            "head has no features to read; train the adapter in its place"
-        )
-    if encoded is None and "attention_mask" in batch:
-        states = states[:, -batch["attention_mask"].shape[1] :]  # without those of a tuned prompt
+        return model(**batch, output_hidden_states=True, **({"logits_to_keep": 1} if few else {}))
+
+
+def _last(model: Any, output: Any, name: str) -> Tensor:
+    """The last layer's states in ``output``."""
+    states = (getattr(output, name, None) or (None,))[-1]
+    if not isinstance(states, Tensor):
+        raise _no_states(model)
     return states
+
+
+def _no_states(model: Any) -> ProblemError:
+    return ProblemError(
+        f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a head "
+        "has no features to read; train the adapter in its place"
+    )
 
 
 def _identity(model: Any, rows: Dataset, collate: Any, share: Tensor) -> str:

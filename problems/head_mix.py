@@ -1,4 +1,4 @@
-"""Learns the weights of sources on a head: convex, solved to its minimum, in seconds.
+"""Learns the weights of sources on a head: convex, solved to its minimum.
 
     upper: min over u   L(w*(u); trusted rows) + ½·τ·mean‖u − u0‖²
     lower: w*(u) = argmin over the head w   1/N Σ_i v_k(i)(u) ℓ_i(w) + ½·λ·‖W‖²

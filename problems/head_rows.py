@@ -56,11 +56,11 @@ class HeadRows:
         """The rows of ``features``, of which the ones with the last group are trusted.
 
         ``groups`` are those of the data's rows, as in a batch of `Mixture`. The features are
-        standardized.
+        standardized. A trusted row without a label is left out.
         """
         features, last = features.standardized(), len(names) - 1
         is_trusted = groups == last if groups.dim() == 1 else voted(groups)[:, last]
-        trusted = is_trusted.nonzero().flatten()
+        trusted = features.row[is_trusted[features.row]].unique()
         sources = features.select((~is_trusted).nonzero().flatten())
         of_sources = groups[sources.row] if groups.dim() == 1 else groups[sources.row, :last]
         chosen = features.select(trusted)

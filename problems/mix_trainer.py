@@ -39,8 +39,8 @@ from hyperopt_peft.utils.restore import assign_, perturbed
 
 #: The file with the features of a search on the head.
 FEATURES = "features.safetensors"
-#: Of texts the most labels of the sources, and of the trusted rows, that a head is trained on, and
-#: its most classes.
+#: Of texts about how many labels of the sources, and of the trusted rows, a head is trained on at
+#: most, and its most classes.
 LABELS, CLASSES = 8_000, 500
 #: The settings of a parent by which its rows are not those of the data.
 PACKS = ("packing", "padding_free", "eval_packing", "shuffle_dataset")
@@ -147,7 +147,9 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
     def _variables(self) -> list[Tensor]:
         return [parameter for _, parameter in trainable(self.model)]
 
-    def _predicts_text(self) -> bool:
+    @property
+    def of_texts(self) -> bool:
+        """Whether the model is a language model, whose labels are tokens."""
         head = getattr(base_model(self.model), "get_output_embeddings", None)
         return head is not None and head() is not None
 
@@ -173,8 +175,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         """The head on the features of all rows, of the model with the adapter's initial values.
 
         The features are in the file ``features.safetensors`` of the output folder. Of texts they
-        are those of at most `LABELS` labels of all sources, as many of each, and of the trusted
-        rows; a label's class is the token, one of the `CLASSES` most frequent of the trusted rows,
+        are those of about `LABELS` labels of all sources, as many of each, and of as many trusted
+        ones; a label's class is the token, one of the `CLASSES` most frequent of the trusted rows,
         or any other one.
 
         Raises:
@@ -182,22 +184,22 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         """
         self._require_whole_model()
         args = self.args
-        steps = args.search_steps or (STEPS_OF_TEXTS if self._predicts_text() else SEARCH_STEPS)
+        steps = args.search_steps or (STEPS_OF_TEXTS if self.of_texts else SEARCH_STEPS)
         rate, prior = args.upper_learning_rate, args.upper_prior
         return HeadMix(self._head_rows(), prior=prior, rate=rate, steps=steps)
 
     def _head_rows(self) -> HeadRows:
         args, single = self.args, self
         if any(getattr(self.args, name, None) for name in PACKS):
-            single = self.of_single_rows(self.data.parts, copy(args))
+            single = self.of_single_rows(self.data.parts, args)
         rows = single.train_dataset
         groups = torch.tensor(rows[VOTES if VOTES in rows.column_names else SOURCE][:])
-        text, sampled = self._predicts_text(), None
-        if text:
+        share = sampled = None
+        if self.of_texts:
             counts = self.weights.counts.cpu()
             most = torch.full_like(counts, LABELS / (len(counts) - 1))
             most[-1] = LABELS
-            sampled = (most / counts).clamp(max=1)
+            share = (most / counts).clamp(max=1)[groups]
         with perturbed(self._variables()):
             assign_(self._variables(), self.initial)
             features = features_of(
@@ -210,15 +212,17 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
                 cache=Path(args.output_dir or "") / FEATURES if args.should_save else None,
                 progress=not args.disable_tqdm,
                 shifted=self.shifted,
-                share=None if sampled is None else sampled[groups],
+                share=share,
             )
         config = base_model(self.model).config
         outputs, kind = config.num_labels, problem_type_of(config, features.labels)
-        if text:
-            last = len(self.data.names) - 1
-            trusted = features.labels[groups[features.row] == last]
+        if self.of_texts:
+            source, last = groups[features.row], len(self.data.names) - 1
+            trusted = features.labels[source == last]
             labels, outputs = of_classes(features.labels, trusted, CLASSES)
             features = replace(features, labels=labels)
+            # By the labels that the adapter is trained on, packed or not.
+            sampled = source.bincount(minlength=last + 1).clamp(min=1) / counts
         return HeadRows.of(
             self.data.names,
             features,
@@ -230,11 +234,12 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
         )
 
     def of_single_rows(self, parts: Mapping[str, Dataset], args: Any) -> SourceTrainer:
-        """As `of_parts`, with rows that are neither packed nor shuffled; ``args`` are changed."""
+        """As `of_parts`, with rows that are neither packed nor shuffled, to read them alone."""
+        args = copy(args)
         for name in PACKS:
             if getattr(args, name, None):
                 setattr(args, name, False)
-        args.report_to = []
+        args.eval_strategy, args.load_best_model_at_end, args.report_to = "no", False, []
         return self.of_parts(
             parts, args, **{**self.options, "callbacks": None, "eval_dataset": None}
         )

@@ -158,7 +158,7 @@ def plan(trainer: MixTrainer, command: MixArguments) -> str:
     if trainer.args.retrain != "none":
         works.append(Work("final training", 1, baselines.steps, final))
     rows = ", ".join(f"{count} {name}" for name, count in trainer.data.counts.items())
-    length = "minutes" if trainer.of_tokens else "seconds, or a minute"
+    length = "minutes" if trainer.of_texts else "seconds, or a minute"
     head = f"; search and comparison on a head take {length}" if trainer.on_head else ""
     return f"examples: {rows}{head}\n{table(works, seconds_a_pass(trainer))}"
 

@@ -97,6 +97,15 @@ def test_a_sample_s_sources_have_the_shares_of_all_rows() -> None:
     torch.testing.assert_close(Mixture(head, weights).loss(batch)["loss"], expected)
 
 
+def test_trusted_rows_without_a_label_are_left_out() -> None:
+    """The others are numbered anew, and each has a loss."""
+    x, row = torch.randn(7, 4), torch.tensor([0, 0, 1, 3, 5, 5, 6])
+    groups = torch.tensor([0, 1, 1, 2, 2, 2, 2])  # the trusted rows 4 has no label
+    rows = HeadRows.of(NAMES, Features(x, torch.arange(7) % 3, row), groups, outputs=3)
+    assert rows.n == 3 and rows.trusted.row.tolist() == [0, 1, 1, 2]
+    assert rows.sources.row.tolist() == [0, 0, 1] and rows.groups.tolist() == [0, 0, 1]
+
+
 def test_tokens_are_classes_of_the_trusted_rows_tokens() -> None:
     """Of two equally frequent ones that are too many the first has a class."""
     like = torch.tensor([30, 10, 30, 20])

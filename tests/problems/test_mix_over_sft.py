@@ -219,7 +219,8 @@ def head_features(run: Any) -> Any:
 @pytest.mark.parametrize("layout", ["packed", "wrapped", "flat"])
 def test_a_head_reads_rows_that_are_not_packed(tmp_path: Path, layout: str) -> None:
     """Of the labels that the texts have; weights and parent's data stay packed."""
-    options = {"search": "head", "upper_prior": 0.1}
+    options = {"search": "head", "upper_prior": 0.1, "eval_strategy": "epoch"}
+    options |= {"options": {"eval_dataset": rows("trusted", "text", 5)}}
     plain = trainer(tmp_path / "plain", layout="text", **options)
     run = trainer(tmp_path / layout, layout=layout, **options)
     length = len(run.train_dataset)
@@ -240,15 +241,15 @@ def test_a_source_of_noise_loses_on_the_head(tmp_path: Path) -> None:
         patch.setattr(mix_trainer, "LABELS", 200)
         rows = few.head_mix.rows
     counts = few.weights.counts
-    assert 60 < len(rows.sources.x) < 350 and rows.counts(rows.groups).sum() > counts.sum() / 2
-    assert len(rows.trusted.x) == counts[-1]
+    assert 60 < len(rows.sources.x) < 350 and len(rows.trusted.x) == counts[-1]
+    torch.testing.assert_close(rows.counts(rows.groups), counts)
     for run in (every, few):
         run.train()
         weights = run.row_weights()
         assert weights["web"] > 2 * weights["forum"] and weights["trusted"] > 2 * weights["forum"]
         assert run.retrainer.state.global_step == 2
-    learned = every.head_mix.row_weights(every.head_mix.learned)
-    assert learned == pytest.approx(every.row_weights(), rel=1e-4)
+        learned = run.head_mix.row_weights(run.head_mix.learned)
+        assert learned == pytest.approx(weights, rel=1e-4)
 
 
 def test_a_comparison_on_the_head_trains_by_its_best_method(tmp_path: Path) -> None:
@@ -262,17 +263,20 @@ def test_a_comparison_on_the_head_trains_by_its_best_method(tmp_path: Path) -> N
     assert any(not torch.equal(value, before[name]) for name, value in values(run.model).items())
 
 
-def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labelled", [False, True])
+def test_rows_without_a_label_are_left_out(tmp_path: Path, labelled: bool) -> None:
     """TRL drops a completion that is cut off; the comparison on the adapter needs every row."""
     web, forum, trusted = noisy()
     long = [{"prompt": f"say {letter} then b " * 9, "completion": " a b c"} for letter in "ab"]
     one, other = (Dataset.from_list([row]) for row in long)
     data = concatenate_datasets([one, web]), forum, concatenate_datasets([other, trusted])
+    if labelled:  # a column that the trainer does not read
+        data = tuple(part.add_column("label", [k % 2 for k in range(len(part))]) for part in data)
     run = trainer(tmp_path, data=data, search="head", max_length=24, retrain="none")
     run.train()
     best = compare_baselines(run, folds=2).best
     assert len(best.losses) == 16 and best.losses.all()
-    with pytest.raises(ProblemError, match="leaves out 1 of 9 rows"):
+    with pytest.raises(ProblemError, match="leaves out 1 of "):
         compare_baselines(run, folds=2, model="adapter")
 
 
