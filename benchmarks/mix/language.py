@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.measure import show
 from benchmarks.mix.instructions import DATA, DEVELOPMENT_SEED, TASKS, Counts, Language
-from benchmarks.mix.language_tables import ON_FEATURES, tables_of
+from benchmarks.mix.language_tables import OURS, tables_of
 from benchmarks.mix.language_ways import VERDICT, WAYS, Setting, Sizes, Trial, verdict
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
@@ -73,10 +73,10 @@ class Benchmark:
         return self.measure(row, seed, setting)
 
     def judge(self, seed: int) -> None:
-        """What `compare_baselines` recommends."""
+        """What `compare_baselines` recommends on the adapter."""
         row = self.runs.entry(part="verdict", target=self.target, seed=seed)
         if "named" not in row:
-            setting = self.chosen(ON_FEATURES)
+            setting = self.chosen(OURS)
             row |= {"setting": asdict(setting), **verdict(self.trial(seed, setting))}
             self.runs.save(row)
             print(self.target, seed, row["named"], flush=True)

@@ -10,8 +10,8 @@ from benchmarks.store import Row, Store
 #: The learned mix that the others are compared with, and all that are learned by a search.
 OURS, ON_FEATURES = "darts, dots", "a head on features"
 LEARNED = (OURS, "fastmix", ON_FEATURES)
-#: What `compare_baselines` recommends, as a way.
-RECOMMENDED = "what compare_baselines recommends"
+#: What `compare_baselines` on the adapter recommends, as a way.
+RECOMMENDED = "recommended on the adapter"
 
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:
