@@ -29,7 +29,7 @@ from benchmarks.store import Row
 from hyperopt_peft import BilevelTrainer, MixTrainer, MixTrainingArguments, compare_baselines
 from hyperopt_peft.problems.data_sources import SOURCE, Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import COLUMNS, without
-from hyperopt_peft.problems.head_mix import RATE
+from hyperopt_peft.problems.head_mix import RATE, Plan
 from hyperopt_peft.problems.mix_baselines import Baselines
 from hyperopt_peft.problems.mix_plans import (
     AGREEMENT,
@@ -38,7 +38,6 @@ from hyperopt_peft.problems.mix_plans import (
     SOURCES_ALIKE,
     THEN_TRUSTED,
     TRUSTED_ONLY,
-    equal,
     with_setting,
 )
 from hyperopt_peft.problems.source_data import TRUSTED
@@ -204,8 +203,8 @@ def repeated(count: int) -> Way:
     """All rows with the same weight, and the trusted ones with ``count`` times theirs."""
 
     def way(trial: Trial) -> Row:
-        with redirect_stdout(StringIO()), Baselines(trial.host) as baselines:
-            trial.host.retrain(with_setting(equal(baselines), count))
+        with redirect_stdout(StringIO()):
+            trial.host.retrain(with_setting(Plan(torch.ones(len(trial.names))), count))
         return {**trial.result(), **shares(trial.host.weights)}
 
     return way
