@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.measure import show
 from benchmarks.mix.instructions import DATA, DEVELOPMENT_SEED, TASKS, Counts, Language
-from benchmarks.mix.language_tables import OURS, tables_of
+from benchmarks.mix.language_tables import BY_DOTS, tables_of
 from benchmarks.mix.language_ways import VERDICT, WAYS, Setting, Sizes, Trial, verdict
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
@@ -76,7 +76,7 @@ class Benchmark:
         """What `compare_baselines` recommends on the adapter."""
         row = self.runs.entry(part="verdict", target=self.target, seed=seed)
         if "named" not in row:
-            setting = self.chosen(OURS)
+            setting = self.chosen(BY_DOTS)
             row |= {"setting": asdict(setting), **verdict(self.trial(seed, setting))}
             self.runs.save(row)
             print(self.target, seed, row["named"], flush=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from benchmarks.mix.instructions import PADDING, Language, Mix, collated, judged
-from benchmarks.mix.language_tables import ON_FEATURES, OURS
+from benchmarks.mix.language_tables import BY_DOTS, ON_FEATURES
 from benchmarks.store import Row
 from hyperopt_peft import BilevelTrainer, MixTrainer, MixTrainingArguments, compare_baselines
 from hyperopt_peft.problems.data_sources import SOURCE, Mixture, SourceWeights
@@ -351,7 +351,7 @@ WAYS: dict[str, tuple[Way, Sequence[dict[str, float]]]] = {
     "ODM": (odm, ONE),
     "DoReMi": (doremi, AFTER),
     "fastmix": (learned("fastmix"), RATES),
-    OURS: (learned(DOTS), RATES),
+    BY_DOTS: (learned(DOTS), RATES),
     ON_FEATURES: (on_features, ({"upper_rate": RATE}, {"upper_rate": RATE, "length": 2.0})),
     "the target's sources": (of_sources(lambda t: {t.mix.target, t.mix.damaged}), ONE),
     # What nobody knows beforehand.
