@@ -85,7 +85,7 @@ class SourceWeights(nn.Module):
         return self.shares() * self.present.sum() / self.present
 
     def shares(self) -> Tensor:
-        """p_k = v_k n_k / N, the share of source k in the lower loss, ``(K,)``; the sum is 1."""
+        """p_k, the share of source k in the lower loss, ``(K,)``; the sum is 1."""
         a = self.logits.sigmoid() if self.kind == "sigmoid" else self.logits.softmax(0)
         mass = a * self.counts if self.average == "rows" else a
         return mass / mass.sum()

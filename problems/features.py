@@ -135,7 +135,7 @@ def features_of(
             if not isinstance(labels, Tensor):
                 raise ProblemError("labels: a head needs a label of each row, or of each token")
             batch = without(batch, COLUMNS)
-            if labels.dim() < 2 or labels.is_floating_point():
+            if labels.dim() != 2 or labels.is_floating_point():
                 x = _means(model, send_to_device(batch, device), len(number))
             else:
                 labels = _sampled(labels, share[number], generator, shifted)
