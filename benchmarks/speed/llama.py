@@ -109,7 +109,7 @@ def mix(
     """`MixTrainer` with ``size`` rows a step at each level, of two sources and trusted rows."""
     search = {"hypergradient": estimator, "retrain": "none", "gradient_accumulation_steps": 1}
     search["per_device_upper_batch_size"] = size
-    args = MixTrainingArguments(**options(size, device, **search, **more))
+    args = MixTrainingArguments(**options(size, device, **search, search="adapter", **more))
     sources = {name: rows(shape, 4 * size, length, k + 1) for k, name in enumerate(SOURCES)}
     data = {"sources": sources, "trusted": rows(shape, size, length)}
     return MixTrainer(model, args, **data, data_collator=collated)
