@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperopt_peft.core.labels import model_reads
+from hyperopt_peft.core.labels import model_reads, rows_of
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.example_weights import COLUMNS, without
@@ -141,8 +141,8 @@ def features_of(
                 labels = _sampled(labels, share[number], generator, shifted)
                 if not (read := labels.ne(IGNORED).any(1)).any():
                     continue
+                batch = {name: rows_of(value, len(read), read) for name, value in batch.items()}
                 labels, number = labels[read], number[read]
-                batch = {name: _rows(value, read) for name, value in batch.items()}
                 states = _states(model, send_to_device(batch, device), labels)
                 row, token = (labels != IGNORED).nonzero(as_tuple=True)
                 x, labels = states[row, token - int(shifted)], labels[row, token]
@@ -167,12 +167,6 @@ def _sampled(labels: Tensor, share: Tensor, generator: torch.Generator, shifted:
     left_out = torch.rand(len(row), generator=generator) >= share[row]
     labels[row[left_out], token[left_out]] = IGNORED
     return labels
-
-
-def _rows(value: Any, which: Tensor) -> Any:
-    """The rows ``which`` of a column; another value itself."""
-    of_rows = isinstance(value, Tensor) and value.shape[:1] == which.shape
-    return value[which] if of_rows else value
 
 
 def _means(model: Any, batch: dict[str, Any], count: int) -> Tensor:

@@ -224,8 +224,7 @@ class Baselines:
     @torch.no_grad()
     def _of_rows(self, parts: Mapping[str, Dataset], function: Callable[[Any], Tensor]) -> Tensor:
         """``function`` of batches of all rows in ``parts``, as the parent prepares single rows."""
-        args = self._silenced(copy(self.trainer.args))
-        made = self.trainer.of_single_rows(parts, args)
+        args, made = self.trainer.args, self.trainer.of_single_rows(parts)
         count = sum(map(len, parts.values()))
         if len(made.train_dataset) != count:
             raise ProblemError(

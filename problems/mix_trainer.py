@@ -190,8 +190,8 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
 
     def _head_rows(self) -> HeadRows:
         args, single = self.args, self
-        if any(getattr(self.args, name, None) for name in PACKS):
-            single = self.of_single_rows(self.data.parts, args)
+        if any(getattr(args, name, None) for name in PACKS):
+            single = self.of_single_rows(self.data.parts)
         rows = single.train_dataset
         groups = torch.tensor(rows[VOTES if VOTES in rows.column_names else SOURCE][:])
         share = sampled = None
@@ -233,9 +233,9 @@ class MixTrainer(SourceTrainer, TwoPhaseTrainer):
             sampled=sampled,
         )
 
-    def of_single_rows(self, parts: Mapping[str, Dataset], args: Any) -> SourceTrainer:
+    def of_single_rows(self, parts: Mapping[str, Dataset]) -> SourceTrainer:
         """As `of_parts`, with rows that are neither packed nor shuffled, to read them alone."""
-        args = copy(args)
+        args = copy(self.args)
         for name in PACKS:
             if getattr(args, name, None):
                 setattr(args, name, False)

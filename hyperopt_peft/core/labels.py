@@ -217,7 +217,7 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     # 0, 1, 1, 0, 0, ...: one, two and three positions later the labels are others.
     pattern = (torch.arange(labels.shape[-1], device=labels.device) + 1) // 2 % 2
     # One row, since evaluation mode has no gradient checkpoints.
-    batch = {key: _first(value, len(labels)) for key, value in batch.items()}
+    batch = {key: rows_of(value, len(labels), slice(1)) for key, value in batch.items()}
     labels = pattern[None]
     batch["labels"] = labels
     with _probing(model), torch.enable_grad():
@@ -241,9 +241,9 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return fitting[0]
 
 
-def _first(value: Any, rows: int) -> Any:
-    """The first of the ``rows`` of a column; another value itself."""
-    return value[:1] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+def rows_of(value: Any, count: int, which: slice | Tensor) -> Any:
+    """The rows ``which``, a slice or mask, of a column of ``count`` rows; another value itself."""
+    return value[which] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
 
 
 def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:

@@ -100,7 +100,7 @@ def test_a_sample_s_sources_have_the_shares_of_all_rows() -> None:
 def test_trusted_rows_without_a_label_are_left_out() -> None:
     """The others are numbered anew, and each has a loss."""
     x, row = torch.randn(7, 4), torch.tensor([0, 0, 1, 3, 5, 5, 6])
-    groups = torch.tensor([0, 1, 1, 2, 2, 2, 2])  # the trusted rows 4 has no label
+    groups = torch.tensor([0, 1, 1, 2, 2, 2, 2])  # the trusted row 4 has no label
     rows = HeadRows.of(NAMES, Features(x, torch.arange(7) % 3, row), groups, outputs=3)
     assert rows.n == 3 and rows.trusted.row.tolist() == [0, 1, 1, 2]
     assert rows.sources.row.tolist() == [0, 0, 1] and rows.groups.tolist() == [0, 0, 1]
