@@ -9,7 +9,7 @@ from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solve
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import Fraction, NonNegativeFloat, PositiveInt
-from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_like
+from hyperopt_peft.utils.vector import Vector, inner, zeros_like
 
 
 @register("cg", kind="implicit", tolerance=1e-2)
@@ -39,7 +39,8 @@ class ConjugateGradient(Solver):
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""
-        return conjugate_gradients(matvec, b, self.steps, self.damping, self.tolerance)
+        limits = self.steps, self.damping, self.tolerance, self.rounding(b)
+        return conjugate_gradients(matvec, b, *limits)
 
 
 def conjugate_gradients(
@@ -48,11 +49,13 @@ def conjugate_gradients(
     steps: int,
     damping: float,
     tolerance: float,
+    rounding: float,
     *,
     precondition: Matvec | None = None,
 ) -> Solution:
     """v ≈ (H + damping·I)⁻¹ b; ``precondition`` is a positive definite P⁻¹, None for I.
 
+    ``rounding`` is the relative error of a product, as `Solver.rounding`.
     Each step has one read from the device, of the curvature and the new residual, after v has
     moved. If the curvature is not positive, the result is the best iterate before the step.
     """
@@ -81,7 +84,7 @@ def conjugate_gradients(
         require_finite(p_hp, p_p)
         curvature = p_hp / p_p + damping
         largest = max(largest, abs(curvature))
-        if curvature <= 10 * machine_epsilon(b) * largest:  # the step is invalid
+        if curvature <= 10 * rounding * largest:  # the step is invalid
             kind = "negative" if curvature < 0 else "zero"
             note = f"{kind} curvature {curvature:.3g} at step {step + 1}"
             return Solution(best, (least / start) ** 0.5, step, note)

@@ -12,7 +12,7 @@ from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solve
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import NonNegativeFloat
-from hyperopt_peft.utils.vector import Vector, machine_epsilon
+from hyperopt_peft.utils.vector import Vector
 
 LARGEST = 5000  # unknowns; a float64 Hessian of this size has 200 MB
 
@@ -59,7 +59,7 @@ class Exact(Solver):
         hessian.diagonal().add_(self.damping)
         values, vectors = torch.linalg.eigh(hessian)
         rhs = vectors.T @ rhs
-        noise = machine_epsilon(b)
+        noise = self.rounding(b)
         null = values.abs() <= n * noise * values.abs().max()
         solution = torch.where(null, 0, rhs / values.where(~null, torch.ones_like(values)))
         norms = [x.norm() for x in (rhs * null, rhs, rhs - values * solution)]

@@ -81,8 +81,7 @@ class KFAC(Solver):
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b, with no layers known."""
-        damping = self.damping or 0.0
-        return conjugate_gradients(matvec, b, self.steps, damping, self.tolerance)
+        return self._solve(matvec, b)
 
     def prepare(self, oracle: Oracle) -> Advance:
         """The solve with the layers of f at the oracle's point."""
@@ -96,14 +95,11 @@ class KFAC(Solver):
             'take steps=10, or choose a solver such as "minres"',
         )
         inverse = Fisher(blocks, self.damping).inverse if blocks else None
-        damping = self.damping or 0.0
 
         def advance(matvec: Matvec, b: Vector, _: State) -> tuple[Solution, State]:
             if self.steps == 0 and inverse is not None:
                 return Solution(inverse(b), None, 0), {}
-            solution = conjugate_gradients(
-                matvec, b, self.steps, damping, self.tolerance, precondition=inverse
-            )
+            solution = self._solve(matvec, b, inverse)
             if solution.note and solution.residual == 1 and inverse is not None:  # v is 0 still
                 return replace(
                     solution, v=inverse(b), note=f"{solution.note}; {ONLY_PRECONDITIONER}"
@@ -111,6 +107,10 @@ class KFAC(Solver):
             return solution, {}
 
         return advance
+
+    def _solve(self, matvec: Matvec, b: Vector, inverse: Matvec | None = None) -> Solution:
+        limits = self.steps, self.damping or 0.0, self.tolerance, self.rounding(b)
+        return conjugate_gradients(matvec, b, *limits, precondition=inverse)
 
 
 def layer_samples(oracle: Oracle) -> Samples:

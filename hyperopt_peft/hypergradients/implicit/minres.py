@@ -9,7 +9,7 @@ from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.validation import Fraction, NonNegativeFloat, PositiveInt
-from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, zeros_like
+from hyperopt_peft.utils.vector import Vector, inner, zeros_like
 
 
 @register("minres", kind="implicit", tolerance=1e-2)
@@ -18,10 +18,10 @@ class MINRES(Solver):
     """v ≈ (H + damping·I)⁻¹ b, the v of least residual in a Krylov space of ``steps`` dimensions.
 
     H may be indefinite, as it is away from a minimum of f; the residual does not grow from step to
-    step. The solver stops at relative residual ``tolerance``, or, for a singular H, at the
-    least-squares solution, which ``note`` reports. Each step costs one Hessian-vector product.
-    Lanczos tridiagonalisation with a QR factorisation by rotations (c, s): Paige & Saunders 1975,
-    doi:10.1137/0712047.
+    step. The solver stops at relative residual ``tolerance``. It also stops at the least-squares
+    solution of a singular H, and where the rounding of Hv is as large as the residual; ``note``
+    reports both. Each step costs one Hessian-vector product. Lanczos tridiagonalisation with a QR
+    factorisation by rotations (c, s): Paige & Saunders 1975, doi:10.1137/0712047.
 
     Example:
         >>> from torch import tensor
@@ -43,7 +43,7 @@ class MINRES(Solver):
         v, square = zeros_like(b), inner(b, b)
         lanczos, previous = b / square.sqrt(), zeros_like(b)  # orthonormal q_k, q_{k-1}
         start = residual = beta = largest = 0.0
-        noise = 10 * machine_epsilon(b)
+        noise = 10 * self.rounding(b)
         direction, older = zeros_like(b), zeros_like(b)  # columns of Q R⁻¹
         (c, s), (c_older, s_older) = (1.0, 0.0), (1.0, 0.0)
         for step in range(self.steps):
@@ -52,7 +52,7 @@ class MINRES(Solver):
                 q.add_(lanczos, self.damping)
             along = inner(lanczos, q)
             q.add_(lanczos, -along)
-            alpha, of_q, of_b = read_finite(along, inner(q, q), square)
+            alpha, of_q, of_b, of_v = read_finite(along, inner(q, q), square, inner(v, v))
             if step == 0:
                 start = residual = math.sqrt(of_b)
             beta, beta_old = math.sqrt(of_q), beta
@@ -61,6 +61,10 @@ class MINRES(Solver):
             delta, gamma = c * entry + s * alpha, c * alpha - s * entry
             largest = max(largest, math.hypot(alpha, beta, beta_old))
             rho = math.hypot(gamma, beta)
+            # Beyond, v grows along the null space, and has another residual than the recurrence.
+            if (floor := 0.3 * noise * largest * math.sqrt(of_v)) > abs(residual):
+                note = "the residual has reached the rounding of Hv"
+                return Solution(v, floor / start, step, note)
             # ‖Hr‖/‖r‖ is hypot(γ, cβ), zero at a least-squares solution.
             stationary = math.hypot(gamma, c * beta) <= max(self.tolerance, noise) * largest
             if stationary or rho <= noise * largest:

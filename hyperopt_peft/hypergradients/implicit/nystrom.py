@@ -73,9 +73,8 @@ class Nystrom(Solver):
             floor = self.damping or floor
             return Solution(inverse(b, floor) if floor else zeros_like(b), None, 0, note)
         precondition = (lambda r: inverse(r, floor)) if values else None
-        return conjugate_gradients(
-            matvec, b, self.steps, damping, self.tolerance, precondition=precondition
-        )
+        limits = self.steps, damping, self.tolerance, self.rounding(b)
+        return conjugate_gradients(matvec, b, *limits, precondition=precondition)
 
 
 def _columns(like: Vector, count: int) -> list[Vector]:

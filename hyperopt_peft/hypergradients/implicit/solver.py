@@ -15,7 +15,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import PositiveFloat
-from hyperopt_peft.utils.vector import Vector, zeros_like
+from hyperopt_peft.utils.vector import Vector, machine_epsilon, zeros_like
 
 Matvec = Callable[[Vector], Vector]
 
@@ -76,6 +76,10 @@ class Solver(Estimator):
         if self.product == "exact":
             return Cost(3, 4 + products, vectors)
         return Cost(4 + 2 * products, 4 + 2 * products, vectors + 2)
+
+    def rounding(self, b: Vector) -> float:
+        """The relative error of a product: δ, or δ^(2/3) of a difference (`default_epsilon`)."""
+        return machine_epsilon(b) ** (1.0 if self.product == "exact" else 2 / 3)
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
