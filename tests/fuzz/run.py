@@ -1,0 +1,274 @@
+"""Every estimator on random problems: right, warned, or refused.
+
+    python -m tests.fuzz.run --seed 3 --problems 300
+
+prints what was neither, and each verdict's count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperopt_peft import Engine, check_problem
+from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients import get_estimator, open_oracle
+from hyperopt_peft.hypergradients.estimate import LARGE_RESIDUAL, check_estimator, estimate
+from tests.fuzz.grammar import Form, Levels
+from tests.fuzz.reference import (
+    Functions,
+    Point,
+    current,
+    flat,
+    optimizer_of,
+    restore,
+    weight_of_squares,
+)
+
+STEPS = 150  # of solvers
+#: The relative error that rounding explains, of exact products and of differences.
+ROUNDING = {"double": (1e-5, 1e-4), "single": (2e-3, 0.03)}
+HALF = (0.3, 0.3)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one estimator did on one problem; ``kind`` is a key of the counts."""
+
+    kind: str
+    form: Form
+    estimator: str
+    words: str = ""
+
+    @property
+    def fault(self) -> bool:
+        return self.kind in ("WRONG", "RAW", "IMPURE")
+
+
+def expected(point: Point, form: Form) -> Iterator[tuple[str, Tensor | None]]:
+    """Each estimator, and its formula's value at ``point``; None where it has none there."""
+    step_size = float(0.9 / torch.linalg.eigvalsh(point.h).abs().max())
+    solved = f"steps={STEPS},tolerance=1e-9"
+    yield "direct", point.d
+    yield "darts", point.darts(1.0)
+    yield "darts:xi=0.5,product=exact", point.darts(0.5)
+    yield "darts:scheme=forward", point.darts(1.0)
+    yield "darts:product=dots", point.darts(1.0)
+    yield f"minres:{solved}", point.truth
+    yield f"minres:{solved},product=difference", point.truth
+    yield "exact", point.truth
+    yield f"cg:{solved}", point.truth
+    yield f"kfac:{solved}", point.truth
+    yield f"nystrom:{solved}", point.truth
+    yield f"neumann:terms=30,step_size={step_size!r}", point.neumann(30, step_size)
+    yield f"cg:{solved},product=difference,damping=0.5", point.damped(0.5)
+    yield f"warm:steps={STEPS}", point.truth
+    if point.definite:
+        yield "f2sa:tolerance=1e-6,inner_steps=500", point.truth
+        yield "penalty:tolerance=1e-6,inner_steps=500", point.penalty()
+
+    def fresh(w: Tensor) -> torch.optim.Optimizer:
+        return optimizer_of(form, [w])
+
+    yield "sama", point.unrolled(1, fresh)
+    yield "unrolled:steps=3", point.unrolled(3, fresh)
+    yield "unrolled:steps=2,product=difference", point.unrolled(2, fresh)
+    yield "forward:steps=2", point.unrolled(2, fresh)
+    yield "fastmix", None
+
+
+def close(form: Form, name: str, value: Tensor, target: Tensor, point: Point, slack: float) -> str:
+    """Empty where ``value`` is ``target`` but for rounding and ``slack``; else the error."""
+    exact, difference = ROUNDING.get(form.precision, HALF)
+    solvers = ("minres", "cg", "kfac", "nystrom", "neumann", "exact", "warm", "unrolled", "forward")
+    first_order = "difference" in name or not name.startswith((*solvers, "direct"))
+    rounding = difference if first_order and "product=exact" not in name else exact
+    size = point.d.norm() + (point.m @ point.inverse).norm() * point.b.norm()
+    error = (value - target).norm()
+    if error <= rounding * max(target.norm(), 0.05 * size) + slack:
+        return ""
+    return f"error {error / target.norm().clamp_min(1e-12):.3g} of {target.norm():.3g}"
+
+
+class Examination:
+    """The estimators on one form, at its point and in an Engine's steps."""
+
+    def __init__(self, seed: int) -> None:
+        self.form = Form.draw(seed)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        self.state = current()
+        self.functions = Functions(self.form, weight_of_squares(self.form, self.state))
+        self._unmoved: list[Tensor] = []
+
+    def levels(self) -> tuple[Levels, object, object]:
+        """New levels, and their Problems; the generators are as at the first."""
+        levels = Levels(self.form, plain=False, curvature=self.functions.plain.curvature)
+        optimizers = torch.optim.SGD(levels.u, lr=1.0), optimizer_of(self.form, levels.w)
+        restore(self.state)
+        return levels, *levels.problems(optimizers)
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """Of every estimator."""
+        try:
+            self.levels()
+        except ProblemError as error:
+            yield Verdict("refused", self.form, "construction", str(error))
+            return
+        except Exception as error:
+            yield Verdict("RAW", self.form, "construction", repr(error))
+            return
+        point = Point(self.functions, self.functions.w, self.functions.u, self.state, self.state)
+        for name, target in expected(point, self.form):
+            yield self._guarded(name, lambda n=name, t=target: self._at_the_point(n, t, point))
+        for name in ("darts", "sama", "unrolled:steps=2", "cg:steps=150,tolerance=1e-9"):
+            yield self._guarded(f"Engine {name}", lambda n=name: self._in_training(n))
+
+    def _guarded(self, name: str, examine: object) -> Verdict:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", HypergradientWarning)
+                kind, words = examine()
+        except HypergradientWarning as warning:
+            kind, words = "warned", str(warning)
+        except (ProblemError, NonFiniteError) as error:
+            kind, words = "refused", str(error)
+        except Exception as error:
+            kind, words = "RAW", repr(error)[:200]
+        if kind in ("WRONG", "RAW") and self.form.hostile and self._found():
+            kind = "found by check_problem"
+        return Verdict(kind, self.form, name, words)
+
+    def _found(self) -> bool:
+        _, upper, lower = self.levels()
+        check = check_problem(upper, lower, progress=False)
+        return any(finding.severity == "error" for finding in check.findings)
+
+    def _at_the_point(self, name: str, target: Tensor | None, point: Point) -> tuple[str, str]:
+        levels, upper, lower = self.levels()
+        estimator = get_estimator(name)
+        before = self._snapshot(levels)
+        try:
+            oracle = open_oracle(upper, lower)
+            check_estimator(estimator, upper, lower)
+            result = estimate(oracle, estimator)
+        finally:
+            changed = self._changed(levels, before)
+        if changed:
+            return "IMPURE", changed
+        value = flat(result.hypergradient.parts)
+        if target is None:
+            return "WRONG", "was not refused"
+        slack = 0.0
+        if result.residual:
+            slack = 1.5 * result.residual * float((point.m @ point.inverse).norm() * point.b.norm())
+        words = close(self.form, name, value, target, point, slack)
+        if not words:
+            return "right", ""
+        if result.note or (result.residual or 0) > LARGE_RESIDUAL:
+            return "warned", f"{result.note} {result.residual}"
+        return "WRONG", f"{words}, residual {result.residual}"
+
+    def _in_training(self, name: str) -> tuple[str, str]:
+        """The first upper step of an Engine after two lower steps."""
+        levels, upper, lower = self.levels()
+        calls: list[tuple[str, object]] = []
+        levels.record = lambda level: calls.append((level, current()))
+        Engine(upper, lower, name, lower_steps=2, progress=False).run(1)
+        value = -(flat(levels.u) - flat(levels.start["upper"]))  # by a step of SGD with rate 1
+        states = [state for level, state in calls if level == "lower"][:2]
+        above = next(state for level, state in calls if level == "upper")
+        f, u = self.functions, self.functions.u
+
+        def fresh(w: Tensor) -> torch.optim.Optimizer:
+            return optimizer_of(self.form, [w])
+
+        last = f.steps(f.w, u, states, fresh)
+        point = Point(f, last, u, above, states[-1])
+        if name == "darts":
+            one = f.steps(f.w, u, states[:1], fresh)
+            target = point.d - f.second(one, u, states[-1])[1] @ point.b
+        elif name.startswith("cg"):
+            if not point.definite:
+                return "warned", "not judged: no minimum"
+            target = point.truth
+        else:
+            since = states if name.startswith("unrolled") else states[-1:]
+            start = f.w
+            if name == "sama":  # through the last step alone, whose moments have those of the first
+                target = point.d + self._last_step(states, fresh).T @ point.b
+            else:
+                target = point.d + f.unrolled(start, u, since, fresh).T @ point.b
+        words = close(self.form, name, value, target, point, 0.0)
+        return ("WRONG", words) if words else ("right", "")
+
+    def _last_step(self, states: list[object], fresh: object) -> Tensor:
+        """dw'/du of the last step, its start and the optimizer's state fixed."""
+        f, columns = self.functions, []
+        for e in torch.eye(len(f.u), dtype=torch.float64):
+            ends = []
+            for side in (1, -1):
+                w = f.w.clone().requires_grad_()
+                optimizer = fresh(w)
+                for state, u in zip(states, [*[f.u] * (len(states) - 1), f.u + side * 1e-5 * e]):
+                    w.grad, _ = f.gradient("lower", w.detach(), u, state)
+                    optimizer.step()
+                ends.append(w.detach().clone())
+            columns.append((ends[0] - ends[1]) / 2e-5)
+        return torch.stack(columns, dim=1)
+
+    @staticmethod
+    def _snapshot(levels: Levels) -> dict[str, object]:
+        named = {f"variable {k}": x.detach().clone() for k, x in enumerate((*levels.u, *levels.w))}
+        named |= {k: x.detach().clone() for k, x in levels.network.state_dict().items()}
+        states = current()
+        named |= {"torch": states[0], "numpy": torch.from_numpy(states[1][1].astype(np.int64))}
+        named |= {"numpy position": torch.tensor(states[1][2])}
+        named |= {"python": torch.tensor(states[2][1])}
+        named |= {f"slope {k}": x.grad for k, x in enumerate((*levels.u, *levels.w))}
+        return named
+
+    def _changed(self, levels: Levels, before: dict[str, object]) -> str:
+        after = self._snapshot(levels)
+        return ", ".join(
+            name
+            for name, x in before.items()
+            if (x is None) != (after[name] is None)
+            or (isinstance(x, Tensor) and not torch.equal(x, after[name]))
+        )
+
+
+def run(seed: int, problems: int) -> list[Verdict]:
+    """The verdicts of ``problems`` forms from ``seed`` on."""
+    torch.set_num_threads(1)
+    first = seed * 1_000_000
+    return [v for k in range(first, first + problems) for v in Examination(k).verdicts()]
+
+
+def main() -> int:
+    """Print the faults and the counts; returns 1 if there is a fault."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--problems", type=int, default=300)
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}, {arguments.problems} problems")
+    verdicts = run(arguments.seed, arguments.problems)
+    for form, faults in groupby(filter(lambda v: v.fault, verdicts), lambda v: v.form):
+        print(form, *(f"    {v.kind} {v.estimator}: {v.words}" for v in faults), sep="\n")
+    print(dict(Counter(verdict.kind for verdict in verdicts)))
+    return int(any(verdict.fault for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
