@@ -25,6 +25,7 @@ from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemEr
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.products import require_twice_differentiable
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
@@ -133,6 +134,11 @@ class BilevelStep:
         norm = self.lower.step(gradient, None if self.requirements.upper_weight else norm)
         loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
         return LowerStep(loss, norm, evaluation.metrics)
+
+    def check_graph(self, loss: Tensor) -> None:
+        """Raise ProblemError where the first lower ``loss`` lacks a second derivative it needs."""
+        if self._unread is None and self.requirements.second_derivatives:
+            require_twice_differentiable(loss)
 
     def record_lower(
         self,
