@@ -246,8 +246,8 @@ class BilevelStep:
                 no lower step was recorded since `forget`.
 
         Warns:
-            HypergradientWarning: the estimator is `Direct`, and F does not read a variable; or it
-                is another, and F reads no lower variable.
+            HypergradientWarning: the hypergradient is exactly 0; the estimator is `Direct`, and F
+                does not read a variable; or it is another, and F reads no lower variable.
         """
         if self.last is None:
             raise NonFiniteError(
@@ -273,6 +273,14 @@ class BilevelStep:
             "note": result.note,
         }
         assert result.norms is not None  # `estimate` has read them
+        if result.norms[0] == 0:
+            warnings.warn(
+                f"{self.estimator.name}: the hypergradient of {self.upper.name} is exactly 0"
+                f"{result.note and f' ({result.note})'}; train the lower level for longer before, "
+                "add damping, or choose darts",
+                HypergradientWarning,
+                stacklevel=2,
+            )
         return UpperStep(like(result.hypergradient, u), result.norms[0], log, above.metrics)
 
     def forget(self) -> None:
