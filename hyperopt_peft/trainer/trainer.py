@@ -25,6 +25,7 @@ from hyperopt_peft.trainer.data import (
     collating,
     data_of_levels,
     endless,
+    warn_of_repeated_rows,
     with_more,
     without_more,
 )
@@ -147,6 +148,7 @@ class BilevelTrainer(TwoLevelTrainer):
         if self.trainer_loss:
             for data in (self.train_dataset, self.upper_dataset):
                 checks.check_labels(self.model, data, trainer)
+        warn_of_repeated_rows(self.train_dataset, args)
         self.train_dataset = endless(self.train_dataset)
         self._set_loss_rule()
         self.lower = _made(lower, self)
