@@ -153,7 +153,7 @@ def label_losses(
 
 def _require_no_router_loss(model: Any) -> None:
     """Raise ProblemError for a mixture of experts whose loss balances its router."""
-    config = getattr(base_model(model), "config", None)
+    config: Any = getattr(base_model(model), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     coefficient = getattr(config, "router_aux_loss_coef", 0.0)
     if coefficient and getattr(config, "output_router_logits", False):

@@ -25,10 +25,11 @@ from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemEr
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
-from hyperopt_peft.hypergradients.products import require_twice_differentiable
+from hyperopt_peft.hypergradients.products import DIFFERENCE
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.autograd import once_differentiable_functions
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import TensorPool, preserve_state
 from hyperopt_peft.utils.signal_to_noise import SignalToNoise
@@ -137,8 +138,12 @@ class BilevelStep:
 
     def check_graph(self, loss: Tensor) -> None:
         """Raise ProblemError where the first lower ``loss`` lacks a second derivative it needs."""
-        if self._unread is None and self.requirements.second_derivatives:
-            require_twice_differentiable(loss)
+        exact = self._unread is None and self.requirements.second_derivatives
+        if exact and (names := once_differentiable_functions(loss)):
+            raise ProblemError(
+                f"{self.estimator.name}: the loss of {self.lower.name} has no second derivative "
+                f"({names[0]} is differentiable once, not twice); {DIFFERENCE}"
+            )
 
     def record_lower(
         self,

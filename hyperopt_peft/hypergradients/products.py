@@ -187,9 +187,11 @@ class ExactProduct(Product):
         loss = self._loss
         with self._second_derivatives():
             slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
-            require_twice_differentiable(loss)
-            if any(map(raises_when_differentiated, graph_nodes(slopes))):
-                raise RuntimeError("a function is differentiable once, not twice")
+            # Autograd raises no error for such a function where its node is not on a path.
+            marked = once_differentiable_functions(loss)
+            if marked or any(map(raises_when_differentiated, graph_nodes(slopes))):
+                names = ", ".join(marked) or "a function"
+                raise RuntimeError(f"{names} is differentiable once, not twice")
             return slopes
 
     @contextmanager
@@ -209,18 +211,6 @@ class ExactProduct(Product):
             raise ProblemError(
                 f"the lower loss has no second derivative ({error}); {advice}"
             ) from error
-
-
-def require_twice_differentiable(loss: Tensor) -> None:
-    """Raise ProblemError where ``loss``, of the lower level, is of a function that is not.
-
-    Autograd raises no error for such a function where its node is not on a path.
-    """
-    if names := once_differentiable_functions(loss):
-        raise ProblemError(
-            f"the lower loss has no second derivative ({', '.join(names)} is differentiable once, "
-            f"not twice); {DIFFERENCE}"
-        )
 
 
 @dataclass

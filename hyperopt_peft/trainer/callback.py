@@ -84,11 +84,9 @@ class BilevelCallback(TrainerCallback):
                     "checkpoint, or start a new run"
                 )
         try:
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            TrainerState.load_from_json(path := str(folder / TRAINER_STATE_NAME))
         except (ValueError, TypeError) as error:
-            raise ProblemError(
-                f"{folder / TRAINER_STATE_NAME}: the file is damaged; use an earlier checkpoint"
-            ) from error
+            raise ProblemError(f"{path}: the file is damaged; use an earlier checkpoint") from error
         require_settings(str(folder), record["settings"], "this run", self.settings)
         self.trainer.skipped = record["skipped"]
         logger.warning("resuming from %s", folder)

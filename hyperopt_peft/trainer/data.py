@@ -126,9 +126,8 @@ def warn_of_repeated_rows(train: Any, args: Any) -> None:
     uneven = args.world_size > 1 and has_length(train) and len(train) % batch
     if uneven and args.should_log and not args.dataloader_drop_last:
         logger.warning(
-            f"train_dataset: {batch - uneven} rows are repeated in the last batch of an epoch, of "
-            f"{uneven} in place of {batch}, and count twice there; set dataloader_drop_last=True "
-            f"or give a multiple of {batch} rows"
+            f"train_dataset: {batch - uneven} rows are repeated in an epoch's last batch and count "
+            f"twice; set dataloader_drop_last=True, or give a multiple of {batch} rows"
         )
 
 

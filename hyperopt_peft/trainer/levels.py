@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ class TwoLevelTrainer(TaskLossTrainer):
     train_dataset: Any
     upper_dataset: Any
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
     _replicated: list[dict[str, Any]]
     _callback: BilevelCallback
 
@@ -88,8 +88,7 @@ class TwoLevelTrainer(TaskLossTrainer):
         """The optimizer ``args.optim`` over both levels, with groups of their own.
 
         Raises:
-            ProblemError: the parent's ``create_optimizer`` made one that does not hold exactly the
-                levels' variables, in groups of their own.
+            ProblemError: the parent's ``create_optimizer`` made one of other groups or tensors.
         """
         if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
             reshard(self.model)
@@ -100,7 +99,7 @@ class TwoLevelTrainer(TaskLossTrainer):
             self.optimizer_cls_and_kwargs = named, {**options}
             super().create_optimizer()
             self.optimizer_cls_and_kwargs = given
-            check_optimizers(self.optimizer, None, self.levels, "create_optimizer")
+            check_optimizers("create_optimizer", self.optimizer, None, self.levels)
         self._replicated = []
         if self.is_fsdp_enabled:  # which finds a shard for each tensor of the optimizer
             of_model = {id(parameter) for parameter in self.model.parameters()}
@@ -120,7 +119,7 @@ class TwoLevelTrainer(TaskLossTrainer):
             self.optimizer.add_param_group(self._replicated.pop(0))
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _optimizer_kind(self) -> tuple[Any, Mapping[str, Any]]:
+    def _optimizer_kind(self) -> Any:
         given = self.optimizer_cls_and_kwargs
         return given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
 

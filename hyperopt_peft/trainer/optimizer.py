@@ -75,13 +75,8 @@ def learning_rate(optimizer: Any, level: Problem) -> float | None:
     return None if rate is None else float(rate)  # Adafactor may have none
 
 
-def check_optimizers(
-    optimizer: Any, scheduler: Any, levels: Sequence[Problem], source: str = "optimizers"
-) -> None:
-    """Raise ProblemError unless an optimizer has the levels' variables, each in groups of its own.
-
-    ``source`` says in the text where the optimizer is from.
-    """
+def check_optimizers(source: str, optimizer: Any, scheduler: Any, levels: list[Problem]) -> None:
+    """Raise ProblemError unless the optimizer of ``source`` has the levels' variables, apart."""
     if optimizer is None:
         if scheduler is not None:
             raise ProblemError(f"{source}: a scheduler without an optimizer; give both or neither")

@@ -163,7 +163,7 @@ class BilevelTrainer(TwoLevelTrainer):
         self.estimator = self.make_estimator()
         checks.check_layers(self.model, self.levels, self.estimator)
         checks.check_accelerator(self, self.levels, self.estimator)
-        check_optimizers(self.optimizer, self.lr_scheduler, self.levels)
+        check_optimizers("optimizers", self.optimizer, self.lr_scheduler, self.levels)
         loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
         self.upper_batches: UpperBatches | None = None
         if self.upper is not None:
