@@ -48,6 +48,10 @@ class CompareArguments(OutputArguments):
         help="of the start, the split and the order of examples; each method runs once a seed",
     )
 
+    def __post_init__(self) -> None:
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
+            raise ProblemError(f"seeds must be in [0, 2³²), got {wrong[0]}")
+
 
 TYPES = (CompareArguments, *SHARED)
 

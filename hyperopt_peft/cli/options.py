@@ -5,7 +5,6 @@ Flags override a YAML file, of which options that other commands have are not re
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from hyperopt_peft.cli.listing import others
 from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.engine.checkpoint import valid_checkpoints
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.validation import require_writable
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -73,10 +73,7 @@ class OutputArguments:
             args.output_dir = cache_folder()
             return None
         folder = Path(args.output_dir or "")
-        parents = (folder, *folder.absolute().parents)
-        existing = next(parent for parent in parents if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ProblemError(f"output_dir: {existing} is no folder to write to; name another")
+        require_writable(folder)
         last = asked.lower() == "true"
         if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:
             return True

@@ -92,7 +92,7 @@ def row_losses(
 
     Raises:
         ProblemError: there are no labels, or labels that do not fit the logits; or the model's own
-            loss is no mean over labels.
+            loss is no mean over labels, or has the auxiliary loss of a router.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -133,6 +133,7 @@ def label_losses(
         (torch.Size([2, 3]), [[False, True, True], [False, True, False]])
     """
     labels = require_labels(batch)
+    _require_no_router_loss(model)
     if has_fused_head(model) and not twice:
         with model_reads(batch):
             output = model(**batch, **{FUSED: True})
@@ -148,6 +149,19 @@ def label_losses(
         _require_mean(model, batch, shifted)
         _MEAN.add(model)
     return losses
+
+
+def _require_no_router_loss(model: Any) -> None:
+    """Raise ProblemError for a mixture of experts whose loss balances its router."""
+    config: Any = getattr(base_model(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if coefficient and getattr(config, "output_router_logits", False):
+        raise ProblemError(
+            f"router_aux_loss_coef: the loss of {type(base_model(model)).__name__} has the "
+            f"router's auxiliary loss times {coefficient:g}, which is no sum over rows; set 0 in "
+            "the SFTConfig, or output_router_logits=False in the model's configuration"
+        )
 
 
 def has_fused_head(model: Any) -> bool:

@@ -25,9 +25,11 @@ from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemEr
 from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.products import DIFFERENCE
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.autograd import once_differentiable_functions
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import TensorPool, preserve_state
 from hyperopt_peft.utils.signal_to_noise import SignalToNoise
@@ -133,6 +135,15 @@ class BilevelStep:
         norm = self.lower.step(gradient, None if self.requirements.upper_weight else norm)
         loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
         return LowerStep(loss, norm, evaluation.metrics)
+
+    def check_graph(self, loss: Tensor) -> None:
+        """Raise ProblemError where the first lower ``loss`` lacks a second derivative it needs."""
+        exact = self._unread is None and self.requirements.second_derivatives
+        if exact and (names := once_differentiable_functions(loss)):
+            raise ProblemError(
+                f"{self.estimator.name}: the loss of {self.lower.name} has no second derivative "
+                f"({names[0]} is differentiable once, not twice); {DIFFERENCE}"
+            )
 
     def record_lower(
         self,
@@ -240,8 +251,8 @@ class BilevelStep:
                 no lower step was recorded since `forget`.
 
         Warns:
-            HypergradientWarning: the estimator is `Direct`, and F does not read a variable; or it
-                is another, and F reads no lower variable.
+            HypergradientWarning: the hypergradient is exactly 0; the estimator is `Direct`, and F
+                does not read a variable; or it is another, and F reads no lower variable.
         """
         if self.last is None:
             raise NonFiniteError(
@@ -267,6 +278,14 @@ class BilevelStep:
             "note": result.note,
         }
         assert result.norms is not None  # `estimate` has read them
+        if result.norms[0] == 0:
+            warnings.warn(
+                f"{self.estimator.name}: the hypergradient of {self.upper.name} is exactly 0"
+                f"{result.note and f' ({result.note})'}; train the lower level for longer before, "
+                "add damping, or choose darts",
+                HypergradientWarning,
+                stacklevel=2,
+            )
         return UpperStep(like(result.hypergradient, u), result.norms[0], log, above.metrics)
 
     def forget(self) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.labels import has_fused_head
 from hyperopt_peft.core.prior import prior_value
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
@@ -266,13 +267,14 @@ def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | Non
     """By layer, the numbers of its weight and its bias among the variables of ``level``.
 
     Raises:
-        ProblemError: a variable is neither of an ``nn.Linear`` in the level's model; or as
-            `weighted_examples`.
+        ProblemError: a variable is neither of an ``nn.Linear`` in the level's model, or a fused
+            head reads it; or as `weighted_examples`.
     """
     number = {id(variable): k for k, variable in enumerate(level.variables)}
+    model: Any = weighted_examples(level).model
     layers = {
         layer: numbers
-        for layer in weighted_examples(level).model.modules()
+        for layer in model.modules()
         if isinstance(layer, nn.Linear)
         and (numbers := (number.get(id(layer.weight)), number.get(id(layer.bias)))) != (None, None)
     }
@@ -283,16 +285,24 @@ def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | Non
                 f"{level.name}: dot products need variables that are weights or biases of linear "
                 f"layers, and {name!r} is none; {ADVICE}"
             )
+    if has_fused_head(model) and layers.keys() & {*model.get_output_embeddings().modules()}:
+        raise _uncalled(level)
     return layers
+
+
+def _uncalled(level: Problem) -> ProblemError:
+    return ProblemError(f"{level.name}: dot products: the loss {UNCALLED}; {ADVICE}")
 
 
 def output_layer(level: Problem) -> nn.Module:
     """The output layer of the model in ``level``.
 
     Raises:
-        ProblemError: the model has none; or as `weighted_examples`.
+        ProblemError: the model has none, or does not call it; or as `weighted_examples`.
     """
     model = weighted_examples(level).model
+    if has_fused_head(model):
+        raise _uncalled(level)
     modules: Iterator[Any] = model.modules()  # a wrapper for processes has no such method
     owners = (each for each in modules if hasattr(each, "get_output_embeddings"))
     layer: nn.Module | None = next((each.get_output_embeddings() for each in owners), None)

@@ -141,6 +141,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
                 f"num_train_epochs must be positive where max_steps is not, got "
                 f"{self.num_train_epochs}: the run would train nothing"
             )
+        self._require("be in [0, 2³²)", lambda n: 0 <= n < 2**32, "seed", "data_seed")
         self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")
 
     def _require(self, requirement: str, rule: Callable[[Any], bool], *names: str) -> None:

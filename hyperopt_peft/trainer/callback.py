@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.engine import checkpoint
@@ -82,6 +83,10 @@ class BilevelCallback(TrainerCallback):
                     f"{folder}: written without {name} (save_only_model?); use an earlier "
                     "checkpoint, or start a new run"
                 )
+        try:
+            TrainerState.load_from_json(path := str(folder / TRAINER_STATE_NAME))
+        except (ValueError, TypeError) as error:
+            raise ProblemError(f"{path}: the file is damaged; use an earlier checkpoint") from error
         require_settings(str(folder), record["settings"], "this run", self.settings)
         self.trainer.skipped = record["skipped"]
         logger.warning("resuming from %s", folder)

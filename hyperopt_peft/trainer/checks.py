@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -19,6 +20,7 @@ from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import base_model, require_no_rounding
+from hyperopt_peft.utils.validation import require_writable
 
 #: The oldest transformers whose loading of a sharded adapter was seen to work.
 FSDP2_SINCE = Version("5.10")
@@ -48,6 +50,8 @@ def check_arguments(
     ``options`` are the further arguments of `transformers.Trainer`. ``trainer_loss`` says whether
     the lower level uses the Trainer's own loss, ``custom_loss`` whether a class overrides it.
     """
+    if args.should_save and args.save_strategy != "no":
+        require_writable(Path(args.output_dir))
     of_levels = (
         "the levels have losses of their own; change these, or give the levels as functions of the "
         "trainer that read trainer.task_loss"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -13,6 +14,7 @@ from transformers.trainer_utils import has_length
 
 from hyperopt_peft.errors import ProblemError
 
+logger = logging.getLogger(__name__)
 #: The names under which a trainer prepares the only evaluation data and the upper level's data.
 EVALUATION, UPPER = "eval", "upper_dataset"
 
@@ -116,6 +118,17 @@ def data_of_levels(
             "of train_dataset; lower per_device_train_batch_size"
         )
     return train, upper
+
+
+def warn_of_repeated_rows(train: Any, args: Any) -> None:
+    """Warn of processes that fill an epoch's last batch with its first rows, as accelerate does."""
+    batch = args.train_batch_size * args.world_size
+    uneven = args.world_size > 1 and has_length(train) and len(train) % batch
+    if uneven and args.should_log and not args.dataloader_drop_last:
+        logger.warning(
+            f"train_dataset: {batch - uneven} rows are repeated in an epoch's last batch and count "
+            f"twice; set dataloader_drop_last=True, or give a multiple of {batch} rows"
+        )
 
 
 def with_more(evaluation: Any, more: Mapping[str, Any], args: Any) -> Any:

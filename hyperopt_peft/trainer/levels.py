@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem
@@ -17,6 +18,7 @@ from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, frozen_fingerprint
 from hyperopt_peft.trainer.optimizer import (
+    check_optimizers,
     new_optimizer,
     parameter_groups,
     params_of,
@@ -39,6 +41,7 @@ class TwoLevelTrainer(TaskLossTrainer):
     train_dataset: Any
     upper_dataset: Any
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
     _replicated: list[dict[str, Any]]
     _callback: BilevelCallback
 
@@ -82,11 +85,21 @@ class TwoLevelTrainer(TaskLossTrainer):
         return {name: data_fingerprint(rows) for name, rows in data.items()}
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """The optimizer ``args.optim`` over both levels, with groups of their own."""
+        """The optimizer ``args.optim`` over both levels, with groups of their own.
+
+        Raises:
+            ProblemError: the parent's ``create_optimizer`` made one of other groups or tensors.
+        """
         if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
             reshard(self.model)
         if self.optimizer is None:
-            self.optimizer = self._new_optimizer()
+            # The parent creates it, by a class of the same name that gives the levels' optimizer.
+            made, (kind, options) = self._new_optimizer(), (given := self._optimizer_kind())
+            named = type(str(kind), (Optimizer,), {"__new__": lambda *_, **__: made})
+            self.optimizer_cls_and_kwargs = named, {**options}
+            super().create_optimizer()
+            self.optimizer_cls_and_kwargs = given
+            check_optimizers("create_optimizer", self.optimizer, None, self.levels)
         self._replicated = []
         if self.is_fsdp_enabled:  # which finds a shard for each tensor of the optimizer
             of_model = {id(parameter) for parameter in self.model.parameters()}
@@ -106,11 +119,14 @@ class TwoLevelTrainer(TaskLossTrainer):
             self.optimizer.add_param_group(self._replicated.pop(0))
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _optimizer_kind(self) -> Any:
+        given = self.optimizer_cls_and_kwargs
+        return given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+
     def _new_optimizer(self) -> Any:
-        model, args = self.model, self.args
-        kind = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args, model)
-        plain = undecayed(model, self.get_decay_parameter_names(model))
-        return new_optimizer(kind, parameter_groups(self.lower, self.upper, args, plain))
+        plain = undecayed(self.model, self.get_decay_parameter_names(self.model))
+        groups = parameter_groups(self.lower, self.upper, self.args, plain)
+        return new_optimizer(self._optimizer_kind(), groups)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `transformers.Trainer.save_model`, with the settings; the levels in checkpoints."""

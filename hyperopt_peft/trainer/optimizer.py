@@ -75,22 +75,22 @@ def learning_rate(optimizer: Any, level: Problem) -> float | None:
     return None if rate is None else float(rate)  # Adafactor may have none
 
 
-def check_optimizers(optimizer: Any, scheduler: Any, levels: Sequence[Problem]) -> None:
-    """Raise ProblemError unless a user's optimizer has the levels' variables, in own groups."""
+def check_optimizers(source: str, optimizer: Any, scheduler: Any, levels: list[Problem]) -> None:
+    """Raise ProblemError unless the optimizer of ``source`` has the levels' variables, apart."""
     if optimizer is None:
         if scheduler is not None:
-            raise ProblemError("optimizers: a scheduler without an optimizer; give both or neither")
+            raise ProblemError(f"{source}: a scheduler without an optimizer; give both or neither")
         return
     named = [(n, v) for level in levels for n, v in zip(level.names, level.variables, strict=True)]
-    check_optimizer(optimizer, named, "optimizers")
+    check_optimizer(optimizer, named, source)
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ProblemError(
-            "optimizers: the scheduler drives another optimizer; make the scheduler for this one"
+            f"{source}: the scheduler drives another optimizer; make the scheduler for this one"
         )
     groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
     of_levels = [{id(v) for v in level.variables} for level in levels]
     if any(sum(bool(group & of_level) for of_level in of_levels) > 1 for group in groups):
         raise ProblemError(
-            "optimizers: a group holds variables of both levels, which would share a learning "
+            f"{source}: a group holds variables of both levels, which would share a learning "
             "rate; give each level groups of its own"
         )

@@ -20,7 +20,6 @@ from hyperopt_peft.errors import ProblemError
 #: Methods that a bilevel step replaces and does not call, with what they would have done.
 REPLACED = {
     "_prepare_inputs": "a trainer that generates or changes its batches in each step (GRPO, RLOO)",
-    "create_optimizer": "an optimizer of its own; give it as optimizer_cls_and_kwargs",
     "training_step": "a step of its own; change compute_loss",
 }
 

@@ -119,6 +119,8 @@ class OptimizerStep:
         self.micro.append(MicroBatch(batch, RandomState.capture(self.devices)))
         with self.autocast():
             loss, metrics = self.lower.evaluate(batch)
+        if self.bilevel is not None:
+            self.bilevel.check_graph(loss)
         self._losses.append(loss.detach() / self.count)
         self._metrics.append(metrics)
         return loss / self.count

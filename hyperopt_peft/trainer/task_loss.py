@@ -63,6 +63,8 @@ class TaskLossTrainer(CombinedTrainer):
         """
         inputs = dict(batch)
         weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
+        if n is not None:  # TRL divides the auxiliary loss of a mixture of experts by it
+            self.current_gradient_accumulation_steps = n
         with model_reads(batch):
             loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
         if n is not None:

@@ -25,6 +25,7 @@ from hyperopt_peft.trainer.data import (
     collating,
     data_of_levels,
     endless,
+    warn_of_repeated_rows,
     with_more,
     without_more,
 )
@@ -147,6 +148,7 @@ class BilevelTrainer(TwoLevelTrainer):
         if self.trainer_loss:
             for data in (self.train_dataset, self.upper_dataset):
                 checks.check_labels(self.model, data, trainer)
+        warn_of_repeated_rows(self.train_dataset, args)
         self.train_dataset = endless(self.train_dataset)
         self._set_loss_rule()
         self.lower = _made(lower, self)
@@ -161,7 +163,7 @@ class BilevelTrainer(TwoLevelTrainer):
         self.estimator = self.make_estimator()
         checks.check_layers(self.model, self.levels, self.estimator)
         checks.check_accelerator(self, self.levels, self.estimator)
-        check_optimizers(self.optimizer, self.lr_scheduler, self.levels)
+        check_optimizers("optimizers", self.optimizer, self.lr_scheduler, self.levels)
         loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
         self.upper_batches: UpperBatches | None = None
         if self.upper is not None:

@@ -15,6 +15,8 @@ from torch.nn.modules import module as global_hooks
 F = TypeVar("F", bound=Callable[..., Any])
 
 HALF = (torch.bfloat16, torch.float16)
+#: Packages whose functions have backward passes without a graph.
+KERNELS = ("liger_kernel.", "trl.")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -39,14 +41,14 @@ def graph_leaves(tensor: Tensor) -> list[Tensor]:
 def once_differentiable_functions(tensor: Tensor) -> list[str]:
     """The names of the custom functions in the graph of ``tensor`` that are differentiable once.
 
-    These are the functions marked ``once_differentiable``, and those of Liger, which have no mark:
-    their backward passes run in kernels that autograd does not see.
+    These are the functions marked ``once_differentiable``, and those of Liger and TRL, which have
+    no mark: their backward passes run in kernels, or write into memory, without a graph.
     """
 
     def marked(function: Any) -> bool:  # the mark is a wrapper, defined in torch's own module
         backward = getattr(function, "backward", None)
         module: str = getattr(backward, "__globals__", {}).get("__name__", "")
-        return module == "torch.autograd.function" or module.startswith("liger_kernel.")
+        return module == "torch.autograd.function" or module.startswith(KERNELS)
 
     functions: set[Any] = {getattr(node, "_forward_cls", None) for node in graph_nodes([tensor])}
     return sorted(function.__name__ for function in functions if marked(function))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -70,6 +72,14 @@ def require_count(name: str, value: Any, *, least: int) -> None:
     """
     if not matches(value, int) or value < least:
         raise ProblemError(f"{name}: must be a whole number from {least}, got {value!r}")
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ProblemError unless ``folder``, an ``output_dir``, can be written to, or made."""
+    parents = (folder, *folder.absolute().parents)
+    existing = next(parent for parent in parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ProblemError(f"output_dir: {existing} is no folder to write to; name another")
 
 
 def type_name(hint: Any) -> str:

@@ -102,5 +102,9 @@ def test_a_method_may_name_its_estimator(tmp_path: Path) -> None:
     assert (args.xi, args.save_strategy) == (0.1, "steps")  # unchanged
 
 
+def test_a_seed_out_of_range_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, "compare", small_run(tmp_path, seeds=[0, -3]), r"seeds must be .*got -3")
+
+
 def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "compare", small_run(tmp_path, eval_fraction=0, eval_file=None), "eval_file")

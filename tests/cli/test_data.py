@@ -143,6 +143,11 @@ def test_a_number_that_is_not_finite_is_named() -> None:
         encoded("regression", data)
 
 
+def test_numbers_may_be_written_as_text() -> None:
+    data = [{"text": "w1", "label": "0.5"}, {"text": "w2", "label": "-1e1"}]
+    assert encoded("regression", data)["labels"][:] == [0.5, -10.0]
+
+
 def bad(data: list[Any], **change: Any) -> list[Any]:
     """``data`` with another second row."""
     return [{**row, **change} if i == 1 else row for i, row in enumerate(data)]
@@ -162,7 +167,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
     "a word as number": (
         bad([{**r, "label": "0.5"} for r in rows()], label="x"),
         REGRESSION,
-        ["row 0", "0.5"],
+        ["row 1", "'x'"],
     ),
     "a class once": (bad(rows(), label="d"), {}, ["eval_fraction", "least populated class"]),
     "fractions as classes": (NUMBERS, {}, ["'label'", "float", "regression"]),
@@ -241,6 +246,17 @@ def test_an_unknown_label_of_the_evaluation_is_named(tmp_path: Path, model: str)
     held_out = write(tmp_path / "b.csv", [{"text": "w1", "label": "e"}])
     with pytest.raises(ProblemError, match=r"evaluation examples: row 0 .*'e'"):
         prepared(model, write(tmp_path / "a.csv", rows()), eval_file=[held_out])
+
+
+def test_a_class_of_one_row_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As a misspelt one; classes of a few rows are no news."""
+    labels = ["objective", "subjective"] * 8
+    for few in (labels, ["a", "b"] * 2 + ["c"]):
+        class_names(Dataset.from_dict({"label": few}), "label")
+    assert "alone" not in caplog.text
+    labels[9] = "subjectiv"
+    assert len(class_names(Dataset.from_dict({"label": labels}), "label")) == 3
+    assert "row 9 (from 0) alone has the label 'subjectiv'; did you mean 'subj" in caplog.text
 
 
 def test_evaluation_on_training_examples_is_warned_of(

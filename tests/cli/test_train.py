@@ -139,6 +139,8 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"tokenizer": "./no-such"}, r"tokenizer: there is no folder \./no-such, and the hub"),
         ({"report_to": "comet_ml"}, "comet-ml"),
         ({"rank": 0}, "target_modules, rank: .*positive"),
+        ({"rank": 100_000_000}, "rank: must be at most the hidden_size"),
+        ({"seed": -3}, r"seed must be in \[0, 2³²\), got -3"),
         ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: -0.5 of 24"),
         ({"upper_fraction": 0.01}, "24 training examples.*upper level"),
         ({"resume_from_checkpoint": "no/such"}, "no/such"),

@@ -35,6 +35,7 @@ from hyperopt_peft.core.labels import (
 )
 from hyperopt_peft.core.logits import losses_of_logits
 from hyperopt_peft.utils.random_state import RandomState
+from tests.support.language import language_model
 
 SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WIDE = SMALL | {"intermediate_size": 16, "num_key_value_heads": 2}
@@ -219,3 +220,19 @@ def test_a_model_that_cannot_read_a_batch_is_one_error() -> None:
     model = MODELS["T5"][0]()  # without labels T5 asks for the decoder's input
     with pytest.raises(ProblemError, match="DataCollatorForSeq2Seq"):
         row_losses(model, batch())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_auxiliary_loss_has_no_rows(fused: bool) -> None:
+    model = language_model(experts=4, output_router_logits=True, router_aux_loss_coef=1e-3)
+    if fused:
+        head = pytest.importorskip("trl.trainer.utils")
+        if not hasattr(head, "add_fused_lm_head"):
+            pytest.skip("TRL has no fused head")
+        head.add_fused_lm_head(model)
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(ProblemError, match="router_aux_loss_coef"):
+        row_losses(model, batch)
+    model.config.router_aux_loss_coef = 0.0
+    assert row_losses(model, batch)[1].tolist() == [2, 2]

@@ -219,6 +219,16 @@ def test_an_upper_loss_of_another_copy_of_the_lower_variables_is_noticed() -> No
         Engine(upper, lower, "cg", progress=False).run(2)
 
 
+@pytest.mark.parametrize("estimator", ["f2sa", "cg"])
+def test_a_hypergradient_of_exactly_zero_is_noticed(estimator: str) -> None:
+    """Of a loss that is concave at the lower variables, where no minimum is near."""
+    w, u = leaf(), leaf()
+    upper = FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1))
+    lower = FunctionLevel(lambda _: -u * w.square().sum(), [w], optimizer=SGD([w], lr=0.1))
+    with pytest.warns(HypergradientWarning, match=f"{estimator}: .*exactly 0 .*curvature"):
+        Engine(upper, lower, estimator, progress=False).run(1)
+
+
 def test_a_variable_that_the_first_losses_read_may_be_left_out_later() -> None:
     """By a batch of another kind, say; the step then leaves it alone."""
     (w, v), (u, c) = (leaf(), leaf()), (leaf(), leaf())

@@ -310,6 +310,7 @@ def test_the_levels_above_leak_nothing_into_the_lowest(method: str, generators: 
     assert not differences(*(dict(level.net.named_buffers()) for level in (engine.upper, alone)))
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")  # it is 0
 def test_each_step_of_the_middle_draws_its_own_masks() -> None:
     """Also where the level below draws no random numbers, which would move the stream."""
     u, v, w = (torch.ones(4, requires_grad=True) for _ in range(3))

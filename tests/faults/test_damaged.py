@@ -99,6 +99,16 @@ def test_a_pickle_that_runs_code_is_not_executed(folder: Path, name: str) -> Non
     assert marker.exists()
 
 
+def test_a_state_that_is_no_text_is_refused(folder: Path) -> None:
+    """Its hash is that of the manifest."""
+    last = folder / "checkpoint-6"
+    record = verify_manifest(last)
+    (last / "trainer_state.json").write_bytes(bytes(range(128, 256)))
+    write_manifest(last, record)
+    with pytest.raises(ProblemError, match=r"trainer_state\.json: the file is damaged"):
+        saving(folder).train(resume_from_checkpoint=str(last))
+
+
 def test_the_pickled_arguments_are_never_loaded(folder: Path, ended: Any) -> None:
     last = folder / "checkpoint-9"
     record = verify_manifest(last)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+from hyperopt_peft.hypergradients import get_estimator
+from hyperopt_peft.hypergradients.estimate import check_estimator
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut
 from tests.support.language import language_model, lora, quantised
@@ -86,6 +88,24 @@ def test_dora_with_a_norm_in_the_graph_is_refused() -> None:
 def test_an_adapter_of_embeddings_is_refused() -> None:
     with pytest.raises(ProblemError, match=r"lora_embedding.*product=difference"):
         slope(adapted(**EMBEDDED), "darts:product=dots")
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter"), [("fastmix", "plain"), ("darts:product=dots", "saved head")]
+)
+def test_a_fused_head_that_is_not_called_is_refused_before_any_step(
+    method: str, adapter: str
+) -> None:
+    """It reads the weight, which "saved head" trains and whose gradient ``fastmix`` takes."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("this TRL has no fused head")
+    model, weights = adapted(**ADAPTERS[adapter]), SourceWeights({"a": 2, "b": 2})
+    levels = HeldOut(model, weights), Mixture(model, weights)
+    check_estimator(get_estimator(method), *levels)
+    utils.add_fused_lm_head(model.get_base_model())
+    with pytest.raises(ProblemError, match="output layer, as with a fused head"):
+        check_estimator(get_estimator(method), *levels)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -17,6 +17,8 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -50,8 +52,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def language_model(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCausalLM:
-    """An untrained Llama of two layers, equal at every call."""
+def language_model(
+    dtype: torch.dtype = torch.float32, *, experts: int = 0, **config: Any
+) -> LlamaForCausalLM | MixtralForCausalLM:
+    """An untrained Llama, or Mixtral of ``experts``, of two layers, equal at every call."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer()),
@@ -66,6 +70,9 @@ def language_model(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaFo
         "bos_token_id": None,
         "eos_token_id": 1,
     }
+    if experts:
+        sizes |= {"num_local_experts": experts}
+        return MixtralForCausalLM(MixtralConfig(**sizes | config)).to(dtype)
     return LlamaForCausalLM(LlamaConfig(**sizes | config)).to(dtype)
 
 

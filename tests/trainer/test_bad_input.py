@@ -28,6 +28,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "upper_max_grad_norm": [-1.0, None],
     "upper_prior": [-1.0, NAN, "1"],
     "per_device_upper_batch_size": [0],
+    "seed": [-3, 2**32],
+    "data_seed": [-3],
     "upper_fraction": [0.0, 1.0, 20],
     "non_finite": ["ignore"],
     "hypergradient": [3, "unrolled:steps=2"],

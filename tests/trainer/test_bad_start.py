@@ -156,6 +156,17 @@ def test_the_beginning_of_training(case: Any, tmp_path: Path) -> None:
     assert run.state.global_step == 0
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_checkpoints_that_nothing_can_be_written_to_are_refused(
+    tmp_path: Path, below: bool
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    folder = file / "below" if below else file
+    with pytest.raises(ProblemError, match=f"output_dir: {file} is no folder to write to"):
+        trainer(folder, save_strategy="steps")
+
+
 def test_a_step_outside_of_training_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     batch = next(iter(run.get_train_dataloader()))

@@ -113,6 +113,29 @@ def test_what_a_step_would_skip_is_refused() -> None:
             bilevel(kind)
 
 
+class Optimizing(Confident):
+    """With an optimizer of its own where ``rate`` is given, as LLaMA-Factory's."""
+
+    rate: float | None = None
+
+    def create_optimizer(self, *args: Any) -> Any:
+        if self.optimizer is None and self.rate is not None:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.rate)
+        return super().create_optimizer(*args)
+
+
+def test_an_optimizer_of_the_parent_s_own_holds_the_levels_variables(tmp_path: Path) -> None:
+    ends = [
+        values(trained(kind, tmp_path, peft_model(dropout=0.0), **two).model)
+        for two in [{"train_dataset": data(), "upper_dataset": data(rows=8, seed=1)}]
+        for kind in (BiDoRATrainer.over(Confident), BiDoRATrainer.over(Optimizing))
+    ]
+    assert not differences(*ends)
+    own = type("Own", (Optimizing,), {"rate": 0.1})
+    with pytest.raises(ProblemError, match=r"create_optimizer: .* remove tensors of shape"):
+        trained(BiDoRATrainer.over(own), tmp_path, peft_model(), train_dataset=data())
+
+
 @pytest.mark.parametrize("kind", [BilevelTrainer, bilevel(Confident)])
 def test_a_name_is_no_model_where_the_parent_loads_none(tmp_path: Path, kind: Any) -> None:
     args = kind.Arguments(str(tmp_path), **SETTINGS)

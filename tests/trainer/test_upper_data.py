@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
 from hyperopt_peft import ProblemError, split_dataset
-from hyperopt_peft.trainer.data import require_apart, require_examples
+from hyperopt_peft.trainer.data import require_apart, require_examples, warn_of_repeated_rows
 from hyperopt_peft.trainer.upper_batches import UpperBatches
 
 N = 40
@@ -215,3 +218,27 @@ def test_a_whole_batch_is_every_example_once(
     mean = sum(weight * sum(part) / len(part) for part, weight in pieces) / len(pieces)
     assert mean == pytest.approx((rows - 1) / 2)
     assert sum(weight for _, weight in pieces) == pytest.approx(len(pieces))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "1 rows are repeated"),
+        ({"world_size": 1}, ""),
+        ({"train_batch_size": 1, "world_size": 5}, "2 rows are repeated"),
+        ({"train_batch_size": 1, "world_size": 23}, ""),
+        ({"dataloader_drop_last": True}, ""),
+    ],
+)
+def test_rows_that_processes_repeat_are_warned_of(
+    changes: Any, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 23 rows, as `accelerate.data_loader.BatchSamplerShard` gives them out."""
+    settings = {"train_batch_size": 2, "world_size": 2, "dataloader_drop_last": False, **changes}
+    warn_of_repeated_rows(range(23), SimpleNamespace(should_log=True, **settings))
+    assert words in caplog.text and bool(words) == bool(caplog.text)
+    size, count = settings["train_batch_size"], settings["world_size"]
+    sampler = BatchSampler(range(23), size, settings["dataloader_drop_last"])
+    shards = [BatchSamplerShard(sampler, count, k) if count > 1 else sampler for k in range(count)]
+    given_out = sum(len(batch) for shard in shards for batch in shard)
+    assert (given_out > 23) == bool(words)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import get_peft_model
 
 from hyperopt_peft import (
@@ -44,10 +45,13 @@ def end(trainer: Any) -> dict[str, Any]:
     }
 
 
-def same_as_parent(folder: Path, parent: type, layout: str, **settings: Any) -> None:
+def same_as_parent(
+    folder: Path, parent: type, layout: str, *, experts: int = 0, **settings: Any
+) -> None:
     ends = []
     for kind in (None, BilevelTrainer):
-        trainer = made(folder / str(kind), parent, kind, layout, **settings)
+        options = {"model": language_model(experts=experts)} if experts else {}
+        trainer = made(folder / str(kind), parent, kind, layout, options=options, **settings)
         trainer.train()
         ends.append(end(trainer))
     # The lower level's numbers are logged besides the parent's.
@@ -71,6 +75,56 @@ def test_one_level_over_sft_is_sft_in_each_layout(
     tmp_path: Path, layout: str, accumulation: int
 ) -> None:
     same_as_parent(tmp_path, SFT, layout, gradient_accumulation_steps=accumulation)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "more"), [(1, {}), (3, {"router_aux_loss_coef": 1.0})], ids=str
+)
+def test_one_level_of_experts_is_sft(tmp_path: Path, accumulation: int, more: Any) -> None:
+    """With the router's auxiliary loss, which is in the metrics too."""
+    settings = {"gradient_accumulation_steps": accumulation, **more}
+    same_as_parent(tmp_path, SFT, "completion", experts=4, **settings)
+
+
+@pytest.mark.parametrize("estimator", ["direct", "darts"])
+def test_both_levels_train_the_routers_auxiliary_loss(tmp_path: Path, estimator: str) -> None:
+    """F and f are the cross entropy of all labels and the mean of coefficient · auxiliary loss.
+
+    Two micro-batches of a row below, three above.
+    """
+    off = {"bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 1}
+    logs = []
+    for coefficient in (0.0, 3.0):
+        trainer = made(
+            tmp_path / str(coefficient),
+            SFT,
+            BiDoRATrainer,
+            options={
+                "model": language_model(experts=4),
+                "train_dataset": rows(count=2),
+                "upper_dataset": rows(count=3, seed=1),
+            },
+            adapter={"use_dora": True, "target_modules": ["q_proj", "o_proj"]},
+            **{"retrain": "none", "lower_steps": 1, "hypergradient": estimator, "max_steps": 1},
+            **{"gradient_accumulation_steps": 2, "router_aux_loss_coef": coefficient, **off},
+        )
+        data = trainer.train_dataset, trainer.upper_dataset
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        mean = [mean_auxiliary_loss(trainer, table) for table in data]
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+        for name, p in trainer.model.named_parameters():
+            assert p.requires_grad == (not torch.equal(p, before[name])), name
+    for key, auxiliary in zip(("loss", "upper_loss"), mean, strict=True):
+        gain = logs[1][key] - logs[0][key]
+        assert gain == pytest.approx(3.0 * auxiliary, rel=1e-5), key
+
+
+@torch.no_grad()
+def mean_auxiliary_loss(trainer: Any, table: Any) -> float:
+    batches = [trainer.data_collator([row]) for row in table]
+    losses = [trainer.model(**batch, output_router_logits=True).aux_loss for batch in batches]
+    return float(sum(losses)) / len(losses)
 
 
 @pytest.mark.slow
@@ -185,6 +239,15 @@ def test_bad_input_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(ProblemError, match=message):
         made(tmp_path, SFT, BiDoRATrainer, options={"model": "none", **options}, **settings)
+
+
+def test_an_exact_product_of_a_fused_head_is_refused_before_any_step(tmp_path: Path) -> None:
+    pytest.importorskip("trl", minversion="1.16")
+    settings = {"lower_steps": 3, "hypergradient": "minres", "gradient_checkpointing": False}
+    trainer = made(tmp_path, SFT, BiDoRATrainer, adapter={"use_dora": True}, **settings)
+    with pytest.raises(ProblemError, match=r"no second derivative.*product=.difference"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def plain(data: Any) -> Any:

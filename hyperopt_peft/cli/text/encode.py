@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from datasets import ClassLabel, Dataset, Value
+from transformers.utils import logging
 
 from hyperopt_peft.cli.text.data import DataArguments, cache_folder, require_columns
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
+logger = logging.get_logger(__name__)
 #: Some rows, as the values of each column.
 Batch = Mapping[str, list[Any]]
 
@@ -89,7 +92,7 @@ class Encoder:
                 )
         elif self.task in ("causal-lm", "seq2seq"):
             texts.append(last)
-        elif not self.names and not (isinstance(label, int | float) and math.isfinite(label)):
+        elif not self.names and not math.isfinite(_number(label)):
             raise ProblemError(f"the label {label!r} is no finite number; correct or remove it")
         for column in texts:
             if not isinstance(row[column], str) or not row[column].strip():
@@ -111,9 +114,8 @@ class Encoder:
         return self.tokenizer(*texts, truncation=True, max_length=self.args.max_length, **options)
 
     def _labelled(self, batch: Batch) -> Batch:
-        labels = batch[self.args.label_column]
-        if self.names:
-            labels = [self.names.index(label) for label in labels]
+        number: Callable[[Any], float] = self.names.index if self.names else _number
+        labels = [number(label) for label in batch[self.args.label_column]]
         return {**self._tokens(*map(batch.get, self.args.text_columns)), "labels": labels}
 
     def _tags(self, batch: Batch) -> Batch:
@@ -156,6 +158,14 @@ class Encoder:
         return {**self._tokens(sources), "labels": targets["input_ids"]}
 
 
+def _number(label: Any) -> float:
+    """NaN for no number; one entry that is none makes a column of a file one of text."""
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def check_each(
     check: Callable[[Any], None], values: Iterable[Any], indices: Iterable[int], where: str
 ) -> None:
@@ -185,6 +195,12 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
     names = tuple(str(value) for value in sorted(set(values)))
     if len(names) < 2 or not all(map(str.strip, names)):
         raise ProblemError(f"column {column!r} has one class, or a blank one; correct its rows")
+    single = [value for value, count in Counter(values).items() if count == 1]
+    if single and inner is feature and len(values) > 5 * len(names):
+        label = str(single[0])
+        near = did_you_mean(label, [name for name in names if name != label])
+        row = values.index(single[0])
+        logger.warning(f"row {row} (from 0) alone has the label {label!r}{near}")
     return names
 
 

@@ -155,6 +155,9 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> 
     if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
         targets = ALL_LINEAR
         exclude = rf".*({'|'.join(map(re.escape, trained))})(\..*)?" if trained else None
+    width = getattr(model.config.get_text_config(), "hidden_size", args.rank)
+    if args.rank > width:
+        raise ProblemError(f"rank: must be at most the hidden_size {width}, got {args.rank}")
     try:
         config = LoraConfig(
             task_type=task.peft,
