@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from hyperopt_peft import Problem
+from hyperopt_peft.utils.random_state import RandomState
 
 
 class Network(nn.Module):
@@ -134,7 +135,7 @@ def snapshot(*levels: Classify) -> dict[str, Any]:
             for name, p in net.named_parameters()
         },
         "optimizers": optimizers,
-        "random": torch.get_rng_state(),
+        "random": RandomState.capture().states,
         "modes": [module.training for module in net.modules()],
         "hooks": len(nn.modules.module._global_forward_pre_hooks),
     }
