@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ class LossRule:
         if self._reads_items is None:
             batch = send_to_device(batch, self.device)
             self._reads_items = self._differs(
-                lambda items: self.loss({**batch, ITEMS: items, MICRO_BATCHES: 1})
+                # Of a copy, since a model may mask its inputs in place, as Whisper does.
+                lambda items: self.loss({**deepcopy(batch), ITEMS: items, MICRO_BATCHES: 1})
             )
         return self._reads_items is not False
 
@@ -113,7 +115,7 @@ class LossRule:
         """Whether ``compute``, the parent's loss of ``inputs``, depends on the number of labels."""
         if self._model_reads_items is None:
             self._model_reads_items = self._differs(
-                lambda items: compute(model, dict(inputs), num_items_in_batch=items)
+                lambda items: compute(model, deepcopy(dict(inputs)), num_items_in_batch=items)
             )
         return self._model_reads_items is not False
 
