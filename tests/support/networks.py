@@ -1,8 +1,10 @@
 """A small classifier that remembers, drops and normalises, as two levels over one network."""
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -108,6 +110,27 @@ def adam_levels(
             )
         )
     return levels
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of PyTorch, NumPy and Python."""
+    for function in (torch.manual_seed, np.random.seed, random.seed):
+        function(seed)
+
+
+def draw_from_all(*levels: Classify) -> None:
+    """Let each loss depend on NumPy's and Python's numbers too; the second normal one is cached."""
+
+    def drawing(loss: Any) -> Any:
+        def drawn(batch: Any) -> Any:
+            result = loss(batch)
+            factor = 1 + np.random.rand() + abs(np.random.normal()) + random.random()
+            return {**result, "loss": result["loss"] * factor}
+
+        return drawn
+
+    for level in levels:
+        level.loss = drawing(level.loss)  # type: ignore[method-assign]
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

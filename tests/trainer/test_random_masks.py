@@ -1,4 +1,4 @@
-"""Losses that draw their masks from NumPy, as SpecAugment does, or from a generator of their own."""
+"""Losses with masks from NumPy, as SpecAugment has, or from a generator of their own."""
 
 from __future__ import annotations
 

@@ -13,8 +13,6 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 CPU = [torch.device("cpu")]
 
 
-
-
 def draw() -> list[float]:
     """Numbers of each global generator; an odd count of normal ones leaves a second cached."""
     host = [random.random(), random.gauss(), np.random.rand(), np.random.normal()]
