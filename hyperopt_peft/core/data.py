@@ -32,10 +32,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class DataStream:
     """The batches of ``data``, epoch after epoch; any position can be restored.
 
-    A shuffled DataLoader draws its order from PyTorch's CPU generator. Here ``data`` draws from a
-    random stream of its own, seeded by the generator's state at construction and by ``name``. The
-    order then depends neither on `peek` nor on other levels. A generator that was given to the
-    DataLoader or to its sampler is used unchanged.
+    A shuffled DataLoader draws its order from PyTorch's CPU generator, and a data set may draw from
+    Python's and NumPy's. Here ``data`` draws from random streams of its own, seeded by the state of
+    PyTorch's generator at construction and by ``name``. The batches then depend neither on `peek`
+    nor on other levels. A generator that was given to the DataLoader or to its sampler is used
+    unchanged.
 
     The order of an epoch is a function of the generator states at its start. ``state_dict``
     contains these states and the position in the epoch.
@@ -57,9 +58,9 @@ class DataStream:
         require_batches(name, data)
         self.data, self.name = data, name
         current = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
-        self._random = RandomState.seeded([], current, name).states["cpu"]
+        self._random = RandomState.seeded([], current, name)
         self._iterator: Iterator[Any] | None = None
-        self._epoch_state: dict[str, Tensor] = {}
+        self._epoch_state: dict[str, Any] = {}
         self._position = 0
         self._peeked: list[Any] = []
 
@@ -107,10 +108,10 @@ class DataStream:
         self._restore(state["now"])
 
     def _draw(self) -> Any:
-        with replay(RandomState({"cpu": self._random})):
+        with replay(self._random):
             for _ in range(2):
                 if self._iterator is None:
-                    self._random = torch.get_rng_state()
+                    self._random = RandomState.capture()
                     self._epoch_state = self._capture()
                     self._iterator, self._position = iter(self.data), 0
                 try:
@@ -119,7 +120,7 @@ class DataStream:
                     self._iterator = None
                 else:
                     self._position += 1
-                    self._random = torch.get_rng_state()
+                    self._random = RandomState.capture()
                     return batch
         raise ProblemError(_empty(self.name))
 
@@ -131,12 +132,12 @@ class DataStream:
         generators = {key: getattr(owner, "generator", None) for key, owner in owners.items()}
         return {key: g for key, g in generators.items() if isinstance(g, torch.Generator)}
 
-    def _capture(self) -> dict[str, Tensor]:
+    def _capture(self) -> dict[str, Any]:
         states = {key: g.get_state() for key, g in self._generators().items()}
-        return {"stream": self._random, **states}
+        return {"stream": dict(self._random.states), **states}
 
-    def _restore(self, states: Mapping[str, Tensor]) -> None:
-        self._random = states["stream"]
+    def _restore(self, states: Mapping[str, Any]) -> None:
+        self._random = RandomState(states["stream"])
         for key, generator in self._generators().items():
             # A sampler may create its generator only in its first epoch.
             if key in states:

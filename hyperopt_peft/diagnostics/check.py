@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
@@ -23,12 +23,7 @@ from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.autograd import refuses_in_place_edit
 from hyperopt_peft.utils.distributed import to_local
-from hyperopt_peft.utils.random_state import (
-    RandomState,
-    host_random_state,
-    replay,
-    restore_host_random_state,
-)
+from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.signal_to_noise import ADVICE, MIN_SAMPLES, SignalToNoise
 from hyperopt_peft.utils.validation import require_count
@@ -53,9 +48,9 @@ def check_problem(
 
     Errors: a tensor that both levels own; a variable that no loss reads; a loss that is not a
     scalar with a gradient, is not finite, writes to a variable, or is not a function of its batch,
-    the variables and PyTorch's random state. Warnings: no implicit term; f without second
-    derivative; negative curvature; a linear system that ``solver_steps`` steps do not solve; a
-    lower level far from its minimum.
+    the variables and the random state. Warnings: no implicit term; f without second derivative;
+    negative curvature; a linear system that ``solver_steps`` steps do not solve; a lower level far
+    from its minimum.
 
     The distance from the lower minimum is measured by the change of the hypergradient by a Newton
     step on copies of w (conjugate gradients, shortened until f falls), divided by ‖direct‖ +
@@ -104,17 +99,13 @@ def check_problem(
         return Check((Finding("shared tensor", "error", "both levels", str(error), advice),))
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     pairs = _pairs(oracle, upper_batches, lower_batches)
-    host = host_random_state()  # after the draws of the data, which are not undone
-    try:
-        with ExitStack() as stack:
-            most = 5 * solver_steps + 20 + len(pairs) * (solver_steps + 3)
-            oracle.passes = stack.enter_context(counted("check", most, progress=progress))
-            start = stack.enter_context(perturbed((*upper.variables, *lower.variables)))
-            stack.enter_context(oracle.open())
-            examination = _Examination(oracle, start, seed, solver_steps, pairs)
-            examination.run()
-    finally:
-        restore_host_random_state(host)
+    with ExitStack() as stack:
+        most = 5 * solver_steps + 20 + len(pairs) * (solver_steps + 3)
+        oracle.passes = stack.enter_context(counted("check", most, progress=progress))
+        start = stack.enter_context(perturbed((*upper.variables, *lower.variables)))
+        stack.enter_context(oracle.open())
+        examination = _Examination(oracle, start, seed, solver_steps, pairs)
+        examination.run()
     findings = sorted(examination.findings, key=lambda finding: finding.severity)
     return Check(tuple(findings), examination.curvature, examination.signal_to_noise)
 
@@ -163,7 +154,7 @@ class _Examination:
 
     def _first_order(self, level: Problem, batch: Any, random: RandomState) -> LossGradient | None:
         """Add the findings of a few evaluations of a loss; None if the loss has no gradient."""
-        versions, host = [x._version for x in self._variables], host_random_state()
+        versions = [x._version for x in self._variables]
         evaluation = None
         try:
             evaluation = self._evaluate(level, batch, random)
@@ -185,7 +176,7 @@ class _Examination:
             self._add("in-place edit", "error", level, words, _NO_EDITS)
         if evaluation is None or edited:
             return None
-        self._randomness(level, batch, random, evaluation, host)
+        self._randomness(level, batch, random, evaluation)
         return evaluation
 
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> LossGradient:
@@ -215,22 +206,16 @@ class _Examination:
         return edited
 
     def _randomness(
-        self,
-        level: Problem,
-        batch: Any,
-        random: RandomState,
-        first: LossGradient,
-        host: Mapping[str, Any],
+        self, level: Problem, batch: Any, random: RandomState, first: LossGradient
     ) -> None:
-        """Add a finding if the loss depends on other state than PyTorch's."""
-        if not self._differs(level, first, self._evaluate(level, batch, random)):
-            return
-        restore_host_random_state(host)
-        of_host = not self._differs(level, first, self._evaluate(level, batch, random))
-        source = "draws from Python's or NumPy's generator" if of_host else "keeps a state"
-        words = f"two evaluations from one random state differ: the loss {source}"
-        advice = "draw with PyTorch's generators, and keep nothing from one call to the next"
-        self._add("not reproducible", "error", level, words, advice)
+        """Add a finding if the loss depends on other state than that of the global generators."""
+        if self._differs(level, first, self._evaluate(level, batch, random)):
+            words = "two evaluations from one random state differ: the loss keeps a state"
+            advice = (
+                "draw from the global generators of PyTorch, NumPy or Python, which are replayed, "
+                "and keep nothing from one call to the next"
+            )
+            self._add("not reproducible", "error", level, words, advice)
 
     def _differs(self, level: Problem, one: LossGradient, other: LossGradient) -> bool:
         """Whether two evaluations differ by more than the rounding of sums in another order."""

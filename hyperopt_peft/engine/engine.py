@@ -16,18 +16,14 @@ from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.hypergradients.state import unpacked
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.random_state import (
-    RandomState,
-    host_random_state,
-    restore_host_random_state,
-)
+from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.validation import require_count, require_settings
 
 Record = dict[str, Any]
 T = TypeVar("T")
 #: The entries of a state.
 ENTRIES = {"settings", "step", "lower_step", "skipped", "upper", "lower", "estimator", "random"}
-ENTRIES |= {"host_random", "callbacks", "history"}
+ENTRIES |= {"callbacks", "history"}
 
 
 class Engine:
@@ -169,7 +165,6 @@ class Engine:
             "lower": self.lower.state_dict(),
             "estimator": self._step.state_dict(),
             "random": dict(RandomState.capture(self._step.devices).states),
-            "host_random": host_random_state(),
             "callbacks": [callback.state_dict() for callback in self._stateful],
             "history": [dict(record) for record in self.history],
         }
@@ -204,7 +199,6 @@ class Engine:
         for callback, saved in zip(self._stateful, state["callbacks"], strict=True):
             callback.load_state_dict(saved)
         RandomState(state["random"]).restore()
-        restore_host_random_state(state["host_random"])
 
     def save(self, path: str | Path) -> None:
         """Write ``state_dict()`` to the file ``path`` in one atomic replacement.

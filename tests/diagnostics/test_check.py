@@ -11,7 +11,7 @@ from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems.hypercleaning import digits
 from hyperopt_peft.problems.logistic import breast_cancer
 from hyperopt_peft.problems.ridge import diabetes
-from hyperopt_peft.utils.random_state import host_random_state
+from hyperopt_peft.utils.random_state import RandomState
 from tests.support.chains import chain, nested
 from tests.support.networks import differences, network_levels
 from tests.support.quadratic import FunctionLevel, Once, flat, program, symmetric
@@ -25,7 +25,7 @@ def examine(upper, lower, **options):
 
     def state():
         values = [[x.detach().clone(), x.grad.clone()] for x in variables]
-        return [values, torch.get_rng_state(), host_random_state()]
+        return [values, RandomState.capture().states]
 
     before = state()
     check = check_problem(upper, lower, progress=False, **options)
@@ -157,8 +157,7 @@ FAULTS = [
     (write_to_the_other_level, "in-place edit", "writes to above's u"),
     (write_after_use, "in-place edit", "writes to below's w"),
     (lambda w, u: w.mul_(2).sum(), "in-place edit", "leaf Variable"),
-    (unlike(random.random), "not reproducible", "Python's or NumPy's"),
-    (unlike(np.random.rand), "not reproducible", "Python's or NumPy's"),
+    (unlike(np.random.default_rng(0).random), "not reproducible", "keeps a state"),
     (unlike(iter(range(1000)).__next__), "not reproducible", "keeps a state"),
     (lambda w, u: (w - 2).log().sum(), "not finite", "the loss is nan"),
     (lambda w, u: (w - 1).sqrt().sum(), "not finite", "the gradient is not finite"),
@@ -174,6 +173,12 @@ def test_a_faulty_loss_is_named(term, kind, words, level):
     assert words in findings[-1].words
     assert {(finding.level, finding.severity) for finding in findings} == {(level, "error")}
     assert check.curvature is None  # whose differences of such a loss are noise
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_a_loss_may_draw_from_any_global_generator(draw):
+    check = Pair(lambda w, u: draw() * w.square().sum(), unlike(draw)).check()
+    assert not kinds(check, "error")
 
 
 def test_a_second_derivative_that_is_not_finite():
@@ -328,7 +333,7 @@ def test_a_loss_without_a_gradient():
 
 
 def test_the_worst_comes_first():
-    pair = Pair(lambda w, u: random.random() * w.sum())
+    pair = Pair(unlike(np.random.default_rng(0).random))
     pair.upper.function = lambda _: pair.u.square().sum()
     severities = [finding.severity for finding in pair.check().findings]
     assert severities == ["error", "warning"]

@@ -18,7 +18,7 @@ from hyperopt_peft import (
 )
 from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
-from hyperopt_peft.utils.random_state import host_random_state
+from hyperopt_peft.utils.random_state import RandomState
 from tests.support.by_hand import OPTIMIZERS
 from tests.support.networks import differences, give_gradients, network_levels, snapshot
 from tests.support.quadratic import FunctionLevel, Level, Program, flat, program
@@ -145,7 +145,7 @@ def test_everything_is_bit_identical_afterwards(run: Any, error: Any) -> None:
 
     def state() -> Any:
         data = [deepcopy(level.state_dict()) for level in levels]
-        return [snapshot(*levels), data, host_random_state()]
+        return [snapshot(*levels), data, RandomState.capture().states]
 
     before = state()
     with pytest.raises(error) if error else nullcontext():

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
 from hyperopt_peft import Engine, Nested, ProblemError
-from tests.support.networks import adam_levels, differences
+from tests.support.networks import adam_levels, differences, draw_from_all, seed_all
 
 STEPS = 8
 WARM = ("warm", "f2sa:inner_steps=2", "penalty:inner_steps=2")  # with a state between two steps
@@ -63,6 +63,28 @@ def test_a_resumed_run_is_bit_identical(
         assert resumed.step == len(resumed.history) == stop
         resumed.run(STEPS - stop)
         assert not differences(everything(resumed), everything(unbroken))
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_a_resumed_run_replays_the_numbers_of_all_generators(levels: int, tmp_path: Path) -> None:
+    """Those of losses that draw from NumPy and Python too."""
+
+    def drawing(seed: int) -> Engine:
+        run = engine(levels=levels)
+        draw_from_all(*run.upper.levels, *run.lower.levels)
+        seed_all(seed)
+        return run
+
+    unbroken = drawing(3)
+    unbroken.run(STEPS)
+    first = drawing(3)
+    first.run(3)
+    first.save(tmp_path / "engine.pt")
+    resumed = drawing(99)
+    resumed.upper.net.load_state_dict(first.upper.net.state_dict())
+    resumed.load(tmp_path / "engine.pt")
+    resumed.run(STEPS - 3)
+    assert not differences(everything(resumed), everything(unbroken))
 
 
 def test_a_state_is_a_copy() -> None:

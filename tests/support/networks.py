@@ -1,8 +1,10 @@
 """A small classifier that remembers, drops and normalises, as two levels over one network."""
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -10,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from hyperopt_peft import Problem
+from hyperopt_peft.utils.random_state import RandomState
 
 
 class Network(nn.Module):
@@ -109,6 +112,27 @@ def adam_levels(
     return levels
 
 
+def seed_all(seed: int) -> None:
+    """Seed the global generators of PyTorch, NumPy and Python."""
+    for function in (torch.manual_seed, np.random.seed, random.seed):
+        function(seed)
+
+
+def draw_from_all(*levels: Classify) -> None:
+    """Let each loss depend on NumPy's and Python's numbers too; the second normal one is cached."""
+
+    def drawing(loss: Any) -> Any:
+        def drawn(batch: Any) -> Any:
+            result = loss(batch)
+            factor = 1 + np.random.rand() + abs(np.random.normal()) + random.random()
+            return {**result, "loss": result["loss"] * factor}
+
+        return drawn
+
+    for level in levels:
+        level.loss = drawing(level.loss)  # type: ignore[method-assign]
+
+
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
     """Where two structures of tensors and plain values are not equal bit by bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -134,7 +158,7 @@ def snapshot(*levels: Classify) -> dict[str, Any]:
             for name, p in net.named_parameters()
         },
         "optimizers": optimizers,
-        "random": torch.get_rng_state(),
+        "random": RandomState.capture().states,
         "modes": [module.training for module in net.modules()],
         "hooks": len(nn.modules.module._global_forward_pre_hooks),
     }

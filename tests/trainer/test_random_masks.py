@@ -1,0 +1,160 @@
+"""Losses with masks from NumPy, as SpecAugment has, or from a generator of their own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from hyperopt_peft import bilevel
+from hyperopt_peft.problems.common import Adapter, TaskLevel
+from tests.support.class_weights import rows
+from tests.support.networks import differences
+from tests.support.resume import require_same_end
+from tests.support.speech import MODELS, speech_model, speech_rows
+from tests.support.trainers import values
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 3,
+    "lr_scheduler_type": "constant",
+    "seed": 3,
+}
+KINDS = pytest.mark.parametrize("kind", MODELS)
+
+
+class MeanOfRows(Trainer):
+    """Says of its loss what the trainer otherwise measures."""
+
+    loss_is_scaled_for_ga = False
+
+
+def of_parameters(name: str) -> Any:
+    """A level of the parameters with ``name`` in theirs, with the Trainer's loss."""
+
+    def level(trainer: Any) -> TaskLevel:
+        named = [(n, p) for n, p in trainer.model.named_parameters() if name in n]
+        return TaskLevel(trainer.model, named, task_loss=trainer.task_loss, name=name)
+
+    return level
+
+
+def two_levels(
+    folder: Path, callbacks: Any = (), *, kind: str, parent: Any = Trainer, **settings: Any
+) -> Any:
+    """LoRA's A below and B above, of whose batch there are four pieces."""
+    make = bilevel(parent)
+    more = {"upper_learning_rate": 1e-2, "hypergradient": "darts", **settings}
+    made = make(
+        speech_model(kind),
+        lower=of_parameters("lora_A"),
+        upper=of_parameters("lora_B"),
+        args=make.Arguments(str(folder), **SETTINGS | more),
+        train_dataset=speech_rows(kind, 16),
+        upper_dataset=speech_rows(kind, 8, seed=1),
+        callbacks=list(callbacks),
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def logs(trainer: Any) -> list[dict[str, float]]:
+    names = ("loss", "grad_norm", "lower_grad_norm", "upper_loss", "upper_grad_norm")
+    return [{k: x[k] for k in names if k in x} for x in trainer.state.log_history if "loss" in x]
+
+
+@KINDS
+def test_one_level_is_the_trainer(tmp_path: Path, kind: str) -> None:
+    """Bit for bit: what is measured of the loss draws no number.
+
+    With several micro-batches Transformers trains the sum of their losses here, see `LossRule`.
+    """
+    ends, settings = [], {**SETTINGS, "gradient_accumulation_steps": 1}
+    levels = {"lower": lambda made: Adapter(made.model, task_loss=made.task_loss), "upper": None}
+    for parent, more in ((Trainer, {}), (bilevel(Trainer), levels)):
+        args = getattr(parent, "Arguments", TrainingArguments)(str(tmp_path), **settings)
+        model = speech_model(kind)
+        trainer = parent(model=model, args=args, train_dataset=speech_rows(kind, 16), **more)
+        trainer.train()
+        losses = [(x["loss"], x["grad_norm"]) for x in logs(trainer)]
+        ends.append((values(model), losses, np.random.get_state()[1].tolist()))
+    assert not differences(*ends)
+
+
+@KINDS
+@pytest.mark.parametrize("method", ["direct", "darts", "cg:steps=2"])
+def test_losses_and_gradients_are_those_of_a_mean(tmp_path: Path, kind: str, method: str) -> None:
+    """Those of a class that says so, with several pieces at both levels."""
+    ends = []
+    for parent in (Trainer, MeanOfRows):
+        made = two_levels(tmp_path, kind=kind, parent=parent, hypergradient=method)
+        made.train()
+        ends.append(logs(made))
+    for ours, expected in zip(*ends, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3)
+
+
+@KINDS
+def test_an_upper_level_that_stays_changes_nothing_below(tmp_path: Path, kind: str) -> None:
+    """The lower level's masks depend neither on the estimator nor on the upper level's pieces."""
+    ends = []
+    for settings in ({"hypergradient": "direct", "lower_steps": 4}, {"hypergradient": "darts"}):
+        made = two_levels(tmp_path, kind=kind, upper_learning_rate=0.0, **settings)
+        made.train()
+        ends.append((values(made.model), np.random.get_state()[1].tolist()))
+    assert not differences(*ends)
+
+
+@KINDS
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, kind: str) -> None:
+    def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
+        saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "logging_steps": 2}
+        return two_levels(folder, callbacks, kind=kind, **saved)
+
+    require_same_end(tmp_path, (3,), (7,), make=make)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loss_with_a_generator_of_its_own_is_not_taken_for_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reads: bool
+) -> None:
+    """Neither one that ignores the count of labels, nor a sum that is divided by it."""
+    random = np.random.default_rng(0)
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        """Log 3, since the model knows nothing, times a half to three halves."""
+        total = cross_entropy(0 * outputs, labels, reduction="sum")
+        return total / (num_items_in_batch if reads else len(labels)) * (0.5 + random.random())
+
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    make, rate = bilevel(Trainer), {"learning_rate": 0.0, "upper_learning_rate": 0.0}
+    made = make(
+        Linear(6, 3),
+        lower=of_parameters("weight"),
+        upper=of_parameters("bias"),
+        args=make.Arguments(str(tmp_path), **SETTINGS | rate, hypergradient="direct"),
+        train_dataset=rows(24, 0),
+        upper_dataset=rows(8, 1),
+        compute_loss_func=loss,
+    )
+    made.train()
+    for log in logs(made):
+        assert 0.5 <= log["loss"] / math.log(3) <= 1.5
+        assert 0.5 <= log["upper_loss"] / math.log(3) <= 1.5
+    assert "generator of its own" in caplog.text
