@@ -291,11 +291,9 @@ class Problem:
             NonFiniteError: ``loss`` or an entry of ``gradient`` is NaN or infinite.
         """
         slopes = [slope for slope in gradient if slope is not None]
-        value, *squares = to_floats([loss, *squares_of(slopes, wide=False)])
+        value, *squares = to_floats([loss, *squares_of(slopes)])
         if not math.isfinite(value):
             raise NonFiniteError(f"{self.name}: the loss is {value}")
-        if not all(1e-30 < square < math.inf for square in squares):  # zero, or beyond float32
-            squares = to_floats(squares_of(slopes))
         if not math.isfinite(sum(squares)) and not all_finite(slopes):
             raise NonFiniteError(f"{self.name}: the gradient is not finite at loss {value:.6g}")
         norms = (square**0.5 for square in squares)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_half
+from hyperopt_peft.utils.distributed import to_local
 from hyperopt_peft.utils.validation import require_settings
 
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
@@ -35,8 +37,8 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     """The names and the tensors of ``variables``; a tensor without a name gets a number.
 
     Raises:
-        ProblemError: there are no variables; one is no leaf or requires no gradient; or one
-            tensor or one name is given twice.
+        ProblemError: there are no variables; one is no leaf, requires no gradient or has entries
+            in one place of memory; two share memory; or one name is given twice.
     """
     if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
         raise ProblemError(
@@ -59,6 +61,10 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
             raise ProblemError(
                 f"{level}: {name} is computed from other tensors; give the leaf it is computed from"
             )
+        if not _stretch(tensor):
+            raise ProblemError(
+                f"{level}: several entries of {name} have one place in memory; give a clone() of it"
+            )
         pairs.append((name, tensor))
     if not pairs:
         raise ProblemError(f"{level}: the level has no variables; give at least one tensor")
@@ -66,21 +72,41 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     for name, count in Counter(names).items():
         if count > 1:
             raise ProblemError(f"{level}: two variables are called {name!r}; give unique names")
-    if twice := one_tensor(pairs):
-        raise ProblemError(f"{level}: {twice[0]} and {twice[1]} are one tensor; give it once")
+    if twice := shared_memory(pairs):
+        raise ProblemError(
+            f"{level}: {twice[0]} and {twice[1]} share memory; give one of them, or a clone()"
+        )
     return names, tensors
 
 
-def one_tensor(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two entries that are one tensor, or start in one place of memory, or None."""
-    names: dict[Any, str] = {}
+def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two entries that are one tensor or lie in one stretch of memory, or None."""
+    seen: dict[int, str] = {}
+    stretches: list[tuple[str, int, int, str]] = []
     for name, tensor in named:
-        place = tensor.data_ptr()  # 0 of an empty or a sharded tensor
-        key = (tensor.device, place) if place else id(tensor)
-        if key in names:
-            return names[key], name
-        names[key] = name
+        if id(tensor) in seen:
+            return seen[id(tensor)], name
+        seen[id(tensor)] = name
+        (here,) = to_local([tensor])
+        if start := here.data_ptr():  # 0 of a tensor without entries or without memory
+            end = start + _stretch(here) * here.element_size()
+            stretches.append((str(here.device), start, end, name))
+    # Of stretches sorted by their starts two neighbours overlap if any two do.
+    for (device, _, end, name), (place, start, _, other) in pairwise(sorted(stretches)):
+        if device == place and start < end:
+            return name, other
     return None
+
+
+def _stretch(tensor: Tensor) -> int:
+    """The places in memory from the first entry to the last; 0 if two entries may have one."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return 0
+            reach += (size - 1) * stride
+    return reach
 
 
 def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]:

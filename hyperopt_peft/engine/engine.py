@@ -63,7 +63,7 @@ class Engine:
     A loss must not write to parameters through ``.data``, which autograd does not record.
 
     Raises:
-        ProblemError: a level has no optimizer; both levels own one tensor; the estimator or an
+        ProblemError: a level has no optimizer; two variables share memory; the estimator or an
             option is unknown; or, at the first step, no loss reads a variable.
 
     Example:

@@ -69,7 +69,7 @@ class Nested(Problem):
             estimator (darts). With 0, w does not move and ∂²G̃ lacks the term of ∂w*/∂v.
 
     Raises:
-        ProblemError: two levels own one tensor; ``middle`` is a `Nested` level; the estimator
+        ProblemError: two variables share memory; ``middle`` is a `Nested` level; the estimator
             cannot be used here; or, at the first step, no loss reads a variable of ``lower``.
 
     Example:

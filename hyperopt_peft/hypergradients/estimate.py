@@ -40,7 +40,7 @@ def open_oracle(
     The random numbers of both losses start from the current random state, or from ``seed``.
 
     Raises:
-        ProblemError: both levels own the same tensor.
+        ProblemError: variables of the two levels share memory.
 
     Example:
         >>> from hyperopt_peft.problems.ridge import diabetes

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord, devices_of, variables_of
-from hyperopt_peft.core.validation import one_tensor
+from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.products import (
@@ -262,7 +262,7 @@ class Oracle:
 
 
 def check_ownership(*levels: Problem) -> None:
-    """Raise ProblemError if two levels own one tensor, or an argument is not a Problem."""
+    """Raise ProblemError if variables of two levels share memory, or one is not a Problem."""
     for level in levels:
         if not isinstance(level, Problem):
             raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
@@ -281,7 +281,7 @@ def check_ownership(*levels: Problem) -> None:
         for level in (below for each in levels for below in each.levels)
         for name, variable in zip(level.names, level.variables, strict=True)
     ]
-    if pair := one_tensor(named):
+    if pair := shared_memory(named):
         raise ProblemError(
-            f"both levels own the same tensor: {pair[0]} is {pair[1]}; give it to one level"
+            f"{pair[0]} and {pair[1]} share memory; give the tensor to one level, or a clone()"
         )

@@ -314,7 +314,7 @@ def default_epsilon(
     """
     delta = machine_epsilon((*point, *beside)) ** ((2 / 3) ** differences)
     order = 2 if scheme == "central" else 1
-    length: Tensor = reductions.summed(reductions.squares(point, wide=False)).sqrt()
+    length: Tensor = reductions.summed(reductions.squares(point)).sqrt()
     return (1 + length).mul(delta).pow(1 / (1 + order))
 
 

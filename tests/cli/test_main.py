@@ -63,7 +63,7 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
     while "0/100000" not in seen and (character := process.stderr.read(1)):
         seen += character
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=800)
     assert process.returncode == 130, seen + err
     assert "Traceback" not in err
     assert err.rstrip("\n").splitlines()[-1] == "hyperopt-peft train: interrupted"

@@ -132,6 +132,13 @@ def test_a_gradient_whose_squares_overflow_keeps_its_norm(
     )
 
 
+def test_the_norm_of_a_large_gradient_is_that_of_float64() -> None:
+    """All entries alike, whose squares a running sum in float32 no longer feels."""
+    w = torch.ones(3_000_000, requires_grad=True)
+    level = FunctionLevel(lambda _: 1.1 * w.sum(), [w])
+    assert level.gradient(None, [w]).norms == pytest.approx([1.1 * 3_000_000**0.5], rel=1e-6)
+
+
 def test_a_gradient_whose_norm_is_not_finite_moves_nothing() -> None:
     w = torch.ones(2, dtype=torch.float64, requires_grad=True)
     level = Problem([w], optimizer=SGD([w], lr=0.1), name="fit")

@@ -93,7 +93,9 @@ def test_the_closed_form_of_the_ridge_regression_is_its_minimum() -> None:
     _, lower = ridge.diabetes(0.5)
     lower.solve()
     (gradient,) = lower.gradient(None, lower.variables).gradient
-    assert gradient is not None and gradient.norm() < 1e-14
+    terms = lower.x.T @ lower.y / len(lower.x)  # those that cancel, each a sum over the rows
+    rounding = len(lower.x) * torch.finfo(terms.dtype).eps
+    assert gradient is not None and gradient.norm() < rounding * terms.norm()
 
 
 def test_the_figures_of_the_logistic_regression(cancer: tuple[Problem, Problem]) -> None:
@@ -141,7 +143,7 @@ def test_errors_are_no_larger_than_measured_elsewhere(
 def test_the_accuracy_without_cleaning(noise: float) -> None:
     upper, lower = hypercleaning.digits(noise)
     fit(lower, 300, progress=False)
-    assert upper.test_accuracy() == pytest.approx(NOISES[noise], abs=5e-4)
+    assert upper.test_accuracy() == pytest.approx(NOISES[noise], abs=0.004)  # two rows
 
 
 CLEANING = ["cg", "cg:product=difference", "minres", "neumann:terms=10"]
@@ -168,7 +170,7 @@ def test_without_upper_steps_nothing_improves() -> None:
     assert upper.optimizer is not None
     upper.optimizer.param_groups[0]["lr"] = 0.0
     Engine(upper, lower, "cg", lower_steps=2, warmup_steps=60, progress=False).run(100)
-    assert upper.test_accuracy() == pytest.approx(NOISES[0.5], abs=0.002)
+    assert upper.test_accuracy() == pytest.approx(NOISES[0.5], abs=0.004)
     twin = hypercleaning.digits()[1]
     fit(twin, 260, progress=False)
     assert torch.equal(lower.variables[0], twin.variables[0])

@@ -25,7 +25,7 @@ def run(launcher: Any, script: str, folder: Path, *arguments: Any) -> list[Any]:
         env={**os.environ, **one_thread},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=840,
     )
     assert done.returncode == 0, done.stderr[-20000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
@@ -37,7 +37,7 @@ def main(work: Callable[[Path], Any]) -> None:
     One that hangs ends with a trace of where it is.
     """
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(200, exit=True)
+    faulthandler.dump_traceback_later(800, exit=True)
     folder = Path(sys.argv[1])
     result = work(folder)
     torch.save(result, folder / f"{distributed.get_rank()}.pt")

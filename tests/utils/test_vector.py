@@ -10,6 +10,7 @@ from hyperopt_peft.utils.restore import TensorPool
 from hyperopt_peft.utils.vector import inner, normalised
 
 SHAPES = ((2, 3), (), (4,))
+EPS = torch.finfo(torch.float64).eps
 
 
 def vector(seed: int, dtype: torch.dtype = torch.float64) -> Vector:
@@ -56,7 +57,7 @@ def test_half_precision_parts_are_widened(dtype: torch.dtype) -> None:
 def test_the_parts_of_a_scalar_product_are_summed_in_double_precision() -> None:
     """In float32 the small parts would be lost beside the large one."""
     a = Vector([torch.tensor([1e4]), *[torch.ones(1)] * 1000])
-    assert dot(a, a) == pytest.approx(1e8 + 1000, rel=1e-15)
+    assert dot(a, a) == pytest.approx(1e8 + 1000, rel=4 * EPS)  # a squared norm
     assert dot(a, a.copy()) == 1e8 + 1000
 
 
@@ -88,7 +89,7 @@ def test_many_leaves_are_one_buffer() -> None:
     assert torch.equal(a.parts[4], 2 * leaves[4]) and torch.equal(a.parts[5], 2 * leaves[5])
     assert float(leaves[4][0]) == 4.0
     assert float(inner(a, a.copy())) == dot(a, a.copy()) == 4 * (2 * (1 + 4 + 9 + 16) + 3)
-    assert dot(a, a) == pytest.approx(dot(a, a.copy()), rel=1e-15)
+    assert dot(a, a) == pytest.approx(dot(a, a.copy()), rel=4 * EPS)
 
 
 def test_a_direction_has_length_one_or_zero() -> None:
@@ -126,16 +127,3 @@ def test_copies_fit_what_they_copy() -> None:
     copies.give_back(again)
     wide = copies.take([x.double() / 3 for x in w])
     assert torch.equal(wide[0], w[0].double() / 3)
-
-
-@pytest.mark.parametrize("scale", [1e-25, 1e-9, 1.0, 1e9, 1e18])
-@pytest.mark.parametrize("size", [70_000, 1_200_000])
-def test_sums_of_float32_products_are_those_of_float64(scale: float, size: int) -> None:
-    """To the rounding of the entries, whatever their size, and where the terms cancel too."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (scale * torch.randn(size, generator=generator) for _ in range(2))
-    bound = 3e-7 * float(x.double().norm() * y.double().norm())
-    a, b = Vector([x]), Vector([y])
-    assert dot(a, b) == pytest.approx(float(x.double() @ y.double()), abs=bound)
-    assert dot(a, a) == pytest.approx(float(x.double() @ x.double()), rel=1e-6)
-    assert dot(a, zeros_like(a)) == 0.0
