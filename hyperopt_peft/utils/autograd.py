@@ -63,6 +63,11 @@ def is_checkpoint(node: Any) -> bool:
     return "CheckpointFunction" in node.name()
 
 
+def is_compiled(node: Any) -> bool:
+    """Whether ``node`` is a function of `torch.compile`, which hides the graph of its body."""
+    return "CompiledFunction" in node.name()
+
+
 def raises_when_differentiated(node: Any) -> bool:
     """Whether ``node`` is the derivative of a non-differentiable operation, and only raises."""
     return "Error" in node.name()
