@@ -13,7 +13,9 @@ from tests.support.networks import Network, loader, owned
 from tests.support.quadratic import FunctionLevel, flat
 
 # PyTorch warns that a hook of all modules sees a compiled model twice, which is harmless.
-pytestmark = pytest.mark.filterwarnings("ignore:Using .torch.compile.module")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using .torch.compile.module", "ignore:.* the relative residual is"
+)
 
 METHODS = ("direct", "darts", "darts:scheme=forward", "minres:steps=3", "unrolled", "kfac", "f2sa")
 Way = Callable[[nn.Module], Callable[[Tensor], Tensor]]
