@@ -130,7 +130,9 @@ def attribute(
                 "progress": progress,
             }
             if isinstance(training, Problem | Engine):
-                setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
+                setup = setup_from_levels(
+                    training, row_weights, evaluation, training_steps, **options
+                )
             else:
                 from hyperopt_peft.attribution.trainer import setup_from_trainer
 
