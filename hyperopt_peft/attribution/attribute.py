@@ -17,6 +17,7 @@ from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
+from hyperopt_peft.utils.autograd import uncompiled
 
 
 def attribute(
@@ -115,28 +116,31 @@ def attribute(
         raise ProblemError(
             "row_weights, training_steps: a Trainer has rows and steps of its own; leave them out"
         )
-    if on_head:
-        from hyperopt_peft.attribution.head import setup_from_head
+    with uncompiled():  # steps are done again, with the masks of the run
+        if on_head:
+            from hyperopt_peft.attribution.head import setup_from_head
 
-        setup, columns = setup_from_head(training, evaluation, slices, progress=progress)
-    else:
-        if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
-            _check_bilevel(training, parsed.differentiates_run)
-        options: dict[str, Any] = {
-            "differentiated": parsed.differentiates_run,
-            "memory_limit": memory_limit,
-            "progress": progress,
-        }
-        if isinstance(training, Problem | Engine):
-            setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
+            setup, columns = setup_from_head(training, evaluation, slices, progress=progress)
         else:
-            from hyperopt_peft.attribution.trainer import setup_from_trainer
+            if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
+                _check_bilevel(training, parsed.differentiates_run)
+            options: dict[str, Any] = {
+                "differentiated": parsed.differentiates_run,
+                "memory_limit": memory_limit,
+                "progress": progress,
+            }
+            if isinstance(training, Problem | Engine):
+                setup = setup_from_levels(
+                    training, row_weights, evaluation, training_steps, **options
+                )
+            else:
+                from hyperopt_peft.attribution.trainer import setup_from_trainer
 
-            exact = parsed.estimator.requirements.second_derivatives
-            setup, columns = setup_from_trainer(
-                training, evaluation, slices, second_derivatives=exact, **options
-            )
-    by_slice, cost = scores(setup, parsed, progress=progress)
+                exact = parsed.estimator.requirements.second_derivatives
+                setup, columns = setup_from_trainer(
+                    training, evaluation, slices, second_derivatives=exact, **options
+                )
+        by_slice, cost = scores(setup, parsed, progress=progress)
     return Attribution.from_scores(
         replace(setup, progress=progress), parsed, by_slice, {"model": model, **cost}, columns
     )

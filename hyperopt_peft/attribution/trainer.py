@@ -43,6 +43,7 @@ from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState
 
 #: Libraries whose own methods of these names train as the recorded run does, if the loss agrees.
@@ -86,6 +87,7 @@ def setup_from_trainer(
     _check_trainer(trainer)
     data = TrainerData.read(trainer, evaluation, slices)
     model, random_state = _model(trainer)
+    require_float32(model)
     if has_own_loss(trainer):
         require_mean_over_labels(trainer, data)
     if second_derivatives:

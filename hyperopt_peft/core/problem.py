@@ -143,7 +143,7 @@ class Problem:
                 f"{self.name}: max_grad_norm must be a positive number, got {max_grad_norm!r}"
             )
         self.max_grad_norm = max_grad_norm
-        #: Whether the loss runs in half precision; None until it is first evaluated.
+        #: Whether the loss runs in half precision; None until it is first evaluated uncompiled.
         self.half: bool | None = None
         #: The names of the variables that the prior reads and the loss does not, as `half`.
         self.unread: frozenset[str] = frozenset()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_half
+from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_compiled, is_half
 from hyperopt_peft.utils.distributed import to_local
 from hyperopt_peft.utils.validation import require_settings
 
@@ -136,8 +136,10 @@ def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]
     return result.reshape(()), metrics
 
 
-def runs_in_half(loss: Tensor, level: str) -> bool:
+def runs_in_half(loss: Tensor, level: str) -> bool | None:
     """Whether a part of the autograd graph of ``loss`` is in half precision.
+
+    None where a function of `torch.compile` hides its part.
 
     Raises:
         ProblemError: reentrant gradient checkpointing hides the graph.
@@ -148,7 +150,7 @@ def runs_in_half(loss: Tensor, level: str) -> bool:
             f"{level}: reentrant gradient checkpointing hides variables from the "
             'loss; enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
-    return any(is_half(node) for node in nodes)
+    return any(map(is_half, nodes)) or (None if any(map(is_compiled, nodes)) else False)
 
 
 def missing_input_hint(batch: Any, error: Exception) -> str:

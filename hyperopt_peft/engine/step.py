@@ -29,7 +29,7 @@ from hyperopt_peft.hypergradients.products import DIFFERENCE
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.autograd import once_differentiable_functions
+from hyperopt_peft.utils.autograd import once_differentiable_functions, uncompiled
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import TensorPool, preserve_state
 from hyperopt_peft.utils.signal_to_noise import SignalToNoise
@@ -123,7 +123,8 @@ class BilevelStep:
         """
         self.lower.train_below()
         batch, random_state = self.lower.next_batch(), RandomState.capture(self.devices)
-        evaluation = self.lower.gradient(batch, self.variables)
+        with self.observed():
+            evaluation = self.lower.gradient(batch, self.variables)
         gradient = self.record_lower(
             batch,
             random_state,
@@ -237,6 +238,8 @@ class BilevelStep:
 
     def observed(self) -> AbstractContextManager[None]:
         """Within the body, forward and backward passes of the lower step are observed."""
+        if self.requirements.lower_gradient:  # a difference subtracts it from uncompiled gradients
+            return uncompiled()
         dots = None if self._ahead is None else self._ahead.observed
         return nullcontext() if dots is None else dots.observe()
 

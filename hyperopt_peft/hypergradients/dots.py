@@ -31,7 +31,7 @@ from hyperopt_peft.core.prior import prior_value
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.autograd import without_autocast
+from hyperopt_peft.utils.autograd import uncompiled, without_autocast
 from hyperopt_peft.utils.distributed import gather
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner, widened
@@ -113,7 +113,7 @@ class Dots:
 
         Each backward pass comes before the next forward pass.
         """
-        with ExitStack() as stack:
+        with uncompiled(), ExitStack() as stack:
             for layer, direction in self.directions.items():
                 tap = partial(self._tap, direction)
                 stack.callback(layer.register_forward_hook(tap, with_kwargs=True).remove)

@@ -26,7 +26,7 @@ from hyperopt_peft.hypergradients.products import (
     ProductKind,
     Scheme,
 )
-from hyperopt_peft.utils.autograd import HALF
+from hyperopt_peft.utils.autograd import HALF, uncompiled
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.models import require_no_rounding
 from hyperopt_peft.utils.precision import autocast_enabled, single_precision
@@ -97,7 +97,8 @@ class Oracle:
     def open(self) -> Iterator[Oracle]:
         """Within the body, the oracle can be used; afterwards all state is restored."""
         variables = (*self.upper.variables, *self.lower.variables)
-        with preserve_state(variables, devices_of(self.upper, self.lower)) as self.buffers:
+        devices = devices_of(self.upper, self.lower)
+        with uncompiled(), preserve_state(variables, devices) as self.buffers:
             yield self
 
     @cached_property

@@ -20,6 +20,7 @@ from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import base_model, require_no_rounding
+from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.validation import require_writable
 
 #: The oldest transformers whose loading of a sharded adapter was seen to work.
@@ -149,12 +150,16 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
 
 
 def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimator) -> None:
-    """Raise ProblemError where ``estimator`` takes differences over layers that round activations.
+    """Raise ProblemError for layers over which ``estimator`` takes no right products.
 
-    A product raises the same error, after the first lower steps.
+    Differences need layers that do not round activations; they and second derivatives need float32.
+    A product raises these errors too, after the first lower steps.
     """
-    if len(levels) > 1 and estimator.requirements.differences:
+    needs = estimator.requirements
+    if len(levels) > 1 and needs.differences:
         require_no_rounding(model.modules())
+    if len(levels) > 1 and (needs.differences or needs.second_derivatives):
+        require_float32(model)
 
 
 def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:

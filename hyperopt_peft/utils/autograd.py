@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -62,6 +63,11 @@ def refuses_in_place_edit(error: RuntimeError) -> bool:
 def is_checkpoint(node: Any) -> bool:
     """Whether ``node`` is a reentrant gradient checkpoint, which hides the graph of its body."""
     return "CheckpointFunction" in node.name()
+
+
+def is_compiled(node: Any) -> bool:
+    """Whether ``node`` is a function of `torch.compile`, which hides the graph of its body."""
+    return "CompiledFunction" in node.name()
 
 
 def raises_when_differentiated(node: Any) -> bool:
@@ -136,3 +142,13 @@ def function_modes_off() -> AbstractContextManager[None]:
     """Within the body, no active `torch.overrides.TorchFunctionMode` sees a call."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within the body, models and functions of `torch.compile` run as they are written.
+
+    A compiled function is differentiable once, and hooks and modes that come and go would compile
+    it anew until PyTorch gives up.
+    """
+    loaded = "torch._dynamo" in sys.modules  # a second to import, of use to few
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()

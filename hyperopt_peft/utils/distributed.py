@@ -53,7 +53,7 @@ def rank_key() -> tuple[int, ...]:
 def mean(
     parts: Sequence[Tensor | None], like: Sequence[Tensor] | None = None
 ) -> tuple[Tensor | None, ...]:
-    """The average of each part over the processes.
+    """The average of each part over the processes, dense where a part is sparse.
 
     A part that is None counts as zero; the result is None where the part is None on all processes.
     A sharded part is returned unchanged, since FSDP2 has averaged it. There is one reduction for
@@ -69,6 +69,7 @@ def mean(
         (tensor([1., 1.]), None)
     """
     processes = world_size()
+    parts = [x.to_dense() if x is not None and x.is_sparse else x for x in parts]
     like = like or [part for part in parts if part is not None]
     plain = [index for index, tensor in enumerate(like) if not is_sharded(tensor)]
     if processes == 1 or not plain:

@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import HALF
 from hyperopt_peft.utils.vector import widened
 
@@ -19,6 +20,11 @@ _CASTS: dict[Any, Callable[..., Tensor]] = {
     torch.Tensor.bfloat16: torch.Tensor.float,
     torch.Tensor.half: torch.Tensor.float,
 }
+
+NO_FLOAT32 = (
+    "second derivatives and differences of a loss in half precision are taken in float32; choose "
+    'direct or product=dots, or load the model with attn_implementation="sdpa"'
+)
 
 
 class SinglePrecision(TorchFunctionMode):
@@ -149,6 +155,9 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
     """Within the body, ``variables`` are float32 and operations run in `SinglePrecision`.
 
     Afterwards the variables have their half-precision data again, bit for bit.
+
+    Raises:
+        ProblemError: an operation, such as FlashAttention, has no float32.
     """
     narrow = [(variable, variable.data) for variable in variables if variable.dtype in HALF]
     try:
@@ -156,6 +165,18 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
             variable.data = data.float()
         with SinglePrecision():
             yield
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in ("fp16", "bf16", "float16", "half")):
+            raise
+        raise ProblemError(f"the loss: {error}; {NO_FLOAT32}") from error
     finally:
         for variable, data in narrow:
             variable.data = data
+
+
+def require_float32(model: nn.Module) -> None:
+    """Raise ProblemError if ``model`` has FlashAttention of Transformers, which has no float32."""
+    for module in model.modules():
+        name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if "flash" in str(name):
+            raise ProblemError(f"{type(module).__name__}: {name} has no float32; {NO_FLOAT32}")

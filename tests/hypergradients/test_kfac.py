@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.func import grad, jacrev, vmap
 from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import (
@@ -325,3 +326,27 @@ def test_at_negative_curvature_the_factored_matrix_is_inverted_alone() -> None:
         actual, _ = advance(lambda v: -v, oracle.upper_gradient.b, {})
     torch.testing.assert_close(flat(actual.v), alone)
     assert "negative curvature" in actual.note and actual.residual == 1
+
+
+@pytest.mark.parametrize(
+    "slopes",
+    [
+        lambda net, x: vmap(grad(lambda row: net(row)[0]))(x),
+        lambda net, x: vmap(jacrev(net))(x)[:, 0],
+    ],
+)
+def test_layers_inside_of_a_transform_are_none(slopes: Callable[..., Tensor]) -> None:
+    """As in a loss of a network's derivatives; kfac is then cg."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    w, x = list(net.parameters()), normal(6, 3)
+
+    def loss() -> Tensor:
+        return slopes(net, x).square().mean() + sum(p.square().sum() for p in w)
+
+    kfac, cg = (
+        flat(hypergradient(*over(w, loss), name)) for name in ("kfac:steps=9", "cg:steps=9")
+    )
+    torch.testing.assert_close(kfac, cg)
+    with pytest.raises(ProblemError, match="calls no linear layer"):
+        hypergradient(*over(w, loss), "kfac:steps=0")

@@ -157,3 +157,17 @@ def test_shards_train_as_one_process_does(tmp_path: Path) -> None:
             assert torch.equal(*found)
             tolerance = 0.1 if name == "half" else 1e-5
             assert (found[0] - expected).norm() < tolerance * expected.norm(), (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["darts", "darts:product=dots", "darts:product=exact"])
+def test_a_compiled_model_is_trained_alike(method: str, tmp_path: Path) -> None:
+    runs = []
+    for compiled in (False, True):
+        model = peft_model("causal", dropout=0.1, dora=False)
+        if compiled:
+            model.compile(backend="aot_eager")
+        options = {"optim": "sgd", "dtype": torch.float64, "upper_learning_rate": 10.0}
+        runs.append(learnt(trained(tmp_path, method, model=model, **options)))
+    torch.compiler.reset()
+    torch.testing.assert_close(*runs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from hyperopt_peft.utils.autograd import needs_plain_operations
 from hyperopt_peft.utils.vector import widened
 
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -65,7 +66,8 @@ class Layer:
 class LinearCalls(TorchFunctionMode):
     """Watches calls of ``linear`` and ``x @ V`` whose weight or bias is one of ``variables``.
 
-    Half precision is widened.
+    Half precision is widened. Calls inside of `torch.func` transforms, whose tensors are of the
+    transform alone, do not count.
     """
 
     def __init__(self, variables: Sequence[Tensor]) -> None:
@@ -82,7 +84,7 @@ class LinearCalls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is linear or func in MATMUL:
+        if (func is linear or func in MATMUL) and not needs_plain_operations():
             call = _of_linear if func is linear else _of_matmul
             x, layer = call(self._number, *args, **kwargs)
             if layer is not None and result.requires_grad and x.numel():

@@ -1,0 +1,106 @@
+"""Models and functions of `torch.compile` have the hypergradient of those that are not compiled."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hyperopt_peft import Engine, Problem, hypergradient
+from tests.support.networks import Network, loader, owned
+from tests.support.quadratic import FunctionLevel, flat
+
+# PyTorch warns that a hook of all modules sees a compiled model twice, which is harmless.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using .torch.compile.module", "ignore:.* the relative residual is"
+)
+
+METHODS = ("direct", "darts", "darts:scheme=forward", "minres:steps=3", "unrolled", "kfac", "f2sa")
+Way = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+
+
+def in_place(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    net.compile(backend="aot_eager")
+    return net
+
+
+def in_half(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x).float()
+
+    return run
+
+
+def other_masks(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+    """A backend whose random numbers are others than PyTorch's own, as inductor's are."""
+
+    def run(*inputs: Any) -> Any:
+        torch.rand(1)
+        return graph(*inputs)
+
+    return run
+
+
+WAYS: dict[str, Way] = {
+    "model.compile": in_place,
+    "a compiled model": lambda net: torch.compile(net, backend="aot_eager"),
+    "a compiled function": lambda net: torch.compile(lambda x: net(x), backend="aot_eager"),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def levels(way: Way, *, dropout: float = 0.3) -> tuple[Problem, Problem]:
+    """Levels over a network with dropout and batch normalisation, which ``way`` calls."""
+    torch.manual_seed(0)
+    net = Network(dropout)
+    call, parts, (x, y) = way(net), owned(net), next(iter(loader(18)))
+
+    def loss(x: Tensor) -> Tensor:
+        pull = sum(v.square().sum() for part in parts for _, v in part)
+        return cross_entropy(call(x), y) + 0.05 * pull
+
+    u, w = (torch.optim.SGD([v for _, v in part], lr=0.0) for part in parts)
+    return (
+        FunctionLevel(lambda _: loss(x + 1), parts[0], optimizer=u, name="upper"),
+        FunctionLevel(lambda _: loss(x), parts[1], optimizer=w, name="lower"),
+    )
+
+
+def trained(method: str, way: Way, **options: Any) -> Tensor:
+    """The hypergradient of an `Engine`, after a lower step with the rate 0."""
+    upper, lower = levels(way, **options)
+    taken: list[tuple[Tensor, ...]] = []
+    upper.step = lambda gradient, norm: taken.append(gradient) or 0.0
+    torch.manual_seed(5)
+    Engine(upper, lower, method, progress=False).run(1)
+    return flat(taken[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
+def test_hypergradients(method: str, way: str) -> None:
+    expected = flat(hypergradient(*levels(lambda net: net), method, seed=0))
+    made = levels(WAYS[way])
+    assert torch.equal(flat(hypergradient(*made, method, seed=0)), expected)
+    assert torch.equal(flat(hypergradient(*made, method, seed=0)), expected)  # buffers as before
+
+
+def test_a_difference_subtracts_nothing_of_other_dropout_masks() -> None:
+    """The ∂f/∂u of a compiled lower step has masks that no later pass can have."""
+    method = "darts:scheme=forward"
+    actual = trained(method, lambda net: torch.compile(net, backend=other_masks))
+    torch.testing.assert_close(actual, trained(method, lambda net: net))
+
+
+def test_half_precision_inside_of_a_compiled_function_is_seen() -> None:
+    """Its part of autograd's graph is hidden, and a difference of eight bits would be rounding."""
+    actual = trained("darts", lambda net: torch.compile(in_half(net), backend="aot_eager"))
+    torch.testing.assert_close(actual, trained("darts", in_half))

@@ -1,0 +1,129 @@
+"""FlashAttention has no float32: first-order estimators are right, and others are refused."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from hyperopt_peft import (
+    BilevelTrainer,
+    BilevelTrainingArguments,
+    Problem,
+    ProblemError,
+    attribute,
+    hypergradient,
+)
+from hyperopt_peft.core.examples import WeightedExamples
+from tests.support.flash_attention import flash_attention
+from tests.support.language import language_model, lora
+from tests.support.minilm import cosine
+from tests.support.quadratic import FunctionLevel
+
+IDS = torch.randint(3, 20, (6, 8), generator=torch.Generator().manual_seed(0))
+REFUSED = (
+    *("darts", "darts:scheme=forward", "darts:product=exact", "minres:product=difference"),
+    *("cg", "kfac", "f2sa", "penalty", "sama", "unrolled:product=difference"),
+)
+REMEDY = 'choose direct or product=dots, or load the model with attn_implementation="sdpa"$'
+
+
+@pytest.fixture(autouse=True)
+def flash() -> Iterator[str]:
+    with flash_attention() as name:
+        yield name
+
+
+def adapted(attention: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    model = language_model(dtype)
+    model.config._attn_implementation = attention
+    torch.manual_seed(1)
+    return get_peft_model(model, lora(target_modules=["q_proj", "v_proj"]))
+
+
+class Rows(WeightedExamples):
+    """The softmax of ``shares`` weights six rows."""
+
+    def __init__(self, model: nn.Module, shares: Tensor) -> None:
+        self.model, self.shares = model, shares
+        w = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(w, optimizer=torch.optim.SGD(w, lr=0.1), name="rows")
+
+    def groups(self, ids: Tensor) -> Tensor:
+        return torch.arange(len(ids))
+
+    def losses(self, ids: Tensor) -> Tensor:
+        logits = self.model(input_ids=ids).logits[:, :-1].float()
+        return cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1)
+
+    def weighted(self, losses: Tensor, ids: Tensor) -> Tensor:
+        return losses @ self.shares.softmax(0)
+
+
+def levels(
+    attention: str, dtype: torch.dtype = torch.bfloat16, *, checkpointed: bool = False
+) -> tuple[Problem, Problem]:
+    model, shares = adapted(attention, dtype), torch.zeros(6, requires_grad=True)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    lower = Rows(model.train(), shares)
+    return FunctionLevel(lambda ids: lower.losses(ids.flip(1)).mean(), [shares]), lower
+
+
+def gradient(method: str, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    batches = {"upper_batch": IDS, "lower_batch": IDS}
+    return hypergradient(*levels(*args, **options), method, **batches)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", REFUSED)
+def test_products_in_float32_are_refused(method: str, checkpointed: bool, flash: str) -> None:
+    with pytest.raises(ProblemError, match=f"^the loss: FlashAttention only .*{REMEDY}"):
+        gradient(method, flash, checkpointed=checkpointed)
+
+
+@pytest.mark.filterwarnings("ignore:.* the relative residual is")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", ["darts:product=dots", "sdpa", "sdpa, dots"])
+def test_the_remedies_are_right(method: str, checkpointed: bool, flash: str) -> None:
+    """To the eight bits of the model's own gradients, in which dots and ∂F/∂w are."""
+    attention = "sdpa" if "sdpa" in method else flash
+    estimator = "darts" if method == "sdpa" else "darts:product=dots"
+    actual = gradient(estimator, attention, checkpointed=checkpointed)
+    exact = gradient("darts:product=exact", "eager")
+    assert cosine(actual, exact) > 1 - 8 * torch.finfo(torch.bfloat16).eps
+
+
+def data(ids: Tensor = IDS) -> Dataset:
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+
+
+@pytest.mark.parametrize("method", ["darts", "cg"])
+def test_a_trainer_refuses_before_training(method: str, flash: str, tmp_path: Path) -> None:
+    model, u = adapted(flash), nn.Parameter(torch.ones(()))
+    w = [p for p in model.parameters() if p.requires_grad]
+    settings = {"hypergradient": method, "report_to": "none", "use_cpu": True}
+    with pytest.raises(ProblemError, match=f"{flash} has no float32; .*{REMEDY}"):
+        BilevelTrainer(
+            model,
+            lower=lambda t: FunctionLevel(lambda batch: u * t.task_loss(batch), w),
+            upper=lambda t: FunctionLevel(t.task_loss, [u]),
+            args=BilevelTrainingArguments(str(tmp_path), **settings),
+            train_dataset=data(),
+            upper_dataset=data(IDS.flip(1)),
+        )
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "unrolled:product=difference", "gradient"])
+def test_attribution_refuses_before_training(estimator: str, flash: str, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(adapted(flash), args, train_dataset=data(), eval_dataset=data(IDS.flip(1)))
+    with pytest.raises(ProblemError, match=f"{flash} has no float32; .*{REMEDY}"):
+        attribute(trainer, estimator=estimator)
+    assert trainer.state.global_step == 0
