@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_half
+from hyperopt_peft.utils.distributed import world_size
 from hyperopt_peft.utils.validation import require_settings
 
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
@@ -27,6 +29,10 @@ class Level(Protocol):
     scheduler: Any
     unread: frozenset[str]
 
+    @property
+    def levels(self) -> Sequence[Any]:
+        """See `Problem.levels`."""
+
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
         """See `Problem.optimizer_options`."""
 
@@ -35,8 +41,8 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     """The names and the tensors of ``variables``; a tensor without a name gets a number.
 
     Raises:
-        ProblemError: there are no variables; one is no leaf or requires no gradient; or one
-            tensor or one name is given twice.
+        ProblemError: there are no variables; one is no leaf, requires no gradient or is complex;
+            or one tensor or one name is given twice.
     """
     if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
         raise ProblemError(
@@ -59,6 +65,8 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
             raise ProblemError(
                 f"{level}: {name} is computed from other tensors; give the leaf it is computed from"
             )
+        if tensor.is_complex():
+            raise ProblemError(f"{level}: {name} is complex; give its real and imaginary parts")
         pairs.append((name, tensor))
     if not pairs:
         raise ProblemError(f"{level}: the level has no variables; give at least one tensor")
@@ -123,6 +131,40 @@ def runs_in_half(loss: Tensor, level: str) -> bool:
             'loss; enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
     return any(is_half(node) for node in nodes)
+
+
+@contextmanager
+def unwritten(*levels: Level) -> Iterator[None]:
+    """Within the body, an evaluation of a loss, no variable of ``levels`` may be written to.
+
+    Versions of tensors are compared, since copies would cost memory: a write through ``.data`` is
+    not seen. In a single process, hooks on accumulated gradients are refused; in several, DDP and
+    Transformers register such hooks too. A level with levels below moves these variables, and
+    checks the evaluations of its own.
+
+    Raises:
+        ProblemError: the body wrote to a variable, which keeps what was written; or a variable has
+            a hook by which its ``.grad`` may be another than the gradient of the loss.
+    """
+    nested = any(len(level.levels) > 1 for level in levels)
+    checked = () if nested else levels
+    owned = [(level.name, n, x) for level in checked for n, x in zip(level.names, level.variables)]
+    versions = [x._version for _, _, x in owned]
+    for level, name, x in owned if world_size() == 1 else ():
+        if x._post_accumulate_grad_hooks:
+            raise ProblemError(
+                f"{level}: {name} has a post-accumulate hook, which may change or remove its "
+                "gradient; remove the hook, and leave each step to the level's optimizer"
+            )
+    try:
+        yield
+    finally:
+        for (level, name, x), version in zip(owned, versions):
+            if x._version != version:
+                raise ProblemError(
+                    f"{level}: a loss writes to {name}; compute a new tensor, or write after the "
+                    "optimizer's step"
+                )
 
 
 def missing_input_hint(batch: Any, error: Exception) -> str:
