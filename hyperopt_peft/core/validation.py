@@ -137,18 +137,16 @@ def runs_in_half(loss: Tensor, level: str) -> bool:
 def unwritten(*levels: Level) -> Iterator[None]:
     """Within the body, an evaluation of a loss, no variable of ``levels`` may be written to.
 
-    Versions of tensors are compared, since copies would cost memory: a write through ``.data`` is
-    not seen. In a single process, hooks on accumulated gradients are refused; in several, DDP and
-    Transformers register such hooks too. A level with levels below moves these variables, and
-    checks the evaluations of its own.
+    Versions are compared, and a write through ``.data`` is not seen. A level with levels below
+    moves variables, and checks its own evaluations.
 
     Raises:
-        ProblemError: the body wrote to a variable, which keeps what was written; or a variable has
-            a hook by which its ``.grad`` may be another than the gradient of the loss.
+        ProblemError: the body wrote to a variable, which keeps what was written; or, in a single
+            process, a variable has a post-accumulate hook (DDP registers some in several).
     """
-    nested = any(len(level.levels) > 1 for level in levels)
-    checked = () if nested else levels
-    owned = [(level.name, n, x) for level in checked for n, x in zip(level.names, level.variables)]
+    if any(len(level.levels) > 1 for level in levels):
+        levels = ()
+    owned = [(level.name, n, x) for level in levels for n, x in zip(level.names, level.variables)]
     versions = [x._version for _, _, x in owned]
     for level, name, x in owned if world_size() == 1 else ():
         if x._post_accumulate_grad_hooks:
@@ -162,7 +160,7 @@ def unwritten(*levels: Level) -> Iterator[None]:
         for (level, name, x), version in zip(owned, versions):
             if x._version != version:
                 raise ProblemError(
-                    f"{level}: a loss writes to {name}; compute a new tensor, or write after the "
+                    f"a loss writes to {level}'s {name}; compute a new tensor, or write after the "
                     "optimizer's step"
                 )
 

@@ -125,10 +125,10 @@ class Product(ABC):
         """∂²f/∂u∂w v, shaped like the upper variables."""
         return self._along(self.objective.upper.variables, v)
 
-    def both(self, v: Vector) -> tuple[Vector, Vector]:
-        """∂²f/∂w² v and ∂²f/∂u∂w v, at the cost of one of them."""
+    def both(self, v: Vector, e: Vector | None = None) -> tuple[Vector, Vector]:
+        """∂²f/∂w² v and ∂²f/∂u∂w v, at the cost of one of them; with ``e``, as u moves along e."""
         w, u = self.objective.lower.variables, self.objective.upper.variables
-        parts = self._along((*w, *u), v).parts
+        parts = self._along((*w, *u), v, e).parts
         return Vector(parts[: len(w)]), Vector(parts[len(w) :])
 
     def tangent(self, v: Vector, e: Vector) -> Vector:
