@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_compiled, is_half
-from hyperopt_peft.utils.distributed import to_local
+from hyperopt_peft.utils.distributed import to_local, world_size
 from hyperopt_peft.utils.validation import require_settings
 
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
@@ -29,6 +30,10 @@ class Level(Protocol):
     scheduler: Any
     unread: frozenset[str]
 
+    @property
+    def levels(self) -> Sequence[Any]:
+        """See `Problem.levels`."""
+
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
         """See `Problem.optimizer_options`."""
 
@@ -37,8 +42,8 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     """The names and the tensors of ``variables``; a tensor without a name gets a number.
 
     Raises:
-        ProblemError: there are no variables; one is no leaf, requires no gradient or has entries
-            in one place of memory; two share memory; or one name is given twice.
+        ProblemError: there are no variables; one is no leaf, requires no gradient, is complex or
+            has entries in one place of memory; two share memory; or one name is given twice.
     """
     if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
         raise ProblemError(
@@ -65,6 +70,8 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
             raise ProblemError(
                 f"{level}: several entries of {name} have one place in memory; give a clone() of it"
             )
+        if tensor.is_complex():
+            raise ProblemError(f"{level}: {name} is complex; give its real and imaginary parts")
         pairs.append((name, tensor))
     if not pairs:
         raise ProblemError(f"{level}: the level has no variables; give at least one tensor")
@@ -151,6 +158,38 @@ def runs_in_half(loss: Tensor, level: str) -> bool | None:
             'loss; enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
     return any(map(is_half, nodes)) or (None if any(map(is_compiled, nodes)) else False)
+
+
+@contextmanager
+def unwritten(*levels: Level) -> Iterator[None]:
+    """Within the body, an evaluation of a loss, no variable of ``levels`` may be written to.
+
+    Versions are compared, and a write through ``.data`` is not seen. A level with levels below
+    moves variables, and checks its own evaluations.
+
+    Raises:
+        ProblemError: the body wrote to a variable, which keeps what was written; or, in a single
+            process, a variable has a post-accumulate hook (DDP registers some in several).
+    """
+    if any(len(level.levels) > 1 for level in levels):
+        levels = ()
+    owned = [(level.name, n, x) for level in levels for n, x in zip(level.names, level.variables)]
+    versions = [x._version for _, _, x in owned]
+    for level, name, x in owned if world_size() == 1 else ():
+        if x._post_accumulate_grad_hooks:
+            raise ProblemError(
+                f"{level}: {name} has a post-accumulate hook, which may change or remove its "
+                "gradient; remove the hook, and leave each step to the level's optimizer"
+            )
+    try:
+        yield
+    finally:
+        for (level, name, x), version in zip(owned, versions):
+            if x._version != version:
+                raise ProblemError(
+                    f"a loss writes to {level}'s {name}; compute a new tensor, or write after the "
+                    "optimizer's step"
+                )
 
 
 def missing_input_hint(batch: Any, error: Exception) -> str:

@@ -33,12 +33,14 @@ class Check:
     """The findings, by severity, and two measurements, which an error may prevent.
 
     ``signal_to_noise`` of the hypergradient is None without several batches of a level, and ∞
-    where the hypergradients of all batches are equal.
+    where the hypergradients of all batches are equal. ``not_compared`` says why derivatives were
+    not compared with differences, and is empty where they were.
     """
 
     findings: tuple[Finding, ...]
     curvature: Curvature | None = None
     signal_to_noise: float | None = None
+    not_compared: str = ""
 
     @property
     def ok(self) -> bool:
@@ -51,4 +53,6 @@ class Check:
             lines.append(str(self.curvature))
         if self.signal_to_noise is not None:
             lines.append(f"signal-to-noise ratio of the hypergradient {self.signal_to_noise:.2g}")
+        if self.not_compared:
+            lines.append(f"derivatives were not compared with differences ({self.not_compared})")
         return "\n".join(lines)

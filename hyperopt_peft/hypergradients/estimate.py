@@ -132,7 +132,9 @@ def hypergradient(
             current random state.
 
     Raises:
-        ProblemError: an unknown estimator or option; levels that share a tensor; an invalid loss.
+        ProblemError: an unknown estimator or option; levels that share a tensor; an invalid loss,
+            such as one that writes to a variable (what was written stays, and a write through
+            ``.data`` is not noticed); or a hook that may change a variable's ``.grad``.
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
 
     Warns:

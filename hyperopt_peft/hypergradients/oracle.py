@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord, devices_of, variables_of
-from hyperopt_peft.core.validation import shared_memory
+from hyperopt_peft.core.validation import shared_memory, unwritten
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.products import (
@@ -114,7 +114,7 @@ class Oracle:
     def _upper_gradient(self) -> UpperGradient:
         self.passes.count(gradients=1)
         u, w = self.upper.variables, self.lower.variables
-        with replay(self.upper_random):
+        with replay(self.upper_random), unwritten(self.upper, self.lower):
             evaluation = self.lower.gradient_above(self.upper, self.upper_batch, (*u, *w))
         self.buffers.restore()
         gradient, norm = evaluation.gradient, math.hypot(*evaluation.norms[len(u) :])
@@ -243,7 +243,7 @@ class Oracle:
             return True
         if self.lower.half is None:  # f has never been evaluated
             # The reducers of DDP and FSDP2 expect a backward pass after a forward pass.
-            with replay(objective.random_state):
+            with objective.evaluation():
                 self.lower.gradient(objective.batch, (*self.upper.variables, *self.lower.variables))
             self.buffers.restore()
         return bool(self.lower.half)

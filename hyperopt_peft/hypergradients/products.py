@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.core.validation import unwritten
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed, reductions
 from hyperopt_peft.utils.autograd import (
@@ -89,11 +90,17 @@ class Objective:
     def parts(self, variables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """As ``gradient``, in the variables' dtypes; None for a variable that f does not read."""
         self.passes.count(gradients=1)
-        with replay(self.random_state):
+        with self.evaluation():
             loss, _, gradient = self.lower.differentiate(self.batch, variables)
         self.losses.append(loss)
         self.buffers.restore()  # the next evaluation must be of the same function
         return gradient
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within the body, f has its random numbers, and may not write to a variable."""
+        with replay(self.random_state), unwritten(self.upper, self.lower):
+            yield
 
 
 class Product(ABC):
@@ -118,10 +125,10 @@ class Product(ABC):
         """∂²f/∂u∂w v, shaped like the upper variables."""
         return self._along(self.objective.upper.variables, v)
 
-    def both(self, v: Vector) -> tuple[Vector, Vector]:
-        """∂²f/∂w² v and ∂²f/∂u∂w v, at the cost of one of them."""
+    def both(self, v: Vector, e: Vector | None = None) -> tuple[Vector, Vector]:
+        """∂²f/∂w² v and ∂²f/∂u∂w v, at the cost of one of them; with ``e``, as u moves along e."""
         w, u = self.objective.lower.variables, self.objective.upper.variables
-        parts = self._along((*w, *u), v).parts
+        parts = self._along((*w, *u), v, e).parts
         return Vector(parts[: len(w)]), Vector(parts[len(w) :])
 
     def tangent(self, v: Vector, e: Vector) -> Vector:
@@ -151,7 +158,7 @@ class ExactProduct(Product):
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         objective.passes.count(gradients=1)
-        with replay(objective.random_state), sdpa_kernel(SDPBackend.MATH), _without_reducers():
+        with objective.evaluation(), sdpa_kernel(SDPBackend.MATH), _without_reducers():
             loss, _ = objective.lower.evaluate(objective.batch)
         objective.losses.append(distributed.average(loss))
         self._loss = loss

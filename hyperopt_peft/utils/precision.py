@@ -1,4 +1,4 @@
-"""Single-precision passes over a model whose weights or operations are in half precision."""
+"""Passes in a higher precision than that of a model's weights or operations."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ from torch.utils._pytree import tree_map
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import HALF
-from hyperopt_peft.utils.vector import widened
 
-_CASTS: dict[Any, Callable[..., Tensor]] = {
-    torch.Tensor.bfloat16: torch.Tensor.float,
-    torch.Tensor.half: torch.Tensor.float,
-}
+_CASTS = (torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.float)
 
 NO_FLOAT32 = (
     "second derivatives and differences of a loss in half precision are taken in float32; choose "
@@ -35,6 +31,9 @@ class SinglePrecision(TorchFunctionMode):
     precision become casts to float32, and autocast is off. All this holds in backward passes too,
     where gradient checkpoints run parts of the forward pass again.
     """
+
+    dtype = torch.float32
+    narrow: tuple[torch.dtype, ...] = HALF
 
     def __torch_function__(
         self,
@@ -53,8 +52,22 @@ class SinglePrecision(TorchFunctionMode):
             written = 1 if _writes(getattr(func, "__name__", "")) else 0
             targets, args = args[:written], args[written:]
             out = {key: value for key, value in kwargs.items() if key == "out"}
-            args, kwargs = tree_map(_widened, (args, kwargs))
-            return _CASTS.get(func, func)(*targets, *args, **{**kwargs, **out})
+            args, kwargs = tree_map(self._widened, (args, kwargs))
+            if func in _CASTS:
+                func, args = torch.Tensor.to, (*args, self.dtype)
+            return func(*targets, *args, **{**kwargs, **out})
+
+    def _widened(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self.dtype) if value.dtype in self.narrow else value
+        return self.dtype if isinstance(value, torch.dtype) and value in self.narrow else value
+
+
+class DoublePrecision(SinglePrecision):
+    """Every operation that would run in a lower precision runs in float64."""
+
+    dtype = torch.float64
+    narrow = (*HALF, torch.float32)
 
 
 # PyTorch pops a mode while the mode handles a function. The functions below run autograd's engine
@@ -126,12 +139,6 @@ def _edges(tensors: Any) -> tuple[GradientEdge, ...]:
     return tuple(map(get_gradient_edge, _tensors(tensors)))
 
 
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return widened(value)
-    return torch.float32 if isinstance(value, torch.dtype) and value in HALF else value
-
-
 def _writes(name: str) -> bool:
     """Whether a tensor function of this name changes its first argument."""
     if name.startswith("__") and name.endswith("__"):
@@ -151,19 +158,21 @@ def autocast_enabled() -> bool:
 
 
 @contextmanager
-def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
-    """Within the body, ``variables`` are float32 and operations run in `SinglePrecision`.
+def single_precision(
+    variables: tuple[Tensor, ...], mode: type[SinglePrecision] = SinglePrecision
+) -> Iterator[None]:
+    """Within the body, operations run in ``mode``, and ``variables`` have at least its dtype.
 
-    Afterwards the variables have their half-precision data again, bit for bit.
+    Afterwards the variables have their own data again, bit for bit.
 
     Raises:
         ProblemError: an operation, such as FlashAttention, has no float32.
     """
-    narrow = [(variable, variable.data) for variable in variables if variable.dtype in HALF]
+    narrow = [(variable, variable.data) for variable in variables if variable.dtype in mode.narrow]
     try:
         for variable, data in narrow:
-            variable.data = data.float()
-        with SinglePrecision():
+            variable.data = data.to(mode.dtype)
+        with mode():
             yield
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("fp16", "bf16", "float16", "half")):
@@ -172,6 +181,7 @@ def single_precision(variables: tuple[Tensor, ...]) -> Iterator[None]:
     finally:
         for variable, data in narrow:
             variable.data = data
+        torch.clear_autocast_cache()  # of casts whose graphs do not lead to the variables any more
 
 
 def require_float32(model: nn.Module) -> None:

@@ -69,6 +69,10 @@ SCHEDULE = ExponentialLR(SGD([W], lr=1), 0.9)
         (lambda: level(("scale", 2.0)), "variable 0"),
         (lambda: level(("m", torch.ones(2))), "m .*gradient"),
         (lambda: level(("half", HALVED)), "half"),
+        (
+            lambda: level(("wave", torch.ones(2, dtype=torch.complex64).requires_grad_())),
+            "wave.*complex",
+        ),
         (lambda: level(("a", W), ("b", W)), "a and b"),
         (lambda: level(W, W), "variable 0 and variable 1"),
         (lambda: level(("a", W), ("a", V)), "'a'"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from hyperopt_peft import Engine, hypergradient
+from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.engine import fit
 from hyperopt_peft.hypergradients import ConjugateGradient, Matvec, Solution, Vector
 from tests.support.cases import Case, cases
@@ -219,3 +219,66 @@ def test_buffers_are_restored_however_they_are_changed(buffer: str) -> None:
     hypergradient(upper, lower, "darts")
     assert getattr(module, buffer) is before
     assert before is None or float(before) == 0
+
+
+def clamp(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        return tensor.clamp_(-0.5, 0.5)
+
+
+def add_after_use(tensor: Tensor) -> Tensor:  # autograd refuses the backward pass
+    used = tensor.square()
+    with torch.no_grad():
+        tensor.add_(1.0)
+    return used
+
+
+def renorm(tensor: Tensor) -> Tensor:
+    return nn.functional.embedding(torch.arange(2), tensor, max_norm=0.5)
+
+
+@cases()
+@pytest.mark.parametrize("write", [clamp, add_after_use, renorm])
+@pytest.mark.parametrize(("writer", "of"), [("upper", "w"), ("lower", "w"), ("lower", "u")])
+def test_a_loss_that_writes_to_a_variable_is_refused(
+    case: Case, write: Callable[[Tensor], Tensor], writer: str, of: str
+) -> None:
+    variables = {name: torch.ones(2, 2, requires_grad=True) for name in ("u", "w")}
+    u, w = variables["u"], variables["w"]
+
+    def objective(level: str) -> Tensor:
+        w_now = write(w) if (level, of) == (writer, "w") else w
+        u_now = write(u) if (level, of) == (writer, "u") else u
+        return (w_now - u_now).square().sum() + w.square().sum()
+
+    upper = FunctionLevel(lambda _: objective("upper"), [("u", u)], name="above")
+    lower = FunctionLevel(
+        lambda _: objective("lower"), [("w", w)], optimizer=SGD([w], lr=0.1), name="below"
+    )
+    if writer == "lower" and case.estimator.name == "direct":  # which does not evaluate f
+        hypergradient(upper, lower, case.estimator)
+        assert torch.equal(u, torch.ones(2, 2)) and torch.equal(w, u)
+        return
+    with pytest.raises(ProblemError, match=rf"a loss writes to \w+'s {of}"):
+        hypergradient(upper, lower, case.estimator)
+
+
+def test_a_loss_that_writes_to_its_variable_may_train_until_the_first_hypergradient() -> None:
+    u, w = (torch.ones(2, requires_grad=True) for _ in range(2))
+    lower = FunctionLevel(lambda _: (clamp(w) - u).square().sum(), [w], optimizer=SGD([w], lr=0.1))
+    fit(lower, 2, progress=False)
+    upper = FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1))
+    with pytest.raises(ProblemError, match="a loss writes to"):
+        Engine(upper, lower, "darts", progress=False).run(1)
+
+
+@cases()
+def test_a_hook_that_takes_a_gradient_away_is_refused(case: Case) -> None:
+    """The gradient of the loss would seem to be zero, and with it the implicit term."""
+    u, w = (torch.ones(2, requires_grad=True) for _ in range(2))
+    upper = FunctionLevel(lambda _: w.square().sum(), [u])
+    sgd = SGD([w], lr=0.1)
+    lower = FunctionLevel(lambda _: (w - u).square().sum(), [("w", w)], optimizer=sgd)
+    w.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
+    with pytest.raises(ProblemError, match=r"w has a post-accumulate hook.*; remove the hook"):
+        hypergradient(upper, lower, case.estimator)
