@@ -56,10 +56,10 @@ def check_problem(
     ``solver_steps`` steps do not solve; a lower level far from its minimum.
 
     Derivatives are compared with central differences in float64, in one random direction: two of
-    F, two of f, and two of ∂f/∂x with one exact product. An error of less than a thousandth of a
-    variable's part is not seen, nor one that this batch does not reach, or that is absent in
-    float64. `Check.not_compared` says why they were not compared: an operation without float64,
-    several processes, a Nested level.
+    F, two of f, and two of ∂f/∂x with one exact product, which must be symmetric with another. An
+    error of less than a thousandth of a variable's part is not seen, nor one that this batch does
+    not reach, or that is absent in float64. `Check.not_compared` says why they were not compared:
+    an operation without float64, several processes, a Nested level.
 
     The distance from the lower minimum is measured by the change of the hypergradient by a Newton
     step on copies of w (conjugate gradients, shortened until f falls), divided by ‖direct‖ +
@@ -110,7 +110,7 @@ def check_problem(
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     pairs = _pairs(oracle, upper_batches, lower_batches)
     with ExitStack() as stack:
-        most = 5 * solver_steps + 32 + len(pairs) * (solver_steps + 3)
+        most = 5 * solver_steps + 33 + len(pairs) * (solver_steps + 3)
         oracle.passes = stack.enter_context(counted("check", most, progress=progress))
         start = stack.enter_context(perturbed((*upper.variables, *lower.variables)))
         stack.enter_context(oracle.open())

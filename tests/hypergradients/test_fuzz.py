@@ -1,10 +1,9 @@
 """No estimator is silently wrong on problems that nobody chose."""
 
 import pytest
-from torch import Tensor
 
 from hyperopt_peft.hypergradients.products import ExactProduct
-from tests.fuzz.run import Examination, report, run
+from tests.support.fuzz.run import Examination, report, run
 
 PARTS = 10
 PROBLEMS = 300

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.fuzz.grammar import Form, Levels
+from tests.support.fuzz.grammar import Form, Levels
 
 H = 1e-5
 GAMMA = 100.0  # of the estimator "penalty"

@@ -347,10 +347,11 @@ class Levels:
                 n: x.detach().T.contiguous().T if x.dim() == 2 else x.detach() for n, x in w.items()
             }
         elif self.form.storage == "overlap" and self.form.upper != "layer":
-            flat = torch.cat([x.detach().flatten() for x in w.values()])
-            u = [flat[-u[0].numel() - 1 : -1].view(u[0].shape).requires_grad_()]
             last, value = list(w.items())[-1]
-            values[last] = flat[-value.numel() :].view(value.shape)
+            flat = torch.cat([u[0].detach().flatten(), value.detach().flatten()[1:]])
+            n = u[0].numel()  # the last number of u is the first of w's last variable
+            u = [flat[:n].view(u[0].shape).requires_grad_()]
+            values[last] = flat[n - 1 :].view(value.shape)
         elif self.form.storage == "stride 0":
             last = next(name for name, x in w.items() if x.numel() > 1)
             values[last] = w[last].detach().flatten()[:1].expand(w[last].shape)
