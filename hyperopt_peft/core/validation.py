@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -17,6 +18,7 @@ from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_compiled
 from hyperopt_peft.utils.distributed import to_local, world_size
 from hyperopt_peft.utils.validation import require_settings
 
+NO_WRITES = "compute a new tensor, or write after the optimizer's step"
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
 
@@ -186,10 +188,17 @@ def unwritten(*levels: Level) -> Iterator[None]:
     finally:
         for (level, name, x), version in zip(owned, versions):
             if x._version != version:
-                raise ProblemError(
-                    f"a loss writes to {level}'s {name}; compute a new tensor, or write after the "
-                    "optimizer's step"
-                )
+                raise ProblemError(f"a loss writes to {level}'s {name}; {NO_WRITES}")
+
+
+def rewritten(levels: Sequence[Level], before: Sequence[Tensor]) -> list[str]:
+    """The variables of ``levels`` that have not the values ``before``, by name."""
+    owned = [
+        (f"{level.name}'s {n}", x) for level in levels for n, x in zip(level.names, level.variables)
+    ]
+    names, variables = zip(*owned)
+    values = zip(names, to_local(variables), to_local(before))
+    return [name for name, now, x in values if not torch.allclose(now, x, 0, 0, equal_nan=True)]
 
 
 def missing_input_hint(batch: Any, error: Exception) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import LossGradient, Problem, devices_of
-from hyperopt_peft.core.validation import unwritten
+from hyperopt_peft.core.validation import NO_WRITES, rewritten, unwritten
 from hyperopt_peft.diagnostics.curvature import Curvature, measure_curvature
 from hyperopt_peft.diagnostics.derivatives import wrong_derivatives
 from hyperopt_peft.diagnostics.findings import Check, Finding, Severity
@@ -24,14 +24,11 @@ from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.autograd import refuses_in_place_edit
-from hyperopt_peft.utils.distributed import to_local
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.signal_to_noise import ADVICE, MIN_SAMPLES, SignalToNoise
 from hyperopt_peft.utils.validation import require_count
 from hyperopt_peft.utils.vector import Vector, machine_epsilon
-
-_NO_EDITS = "compute a new tensor in place of writing, and leave every write to the optimizer"
 
 
 def check_problem(
@@ -190,11 +187,11 @@ class _Examination:
             if not refuses_in_place_edit(error):
                 raise
             words = f"the loss edits a tensor in place: {error}"
-            self._add("in-place edit", "error", level, words, _NO_EDITS)
+            self._add("in-place edit", "error", level, words, NO_WRITES)
         edited = self._edited()
         if edited and len(self.findings) == before:
             words = f"the loss writes to {', '.join(edited)}"
-            self._add("in-place edit", "error", level, words, _NO_EDITS)
+            self._add("in-place edit", "error", level, words, NO_WRITES)
         if evaluation is None or edited:
             return None
         self._randomness(level, batch, random, evaluation)
@@ -213,13 +210,7 @@ class _Examination:
 
     def _edited(self) -> list[str]:
         """The variables that have another value, be it through ``.data``; they get theirs back."""
-        levels = (self.oracle.upper, self.oracle.lower)
-        names = [f"{level.name}'s {name}" for level in levels for name in level.names]
-        edited = [
-            name
-            for name, now, start in zip(names, to_local(self._variables), to_local(self.start))
-            if not torch.allclose(now, start, 0, 0, equal_nan=True)
-        ]
+        edited = rewritten((self.oracle.upper, self.oracle.lower), self.start)
         if edited:
             assign_(self._variables, self.start)
         return edited

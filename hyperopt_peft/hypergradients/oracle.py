@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord, devices_of, variables_of
-from hyperopt_peft.core.validation import shared_memory, unwritten
+from hyperopt_peft.core.validation import NO_WRITES, rewritten, shared_memory, unwritten
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.products import (
@@ -95,11 +95,21 @@ class Oracle:
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:
-        """Within the body, the oracle can be used; afterwards all state is restored."""
+        """Within the body, the oracle can be used; afterwards all state is restored.
+
+        Raises:
+            ProblemError: outside training, a loss has left another value in a variable.
+        """
         variables = (*self.upper.variables, *self.lower.variables)
         devices = devices_of(self.upper, self.lower)
         with uncompiled(), preserve_state(variables, devices) as self.buffers:
-            yield self
+            if self.copies is not None:  # in training the time of a copy would show
+                yield self
+                return
+            with perturbed(variables) as before:
+                yield self
+                if names := rewritten((self.upper, self.lower), before):
+                    raise ProblemError(f"a loss writes to {names[0]}; {NO_WRITES}")
 
     @cached_property
     def upper_gradient(self) -> UpperGradient:
