@@ -7,10 +7,10 @@ many (`rated_text`). Parts: ``kinds``, a removal by score where the evaluation r
 domain as the training rows, where they are of another one, and where a fifth of the training labels
 is made wrong, also of questions (TREC) and of movies with a label that is not of one rater (SST-2);
 beside the simple ways: training on the evaluation rows too, once or five times each, or on these
-alone, half of the steps, and leaving out by the loss or by suspicion; ``orders``, scores that are averaged
-over runs with other orders of batches, against retrainings from which rows are physically left out.
-LoRA, pooler and head in MiniLM's last two layers, on the states of the frozen ones; a call of
-`attribute` a run, and all settings are those of the smooth run in `scores`.
+alone, half of the steps, and leaving out by the loss or by suspicion; ``orders``, scores that are
+averaged over runs with other orders of batches, against retrainings from which rows are physically
+left out. LoRA, pooler and head in MiniLM's last two layers, on the states of the frozen ones; a
+call of `attribute` a run, and all settings are those of the smooth run in `scores`.
 """
 
 from __future__ import annotations
