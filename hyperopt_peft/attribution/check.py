@@ -98,12 +98,9 @@ class ScoreCheck:
                 "tell (`removal`, or --retrain_without)"
             )
         if self.ordered:
-            remedy = "make the run smoother"
-            if self.of_head:
-                remedy = f"multiply predicted changes by {self.slope:.2f}"
             return (
                 "the scores order the rows as retraining does, but changes are "
-                f"{self.slope:.2f} times the predicted ones: rely on the order alone, or {remedy}"
+                f"{self.slope:.2f} times the predicted ones: rely on the order, or multiply by that"
             )
         if low <= POOR and high >= GOOD:
             return (
