@@ -5,12 +5,11 @@
 Sentences with the label of one rater are trained on; evaluation and test rows have the label of
 many (`rated_text`). Parts: ``kinds``, a removal by score where the evaluation rows are of the same
 domain as the training rows, where they are of another one, and where a fifth of the training labels
-is made wrong, also of questions (TREC) and of movies with a label that is not of one rater (SST-2);
-beside the simple ways: training on the evaluation rows too, once or five times each, or on these
-alone, half of the steps, and leaving out by the loss or by suspicion; ``orders``, scores that are
-averaged over runs with other orders of batches, against retrainings from which rows are physically
-left out. LoRA, pooler and head in MiniLM's last two layers, on the states of the frozen ones; a
-call of `attribute` a run, and all settings are those of the smooth run in `scores`.
+is made wrong; beside the simple ways: training on the evaluation rows too, once or five times each,
+or on these alone, half of the steps, and leaving out by the loss or by suspicion; ``orders``,
+scores that are averaged over runs with other orders of batches, against retrainings from which rows
+are physically left out. LoRA, pooler and head in MiniLM's last two layers, on the states of the
+frozen ones; a call of `attribute` a run, and all settings are those of the smooth run in `scores`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import pandas
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rated_text import DOMAINS, one_rater
+from rated_text import one_rater
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
@@ -38,7 +37,6 @@ from benchmarks.last_layers import tokens
 from benchmarks.measure import mean_and_half, show
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
-from benchmarks.study.tasks import TABLES
 from hyperopt_peft import attribute
 from hyperopt_peft.attribution import ScoreCheck
 
@@ -50,10 +48,8 @@ CELLS = {
     "another domain": (("nyt", "amazon", "tweets"), "movies"),
     "same domain": (("movies",), "movies"),
     "wrong labels": (("tweets",), "tweets"),
-    "wrong labels, questions": (("trec",), "trec"),
-    "wrong labels, movies": (("sst2",), "sst2"),
 }
-#: The cells with wrong labels, and their share; as many rows are left out there.
+#: The cell with wrong labels, and their share; as many rows are left out there.
 WRONG_LABELS, WRONG = "wrong labels", 0.2
 #: The simplest use of evaluation rows, and the same with more of them.
 TOO, REPEATED, REPEATS = "evaluation rows too", "evaluation rows too, five times each", 5
@@ -72,42 +68,33 @@ LORA = LoraConfig(
 def drawn(cell: str, seed: int) -> pandas.DataFrame:
     """``text`` and ``label`` of the rows of ``seed``: training, evaluation, then test."""
     domains, target = CELLS[cell]
-    tables = {name: labelled(name) for name in {*domains, target}}
+    tables = {name: one_rater(name, seed=0) for name in {*domains, target}}
     order = {name: table.sample(frac=1, random_state=seed) for name, table in tables.items()}
     judged = order[target].iloc[: ABOVE + TEST]
     rest = {name: table.drop(judged.index, errors="ignore") for name, table in order.items()}
     rest[target] = order[target].iloc[ABOVE + TEST :]
     each = TRAIN // len(domains)
     train = pandas.concat([rest[name].iloc[:each] for name in domains])
-    if cell.startswith(WRONG_LABELS):
+    if cell == WRONG_LABELS:
         labels = with_wrong(torch.tensor(train.clean.to_numpy()), seed)
         train = train.assign(noisy=labels.numpy())
     parts = [train.assign(label=train.noisy), judged.assign(label=judged.clean)]
     return pandas.concat(parts, ignore_index=True)[["text", "label"]]
 
 
-def labelled(name: str) -> pandas.DataFrame:
-    """``text``, ``noisy`` and ``clean`` labels; the two are one where there are no raters."""
-    if name in DOMAINS:
-        return one_rater(name, seed=0)
-    table = pandas.concat(TABLES[name](), ignore_index=True).drop_duplicates("text")
-    return table.assign(noisy=table.label, clean=table.label)
-
-
 def with_wrong(labels: Tensor, seed: int) -> Tensor:
-    """``labels``, a share `WRONG` of them another class, drawn by ``seed``."""
-    source, classes = torch.Generator().manual_seed(seed), int(labels.max()) + 1
+    """``labels`` of three classes, a share `WRONG` of them another one, drawn by ``seed``."""
+    source = torch.Generator().manual_seed(seed)
     out = torch.randperm(len(labels), generator=source)[: round(WRONG * len(labels))]
-    moved = torch.randint(1, classes, (len(out),), generator=source)
-    return labels.index_copy(0, out, (labels[out] + moved) % classes)
+    moved = torch.randint(1, 3, (len(out),), generator=source)
+    return labels.index_copy(0, out, (labels[out] + moved) % 3)
 
 
 def task(cell: str, seed: int, quick: bool) -> Task:
     """The cell's rows and model."""
     table = drawn(cell, seed)
     inputs, labels = tokens(list(table.text), LENGTH), torch.tensor(table.label.to_numpy())
-    classes = int(labels.max()) + 1
-    base, states = last_layers(AutoModelForSequenceClassification, classes, inputs, seed)
+    base, states = last_layers(AutoModelForSequenceClassification, 3, inputs, seed)
     recipe = replace(SMOOTH, epochs=1.0) if quick else SMOOTH
     return Task("MiniLM", base, LORA, States(states, inputs.attention_mask, labels), TRAIN, recipe)
 
@@ -137,7 +124,7 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
 def measured(job: Task, cell: str, seed: int, count: int) -> Row:
     """The ways but the last one, and ``count`` retrainings of the check."""
     row: Row = {}
-    trainer, share = job.trainer(seed), WRONG if cell.startswith(WRONG_LABELS) else REMOVED
+    trainer, share = job.trainer(seed), WRONG if cell == WRONG_LABELS else REMOVED
     options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
     head = attribute(trainer, model="head", **options)
     result = attribute(trainer, **options)
