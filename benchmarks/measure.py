@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import weakref
@@ -27,7 +28,6 @@ PACKAGES = (
     "torch",
     "transformers",
     "peft",
-    "hyperopt-peft",
     "betty-ml",
     "torchopt",
     "optuna",
@@ -194,9 +194,10 @@ def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], targets: Sequence[Ta
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """The versions of the packages, and the machine."""
+    """The versions of the packages, the commit of this one, and the machine."""
     return {
         "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -213,6 +214,17 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """The commit of this clone, "-dirty" with changes; an installed version may be of another."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() or None
 
 
 def run_script(folder: str, scripts: Mapping[str, str]) -> None:

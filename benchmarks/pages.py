@@ -53,9 +53,10 @@ def titled(tables: Mapping[str, Sequence[Mapping[str, Any]]], measured: Mapping[
 
 
 def machine_line(measured: Mapping[str, Any]) -> str:
-    """A sentence on ``machine`` and ``versions`` of `measure.environment`."""
+    """A sentence on what `measure.environment` has found."""
     machine = measured["machine"]
-    versions = ", ".join(f"{name} {v}" for name, v in measured["versions"].items() if v)
+    found = {**measured["versions"], "hyperopt-peft at commit": measured.get("commit")}
+    versions = ", ".join(f"{name} {v}" for name, v in found.items() if v)
     return (
         f"Measured on {machine['cores']} shared cores of a virtual machine "
         f"({machine['processor']}), "

@@ -5,11 +5,11 @@
 Sentences with the label of one rater are trained on; evaluation and test rows have the label of
 many (`rated_text`). Parts: ``kinds``, a removal by score where the evaluation rows are of the same
 domain as the training rows, where they are of another one, and where a fifth of the training labels
-is made wrong; beside the simple ways: training on the evaluation rows too, or on these alone,
-half of the steps, and leaving out by the loss or by suspicion; ``orders``, scores that are averaged
-over runs with other orders of batches, against retrainings from which rows are physically left out.
-LoRA, pooler and head in MiniLM's last two layers, on the states of the frozen ones; a call of
-`attribute` a run, and all settings are those of the smooth run in `scores`.
+is made wrong; beside the simple ways: training on the evaluation rows too, once or five times each,
+or on these alone, half of the steps, and leaving out by the loss or by suspicion; ``orders``,
+scores that are averaged over runs with other orders of batches, against retrainings from which rows
+are physically left out. LoRA, pooler and head in MiniLM's last two layers, on the states of the
+frozen ones; a call of `attribute` a run, and all settings are those of the smooth run in `scores`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ CELLS = {
 }
 #: The cell with wrong labels, and their share; as many rows are left out there.
 WRONG_LABELS, WRONG = "wrong labels", 0.2
+#: The simplest use of evaluation rows, and the same with more of them.
+TOO, REPEATED, REPEATS = "evaluation rows too", "evaluation rows too, five times each", 5
 #: The cells of each part.
 PARTS = {"kinds": list(CELLS), "orders": ["same domain"]}
 REMOVED, ORDERS, RETRAININGS, FOLDS = 0.1, 3, 12, 5
@@ -109,9 +111,19 @@ JUDGES = numbered(TRAIN + ABOVE, TRAIN + ABOVE + TEST)
 def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     """What test rows say after each way, and what the check says of the scores."""
     row = runs.entry(part="kinds", cell=cell, seed=seed)
-    if "ways" in row:
+    if REPEATED in row.get("ways", ()):
         return
-    job, count = task(cell, seed, quick), 5 if quick else RETRAININGS
+    job = task(cell, seed, quick)
+    if "ways" not in row:
+        row |= measured(job, cell, seed, 5 if quick else RETRAININGS)
+    often = [*range(TRAIN), *REPEATS * EVALUATION["row"][:]]
+    row["ways"][REPEATED] = trained(job, seed, Dataset.from_dict({"row": often}))
+    runs.save(row)
+
+
+def measured(job: Task, cell: str, seed: int, count: int) -> Row:
+    """The ways but the last one, and ``count`` retrainings of the check."""
+    row: Row = {}
     trainer, share = job.trainer(seed), WRONG if cell == WRONG_LABELS else REMOVED
     options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
     head = attribute(trainer, model="head", **options)
@@ -123,7 +135,7 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     removal = result.removal(share, JUDGES, draws=2, seed=seed)
     ways = {
         "plain": removal.plain,
-        "evaluation rows too": removal.with_evaluation,
+        TOO: removal.with_evaluation,
         "evaluation rows alone": trained(job, seed, EVALUATION),
         "half of the steps": trained(job, seed, shorter=2),
         "without rows by score": removal.without,
@@ -146,10 +158,10 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     on_head = head.removal(share, JUDGES, draws=2, seed=seed)
     row["ways of the head"] = {
         "plain": on_head.plain,
-        "evaluation rows too": on_head.with_evaluation,
+        TOO: on_head.with_evaluation,
         "without rows by score": on_head.without,
     }
-    runs.save(row)
+    return row
 
 
 def trained(
@@ -210,11 +222,13 @@ def gains_table(rows: Sequence[Row], key: str) -> list[Row]:
     """By way the accuracy minus that of plain training, ± half of a 95 % interval."""
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     table = []
-    for way in [way for row in rows[:1] for way in row[key] if way != "plain"]:
+    ways = [way for row in rows[:1] for way in row[key] if way not in ("plain", REPEATED)]
+    ways[1:1] = [REPEATED] * any(REPEATED in row[key] for row in rows)  # below its like
+    for way in ways:
         line: Row = {"way": way}
         for cell in cells:
             of_cell = [row[key] for row in rows if row["cell"] == cell]
-            gains = [ways[way]["accuracy"] - ways["plain"]["accuracy"] for ways in of_cell]
+            gains = [one[way]["accuracy"] - one["plain"]["accuracy"] for one in of_cell]
             mean, half = mean_and_half(gains)
             line[cell] = f"{mean:+.3f} ± {half:.3f}"
         table.append(line)

@@ -115,7 +115,7 @@ def arguments(run: Run, folder: str, steps: int) -> BiDoRATrainingArguments:
 
 
 def bilevel(run: Run, here: Task, model: Any, rows: list[int]) -> dict[str, Any]:
-    """A search and a retraining of as many steps each as the run has passes."""
+    """A search and a retraining of equally many steps, which have the run's passes together."""
     data = {"train_dataset": here.dataset(rows), "data_collator": here.states}
     with tempfile.TemporaryDirectory() as folder:
         counted = BiDoRATrainer(copy.deepcopy(model), arguments(run, folder, 1), **data)

@@ -37,6 +37,7 @@ class ScoreCheck:
             differentiate the run. After Engstrom et al. 2025 (arXiv:2503.13751, §3).
         share: the share of the rows that each retraining leaves out.
         by_slice: the same of each slice; empty where there is one.
+        of_head: whether a head is trained, to its minimum: no rate or batch can make it smoother.
 
     Example:
         >>> x = torch.linspace(-1, 1, 20)
@@ -50,6 +51,7 @@ class ScoreCheck:
     metasmoothness: float | None
     share: float
     by_slice: dict[str, ScoreCheck] = field(default_factory=dict, repr=False)
+    of_head: bool = False
 
     @property
     def lds(self) -> float:
@@ -98,8 +100,7 @@ class ScoreCheck:
         if self.ordered:
             return (
                 "the scores order the rows as retraining does, but changes are "
-                f"{self.slope:.2f} times the predicted ones: rely on the order alone, or make the "
-                "run smoother"
+                f"{self.slope:.2f} times the predicted ones: rely on the order, or multiply by that"
             )
         if low <= POOR and high >= GOOD:
             return (
@@ -111,7 +112,9 @@ class ScoreCheck:
             "make the run smoother: warm-up, a lower learning rate, a larger epsilon in Adam, or "
             "larger batches (see docs/attribution.md for what each brings)"
         )
-        if not rough:
+        if self.of_head:
+            remedy = "leave fewer rows out at a time (share), or check with more retrainings"
+        elif not rough:
             remedy = f"use the estimator unrolled, check with more retrainings, or {remedy}"
         if not self.lds >= POOR:
             return f"the scores do not predict retraining: do not act on them; {remedy}"
@@ -178,16 +181,13 @@ def check_scores(
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
         smoothness = metasmoothness(setup, estimator, setup.total(seen), perturbation, generator)
+    options: dict[str, Any] = {"of_head": not isinstance(run, Run)}
     checks = {
-        name: ScoreCheck(predicted[name], actual[name], smoothness, share) for name in by_slice
+        name: ScoreCheck(predicted[name], actual[name], smoothness, share, **options)
+        for name in by_slice
     }
-    return ScoreCheck(
-        setup.total(predicted),
-        setup.total(actual),
-        smoothness,
-        share,
-        checks if len(checks) > 1 else {},
-    )
+    options["by_slice"] = checks if len(checks) > 1 else {}
+    return ScoreCheck(setup.total(predicted), setup.total(actual), smoothness, share, **options)
 
 
 def metasmoothness(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.rows import NumberedRows
@@ -72,7 +73,7 @@ def losses_of_features(head: Head, features: Features) -> tuple[Tensor, Tensor]:
     return row_losses(head, features.batch())
 
 
-def chosen_l2(head: Head, features: Features, count: int) -> float:
+def chosen_l2(head: Head, features: Features, count: int, progress: bool = False) -> float:
     """λ by cross-validation on the ``count`` training rows, see above; ``head`` stays."""
     folds = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % FOLDS
     numbers = [(folds == fold).nonzero()[:, 0] for fold in range(min(FOLDS, count))]
@@ -82,7 +83,7 @@ def chosen_l2(head: Head, features: Features, count: int) -> float:
     ]
     of_penalties = []
     with perturbed((head.weight, head.bias)):
-        for l2 in PENALTIES:
+        for l2 in tqdm(PENALTIES, "head", disable=not progress):
             level, held_out = RowWeightedHead(head, head.weight.new_ones(count), l2), []
             for train, others in parts:  # each from the last minimum
                 lbfgs(level, train, tolerance=ROUGHLY)
@@ -173,7 +174,7 @@ def setup_from_head(
     train, above = raw.standardized(), features(data.evaluation_rows).standardized(raw)
     head = _head(trainer.model, train)
     count = len(data.train_rows)
-    training = HeadTraining(head, train, count, chosen_l2(head, train, count))
+    training = HeadTraining(head, train, count, chosen_l2(head, train, count, progress))
     of_slices = {name: above.select(torch.tensor(rows)) for name, rows in data.groups.items()}
     if not all(losses_of_features(head, rows)[1].any() for rows in of_slices.values()):
         raise ProblemError("evaluation: no row has a label; give rows with labels")

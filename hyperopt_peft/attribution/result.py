@@ -18,6 +18,7 @@ from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import row_scores
+from hyperopt_peft.utils.tables import printable
 
 #: What tables and pictures say before a check.
 UNCHECKED = "unchecked: call check() before relying on them"
@@ -258,7 +259,7 @@ class Attribution:
 
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of ``row``, each column at most ``width`` characters."""
-        cells = [" ".join(str(values[row]).split()) for values in self.columns.values()]
+        cells = [printable(" ".join(str(v[row]).split())) for v in self.columns.values()]
         cells = [x if len(x) <= width else f"{x[: width - 1]}…" for x in cells]
         return f"{self.numbers[row]:6d}  {' | '.join(cells)}".rstrip()
 

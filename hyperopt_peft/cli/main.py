@@ -7,12 +7,15 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
+from typing import Any
 
 from hyperopt_peft import __version__
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.listing import page, require_names
 from hyperopt_peft.errors import NonFiniteError, ProblemError, did_you_mean
+from hyperopt_peft.utils.tables import printable
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # This deletes the trainer, whose progress bar then ends its line.
     gc.collect()
     command = f"hyperopt-peft {name}" if name in COMMANDS else "hyperopt-peft"
-    print(f"{command}: {message}", file=sys.stderr)
+    print(printable(f"{command}: {message}"), file=sys.stderr)
     return status
 
 
@@ -66,10 +69,25 @@ def _run(name: str, options: Sequence[str]) -> None:
 
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
+    # Rows and names are of files that others wrote.
+    with warnings.catch_warnings(), redirect_stdout(Printable(sys.stdout)):
         # A user of the command line cannot act on renamings in PEFT and Transformers.
         warnings.simplefilter("ignore", FutureWarning)
         module.run(options)
+
+
+class Printable:
+    """``stream``, to which `printable` text is written."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write ``text``."""
+        return int(self.stream.write(printable(text)))
 
 
 def usage() -> str:

@@ -141,7 +141,9 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
         raise ProblemError(
             f"{column}: the labels are text; number them with class_encode_column({column!r})"
         )
-    largest = max(filter(None, data.unique(column)), default=0) if "int" in dtype else 0
+    # `unique` of a selection would show a bar.
+    labels = data.with_format(None)[column][:] if "int" in dtype else []
+    largest = max(filter(None, labels), default=0)
     if largest >= classes:
         raise ProblemError(
             f"{column}: the data have class {largest}, but the model's num_labels is {classes} "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
@@ -53,15 +53,15 @@ def split_dataset(
     if label is not None and label not in train.column_names:
         raise ProblemError(f"the training set has no column {label!r}, only {train.column_names}")
     values = classes_of(train, label or label_column(train)) or []
-    rows = Dataset.from_dict({"row": range(len(train))})
     if None in values:
         raise ProblemError(
             f"{values.count(None)} of {len(train)} training examples have no label; remove them"
         )
     names = sorted(set(values))
-    if names:
-        rows = rows.add_column("class", [names.index(value) for value in values])
-        rows = rows.cast_column("class", ClassLabel(names=[str(name) for name in names]))
+    labels = ClassLabel(names=[str(name) for name in names] or ["any"])
+    columns = {"row": range(len(train)), "class": [*map(names.index, values)] or [0] * len(train)}
+    features = Features({"row": Value("int64"), "class": labels})  # a cast would show a bar
+    rows = Dataset.from_dict(columns, features=features)
     where = f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper level"
     try:
         split = rows.train_test_split(

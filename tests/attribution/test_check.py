@@ -15,6 +15,7 @@ from tests.support.attributed import levels, scored, scored_levels
 def test_exact_scores_of_a_smooth_run_predict_retraining() -> None:
     check = scored_levels().check(12, share=0.1)
     assert check.lds > 0.95 and 0.8 < check.slope < 1.25 and check.trustworthy
+    assert not check.of_head
     assert check.metasmoothness is not None and check.metasmoothness > 0.95
 
 
@@ -85,6 +86,15 @@ def test_right_order_and_wrong_sizes_are_not_trusted(slope: float) -> None:
     x = torch.linspace(-1, 1, 20)
     check = ScoreCheck(x, slope * x, 0.99, 0.05)
     assert check.lds == 1.0 and not check.trustworthy and "order" in check.advice
+
+
+@pytest.mark.parametrize("slope", [1.45, -1.0])
+def test_advice_for_a_head_can_be_followed(slope: float) -> None:
+    """It has no steps: sizes follow from the slope, and an order from fewer rows left out."""
+    x = torch.linspace(-1, 1, 20)
+    advice = ScoreCheck(x, slope * x, None, 0.05, of_head=True).advice
+    assert "smooth" not in advice and "estimator" not in advice
+    assert ("1.45" in advice) == (slope > 0) and ("share" in advice) == (slope < 0)
 
 
 @pytest.mark.parametrize("smoothness", [0.99, 0.2])

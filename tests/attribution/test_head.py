@@ -73,7 +73,7 @@ def test_scores_predict_other_minima() -> None:
     estimator = parse_estimator(HEAD_ESTIMATOR)
     by_slice, _ = scores(setup, estimator)
     check = check_scores(setup, estimator, by_slice, setup.values(), 20, 0.05, None, 0)
-    assert check.lds > 0.98 and check.trustworthy
+    assert check.lds > 0.98 and check.trustworthy and check.of_head
 
 
 def test_a_head_on_more_rows_is_their_minimum() -> None:

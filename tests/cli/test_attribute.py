@@ -11,7 +11,9 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 
+from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.cli.attribute import AttributeArguments, split
+from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
@@ -79,6 +81,29 @@ def test_scores_on_a_head_train_no_adapter(
     verdict = (tmp_path / "out/report.html").read_text().partition('class="verdict">')[2]
     assert "retraining" in verdict.partition("</p>")[0]  # whether the scores can be trusted
     assert not (tmp_path / "out/adapter_config.json").exists()
+
+
+def test_rows_of_others_write_no_controls_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither from `attribute`, `init` and an error, nor in Python; the file has them unchanged."""
+    marks = "\x1b[31m\x9b2J\x07\u202e\u2066"
+    table = [
+        {"text": f"{row['text']} {marks}", "label": row["label"] + marks} for row in rows(number=34)
+    ]
+    path = write(tmp_path / "marked.jsonl", table[:24])
+    other = write(tmp_path / "other.jsonl", table[24:])
+    run("attribute", **options(tmp_path, train_file=path, eval_file=other, score_model="head"))
+    assert written(tmp_path)[0]["text"] == table[0]["text"]
+    run("init", path, "--config_file", str(tmp_path / "config.yaml"))
+    shown = capsys.readouterr().out
+    assert "hurt most" in shown and "3 classes" in shown
+    assert main(["train", "--train_file", "x\x1b[31m.csv", "--model", "m"]) == 2
+    shown += capsys.readouterr().err
+    x = torch.ones(1)
+    shown += Attribution(x, {}, x, {}, {}, {"text": [marks]}).table()
+    assert shown.count("\\x1b[31m") > 20 and "\\u202e\\u2066" in shown
+    assert not set(marks) - set("[31m2J") & set(shown)
 
 
 def test_the_weights_are_those_that_train_reads(tmp_path: Path) -> None:

@@ -216,7 +216,9 @@ FILES: dict[str, tuple[bytes, str]] = {
     "first.csv": (b"text,label\nw1, w2,a\nw2,b\n", "Length of header"),
     "every.csv": (b"text,label\nw1, w2,a\nw2, w3,b\n", "Length of header"),
     "short.csv": (b"text,label\nw1,a\nw2\nw3,c\n", r"'label' is empty.*row 1 \(from 0\)"),
-    "marks.csv": (b"text;label\nw1;a\n", "known are text;label"),
+    "marks.csv": (b"text;label\nw1, w2;a\nw2, w3, w4;b\n", "';' between"),
+    "tabs.csv": (b"text\tlabel\nw1\ta\n", r"'\\t' between"),
+    "bars.tsv": (b"text|label\nw1|a\n", r"'\|' between .*'\\t'"),
 }
 
 
@@ -228,8 +230,8 @@ def test_bad_files_are_one_line_that_names_them(
     if name != "missing.csv":
         (tmp_path / name).write_bytes(content)
     options = {"model": model, "task": "text-classification", "train_file": tmp_path / name}
-    columns = name in ("short.csv", "marks.csv")
-    refused(capsys, "check", options, "training examples" if columns else f"train_file: .*{name}")
+    named = "training examples" if name == "short.csv" else f"train_file: .*{name}"
+    refused(capsys, "check", options, named)
     refused(capsys, "check", options, words)
 
 

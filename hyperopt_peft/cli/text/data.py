@@ -7,6 +7,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -157,7 +158,14 @@ def _read_file(path: Path, option: str) -> Dataset:
         # "None" and "NA" may be classes or words. A first row that is longer than the header
         # would otherwise shift all columns by one.
         options |= {"keep_default_na": False, "na_values": [""], "index_col": False}
-        options["sep"] = "\t" if suffix == ".tsv" else ","
+        options["sep"] = sep = "\t" if suffix == ".tsv" else ","
+        heads = ""
+        with suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+            heads = file.readline()
+        if sep not in heads and (other := next((mark for mark in ";\t|" if mark in heads), None)):
+            raise ProblemError(
+                f"{option}: {path} has {other!r} between its columns; write it with {sep!r}"
+            )
     return _load(option, str(path), FORMATS[suffix], split="train", **options)
 
 
