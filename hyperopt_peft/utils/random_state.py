@@ -132,6 +132,6 @@ def _twister() -> MT19937:
         np.random.set_state(state)
     if not isinstance(generator, MT19937):
         raise ProblemError(
-            f"np.random: {type(generator).__name__} cannot be replayed; set_bit_generator(MT19937())"
+            f"np.random: {type(generator).__name__} cannot be replayed; put an MT19937 in its place"
         )
     return generator
