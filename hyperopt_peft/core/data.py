@@ -32,11 +32,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class DataStream:
     """The batches of ``data``, epoch after epoch; any position can be restored.
 
-    A shuffled DataLoader draws its order from PyTorch's CPU generator, and a data set may draw from
-    Python's and NumPy's. Here ``data`` draws from random streams of its own, seeded by the state of
-    PyTorch's generator at construction and by ``name``. The batches then depend neither on `peek`
-    nor on other levels. A generator that was given to the DataLoader or to its sampler is used
-    unchanged.
+    A shuffled DataLoader draws its order from PyTorch's CPU generator. Here ``data`` draws from
+    random streams of its own, also of NumPy and Python, seeded by PyTorch's state at construction
+    and by ``name``. The batches then depend neither on `peek` nor on other levels. A generator that
+    was given to the DataLoader or to its sampler is used unchanged.
 
     The order of an epoch is a function of the generator states at its start. ``state_dict``
     contains these states and the position in the epoch.

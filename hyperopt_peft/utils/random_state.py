@@ -95,9 +95,9 @@ def replay(state: RandomState) -> Iterator[None]:
 
 
 class MT19937(np.random.MT19937):
-    """NumPy's usual generator, whose state is read and written fifty times as fast.
+    """NumPy's usual generator, whose state is read and written in 1 µs in place of 60 µs.
 
-    NumPy's own functions take 0.1 ms, as long as a small loss, and a replay needs four of them.
+    A replay does so four times, and a small loss takes 100 µs.
     """
 
     @property
@@ -106,18 +106,17 @@ class MT19937(np.random.MT19937):
         return (ctypes.c_char * 2500).from_address(self.ctypes.state_address)
 
     @property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Any:
         """As NumPy's; it can be set to ``memory.raw`` too."""
         words = np.frombuffer(self.memory.raw, np.uint32).copy()
         return {"bit_generator": "MT19937", "state": {"key": words[:-1], "pos": int(words[-1])}}
 
     @state.setter
     def state(self, value: Any) -> None:
-        match value:
-            case {"state": bytes(memory)}:
-                self.memory.raw = memory
-            case _:
-                np.random.MT19937.state.__set__(self, value)
+        if isinstance(value, dict) and isinstance(value["state"], bytes):
+            self.memory.raw = value["state"]
+        else:
+            np.random.MT19937.state.__set__(self, value)  # type: ignore[attr-defined]
 
 
 _OF_SEEDED = MT19937(0)
@@ -126,14 +125,13 @@ _SEEDED = np.random.RandomState(_OF_SEEDED)
 
 def _twister() -> MT19937:
     """NumPy's global generator, which becomes an equal one of this class where it is NumPy's."""
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is np.random.MT19937:
         state, generator = np.random.get_state(legacy=False), MT19937(0)
-        np.random.set_bit_generator(generator)
+        np.random.set_bit_generator(generator)  # type: ignore[attr-defined]
         np.random.set_state(state)
     if not isinstance(generator, MT19937):
         raise ProblemError(
-            f"np.random: the states of {type(generator).__name__} cannot be replayed; give "
-            "np.random.set_bit_generator an MT19937"
+            f"np.random: {type(generator).__name__} cannot be replayed; put an MT19937 in its place"
         )
     return generator
