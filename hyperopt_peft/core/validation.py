@@ -111,10 +111,9 @@ def _stretch(tensor: Tensor) -> int:
     """The places in memory from the first entry to the last; 0 if two entries may have one."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < reach:
-                return 0
-            reach += (size - 1) * stride
+        if size > 1 and stride < reach:
+            return 0
+        reach += max(size - 1, 0) * stride
     return reach
 
 

@@ -46,8 +46,7 @@ def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     here = [x.detach() for x in to_local(tensors)]
-    cut = [x.numel() > BLOCK and x.device.type == "cpu" for x in here]
-    blocks = [x.flatten().split(BLOCK) if many else (x,) for x, many in zip(here, cut)]
+    blocks = [x.flatten().split(BLOCK) if x.is_cpu and x.numel() > BLOCK else (x,) for x in here]
     norms = torch._foreach_norm([x for each in blocks for x in each], 2, torch.float64)
     every = iter(torch._foreach_mul(norms, norms))
     return _over_shards([summed(list(islice(every, len(each)))) for each in blocks], tensors)
