@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
+from torch.nested import nested_tensor
 from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import (
@@ -333,9 +334,12 @@ def test_at_negative_curvature_the_factored_matrix_is_inverted_alone() -> None:
     [
         lambda net, x: vmap(grad(lambda row: net(row)[0]))(x),
         lambda net, x: vmap(jacrev(net))(x)[:, 0],
+        lambda net, x: net(nested_tensor([x[:2], x[2:]], layout=torch.jagged)).values(),
     ],
 )
-def test_layers_inside_of_a_transform_are_none(slopes: Callable[..., Tensor]) -> None:
+def test_layers_inside_of_a_transform_or_on_nested_tensors_are_none(
+    slopes: Callable[..., Tensor],
+) -> None:
     """As in a loss of a network's derivatives; kfac is then cg."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()

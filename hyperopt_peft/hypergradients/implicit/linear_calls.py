@@ -67,7 +67,7 @@ class LinearCalls(TorchFunctionMode):
     """Watches calls of ``linear`` and ``x @ V`` whose weight or bias is one of ``variables``.
 
     Half precision is widened. Calls inside of `torch.func` transforms, whose tensors are of the
-    transform alone, do not count.
+    transform alone, and on nested tensors do not count.
     """
 
     def __init__(self, variables: Sequence[Tensor]) -> None:
@@ -87,7 +87,7 @@ class LinearCalls(TorchFunctionMode):
         if (func is linear or func in MATMUL) and not needs_plain_operations():
             call = _of_linear if func is linear else _of_matmul
             x, layer = call(self._number, *args, **kwargs)
-            if layer is not None and result.requires_grad and x.numel():
+            if layer is not None and result.requires_grad and not x.is_nested and x.numel():
                 result.register_hook(partial(self._see, layer, x.detach()))
         return result
 
