@@ -20,6 +20,7 @@ from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils.autograd import uncompiled
 
 
+@uncompiled()  # steps of the run are done again, with their dropout masks
 def attribute(
     training: Any,
     row_weights: Tensor | None = None,
@@ -116,31 +117,28 @@ def attribute(
         raise ProblemError(
             "row_weights, training_steps: a Trainer has rows and steps of its own; leave them out"
         )
-    with uncompiled():  # steps are done again, with the masks of the run
-        if on_head:
-            from hyperopt_peft.attribution.head import setup_from_head
+    if on_head:
+        from hyperopt_peft.attribution.head import setup_from_head
 
-            setup, columns = setup_from_head(training, evaluation, slices, progress=progress)
+        setup, columns = setup_from_head(training, evaluation, slices, progress=progress)
+    else:
+        if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
+            _check_bilevel(training, parsed.differentiates_run)
+        options: dict[str, Any] = {
+            "differentiated": parsed.differentiates_run,
+            "memory_limit": memory_limit,
+            "progress": progress,
+        }
+        if isinstance(training, Problem | Engine):
+            setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
         else:
-            if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
-                _check_bilevel(training, parsed.differentiates_run)
-            options: dict[str, Any] = {
-                "differentiated": parsed.differentiates_run,
-                "memory_limit": memory_limit,
-                "progress": progress,
-            }
-            if isinstance(training, Problem | Engine):
-                setup = setup_from_levels(
-                    training, row_weights, evaluation, training_steps, **options
-                )
-            else:
-                from hyperopt_peft.attribution.trainer import setup_from_trainer
+            from hyperopt_peft.attribution.trainer import setup_from_trainer
 
-                exact = parsed.estimator.requirements.second_derivatives
-                setup, columns = setup_from_trainer(
-                    training, evaluation, slices, second_derivatives=exact, **options
-                )
-        by_slice, cost = scores(setup, parsed, progress=progress)
+            exact = parsed.estimator.requirements.second_derivatives
+            setup, columns = setup_from_trainer(
+                training, evaluation, slices, second_derivatives=exact, **options
+            )
+    by_slice, cost = scores(setup, parsed, progress=progress)
     return Attribution.from_scores(
         replace(setup, progress=progress), parsed, by_slice, {"model": model, **cost}, columns
     )

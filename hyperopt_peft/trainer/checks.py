@@ -152,10 +152,9 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
 
 
 def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimator) -> None:
-    """Raise ProblemError for layers over which ``estimator`` takes no right products.
+    """Raise ProblemError for layers that round activations, or lack float32, as products need it.
 
-    Differences need layers that do not round activations; they and second derivatives need float32.
-    A product raises these errors too, after the first lower steps.
+    A product raises an error too, after the first lower steps.
     """
     needs = estimator.requirements
     if len(levels) > 1 and needs.differences:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -144,11 +144,13 @@ def function_modes_off() -> AbstractContextManager[None]:
     return context
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """Within the body, models and functions of `torch.compile` run as they are written.
 
     A compiled function is differentiable once, and hooks and modes that come and go would compile
     it anew until PyTorch gives up.
     """
     loaded = "torch._dynamo" in sys.modules  # a second to import, of use to few
-    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+    with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
+        yield

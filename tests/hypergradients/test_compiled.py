@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft import Engine, Problem, hypergradient
+from hyperopt_peft import Engine, Problem, attribute, hypergradient
 from tests.support.networks import Network, loader, owned
 from tests.support.quadratic import FunctionLevel, flat
 
@@ -98,6 +98,26 @@ def test_a_difference_subtracts_nothing_of_other_dropout_masks() -> None:
     method = "darts:scheme=forward"
     actual = trained(method, lambda net: torch.compile(net, backend=other_masks))
     torch.testing.assert_close(actual, trained(method, lambda net: net))
+
+
+def scores(way: Way) -> Tensor:
+    """Of four rows, after nine steps with dropout."""
+    torch.manual_seed(0)
+    net, v, (x, y) = Network(), torch.ones(4, requires_grad=True), next(iter(loader(18)))
+    call, w = way(net), [p for p in net.parameters() if p.requires_grad]
+
+    def losses(x: Tensor) -> Tensor:
+        return cross_entropy(call(x), y, reduction="none")
+
+    lower = FunctionLevel(lambda _: (v * losses(x)).mean(), w, optimizer=torch.optim.SGD(w, lr=0.1))
+    options: dict[str, Any] = {"training_steps": 9, "progress": False}
+    return attribute(lower, v, lambda: losses(x.flip(0)).mean(), **options).scores
+
+
+def test_attribution_differentiates_the_steps_of_the_run() -> None:
+    """On the dropout masks that they had."""
+    actual = scores(lambda net: torch.compile(net, backend=other_masks))
+    torch.testing.assert_close(actual, scores(lambda net: net))
 
 
 def test_half_precision_inside_of_a_compiled_function_is_seen() -> None:
