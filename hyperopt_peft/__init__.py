@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
     from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
-    from hyperopt_peft.problems.compare_baselines import compare_baselines
-    from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
-    from hyperopt_peft.problems.mix_trainer import MixTrainer
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
     from hyperopt_peft.trainer.data import split_dataset
     from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
@@ -34,8 +31,6 @@ _MODULES = {
     "Engine": "engine.engine",
     "Estimator": "hypergradients",
     "HypergradientWarning": "errors",
-    "MixTrainer": "problems.mix_trainer",
-    "MixTrainingArguments": "problems.mix_arguments",
     "Nested": "engine.nested",
     "NonFiniteError": "errors",
     "Problem": "core.problem",
@@ -44,7 +39,6 @@ _MODULES = {
     "attribute": "attribution.attribute",
     "bilevel": "trainer.trainer",
     "check_problem": "diagnostics.check",
-    "compare_baselines": "problems.compare_baselines",
     "compare_hypergradients": "diagnostics.compare",
     "hypergradient": "hypergradients",
     "register": "hypergradients",
@@ -60,8 +54,6 @@ __all__ = [
     "Engine",
     "Estimator",
     "HypergradientWarning",
-    "MixTrainer",
-    "MixTrainingArguments",
     "Nested",
     "NonFiniteError",
     "Problem",
@@ -70,7 +62,6 @@ __all__ = [
     "attribute",
     "bilevel",
     "check_problem",
-    "compare_baselines",
     "compare_hypergradients",
     "hypergradient",
     "register",

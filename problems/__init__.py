@@ -7,10 +7,10 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.adapter_trainer import AdapterTrainer
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
+    from hyperopt_peft.problems.data_sources import SourceWeights
     from hyperopt_peft.problems.head import Head
-    from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
-    from hyperopt_peft.problems.mix_trainer import MixTrainer
     from hyperopt_peft.problems.source_data import by_column
+    from hyperopt_peft.problems.source_trainer import SourceTrainer
     from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 
 _MODULES = {
@@ -19,8 +19,8 @@ _MODULES = {
     "BiDoRATrainer": "bidora_trainer",
     "BiDoRATrainingArguments": "bidora_trainer",
     "Head": "head",
-    "MixTrainer": "mix_trainer",
-    "MixTrainingArguments": "mix_arguments",
+    "SourceTrainer": "source_trainer",
+    "SourceWeights": "data_sources",
     "TaskLevel": "common",
     "TwoPhaseTrainer": "two_phases",
     "TwoPhaseTrainingArguments": "two_phases",
@@ -32,8 +32,8 @@ __all__ = [
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
     "Head",
-    "MixTrainer",
-    "MixTrainingArguments",
+    "SourceTrainer",
+    "SourceWeights",
     "TaskLevel",
     "TwoPhaseTrainer",
     "TwoPhaseTrainingArguments",

@@ -9,8 +9,7 @@ Source k has n_k of the N examples. The weight of each of its examples is
 
 so that the mean weight is 1: the weights cannot act as a learning rate. With s_k = 1/n_k and a
 softmax the lower loss is Σ_k a_k L_k, L_k the mean loss of source k: Pan et al. 2024 (ScaleBiO),
-arXiv:2406.19976. Labelling functions are sources too: an example then has several labels, each the
-vote of a source (data programming: Ratner et al. 2016, arXiv:1605.07723).
+arXiv:2406.19976.
 """
 
 from __future__ import annotations
@@ -20,15 +19,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from hyperopt_peft.core.examples import WeightedExamples
 from hyperopt_peft.core.labels import WEIGHT, label_losses, labels_are_shifted, scored_labels
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.problems.example_weights import COLUMNS, column, example_losses, without
-from hyperopt_peft.problems.votes import VOTES, voted
-from hyperopt_peft.utils.vector import widened
 
 #: The column with the number of an example's source.
 SOURCE = "source"
@@ -38,11 +34,9 @@ class SourceWeights(nn.Module):
     """v, the weight of an example of each source; initially u = 0, where all weights are equal.
 
     Args:
-        counts: by name, the number n_k of examples, or votes, of each source.
+        counts: by name, the number n_k of examples of each source.
         kind: a = σ(u), where a source can be switched off alone, or a softmax.
         average: ``"rows"`` (s_k = 1) counts each example alike, ``"sources"`` (1/n_k) each source.
-        sampled: the share of each source's examples that are trained on, ``(K,)``, 1 by default; v
-            is of one of these, so that a sample has the source's share of the loss.
 
     Raises:
         ProblemError: there are fewer than two sources, or one without examples.
@@ -54,8 +48,6 @@ class SourceWeights(nn.Module):
     """
 
     counts: Tensor
-    #: The number of each source's examples that are trained on.
-    present: Tensor
 
     def __init__(
         self,
@@ -63,7 +55,6 @@ class SourceWeights(nn.Module):
         *,
         kind: Literal["sigmoid", "softmax"] = "sigmoid",
         average: Literal["rows", "sources"] = "rows",
-        sampled: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(counts, Mapping) or len(counts) < 2:
@@ -77,12 +68,10 @@ class SourceWeights(nn.Module):
         self.logits = nn.Parameter(torch.zeros(len(counts)))
         numbers = [float(count) for count in counts.values()]
         self.register_buffer("counts", torch.tensor(numbers), persistent=False)
-        present = self.counts if sampled is None else self.counts * sampled
-        self.register_buffer("present", present, persistent=False)
 
     def forward(self) -> Tensor:
-        """v, ``(K,)``; the mean over the examples that are trained on is 1."""
-        return self.shares() * self.present.sum() / self.present
+        """v, ``(K,)``; the mean over all examples is 1."""
+        return self.shares() * self.counts.sum() / self.counts
 
     def shares(self) -> Tensor:
         """p_k, the share of source k in the lower loss, ``(K,)``; the sum is 1."""
@@ -109,9 +98,6 @@ class Mixture(WeightedExamples, Adapter):
     The column ``source`` of a batch has the source of each row ``(n,)``, a number from 0 in the
     order of ``weights.names``. Of the shape of ``labels``, ``(n, T)``, it has the source of each
     token, and the mean is over all labels: the loss of a language model where each weight is 1.
-    Or the column ``votes`` has what each source says of an example: a class, ``(n, K)``, -1 for
-    none, or probabilities of the classes, ``(n, K, C)``, 0 for none. ``labels`` are then not read,
-    and the mean is over the votes.
 
     Args:
         model: a Transformers model with an adapter, for classification or language modelling.
@@ -138,19 +124,12 @@ class Mixture(WeightedExamples, Adapter):
 
     def groups(self, batch: Any) -> Tensor:
         """The source of each row, or label."""
-        if VOTES in batch:
-            raise ProblemError(
-                "column 'votes': sources share a row, whose gradient has no part of each; choose "
-                "another product than dots"
-            )
         return column(batch, SOURCE, len(self.weights.names), SOURCE)
 
     def losses(self, batch: Any) -> Tensor:
-        """The summed loss of each source's rows, labels or votes."""
+        """The summed loss of each source's rows, or labels."""
         count = len(self.weights.names)
-        if VOTES in batch:
-            losses, source = self._of_votes(batch, count)
-        elif (source := self.groups(batch)).dim() == 1:
+        if (source := self.groups(batch)).dim() == 1:
             losses = example_losses(self.model, batch)
         else:
             losses, _ = label_losses(self.model, without(batch, COLUMNS))
@@ -167,30 +146,10 @@ class Mixture(WeightedExamples, Adapter):
         }
 
     def _number(self, batch: Any) -> Any:
-        """N, of the rows, labels or votes; in a Trainer the mean of a step's micro-batches."""
-        if VOTES in batch:
-            return voted(batch[VOTES]).sum()
+        """N, of the rows or labels; in a Trainer the mean of a step's micro-batches."""
         source, labels = batch[SOURCE], batch.get("labels")
         if labels is None or source.shape != labels.shape:
             return len(source)
         number = scored_labels(batch, labels_are_shifted(self.model, without(batch, COLUMNS)))
         assert number is not None
         return number.clamp(min=1) / batch.get(WEIGHT, 1)
-
-    def _of_votes(self, batch: Any, count: int) -> tuple[Tensor, Tensor]:
-        """The loss of each vote, and its source."""
-        votes = batch[VOTES]
-        logits = self.model(**without(batch, ("labels", *COLUMNS))).logits
-        rows, classes = logits.shape
-        of_classes = votes.shape == (rows, count) and int(votes.max()) < classes
-        if not of_classes and votes.shape != (rows, count, classes):
-            raise ProblemError(
-                f"column 'votes': must be a class below {classes}, or -1, of each of {count} "
-                f"sources, or {classes} probabilities of each, got a shape of "
-                f"{tuple(votes.shape)} and {float(votes.max()):g}"
-            )
-        row, source = voted(votes).nonzero(as_tuple=True)
-        logits, targets = widened(logits[row]), votes[row, source]
-        if targets.is_floating_point():
-            targets = targets.to(logits.dtype)
-        return cross_entropy(logits, targets, reduction="none"), source

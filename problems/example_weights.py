@@ -14,7 +14,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import TaskLevel, TaskLoss
 
 #: Columns that weights are read by, and a Trainer's entries, which are no arguments of a model.
-COLUMNS = ("index", "source", "votes", ITEMS, MICRO_BATCHES, WEIGHT)
+COLUMNS = ("index", "source", ITEMS, MICRO_BATCHES, WEIGHT)
 
 
 class HeldOut(TaskLevel):

@@ -1,11 +1,10 @@
 """A linear head on features that are frozen: a convex lower level, solved to its minimum.
 
-    w*(u) = argmin over W, b   f(W, b; u) + ½·λ·‖W − W0‖²,    logits = x·W + b
+    w*(u) = argmin over W, b   f(W, b; u) + ½·λ·‖W‖²,    logits = x·W + b
 
 x are the features of a row, or of a token. f is the loss of any level over the model `Head`, such
-as `Mixture` or `Weighted`; W0 is 0, or where another training ended. At the minimum the implicit
-function theorem holds, so that a solver with exact products gives the hypergradient to its
-tolerance.
+as `Mixture` or `Weighted`. At the minimum the implicit function theorem holds, so that a solver
+with exact products gives the hypergradient to its tolerance.
 """
 
 from __future__ import annotations
@@ -93,13 +92,11 @@ def problem_type_of(config: Any, labels: Tensor) -> str | None:
 
 
 class L2Penalty:
-    """½·λ·‖W − W0‖², the prior of a level over ``head``; the bias is free.
+    """½·λ·‖W‖², the prior of a level over ``head``; the bias is free.
 
     Args:
         head: the head.
         l2: λ.
-        near: whether W0 is the present W, which keeps a training near where another one ended;
-            else 0.
 
     Example:
         >>> head = Head(2, 1)
@@ -107,10 +104,9 @@ class L2Penalty:
         tensor(3., grad_fn=...)
     """
 
-    def __init__(self, head: Head, l2: float = L2, *, near: bool = False) -> None:
+    def __init__(self, head: Head, l2: float = L2) -> None:
         self.l2 = l2
-        self.center = head.weight.detach().clone() if near else torch.zeros_like(head.weight)
 
     def __call__(self, variables: Sequence[Tensor]) -> Tensor:
         """The penalty at ``variables``, W first."""
-        return self.l2 / 2 * (variables[0] - self.center).square().sum()
+        return self.l2 / 2 * variables[0].square().sum()

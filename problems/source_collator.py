@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.data_sources import SOURCE
-from hyperopt_peft.problems.votes import VOTES
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,11 @@ class SourceCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """The batch of ``rows``."""
-        numbers = {
-            name: torch.tensor([row[name] for row in rows])
-            for name in (SOURCE, VOTES)
-            if name in rows[0]
-        }
-        if not numbers:
+        if SOURCE not in rows[0]:
             return self.collate(rows)
-        batch = self.collate([{k: v for k, v in row.items() if k not in numbers} for row in rows])
-        if SOURCE in numbers:
-            numbers[SOURCE] = _of_labels(numbers[SOURCE], batch, rows)
-        return {**batch, **numbers}
+        source = torch.tensor([row[SOURCE] for row in rows])
+        batch = self.collate([{k: v for k, v in row.items() if k != SOURCE} for row in rows])
+        return {**batch, SOURCE: _of_labels(source, batch, rows)}
 
 
 def _of_labels(source: Tensor, batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -90,7 +90,7 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
 class TwoPhaseTrainer(BilevelTrainer):
     """A search over both levels, then a retraining of the lower one with the upper one frozen.
 
-    The base of `BiDoRATrainer` and `MixTrainer`. The retraining has its own trainer,
+    The base of `BiDoRATrainer`. The retraining has its own trainer,
     ``retrainer``, with its own ``state.log_history``; a subclass makes it in ``retraining``.
 
     Args:

@@ -3,7 +3,7 @@
     python benchmarks/speed language                  # the 100M model; half an hour
     python benchmarks/speed language --shapes 1B
 
-Untrained models of Llama's shapes with LoRA (r = 16, all linear layers), `MixTrainer` on two
+Untrained models of Llama's shapes with LoRA (r = 16, all linear layers), `SourceTrainer` on two
 sources and trusted rows, bf16. *Memory*: 8 × 128 tokens at each level, each program in a
 process of its own, the peak of its resident memory above that of the loaded model, of a run of
 lower steps alone and of a run with upper steps. *Time*: ten lower steps and an upper one, by
@@ -68,9 +68,7 @@ def measured(case: Row) -> Row:
     options = {"max_steps": 2, "gradient_checkpointing": case["checkpointing"]}
     model = llama.adapted(llama.base(shape))
     sizes = case["size"], case["length"]
-    trainer = llama.mix(shape, model, estimator or "direct", *sizes, lower_steps=1, **options)
-    if estimator is None:
-        trainer = trainer.retraining(trainer.args)
+    trainer = llama.sources(shape, model, estimator, *sizes, lower_steps=1, **options)
     peak = Peak()
     trainer.add_callback(peak)
     trainer.train()
@@ -127,7 +125,7 @@ def run_seconds(name: str, shape: str, model: Any, sizes: Row) -> float:
     if name == PLAIN:
         trainer = llama.plain(shape, model, max_steps=LOWER + 1, **options)
     else:
-        trainer = llama.mix(shape, model, name, max_steps=LOWER, lower_steps=LOWER, **options)
+        trainer = llama.sources(shape, model, name, max_steps=LOWER, lower_steps=LOWER, **options)
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()

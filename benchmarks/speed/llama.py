@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hyperopt_peft import MixTrainer, MixTrainingArguments
+from hyperopt_peft import BilevelTrainingArguments
+from hyperopt_peft.problems import SourceTrainer
 
 #: Hidden and intermediate size, layers, heads, key-value heads, vocabulary.
 SHAPES = {
@@ -21,7 +22,7 @@ SHAPES = {
     "8B": (4096, 14336, 32, 32, 8, 128256),
     "70B": (8192, 28672, 80, 64, 8, 128256),
 }
-#: Two sources and the trusted rows: `MixTrainer` needs as many.
+#: Two sources and the trusted rows: `SourceTrainer` needs as many.
 SOURCES = ("one", "other")
 
 
@@ -97,19 +98,18 @@ def plain(
     return Trainer(model, args, train_dataset=data, data_collator=collated)
 
 
-def mix(
+def sources(
     shape: str,
     model: Any,
-    estimator: str,
+    estimator: str | None,
     size: int,
     length: int,
     device: str = "cpu",
     **more: Any,
-) -> MixTrainer:
-    """`MixTrainer` with ``size`` rows a step at each level, of two sources and trusted rows."""
-    search = {"hypergradient": estimator, "retrain": "none", "gradient_accumulation_steps": 1}
-    search["per_device_upper_batch_size"] = size
-    args = MixTrainingArguments(**options(size, device, **search, search="adapter", **more))
-    sources = {name: rows(shape, 4 * size, length, k + 1) for k, name in enumerate(SOURCES)}
-    data = {"sources": sources, "trusted": rows(shape, size, length)}
-    return MixTrainer(model, args, **data, data_collator=collated)
+) -> SourceTrainer:
+    """`SourceTrainer` with ``size`` rows a step at each level; the lower one alone without one."""
+    search = {"hypergradient": estimator or "direct", "per_device_upper_batch_size": size}
+    args = BilevelTrainingArguments(**options(size, device, **search, **more))
+    data = {name: rows(shape, 4 * size, length, k + 1) for k, name in enumerate(SOURCES)}
+    trusted = rows(shape, size, length) if estimator else None
+    return SourceTrainer(model, args, sources=data, trusted=trusted, data_collator=collated)

@@ -7,6 +7,5 @@ COMMANDS = {
     "compare": "methods side by side: same data, budget and start, several seeds",
     "check": "examine the two levels, and estimators of the hypergradient, on your model and data",
     "attribute": "which training rows help or hurt on the evaluation examples, with a check",
-    "mix": "how much each source of data should count, learned on a few trusted examples",
     "merge": "put an adapter into its base model's weights, and check the result",
 }

@@ -32,7 +32,7 @@ def option(command: str, name: str, argv: Sequence[str]) -> str | None:
     """The value of the option ``name`` in ``argv``, on which the other options depend; or None.
 
     Example:
-        >>> option("mix", "task", ["--seed", "3", "--task", "sft"])
+        >>> option("attribute", "task", ["--seed", "3", "--task", "sft"])
         'sft'
     """
     options, flags = divided(command, argv)

@@ -113,12 +113,12 @@ def guess(
 def _task_of_layout(names: Collection[str], lists: Sequence[str], command: str) -> str | None:
     """The task that a table of ``names`` alone tells, or None."""
     conversations = "messages" in names or {"prompt", "completion"} <= {*names}
-    if conversations and command in ("mix", "attribute"):
+    if conversations and command == "attribute":
         return "sft"
     if "messages" in names:
         raise ProblemError(
-            f"messages: conversations are for attribute and mix, not {command}; give one of them "
-            "as --command, or texts"
+            f"messages: conversations are for attribute, not {command}; give it as --command, or "
+            "texts"
         )
     if _first(names, PROMPTS):
         return "causal-lm"

@@ -29,8 +29,6 @@ OF_TOKENS = ("causal-lm", "seq2seq", "sft")
 #: Steps with which an adapter learns at the rates below, and the epochs after which few rows are
 #: learnt by heart: on 100 tweets the loss of other tweets was 0.80 after 8, and 1.49 after 20.
 BATCH, FEWEST_STEPS, MOST_EPOCHS = 16, 50, 8
-#: Columns that name the source of a row.
-SOURCES = ("source", "origin", "domain", "dataset", "corpus", "subset")
 WIDTH = 48  # of an option, before its comment
 
 
@@ -40,7 +38,7 @@ class InitArguments:
 
     _argument_group_name = "command"
 
-    command: Literal["train", "compare", "attribute", "mix"] = HfArg(
+    command: Literal["train", "compare", "attribute"] = HfArg(
         default="train", help="the command that the options are for"
     )
     task: TaskName | None = HfArg(default=None, help="guessed from the columns if not given")
@@ -48,9 +46,6 @@ class InitArguments:
     label_column: str | None = HfArg(default=None, help="guessed if not given")
     model: str | None = HfArg(default=None, help="a small one of the hub if not given")
     eval_file: list[str] | None = HfArg(default=None, help="examples to evaluate on")
-    trusted_file: list[str] | None = HfArg(
-        default=None, help="the trusted examples of mix, whose FILEs are the sources"
-    )
     config_file: str = HfArg(default="config.yaml", help="the file to write")
     overwrite: bool = HfArg(default=False, help="replace that file")
 
@@ -73,11 +68,6 @@ def run(argv: Sequence[str]) -> None:
     target = Path(command.config_file)
     if target.exists() and not command.overwrite:
         raise ProblemError(f"{target}: is there already; give --overwrite or another --config_file")
-    if command.command == "mix" and not command.trusted_file:
-        raise ProblemError(
-            "trusted_file: mix judges its sources by a few examples that you trust, in a file of "
-            "their own; give --trusted_file"
-        )
     rows = read_files(files, "file")
     found = guess(rows, command.task, command.text_columns, command.label_column, command.command)
     lines = options(command, files, rows, found)
@@ -124,26 +114,10 @@ def options(command: InitArguments, files: list[str], rows: Dataset, found: Gues
 
 def _data(command: InitArguments, files: list[str], rows: Dataset) -> list[tuple[str, Any, str]]:
     """The options of the files."""
-    if command.command != "mix":
-        train = ("train_file", _one(files), f"{len(rows)} rows")
-        if command.eval_file:
-            return [train, ("eval_file", _one(command.eval_file), "never trained on")]
-        return [train, ("eval_fraction", 0.2, "share held out; or eval_file: another.csv")]
-    trusted = ("trusted_file", _one(command.trusted_file), "examples that judge the sources")
-    test = ("test_file", _one(command.eval_file), "examples that judge the final adapter")
-    if len(files) > 1:
-        sources = {Path(file).stem: file for file in files}
-        if len(sources) < len(files):
-            raise ProblemError("sources: two files have one name; give each source its own")
-        return [("sources", sources, "each has a weight"), trusted, test]
-    column = next((name for name in rows.column_names if name.lower() in SOURCES), None)
-    if column is None:
-        raise ProblemError(
-            f"{files[0]}: has no column {' or '.join(SOURCES)} that names the source of a row; "
-            "rename the column, or give a file for each source"
-        )
-    source = ("source_column", column, f"each of its {len(set(rows[column]))} values has a weight")
-    return [("train_file", files[0], f"{len(rows)} rows"), source, trusted, test]
+    train = ("train_file", _one(files), f"{len(rows)} rows")
+    if command.eval_file:
+        return [train, ("eval_file", _one(command.eval_file), "never trained on")]
+    return [train, ("eval_fraction", 0.2, "share held out; or eval_file: another.csv")]
 
 
 def _one(files: list[str] | None) -> str | list[str] | None:
@@ -160,7 +134,6 @@ def _own(command: str, on_head: bool) -> list[tuple[str, Any, str]]:
             ("methods", ["lora", "dora", "bidora"], ""),
             ("seeds", [0, 1, 2], "each method runs once a seed"),
         ],
-        "mix": [("baseline_folds", 3, "of the trusted rows, to compare with simple ways; 0: none")],
         "attribute": [("score_model", model, comment), ("check", 20 if on_head else 0, checks)],
     }
     return own[command]

@@ -1,6 +1,5 @@
 """Every benchmark script runs with its smallest sizes; the pages have the tables of the results."""
 
-import json
 import runpy
 import subprocess
 import sys
@@ -24,11 +23,9 @@ SLOW = [
     "estimators noise --quick",
     "attribution scores --quick --parts methods cost memory suspects",
     "attribution trainers --quick",
-    "mix cells --quick --cells annotators-60",
-    "mix defaults --quick",
     "study run --quick",
 ]
-FAST = ["study report --check", "attribution report --check", "mix report --check"]
+FAST = ["study report --check", "attribution report --check"]
 
 
 def script(words: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -47,22 +44,6 @@ def test_a_script_runs(words: str) -> None:
     done = script(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout or "--check" in words
-
-
-@pytest.mark.slow
-def test_the_mix_of_texts_runs(tmp_path: Path) -> None:
-    for name in ("code", "math_train", "math_test"):
-        rows = [{"prompt": f"add {k} and {k}", "completion": f"{2 * k}"} for k in range(60)]
-        (tmp_path / "instruct").mkdir(exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"instruct/{name}.jsonl").write_text(lines)
-    (tmp_path / "e2e").mkdir()
-    for name in ("devset", "testset_w_refs"):
-        lines = "".join(f"name[{k}],It is {k}.\n" for k in range(60))
-        (tmp_path / f"e2e/{name}.csv").write_text("mr,ref\n" + lines)
-    done = script("mix language --quick --parts e2e", "--data", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "fastmix" in done.stdout and "recommended" in done.stdout
 
 
 def test_a_page_with_another_number_is_found(tmp_path: Path) -> None:

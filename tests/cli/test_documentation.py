@@ -34,20 +34,6 @@ def test_yaml_example_is_planned(
     assert not Path("outputs").exists()
 
 
-@pytest.mark.parametrize("page", ["command-line.md", "mix.md"])
-def test_yaml_example_of_mix_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (text, *_) = re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    Path("config.yaml").write_text(text)
-    for seed, name in enumerate(("web", "forum-1", "forum-2", "trusted", "test")):
-        write(Path(f"{name}.csv"), rows(number=12, seed=seed))
-    run("mix", "config.yaml", "--use_cpu", model=save_model(tmp_path / "model"), retrain_steps=2)
-    assert "outputs/mix" in Path("outputs/mix/report.html").read_text()
-    assert Path("outputs/mix/adapter_config.json").exists()
-
-
 def test_yaml_example_of_language_models_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,8 +42,8 @@ def test_yaml_example_of_language_models_is_read(
     monkeypatch.chdir(tmp_path)
     Path("sft.yaml").write_text(EXAMPLES[1])
     model = save_model(tmp_path / "model", "causal-lm")
-    assert main(["mix", "sft.yaml", "--use_cpu", "--model", model]) == 2
-    assert "sources: there is no file web.jsonl" in capsys.readouterr().err
+    assert main(["attribute", "sft.yaml", "--use_cpu", "--model", model]) == 2
+    assert "train_file: there is no file web.jsonl" in capsys.readouterr().err
 
 
 def test_named_options_and_tasks_exist(capsys: pytest.CaptureFixture[str]) -> None:

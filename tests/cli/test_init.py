@@ -53,7 +53,7 @@ def test_task_and_columns_are_guessed(
 
 def test_conversations_and_a_given_task() -> None:
     chat = {"messages": [[{"role": "user", "content": "hello"}]] * 9}
-    assert guessed(chat, "mix")[:2] == ("sft", ["messages"])
+    assert guessed(chat, "attribute")[:2] == ("sft", ["messages"])
     table = {"text": TEXTS, "x": AB, "y": AB}
     assert guessed(table, task="causal-lm") == ("causal-lm", ["text"], None)
 
@@ -65,7 +65,7 @@ def test_conversations_and_a_given_task() -> None:
         ({"text": TEXTS, "label": ["a"] * 18 + ["b"] * 2}, "fewer than 5 rows of b"),
         ({"text": [None, *TEXTS[1:]], "label": AB}, "'text' is empty in 1 of 20 rows"),
         ({"n": [*range(20)], "label": AB}, "text_columns: none of n, label looks like texts"),
-        ({"messages": [[{"role": "user", "content": "a"}]] * 9}, "for attribute and mix"),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 9}, "are for attribute, not train"),
     ],
 )
 def test_what_cannot_be_guessed_or_used_is_named(table: dict[str, list[Any]], words: str) -> None:
@@ -84,7 +84,9 @@ def test_a_column_of_another_kind_is_named() -> None:
 
 def test_named_classes_of_a_parquet_file_are_a_label() -> None:
     table = Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 10})
-    found = guess(table.cast_column("label", ClassLabel(names=["a", "b"])), None, None, None, "mix")
+    found = guess(
+        table.cast_column("label", ClassLabel(names=["a", "b"])), None, None, None, "train"
+    )
     assert (found.task, found.label) == (CLASSES, "label")
 
 
@@ -106,19 +108,17 @@ def test_the_file_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert {*divided("attribute", ["config.yaml"])[0]} <= names_of("attribute")
 
 
-def test_sources_and_trusted_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_file_is_replaced_or_written_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [
         write(tmp_path / f"{name}.csv", rows(number=20, seed=k)) for k, name in enumerate("ab")
     ]
-    config = tmp_path / "mix.yaml"
+    config = tmp_path / "config.yaml"
     refused(capsys, "init", {}, "give the file")
-    assert main(["init", *files, "--command", "mix"]) == 2
-    assert "trusted_file: mix judges" in capsys.readouterr().err
-    argv = ["init", *files, "--command", "mix", "--trusted_file", "t.csv", "--config_file", config]
+    argv = ["init", *files, "--config_file", config]
     assert main([*map(str, argv)]) == 0
-    options = yaml.safe_load(config.read_text())
-    assert options["sources"] == {"a": files[0], "b": files[1]}
-    assert options["trusted_file"] == "t.csv" and {*options} <= names_of("mix")
+    assert yaml.safe_load(config.read_text())["train_file"] == files
     assert main([*map(str, argv)]) == 2  # the file is there
     argv[-1] = tmp_path / "no/such.yaml"
     assert main([*map(str, argv)]) == 2

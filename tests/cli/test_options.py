@@ -82,7 +82,7 @@ def test_a_mapping_reaches_training_arguments(tmp_path: Path) -> None:
 
 def test_one_file_serves_all_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A mapping under a command's name is of that command; an option of another one is not read."""
-    text = "rate: 2\nmethod: lora\ntrain: {rate: 3, words: [x]}\nmix: {rate: 4, nonsense: 1}"
+    text = "rate: 2\nmethod: lora\ntrain: {rate: 3, words: [x]}\ncheck: {rate: 4, nonsense: 1}"
     assert read(yaml(tmp_path, "rate: 2\ntrain: {rate: 3, words: [x]}")) == Options(3, ["x"])
     parsed, flags = parse("merge", (Options,), [yaml(tmp_path, text), "--quiet"])
     assert parsed == [Options(2.0, quiet=True)] == parse("merge", (Options,), flags)[0]
@@ -90,7 +90,7 @@ def test_one_file_serves_all_commands(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(ProblemError, match=r"--method: an option of train, .*; leave it out"):
         parse("merge", (Options,), ["--method", "lora"])
     with pytest.raises(ProblemError, match="unknown option --nonsense"):
-        parse("mix", (Options,), [yaml(tmp_path, text)])
+        parse("check", (Options,), [yaml(tmp_path, text)])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_bad_options_are_refused(
         ("train", {"dataset": "b"}, "train_file: give either train_file or dataset"),
         ("train", {"train_file": None}, "train_file: give either train_file or dataset"),
         ("train", {"eval_split": "b"}, "eval_split: is of a dataset"),
-        ("train", {"task": "sft"}, "task: sft is of mix and attribute"),
+        ("train", {"task": "sft"}, "task: sft is of attribute"),
         ("train", {"load_in_4bit": True, "task": "seq2seq"}, "load_in_4bit: .*got task seq2seq"),
         ("compare", {"methods": ["lora", "bidorra"]}, "'bidora'"),
         ("compare", {"methods": ["damping=1.0"]}, "quotes"),

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.cli import refused, run, small_run
-from tests.support.files import rows, write
 
-COMMANDS = ("train", "attribute", "mix", "compare")
+COMMANDS = ("train", "attribute", "compare")
 RESULTS = ["adapter_config.json", "checkpoint-3", "comparison.json"]
 
-
-def options(folder: Path, command: str) -> dict[str, Any]:
-    """A run of ``command`` of one step, in ``folder``."""
-    if command != "mix":
-        return small_run(folder, max_steps=1, lower_steps=1)
-    halves = {"a": rows()[:12], "b": rows()[12:]}
-    sources = {name: write(folder / f"{name}.jsonl", half) for name, half in halves.items()}
-    trusted = write(folder / "trusted.jsonl", rows(number=12, seed=7))
-    changes = {"sources": str(sources), "trusted_file": trusted}
-    return small_run(folder, max_steps=1, train_file=None, eval_file=None, **changes)
+#: A run of one step.
+SHORT = {"max_steps": 1, "lower_steps": 1}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_training_of_no_step_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    chosen = {**options(tmp_path, command), "max_steps": -1, "num_train_epochs": 0}
+    chosen = {**small_run(tmp_path, **SHORT), "max_steps": -1, "num_train_epochs": 0}
     refused(capsys, command, chosen, "num_train_epochs .*got 0")
     assert not (tmp_path / "out").exists()
 
@@ -42,9 +32,9 @@ def test_the_results_of_an_earlier_run_stay(
     out = tmp_path / "out"
     out.mkdir()
     (out / result).write_text("an earlier run")
-    chosen = options(tmp_path, command)
+    chosen = small_run(tmp_path, **SHORT)
     refused(capsys, command, chosen, str(out), result, "--overwrite_output_dir")
-    if command not in ("train", "mix"):
+    if command != "train":
         return
     # Only a checkpoint of that folder is resumed in it.
     elsewhere = {**chosen, "resume_from_checkpoint": tmp_path / "other/checkpoint-1"}
@@ -54,7 +44,7 @@ def test_the_results_of_an_earlier_run_stay(
 
 
 def test_an_earlier_run_is_replaced_on_demand(tmp_path: Path) -> None:
-    chosen = {**options(tmp_path, "train"), "method": "lora"}
+    chosen = small_run(tmp_path, method="lora", **SHORT)
     run("train", **chosen)
     before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
     run("train", **{**chosen, "seed": 4, "overwrite_output_dir": True})

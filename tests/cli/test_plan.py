@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.support.cli import refused, run, small_run, state
-from tests.support.files import rows, write
 
 
 def plan(capsys: pytest.CaptureFixture[str], options: dict[str, Any]) -> str:
@@ -91,8 +90,6 @@ def test_new_weights_that_stay_random_are_warned_of(
         ("compare", {"seeds": [0, 1], "methods": ["lora", "bidora"]}, {"lora": 2, "bidora": 2}),
         ("attribute", {"check": 5, "suspects": 3}, {"training": 1, "check": 6, "suspects": 3}),
         ("attribute", {"score_model": "head"}, {"features": 1}),
-        ("mix", {}, {"features": 1, "final training": 1}),
-        ("mix", {"search": "adapter", "baseline_folds": 2}, {"search": 1, "comparison": 52}),
     ],
 )
 def test_every_command_says_its_trainings_and_minutes(
@@ -103,12 +100,6 @@ def test_every_command_says_its_trainings_and_minutes(
     trainings: dict[str, int],
 ) -> None:
     options = small_run(tmp_path, target_modules=["query"], **changes)
-    if command == "mix":
-        halves = {"a": rows()[:12], "b": rows()[12:]}
-        sources = {name: write(tmp_path / f"{name}.jsonl", half) for name, half in halves.items()}
-        del options["train_file"], options["eval_file"]
-        options["sources"] = str(sources)
-        options["trusted_file"] = write(tmp_path / "trusted.jsonl", rows(number=12, seed=7))
     run(command, "--dry_run", **options)
     text = capsys.readouterr().out
     for name, count in trainings.items():

@@ -44,7 +44,7 @@ def test_a_page_of_everything(tmp_path: Path) -> None:
     lines({"": {"a": ([0, 1], [0.0, 1.0])}}, tmp_path / "picture.png")
     history = [{"step": k, "loss": 1 / k, "upper_loss": 2 / k} for k in range(1, 9)]
     page = Report(
-        "mix",
+        "check",
         "a <b> & c is best",
         ["--model=x<y", "--seeds", "0", "1", "--model", "$z"],
         warnings=["few rows"],
@@ -59,7 +59,9 @@ def test_a_page_of_everything(tmp_path: Path) -> None:
     for words in ("A &lt;b&gt; &amp; c is best.", "few rows", "&lt;i&gt;", "a &lt; b", "$z"):
         assert words in text
     assert "x&lt;y" not in text  # a later flag overrides it
-    assert re.search(r"<pre>hyperopt-peft mix \\\n    --seeds 0 1 \\\n    --model &#x27;\$z", text)
+    assert re.search(
+        r"<pre>hyperopt-peft check \\\n    --seeds 0 1 \\\n    --model &#x27;\$z", text
+    )
 
 
 def test_options_are_repeated_in_the_last_spelling() -> None:

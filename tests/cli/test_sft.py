@@ -1,15 +1,12 @@
 """``--task sft``: texts, prompts with completions and messages, through TRL's trainer."""
 
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from peft import PeftConfig
-from safetensors.torch import load_file
 
 from tests.support import language
 from tests.support.cli import refused, run
@@ -25,12 +22,9 @@ SETTINGS: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "learning_rate": 1e-2,
     "max_steps": 4,
-    "lower_steps": 2,
-    "retrain_steps": 2,
     "save_strategy": "no",
     "disable_tqdm": True,
     "use_cpu": True,
-    "baseline_folds": 0,
 }
 
 
@@ -45,60 +39,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(folder: Path, model: Path, layout: str = "completion", **changes: Any) -> Any:
-    """Two sources of 16 rows and 6 trusted rows in files of a layout."""
+    """16 training rows and 6 evaluation rows in files of a layout; None leaves an option out."""
     files = {
-        name: write(folder / f"{name}.jsonl", language.rows(layout, count, seed).to_list())
-        for seed, (name, count) in enumerate({"web": 16, "forum": 16, "trusted": 6}.items())
+        f"{name}_file": write(
+            folder / f"{name}.jsonl", language.rows(layout, count, seed).to_list()
+        )
+        for seed, (name, count) in enumerate({"train": 16, "eval": 6}.items())
     }
-    given = {
-        "model": model,
-        "output_dir": folder / "out",
-        "trusted_file": files.pop("trusted"),
-        "sources": yaml.safe_dump(files, sort_keys=False),
-    }
-    every = {**SETTINGS, **given, **changes}
+    every = {**SETTINGS, "model": model, "output_dir": folder / "out", **files, **changes}
     return {name: value for name, value in every.items() if value is not None}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "changes"),
-    [
-        ("text", {"packing": True, "baseline_folds": 2, "equal_passes": False}),
-        ("completion", {"load_in_4bit": True}),
-        ("messages", {"assistant_only_loss": True, "bf16": False, "source_column": "origin"}),
-    ],
-)
-def test_weights_mixture_and_adapter(
-    tmp_path: Path,
-    model: Path,
-    layout: str,
-    changes: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    if "load_in_4bit" in changes:
-        pytest.importorskip("bitsandbytes")
-    if "source_column" in changes:
-        rows = language.rows(layout, 32).to_list()
-        named = [{**row, "origin": ["web", "forum"][k % 2]} for k, row in enumerate(rows)]
-        changes |= {"sources": None, "train_file": write(tmp_path / "all.jsonl", named)}
-    test = write(tmp_path / "test.jsonl", language.rows(layout, 5, seed=9).to_list())
-    run("mix", **options(tmp_path, model, layout, test_file=test, **changes))
-    sources = json.loads((tmp_path / "out/weights.json").read_text())["sources"]
-    assert list(sources) == ["web", "forum", "trusted"]
-    assert sum(source["share"] for source in sources.values()) == pytest.approx(1)
-    assert PeftConfig.from_pretrained(tmp_path / "out").task_type == "CAUSAL_LM"
-    adapter = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert any("lora_B" in name and tensor.any() for name, tensor in adapter.items())
-    if "source_column" not in changes:
-        mixture = yaml.safe_load((tmp_path / "out/mixture/trl.yaml").read_text())
-        web, forum = (entry["fraction"] for entry in mixture["datasets"])
-        weights = [sources[name]["row_weight"] for name in ("web", "forum")]
-        assert web / forum == pytest.approx(weights[0] / weights[1])
-    run("merge", adapter=tmp_path / "out", output_dir=tmp_path / "merged")
-    printed = capsys.readouterr().out
-    assert "eval_loss" in printed and "row weight" in printed
-    assert ("by 2 folds" in printed) == ("baseline_folds" in changes)
 
 
 @pytest.mark.slow
@@ -111,14 +60,14 @@ def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
     evaluation = [
         {**row, "origin": "xy"[k % 2]} for k, row in enumerate(language.rows(layout, 4, 9))
     ]
-    chosen = options(tmp_path, model, train_file=write(tmp_path / "train.jsonl", rows))
-    for name in ("sources", "trusted_file", "baseline_folds", "lower_steps", "retrain_steps"):
-        del chosen[name]
-    changes = {"eval_file": write(tmp_path / "eval.jsonl", evaluation), "slices": "origin"}
+    files = {
+        "train_file": write(tmp_path / "train.jsonl", rows),
+        "eval_file": write(tmp_path / "eval.jsonl", evaluation),
+    }
     run(
         "attribute",
-        **chosen,
-        **changes,
+        **options(tmp_path, model, **files),
+        slices="origin",
         assistant_only_loss=layout == "messages",
         estimator="gradient",
     )
@@ -153,18 +102,21 @@ USER = {"role": "user", "content": "say a"}
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [
-        ("forum", [{"text": "a b"}], r"forum.jsonl: .*not 'prompt' and 'completion', as the files"),
-        ("web", [{"question": "a"}], "web.jsonl: .*'question'.*not 'messages' or 'prompt' and"),
-        ("trusted", [{"text": "a"}], "the trusted examples: has the columns"),
-        ("web", [{"text": " "}], "web.jsonl: row 0 .*'text' has ' '"),
-        ("web", [{"prompt": "a", "completion": ""}], "row 0 .*'completion' has ''"),
-        ("web", [{"prompt": "a", "completion": None}, {"prompt": "a"}], "'completion' is empty in"),
-        ("web", [{"prompt": "a", "completion": [USER]}], "give two texts, or two lists"),
-        ("web", messages(USER, {"content": "a"}), "without a role"),
-        ("web", messages(USER, {"role": "assistant", "content": " "}), "an empty message of the"),
-        ("web", [{"messages": "say a"}], "'say a', not a list of messages"),
-        ("web", [{"messages": []}], "not a list of messages"),
-        ("trusted", [], "trusted_file: .* (has no rows|cannot be read)"),
+        ("eval", [{"text": "a b"}], "the evaluation examples: .*not 'prompt' and 'completion', as"),
+        ("train", [{"question": "a"}], "examples: .*'question'.*not 'messages' or 'prompt' and"),
+        ("train", [{"text": " "}], "training examples: row 0 .*'text' has ' '"),
+        ("train", [{"prompt": "a", "completion": ""}], "row 0 .*'completion' has ''"),
+        (
+            "train",
+            [{"prompt": "a", "completion": None}, {"prompt": "a"}],
+            "'completion' is empty in",
+        ),
+        ("train", [{"prompt": "a", "completion": [USER]}], "give two texts, or two lists"),
+        ("train", messages(USER, {"content": "a"}), "without a role"),
+        ("train", messages(USER, {"role": "assistant", "content": " "}), "an empty message of the"),
+        ("train", [{"messages": "say a"}], "'say a', not a list of messages"),
+        ("train", [{"messages": []}], "not a list of messages"),
+        ("eval", [], "eval_file: .* (has no rows|cannot be read)"),
     ],
 )
 def test_bad_rows_are_one_line_before_any_work(
@@ -177,7 +129,7 @@ def test_bad_rows_are_one_line_before_any_work(
 ) -> None:
     chosen = options(tmp_path, model)
     write(tmp_path / f"{name}.jsonl", rows)
-    refused(capsys, "mix", chosen, words)
+    refused(capsys, "attribute", chosen, words)
     assert not (tmp_path / "out").exists()
 
 
@@ -185,17 +137,9 @@ def test_bad_rows_are_one_line_before_any_work(
     ("changes", "words"),
     [
         ({"max_length": 100}, "max_length: the model reads 2 to 64 tokens, got 100"),
-        ({"trusted_file": None}, "trusted_file: give"),
-        ({"sources": None}, "sources: give either"),
+        ({"train_file": None}, "train_file: give"),
         ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
         ({"text_columns": ["text"]}, "--text_columns: an option of other tasks"),
-        ({"trusted_file": "{folder}/web.jsonl"}, "16 of 16 rows are in a source too"),
-        ({"eval_packing": False, "packing": True}, "eval_packing: "),
-        (
-            {"source_column": "origin", "sources": None, "train_file": "{folder}/web.jsonl"},
-            "origin",
-        ),
-        ({"baseline_folds": 7}, "baseline_folds: .*the 6 rows of trusted_file, got 7"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -205,11 +149,7 @@ def test_bad_options_are_one_line(
     changes: dict[str, Any],
     words: str,
 ) -> None:
-    named = {
-        name: value.format(folder=tmp_path) if isinstance(value, str) else value
-        for name, value in changes.items()
-    }
-    refused(capsys, "mix", options(tmp_path, model, **named), words)
+    refused(capsys, "attribute", options(tmp_path, model, **changes), words)
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
@@ -220,7 +160,7 @@ def test_messages_need_a_chat_template(
     plain.chat_template = None
     plain.save_pretrained(tmp_path / "plain")
     chosen = options(tmp_path, model, "messages", tokenizer=tmp_path / "plain")
-    refused(capsys, "mix", chosen, "messages, and the tokenizer no chat template")
+    refused(capsys, "attribute", chosen, "messages, and the tokenizer no chat template")
 
 
 def test_without_trl_there_is_one_line(
@@ -230,4 +170,4 @@ def test_without_trl_there_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
-    refused(capsys, "mix", options(tmp_path, model), r"pip install 'hyperopt-peft\[trl\]'")
+    refused(capsys, "attribute", options(tmp_path, model), r"pip install 'hyperopt-peft\[trl\]'")

@@ -81,15 +81,14 @@ def test_attribution(tmp_path: Path) -> None:
     assert "24 tweets, 5 wrong labels" in done.stdout and "LDS" in done.stdout
 
 
-def test_mix(tmp_path: Path) -> None:
-    sizes = {"annotators": 1, "rows": 12, "trusted": 12, "test_size": 12, "max_length": 12}
-    steps = {"retrain_steps": 2, "per_device_train_batch_size": 8, "folds": 2}
-    done = run("mix.py", tmp_path, **sizes, **steps)
+def test_sources() -> None:
+    sizes = ["--rows=16", "--trusted=12", "--test_size=30", "--folds=2"]
+    command = [sys.executable, EXAMPLES / "sources.py", *sizes]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["weights"]) == {"good 1", "mediocre 1", "adversarial 1", "trusted"}
-    assert "everything, equal weights" in results["accuracy"] and "use " in done.stdout
-    assert (tmp_path / "weights.png").stat().st_size > 10_000
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == 13 and sum("| 0.000 ± 0.000 |" in row for row in table) == 1
+    assert table[-1].startswith("| learned weights |") and "'trusted': " in done.stdout
 
 
 def test_three_levels() -> None:

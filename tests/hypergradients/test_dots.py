@@ -268,16 +268,11 @@ def misshapen(lower: Any) -> None:
     lower.groups = lambda batch: torch.zeros(ROWS - 1, dtype=torch.int64)
 
 
-def no_groups(lower: Any) -> None:
-    lower.batches.data[0]["votes"] = torch.zeros(ROWS, 3, dtype=torch.int64)
-
-
 REFUSALS: dict[str, tuple[Callable[[Any], None], str]] = {
     "embedding": (embedded, "'table'.*product=difference"),
     "outside": (outside, "outside of its layer.*product=difference"),
     "uncalled": (uncalled, "'head.weight' without calling its layer"),
     "misshapen": (misshapen, r"groups.*\(11,\).*\(12, "),
-    "votes": (no_groups, "'votes'.*another product"),
 }
 
 

@@ -20,7 +20,6 @@ from hyperopt_peft import (
 from hyperopt_peft.core.labels import label_losses
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
 from hyperopt_peft.problems.example_weights import HeldOut, example_losses
-from tests.support.head_rows import as_probabilities
 from tests.support.trainers import data, peft_model
 from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
 
@@ -183,53 +182,6 @@ def test_the_mean_weight_is_one(sources: Any) -> None:
             assert float((weights() * weights.counts).sum()) == pytest.approx(
                 float(weights.counts.sum())
             )
-
-
-def mixture_of_votes() -> tuple[Mixture, SourceWeights, Any, torch.Tensor]:
-    """A level of random weights, its weights, and four rows with votes of three sources."""
-    model, weights = Linear(), SourceWeights({"a": 3, "b": 2, "c": 1}).double()
-    torch.nn.init.normal_(weights.logits)
-    torch.nn.init.normal_(model.w)
-    votes = torch.tensor([[0, 1, -1], [2, 2, 0], [-1, -1, -1], [1, -1, -1]])
-    return Mixture(model, weights), weights, rows(4, seed=3)[0], votes
-
-
-def test_votes_are_examples_of_their_source() -> None:
-    """A row with several votes is several rows of one source each; one without is none."""
-    lower, weights, batch, votes = mixture_of_votes()
-    row, source = (votes >= 0).nonzero(as_tuple=True)
-    apart = {"x": batch["x"][row], "labels": votes[row, source], "source": source}
-    together = lower.gradient({**batch, "votes": votes}, (*lower.variables, weights.logits))
-    expected = lower.gradient(apart, (*lower.variables, weights.logits))
-    assert together.loss == pytest.approx(expected.loss)
-    for one, other in zip(together.gradient, expected.gradient, strict=True):
-        torch.testing.assert_close(one, other)
-    with pytest.raises(ProblemError, match="votes"):
-        lower.loss({**batch, "votes": votes[:, :2]})
-    with pytest.raises(ProblemError, match="votes"):
-        lower.loss({**batch, "votes": votes + 2})
-
-
-def test_a_vote_of_probabilities_is_a_weighted_vote_for_each_class() -> None:
-    """And the probabilities of one class alone are that class."""
-    lower, weights, batch, votes = mixture_of_votes()
-    soft = as_probabilities(votes, sure=0.7).double()
-
-    def gradient(votes: Any) -> Any:
-        return lower.gradient({**batch, "votes": votes}, (*lower.variables, weights.logits))
-
-    found = gradient(soft)
-    parts = [gradient(torch.where(votes == -1, -1, (votes + k) % 3)) for k in range(3)]
-    mean = [0.7, 0.15, 0.15]
-    assert found.loss == pytest.approx(sum(m * p.loss for m, p in zip(mean, parts, strict=True)))
-    for k, each in enumerate(found.gradient):
-        torch.testing.assert_close(each, sum(m * p.gradient[k] for m, p in zip(mean, parts)))
-    for one, other in zip(
-        gradient(as_probabilities(votes)).gradient, parts[0].gradient, strict=True
-    ):
-        torch.testing.assert_close(one, other)
-    with pytest.raises(ProblemError, match="3 probabilities"):
-        gradient(soft[..., :2])
 
 
 def test_a_weight_of_zero_takes_the_source_out_of_training() -> None:

@@ -25,8 +25,8 @@ COMMON = {
     "bf16": "mixed precision in bfloat16",
     "use_cpu": "leave accelerators alone",
     "logging_steps": "steps between two lines of the log; below 1 a share of all steps",
-    "resume_from_checkpoint": "of train and mix: a checkpoint's folder, or true for the last one, "
-    "or a new run where there is none",
+    "resume_from_checkpoint": "of train: a checkpoint's folder, or true for the last one, or a "
+    "new run where there is none",
     "report_to": "tensorboard, wandb or another logger of Transformers",
 }
 

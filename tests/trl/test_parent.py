@@ -14,10 +14,10 @@ from hyperopt_peft import (
     BiDoRATrainer,
     BilevelTrainer,
     BilevelTrainingArguments,
-    MixTrainer,
     ProblemError,
     bilevel,
 )
+from hyperopt_peft.problems import SourceTrainer
 from hyperopt_peft.trainer.internals import METRICS
 from tests.support.language import language_model, lora, rows
 from tests.support.networks import differences
@@ -192,10 +192,10 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool
 
 def test_a_class_is_one_object_that_pickles(tmp_path: Path) -> None:
     assert bilevel(SFT) is bilevel(SFT) is BilevelTrainer.over(SFT)
-    for made_class in (bilevel(SFT), MixTrainer.over(SFT), BiDoRATrainer.over(DPO)):
+    for made_class in (bilevel(SFT), SourceTrainer.over(SFT), BiDoRATrainer.over(DPO)):
         assert pickle.loads(pickle.dumps(made_class)) is made_class
         assert pickle.loads(pickle.dumps(made_class.Arguments)) is made_class.Arguments
-    args = MixTrainer.over(SFT).Arguments(str(tmp_path), use_cpu=True, report_to="none")
+    args = SourceTrainer.over(SFT).Arguments(str(tmp_path), use_cpu=True, report_to="none")
     assert pickle.loads(pickle.dumps(args)).to_dict() == args.to_dict()
 
 
@@ -207,8 +207,6 @@ def test_defaults_are_the_parents_but_for_what_this_package_declares(tmp_path: P
         if name not in own and not name.startswith("logging_dir"):
             assert args.to_dict()[name] == value, name
     assert args.restore_callback_states_from_checkpoint
-    mix = MixTrainer.over(SFT).Arguments(**options)
-    assert (mix.bf16, mix.gradient_accumulation_steps) == (True, 16)
     assert {"max_length", "packing", "loss_type"} <= args.resume_must_match().keys()
     assert not {"max_length", "bf16"} & args.bilevel_settings().keys()
 

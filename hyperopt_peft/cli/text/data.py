@@ -27,8 +27,8 @@ TRAIN, EVALUATION = "the training examples", "the evaluation examples"
 
 
 @dataclass
-class TrainingData:
-    """The training examples, in files or in a data set of the hub."""
+class ExampleData:
+    """The training and the evaluation examples, in files or in a data set of the hub."""
 
     _argument_group_name = "data"
 
@@ -38,31 +38,6 @@ class TrainingData:
     dataset: str | None = HfArg(default=None, help="of the hub or a folder, in place of train_file")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
-
-    def __post_init__(self) -> None:
-        self.require_data()
-
-    def require_data(self) -> None:
-        """Raise ProblemError unless there is one place of the training examples."""
-        if bool(self.train_file) == bool(self.dataset):
-            raise ProblemError("train_file: give either train_file or dataset")
-
-    def read_train(self) -> Dataset:
-        """The training examples."""
-        if self.train_file:
-            return read_files(self.train_file, "train_file")
-        return self._read_split("train_split")
-
-    def _read_split(self, option: str) -> Dataset:
-        split = getattr(self, option)
-        name = f"{split} of {self.dataset}"
-        return _load(option, name, self.dataset, self.dataset_config, split=split)
-
-
-@dataclass
-class ExampleData(TrainingData):
-    """The training and the evaluation examples."""
-
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
     eval_fraction: float = HfArg(
@@ -72,15 +47,25 @@ class ExampleData(TrainingData):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if bool(self.train_file) == bool(self.dataset):
+            raise ProblemError("train_file: give either train_file or dataset")
         if self.eval_split and (self.eval_file or not self.dataset):
             raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
 
     def read(self) -> tuple[Dataset, Dataset | None]:
         """The training examples, and the evaluation examples unless these are to be held out."""
+        if self.train_file:
+            train = read_files(self.train_file, "train_file")
+        else:
+            train = self._read_split("train_split")
         if self.eval_file:
-            return self.read_train(), read_files(self.eval_file, "eval_file")
-        return self.read_train(), self._read_split("eval_split") if self.eval_split else None
+            return train, read_files(self.eval_file, "eval_file")
+        return train, self._read_split("eval_split") if self.eval_split else None
+
+    def _read_split(self, option: str) -> Dataset:
+        split = getattr(self, option)
+        name = f"{split} of {self.dataset}"
+        return _load(option, name, self.dataset, self.dataset_config, split=split)
 
 
 @dataclass
@@ -134,13 +119,9 @@ def read_files(paths: Sequence[str], option: str) -> Dataset:
         ProblemError: a file that is missing, empty, damaged or of an unknown format, or columns
             that differ.
     """
-    return join([_read_file(Path(path), option) for path in paths], option)
-
-
-def join(tables: Iterable[Dataset], option: str) -> Dataset:
-    """The rows of all ``tables``, in order."""
+    tables = [_read_file(Path(path), option) for path in paths]
     try:
-        return concatenate_datasets([*tables])
+        return concatenate_datasets(tables)
     except ValueError as error:
         raise ProblemError(
             f"{option}: the files have different columns ({error}); give all the same"

@@ -31,7 +31,7 @@ class ModelArguments:
     _argument_group_name = "model and adapter"
 
     model: str = HfArg(help="the base model: a local folder or a hub name")
-    task: TaskName = HfArg(help="the task to learn; sft, by TRL, is of mix and attribute")
+    task: TaskName = HfArg(help="the task to learn; sft, by TRL, is of attribute")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
     dtype: Dtype = HfArg(default="float32", help="of the base model; auto: as it was saved")
     load_in_4bit: bool = HfArg(

@@ -175,7 +175,7 @@ def prepare(args: ModelArguments, data: DataArguments) -> Setup:
         ProblemError: invalid data, or a model that cannot be loaded.
     """
     if args.task not in TASKS:
-        raise ProblemError(f"task: {args.task} is of mix and attribute; use causal-lm")
+        raise ProblemError(f"task: {args.task} is of attribute; use causal-lm")
     task, columns = TASKS[args.task], data.columns(args.task)
     rows, evaluation_rows = data.read()
     require_columns(rows, columns, TRAIN)  # before the classes are read

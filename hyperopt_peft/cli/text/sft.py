@@ -12,7 +12,6 @@ from hyperopt_peft.cli.text.data import EVALUATION, TRAIN, ExampleData, require_
 from hyperopt_peft.cli.text.encode import check_each
 from hyperopt_peft.cli.text.models import ModelArguments, load_config, load_tokenizer
 from hyperopt_peft.cli.text.setup import Setup, trainer_errors, warn_of_shared
-from hyperopt_peft.cli.text.sources import Sources
 from hyperopt_peft.cli.text.tasks import TASKS
 from hyperopt_peft.errors import ProblemError
 
@@ -49,12 +48,12 @@ class SFTSetup(Setup):
             return require_trl().SFTTrainer(model, args, **data, **self.options(model))
 
 
-def prepare(args: ModelArguments, data: Sources | ExampleData, training: Any) -> SFTSetup:
+def prepare(args: ModelArguments, data: ExampleData, training: Any) -> SFTSetup:
     """Read and check the texts, without loading weights.
 
     Args:
         args: the options of the model.
-        data: the sources, or training and evaluation examples.
+        data: training and evaluation examples.
         training: an ``SFTConfig``.
 
     Raises:
@@ -64,11 +63,8 @@ def prepare(args: ModelArguments, data: Sources | ExampleData, training: Any) ->
     tokenizer = load_tokenizer(name, config, training.max_length or 2, SFT)
     template = bool(tokenizer.chat_template or training.chat_template_path)
     encoder = Conversations(tokenizer, training.dataset_text_field, template)
-    evaluation_rows = evaluation = None
-    if isinstance(data, Sources):
-        rows = data.read_train(encoder.encode)
-    else:
-        rows, evaluation_rows = data.read()
+    evaluation = None
+    rows, evaluation_rows = data.read()
     train = encoder.encode(rows, TRAIN)
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)

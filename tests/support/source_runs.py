@@ -1,4 +1,4 @@
-"""A small mix: a source with right labels, one with wrong ones, and a few trusted rows."""
+"""Small runs of `SourceTrainer`: a right source, a wrong one, and a few trusted rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from transformers import default_data_collator
+from transformers import PrinterCallback, default_data_collator
 
-from hyperopt_peft.problems import MixTrainer, MixTrainingArguments
-from tests.support.head_rows import as_probabilities
+from hyperopt_peft import BilevelTrainingArguments
+from hyperopt_peft.problems import SourceTrainer, SourceWeights
 from tests.support.trainers import data as random_rows
 from tests.support.trainers import peft_model
 
@@ -29,24 +29,6 @@ def sources(count: int = 48) -> dict[str, Dataset]:
     return {"good": rows(count, 1), "bad": rows(count, 2, wrong=True)}
 
 
-def votes(count: int, *, sure: float | None = None) -> Dataset:
-    """Rows with the votes of two functions, one of which is wrong by a class.
-
-    With ``sure`` they are probabilities, this one that of the class.
-    """
-    return voted(rows(count, 4), sure).remove_columns("labels")
-
-
-def voted(table: Dataset, sure: float | None = None) -> Dataset:
-    """``table`` with these votes."""
-    right = torch.tensor(table["labels"][:])
-    columns = torch.stack([right, (right + 1) % 3], 1)
-    columns[::2, 0] = columns[1::5, 1] = -1
-    if sure is not None:
-        columns = as_probabilities(columns, 3, sure)
-    return table.add_column("votes", columns.tolist())
-
-
 def trainer(
     folder: Path,
     callbacks: Sequence[Any] = (),
@@ -55,9 +37,13 @@ def trainer(
     data: Any = None,
     trusted: Any = None,
     double: bool = False,
+    weights: Any = SourceWeights,
     **options: Any,
-) -> MixTrainer:
-    """A trainer without dropout; ``double`` is in float64, ``kind`` is a task of random rows."""
+) -> SourceTrainer:
+    """A trainer without dropout; ``double`` is in float64, ``kind`` is a task of random rows.
+
+    ``trusted`` is False for none, and ``weights`` an argument of the trainer.
+    """
     settings = {
         "output_dir": str(folder),
         "max_steps": 30,
@@ -66,24 +52,26 @@ def trainer(
         "gradient_accumulation_steps": 1,
         "learning_rate": 3e-2,
         "upper_learning_rate": 0.3,
-        "search": "adapter",
         "hypergradient": "darts:xi=1.0",
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
         "logging_steps": 1,
-        "retrain_steps": 5,
     }
     model = peft_model(kind, dropout=0.0, dora=False)
     if kind != "classes":
         data = {"a": random_rows(kind, seed=1), "b": random_rows(kind, seed=2)}
         trusted = random_rows(kind, 9, seed=3)
-    return MixTrainer(
+    trusted = rows(30, 3) if trusted is None else trusted
+    made = SourceTrainer(
         model.double() if double else model,
-        MixTrainingArguments(**{**settings, **options}),
+        BilevelTrainingArguments(**{**settings, **options}),
         sources=sources() if data is None else data,
-        trusted=rows(30, 3) if trusted is None else trusted,
+        trusted=None if trusted is False else trusted,
+        weights=weights,
         data_collator=default_data_collator,
         callbacks=callbacks,
     )
+    made.remove_callback(PrinterCallback)
+    return made

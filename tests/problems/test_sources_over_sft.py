@@ -1,4 +1,4 @@
-"""`MixTrainer` over TRL's trainers: each label has its source, in every layout of the data."""
+"""`SourceTrainer` over TRL's trainers: each label has its source, in every layout of the data."""
 
 import random
 import re
@@ -9,21 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import PrinterCallback
 
-from hyperopt_peft import MixTrainer, ProblemError, compare_baselines, hypergradient
+from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.core.labels import label_losses
-from hyperopt_peft.problems import mix_trainer
+from hyperopt_peft.problems import SourceTrainer
 from hyperopt_peft.problems.example_weights import COLUMNS, without
-from hyperopt_peft.problems.mix_plans import plan_of
 from hyperopt_peft.problems.source_collator import SourceCollator
 from tests.support import language
 from tests.support.resume import require_same_end
-from tests.support.trainers import values
 
 trl = pytest.importorskip("trl")
-Mix = MixTrainer.over(trl.SFTTrainer)
+SFT = SourceTrainer.over(trl.SFTTrainer)
 
 LAYOUTS = {**language.LAYOUTS, "flat": {"padding_free": True, "max_length": None}}
 SOURCES = ("web", "forum", "trusted")
@@ -54,7 +52,7 @@ def trainer(
     callbacks: Sequence[Any] = (),
     *,
     layout: str = "completion",
-    kind: Any = Mix,
+    kind: Any = SFT,
     model: Any = None,
     data: Any = None,
     options: Any = None,
@@ -62,14 +60,13 @@ def trainer(
 ) -> Any:
     """Two sources and the trusted rows; ``settings`` are arguments, ``options`` the trainer's."""
     common = {
-        "search": "adapter",
+        "hypergradient": "darts:product=dots",
         "max_steps": 4,
         "lower_steps": 2,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
         "upper_learning_rate": 0.3,
-        "retrain_steps": 2,
         "bf16": False,
         "gradient_checkpointing": False,
         "save_strategy": "no",
@@ -159,7 +156,7 @@ def test_a_collator_that_joins_rows_in_another_way_is_refused() -> None:
     [
         ({"loss_type": "dft"}, "the loss of the first batch .* the mean over its labels"),
         ({"packing": True, "eval_packing": False}, "eval_packing: .*leave it out"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .* MixTrainer"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .* SourceTrainer"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, options: Any, named: str) -> None:
@@ -168,8 +165,8 @@ def test_bad_settings_are_named(tmp_path: Path, options: Any, named: str) -> Non
 
 
 def test_a_loss_of_pairs_has_no_sources(tmp_path: Path) -> None:
-    over_pairs = MixTrainer.over(trl.DPOTrainer)
-    with pytest.raises(ProblemError, match=r"MixDPOTrainer: the batches have .* and no labels"):
+    over_pairs = SourceTrainer.over(trl.DPOTrainer)
+    with pytest.raises(ProblemError, match=r"SourceDPOTrainer: the batches have .* and no labels"):
         trainer(tmp_path, kind=over_pairs, layout="preference")
 
 
@@ -201,123 +198,31 @@ def test_a_source_of_noise_loses(tmp_path: Path, settings: Any) -> None:
     settings = {"max_steps": 40, "gradient_accumulation_steps": 4, "logging_steps": 10, **settings}
     run = trainer(tmp_path, data=noisy(), options=PLAIN, learning_rate=2e-2, **settings)
     run.train()
-    weights = run.row_weights()
-    assert weights["web"] > 3 * weights["forum"] and weights["trusted"] > 3 * weights["forum"]
+    web, forum, of_trusted = run.weights().tolist()
+    assert web > 3 * forum and of_trusted > 3 * forum
     records = [record for record in run.state.log_history if "upper_loss" in record]
     assert records[-1]["upper_loss"] < records[0]["upper_loss"]
     shares = [records[-1][f"lower_share_{name}"] for name in SOURCES]
     assert sum(shares) == pytest.approx(1) and "upper_snr" in records[-1]
-    assert isinstance(run.retrainer, trl.SFTTrainer)
-
-
-def head_features(run: Any) -> Any:
-    """The rows of the head, in an order that padding does not change."""
-    sources = run.head_mix.rows.sources
-    return sources.x, sources.labels, sources.row
-
-
-@pytest.mark.parametrize("layout", ["packed", "wrapped", "flat"])
-def test_a_head_reads_rows_that_are_not_packed(tmp_path: Path, layout: str) -> None:
-    """Of the labels that the texts have; weights and parent's data stay packed."""
-    options = {"search": "head", "upper_prior": 0.1, "eval_strategy": "epoch"}
-    options |= {"options": {"eval_dataset": rows("trusted", "text", 5)}}
-    plain = trainer(tmp_path / "plain", layout="text", **options)
-    run = trainer(tmp_path / layout, layout=layout, **options)
-    length = len(run.train_dataset)
-    for found, expected in zip(head_features(run), head_features(plain), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert len(run.train_dataset) == length and run.args.packing == (layout != "flat")
-    run.train()
-    plain.train()
-    torch.testing.assert_close(run.weights.logits, plain.weights.logits, rtol=1e-3, atol=1e-4)
-
-
-def test_a_source_of_noise_loses_on_the_head(tmp_path: Path) -> None:
-    """By some labels of each source too: its share of the loss is that of all of them."""
-    every = trainer(tmp_path / "all", data=noisy(), options=PLAIN, search="head")
-    assert every.on_head and every.head_mix.rows.sampled.tolist() == [1, 1, 1]
-    few = trainer(tmp_path / "few", data=noisy(), options=PLAIN, search="head")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mix_trainer, "LABELS", 200)
-        rows = few.head_mix.rows
-    counts = few.weights.counts
-    assert 60 < len(rows.sources.x) < 350 and len(rows.trusted.x) == counts[-1]
-    torch.testing.assert_close(rows.counts(rows.groups), counts)
-    for run in (every, few):
-        run.train()
-        weights = run.row_weights()
-        assert weights["web"] > 2 * weights["forum"] and weights["trusted"] > 2 * weights["forum"]
-        assert run.retrainer.state.global_step == 2
-        learned = run.head_mix.row_weights(run.head_mix.learned)
-        assert learned == pytest.approx(weights, rel=1e-4)
-
-
-def test_a_comparison_on_the_head_trains_by_its_best_method(tmp_path: Path) -> None:
-    run = trainer(tmp_path, data=noisy(), options=PLAIN, search="head", retrain="none")
-    run.train()
-    comparison = compare_baselines(run, folds=2)
-    losses = {result.method: result.loss for result in comparison.results}
-    assert losses["learned weights"] < losses["everything, equal weights"]
-    best, before = comparison.best, values(run.model)
-    run.retrain(plan_of(run.head_mix, best.method, best.setting))
-    assert any(not torch.equal(value, before[name]) for name, value in values(run.model).items())
-
-
-@pytest.mark.parametrize("labelled", [False, True])
-def test_rows_without_a_label_are_left_out(tmp_path: Path, labelled: bool) -> None:
-    """TRL drops a completion that is cut off; the comparison on the adapter needs every row."""
-    web, forum, trusted = noisy()
-    long = [{"prompt": f"say {letter} then b " * 9, "completion": " a b c"} for letter in "ab"]
-    one, other = (Dataset.from_list([row]) for row in long)
-    data = concatenate_datasets([one, web]), forum, concatenate_datasets([other, trusted])
-    if labelled:  # a column that the trainer does not read
-        data = tuple(part.add_column("label", [k % 2 for k in range(len(part))]) for part in data)
-    run = trainer(tmp_path, data=data, search="head", max_length=24, retrain="none")
-    run.train()
-    best = compare_baselines(run, folds=2).best
-    assert len(best.losses) == 16 and best.losses.all()
-    with pytest.raises(ProblemError, match="leaves out 1 of "):
-        compare_baselines(run, folds=2, model="adapter")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", [[(4,)], [(5,), (4, "retrain")]])
-def test_both_phases_resume(tmp_path: Path, stops: Any) -> None:
+def test_it_resumes(tmp_path: Path) -> None:
     require_same_end(
         tmp_path,
-        *stops,
+        (4,),
         make=trainer,
         layout="packed",
         max_steps=6,
-        retrain_steps=6,
         save_strategy="steps",
         save_steps=3,
         logging_steps=3,
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"packing": True, "max_length": 24}])
-def test_baselines_are_trained_by_the_same_trainer(tmp_path: Path, settings: Any) -> None:
-    settings = {"max_steps": 20, "retrain_steps": 12, "learning_rate": 2e-2, **settings}
-    run = trainer(tmp_path, data=noisy(), options=PLAIN, **settings)
-    run.train()
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    comparison = compare_baselines(run, folds=2, equal_passes=False)
-    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
-    losses = {result.method: result.loss for result in comparison.results}
-    equal = losses["everything, equal weights"]
-    assert losses["weights by agreement with the trusted rows"] < equal
-    assert losses["learned weights"] < equal
-
-
 def test_a_model_by_name_gets_its_adapter(tmp_path: Path) -> None:
-    """Also in the retraining, which has the model of the search."""
     language.language_model().save_pretrained(tmp_path / "model")
     language.tokenizer().save_pretrained(tmp_path / "model")
-    run = trainer(tmp_path, model=str(tmp_path / "model"), max_steps=2, retrain_steps=1)
-    initial = [value.clone() for value in run.initial]
+    run = trainer(tmp_path, model=str(tmp_path / "model"), max_steps=2)
     run.train()
-    assert len(initial) == len(run.lower.variables) > 0
-    assert run.retrainer.model is run.model
-    assert run.retrainer.train_dataset.column_names == run.train_dataset.column_names
+    assert len(run.lower.variables) > 0 and run.weights.logits.any()
