@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from hyperopt_peft.engine.nested import Nested
     from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
     from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
+    from hyperopt_peft.problems.bidora import BiDoRA
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.compare_baselines import compare_baselines
     from hyperopt_peft.problems.mix_arguments import MixTrainingArguments
     from hyperopt_peft.problems.mix_trainer import MixTrainer
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
     from hyperopt_peft.trainer.data import split_dataset
+    from hyperopt_peft.trainer.method import Method
     from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
 
 _MODULES = {
+    "BiDoRA": "problems.bidora",
     "BiDoRATrainer": "problems.bidora_trainer",
     "BiDoRATrainingArguments": "problems.bidora_trainer",
     "BilevelTrainer": "trainer.trainer",
@@ -34,6 +37,7 @@ _MODULES = {
     "Engine": "engine.engine",
     "Estimator": "hypergradients",
     "HypergradientWarning": "errors",
+    "Method": "trainer.method",
     "MixTrainer": "problems.mix_trainer",
     "MixTrainingArguments": "problems.mix_arguments",
     "Nested": "engine.nested",
@@ -52,6 +56,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "BiDoRA",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
     "BilevelTrainer",
@@ -60,6 +65,7 @@ __all__ = [
     "Engine",
     "Estimator",
     "HypergradientWarning",
+    "Method",
     "MixTrainer",
     "MixTrainingArguments",
     "Nested",
