@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from hyperopt_peft.engine.nested import Nested
     from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
     from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
+    from hyperopt_peft.problems.bidora import BiDoRA
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
     from hyperopt_peft.trainer.data import split_dataset
+    from hyperopt_peft.trainer.method import Method
     from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
 
 _MODULES = {
+    "BiDoRA": "problems.bidora",
     "BiDoRATrainer": "problems.bidora_trainer",
     "BiDoRATrainingArguments": "problems.bidora_trainer",
     "BilevelTrainer": "trainer.trainer",
@@ -31,6 +34,7 @@ _MODULES = {
     "Engine": "engine.engine",
     "Estimator": "hypergradients",
     "HypergradientWarning": "errors",
+    "Method": "trainer.method",
     "Nested": "engine.nested",
     "NonFiniteError": "errors",
     "Problem": "core.problem",
@@ -46,6 +50,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "BiDoRA",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
     "BilevelTrainer",
@@ -54,6 +59,7 @@ __all__ = [
     "Engine",
     "Estimator",
     "HypergradientWarning",
+    "Method",
     "Nested",
     "NonFiniteError",
     "Problem",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.problems.adapter_trainer import AdapterTrainer
+    from hyperopt_peft.problems.bidora import BiDoRA
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
     from hyperopt_peft.problems.data_sources import SourceWeights
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Adapter": "common",
     "AdapterTrainer": "adapter_trainer",
+    "BiDoRA": "bidora",
     "BiDoRATrainer": "bidora_trainer",
     "BiDoRATrainingArguments": "bidora_trainer",
     "Head": "head",
@@ -29,6 +31,7 @@ _MODULES = {
 __all__ = [
     "Adapter",
     "AdapterTrainer",
+    "BiDoRA",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
     "Head",

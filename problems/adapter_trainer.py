@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
-from hyperopt_peft.adapters.layers import resolve_adapter
+from hyperopt_peft.adapters.layers import adapter_settings, is_dora, resolve_adapter
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -72,19 +72,3 @@ def _level(trainer: BilevelTrainer) -> Problem:
         fast = getattr(trainer.args, "fast_dora", True)
         (use_fast_dora if fast else set_norm_grad)(model, "detach")
     return Adapter(model, task_loss=trainer.task_loss)
-
-
-def is_dora(model: Any) -> bool:
-    """Whether the active adapter of a PeftModel has magnitudes."""
-    return bool(getattr(model.peft_config[resolve_adapter(model)], "use_dora", False))
-
-
-def adapter_settings(model: Any) -> dict[str, Any]:
-    """The method and the adapter's options, in which a checkpoint and the next run must agree."""
-    config = model.peft_config[resolve_adapter(model)]
-    names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-    return {
-        "method": "dora" if is_dora(model) else str(config.peft_type.value).lower(),
-        "rank": getattr(config, "r", None),
-        **{name: getattr(config, name, None) for name in names},
-    }

@@ -11,22 +11,17 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
-from hyperopt_peft.adapters.layers import require_plain, resolve_adapter
+from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
-from hyperopt_peft.problems.adapter_trainer import adapter_settings
 from hyperopt_peft.problems.bidora import Direction, Magnitude
-from hyperopt_peft.problems.two_phases import (
-    TwoPhaseTrainer,
-    TwoPhaseTrainingArguments,
-    options_of_retraining,
-)
+from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
 from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.trainer.phases import options_of_retraining
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.models import rounds_activations
 
 logger = logging.get_logger(__name__)
 #: An adapter hardly learns in a phase of a smaller rate × steps, twice the way that Adam takes a
@@ -173,7 +168,7 @@ class BiDoRATrainer(TwoPhaseTrainer):
     ) -> None:
         check_class(args, self.Arguments)
         if trainer.get("peft_config") is None:
-            _check_model(model, args)
+            dora_layers(model)  # raises for a model without magnitudes
         #: All training examples of both levels, and those that were given for the upper one alone.
         self.examples, self.given_upper = train_dataset, upper_dataset
         if upper_dataset is not None:
@@ -208,33 +203,33 @@ class BiDoRATrainer(TwoPhaseTrainer):
     def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
         """The trainer of directions and head with the magnitudes frozen, on all examples."""
         level = {"lower": _direction, "upper": None, "train_dataset": self.examples}
-        made: Retrainer = self.trainer_of(Retrainer, args, search=self, **level, **self._options)
+        made: Retrainer = self.trainer_of(Retrainer, args, first=self, **level, **self._options)
         return made
 
 
 class Retrainer(BilevelTrainer):
-    """The second phase: min over A, B and head of the loss of ``search``."""
+    """The second phase: min over A, B and head of the loss of ``first``."""
 
-    def __init__(self, model: Any, *, search: BiDoRATrainer, **trainer: Any) -> None:
-        self.search = search
+    def __init__(self, model: Any, *, first: BiDoRATrainer, **trainer: Any) -> None:
+        self.first = first
         super().__init__(model, **trainer)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of the search, where its class overrides ``compute_loss``."""
-        if type(self.search).compute_loss is not BilevelTrainer.compute_loss:
-            return self.search.compute_loss(*args, **kwargs)
+        if type(self.first).compute_loss is not BilevelTrainer.compute_loss:
+            return self.first.compute_loss(*args, **kwargs)
         return super().compute_loss(*args, **kwargs)
 
     def settings(self) -> dict[str, Any]:
         """The settings of the search and of the retraining."""
-        args = self.search.args.bilevel_settings()
-        return {**self.search.settings(), **{k: v for k, v in args.items() if "retrain" in k}}
+        args = self.first.args.bilevel_settings()
+        return {**self.first.settings(), **{k: v for k, v in args.items() if "retrain" in k}}
 
 
 def _lower(trainer: BilevelTrainer) -> Problem:
     model, args = trainer.model, trainer.args
     assert isinstance(args, BiDoRATrainingArguments)
-    _check_model(model, args)
+    dora_layers(model)
     # Levels copy initial values (m0, retrain="scratch"), which must be equal on all processes.
     distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
     (use_fast_dora if args.fast_dora else set_norm_grad)(model, args.norm_grad)
@@ -243,24 +238,3 @@ def _lower(trainer: BilevelTrainer) -> Problem:
 
 def _direction(trainer: BilevelTrainer) -> Problem:
     return Direction(trainer.model, gamma=trainer.args.gamma, task_loss=trainer.task_loss)
-
-
-def _check_model(model: Any, args: BiDoRATrainingArguments) -> None:
-    """Raise ProblemError for a model without magnitudes, or for exact products that it cannot have.
-
-    Double backward needs weights that can be read.
-    """
-    adapter = resolve_adapter(model)
-    layers = dora_layers(model, adapter)
-    if not args.estimator().requirements.second_derivatives:
-        return
-    for name, layer in layers:
-        try:
-            require_plain(layer, adapter, name)
-        except ProblemError as error:
-            rounds = rounds_activations(layer.get_base_layer())
-            advice = "direct" if rounds else "product=difference, or darts"
-            raise ProblemError(
-                f"hypergradient={args.hypergradient!r} differentiates twice, which needs weights "
-                f"that can be read; choose {advice} ({error})"
-            ) from error

@@ -24,7 +24,9 @@ from hyperopt_peft.adapters.pseudo_svd import (
     orthogonality_penalty,
     pseudo_singular_values,
 )
-from hyperopt_peft.problems.common import TaskLevel, TaskLoss, trainable
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.utils.models import trainable
 
 
 class SingularVectors(TaskLevel):

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.core.validation import Variables
 from hyperopt_peft.errors import ProblemError
-
-#: The loss of a batch.
-TaskLoss = Callable[[Any], Tensor]
-
-
-def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
-    """The parameters of ``model`` that require a gradient, except those in ``without``, by name."""
-    excluded = {id(parameter) for parameter in without}
-    named = model.named_parameters()
-    return [(name, p) for name, p in named if p.requires_grad and id(p) not in excluded]
+from hyperopt_peft.utils.models import trainable as trainable
 
 
 class TaskLevel(Problem):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, require_labels, row_losses
+from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import TaskLevel, TaskLoss
+from hyperopt_peft.problems.common import TaskLevel
 
 #: Columns that weights are read by, and a Trainer's entries, which are no arguments of a model.
 COLUMNS = ("index", "source", ITEMS, MICRO_BATCHES, WEIGHT)

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import torch
-from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.engine import checkpoint
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.phases import as_prepared
+from hyperopt_peft.trainer.phases import options_of_retraining as options_of_retraining
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.utils.distributed import reshard, sharded_like
-
-#: Files of the search: the lower level's initial values, and learned variables outside the model.
-INITIAL, LEARNED = "initial.pt", "learned.pt"
-#: TRL's name of the adapter with which DPOTrainer and KTOTrainer compare.
-REFERENCE = "ref"
 
 
 @dataclass
@@ -35,11 +24,6 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
         9
     """
 
-    retrain: Literal["none", "warm", "scratch"] = HfArg(
-        default="warm",
-        help="after the search, train the lower level with the upper one frozen on all examples: "
-        "not at all, from where the search ended, or from the initial values",
-    )
     retrain_learning_rate: float | None = HfArg(
         default=None, help="peak learning rate of the retraining; learning_rate if not given"
     )
@@ -64,27 +48,22 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
         self._require("be positive", lambda x: x > 0, "retrain_epochs", "retrain_steps")
         self._require("be at least 1", lambda n: n >= 1, "retrain_gradient_accumulation_steps")
 
-    def resume_must_match(self) -> dict[str, Any]:
-        """As `BilevelTrainingArguments.resume_must_match`; a search may resume without the rest."""
-        values = super().resume_must_match()
-        return {name: value for name, value in values.items() if not name.startswith("retrain")}
-
     def for_retraining(self) -> Self:
-        """The arguments of the second phase; it writes to the folder ``retrain``."""
+        """As `BilevelTrainingArguments.for_retraining`, with the options ``retrain_…``."""
         args = copy.copy(self)
-        args.output_dir = str(Path(self.output_dir or "") / "retrain")
-        args.push_to_hub = False
-        if self.retrain_epochs is not None:
-            args.num_train_epochs, args.max_steps = self.retrain_epochs, -1
+        given: Any = self.retrain_arguments or {}
+        changes = dict(given)
         for name, value in (
+            ("num_train_epochs", self.retrain_epochs),
             ("max_steps", self.retrain_steps),
             ("learning_rate", self.retrain_learning_rate),
             ("weight_decay", self.retrain_weight_decay),
             ("gradient_accumulation_steps", self.retrain_gradient_accumulation_steps),
         ):
             if value is not None:
-                setattr(args, name, value)
-        return args
+                changes[name] = value
+        args.retrain_arguments = changes
+        return super(TwoPhaseTrainingArguments, args).for_retraining()
 
 
 class TwoPhaseTrainer(BilevelTrainer):
@@ -111,7 +90,11 @@ class TwoPhaseTrainer(BilevelTrainer):
 
     Arguments = TwoPhaseTrainingArguments
     args: TwoPhaseTrainingArguments
-    retrainer: BilevelTrainer | None = None
+
+    @property
+    def has_second_phase(self) -> bool:
+        """Whether ``retrain`` asks for one."""
+        return self.args.retrain != "none"
 
     def retraining(self, args: Any) -> BilevelTrainer:
         """The trainer of the second phase, with the arguments ``args``; a subclass makes it."""
@@ -130,50 +113,6 @@ class TwoPhaseTrainer(BilevelTrainer):
         with as_prepared(self.model):
             return made(self.model, args=args, processing_class=self.processing_class, **options)
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Do the search and the retraining; returns the last phase's result.
-
-        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the last complete
-        checkpoint of either phase. With ``enable_jit_checkpoint`` a SIGTERM ends either phase.
-        """
-        arguments = self.args.for_retraining()
-        folder = Path(arguments.output_dir or "")
-        if self.args.retrain == "none":
-            point = checkpoint.to_resume(resume_from_checkpoint, folder.parent)
-            return self.search(point, *args, **kwargs)
-        point = checkpoint.to_resume(resume_from_checkpoint, folder.parent, folder)
-        if point is not None and point[0].resolve().parent == folder.resolve():
-            if learned := self._learned():
-                _assign(learned, _read(folder.parent / LEARNED, learned))
-        else:
-            from_scratch = self.args.retrain == "scratch"
-            if from_scratch:
-                initial = self._initial(resumed=point is not None)
-            output = self.search(point, *args, **kwargs)
-            if self._callback.signalled:  # the search is unfinished
-                return output
-            reshard(self.model)
-            if from_scratch:
-                _assign(dict(zip(self.lower.names, self.lower.variables)), initial)
-            learned = {name: variable.detach() for name, variable in self._learned().items()}
-            if learned and self.args.should_save:
-                checkpoint.write_state(folder.parent / LEARNED, learned)
-            point = None
-        self.retrainer = self.retraining(arguments)
-        return self.retrainer._train_from(point, *args, **kwargs)
-
-    def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
-        """The first phase, from the checkpoint ``point`` with its record, or from the start."""
-        return self._train_from(point, *args, **kwargs)
-
-    def release_models(self) -> None:
-        """As `BilevelTrainer.release_models`, for both phases."""
-        if self.retrainer is not None:
-            self.retrainer.release_models()
-        super().release_models()
-
     def passes_of_an_upper_step(self) -> int:
         """Forward+backward passes over a micro-batch from one upper step of the search to the next.
 
@@ -184,66 +123,3 @@ class TwoPhaseTrainer(BilevelTrainer):
         of_lower_batch = args.lower_steps - 1 + of_upper - 1
         pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
         return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
-
-    def _initial(self, resumed: bool) -> dict[str, Tensor]:
-        """The lower level's initial values, which are also in a file for a resumed run."""
-        path = Path(self.args.output_dir or "") / INITIAL
-        variables = dict(zip(self.lower.names, self.lower.variables, strict=True))
-        if resumed:
-            return _read(path, variables)
-        values = {name: variable.detach().clone() for name, variable in variables.items()}
-        if self.args.should_save:
-            checkpoint.write_state(path, values)
-        return values
-
-    def _learned(self) -> dict[str, Tensor]:
-        """The upper variables outside the model, which a checkpoint of the retraining lacks."""
-        assert self.upper is not None
-        of_model = {id(parameter) for parameter in self.model.parameters()}
-        named = zip(self.upper.names, self.upper.variables, strict=True)
-        return {name: variable for name, variable in named if id(variable) not in of_model}
-
-
-def options_of_retraining(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a second trainer, made before the search changes the callbacks' state."""
-    made_once = ("peft_config", "quantization_config", "processing_class")
-    copies = [copy.copy(callback) for callback in trainer.get("callbacks") or ()]
-    rest = {name: value for name, value in trainer.items() if name not in made_once}
-    return {**rest, "callbacks": copies, "optimizers": (None, None)}
-
-
-@contextmanager
-def as_prepared(model: Any) -> Iterator[None]:
-    """Undo what the constructor of a second trainer, in the body, does to its ``model``.
-
-    TRL's trainers patch ``forward`` of the model for a fused head. Those of preferences copy an
-    adapter that they find to another one, `REFERENCE`, with which their loss compares.
-    """
-    forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}
-    named = [(n, p) for n, p in model.named_parameters() if f".{REFERENCE}." in n]
-    values = {name: parameter.detach().clone() for name, parameter in named}
-    if values:  # the constructor would refuse a second one
-        model.delete_adapter(REFERENCE)
-    yield
-    for module, forward in forwards.items():
-        module.forward = forward
-    if values:
-        with torch.no_grad():
-            for name, value in values.items():
-                model.get_parameter(name).copy_(value)
-    elif REFERENCE in getattr(model, "peft_config", ()):
-        model.delete_adapter(REFERENCE)
-
-
-@torch.no_grad()
-def _assign(variables: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, variable in variables.items():
-        variable.copy_(sharded_like(values[name], variable))
-
-
-def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the file ``path``, with the names and shapes of ``like``."""
-    values: dict[str, Tensor] = checkpoint.read_state(path)
-    if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in like.items()}:
-        raise ProblemError(f"{path}: the values are of another model; start a new run")
-    return values

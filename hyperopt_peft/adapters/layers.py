@@ -221,3 +221,19 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
     # Quantised tensor types report a floating dtype but live outside torch.
     is_torch = type(weight).__module__.split(".")[0] == "torch"
     return isinstance(weight, Tensor) and is_torch and weight.dtype in PLAIN_DTYPES
+
+
+def is_dora(model: Any) -> bool:
+    """Whether the active adapter of a PeftModel has magnitudes."""
+    return bool(getattr(model.peft_config[resolve_adapter(model)], "use_dora", False))
+
+
+def adapter_settings(model: Any) -> dict[str, Any]:
+    """The method and the adapter's options, in which a checkpoint and the next run must agree."""
+    config = model.peft_config[resolve_adapter(model)]
+    names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+    return {
+        "method": "dora" if is_dora(model) else str(config.peft_type.value).lower(),
+        "rank": getattr(config, "r", None),
+        **{name: getattr(config, name, None) for name in names},
+    }

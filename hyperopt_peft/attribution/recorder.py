@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 from hyperopt_peft.attribution.rows import INDEX, RowWeighted
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer
-from hyperopt_peft.problems.common import trainable
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.models import trainable
 
 
 class Recorder(TrainerCallback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -36,6 +36,9 @@ from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.reductions import all_finite, to_floats
 from hyperopt_peft.utils.reductions import norm as norm_of
 from hyperopt_peft.utils.reductions import squares as squares_of
+
+#: The loss of a batch.
+TaskLoss = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)

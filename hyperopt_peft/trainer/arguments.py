@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
 import torch
@@ -114,13 +116,45 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         help="response to a NaN or infinite loss, gradient or curvature: raise (after a checkpoint "
         "is written), or skip (the step is counted)",
     )
+    retrain: Literal["none", "warm", "scratch"] = HfArg(
+        default="warm",
+        help="after a method's search, train the lower level with the upper one frozen on all "
+        "examples: not at all, from where the search ended, or from the initial values",
+    )
+    retrain_arguments: dict[str, Any] | str | None = HfArg(
+        default=None,
+        help="arguments of that second training that differ, such as "
+        '{"learning_rate": 1e-4, "max_steps": 100}',
+    )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
         metadata={"help": "whether callbacks such as early stopping resume with their state"},
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the names of the arguments that the user gives."""
+        made: Self = super().__new__(cls)
+        made.__dict__["_user_names"] = {
+            each.name for each in fields(cls)[: len(args)]
+        } | kwargs.keys()
+        return made
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.retrain_arguments, str):
+            self.retrain_arguments = json.loads(self.retrain_arguments)
+        names = {each.name for each in fields(self)} - {"output_dir"}
+        for name in self.retrain_arguments or ():
+            if name not in names:
+                raise ProblemError(
+                    f"retrain_arguments: {name!r} is no argument of the second training; use names "
+                    f"of {type(self).__name__}, such as learning_rate"
+                )
+        self._check()
+        if self.retrain_arguments:
+            self.for_retraining()
+
+    def _check(self) -> None:
         rates = ["learning_rate", "weight_decay", "max_grad_norm"]
         counts = ["per_device_train_batch_size", "gradient_accumulation_steps"]
         hints = get_type_hints(type(self))
@@ -159,6 +193,51 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         """
         device: torch.device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """A copy that has ``defaults`` where the user gave no argument.
+
+        A parser of options gives every argument: set the parser's defaults
+        (``parser.set_defaults(**method.defaults)``).
+
+        Raises:
+            ProblemError: a value is out of range.
+
+        Example:
+            >>> args = BilevelTrainingArguments("outputs", seed=3, report_to="none")
+            >>> args = args.with_defaults({"seed": 1, "lower_steps": 4})
+            >>> args.seed, args.lower_steps
+            (3, 4)
+        """
+        args = copy.copy(self)
+        names = defaults.keys() - self.__dict__["_user_names"]
+        args.__dict__.update({name: defaults[name] for name in names})
+        args._check()
+        return args
+
+    def for_retraining(self) -> Self:
+        """The arguments of the second training; it writes to the folder ``retrain``.
+
+        Raises:
+            ProblemError: a value of ``retrain_arguments`` is out of range.
+
+        Example:
+            >>> args = BilevelTrainingArguments(
+            ...     "outputs", retrain_arguments={"max_steps": 9}, report_to="none"
+            ... )
+            >>> args.for_retraining().max_steps
+            9
+        """
+        args = copy.copy(self)
+        given: Any = self.retrain_arguments or {}
+        changes = dict(given)
+        if "num_train_epochs" in changes:
+            changes.setdefault("max_steps", -1)
+        args.__dict__.update(changes)
+        args.output_dir = str(Path(self.output_dir or "") / "retrain")
+        args.push_to_hub = False
+        args._check()
+        return args
 
     def estimator(self) -> Estimator:
         """The estimator with the name and options ``hypergradient``.
@@ -219,7 +298,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     def resume_must_match(self) -> dict[str, Any]:
         """The arguments that change a run's result: all that TrainingArguments does not have."""
         values, levels = self.to_dict(), self.bilevel_settings()
-        levels.pop("non_finite")  # a resumed run may change it
+        # A resumed run may change these; the second training names what it reads.
+        levels = {n: v for n, v in levels.items() if n != "non_finite" and "retrain" not in n}
         standard = {field.name for field in fields(TrainingArguments)}
         of_parents = [field.name for field in fields(self.parents) if field.name not in standard]
         names = (*RESUME_MUST_MATCH, *of_parents)

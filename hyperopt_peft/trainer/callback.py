@@ -208,6 +208,11 @@ class BilevelCallback(TrainerCallback):
         self._complete_on_signal(args, state, control)
         self.trainer.begin_step()
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the method change the upper variables, which have moved."""
+        if self.trainer.method is not None and self.trainer.current_step.upper:
+            self.trainer.method.project()
+
     @torch.no_grad()
     def _load_levels(self, folder: Path) -> None:
         values = load_file(folder / LEVELS)

@@ -12,6 +12,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import Trainer
 
+from hyperopt_peft.adapters.layers import require_plain
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
@@ -19,7 +20,7 @@ from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.models import base_model, require_no_rounding
+from hyperopt_peft.utils.models import base_model, require_no_rounding, rounds_activations
 from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.validation import require_writable
 
@@ -161,6 +162,23 @@ def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimat
         require_no_rounding(model.modules())
     if len(levels) > 1 and (needs.differences or needs.second_derivatives):
         require_float32(model)
+    if len(levels) > 1 and needs.second_derivatives:
+        _require_readable(model, estimator)
+
+
+def _require_readable(model: Any, estimator: Estimator) -> None:
+    """Raise ProblemError for layers with magnitudes that have no second derivative."""
+    for name, layer in model.named_modules():
+        for adapter in getattr(layer, "lora_magnitude_vector", ()):
+            try:
+                require_plain(layer, adapter, name)
+            except ProblemError as error:
+                rounds = rounds_activations(layer.get_base_layer())
+                advice = "direct" if rounds else "product=difference, or darts"
+                raise ProblemError(
+                    f"hypergradient={estimator.name!r} differentiates twice, which needs weights "
+                    f"that can be read; choose {advice} ({error})"
+                ) from error
 
 
 def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -20,6 +20,12 @@ NEEDED = (SCHEDULER_NAME, TRAINER_STATE_NAME)
 def save_checkpoint(trainer: Trainer) -> None:
     """Write a checkpoint now; the public interface writes one only after a complete step."""
     trainer._save_checkpoint(trainer.model, None)
+
+
+def keep_columns(trainer: Trainer, names: Sequence[str]) -> None:
+    """Let the trainer hand the columns ``names`` to its collator, besides those of the model."""
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns = [*trainer._signature_columns, *names]
 
 
 #: What the ``compute_loss`` of TRL's trainers counts at each call.

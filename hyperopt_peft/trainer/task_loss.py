@@ -13,6 +13,7 @@ from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.loss_rule import LossRule
 from hyperopt_peft.trainer.over import CombinedTrainer
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils import distributed
 
 
@@ -21,6 +22,8 @@ class TaskLossTrainer(CombinedTrainer):
 
     #: Whether the levels are functions of the trainer, which may read its loss.
     trainer_loss: bool
+    #: Columns of the batches that a level reads and the model does not.
+    tags: Sequence[str] = ()
     model: Any
 
     @classmethod
@@ -61,7 +64,7 @@ class TaskLossTrainer(CombinedTrainer):
         Raises:
             ProblemError: the model cannot compute a loss for ``batch``.
         """
-        inputs = dict(batch)
+        inputs = without(batch, self.tags)
         weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
         if n is not None:  # TRL divides the auxiliary loss of a mixture of experts by it
             self.current_gradient_accumulation_steps = n
@@ -91,6 +94,12 @@ class TaskLossTrainer(CombinedTrainer):
         if multiplied and not self._loss_rule.model_reads_items(compute, model, inputs):
             items = None
         return compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.prediction_step`, without tags."""
+        if self.tags:
+            inputs = without(inputs, self.tags)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
-from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.trainer import checks
@@ -30,20 +28,21 @@ from hyperopt_peft.trainer.data import (
     without_more,
 )
 from hyperopt_peft.trainer.internals import counters_of, metrics_restored
-from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.logs import shorten, signal_to_noise, upper_gap
+from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
 from hyperopt_peft.trainer.over import loads_names
+from hyperopt_peft.trainer.phases import PhasesTrainer
 from hyperopt_peft.trainer.step import OptimizerStep
-from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of, upper_batches
-from hyperopt_peft.utils import distributed
+from hyperopt_peft.trainer.tags import keep_tags
+from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
 from hyperopt_peft.utils.models import keep_differentiable
 
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
 
 
-class BilevelTrainer(TwoLevelTrainer):
+class BilevelTrainer(PhasesTrainer):
     """`transformers.Trainer` for a lower and an upper level over one model.
 
     Every optimizer step moves the lower level. Each ``lower_steps``-th step moves the upper level
@@ -63,14 +62,16 @@ class BilevelTrainer(TwoLevelTrainer):
     Args:
         model: the model that the Trainer saves, evaluates and moves to its device. A trainer `over`
             one that loads models takes a name too.
-        lower: the lower level, without data and optimizer.
-        upper: the upper level, likewise; None trains the lower level alone, as a baseline.
-        args: the settings.
+        args: the settings; a copy of them has the method's defaults where nothing was given.
+        method: makes both levels, and after the search the plain model of the second phase; see
+            `Method`. A baseline has one phase.
+        lower: in place of a method the lower level, without data and optimizer.
+        upper: the upper level, likewise; None trains the lower level alone.
         train_dataset: the lower level's examples, or the examples of both levels, which
             ``args.upper_fraction`` then divides.
         upper_dataset: the upper level's examples. Never ``eval_dataset``.
-        callbacks: as for `transformers.Trainer`.
         trainer: further arguments of `transformers.Trainer`, or of the trainer that this is `over`.
+            The second phase has copies of the ``callbacks`` in their initial state.
 
     Raises:
         ProblemError: levels that share a tensor or have data or an optimizer, data sets that
@@ -94,7 +95,7 @@ class BilevelTrainer(TwoLevelTrainer):
 
     Arguments = BilevelTrainingArguments
     #: Whether an example of the upper level may train the lower level too.
-    may_share_rows: ClassVar[bool] = False
+    may_share_rows: bool = False
     current_step: OptimizerStep
     eval_dataset: Any
     current_flos: float
@@ -102,17 +103,38 @@ class BilevelTrainer(TwoLevelTrainer):
     def __init__(
         self,
         model: nn.Module | str,
-        *,
-        lower: LevelLike,
-        upper: LevelLike | None,
         args: BilevelTrainingArguments,
+        *,
+        method: Method | None = None,
+        lower: LevelLike | None = None,
+        upper: LevelLike | None = None,
+        train_dataset: Any,
+        upper_dataset: Any = None,
+        **trainer: Any,
+    ) -> None:
+        if (method is None) == (lower is None) or (method is not None and upper is not None):
+            raise ProblemError("method: give a method, or the levels lower and upper, and not both")
+        checks.check_class(args, self.Arguments)
+        if method is not None:
+            self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
+            return
+        data = {"train_dataset": train_dataset, "upper_dataset": upper_dataset}
+        self._set_up(model, args, lower=lower, upper=upper, **data, **trainer)
+
+    def _set_up(
+        self,
+        model: nn.Module | str,
+        args: BilevelTrainingArguments,
+        *,
+        lower: Any,
+        upper: LevelLike | None,
         train_dataset: Any,
         upper_dataset: Any = None,
         callbacks: Sequence[Any] | None = None,
         **trainer: Any,
     ) -> None:
+        """Initialise the trainer with two levels, or one."""
         self.trainer_loss = _is_function(lower)
-        checks.check_class(args, self.Arguments)
         checks.check_arguments(
             args, trainer, trainer_loss=self.trainer_loss, custom_loss=self.has_own_loss()
         )
@@ -148,6 +170,8 @@ class BilevelTrainer(TwoLevelTrainer):
         if self.trainer_loss:
             for data in (self.train_dataset, self.upper_dataset):
                 checks.check_labels(self.model, data, trainer)
+        if self.method is not None and self.tags:
+            keep_tags(self, self.tags, type(self.method).__name__)
         warn_of_repeated_rows(self.train_dataset, args)
         self.train_dataset = endless(self.train_dataset)
         self._set_loss_rule()
@@ -165,46 +189,11 @@ class BilevelTrainer(TwoLevelTrainer):
         checks.check_accelerator(self, self.levels, self.estimator)
         check_optimizers("optimizers", self.optimizer, self.lr_scheduler, self.levels)
         loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
-        self.upper_batches: UpperBatches | None = None
+        self.upper_batches = None
         if self.upper is not None:
             loader = loader_of(self, self.upper_dataset, "upper_dataset")
             self.upper_batches = upper_batches(self.upper_dataset, loader, args)
         self._set_step(self.optimizer or self._new_optimizer())
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
-
-        A resumed run is bit for bit the run without interruption, with the exceptions in
-        docs/distributed.md.
-
-        Raises:
-            ProblemError: no complete checkpoint, a damaged one, or one of other settings or data;
-                fewer steps than ``lower_steps``; examples that the collator cannot batch; a loss
-                that is no scalar, or a variable that no loss reads, at the level's first step.
-            NonFiniteError: as ``args.non_finite`` says; the message names step and batch.
-        """
-        resumed = checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir))
-        return self._train_from(resumed, *args, **kwargs)
-
-    def _train_from(
-        self, resumed: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Train from the checkpoint ``resumed``, with its record; None for a new run."""
-        self.skipped = 0
-        args_of_user = self.args
-        try:
-            with self._callback.run(resumed):
-                distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
-                folder = None if resumed is None else str(resumed[0])
-                # Before the loop, which in older versions reads these arguments once.
-                self.args = args_of_user.without_limits()
-                return super().train(folder, *args, **kwargs)
-        finally:
-            self.args = args_of_user
-            if self.upper_batches is not None:
-                self.upper_batches.close()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step."""
@@ -319,11 +308,6 @@ class BilevelTrainer(TwoLevelTrainer):
         self.release_models()
         gc.collect()
         self.accelerator.end_training()
-
-    def release_models(self) -> None:
-        """Delete the wrapper of `accelerate` around the model."""
-        self.model_wrapped = self.model
-        self.accelerator.free_memory()
 
     def _set_step(self, optimizer: Any) -> None:
         """Build the steps of the levels' present variables.

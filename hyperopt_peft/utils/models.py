@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hyperopt_peft.errors import ProblemError
 
@@ -24,6 +24,13 @@ def base_model(model: Any) -> Any:
         Linear(in_features=2, out_features=1, bias=True)
     """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
+    """The parameters of ``model`` that require a gradient, except those in ``without``, by name."""
+    excluded = {id(parameter) for parameter in without}
+    named = model.named_parameters()
+    return [(name, p) for name, p in named if p.requires_grad and id(p) not in excluded]
 
 
 def keep_differentiable(model: Any) -> None:

@@ -59,7 +59,7 @@ def matches(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
+    return hint is Any or isinstance(value, get_origin(hint) or hint)
 
 
 def require_count(name: str, value: Any, *, least: int) -> None:

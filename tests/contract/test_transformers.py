@@ -26,6 +26,11 @@ def test_a_checkpoint_can_be_written_within_a_step() -> None:
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
 
 
+def test_the_columns_that_a_collator_gets_can_be_changed() -> None:
+    assert parameters(Trainer._set_signature_columns_if_needed) == ["self"]
+    assert "_signature_columns" in inspect.getsource(Trainer._remove_unused_columns)
+
+
 def test_the_files_of_a_checkpoint_have_their_names() -> None:
     assert (SCHEDULER_NAME, TRAINER_STATE_NAME) == ("scheduler.pt", "trainer_state.json")
 
@@ -43,6 +48,7 @@ OVERRIDDEN = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "log": ["logs", "start_time"],
     "save_model": ["output_dir", "_internal_call"],
+    "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_model_card": [],
 }

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from peft import get_peft_model
 
-from hyperopt_peft.problems.two_phases import REFERENCE
 from hyperopt_peft.trainer.internals import METRICS
 from hyperopt_peft.trainer.over import REPLACED
+from hyperopt_peft.trainer.phases import REFERENCE
 from hyperopt_peft.trainer.upper_batches import PACKED
 from tests.support.language import language_model, lora
 

@@ -144,7 +144,7 @@ MODELS = {
     "quantised, darts with an exact product": (
         lambda _: quantised(),
         {"hypergradient": "darts:product=exact"},
-        "hypergradient='darts:product=exact' .* choose product=difference",
+        "hypergradient='darts' .* choose product=difference",
     ),
     "in 8 bits, cg": (
         lambda _: quantised(Linear8bitLt),

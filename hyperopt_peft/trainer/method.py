@@ -1,0 +1,173 @@
+"""`Method`: what a bilevel method adds to a model and to the losses of its two levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.utils.models import trainable
+
+
+class Method:
+    """A bilevel method: the upper level's variables, both losses, and the plain model at the end.
+
+    A subclass is a dataclass whose fields are the method's options. It must define
+    ``upper_variables`` and may define the rest. A method that defines neither ``upper_variables``
+    nor ``upper`` is a baseline: one level on all rows.
+
+    A `BilevelTrainer` calls in this order: ``adapter``, ``rows``, ``prepare``, the levels, for
+    each upper step ``after_upper_step``, then ``finish``, and for the second phase ``all_rows`` and
+    the lower level again, on the finished model.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from functools import partial
+        >>> from hyperopt_peft import Engine
+        >>> @dataclass
+        ... class LearnedDecay(Method):
+        ...     start: float = -1.0
+        ...     def prepare(self, model):
+        ...         self.log_decay = torch.tensor(self.start, requires_grad=True)
+        ...     def upper_variables(self, model):
+        ...         return {"log_decay": self.log_decay}
+        ...     def lower_loss(self, model, batch, task_loss):
+        ...         return task_loss(batch) + self.log_decay.exp() * model.weight.square().sum()
+        >>> model, x = torch.nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+        >>> levels = LearnedDecay().levels(
+        ...     model,
+        ...     lambda target: (model(x) - target).square().mean(),
+        ...     data=([torch.tensor(1.0)], [torch.tensor(1.2)]),
+        ...     optimizers=[partial(torch.optim.SGD, lr=0.2)] * 2,
+        ... )
+        >>> history = Engine(*levels, "cg", lower_steps=5, progress=False).run(400)
+        >>> f"{model(x).item():.2f}"  # the decay takes 1.2 to the upper level's 1
+        '1.00'
+    """
+
+    #: Arguments of the training, by name, where the user leaves them out.
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    #: Columns of numbers that a level reads in its batch and the model does not. ``index``, the
+    #: number of the row in the data that the user gives, needs no column.
+    tags: tuple[str, ...] = ()
+
+    def adapter(self, config: Any) -> Any:
+        """The PEFT config ``config`` of a new adapter, changed to what the method needs."""
+        return config
+
+    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+        """The rows of the lower and of the upper level, from the given ones.
+
+        Where the second is None, ``upper_fraction`` of the first become the upper level's. The two
+        may share rows.
+        """
+        return train, upper
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """The rows of the second phase, from those of ``rows``; may read what was learned."""
+        if upper is None:
+            return train
+        return joined(train_dataset=train, upper_dataset=upper)
+
+    def prepare(self, model: Any) -> None:
+        """Change ``model`` in place before training, such as by a parametrisation."""
+
+    def upper_variables(self, model: Any) -> Mapping[str, Tensor]:
+        """The tensors that the upper level learns, by name; parameters of ``model`` or others."""
+        return {}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+        """f: a scalar, or a dict with ``loss`` and metrics; ``task_loss(batch)`` by default."""
+        return task_loss(batch)
+
+    def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+        """F, as ``lower_loss``."""
+        return task_loss(batch)
+
+    def after_upper_step(self) -> None:
+        """Change upper variables in place after each upper step, such as by a projection."""
+
+    def finish(self, model: Any) -> Any:
+        """The plain model after the search: what was learned is folded in, frozen or left out.
+
+        It may be another model. A run that resumes in the second phase calls ``finish`` again, with
+        the same values of both levels.
+        """
+        return model
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+        """The lower level: ``lower_loss`` over the other trainable parameters of ``model``."""
+        variables = trainable(model, without=self.upper_variables(model).values())
+        return _Level(self.lower_loss, model, variables, task_loss)
+
+    def upper(self, model: Any, task_loss: TaskLoss) -> Problem:
+        """The upper level: ``upper_loss`` over ``upper_variables``."""
+        variables = self.upper_variables(model)
+        if not variables:
+            raise ProblemError(
+                f"{type(self).__name__}.upper_variables: there is none in the model; a baseline "
+                "has upper_variables = Method.upper_variables"
+            )
+        return _Level(self.upper_loss, model, variables.items(), task_loss)
+
+    def levels(
+        self,
+        model: Any,
+        task_loss: TaskLoss | None = None,
+        *,
+        data: Sequence[Iterable[Any] | None] = (None, None),
+        optimizers: Sequence[Callable[[Sequence[Tensor]], Optimizer]],
+    ) -> tuple[Problem, Problem]:
+        """The levels (upper, lower) of an `Engine`, over ``model``, which is prepared.
+
+        Args:
+            model: the model; after training the user calls ``finish``.
+            task_loss: the loss of a batch; ``model(**batch).loss`` by default.
+            data: the batches of (upper, lower), see `Problem`.
+            optimizers: for (upper, lower) a function that makes an optimizer of variables.
+
+        Raises:
+            ProblemError: as `Problem`; the method is a baseline.
+        """
+        task_loss = task_loss or (lambda batch: model(**batch).loss)
+        self.prepare(model)
+        lower = self.lower(model, task_loss)
+        levels = self.upper(model, task_loss), lower
+        for level, batches, make in zip(levels, data, optimizers, strict=True):
+            level.batches = None if batches is None else DataStream(batches, level.name)
+            level.optimizer = make(level.variables)
+            if level is levels[0]:
+                level.optimizer.register_step_post_hook(self.project)
+        return levels
+
+    @torch.no_grad()
+    def project(self, *_: Any) -> None:
+        """Call ``after_upper_step``; drivers and hooks of optimizers call this."""
+        self.after_upper_step()
+
+
+class _Level(Problem):
+    """A level by one of a method's losses."""
+
+    def __init__(
+        self, rule: Any, model: Any, variables: Iterable[tuple[str, Tensor]], task_loss: TaskLoss
+    ) -> None:
+        self.rule, self.model, self.task_loss = rule, model, task_loss
+        super().__init__(variables, name=f"{type(rule.__self__).__name__}.{rule.__name__}")
+
+    def loss(self, batch: Any) -> Any:
+        return self.rule(self.model, batch, self.task_loss)
+
+
+def has_upper_level(method: Method) -> bool:
+    """Whether the class of ``method`` defines an upper level; else it is a baseline."""
+    names = ("upper_variables", "upper")
+    return any(getattr(type(method), name) is not getattr(Method, name) for name in names)

@@ -1,0 +1,277 @@
+"""The two phases of a method: a search over both levels, then a training of the lower one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.adapters.layers import adapter_settings
+from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import require_apart
+from hyperopt_peft.trainer.levels import TwoLevelTrainer
+from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.tags import INDEX, numbered
+from hyperopt_peft.trainer.upper_batches import UpperBatches
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.distributed import gather, reshard, sharded_like
+
+#: Files of the search: the lower level's initial values, and both levels' values at its end.
+INITIAL, LEARNED = "initial.pt", "learned.pt"
+#: TRL's name of the adapter with which DPOTrainer and KTOTrainer compare.
+REFERENCE = "ref"
+
+
+class PhasesTrainer(TwoLevelTrainer):
+    """A Trainer of one phase, or of the two phases of a method."""
+
+    #: The method that makes the levels, where there is one.
+    method: Method | None = None
+    #: The trainer of the second phase, from its beginning.
+    retrainer: Any = None
+    _set_up: Callable[..., None]  # with levels in place of a method
+    may_share_rows: bool
+    skipped: int
+    upper_batches: UpperBatches | None
+    _options: dict[str, Any]  # of the parent, in the second phase
+    _rows: tuple[Any, Any]  # of the method, before the upper level's are split off
+
+    def _set_up_method(
+        self, model: Any, args: Any, method: Method, train: Any, upper: Any, trainer: dict[str, Any]
+    ) -> None:
+        """Initialise the trainer for the first phase of ``method``, or the only one."""
+        self.method, bilevel = method, has_upper_level(method)
+        args = args.with_defaults(method.defaults)
+        if trainer.get("peft_config") is not None:
+            trainer["peft_config"] = method.adapter(copy.deepcopy(trainer["peft_config"]))
+        self._options = options_of_retraining(trainer)
+        self.tags = method.tags
+        if INDEX in method.tags:
+            train, upper = numbered(train, upper)
+        if upper is not None and type(method).rows is not Method.rows:
+            require_apart(train, upper, trainer.get("eval_dataset"))
+            self.may_share_rows = True
+        self._rows = train, upper = method.rows(train, upper)
+        if not bilevel:
+            train, upper = method.all_rows(train, upper), None
+        self._set_up(
+            model,
+            args,
+            lower=prepared_lower_of,
+            upper=upper_of if bilevel else None,
+            train_dataset=train,
+            upper_dataset=upper,
+            **trainer,
+        )
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
+
+        With a method the search and the second phase are run, and the last phase's result is
+        returned; the last checkpoint of either phase counts. With ``enable_jit_checkpoint`` a
+        SIGTERM ends either phase. A resumed run is bit for bit the run without interruption, with
+        the exceptions in docs/distributed.md.
+
+        Raises:
+            ProblemError: no complete checkpoint, a damaged one, or one of other settings or data;
+                fewer steps than ``lower_steps``; examples that the collator cannot batch; a loss
+                that is no scalar, or a variable that no loss reads, at the level's first step.
+            NonFiniteError: as ``args.non_finite`` says; the message names step and batch.
+        """
+        folder = Path(self.args.output_dir or "")
+        if not self.has_second_phase:
+            point = checkpoint.to_resume(resume_from_checkpoint, folder)
+            output = self.search(point, *args, **kwargs)
+            if self.method is not None and not self._callback.signalled:
+                if self.upper is not None:
+                    self._keep_learned(folder)
+                self._finish()
+            return output
+        arguments = self.args.for_retraining()
+        again = Path(arguments.output_dir or "")
+        point = checkpoint.to_resume(resume_from_checkpoint, folder, again)
+        if point is not None and point[0].resolve().parent == again.resolve():
+            variables = self._level_values()
+            _assign(variables, _read(folder / LEARNED, variables))
+        else:
+            initial = None
+            if self.args.retrain == "scratch":
+                initial = self._initial(resumed=point is not None)
+            output = self.search(point, *args, **kwargs)
+            if self._callback.signalled:  # the search is unfinished
+                return output
+            reshard(self.model)
+            if initial is not None:
+                _assign(dict(zip(self.lower.names, self.lower.variables)), initial)
+            self._keep_learned(folder)
+            point = None
+        self._finish()
+        self.retrainer = self.retraining(arguments)
+        return self.retrainer._train_from(point, *args, **kwargs)
+
+    @property
+    def has_second_phase(self) -> bool:
+        """Whether a training of the lower level alone follows."""
+        return self.method is not None and self.upper is not None and self.args.retrain != "none"
+
+    def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
+        """The first phase, from the checkpoint ``point`` with its record, or from the start."""
+        return self._train_from(point, *args, **kwargs)
+
+    def _train_from(
+        self, resumed: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train from the checkpoint ``resumed``, with its record; None for a new run."""
+        self.skipped = 0
+        args_of_user = self.args
+        try:
+            with self._callback.run(resumed):
+                distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
+                folder = None if resumed is None else str(resumed[0])
+                # Before the loop, which in older versions reads these arguments once.
+                self.args = args_of_user.without_limits()
+                return super().train(folder, *args, **kwargs)
+        finally:
+            self.args = args_of_user
+            if self.upper_batches is not None:
+                self.upper_batches.close()
+
+    def retraining(self, args: Any) -> Any:
+        """The trainer of the second phase: this one, without an upper level, on all rows."""
+        assert self.method is not None
+        trainer = copy.copy(self)  # with what a subclass has for its loss
+        trainer.__dict__.pop("_data_fingerprints", None)
+        rows = self.method.all_rows(*self._rows)
+        with as_prepared(self.model):
+            trainer._set_up(
+                self.model,
+                args,
+                lower=lower_of,
+                upper=None,
+                train_dataset=rows,
+                processing_class=self.processing_class,
+                **self._options,
+            )
+        return trainer
+
+    def settings(self) -> dict[str, Any]:
+        """As `TwoLevelTrainer.settings`, with the method's options and the adapter's."""
+        method, settings = self.method, super().settings()
+        if method is None:
+            return settings
+        options: Any = fields(method) if is_dataclass(method) else ()
+        more = adapter_settings(self.model) if hasattr(self.model, "peft_config") else {}
+        more["method"] = type(method).__name__
+        more |= {f"{more['method']}.{x.name}": getattr(method, x.name) for x in options}
+        more["retrain"] = self.args.retrain if self.upper is None else None
+        return {**json.loads(json.dumps(more, default=str)), **settings}
+
+    def release_models(self) -> None:
+        """Delete the wrapper of `accelerate` around the model, in both phases."""
+        if self.retrainer is not None:
+            self.retrainer.release_models()
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+
+    def _finish(self) -> None:
+        """Make ``model`` the plain one of the method."""
+        model = self.model if self.method is None else self.method.finish(self.model)
+        if model is not self.model:
+            self.model = self.model_wrapped = model
+
+    def _keep_learned(self, folder: Path) -> None:
+        """Write both levels' variables, which ``finish`` reads and a plain adapter may lack."""
+        values = {name: gather(x.detach()) for name, x in self._level_values().items()}
+        if self.args.should_save:
+            checkpoint.write_state(folder / LEARNED, values)
+
+    def _initial(self, resumed: bool) -> dict[str, Tensor]:
+        """The lower level's initial values, which are also in a file for a resumed run."""
+        path = Path(self.args.output_dir or "") / INITIAL
+        variables = dict(zip(self.lower.names, self.lower.variables, strict=True))
+        if resumed:
+            return _read(path, variables)
+        values = {name: variable.detach().clone() for name, variable in variables.items()}
+        if self.args.should_save:
+            checkpoint.write_state(path, values)
+        return values
+
+    def _level_values(self) -> dict[str, Tensor]:
+        """The variables of both levels; names of the lower one begin with its key."""
+        lower, *upper = self.levels
+        named = {f"lower.{name}": x for name, x in zip(lower.names, lower.variables)}
+        return named | {n: x for each in upper for n, x in zip(each.names, each.variables)}
+
+
+def lower_of(trainer: Any) -> Any:
+    """The lower level of the method of ``trainer``."""
+    return trainer.method.lower(trainer.model, trainer.task_loss)
+
+
+def prepared_lower_of(trainer: Any) -> Any:
+    """As `lower_of`, over a model that the method prepares now."""
+    # Methods and levels copy initial values, which must be equal on all processes.
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    distributed.broadcast(parameters, trainer.args.device)
+    trainer.method.prepare(trainer.model)
+    return lower_of(trainer)
+
+
+def upper_of(trainer: Any) -> Any:
+    """The upper level of the method of ``trainer``."""
+    return trainer.method.upper(trainer.model, trainer.task_loss)
+
+
+def options_of_retraining(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a second trainer, made before the search changes the callbacks' state."""
+    made_once = ("peft_config", "quantization_config", "processing_class")
+    copies = [copy.copy(callback) for callback in trainer.get("callbacks") or ()]
+    rest = {name: value for name, value in trainer.items() if name not in made_once}
+    return {**rest, "callbacks": copies, "optimizers": (None, None)}
+
+
+@contextmanager
+def as_prepared(model: Any) -> Iterator[None]:
+    """Undo what the constructor of a second trainer, in the body, does to its ``model``.
+
+    TRL's trainers patch ``forward`` of the model for a fused head. Those of preferences copy an
+    adapter that they find to another one, `REFERENCE`, with which their loss compares.
+    """
+    forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}
+    named = [(n, p) for n, p in model.named_parameters() if f".{REFERENCE}." in n]
+    values = {name: parameter.detach().clone() for name, parameter in named}
+    if values:  # the constructor would refuse a second one
+        model.delete_adapter(REFERENCE)
+    yield
+    for module, forward in forwards.items():
+        module.forward = forward
+    if values:
+        with torch.no_grad():
+            for name, value in values.items():
+                model.get_parameter(name).copy_(value)
+    elif REFERENCE in getattr(model, "peft_config", ()):
+        model.delete_adapter(REFERENCE)
+
+
+@torch.no_grad()
+def _assign(variables: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, variable in variables.items():
+        variable.copy_(sharded_like(values[name], variable))
+
+
+def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the file ``path``, with the names and shapes of ``like``."""
+    values: dict[str, Tensor] = checkpoint.read_state(path)
+    if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in like.items()}:
+        raise ProblemError(f"{path}: the values are of another model; start a new run")
+    return values

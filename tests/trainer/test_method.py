@@ -1,0 +1,174 @@
+"""`BilevelTrainer` with a `Method`: phases, rows, tags, resuming, and a plain adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, Method, ProblemError
+from hyperopt_peft.problems import Adapter
+from tests.support.methods import ARGUMENTS, LayerScales, Plain, Ranks, RowWeights, method_trainer
+from tests.support.resume import require_same_end
+from tests.support.trainers import base_model, data, peft_model, values
+
+
+@pytest.mark.parametrize("retrain", ["none", "warm", "scratch"])
+@pytest.mark.parametrize("kind", [LayerScales, Ranks, RowWeights])
+def test_a_plain_adapter_is_left(tmp_path: Path, kind: Any, retrain: Any) -> None:
+    run = method_trainer(tmp_path, method=kind(), retrain=retrain)
+    run.train()
+    assert any(bool(x.detach().count_nonzero()) for x in run.upper.variables)
+    assert (run.retrainer is None) == (retrain == "none")
+    run.save_model()
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    rows = {"input_ids": torch.tensor(data()["input_ids"][:4])}
+    assert torch.equal(loaded(**rows).logits, run.model.eval()(**rows).logits)
+
+
+STOPS = [[(4, "search")], [(2, "search"), (4, "retrain")], [(5, "retrain")]]
+
+
+@pytest.mark.parametrize("stops", STOPS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "retrain"), [(LayerScales, "warm"), (Ranks, "warm"), (RowWeights, "scratch")]
+)
+def test_a_run_resumes_in_both_phases(tmp_path: Path, kind: Any, retrain: Any, stops: Any) -> None:
+    def make(folder: Path, callbacks: Any = ()) -> Any:
+        saving = {"save_strategy": "steps", "save_steps": 3, "retrain": retrain}
+        return method_trainer(folder, callbacks, method=kind(), **saving)
+
+    require_same_end(tmp_path, *stops, make=make)
+
+
+def test_a_baseline_is_one_level_on_all_rows(tmp_path: Path) -> None:
+    more = {"upper_dataset": data(rows=6, seed=1)}
+    run = method_trainer(tmp_path, method=Plain(), options=more)
+    assert run.upper is None and len(run.train_dataset) == 30
+    run.train()
+    args = BilevelTrainingArguments(str(tmp_path), **ARGUMENTS)
+    one = BilevelTrainer(
+        peft_model(dora=False),
+        args,
+        lower=lambda made: Adapter(made.model, task_loss=made.task_loss),
+        train_dataset=run.train_dataset,
+    )
+    one.train()
+    assert run.retrainer is None
+    assert all(torch.equal(x, values(one.model)[name]) for name, x in values(run.model).items())
+
+
+def test_the_user_s_arguments_come_before_the_method_s(tmp_path: Path) -> None:
+    args = BilevelTrainingArguments(str(tmp_path), lower_steps=1, use_cpu=True, report_to="none")
+    run = BilevelTrainer(peft_model(), args, method=BiDoRA(), train_dataset=data())
+    assert (run.args.hypergradient, run.args.lower_steps) == ("direct", 1)
+    assert args.hypergradient != "direct"
+
+
+def test_the_second_phase_has_the_class_and_its_loss(tmp_path: Path) -> None:
+    """Also of a class with a constructor of its own, and with what it keeps for the loss."""
+    factors = []
+
+    class Scaled(BilevelTrainer):
+        def __init__(self, model: Any, args: Any, factor: float, **options: Any) -> None:
+            super().__init__(model, args, **options)
+            self.factor = factor
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            factors.append((self.upper is None, self.factor))
+            return super().compute_loss(*args, **kwargs) * self.factor
+
+    run = method_trainer(tmp_path, method=LayerScales(), kind=Scaled, options={"factor": 0.5})
+    run.train()
+    assert type(run.retrainer) is Scaled and set(factors) == {(False, 0.5), (True, 0.5)}
+    assert run.state.global_step == run.retrainer.state.global_step == 6
+    assert run.retrainer.args.output_dir == f"{tmp_path}/retrain"
+    assert (len(run.train_dataset), len(run.retrainer.train_dataset)) == (19, 24)
+
+
+def test_after_each_upper_step_the_method_projects(tmp_path: Path) -> None:
+    free, limited = LayerScales(), LayerScales(limit=0.01)
+    for method in (free, limited):
+        method_trainer(tmp_path, method=method, retrain="none").train()
+    largest = [max(float(s.log_scale.abs()) for s in m.scales) for m in (free, limited)]
+    assert largest[0] > 0.05 and largest[1] == pytest.approx(0.01)
+
+
+def test_engine_s_levels_project_too() -> None:
+    class Clipped(Method):
+        def prepare(self, model: Any) -> None:
+            self.u, self.calls = torch.ones(1, requires_grad=True), 0
+
+        def upper_variables(self, model: Any) -> dict[str, Tensor]:
+            return {"u": self.u}
+
+        def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Tensor:
+            return (model.weight - self.u).square().sum()
+
+        def after_upper_step(self) -> None:
+            self.u.clamp_(min=0.5)
+
+    from hyperopt_peft import Engine
+
+    model, method = torch.nn.Linear(1, 1, bias=False), Clipped()
+    optimizers = [lambda variables: torch.optim.SGD(variables, lr=0.3)] * 2
+    levels = method.levels(model, lambda _: model.weight.square().sum(), optimizers=optimizers)
+    Engine(*levels, "cg", lower_steps=20, progress=False).run(20)
+    assert method.u.item() == 0.5 and model.weight.item() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_weights_of_rows_reach_their_rows_and_evaluation_has_no_tags(tmp_path: Path) -> None:
+    seen = []
+
+    class Watched(RowWeights):
+        def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Tensor:
+            seen.extend(zip(batch["index"].tolist(), batch["input_ids"].tolist()))
+            return super().lower_loss(model, batch, task_loss)
+
+    evaluation = data(rows=6, seed=2).add_column("index", range(6))
+    method = Watched()
+    run = method_trainer(tmp_path, method=method, options={"eval_dataset": evaluation})
+    run.train()
+    assert seen and all(data()["input_ids"][k] == ids for k, ids in seen)
+    chosen = {k for k, weight in enumerate(method.logits.tolist()) if weight >= 0}
+    assert 0 < len(chosen) < 24 and set(run.retrainer.train_dataset["index"]) == chosen
+    assert run.evaluate()["eval_loss"] > 0
+
+
+ARGS = BilevelTrainingArguments
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no level": (lambda d: BilevelTrainer(None, ARGS(d), train_dataset=data()), "method: "),
+    "both": (
+        lambda d: method_trainer(d, method=Plain(), options={"upper": lambda _: None}),
+        "method: ",
+    ),
+    "no upper variable": (
+        lambda d: method_trainer(
+            d, method=type("M", (LayerScales,), {"prepare": Method.prepare})()
+        ),
+        "upper_variables: ",
+    ),
+    "no column": (
+        lambda d: method_trainer(d, method=type("M", (RowWeights,), {"tags": ("source",)})()),
+        "source: ",
+    ),
+    "an unknown argument": (lambda d: ARGS(d, retrain_arguments={"rate": 1}), "'rate'"),
+    "a bad value": (lambda d: ARGS(d, retrain_arguments={"learning_rate": "1e-3"}), "learning_rat"),
+    "a default out of range": (
+        lambda d: ARGS(d, report_to="none").with_defaults({"upper_learning_rate": -1.0}),
+        "upper_learning_rate",
+    ),
+    "gamma": (lambda d: BiDoRA(gamma=-1.0), "gamma"),
+    "no magnitudes": (lambda d: method_trainer(d, method=BiDoRA()), "use_dora"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path: Path, name: str) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(ProblemError, match=message):
+        make(str(tmp_path))
