@@ -79,7 +79,8 @@ class Solver(Estimator):
 
     def rounding(self, b: Vector) -> float:
         """The relative error of a product: δ, or δ^(2/3) of a difference (`default_epsilon`)."""
-        return machine_epsilon(b) ** (1.0 if self.product == "exact" else 2 / 3)
+        epsilon = machine_epsilon(b)
+        return epsilon if self.product == "exact" else float(epsilon ** (2 / 3))
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
