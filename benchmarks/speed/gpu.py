@@ -4,8 +4,8 @@
     python benchmarks/speed gpu --device cpu --small     # the same program where there is no GPU
 
 *Layer*: a DoRA layer of 4096². *Step*: BiDoRA's step by PEFT's DoRA step, on MiniLM. *Levels*: ten
-lower steps of a mix of sources and an upper one by eleven plain steps, and the peak of memory, on
-an untrained Llama of 1B with checkpointing. *Equality*: the hypergradient of a mix in bf16 with
+lower steps of weighted sources and an upper one by eleven plain steps, and the peak of memory, on
+an untrained Llama of 1B with checkpointing. *Equality*: the hypergradient of sources in bf16 with
 checkpointing less that without. *Attribution*: scores by the time of the run. *Flash*: dot products
 with FlashAttention less those with the default kernel, where it is installed. *4-bit*: the same
 levels on a base of bitsandbytes. A part that fails has its error as its result, and one that has
