@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
-from hyperopt_peft.adapters.layers import adapter_settings, is_dora, resolve_adapter
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.adapters.layers import is_dora, resolve_adapter
+from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.problems.common import Adapter
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+
+
+@dataclass
+class Baseline(Method):
+    """The training of an adapter as it is; a DoRA layer has PEFT's gradient."""
+
+    fast_dora: bool = True
+
+    def prepare(self, model: Any) -> None:
+        """Let DoRA layers run the fast forward pass, or PEFT's."""
+        if is_dora(model):
+            (use_fast_dora if self.fast_dora else set_norm_grad)(model, "detach")
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> Adapter:
+        """`Adapter` of ``model``."""
+        return Adapter(model, task_loss=task_loss)
 
 
 class AdapterTrainer(BilevelTrainer):
@@ -55,20 +72,12 @@ class AdapterTrainer(BilevelTrainer):
     ) -> None:
         if trainer.get("peft_config") is None:
             resolve_adapter(model)
-        if upper_dataset is not None:
-            train_dataset = joined(train_dataset=train_dataset, upper_dataset=upper_dataset)
+        method = Baseline(getattr(args, "fast_dora", True))
         super().__init__(
-            model, lower=_level, upper=None, args=args, train_dataset=train_dataset, **trainer
+            model,
+            args,
+            method=method,
+            train_dataset=train_dataset,
+            upper_dataset=upper_dataset,
+            **trainer,
         )
-
-    def settings(self) -> dict[str, Any]:
-        """As `BilevelTrainer.settings`, with the adapter's options."""
-        return adapter_settings(self.model) | super().settings()
-
-
-def _level(trainer: BilevelTrainer) -> Problem:
-    model = trainer.model
-    if is_dora(model):
-        fast = getattr(trainer.args, "fast_dora", True)
-        (use_fast_dora if fast else set_norm_grad)(model, "detach")
-    return Adapter(model, task_loss=trainer.task_loss)

@@ -10,18 +10,13 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
-from hyperopt_peft.adapters.layers import adapter_settings
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.adapters import dora_layers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import DARTS, Estimator
-from hyperopt_peft.problems.bidora import Direction, Magnitude
-from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
+from hyperopt_peft.problems.bidora import BiDoRA
+from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
 from hyperopt_peft.trainer.checks import check_class
-from hyperopt_peft.trainer.data import joined
-from hyperopt_peft.trainer.phases import options_of_retraining
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.utils import distributed
 
 logger = logging.get_logger(__name__)
 #: An adapter hardly learns in a phase of a smaller rate × steps, twice the way that Adam takes a
@@ -125,8 +120,8 @@ class BiDoRATrainingArguments(TwoPhaseTrainingArguments):
         return replace(estimator, xi=self.xi)
 
 
-class BiDoRATrainer(TwoPhaseTrainer):
-    """BiDoRA (arXiv:2410.09758) by `transformers.Trainer`: a search, then a retraining.
+class BiDoRATrainer(BilevelTrainer):
+    """`BilevelTrainer` with the method `BiDoRA`, whose options are arguments.
 
     The class replaces ``Trainer(model, args, train_dataset=…)`` for a PeftModel with
     ``use_dora=True``. ``compute_loss``, ``compute_loss_func`` and ``label_smoothing_factor`` apply
@@ -169,72 +164,26 @@ class BiDoRATrainer(TwoPhaseTrainer):
         check_class(args, self.Arguments)
         if trainer.get("peft_config") is None:
             dora_layers(model)  # raises for a model without magnitudes
-        #: All training examples of both levels, and those that were given for the upper one alone.
-        self.examples, self.given_upper = train_dataset, upper_dataset
-        if upper_dataset is not None:
-            self.examples = joined(train_dataset=train_dataset, upper_dataset=upper_dataset)
-        self._options = options_of_retraining(trainer)
+        #: The examples that were given for the upper level alone.
+        self.given_upper = upper_dataset
         super().__init__(
-            model=model,
-            lower=_lower,
-            upper=lambda made: Magnitude(made.model, task_loss=made.task_loss),
-            args=args,
+            model,
+            args,
+            method=BiDoRA(args.gamma, args.norm_grad, args.fast_dora),
             train_dataset=train_dataset,
             upper_dataset=upper_dataset,
             **trainer,
         )
-        if self.is_fsdp_enabled and args.gamma > 0:
-            raise ProblemError(
-                "gamma reads parameters outside of the model's forward pass, where FSDP2 has "
-                "shards only; set it to 0"
-            )
 
-    def settings(self) -> dict[str, Any]:
-        """As `BilevelTrainer.settings`, with the adapter's options."""
-        return adapter_settings(self.model) | {"method": "bidora"} | super().settings()
+    @property
+    def examples(self) -> Any:
+        """All training examples, of both levels."""
+        assert self.method is not None
+        return self.method.all_rows(*self._rows)
 
     def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `TwoPhaseTrainer.search`; a warning names phases that are too short to learn."""
+        """As `BilevelTrainer.search`; a warning names phases that are too short to learn."""
         data = self.train_dataset, self.examples
         lower, everything = (len(rows) if has_length(rows) else 0 for rows in data)
         self.args.warn_of_short_phases(*self.args.phases(lower, everything))
         return super().search(point, *args, **kwargs)
-
-    def retraining(self, args: BiDoRATrainingArguments) -> Retrainer:
-        """The trainer of directions and head with the magnitudes frozen, on all examples."""
-        level = {"lower": _direction, "upper": None, "train_dataset": self.examples}
-        made: Retrainer = self.trainer_of(Retrainer, args, first=self, **level, **self._options)
-        return made
-
-
-class Retrainer(BilevelTrainer):
-    """The second phase: min over A, B and head of the loss of ``first``."""
-
-    def __init__(self, model: Any, *, first: BiDoRATrainer, **trainer: Any) -> None:
-        self.first = first
-        super().__init__(model, **trainer)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss of the search, where its class overrides ``compute_loss``."""
-        if type(self.first).compute_loss is not BilevelTrainer.compute_loss:
-            return self.first.compute_loss(*args, **kwargs)
-        return super().compute_loss(*args, **kwargs)
-
-    def settings(self) -> dict[str, Any]:
-        """The settings of the search and of the retraining."""
-        args = self.first.args.bilevel_settings()
-        return {**self.first.settings(), **{k: v for k, v in args.items() if "retrain" in k}}
-
-
-def _lower(trainer: BilevelTrainer) -> Problem:
-    model, args = trainer.model, trainer.args
-    assert isinstance(args, BiDoRATrainingArguments)
-    dora_layers(model)
-    # Levels copy initial values (m0, retrain="scratch"), which must be equal on all processes.
-    distributed.broadcast([p for p in model.parameters() if p.requires_grad], args.device)
-    (use_fast_dora if args.fast_dora else set_norm_grad)(model, args.norm_grad)
-    return _direction(trainer)
-
-
-def _direction(trainer: BilevelTrainer) -> Problem:
-    return Direction(trainer.model, gamma=trainer.args.gamma, task_loss=trainer.task_loss)

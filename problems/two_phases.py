@@ -112,14 +112,3 @@ class TwoPhaseTrainer(BilevelTrainer):
         made = kind.over(self.parent())
         with as_prepared(self.model):
             return made(self.model, args=args, processing_class=self.processing_class, **options)
-
-    def passes_of_an_upper_step(self) -> int:
-        """Forward+backward passes over a micro-batch from one upper step of the search to the next.
-
-        A hypergradient whose cost is not known counts as two.
-        """
-        args, cost = self.args, self.estimator.cost()
-        of_upper = 2 if cost is None else cost.backward_passes
-        of_lower_batch = args.lower_steps - 1 + of_upper - 1
-        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
-        return int(of_lower_batch * args.gradient_accumulation_steps + pieces)

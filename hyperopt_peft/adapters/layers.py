@@ -229,11 +229,11 @@ def is_dora(model: Any) -> bool:
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
-    """The method and the adapter's options, in which a checkpoint and the next run must agree."""
+    """The adapter and its options, in which a checkpoint and the next run must agree."""
     config = model.peft_config[resolve_adapter(model)]
     names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
     return {
-        "method": "dora" if is_dora(model) else str(config.peft_type.value).lower(),
+        "adapter": "dora" if is_dora(model) else str(config.peft_type.value).lower(),
         "rank": getattr(config, "r", None),
         **{name: getattr(config, name, None) for name in names},
     }

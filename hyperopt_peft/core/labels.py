@@ -27,7 +27,7 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 #: micro-batches. A mean over labels is multiplied by ``WEIGHT``, see `label_weights`. A sum over
 #: labels is divided by ``ITEMS``, the labels of the whole step (of all processes, where the Trainer
 #: multiplies the loss by their number), and multiplied by ``MICRO_BATCHES``, their number.
-WEIGHT, ITEMS, MICRO_BATCHES = "loss_weight", "num_items_in_batch", "micro_batches"
+WEIGHT, ITEMS, MICRO_BATCHES = ENTRIES = "loss_weight", "num_items_in_batch", "micro_batches"
 #: The argument with which TRL's head returns the log-probabilities of labels without logits.
 FUSED = "fused_lm_head"
 #: What to do about a loss that is none of the rules of this module.
@@ -86,7 +86,8 @@ def row_losses(
 
     Args:
         model: the model, with or without a PEFT adapter.
-        batch: the model's arguments and ``labels``. A sequence-to-sequence model also needs
+        batch: the model's arguments and ``labels``; a Trainer's entries (``WEIGHT``, ``ITEMS``,
+            ``MICRO_BATCHES``) are not read. A sequence-to-sequence model also needs
             ``decoder_input_ids``, of ``DataCollatorForSeq2Seq(tokenizer, model)``.
         twice: as for `label_losses`.
 
@@ -133,6 +134,7 @@ def label_losses(
         (torch.Size([2, 3]), [[False, True, True], [False, True, False]])
     """
     labels = require_labels(batch)
+    batch = {key: value for key, value in batch.items() if key not in ENTRIES}
     _require_no_router_loss(model)
     if has_fused_head(model) and not twice:
         with model_reads(batch):

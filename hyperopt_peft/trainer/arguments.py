@@ -134,9 +134,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note the names of the arguments that the user gives."""
         made: Self = super().__new__(cls)
-        made.__dict__["_user_names"] = {
-            each.name for each in fields(cls)[: len(args)]
-        } | kwargs.keys()
+        names = [each.name for each in fields(cls)[: len(args)]]
+        made.__dict__["_user_names"] = {*names, *kwargs}
         return made
 
     def __post_init__(self) -> None:
@@ -201,7 +200,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         (``parser.set_defaults(**method.defaults)``).
 
         Raises:
-            ProblemError: a value is out of range.
+            ProblemError: a value is out of range, or a name unknown.
 
         Example:
             >>> args = BilevelTrainingArguments("outputs", seed=3, report_to="none")
@@ -209,9 +208,13 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             >>> args.seed, args.lower_steps
             (3, 4)
         """
-        args = copy.copy(self)
-        names = defaults.keys() - self.__dict__["_user_names"]
-        args.__dict__.update({name: defaults[name] for name in names})
+        args, known = copy.copy(self), {each.name: each.default for each in fields(self)}
+        for name, value in defaults.items():
+            if name not in known:
+                raise ProblemError(f"defaults: {type(self).__name__} has no {name!r}; leave it out")
+            # The user may have given an argument by setting it, too.
+            if name not in self.__dict__["_user_names"] and getattr(self, name) == known[name]:
+                setattr(args, name, value)
         args._check()
         return args
 

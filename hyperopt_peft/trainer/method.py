@@ -85,7 +85,11 @@ class Method:
         return {}
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
-        """f: a scalar, or a dict with ``loss`` and metrics; ``task_loss(batch)`` by default."""
+        """f: a scalar, or a dict with ``loss`` and metrics; ``task_loss(batch)`` by default.
+
+        ``batch`` has the tags too, and may have a Trainer's entries (`core.labels`), by which
+        ``task_loss`` weights micro-batches.
+        """
         return task_loss(batch)
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:

@@ -23,6 +23,7 @@ from hyperopt_peft.trainer.tags import INDEX, numbered
 from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, reshard, sharded_like
+from hyperopt_peft.utils.validation import require_settings
 
 #: Files of the search: the lower level's initial values, and both levels' values at its end.
 INITIAL, LEARNED = "initial.pt", "learned.pt"
@@ -41,6 +42,7 @@ class PhasesTrainer(TwoLevelTrainer):
     may_share_rows: bool
     skipped: int
     upper_batches: UpperBatches | None
+    _search: dict[str, Any] | None = None  # settings of the search, in the second phase too
     _options: dict[str, Any]  # of the parent, in the second phase
     _rows: tuple[Any, Any]  # of the method, before the upper level's are split off
 
@@ -100,7 +102,12 @@ class PhasesTrainer(TwoLevelTrainer):
         arguments = self.args.for_retraining()
         again = Path(arguments.output_dir or "")
         point = checkpoint.to_resume(resume_from_checkpoint, folder, again)
+        retrain = {n: x for n, x in self.args.bilevel_settings().items() if "retrain" in n}
+        self._search = {**self.settings(), **retrain}
         if point is not None and point[0].resolve().parent == again.resolve():
+            if self.method is not None:  # before anything changes
+                saved = point[1].get("settings", {}).get("search", {})
+                require_settings(str(point[0]), saved, "this run", self._search)
             variables = self._level_values()
             _assign(variables, _read(folder / LEARNED, variables))
         else:
@@ -127,6 +134,17 @@ class PhasesTrainer(TwoLevelTrainer):
     def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
         """The first phase, from the checkpoint ``point`` with its record, or from the start."""
         return self._train_from(point, *args, **kwargs)
+
+    def passes_of_an_upper_step(self) -> int:
+        """Forward+backward passes over a micro-batch from one upper step of the search to the next.
+
+        A hypergradient whose cost is not known counts as two.
+        """
+        args, cost = self.args, self.estimator.cost()
+        of_upper = 2 if cost is None else cost.backward_passes
+        of_lower_batch = args.lower_steps - 1 + of_upper - 1
+        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
+        return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
 
     def _train_from(
         self, resumed: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
@@ -173,7 +191,8 @@ class PhasesTrainer(TwoLevelTrainer):
         more = adapter_settings(self.model) if hasattr(self.model, "peft_config") else {}
         more["method"] = type(method).__name__
         more |= {f"{more['method']}.{x.name}": getattr(method, x.name) for x in options}
-        more["retrain"] = self.args.retrain if self.upper is None else None
+        if self._search is not None and self.upper is None:
+            more["search"] = self._search
         return {**json.loads(json.dumps(more, default=str)), **settings}
 
     def release_models(self) -> None:

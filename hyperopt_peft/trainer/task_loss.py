@@ -52,7 +52,8 @@ class TaskLossTrainer(CombinedTrainer):
         samples: list[Any] = list(counted[0])
         if not self.trainer_loss:  # losses of the levels' own know no labels
             return samples
-        entries = self._loss_rule.entries(samples, counted[1], args.average_tokens_across_devices)
+        read = [without(batch, self.tags) for batch in samples] if self.tags else samples
+        entries = self._loss_rule.entries(read, counted[1], args.average_tokens_across_devices)
         return [{**b, **e} if e else b for b, e in zip(samples, entries, strict=True)]
 
     def task_loss(self, batch: Any) -> Tensor:

@@ -112,9 +112,9 @@ class BilevelTrainer(PhasesTrainer):
         upper_dataset: Any = None,
         **trainer: Any,
     ) -> None:
+        checks.check_class(args, self.Arguments)
         if (method is None) == (lower is None) or (method is not None and upper is not None):
             raise ProblemError("method: give a method, or the levels lower and upper, and not both")
-        checks.check_class(args, self.Arguments)
         if method is not None:
             self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
             return

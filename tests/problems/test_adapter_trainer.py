@@ -30,7 +30,7 @@ def test_an_adapter_that_is_no_lora_is_trained_on_both_data_sets(tmp_path: Path)
     model = get_peft_model(base_model(dropout=0.0), config)
     run = trainer(tmp_path, model, upper_dataset=data(rows=6, seed=1))
     assert len(run.train_dataset) == 30 and run.upper_dataset is None
-    assert run.settings()["method"] == "ia3"
+    assert run.settings()["adapter"] == "ia3"
     before, loss = values(model), run.evaluate(run.train_dataset)["eval_loss"]
     run.train()
     assert run.evaluate(run.train_dataset)["eval_loss"] < loss

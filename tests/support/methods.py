@@ -122,12 +122,13 @@ def method_trainer(
     *,
     method: Method,
     kind: Any = BilevelTrainer,
+    task: str = "classes",
     options: Any = None,
     **settings: Any,
 ) -> Any:
     args = BilevelTrainingArguments(str(folder), **{**ARGUMENTS, **settings})
-    options = {"train_dataset": data(), **(options or {})}
-    model = peft_model(dora=False)
+    options = {"train_dataset": data(task), **(options or {})}
+    model = peft_model(task, dora=False)
     made = kind(model, args, method=method, callbacks=list(callbacks), **options)
     made.remove_callback(PrinterCallback)
     return made

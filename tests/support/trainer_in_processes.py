@@ -94,9 +94,9 @@ def train(folder: Path, batch: Any, resume: Any = None, **options: Any) -> tuple
 
 
 def refusal(folder: Path, **options: Any) -> Any:
-    """What a trainer says that cannot be made."""
+    """What a trainer says that cannot be made, or cannot begin."""
     try:
-        make(folder, 2, **options)
+        make(folder, 2, **options).train()
     except ProblemError as error:
         return str(error)
 

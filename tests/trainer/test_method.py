@@ -121,7 +121,10 @@ def test_engine_s_levels_project_too() -> None:
     assert method.u.item() == 0.5 and model.weight.item() == pytest.approx(0.5, abs=1e-3)
 
 
-def test_weights_of_rows_reach_their_rows_and_evaluation_has_no_tags(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["classes", "causal"])
+def test_weights_of_rows_reach_their_rows_and_evaluation_has_no_tags(
+    tmp_path: Path, task: str
+) -> None:
     seen = []
 
     class Watched(RowWeights):
@@ -129,11 +132,13 @@ def test_weights_of_rows_reach_their_rows_and_evaluation_has_no_tags(tmp_path: P
             seen.extend(zip(batch["index"].tolist(), batch["input_ids"].tolist()))
             return super().lower_loss(model, batch, task_loss)
 
-    evaluation = data(rows=6, seed=2).add_column("index", range(6))
+    evaluation = data(task, rows=6, seed=2).add_column("index", range(6))
     method = Watched()
-    run = method_trainer(tmp_path, method=method, options={"eval_dataset": evaluation})
+    options = {"eval_dataset": evaluation}
+    settings = {"options": options, "gradient_accumulation_steps": 2}
+    run = method_trainer(tmp_path, method=method, task=task, **settings)
     run.train()
-    assert seen and all(data()["input_ids"][k] == ids for k, ids in seen)
+    assert seen and all(data(task)["input_ids"][k] == ids for k, ids in seen)
     chosen = {k for k, weight in enumerate(method.logits.tolist()) if weight >= 0}
     assert 0 < len(chosen) < 24 and set(run.retrainer.train_dataset["index"]) == chosen
     assert run.evaluate()["eval_loss"] > 0
