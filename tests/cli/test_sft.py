@@ -60,13 +60,12 @@ def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
     evaluation = [
         {**row, "origin": "xy"[k % 2]} for k, row in enumerate(language.rows(layout, 4, 9))
     ]
-    files = {
-        "train_file": write(tmp_path / "train.jsonl", rows),
-        "eval_file": write(tmp_path / "eval.jsonl", evaluation),
-    }
+    chosen = options(tmp_path, model)
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "eval.jsonl", evaluation)
     run(
         "attribute",
-        **options(tmp_path, model, **files),
+        **chosen,
         slices="origin",
         assistant_only_loss=layout == "messages",
         estimator="gradient",
