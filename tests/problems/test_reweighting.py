@@ -168,7 +168,7 @@ def test_the_engine_finds_wrong_labels(make: Callable[..., Any]) -> None:
     lower = regularised(
         Weighted(model, weights, data=[noisy], optimizer=torch.optim.SGD([model.w], lr=1.0))
     )
-    Engine(upper, lower, "cg", lower_steps=10, progress=False).run(30)
+    Engine(upper, lower, "minres", lower_steps=10, progress=False).run(30)
     with torch.no_grad():
         each = cross_entropy(model(noisy["x"]).logits, noisy["labels"], reduction="none")
         learned = weights(each, noisy)
