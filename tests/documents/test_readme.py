@@ -21,6 +21,8 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), namespace)
+    offsets = namespace["method"].offsets.detach()
+    assert offsets[0] - offsets[1] > 1 and offsets[0] - offsets[2] > 1  # log π: 1.8 and 2.5
     assert bool(namespace["scores"].scores.isfinite().all())
     assert namespace["penalty"][:3].max() < namespace["penalty"][3:].mean()
 
