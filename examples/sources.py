@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import hypergradient
+from hyperopt_peft import Engine
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, default_prior
 from hyperopt_peft.problems.example_weights import HeldOut, example_losses
@@ -94,14 +94,11 @@ def trained(parts: list[Batch], shares: Tensor, near: Head | None = None) -> Hea
 def learned(parts: list[Batch]) -> Tensor:
     """The shares that weights learned on the trusted rows give to each source."""
     head, weights = start(parts)
-    lower = Mixture(head, weights, prior=L2Penalty(head))
+    lower = Mixture(head, weights, data=[joined(parts)], prior=L2Penalty(head))
     prior = default_prior(len(parts), len(parts[-1]["labels"]))
-    upper, adam = HeldOut(head, weights, prior=prior), torch.optim.Adam(weights.parameters(), 0.6)
-    batches = {"upper_batch": parts[-1], "lower_batch": joined(parts)}
-    for _ in range(15):
-        lbfgs(lower, batches["lower_batch"])
-        (weights.logits.grad,) = hypergradient(upper, lower, "cg:steps=30", **batches)
-        adam.step()
+    optimizer = torch.optim.Adam(weights.parameters(), 0.6)
+    upper = HeldOut(head, weights, data=[parts[-1]], prior=prior, optimizer=optimizer)
+    Engine(upper, lower, "cg:steps=30", lower_steps="minimum", progress=False).run(15)
     return weights.shares().detach()
 
 

@@ -10,8 +10,10 @@ from tqdm.auto import trange
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.engine.step import BilevelStep, LowerStep, require_history
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.hypergradients.state import unpacked
@@ -30,7 +32,7 @@ class Engine:
     """min over u of F(u, w*),  w*(u) = argmin over w of f(u, w): the training of two levels.
 
     Each upper step u ← step(u, dF/du) follows ``lower_steps`` steps w ← step(w, ∂f/∂w), each by
-    the level's own optimizer.
+    the level's own optimizer, or a solution of the lower level.
 
     Args:
         upper: the level with loss F and variables u.
@@ -38,7 +40,9 @@ class Engine:
         hypergradient: an estimator of dF/du; its name with options (``"cg:steps=20"``); or a
             solver, any function ``(matvec, b) → v`` with v ≈ [∂²f/∂w²]⁻¹ b (`get_estimator`). With
             an estimator that has an ``upper_weight``, each lower step takes an upper batch too.
-        lower_steps: the number of lower steps before each upper step.
+        lower_steps: the number of lower steps before each upper step; or ``"minimum"``, for a small
+            level with a deterministic loss and without an optimizer: on each batch L-BFGS takes w
+            to a gradient of at most 1e-4 an entry (`lbfgs`).
         warmup_steps: the number of additional lower steps before the first upper step.
         seed: the seed of F's random numbers (dropout). They are a function of the seed and the
             step, so that the random numbers of f do not depend on F.
@@ -63,8 +67,9 @@ class Engine:
     A loss must not write to parameters through ``.data``, which autograd does not record.
 
     Raises:
-        ProblemError: a level has no optimizer; two variables share memory; the estimator or an
-            option is unknown; or, at the first step, no loss reads a variable.
+        ProblemError: a level has no optimizer, or one that ``"minimum"`` leaves unused; two
+            variables share memory; the estimator or an option is unknown; or, at the first step,
+            no loss reads a variable.
 
     Example:
         >>> from hyperopt_peft.problems.ridge import diabetes
@@ -81,7 +86,7 @@ class Engine:
         lower: Problem,
         hypergradient: EstimatorLike = DEFAULT,
         *,
-        lower_steps: int = 1,
+        lower_steps: int | Literal["minimum"] = 1,
         warmup_steps: int = 0,
         seed: int = 0,
         non_finite: Literal["raise", "skip"] = "raise",
@@ -89,19 +94,23 @@ class Engine:
         progress: bool = True,
     ) -> None:
         check_ownership(upper, lower)
-        for level in (upper, *lower.levels):
+        solved = lower_steps == "minimum"
+        for level in (upper,) if solved else (upper, *lower.levels):
             if level.optimizer is None:
                 raise ProblemError(
                     f"{level.name}: the level has no optimizer; give one to train the level"
                 )
-        require_count("lower_steps", lower_steps, least=1)
+        count = 1 if lower_steps == "minimum" else lower_steps
+        require_count("lower_steps", count, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
         if non_finite not in ("raise", "skip"):
             raise ProblemError(f'non_finite: must be "raise" or "skip", got {non_finite!r}')
         self.upper, self.lower = upper, lower
         self.estimator = get_estimator(hypergradient)
+        if solved:
+            _check_solved(lower, self.estimator)
         self._step = BilevelStep(upper, lower, self.estimator, seed=seed)
-        require_history(self.estimator, lower_steps=lower_steps, recorded=lower_steps)
+        require_history(self.estimator, lower_steps=count, recorded=count)
         self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
         self.history: list[Record] = []
@@ -126,7 +135,7 @@ class Engine:
                 self._lower_steps(self.warmup_steps)
             for _ in bar:
                 self._step.forget()
-                self._lower_steps(self.lower_steps)
+                self._lower_steps(1 if self.lower_steps == "minimum" else self.lower_steps)
                 record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
                 if record is not None:
                     losses = {key: f"{record[f'{key}_loss']:.4f}" for key in ("upper", "lower")}
@@ -236,7 +245,10 @@ class Engine:
 
     def _step_lower(self) -> None:
         self.lower_step += 1
-        self._lower_log = self._step.train_lower(number=self.lower_step)
+        solved = self.lower_steps == "minimum"
+        if solved:
+            lbfgs(self.lower, self.lower.peek_batch())
+        self._lower_log = self._step.train_lower(number=self.lower_step, solved=solved)
 
     def _step_upper(self) -> Record:
         batch = self.upper.next_batch()
@@ -266,3 +278,19 @@ class Engine:
                 raise NonFiniteError(f"{where}: {error}; {NON_FINITE_ADVICE}") from error
             self.skipped += 1
             return None
+
+
+def _check_solved(lower: Problem, estimator: Estimator) -> None:
+    """Raise ProblemError where a lower level that is solved takes steps that are not its own."""
+    where = 'lower_steps="minimum"'
+    lower.require_single(f"{where} solves one level")
+    if lower.optimizer is not None:
+        raise ProblemError(
+            f"{lower.name}: {where} does not use the level's optimizer; leave it out, or give a "
+            "number of steps"
+        )
+    if estimator.requirements.optimizer_state or estimator.requirements.upper_weight:
+        raise ProblemError(
+            f"{estimator.name}: it needs steps of the lower optimizer, and {where} takes none; "
+            'choose a solver, such as "minres"'
+        )

@@ -10,6 +10,7 @@ from tqdm.auto import trange
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.step import prior_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.utils.restore import assign_
 
 
 def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str, Any]]:
@@ -66,7 +67,7 @@ def lbfgs(
         max_steps: the most steps; where they do not suffice, the last point is kept.
 
     Raises:
-        NonFiniteError: the loss or the gradient is NaN or infinite.
+        NonFiniteError: the loss or the gradient is NaN or infinite; the variables have not moved.
 
     Example:
         >>> from hyperopt_peft.problems.ridge import diabetes
@@ -94,8 +95,14 @@ def lbfgs(
             variable.grad = slope
         return evaluation.loss
 
-    optimizer.step(closure)
-    optimizer.zero_grad(set_to_none=True)
+    before = [variable.detach().clone() for variable in problem.variables]
+    try:
+        optimizer.step(closure)
+    except NonFiniteError:
+        assign_(problem.variables, before)
+        raise
+    finally:
+        optimizer.zero_grad(set_to_none=True)
     return evaluations
 
 

@@ -114,8 +114,10 @@ class BilevelStep:
         u = self.upper.variables if first or self.requirements.lower_gradient else ()
         return (*self.lower.variables, *u)
 
-    def train_lower(self, *, number: int) -> LowerStep:
+    def train_lower(self, *, number: int, solved: bool = False) -> LowerStep:
         """Do lower step ``number``, from 1, on the lower level's next batch.
+
+        Where f is ``solved`` on that batch, the step is recorded and w does not move.
 
         Raises:
             ProblemError: at the first step, f does not read a lower variable.
@@ -133,7 +135,8 @@ class BilevelStep:
             next_upper_batch=self.upper.next_batch,
         )
         norm = math.hypot(*evaluation.norms[: len(gradient)])
-        norm = self.lower.step(gradient, None if self.requirements.upper_weight else norm)
+        if not solved:
+            norm = self.lower.step(gradient, None if self.requirements.upper_weight else norm)
         loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
         return LowerStep(loss, norm, evaluation.metrics)
 
