@@ -257,8 +257,8 @@ class BilevelStep:
                 no lower step was recorded since `forget`.
 
         Warns:
-            HypergradientWarning: the hypergradient is exactly 0; the estimator is `Direct`, and F
-                does not read a variable; or it is another, and F reads no lower variable.
+            HypergradientWarning: the estimator is `Direct`, and F does not read a variable; or it is
+                another, and F reads no lower variable, or the hypergradient is exactly 0.
         """
         if self.last is None:
             raise NonFiniteError(
@@ -284,11 +284,11 @@ class BilevelStep:
             "note": result.note,
         }
         assert result.norms is not None  # `estimate` has read them
-        if result.norms[0] == 0:
+        if result.norms[0] == 0 < oracle.upper_gradient.norm and self.estimator.name != "direct":
             warnings.warn(
                 f"{self.estimator.name}: the hypergradient of {self.upper.name} is exactly 0"
                 f"{result.note and f' ({result.note})'}; train the lower level for longer before, "
-                "add damping, or choose darts",
+                "add damping, or choose another estimator",
                 HypergradientWarning,
                 stacklevel=2,
             )
