@@ -48,17 +48,17 @@ def test_the_table_says_what_the_estimator_says(estimator: str) -> None:
 
 
 def levels() -> Any:
-    """f = ½(1 + Σσ(u))·‖Xw − y‖² with 4 rows, so that graphs are small beside w."""
+    """f = ½(1 + Σσ(u))·‖Xw − y‖² with 8 rows, so that graphs are small beside w."""
     torch.manual_seed(0)
-    x = torch.randn(4, SIZE) / SIZE**0.5
+    x = torch.randn(8, SIZE) / SIZE**0.5 * torch.linspace(1, 3, 8)[:, None]
     model, u = nn.Linear(SIZE, 1, bias=False), torch.randn(3, requires_grad=True)
     nn.init.normal_(model.weight)
     model.get_output_embeddings = lambda: model
-    target = torch.randn(4)
+    target = torch.randn(8)
 
     class Lower(WeightedExamples):
         def groups(self, _: Any) -> Tensor:
-            return torch.arange(4)
+            return torch.arange(8)
 
         def losses(self, _: Any) -> Tensor:
             return (model(x)[:, 0] - target).square() / 2
@@ -67,7 +67,7 @@ def levels() -> Any:
             return losses.sum() * (1 + u.sigmoid().sum())
 
     def upper_f(_: Any) -> Tensor:
-        return model(x[:2]).square().sum() + u.square().sum()
+        return model(x).square().sum() + u.square().sum()
 
     rates = [torch.optim.SGD([v], lr=1e-3) for v in (u, model.weight)]
     lower = Lower([model.weight], optimizer=rates[1], name="lower")

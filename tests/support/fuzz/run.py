@@ -184,33 +184,31 @@ class Examination:
     def _in_training(self, name: str) -> tuple[str, str]:
         """The first upper step of an Engine after two lower steps."""
         levels, upper, lower = self.levels()
-        calls: list[tuple[str, object]] = []
-        levels.record = lambda level: calls.append((level, current()))
+        calls: list[tuple[str, object, Tensor]] = []
+        levels.record = lambda level: calls.append((level, current(), flat(levels.w)))
         Engine(upper, lower, name, lower_steps=2, progress=False).run(1)
         value = -(flat(levels.u) - flat(levels.start["upper"]))  # by a step of SGD with rate 1
-        states = [state for level, state in calls if level == "lower"][:2]
-        above = next(state for level, state in calls if level == "upper")
+        steps = [call[1:] for call in calls if call[0] == "lower"][:2]
+        states, (_, start) = [state for state, _ in steps], steps[-1]
+        above, last = next(call[1:] for call in calls if call[0] == "upper")
         f, u = self.functions, self.functions.u
 
         def fresh(w: Tensor) -> torch.optim.Optimizer:
             return optimizer_of(self.form, [w])
 
-        last = f.steps(f.w, u, states, fresh)
         point = Point(f, last, u, above, states[-1])
         if name == "darts":
-            one = f.steps(f.w, u, states[:1], fresh)
-            target = point.d - f.second(one, u, states[-1])[1] @ point.b
+            target = point.d - f.second(start, u, states[-1])[1] @ point.b
         elif name.startswith("cg"):
             if not point.definite:
                 return "warned", "not judged: no minimum"
             target = point.truth
+        elif self.form.precision not in ROUNDING:
+            return "warned", "not judged: steps in half precision are others"
+        elif name == "sama":  # through the last step, whose moments have those of the first
+            target = point.d + self._last_step(states, fresh).T @ point.b
         else:
-            since = states if name.startswith("unrolled") else states[-1:]
-            start = f.w
-            if name == "sama":  # through the last step alone, whose moments have those of the first
-                target = point.d + self._last_step(states, fresh).T @ point.b
-            else:
-                target = point.d + f.unrolled(start, u, since, fresh).T @ point.b
+            target = point.d + f.unrolled(f.w, u, states, fresh).T @ point.b
         words = close(self.form, name, value, target, point, 0.0)
         return ("WRONG", words) if words else ("right", "")
 
