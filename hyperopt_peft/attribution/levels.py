@@ -51,6 +51,11 @@ def setup_from_levels(
             raise ProblemError(
                 "training: attribute() must see training from its first step; give a new Engine"
             )
+        if training.lower_steps == "minimum":
+            raise ProblemError(
+                'training: attribute() differentiates the lower steps, and lower_steps="minimum" '
+                "takes none; give a number of steps"
+            )
         levels, seed = [training.lower, training.upper], training.seed
         search = ([0] * training.lower_steps + [1]) * training_steps
         order = [0] * training.warmup_steps + search

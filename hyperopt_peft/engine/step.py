@@ -257,8 +257,8 @@ class BilevelStep:
                 no lower step was recorded since `forget`.
 
         Warns:
-            HypergradientWarning: the estimator is `Direct`, and F does not read a variable; or it is
-                another, and F reads no lower variable, or the hypergradient is exactly 0.
+            HypergradientWarning: the estimator is `Direct`, and F does not read a variable; or it
+                is another, and F reads no lower variable, or the hypergradient is exactly 0.
         """
         if self.last is None:
             raise NonFiniteError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft import Engine, Nested, ProblemError
+from hyperopt_peft import Engine, Nested, ProblemError, attribute
 from tests.support.quadratic import FunctionLevel
 
 
@@ -91,3 +91,10 @@ def test_an_optimizer_that_is_not_used_and_a_chain_are_refused() -> None:
     top = FunctionLevel(lambda _: z.sum(), [z], optimizer=torch.optim.SGD([z], lr=0.1))
     with pytest.raises(ProblemError, match='lower_steps="minimum" solves one level'):
         Engine(top, Nested(middle, lowest), lower_steps="minimum")
+
+
+def test_rows_of_a_solved_level_have_no_steps_to_score() -> None:
+    engine = Engine(*levels(), lower_steps="minimum", progress=False)
+    weights = torch.ones(40, requires_grad=True)
+    with pytest.raises(ProblemError, match='lower_steps="minimum" takes none; give a number'):
+        attribute(engine, weights, lambda: engine.upper.loss(None), training_steps=1)
