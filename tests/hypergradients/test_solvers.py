@@ -112,7 +112,7 @@ def test_minres_reports_the_residual_of_its_solution_of_a_singular_system(seed: 
     b = Vector([(basis @ torch.cat([torch.ones(20), torch.full((5,), 0.1)]).double()).float()])
     solution = MINRES(steps=150).solve(lambda v: Vector([h.float() @ v.parts[0]]), b)
     left = b.parts[0].double() - h @ solution.v.parts[0].double()
-    assert solution.note and left.norm() / b.norm() < 1.5 * solution.residual
+    assert solution.note and left.norm() / b.norm() < 5 * solution.residual
 
 
 @given(seed=st.integers(0, 10**6))

@@ -62,7 +62,7 @@ class MINRES(Solver):
             largest = max(largest, math.hypot(alpha, beta, beta_old))
             rho = math.hypot(gamma, beta)
             # Beyond, v grows along the null space, and has another residual than the recurrence.
-            if (floor := 0.3 * noise * largest * math.sqrt(of_v)) > abs(residual):
+            if 0.3 * (floor := noise * largest * math.sqrt(of_v)) > abs(residual):
                 note = "the residual has reached the rounding of Hv"
                 return Solution(v, floor / start, step, note)
             # ‖Hr‖/‖r‖ is hypot(γ, cβ), zero at a least-squares solution.

@@ -347,7 +347,7 @@ class Levels:
                 n: x.detach().T.contiguous().T if x.dim() == 2 else x.detach() for n, x in w.items()
             }
         elif self.form.storage == "overlap" and self.form.upper != "layer":
-            last, value = list(w.items())[-1]
+            last, value = [pair for pair in w.items() if pair[1].numel()][-1]
             flat = torch.cat([u[0].detach().flatten(), value.detach().flatten()[1:]])
             n = u[0].numel()  # the last number of u is the first of w's last variable
             u = [flat[:n].view(u[0].shape).requires_grad_()]
