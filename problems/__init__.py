@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.head import Head
     from hyperopt_peft.problems.source_data import by_column
     from hyperopt_peft.problems.source_trainer import SourceTrainer
-    from hyperopt_peft.problems.two_phases import TwoPhaseTrainer, TwoPhaseTrainingArguments
+    from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
 
 _MODULES = {
     "Adapter": "common",
@@ -24,7 +24,6 @@ _MODULES = {
     "SourceTrainer": "source_trainer",
     "SourceWeights": "data_sources",
     "TaskLevel": "common",
-    "TwoPhaseTrainer": "two_phases",
     "TwoPhaseTrainingArguments": "two_phases",
     "by_column": "source_data",
 }
@@ -38,7 +37,6 @@ __all__ = [
     "SourceTrainer",
     "SourceWeights",
     "TaskLevel",
-    "TwoPhaseTrainer",
     "TwoPhaseTrainingArguments",
     "by_column",
 ]

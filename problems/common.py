@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.core.validation import Variables
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils.models import trainable as trainable
+from hyperopt_peft.utils.models import trainable
 
 
 class TaskLevel(Problem):

@@ -1,4 +1,4 @@
-"""`TwoPhaseTrainer`: a search over both levels, then a retraining of the lower one."""
+"""The arguments of a search over both levels and of a retraining of the lower one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any, Self
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.phases import as_prepared
-from hyperopt_peft.trainer.phases import options_of_retraining as options_of_retraining
-from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 
 @dataclass
 class TwoPhaseTrainingArguments(BilevelTrainingArguments):
-    """The arguments of `TwoPhaseTrainer`; those of `BilevelTrainingArguments` are for the search.
+    """The arguments of both phases; those of `BilevelTrainingArguments` are for the search.
 
     Example:
         >>> args = TwoPhaseTrainingArguments("outputs", retrain_steps=9, report_to="none")
@@ -64,51 +61,3 @@ class TwoPhaseTrainingArguments(BilevelTrainingArguments):
                 changes[name] = value
         args.retrain_arguments = changes
         return super(TwoPhaseTrainingArguments, args).for_retraining()
-
-
-class TwoPhaseTrainer(BilevelTrainer):
-    """A search over both levels, then a retraining of the lower one with the upper one frozen.
-
-    The base of `BiDoRATrainer`. The retraining has its own trainer,
-    ``retrainer``, with its own ``state.log_history``; a subclass makes it in ``retraining``.
-
-    Args:
-        trainer: the arguments of `BilevelTrainer`; ``args`` are `TwoPhaseTrainingArguments`.
-
-    Raises:
-        ProblemError: as `BilevelTrainer`.
-
-    Example:
-        >>> class Search(TwoPhaseTrainer):
-        ...     def retraining(self, args):
-        ...         level = {"lower": self.lower, "upper": None}
-        ...         data = {"train_dataset": self.train_dataset}
-        ...         return self.trainer_of(BilevelTrainer, args, **level, **data)
-        >>> Search.retrainer is None  # until `train` has made it
-        True
-    """
-
-    Arguments = TwoPhaseTrainingArguments
-    args: TwoPhaseTrainingArguments
-
-    @property
-    def has_second_phase(self) -> bool:
-        """Whether ``retrain`` asks for one."""
-        return self.args.retrain != "none"
-
-    def retraining(self, args: Any) -> BilevelTrainer:
-        """The trainer of the second phase, with the arguments ``args``; a subclass makes it."""
-        raise NotImplementedError
-
-    def trainer_of(self, kind: type[BilevelTrainer], args: Any, **options: Any) -> Any:
-        """A further trainer of this one's model, of the class ``kind`` over the same parent.
-
-        Args:
-            kind: the class, before it is made over the parent.
-            args: the settings.
-            options: further arguments of the class, see `options_of_retraining`; data are as this
-                trainer was given them.
-        """
-        made = kind.over(self.parent())
-        with as_prepared(self.model):
-            return made(self.model, args=args, processing_class=self.processing_class, **options)
