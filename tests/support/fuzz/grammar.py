@@ -262,7 +262,6 @@ class Levels:
 
     Attributes:
         upper, lower: the levels as `Problem`.
-        began: by level, the states of the generators at its loss's first evaluation since `begin`.
         network: the module.
     """
 
@@ -287,7 +286,7 @@ class Levels:
         if not plain:
             w, u = self._stored(w, u)
             self._meddle(w)
-        self.w, self.u, self.began = tuple(w.values()), tuple(u), {}
+        self.w, self.u = tuple(w.values()), tuple(u)
         self.compiled: Any = None
         weighted = form.upper == "rows" and form.call == "module" and not plain
         kind = _WeightedRows if weighted else _Lower
@@ -380,13 +379,8 @@ class Levels:
         elif self.form.meddling == "dropped":
             first.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
 
-    def begin(self) -> None:
-        """Forget the generators' states of the losses."""
-        self.began = {}
-
     def record(self, level: str) -> None:
-        state = (torch.get_rng_state(), np.random.get_state(), random.getstate())
-        self.began.setdefault(level, state)
+        """Called as the loss of ``level`` is evaluated."""
 
     def mask(self, rows: int) -> Tensor:
         """A mask of a sixth of the hidden numbers, from the form's generator."""
