@@ -1,0 +1,126 @@
+"""The runs of a comparison: those that choose the rates, then those that are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.comparison.task import Kind, Run
+from hyperopt_peft.trainer.method import Method, has_upper_level
+
+#: Five rates over two decades.
+RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
+UPPER_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which runs a comparison has.
+
+    Attributes:
+        methods: by name.
+        rates, upper_rates: the grids; the first upper rate is the middle one of its grid.
+        development: the seeds that choose the rates, by rows held out from the training rows.
+        seeds: those that are reported.
+        lower_is_better: of the score.
+    """
+
+    methods: Mapping[str, Method]
+    rates: Sequence[float]
+    upper_rates: Sequence[float]
+    development: Sequence[int]
+    seeds: Sequence[int]
+    lower_is_better: bool
+
+    def candidates(self) -> list[tuple[str, Kind]]:
+        """The methods, each with its ablations where it has an upper level."""
+        found: list[tuple[str, Kind]] = []
+        for name, method in self.methods.items():
+            found.append((name, "method"))
+            if has_upper_level(method):
+                found += [(name, "frozen"), (name, "one level")]
+        return found
+
+    def count(self, name: str, kind: Kind) -> int:
+        """The number of runs of a method or an ablation."""
+        grid = len(self._grid(name, kind))
+        if kind == "method" and has_upper_level(self.methods[name]):
+            grid += (len(self.upper_rates) - 1) * len(self.development)
+        return grid + len(self.seeds)
+
+    def first_rates(self) -> list[Run]:
+        """The runs that choose each method's rate, the upper rate in the middle of its grid.
+
+        A method with its upper variables frozen has the method's rate.
+        """
+        return [run for name, kind in self.candidates() for run in self._grid(name, kind)]
+
+    def _grid(self, name: str, kind: Kind) -> list[Run]:
+        if kind == "frozen":
+            return []
+        upper = None
+        if kind == "method" and has_upper_level(self.methods[name]):
+            upper = self.upper_rates[len(self.upper_rates) // 2]
+        return [
+            Run(name, kind, seed, rate, upper, development=True)
+            for rate in self.rates
+            for seed in self.development
+        ]
+
+    def next_rates(self, store: Store) -> list[Run]:
+        """The runs that choose each upper rate, with the rate that the first ones chose."""
+        runs = []
+        for name, method in self.methods.items():
+            if has_upper_level(method):
+                best = self._best(self._grid(name, "method"), store)
+                runs += self._upper_grid(replace(best, seed=0))
+        return runs
+
+    def _upper_grid(self, best: Run) -> list[Run]:
+        return [
+            replace(best, upper_rate=rate, seed=seed)
+            for rate in self.upper_rates
+            for seed in self.development
+        ]
+
+    def chosen(self, store: Store, name: str, kind: Kind) -> Run:
+        """The rates of a method or an ablation, in a run."""
+        if kind == "frozen":
+            return replace(self.chosen(store, name, "method"), kind=kind, upper_rate=None)
+        best = self._best(self._grid(name, kind), store)
+        if best.upper_rate is None:
+            return best
+        return self._best(self._upper_grid(best), store)
+
+    def reported(self, store: Store) -> list[Run]:
+        """The runs on the test rows."""
+        return [run for name, kind in self.candidates() for run in self.runs_of(store, name, kind)]
+
+    def runs_of(self, store: Store, name: str, kind: Kind) -> list[Run]:
+        """The reported runs of a method or an ablation, a seed each."""
+        best = replace(self.chosen(store, name, kind), development=False)
+        return [replace(best, seed=seed) for seed in self.seeds]
+
+    def _best(self, runs: Sequence[Run], store: Store) -> Run:
+        """The first run of the rates with the best mean score."""
+        means = list(self.means(runs, store))
+        sign = -1 if self.lower_is_better else 1
+        return max(means, key=lambda each: sign * each[1])[0]
+
+    def means(self, runs: Sequence[Run], store: Store) -> Iterator[tuple[Run, float]]:
+        """The first run of each pair of rates, and the mean score over seeds."""
+        groups: dict[Any, list[Run]] = {}
+        for run in runs:
+            groups.setdefault((run.rate, run.upper_rate), []).append(run)
+        for group in groups.values():
+            yield group[0], fmean(store.scores(group))
+
+    def at_every_rate(self, store: Store, name: str, kind: Kind) -> list[tuple[Run, float]]:
+        """The mean score at each rate that was tried."""
+        grid = self._grid(name, kind)
+        if grid and grid[0].upper_rate is not None:
+            grid = [*grid, *self._upper_grid(self._best(grid, store))]
+        return list(self.means(list(dict.fromkeys(grid)), store))

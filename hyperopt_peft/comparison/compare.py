@@ -1,0 +1,207 @@
+"""`compare_methods`: is a method better than the simple ways, at equal price?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from joblib import Parallel, delayed
+from tqdm.auto import tqdm
+
+from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
+from hyperopt_peft.comparison.result import ABLATIONS, Comparison
+from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.comparison.task import Run, Task
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import shared
+from hyperopt_peft.trainer.fingerprint import data_fingerprint
+from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.tables import aligned
+
+
+def compare_methods(
+    methods: Mapping[str, Method | str],
+    base_model: Callable[[], Any],
+    adapter: Any,
+    args: Any,
+    *,
+    train_dataset: Any,
+    test_dataset: Any,
+    passes: float,
+    seeds: Iterable[int] = range(5),
+    metric: str = "loss",
+    rates: Sequence[float] = RATES,
+    upper_rates: Sequence[float] = UPPER_RATES,
+    development: Iterable[int] = range(100, 103),
+    held_out: float = 0.2,
+    folder: str | Path | None = None,
+    jobs: int = 1,
+    part: tuple[int, int] = (1, 1),
+    trainer: type[BilevelTrainer] = BilevelTrainer,
+    progress: bool = True,
+    dry_run: bool = False,
+    **options: Any,
+) -> Comparison:
+    """Train each method with equally many passes, and score all on the same test rows.
+
+    A pass is one forward and backward over a training batch; each run has ``passes`` of them,
+    upper batches, estimators and second phases included, and its phases are sized to take them.
+    Rates are chosen for each method by its mean score on rows that are held out from the training
+    rows, on seeds of their own. Each method with an upper level is trained in two further ways:
+    with its upper variables frozen, and with all variables in one level on all rows.
+
+    Args:
+        methods: by name; the first one is what the others are compared with.
+        base_model: makes the model without an adapter.
+        adapter: the PEFT config, which a method may change.
+        args: the arguments of all runs but rates, lengths, seeds and folders.
+        train_dataset, test_dataset: the rows.
+        passes: the budget of a run.
+        seeds: each is a split, a start and an order of the rows, the same for all methods.
+        metric: the score, a key of ``compute_metrics``, or ``loss``.
+        rates, upper_rates: the grids.
+        development: the seeds of the runs that choose the rates.
+        held_out: the share of the training rows that scores these runs.
+        folder: keeps the finished runs, from which a killed comparison goes on.
+        jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
+        part: (k, n) for the k-th of n processes that share the runs and ``folder``.
+        trainer: the class of the trainer, such as ``bilevel(SFTTrainer)``.
+        progress: whether a bar is shown.
+        dry_run: print the runs with their passes and minutes, and do none.
+        options: further arguments of the trainer, such as ``compute_metrics``.
+
+    Raises:
+        ProblemError: fewer than two seeds; test rows among the training rows; a metric that the
+            task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
+    """
+    seeds, development = list(dict.fromkeys(seeds)), list(dict.fromkeys(development))
+    if len(seeds) < 2 or not development:
+        raise ProblemError(
+            f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
+            "interval, so give two or more, and one or more of development"
+        )
+    if common := shared(test_dataset, train_dataset):
+        raise ProblemError(
+            f"test_dataset: {common} of {len(test_dataset)} rows are training rows; remove them"
+        )
+    known = {name: _found(method) for name, method in methods.items()}
+    task = Task(
+        known,
+        base_model,
+        adapter,
+        args,
+        train_dataset,
+        test_dataset,
+        passes,
+        metric,
+        held_out,
+        trainer,
+        options,
+    )
+    lower_is_better = metric == "loss" or args.greater_is_better is False
+    plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better)
+    where = None if folder is None else Path(folder)
+    number, count = part
+    store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
+    work = Work(task, store, jobs, part, progress)
+    if dry_run:
+        print(work.estimate(plan))
+        return Comparison(plan, store, metric, passes)
+    work.do(plan.first_rates())
+    work.do(plan.next_rates(store))
+    work.do(plan.reported(store))
+    return Comparison(plan, store, metric, passes)
+
+
+def _found(method: Method | str) -> Method:
+    if isinstance(method, Method):
+        return method
+    from hyperopt_peft.problems import find_method
+
+    made: Method = find_method(method)()
+    return made
+
+
+def settings_of(task: Task) -> dict[str, Any]:
+    """What decides all runs of ``task``, for its store."""
+    settings: dict[str, Any] = {"passes": task.passes, "metric": task.metric}
+    settings |= {"held_out": task.held_out, "trainer": task.trainer.__name__}
+    settings |= {"adapter": None if task.adapter is None else task.adapter.to_dict()}
+    args = task.args.resume_must_match()
+    changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
+    settings["args"] = {name: value for name, value in args.items() if name not in changed}
+    for name, rows in (("train_dataset", task.train), ("test_dataset", task.test)):
+        settings[name] = data_fingerprint(rows)
+    for name, method in task.methods.items():
+        own: Any = fields(method) if is_dataclass(method) else ()
+        settings[f"method {name}"] = [type(method).__name__, *(getattr(method, x.name) for x in own)]
+    return settings
+
+
+@dataclass
+class Work:
+    """Does the runs of a comparison.
+
+    Attributes:
+        task: what they share.
+        store: gets the results.
+        jobs: processes.
+        part: (k, n) for the k-th of n shares.
+        progress: whether a bar is shown.
+    """
+
+    task: Task
+    store: Store
+    jobs: int
+    part: tuple[int, int]
+    progress: bool
+
+    def do(self, runs: Sequence[Run]) -> None:
+        """Do those of ``runs`` that are missing and this part's.
+
+        Raises:
+            ProblemError: other parts have runs to do, on which the next ones depend.
+        """
+        number, count = self.part
+        missing = set(self.store.missing(runs))
+        every = enumerate(dict.fromkeys(runs))
+        mine = [run for k, run in every if k % count == number - 1 and run in missing]
+        prices = {price_of(run): self.task.price(run) for run in reversed(mine)}
+        results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
+            delayed(self.task.run)(run, prices[price_of(run)]) for run in mine
+        )
+        for result in tqdm(results, total=len(mine), disable=not self.progress, unit="run"):
+            self.store.add(result)
+        self.store.reload()
+        if left := self.store.missing(runs):
+            raise ProblemError(
+                f"part: {len(left)} runs of the other parts are not done; run this part again "
+                "after them"
+            )
+
+    def estimate(self, plan: Plan) -> str:
+        """The runs of each method, with their passes and minutes by one timed upper step."""
+        rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
+        for name, kind in plan.candidates():
+            rate = plan.rates[0]
+            run = Run(name, kind, plan.seeds[0], rate)
+            price = self.task.price(run)
+            sizes = price.sizes(self.task.passes, self.task.args)
+            steps = [sizes["max_steps"]]
+            if price.again:
+                steps.append(sizes["retrain_arguments"]["max_steps"])
+            passes = sum(price.spent(steps).values())
+            runs = plan.count(name, kind)
+            minutes = runs * (price.start + passes * price.a_pass) / 60
+            total += minutes
+            shown = " + ".join(map(str, steps))
+            rows.append([name + ABLATIONS[kind], str(runs), shown, f"{passes:.0f}", f"{minutes:.1f}"])
+        return f"{aligned(rows)}\ntogether about {total / self.jobs:.0f} minutes"
+
+
+def price_of(run: Run) -> tuple[str, bool, bool]:
+    """What the price of ``run`` depends on; a frozen upper level costs what a free one does."""
+    return run.method, run.kind == "one level", run.development

@@ -1,0 +1,162 @@
+"""Lower layers that nothing trains: their output is computed once for each text.
+
+A training with an adapter in the last two of six layers then takes a third of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt_peft.utils.models import base_model, evaluating
+
+#: The states ``(tokens, d)`` above the frozen layers, by the tokens of a text.
+States = dict[tuple[int, ...], Tensor]
+#: Columns of a batch that belong to a text's key.
+COLUMNS = ("input_ids", "token_type_ids")
+#: Of models that this process has seen: the frozen parameters, with their states.
+_SEEN: list[tuple[list[Tensor], States]] = []
+
+
+def compute_once(trainer: Any) -> str:
+    """Let the model of ``trainer`` compute its frozen lower layers once a text.
+
+    Returns:
+        In words, how many layers are computed once, or why none is.
+    """
+    model, levels = trainer.model, trainer.levels
+    layers = _layers_of(base_model(model))
+    if not layers:
+        return "every layer is computed in each pass: the model has no list of its layers"
+    owned = {id(variable) for level in levels for variable in level.variables}
+    below = next(
+        (k for k, each in enumerate(layers) if any(id(p) in owned for p in each.parameters())),
+        len(layers) - 1,
+    )
+    if below == 0:
+        return "every layer is computed in each pass: the lowest one is trained"
+    batch = _first_batch(trainer)
+    before = _modules_before(model, layers[below], batch)
+    if any(id(p) in owned for each in before for p in each.parameters(recurse=False)):
+        return "every layer is computed in each pass: the embeddings are trained"
+    inside = {*before, *(module for layer in layers[:below] for module in layer.modules())}
+    if any(map(_drops, inside)):
+        return (
+            "every layer is computed in each pass: the frozen ones have dropout; set it to 0 in "
+            "base_model, and they are computed once"
+        )
+    inner = {id(p) for module in inside for p in module.parameters(recurse=False)}
+    frozen = [p for p in model.parameters() if id(p) in inner]
+    once = _Once(layers, below, _states_of(frozen))
+    once.install(base_model(model))
+    with torch.no_grad(), evaluating(model):
+        first, second = (model(**batch).logits for _ in range(2))
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max())):
+        once.remove()
+        return "every layer is computed in each pass: one reads more than the text of its row"
+    return f"{below} of {len(layers)} layers are frozen, and computed once a text"
+
+
+class _Once:
+    """Replaces the first ``count`` of ``layers`` by their known output."""
+
+    def __init__(self, layers: Sequence[nn.Module], count: int, states: States) -> None:
+        self.layers, self.count, self.states = layers, count, states
+        self.known, self.keys, self.mask = False, list[Any](), torch.empty(0)
+
+    def install(self, base: nn.Module) -> None:
+        """Put the hooks."""
+        self.hooks = [
+            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.layers[self.count].register_forward_pre_hook(self._enter, with_kwargs=True),
+        ]
+        for layer in self.layers[: self.count]:
+            layer.forward = self._skipping(layer.forward)
+
+    def remove(self) -> None:
+        """Take all away again."""
+        for hook in self.hooks:
+            hook.remove()
+        for layer in self.layers[: self.count]:
+            del layer.forward
+
+    def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.keys, self.known = [], False
+        if ids is None or ids.dim() != 2 or "position_ids" in kwargs:  # such as packed texts
+            return
+        mask = kwargs.get("attention_mask")
+        self.mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        columns = [ids, *(kwargs[name] for name in COLUMNS[1:] if kwargs.get(name) is not None)]
+        rows = zip(torch.stack(columns, dim=1), self.mask, strict=True)
+        self.keys = [tuple(row[:, kept].flatten().tolist()) for row, kept in rows]
+        self.known = all(key in self.states for key in self.keys)
+
+    def _skipping(self, forward: Any) -> Any:
+        def passed(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.known:
+                return states
+            with torch.no_grad():
+                return forward(states, *args, **kwargs)
+
+        return passed
+
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not self.keys:
+            return None
+        states = args[0] if args else kwargs["hidden_states"]
+        if not self.known:
+            for key, row, kept in zip(self.keys, states, self.mask, strict=True):
+                self.states[key] = row[kept].detach().clone()
+            return None
+        states = torch.zeros_like(states)
+        states[self.mask] = torch.cat([self.states[key] for key in self.keys])
+        return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
+
+
+def _layers_of(base: nn.Module) -> Sequence[nn.Module]:
+    """The list of the layers, as many as the config says; none where there are several lists."""
+    count = getattr(getattr(base, "config", None), "num_hidden_layers", 0)
+    lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
+    return list(lists[0]) if len(lists) == 1 else []
+
+
+def _first_batch(trainer: Any) -> dict[str, Any]:
+    """Two training rows as the model reads them."""
+    rows = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset))))
+    batch = next(iter(trainer.get_eval_dataloader(rows)))
+    return {name: x for name, x in batch.items() if name not in trainer.tags}
+
+
+def _modules_before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> set[nn.Module]:
+    """The modules whose forward pass ends before that of ``layer`` begins."""
+    done: set[nn.Module] = set()
+    hooks: list[Any] = [m.register_forward_hook(lambda m, *_: done.add(m)) for m in model.modules()]
+    at: list[set[nn.Module]] = []
+    hooks.append(layer.register_forward_pre_hook(lambda *_: at.append({*done})))
+    with torch.no_grad(), evaluating(model):
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return at[0]
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether ``module`` has a rate of dropout above 0, as a layer or as a number."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    named = vars(module).items()
+    return any("dropout" in name and isinstance(x, float) and x > 0 for name, x in named)
+
+
+def _states_of(frozen: list[Tensor]) -> States:
+    """The states of a model with equal frozen parameters, or new ones."""
+    for parameters, states in _SEEN:
+        pairs = zip(parameters, frozen, strict=False)
+        if len(parameters) == len(frozen) and all(torch.equal(*pair) for pair in pairs):
+            return states
+    _SEEN.append((frozen, {}))
+    return _SEEN[-1][1]

@@ -1,0 +1,170 @@
+"""`Comparison`: the finished runs as tables, sentences and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.comparison.task import Kind
+from hyperopt_peft.trainer.method import has_upper_level
+from hyperopt_peft.utils.plots import intervals
+from hyperopt_peft.utils.statistics import detectable, mean_and_half
+from hyperopt_peft.utils.tables import aligned
+
+Row = list[str]
+#: What an ablation is called beside its method.
+ABLATIONS: dict[Kind, str] = {
+    "method": "",
+    "frozen": ", upper level frozen",
+    "one level": ", one level",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `compare_methods`; printed, the scores with a sentence for each method.
+
+    Attributes:
+        plan: the methods, rates and seeds.
+        store: the finished runs.
+        metric: the name of the score.
+        passes: the budget of each run.
+    """
+
+    plan: Plan
+    store: Store
+    metric: str
+    passes: float
+
+    def scores(self, name: str, kind: Kind = "method") -> list[float]:
+        """The score of each reported seed."""
+        return self.store.scores(self.plan.runs_of(self.store, name, kind))
+
+    def differences(
+        self, one: tuple[str, Kind], other: tuple[str, Kind]
+    ) -> list[float]:
+        """The score of one way minus that of the other, for each seed."""
+        pairs = zip(self.scores(*one), self.scores(*other), strict=True)
+        return [first - second for first, second in pairs]
+
+    @property
+    def first(self) -> str:
+        """The method that the others are compared with."""
+        return next(iter(self.plan.methods))
+
+    def table(self) -> list[Row]:
+        """The scores: heads, then a row for each method and each ablation."""
+        heads = [self.metric, f"− {self.first}", "rate", "upper rate", "passes", "seconds", "MB"]
+        rows = [["method", *heads]]
+        for name, kind in self.plan.candidates():
+            runs = self.plan.runs_of(self.store, name, kind)
+            results = [self.store.results[run] for run in runs]
+            gap = self.differences((name, kind), (self.first, "method"))
+            rows.append(
+                [
+                    name + ABLATIONS[kind],
+                    _shown(self.scores(name, kind)),
+                    "" if (name, kind) == (self.first, "method") else _shown(gap, "+"),
+                    f"{runs[0].rate:g}",
+                    "" if runs[0].upper_rate is None else f"{runs[0].upper_rate:g}",
+                    *(f"{fmean(r[key] for r in results):.1f}" for key in ("passes", "seconds")),
+                    f"{max(r['memory'] for r in results):.0f}",
+                ]
+            )
+        return rows
+
+    def rates(self) -> list[Row]:
+        """The mean score on held-out rows at each rate; an asterisk marks the chosen one."""
+        rows = [["method", "rate", "upper rate", self.metric]]
+        for name, kind in self.plan.candidates():
+            best = self.plan.chosen(self.store, name, kind)
+            for run, score in self.plan.at_every_rate(self.store, name, kind):
+                mark = " *" if (run.rate, run.upper_rate) == (best.rate, best.upper_rate) else ""
+                upper = "" if run.upper_rate is None else f"{run.upper_rate:g}"
+                rows.append([name + ABLATIONS[kind], f"{run.rate:g}", upper, f"{score:.4f}{mark}"])
+        return rows
+
+    def sentences(self) -> list[str]:
+        """What the differences say of each method but the first, and of its upper level."""
+        found = []
+        for name, method in self.plan.methods.items():
+            if name != self.first:
+                found.append(f"{name} {self._beside((name, 'method'), (self.first, 'method'))}")
+            if has_upper_level(method):
+                found += [
+                    f"{name} {self._beside((name, 'method'), (name, kind), words)}"
+                    for kind, words in (
+                        ("frozen", "itself with the upper level frozen"),
+                        ("one level", "all of its variables in one level on all rows"),
+                    )
+                ]
+        return found + self._edges()
+
+    def _beside(self, one: Any, other: Any, words: str | None = None) -> str:
+        gaps = self.differences(one, other)
+        middle, half = mean_and_half(gaps)
+        words = words or other[0]
+        better = (middle < 0) == self.plan.lower_is_better
+        if abs(middle) > half:
+            word = "better" if better else "worse"
+            return f"is {word} than {words} in {self.metric} by {abs(middle):.4f} ± {half:.4f}"
+        return (
+            f"ties with {words} in {self.metric} ({middle:+.4f} ± {half:.4f}); "
+            f"{len(gaps)} seeds show differences from {detectable(gaps):.4f} on"
+        )
+
+    def _edges(self) -> list[str]:
+        """Where a chosen rate is the first or the last of its grid."""
+        found = []
+        for name, kind in self.plan.candidates():
+            best = self.plan.chosen(self.store, name, kind)
+            if kind != "frozen" and best.rate in (self.plan.rates[0], self.plan.rates[-1]):
+                found.append(
+                    f"{name}{ABLATIONS[kind]}: the best rate, {best.rate:g}, is at the edge of the "
+                    "rates; give further ones"
+                )
+        return found
+
+    def __str__(self) -> str:
+        heads = f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
+        heads += f"{len(self.plan.seeds)} seeds with 95 % intervals"
+        return "\n".join([heads, "", aligned(self.table()), "", *self.sentences()])
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the differences to the first method with their intervals."""
+        gaps = {}
+        for name, kind in self.plan.candidates():
+            if (name, kind) != (self.first, "method"):
+                middle, half = mean_and_half(self.differences((name, kind), (self.first, "method")))
+                gaps[name + ABLATIONS[kind]] = (middle, middle - half, middle + half)
+        title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
+        intervals({title: gaps}, Path(path), zero=[title])
+
+    def to_latex(self) -> str:
+        """The scores as a LaTeX table of the package booktabs."""
+        heads, *rows = self.table()
+        columns = f"l{'r' * (len(heads) - 1)}"
+        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex(heads), r"\midrule"]
+        return "\n".join([*lines, *map(_latex, rows), r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write all runs, a line each."""
+        import pandas
+
+        pandas.DataFrame(self.store.results.values()).to_csv(path, index=False)
+
+
+def _latex(cells: Sequence[str]) -> str:
+    safe = {"±": r"$\pm$", "−": "$-$", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#"}
+    return " & ".join("".join(safe.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+
+def _shown(values: Sequence[float], sign: str = "") -> str:
+    middle, half = mean_and_half(values)
+    return f"{middle:{sign}.4f} ± {half:.4f}" if math.isfinite(half) else f"{middle:{sign}.4f}"

@@ -1,0 +1,84 @@
+"""Finished runs, a line each, so that a comparison goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hyperopt_peft.comparison.task import Run
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.validation import require_settings
+
+Result = dict[str, Any]
+#: The entry of a file's first line: what all of its runs share.
+SETTINGS = "settings"
+
+
+class Store:
+    """The results of runs, in the ``runs*.jsonl`` files of a folder.
+
+    Several processes may write, each to a file of its own; all read all. A line that a killed
+    process left unfinished is skipped.
+
+    Args:
+        folder: where the files are; None keeps all in memory.
+        settings: what all runs share; runs of other settings are refused.
+        part: the name of this process's file.
+
+    Raises:
+        ProblemError: a file has runs of other settings.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any], part: str = "") -> None:
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.folder, self.results = folder, dict[Run, Result]()
+        self.path = None if folder is None else folder / f"runs{part}.jsonl"
+        self.reload()
+
+    def reload(self) -> None:
+        """Read all that any process has written."""
+        for path in sorted(self.folder.glob("runs*.jsonl")) if self.folder else ():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # of a process that was killed
+                    continue
+                if SETTINGS in entry:
+                    require_settings(str(path), entry[SETTINGS], "this comparison", self.settings)
+                else:
+                    self.results[_run_of(entry)] = entry
+
+    def add(self, result: Result) -> None:
+        """Append ``result``, the whole line at once."""
+        self.results[_run_of(result)] = result
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [] if self.path.exists() else [{SETTINGS: self.settings}]
+        with self.path.open("ab+") as file:
+            text = "".join(json.dumps(each) + "\n" for each in [*lines, result])
+            unfinished = file.tell() and not _ends_a_line(file)
+            file.write(("\n" * unfinished + text).encode())
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """Those of ``runs`` without a result, each once."""
+        return [run for run in dict.fromkeys(runs) if run not in self.results]
+
+    def scores(self, runs: Iterable[Run]) -> list[float]:
+        """The scores of ``runs``, all of which have one."""
+        return [self.results[run]["score"] for run in runs]
+
+
+def _ends_a_line(file: Any) -> bool:
+    file.seek(-1, 2)
+    return bool(file.read(1) == b"\n")
+
+
+def _run_of(entry: Mapping[str, Any]) -> Run:
+    try:
+        return Run(**{name: entry[name] for name in asdict(Run("", "method", 0, 0.0))})
+    except KeyError as error:
+        raise ProblemError(f"a run in the store lacks {error}; delete its line") from error

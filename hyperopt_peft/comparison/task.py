@@ -1,0 +1,288 @@
+"""One run of a comparison: a method, a seed and rates; from the data to a score."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+
+from hyperopt_peft.comparison.budget import PassCounter, phases, rows_of, steps_for
+from hyperopt_peft.comparison.frozen_layers import compute_once
+from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.data import split_dataset
+from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.trainer import BilevelTrainer
+
+#: A method as it is; its upper variables frozen; or all of its variables in one level on all rows.
+Kind = Literal["method", "frozen", "one level"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What distinguishes a run from the others of a comparison.
+
+    Attributes:
+        method: its name.
+        kind: the method, or one of its two ablations.
+        seed: of the held-out rows, the split, the start and the order.
+        rate: the peak learning rate of the lower level.
+        upper_rate: that of the upper level; None is that of the arguments.
+        development: whether the score is that of rows held out from the training rows, not of the
+            test rows.
+    """
+
+    method: str
+    kind: Kind
+    seed: int
+    rate: float
+    upper_rate: float | None = None
+    development: bool = False
+
+
+@dataclass(frozen=True)
+class Price:
+    """What the steps of a method cost.
+
+    Attributes:
+        batch: the rows of a lower step.
+        lower, everything: the rows of the lower level, and of both levels.
+        every: the lower steps from one upper step to the next; 0 without an upper level.
+        upper: the rows that an upper step sends through the model beside those of its lower step.
+        again: whether a second training follows.
+        start, a_pass: the seconds before the first step, and those of a pass.
+    """
+
+    batch: int
+    lower: int
+    everything: int
+    every: int
+    upper: int
+    again: bool
+    start: float
+    a_pass: float
+
+    def spent(self, steps: Sequence[int]) -> dict[str, float]:
+        """The passes of ``steps``: of lower steps, of upper steps, and of the second training."""
+        first = rows_of(steps[0], self.lower if self.every else self.everything, self.batch)
+        upper = steps[0] // self.every * self.upper if self.every else 0
+        again = rows_of(steps[1], self.everything, self.batch) if len(steps) > 1 else 0
+        rows = {"lower steps": first, "upper steps": upper, "second training": again}
+        return {name: each / self.batch for name, each in rows.items()}
+
+    def sizes(self, passes: float, args: Any) -> dict[str, Any]:
+        """The arguments with which a run takes ``passes`` passes."""
+        if not self.every:
+            return {"max_steps": steps_for(passes * self.batch, self.everything, self.batch)}
+        search, again = phases(
+            passes,
+            lower=self.lower,
+            everything=self.everything,
+            batch=self.batch,
+            every=self.every,
+            upper=self.upper,
+            again=self.again,
+        )
+        sizes: dict[str, Any] = {"max_steps": search}
+        if self.again:
+            sizes["retrain_arguments"] = {**(args.retrain_arguments or {}), "max_steps": again}
+        return sizes
+
+
+@dataclass
+class Task:
+    """What all runs of a comparison share; it is pickled for other processes.
+
+    Attributes:
+        methods: by name.
+        base_model: makes the model before it has an adapter.
+        adapter: the PEFT config, which a method may change; None where ``base_model`` adapts.
+        args: the arguments of all methods.
+        train, test: the rows.
+        passes: the budget of a run.
+        metric: the name of the score, without ``eval_``; ``loss`` is better where it is lower.
+        held_out: the share of ``train`` that scores the development runs.
+        trainer: the class of the trainer.
+        options: further arguments of the trainer.
+        layers: how many layers of the last model are computed once, in words.
+    """
+
+    methods: Mapping[str, Method]
+    base_model: Callable[[], Any]
+    adapter: Any
+    args: BilevelTrainingArguments
+    train: Any
+    test: Any
+    passes: float
+    metric: str
+    held_out: float = 0.2
+    trainer: type[BilevelTrainer] = BilevelTrainer
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: str = ""
+
+    def run(self, run: Run, price: Price) -> dict[str, Any]:
+        """Train and score; the entries of ``run`` with score, passes, seconds and steps.
+
+        Raises:
+            ProblemError: the run took more passes than its budget; the metric is unknown; as
+                `BilevelTrainer`.
+        """
+        begin, counter = time.perf_counter(), PassCounter()
+        train, test = self.rows(run)
+        with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
+            sizes = price.sizes(self.passes, self.args)
+            trainer = self.make(run, train, test, folder, counter, **sizes)
+            peak = peak_memory()
+            trainer.train()
+            last = trainer.retrainer or trainer
+            metrics = last.evaluate(test)
+        name = f"eval_{self.metric}"
+        if name not in metrics:
+            known = ", ".join(sorted(metrics)).replace("eval_", "")
+            raise ProblemError(f"metric: {self.metric} is none of {known}; give compute_metrics")
+        passes = counter.rows / price.batch
+        if passes > self.passes + 1:
+            raise ProblemError(
+                f"{run.method}: took {passes:.1f} passes of {self.passes:g}; it sends rows through "
+                "the model that its first steps did not"
+            )
+        steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
+        return {
+            **asdict(run),
+            "score": metrics[name],
+            "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
+            "passes": passes,
+            "steps": steps,
+            "seconds": time.perf_counter() - begin,
+            "memory": peak(),
+            "layers": self.layers,
+        }
+
+    def rows(self, run: Run) -> tuple[Any, Any]:
+        """The rows that ``run`` trains on, and those that score it."""
+        if run.development:
+            return split_dataset(self.train, self.held_out, run.seed)
+        return self.train, self.test
+
+    def price(self, run: Run) -> Price:
+        """What the steps of ``run`` cost, by a first upper step, or by none."""
+        begin, counter = time.perf_counter(), PassCounter()
+        train, test = self.rows(run)
+        with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
+            sizes: dict[str, Any] = {"max_steps": 1, "retrain": "none"}
+            trainer = self.make(run, train, test, folder, counter, **sizes)
+            args, bilevel = trainer.args, trainer.upper is not None
+            if bilevel:
+                sizes["max_steps"] = args.lower_steps
+                trainer = self.make(run, train, test, folder, counter, **sizes)
+            made = time.perf_counter()
+            trainer.train()
+        lower, every = len(trainer.train_dataset), sizes["max_steps"]
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        return Price(
+            batch=batch,
+            lower=lower,
+            everything=len(trainer.all_rows()),
+            every=every if bilevel else 0,
+            upper=counter.rows - rows_of(every, lower, batch) if bilevel else 0,
+            again=bilevel and self.args.retrain != "none",
+            start=made - begin,
+            a_pass=(time.perf_counter() - made) * batch / counter.rows,
+        )
+
+    def make(
+        self, run: Run, train: Any, test: Any, folder: str, counter: PassCounter, **sizes: Any
+    ) -> BilevelTrainer:
+        """A trainer of ``run``, which writes and shows nothing."""
+        method = copy.deepcopy(self.methods[run.method])
+        if run.kind == "one level":
+            method = OneLevel(method)
+        quiet = {"save_strategy": "no", "eval_strategy": "no", "report_to": [], "seed": run.seed}
+        quiet |= {"output_dir": folder, "disable_tqdm": True, "logging_strategy": "no"}
+        args = copy.copy(self.args)
+        for name, value in (quiet | {"learning_rate": run.rate} | sizes).items():
+            setattr(args, name, value)
+        upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
+        if upper_rate is not None:
+            args.upper_learning_rate = upper_rate
+        set_seed(run.seed)
+        model, options = self.base_model(), dict(self.options)
+        if self.adapter is not None:
+            options["peft_config"] = None
+            model = _adapted(model, method.adapter(copy.deepcopy(self.adapter)))
+        callbacks = [*(options.pop("callbacks", None) or ()), counter]
+        trainer = self.trainer(
+            model,
+            args,
+            method=method,
+            train_dataset=train,
+            eval_dataset=test,
+            callbacks=callbacks,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        self.layers = compute_once(trainer)
+        for each in list(trainer.callback_handler.callbacks):
+            if isinstance(each, PrinterCallback | ProgressCallback):
+                trainer.remove_callback(each)
+        return trainer
+
+
+class OneLevel(Method):
+    """The variables of both levels of ``method`` in one level, on all rows.
+
+    The ablation that shows whether two levels are what helps.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.tags = method, method.tags
+        self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
+        for name in ("adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish"):
+            setattr(self, name, getattr(method, name))
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+        """The lower level's loss over the variables of both levels."""
+        return _Together(self.method.lower(model, task_loss), self.method.upper(model, task_loss))
+
+
+class _Together(Problem):
+    def __init__(self, lower: Problem, upper: Problem) -> None:
+        self.lower = lower
+        pairs = [(n, x) for each in (lower, upper) for n, x in zip(each.names, each.variables)]
+        super().__init__(pairs, name=f"{lower.name} in one level")
+
+    def loss(self, batch: Any) -> Any:
+        return self.lower.loss(batch)
+
+
+def _adapted(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
+
+
+def peak_memory() -> Callable[[], float]:
+    """A function that returns the peak memory since now in MB: the device's, or the process's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return lambda: torch.cuda.max_memory_allocated() / 1e6
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak() -> float:
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) / 1e3
+        return float("nan")
+
+    return peak
