@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,10 @@ class PassCounter(TrainerCallback):
     graph is a product of second derivatives, which goes through the graph of the first backward
     pass too, and counts them twice. Forward passes without a gradient count nothing.
 
+    Args:
+        limit: the rows after which the training ends, so that a solver that takes more products
+            later in a run than at first does not exceed the budget.
+
     Example:
         >>> from torch import nn, ones
         >>> counter, model = PassCounter(), nn.Linear(2, 1)
@@ -27,8 +32,8 @@ class PassCounter(TrainerCallback):
         6
     """
 
-    def __init__(self) -> None:
-        self.rows = 0
+    def __init__(self, limit: float = math.inf) -> None:
+        self.rows, self.limit = 0, limit
 
     def __copy__(self) -> Self:
         """The counter itself: both phases of a method are one run."""
@@ -39,6 +44,10 @@ class PassCounter(TrainerCallback):
     ) -> None:
         """Count the passes of ``model`` from now on."""
         self._hook = model.register_forward_hook(self._passed, with_kwargs=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the training at the limit."""
+        control.should_training_stop |= self.rows >= self.limit
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count no longer."""
@@ -107,5 +116,3 @@ def phases(
     spent = rows_of(search, lower, batch) + search // every * upper
     left = passes * batch - spent
     return search, steps_for(left, everything, batch) if again else 0
-
-

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
 from hyperopt_peft.comparison.result import ABLATIONS, Comparison
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Run, Task
+from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.checks import LEARNS
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
@@ -137,7 +138,10 @@ def settings_of(task: Task) -> dict[str, Any]:
         settings[name] = data_fingerprint(rows)
     for name, method in task.methods.items():
         own: Any = fields(method) if is_dataclass(method) else ()
-        settings[f"method {name}"] = [type(method).__name__, *(getattr(method, x.name) for x in own)]
+        settings[f"method {name}"] = [
+            type(method).__name__,
+            *(getattr(method, x.name) for x in own),
+        ]
     return settings
 
 
@@ -170,6 +174,8 @@ class Work:
         every = enumerate(dict.fromkeys(runs))
         mine = [run for k, run in every if k % count == number - 1 and run in missing]
         prices = {price_of(run): self.task.price(run) for run in reversed(mine)}
+        for (name, *_), price in prices.items():
+            self._require_learning(name, price, max(run.rate for run in runs))
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
             delayed(self.task.run)(run, prices[price_of(run)]) for run in mine
         )
@@ -182,6 +188,14 @@ class Work:
                 "after them"
             )
 
+    def _require_learning(self, name: str, price: Price, rate: float) -> None:
+        steps = min(price.steps(self.task.passes, self.task.args))
+        if steps * rate < LEARNS and "adam" in self.task.args.optim:
+            raise ProblemError(
+                f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which hardly "
+                f"train an adapter at a rate of {rate:g}; give more passes or higher rates"
+            )
+
     def estimate(self, plan: Plan) -> str:
         """The runs of each method, with their passes and minutes by one timed upper step."""
         rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
@@ -189,16 +203,15 @@ class Work:
             rate = plan.rates[0]
             run = Run(name, kind, plan.seeds[0], rate)
             price = self.task.price(run)
-            sizes = price.sizes(self.task.passes, self.task.args)
-            steps = [sizes["max_steps"]]
-            if price.again:
-                steps.append(sizes["retrain_arguments"]["max_steps"])
+            steps = price.steps(self.task.passes, self.task.args)
             passes = sum(price.spent(steps).values())
             runs = plan.count(name, kind)
             minutes = runs * (price.start + passes * price.a_pass) / 60
             total += minutes
             shown = " + ".join(map(str, steps))
-            rows.append([name + ABLATIONS[kind], str(runs), shown, f"{passes:.0f}", f"{minutes:.1f}"])
+            rows.append(
+                [name + ABLATIONS[kind], str(runs), shown, f"{passes:.0f}", f"{minutes:.1f}"]
+            )
         return f"{aligned(rows)}\ntogether about {total / self.jobs:.0f} minutes"
 
 

@@ -46,9 +46,7 @@ class Comparison:
         """The score of each reported seed."""
         return self.store.scores(self.plan.runs_of(self.store, name, kind))
 
-    def differences(
-        self, one: tuple[str, Kind], other: tuple[str, Kind]
-    ) -> list[float]:
+    def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
         """The score of one way minus that of the other, for each seed."""
         pairs = zip(self.scores(*one), self.scores(*other), strict=True)
         return [first - second for first, second in pairs]
@@ -104,7 +102,7 @@ class Comparison:
                         ("one level", "all of its variables in one level on all rows"),
                     )
                 ]
-        return found + self._edges()
+        return found + self._edges() + self._remarks()
 
     def _beside(self, one: Any, other: Any, words: str | None = None) -> str:
         gaps = self.differences(one, other)
@@ -129,6 +127,21 @@ class Comparison:
                     f"{name}{ABLATIONS[kind]}: the best rate, {best.rate:g}, is at the edge of the "
                     "rates; give further ones"
                 )
+        return found
+
+    def _remarks(self) -> list[str]:
+        """What is to know of runs beside their scores."""
+        found = []
+        for name in self.plan.methods:
+            runs = self.plan.runs_of(self.store, name, "method")
+            results = [self.store.results[run] for run in runs]
+            change = max(result["finish"] for result in results)
+            if change > 1e-3:
+                found.append(
+                    f"{name}: finish changes the logits, by up to {change:.1%} of the largest; the "
+                    "second training starts from there"
+                )
+            found += [f"{name}: {each}" for each in {result["layers"] for result in results}]
         return found
 
     def __str__(self) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from hyperopt_peft.comparison.budget import PassCounter, phases, rows_of, steps_for
 from hyperopt_peft.comparison.frozen_layers import compute_once
+from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -80,6 +80,12 @@ class Price:
         rows = {"lower steps": first, "upper steps": upper, "second training": again}
         return {name: each / self.batch for name, each in rows.items()}
 
+    def steps(self, passes: float, args: Any) -> list[int]:
+        """The steps of each phase of a run of ``passes`` passes."""
+        sizes = self.sizes(passes, args)
+        again = [sizes["retrain_arguments"]["max_steps"]] if self.again else []
+        return [sizes["max_steps"], *again]
+
     def sizes(self, passes: float, args: Any) -> dict[str, Any]:
         """The arguments with which a run takes ``passes`` passes."""
         if not self.every:
@@ -137,35 +143,35 @@ class Task:
             ProblemError: the run took more passes than its budget; the metric is unknown; as
                 `BilevelTrainer`.
         """
-        begin, counter = time.perf_counter(), PassCounter()
+        begin, counter = time.perf_counter(), PassCounter(self.passes * price.batch)
         train, test = self.rows(run)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes = price.sizes(self.passes, self.args)
             trainer = self.make(run, train, test, folder, counter, **sizes)
+            watch = Watch(trainer, run.method)
             peak = peak_memory()
             trainer.train()
+            watch.check()
             last = trainer.retrainer or trainer
             metrics = last.evaluate(test)
-        name = f"eval_{self.metric}"
-        if name not in metrics:
-            known = ", ".join(sorted(metrics)).replace("eval_", "")
-            raise ProblemError(f"metric: {self.metric} is none of {known}; give compute_metrics")
-        passes = counter.rows / price.batch
-        if passes > self.passes + 1:
+        phases_run = [x for x in (trainer, trainer.retrainer) if x is not None]
+        steps = [each.state.global_step for each in phases_run]
+        planned = sum(each.args.max_steps for each in phases_run)
+        if sum(steps) < 0.9 * planned:
             raise ProblemError(
-                f"{run.method}: took {passes:.1f} passes of {self.passes:g}; it sends rows through "
-                "the model that its first steps did not"
+                f"{run.method}: its {self.passes:g} passes ended after {sum(steps)} of {planned} "
+                "steps, since later steps send more rows through the model than the first ones"
             )
-        steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
         return {
             **asdict(run),
-            "score": metrics[name],
+            "score": metrics[f"eval_{self.metric}"],
             "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
-            "passes": passes,
+            "passes": counter.rows / price.batch,
             "steps": steps,
             "seconds": time.perf_counter() - begin,
             "memory": peak(),
             "layers": self.layers,
+            "finish": watch.change,
         }
 
     def rows(self, run: Run) -> tuple[Any, Any]:
@@ -179,12 +185,18 @@ class Task:
         begin, counter = time.perf_counter(), PassCounter()
         train, test = self.rows(run)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            sizes: dict[str, Any] = {"max_steps": 1, "retrain": "none"}
+            sizes: dict[str, Any] = {"max_steps": 4, "retrain": "none"}
             trainer = self.make(run, train, test, folder, counter, **sizes)
             args, bilevel = trainer.args, trainer.upper is not None
-            if bilevel:
+            if bilevel and args.lower_steps != sizes["max_steps"]:
                 sizes["max_steps"] = args.lower_steps
                 trainer = self.make(run, train, test, folder, counter, **sizes)
+            metrics = trainer.evaluate(test.select(range(min(len(test), 8))))
+            if f"eval_{self.metric}" not in metrics:
+                known = ", ".join(sorted(metrics)).replace("eval_", "")
+                raise ProblemError(
+                    f"metric: {self.metric} is none of {known}; give compute_metrics another"
+                )
             made = time.perf_counter()
             trainer.train()
         lower, every = len(trainer.train_dataset), sizes["max_steps"]

@@ -1,0 +1,64 @@
+"""What a run must have done for its score to count: moved its variables, and left a plain model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.models import evaluating
+
+#: The test rows whose logits `Method.finish` should not change.
+ROWS = 8
+
+
+class Watch:
+    """Watches the training of a method.
+
+    Args:
+        trainer: before its training.
+        name: the method's.
+
+    Attributes:
+        change: the largest change of a logit by ``finish``, relative to the largest logit.
+    """
+
+    def __init__(self, trainer: Any, name: str) -> None:
+        self.trainer, self.name, self.change = trainer, name, 0.0
+        self.before = [(x, x.detach().clone()) for each in trainer.levels for x in each.variables]
+        self.finish = trainer.method.finish
+        trainer.method.finish = self._finish
+
+    def _finish(self, model: Any) -> Any:
+        first = self._logits(model)
+        model = self.finish(model)
+        second = self._logits(model)
+        largest = float(first.abs().max())
+        self.change = float((second - first).abs().max()) / largest if largest else 0.0
+        return model
+
+    def _logits(self, model: Any) -> Tensor:
+        rows = self.trainer.eval_dataset
+        loader = self.trainer.get_eval_dataloader(rows.select(range(min(len(rows), ROWS))))
+        tags = {*self.trainer.tags}
+        with torch.no_grad(), evaluating(model):
+            batches = ({k: v for k, v in batch.items() if k not in tags} for batch in loader)
+            logits = [model(**batch).logits.flatten() for batch in batches]
+        return torch.cat(logits).float()
+
+    def check(self) -> None:
+        """Raise ProblemError where no variable has moved, or a parametrisation is left."""
+        if all(torch.equal(variable, value) for variable, value in self.before):
+            raise ProblemError(
+                f"{self.name}: the training has changed none of its variables; let a loss read them"
+            )
+        model = (self.trainer.retrainer or self.trainer).model
+        for place, module in model.named_modules():
+            if hasattr(module, "parametrizations"):
+                raise ProblemError(
+                    f"{self.name}: finish leaves a parametrisation at {place}, without which the "
+                    "saved adapter is another one; remove it by "
+                    "torch.nn.utils.parametrize.remove_parametrizations"
+                )
