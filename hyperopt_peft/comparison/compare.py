@@ -138,10 +138,8 @@ def settings_of(task: Task) -> dict[str, Any]:
         settings[name] = data_fingerprint(rows)
     for name, method in task.methods.items():
         own: Any = fields(method) if is_dataclass(method) else ()
-        settings[f"method {name}"] = [
-            type(method).__name__,
-            *(getattr(method, x.name) for x in own),
-        ]
+        values = [getattr(method, each.name) for each in own]
+        settings[f"method {name}"] = [type(method).__name__, *values]
     return settings
 
 
@@ -208,10 +206,8 @@ class Work:
             runs = plan.count(name, kind)
             minutes = runs * (price.start + passes * price.a_pass) / 60
             total += minutes
-            shown = " + ".join(map(str, steps))
-            rows.append(
-                [name + ABLATIONS[kind], str(runs), shown, f"{passes:.0f}", f"{minutes:.1f}"]
-            )
+            numbers = [str(runs), " + ".join(map(str, steps)), f"{passes:.0f}", f"{minutes:.1f}"]
+            rows.append([name + ABLATIONS[kind], *numbers])
         return f"{aligned(rows)}\ntogether about {total / self.jobs:.0f} minutes"
 
 

@@ -1,4 +1,4 @@
-"""`compare_methods`: equal passes, chosen rates, ablations, a store that goes on, other processes."""
+"""`compare_methods`: equal passes, chosen rates, ablations, a store that goes on, processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,8 @@ def test_parts_of_a_job_array_join(tmp_path: Path) -> None:
     whole = compared(folder=tmp_path / "whole", rates=(6e-2,))
     for _ in range(3):  # two stages of rates, and the reported runs
         for number in (1, 2):
-            try:
-                parts = compared(part=(number, 2), **options)
-            except ProblemError as error:
-                assert "other parts" in str(error)
+            with suppress(ProblemError):  # the other part is not done
+                compared(part=(number, 2), **options)
     parts = compared(part=(1, 2), **options)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert parts.scores("BiDoRA") == whole.scores("BiDoRA")
@@ -153,9 +152,13 @@ def test_other_processes_give_the_same_lines(tmp_path: Path, backend: str) -> No
         compared(folder=tmp_path / "two", jobs=2, **options)
     else:
         distributed = pytest.importorskip("distributed")
-        with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
-            with distributed.Client(cluster), joblib.parallel_config(backend="dask"):
-                compared(folder=tmp_path / "two", jobs=2, **options)
+        workers = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+        with (
+            distributed.LocalCluster(**workers) as cluster,
+            distributed.Client(cluster),
+            joblib.parallel_config(backend="dask"),
+        ):
+            compared(folder=tmp_path / "two", jobs=2, **options)
     one, two = (lines(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for key, (score, passes) in one.items():
