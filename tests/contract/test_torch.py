@@ -14,6 +14,8 @@ from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from hyperopt_peft import ProblemError
+from hyperopt_peft.core.validation import runs_in_half
 from hyperopt_peft.utils import autograd
 
 
@@ -107,36 +109,18 @@ def test_will_engine_execute_node() -> None:
     assert Squared.asked == (True, False)
 
 
-def test_input_metadata_has_the_dtypes_of_a_node() -> None:
+def test_the_graph_of_a_loss_tells_its_precision_and_reentrant_checkpoints() -> None:
     x = torch.ones(2, requires_grad=True)
-    assert autograd.is_half((x.bfloat16() * 2).grad_fn)
-    assert not autograd.is_half((x * 2).grad_fn)
+    assert runs_in_half((x.bfloat16() * 2).float().sum(), "level")
+    assert runs_in_half((x * 2).sum(), "level") is False
+    with pytest.raises(ProblemError, match="reentrant"):
+        runs_in_half(checkpoint(torch.sin, x, use_reentrant=True).sum(), "level")
 
 
 def test_forward_cls_of_a_once_differentiable_function() -> None:
     x = torch.ones(2, requires_grad=True)
     assert autograd.once_differentiable_functions(Once.apply(x).sum()) == ["Once"]
     assert not autograd.once_differentiable_functions(Squared.apply(x, x).sum())
-
-
-def test_the_node_of_a_reentrant_checkpoint_is_called_checkpoint_function() -> None:
-    x = torch.ones(2, requires_grad=True)
-    y = checkpoint(torch.sin, x, use_reentrant=True)
-    assert any(map(autograd.is_checkpoint, autograd.graph_nodes([y])))
-
-
-def test_the_words_of_an_in_place_edit_that_autograd_refuses() -> None:
-    leaf = torch.ones(2, requires_grad=True)
-    with pytest.raises(RuntimeError) as refused:
-        leaf.mul_(2)
-    assert autograd.refuses_in_place_edit(refused.value)
-    result = leaf.exp()
-    with torch.no_grad():
-        result.add_(1)  # exp's derivative is its result
-    with pytest.raises(RuntimeError) as refused:
-        result.sum().backward()
-    assert autograd.refuses_in_place_edit(refused.value)
-    assert not autograd.refuses_in_place_edit(RuntimeError("out of memory"))
 
 
 class Once(torch.autograd.Function):
