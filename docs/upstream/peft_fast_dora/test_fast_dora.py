@@ -1,4 +1,4 @@
-"""The layer proposed to PEFT, in docs/upstream/peft_fast_dora, against the installed PEFT."""
+"""The layer proposed to PEFT against the installed PEFT."""
 
 import copy
 import doctest
@@ -18,14 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 pytest.importorskip("peft", minversion="0.19")  # which has DoraCaching
-FOLDER = Path(__file__).parents[2] / "docs" / "upstream" / "peft_fast_dora"
-sys.path.insert(0, str(FOLDER))
-import benchmark  # noqa: E402
-import fast_dora  # noqa: E402
-from fast_dora import enable_fast_dora  # noqa: E402
-from peft.helpers import DoraCaching  # noqa: E402
-
-sys.path.remove(str(FOLDER))
+import benchmark
+import fast_dora
+from fast_dora import enable_fast_dora
+from peft.helpers import DoraCaching
 
 
 class Pair(nn.Module):

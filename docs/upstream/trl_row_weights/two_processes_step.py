@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from patched_trainer import proposed
+
 from tests.support import two_processes
-from tests.support.proposed_row_weights import proposed
 
 
 def train(folder: Path, batch: int) -> Any:

@@ -1,11 +1,10 @@
-"""The solver for benchopt's bilevel benchmark, in docs/upstream/benchopt_bilevel.
+"""The solver for benchopt's bilevel benchmark.
 
 It needs benchopt and JAX, which this project does not install.
 """
 
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("benchopt")
-FOLDER = Path(__file__).parents[2] / "docs" / "upstream" / "benchopt_bilevel"
 #: Of the samples of the inner function.
 HESSIAN = [1.0, 0.5, 2.0]
 
@@ -25,7 +23,6 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Any:
     constants = ModuleType("benchmark_utils.constants")
     constants.PATIENCE = 100  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "benchmark_utils.constants", constants)
-    monkeypatch.syspath_prepend(FOLDER)
     package = importlib.import_module("benchmark_utils")
     monkeypatch.setattr(package, "constants", constants, raising=False)
     return importlib.import_module("solvers.hyperopt_peft")

@@ -1,12 +1,13 @@
-"""The patch proposed to TRL, in docs/upstream/trl_row_weights, on a copy of the installed TRL."""
+"""The patch proposed to TRL on a copy of the installed TRL."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from patched_trainer import installed, proposed
+from two_processes_step import train
 
-from tests.support import two_processes, weighted_rows_in_processes
-from tests.support.proposed_row_weights import installed, proposed
+from tests.support import two_processes
 
 #: The tests that are proposed with the patch, with the patched trainer.
 TestLossWeights = proposed.TestLossWeights
@@ -30,7 +31,9 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """The weights of both are summed, so that it does not matter which process has a row."""
     launcher = ["torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    results = two_processes.run(launcher, "weighted_rows_in_processes.py", tmp_path)
-    expected = weighted_rows_in_processes.train(tmp_path, 2)
+    results = two_processes.run(
+        launcher, Path(__file__).with_name("two_processes_step.py"), tmp_path
+    )
+    expected = train(tmp_path, 2)
     for result in results:
         torch.testing.assert_close(result, expected)

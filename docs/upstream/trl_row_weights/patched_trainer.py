@@ -1,4 +1,4 @@
-"""The trainer of docs/upstream/trl_row_weights: the installed TRL with the patch, and its tests."""
+"""The installed TRL with the patch, and the tests that are proposed with it."""
 
 import importlib.util
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 trl = pytest.importorskip("trl")
 if version("trl") != "1.16.0":
     pytest.skip("the patch is for trl 1.16.0", allow_module_level=True)
-FOLDER = Path(__file__).parents[2] / "docs" / "upstream" / "trl_row_weights"
+FOLDER = Path(__file__).parent
 NAME = "trl.trainer.sft_trainer"
 
 
