@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from hyperopt_peft.hypergradients.implicit import nystrom
 from tests.support.quadratic import flat, positive, program, symmetric
 from tests.support.systems import indefinite, residual, system
 
-EXAMPLES = settings(max_examples=20)
 EYE = torch.eye(9, dtype=torch.float64)
 
 
@@ -37,7 +36,6 @@ def solved(h: Tensor, **options: Any) -> tuple[Tensor, Tensor, Any]:
 
 
 @given(rank=st.integers(1, 9), seed=st.integers(0, 10**6), damping=st.floats(0.01, 10))
-@EXAMPLES
 def test_alone_it_is_the_solution_with_the_low_rank_hessian(
     rank: int, seed: int, damping: float
 ) -> None:
@@ -50,7 +48,6 @@ def test_alone_it_is_the_solution_with_the_low_rank_hessian(
 
 
 @given(seed=st.integers(0, 10**6), damping=st.sampled_from([None, 0.0, 2.0]))
-@EXAMPLES
 def test_with_as_many_columns_as_unknowns_it_is_exact(seed: int, damping: float | None) -> None:
     h = positive(9, torch.Generator().manual_seed(seed))
     for rank in (9, 50):
@@ -94,7 +91,6 @@ def test_it_shortens_conjugate_gradients_where_few_eigenvalues_are_large() -> No
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @given(rank=st.integers(1, 11), scale=st.floats(1e-3, 1e3), steps=st.sampled_from([0, 2]))
-@EXAMPLES
 def test_scaling_f_changes_nothing_before_convergence_either(
     rank: int, scale: float, steps: int
 ) -> None:
@@ -116,7 +112,6 @@ def test_the_columns_are_orthonormal_and_always_the_same() -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 9])
 @given(seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_negative_curvature_is_left_out_or_ends_it(rank: int, seed: int) -> None:
     """The preconditioner is positive definite, and what CG returns is no worse than zero."""
     h = indefinite(9, seed)

@@ -120,11 +120,9 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(
     ("method", "double_backward"),
     [
-        ("darts", "darts:product=exact"),
         ("darts:scheme=forward", "darts:product=exact"),
         ("cg:product=difference", "cg"),
         ("unrolled:steps=3,product=difference", "unrolled:steps=3"),
-        ("forward:steps=3", "unrolled:steps=3"),
         ("forward:steps=3,product=difference", "unrolled:steps=3"),
     ],
 )
@@ -244,8 +242,15 @@ def renorm(tensor: Tensor) -> Tensor:
 
 
 @cases()
-@pytest.mark.parametrize("write", [clamp, clamp_data, add_after_use, renorm])
-@pytest.mark.parametrize(("writer", "of"), [("upper", "w"), ("lower", "w"), ("lower", "u")])
+@pytest.mark.parametrize(
+    ("write", "writer", "of"),
+    [
+        (clamp, "lower", "u"),
+        (clamp_data, "lower", "w"),
+        (add_after_use, "upper", "w"),
+        (renorm, "lower", "w"),
+    ],
+)
 def test_a_loss_that_writes_to_a_variable_is_refused(
     case: Case, write: Callable[[Tensor], Tensor], writer: str, of: str
 ) -> None:
@@ -270,15 +275,6 @@ def test_a_loss_that_writes_to_a_variable_is_refused(
         with pytest.raises(ProblemError, match=rf"a loss writes to \w+'s {of}"):
             hypergradient(upper, lower, case.estimator)
     assert torch.equal(u, torch.ones(2, 2)) and torch.equal(w, u)
-
-
-def test_a_loss_that_writes_to_its_variable_may_train_until_the_first_hypergradient() -> None:
-    u, w = (torch.ones(2, requires_grad=True) for _ in range(2))
-    lower = FunctionLevel(lambda _: (clamp(w) - u).square().sum(), [w], optimizer=SGD([w], lr=0.1))
-    fit(lower, 2, progress=False)
-    upper = FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1))
-    with pytest.raises(ProblemError, match="a loss writes to"):
-        Engine(upper, lower, "darts", progress=False).run(1)
 
 
 @cases()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,7 +32,6 @@ from hyperopt_peft.hypergradients.implicit import exact
 from tests.support.quadratic import FunctionLevel, Level, flat, positive, program, symmetric
 from tests.support.systems import indefinite, residual, system
 
-EXAMPLES = settings(max_examples=25)
 SOLVERS = {
     name: entry.estimator()
     for name, entry in registered().items()
@@ -63,7 +62,6 @@ def test_minres_passes_over_a_step_without_curvature() -> None:
 
 
 @given(steps=st.integers(1, 9), seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_minres_has_the_least_residual_of_its_krylov_space(steps: int, seed: int) -> None:
     h = indefinite(9, seed)
     matvec, vector, b = system(h, seed)
@@ -81,7 +79,6 @@ def galerkin(h: Tensor, b: Tensor, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("condition", [10.0, 1000.0])
 @given(steps=st.integers(1, 6), seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_conjugate_gradients_return_their_last_iterate_on_positive_systems(
     condition: float, steps: int, seed: int
 ) -> None:
@@ -116,7 +113,6 @@ def test_minres_reports_the_residual_of_its_solution_of_a_singular_system(seed: 
 
 
 @given(seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_conjugate_gradients_stop_at_negative_curvature_and_say_so(seed: int) -> None:
     """They return the iterate of least residual from before the step that met it."""
     eigenvalues = torch.linspace(1, 10, 9, dtype=torch.float64)
@@ -199,7 +195,6 @@ def test_krylov_solvers_stop_at_their_tolerance(kind: Callable[..., Solver]) -> 
 
 
 @given(terms=st.integers(0, 8), eta=st.floats(0.01, 0.15), seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_neumann_sums_its_series(terms: int, eta: float, seed: int) -> None:
     h = positive(6, torch.Generator().manual_seed(seed))
     matvec, vector, b = system(h, seed)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from hyperopt_peft.hypergradients import Matvec, Vector, WarmStart
 from hyperopt_peft.hypergradients.implicit.warm import FIRST_STEPS
 from tests.support.quadratic import positive, program, symmetric
 
-EXAMPLES = settings(max_examples=25)
 State = dict[str, Any]
 
 
@@ -44,7 +43,6 @@ def calls(solver: WarmStart, systems: Sequence[tuple[Tensor, Tensor]], state: St
     damping=st.sampled_from([0.0, 2.0]),
     seed=st.integers(0, 10**6),
 )
-@EXAMPLES
 def test_the_error_is_the_product_of_all_steps(
     n: int, steps: int, decay: float, damping: float, seed: int
 ) -> None:
@@ -68,7 +66,6 @@ def test_the_error_is_the_product_of_all_steps(
 
 
 @given(damping=st.sampled_from([0.0, 1.0]), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 10**6))
-@settings(max_examples=8)
 def test_the_step_is_one_over_the_largest_eigenvalue(
     damping: float, scale: float, seed: int
 ) -> None:
