@@ -14,8 +14,8 @@ torch.set_num_threads(1)
 
 # The same examples in every run: a failure is a failure for everyone. With
 # `--hypothesis-profile thorough` there are more of them.
-settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=10)
-settings.register_profile("thorough", settings.get_profile("fixed"), max_examples=100)
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=6)
+settings.register_profile("thorough", settings.get_profile("fixed"), max_examples=60)
 settings.load_profile("fixed")
 
 

@@ -72,8 +72,9 @@ def test_half_precision_models_have_the_hypergradient_of_single_precision(
     )
 
 
-@pytest.mark.parametrize("way", ["all in bfloat16", "autocast"])
-@pytest.mark.parametrize("scheme", ["forward", "central"])
+@pytest.mark.parametrize(
+    ("way", "scheme"), [("all in bfloat16", "forward"), ("autocast", "central")]
+)
 def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, scheme: str) -> None:
     """The lower step's own ∂f/∂u, of eight bits, is no term of a quotient with a small step."""
     model, autocast, reference = half_and_single(way)

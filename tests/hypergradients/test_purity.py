@@ -93,8 +93,8 @@ def test_everything_is_bit_identical_after_an_exception_in_any_evaluation(
     hypergradient(*levels, case.estimator)
     total = evaluations()
     assert total >= 1
-    # Solvers repeat themselves: their first evaluations, some between, and the last.
-    for k in sorted({1, 2, 3, 4, total // 2, total - 1, total} & set(range(1, total + 1))):
+    # Solvers repeat themselves: their first evaluations, one between, and the last.
+    for k in sorted({1, 2, total // 2, total} & set(range(1, total + 1))):
         levels = trained_levels()
         give_gradients(levels[0].net)
         before = snapshot(*levels)
@@ -156,8 +156,7 @@ def test_random_numbers_of_an_estimator_are_its_own() -> None:
 
 
 @cases()
-@pytest.mark.parametrize("generators", [False, True])
-def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case, generators: bool) -> None:
+def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case) -> None:
     """With an upper learning rate of 0, training is that of the lower level alone, bit for bit.
 
     Neither the upper level's passes nor its dropout and shuffling may be seen. This is the
@@ -165,12 +164,12 @@ def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case, generators
     """
     if case.estimator.requirements.upper_weight:
         pytest.skip("it owns the lower steps too")
-    upper, lower = network_levels(upper_lr=0.0, generators=generators)
+    upper, lower = network_levels(upper_lr=0.0)
     torch.manual_seed(4)
-    Engine(upper, lower, case.estimator, lower_steps=2, warmup_steps=3, progress=False).run(6)
-    _, alone = network_levels(generators=generators)
+    Engine(upper, lower, case.estimator, lower_steps=2, warmup_steps=3, progress=False).run(4)
+    _, alone = network_levels()
     torch.manual_seed(4)
-    fit(alone, 15, progress=False)
+    fit(alone, 11, progress=False)
     assert not differences(lower.variables, alone.variables)
     assert not differences(*(dict(level.net.named_buffers()) for level in (lower, alone)))
 
