@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from peft import LoraConfig, get_peft_model, helpers
+from peft import helpers
 from peft.tuners.lora import dora
 from peft.tuners.lora import layer as lora
-from peft.utils import constants
 from torch import Tensor, nn
 
 from hyperopt_peft.adapters import peft_internals
 from tests.support.adapted_models import KINDS, Single, adapted_layer, layer_input, single, wrap
 
-METHODS = ("init", "merge_safe", "merge_unsafe", "unmerge", "forward")
 VARIANTS = {
     "linear": peft_internals.DoraLinearVariant,
     "conv1d_gpt2": peft_internals.DoraLinearVariant,
@@ -40,18 +38,6 @@ def test_lora_variant_holds_the_variant_of_a_dora_layer(kind: str) -> None:
     assert type(layer.lora_variant["default"]) is VARIANTS[kind]
     assert peft_internals.variants(layer) == [layer.lora_variant["default"]]
     assert not peft_internals.variants(adapted_layer(single(kind, use_dora=False)))
-
-
-@pytest.mark.parametrize(
-    "variant", dict.fromkeys(VARIANTS.values()), ids=lambda kind: kind.__name__
-)
-def test_the_methods_of_a_variant(variant: type[peft_internals.LoraVariant]) -> None:
-    for name in METHODS:
-        assert isinstance(inspect.getattr_static(variant, name), staticmethod), name
-    assert parameters(variant.forward) == ["module", "active_adapter", "x", "result", "kwargs"]
-    for name in ("merge_safe", "merge_unsafe", "unmerge"):
-        names = parameters(getattr(variant, name))
-        assert names == ["module", "active_adapter", "orig_weight"], name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,16 +80,6 @@ def test_embed_and_get_embed_scale_of_an_embedding() -> None:
     assert torch.equal(layer._embed(torch.tensor([6, 2]), table), table[[6, 2]])
 
 
-@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d"])
-def test_conv_fn_of_a_convolution(kind: str) -> None:
-    layer: Any = adapted_layer(single(kind))
-    assert layer.conv_fn is getattr(nn.functional, kind)
-
-
-def test_param_wrapper_is_a_lora_layer() -> None:
-    assert issubclass(peft_internals.ParamWrapper, lora.LoraLayer)
-
-
 def test_enable_dora_caching_is_what_dora_caching_sets() -> None:
     if not hasattr(helpers, "DoraCaching"):
         assert not hasattr(dora, "ENABLE_DORA_CACHING")
@@ -128,10 +104,6 @@ def test_dora_cache_holds_what_dora_caching_keeps() -> None:
     assert not cache
 
 
-def test_seq_cls_head_names() -> None:
-    assert set(constants.SEQ_CLS_HEAD_NAMES) == {"score", "classifier"}
-
-
 def test_hf_hook_marks_what_accelerate_has_placed() -> None:
     module = nn.Linear(2, 2)
     assert not peft_internals.is_placed(module)
@@ -150,11 +122,3 @@ def test_the_name_of_a_parameter() -> None:
         "lora_magnitude_vector.default.weight",
     )
     assert names == [f"base_model.model.layer.{part}" for part in parts]
-
-
-def test_a_variant_may_replace_another_after_the_adapter_was_made() -> None:
-    config = LoraConfig(r=2, use_dora=True, target_modules=["layer"])
-    layer = adapted_layer(get_peft_model(Single(nn.Linear(4, 5)), config))
-    peft_internals.set_variant(layer, "default", variant := peft_internals.DoraLinearVariant())
-    assert peft_internals.variant(layer, "default") is variant
-    assert peft_internals.variant(layer, "other") is None

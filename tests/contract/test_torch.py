@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -144,22 +142,6 @@ def test_the_node_of_a_derivative_that_raises_has_error_in_its_name() -> None:
     assert not any(map(autograd.raises_when_differentiated, autograd.graph_nodes([slope])))
 
 
-def test_the_words_of_a_double_backward_that_is_refused() -> None:
-    x = torch.ones(2, requires_grad=True)
-    (slope,) = torch.autograd.grad(Once.apply(x.sin()).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError) as twice:
-        slope.sum().backward()
-    assert autograd.lacks_second_derivative(twice.value)
-    query = torch.ones(1, 1, 4, 8, requires_grad=True)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        attention = scaled_dot_product_attention(query, query, query).sum()
-    (slope,) = torch.autograd.grad(attention, query, create_graph=True)
-    with pytest.raises(RuntimeError) as missing:
-        torch.autograd.grad(slope.sum(), query)
-    assert autograd.lacks_second_derivative(missing.value)
-    assert not autograd.lacks_second_derivative(RuntimeError("shapes do not match"))
-
-
 class Watch(TorchFunctionMode):
     """Has the names of the functions that a mode gets."""
 
@@ -170,15 +152,6 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls.append(getattr(func, "__name__", ""))
         return func(*args, **(kwargs or {}))
-
-
-def test_function_modes_are_off_in_the_body() -> None:
-    with Watch() as watch:
-        with autograd.function_modes_off():
-            torch.ones(1) + 1
-        assert not watch.calls
-        torch.ones(1) + 1
-        assert watch.calls
 
 
 def test_a_mode_does_not_get_the_backward_pass_from_gradient_edges_but_what_is_in_it() -> None:
