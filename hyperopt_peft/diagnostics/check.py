@@ -65,7 +65,7 @@ def check_problem(
     `Check.signal_to_noise` is that of a hypergradient from one batch of each level, over several
     pairs of batches and dropout masks (`SignalToNoise`); below 1 it is a warning, since an upper
     step then moves further along the noise. `Check.curvature` has a damping for ``cg``, ``minres``
-    and ``warm`` and a ξ for ``darts``, in the units of this f.
+    and ``warm``, in the units of this f.
 
     The cost is at most 5·``solver_steps`` second-derivative products and some thirty passes, 12 of
     these in float64, which takes a GPU longer and twice the memory of float32, and
@@ -292,12 +292,11 @@ class _Examination:
         kinds = {finding.kind for finding in self.findings}
         if not curvature.implicit and not kinds & {"no mixed derivative", "no implicit term"}:
             self._no_mixed()
-        darts = f"darts:xi={curvature.xi:.2g}" if curvature.xi > 0 else "direct"
         if curvature.smallest < -1e-3 * abs(curvature.largest):
             words = f"the lower Hessian has negative curvature, {curvature.smallest:.2g}"
             advice = (
-                f"this is no minimum: take more lower steps, give cg, minres or warm "
-                f"damping={curvature.damping():.2g}, or use {darts}"
+                f"this is no minimum: take more lower steps, or give cg, minres or warm "
+                f"damping={curvature.damping():.2g}"
             )
             self._add("negative curvature", "warning", lower, words, advice)
         if curvature.residual > 0.1:

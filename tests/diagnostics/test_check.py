@@ -226,9 +226,6 @@ def test_negative_curvature():
     damping = (5.0 + 10 * 0.3) / 9  # (5 + δ)/(δ − 0.3) = 10
     assert check.curvature.damping() == pytest.approx(damping, rel=1e-6)
     assert f"damping={damping:.2g}" in finding_of(check, "negative curvature").advice
-    v = torch.linalg.solve(quadratic.h + damping * torch.eye(6).double(), quadratic.b)
-    d, r = quadratic.implicit(quadratic.b), quadratic.implicit(v)
-    assert check.curvature.xi == pytest.approx(float(d @ r / (d @ d)), rel=1e-2)
 
 
 def test_an_ill_conditioned_lower_level():
