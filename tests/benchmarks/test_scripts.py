@@ -18,7 +18,6 @@ SLOW = [
     "speed on_paper --quick",
     "estimators comparison --quick --methods direct cg:steps=10",
     "estimators convergence --quick",
-    "estimators cost --quick",
     "estimators fidelity --quick",
     "estimators noise --quick",
     "attribution scores --quick --parts methods cost memory suspects",
