@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyperopt_peft.utils.distributed import ShardLayout, is_sharded, to_local, totals
 
-BLOCK = 2**16  # entries that a CPU widens at a time, which stay in its cache
+BLOCK = 2**14  # entries that a CPU widens at a time, which stay in its cache
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
