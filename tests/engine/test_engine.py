@@ -102,7 +102,7 @@ def test_the_step_is_along_the_hypergradient(estimator: Any) -> None:
     expected = hypergradient(upper, lower, "exact")
     lower.optimizer.param_groups[0]["lr"] = 0.0
     before = [u.detach().clone() for u in upper.variables]
-    Engine(upper, lower, "cg", progress=False).run(1)
+    Engine(upper, lower, estimator, progress=False).run(1)
     for u, start, h in zip(upper.variables, before, expected, strict=True):
         torch.testing.assert_close(u, start - 0.05 * h)
 
