@@ -27,11 +27,18 @@ from tests.support.adapted_models import (
 )
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_trained_base_gets_its_gradient(bias: bool) -> None:
-    options = {"bias": "all"} if bias else {}
-    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), **options)), tokens(20)
-    adapted_layer(model).get_base_layer().weight.requires_grad_(not bias)
+def test_a_trained_base_weight_gets_its_gradient() -> None:
+    model, x = randomise(single()), tokens(20)
+    weight = adapted_layer(model).get_base_layer().weight.requires_grad_()
+    gradients = []
+    for prepare in (set_norm_grad, use_fast_dora):
+        prepare(model)
+        gradients.append(torch.autograd.grad(model(x).sin().sum(), weight)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_trained_bias_gets_its_gradient() -> None:
+    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), bias="all")), tokens(20)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 4
     gradients = []
@@ -102,6 +109,17 @@ def test_a_backward_hook_on_the_base_layer_is_honoured() -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def test_a_global_hook_is_honoured() -> None:
+    model, x = randomise(single()), tokens(3)
+
+    def double(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        return 2 * output if module is adapted_layer(model).get_base_layer() else None
+
+    with nn.modules.module.register_module_forward_hook(double):
+        expected = set_norm_grad(model)(x)
+        torch.testing.assert_close(use_fast_dora(model)(x), expected)
+
+
 def test_transforms_of_functions() -> None:
     model, x = randomise(single()), tokens(3)[0]
     b = {"base_model.model.layer.lora_B.default.weight": adapted_layer(model).lora_B.default.weight}
@@ -138,6 +156,13 @@ def test_forward_mode_derivatives() -> None:
     torch.testing.assert_close(
         tangent, (m["default"].weight * v.sum(1) / row_norm(v)).expand_as(tangent)
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_model() -> None:
+    model = use_fast_dora(randomise(single())).eval()
+    traced = torch.jit.trace(model, tokens(3))
+    torch.testing.assert_close(traced(tokens(3) + 1), model(tokens(3) + 1))
 
 
 needs_caching = pytest.mark.skipif(
@@ -190,10 +215,28 @@ def test_the_cache_is_filled_and_emptied_as_by_peft(kind: str) -> None:
         assert not cache
 
 
-def test_a_base_weight_that_is_wider_than_the_adapter() -> None:
+@needs_caching
+@torch.no_grad()
+def test_another_forward_pass_starts_without_the_cache_of_the_former() -> None:
+    model, x = randomise(single()).eval(), tokens(3)
+    with helpers.DoraCaching():
+        model(x)
+        set_norm_grad(model, "full")
+        adapted_layer(model).lora_B["default"].weight.mul_(2)
+        expected = model(x)
+        torch.testing.assert_close(set_norm_grad(model, "detach")(x), expected)
+
+
+def two_precisions() -> PeftModel:
+    """W0 in float64 and the adapter in float32."""
     model = randomise(single())
     for p in (p for n, p in model.named_parameters() if "lora_" in n):
         p.data = p.data.float()
+    return model
+
+
+def test_a_base_weight_that_is_wider_than_the_adapter() -> None:
+    model = two_precisions()
     reference = randomise(single())
     with torch.no_grad():
         for p, q in zip(reference.parameters(), model.parameters(), strict=True):

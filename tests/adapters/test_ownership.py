@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.adapters import set_norm_grad, split_parameters
 from tests.support.adapted_models import KINDS, bert, dora_bert, single, wrap
 
 
@@ -80,3 +81,11 @@ def test_error_for_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
     next(iter(split_parameters(model).directions.values())).requires_grad_(False)
     with pytest.raises(ValueError, match=r"query\.lora_A\.default\.weight: "):
         split_parameters(model)
+
+
+def test_parameters_are_the_same_under_either_norm_gradient() -> None:
+    model = dora_bert()
+    before = split_parameters(model)
+    assert split_parameters(set_norm_grad(model, "full")) == before
+    assert before.magnitudes.keys().isdisjoint(before.directions)
+    assert all(isinstance(p, torch.Tensor) for p in before.magnitudes.values())

@@ -9,6 +9,8 @@ from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.dora.row_norms import measure
 from tests.support.adapted_models import (
     adapted_layer,
+    assert_same,
+    output_and_gradients,
     randomise,
     single,
     tokens,
@@ -48,3 +50,12 @@ def test_a_write_that_autograd_does_not_see_counts(name: str) -> None:
     adapted_layer(model).get_parameter(name).data.mul_(2)
     actual = model(x)
     torch.testing.assert_close(actual, set_norm_grad(model)(x), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_of_inference_mode_enter_no_graph() -> None:
+    model, x = use_fast_dora(randomise(single())), tokens(3)
+    expected = output_and_gradients(model, x)
+    with torch.inference_mode():
+        inside = model(x).clone()
+    assert_same(output_and_gradients(model, x), expected, 0)
+    torch.testing.assert_close(inside, expected["output"])

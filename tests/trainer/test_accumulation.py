@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ def micro_batches(*batches: Any) -> list[MicroBatch]:
 
 
 @given(count=st.integers(1, 6), size=st.integers(1, 5))
+@settings(max_examples=20)
 def test_loss_metrics_and_gradient_are_those_of_all_examples(count: int, size: int) -> None:
     level, batch = Fit(), examples(count * size)
     parts = micro_batches(*zip(*(tensor.chunk(count) for tensor in batch), strict=True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import ClassLabel, Dataset, Features, Value
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
@@ -39,6 +39,7 @@ COUNTS = st.lists(st.integers(10, 40), min_size=2, max_size=4)
 
 
 @given(counts=COUNTS, share=st.floats(0.2, 0.8), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
 def test_classes_have_their_shares_in_both_parts(counts: Any, share: Any, seed: Any) -> None:
     """To one example a class; no row is lost or doubled."""
     data = classes(counts)
@@ -133,6 +134,7 @@ SIZES = {"rows": st.integers(1, 25), "size": st.integers(1, 9), "seed": st.integ
 
 
 @given(**SIZES, numbers=st.lists(st.integers(0, 200), min_size=1, max_size=6))
+@settings(max_examples=30)
 def test_a_batch_is_a_function_of_its_number(rows: Any, size: Any, seed: Any, numbers: Any) -> None:
     """Asked for in any order, by any stream, whatever the random state; none is drawn from it."""
     one = UpperBatches(range(rows), size, seed=seed, collate=list)
@@ -147,6 +149,7 @@ def test_a_batch_is_a_function_of_its_number(rows: Any, size: Any, seed: Any, nu
 
 
 @given(**SIZES, epoch=st.integers(0, 50))
+@settings(max_examples=30)
 def test_an_epoch_has_no_example_twice(rows: Any, size: Any, seed: Any, epoch: Any) -> None:
     """Each once where the batches divide the examples; otherwise a smaller last one is left out."""
     batches = UpperBatches(range(rows), size, seed=seed, collate=list)
@@ -159,6 +162,7 @@ def test_an_epoch_has_no_example_twice(rows: Any, size: Any, seed: Any, epoch: A
 
 
 @given(**SIZES, processes=st.integers(1, 4), number=st.integers(0, 50))
+@settings(max_examples=30)
 def test_the_shares_of_processes_make_the_batch_of_one(
     rows: Any, size: Any, seed: Any, processes: Any, number: Any
 ) -> None:
@@ -193,6 +197,7 @@ def test_workers_make_the_batches_of_one_process() -> None:
 
 
 @given(**SIZES, processes=st.integers(1, 4), number=st.integers(0, 20))
+@settings(max_examples=60)
 def test_a_whole_batch_is_every_example_once(
     rows: Any, size: Any, seed: Any, processes: Any, number: Any
 ) -> None:
