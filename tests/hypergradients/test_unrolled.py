@@ -84,14 +84,6 @@ def test_each_step_is_differentiated_as_it_was_done(
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@both_modes
-def test_a_record_tells_how_many_steps_were_differentiated(method: str) -> None:
-    w, u = start()
-    levels = make_levels(SGD(w, lr=0.1), w, u)
-    (record,) = Engine(*levels, f"{method}:steps=2", lower_steps=3, progress=False).run(1)
-    assert record["solver_steps"] == 2
-
-
 @each_optimizer
 @both_modes
 def test_outside_training_steps_are_simulated_from_the_current_point(
