@@ -12,11 +12,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import helpers
 from peft.tuners.lora import dora
 from peft.tuners.lora import layer as lora
-from torch import Tensor, nn
+from peft.utils import constants
+from torch import nn
 
 from hyperopt_peft.adapters import peft_internals
 from tests.support.adapted_models import KINDS, Single, adapted_layer, layer_input, single, wrap
 
+METHODS = ("init", "merge_safe", "merge_unsafe", "unmerge", "forward")
 VARIANTS = {
     "linear": peft_internals.DoraLinearVariant,
     "conv1d_gpt2": peft_internals.DoraLinearVariant,
@@ -40,23 +42,16 @@ def test_lora_variant_holds_the_variant_of_a_dora_layer(kind: str) -> None:
     assert not peft_internals.variants(adapted_layer(single(kind, use_dora=False)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_calls_forward_of_its_variant(kind: str) -> None:
-    model = single(kind)
-    layer, seen = adapted_layer(model), []
-
-    class Watched(VARIANTS[kind]):  # type: ignore[misc,valid-type]
-        @staticmethod
-        def forward(
-            module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-        ) -> Tensor:
-            seen.append((module, active_adapter, x.shape, result.shape))
-            return result
-
-    layer.lora_variant["default"] = Watched()
-    x = layer_input(kind)
-    y = model(x)
-    assert seen == [(layer, "default", x.shape, y.shape)]
+@pytest.mark.parametrize(
+    "variant", dict.fromkeys(VARIANTS.values()), ids=lambda kind: kind.__name__
+)
+def test_the_methods_of_a_variant(variant: type[peft_internals.LoraVariant]) -> None:
+    for name in METHODS:
+        assert isinstance(inspect.getattr_static(variant, name), staticmethod), name
+    assert parameters(variant.forward) == ["module", "active_adapter", "x", "result", "kwargs"]
+    for name in ("merge_safe", "merge_unsafe", "unmerge"):
+        names = parameters(getattr(variant, name))
+        assert names == ["module", "active_adapter", "orig_weight"], name
 
 
 def test_parts_of_a_layer() -> None:
@@ -80,28 +75,29 @@ def test_embed_and_get_embed_scale_of_an_embedding() -> None:
     assert torch.equal(layer._embed(torch.tensor([6, 2]), table), table[[6, 2]])
 
 
-def test_enable_dora_caching_is_what_dora_caching_sets() -> None:
+def test_names_and_bases() -> None:
+    for kind in ("conv1d", "conv2d", "conv3d"):
+        assert adapted_layer(single(kind)).conv_fn is getattr(nn.functional, kind)
+    assert issubclass(peft_internals.ParamWrapper, lora.LoraLayer)
+    assert set(constants.SEQ_CLS_HEAD_NAMES) == {"score", "classifier"}
+
+
+def test_dora_caching_sets_enable_dora_caching_and_fills_dora_cache() -> None:
     if not hasattr(helpers, "DoraCaching"):
         assert not hasattr(dora, "ENABLE_DORA_CACHING")
         return
-    layer = adapted_layer(single()).eval()
+    model = single().eval()
+    layer = adapted_layer(model)
     with helpers.DoraCaching():
         assert dora.ENABLE_DORA_CACHING and peft_internals.is_caching(layer)
-        assert not peft_internals.is_caching(layer.train())
-    assert not peft_internals.is_caching(layer.eval())
-
-
-def test_dora_cache_holds_what_dora_caching_keeps() -> None:
-    if not hasattr(helpers, "DoraCaching"):
-        return
-    model = single().eval()
-    with helpers.DoraCaching():
         model(layer_input("linear"))
-    layer = adapted_layer(model)
+    assert not peft_internals.is_caching(layer)
     cache = layer.lora_magnitude_vector["default"]._dora_cache
     assert set(cache) == {"lora-weight-default", "weight-norm-default"}
     peft_internals.clear_dora_cache(layer, "default")
     assert not cache
+    with helpers.DoraCaching():
+        assert not peft_internals.is_caching(layer.train())
 
 
 def test_hf_hook_marks_what_accelerate_has_placed() -> None:
@@ -113,12 +109,7 @@ def test_hf_hook_marks_what_accelerate_has_placed() -> None:
 
 def test_the_name_of_a_parameter() -> None:
     """Heads, magnitudes and factors are found by these in saved adapters and checkpoints."""
-    names = [
-        name for name, p in wrap(Single(nn.Linear(4, 5))).named_parameters() if p.requires_grad
-    ]
-    parts = (
-        "lora_A.default.weight",
-        "lora_B.default.weight",
-        "lora_magnitude_vector.default.weight",
-    )
+    model = wrap(Single(nn.Linear(4, 5)))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parts = [f"lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector")]
     assert names == [f"base_model.model.layer.{part}" for part in parts]

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -35,11 +37,7 @@ def test_a_module_holds_its_hooks_in_dictionaries() -> None:
         assert len(vars(layer)[name]) == 1 and autograd.has_hooks(layer), name
         handle.remove()
     assert {name for name, _ in handles(layer)} == set(autograd.HOOKS)
-
-
-def test_hooks_of_all_modules() -> None:
-    layer = nn.Linear(2, 2)
-    for name, register in (
+    for name, register in (  # of all modules
         ("_global_forward_hooks", modules.register_module_forward_hook),
         ("_global_backward_hooks", modules.register_module_full_backward_hook),
     ):
@@ -51,34 +49,24 @@ def test_hooks_of_all_modules() -> None:
     handle.remove()
 
 
-def test_functorch_peek_interpreter_stack() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_transforms_forward_mode_and_tracing_need_plain_operations() -> None:
     assert torch._C._functorch.peek_interpreter_stack() is None
-    seen: list[bool] = []
+    x, seen = torch.ones(3), list[bool]()
+    assert not autograd.needs_plain_operations(x)
 
     def f(x: Tensor) -> Tensor:
         seen.append(autograd.needs_plain_operations(x))
         return x.sin().sum()
 
-    x = torch.ones(3)
     for transform in (torch.func.grad, torch.func.vmap, torch.func.jacfwd):
         transform(f)(x)
     assert seen == [True] * 3
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-def test_forward_mode_and_tracing() -> None:
-    x = torch.ones(3)
-    assert not autograd.needs_plain_operations(x)
     with torch.autograd.forward_ad.dual_level():
         assert not autograd.needs_plain_operations(x)
         dual = torch.autograd.forward_ad.make_dual(x, x)
         assert autograd.needs_plain_operations(torch.zeros(2), dual)
-    seen: list[bool] = []
-
-    def f(y: Tensor) -> Tensor:
-        seen.append(autograd.needs_plain_operations(y))
-        return y + 1
-
+    seen.clear()
     torch.jit.trace(f, x)
     assert True in seen  # `trace` also runs the function itself, to compare
 
@@ -107,20 +95,6 @@ def test_will_engine_execute_node() -> None:
     assert Squared.asked == (True, False)
 
 
-def test_the_graph_of_a_loss_tells_its_precision_and_reentrant_checkpoints() -> None:
-    x = torch.ones(2, requires_grad=True)
-    assert runs_in_half((x.bfloat16() * 2).float().sum(), "level")
-    assert runs_in_half((x * 2).sum(), "level") is False
-    with pytest.raises(ProblemError, match="reentrant"):
-        runs_in_half(checkpoint(torch.sin, x, use_reentrant=True).sum(), "level")
-
-
-def test_forward_cls_of_a_once_differentiable_function() -> None:
-    x = torch.ones(2, requires_grad=True)
-    assert autograd.once_differentiable_functions(Once.apply(x).sum()) == ["Once"]
-    assert not autograd.once_differentiable_functions(Squared.apply(x, x).sum())
-
-
 class Once(torch.autograd.Function):
     """2x, marked as differentiable once."""
 
@@ -134,12 +108,34 @@ class Once(torch.autograd.Function):
         return 2 * dy
 
 
-def test_the_node_of_a_derivative_that_raises_has_error_in_its_name() -> None:
+def test_what_the_nodes_of_a_graph_tell() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert runs_in_half((x.bfloat16() * 2).float().sum(), "level")
+    assert runs_in_half((x * 2).sum(), "level") is False
+    assert autograd.once_differentiable_functions(Once.apply(x).sum()) == ["Once"]
+    assert not autograd.once_differentiable_functions(Squared.apply(x, x).sum())
+    with pytest.raises(ProblemError, match="reentrant"):
+        runs_in_half(checkpoint(torch.sin, x, use_reentrant=True).sum(), "level")
+    for loss, raises in ((Once.apply(x.sin()).square(), True), (x.sin(), False)):
+        (slope,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        found = map(autograd.raises_when_differentiated, autograd.graph_nodes([slope]))
+        assert any(found) == raises
+
+
+def test_the_words_of_a_double_backward_that_is_refused() -> None:
     x = torch.ones(2, requires_grad=True)
     (slope,) = torch.autograd.grad(Once.apply(x.sin()).square().sum(), x, create_graph=True)
-    assert any(map(autograd.raises_when_differentiated, autograd.graph_nodes([slope])))
-    (slope,) = torch.autograd.grad(x.sin().sum(), x, create_graph=True)
-    assert not any(map(autograd.raises_when_differentiated, autograd.graph_nodes([slope])))
+    with pytest.raises(RuntimeError) as twice:
+        slope.sum().backward()
+    assert autograd.lacks_second_derivative(twice.value)
+    query = torch.ones(1, 1, 4, 8, requires_grad=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attention = scaled_dot_product_attention(query, query, query).sum()
+    (slope,) = torch.autograd.grad(attention, query, create_graph=True)
+    with pytest.raises(RuntimeError) as missing:
+        torch.autograd.grad(slope.sum(), query)
+    assert autograd.lacks_second_derivative(missing.value)
+    assert not autograd.lacks_second_derivative(RuntimeError("shapes do not match"))
 
 
 class Watch(TorchFunctionMode):
@@ -152,6 +148,15 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls.append(getattr(func, "__name__", ""))
         return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_are_off_in_the_body() -> None:
+    with Watch() as watch:
+        with autograd.function_modes_off():
+            torch.ones(1) + 1
+        assert not watch.calls
+        torch.ones(1) + 1
+        assert watch.calls
 
 
 def test_a_mode_does_not_get_the_backward_pass_from_gradient_edges_but_what_is_in_it() -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import pytest
 from transformers import Trainer, TrainerCallback
+from transformers.hf_argparser import HfArg
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from hyperopt_peft import BilevelTrainer
 from hyperopt_peft.trainer.callback import BilevelCallback
@@ -19,13 +22,12 @@ def parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_a_checkpoint_can_be_written_within_a_step() -> None:
+def test_private_names() -> None:
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
-
-
-def test_the_columns_that_a_collator_gets_can_be_changed() -> None:
     assert parameters(Trainer._set_signature_columns_if_needed) == ["self"]
     assert "_signature_columns" in inspect.getsource(Trainer._remove_unused_columns)
+    assert (SCHEDULER_NAME, TRAINER_STATE_NAME) == ("scheduler.pt", "trainer_state.json")
+    assert {"default", "help"} <= set(parameters(HfArg))
 
 
 # What is overridden, with the parameters that a caller gives.
@@ -43,9 +45,9 @@ OVERRIDDEN = {
 }
 
 
-def test_what_is_overridden_is_called_as_it_was() -> None:
-    for name, used in OVERRIDDEN.items():
-        assert set(used) <= set(parameters(getattr(Trainer, name))), name
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_what_is_overridden_is_called_as_it_was(name: str) -> None:
+    assert set(OVERRIDDEN[name]) <= set(parameters(getattr(Trainer, name)))
 
 
 def test_nothing_private_is_overridden() -> None:
@@ -62,7 +64,8 @@ READ += ["compute_loss_func", "model_wrapped", "accelerator", "is_in_train"]
 READ += ["model_accepts_loss_kwargs", "current_gradient_accumulation_steps"]
 
 
-def test_the_attributes_that_are_read_are_there() -> None:
+@pytest.mark.parametrize("name", READ)
+def test_the_attributes_that_are_read_are_there(name: str) -> None:
     source = inspect.getsource(Trainer)
-    for name in READ:
-        assert f"self.{name} =" in source or f"self.{name}," in source, name
+    assert f"self.{name} =" in source or f"self.{name}," in source
+    assert callable(Trainer.compute_loss_context_manager)
