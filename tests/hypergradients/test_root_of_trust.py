@@ -119,8 +119,9 @@ def test_errors_are_no_larger_than_measured_elsewhere(
             assert (actual - exact).norm() / exact.norm() <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["cg:product=difference", "neumann:terms=10", "penalty:inner_steps=3"]
+    "method", ["cg:product=difference", "neumann:terms=10", "f2sa:inner_steps=3"]
 )
 def test_cleaning_improves_the_test_accuracy(method: str) -> None:
     """And the images whose labels were redrawn are those whose weights fall below ½.
@@ -135,6 +136,7 @@ def test_cleaning_improves_the_test_accuracy(method: str) -> None:
     assert f1 > 0.88
 
 
+@pytest.mark.slow
 def test_without_upper_steps_nothing_improves() -> None:
     """The control: a hypergradient that moved the lower variables would train on clean data."""
     upper, lower = hypercleaning.digits()
