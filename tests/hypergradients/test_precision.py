@@ -49,7 +49,13 @@ def half_and_single(way: str) -> tuple[PeftModel, bool, PeftModel]:
     return model, autocast, reference
 
 
-@pytest.mark.parametrize(("way", "method"), [*zip(HALF, METHODS)])
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [
+        pytest.param(way, method, marks=[pytest.mark.slow] * (way == "base in bfloat16"))
+        for way, method in zip(HALF, METHODS)
+    ],
+)
 def test_half_precision_models_have_the_hypergradient_of_single_precision(
     way: str, method: str
 ) -> None:
