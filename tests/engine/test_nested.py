@@ -457,7 +457,6 @@ X, UNROLLED = leaf(), "unrolled:steps=2,product=difference"
         (lambda: pair(warmup_steps=-1), "warmup_steps"),
         (lambda: pair(follow=0.5), "follow"),
         (lambda: pair("darts", follow=1), "darts.*follow"),
-        (lambda: pair("penalty"), "penalty"),
         (lambda: Engine(plain(), pair(), "cg"), 'level: .* cg: .*product="difference"'),
         (lambda: hypergradient(plain(), pair(), "exact"), 'level: .* exact: .*difference"'),
         (lambda: Engine(plain(), pair(), UNROLLED, lower_steps=2), "level: .*unrolled.*steps=1"),

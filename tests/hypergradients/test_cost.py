@@ -115,7 +115,7 @@ def test_passes_of_one_iteration(estimator: str, monkeypatch: pytest.MonkeyPatch
     with counted(monkeypatch, *passes(ready)) as counts:
         ready.run(1)
     losses, backwards, _ = COSTS[estimator]
-    if get_estimator(estimator).requirements.lower_pass:
+    if get_estimator(estimator).requirements.observe:
         backwards += 2  # through the weights of the losses, and not through the model
     assert (counts["losses"], counts["backwards"]) == (losses, backwards)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hyperopt_peft import hypergradient
 from hyperopt_peft.hypergradients import open_oracle, registered
-from hyperopt_peft.hypergradients.estimate import estimate as estimate_at
 from hyperopt_peft.hypergradients.registry import Kind
 from tests.support.cases import Case, cases
 from tests.support.quadratic import Level, Program, flat, leaves, program, programs
@@ -171,7 +170,7 @@ def test_an_upper_loss_without_w_gives_the_direct_term(case: Case) -> None:
 def test_a_stationary_upper_loss_gives_the_direct_term_and_keeps_the_state(case: Case) -> None:
     """∂F/∂w is exactly 0 here: a solver that divides by its norm would return NaN."""
     quadratic = program(0)
-    state = estimate_at(open_oracle(*quadratic.levels()), case.estimator).state
+    state = open_oracle(*quadratic.levels()).estimate(case.estimator).state
     _, lower = quadratic.levels()
     here = flat(quadratic.w).detach()
     upper = Level(
@@ -182,7 +181,7 @@ def test_a_stationary_upper_loss_gives_the_direct_term_and_keeps_the_state(case:
     )
     oracle = open_oracle(upper, lower)
     oracle.state = state
-    result = estimate_at(oracle, case.estimator)
+    result = oracle.estimate(case.estimator)
     assert torch.equal(flat(result.hypergradient), 2 * flat(quadratic.u))
     if case.kind in ("implicit", "penalty"):
         assert result.state is state

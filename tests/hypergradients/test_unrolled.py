@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from benchmarks.memory import peak_memory
 from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
-from hyperopt_peft.hypergradients.estimate import estimate
+from hyperopt_peft.hypergradients import Oracle
 from tests.support.by_hand import (
     BATCHES,
     OPTIMIZERS,
@@ -33,12 +33,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The hypergradients of an Engine's run."""
     actual = []
 
-    def spy(oracle: Any, method: str) -> Any:
-        result = estimate(oracle, method)
+    plain = Oracle.estimate
+
+    def spy(oracle: Any, method: Any) -> Any:
+        result = plain(oracle, method)
         actual.append(flat(result.hypergradient))
         return result
 
-    monkeypatch.setattr("hyperopt_peft.engine.step.estimate", spy)
+    monkeypatch.setattr(Oracle, "estimate", spy)
     return actual
 
 
@@ -176,9 +178,6 @@ def test_too_many_unknowns_are_sent_to_reverse_mode() -> None:
 
 
 def test_carried_tangents_need_every_lower_step(tmp_path: Path) -> None:
-    levels = make(SGD, {"lr": 0.1})
-    with pytest.raises(ProblemError, match="lower_steps=3"):
-        Engine(*levels, "forward:carry=true", lower_steps=3)
     with pytest.raises(ProblemError, match="every lower step"):
         BilevelTrainingArguments(
             str(tmp_path), hypergradient="forward:carry=true", lower_steps=2, use_cpu=True

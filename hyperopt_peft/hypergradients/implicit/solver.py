@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
-from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.estimator import Cost, Estimator, Requirements
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import PositiveFloat
@@ -88,18 +88,17 @@ class Solver(Estimator):
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
+        return self.solved(oracle, self.advance)
+
+    def solved(self, oracle: Oracle, advance: Advance) -> Estimate:
+        """The estimate with the solution of ``advance``, a function as `advance`."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
-        advance = self.prepare(oracle)
         with oracle.product(self.product, epsilon=self.epsilon) as product:
             solution, state = advance(product.hessian, b, oracle.state)
             implicit = product.mixed(solution.v).mul_(-1.0)
         return Estimate(direct, implicit, solution.residual, solution.steps, solution.note, state)
-
-    def prepare(self, oracle: Oracle) -> Advance:
-        """``advance``, or another that knows more of the oracle's point than products tell."""
-        return self.advance
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """The solution, and the next ``state``; a subclass may use ``state`` as a warm start."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.estimator import Cost, Estimator
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import zeros_like
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem, StepRecord
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.estimator import Cost, Estimator, Requirements
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
@@ -98,15 +98,16 @@ class Unrolled(Estimator):
 
 
 def last_steps(oracle: Oracle, count: int) -> tuple[DifferentiableStep, Sequence[StepRecord]]:
-    """The lower optimizer's step as a function, and the last ``count`` lower steps, in order.
+    """The lower optimizer's step as a function, and the recorded lower steps, in order.
 
-    Outside training, steps from the current point on the oracle's lower batch are simulated.
+    Outside training, ``count`` steps from the current point on the oracle's lower batch are
+    simulated.
     """
     last = oracle.history[-1].optimizer if oracle.history else None
     state = last or oracle.lower.optimizer_snapshot(with_state=True)
     optimizer = DifferentiableStep(oracle.lower, state)
     if oracle.history:
-        return optimizer, oracle.history[-count:]
+        return optimizer, oracle.history
     steps: list[StepRecord] = []
     point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
     while True:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate
-from hyperopt_peft.hypergradients.oracle import MovedGradients, Oracle
-from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns, Minimum
+from hyperopt_peft.hypergradients.contrib.inner_run import NOT_CONVEX, InnerRuns, Minimum
+from hyperopt_peft.hypergradients.estimator import Cost
+from hyperopt_peft.hypergradients.oracle import Estimate, MovedGradients, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats

@@ -1,12 +1,12 @@
-"""The value-function penalty, with lower steps on the penalised objective."""
+"""The value-function penalty at the lower level's current point."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Requirements
-from hyperopt_peft.hypergradients.oracle import Oracle
-from hyperopt_peft.hypergradients.penalty.inner_run import NOT_CONVEX, InnerRuns
+from hyperopt_peft.hypergradients.contrib.inner_run import NOT_CONVEX, InnerRuns
+from hyperopt_peft.hypergradients.estimator import Cost
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.vector import Vector, zeros_like
 
@@ -16,21 +16,15 @@ GAMMA = 100.0  # γ, in units of F/f
 @register("penalty", kind="penalty", tolerance=0.1)
 @dataclass(frozen=True)
 class Penalty(InnerRuns):
-    """dF/du ≈ ∂F/∂u(u, w) + γ(∂f/∂u(u, w) − ∂f/∂u(u, z)), z = argmin f, w = argmin f + F/γ.
+    """dF/du ≈ ∂F/∂u(u, w) + γ(∂f/∂u(u, w) − ∂f/∂u(u, z)), z = argmin f − F/γ near w.
 
-    The estimate is the u-gradient of F + γ(f − min_z f) at its minimum in w, with γ = 100 and an
-    error of O(1/γ). In training the lower steps descend f + F/γ instead of f, so that w tends to
-    that minimum; each costs one more pass, of F on a batch of the upper level.
+    The estimate is the u-gradient of F + γ(f − min_z f), with γ = 100 and an error of O(1/γ): a
+    one-sided difference where that of `F2SA` is central. In the papers w descends f + F/γ; here the
+    lower steps descend f, and z solves ∂f/∂w(z) = ∂f/∂w(w) + (1/γ)·∂F/∂w(w). So a gradient of f
+    that is left at w, which γ would multiply, cancels in the difference.
 
-    z solves ∂f/∂w(z) = ∂f/∂w(w) + (1/γ)·∂F/∂w(w), by at most ``inner_steps`` gradient steps from
-    the last upper step's z − w. So the gradient of f + F/γ that is left at w, which γ would
-    multiply, cancels in the difference. Outside training the error to the implicit formula at w is
-    O(1/γ).
-
-    With ``free`` (PBGD-Free) the estimate is ∂F/∂u(u, w), without the value function, by one pass.
-    Its error is the whole implicit term, unless F is flat in w around the minimum of f. Shen & Chen
-    2023, arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709; free: Jiang et al. 2025,
-    arXiv:2507.20400.
+    At most ``inner_steps`` gradient steps from the last upper step's z − w find z. Shen & Chen
+    2023, arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709.
 
     Example:
         The relative error to the implicit formula is below 1 %.
@@ -45,23 +39,13 @@ class Penalty(InnerRuns):
         True
     """
 
-    free: bool = False
-
-    @property
-    def requirements(self) -> Requirements:
-        """The lower steps descend f + F/γ."""
-        return Requirements(upper_weight=1 / GAMMA, differences=not self.free)
-
     def cost(self) -> Cost:
         """The cost at ``inner_steps`` steps of the run."""
-        passes = 3 if self.free else 6 + self.inner_steps
-        return Cost(passes, passes, 3 if self.free else 14)
+        return Cost(5 + self.inner_steps, 5 + self.inner_steps, 14)
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        if self.free:
-            return Estimate(direct, zeros_like(direct))
         if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         with oracle.moved() as gradients:
