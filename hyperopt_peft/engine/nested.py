@@ -44,13 +44,14 @@ class Nested(Problem):
     derivatives of G̃ as differences of this gradient. `gradient_above` is the total derivative of F,
     which may read w too.
 
-    At a perturbed v, w follows w* by Newton steps on f; afterwards w is restored bit for bit:
+    At a perturbed v, w follows w* by a Newton step on f; afterwards w is restored bit for bit:
 
         w ← w − [∂²f/∂w²]⁻¹ (∂f/∂w − g),   g = ∂f/∂w before the perturbation
 
-    Subtracting g treats the current w as w*, though training has not reached the minimum. One
-    Newton step is exact for a quadratic f. For any other f the error of one step is of the order
-    of the finite difference's own error.
+    Subtracting g treats the current w as w*, though training has not reached the minimum. The
+    step is exact for a quadratic f. For any other f its error is of the order of the finite
+    difference's own error. With an estimator that is no solver (darts) w does not move, and ∂²G̃
+    lacks the term of ∂w*/∂v.
 
     ``lower_steps`` steps of ``lower`` precede each step of ``middle``. Derivatives of f use the
     batch and the random numbers of the last lower step; before the first lower step, they use the
@@ -65,8 +66,6 @@ class Nested(Problem):
             default is CG with 20 steps and tolerance 1e-12.
         lower_steps: the number of steps of ``lower`` before each step of ``middle``.
         warmup_steps: the number of additional steps of ``lower`` before the first step.
-        follow: the number of Newton steps. The default is 1 for a solver, and 0 for any other
-            estimator (darts). With 0, w does not move and ∂²G̃ lacks the term of ∂w*/∂v.
 
     Raises:
         ProblemError: two variables share memory; ``middle`` is a `Nested` level; the estimator
@@ -99,7 +98,6 @@ class Nested(Problem):
         *,
         lower_steps: int = 1,
         warmup_steps: int = 0,
-        follow: int | None = None,
     ) -> None:
         check_ownership(middle, lower)
         vars(self).update(vars(middle))  # variables, data, optimizer and whatever a loss may read
@@ -111,14 +109,6 @@ class Nested(Problem):
         default = ConjugateGradient(steps=20, tolerance=1e-12, product=product)
         self.estimator = get_estimator(hypergradient or default)
         self._step = BilevelStep(middle, lower, self.estimator)
-        solves = isinstance(self.estimator, Solver)
-        self.follow = int(solves) if follow is None else follow
-        require_count("follow", self.follow, least=0)
-        if self.follow and not solves:
-            raise ProblemError(
-                f"{self.name}: follow={self.follow} needs a solver, and {self.estimator.name} is "
-                'none; choose one such as "cg", or follow=0'
-            )
         self._rounds = 0  # of steps of the level below
         self._log: dict[str, float] = {}  # of the last lower step
         self._anchor: Vector | None = None  # g within `anchored`
@@ -197,7 +187,7 @@ class Nested(Problem):
 
         The current point becomes the reference, where g = ∂f/∂w. A nested use has no effect.
         """
-        if self._anchor is not None or not self.follow:
+        if self._anchor is not None or not isinstance(self.estimator, Solver):
             with self.lower.anchored():
                 yield
             return
@@ -244,7 +234,7 @@ class Nested(Problem):
         self._step.forget()
 
     def _settings(self) -> dict[str, Any]:
-        settings = {key: getattr(self, key) for key in ("lower_steps", "warmup_steps", "follow")}
+        settings = {key: getattr(self, key) for key in ("lower_steps", "warmup_steps")}
         return {**settings, "hypergradient": repr(self.estimator)}
 
     def _oracle(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Oracle:
@@ -267,17 +257,15 @@ class Nested(Problem):
 
     @contextmanager
     def _following(self, oracle: Oracle) -> Iterator[None]:
-        """Within the body, w has moved by the Newton steps, if this level is `anchored`."""
+        """Within the body, w has moved by the Newton step, if this level is `anchored`."""
         solver, w = self.estimator, self.lower.variables
         if self._anchor is None or not isinstance(solver, Solver):
             yield
             return
         with perturbed(w):
             with oracle.open():
-                for _ in range(self.follow):
-                    residual = oracle.lower_gradient() - self._anchor
-                    if residual.norm() == 0:
-                        break
+                residual = oracle.lower_gradient() - self._anchor
+                if residual.norm() > 0:
                     with oracle.product(solver.product, epsilon=solver.epsilon) as product:
                         newton = solver.solve(product.hessian, residual).v
                     assign_(w, w, newton.parts, -1.0)
