@@ -108,7 +108,7 @@ class Engine:
         self.estimator = get_estimator(hypergradient)
         if solved:
             _check_solved(lower, self.estimator)
-        self._step = BilevelStep(upper, lower, self.estimator, seed=seed)
+        self._step = BilevelStep(upper, lower, self.estimator, seed=seed, recorded=count)
         require_history(self.estimator, lower_steps=count, recorded=count)
         self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress

@@ -78,6 +78,7 @@ class BilevelStep:
         estimator: the estimator of dF/du.
         seed: the seed of F's random numbers (dropout). They are a function of the seed and the
             step, so that the random numbers of f do not depend on F.
+        recorded: the largest number of lower steps with a record, see `require_history`.
 
     Raises:
         ProblemError: the estimator cannot be used with these levels.
@@ -90,6 +91,7 @@ class BilevelStep:
         estimator: Estimator,
         *,
         seed: int = 0,
+        recorded: int = 1,
     ) -> None:
         check_estimator(estimator, upper, lower)
         self.upper, self.lower, self.estimator, self.seed = upper, lower, estimator, seed
@@ -97,7 +99,8 @@ class BilevelStep:
         self.devices = devices_of(upper, lower)
         self.state: State = {}  # the estimator's own
         self.signal = SignalToNoise()  # of the hypergradients since it was last read
-        self._records: deque[StepRecord] = deque(maxlen=max(1, self.requirements.history))
+        length = min(recorded, max(1, self.requirements.history))
+        self._records: deque[StepRecord] = deque(maxlen=length)
         self._copies = TensorPool()
         self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known

@@ -2,7 +2,7 @@
 
 from hyperopt_peft.hypergradients import contrib
 from hyperopt_peft.hypergradients.estimate import hypergradient, open_oracle
-from hyperopt_peft.hypergradients.estimator import ALL, Cost, Estimator, Requirements
+from hyperopt_peft.hypergradients.estimator import ALL, Estimator, Requirements
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.exact import Exact
 from hyperopt_peft.hypergradients.implicit.function import FunctionSolver
@@ -26,7 +26,6 @@ __all__ = [
     "MINRES",
     "Bound",
     "ConjugateGradient",
-    "Cost",
     "Direct",
     "Estimate",
     "Estimator",

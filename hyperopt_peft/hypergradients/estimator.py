@@ -1,4 +1,4 @@
-"""The interface of an estimator: its requirements, cost and options."""
+"""The interface of an estimator: its requirements, passes and options."""
 
 from __future__ import annotations
 
@@ -51,26 +51,6 @@ class Requirements:
     observe: bool = False
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one upper step, with the lower steps that the estimator requires.
-
-    Args:
-        losses: the number of evaluations of F and f.
-        backward_passes: the number of first and second backward passes.
-        vectors: the largest number of vectors shaped like w in memory, beside w and its gradient.
-
-    Example:
-        >>> from hyperopt_peft.hypergradients import get_estimator
-        >>> get_estimator("direct").cost()
-        Cost(losses=2, backward_passes=2, vectors=2)
-    """
-
-    losses: int
-    backward_passes: int
-    vectors: int
-
-
 class Estimator(ABC):
     """An estimator of dF/du; a subclass is a frozen dataclass whose fields are the options.
 
@@ -113,8 +93,11 @@ class Estimator(ABC):
         """The estimator's requirements of training; none by default."""
         return Requirements()
 
-    def cost(self) -> Cost | None:
-        """The cost of one upper step in training; None if unknown."""
+    def cost(self) -> int | None:
+        """The passes of an upper step with its last lower step; None if unknown.
+
+        First and second backward passes count, each with the forward pass before it.
+        """
         return None
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:

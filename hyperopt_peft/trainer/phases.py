@@ -140,8 +140,7 @@ class PhasesTrainer(TwoLevelTrainer):
 
         A hypergradient whose cost is not known counts as two.
         """
-        args, cost = self.args, self.estimator.cost()
-        of_upper = 2 if cost is None else cost.backward_passes
+        args, of_upper = self.args, self.estimator.cost() or 2
         of_lower_batch = args.lower_steps - 1 + of_upper - 1
         pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
         return int(of_lower_batch * args.gradient_accumulation_steps + pieces)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.hypergradients.estimator import Cost, Estimator, Requirements
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Estimate, MovedGradients, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.hypergradients.registry import register
@@ -160,9 +160,9 @@ class Penalty(InnerRuns):
         True
     """
 
-    def cost(self) -> Cost:
+    def cost(self) -> int:
         """The cost at ``inner_steps`` steps of the run."""
-        return Cost(5 + self.inner_steps, 5 + self.inner_steps, 14)
+        return 5 + self.inner_steps
 
     def difference(
         self,
@@ -214,10 +214,9 @@ class F2SA(InnerRuns):
         True
     """
 
-    def cost(self) -> Cost:
+    def cost(self) -> int:
         """The cost at ``inner_steps`` steps of each run."""
-        passes = 5 + 4 * (self.inner_steps + 1)
-        return Cost(passes, passes, 15)
+        return 9 + 4 * self.inner_steps
 
     def difference(
         self,

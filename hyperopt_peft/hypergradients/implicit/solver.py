@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.hypergradients.estimator import Cost, Estimator, Requirements
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.reductions import to_floats
@@ -71,11 +71,9 @@ class Solver(Estimator):
         exact = self.product == "exact"
         return Requirements(second_derivatives=exact, differences=not exact)
 
-    def products_cost(self, products: int, vectors: int) -> Cost:
-        """The cost of F, f, ``products`` Hessian-vector products and one mixed product."""
-        if self.product == "exact":
-            return Cost(3, 4 + products, vectors)
-        return Cost(4 + 2 * products, 4 + 2 * products, vectors + 2)
+    def products_cost(self, products: int) -> int:
+        """The passes of F, f, ``products`` Hessian-vector products and one mixed product."""
+        return 4 + (1 if self.product == "exact" else 2) * products
 
     def rounding(self, b: Vector) -> float:
         """The relative error of a product: δ, or δ^(2/3) of a difference (`default_epsilon`)."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.dots import Dots, linear_layers
-from hyperopt_peft.hypergradients.estimator import Cost, Estimator, Requirements
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import ProductKind, Scheme
 from hyperopt_peft.hypergradients.registry import register
@@ -66,14 +66,10 @@ class OneStep(Estimator):
         ) as product:
             return product.mixed(v)
 
-    def cost(self) -> Cost:
+    def cost(self) -> int:
         """F, f, and the mixed product; with dots one pass less where f's own pass is observed."""
-        if self.product == "dots":
-            return Cost(3, 3, 5)
-        if self.product == "exact":
-            return Cost(3, 4, 4)
-        passes = 3 if self.scheme == "forward" else 4
-        return Cost(passes, passes, 4)
+        forward = self.product == "difference" and self.scheme == "forward"
+        return 3 if forward or self.product == "dots" else 4
 
 
 @register("darts", kind="identity")

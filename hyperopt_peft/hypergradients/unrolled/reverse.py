@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem, StepRecord
-from hyperopt_peft.hypergradients.estimator import Cost, Estimator, Requirements
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
@@ -65,9 +65,9 @@ class Unrolled(Estimator):
             differences=self.product == "difference",
         )
 
-    def cost(self) -> Cost | None:
-        """F, and for each step f, its graph, and the product with ∂²f/∂(w, u)∂w."""
-        return Cost(1 + 2 * self.steps, 1 + 4 * self.steps, 9 + 2 * self.steps)
+    def cost(self) -> int | None:
+        """F, and for each step f, its graph (twice), and the product with ∂²f/∂(w, u)∂w."""
+        return 1 + 4 * self.steps
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Raise ProblemError for sharded variables, and as `DifferentiableStep`."""
