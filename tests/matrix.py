@@ -43,7 +43,6 @@ PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
-    "torchopt",
     "numpy",
     "trl",
     "bitsandbytes",
