@@ -43,6 +43,7 @@ PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
+    "torchopt",
     "numpy",
     "trl",
     "bitsandbytes",

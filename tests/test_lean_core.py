@@ -48,12 +48,14 @@ def test_the_package_alone_loads_nothing() -> None:
 def test_engine_and_problem_load_pytorch_and_no_shards() -> None:
     """Making an optimizer imports them: PyTorch's own, with its compiler."""
     modules = loaded("from hyperopt_peft import Engine, Problem")
-    assert not modules & (TRAINERS | SHARDS)
+    assert not modules & (TRAINERS | SHARDS | {"torchopt"})
 
 
-@pytest.mark.parametrize("estimator", ["cg", "unrolled"])
-def test_a_program_with_an_engine_loads_no_trainer(estimator: str) -> None:
-    assert not loaded(ENGINE.replace("{estimator!r}", repr(estimator))) & TRAINERS
+@pytest.mark.parametrize(("estimator", "unrolls"), [("cg", False), ("unrolled", True)])
+def test_a_program_with_an_engine_loads_no_trainer(estimator: str, unrolls: bool) -> None:
+    modules = loaded(ENGINE.replace("{estimator!r}", repr(estimator)))
+    assert not modules & TRAINERS
+    assert ("torchopt" in modules) == unrolls
 
 
 def test_a_program_of_the_library_loads_no_trainer() -> None:

@@ -54,7 +54,7 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the run, or its second phase."""
         trainer, self._assigned = self.trainer, {}
-        limit = args.original.max_grad_norm or None
+        limit = args.max_grad_norm or None
         levels = [Accumulated(trainer.lower, trainer.optimizer, limit)]
         if trainer.upper is not None:
             limit = args.upper_max_grad_norm or None

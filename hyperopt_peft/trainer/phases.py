@@ -150,16 +150,12 @@ class PhasesTrainer(TwoLevelTrainer):
     ) -> Any:
         """Train from the checkpoint ``resumed``, with its record; None for a new run."""
         self.skipped = 0
-        args_of_user = self.args
         try:
             with self._callback.run(resumed):
                 distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
                 folder = None if resumed is None else str(resumed[0])
-                # Before the loop, which in older versions reads these arguments once.
-                self.args = args_of_user.without_limits()
                 return super().train(folder, *args, **kwargs)
         finally:
-            self.args = args_of_user
             if self.upper_batches is not None:
                 self.upper_batches.close()
 

@@ -127,6 +127,7 @@ class OptimizerStep:
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
         self._failure: NonFiniteError | None = None  # of F's gradient before the passes
+        self._withheld: list[Tensor | None] = []
         self.clear_gradients()
         bilevel, every = self.bilevel, self.args.lower_steps
         if bilevel is None:
@@ -149,6 +150,17 @@ class OptimizerStep:
         """Set each ``.grad`` of the levels' variables to None."""
         for variable in (*self.lower.variables, *self.u):
             variable.grad = None
+
+    def withhold_gradients(self) -> None:
+        """Keep each ``.grad``, which the Trainer would clip over both levels together."""
+        self._withheld = [x.grad for x in (*self.lower.variables, *self.u)]
+        self.clear_gradients()
+
+    def return_gradients(self) -> None:
+        """Set each ``.grad`` that was withheld."""
+        for variable, gradient in zip((*self.lower.variables, *self.u), self._withheld):
+            variable.grad = gradient
+        self._withheld = []
 
     @property
     def last_prior(self) -> float:

@@ -246,7 +246,9 @@ class BilevelTrainer(PhasesTrainer):
         return self._with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one micro-batch; after the last one ``.grad`` is the step's direction.
+        """The loss of one micro-batch; the last one's call computes the step's direction.
+
+        It becomes each ``.grad`` in the event before the optimizer's step.
 
         Raises:
             ProblemError: the trainer is not in ``train()``, whose optimizer a step needs.
@@ -265,6 +267,7 @@ class BilevelTrainer(PhasesTrainer):
             try:
                 with metrics_restored(self):
                     step.set_gradients(self.state.global_step + 1)
+                step.withhold_gradients()
             except NonFiniteError as error:
                 step.clear_gradients()
                 self._skip_or_stop(error)
@@ -316,7 +319,7 @@ class BilevelTrainer(PhasesTrainer):
         """
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
-            limit = self.args.original.max_grad_norm or None
+            limit = self.args.max_grad_norm or None
             lower = Accumulated(self.lower, optimizer, limit)
             upper = Accumulated(self.upper)
             self.bilevel_step = BilevelStep(upper, lower, self.estimator, seed=self.args.seed)
@@ -324,7 +327,7 @@ class BilevelTrainer(PhasesTrainer):
         self.current_step = OptimizerStep(
             self.lower,
             self.bilevel_step,
-            args=self.args.original,
+            args=self.args,
             optimizer=optimizer,
             accelerator=self.accelerator,
             upper_batches=self.upper_batches,

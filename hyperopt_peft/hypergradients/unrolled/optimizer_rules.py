@@ -1,17 +1,18 @@
-"""The update rules of torch's optimizers as functions that autograd differentiates."""
+"""The update rules of torch's optimizers as functions, by TorchOpt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torchopt
 from torch import Tensor
+from torchopt.base import GradientTransformation
 
 Options = Mapping[str, Any]
-Moments = Mapping[str, Tensor]
-Update = tuple[Tensor, dict[str, Tensor]]
+Moments = Mapping[str, Sequence[Tensor]]
 # A second moment is 0 if every gradient was 0 (lora_A's at B = 0), where the square root has no
 # derivative. This addition, far below eps², gives it one.
 TINY = 1e-36
@@ -21,103 +22,128 @@ TINY = 1e-36
 class Rule:
     """(g, moments) ↦ (Δ, moments') with w' = w + lr·Δ, where g includes the L2 decay.
 
-    Attributes:
-        update: Δ and the new moments, from the options of the parameter group, g, the moments by
-            torch's names, the number of the step, from 1, and whether there is no state yet.
-        names: torch's names of the moments of a step with some options.
+    ``make`` returns TorchOpt's transformation for the options of a parameter group, with learning
+    rate 1 and no decay, which TorchOpt accepts as floats only. ``moments`` maps the fields of
+    TorchOpt's state to torch's names.
 
     Example:
+        >>> import torch
         >>> options = {"momentum": 0.5, "dampening": 0.0, "nesterov": False}
         >>> g, buffer = torch.tensor([1.0]), torch.tensor([2.0])
-        >>> RULES[torch.optim.SGD].update(options, g, {"momentum_buffer": buffer}, 1, False)
-        (tensor([-2.]), {'momentum_buffer': tensor([2.])})
+        >>> RULES[torch.optim.SGD].update(options, [g], {"momentum_buffer": [buffer]}, 0, [False])
+        ((tensor([-2.]),), {'momentum_buffer': [tensor([2.])]})
     """
 
-    update: Callable[[Options, Tensor, Moments, int, bool], Update]
-    names: Callable[[Options], list[str]]
+    make: Callable[[Options], GradientTransformation]
+    moments: Mapping[str, str]
+
+    def names(self, options: Options) -> list[str]:
+        """torch's names of the moments of a step with ``options``."""
+        state: Any = self.make(options).init(())
+        fields = {field for part in state for field in part._fields}
+        return [name for field, name in self.moments.items() if field in fields]
+
+    def update(
+        self,
+        options: Options,
+        gradient: Sequence[Tensor],
+        moments: Moments,
+        count: int,
+        fresh: Sequence[bool],
+    ) -> tuple[Sequence[Tensor], dict[str, Sequence[Tensor]]]:
+        """Δ and the moments after one step.
+
+        Args:
+            options: the options of the parameter group.
+            gradient: g of each variable.
+            moments: the moments before the step, by torch's names, for each variable.
+            count: the number of earlier steps.
+            fresh: for each variable, whether it has no optimizer state yet.
+        """
+        damped, momentum = options.get("dampening", 0.0), options.get("momentum", 0.0)
+        if momentum and damped:  # a new buffer is the gradient itself
+            gradient = [g if new else (1 - damped) * g for g, new in zip(gradient, fresh)]
+        before: dict[str, Any] = {
+            field: moments[name] for field, name in self.moments.items() if name in moments
+        }
+        for field in {"nu", "sum_of_squares", "peak"} & set(before):
+            before[field] = [moment + TINY for moment in before[field]]
+        if "trace" in before:  # TorchOpt's first call does not multiply the trace by the momentum
+            before["trace"] = [momentum * moment for moment in before["trace"]]
+        counts = [torch.tensor(count, dtype=torch.float64) for _ in gradient]
+        before |= {"count": counts, "t": count + 1}
+        transformation, params = self.make(options), tuple(gradient)
+        state: Any = transformation.init(params)
+        state = tuple(
+            part._replace(**{field: before[field] for field in part._fields if field in before})
+            for part in state
+        )
+        updates: Any
+        updates, state = transformation.update(params, state, params=params, inplace=False)
+        after = {field: getattr(part, field) for part in state for field in part._fields}
+        return updates, {self.moments[f]: after[f] for f in self.moments if f in after}
 
 
-def _mean(old: Tensor, new: Tensor, decay: float) -> Tensor:
-    return decay * old + (1 - decay) * new
+class _AMSGradState(NamedTuple):
+    mu: Sequence[Tensor]
+    nu: Sequence[Tensor]
+    peak: Sequence[Tensor]
+    count: Sequence[Tensor]  # type: ignore[assignment]  # as TorchOpt's own states name it
 
 
-def _sgd(o: Options, g: Tensor, old: Moments, step: int, fresh: bool) -> Update:
-    if not o["momentum"]:
-        return -g, {}
-    # A new buffer is the gradient itself.
-    buffer = o["momentum"] * old["momentum_buffer"] + (g if fresh else (1 - o["dampening"]) * g)
-    descent = g + o["momentum"] * buffer if o["nesterov"] else buffer
-    return -descent, {"momentum_buffer": buffer}
+def _amsgrad(beta1: float, beta2: float, eps: float) -> GradientTransformation:
+    """AMSGrad, Adam with the largest v so far in place of v, which TorchOpt does not have."""
+
+    def init(params: Any) -> Any:
+        return (_AMSGradState(params, params, params, params),)
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = False) -> Any:
+        (old,) = state
+        mu = [beta1 * m + (1 - beta1) * g for m, g in zip(old.mu, updates)]
+        nu = [beta2 * v + (1 - beta2) * g * g for v, g in zip(old.nu, updates)]
+        peak = [torch.maximum(p, v) for p, v in zip(old.peak, nu)]
+        steps = [
+            -(m / (1 - beta1 ** (t + 1))) / ((p / (1 - beta2 ** (t + 1))).sqrt() + eps)
+            for m, p, t in zip(mu, peak, old.count)
+        ]
+        return steps, (_AMSGradState(mu, nu, peak, old.count),)
+
+    return GradientTransformation(init, update)
 
 
-def _adam(o: Options, g: Tensor, old: Moments, step: int, fresh: bool) -> Update:
+def _adam(o: Options) -> GradientTransformation:
     beta1, beta2 = map(float, o["betas"])
-    m = _mean(old["exp_avg"], g, beta1)
-    v = largest = _mean(old["exp_avg_sq"] + TINY, g * g, beta2)
-    new = {"exp_avg": m, "exp_avg_sq": v}
-    if o["amsgrad"]:
-        largest = new["max_exp_avg_sq"] = torch.maximum(old["max_exp_avg_sq"] + TINY, v)
-    root = (largest / (1 - beta2**step)).sqrt()
-    return -(m / (1 - beta1**step)) / (root + o["eps"]), new
+    if o.get("amsgrad"):
+        return _amsgrad(beta1, beta2, o["eps"])
+    return torchopt.adam(1.0, betas=(beta1, beta2), eps=o["eps"])
 
 
-def _rmsprop(o: Options, g: Tensor, old: Moments, step: int, fresh: bool) -> Update:
-    v = variance = _mean(old["square_avg"] + TINY, g * g, o["alpha"])
-    new = {"square_avg": v}
-    if o["centered"]:
-        new["grad_avg"] = _mean(old["grad_avg"], g, o["alpha"])
-        variance = v - new["grad_avg"] ** 2
-    descent = g / (variance.sqrt() + o["eps"])
-    if o["momentum"]:
-        descent = new["momentum_buffer"] = o["momentum"] * old["momentum_buffer"] + descent
-    return -descent, new
+def _passing(make: Callable[..., GradientTransformation], *names: str) -> Any:
+    """``make`` with learning rate 1 and the options ``names``."""
+    return lambda o: make(1.0, **{name: o[name] for name in names})
 
 
-def _adagrad(o: Options, g: Tensor, old: Moments, step: int, fresh: bool) -> Update:
-    total = old["sum"] + TINY + g * g
-    rate = 1 / (1 + (step - 1) * o["lr_decay"])
-    return -rate * g / (total.sqrt() + o["eps"]), {"sum": total}
-
-
-def _adadelta(o: Options, g: Tensor, old: Moments, step: int, fresh: bool) -> Update:
-    v = _mean(old["square_avg"], g * g, o["rho"])
-    descent = ((old["acc_delta"] + o["eps"]) / (v + o["eps"])).sqrt() * g
-    return -descent, {"square_avg": v, "acc_delta": _mean(old["acc_delta"], descent**2, o["rho"])}
-
-
-def _adamax(o: Options, g: Tensor, old: Moments, step: int, fresh: bool) -> Update:
-    beta1, beta2 = map(float, o["betas"])
-    m = _mean(old["exp_avg"], g, beta1)
-    largest = torch.maximum(beta2 * old["exp_inf"], g.abs() + o["eps"])
-    return -(m / (1 - beta1**step)) / largest, {"exp_avg": m, "exp_inf": largest}
-
-
-def _radam(o: Options, g: Tensor, old: Moments, step: int, fresh: bool) -> Update:
-    beta1, beta2 = map(float, o["betas"])
-    m, v = _mean(old["exp_avg"], g, beta1), _mean(old["exp_avg_sq"] + TINY, g * g, beta2)
-    c2, limit = 1 - beta2**step, 2 / (1 - beta2) - 1
-    length, descent = limit - 2 * step * (1 - c2) / c2, m / (1 - beta1**step)
-    if length > 5:
-        top, bottom = (length - 4) * (length - 2) * limit, (limit - 4) * (limit - 2) * length
-        descent = descent * (c2 * top / bottom) ** 0.5 / (v.sqrt() + o["eps"])
-    return -descent, {"exp_avg": m, "exp_avg_sq": v}
-
-
-def _with(*names: str, **others: str) -> Callable[[Options], list[str]]:
-    """``names``, and each of ``others`` whose option is set."""
-    return lambda o: [*names, *(name for option, name in others.items() if o.get(option))]
-
-
-_ADAM = Rule(_adam, _with("exp_avg", "exp_avg_sq", amsgrad="max_exp_avg_sq"))
+_ADAM = Rule(_adam, {"mu": "exp_avg", "nu": "exp_avg_sq", "peak": "max_exp_avg_sq"})
 RULES: dict[type, Rule] = {
-    torch.optim.SGD: Rule(_sgd, _with(momentum="momentum_buffer")),
+    torch.optim.SGD: Rule(
+        _passing(torchopt.sgd, "momentum", "nesterov"), {"trace": "momentum_buffer"}
+    ),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
     torch.optim.RMSprop: Rule(
-        _rmsprop, _with("square_avg", centered="grad_avg", momentum="momentum_buffer")
+        _passing(torchopt.rmsprop, "alpha", "eps", "momentum", "centered"),
+        {"mu": "grad_avg", "nu": "square_avg", "trace": "momentum_buffer"},
     ),
-    torch.optim.Adagrad: Rule(_adagrad, _with("sum")),
-    torch.optim.Adadelta: Rule(_adadelta, _with("square_avg", "acc_delta")),
-    torch.optim.Adamax: Rule(_adamax, _with("exp_avg", "exp_inf")),
-    torch.optim.RAdam: Rule(_radam, _with("exp_avg", "exp_avg_sq")),
+    torch.optim.Adagrad: Rule(
+        _passing(torchopt.adagrad, "lr_decay", "eps"), {"sum_of_squares": "sum"}
+    ),
+    torch.optim.Adadelta: Rule(
+        _passing(torchopt.adadelta, "rho", "eps"), {"mu": "square_avg", "nu": "acc_delta"}
+    ),
+    torch.optim.Adamax: Rule(
+        _passing(torchopt.adamax, "betas", "eps"), {"mu": "exp_avg", "nu": "exp_inf"}
+    ),
+    torch.optim.RAdam: Rule(
+        _passing(torchopt.radam, "betas", "eps"), {"mu": "exp_avg", "nu": "exp_avg_sq"}
+    ),
 }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hyperopt_peft.core.optimizer import DIFFERENTIABLE, options_by_group
 from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
 from hyperopt_peft.utils.distributed import is_sharded, to_local
 from hyperopt_peft.utils.vector import Vector, dot, widened
 
@@ -46,6 +45,9 @@ class DifferentiableStep:
     def __init__(
         self, level: Problem, snapshot: Mapping[str, Any], *, clipping: bool = True
     ) -> None:
+        # Imported here so that other estimators do not load TorchOpt.
+        from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
+
         kind = snapshot["kind"]
         if kind is None:
             raise ProblemError(
@@ -110,10 +112,14 @@ class DifferentiableStep:
         clipping = self._clipping(step)
         gradient = _clipping_derivative(clipping, gradient)
         tangents = (to_local(point), to_local(gradient), moments, options)
-        inputs = self._inputs(step, clipping)
-        along = tuple([t.to(x) for x, t in zip(*pair)] for pair in zip(inputs, tangents))
-        _, tangent = torch.func.jvp(partial(self._apply, step), inputs, along)[:2]
-        after, moments_after = tangent
+        with forward_ad.dual_level():
+            duals = [
+                [forward_ad.make_dual(x, t.to(x)) for x, t in zip(group, along, strict=True)]
+                for group, along in zip(self._inputs(step, clipping), tangents, strict=True)
+            ]
+            after, moments_after = (
+                [_tangent(x) for x in outputs] for outputs in self._apply(step, *duals)
+            )
         return _shaped(after, step.variables), moments_after
 
     def pulled_back(self, options: Sequence[Tensor], variables: Sequence[Tensor]) -> Vector:
@@ -168,22 +174,29 @@ class DifferentiableStep:
         width = len(self.moment_names)
         for group, names in zip(groups, self._learnt or [{}] * len(groups), strict=True):
             group = {**group, **{name: next(values) for name in names}}
-            for i in group["variables"]:
-                if step.gradient[i] is None:  # torch does not move the variable
-                    continue
-                p, g = point[i], -gradient[i] if group["maximize"] else gradient[i]
-                # An option that is a tensor moves to the variable's device.
-                lr, decay = (_like(group[name], p) for name in DIFFERENTIABLE)
+            for count, indices in _alike(step, group["variables"]):
+                params = tuple(point[i] for i in indices)
+                grads = tuple(-gradient[i] if group["maximize"] else gradient[i] for i in indices)
+                # An option that is a tensor moves to each variable's device.
+                lr, decay = ([_like(group[name], p) for p in params] for name in DIFFERENTIABLE)
+                decayed = params
                 if self._decoupled or group.get("decoupled_weight_decay"):
-                    p = p - lr * (decay * p)
-                elif isinstance(decay, Tensor) or decay:
-                    g = g + decay * p
-                old = dict(zip(self.moment_names, moments[i * width :]))
-                count, fresh = _count(step, i) + 1, not _state(step, i)
-                update, new = self._rule.update(group, g, old, count, fresh)
-                after[i] = p + lr * update
-                for name, moment in new.items():
-                    moments_after[i * width + self.moment_names.index(name)] = moment
+                    decayed = tuple(p - a * (d * p) for p, a, d in zip(params, lr, decay))
+                elif isinstance(group["weight_decay"], Tensor) or group["weight_decay"]:
+                    grads = tuple(g + d * p for g, d, p in zip(grads, decay, params))
+                old = {
+                    name: [moments[i * width + k] for i in indices]
+                    for k, name in enumerate(self.moment_names)
+                }
+                fresh = [not _state(step, i) for i in indices]
+                updates, new = self._rule.update(group, grads, old, count, fresh)
+                for position, i in enumerate(indices):
+                    # Counts are float64, to which a zero-dimensional variable is promoted.
+                    moved = decayed[position] + lr[position] * updates[position]
+                    after[i] = moved.to(point[i].dtype)
+                    for k, name in enumerate(self.moment_names):
+                        if name in new:
+                            moments_after[i * width + k] = new[name][position]
         return after, moments_after
 
     def _clipping(self, step: StepRecord) -> Clipping:
@@ -216,6 +229,16 @@ def _count(step: StepRecord, index: int) -> int:
     return int(_state(step, index).get("step", 0))
 
 
+def _alike(step: StepRecord, indices: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
+    """Variables with equal numbers of earlier steps, and the number.
+
+    Variables without a gradient, which torch does not move, are omitted.
+    """
+    counts = {i: _count(step, i) for i in indices if step.gradient[i] is not None}
+    for count in dict.fromkeys(counts.values()):
+        yield count, [i for i, taken in counts.items() if taken == count]
+
+
 def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [widened(tensor.detach().clone()) for tensor in to_local(tensors)]
 
@@ -232,3 +255,8 @@ def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
 
 def _like(option: Tensor | float, variable: Tensor) -> Tensor | float:
     return option.to(variable) if isinstance(option, Tensor) else option
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    value, tangent = forward_ad.unpack_dual(dual)
+    return torch.zeros_like(value) if tangent is None else tangent
