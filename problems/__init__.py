@@ -5,11 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.problems.adapter_trainer import AdapterTrainer
+    from hyperopt_peft.problems.autolora import AutoLoRA
     from hyperopt_peft.problems.bidora import BiDoRA
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
+    from hyperopt_peft.problems.bilora import BiLoRA
+    from hyperopt_peft.problems.class_offsets import ClassOffsets
     from hyperopt_peft.problems.common import Adapter, TaskLevel
     from hyperopt_peft.problems.data_sources import SourceWeights
     from hyperopt_peft.problems.head import Head
+    from hyperopt_peft.problems.layer_scales import LayerScales
     from hyperopt_peft.problems.source_data import by_column
     from hyperopt_peft.problems.source_trainer import SourceTrainer
     from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
@@ -17,10 +21,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "Adapter": "common",
     "AdapterTrainer": "adapter_trainer",
+    "AutoLoRA": "autolora",
     "BiDoRA": "bidora",
     "BiDoRATrainer": "bidora_trainer",
     "BiDoRATrainingArguments": "bidora_trainer",
+    "BiLoRA": "bilora",
+    "ClassOffsets": "class_offsets",
     "Head": "head",
+    "LayerScales": "layer_scales",
     "SourceTrainer": "source_trainer",
     "SourceWeights": "data_sources",
     "TaskLevel": "common",
@@ -30,10 +38,14 @@ _MODULES = {
 __all__ = [
     "Adapter",
     "AdapterTrainer",
+    "AutoLoRA",
     "BiDoRA",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
+    "BiLoRA",
+    "ClassOffsets",
     "Head",
+    "LayerScales",
     "SourceTrainer",
     "SourceWeights",
     "TaskLevel",

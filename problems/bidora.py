@@ -25,9 +25,8 @@ from hyperopt_peft.adapters import (
 )
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.problems.common import TaskLevel, regularised
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.utils.distributed import is_sharded
 
 
 @dataclass
@@ -136,18 +135,9 @@ class Direction(TaskLevel):
         owned = [*parts.directions.items(), *parts.rest.items()]
         super().__init__(model, owned, task_loss=task_loss, **level)
 
-    def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
+    def loss(self, batch: Any) -> Any:
         """L(A, B, m) + γ·R; L and R are metrics too."""
-        task = self.task_loss(batch)
-        if self.gamma == 0:
-            return task
-        if is_sharded(*self.variables):
-            raise ProblemError(
-                "gamma reads parameters outside of the model's forward pass, where FSDP2 has "
-                "shards only; set it to 0"
-            )
-        penalty = gram_penalty(self.model)
-        return {"loss": task + self.gamma * penalty, "task_loss": task, "gram": penalty}
+        return regularised(self.task_loss(batch), self.gamma, gram_penalty, self.model)
 
 
 class Magnitude(TaskLevel):

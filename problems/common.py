@@ -1,8 +1,8 @@
-"""Levels of programs over a model with an adapter: the loss of a task, and the variables."""
+"""What several methods do: a penalty beside the loss, and levels with the loss of a task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,31 @@ from torch import Tensor
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.core.validation import Variables
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.models import trainable
+
+
+def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
+    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0.
+
+    Raises:
+        ProblemError: FSDP2 has shards only of what the penalty reads.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> regularised(ones(()), 0.5, lambda model: model.weight.sum() * 0 + 4, nn.Linear(1, 1))
+        ... # doctest: +ELLIPSIS
+        {'loss': tensor(3., ...), 'task_loss': tensor(1.), 'penalty': tensor(4., ...)}
+    """
+    if weight == 0:
+        return task
+    if is_sharded(*model.parameters()):
+        raise ProblemError(
+            "penalty: it reads parameters outside of the model's forward pass, where FSDP2 has "
+            "shards only; set its weight to 0"
+        )
+    value = penalty(model)
+    return {"loss": task + weight * value, "task_loss": task, "penalty": value}
 
 
 class TaskLevel(Problem):

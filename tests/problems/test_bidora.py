@@ -100,7 +100,7 @@ def test_gamma_adds_the_gram_penalty() -> None:
     loss, metrics = regularised.evaluate(batch)
     task, penalty = plain.evaluate(batch)[0], gram_penalty(model)
     torch.testing.assert_close(loss, task + 0.3 * penalty)
-    assert metrics == pytest.approx({"task_loss": task.item(), "gram": penalty.item()})
+    assert metrics == pytest.approx({"task_loss": task.item(), "penalty": penalty.item()})
 
 
 def levels(norm_grad: Any) -> tuple[Any, ...]:
