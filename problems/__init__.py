@@ -1,13 +1,12 @@
-"""Bilevel programs: BiDoRA and others, to use or to adapt."""
+"""Bilevel methods, one file each, to use or to adapt."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyperopt_peft.problems.adapter_trainer import AdapterTrainer
     from hyperopt_peft.problems.autolora import AutoLoRA
+    from hyperopt_peft.problems.baselines import DoRA, LoRA
     from hyperopt_peft.problems.bidora import BiDoRA
-    from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.bilora import BiLoRA
     from hyperopt_peft.problems.class_offsets import ClassOffsets
     from hyperopt_peft.problems.common import Adapter, TaskLevel
@@ -16,40 +15,35 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.layer_scales import LayerScales
     from hyperopt_peft.problems.source_data import by_column
     from hyperopt_peft.problems.source_trainer import SourceTrainer
-    from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
 
 _MODULES = {
     "Adapter": "common",
-    "AdapterTrainer": "adapter_trainer",
     "AutoLoRA": "autolora",
     "BiDoRA": "bidora",
-    "BiDoRATrainer": "bidora_trainer",
-    "BiDoRATrainingArguments": "bidora_trainer",
     "BiLoRA": "bilora",
     "ClassOffsets": "class_offsets",
+    "DoRA": "baselines",
     "Head": "head",
     "LayerScales": "layer_scales",
+    "LoRA": "baselines",
     "SourceTrainer": "source_trainer",
     "SourceWeights": "data_sources",
     "TaskLevel": "common",
-    "TwoPhaseTrainingArguments": "two_phases",
     "by_column": "source_data",
 }
 __all__ = [
     "Adapter",
-    "AdapterTrainer",
     "AutoLoRA",
     "BiDoRA",
-    "BiDoRATrainer",
-    "BiDoRATrainingArguments",
     "BiLoRA",
     "ClassOffsets",
+    "DoRA",
     "Head",
     "LayerScales",
+    "LoRA",
     "SourceTrainer",
     "SourceWeights",
     "TaskLevel",
-    "TwoPhaseTrainingArguments",
     "by_column",
 ]
 
