@@ -29,7 +29,7 @@ from hyperopt_peft.adapters.gains import (
 )
 from hyperopt_peft.adapters.layers import factors, lora_layers
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import regularised
+from hyperopt_peft.problems.common import regularised, require_weight
 from hyperopt_peft.trainer.method import Method
 
 #: Equal weights are kept, whatever their rounding.
@@ -52,7 +52,7 @@ class AutoLoRA(Method):
         decay: of A and B at the lower level.
 
     Raises:
-        ProblemError: as `add_gains`, when it prepares a model.
+        ProblemError: the decay is negative; later, as `add_gains`.
 
     Example:
         >>> from peft import LoraConfig
@@ -72,6 +72,10 @@ class AutoLoRA(Method):
     decay: float = 0.0
 
     defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "scratch"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weight("decay", self.decay)
 
     def prepare(self, model: Any) -> None:
         """Let B be B·diag(p)."""

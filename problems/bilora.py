@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, remove_gains
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import regularised
+from hyperopt_peft.problems.common import regularised, require_weight
 from hyperopt_peft.trainer.method import Method
 
 
@@ -61,8 +61,8 @@ class BiLoRA(Method):
     defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "none"})
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise ProblemError(f"gamma: must not be negative, got {self.gamma}")
+        super().__post_init__()
+        require_weight("gamma", self.gamma)
 
     def prepare(self, model: Any) -> None:
         """Let B be P Λ, with equal outputs."""

@@ -14,6 +14,12 @@ from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.models import trainable
 
 
+def require_weight(name: str, value: float) -> None:
+    """Raise ProblemError unless the option ``name``, the weight of a penalty, is one."""
+    if not 0 <= value < float("inf"):
+        raise ProblemError(f"{name}: must be finite and not negative, got {value}")
+
+
 def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
     """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0.
 

@@ -25,7 +25,7 @@ from hyperopt_peft.adapters.gains import (
     squares,
 )
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import regularised
+from hyperopt_peft.problems.common import regularised, require_weight
 from hyperopt_peft.trainer.method import Method
 
 
@@ -41,7 +41,7 @@ class LayerScales(Method):
         decay: of A and B at the lower level.
 
     Raises:
-        ProblemError: as `add_gains`, when it prepares a model.
+        ProblemError: the decay is negative; later, as `add_gains`.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -59,6 +59,10 @@ class LayerScales(Method):
     decay: float = 0.0
 
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 5})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weight("decay", self.decay)
 
     def prepare(self, model: Any) -> None:
         """Let B be e^u·B."""

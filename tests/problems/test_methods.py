@@ -13,11 +13,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from hyperopt_peft import BiDoRA, Engine, Method, ProblemError, hypergradient
-from hyperopt_peft.adapters import dora_layers, lora_layers
+from hyperopt_peft import (
+    BiDoRA,
+    Engine,
+    Method,
+    ProblemError,
+    compare_hypergradients,
+    hypergradient,
+)
+from hyperopt_peft.adapters import dora_layers, gram_penalty, lora_layers
 from hyperopt_peft.adapters.layers import magnitude
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.autolora import AutoLoRA
+from hyperopt_peft.problems.bidora import Direction
 from hyperopt_peft.problems.bilora import BiLoRA, orthogonality
 from hyperopt_peft.problems.class_offsets import ClassOffsets
 from hyperopt_peft.problems.layer_scales import LayerScales
@@ -269,11 +277,31 @@ def test_class_offsets_undo_the_imbalance() -> None:
     assert gap == pytest.approx(torch.tensor(9.0).log().item(), abs=0.4)
 
 
-def test_bidora_s_variables_are_the_magnitudes() -> None:
-    model = peft_model()
-    found = BiDoRA().upper_variables(model).values()
+def bidora(**options: Any) -> Any:
+    """Both levels in float64, with a batch each."""
+    rows = [data(rows=9, seed=seed).with_format("torch")[:] for seed in (1, 2)]
+    batches, model = ([rows[0]], [rows[1]]), peft_model(dropout=0.0).double()
+    return BiDoRA(**options).levels(model, data=batches, optimizers=[SGD, SGD])
+
+
+def test_bidora_s_levels_share_out_the_trainable_parameters() -> None:
+    upper, lower = bidora(gamma=0.3)
+    model = lower.model
     expected = [magnitude(layer, "default") for _, layer in dora_layers(model)]
-    assert [x.data_ptr() for x in found] == [x.data_ptr() for x in expected]
+    assert [x.data_ptr() for x in upper.variables] == [x.data_ptr() for x in expected]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {*upper.names} | {*lower.names} == trained
+    loss, metrics = lower.evaluate(lower.peek_batch())
+    task, penalty = upper.evaluate(lower.peek_batch())[0], gram_penalty(model)
+    torch.testing.assert_close(loss, task + 0.3 * penalty)
+    assert metrics == pytest.approx({"task_loss": task.item(), "penalty": penalty.item()})
+
+
+@pytest.mark.parametrize("norm_grad", ["full", "detach"])
+def test_a_norm_in_the_graph_alone_makes_both_products_agree(norm_grad: Any) -> None:
+    levels = bidora(norm_grad=norm_grad)
+    (row,) = compare_hypergradients(*levels, ["darts"], "darts:product=exact", repeats=1).rows
+    assert row.relative_error < 1e-6 if norm_grad == "full" else row.relative_error > 1e-2
 
 
 def twice() -> Any:
@@ -284,6 +312,7 @@ def twice() -> Any:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "no adapter": (lambda: BiLoRA().prepare(base_model()), "peft_model: "),
+    "no levels": (lambda: Direction(base_model()), "peft_model: "),
     "magnitudes": (lambda: BiLoRA().prepare(peft_model()), "DoraLinearVariant.*use_dora"),
     "embedding": (lambda: LayerScales().prepare(single("embedding", use_dora=False)), "Embedding"),
     "rank": (lambda: BiLoRA().prepare(single(use_dora=False, r=5)), "rank 5"),

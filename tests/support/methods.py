@@ -53,10 +53,6 @@ class RowWeights(Method):
         return train.select([k for k, w in zip(train["index"], self.logits) if w >= 0])
 
 
-class Plain(Method):
-    """A baseline."""
-
-
 def method_trainer(
     folder: Path,
     callbacks: Sequence[Any] = (),

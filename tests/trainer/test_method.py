@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, Method, ProblemError
-from hyperopt_peft.problems.autolora import AutoLoRA
-from hyperopt_peft.problems.layer_scales import LayerScales
-from tests.support.methods import ARGUMENTS, Plain, RowWeights, method_trainer
+from hyperopt_peft.problems import AutoLoRA, LayerScales, LoRA
+from tests.support.methods import ARGUMENTS, RowWeights, method_trainer
 from tests.support.resume import require_same_end
 from tests.support.trainers import data, peft_model, values
 
@@ -33,7 +32,7 @@ def test_a_run_resumes_in_both_phases(tmp_path: Path, kind: Any, retrain: Any, s
 
 def test_a_baseline_is_one_level_on_all_rows(tmp_path: Path) -> None:
     more = {"upper_dataset": data(rows=6, seed=1)}
-    run = method_trainer(tmp_path, method=Plain(), options=more)
+    run = method_trainer(tmp_path, method=LoRA(), options=more)
     assert run.upper is None and len(run.train_dataset) == 30
     run.train()
     args = BilevelTrainingArguments(str(tmp_path), **ARGUMENTS)
@@ -141,7 +140,7 @@ def test_weights_of_rows_reach_their_rows_and_evaluation_has_no_tags(
 ARGS = BilevelTrainingArguments
 REFUSED: dict[str, tuple[Any, str]] = {
     "both": (
-        lambda d: method_trainer(d, method=Plain(), options={"upper": lambda _: None}),
+        lambda d: method_trainer(d, method=LoRA(), options={"upper": lambda _: None}),
         "method: ",
     ),
     "no upper variable": (
