@@ -76,7 +76,7 @@ class BiLoRA(Method):
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """L + γ·R, both metrics too; L alone in the second phase."""
-        gamma = self.gamma if gained_layers(model) else 0
+        gamma = self.gamma if self.gamma and gained_layers(model) else 0
         return regularised(task_loss(batch), gamma, orthogonality, model)
 
     def finish(self, model: Any) -> Any:

@@ -74,7 +74,7 @@ class LayerScales(Method):
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """L + decay·½(‖A‖² + ‖B‖²), both metrics too; L alone in the second phase."""
-        decay = self.decay if gained_layers(model) else 0
+        decay = self.decay if self.decay and gained_layers(model) else 0
         return regularised(task_loss(batch), decay, squares, model)
 
     def finish(self, model: Any) -> Any:

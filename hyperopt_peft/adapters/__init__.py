@@ -2,8 +2,12 @@
 
 from hyperopt_peft.adapters.dora.fast import use_fast_dora
 from hyperopt_peft.adapters.dora.variants import set_norm_grad
-from hyperopt_peft.adapters.layers import dora_layers, lora_layers
-from hyperopt_peft.adapters.ownership import ParameterSplit, split_parameters
+from hyperopt_peft.adapters.layers import (
+    ParameterSplit,
+    dora_layers,
+    lora_layers,
+    split_parameters,
+)
 from hyperopt_peft.adapters.regularizers import gram_penalty
 
 __all__ = [

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hyperopt_peft.adapters import peft_internals
-from hyperopt_peft.adapters.layers import factors, lora_layers, resolve_adapter
+from hyperopt_peft.adapters.layers import active_adapter, factors, lora_layers
 from hyperopt_peft.errors import ProblemError
+
+PREFIX = "base_model.model."  # of the base model's names in a PeftModel
 
 
 class Gain(nn.Module):
@@ -40,7 +42,7 @@ class Gain(nn.Module):
 
 @dataclass(frozen=True)
 class GainedLayer:
-    """A LoRA layer with its gain, A of shape (r, in), and B without the gain, (out, r)."""
+    """A LoRA layer by its name in the base model, A (r, in), and B without the gain, (out, r)."""
 
     name: str
     layer: LoraLayer
@@ -69,8 +71,7 @@ def add_gains(
         >>> [layer.gain.values() for layer in add_gains(model, torch.exp, columns=True)]
         [tensor([1., 1.])]
     """
-    adapter = resolve_adapter(peft_model)
-    layers = lora_layers(peft_model, adapter)
+    adapter, layers = active_adapter(peft_model), lora_layers(peft_model)
     for name, layer in layers:
         variant = peft_internals.variant(layer, adapter)
         if adapter not in layer.lora_A or isinstance(layer, peft_internals.ParamWrapper) or variant:
@@ -91,13 +92,13 @@ def add_gains(
 
 def gained_layers(peft_model: PeftModel) -> list[GainedLayer]:
     """The layers with a gain, in model order; there is none after `remove_gains`."""
-    adapter, gained = resolve_adapter(peft_model), []
-    for name, layer in lora_layers(peft_model, adapter):
+    adapter, gained = active_adapter(peft_model), []
+    for name, layer in lora_layers(peft_model):
         b: Any = dict(layer.lora_B).get(adapter)
-        if parametrize.is_parametrized(b, "weight") if b is not None else False:
+        if b is not None and parametrize.is_parametrized(b, "weight"):
             original, (gain,) = b.parametrizations.weight.original, b.parametrizations.weight
-            a = factors(layer, adapter)[0]
-            gained.append(GainedLayer(base_name(name), layer, gain, a, original.flatten(1)))
+            name, (a, _) = name.removeprefix(PREFIX), factors(layer, adapter)
+            gained.append(GainedLayer(name, layer, gain, a, original.flatten(1)))
     return gained
 
 
@@ -109,7 +110,7 @@ def gain_variables(peft_model: PeftModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def remove_gains(peft_model: PeftModel, *, fold: bool = True) -> None:
     """Leave B·diag(g) as B in every layer, or B alone."""
-    adapter = resolve_adapter(peft_model)
+    adapter = active_adapter(peft_model)
     for each in gained_layers(peft_model):
         b: Any = each.layer.lora_B[adapter]
         value = b.weight
@@ -144,8 +145,3 @@ def set_layers(config: Any, layers: Mapping[str, tuple[int, float]]) -> dict[str
     config.rank_pattern = {keys[name]: rank for name, (rank, _) in layers.items()}
     config.alpha_pattern = {keys[n]: scale * rank**root for n, (rank, scale) in layers.items()}
     return {n: config.alpha_pattern[keys[n]] / rank**root for n, (rank, _) in layers.items()}
-
-
-def base_name(name: str) -> str:
-    """The name of a PeftModel's module in the base model."""
-    return name.removeprefix("base_model.model.")
