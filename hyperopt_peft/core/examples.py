@@ -103,6 +103,9 @@ class WeightedRows(WeightedExamples):
         True
     """
 
+    #: Further numbers to log, by name.
+    metrics: Callable[[], Mapping[str, Any]] = dict
+
     def __init__(
         self,
         model: Any,
@@ -138,7 +141,7 @@ class WeightedRows(WeightedExamples):
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
         """Σ v_i ℓ_i/C; ``task_loss``, where all weights are 1, is a metric."""
         loss = (self.weights(batch).flatten().to(losses) * losses).sum()
-        return {"loss": loss, "task_loss": losses.detach().sum()}
+        return {"loss": loss, "task_loss": losses.detach().sum(), **self.metrics()}
 
     def _shape(self, batch: Any) -> torch.Size:
         labels = require_labels(batch)
