@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.bidora import BiDoRA
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
-    from hyperopt_peft.problems.data_sources import SourceWeights
+    from hyperopt_peft.problems.data_plans import Agreement, EqualSources, TrustedRepeated
     from hyperopt_peft.problems.head import Head
-    from hyperopt_peft.problems.source_data import by_column
-    from hyperopt_peft.problems.source_trainer import SourceTrainer
+    from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
+    from hyperopt_peft.problems.sources import Sources
     from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
 
 _MODULES = {
@@ -21,24 +21,30 @@ _MODULES = {
     "BiDoRATrainer": "bidora_trainer",
     "BiDoRATrainingArguments": "bidora_trainer",
     "Head": "head",
-    "SourceTrainer": "source_trainer",
-    "SourceWeights": "data_sources",
+    "Agreement": "data_plans",
+    "EqualSources": "data_plans",
+    "TrustedRepeated": "data_plans",
+    "RowWeights": "row_weights",
+    "WeightNet": "row_weights",
+    "Sources": "sources",
     "TaskLevel": "common",
     "TwoPhaseTrainingArguments": "two_phases",
-    "by_column": "source_data",
 }
 __all__ = [
     "Adapter",
     "AdapterTrainer",
+    "Agreement",
     "BiDoRA",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
+    "EqualSources",
     "Head",
-    "SourceTrainer",
-    "SourceWeights",
+    "RowWeights",
+    "Sources",
     "TaskLevel",
+    "TrustedRepeated",
     "TwoPhaseTrainingArguments",
-    "by_column",
+    "WeightNet",
 ]
 
 

@@ -11,7 +11,7 @@ import transformers
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
 from hyperopt_peft.adapters.layers import require_plain
@@ -175,19 +175,14 @@ def check_weighted(trainer: Any, level: Problem) -> None:
     with collating("train_dataset"), replay(RandomState.capture()):
         count = min(trainer.args.per_device_train_batch_size, len(rows))
         batch = trainer.data_collator([rows[row] for row in range(count)])
-        batch, name = send_to_device(batch, trainer.args.device), type(trainer).__name__
-        if not isinstance(batch.get("labels"), Tensor):
-            raise ProblemError(
-                f"{name}: the batches have {sorted(batch)} and no labels, so that a row has no "
-                "loss of its own; use a trainer whose loss is a mean over labels"
-            )
+        batch = send_to_device(batch, trainer.args.device)
         with evaluating(trainer.model), trainer._measuring():
             mean, loss = float(level.losses(batch).sum()), float(trainer.task_loss(batch))
     if abs(loss - mean) > TOLERANCE * abs(mean):
         raise ProblemError(
-            f"{name}: the loss of the first batch is {loss:.4g}, and the mean over its labels "
-            f"{mean:.4g}, so that a row has no loss of its own; use a trainer, or settings, whose "
-            "loss is that mean"
+            f"{type(trainer).__name__}: the loss of the first batch is {loss:.4g}, and the mean "
+            f"over its labels {mean:.4g}, so that a row has no loss of its own; use a trainer, or "
+            "settings, whose loss is that mean"
         )
 
 
