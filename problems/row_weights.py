@@ -130,9 +130,14 @@ class WeightNet(Method):
         """The parameters of the net."""
         return dict(self.net.named_parameters())
 
+    def row_weights(self, losses: Tensor) -> Tensor:
+        """v of rows with ``losses`` ``(n,)``."""
+        dtype = next(self.net.parameters()).dtype
+        return 2 * self.net(losses[:, None].to(dtype)).sigmoid()[:, 0].to(losses)
+
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """Σ v_i ℓ_i/N."""
-        return _NetWeighted(self.net, model)
+        return _NetWeighted(self, model)
 
     def finish(self, model: Any) -> Any:
         """``model``; the net stays as it is."""
@@ -141,11 +146,10 @@ class WeightNet(Method):
 
 
 class _NetWeighted(WeightedRows):
-    def __init__(self, net: nn.Module, model: Any) -> None:
-        self.net = net
+    def __init__(self, method: WeightNet, model: Any) -> None:
+        self.method = method
         super().__init__(model, lambda batch: torch.ones(len(batch["labels"])))
 
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
-        read = (losses * len(losses))[:, None].to(next(self.net.parameters()).dtype)
-        weights = 2 * self.net(read).sigmoid()[:, 0]
-        return {"loss": (weights.to(losses) * losses).sum(), "task_loss": losses.detach().sum()}
+        weights = self.method.row_weights(losses * len(losses))  # ℓ_i, of one label a row
+        return {"loss": (weights * losses).sum(), "task_loss": losses.detach().sum()}
