@@ -17,8 +17,8 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters, use_fast_dora
-from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.problems.common import regularised, require_weight
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.problems.common import TaskLevel, regularised, require_weight
 from hyperopt_peft.trainer.method import Method
 
 
@@ -96,14 +96,13 @@ class BiDoRA(Method):
         return Magnitude(model, task_loss=task_loss)
 
 
-class Direction(Problem):
+class Direction(TaskLevel):
     """Lower level: min over A, B, head of L(A, B, m; D_train) + γ·R.
 
     Args:
         model: a PeftModel with ``use_dora=True``.
         gamma: γ, the weight of the Gram regulariser R.
-        task_loss: L as a function of the batch; ``model(**batch).loss`` by default.
-        level: arguments of `Problem`.
+        level: arguments of `TaskLevel`.
 
     Raises:
         ProblemError: the model has no DoRA layer; or as `Problem`.
@@ -117,30 +116,22 @@ class Direction(Problem):
         [(2, 4), (3, 2), (3,)]
     """
 
-    def __init__(
-        self, model: Any, *, gamma: float = 0.0, task_loss: TaskLoss | None = None, **level: Any
-    ) -> None:
-        self.model, self.gamma = model, gamma
-        self.task_loss = task_loss or (lambda batch: model(**batch).loss)
+    def __init__(self, model: Any, *, gamma: float = 0.0, **level: Any) -> None:
+        self.gamma = gamma
         parts = split_parameters(model)
-        super().__init__([*parts.directions.items(), *parts.rest.items()], **level)
+        super().__init__(model, [*parts.directions.items(), *parts.rest.items()], **level)
 
     def loss(self, batch: Any) -> Any:
         """L(A, B, m) + γ·R; L and R are metrics too."""
         return regularised(self.task_loss(batch), self.gamma, gram_penalty, self.model)
 
 
-class Magnitude(Problem):
+class Magnitude(TaskLevel):
     """Upper level: min over m of L(A, B, m; D_val); arguments as for `Direction`.
 
     The weight decay of an optimizer would shrink m towards 0, and with m the pretrained weights; a
     ``prior`` pulls m to its initial value.
     """
 
-    def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
-        self.task_loss = task_loss or (lambda batch: model(**batch).loss)
-        super().__init__(split_parameters(model).magnitudes, **level)
-
-    def loss(self, batch: Any) -> Any:
-        """L."""
-        return self.task_loss(batch)
+    def __init__(self, model: Any, **level: Any) -> None:
+        super().__init__(model, split_parameters(model).magnitudes, **level)

@@ -1,8 +1,8 @@
-"""What several methods do: a penalty beside the loss, and levels with the loss of a task."""
+"""A penalty beside a loss, and a level with the loss of a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,6 @@ from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.core.validation import Variables
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded
-from hyperopt_peft.utils.models import trainable
 
 
 def require_weight(name: str, value: float) -> None:
@@ -67,35 +66,6 @@ class TaskLevel(Problem):
         self.task_loss = task_loss or (lambda batch: model(**batch).loss)
         super().__init__(variables, **level)
 
-    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
+    def loss(self, batch: Any) -> Any:
         """L."""
         return self.task_loss(batch)
-
-
-class Adapter(TaskLevel):
-    """min over all trainable parameters of L: the training of LoRA or DoRA as one level.
-
-    Args:
-        model: a PeftModel whose forward returns ``.loss``.
-        task_loss, level: as in `TaskLevel`.
-
-    Raises:
-        ProblemError: no parameter of the model is trainable; or as `Problem`.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from torch import nn
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
-        >>> level = Adapter(model, task_loss=lambda x: model(x).square().mean())
-        >>> [tuple(variable.shape) for variable in level.variables]  # A, B
-        [(8, 4), (3, 8)]
-    """
-
-    def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
-        trained = trainable(model)
-        if not trained:
-            raise ProblemError(
-                "model: no parameter is trainable; load the adapter with "
-                "PeftModel.from_pretrained(..., is_trainable=True)"
-            )
-        super().__init__(model, trained, task_loss=task_loss, **level)

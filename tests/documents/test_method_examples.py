@@ -34,8 +34,8 @@ def test_reweighting(tmp_path: Path) -> None:
     ]
     assert all(0 <= row["test_accuracy"] <= 1 for row in rows)
     assert 0 < rows[-1]["auc"] < 1
-    # One epoch: each example's weight has moved from 1/2, up or down.
-    assert all(rows[-1][f"weight_{kind}"] != 0.5 for kind in ("right", "wrong"))
+    # One epoch: each row's weight has moved from 1, up or down.
+    assert all(rows[-1][f"weight_{kind}"] != 1 for kind in ("right", "wrong"))
     assert f"| reweighted | {rows[-1]['test_accuracy']:.4f} |" in done.stdout
 
 
