@@ -41,18 +41,12 @@ class RowWeights(Method):
             trainer's loss is no mean over labels.
 
     Example:
-        >>> from datasets import Dataset
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
-        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
-        >>> trusted = Dataset.from_dict({"input_ids": [[5, 6]], "labels": [0]})
-        >>> args = BilevelTrainingArguments("outputs", report_to="none", use_cpu=True)
-        >>> data = {"train_dataset": rows, "upper_dataset": trusted}
-        >>> BilevelTrainer(model, args, method=RowWeights(), **data).method.row_weights()
-        tensor([1., 1.], grad_fn=...)
+        >>> method = RowWeights()
+        >>> method.rows(["a", "b"], ["trusted"])
+        (['a', 'b'], ['trusted'])
+        >>> method.prepare(nn.Linear(1, 1))
+        >>> method.row_weights()
+        tensor([1., 1.], grad_fn=<MulBackward0>)
     """
 
     keep: float | None = 0.8
@@ -114,7 +108,13 @@ class WeightNet(Method):
         hidden: the number of hidden units.
 
     Raises:
-        ProblemError: as `RowWeights`.
+        ProblemError: the trainer's loss is no mean over labels.
+
+    Example:
+        >>> method = WeightNet(hidden=4)
+        >>> method.prepare(nn.Linear(1, 1))
+        >>> method.row_weights(torch.ones(3)).shape
+        torch.Size([3])
     """
 
     hidden: int = 100
@@ -138,11 +138,6 @@ class WeightNet(Method):
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """Σ v_i ℓ_i/N."""
         return _NetWeighted(self, model)
-
-    def finish(self, model: Any) -> Any:
-        """``model``; the net stays as it is."""
-        self.net.requires_grad_(False)
-        return model
 
 
 class _NetWeighted(WeightedRows):
