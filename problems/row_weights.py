@@ -133,7 +133,8 @@ class WeightNet(Method):
     def row_weights(self, losses: Tensor) -> Tensor:
         """v of rows with ``losses`` ``(n,)``."""
         dtype = next(self.net.parameters()).dtype
-        return 2 * self.net(losses[:, None].to(dtype)).sigmoid()[:, 0].to(losses)
+        logits: Tensor = self.net(losses[:, None].to(dtype))[:, 0]
+        return 2 * logits.sigmoid().to(losses)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """Σ v_i ℓ_i/N."""
