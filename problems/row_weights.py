@@ -55,6 +55,7 @@ class RowWeights(Method):
     defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ProblemError(f"keep: must be a share in (0, 1], or None, got {self.keep}")
 
