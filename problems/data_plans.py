@@ -1,8 +1,8 @@
-"""Simple ways to train on sources of data and a few trusted rows: methods without an upper level.
+"""Simple ways to train on sources and a few trusted rows: methods without an upper level.
 
-`EqualSources` gives each source the same share of the loss, `TrustedRepeated` repeats the trusted
-rows, `Agreement` weights a source by the labels that a model of the trusted rows agrees with.
-`problems.baselines` train on all rows alike.
+    min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
+
+`LoRA` trains on all rows alike.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ SOURCE, TRUSTED = "source", "trusted"
 
 @dataclass
 class EqualSources(Method):
-    """The simple way: each source has the same share p_k = 1/K, without an upper level.
-
-    The rows of ``upper_dataset``, where there are some, are one source more, ``trusted``.
+    """Each source has the same share p_k = 1/K; the rows of ``upper_dataset`` are one source more.
 
     Args:
         column: the column of the training rows that names the source of each.
@@ -100,19 +98,23 @@ class EqualSources(Method):
 
 @dataclass
 class Agreement(EqualSources):
-    """Each row of a source has the source's agreement with a model of the trusted rows as weight.
+    """A row of source k has the weight q_k, the source's agreement with a model of trusted rows.
 
-    The model is a linear head on frozen features, fitted to the trusted rows. The agreement q_k is
-    the share of a source's labels that the head predicts, with one right and C − 1 wrong ones
-    more for C classes. A trusted row has the weight 1.
+    The model is a linear head on frozen features, fitted to the trusted rows, and q_k the share of
+    the source's labels that it predicts, with one right and C − 1 wrong ones more for C classes. A
+    trusted row has the weight 1.
 
     Args:
         column: as for `EqualSources`.
         log_odds: whether the weight is log(q_k/(1 − q_k)·(C − 1)), as in naive Bayes, by the
-            largest of them; a source below 0 is left out.
+            largest; a source below 0 is left out.
 
     Raises:
         ProblemError: a row has no class, or there are no trusted rows; as `EqualSources`.
+
+    Example:
+        >>> Agreement(log_odds=True)
+        Agreement(column='source', log_odds=True)
     """
 
     log_odds: bool = False

@@ -41,18 +41,12 @@ class RowWeights(Method):
             trainer's loss is no mean over labels.
 
     Example:
-        >>> from datasets import Dataset
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
-        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
-        >>> trusted = Dataset.from_dict({"input_ids": [[5, 6]], "labels": [0]})
-        >>> args = BilevelTrainingArguments("outputs", report_to="none", use_cpu=True)
-        >>> data = {"train_dataset": rows, "upper_dataset": trusted}
-        >>> BilevelTrainer(model, args, method=RowWeights(), **data).method.row_weights()
-        tensor([1., 1.], grad_fn=...)
+        >>> method = RowWeights()
+        >>> method.rows(["a", "b"], ["trusted"])
+        (['a', 'b'], ['trusted'])
+        >>> method.prepare(nn.Linear(1, 1))
+        >>> method.row_weights()
+        tensor([1., 1.], grad_fn=<MulBackward0>)
     """
 
     keep: float | None = 0.8
@@ -61,6 +55,7 @@ class RowWeights(Method):
     defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ProblemError(f"keep: must be a share in (0, 1], or None, got {self.keep}")
 
@@ -114,7 +109,13 @@ class WeightNet(Method):
         hidden: the number of hidden units.
 
     Raises:
-        ProblemError: as `RowWeights`.
+        ProblemError: the trainer's loss is no mean over labels.
+
+    Example:
+        >>> method = WeightNet(hidden=4)
+        >>> method.prepare(nn.Linear(1, 1))
+        >>> method.row_weights(torch.ones(3)).shape
+        torch.Size([3])
     """
 
     hidden: int = 100
@@ -133,16 +134,12 @@ class WeightNet(Method):
     def row_weights(self, losses: Tensor) -> Tensor:
         """v of rows with ``losses`` ``(n,)``."""
         dtype = next(self.net.parameters()).dtype
-        return 2 * self.net(losses[:, None].to(dtype)).sigmoid()[:, 0].to(losses)
+        logits: Tensor = self.net(losses[:, None].to(dtype))[:, 0]
+        return 2 * logits.sigmoid().to(losses)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """Σ v_i ℓ_i/N."""
         return _NetWeighted(self, model)
-
-    def finish(self, model: Any) -> Any:
-        """``model``; the net stays as it is."""
-        self.net.requires_grad_(False)
-        return model
 
 
 class _NetWeighted(WeightedRows):

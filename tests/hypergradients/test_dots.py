@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.optim import SGD, AdamW
 
-from hyperopt_peft import Engine, ProblemError, hypergradient
+from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
 from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.hypergradients import open_oracle
+from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.utils.models import trainable
 from tests.support import dots_in_processes, two_processes
@@ -163,6 +165,12 @@ def test_fastmix_aligns_gradients_of_the_frozen_output_layer(tied: bool) -> None
     torch.testing.assert_close(slope, expected, rtol=1e-11, atol=0)
 
 
+def test_without_upper_variables_in_the_weights_they_are_zero() -> None:
+    upper, lower = levels()
+    lower.weighted = lambda losses, batch: losses.sum()
+    assert not gradient((upper, lower), "darts:product=dots").any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_single_and_half_precision(dtype: torch.dtype) -> None:
     """Under autocast, with weights in float32. The loss says that there is no float32 pass."""
@@ -253,43 +261,36 @@ def misshapen(lower: Any) -> None:
     lower.groups = lambda batch: torch.zeros(ROWS - 1, dtype=torch.int64)
 
 
-REFUSALS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "embedding": (embedded, "'table'.*product=difference"),
-    "outside": (outside, "outside of its layer.*product=difference"),
-    "uncalled": (uncalled, "'head.weight' without calling its layer"),
-    "misshapen": (misshapen, r"groups.*\(11,\).*\(12, "),
-}
+def headless(lower: Any) -> None:
+    lower.model.get_output_embeddings = lambda: None
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_where_they_would_be_wrong_they_are_refused(case: str) -> None:
-    spoil, message = REFUSALS[case]
-    upper, lower = levels("index" if case == "misshapen" else "source")
+REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
+    ("darts:product=dots", embedded, "'table'.*product=difference"),
+    ("darts:product=dots", outside, "outside of its layer.*product=difference"),
+    ("darts:product=dots", uncalled, "'head.weight' without calling its layer"),
+    ("darts:product=dots", misshapen, r"groups.*\(11,\).*\(12, "),
+    ("fastmix", headless, "get_output_embeddings"),
+    ("fastmix", uncalled, "fused head"),
+    ("minres:product=dots", uncalled, "minres: product"),
+]
+
+
+@pytest.mark.parametrize(("method", "spoil", "message"), REFUSALS)
+def test_where_they_would_be_wrong_they_are_refused(
+    method: str, spoil: Callable[[Any], None], message: str
+) -> None:
+    upper, lower = levels("index" if spoil is misshapen else "source")
     spoil(lower)
     with pytest.raises(ProblemError, match=message):
-        hypergradient(upper, lower, "darts:product=dots")
+        hypergradient(upper, lower, method)
 
 
-def test_a_level_must_weight_examples() -> None:
+@pytest.mark.parametrize("method", ["darts:product=dots", "fastmix"])
+def test_a_level_must_weight_examples(method: str) -> None:
     upper, lower = levels()
-    for method in ("darts:product=dots", "fastmix"):
-        with pytest.raises(ProblemError, match="WeightedExamples"):
-            hypergradient(upper, TaskLevel(lower.model, lower.model.parameters()), method)
-    lower.model.get_output_embeddings = lambda: None
-    with pytest.raises(ProblemError, match="get_output_embeddings"):
-        hypergradient(upper, lower, "fastmix")
-
-
-def test_fastmix_refuses_a_fused_head() -> None:
-    upper, lower = levels()
-    uncalled(lower)
-    with pytest.raises(ProblemError, match="fused head"):
-        hypergradient(upper, lower, "fastmix")
-
-
-def test_a_solver_has_no_dot_products() -> None:
-    with pytest.raises(ProblemError, match="minres: product"):
-        hypergradient(*levels(), "minres:product=dots")
+    with pytest.raises(ProblemError, match="WeightedExamples"):
+        hypergradient(upper, TaskLevel(lower.model, lower.model.parameters()), method)
 
 
 def test_a_prior_is_no_part_of_the_dot_products() -> None:
@@ -301,6 +302,14 @@ def test_a_prior_is_no_part_of_the_dot_products() -> None:
                 variable.add_(0.1)
         results.append(gradient(both, f"darts:product={product}"))
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-13)
+
+
+def test_not_a_number_is_reported_as_such() -> None:
+    upper, lower = levels()
+    lower.evaluate(lower.peek_batch())  # the first batch says which loss the model has
+    lower.batches.data[0]["x"][0] = torch.nan
+    with pytest.raises(NonFiniteError, match="loss is nan"):
+        open_oracle(upper, lower).estimate(get_estimator("darts:product=dots"))
 
 
 @pytest.mark.slow
