@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
     from hyperopt_peft.problems.data_sources import SourceWeights
+    from hyperopt_peft.problems.find import find_method
     from hyperopt_peft.problems.head import Head
     from hyperopt_peft.problems.source_data import by_column
     from hyperopt_peft.problems.source_trainer import SourceTrainer
@@ -26,8 +27,16 @@ _MODULES = {
     "TaskLevel": "common",
     "TwoPhaseTrainingArguments": "two_phases",
     "by_column": "source_data",
+    "find_method": "find",
+}
+#: The methods of ``find_method`` and of ``--method`` by name, in modules of this package.
+METHODS = {
+    "lora": "baselines.LoRA",
+    "dora": "baselines.DoRA",
+    "bidora": "bidora.BiDoRA",
 }
 __all__ = [
+    "METHODS",
     "Adapter",
     "AdapterTrainer",
     "BiDoRA",
@@ -39,6 +48,7 @@ __all__ = [
     "TaskLevel",
     "TwoPhaseTrainingArguments",
     "by_column",
+    "find_method",
 ]
 
 

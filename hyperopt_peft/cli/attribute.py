@@ -16,21 +16,12 @@ from hyperopt_peft import attribute
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.cli.config import option
-from hyperopt_peft.cli.options import OutputArguments, parse
-from hyperopt_peft.cli.plan import Work, in_words, seconds_a_pass, table, whole
+from hyperopt_peft.cli.options import Options, OutputArguments
+from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
 from hyperopt_peft.cli.report import REPORT, Report
-from hyperopt_peft.cli.text import sft
-from hyperopt_peft.cli.text.data import (
-    EVALUATION,
-    DataArguments,
-    ExampleData,
-    hold_out,
-    require_columns,
-)
-from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import Method as Training
-from hyperopt_peft.cli.text.setup import MethodArguments, Setup, changed, prepare
+from hyperopt_peft.cli.text import SFT
+from hyperopt_peft.cli.text.data import EVALUATION, ExampleData, hold_out, require_columns
+from hyperopt_peft.cli.text.setup import SHARED, Setup, choose, prepare
 from hyperopt_peft.cli.train import evaluated, save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
@@ -69,6 +60,9 @@ class AttributeArguments(OutputArguments):
         help="the examples that judge retrain_without; if not given eval_fraction of the training "
         "examples, which are then neither trained nor evaluated on",
     )
+    method: str = HfArg(
+        default="lora", help="as the option of train; of two levels the rows of both are scored"
+    )
     memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
 
     def __post_init__(self) -> None:
@@ -82,44 +76,26 @@ class AttributeArguments(OutputArguments):
             raise ProblemError(f"retrain_without: must be in (0, 1), got {self.retrain_without}")
 
 
-@dataclass
-class AttributionTrainingArguments(MethodArguments):
-    """The arguments of the training that is scored."""
-
-    method: Training = HfArg(
-        default="lora",
-        help="lora; dora, with the norm in the graph; or bidora, whose rows of both levels are "
-        "scored",
-    )
-
-
-TYPES = (AttributeArguments, ModelArguments, DataArguments, AttributionTrainingArguments)
+TYPES = (AttributeArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, score; write ``attribution.csv``, a picture and the adapter."""
-    is_sft = option("attribute", "task", argv) == sft.SFT
-    types: Any = TYPES
-    if is_sft:
-        types = (AttributeArguments, ModelArguments, ExampleData, sft.require_trl().SFTConfig)
-    (command, model_args, data, args), flags = parse("attribute", types, argv)
-    if command.suspects and model_args.task != "text-classification":
-        raise ProblemError(f"suspects: needs a class label per row; {model_args.task} has none")
-    if is_sft and command.retrain_without is not None:
+    chosen = choose("attribute", AttributeArguments, argv)
+    command, args, data = chosen.command, chosen.args, chosen.data
+    if command.suspects and chosen.model.task != "text-classification":
+        raise ProblemError(f"suspects: needs a class label per row; {chosen.model.task} has none")
+    if chosen.model.task == SFT and command.retrain_without is not None:
         raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
-    if getattr(data, "weight_column", None):
-        raise ProblemError("weight_column: attribute weighs all rows alike; leave it out")
     command.require_output(args)
     without = replace(data, eval_fraction=0.0)
-    setup = sft.prepare(model_args, without, args) if is_sft else prepare(model_args, without)
-    setup, test = split(command, setup, data)
-    # The Trainer removes the numbers of the rows, and the slices.
-    trainer = setup.trainer(changed(args, remove_unused_columns=True))
+    setup, test = split(command, prepare(chosen.model, without, args), data)
+    trainer = setup.trainer(args, chosen.method)
     if command.dry_run:
         print(plan(command, setup, trainer))
         return
-    if getattr(args, "method", None) == "dora":
-        use_fast_dora(trainer.model)
+    if chosen.name == "dora":
+        use_fast_dora(trainer.model)  # with the norm in the graph, as an exact derivative needs
     result = attribute(
         trainer,
         model=command.score_model,
@@ -129,7 +105,8 @@ def run(argv: Sequence[str]) -> None:
         progress=sys.stderr.isatty(),
     )
     # TRL leaves rows out whose labels are cut off.
-    result.numbers = (trainer.train_dataset if is_sft else setup.train)[ROW][:]
+    numbered = trainer.train_dataset if chosen.model.task == SFT else setup.train
+    result.numbers = numbered[ROW][:]
     rows = setup.rows.select(result.numbers)
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
     output, first = Path(args.output_dir), not distributed.rank()
@@ -137,14 +114,14 @@ def run(argv: Sequence[str]) -> None:
         metrics = evaluated(trainer)
         save_adapter(trainer)
         trainer.save_metrics("eval", metrics)
-    scored = Scored(result, command, flags, output if first else None)
+    scored = Scored(result, command, chosen.options, output if first else None)
     scored.curves = {"Losses": trainer.state.log_history}
     for text in scored.paragraphs(test, args.seed):
         if first:
             print(f"{text}\n", flush=True)
     if first:
         print(f"attribution.csv and {REPORT} are in {output}")
-    (trainer.accelerator if is_sft else trainer).end_training()
+    trainer.end_training()
 
 
 def split(
@@ -184,7 +161,7 @@ def plan(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"
     batches = rows / trainer.args.per_device_train_batch_size
-    training, works = whole(setup, trainer, "training"), list[Work]()
+    training, works = whole(trainer, "training"), list[Work]()
     if command.score_model == "head":
         line += "; heads are trained in seconds"
         # A pass forward alone is a third of one with the way back.
@@ -210,7 +187,7 @@ class Scored:
     Args:
         result: the scores.
         command: what is done with them.
-        flags: the options of the run.
+        options: those of the run.
         folder: where ``attribution.csv``, ``.png``, ``.json`` and the page are; None for nowhere.
     """
 
@@ -218,10 +195,10 @@ class Scored:
         self,
         result: Attribution,
         command: AttributeArguments,
-        flags: Sequence[str],
+        options: Options,
         folder: Path | None,
     ) -> None:
-        self.result, self.command, self.flags, self.folder = result, command, flags, folder
+        self.result, self.command, self.options, self.folder = result, command, options, folder
         self.curves: dict[str, Any] = {}
         self.columns: dict[str, list[Any]] = {}
         self.record = {"settings": result.settings, "evaluation_loss": result.values}
@@ -279,7 +256,7 @@ class Scored:
         return Report(
             "attribute",
             verdict,
-            self.flags,
+            self.options,
             subtitle=self.texts[0].splitlines()[0],
             warnings=[] if result.checked else ["the scores are unchecked: give check"],
             curves=self.curves,

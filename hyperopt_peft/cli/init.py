@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
     """
     first = next((k for k, word in enumerate(argv) if word.startswith("-")), len(argv))
     files = list(argv[:first])
-    (command,), _ = parse("init", TYPES, argv[first:])
+    (command,), _ = parse("init", (InitArguments,), argv[first:])
     if not files:
         raise ProblemError("give the file with your examples first: hyperopt-peft init data.csv")
     target = Path(command.config_file)

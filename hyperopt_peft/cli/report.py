@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import platform
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,56 +11,25 @@ from html import escape
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from hyperopt_peft.utils.plots import LOSSES, level_curves
 
 REPORT = "report.html"
 PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1c1e21; --dim: #5d6570; --line: #d9dde2; --back: #fff;
-  --box: #f4f6f8; --mark: #0072b2 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --dim: #9aa3ad; --line: #3a4048;
-  --back: #16181b; --box: #202429; --mark: #56b4e9 } }
-body { max-width: 56rem; margin: 0 auto; padding: 2rem 1rem; color: var(--ink);
-  background: var(--back); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem }
-.verdict { font-size: 1.15rem; border-left: 4px solid var(--mark); padding-left: .8rem }
-.warning::before { content: "⚠ " } .dim { color: var(--dim) }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-td, th { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; overflow-wrap: normal }
-td:last-child { overflow-wrap: anywhere }
-td.number, th.number { text-align: right }
-td.number { white-space: nowrap }
-pre { background: var(--box); padding: .8rem; border-radius: 6px; font-size: .85rem;
-  white-space: pre-wrap }
-img { width: 100%; background: #fff; border-radius: 6px }
-figure { margin: 1rem 0 } figcaption { color: var(--dim); font-size: .9rem }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="dim">$subtitle</p>
-<p class="verdict">$verdict</p>
-$warnings
-$body
-<h2>Settings</h2>
-$settings
-<h2>The same run again</h2>
-<pre>$command</pre>
-<p class="dim">$versions</p>
-</body>
-</html>
-""")
+STYLE = """
+:root { color-scheme: light dark }
+body { max-width: 56rem; margin: 0 auto; padding: 2rem 1rem; font: 16px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin-top: 2rem }
+.verdict { font-size: 1.15rem; border-left: 4px solid #0072b2; padding-left: .8rem }
+.warning::before { content: "⚠ " } .dim { opacity: .7 }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
+  display: block; overflow-x: auto }
+td, th { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #8886; text-align: left }
+pre { background: #8882; padding: .8rem; font-size: .85rem; white-space: pre-wrap }
+img { width: 100%; background: #fff }
+"""
 
 
 @dataclass
@@ -71,29 +39,29 @@ class Report:
     Attributes:
         command: the command of ``hyperopt-peft``.
         verdict: the result in a sentence.
-        flags: the options of the run, of the file and of the command line.
+        options: the values of each option, of the file and of the command line.
         subtitle: the data and the model in a few words.
         warnings: reasons not to believe the verdict.
-        curves: the logs of the phases by title, of which both levels' losses are drawn.
-        pictures: files by caption; of one that does not exist nothing is shown.
         tables: rows of cells by title, the heads first.
+        pictures: files by caption; of one that does not exist nothing is shown.
+        curves: the logs of the phases by title, of which both levels' losses are drawn.
         texts: what is shown as it was printed, by title.
 
     Example:
         >>> tables = {"Results": [["method", "accuracy"], ["lora", 0.81]]}
-        >>> page = Report("train", "accuracy 0.81", ["--rank=8"], tables=tables).html()
-        >>> '<td class="number">0.81</td>' in page, "hyperopt-peft train" in page
+        >>> page = Report("train", "accuracy 0.81", {"rank": ["8"]}, tables=tables).html()
+        >>> "<td>0.81</td>" in page, "hyperopt-peft train" in page
         (True, True)
     """
 
     command: str
     verdict: str
-    flags: Sequence[str]
+    options: Mapping[str, Sequence[str]]
     subtitle: str = ""
     warnings: Sequence[str] = ()
-    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    pictures: Mapping[str, Path] = field(default_factory=dict)
     tables: Mapping[str, Sequence[Sequence[Any]]] = field(default_factory=dict)
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: str | Path, name: str = REPORT) -> Path:
@@ -105,47 +73,36 @@ class Report:
 
     def html(self) -> str:
         """The page."""
-        options = by_option(self.flags)
-        chosen = [re.split("[= ]", option.removeprefix("--"), maxsplit=1) for option in options]
-        parts = [_section(title, _html_table(rows)) for title, rows in self.tables.items()]
-        pictures = [(caption, path) for caption, path in self.pictures.items() if path.exists()]
-        parts += [_picture(caption, path.read_bytes()) for caption, path in pictures]
-        parts += [_curves(title, history) for title, history in self.curves.items()]
-        texts = [(title, text) for title, text in self.texts.items() if text]
-        parts += [_section(title, f"<pre>{escape(text)}</pre>") for title, text in texts]
-        warnings = [f'<p class="warning">{escape(text)}</p>' for text in self.warnings]
+        title = f"hyperopt-peft {self.command}"
+        verdict = self.verdict[:1].upper() + self.verdict[1:].rstrip(".")
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-        return PAGE.substitute(
-            title=escape(f"hyperopt-peft {self.command}"),
-            subtitle=escape(self.subtitle),
-            verdict=escape(_sentence(self.verdict)),
-            warnings="\n".join(warnings),
-            body="\n".join(filter(None, parts)),
-            settings=_html_table([["option", "value"], *chosen]),
-            command=escape(" \\\n    ".join([f"hyperopt-peft {self.command}", *options])),
-            versions=escape(f"Python {platform.python_version()}, {versions}"),
+        settings = [["option", "value"], *([k, " ".join(v)] for k, v in self.options.items())]
+        lines = [title, *(shlex.join([f"--{k}", *v]) for k, v in self.options.items())]
+        again = " \\\n    ".join(lines)
+        pictures = [(caption, path) for caption, path in self.pictures.items() if path.exists()]
+        texts = [(title, text) for title, text in self.texts.items() if text]
+        return "\n".join(
+            [
+                f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+                f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+                f"<h1>{escape(title)}</h1>",
+                _paragraph("dim", self.subtitle),
+                _paragraph("verdict", f"{verdict}."),
+                *(_paragraph("warning", text) for text in self.warnings),
+                *(_section(title, _html_table(rows)) for title, rows in self.tables.items()),
+                *(_picture(caption, path.read_bytes()) for caption, path in pictures),
+                *(_curves(title, history) for title, history in self.curves.items()),
+                *(_section(title, f"<pre>{escape(text)}</pre>") for title, text in texts),
+                _section("Settings", _html_table(settings)),
+                _section("The same run again", f"<pre>{escape(again)}</pre>"),
+                _paragraph("dim", f"Python {platform.python_version()}, {versions}"),
+                "</body>\n</html>\n",
+            ]
         )
 
 
-def by_option(flags: Sequence[str]) -> list[str]:
-    """``flags`` quoted for a shell, each option with its values; of a repeated one the last.
-
-    Example:
-        >>> by_option(["--rank=8", "--text_columns", "a", "b c", "--rank", "4"])
-        ["--text_columns a 'b c'", '--rank 4']
-    """
-    options: dict[str, list[str]] = {}
-    name = ""
-    for flag in flags:
-        if flag.startswith("--"):
-            name = flag.partition("=")[0].replace("-", "_")
-            options.pop(name, None)
-        options.setdefault(name, []).append(flag)
-    return [shlex.join(option) for option in options.values()]
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+def _paragraph(kind: str, text: str) -> str:
+    return f'<p class="{kind}">{escape(text)}</p>'
 
 
 def _section(title: str, content: str) -> str:
@@ -156,14 +113,9 @@ def _html_table(rows: Sequence[Sequence[Any]]) -> str:
     lines = []
     for number, row in enumerate(rows):
         tag = "td" if number else "th"
-        cells = []
-        for column, cell in enumerate(row):
-            last = str(rows[-1][column]) if column < len(rows[-1]) else ""
-            numbers = last[:1].strip("–+-0123456789") == ""
-            kind = ' class="number"' if column and numbers else ""
-            cells.append(f"<{tag}{kind}>{escape(str(cell))}</{tag}>")
+        cells = (f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row)
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _picture(caption: str, data: bytes) -> str:

@@ -19,6 +19,7 @@ from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
 from hyperopt_peft.cli.text import TaskName
 from hyperopt_peft.cli.text.tasks import Task
 from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.trainer.method import Method
 
 ALL_LINEAR = "all-linear"
 Dtype = Literal["float32", "bfloat16", "auto"]
@@ -31,7 +32,7 @@ class ModelArguments:
     _argument_group_name = "model and adapter"
 
     model: str = HfArg(help="the base model: a local folder or a hub name")
-    task: TaskName = HfArg(help="the task to learn; sft, by TRL, is of attribute")
+    task: TaskName = HfArg(help="the task to learn; sft trains with TRL")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
     dtype: Dtype = HfArg(default="float32", help="of the base model; auto: as it was saved")
     load_in_4bit: bool = HfArg(
@@ -140,8 +141,8 @@ def load_base(
     return model, sorted({*report["missing_keys"], *mismatched})
 
 
-def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
-    """``model`` in train mode with a new adapter, whose A depends on the current seed."""
+def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
+    """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
     modules = [name for name, _ in model.named_modules() if name]
     endings = {name.rpartition(".")[2] for name in modules}
     for option in ("target_modules", "modules_to_save"):
@@ -167,8 +168,7 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> 
             target_modules=targets,
             exclude_modules=exclude,
             modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
-            use_dora=dora,
         )
-        return get_peft_model(model, config).train()
+        return get_peft_model(model, method.adapter(config)).train()
     except (ValueError, TypeError) as error:
         raise ProblemError(f"target_modules, rank: the model cannot be adapted: {error}") from error
