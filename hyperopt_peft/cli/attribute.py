@@ -274,7 +274,7 @@ class Scored:
         return [number, f"{float(self.result.scores[row]):+.2e}", text]
 
     def _cost(self, name: str, trainings: int, more: str = "") -> str:
-        time = in_words(trainings * self.result.settings["seconds"])
+        time = f"{trainings * self.result.settings['seconds'] / 60:.1f} minutes"
         return f"{name}: {trainings} trainings, about {time} {more}".rstrip()
 
     def _summary(self) -> str:
