@@ -239,7 +239,10 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         args.__dict__.update(changes)
         args.output_dir = str(Path(self.output_dir or "") / "retrain")
         args.push_to_hub = False
-        args._check()
+        try:
+            args._check()
+        except ProblemError as error:
+            raise ProblemError(f"retrain_arguments: {error}") from None
         return args
 
     def estimator(self) -> Estimator:
@@ -268,6 +271,17 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         batches = rows // size if self.dataloader_drop_last else math.ceil(rows / size)
         an_epoch: int = max(1, math.ceil(batches / self.gradient_accumulation_steps))
         return math.ceil(float(self.num_train_epochs) * an_epoch)
+
+    def phases(self, lower: int, everything: int) -> tuple[int, int]:
+        """The steps of a search on ``lower`` rows, and of the second training.
+
+        Example:
+            >>> options = {"per_device_train_batch_size": 8, "report_to": "none"}
+            >>> BilevelTrainingArguments("outputs", num_train_epochs=2, **options).phases(80, 100)
+            (20, 26)
+        """
+        again = 0 if self.retrain == "none" else self.for_retraining().steps_of(everything)
+        return self.steps_of(lower), again
 
     def without_limits(self) -> Self:
         """A copy with which the Trainer's loop neither clips gradients nor deletes checkpoints.
