@@ -16,7 +16,7 @@ from hyperopt_peft import attribute
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.cli.options import Options, OutputArguments
+from hyperopt_peft.cli.options import OutputArguments
 from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
 from hyperopt_peft.cli.report import REPORT, Report
 from hyperopt_peft.cli.text import SFT
@@ -89,7 +89,7 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
     command.require_output(args)
     without = replace(data, eval_fraction=0.0)
-    setup, test = split(command, prepare(chosen.model, without, args), data)
+    setup, test = split(command, prepare(chosen.model, without, args, chosen.method), data)
     trainer = setup.trainer(args, chosen.method)
     if command.dry_run:
         print(plan(command, setup, trainer))
@@ -114,9 +114,8 @@ def run(argv: Sequence[str]) -> None:
         metrics = evaluated(trainer)
         save_adapter(trainer)
         trainer.save_metrics("eval", metrics)
-    scored = Scored(result, command, chosen.options, output if first else None)
-    scored.curves = {"Losses": trainer.state.log_history}
-    for text in scored.paragraphs(test, args.seed):
+    page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
+    for text in Scored(result, command, page, output if first else None).paragraphs(test, args.seed):
         if first:
             print(f"{text}\n", flush=True)
     if first:
@@ -129,7 +128,7 @@ def split(
 ) -> tuple[Setup, Dataset | None]:
     """The set-up, whose training rows have their numbers in the files, and the test rows."""
     train, evaluation = setup.train.add_column(ROW, range(len(setup.train))), setup.evaluation
-    rows = setup.evaluation_rows
+    rows, test = setup.evaluation_rows, None
     judged = command.retrain_without is not None and not command.test_file
     if data.eval_fraction == 0 and (rows is None or judged):
         raise ProblemError(
@@ -142,17 +141,16 @@ def split(
     if command.slices:
         require_columns(rows, [command.slices], EVALUATION)
         evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
-    test = None
-    if command.test_file and command.retrain_without is not None:
-        test = setup.read(command.test_file, "test_file")
+    if judged:
+        train, test = hold_out(train, data.eval_fraction)
+    elif command.retrain_without is not None:
+        test = setup.read(command.test_file or [], "test_file")
         for other, name in ((setup.train, "training"), (evaluation, "evaluation")):
             if common := shared(test, other):
                 raise ProblemError(
                     f"test_file: {common} of {len(test)} rows are {name} examples too, which the "
                     "scores have seen; remove them"
                 )
-    elif judged:
-        train, test = hold_out(train, data.eval_fraction)
     return replace(setup, train=train.sort(ROW), evaluation=evaluation), test
 
 
@@ -161,23 +159,22 @@ def plan(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"
     batches = rows / trainer.args.per_device_train_batch_size
-    training, works = whole(trainer, "training"), list[Work]()
+    training = whole(trainer, "training")
     if command.score_model == "head":
         line += "; heads are trained in seconds"
         # A pass forward alone is a third of one with the way back.
-        works.append(Work("features", 1, 0, (1 + evaluation / rows) * batches / 3))
+        works = [Work("features", 1, 0, (1 + evaluation / rows) * batches / 3)]
     else:
         # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
         unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
         scores = Work("scores", 1, 0, 2 * (training.passes if unrolled else batches))
-        works += [training, scores]
-        if command.check:
-            works.append(replace(training, name="check", trainings=command.check + 1))
-            works.append(replace(scores, name=""))
-        if command.suspects:
-            works.append(replace(training, name="suspects", trainings=command.suspects))
-        if command.retrain_without:
-            works.append(replace(training, name="retrain_without", trainings=4 + DRAWS))
+        works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
+        for name, trainings in (
+            ("check", command.check and command.check + 1),
+            ("suspects", command.suspects),
+            ("retrain_without", (4 + DRAWS) * (command.retrain_without is not None)),
+        ):
+            works += [replace(training, name=name, trainings=trainings)] * bool(trainings)
     return f"{line}\n{table(works, seconds_a_pass(trainer))}"
 
 
@@ -187,34 +184,38 @@ class Scored:
     Args:
         result: the scores.
         command: what is done with them.
-        options: those of the run.
+        page: the page of the run, without the scores.
         folder: where ``attribution.csv``, ``.png``, ``.json`` and the page are; None for nowhere.
     """
 
     def __init__(
-        self,
-        result: Attribution,
-        command: AttributeArguments,
-        options: Options,
-        folder: Path | None,
+        self, result: Attribution, command: AttributeArguments, page: Report, folder: Path | None
     ) -> None:
-        self.result, self.command, self.options, self.folder = result, command, options, folder
-        self.curves: dict[str, Any] = {}
+        self.result, self.command, self.page, self.folder = result, command, page, folder
         self.columns: dict[str, list[Any]] = {}
         self.record = {"settings": result.settings, "evaluation_loss": result.values}
+        hurt, seen = int((result.scores > 0).sum()), int((~result.scores.isnan()).sum())
+        self.verdicts = [f"{hurt} of {seen} training rows hurt on the evaluation examples"]
         self.texts: list[str] = []
 
-    def write(self, text: str, **parts: Any) -> str:
+    def write(self, text: str, verdict: str = "", **parts: Any) -> str:
         """Write the files again, with ``parts`` in the record and ``text`` in the page."""
         self.record |= parts
         self.texts.append(text)
+        self.verdicts += [verdict] * bool(verdict)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            picture = self.folder / "attribution.png"
             self.result.to_csv(self.folder / "attribution.csv", self.columns)
-            self.result.plot(self.folder / "attribution.png", SHOWN)
+            self.result.plot(picture, SHOWN)
             record = json.dumps(self.record, indent=1)
             (self.folder / "attribution.json").write_text(f"{record}\n")
-            self._report(self.folder / "attribution.png").write(self.folder)
+            self.page.verdict, self.page.subtitle = "; ".join(self.verdicts), self.texts[0]
+            unchecked = "the scores are unchecked: give check"
+            self.page.warnings = [] if self.result.checked else [unchecked]
+            self.page.pictures = {"Scores of the training rows": picture}
+            self.page.texts = {"Checks": "\n\n".join(self.texts)}
+            self.page.write(self.folder)
         return text
 
     def paragraphs(self, test: Dataset | None, seed: int) -> Iterator[str]:
@@ -225,8 +226,9 @@ class Scored:
             yield self._cost("check", command.check, "and another attribution")
             check = result.check(command.check, seed=seed)
             by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
-            yield self.write("\n".join([f"check: {check}", *by_slice]), check=check.record())
-        yield result.table(SHOWN).partition("\nthese scores are")[0]
+            text = "\n".join([f"check: {check}", *by_slice])
+            yield self.write(text, check.advice.partition(";")[0], check=check.record())
+        yield self.write(result.table(SHOWN).partition("\nthese scores are")[0])
         if not command.check:
             yield self._cost("unchecked: --check 20", 20, "and tells whether to rely on the scores")
         if command.suspects:
@@ -241,41 +243,12 @@ class Scored:
             yield self._cost("retrain_without", 4 + DRAWS)
             removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
             text = f"on {len(test)} rows that neither training nor scores saw:\n{removal}"
-            yield self.write(text, removal=asdict(removal) | {"verdict": removal.verdict})
-
-    def _report(self, picture: Path) -> Report:
-        """The page of what is known; written after each part, of which one may take hours."""
-        result = self.result
-        hurt, seen = int((result.scores > 0).sum()), int((~result.scores.isnan()).sum())
-        verdict = f"{hurt} of {seen} training rows hurt on the evaluation examples"
-        if check := self.record.get("check"):
-            verdict = f"{verdict}; {check['advice'].partition(';')[0]}"
-        if removal := self.record.get("removal"):
-            verdict = f"{verdict}; {removal['verdict']}"
-        ends = zip(("Rows that hurt most", "Rows that help most"), result.ends(SHOWN))
-        return Report(
-            "attribute",
-            verdict,
-            self.options,
-            subtitle=self.texts[0].splitlines()[0],
-            warnings=[] if result.checked else ["the scores are unchecked: give check"],
-            curves=self.curves,
-            pictures={"Scores of the training rows": picture},
-            tables={
-                title: [["row", "score", "text"], *map(self._cells, rows)]
-                for title, rows in ends
-                if rows
-            },
-            texts={"Checks": "\n\n".join(self.texts)},
-        )
-
-    def _cells(self, row: int) -> list[str]:
-        number, text = self.result.line(row).strip().split("  ", 1)
-        return [number, f"{float(self.result.scores[row]):+.2e}", text]
+            record = asdict(removal) | {"verdict": removal.verdict}
+            yield self.write(text, removal.verdict, removal=record)
 
     def _cost(self, name: str, trainings: int, more: str = "") -> str:
-        time = f"{trainings * self.result.settings['seconds'] / 60:.1f} minutes"
-        return f"{name}: {trainings} trainings, about {time} {more}".rstrip()
+        minutes = trainings * self.result.settings["seconds"] / 60
+        return f"{name}: {trainings} trainings, about {minutes:.1f} minutes {more}".rstrip()
 
     def _summary(self) -> str:
         result, settings = self.result, self.result.settings

@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> None:
     output = args.output_dir
     args = changed(args, retrain="none", max_steps=command.search_steps)
     args.save_strategy, args.output_dir = type(args.save_strategy)("no"), cache_folder()
-    setup = prepare(chosen.model, chosen.data, args, chosen.method.tags)
+    setup = prepare(chosen.model, chosen.data, args, chosen.method)
     trainer = setup.trainer(args, chosen.method)
     if trainer.upper is None:
         raise ProblemError(f"method: {chosen.name} has no upper level to check")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from tempfile import mkdtemp
 from typing import Any
 
 from transformers.hf_argparser import HfArg
@@ -17,6 +18,7 @@ from hyperopt_peft.cli.options import OutputArguments, divided, names_of
 from hyperopt_peft.cli.plan import seconds_a_pass, whole
 from hyperopt_peft.cli.plan import table as table_of
 from hyperopt_peft.cli.report import Report
+from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, changed, choose, prepare
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
@@ -64,27 +66,27 @@ def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train every method with every seed, write the table and the runs."""
     chosen = choose_all(argv)
     first = next(iter(chosen.values()))
-    command, args = first.command, first.args
-    command.require_output(args)
-    tags = {tag for each in chosen.values() for tag in each.method.tags}
-    setup = prepare(first.model, first.data, args, sorted(tags))
+    command, output = first.command, Path(first.args.output_dir)
+    command.require_output(first.args)
+    methods = [each.method for each in chosen.values()]
+    setup = prepare(first.model, first.data, first.args, *methods)
     if setup.evaluation is None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
-    budget = args.steps_of(len(setup.train) + len(setup.upper or ()))
+    budget = first.args.steps_of(len(setup.train) + len(setup.upper or ()))
     for each in chosen.values():
         again = {**(each.args.retrain_arguments or {}), "max_steps": budget}
         each.args = changed(each.args, max_steps=budget, retrain_arguments=again)
-        each.args.output_dir = args.output_dir
-        if not each.args.load_best_model_at_end:
-            each.args.save_strategy = type(args.save_strategy)("no")
     if not distributed.rank():
         print(f"{budget} steps each; a method with two phases has as many in each", flush=True)
+    seeds, runs, metric = list(dict.fromkeys(command.seeds)), list[MethodRun](), setup.task.metric
     if command.dry_run:
-        print(plan(chosen, setup, len({*command.seeds})))
+        trainers = {name: setup.trainer(x.args, x.method) for name, x in chosen.items()}
+        works = [whole(trainer, name, len(seeds)) for name, trainer in trainers.items()]
+        print(f"examples: {len(setup.train)} training, {len(setup.evaluation)} evaluation")
+        print(table_of(works, seconds_a_pass(next(iter(trainers.values())))))
         return
-    output, metric, runs = Path(args.output_dir), f"eval_{setup.task.metric}", list[MethodRun]()
     output.mkdir(parents=True, exist_ok=True)
-    for seed in dict.fromkeys(command.seeds):
+    for seed in seeds:
         for name, each in chosen.items():
             runs.append(train(name, seed, each, setup))
             if distributed.rank():
@@ -92,15 +94,12 @@ def run(argv: Sequence[str]) -> None:
             print(f"{name}, seed {seed}: {metric} {runs[-1].metrics[metric]:.4f}", flush=True)
             # Written after each run, so that an interruption loses one run only.
             record = {"metric": metric, "test_rows": len(setup.evaluation)}
-            record["runs"] = [asdict(run) for run in runs]
+            record["runs"] = [asdict(run) for run in runs]  # type: ignore[assignment]
             (output / "comparison.json").write_text(json.dumps(record, indent=1))
     if not distributed.rank():
-        rows, note = table(runs, metric), f"means of {len({*command.seeds})} seeds on "
-        note += f"{len(setup.evaluation)} rows; ± is one standard error over the seeds, paired"
-        sentence = verdict(runs, metric)
-        for folder in sorted((path for path in output.rglob("*") if path.is_dir()), reverse=True):
-            if not any(folder.iterdir()):  # a Trainer makes its folder, and has saved nothing
-                folder.rmdir()
+        rows, sentence = table(runs, metric), verdict(runs, metric)
+        note = f"Means of {len(seeds)} seeds on {len(setup.evaluation)} rows; ± is one standard "
+        note += "error over the seeds, by which differences are paired."
         page = Report("compare", sentence, first.options, note, tables={"Methods": rows})
         print(f"\n{aligned(rows)}\n\n{note}\n{sentence}\n{page.write(output)} has all of it")
 
@@ -115,9 +114,7 @@ def choose_all(argv: Sequence[str]) -> dict[str, Chosen]:
             own, _, estimator = estimator.partition(":")
             method = f"{method}:{own}"
         if "=" in method:
-            raise ProblemError(
-                f"methods: {name!r} is no method; in YAML quotes keep the commas of an estimator"
-            )
+            raise ProblemError(f"methods: {name!r} is none; in YAML put an estimator into quotes")
         if estimator and not has_upper_level(find_method(method)()):
             raise ProblemError(f"methods: {method} takes no estimator, got {name!r}")
         specs[name] = method, [f"--hypergradient={estimator}"] * bool(estimator)
@@ -128,26 +125,17 @@ def choose_all(argv: Sequence[str]) -> dict[str, Chosen]:
     }
 
 
-def plan(chosen: dict[str, Chosen], setup: Setup, seeds: int) -> str:
-    """The trainings of each method in lines, and their time."""
-    works, seconds = [], 0.0
-    for name, each in chosen.items():
-        trainer = setup.trainer(each.args, each.method)
-        seconds = seconds or seconds_a_pass(trainer)
-        works.append(whole(trainer, name, seeds))
-    rows = f"{len(setup.train)} training, {len(setup.evaluation or ())} evaluation"
-    return f"examples: {rows}\n{table_of(works, seconds)}"
-
-
 def train(name: str, seed: int, chosen: Chosen, setup: Setup) -> MethodRun:
-    """One run; all methods have the same start for one ``seed``."""
-    folder = Path(chosen.args.output_dir) / f"{name.replace('/', '-').replace(':', '-')}-seed{seed}"
-    args = changed(chosen.args, seed=seed, data_seed=seed, output_dir=str(folder))
+    """One run, which leaves no files; all methods have the same start for one ``seed``."""
+    args = changed(chosen.args, seed=seed, data_seed=seed, output_dir=mkdtemp(dir=cache_folder()))
+    if not args.load_best_model_at_end:
+        args.save_strategy = type(args.save_strategy)("no")
     trainer = setup.trainer(args, chosen.method)
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
-    metrics = {k: float(x) for k, x in trainer.evaluate().items() if not k.endswith(TIMINGS)}
+    tested = {k: x for k, x in trainer.evaluate().items() if not k.endswith(TIMINGS)}
+    metrics = {k.removeprefix("eval_"): x for k, x in tested.items() if k.startswith("eval_")}
     return MethodRun(name, seed, metrics, seconds, int(whole(trainer, name).passes))
 
 
@@ -180,27 +168,27 @@ def verdict(runs: Sequence[MethodRun], metric: str) -> str:
         >>> verdict(runs, "f1")
         'beside lora, dora has a higher f1 by 0.2500 ± 0.0000'
     """
-    name, found = metric.removeprefix("eval_"), []
-    for method, (gap, error) in gaps(runs, metric).items():
-        if abs(gap) > 2 * error:
-            word = "higher" if gap > 0 else "lower"
-            found.append(f"{method} has a {word} {name} by {abs(gap):.4f} ± {error:.4f}")
+    found = [
+        f"{name} has a {'higher' if gap > 0 else 'lower'} {metric} by {abs(gap):.4f} ± {error:.4f}"
+        for name, (gap, error) in gaps(runs, metric).items()
+        if abs(gap) > 2 * error
+    ]
     if found:
         return f"beside {runs[0].method}, {'; '.join(found)}"
-    return f"no method differs from {runs[0].method} in {name} by more than twice its error"
+    return f"no method differs from {runs[0].method} in {metric} by more than twice its error"
 
 
 def table(runs: Sequence[MethodRun], metric: str) -> list[list[Any]]:
     """Heads, and a row for each method: the ``metric``, the task's others, passes and seconds."""
-    others = [name for name in runs[0].metrics if name.startswith("eval_") and name != metric]
-    heads = [metric, f"difference to {runs[0].method}", *others]
-    rows: list[list[Any]] = [["method", *(x.removeprefix("eval_") for x in heads)]]
-    rows[0] += ["passes", "seconds"]
+    others = [name for name in runs[0].metrics if name != metric]
+    heads = ["method", metric, f"difference to {runs[0].method}", *others, "passes", "seconds"]
+    rows = [heads]
     for method, (gap, its_error) in gaps(runs, metric).items():
         own = [run for run in runs if run.method == method]
         mean, error = mean_and_error([run.metrics[metric] for run in own])
-        row: list[Any] = [method, f"{mean:.4f} ± {error:.4f}", f"{gap:+.4f} ± {its_error:.4f}"]
-        row += [f"{fmean(run.metrics[name] for run in own):.4f}" for name in others]
-        rows.append([*row, own[0].passes, f"{fmean(run.seconds for run in own):.1f}"])
-    rows[1][2] = "–"
+        difference = "–" if len(rows) == 1 else f"{gap:+.4f} ± {its_error:.4f}"
+        means = (f"{fmean(run.metrics[name] for run in own):.4f}" for name in others)
+        seconds = f"{fmean(run.seconds for run in own):.1f}"
+        rows.append([method, f"{mean:.4f} ± {error:.4f}", difference, *means])
+        rows[-1] += [str(own[0].passes), seconds]
     return rows

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
 
+from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.errors import ProblemError
 
@@ -19,6 +20,14 @@ CONVERSATIONS = (("messages",), ("prompt", "completion"), ("text",))
 PROMPTS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 MOST_CLASSES = 100
+#: The options of texts and label by task, and what the label is.
+COLUMNS = {
+    "text-classification": ("text_columns", "label_column", "the classes"),
+    "regression": ("text_columns", "label_column", "a number to predict"),
+    "token-classification": ("tokens_column", "label_column", "lists of tags"),
+    "causal-lm": ("text_columns", "target_column", "the text to produce"),
+    "seq2seq": ("text_columns", "target_column", "the text to produce"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,19 +48,12 @@ class Guess:
 
     def options(self) -> list[tuple[str, Any, str]]:
         """Name, value and comment of the options of the columns."""
-        if self.task == "sft":
-            plain = [*self.texts] not in (["messages"], ["text"]) and len(self.texts) == 1
+        if self.task == SFT:
+            plain = len(self.texts) == 1 and self.texts[0] not in ("messages", "text")
             return [("dataset_text_field", self.texts[0], "the text")] if plain else []
-        texts: tuple[str, Any, str] = ("text_columns", [*self.texts], "one text, or two")
-        label, comment = "label_column", "the classes"
-        if self.task == "regression":
-            comment = "a number to predict"
-        elif self.task == "token-classification":
-            texts, comment = ("tokens_column", self.texts[0], "lists of words"), "lists of tags"
-        elif self.task in ("causal-lm", "seq2seq"):
-            texts = ("text_columns", [*self.texts], "the text, or the prompt")
-            label, comment = "target_column", "the text to produce"
-        return [texts, (label, self.label, comment)]
+        texts, label, comment = COLUMNS[self.task]
+        value = self.texts[0] if texts == "tokens_column" else [*self.texts]
+        return [(texts, value, "the input"), (label, self.label, comment)]
 
     def __str__(self) -> str:
         columns = f"text: {', '.join(self.texts)}"
@@ -60,9 +62,7 @@ class Guess:
         return f"task: {self.task}; {columns}"
 
 
-def guess(
-    rows: Dataset, task: str | None, texts: list[str] | None, label: str | None, command: str
-) -> Guess:
+def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str | None) -> Guess:
     """The task and the columns of ``rows``; what is given is not guessed.
 
     Raises:
@@ -72,16 +72,21 @@ def guess(
         >>> from datasets import Dataset
         >>> tweets = [f"{k} is {'fine' * (k % 2) or 'bad'}" for k in range(10)]
         >>> rows = Dataset.from_dict({"tweet": tweets, "mood": ["sad", "glad"] * 5})
-        >>> print(guess(rows, None, None, None, "train"))
+        >>> print(guess(rows, None, None, None))
         task: text-classification; text: tweet; label: mood with 2 classes: sad 5, glad 5
     """
     require_columns(rows, [label] if label else [], TRAIN)
     names = rows.column_names
     lists = [name for name in names if not isinstance(rows.features[name], Value | ClassLabel)]
-    task = task or _task_of_layout(names, lists, command)
+    if task is None and "messages" in names:
+        task = SFT
+    elif task is None and _first(names, PROMPTS):
+        task = "causal-lm"
+    elif task is None and len(lists) > 1:
+        task = "token-classification"
     if label in lists and task != "token-classification":
         raise ProblemError(f"label_column: {label} has lists or mappings; name another column")
-    if task == "sft":
+    if task == SFT:
         texts = texts or _first(names, CONVERSATIONS)
     elif task == "token-classification":
         texts = texts or [next((x for x in ("tokens", "words", *lists) if x in names), "tokens")]
@@ -110,21 +115,6 @@ def guess(
     return Guess(task, texts, label, classes)
 
 
-def _task_of_layout(names: Collection[str], lists: Sequence[str], command: str) -> str | None:
-    """The task that a table of ``names`` alone tells, or None."""
-    conversations = "messages" in names or {"prompt", "completion"} <= {*names}
-    if conversations and command == "attribute":
-        return "sft"
-    if "messages" in names:
-        raise ProblemError(
-            f"messages: conversations are for attribute, not {command}; give it as --command, or "
-            "texts"
-        )
-    if _first(names, PROMPTS):
-        return "causal-lm"
-    return "token-classification" if len(lists) > 1 else None
-
-
 def _first(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str] | None:
     """The first of ``layouts`` whose columns are all among ``names``."""
     return next(([*layout] for layout in layouts if {*layout} <= {*names}), None)
@@ -151,13 +141,11 @@ def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | N
     """The column to predict; None if there is none and ``task`` does not ask for one."""
     few = min(MOST_CLASSES, max(2, len(rows) // 4))
     rest = [name for name in rows.column_names if name not in besides]
-    numbers = [name for name in rest if rows.features[name].dtype.startswith("float")]
+    kinds = ("float", "int") if task == "regression" else ("float",)
+    numbers = [name for name in rest if rows.features[name].dtype.startswith(kinds)]
     classes = [name for name in rest if 2 <= len({*rows[name]} - {None}) <= few]
-    if task == "regression":
-        numbers += [name for name in rest if rows.features[name].dtype.startswith("int")]
-        classes = []
-    elif task is not None:
-        numbers = []
+    if task is not None:
+        numbers, classes = (numbers, []) if task == "regression" else ([], classes)
     candidates = list(dict.fromkeys([*classes, *numbers]))
     known: dict[str, str] = {name.lower(): name for name in candidates}
     named = [known[name] for name in LABELS if name in known]

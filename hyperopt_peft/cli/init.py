@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.guess import Guess, guess
@@ -62,41 +61,60 @@ def run(argv: Sequence[str]) -> None:
     """
     first = next((k for k, word in enumerate(argv) if word.startswith("-")), len(argv))
     files = list(argv[:first])
-    (command,), _ = parse("init", (InitArguments,), argv[first:])
+    (command,), _ = parse("init", TYPES, argv[first:])
     if not files:
         raise ProblemError("give the file with your examples first: hyperopt-peft init data.csv")
     target = Path(command.config_file)
     if target.exists() and not command.overwrite:
         raise ProblemError(f"{target}: is there already; give --overwrite or another --config_file")
     rows = read_files(files, "file")
-    found = guess(rows, command.task, command.text_columns, command.label_column, command.command)
-    lines = options(command, files, rows, found)
+    found = guess(rows, command.task, command.text_columns, command.label_column)
     names = ", ".join(map(str, rows.column_names))
     print(f"{', '.join(files)}: {len(rows)} rows; columns {names}")
     print(f"{found}\nif this is wrong, give --task, --text_columns or --label_column\n")
+    run_it = f"hyperopt-peft {command.command} {target}"
+    lines = [
+        f"# {found.task} on {', '.join(files)}: {run_it}",
+        f"# All options: hyperopt-peft {command.command} --help\n",
+        *(_line(*x) for x in options(command, files, len(rows), found) if x[1] is not None),
+    ]
     try:
         target.write_text("\n".join([*lines, ""]), encoding="utf-8")
     except OSError as error:
         raise ProblemError(f"{target}: cannot be written ({error.strerror})") from error
-    run_it = f"hyperopt-peft {command.command} {target}"
     print(f"{target} is written; next:\n  {run_it} --dry_run\n  {run_it}")
 
 
-def options(command: InitArguments, files: list[str], rows: Dataset, found: Guess) -> list[str]:
-    """The lines of the file: each option with a comment, in an order to read."""
-    number, stem, of_tokens = len(rows), Path(files[0]).stem, found.task in OF_TOKENS
-    on_head = command.command == "attribute" and not of_tokens
+def options(
+    command: InitArguments, files: list[str], number: int, found: Guess
+) -> list[tuple[str, Any, str]]:
+    """Name, value and comment of the options for ``number`` rows, in an order to read."""
+    stem, of_tokens = Path(files[0]).stem, found.task in OF_TOKENS
     epochs = math.ceil(FEWEST_STEPS * BATCH / (0.6 * number))  # bidora's search has .8² of the rows
-    run_it = f"hyperopt-peft {command.command} {command.config_file}"
-    model = command.model or MODELS.get(found.task, MODELS[""])
     where = "yours" if command.model else "a first run downloads it; or a folder: ./my-model"
-    entries: list[tuple[str, Any, str]] = [
-        ("model", model, where),
+    evaluation = ("eval_fraction", 0.2, "share held out; or eval_file: another.csv")
+    if command.eval_file:
+        evaluation = ("eval_file", _one(command.eval_file), "never trained on")  # type: ignore[assignment]
+    on_head = not of_tokens
+    own: dict[str, list[tuple[str, Any, str]]] = {
+        "train": [("method", "lora", "or dora, or bidora: magnitudes learned on other rows")],
+        "compare": [
+            ("methods", ["lora", "dora", "bidora"], ""),
+            ("seeds", [0, 1, 2], "each method runs once a seed"),
+        ],
+        "attribute": [
+            ("score_model", "head" if on_head else "adapter", "head: a linear one, in seconds"),
+            ("check", 20 * on_head, "retrainings that say whether to rely on the scores"),
+        ],
+    }
+    return [
+        ("model", command.model or MODELS.get(found.task, MODELS[""]), where),
         ("task", found.task, found.summary),
-        *_data(command, files, rows),
+        ("train_file", _one(files), f"{number} rows"),
+        evaluation,
         *found.options(),
         ("max_length", 512 if of_tokens else 256, "tokens an example; longer ones are cut"),
-        *_own(command.command, on_head),
+        *own[command.command],
         ("rank", 8, "of the adapter"),
         ("learning_rate", 5e-4 if of_tokens else 2e-3, "peak, with linear decay"),
         ("num_train_epochs", min(max(epochs, 3), MOST_EPOCHS), "passes over the training examples"),
@@ -104,39 +122,10 @@ def options(command: InitArguments, files: list[str], rows: Dataset, found: Gues
         ("seed", 0, "of the start, the split and the order of examples"),
         ("output_dir", f"outputs/{stem}-{command.command}", "the folder of the results"),
     ]
-    head = [
-        f"# {found.task} on {', '.join(files)}: {run_it}",
-        f"# All options: hyperopt-peft {command.command} --help",
-        "",
-    ]
-    return head + [_line(*entry) for entry in entries if entry[1] is not None]
 
 
-def _data(command: InitArguments, files: list[str], rows: Dataset) -> list[tuple[str, Any, str]]:
-    """The options of the files."""
-    train = ("train_file", _one(files), f"{len(rows)} rows")
-    if command.eval_file:
-        return [train, ("eval_file", _one(command.eval_file), "never trained on")]
-    return [train, ("eval_fraction", 0.2, "share held out; or eval_file: another.csv")]
-
-
-def _one(files: list[str] | None) -> str | list[str] | None:
-    return files[0] if files and len(files) == 1 else files
-
-
-def _own(command: str, on_head: bool) -> list[tuple[str, Any, str]]:
-    """The options of the command itself."""
-    model, comment = "head" if on_head else "adapter", "head: a linear one, in seconds; or adapter"
-    checks = "retrainings that say whether to rely on the scores"
-    own: dict[str, list[tuple[str, Any, str]]] = {
-        "train": [("method", "lora", "or dora, or bidora: magnitudes learned on other rows")],
-        "compare": [
-            ("methods", ["lora", "dora", "bidora"], ""),
-            ("seeds", [0, 1, 2], "each method runs once a seed"),
-        ],
-        "attribute": [("score_model", model, comment), ("check", 20 if on_head else 0, checks)],
-    }
-    return own[command]
+def _one(files: list[str]) -> str | list[str]:
+    return files[0] if len(files) == 1 else files
 
 
 def _line(name: str, value: Any, comment: str) -> str:

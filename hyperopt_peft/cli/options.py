@@ -157,15 +157,8 @@ def _options_in(path: Path, command: str) -> Options:
 
 
 def _words(value: Any) -> list[str]:
-    """A value of YAML, to which 1e-3 is no number, as words."""
     if isinstance(value, dict):
-        text = json.dumps(value)
-        for word in {x for x in value.values() if isinstance(x, str)}:
-            try:
-                text = text.replace(json.dumps(word), str(float(word)))
-            except ValueError:
-                continue
-        return [text]
+        return [json.dumps(value)]
     return [*map(str, value)] if isinstance(value, list) else [str(value)]
 
 

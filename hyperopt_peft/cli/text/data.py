@@ -24,7 +24,7 @@ from hyperopt_peft.errors import ProblemError, did_you_mean
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 TRAIN, UPPER = "the training examples", "the upper level's examples"
 EVALUATION = "the evaluation examples"
-#: The tag with the number of a row's file.
+#: The column with the file of a row.
 SOURCE = "source"
 
 
@@ -58,17 +58,17 @@ class ExampleData:
         if self.eval_split and (self.eval_file or not self.dataset):
             raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
 
-    def read(self, tags: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
         """The examples for training, the upper level and evaluation; None where not given.
 
-        Those for training have the column `SOURCE` if it is one of ``tags`` and the files are
-        several.
+        Those for training have the column `SOURCE` if it is one of ``columns`` and the
+        files are several.
         """
         upper = read_files(self.upper_file, "upper_file") if self.upper_file else None
         if not self.train_file:
             train = self._read_split("train_split")
         else:
-            train = read_files(self.train_file, "train_file", by_source=SOURCE in tags)
+            train = read_files(self.train_file, "train_file", by_source=SOURCE in columns)
         if self.eval_file:
             return train, upper, read_files(self.eval_file, "eval_file")
         return train, upper, self._read_split("eval_split") if self.eval_split else None
@@ -139,24 +139,6 @@ def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) ->
         raise ProblemError(
             f"{option}: the files have different columns ({error}); give all the same"
         ) from error
-
-
-def tag_of(rows: Dataset, name: str) -> list[Any]:
-    """The column ``name``, which a method reads, as numbers: those of words are in their order.
-
-    Raises:
-        ProblemError: there is no such column, or an empty cell or a list in it.
-    """
-    if name == SOURCE and name not in rows.column_names:
-        raise ProblemError(f"column {name!r}: the method reads it; give several files, or add it")
-    require_columns(rows, [name], TRAIN)
-    values = rows[name][:]
-    if all(isinstance(value, int | float) for value in values):
-        return values
-    if not all(isinstance(value, str) for value in values):
-        raise ProblemError(f"column {name!r}: must have numbers, or words")
-    numbers = {word: number for number, word in enumerate(dict.fromkeys(values))}
-    return [numbers[value] for value in values]
 
 
 def _read_file(path: Path, option: str) -> Dataset:

@@ -115,19 +115,20 @@ def load_base(
     task: Task, name: str, config: Any, dtype: Dtype, *, four_bits: bool = False
 ) -> tuple[Any, list[str]]:
     """The base model, and the names of its new weights, which depend on the current seed."""
+    nf4: dict[str, Any] = {}
+    if four_bits:
+        bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        nf4["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **bits)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on a new head has forty lines
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     try:
         model, report = task.model.from_pretrained(
             name,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            quantization_config=(
-                BitsAndBytesConfig(load_in_4bit=True, **nf4) if four_bits else None
-            ),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **nf4,
         )
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, error) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,6 @@ from hyperopt_peft.cli.text.data import (
     hold_out,
     read_files,
     require_columns,
-    tag_of,
 )
 from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
@@ -155,7 +154,7 @@ class Setup:
         data = {"train_dataset": self.train, "upper_dataset": self.upper}
         with trainer_errors():
             return kind(
-                model, args, method=method, eval_dataset=self.evaluation, **data, **options
+                model, args, method=copy.deepcopy(method), eval_dataset=self.evaluation, **data, **options
             )
 
 
@@ -170,22 +169,22 @@ def trainer_errors() -> Iterator[None]:
         raise ProblemError(str(error)) from error
 
 
-def prepare(args: ModelArguments, data: Any, training: Any, tags: Iterable[str] = ()) -> Setup:
+def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) -> Setup:
     """Read and encode the data for the model, without loading weights.
 
     Args:
         args: the options of the model.
         data: those of the examples.
         training: those of the training.
-        tags: columns that a method reads.
+        methods: what is trained on the data.
 
     Raises:
         ProblemError: invalid data, or a model that cannot be loaded.
     """
-    tags = [tag for tag in tags if tag != INDEX]
+    read = sorted({name for method in methods for name in columns_read(method)})
     task, name, of_trl = TASKS[args.task], args.tokenizer or args.model, args.task == SFT
     columns = [] if of_trl else data.columns(args.task)
-    rows, upper, evaluation_rows = data.read(tags)
+    rows, upper, evaluation_rows = data.read(read)
     require_columns(rows, columns, TRAIN)  # before the classes are read
     names = class_names(rows, data.label_column) if task.classes else ()
     config = models.labelled(models.load_config(args.model), args.task, names)
@@ -198,8 +197,9 @@ def prepare(args: ModelArguments, data: Any, training: Any, tags: Iterable[str] 
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
     train, evaluation = encoder.encode(rows, TRAIN), None
-    for tag in tags:
-        train = train.add_column(tag, tag_of(rows, tag))
+    for column in read:
+        require_columns(rows, [column], TRAIN)
+        train = train.add_column(column, rows[column][:])
     if upper is not None:
         upper = encoder.encode(upper, UPPER)
     if evaluation_rows is not None:
@@ -214,6 +214,17 @@ def prepare(args: ModelArguments, data: Any, training: Any, tags: Iterable[str] 
     return Setup(
         args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows
     )
+
+
+def columns_read(method: Method) -> list[str]:
+    """The columns of the training rows that ``method`` reads, beside those of the task.
+
+    Example:
+        >>> columns_read(Method())
+        []
+    """
+    own: str | None = getattr(method, "column", None)  # of which the method makes its tags
+    return [tag for tag in method.tags if tag != INDEX] if own is None else [own]
 
 
 def changed(args: Any, **values: Any) -> Any:
