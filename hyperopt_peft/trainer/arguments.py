@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
@@ -142,13 +143,17 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         super().__post_init__()
         if isinstance(self.retrain_arguments, str):
             self.retrain_arguments = json.loads(self.retrain_arguments)
-        names = {each.name for each in fields(self)} - {"output_dir"}
-        for name in self.retrain_arguments or ():
-            if name not in names:
+        hints = get_type_hints(type(self))
+        self.retrain_arguments = dict(self.retrain_arguments or {}) or None
+        for name, value in (self.retrain_arguments or {}).items():
+            if name not in hints or name == "output_dir":
                 raise ProblemError(
                     f"retrain_arguments: {name!r} is no argument of the second training; use names "
                     f"of {type(self).__name__}, such as learning_rate"
                 )
+            if isinstance(value, str) and hints[name] is float:  # YAML reads 3e-5 as a string
+                with suppress(ValueError):
+                    self.retrain_arguments[name] = float(value)
         self._check()
         if self.retrain_arguments:
             self.for_retraining()

@@ -127,7 +127,7 @@ def test_every_diff_changes_nothing_but_the_names() -> None:
             "from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments"
         ),
         "args = TrainingArguments(": "args = BilevelTrainingArguments(",
-        "trainer = Trainer(model, args, ": "trainer = BilevelTrainer(model, args, method=BiDoRA(), ",
+        "trainer = Trainer(model, args,": "trainer = BilevelTrainer(model, args, method=BiDoRA(),",
     }
     pages = [PAGES[n] for n in ("training.md", "start.md", "coming-from-peft-trl.md")] + [README]
     for diff in (diff for page in pages for diff in blocks(page, "diff")):

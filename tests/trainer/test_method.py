@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "source: ",
     ),
     "an unknown argument": (lambda d: ARGS(d, retrain_arguments={"rate": 1}), "'rate'"),
-    "a bad value": (lambda d: ARGS(d, retrain_arguments={"learning_rate": "1e-3"}), "learning_rat"),
+    "a bad value": (lambda d: ARGS(d, retrain_arguments={"learning_rate": "high"}), "learning_rat"),
     "a default out of range": (
         lambda d: ARGS(d, report_to="none").with_defaults({"upper_learning_rate": -1.0}),
         "upper_learning_rate",
