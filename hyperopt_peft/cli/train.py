@@ -97,7 +97,7 @@ def report(
     tables: dict[str, list[list[Any]]] = {}
     rows = [[work.name, work.steps, f"{work.passes:.0f}"] for work in works]
     tables["Trainings"] = [["phase", "steps", "passes"], *rows]
-    verdict = f"{chosen.name}, {sum(work.steps for work in works)} steps"
+    verdict = f"{chosen.name.rpartition(':')[2]}, {sum(work.steps for work in works)} steps"
     if evaluation and setup.evaluation is not None:
         shown = {k: x for k, x in evaluation.items() if not k.endswith(TIMINGS)}
         numbers = {k.removeprefix("eval_"): x for k, x in shown.items() if k.startswith("eval_")}

@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def prepared(model: str, path: str, **options: Any) -> Setup:
     args = ModelArguments(model, "text-classification")
-    return prepare(args, DataArguments([path], max_length=16, **options))
+    return prepare(args, DataArguments([path], max_length=16, **options), None)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet"])
@@ -182,11 +182,6 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
     "three texts": (rows(), {"text_columns": ["a", "b", "c"]}, ["text_columns", "a, b, c"]),
     "a token of each example": (rows(), {"max_length": 1}, ["max_length", "2 to 512"]),
     "long examples": (rows(), {"max_length": 600}, ["max_length", "600", "512"]),
-    "bad weights": (
-        bad([{**r, "w": 1.0} for r in rows()], w=-1.0),
-        {"weight_column": "w"},
-        [r"row 1 \(from 0\) of 'w' is -1"],
-    ),
 }
 
 
@@ -250,17 +245,6 @@ def test_an_unknown_label_of_the_evaluation_is_named(tmp_path: Path, model: str)
         prepared(model, write(tmp_path / "a.csv", rows()), eval_file=[held_out])
 
 
-def test_a_class_of_one_row_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    """As a misspelt one; classes of a few rows are no news."""
-    labels = ["objective", "subjective"] * 8
-    for few in (labels, ["a", "b"] * 2 + ["c"]):
-        class_names(Dataset.from_dict({"label": few}), "label")
-    assert "alone" not in caplog.text
-    labels[9] = "subjectiv"
-    assert len(class_names(Dataset.from_dict({"label": labels}), "label")) == 3
-    assert "row 9 (from 0) alone has the label 'subjectiv'; did you mean 'subj" in caplog.text
-
-
 def test_evaluation_on_training_examples_is_warned_of(
     tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -274,7 +258,7 @@ def test_evaluation_on_training_examples_is_warned_of(
 def test_local_folder_of_a_data_set(tmp_path: Path) -> None:
     for split, number in (("train", 24), ("validation", 6)):
         write(tmp_path / f"{split}.jsonl", rows(number=number))
-    train, evaluation = DataArguments(dataset=str(tmp_path), eval_split="validation").read()
+    train, _, evaluation = DataArguments(dataset=str(tmp_path), eval_split="validation").read()
     assert evaluation is not None and (len(train), len(evaluation)) == (24, 6)
     with pytest.raises(ProblemError, match="tset"):
         DataArguments(dataset=str(tmp_path), train_split="tset").read()

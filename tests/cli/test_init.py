@@ -9,10 +9,10 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset
 
-from hyperopt_peft.cli.config import divided
 from hyperopt_peft.cli.guess import guess
-from hyperopt_peft.cli.listing import names_of
+from hyperopt_peft.cli.attribute import TYPES
 from hyperopt_peft.cli.main import main
+from hyperopt_peft.cli.options import divided, names_of
 from tests.support.cli import refused, run
 from tests.support.files import KINDS, rows, save_model, write
 
@@ -20,9 +20,9 @@ TEXTS = [f"text number {k}" for k in range(20)]
 CLASSES, AB = "text-classification", ["a", "b"] * 10
 
 
-def guessed(table: dict[str, list[Any]], command: str = "train", **given: Any) -> tuple[Any, ...]:
+def guessed(table: dict[str, list[Any]], **given: Any) -> tuple[Any, ...]:
     rest = [given.get(name) for name in ("task", "texts", "label")]
-    found = guess(Dataset.from_dict(table), *rest, command)
+    found = guess(Dataset.from_dict(table), *rest)
     return found.task, found.texts, found.label
 
 
@@ -53,7 +53,7 @@ def test_task_and_columns_are_guessed(
 
 def test_conversations_and_a_given_task() -> None:
     chat = {"messages": [[{"role": "user", "content": "hello"}]] * 9}
-    assert guessed(chat, "attribute")[:2] == ("sft", ["messages"])
+    assert guessed(chat)[:2] == ("sft", ["messages"])
     table = {"text": TEXTS, "x": AB, "y": AB}
     assert guessed(table, task="causal-lm") == ("causal-lm", ["text"], None)
 
@@ -65,7 +65,6 @@ def test_conversations_and_a_given_task() -> None:
         ({"text": TEXTS, "label": ["a"] * 18 + ["b"] * 2}, "fewer than 5 rows of b"),
         ({"text": [None, *TEXTS[1:]], "label": AB}, "'text' is empty in 1 of 20 rows"),
         ({"n": [*range(20)], "label": AB}, "text_columns: none of n, label looks like texts"),
-        ({"messages": [[{"role": "user", "content": "a"}]] * 9}, "are for attribute, not train"),
     ],
 )
 def test_what_cannot_be_guessed_or_used_is_named(table: dict[str, list[Any]], words: str) -> None:
@@ -84,9 +83,7 @@ def test_a_column_of_another_kind_is_named() -> None:
 
 def test_named_classes_of_a_parquet_file_are_a_label() -> None:
     table = Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 10})
-    found = guess(
-        table.cast_column("label", ClassLabel(names=["a", "b"])), None, None, None, "train"
-    )
+    found = guess(table.cast_column("label", ClassLabel(names=["a", "b"])), None, None, None)
     assert (found.task, found.label) == (CLASSES, "label")
 
 
@@ -105,7 +102,7 @@ def test_the_file_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     run("train", "config.yaml", "--dry_run", **changes)
     assert not Path("outputs").exists()
     run("init", data, "--command", "attribute", model=model, overwrite=True, **chosen)
-    assert {*divided("attribute", ["config.yaml"])[0]} <= names_of("attribute")
+    assert {*divided("attribute", ["config.yaml"])[0]} <= names_of(TYPES)
 
 
 def test_no_file_is_replaced_or_written_nowhere(

@@ -34,7 +34,7 @@ class Mine(Method):
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1})
 
     def upper_variables(self, model):
-        return {n: p for n, p in model.named_parameters() if "classifier" in n and "bias" in n}
+        return {n: p for n, p in model.named_parameters() if "classifier" in n and "bias" in n and p.requires_grad}
 
     def lower_loss(self, model, batch, task_loss):
         return task_loss(batch) + self.weight * sum(p.square().sum() for p in model.parameters())
@@ -104,7 +104,9 @@ def test_a_class_of_a_file_with_its_options(
     assert "of the squares of the weights" in capsys.readouterr().out
     run("train", **{**options, "method": f"{file}:Plain", "overwrite_output_dir": True})
     run("check", **options, estimators="none", solver_steps=2)
-    run("compare", **options, weight=2, seeds=0, methods=["lora", method], overwrite_output_dir=True)
+    del options["method"]
+    options |= {"methods": ["lora", method], "weight": 2, "seeds": 0, "output_dir": tmp_path / "2"}
+    run("compare", **options)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_a_class_that_is_no_method_of_the_command_line(
         ({"method": "bidorra"}, "method: unknown 'bidorra'; did you mean 'bidora'"),
         ({"method": "none.py:Mine"}, "method: none.py is no file of Python"),
         ({"method": "lora", "gamma": 1}, "--gamma: an option of bidora.*leave it out"),
-        ({"gamma": -1}, "gamma: must not be negative"),
+        ({"gamma": -1}, "gamma: must be finite and not negative"),
         ({"plugin": "none.py"}, "plugin: none.py is no file of Python"),
         ({"hypergradient": "mine2"}, "unknown estimator 'mine2'"),
     ],
