@@ -76,6 +76,7 @@ def run(argv: Sequence[str]) -> None:
     for each in chosen.values():
         again = {**(each.args.retrain_arguments or {}), "max_steps": budget}
         each.args = changed(each.args, max_steps=budget, retrain_arguments=again)
+        each.args.output_dir = first.args.output_dir  # of a dry run another one
     if not distributed.rank():
         print(f"{budget} steps each; a method with two phases has as many in each", flush=True)
     seeds, runs, metric = list(dict.fromkeys(command.seeds)), list[MethodRun](), setup.task.metric

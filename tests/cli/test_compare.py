@@ -21,7 +21,7 @@ METHODS = ["lora", "dora", "bidora:cg:steps=2,damping=1.0"]
 def test_the_table_is_that_of_runs_of_one_budget(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"target_modules": ["query"], "retrain_arguments": '{"max_steps": 3}', "gamma": 0.1}
+    changes = {"target_modules": ["query"], "retrain_arguments": {"max_steps": 3}, "gamma": 0.1}
     run("compare", **small_run(tmp_path, methods=METHODS, seeds=[0, 1, 0], **changes))
     folder = tmp_path / "out"
     record = json.loads((folder / "comparison.json").read_text())

@@ -176,10 +176,10 @@ def check_each(
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:
     """The classes in ``column``, of examples or of lists of tags, sorted as numbers or as words."""
-    inner, values = _inner(data, column), data[column][:]
+    (inner, lists), values = _inner(data, column), data[column][:]
     if isinstance(inner, ClassLabel):
         return tuple(inner.names)
-    if inner is not data.features[column]:
+    if lists:
         values = [tag for tags in values for tag in tags]
     kinds = {type(value) for value in values}
     if len(kinds) > 1 or not kinds <= {str, int, bool}:
@@ -193,15 +193,15 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
     return names
 
 
-def _inner(data: Dataset, column: str) -> Any:
-    """The type of the classes in ``column``, or in its lists."""
+def _inner(data: Dataset, column: str) -> tuple[Any, bool]:
+    """The type of the classes in ``column``, and whether they are in lists."""
     feature = data.features[column]
-    return getattr(feature, "feature", feature)
+    return getattr(feature, "feature", feature), hasattr(feature, "feature")
 
 
 def _named(data: Dataset, column: str) -> Dataset:
     """``data`` with the name of each class, whatever the stored type."""
-    inner = _inner(data, column)
+    inner, _ = _inner(data, column)
 
     def name(value: Any) -> Any:
         if isinstance(value, list):
