@@ -18,7 +18,7 @@ from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
 from hyperopt_peft.cli.options import OutputArguments
 from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
-from hyperopt_peft.cli.report import REPORT, Report
+from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.cli.text.data import EVALUATION, ExampleData, hold_out, require_columns
 from hyperopt_peft.cli.text.setup import SHARED, Setup, choose, prepare
@@ -115,11 +115,13 @@ def run(argv: Sequence[str]) -> None:
         save_adapter(trainer)
         trainer.save_metrics("eval", metrics)
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
-    for text in Scored(result, command, page, output if first else None).paragraphs(test, args.seed):
+    for text in Scored(result, command, page, output if first else None).paragraphs(
+        test, args.seed
+    ):
         if first:
             print(f"{text}\n", flush=True)
     if first:
-        print(f"attribution.csv and {REPORT} are in {output}")
+        print(f"attribution.csv and report.md are in {output}")
     trainer.end_training()
 
 
@@ -210,10 +212,10 @@ class Scored:
             self.result.plot(picture, SHOWN)
             record = json.dumps(self.record, indent=1)
             (self.folder / "attribution.json").write_text(f"{record}\n")
-            self.page.verdict, self.page.subtitle = "; ".join(self.verdicts), self.texts[0]
-            unchecked = "the scores are unchecked: give check"
-            self.page.warnings = [] if self.result.checked else [unchecked]
-            self.page.pictures = {"Scores of the training rows": picture}
+            self.page.verdict = "; ".join(self.verdicts)
+            if not self.result.checked:
+                self.page.verdict += "; the scores are unchecked: give check"
+            self.page.pictures = {"Scores of the training rows": picture.name}
             self.page.texts = {"Checks": "\n\n".join(self.texts)}
             self.page.write(self.folder)
         return text

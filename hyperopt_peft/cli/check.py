@@ -83,7 +83,7 @@ TYPES = (CheckArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.html``."""
+    """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.md``."""
     chosen = choose("check", CheckArguments, argv)
     command, args = chosen.command, chosen.args
     if str(args.resume_from_checkpoint).lower() not in ("none", "false"):
@@ -107,7 +107,7 @@ def run(argv: Sequence[str]) -> None:
         page = _examine(trainer, command)
     page.options = chosen.options
     page.subtitle = f"after {command.search_steps} steps of the search on {chosen.model.model}"
-    print(f"\n{page.write(output or '.', 'check.html')} has all of it")
+    print(f"\n{page.write(output or '.')} has all of it")
 
 
 def planned(command: CheckArguments, learning_rate: float) -> list[Work]:

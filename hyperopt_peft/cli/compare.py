@@ -94,8 +94,8 @@ def run(argv: Sequence[str]) -> None:
                 continue
             print(f"{name}, seed {seed}: {metric} {runs[-1].metrics[metric]:.4f}", flush=True)
             # Written after each run, so that an interruption loses one run only.
-            record = {"metric": metric, "test_rows": len(setup.evaluation)}
-            record["runs"] = [asdict(run) for run in runs]  # type: ignore[assignment]
+            record: dict[str, Any] = {"metric": metric, "test_rows": len(setup.evaluation)}
+            record["runs"] = [asdict(run) for run in runs]
             (output / "comparison.json").write_text(json.dumps(record, indent=1))
     if not distributed.rank():
         rows, sentence = table(runs, metric), verdict(runs, metric)

@@ -28,6 +28,7 @@ from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.engine.checkpoint import valid_checkpoints
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.problems import METHODS, find_method
+from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.utils.validation import require_writable
 
 #: The values of each option by its name.
@@ -36,16 +37,13 @@ Options = dict[str, list[str]]
 RESULTS = (
     "adapter_config.json",
     "comparison.json",
-    "report.html",
+    "report.md",
     "checkpoint-*",
     "retrain/checkpoint-*",
 )
 #: The arguments of `transformers.TrainingArguments` in a page of help; ``--help_all`` has the rest.
-COMMON = (
-    "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size seed bf16 "
-    "gradient_accumulation_steps use_cpu logging_steps resume_from_checkpoint report_to"
-).split()
-HELP, HELP_ALL = "help", "help_all"
+COMMON = """output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size seed
+bf16 gradient_accumulation_steps use_cpu logging_steps resume_from_checkpoint report_to"""
 LOGGING_STEPS = 0.05  # a share of all steps
 
 
@@ -118,22 +116,19 @@ def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
         >>> divided("train", ["--rank=8", "--text-columns", "a", "b"])
         ({}, {'rank': ['8'], 'text_columns': ['a', 'b']})
     """
-    of_file, flags = Options(), Options()
+    of_file, flags, values = Options(), Options(), list[str]()
     if argv and not argv[0].startswith("-"):
         of_file, argv = _options_in(Path(argv[0]), command), argv[1:]
-    values: list[str] | None = None
     for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
+        if word.startswith("--") or word == "-h":
+            name, equals, value = word.lstrip("-").partition("=")
+            name = {"h": "help"}.get(name, name).replace("-", "_")
             flags.pop(name, None)  # the last one counts, also against --no_name
             values = flags[name] = [value] if equals else []
-        elif word == "-h":
-            flags[HELP] = []
-        elif values is None:
-            raise ProblemError(_unexpected(word))
-        else:
+        elif flags:
             values.append(word)
+        else:
+            raise ProblemError(_unexpected(word))
     return of_file, flags
 
 
@@ -157,8 +152,7 @@ def _options_in(path: Path, command: str) -> Options:
 
 
 def _words(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [json.dumps(value)]
+    value = json.dumps(value) if isinstance(value, dict) else value
     return [*map(str, value)] if isinstance(value, list) else [str(value)]
 
 
@@ -175,22 +169,27 @@ def flags_of(options: Mapping[str, Sequence[str]]) -> list[str]:
     return flags
 
 
+def names_of(kinds: Iterable[Any]) -> set[str]:
+    """The names of the fields of the dataclasses among ``kinds``."""
+    return {x.name for kind in kinds if is_dataclass(kind) for x in fields(kind) if x.init}
+
+
 def parse(
     command: str,
-    types: Sequence[type],
+    types: Sequence[Any],
     argv: Sequence[str],
     *,
-    method: type | None = None,
+    method: type[Method] | None = None,
     besides: Collection[str] = (),
 ) -> tuple[list[Any], Options]:
-    """One instance of each dataclass in ``types``, then of ``method``, and the options read.
+    """One instance of each dataclass in ``types``, then of ``method``, and the given options.
 
     Args:
         command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options, each with its help.
         argv: a YAML file (optional), then flags. Options of the file that are of other commands,
             tasks or methods are not read.
-        method: a class of a `Method`, whose fields are options too.
+        method: a class whose fields are options too, and whose defaults are those of the run.
         besides: further names, which are not read.
 
     Raises:
@@ -199,12 +198,11 @@ def parse(
         SystemExit: help was asked for, and is printed.
     """
     of_file, flags = divided(command, argv)
-    names = {field.name for kind in types for field in fields(kind) if field.init}
-    parser = _parser(types, names, method)
-    names |= {action.dest for action in parser._actions}
-    if wanted := {HELP, HELP_ALL} & {*flags}:
-        print(_page(command, parser, everything=HELP_ALL in wanted))
+    parser = _parser(types, method)
+    if {"help", "help_all"} & {*flags}:
+        print(_page(command, parser, everything="help_all" in flags))
         raise SystemExit(0)
+    names = names_of(parser.dataclass_types)
     for name in flags:
         if owners := _others(command, name, {*names, *besides}):
             raise ProblemError(
@@ -214,7 +212,7 @@ def parse(
         text = f"{', '.join(foreign)}: of other commands, tasks or methods, and not read"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
     given = {**{k: v for k, v in of_file.items() if k not in flags}, **flags}
-    read = {k: v for k, v in given.items() if k.removeprefix("no_") in names or k in names}
+    read = {k: v for k, v in given.items() if {k, k.removeprefix("no_")} & names}
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             flags_of(read), return_remaining_strings=True, look_for_args_file=False
@@ -241,29 +239,28 @@ class _Format(HelpFormatter):
         return f"{action.option_strings[0]} {values}".rstrip()
 
     def _get_help_string(self, action: Action) -> str | None:
-        shown = action.default not in (None, False, "", SUPPRESS) and action.help is not SUPPRESS
+        shown = action.default not in (None, False, "")
         return f"{action.help} (%(default)s)" if shown else action.help
 
 
-def _parser(types: Sequence[type], names: Collection[str], method: type | None) -> _Parser:
-    """The parser of ``types``, whose fields are ``names``, and of ``method``."""
-    defaults: dict[str, Any] = {"logging_steps": LOGGING_STEPS}
-    if not sys.stderr.isatty():  # a log file wants no bars
-        defaults["disable_tqdm"] = True
-    if not torch.accelerator.is_available():  # where PyTorch warns of each loader
-        defaults["dataloader_pin_memory"] = False
-    defaults = {name: value for name, value in defaults.items() if name in names}
-    kinds = [*types]
+def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
+    """The parser of ``types`` and of ``method``."""
+    names, kinds = names_of(types), [*types]
+    defaults: dict[str, Any] = {}
+    if "learning_rate" in names:
+        defaults = {"logging_steps": LOGGING_STEPS, "disable_tqdm": not sys.stderr.isatty()}
+        # Without an accelerator PyTorch warns of each loader.
+        defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
     if method is not None:
-        for name in names_of([method]) & {*names}:
+        for name in names_of([method]) & names:
             raise ProblemError(
                 f"{method.__name__}: its field {name} is an argument of every run; rename it"
             )
-        defaults |= method.defaults  # type: ignore[attr-defined]
-        if unknown := next((name for name in defaults if name not in names), None):
+        for name in {*method.defaults} - names:
             raise ProblemError(
-                f"{method.__name__}: defaults has {unknown}, which is no argument; leave it out"
+                f"{method.__name__}: defaults has {name}, which is no argument; leave it out"
             )
+        defaults |= method.defaults
         kinds += [method] if is_dataclass(method) else []
     options: Any = {"add_help": False, "allow_abbrev": False, "formatter_class": _Format}
     try:
@@ -273,11 +270,6 @@ def _parser(types: Sequence[type], names: Collection[str], method: type | None) 
         raise ProblemError(f"{name}: a field of it cannot be an option: {error}") from error
     parser.set_defaults(**defaults)
     return parser
-
-
-def names_of(kinds: Iterable[Any]) -> set[str]:
-    """The names of the fields of the dataclasses among ``kinds``."""
-    return {x.name for kind in kinds if is_dataclass(kind) for x in fields(kind) if x.init}
 
 
 @cache
@@ -299,8 +291,8 @@ def _others(command: str, name: str, names: Collection[str]) -> str:
         return ""
     if plain in _names(command):
         return "other tasks"
-    owners = [*COMMANDS, *METHODS]
-    if found := [other for other in owners if other != "init" and plain in _names(other)]:
+    owners = [owner for owner in (*COMMANDS, *METHODS) if owner != "init"]
+    if found := [owner for owner in owners if plain in _names(owner)]:
         return ", ".join(found)
     near = did_you_mean(name, names)
     near = near if near.startswith("; did") else "; --help lists the options"
@@ -309,24 +301,21 @@ def _others(command: str, name: str, names: Collection[str]) -> str:
 
 def _page(command: str, parser: _Parser, *, everything: bool) -> str:
     """The help of ``command``; with ``everything`` all arguments of Transformers too."""
-    hidden = {x.name for x in fields(TrainingArguments)} - {*COMMON}
+    hidden = set() if everything else names_of([TrainingArguments]) - {*COMMON.split()}
     for action in parser._actions:
-        if action.option_strings[0].startswith("--no_"):
+        if action.dest in hidden or action.option_strings[0].startswith("--no_"):
             action.help = SUPPRESS
-        elif action.dest in hidden:
-            action.help = action.help if everything else SUPPRESS
         elif not action.help:
             action.help = _documented(parser.dataclass_types[-1], action.dest)
     usage = "FILE [FILE ...] [options]" if command == "init" else "[config.yaml] [options]"
-    parser.usage = f"hyperopt-peft {command} {usage}"
-    parser.description = f"{COMMANDS[command]}."
-    if "learning_rate" in names_of(parser.dataclass_types) and not everything:
+    parser.usage, parser.description = f"hyperopt-peft {command} {usage}", f"{COMMANDS[command]}."
+    if hidden & names_of(parser.dataclass_types):
         parser.epilog = "--help_all lists the other fields of transformers.TrainingArguments too."
-    return parser.format_help()
+    return str(parser.format_help())
 
 
 def _documented(kind: type, name: str) -> str:
     """What the docstring of ``kind`` says of its argument ``name``."""
     entry = rf"^    {name}: (.*?)(?=\n    \S|\n\n|\Z)"
     found = re.findall(entry, getdoc(kind) or "", re.DOTALL | re.MULTILINE)
-    return " ".join(found[0].split()).replace("%", "%%") if found else "of the method"
+    return " ".join(found[0].split()).rstrip(".").replace("%", "%%") if found else "of the method"

@@ -109,7 +109,7 @@ def report(
             verdict += f"; always the commonest class has {count / size:.4g}"
     files = chosen.data.train_file or [chosen.data.dataset]
     subtitle = f"{', '.join(files)} · {chosen.model.model}"
-    return Report("train", verdict, chosen.options, subtitle, tables=tables, curves=histories)
+    return Report("train", verdict, chosen.options, subtitle, tables, curves=histories)
 
 
 def save_adapter(trainer: BilevelTrainer) -> None:

@@ -1,7 +1,6 @@
 """``compare``: same data, budget and start; the table is that of the runs."""
 
 import json
-import math
 import statistics
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def test_the_table_is_that_of_runs_of_one_budget(
         for name in ("accuracy", "macro_f1", "loss"):
             assert f"{statistics.fmean(x['metrics'][name] for x in runs):.4f}" in lines[method]
     assert "runtime" not in text and "per_second" not in text
-    assert {path.name for path in folder.iterdir()} == {"comparison.json", "report.html"}
+    assert {path.name for path in folder.iterdir()} == {"comparison.json", "report.md"}
 
 
 def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path: Path) -> None:
@@ -75,7 +74,9 @@ def test_a_table_by_hand() -> None:
     ]
     assert verdict(runs, "m") == "beside a, b has a higher m by 3.2500 ± 0.2500"
     one = [run for run in runs if run.seed == 0]
-    assert "no method differs" in verdict(one, "m") and math.isnan(float(table(one, "m")[1][1][-3:]))
+    assert "no method differs" in verdict(one, "m") and math.isnan(
+        float(table(one, "m")[1][1][-3:])
+    )
 
 
 def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

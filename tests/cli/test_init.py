@@ -9,8 +9,8 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset
 
-from hyperopt_peft.cli.guess import guess
 from hyperopt_peft.cli.attribute import TYPES
+from hyperopt_peft.cli.guess import guess
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.options import divided, names_of
 from tests.support.cli import refused, run

@@ -34,7 +34,8 @@ class Mine(Method):
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1})
 
     def upper_variables(self, model):
-        return {n: p for n, p in model.named_parameters() if "classifier" in n and "bias" in n and p.requires_grad}
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        return {n: p for n, p in named if "classifier" in n and "bias" in n}
 
     def lower_loss(self, model, batch, task_loss):
         return task_loss(batch) + self.weight * sum(p.square().sum() for p in model.parameters())
@@ -57,14 +58,14 @@ class Odd(LoRA):
 class Other:
     pass
 '''
-PLUGIN = '''
+PLUGIN = """
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft import register
 
 @register("mine", kind="direct")
 class Mine(Direct):
     pass
-'''
+"""
 
 
 @pytest.fixture

@@ -159,6 +159,8 @@ def test_help_has_every_option_of_a_command_once(
     assert len({*heads}) == len(heads) and text.count("\n") < 200
     types = __import__(f"hyperopt_peft.cli.{command}", fromlist=["TYPES"]).TYPES
     own = names_of(types) - names_of([TrainingArguments])
-    assert own <= {*heads} and ("learning_rate" in heads) == (TrainingArguments in types[-1].__mro__)
+    assert own <= {*heads} and ("learning_rate" in heads) == (
+        TrainingArguments in types[-1].__mro__
+    )
     assert main([command, "--help_all"]) == 0
     assert {*re.findall(r"--(\w+)", capsys.readouterr().out)} >= names_of(types)

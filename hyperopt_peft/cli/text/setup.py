@@ -91,7 +91,8 @@ def choose(
         types = (ModelArguments, ExampleData, sft_trainer().Arguments)
     found = find_method(method)
     parsed, options = parse(name, (kind, *types), argv, method=found, besides=besides)
-    return Chosen(method, *parsed, options)
+    command, model, data, args, made = parsed
+    return Chosen(method, command, model, data, args, made, options)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class Setup:
     def trainer(self, args: Any, method: Method) -> BilevelTrainer:
         """The trainer of a new model by ``method``."""
         model = self.model(args.seed, method)
-        options: dict[str, Any] = {"processing_class": self.encoder.tokenizer}
+        data = {"train_dataset": self.train, "upper_dataset": self.upper}
+        options = {"eval_dataset": self.evaluation, "processing_class": self.encoder.tokenizer}
         kind = sft_trainer() if self.args.task == SFT else BilevelTrainer
         if self.task.metrics is not None:  # TRL has metrics and a collator of its own
             options["compute_metrics"] = self.task.metrics
@@ -151,11 +153,8 @@ class Setup:
             if self.task.peft != "SEQ_CLS":
                 # A model that is given no labels, as for the losses of rows, needs decoder inputs.
                 options["data_collator"] = DataCollatorForSeq2Seq(self.encoder.tokenizer, model)
-        data = {"train_dataset": self.train, "upper_dataset": self.upper}
         with trainer_errors():
-            return kind(
-                model, args, method=copy.deepcopy(method), eval_dataset=self.evaluation, **data, **options
-            )
+            return kind(model, args, method=copy.deepcopy(method), **data, **options)
 
 
 @contextmanager
@@ -211,9 +210,7 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
             )
     elif data.eval_fraction:
         train, evaluation = hold_out(train, data.eval_fraction)
-    return Setup(
-        args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows
-    )
+    return Setup(args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows)
 
 
 def columns_read(method: Method) -> list[str]:
