@@ -17,7 +17,7 @@ from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
 from hyperopt_peft.cli.options import OutputArguments
-from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
+from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.cli.text.data import EVALUATION, ExampleData, hold_out, require_columns
@@ -92,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
     setup, test = split(command, prepare(chosen.model, without, args, chosen.method), data)
     trainer = setup.trainer(args, chosen.method)
     if command.dry_run:
-        print(plan(command, setup, trainer))
+        print(planned(command, setup, trainer))
         return
     if chosen.name == "dora":
         use_fast_dora(trainer.model)  # with the norm in the graph, as an exact derivative needs
@@ -156,7 +156,7 @@ def split(
     return replace(setup, train=train.sort(ROW), evaluation=evaluation), test
 
 
-def plan(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
+def planned(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
     """The trainings in lines, and their time."""
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"
@@ -177,7 +177,7 @@ def plan(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
             ("retrain_without", (4 + DRAWS) * (command.retrain_without is not None)),
         ):
             works += [replace(training, name=name, trainings=trainings)] * bool(trainings)
-    return f"{line}\n{table(works, seconds_a_pass(trainer))}"
+    return f"{line}\n{plan(works, trainer)}"
 
 
 class Scored:

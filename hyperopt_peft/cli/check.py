@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import check_problem, compare_hypergradients
 from hyperopt_peft.cli.options import RunArguments
-from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
+from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.cli.text.setup import SHARED, changed, choose, prepare
@@ -98,7 +98,7 @@ def run(argv: Sequence[str]) -> None:
     if command.dry_run:
         works = [whole(trainer, "search")] * bool(command.search_steps)
         works += planned(command, args.learning_rate)
-        print(table(works, seconds_a_pass(trainer)))
+        print(plan(works, trainer))
         return
     if command.search_steps:
         trainer.train()
@@ -115,15 +115,13 @@ def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
     solves = 5 + MIN_SAMPLES  # of the curvature at two points, and of the noise
     works = [Work("both levels", solves, 0, _passes(MINRES(steps=command.solver_steps)))]
     estimators = [*map(get_estimator, command.chosen(Spectrum(1.0, 1.0), learning_rate))]
-    if not estimators:
-        return works
-    count, reference = len(estimators), get_reference(command.reference)
-    if isinstance(reference, Retraining):
-        passes = reference.passes(count + 1 + reference.directions)
-    else:
-        passes = _passes(reference)
-    mean = sum(map(_passes, estimators)) / count
-    return [*works, Work("estimators", count, 0, mean), Work("reference", 1, 0, passes)]
+    if count := len(estimators):
+        reference: Any = get_reference(command.reference)
+        known = isinstance(reference, Retraining)
+        each = reference.passes(count + 1 + reference.directions) if known else _passes(reference)
+        works.append(Work("estimators", count, 0, sum(map(_passes, estimators)) / count))
+        works.append(Work("reference", 1, 0, each))
+    return works
 
 
 def _passes(estimator: Estimator) -> int:

@@ -34,18 +34,11 @@ class Work:
     passes: float
 
 
-def table(works: Sequence[Work], seconds: float) -> str:
-    """``works`` and their time, where a pass takes ``seconds``.
-
-    Example:
-        >>> print(table([Work("lora", 3, 100, 100), Work("bidora", 3, 200, 300)], 0.5))
-                trainings  steps  passes  minutes
-        lora            3    100     100      2.5
-        bidora          3    200     300      7.5
-        together about 10.0 minutes without evaluation, by a timed pass of 0.50 seconds
-    """
-    rows: list[Sequence[Any]] = [("", "trainings", "steps", "passes", "minutes")]
+def plan(works: Sequence[Work], trainer: Any) -> str:
+    """``works`` and their time in a table, by a timed pass of ``trainer``."""
+    seconds = seconds_a_pass(trainer)
     minutes = [work.trainings * work.passes * seconds / 60 for work in works]
+    rows: list[Sequence[Any]] = [("", "trainings", "steps", "passes", "minutes")]
     for work, each in zip(works, minutes, strict=True):
         rows.append((work.name, work.trainings, work.steps, f"{work.passes:.0f}", f"{each:.1f}"))
     return (

@@ -12,7 +12,7 @@ import yaml
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments, names_of
-from hyperopt_peft.cli.plan import levels, phases, seconds_a_pass, table
+from hyperopt_peft.cli.plan import levels, phases, plan
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.trainer.logs import TIMINGS
@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     works = phases(trainer)
     if command.dry_run:
         print(levels(setup, trainer))
-        print(table(works, seconds_a_pass(trainer)))
+        print(plan(works, trainer))
         return
     if trainer.is_world_process_zero():  # the lines of two phases look alike
         print(", then ".join(f"{work.name}: {work.steps} steps" for work in works), flush=True)

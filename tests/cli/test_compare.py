@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperopt_peft.cli.compare import MethodRun, table, verdict
+from hyperopt_peft.cli.compare import table
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
 from hyperopt_peft.problems import DoRA, LoRA
 from tests.support.cli import refused, run, small_run
 
-METHODS = ["lora", "dora", "bidora:cg:steps=2,damping=1.0"]
+METHODS = ["lora", "dora", "bidora"]
 
 
 def test_the_table_is_that_of_runs_of_one_budget(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"target_modules": ["query"], "retrain_arguments": {"max_steps": 3}, "gamma": 0.1}
+    changes["hypergradient"] = "cg:steps=2,damping=1.0"
     run("compare", **small_run(tmp_path, methods=METHODS, seeds=[0, 1, 0], **changes))
     folder = tmp_path / "out"
     record = json.loads((folder / "comparison.json").read_text())
@@ -62,8 +63,9 @@ def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path
 
 def test_a_table_by_hand() -> None:
     numbers = {"a": (1.0, 3.0), "b": (4.0, 6.5)}
+    same = {"passes": 7, "seconds": 2.0}
     runs = [
-        MethodRun(name, seed, {"m": value, "loss": 0.5}, 2.0, 7)
+        {"method": name, "seed": seed, "metrics": {"m": value, "loss": 0.5}, **same}
         for name, values in numbers.items()
         for seed, value in enumerate(values)
     ]
@@ -72,11 +74,6 @@ def test_a_table_by_hand() -> None:
         ["a", "2.0000 ± 1.0000", "–", "0.5000", "7", "2.0"],
         ["b", "5.2500 ± 1.2500", "+3.2500 ± 0.2500", "0.5000", "7", "2.0"],
     ]
-    assert verdict(runs, "m") == "beside a, b has a higher m by 3.2500 ± 0.2500"
-    one = [run for run in runs if run.seed == 0]
-    assert "no method differs" in verdict(one, "m") and math.isnan(
-        float(table(one, "m")[1][1][-3:])
-    )
 
 
 def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,19 +152,12 @@ class Setup:
             if self.task.peft != "SEQ_CLS":
                 # A model that is given no labels, as for the losses of rows, needs decoder inputs.
                 options["data_collator"] = DataCollatorForSeq2Seq(self.encoder.tokenizer, model)
-        with trainer_errors():
+        try:
             return kind(model, args, method=copy.deepcopy(method), **data, **options)
-
-
-@contextmanager
-def trainer_errors() -> Iterator[None]:
-    """Turn a Trainer's errors, such as a logger that is not installed, into a ProblemError."""
-    try:
-        yield
-    except ProblemError:
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ProblemError(str(error)) from error
+        except ProblemError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
+            raise ProblemError(str(error)) from error
 
 
 def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) -> Setup:
