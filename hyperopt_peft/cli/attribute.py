@@ -196,9 +196,7 @@ class Scored:
         self.result, self.command, self.page, self.folder = result, command, page, folder
         self.columns: dict[str, list[Any]] = {}
         self.record = {"settings": result.settings, "evaluation_loss": result.values}
-        hurt, seen = int((result.scores > 0).sum()), int((~result.scores.isnan()).sum())
-        self.verdicts = [f"{hurt} of {seen} training rows hurt on the evaluation examples"]
-        self.texts: list[str] = []
+        self.verdicts, self.texts = [self._counts()], list[str]()
 
     def write(self, text: str, verdict: str = "", **parts: Any) -> str:
         """Write the files again, with ``parts`` in the record and ``text`` in the page."""
@@ -207,15 +205,13 @@ class Scored:
         self.verdicts += [verdict] * bool(verdict)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            picture = self.folder / "attribution.png"
             self.result.to_csv(self.folder / "attribution.csv", self.columns)
-            self.result.plot(picture, SHOWN)
+            self.result.plot(self.folder / "attribution.png", SHOWN)
             record = json.dumps(self.record, indent=1)
             (self.folder / "attribution.json").write_text(f"{record}\n")
-            self.page.verdict = "; ".join(self.verdicts)
-            if not self.result.checked:
-                self.page.verdict += "; the scores are unchecked: give check"
-            self.page.pictures = {"Scores of the training rows": picture.name}
+            unchecked = [] if self.result.checked else ["the scores are unchecked: give check"]
+            self.page.verdict = "; ".join([*self.verdicts, *unchecked])
+            self.page.pictures = {"Scores of the training rows": "attribution.png"}
             self.page.texts = {"Checks": "\n\n".join(self.texts)}
             self.page.write(self.folder)
         return text
@@ -252,9 +248,14 @@ class Scored:
         minutes = trainings * self.result.settings["seconds"] / 60
         return f"{name}: {trainings} trainings, about {minutes:.1f} minutes {more}".rstrip()
 
+    def _counts(self) -> str:
+        hurt, unseen = int((self.result.scores > 0).sum()), self.result.settings["unseen"]
+        text = f"{hurt} of {len(self.result.scores) - unseen} training rows hurt (score > 0)"
+        return text + f"; {unseen} were never trained on: train for longer" * bool(unseen)
+
     def _summary(self) -> str:
-        result, settings = self.result, self.result.settings
-        phi = ", ".join(f"{name} {value:.4f}" for name, value in result.values.items())
+        settings, residuals = self.result.settings, self.result.settings["residuals"].values()
+        phi = ", ".join(f"{name} {value:.4f}" for name, value in self.result.values.items())
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
             trained = f"a head at its minimum (λ = {settings['l2']:g})"
@@ -262,13 +263,8 @@ class Scored:
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
             f"scores by {settings['estimator']}",
             f"evaluation loss: {phi}",
-            f"{int((result.scores > 0).sum())} rows hurt (score > 0)",
+            self._counts(),
+            *(f"largest relative residual of the solver: {x:.2g}" for x in sorted(residuals)[-1:]),
+            *(f"note: {note}" for note in settings["notes"]),
         ]
-        if unseen := settings["unseen"]:
-            lines.append(
-                f"{unseen} rows were never trained on: their score is NaN; train for longer"
-            )
-        if settings["residuals"]:
-            worst = max(settings["residuals"].values())
-            lines.append(f"largest relative residual of the solver: {worst:.2g}")
-        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])])
+        return "\n".join(lines)

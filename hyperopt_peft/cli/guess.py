@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, Value
 
@@ -20,46 +19,15 @@ CONVERSATIONS = (("messages",), ("prompt", "completion"), ("text",))
 PROMPTS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 MOST_CLASSES = 100
-#: The options of texts and label by task, and what the label is.
-COLUMNS = {
-    "text-classification": ("text_columns", "label_column", "the classes"),
-    "regression": ("text_columns", "label_column", "a number to predict"),
-    "token-classification": ("tokens_column", "label_column", "lists of tags"),
-    "causal-lm": ("text_columns", "target_column", "the text to produce"),
-    "seq2seq": ("text_columns", "target_column", "the text to produce"),
-}
 
 
-@dataclass(frozen=True)
-class Guess:
-    """What a table is for: the task, its columns, and the classes with their counts."""
+class Guess(NamedTuple):
+    """What a table is for: the task, its columns, and in words the classes with their counts."""
 
     task: str
-    texts: Sequence[str]
+    texts: list[str]
     label: str | None
-    classes: dict[Any, int]
-
-    @property
-    def summary(self) -> str:
-        """The classes with their counts, the commonest first, or nothing."""
-        most = [f"{name} {count}" for name, count in list(self.classes.items())[:4]]
-        more = ", …" if len(self.classes) > 4 else ""
-        return f"{len(self.classes)} classes: {', '.join(most)}{more}" if self.classes else ""
-
-    def options(self) -> list[tuple[str, Any, str]]:
-        """Name, value and comment of the options of the columns."""
-        if self.task == SFT:
-            plain = len(self.texts) == 1 and self.texts[0] not in ("messages", "text")
-            return [("dataset_text_field", self.texts[0], "the text")] if plain else []
-        texts, label, comment = COLUMNS[self.task]
-        value = self.texts[0] if texts == "tokens_column" else [*self.texts]
-        return [(texts, value, "the input"), (label, self.label, comment)]
-
-    def __str__(self) -> str:
-        columns = f"text: {', '.join(self.texts)}"
-        if self.label:
-            columns += f"; label: {self.label}{' with ' * bool(self.classes)}{self.summary}"
-        return f"task: {self.task}; {columns}"
+    classes: str = ""
 
 
 def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str | None) -> Guess:
@@ -72,18 +40,16 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
         >>> from datasets import Dataset
         >>> tweets = [f"{k} is {'fine' * (k % 2) or 'bad'}" for k in range(10)]
         >>> rows = Dataset.from_dict({"tweet": tweets, "mood": ["sad", "glad"] * 5})
-        >>> print(guess(rows, None, None, None))
-        task: text-classification; text: tweet; label: mood with 2 classes: sad 5, glad 5
+        >>> tuple(guess(rows, None, None, None))
+        ('text-classification', ['tweet'], 'mood', '2 classes: sad 5, glad 5')
     """
     require_columns(rows, [label] if label else [], TRAIN)
     names = rows.column_names
     lists = [name for name in names if not isinstance(rows.features[name], Value | ClassLabel)]
-    if task is None and "messages" in names:
-        task = SFT
-    elif task is None and _first(names, PROMPTS):
-        task = "causal-lm"
-    elif task is None and len(lists) > 1:
-        task = "token-classification"
+    prompts = _first(names, PROMPTS)
+    if task is None and ("messages" in names or prompts or len(lists) > 1):
+        task = "causal-lm" if prompts else "token-classification"
+        task = SFT if "messages" in names else task
     if label in lists and task != "token-classification":
         raise ProblemError(f"label_column: {label} has lists or mappings; name another column")
     if task == SFT:
@@ -92,9 +58,8 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
         texts = texts or [next((x for x in ("tokens", "words", *lists) if x in names), "tokens")]
         label = label or next((name for name in TAGS if name in lists), None)
     elif task in ("causal-lm", "seq2seq"):
-        pair = _first(names, PROMPTS)
-        if texts is None and pair:
-            texts, label = pair[:1], label or pair[1]
+        if texts is None and prompts:
+            texts, label = prompts[:1], label or prompts[1]
         texts = texts or _texts(rows, label)
     else:
         texts = texts or _first(names, PAIRS) or _texts(rows, label)
@@ -104,15 +69,18 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
         option = "text_columns" if texts is None else "label_column"
         raise ProblemError(f"task {task}: none of {', '.join(names)} fits; give --{option}")
     require_columns(rows, [*texts, *filter(None, [label])], TRAIN)
-    classes: dict[Any, int] = {}
-    if task == "text-classification":
-        classes = dict(Counter(rows[label]).most_common())
-        if rare := [str(name) for name, count in classes.items() if count < 5]:
-            raise ProblemError(
-                f"label_column: {label} has fewer than 5 rows of {', '.join(rare[:5])}, of which "
-                "none can be held out; remove these rows, join classes, or name another column"
-            )
-    return Guess(task, texts, label, classes)
+    if task != "text-classification":
+        return Guess(task, texts, label)
+    counts = Counter[Any](rows[label]).most_common()
+    if rare := [str(name) for name, count in counts if count < 5]:
+        raise ProblemError(
+            f"label_column: {label} has fewer than 5 rows of {', '.join(rare[:5])}, of which "
+            "none can be held out; remove these rows, join classes, or name another column"
+        )
+    most = ", ".join(
+        [*(f"{name} {count}" for name, count in counts[:4]), *["…"] * (len(counts) > 4)]
+    )
+    return Guess(task, texts, label, f"{len(counts)} classes: {most}")
 
 
 def _first(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str] | None:

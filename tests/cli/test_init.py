@@ -23,7 +23,7 @@ CLASSES, AB = "text-classification", ["a", "b"] * 10
 def guessed(table: dict[str, list[Any]], **given: Any) -> tuple[Any, ...]:
     rest = [given.get(name) for name in ("task", "texts", "label")]
     found = guess(Dataset.from_dict(table), *rest)
-    return found.task, found.texts, found.label
+    return tuple(found[:3])
 
 
 @pytest.mark.parametrize(
