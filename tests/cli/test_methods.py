@@ -11,7 +11,6 @@ from peft import PeftConfig
 
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.problems import METHODS
-from tests.support import language
 from tests.support.cli import refused, run, small_run
 from tests.support.files import rows, write
 
@@ -154,19 +153,3 @@ def test_a_plugin_registers_an_estimator_first(tmp_path: Path) -> None:
     path.write_text(PLUGIN)
     run("train", **small_run(tmp_path, plugin=path, hypergradient="mine", retrain="none"))
     run("check", **small_run(tmp_path, plugin=path, dry_run=True, estimators="mine"))
-
-
-@pytest.mark.parametrize("method", ["bidora", "lora"])
-def test_sft_trains_by_a_method(tmp_path: Path, method: str) -> None:
-    pytest.importorskip("trl")
-    language.language_model(max_position_embeddings=64).save_pretrained(tmp_path / "model")
-    language.tokenizer().save_pretrained(tmp_path / "model")
-    table = write(tmp_path / "rows.jsonl", language.rows("completion", 16, 0).to_list())
-    options = small_run(tmp_path / "unused", method=method, max_length=24, max_steps=2)
-    options |= {"model": tmp_path / "model", "task": "sft", "train_file": table}
-    options |= {"output_dir": tmp_path / "out", "eval_fraction": 0.25}
-    del options["eval_file"]
-    run("train", **options)
-    results = json.loads((tmp_path / "out/all_results.json").read_text())
-    assert results["eval_loss"] > 0 and ("retrain_loss" in results) == (method == "bidora")
-    assert PeftConfig.from_pretrained(tmp_path / "out").use_dora == (method == "bidora")
