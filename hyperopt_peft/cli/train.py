@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.options import OutputArguments, names_of
+from hyperopt_peft.cli.options import OutputArguments
 from hyperopt_peft.cli.plan import levels, phases, plan
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
@@ -36,7 +35,7 @@ TYPES = (TrainArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``."""
+    """Parse ``argv``, train, evaluate; write adapter, results and report to ``output_dir``."""
     chosen = choose("train", TrainArguments, argv)
     command, args = chosen.command, chosen.args
     checkpoint = command.require_output(args, resumes=True)
@@ -113,27 +112,13 @@ def report(
 
 
 def save_adapter(trainer: BilevelTrainer) -> None:
-    """Write the adapter, the tokenizer, the base model's configuration and a card."""
+    """Write the adapter, the tokenizer, a card and the base model's configuration."""
     trainer.save_model()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
-        write_card(trainer)
         # The configuration has the names of the labels. Transformers would load a folder with an
         # adapter and a configuration as a whole model.
         trainer.model.config.save_pretrained(Path(trainer.args.output_dir or "") / BASE_CONFIG)
-
-
-def write_card(trainer: BilevelTrainer) -> None:
-    """Replace PEFT's card, of 200 empty lines, by one that has what is known."""
-    config, method = trainer.model.peft_config["default"], trainer.method
-    name = type(method).__name__
-    header = {"base_model": config.base_model_name_or_path, "library_name": "peft"}
-    text = f"---\n{yaml.safe_dump(header | {'tags': [name.lower(), 'hyperopt-peft']})}---\n\n"
-    text += f"An adapter (rank {config.r}, alpha {config.lora_alpha}) by {name}.\n\n"
-    settings = {each: getattr(method, each) for each in sorted(names_of([type(method)]))}
-    if trainer.upper is not None:
-        settings |= trainer.args.bilevel_settings()
-    text += "".join(f"- {name}: {x}\n" for name, x in settings.items() if x is not None)
-    Path(trainer.args.output_dir or "", "README.md").write_text(text, encoding="utf-8")
 
 
 def _last_metrics(trainer: Any) -> dict[str, Any]:

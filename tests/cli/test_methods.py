@@ -98,8 +98,9 @@ def test_a_class_of_a_file_with_its_options(
     assert "method: Mine(weight=0.5)" in printed.out and "direct, for 4 updates" in printed.out
     assert "gamma: of other commands, tasks or methods" in printed.err
     run("train", **options, weight="1e-3", hypergradient="cg:steps=2")
-    card = (tmp_path / "out/README.md").read_text()
-    assert "- weight: 0.001\n" in card and "- hypergradient: cg:steps=2\n" in card
+    settings = json.loads((tmp_path / "out/bilevel_settings.json").read_text())
+    assert settings["hypergradient"] == "cg:steps=2"
+    assert "--weight 1e-3" in (tmp_path / "out/report.md").read_text()
     assert main(["train", "--method", method, "--help"]) == 0
     assert "of the squares of the weights" in capsys.readouterr().out
     run("train", **{**options, "method": f"{file}:Plain", "overwrite_output_dir": True})
