@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from hyperopt_peft import problems
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.problems import METHODS
 from hyperopt_peft.trainer.method import Method
@@ -32,8 +32,7 @@ def find_method(spec: str) -> type[Method]:
     if not colon:
         if spec not in METHODS:
             raise ProblemError(f"method: unknown {spec!r}{did_you_mean(spec, METHODS)}")
-        module, _, name = METHODS[spec].rpartition(".")
-        found: type[Method] = getattr(import_module(f"hyperopt_peft.problems.{module}"), name)
+        found: type[Method] = getattr(problems, METHODS[spec])
         return found
     made = getattr(import_file(path, "method"), name, None)
     if not (isinstance(made, type) and issubclass(made, Method)):
