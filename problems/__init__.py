@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.bilora import BiLoRA
     from hyperopt_peft.problems.class_offsets import ClassOffsets
     from hyperopt_peft.problems.common import TaskLevel
-    from hyperopt_peft.problems.data_plans import Agreement, EqualSources, GivenWeights, TrustedRepeated
+    from hyperopt_peft.problems.data_plans import (
+        Agreement,
+        EqualSources,
+        GivenWeights,
+        TrustedRepeated,
+    )
     from hyperopt_peft.problems.find import find_method
     from hyperopt_peft.problems.head import Head
     from hyperopt_peft.problems.layer_scales import LayerScales

@@ -158,15 +158,17 @@ class GivenWeights(Method):
     tags = ("weight",)
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
-        """The given ones."""
+        """The given ones; a trusted row without a weight has 1."""
         for row, value in enumerate(train["weight"] if "weight" in train.column_names else ()):
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ProblemError(
                     f"row {row} (from 0) of 'weight' is {value!r}; give numbers from 0"
                 )
+        if upper is not None and "weight" not in upper.column_names:
+            upper = upper.add_column("weight", [1.0] * len(upper))
         return train, upper
 
-    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+    def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
         """Σ v_i ℓ_i/N over the trainable parameters of ``model``."""
         return WeightedRows(model, lambda batch: batch["weight"], tags=self.tags)
 

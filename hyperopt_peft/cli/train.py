@@ -106,6 +106,10 @@ def report(
         if metric == "accuracy":
             count = max(Counter[int](setup.evaluation["labels"]).values())
             verdict += f"; always the commonest class has {count / size:.4g}"
+    shares: dict[str, float] = getattr(trainer.method, "shares", dict)()
+    if shares:
+        tables["Shares of the sources"] = [[*shares], [f"{share:.4f}" for share in shares.values()]]
+        verdict += f"; shares {', '.join(f'{name} {share:.3f}' for name, share in shares.items())}"
     files = chosen.data.train_file or [chosen.data.dataset]
     subtitle = f"{', '.join(files)} · {chosen.model.model}"
     return Report("train", verdict, chosen.options, subtitle, tables, curves=histories)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,45 @@ def test_every_name_trains(tmp_path: Path, name: str) -> None:
     results = json.loads((tmp_path / "out/all_results.json").read_text())
     assert results["train_loss"] > 0 and results["eval_accuracy"] >= 0
     assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
+
+
+@pytest.mark.parametrize("by", ["files", "column"])
+def test_sources_are_files_or_a_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    parts = [
+        write(tmp_path / f"{name}.csv", rows(number=12, seed=k)) for k, name in enumerate("ab")
+    ]
+    data = [{**row, "origin": "xyz"[k % 3]} for k, row in enumerate(rows())]
+    changes: dict[str, Any] = {"train_file": parts}
+    if by == "column":
+        changes = {"train_file": write(tmp_path / "all.csv", data), "column": "origin"}
+    trusted = write(tmp_path / "trusted.csv", rows(number=8, seed=5))
+    run("train", **small_run(tmp_path, method="sources", upper_file=trusted, **changes))
+    names = parts if by == "files" else ["x", "y", "z"]
+    shares = re.findall(r"(\S+) (0\.\d+)", capsys.readouterr().out.partition("; shares ")[2])
+    assert [name for name, _ in shares] == [*names, "trusted"]
+    assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=2e-3)
+
+
+def test_given_weights_are_those_of_attribution(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 1 they change nothing, of 0 they leave rows out."""
+    losses = {}
+    for weights in ([1.0] * 24, [1.0, 0.0] * 12, [-1.0] * 24):
+        data = [{**row, "weight": weight} for row, weight in zip(rows(), weights)]
+        options = small_run(tmp_path, method="given_weights", train_file=None, max_steps=2)
+        options |= {"train_file": write(tmp_path / "w.csv", data), "overwrite_output_dir": True}
+        if weights[0] < 0:
+            refused(capsys, "train", options, r"row 0 \(from 0\) of 'weight' is -1")
+            continue
+        run("train", **options)
+        results = json.loads((tmp_path / "out/all_results.json").read_text())
+        losses[weights[1]] = results["eval_loss"]
+    run("train", **{**options, "method": "lora"})
+    plain = json.loads((tmp_path / "out/all_results.json").read_text())["eval_loss"]
+    assert losses[1.0] == pytest.approx(plain, rel=1e-4) != pytest.approx(losses[0.0], rel=1e-4)
 
 
 def test_a_class_of_a_file_with_its_options(
