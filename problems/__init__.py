@@ -5,17 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.problems.autolora import AutoLoRA
-    from hyperopt_peft.problems.baselines import DoRA, LoRA
+    from hyperopt_peft.problems.baselines import DoRA, GivenWeights, LoRA
     from hyperopt_peft.problems.bidora import BiDoRA
     from hyperopt_peft.problems.bilora import BiLoRA
     from hyperopt_peft.problems.class_offsets import ClassOffsets
     from hyperopt_peft.problems.common import TaskLevel
-    from hyperopt_peft.problems.data_plans import (
-        Agreement,
-        EqualSources,
-        GivenWeights,
-        TrustedRepeated,
-    )
+    from hyperopt_peft.problems.data_plans import Agreement, EqualSources, TrustedRepeated
     from hyperopt_peft.problems.find import find_method
     from hyperopt_peft.problems.head import Head
     from hyperopt_peft.problems.layer_scales import LayerScales
@@ -30,7 +25,7 @@ _MODULES = {
     "ClassOffsets": "class_offsets",
     "DoRA": "baselines",
     "EqualSources": "data_plans",
-    "GivenWeights": "data_plans",
+    "GivenWeights": "baselines",
     "Head": "head",
     "LayerScales": "layer_scales",
     "LoRA": "baselines",

@@ -7,7 +7,6 @@ rows, `Agreement` weights a source by the labels that a model of the trusted row
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,35 +141,6 @@ class Agreement(EqualSources):
         """The share of each source, ``(K,)``: its weight times its labels, by their sum."""
         mass = self.agreement * self.counts
         return mass / mass.sum()
-
-
-@dataclass
-class GivenWeights(Method):
-    """All rows, each with a weight that is given, such as that which attribution writes.
-
-    The loss is Σ v_i ℓ_i/N over rows with N labels together: a weight of 0 leaves a row out and the
-    batches as they are.
-
-    Raises:
-        ProblemError: a weight is negative or not finite; the rows have no column ``weight``.
-    """
-
-    tags = ("weight",)
-
-    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
-        """The given ones; a trusted row without a weight has 1."""
-        for row, value in enumerate(train["weight"] if "weight" in train.column_names else ()):
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ProblemError(
-                    f"row {row} (from 0) of 'weight' is {value!r}; give numbers from 0"
-                )
-        if upper is not None and "weight" not in upper.column_names:
-            upper = upper.add_column("weight", [1.0] * len(upper))
-        return train, upper
-
-    def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
-        """Σ v_i ℓ_i/N over the trainable parameters of ``model``."""
-        return WeightedRows(model, lambda batch: batch["weight"], tags=self.tags)
 
 
 @dataclass
