@@ -48,8 +48,8 @@ def test_yaml_example_of_language_models_is_read(
 
 def test_named_options_and_tasks_exist(capsys: pytest.CaptureFixture[str]) -> None:
     options = {"--help", "--help_all", "--version"}
-    for command in COMMANDS:
-        main([command, "--help"])
+    for argv in [*([command] for command in COMMANDS), ["train", "--method", "sources"]]:
+        main([*argv, "--help"])
         options |= set(re.findall(r"--\w[\w-]*", capsys.readouterr().out))
     assert set(re.findall(r"--\w[\w-]*", TEXT)) <= options
     assert set(re.findall(r"^\| `([\w-]+)`", TEXT, re.MULTILINE)) == set(TASKS)

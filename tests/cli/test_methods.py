@@ -94,7 +94,7 @@ def test_sources_are_files_or_a_column(
         write(tmp_path / f"{name}.csv", rows(number=12, seed=k)) for k, name in enumerate("ab")
     ]
     data = [{**row, "origin": "xyz"[k % 3]} for k, row in enumerate(rows())]
-    changes: dict[str, Any] = {"train_file": parts}
+    changes: dict[str, Any] = {"train_file": parts, "eval_file": None, "eval_fraction": 0.2}
     if by == "column":
         changes = {"train_file": write(tmp_path / "all.csv", data), "column": "origin"}
     trusted = write(tmp_path / "trusted.csv", rows(number=8, seed=5))

@@ -202,6 +202,7 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
             )
     elif data.eval_fraction:
         train, evaluation = hold_out(train, data.eval_fraction)
+        evaluation = evaluation.remove_columns(read)
     return Setup(args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows)
 
 
