@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hyperopt_peft.attribution.rows import INDEX, RowWeighted
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
@@ -54,7 +54,7 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the run, or its second phase."""
         trainer, self._assigned = self.trainer, {}
-        limit = args.original.max_grad_norm or None
+        limit = args.max_grad_norm or None
         levels = [Accumulated(trainer.lower, trainer.optimizer, limit)]
         if trainer.upper is not None:
             limit = args.upper_max_grad_norm or None

@@ -42,8 +42,6 @@ class WeightedExamples(Problem):
 
     #: The module that ``losses`` calls once, on all rows of a batch.
     model: nn.Module
-    #: Called with each batch and its ``losses``, between ``losses`` and ``weighted``.
-    observer: Callable[[Any, Tensor], None] | None = None
 
     @property
     def examples(self) -> WeightedExamples:
@@ -64,10 +62,7 @@ class WeightedExamples(Problem):
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """``weighted(losses(batch), batch)``."""
-        losses = self.losses(batch)
-        if self.observer is not None:
-            self.observer(batch, losses)
-        return self.weighted(losses, batch)
+        return self.weighted(self.losses(batch), batch)
 
 
 class WeightedRows(WeightedExamples):

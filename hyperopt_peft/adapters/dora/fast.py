@@ -22,7 +22,6 @@ from hyperopt_peft.adapters.dora.row_norms import RowNorm, measure
 from hyperopt_peft.adapters.dora.variants import (
     FullNormLinear,
     NormGrad,
-    require_norm_grad,
     variant_of,
 )
 from hyperopt_peft.adapters.layers import (
@@ -64,7 +63,6 @@ def use_fast_dora(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
         >>> model = use_fast_dora(model, norm_grad="detach")  # PEFT's own gradients
     """
-    require_norm_grad(norm_grad)
     adapter, unreadable = active_adapter(peft_model), []
     for name, layer in dora_layers(peft_model):
         try:

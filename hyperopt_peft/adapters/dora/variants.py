@@ -57,7 +57,6 @@ def set_norm_grad(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
         >>> model = set_norm_grad(model, "full")
     """
-    require_norm_grad(norm_grad)
     adapter, layers = active_adapter(peft_model), dora_layers(peft_model)
     if norm_grad == "full":
         for name, layer in layers:
@@ -69,14 +68,10 @@ def set_norm_grad(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
     return peft_model
 
 
-def require_norm_grad(norm_grad: str) -> None:
-    """Raise ProblemError unless ``norm_grad`` is one of the two."""
-    if norm_grad not in ("full", "detach"):
-        raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
-
-
 def variant_of(layer: lora.LoraLayer, norm_grad: NormGrad) -> peft_internals.LoraVariant | None:
     """The variant for ``layer``; None for a layer type of PEFT's that is not in `VARIANTS`."""
+    if norm_grad not in ("full", "detach"):
+        raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
     for kind, (detached, full) in VARIANTS.items():
         if isinstance(layer, kind):
             return full() if norm_grad == "full" else detached()
