@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.problems.autolora import AutoLoRA
-    from hyperopt_peft.problems.baselines import DoRA, LoRA
+    from hyperopt_peft.problems.baselines import DoRA, GivenWeights, LoRA
     from hyperopt_peft.problems.bidora import BiDoRA
     from hyperopt_peft.problems.bilora import BiLoRA
     from hyperopt_peft.problems.class_offsets import ClassOffsets
     from hyperopt_peft.problems.common import TaskLevel
     from hyperopt_peft.problems.data_plans import Agreement, EqualSources, TrustedRepeated
+    from hyperopt_peft.problems.find import find_method
     from hyperopt_peft.problems.head import Head
     from hyperopt_peft.problems.layer_scales import LayerScales
     from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
@@ -24,6 +25,7 @@ _MODULES = {
     "ClassOffsets": "class_offsets",
     "DoRA": "baselines",
     "EqualSources": "data_plans",
+    "GivenWeights": "baselines",
     "Head": "head",
     "LayerScales": "layer_scales",
     "LoRA": "baselines",
@@ -32,8 +34,27 @@ _MODULES = {
     "TaskLevel": "common",
     "TrustedRepeated": "data_plans",
     "WeightNet": "row_weights",
+    "find_method": "find",
+}
+#: The methods by the name that `find_method` and ``hyperopt-peft train --method`` take.
+METHODS = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "bidora": "BiDoRA",
+    "bilora": "BiLoRA",
+    "autolora": "AutoLoRA",
+    "layer_scales": "LayerScales",
+    "class_offsets": "ClassOffsets",
+    "row_weights": "RowWeights",
+    "weight_net": "WeightNet",
+    "given_weights": "GivenWeights",
+    "sources": "Sources",
+    "equal_sources": "EqualSources",
+    "agreement": "Agreement",
+    "trusted_repeated": "TrustedRepeated",
 }
 __all__ = [
+    "METHODS",
     "Agreement",
     "AutoLoRA",
     "BiDoRA",
@@ -41,6 +62,7 @@ __all__ = [
     "ClassOffsets",
     "DoRA",
     "EqualSources",
+    "GivenWeights",
     "Head",
     "LayerScales",
     "LoRA",
@@ -49,6 +71,7 @@ __all__ = [
     "TaskLevel",
     "TrustedRepeated",
     "WeightNet",
+    "find_method",
 ]
 
 

@@ -55,6 +55,8 @@ class Method:
         '1.00'
     """
 
+    _argument_group_name = "method"  # in the command line's help
+
     #: Arguments of the training, by name, where the user leaves them out.
     defaults: Mapping[str, Any] = MappingProxyType({})
     #: Columns of numbers that a level reads in its batch and the model does not. ``index``, the
