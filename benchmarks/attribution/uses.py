@@ -225,7 +225,7 @@ def gains_table(rows: Sequence[Row], key: str) -> list[Row]:
     ways = [way for row in rows[:1] for way in row[key] if way not in ("plain", REPEATED)]
     ways[1:1] = [REPEATED] * any(REPEATED in row[key] for row in rows)  # below its like
     for way in ways:
-        line: Row = {"way": way}
+        line: Row = {"training": way}
         for cell in cells:
             of_cell = [row[key] for row in rows if row["cell"] == cell]
             gains = [one[way]["accuracy"] - one["plain"]["accuracy"] for one in of_cell]
