@@ -63,9 +63,9 @@ def attribute(
 
     Args:
         training: a level of one's own with data and optimizer; an `Engine` with two of them; or a
-            `transformers.Trainer` or a `BiDoRATrainer` that has not trained yet (or a Trainer with
-            ``model_init``, which begins anew). It is trained. Callbacks are not called, and
-            nothing is evaluated, logged or saved.
+            `transformers.Trainer` or a `BilevelTrainer` with `BiDoRA` that has not trained yet (or
+            a Trainer with ``model_init``, which begins anew). It is trained. Callbacks are not
+            called, and nothing is evaluated, logged or saved.
         row_weights: of levels, v: ones ``(n,)``, a leaf that requires a gradient, which the loss of
             each level reads: 1/B Σ v_i ℓ_i over the rows of a batch. A Trainer needs none.
         evaluation: of levels, a function that returns Φ, a list of functions whose sum is Φ, or a

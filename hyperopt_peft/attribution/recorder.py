@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 
 from hyperopt_peft.attribution.rows import INDEX, RowWeighted
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
-from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
@@ -36,7 +35,7 @@ class Recorder(TrainerCallback):
         self.run: Run | None = None
 
     def __copy__(self) -> Recorder:
-        """The recorder itself: both phases of a BiDoRATrainer are one run."""
+        """The recorder itself: both phases of a method are one run."""
         return self
 
     @property
@@ -111,8 +110,8 @@ class Recorder(TrainerCallback):
         return seen
 
 
-class RowWeightedBiDoRA(BiDoRATrainer):
-    """`BiDoRATrainer` with a weight for each row, at both levels and in both phases."""
+class RowWeightedBiDoRA(BilevelTrainer):
+    """`BilevelTrainer` with a weight for each row, at both levels and in both phases."""
 
     def __init__(self, model: nn.Module, recorder: Recorder, **trainer: Any) -> None:
         super().__init__(model, **trainer)
@@ -124,8 +123,8 @@ class RowWeightedBiDoRA(BiDoRATrainer):
 
 
 def _steps_of_retraining(trainer: Any, rows: int) -> int:
-    """The steps of the second phase of a `BiDoRATrainer`, as its Trainer will count them."""
-    if not isinstance(trainer, BiDoRATrainer) or trainer.args.retrain == "none":
+    """The steps of the second phase of a method, as its Trainer will count them."""
+    if not getattr(trainer, "has_second_phase", False):
         return 0
     steps: int = trainer.args.for_retraining().steps_of(rows)
     return steps

@@ -38,7 +38,7 @@ from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, level_count, shown_columns
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer
+from hyperopt_peft.problems.bidora import BiDoRA
 from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -121,7 +121,7 @@ def _runner(
         )
     else:
         datasets_ = _datasets(trainer, data.train_rows)
-        runner = RowWeightedBiDoRA(model, recorder, **options, **datasets_)
+        runner = RowWeightedBiDoRA(model, recorder, method=trainer.method, **options, **datasets_)
     for kind in (PrinterCallback, ProgressCallback):
         runner.remove_callback(kind)
     if not args.disable_tqdm:
@@ -204,11 +204,12 @@ def _check_trainer(trainer: Any) -> None:
     require_trainer(trainer)
     if trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
         raise ProblemError(f"compute_loss_func, label_smoothing_factor: {OWN_LOSS}")
-    known = isinstance(trainer, BiDoRATrainer) and trainer.parent() is Trainer
+    known = isinstance(trainer.method, BiDoRA) and trainer.parent() is Trainer
     if level_count(trainer) == 2 and not known:
         raise ProblemError(
             f"training: {type(trainer).__name__} has levels whose share of each row is not known; "
-            "give a BiDoRATrainer, the trainer of one level, or an Engine with levels of your own"
+            "give one with the method BiDoRA, the trainer of one level, or an Engine with levels "
+            "of your own"
         )
     for name in UNSUPPORTED_OVERRIDES:
         module = getattr(getattr(trainer, name), "__module__", "").partition(".")[0]
@@ -299,7 +300,7 @@ def _arguments(trainer: Any, folder: str, progress: bool) -> Any:
 def _datasets(trainer: Any, rows: NumberedRows) -> dict[str, Any]:
     """The data sets that a trainer of two levels was given, with the numbers of their rows."""
     numbered = rows.data.add_column(INDEX, list(range(len(rows))))
-    if trainer.given_upper is None:
+    if trainer._rows[1] is None:
         return {"train_dataset": numbered}
     first = len(trainer.train_dataset)
     return {

@@ -41,7 +41,7 @@ class TrainerData:
     @classmethod
     def read(cls, trainer: Any, evaluation: Any, slices: str | None) -> TrainerData:
         """The rows that are trained on and those of Φ, which are others."""
-        train = trainer.train_dataset if level_count(trainer) == 1 else trainer.examples
+        train = trainer.train_dataset if level_count(trainer) == 1 else trainer.all_rows()
         train_rows = _numbered_rows(trainer, train, "train_dataset")
         check_labels(trainer.model, train, {"data_collator": trainer.data_collator})
         evaluation = trainer.eval_dataset if evaluation is None else evaluation

@@ -13,7 +13,7 @@ from hyperopt_peft import (
     ProblemError,
     attribute,
 )
-from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer
+from hyperopt_peft.problems import BiDoRA, DoRA
 from hyperopt_peft.problems.common import TaskLevel
 from tests.support.attributed import differences, setup_of
 from tests.support.attributed_bilevel import ROWS, STEPS, engine, evaluation_of, ones
@@ -69,7 +69,9 @@ def test_estimators_without_a_known_derivative_are_refused() -> None:
         attribute(levels, weights, evaluation_of(levels), training_steps=2)
 
 
-def bidora(folder: Path, *, apart: bool = False, **options: Any) -> BiDoRATrainer:
+def bidora(
+    folder: Path, *, apart: bool = False, gamma: float = 0.0, **options: Any
+) -> BilevelTrainer:
     """BiDoRA in float64: dropout, accumulation, clipping, warm-up and decay, on 12 rows."""
     model = peft_model(r=2).double()
     settings = {
@@ -82,13 +84,14 @@ def bidora(folder: Path, *, apart: bool = False, **options: Any) -> BiDoRATraine
         "upper_max_grad_norm": 0.1,
         "warmup_steps": 2,
         "weight_decay": 0.1,
-        "retrain_steps": 3,
+        "retrain_arguments": {"max_steps": 3},
     }
     args = arguments(folder, **{**settings, **options})
     sets = {"train_dataset": data(rows=12)}
     if apart:
         sets = {"train_dataset": data(rows=9), "upper_dataset": data(rows=3, seed=5)}
-    return BiDoRATrainer(model, args, eval_dataset=data(rows=6, seed=1), **sets)
+    sets["eval_dataset"] = data(rows=6, seed=1)
+    return BilevelTrainer(model, args, method=BiDoRA(gamma), **sets)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_leaving_rows_out_is_training_without_them(tmp_path: Path) -> None:
 def test_a_control_has_one_level(tmp_path: Path) -> None:
     """Its norm is out of the gradient, as PEFT's is, so that one of LoRA is what has scores."""
     sets = {"train_dataset": data(), "eval_dataset": data(seed=1)}
-    control = AdapterTrainer(peft_model(), arguments(tmp_path), **sets)
+    control = BilevelTrainer(peft_model(), arguments(tmp_path), method=DoRA(), **sets)
     with pytest.raises(ProblemError, match="use_fast_dora"):
         attribute(control, progress=False)
 

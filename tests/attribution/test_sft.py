@@ -13,9 +13,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hyperopt_peft import BiDoRATrainer, ProblemError, attribute, bilevel
+from hyperopt_peft import BiDoRA, ProblemError, attribute, bilevel
 from hyperopt_peft.attribution import Attribution
-from hyperopt_peft.problems import Adapter
 from tests.support.attributed import differences
 from tests.support.language import LAYOUTS, language_model, lora, quantised, rows, tokenizer
 from tests.support.trainers import values
@@ -101,8 +100,6 @@ def test_one_level_over_it_has_the_same_scores(tmp_path: Path) -> None:
     kind = bilevel(trl.SFTTrainer)
     trainer = kind(
         language_model(),
-        lower=lambda trainer: Adapter(trainer.model, task_loss=trainer.task_loss),
-        upper=None,
         args=kind.Arguments(str(tmp_path), **SETTINGS),
         train_dataset=rows(count=7),
         eval_dataset=rows(count=4, seed=1),
@@ -164,9 +161,10 @@ def test_activation_offloading_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_levels_over_it_are_refused(tmp_path: Path) -> None:
-    kind = BiDoRATrainer.over(trl.SFTTrainer)
+    kind = bilevel(trl.SFTTrainer)
     trainer = kind(
         language_model(),
+        method=BiDoRA(),
         args=kind.Arguments(str(tmp_path), **SETTINGS),
         train_dataset=rows(count=10),
         eval_dataset=rows(count=4, seed=1),
