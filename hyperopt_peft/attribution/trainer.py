@@ -204,7 +204,7 @@ def _check_trainer(trainer: Any) -> None:
     require_trainer(trainer)
     if trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
         raise ProblemError(f"compute_loss_func, label_smoothing_factor: {OWN_LOSS}")
-    known = isinstance(trainer.method, BiDoRA) and trainer.parent() is Trainer
+    known = isinstance(getattr(trainer, "method", None), BiDoRA) and trainer.parent() is Trainer
     if level_count(trainer) == 2 and not known:
         raise ProblemError(
             f"training: {type(trainer).__name__} has levels whose share of each row is not known; "

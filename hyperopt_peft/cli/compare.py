@@ -85,7 +85,8 @@ def run(argv: Sequence[str]) -> None:
     budget = args.steps_of(len(setup.train))
     for settings in chosen.values():
         settings.max_steps = budget
-        settings.retrain_arguments = {**(settings.retrain_arguments or {}), "max_steps": budget}
+        again: Any = settings.retrain_arguments or {}
+        settings.retrain_arguments = {**again, "max_steps": budget}
     if not distributed.rank():
         phases = "; bidora has as many in each of its phases, whatever retrain_arguments are"
         print(f"{budget} steps each{phases if 'bidora' in chosen else ''}", flush=True)

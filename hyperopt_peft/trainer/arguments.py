@@ -141,11 +141,10 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.retrain_arguments, str):
-            self.retrain_arguments = json.loads(self.retrain_arguments)
+        given: Any = self.retrain_arguments
+        given = dict(json.loads(given) if isinstance(given, str) else given or {})
         hints = get_type_hints(type(self))
-        self.retrain_arguments = dict(self.retrain_arguments or {}) or None
-        for name, value in (self.retrain_arguments or {}).items():
+        for name, value in given.items():
             if name not in hints or name == "output_dir":
                 raise ProblemError(
                     f"retrain_arguments: {name!r} is no argument of the second training; use names "
@@ -153,7 +152,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
                 )
             if isinstance(value, str) and hints[name] is float:  # YAML reads 3e-5 as a string
                 with suppress(ValueError):
-                    self.retrain_arguments[name] = float(value)
+                    given[name] = float(value)
+        self.retrain_arguments = given or None
         self._check()
         if self.retrain_arguments:
             self.for_retraining()

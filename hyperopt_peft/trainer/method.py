@@ -64,7 +64,8 @@ class Method:
     def __post_init__(self) -> None:
         """Raise ProblemError for an option of another type than its field's."""
         hints = get_type_hints(type(self))
-        for each in fields(self) if is_dataclass(self) else ():
+        options: Any = fields(self) if is_dataclass(self) else ()
+        for each in options:
             value = getattr(self, each.name)
             if not matches(value, hints[each.name]):
                 kind = type_name(hints[each.name])
