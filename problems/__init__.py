@@ -1,38 +1,54 @@
-"""Bilevel programs: BiDoRA and others, to use or to adapt."""
+"""Bilevel methods, one file each, to use or to adapt."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hyperopt_peft.problems.autolora import AutoLoRA
     from hyperopt_peft.problems.baselines import DoRA, LoRA
     from hyperopt_peft.problems.bidora import BiDoRA
-    from hyperopt_peft.problems.common import Adapter, TaskLevel
-    from hyperopt_peft.problems.data_sources import SourceWeights
+    from hyperopt_peft.problems.bilora import BiLoRA
+    from hyperopt_peft.problems.class_offsets import ClassOffsets
+    from hyperopt_peft.problems.common import TaskLevel
+    from hyperopt_peft.problems.data_plans import Agreement, EqualSources, TrustedRepeated
     from hyperopt_peft.problems.head import Head
-    from hyperopt_peft.problems.source_data import by_column
-    from hyperopt_peft.problems.source_trainer import SourceTrainer
+    from hyperopt_peft.problems.layer_scales import LayerScales
+    from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
+    from hyperopt_peft.problems.sources import Sources
 
 _MODULES = {
-    "Adapter": "common",
+    "Agreement": "data_plans",
+    "AutoLoRA": "autolora",
     "BiDoRA": "bidora",
+    "BiLoRA": "bilora",
+    "ClassOffsets": "class_offsets",
     "DoRA": "baselines",
+    "EqualSources": "data_plans",
     "Head": "head",
+    "LayerScales": "layer_scales",
     "LoRA": "baselines",
-    "SourceTrainer": "source_trainer",
-    "SourceWeights": "data_sources",
+    "RowWeights": "row_weights",
+    "Sources": "sources",
     "TaskLevel": "common",
-    "by_column": "source_data",
+    "TrustedRepeated": "data_plans",
+    "WeightNet": "row_weights",
 }
 __all__ = [
-    "Adapter",
+    "Agreement",
+    "AutoLoRA",
     "BiDoRA",
+    "BiLoRA",
+    "ClassOffsets",
     "DoRA",
+    "EqualSources",
     "Head",
+    "LayerScales",
     "LoRA",
-    "SourceTrainer",
-    "SourceWeights",
+    "RowWeights",
+    "Sources",
     "TaskLevel",
-    "by_column",
+    "TrustedRepeated",
+    "WeightNet",
 ]
 
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from hyperopt_peft.core.labels import model_reads, rows_of
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.example_weights import COLUMNS, without
 from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.utils.models import base_model, evaluating
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -111,7 +110,6 @@ def features_of(
             labels = batch.pop("labels", None)
             if not isinstance(labels, Tensor):
                 raise ProblemError("labels: a head needs a label of each row, or of each token")
-            batch = without(batch, COLUMNS)
             if labels.dim() != 2 or labels.is_floating_point():
                 x = _means(model, send_to_device(batch, device), len(number))
             else:

@@ -23,7 +23,7 @@ from benchmarks.speed.mlp import batch, engine, networks, weighted_loss
 from benchmarks.speed.peers import betty, plain_loop, torchopt_root
 from hyperopt_peft import compare_hypergradients
 from hyperopt_peft.engine import minimize
-from hyperopt_peft.problems import hypercleaning, logistic
+from hyperopt_peft.problems.textbook import hypercleaning, logistic
 
 CG = "cg:steps=5,damping=1.0,tolerance=0.0"
 # On the MLP, cost only: its Hessian is indefinite, so the solvers are damped to take all steps.

@@ -25,7 +25,7 @@ class IdentitySolver(Solver):
 
     Example:
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> one = hypergradient(upper, lower, IdentitySolver(product="exact"))[0]
         >>> one.allclose(hypergradient(upper, lower, "darts:xi=1")[0])

@@ -90,7 +90,7 @@ def check_problem(
     Example:
         >>> from hyperopt_peft import check_problem
         >>> from hyperopt_peft.engine import minimize
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> [finding.kind for finding in check_problem(upper, lower, progress=False).findings]
         ['far from stationary']

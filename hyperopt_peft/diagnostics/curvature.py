@@ -121,7 +121,7 @@ def spectrum(
     Example:
         >>> import torch
         >>> from hyperopt_peft.diagnostics import spectrum
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> spectrum(upper, lower).smallest > 0  # ridge regression is strictly convex
         True

@@ -108,7 +108,7 @@ class Retraining(Estimator):
     Example:
         >>> from hyperopt_peft import hypergradient
         >>> from hyperopt_peft.diagnostics import Retraining
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> h, = hypergradient(upper, lower, Retraining(steps=20, lr=0.4, directions=10))

@@ -238,9 +238,10 @@ def test_whole_models(norm_grad: Any) -> None:
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
-@pytest.mark.parametrize("kind", LINEAR)
-def test_merging_and_unmerging(kind: str, safe_merge: bool) -> None:
-    model, x = use_fast_dora(randomise(single(kind))), tokens(3)
+@pytest.mark.parametrize("prepare", [set_norm_grad, use_fast_dora])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_and_unmerging(kind: str, prepare: Any, safe_merge: bool) -> None:
+    model, x = prepare(randomise(single(kind))), layer_input(kind)
     expected, w0 = model(x), adapted_layer(model).get_base_layer().weight.clone()
     model.merge_adapter(safe_merge=safe_merge)
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
@@ -251,8 +252,9 @@ def test_merging_and_unmerging(kind: str, safe_merge: bool) -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
 
 
-def test_saving_loading_and_unloading(tmp_path: Path) -> None:
-    model = use_fast_dora(randomise(dora_bert())).eval()
+@pytest.mark.parametrize("prepare", [set_norm_grad, use_fast_dora])
+def test_saving_loading_and_unloading(tmp_path: Path, prepare: Any) -> None:
+    model = prepare(randomise(dora_bert())).eval()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(bert(), tmp_path).eval()
     kinds = {type(layer.lora_variant["default"]) for _, layer in dora_layers(loaded)}
@@ -271,8 +273,9 @@ def test_switching_and_disabling_adapters() -> None:
     for name in ("default", "other"):
         model.set_adapter(name)
         expected[name] = model(x)
-    use_fast_dora(model, adapter_name="default")
-    use_fast_dora(model, adapter_name="other")
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        use_fast_dora(model)
     for name in ("default", "other", "default"):
         model.set_adapter(name)
         torch.testing.assert_close(model(x), expected[name], rtol=1e-12, atol=1e-12)
@@ -287,7 +290,9 @@ def test_adapters_together() -> None:
     model.base_model.set_adapter(["default", "other"])
     expected = model(x)
     for name in ("default", "other"):
-        use_fast_dora(model, adapter_name=name)
+        model.set_adapter(name)
+        use_fast_dora(model)
+    model.base_model.set_adapter(["default", "other"])
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -8,9 +8,9 @@ import torch
 
 from hyperopt_peft import Engine, ProblemError, check_problem, hypergradient
 from hyperopt_peft.engine import minimize
-from hyperopt_peft.problems.hypercleaning import digits
-from hyperopt_peft.problems.logistic import breast_cancer
-from hyperopt_peft.problems.ridge import diabetes
+from hyperopt_peft.problems.textbook.hypercleaning import digits
+from hyperopt_peft.problems.textbook.logistic import breast_cancer
+from hyperopt_peft.problems.textbook.ridge import diabetes
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.chains import chain, nested
 from tests.support.networks import differences, network_levels

@@ -22,7 +22,7 @@ from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.hypergradients import F2SA, Estimate, get_estimator
 from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
 from hyperopt_peft.hypergradients.penalty import penalty
-from hyperopt_peft.problems import logistic
+from hyperopt_peft.problems.textbook import logistic
 from hyperopt_peft.utils.random_state import RandomState, replay
 from tests.support.networks import network_levels
 from tests.support.newton import minimise

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperopt_peft import Engine, Problem, hypergradient
 from hyperopt_peft.engine import fit
-from hyperopt_peft.problems import hypercleaning, logistic, ridge
+from hyperopt_peft.problems.textbook import hypercleaning, logistic, ridge
 from tests.support.newton import minimise
 from tests.support.quadratic import flat
 

@@ -71,7 +71,7 @@ def test_a_level_s_numbers_are_means_over_the_steps_as_the_loss_is(tmp_path: Pat
     made.train()
     assert len(logs(made)) == 3
     for record in logs(made):
-        whole = record["lower_task_loss"] + 0.1 * record["lower_gram"]
+        whole = record["lower_task_loss"] + 0.1 * record["lower_penalty"]
         assert record["loss"] == pytest.approx(whole, rel=1e-5)
 
 

@@ -193,12 +193,12 @@ def test_what_is_logged(tmp_path: Path) -> None:
     first = run.state.log_history[0]
     expected = {"upper_loss", "upper_grad_norm", "upper_learning_rate", "implicit_ratio"}
     expected |= {"loss", "grad_norm", "learning_rate", "residual", "epoch", "step"}
-    expected |= {"lower_task_loss", "lower_gram", "lower_grad_norm", "solver_steps"}
+    expected |= {"lower_task_loss", "lower_penalty", "lower_grad_norm", "solver_steps"}
     expected |= {"upper_snr"}
     assert set(first) == expected
     assert all(math.isfinite(value) for value in first.values())
     assert first["loss"] == pytest.approx(
-        first["lower_task_loss"] + 1e-3 * first["lower_gram"], rel=1e-5
+        first["lower_task_loss"] + 1e-3 * first["lower_penalty"], rel=1e-5
     )
 
 

@@ -36,7 +36,7 @@ class Penalty(InnerRuns):
         The relative error to the implicit formula is below 1 %.
 
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> h, = hypergradient(upper, lower, "penalty")

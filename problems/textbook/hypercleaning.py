@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.problems.ridge import standardised
+from hyperopt_peft.problems.textbook.ridge import standardised
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.problems.ridge import standardised
+from hyperopt_peft.problems.textbook.ridge import standardised
 
 
 class Logistic(Problem):
