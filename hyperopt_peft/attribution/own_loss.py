@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import Trainer
 
-from hyperopt_peft.attribution.rows import INDEX, NumberedCollator
 from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.labels import TOLERANCE, row_losses, weighted_mean
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import collating
+from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.trainer.internals import metrics_restored
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import keep_differentiable
 from hyperopt_peft.utils.random_state import RandomState, replay
 
@@ -38,9 +37,10 @@ def require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
     with `row_losses`, without dropout. ``SFTTrainer`` with ``loss_type="nll"`` passes.
     """
     count = min(len(data.train_rows), trainer.args.per_device_train_batch_size)
-    with collating("train_dataset"):
-        batch = NumberedCollator(data.collate)([data.train_rows[k] for k in range(count)])
-    batch = send_to_device({k: x for k, x in batch.items() if k != INDEX}, trainer.args.device)
+    (batch,) = batches_of(
+        data.train_rows, data.collate, count, trainer.args.device, chosen=range(count)
+    )
+    batch = without(batch, data.collate.tags)
     own = "has no labels"
     if isinstance(batch.get("labels"), Tensor):
         keep_differentiable(trainer.model)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.metrics import accuracy_score, cohen_kappa_score
+from sklearn.model_selection import KFold
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -83,28 +86,21 @@ def suspects(
     count = len(labels)
     if not 2 <= folds <= count:
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    parts, of_parts = order.tensor_split(folds), []
+    splits = KFold(folds, shuffle=True, random_state=seed).split(labels)
+    parts, of_parts = [rows for _, rows in splits], []
     for rows in tqdm(parts, "folds", disable=not setup.progress):
         with setup.run.without(rows):
             of_parts.append(setup.probabilities(rows.tolist()))
-    probabilities = torch.cat(of_parts)[order.argsort()]
+    probabilities = torch.cat(of_parts)[np.concatenate(parts).argsort()]
     labelled = (labels >= 0).nonzero().flatten()
     confidence = torch.full((count,), torch.nan, dtype=torch.float64)
     given, of_given = labels[labelled], probabilities[labelled]
     confidence[labelled], doubtful = _doubts(given, of_given)
-    accuracy, kappa = _agreement(given, of_given.argmax(1), probabilities.shape[1])
+    predicted = of_given.argmax(1)
+    accuracy, kappa = accuracy_score(given, predicted), cohen_kappa_score(given, predicted)
     flagged = labelled[doubtful].tolist() if kappa > SLIGHT else []
     method = CLEANLAB if find_spec("cleanlab") else MOST_PROBABLE
     return Suspects(confidence, loss, score, flagged, probabilities, accuracy, kappa, method)
-
-
-def _agreement(labels: Tensor, predicted: Tensor, classes: int) -> tuple[float, float]:
-    """The share of equal classes, and Cohen's kappa."""
-    accuracy = float((labels == predicted).double().mean())
-    counts = [torch.bincount(x, minlength=classes).double() / len(x) for x in (labels, predicted)]
-    chance = float(counts[0] @ counts[1])
-    return accuracy, (accuracy - chance) / (1 - chance) if chance < 1 else 0.0
 
 
 def _doubts(labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft import (
+    BiDoRA,
     BilevelTrainer,
     BilevelTrainingArguments,
     ProblemError,
     attribute,
 )
-from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer
+from hyperopt_peft.problems import AdapterTrainer
 from hyperopt_peft.problems.common import TaskLevel
 from tests.support.attributed import differences, setup_of
 from tests.support.attributed_bilevel import ROWS, STEPS, engine, evaluation_of, ones
+from tests.support.methods import ARGUMENTS
 from tests.support.trainers import arguments, data, peft_model, values
 
 
@@ -69,7 +71,7 @@ def test_estimators_without_a_known_derivative_are_refused() -> None:
         attribute(levels, weights, evaluation_of(levels), training_steps=2)
 
 
-def bidora(folder: Path, *, apart: bool = False, **options: Any) -> BiDoRATrainer:
+def bidora(folder: Path, *, apart: bool = False, **options: Any) -> BilevelTrainer:
     """BiDoRA in float64: dropout, accumulation, clipping, warm-up and decay, on 12 rows."""
     model = peft_model(r=2).double()
     settings = {
@@ -82,13 +84,14 @@ def bidora(folder: Path, *, apart: bool = False, **options: Any) -> BiDoRATraine
         "upper_max_grad_norm": 0.1,
         "warmup_steps": 2,
         "weight_decay": 0.1,
-        "retrain_steps": 3,
+        "retrain_arguments": {"max_steps": 3},
     }
-    args = arguments(folder, **{**settings, **options})
+    method = BiDoRA(gamma=options.pop("gamma", 0.0))
+    args = BilevelTrainingArguments(str(folder), **{**ARGUMENTS, **settings, **options})
     sets = {"train_dataset": data(rows=12)}
     if apart:
         sets = {"train_dataset": data(rows=9), "upper_dataset": data(rows=3, seed=5)}
-    return BiDoRATrainer(model, args, eval_dataset=data(rows=6, seed=1), **sets)
+    return BilevelTrainer(model, args, method=method, eval_dataset=data(rows=6, seed=1), **sets)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.check import check_scores
 from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
 from hyperopt_peft.attribution.evaluation import Evaluation
-from hyperopt_peft.attribution.head import HeadTraining, chosen_l2, losses_of_features
+from hyperopt_peft.attribution.head import HeadTraining, batch_of, chosen_l2
 from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
@@ -58,17 +58,16 @@ def test_scores_are_slopes_of_the_minimum(tmp_path: Path, kind: str) -> None:
 def test_scores_predict_other_minima() -> None:
     """LDS from .98, and a slope of about 1, without 5 % of 300 rows."""
     training, above = fitted(features(300)), features(100, seed=1)
-    head = training.level.head
 
     def phi() -> torch.Tensor:
-        return losses_of_features(head, above)[0].mean()
+        return training.level.rows.losses(batch_of(above))[0].mean()
 
     setup = RetrainingSetup(
         training,
         Evaluation(training.weights, phi),
         {"all": 1.0},
         training.level,
-        lambda: training.features,
+        lambda: batch_of(training.features),
     )
     estimator = parse_estimator(HEAD_ESTIMATOR)
     by_slice, _ = scores(setup, estimator)
