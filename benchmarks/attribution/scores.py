@@ -150,7 +150,7 @@ def score(runs: Store, row: Row, run: Trained, names: Sequence[str], masks: list
             **cost,
         }
         if name == WHOLE:
-            row["loss"] = setting.values()["all"]
+            row["loss"] = setting.evaluation.values()["all"]
             source = torch.Generator().manual_seed(run.seed)
             row["metasmoothness"] = metasmoothness(
                 setting, parse_estimator(name), values, PERTURBATION, source

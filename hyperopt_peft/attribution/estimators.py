@@ -12,7 +12,7 @@ from hyperopt_peft.hypergradients.registry import get_estimator, with_options
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.utils.vector import Vector
 
-#: Of a head at its minimum: conjugate gradients with exact products to a relative residual of 1e-6.
+#: For a head at its minimum: conjugate gradients with exact products, to a residual of 1e-6.
 HEAD_ESTIMATOR = "cg:steps=2000,tolerance=1e-6"
 
 
@@ -46,10 +46,7 @@ class IdentitySolver(Solver):
 
 @dataclass(frozen=True)
 class ScoreEstimator:
-    """An estimator, how the user named it, and, of a run's steps, how many last ones.
-
-    ``last_steps`` is None where all steps are differentiated.
-    """
+    """An estimator, its name, and how many last steps it differentiates: None for all."""
 
     estimator: Estimator
     name: str

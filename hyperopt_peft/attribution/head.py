@@ -23,12 +23,11 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.rows import ROW, ModelOnRows, NumberedRows
-from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.run import Training
+from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer import require_trainer
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
-from hyperopt_peft.attribution.training import Training
 from hyperopt_peft.core.labels import labels_are_shifted
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.fit import lbfgs
@@ -173,7 +172,7 @@ def setup_from_head(
         {name: len(rows) / len(data.evaluation_rows) for name, rows in data.groups.items()},
         training.level,
         lambda: batch_of(train),
-        measure=lambda test: partial(
+        test=lambda test: partial(
             on_rows.measured, [batch_of(features(data.test_rows(test)).standardized(raw))]
         ),
         enlarged=lambda seed: training.enlarged(above),

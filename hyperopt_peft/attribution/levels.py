@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.attribution.evaluation import Evaluation, Loss
 from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.scores import Evaluation, Loss, RetrainingSetup
 from hyperopt_peft.core.problem import LossGradient, Problem
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.engine.fit import fit

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.checkpoints import Checkpoints, Point
-from hyperopt_peft.attribution.run import RecordedStep, Run
+from hyperopt_peft.attribution.run import Checkpoints, Point, RecordedStep, Run
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes, ProductKind
@@ -84,9 +83,10 @@ class Sweep:
             )
             for begin in reversed(range(first // every * every, total, every)):
                 end = min(begin + every, total)
-                points = run.points(begin, end, checkpoints)
-                repeated = run.steps[begin : end - 1]
-                self.passes.gradients += sum(len(step.updates) for step in repeated)
+                points = [checkpoints.get(begin)]
+                for number in range(begin, end - 1):
+                    points.append(run.advance(number, points[-1]))
+                    self.passes.gradients += len(run.steps[number].updates)
                 for number in reversed(range(max(begin, first), end)):
                     self._pull(run.steps[number], points.pop())
                     bar.update()

@@ -53,14 +53,12 @@ class Suspects:
 
     def record(self) -> dict[str, Any]:
         """The numbers of the search, for a file."""
-        return {
-            "accuracy": self.accuracy,
-            "kappa": self.kappa,
-            "flagged": len(self.flagged),
-            "method": self.method,
-        }
+        names = ("accuracy", "kappa", "method", "verdict")
+        return {**{name: getattr(self, name) for name in names}, "flagged": len(self.flagged)}
 
-    def __str__(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """How well the folds predict the labels, and how many may be wrong."""
         text = (
             f"out of fold {self.accuracy:.0%} of the labels are predicted (kappa {self.kappa:.2f})"
         )
@@ -71,6 +69,9 @@ class Suspects:
             )
         text = f"{text}; {len(self.flagged)} labels may be wrong, by {self.method}"
         return text if self.method == CLEANLAB else f"{text}\n{INSTALL}"
+
+    def __str__(self) -> str:
+        return self.verdict
 
 
 def suspects(
@@ -83,8 +84,7 @@ def suspects(
     labels = setup.labels
     if labels is None or setup.probabilities is None:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
-    count = len(labels)
-    if not 2 <= folds <= count:
+    if not 2 <= folds <= len(labels):
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
     splits = KFold(folds, shuffle=True, random_state=seed).split(labels)
     parts, of_parts = [rows for _, rows in splits], []
@@ -93,7 +93,7 @@ def suspects(
             of_parts.append(setup.probabilities(rows.tolist()))
     probabilities = torch.cat(of_parts)[np.concatenate(parts).argsort()]
     labelled = (labels >= 0).nonzero().flatten()
-    confidence = torch.full((count,), torch.nan, dtype=torch.float64)
+    confidence = torch.full((len(labels),), torch.nan, dtype=torch.float64)
     given, of_given = labels[labelled], probabilities[labelled]
     confidence[labelled], doubtful = _doubts(given, of_given)
     predicted = of_given.argmax(1)

@@ -19,21 +19,23 @@ from transformers import Trainer, enable_full_determinism, set_seed
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.dora.fast import FastFullNorm
 from hyperopt_peft.adapters.dora.variants import VARIANTS
-from hyperopt_peft.attribution.evaluation import Evaluation
-from hyperopt_peft.attribution.own_loss import OWN_LOSS, has_own_loss, require_mean_over_labels
 from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
 from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
 from hyperopt_peft.attribution.run import RecordedStep, Run
-from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
+from hyperopt_peft.core.labels import TOLERANCE, row_losses, weighted_mean
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import quiet
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.models import evaluating
 from hyperopt_peft.utils.precision import require_float32
-from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: Libraries whose own methods of these names train as the recorded run does, if the loss agrees.
 KNOWN_LIBRARIES = ("transformers", "trl", "hyperopt_peft")
@@ -69,8 +71,7 @@ def setup_from_trainer(
     data = TrainerData.read(trainer, evaluation, slices)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
-    if has_own_loss(trainer):
-        require_mean_over_labels(trainer, data)
+    _require_mean_over_labels(trainer, data)
     if second_derivatives:
         require_norm_in_graph(trainer.model)
     with TemporaryDirectory(prefix="attribution-") as folder:  # the user's has his checkpoints
@@ -112,7 +113,7 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
         {name: len(rows) / size for name, rows in data.groups.items()},
         Accumulated(final),
         everything,
-        measure=lambda test: partial(model.measured, data.batches(data.test_rows(test))),
+        test=lambda test: partial(model.measured, data.batches(data.test_rows(test))),
         enlarged=partial(_enlarged, run, model, data) if enlarged else None,
         probabilities=lambda rows: model.probabilities(data.batches(data.train_rows, rows)),
         labels=classes_of_rows(data.batches(data.train_rows)),
@@ -161,10 +162,8 @@ def require_trainer(trainer: Any) -> None:
 
 
 def _check_trainer(trainer: Any) -> None:
-    """Raise ProblemError where the trainer trains a loss or in a way that is not known here."""
+    """Raise ProblemError where the trainer trains in a way that is not known here."""
     require_trainer(trainer)
-    if trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
-        raise ProblemError(f"compute_loss_func, label_smoothing_factor: {OWN_LOSS}")
     method = method_of(trainer)
     for name in ("finish", "after_upper_step"):
         if getattr(type(method), name) is not getattr(Method, name):
@@ -188,6 +187,36 @@ def _check_trainer(trainer: Any) -> None:
     for name, reason in refused.items():
         if getattr(trainer.args, name, None):
             raise ProblemError(f"{name}: {reason}; leave it out")
+
+
+@torch.no_grad()
+def _require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
+    """Raise ProblemError where the trainer's loss of the first batch is no mean over its labels.
+
+    No name decides: the trainer's own ``compute_loss`` is compared with `row_losses`, without
+    dropout. ``SFTTrainer`` with ``loss_type="nll"`` passes.
+    """
+    size = trainer.args.per_device_train_batch_size
+    batch = data.batches(data.train_rows, range(len(data.train_rows))[:size])[0]
+    batch = without(batch, data.collate.tags)
+    own = "has no labels"
+    if isinstance(batch.get("labels"), torch.Tensor):
+        with (
+            evaluating(trainer.model),
+            replay(RandomState.capture()),
+            metrics_restored(trainer),
+            trainer.compute_loss_context_manager(),
+        ):
+            sums, counts = row_losses(trainer.model, batch)
+            mean = weighted_mean(torch.ones_like(sums), sums, counts)
+            loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
+        if not counts.any() or (loss - mean).abs() <= TOLERANCE * mean.abs():
+            return
+        own = f"has the loss {float(loss):.4g}, and the mean over its labels is {float(mean):.4g}"
+    raise ProblemError(
+        f"training: the first batch of {type(trainer).__name__} {own}: the trainer has a loss of "
+        "its own, whose share of each row is not known; use attribute with a level of your own"
+    )
 
 
 def require_norm_in_graph(model: Any) -> None:

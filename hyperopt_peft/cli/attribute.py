@@ -272,7 +272,7 @@ class Scored:
         hurt, seen = int((result.scores > 0).sum()), int((~result.scores.isnan()).sum())
         verdict = f"{hurt} of {seen} training rows hurt on the evaluation examples"
         if check := self.record.get("check"):
-            verdict = f"{verdict}; {check['advice'].partition(';')[0]}"
+            verdict = f"{verdict}; {check['verdict'].partition(';')[0]}"
         if removal := self.record.get("removal"):
             verdict = f"{verdict}; {removal['verdict']}"
         ends = zip(("Rows that hurt most", "Rows that help most"), result.ends(SHOWN))

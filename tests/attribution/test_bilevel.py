@@ -118,7 +118,7 @@ def test_the_run_is_bidoras_own(tmp_path: Path, retrain: str) -> None:
         assert torch.allclose(value, values(plain.model)[name], rtol=1e-9, atol=1e-12), name
     run = setup_of(result).run
     with run.repeated(run.row_weights):
-        assert setup_of(result).values()["all"] == pytest.approx(result.values["all"], rel=1e-9)
+        assert setup_of(result).evaluation.values()["all"] == pytest.approx(result.values["all"], rel=1e-9)
 
 
 def test_leaving_rows_out_is_training_without_them(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_leaving_rows_out_is_training_without_them(tmp_path: Path) -> None:
     errors = []
     for length in (1e-2, 1e-3):
         with setup.run.repeated(setup.run.row_weights + length * direction):
-            moved = setup.values()["all"] - result.values["all"]
+            moved = setup.evaluation.values()["all"] - result.values["all"]
         errors.append(abs(moved - length * float(result.scores @ direction)))
     assert errors[1] < 0.05 * errors[0]
 

@@ -8,7 +8,7 @@ import torch
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.attribution import ScoreCheck
-from hyperopt_peft.attribution.rank_interval import interval
+from hyperopt_peft.attribution.check import rank_interval
 from tests.support.attributed import levels, scored, scored_levels
 
 
@@ -37,7 +37,7 @@ def test_wrong_scores_are_called_worthless() -> None:
     result.by_slice["all"] = -result.by_slice["all"]
     check = result.check(12, share=0.1, perturbation=None)
     assert check.lds < -0.9 and not check.trustworthy
-    assert "do not act" in check.advice
+    assert "do not act" in check.verdict
 
 
 def test_the_interval_is_that_of_a_rank_correlation() -> None:
@@ -58,18 +58,18 @@ def test_few_retrainings_have_an_exact_interval(theta: float) -> None:
     rho = 1 - 6 * (orders - torch.arange(6)).square().sum(1) / (6**3 - 6)
     probabilities = (theta * rho).softmax(0)
     mean = float(probabilities @ rho)
-    ends = {float(value): interval(float(value), 6) for value in rho.unique()}
+    ends = {float(value): rank_interval(float(value), 6) for value in rho.unique()}
     inside = [low <= mean <= high for low, high in (ends[float(value)] for value in rho)]
     assert float(probabilities[torch.tensor(inside)].sum()) >= 0.95
 
 
 def test_a_perfect_order_never_has_an_interval_of_no_width() -> None:
     """The more retrainings, the narrower; -ρ has the reversed interval."""
-    lows = [interval(1.0, count)[0] for count in range(5, 31)]
+    lows = [rank_interval(1.0, count)[0] for count in range(5, 31)]
     assert lows == sorted(lows) and lows[0] < 0.4 and lows[-1] < 0.9995
     for count in (5, 9, 10, 20):
-        low, high = interval(0.3, count)
-        assert interval(-0.3, count) == pytest.approx((-high, -low))
+        low, high = rank_interval(0.3, count)
+        assert rank_interval(-0.3, count) == pytest.approx((-high, -low))
 
 
 @pytest.mark.parametrize(("actual", "lds"), [([0, 1, 2, 3, 4], 1.0), ([1, 0, 2, 3, 4], 0.9)])
@@ -85,14 +85,14 @@ def test_five_retrainings_cannot_tell(actual: list[int], lds: float) -> None:
 def test_right_order_and_wrong_sizes_are_not_trusted(slope: float) -> None:
     x = torch.linspace(-1, 1, 20)
     check = ScoreCheck(x, slope * x, 0.99, 0.05)
-    assert check.lds == 1.0 and not check.trustworthy and "order" in check.advice
+    assert check.lds == 1.0 and not check.trustworthy and "order" in check.verdict
 
 
 @pytest.mark.parametrize("slope", [1.45, -1.0])
 def test_advice_for_a_head_can_be_followed(slope: float) -> None:
     """It has no steps: sizes follow from the slope, and an order from fewer rows left out."""
     x = torch.linspace(-1, 1, 20)
-    advice = ScoreCheck(x, slope * x, None, 0.05, of_head=True).advice
+    advice = ScoreCheck(x, slope * x, None, 0.05, of_head=True).verdict
     assert "smooth" not in advice and "estimator" not in advice
     assert ("1.45" in advice) == (slope > 0) and ("share" in advice) == (slope < 0)
 
@@ -100,7 +100,7 @@ def test_advice_for_a_head_can_be_followed(slope: float) -> None:
 @pytest.mark.parametrize("smoothness", [0.99, 0.2])
 def test_advice_is_of_the_estimator_where_the_run_is_smooth(smoothness: float) -> None:
     x = torch.linspace(-1, 1, 20)
-    advice = ScoreCheck(-x, x, smoothness, 0.05).advice
+    advice = ScoreCheck(-x, x, smoothness, 0.05).verdict
     assert "do not act" in advice and "smoother" in advice
     assert ("estimator unrolled" in advice) == (smoothness > 0.5)
 

@@ -11,9 +11,8 @@ from hyperopt_peft import attribute
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.check import check_scores
 from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.head import HeadTraining, batch_of, chosen_l2
-from hyperopt_peft.attribution.scores import RetrainingSetup, scores
+from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
 from tests.support.attributed import differences
@@ -71,7 +70,7 @@ def test_scores_predict_other_minima() -> None:
     )
     estimator = parse_estimator(HEAD_ESTIMATOR)
     by_slice, _ = scores(setup, estimator)
-    check = check_scores(setup, estimator, by_slice, setup.values(), 20, 0.05, None, 0)
+    check = check_scores(setup, estimator, by_slice, setup.evaluation.values(), 20, 0.05, None, 0)
     assert check.lds > 0.98 and check.trustworthy and check.of_head
 
 
