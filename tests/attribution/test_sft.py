@@ -13,10 +13,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hyperopt_peft import BiDoRATrainer, ProblemError, attribute, bilevel
+from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError, attribute, bilevel
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.problems import Adapter
-from tests.support.attributed import differences
+from tests.support.attributed import differences, setup_of
 from tests.support.language import LAYOUTS, language_model, lora, quantised, rows, tokenizer
 from tests.support.trainers import values
 
@@ -163,18 +163,32 @@ def test_activation_offloading_is_refused(tmp_path: Path) -> None:
         attributed(trainer)
 
 
-def test_two_levels_over_it_are_refused(tmp_path: Path) -> None:
-    kind = BiDoRATrainer.over(trl.SFTTrainer)
-    trainer = kind(
-        language_model(),
-        args=kind.Arguments(str(tmp_path), **SETTINGS),
-        train_dataset=rows(count=10),
-        eval_dataset=rows(count=4, seed=1),
-        processing_class=tokenizer(),
-        peft_config=lora(use_dora=True),
-    )
-    with pytest.raises(ProblemError, match="has levels whose share of each row is not known"):
-        attributed(trainer)
+def test_two_levels_over_it_have_scores(tmp_path: Path) -> None:
+    """Of rows as the trainer has prepared them; the run is its own."""
+    kind = BilevelTrainer.over(trl.SFTTrainer)
+    settings = {**SETTINGS, "retrain_arguments": {"max_steps": 2}, "upper_fraction": 0.3, "lower_steps": 2}
+
+    def trainer(folder: str) -> Any:
+        return kind(
+            language_model(),
+            args=kind.Arguments(str(tmp_path / folder), **settings),
+            method=BiDoRA(),
+            train_dataset=rows(count=10),
+            eval_dataset=rows(count=4, seed=1),
+            processing_class=tokenizer(),
+            peft_config=lora(),
+        )
+
+    plain, watched = trainer("plain"), trainer("watched")
+    plain.train()
+    result = attributed(watched)
+    for name, value in values(watched.model).items():
+        assert torch.allclose(value, values(plain.model)[name], rtol=1e-4, atol=1e-6), name
+    assert result.columns["prompt"] == rows(count=10)["prompt"][:]
+    direction = 0.03 * result.scores.sign()
+    with setup_of(result).run.repeated(1 + direction):
+        change = setup_of(result).evaluation.values()["all"] - result.values["all"]
+    assert change == pytest.approx(float(direction @ result.scores), rel=0.2)
 
 
 def test_a_loss_of_pairs_is_refused(tmp_path: Path) -> None:
