@@ -38,11 +38,11 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import BiDoRATrainer, BiDoRATrainingArguments, attribute
-from hyperopt_peft.problems import AdapterTrainer
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, attribute
+from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 from hyperopt_peft.utils import plots
 
-METHODS = ("LoRA", "DoRA", "BiDoRA")
+METHODS = {"LoRA": LoRA, "DoRA": DoRA, "BiDoRA": BiDoRA}
 #: A folder that trainers make and, without checkpoints, leave empty.
 RUNS = "runs"
 #: The share of the training labels that are made wrong, and the share of the rows left out.
@@ -122,8 +122,7 @@ def model_of(arguments: Arguments, data: Tweets, *, dora: bool = False) -> Any:
 
 def trainer_of(method: str, arguments: Arguments, data: Tweets, rows: Dataset) -> Any:
     """The trainer of a method on ``rows``; each method has the same passes over batches."""
-    bilevel = method == "BiDoRA"
-    args = BiDoRATrainingArguments(
+    args = BilevelTrainingArguments(
         str(Path(arguments.output_dir) / RUNS),
         max_steps=arguments.passes,
         learning_rate=2e-3,
@@ -137,12 +136,14 @@ def trainer_of(method: str, arguments: Arguments, data: Tweets, rows: Dataset) -
         dataloader_pin_memory=False,
         disable_tqdm=False,
     )
-    if bilevel:  # the search, with an upper step after some lower ones, and the retraining
-        of_a_step = 2 + 1 / args.lower_steps
-        args.max_steps = args.retrain_steps = round(arguments.passes / of_a_step)
-    return (BiDoRATrainer if bilevel else AdapterTrainer)(
-        model_of(arguments, data, dora=method != "LoRA"),
+    chosen = METHODS[method]
+    if chosen is BiDoRA:  # the search, with an upper step after some lower ones, and the retraining
+        of_a_step = 2 + 1 / BiDoRA.defaults["lower_steps"]
+        args.max_steps = round(arguments.passes / of_a_step)
+    return BilevelTrainer(
+        model_of(arguments, data, dora=chosen is not LoRA),
         args,
+        method=chosen(),
         train_dataset=rows,
         eval_dataset=data.trusted,
         data_collator=data.collate,

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
     from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
     from hyperopt_peft.problems.bidora import BiDoRA
-    from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
     from hyperopt_peft.trainer.data import split_dataset
     from hyperopt_peft.trainer.method import Method
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "BiDoRA": "problems.bidora",
-    "BiDoRATrainer": "problems.bidora_trainer",
-    "BiDoRATrainingArguments": "problems.bidora_trainer",
     "BilevelTrainer": "trainer.trainer",
     "BilevelTrainingArguments": "trainer.arguments",
     "EarlyStopping": "engine.early_stopping",
@@ -51,8 +48,6 @@ _MODULES = {
 
 __all__ = [
     "BiDoRA",
-    "BiDoRATrainer",
-    "BiDoRATrainingArguments",
     "BilevelTrainer",
     "BilevelTrainingArguments",
     "EarlyStopping",

@@ -4,40 +4,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyperopt_peft.problems.adapter_trainer import AdapterTrainer
+    from hyperopt_peft.problems.baselines import DoRA, LoRA
     from hyperopt_peft.problems.bidora import BiDoRA
-    from hyperopt_peft.problems.bidora_trainer import BiDoRATrainer, BiDoRATrainingArguments
     from hyperopt_peft.problems.common import Adapter, TaskLevel
     from hyperopt_peft.problems.data_sources import SourceWeights
     from hyperopt_peft.problems.head import Head
     from hyperopt_peft.problems.source_data import by_column
     from hyperopt_peft.problems.source_trainer import SourceTrainer
-    from hyperopt_peft.problems.two_phases import TwoPhaseTrainingArguments
 
 _MODULES = {
     "Adapter": "common",
-    "AdapterTrainer": "adapter_trainer",
     "BiDoRA": "bidora",
-    "BiDoRATrainer": "bidora_trainer",
-    "BiDoRATrainingArguments": "bidora_trainer",
+    "DoRA": "baselines",
     "Head": "head",
+    "LoRA": "baselines",
     "SourceTrainer": "source_trainer",
     "SourceWeights": "data_sources",
     "TaskLevel": "common",
-    "TwoPhaseTrainingArguments": "two_phases",
     "by_column": "source_data",
 }
 __all__ = [
     "Adapter",
-    "AdapterTrainer",
     "BiDoRA",
-    "BiDoRATrainer",
-    "BiDoRATrainingArguments",
+    "DoRA",
     "Head",
+    "LoRA",
     "SourceTrainer",
     "SourceWeights",
     "TaskLevel",
-    "TwoPhaseTrainingArguments",
     "by_column",
 ]
 

@@ -66,10 +66,9 @@ class BiDoRA(Method):
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 4})
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise ProblemError(f"gamma: must not be negative, got {self.gamma}")
-        if self.norm_grad not in ("full", "detach"):
-            raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {self.norm_grad!r}")
+        super().__post_init__()
+        if not 0 <= self.gamma < float("inf"):
+            raise ProblemError(f"gamma: must be finite and not negative, got {self.gamma}")
 
     @classmethod
     def published(cls, **options: Any) -> Self:

@@ -14,7 +14,7 @@ LORA, DORA, BIDORA = "LoRA", "DoRA", "BiDoRA"
 PUBLISHED, FROZEN = "BiDoRA, published", "BiDoRA, upper rate 0"
 #: DoRA, ended at the training loss that BiDoRA has on the same rows.
 STOPPED = "DoRA, stopped at BiDoRA's training loss"
-#: Arguments of `BiDoRATrainer`, beside the rates; no method but these is bilevel.
+#: Arguments of `BilevelTrainer`, beside the rates; no method but these is bilevel.
 BILEVEL: dict[str, dict[str, Any]] = {
     BIDORA: {},
     # Batches of one size at both levels and an upper step after each lower one, at its rate.
@@ -34,7 +34,7 @@ class Run:
         seed: of the rows, the adapter and the order of batches.
         rate: the peak learning rate.
         passes: batches that go forward and backward, of both phases and of upper steps.
-        options: further arguments of `BiDoRATrainer`.
+        options: further arguments of `BilevelTrainer`; ``preset`` is `BiDoRA.published`.
         until: the training loss at which the run ends.
         model: the adapter and the batches.
         rows: at most as many rows, and their tokens.

@@ -16,9 +16,11 @@ from transformers import TrainerCallback
 
 from benchmarks.study.plan import BILEVEL, LORA, Run
 from benchmarks.study.tasks import Task, task
-from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 
 #: How often in a run the training loss is compared with the one to stop at.
+PRESET = "preset"
 LOOKS = 30
 
 
@@ -94,12 +96,12 @@ def adapted(run: Run, here: Task) -> Any:
     return get_peft_model(here.model(run.model["layers"]), config)
 
 
-def arguments(run: Run, folder: str, steps: int) -> BiDoRATrainingArguments:
+def arguments(run: Run, folder: str, steps: int) -> BilevelTrainingArguments:
     """AdamW, a tenth of warm-up, then a linear decay; in each of two phases."""
-    return BiDoRATrainingArguments(
+    options = {name: x for name, x in run.options.items() if name != PRESET}
+    return BilevelTrainingArguments(
         output_dir=folder,
         max_steps=steps,
-        retrain_steps=steps,
         learning_rate=run.rate,
         per_device_train_batch_size=run.model["batch_size"],
         warmup_steps=max(1, steps // 10),
@@ -110,7 +112,7 @@ def arguments(run: Run, folder: str, steps: int) -> BiDoRATrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=True,
-        **run.options,
+        **options,
     )
 
 
@@ -118,10 +120,13 @@ def bilevel(run: Run, here: Task, model: Any, rows: list[int]) -> dict[str, Any]
     """A search and a retraining of equally many steps, which have the run's passes together."""
     data = {"train_dataset": here.dataset(rows), "data_collator": here.states}
     with tempfile.TemporaryDirectory() as folder:
-        counted = BiDoRATrainer(copy.deepcopy(model), arguments(run, folder, 1), **data)
+        method = BiDoRA.published() if PRESET in run.options else BiDoRA()
+        counted = BilevelTrainer(
+            copy.deepcopy(model), arguments(run, folder, 1), method=method, **data
+        )
         a_step = 1 + counted.passes_of_an_upper_step() / counted.args.lower_steps
         steps = max(1, round(run.passes / a_step))
-        BiDoRATrainer(model, arguments(run, folder, steps), **data).train()
+        BilevelTrainer(model, arguments(run, folder, steps), method=method, **data).train()
     return {"passes": round(steps * a_step), "steps": 2 * steps}
 
 
@@ -131,7 +136,8 @@ def plain(run: Run, here: Task, model: Any, rows: list[int]) -> dict[str, Any]:
     data = {"train_dataset": here.dataset(rows), "data_collator": here.states}
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(run, folder, run.passes)
-        trainer = AdapterTrainer(model, args, callbacks=until, **data)
+        method = LoRA() if run.method == LORA else DoRA()
+        trainer = BilevelTrainer(model, args, method=method, callbacks=until, **data)
         trainer.train()
     return {"passes": trainer.state.global_step, "steps": trainer.state.global_step}
 

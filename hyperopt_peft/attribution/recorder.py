@@ -96,8 +96,7 @@ class RecordedTrainer(BilevelTrainer):
         if self.run is None:
             length = self.state.max_steps
             if self.has_second_phase:
-                rows = self.method.all_rows(*self._rows)  # type: ignore[union-attr]
-                length += self.args.for_retraining().steps_of(len(rows))
+                length += self.args.for_retraining().steps_of(len(self.all_rows()))
             self.run = Run(levels, self.weights, length, **self._run_options)
             self._first = 0
             return

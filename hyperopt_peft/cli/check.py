@@ -22,7 +22,7 @@ from hyperopt_peft.diagnostics.recommend import recommend
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
-from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
 from hyperopt_peft.utils.validation import require_count
 
@@ -131,7 +131,7 @@ def _passes(estimator: Estimator) -> int:
     return 2 if cost is None else cost.backward_passes
 
 
-def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> Report:
+def _examine(trainer: BilevelTrainer, command: CheckArguments) -> Report:
     """Print the check of the levels on their first batches, then the estimators side by side."""
     upper, lower, args = trainer.upper, trainer.lower, trainer.args
     assert upper is not None
@@ -159,7 +159,7 @@ def _examine(trainer: BiDoRATrainer, command: CheckArguments) -> Report:
     return page
 
 
-def _batches(trainer: BiDoRATrainer, number: int) -> dict[str, Any]:
+def _batches(trainer: BilevelTrainer, number: int) -> dict[str, Any]:
     """Batch ``number`` of each level's examples in order, ``upper_batch`` and ``lower_batch``."""
     args = trainer.args
 

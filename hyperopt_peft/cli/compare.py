@@ -84,11 +84,11 @@ def run(argv: Sequence[str]) -> None:
     metric, runs, size = f"eval_{setup.task.metric}", list[MethodRun](), len(setup.evaluation)
     budget = args.steps_of(len(setup.train))
     for settings in chosen.values():
-        settings.max_steps = settings.retrain_steps = budget
-        if settings.method == "bidora":
-            settings.warn_of_short_phases(*settings.phases(0, 0))
+        settings.max_steps = budget
+        again: Any = settings.retrain_arguments or {}
+        settings.retrain_arguments = {**again, "max_steps": budget}
     if not distributed.rank():
-        phases = "; bidora has as many in each of its phases, whatever retrain_epochs is"
+        phases = "; bidora has as many in each of its phases, whatever retrain_arguments are"
         print(f"{budget} steps each{phases if 'bidora' in chosen else ''}", flush=True)
     if command.dry_run:
         print(plan(chosen, setup, len({*command.seeds})))

@@ -10,7 +10,6 @@ from itertools import cycle, islice
 from typing import Any
 
 from hyperopt_peft.cli.text.setup import Setup
-from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.tables import aligned
@@ -88,7 +87,7 @@ def seconds_a_pass(trainer: Any) -> float:
 def passes_of_steps(trainer: Any, steps: int) -> int:
     """The passes of ``steps`` optimizer steps, the upper level's included."""
     args = trainer.args
-    if not isinstance(trainer, BiDoRATrainer):
+    if getattr(trainer, "upper", None) is None:
         return int(steps * args.gradient_accumulation_steps)
     upper, rest = divmod(steps, args.lower_steps)
     passes = upper * trainer.passes_of_an_upper_step()
@@ -98,7 +97,7 @@ def passes_of_steps(trainer: Any, steps: int) -> int:
 def phases(setup: Setup, trainer: Any) -> list[Work]:
     """The trainings of one run of ``trainer``."""
     args, lower = trainer.args, len(trainer.train_dataset)
-    if not isinstance(trainer, BiDoRATrainer):
+    if getattr(trainer, "upper", None) is None:
         steps = BilevelTrainingArguments.steps_of(args, lower)  # TRL's arguments have none
         return [Work("training", 1, steps, passes_of_steps(trainer, steps))]
     search, again = args.phases(lower, len(setup.train))
@@ -122,7 +121,6 @@ def levels(setup: Setup, trainer: Any) -> str:
     if trainer.upper is not None:
         search, again = args.phases(rows["training"], len(setup.train))
         trainer.require_upper_step(search)
-        args.warn_of_short_phases(search, again)
         trained = {"upper level": trainer.upper.variables, "lower level": trainer.lower.variables}
         rows = {"lower level": rows["training"], "upper level": len(trainer.upper_dataset)}
         rows["retraining"] = len(setup.train) if again else 0

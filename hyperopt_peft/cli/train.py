@@ -14,7 +14,6 @@ from hyperopt_peft.cli.options import OutputArguments, parse
 from hyperopt_peft.cli.plan import levels, phases, seconds_a_pass, table
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Setup, prepare
-from hyperopt_peft.problems import BiDoRATrainer
 from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
@@ -117,7 +116,7 @@ def write_card(trainer: Trainer) -> None:
     header = {"base_model": config.base_model_name_or_path, "library_name": "peft"}
     text = f"---\n{yaml.safe_dump(header | {'tags': [method, 'hyperopt-peft']})}---\n\n"
     text += f"An adapter (rank {config.r}, alpha {config.lora_alpha}) by {method}.\n"
-    if isinstance(trainer, BiDoRATrainer):
+    if getattr(trainer, "upper", None) is not None:
         text += "\nMagnitudes are learned by hypergradients on rows of their own:\n\n"
         settings = trainer.args.bilevel_settings().items()
         text += "".join(f"- {name}: {x}\n" for name, x in settings if x is not None)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
@@ -140,15 +141,19 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.retrain_arguments, str):
-            self.retrain_arguments = json.loads(self.retrain_arguments)
-        names = {each.name for each in fields(self)} - {"output_dir"}
-        for name in self.retrain_arguments or ():
-            if name not in names:
+        given: Any = self.retrain_arguments
+        given = dict(json.loads(given) if isinstance(given, str) else given or {})
+        hints = get_type_hints(type(self))
+        for name, value in given.items():
+            if name not in hints or name == "output_dir":
                 raise ProblemError(
                     f"retrain_arguments: {name!r} is no argument of the second training; use names "
                     f"of {type(self).__name__}, such as learning_rate"
                 )
+            if isinstance(value, str) and hints[name] is float:  # YAML reads 3e-5 as a string
+                with suppress(ValueError):
+                    given[name] = float(value)
+        self.retrain_arguments = given or None
         self._check()
         if self.retrain_arguments:
             self.for_retraining()
@@ -239,7 +244,10 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         args.__dict__.update(changes)
         args.output_dir = str(Path(self.output_dir or "") / "retrain")
         args.push_to_hub = False
-        args._check()
+        try:
+            args._check()
+        except ProblemError as error:
+            raise ProblemError(f"retrain_arguments: {error}") from None
         return args
 
     def estimator(self) -> Estimator:
@@ -268,6 +276,17 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         batches = rows // size if self.dataloader_drop_last else math.ceil(rows / size)
         an_epoch: int = max(1, math.ceil(batches / self.gradient_accumulation_steps))
         return math.ceil(float(self.num_train_epochs) * an_epoch)
+
+    def phases(self, lower: int, everything: int) -> tuple[int, int]:
+        """The steps of a search on ``lower`` rows, and of the second training.
+
+        Example:
+            >>> options = {"per_device_train_batch_size": 8, "report_to": "none"}
+            >>> BilevelTrainingArguments("outputs", num_train_epochs=2, **options).phases(80, 100)
+            (20, 26)
+        """
+        again = 0 if self.retrain == "none" else self.for_retraining().steps_of(everything)
+        return self.steps_of(lower), again
 
     def without_limits(self) -> Self:
         """A copy with which the Trainer's loop neither clips gradients nor deletes checkpoints.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.utils.models import trainable
+from hyperopt_peft.utils.validation import matches, type_name
 
 
 class Method:
@@ -58,6 +60,16 @@ class Method:
     #: Columns of numbers that a level reads in its batch and the model does not. ``index``, the
     #: number of the row in the data that the user gives, needs no column.
     tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ProblemError for an option of another type than its field's."""
+        hints = get_type_hints(type(self))
+        options: Any = fields(self) if is_dataclass(self) else ()
+        for each in options:
+            value = getattr(self, each.name)
+            if not matches(value, hints[each.name]):
+                kind = type_name(hints[each.name])
+                raise ProblemError(f"{each.name}: must be {kind}, got {value!r}")
 
     def adapter(self, config: Any) -> Any:
         """The PEFT config ``config`` of a new adapter, changed to what the method needs."""
@@ -110,6 +122,11 @@ class Method:
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The lower level: ``lower_loss`` over the other trainable parameters of ``model``."""
         variables = trainable(model, without=self.upper_variables(model).values())
+        if not variables:
+            raise ProblemError(
+                "model: no parameter is left for the lower level; load an adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
         return _Level(self.lower_loss, model, variables, task_loss)
 
     def upper(self, model: Any, task_loss: TaskLoss) -> Problem:

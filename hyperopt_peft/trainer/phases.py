@@ -16,6 +16,7 @@ from torch import Tensor
 from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.data import require_apart
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
@@ -133,6 +134,10 @@ class PhasesTrainer(TwoLevelTrainer):
 
     def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
         """The first phase, from the checkpoint ``point`` with its record, or from the start."""
+        if self.has_second_phase and hasattr(self.model, "peft_config"):
+            checks.warn_of_short_phase("search", self.args, self.train_dataset)
+            again = self.args.for_retraining()
+            checks.warn_of_short_phase("retraining", again, self.all_rows())
         return self._train_from(point, *args, **kwargs)
 
     def passes_of_an_upper_step(self) -> int:
@@ -164,19 +169,22 @@ class PhasesTrainer(TwoLevelTrainer):
             if self.upper_batches is not None:
                 self.upper_batches.close()
 
+    def all_rows(self) -> Any:
+        """The rows of both levels, as the method joins them for its second phase."""
+        assert self.method is not None
+        return self.method.all_rows(*self._rows)
+
     def retraining(self, args: Any) -> Any:
         """The trainer of the second phase: this one, without an upper level, on all rows."""
-        assert self.method is not None
         trainer = copy.copy(self)  # with what a subclass has for its loss
         trainer.__dict__.pop("_data_fingerprints", None)
-        rows = self.method.all_rows(*self._rows)
         with as_prepared(self.model):
             trainer._set_up(
                 self.model,
                 args,
                 lower=lower_of,
                 upper=None,
-                train_dataset=rows,
+                train_dataset=self.all_rows(),
                 processing_class=self.processing_class,
                 **self._options,
             )

@@ -64,7 +64,8 @@ class BilevelTrainer(PhasesTrainer):
             one that loads models takes a name too.
         args: the settings; a copy of them has the method's defaults where nothing was given.
         method: makes both levels, and after the search the plain model of the second phase; see
-            `Method`. A baseline has one phase.
+            `Method`. A baseline has one phase. Without method and levels one level trains all
+            trainable parameters.
         lower: in place of a method the lower level, without data and optimizer.
         upper: the upper level, likewise; None trains the lower level alone.
         train_dataset: the lower level's examples, or the examples of both levels, which
@@ -113,11 +114,12 @@ class BilevelTrainer(PhasesTrainer):
         **trainer: Any,
     ) -> None:
         checks.check_class(args, self.Arguments)
-        if (method is None) == (lower is None) or (method is not None and upper is not None):
-            raise ProblemError("method: give a method, or the levels lower and upper, and not both")
-        if method is not None:
+        if lower is None and upper is None:
+            method = method or Method()
             self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
             return
+        if method is not None or lower is None:
+            raise ProblemError("method: give a method, or the levels lower and upper, and not both")
         data = {"train_dataset": train_dataset, "upper_dataset": upper_dataset}
         self._set_up(model, args, lower=lower, upper=upper, **data, **trainer)
 

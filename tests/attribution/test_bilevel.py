@@ -14,7 +14,7 @@ from hyperopt_peft import (
     ProblemError,
     attribute,
 )
-from hyperopt_peft.problems import AdapterTrainer
+from hyperopt_peft.problems import DoRA
 from hyperopt_peft.problems.common import TaskLevel
 from tests.support.attributed import differences, setup_of
 from tests.support.attributed_bilevel import ROWS, STEPS, engine, evaluation_of, ones
@@ -118,7 +118,9 @@ def test_the_run_is_bidoras_own(tmp_path: Path, retrain: str) -> None:
         assert torch.allclose(value, values(plain.model)[name], rtol=1e-9, atol=1e-12), name
     run = setup_of(result).run
     with run.repeated(run.row_weights):
-        assert setup_of(result).evaluation.values()["all"] == pytest.approx(result.values["all"], rel=1e-9)
+        assert setup_of(result).evaluation.values()["all"] == pytest.approx(
+            result.values["all"], rel=1e-9
+        )
 
 
 def test_leaving_rows_out_is_training_without_them(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_leaving_rows_out_is_training_without_them(tmp_path: Path) -> None:
 def test_a_control_has_one_level(tmp_path: Path) -> None:
     """Its norm is out of the gradient, as PEFT's is, so that one of LoRA is what has scores."""
     sets = {"train_dataset": data(), "eval_dataset": data(seed=1)}
-    control = AdapterTrainer(peft_model(), arguments(tmp_path), **sets)
+    control = BilevelTrainer(peft_model(), arguments(tmp_path), method=DoRA(), **sets)
     with pytest.raises(ProblemError, match="use_fast_dora"):
         attribute(control, progress=False)
 

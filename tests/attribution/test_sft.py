@@ -15,7 +15,6 @@ from transformers import (
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError, attribute, bilevel
 from hyperopt_peft.attribution import Attribution
-from hyperopt_peft.problems import Adapter
 from tests.support.attributed import differences, setup_of
 from tests.support.language import LAYOUTS, language_model, lora, quantised, rows, tokenizer
 from tests.support.trainers import values
@@ -101,8 +100,6 @@ def test_one_level_over_it_has_the_same_scores(tmp_path: Path) -> None:
     kind = bilevel(trl.SFTTrainer)
     trainer = kind(
         language_model(),
-        lower=lambda trainer: Adapter(trainer.model, task_loss=trainer.task_loss),
-        upper=None,
         args=kind.Arguments(str(tmp_path), **SETTINGS),
         train_dataset=rows(count=7),
         eval_dataset=rows(count=4, seed=1),
@@ -166,7 +163,12 @@ def test_activation_offloading_is_refused(tmp_path: Path) -> None:
 def test_two_levels_over_it_have_scores(tmp_path: Path) -> None:
     """Of rows as the trainer has prepared them; the run is its own."""
     kind = BilevelTrainer.over(trl.SFTTrainer)
-    settings = {**SETTINGS, "retrain_arguments": {"max_steps": 2}, "upper_fraction": 0.3, "lower_steps": 2}
+    settings = {
+        **SETTINGS,
+        "retrain_arguments": {"max_steps": 2},
+        "upper_fraction": 0.3,
+        "lower_steps": 2,
+    }
 
     def trainer(folder: str) -> Any:
         return kind(

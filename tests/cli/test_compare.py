@@ -22,7 +22,7 @@ def test_the_table_is_that_of_runs_of_one_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compare, "DRAWS", 10)
-    changes = {"target_modules": ["query"], "retrain_steps": 3}
+    changes = {"target_modules": ["query"], "retrain_arguments": {"max_steps": 3}}
     run("compare", **small_run(tmp_path, methods=METHODS, seeds=[0, 1, 0], **changes))
     folder = tmp_path / "out"
     record = json.loads((folder / "comparison.json").read_text())

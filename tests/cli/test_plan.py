@@ -41,7 +41,12 @@ def test_who_owns_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_steps_are_those_that_are_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    epochs = {"max_steps": -1, "num_train_epochs": 1.5, "retrain_epochs": 2, "lower_steps": 3}
+    epochs = {
+        "max_steps": -1,
+        "num_train_epochs": 1.5,
+        "retrain_arguments": {"num_train_epochs": 2},
+        "lower_steps": 3,
+    }
     options = small_run(tmp_path, gradient_accumulation_steps=2, **epochs)
     text = plan(capsys, options)
     search, again = steps(text)

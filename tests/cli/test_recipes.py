@@ -132,7 +132,8 @@ def test_a_few_steps_are_trained(
         printed := capsys.readouterr().out
     )
     assert classes is None or f"labels: {', '.join(classes)}\n" in printed
-    run("train", file, **options, max_steps=3, **({"retrain_steps": 2} if again else {}))
+    shorter = {"retrain_arguments": json.dumps({"max_steps": 2})} if again else {}
+    run("train", file, **options, max_steps=3, **shorter)
     results = json.loads((tmp_path / "out/all_results.json").read_text())
     assert ("retrain_loss" in results) == bool(again)
     assert ("eval_pearson" if classes is None else "eval_accuracy") in results

@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from hyperopt_peft import BiDoRATrainer, BiDoRATrainingArguments, BilevelTrainingArguments
+from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.hypergradients import registered, registry
 from tests.support import language
 
@@ -105,7 +105,7 @@ def test_the_diff_turns_dora_into_bidora_in_three_lines(
         monkeypatch.chdir(tmp_path / name)
         results[name] = run(script, name)
     dora, bidora = results["dora"]["trainer"], results["bidora"]["trainer"]
-    assert type(dora) is transformers.Trainer and type(bidora) is BiDoRATrainer
+    assert type(dora) is transformers.Trainer and type(bidora) is BilevelTrainer
     assert not any("upper_loss" in record for record in dora.state.log_history)
     assert "upper_loss" in bidora.state.log_history[0]
     assert bidora.retrainer.state.global_step == dora.state.global_step
@@ -124,10 +124,10 @@ def test_the_diff_turns_dora_into_bidora_in_three_lines(
 def test_every_diff_changes_nothing_but_the_names() -> None:
     names = {
         "from transformers import Trainer, TrainingArguments": (
-            "from hyperopt_peft import BiDoRATrainer, BiDoRATrainingArguments"
+            "from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments"
         ),
-        "args = TrainingArguments(": "args = BiDoRATrainingArguments(",
-        "trainer = Trainer(": "trainer = BiDoRATrainer(",
+        "args = TrainingArguments(": "args = BilevelTrainingArguments(",
+        "trainer = Trainer(model, args,": "trainer = BilevelTrainer(model, args, method=BiDoRA(),",
     }
     pages = [PAGES[n] for n in ("training.md", "start.md", "coming-from-peft-trl.md")] + [README]
     for diff in (diff for page in pages for diff in blocks(page, "diff")):
@@ -146,7 +146,7 @@ def test_tables_list_every_argument_with_its_default() -> None:
     listed = {}
     for cells in re.findall(r"^\| (`.*?) \| (.*?) \|", text, re.MULTILINE):
         listed |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[1].strip("`"))
-    fields = BiDoRATrainingArguments.__dataclass_fields__
+    fields = BilevelTrainingArguments.__dataclass_fields__ | BiDoRA.__dataclass_fields__
     own = fields.keys() - transformers.TrainingArguments.__dataclass_fields__.keys()
     assert listed.keys() == own
     for name, said in listed.items():
@@ -157,9 +157,6 @@ def test_tables_list_every_argument_with_its_default() -> None:
             )
         except (SyntaxError, ValueError):
             assert fields[name].default is None, name  # described in words
-    first = text.partition("and `BiDoRATrainingArguments`")[0]
-    for name in BilevelTrainingArguments.__dataclass_fields__.keys() & own:
-        assert f"| `{name}` |" in first
 
 
 def test_figures_about_betty_are_those_of_the_benchmarks() -> None:

@@ -19,8 +19,7 @@ from trl import (
     SFTTrainer,
 )
 
-from hyperopt_peft import BilevelTrainer
-from hyperopt_peft.problems.common import Adapter
+from hyperopt_peft import BilevelTrainer, Method
 from tests.support.language import LAYOUTS, language_model, lora, rows, tokenizer
 
 CONFIGS = {
@@ -62,7 +61,7 @@ def model_for(kind: type, **options: Any) -> Any:
 def made(
     folder: Path,
     parent: type,
-    kind: type | None = None,
+    kind: type | Method | None = None,
     layout: str = "completion",
     *,
     callbacks: Sequence[Any] = (),
@@ -70,7 +69,7 @@ def made(
     adapter: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """``parent`` itself, or a bilevel trainer ``kind`` over it; `BilevelTrainer` has one level."""
+    """``parent`` itself, or over it the trainer ``kind``, or the trainer of the method ``kind``."""
     task = "SEQ_CLS" if parent is RewardTrainer else "CAUSAL_LM"
     common: dict[str, Any] = {
         "use_cpu": True,
@@ -89,13 +88,10 @@ def made(
     if kind is None:
         cls, arguments = parent, CONFIGS[parent]
     else:
+        if isinstance(kind, Method):
+            kind, options = BilevelTrainer, {"method": kind} | options
         cls = kind.over(parent)  # type: ignore[attr-defined]
         arguments = cls.Arguments
-    if kind is BilevelTrainer:
-        options = {
-            "lower": lambda t: Adapter(t.model, task_loss=t.task_loss),
-            "upper": None,
-        } | options
     config = lora(**(adapter or {}))
     config.task_type = task
     trainer = cls(

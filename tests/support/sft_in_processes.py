@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from hyperopt_peft import BiDoRATrainer
+from hyperopt_peft import BiDoRA
 from tests.support import two_processes
 from tests.support.language import language_model, rows
 from tests.support.over_trl import made
@@ -24,7 +24,7 @@ def train(folder: Path, batch: int, estimator: str) -> tuple[list[dict[str, Any]
     trainer = made(
         folder,
         SFTTrainer,
-        BiDoRATrainer,
+        BiDoRA(),
         layout,
         adapter={"use_dora": True},
         options={

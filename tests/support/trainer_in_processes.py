@@ -1,4 +1,4 @@
-"""A `BiDoRATrainer` in each of two processes; run as a script by one of them."""
+"""BiDoRA in each of two processes; run as a script by one of them."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ RUNS = {
     "penalty": {"hypergradient": "penalty:inner_steps=3", "gradient_accumulation_steps": 2},
     "retrain": {
         "retrain": "scratch",
-        "retrain_steps": 3,
+        "retrain_arguments": {"max_steps": 3},
         "gradient_accumulation_steps": 2,
         "eval_strategy": "steps",  # an evaluation is the last that happens before the retraining
         "eval_steps": 2,
@@ -64,7 +64,6 @@ def make(
     """
     settings = {**OPTIONS, "per_device_train_batch_size": batch, **options}
     settings["per_device_upper_batch_size"] = batch if sized else None
-    arguments = models.arguments(folder, **settings)
     if "ACCELERATE_USE_FSDP" in os.environ:
         # accelerate shards over GPUs only; it does not look at what they are.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -73,13 +72,9 @@ def make(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(parameter.requires_grad)
-    kind = models.AdapterTrainer if method == "dora" else models.BiDoRATrainer
-    return kind(
-        model,
-        arguments,
-        train_dataset=models.data(rows=rows),
-        eval_dataset=models.data(rows=8, seed=5),
-    )
+    options = {"eval_dataset": models.data(rows=8, seed=5)}
+    settings |= {"model": model, "rows": rows, "options": options, "method": method}
+    return models.trainer(folder, **settings)
 
 
 def train(folder: Path, batch: Any, resume: Any = None, **options: Any) -> tuple[Any, ...]:

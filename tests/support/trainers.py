@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 
 CONFIG = BertConfig(
     vocab_size=50,
@@ -132,7 +134,7 @@ def ragged(kind: str, count: int = 24) -> Dataset:
     )
 
 
-def arguments(folder: Path, **options: Any) -> BiDoRATrainingArguments:
+def arguments(folder: Path, **options: Any) -> BilevelTrainingArguments:
     """Six lower steps, an upper one after every second, on the CPU, without a bar."""
     settings = {
         "hypergradient": "darts:scheme=forward",
@@ -149,7 +151,7 @@ def arguments(folder: Path, **options: Any) -> BiDoRATrainingArguments:
         "retrain": "none",
         "seed": 3,
     }
-    return BiDoRATrainingArguments(output_dir=str(folder), **{**settings, **options})
+    return BilevelTrainingArguments(output_dir=str(folder), **{**settings, **options})
 
 
 def trainer(
@@ -163,14 +165,12 @@ def trainer(
     method: str = "bidora",
     **settings: Any,
 ) -> Any:
-    """A trainer of the task; ``settings`` are arguments, ``options`` the Trainer's.
-
-    It is a `BiDoRATrainer`, or an `AdapterTrainer` where ``method`` is dora or lora.
-    """
+    """A trainer of the task; ``settings`` are the arguments' or the method's."""
     model = model or peft_model(kind, dropout, dora=method != "lora")
-    make = BiDoRATrainer if method == "bidora" else AdapterTrainer
-    arguments_of_trainer = {"train_dataset": data(kind, rows), **(options or {})}
-    return make(model, arguments(folder, **settings), **arguments_of_trainer)
+    chosen = {"bidora": BiDoRA, "dora": DoRA, "lora": LoRA}[method]
+    own = {x.name: settings.pop(x.name) for x in fields(chosen) if x.name in settings}
+    given = {"train_dataset": data(kind, rows), "method": chosen(**own), **(options or {})}
+    return BilevelTrainer(model, arguments(folder, **settings), **given)
 
 
 def values(model: nn.Module) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer
 
 from hyperopt_peft import BilevelTrainer
-from hyperopt_peft.problems.common import Adapter
 from tests.support.networks import differences
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -27,9 +25,6 @@ def test_embeddings_keep_states_of_32_bits_as_in_the_trainer(tmp_path: Path) -> 
         model = GPT2LMHeadModel(
             GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=200, n_positions=64)
         )
-        options: dict[str, Any] = {"train_dataset": table}
-        if kind is BilevelTrainer:
-            options |= {"lower": lambda t: Adapter(t.model, task_loss=t.task_loss), "upper": None}
         args = BilevelTrainer.Arguments(
             str(tmp_path),
             optim="adamw_bnb_8bit",
@@ -40,7 +35,7 @@ def test_embeddings_keep_states_of_32_bits_as_in_the_trainer(tmp_path: Path) -> 
             save_strategy="no",
             disable_tqdm=True,
         )
-        trainer = kind(model=model, args=args, **options)
+        trainer = kind(model=model, args=args, train_dataset=table)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         states = trainer.optimizer.state

@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 from tests.support.trainers import arguments, data, peft_model
-from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft import BiDoRA, BilevelTrainer
 
 torch.set_num_threads(1)
 written = []
@@ -39,7 +39,8 @@ def watch(event, args):
 
 
 sys.addaudithook(watch)
-trainer = BiDoRATrainer(peft_model(), arguments("outputs", max_steps=2), train_dataset=data())
+args = arguments("outputs", max_steps=2)
+trainer = BilevelTrainer(peft_model(), args, method=BiDoRA(), train_dataset=data())
 trainer.train()
 trainer.save_model()
 trained = [p.detach().numpy().tobytes() for p in trainer.model.parameters() if p.requires_grad]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import TrainingArguments
 
-from hyperopt_peft import BilevelTrainingArguments, ProblemError
-from hyperopt_peft.problems import BiDoRATrainer
+from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError
 from tests.support.refusals import cases
 from tests.support.trainers import arguments, base_model, data, peft_model, trainer
 
@@ -33,17 +33,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "upper_fraction": [0.0, 1.0, 20],
     "non_finite": ["ignore"],
     "hypergradient": [3, "unrolled:steps=2"],
-    "xi": [NAN, -1.0],
-    "gamma": [-1e-5, "small"],
-    "norm_grad": ["none"],
-    "fast_dora": ["no"],
-    "preset": ["darts"],
     "retrain": [True],
-    "retrain_learning_rate": [-1.0],
-    "retrain_weight_decay": [-1.0, NAN],
-    "retrain_epochs": [0.0],
-    "retrain_steps": [0],
-    "retrain_gradient_accumulation_steps": [0, 1.5],
+    "retrain_arguments": [{"learning_rate": -1.0}, {"num_train_epochs": 0.0}, {"rate": 1.0}],
 }
 
 
@@ -79,15 +70,19 @@ def test_the_trainer_records_one_lower_step(tmp_path: Path, method: str) -> None
         arguments(tmp_path, hypergradient=method, lower_steps=2)
 
 
-def test_a_preset_is_a_set_of_options(tmp_path: Path) -> None:
-    args = arguments(tmp_path, preset="published")
-    assert (
-        args.estimator()
-        == arguments(tmp_path, hypergradient="darts:scheme=forward,xi=1").estimator()
-    )
-    for name, value in (("hypergradient", "cg"), ("xi", 0.5)):
-        with pytest.raises(ProblemError, match=f"{name}.*published"):
-            arguments(tmp_path, preset="published", **{name: value})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gamma", -1e-5),
+        ("gamma", NAN),
+        ("gamma", "small"),
+        ("norm_grad", "no"),
+        ("fast_dora", "no"),
+    ],
+)
+def test_an_option_of_the_method_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ProblemError, match=name):
+        BiDoRA(**{name: value})
 
 
 def frozen_magnitudes() -> Any:
@@ -174,9 +169,9 @@ def test_a_base_that_cannot_be_read_is_trained_by_first_order_products(tmp_path:
     assert run.state.global_step == 6
 
 
-@pytest.mark.parametrize("make", [BilevelTrainingArguments, dict])
+@pytest.mark.parametrize("make", [TrainingArguments, dict])
 def test_arguments_of_another_trainer(make: Any, tmp_path: Path) -> None:
     args = make(output_dir=str(tmp_path))
-    message = f"args must be BiDoRATrainingArguments, got {make.__name__}"
+    message = f"args must be BilevelTrainingArguments, got {make.__name__}"
     with pytest.raises(ProblemError, match=message):
-        BiDoRATrainer(peft_model(), args, train_dataset=data())
+        BilevelTrainer(peft_model(), args, train_dataset=data())

@@ -50,7 +50,7 @@ def test_losses(levels: Any, error: type[Exception], message: str, tmp_path: Pat
 
 
 def step(*, options: Any = None, **settings: Any) -> Any:
-    """A `BiDoRATrainer` that is built without an error."""
+    """A trainer that is built without an error."""
     return lambda model, folder: trainer(folder, model=model, options=options, **settings)
 
 

@@ -1,4 +1,4 @@
-"""`BiDoRATrainer`: every task, both phases, the controls, and a plain PEFT adapter at the end."""
+"""BiDoRA and its baselines: every task, both phases, a plain PEFT adapter at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from hyperopt_peft.adapters import split_parameters
-from tests.support.trainers import TASKS, arguments, base_model, data, peft_model, trainer, values
+from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
 
 
 @pytest.mark.parametrize(("kind", "method"), [*((k, "bidora") for k in TASKS), ("causal", "lora")])
@@ -57,7 +57,7 @@ def test_retraining_moves_directions_on_all_data_with_magnitudes_as_the_search_l
 ) -> None:
     model = peft_model()
     start = values(model)
-    options = {"retrain": retrain, "retrain_steps": 1, "retrain_learning_rate": 0.0}
+    options = {"retrain": retrain, "retrain_arguments": {"max_steps": 1, "learning_rate": 0.0}}
     run = trainer(tmp_path, model=model, **options)
     run.train()
     parts = split_parameters(model)
@@ -66,7 +66,7 @@ def test_retraining_moves_directions_on_all_data_with_magnitudes_as_the_search_l
     assert returned == ({*parts.directions, *parts.rest} if retrain == "scratch" else set())
 
     model = peft_model()
-    run = trainer(tmp_path, model=model, retrain=retrain, retrain_steps=5)
+    run = trainer(tmp_path, model=model, retrain=retrain, retrain_arguments={"max_steps": 5})
     run.train()
     parts, end = split_parameters(model), values(model)
     assert all(torch.equal(end[n], searched[n]) for n in parts.magnitudes)
@@ -77,8 +77,8 @@ def test_retraining_moves_directions_on_all_data_with_magnitudes_as_the_search_l
 
 
 def test_retraining_has_its_own_length_rate_and_decay(tmp_path: Path) -> None:
-    own = {"retrain_epochs": 2, "retrain_learning_rate": 5e-4, "retrain_weight_decay": 0.3}
-    run = trainer(tmp_path, retrain="warm", **own)
+    own = {"num_train_epochs": 2, "learning_rate": 5e-4, "weight_decay": 0.3}
+    run = trainer(tmp_path, retrain="warm", retrain_arguments=own)
     run.train()
     assert run.retrainer.state.global_step == 2 * 6  # 24 examples in batches of 4
     assert run.retrainer.state.log_history[0]["learning_rate"] == 5e-4
@@ -103,9 +103,12 @@ def test_a_phase_too_short_to_learn_is_named_with_the_steps_it_needs(
     again: int,
     short: list[str],
 ) -> None:
-    sizes = {"max_steps": steps, "retrain_steps": again, "retrain": "warm"}
-    args = arguments(tmp_path, learning_rate=rate, **sizes)
-    assert args.phases(lower=80, everything=100) == (steps, again)
-    args.warn_of_short_phases(steps, again)
-    assert [record.message.partition(" at a")[0] for record in caplog.records] == short
-    assert all(f"give it {0.1 / rate:.0f} steps" in r.message for r in caplog.records)
+    sizes = {"max_steps": steps, "retrain_arguments": {"max_steps": again}, "retrain": "warm"}
+    run = trainer(tmp_path, learning_rate=rate, **sizes)
+    assert run.args.phases(lower=80, everything=100) == (steps, again)
+    run.create_optimizer = lambda *_: 1 / 0  # before any work
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    messages = [r.message for r in caplog.records if "hardly train" in r.message]
+    assert [message.partition(" at a")[0] for message in messages] == short
+    assert all(f"give it {0.1 / rate:.0f} steps" in message for message in messages)

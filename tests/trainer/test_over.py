@@ -11,9 +11,8 @@ import transformers
 from packaging.version import Version
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from hyperopt_peft import BilevelTrainer, ProblemError, bilevel
-from hyperopt_peft.problems import BiDoRATrainer
-from hyperopt_peft.problems.common import Adapter
+from hyperopt_peft import BiDoRA, BilevelTrainer, Problem, ProblemError, bilevel
+from hyperopt_peft.utils.models import trainable
 from tests.support.networks import differences
 from tests.support.trainers import data, peft_model, values
 
@@ -72,9 +71,8 @@ def test_one_level_over_a_loss_of_one_s_own_is_that_trainer(
     """Bit for bit, with arguments of its own; the last micro-batches are smaller."""
     monkeypatch.setattr(Confident, "loss_is_scaled_for_ga", scaled)
     table, ends = data(rows=22), []
-    levels = {"lower": lambda made: Adapter(made.model, task_loss=made.task_loss), "upper": None}
-    for kind, more in ((Confident, {}), (bilevel(Confident), levels)):
-        model, options = peft_model(dora=False), {"train_dataset": table, "strength": 0.3, **more}
+    for kind in (Confident, bilevel(Confident)):
+        model, options = peft_model(dora=False), {"train_dataset": table, "strength": 0.3}
         trainer = trained(kind, tmp_path / kind.__name__, model, **options)
         losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
         ends.append((values(model), losses))
@@ -85,13 +83,14 @@ def test_both_levels_and_the_retraining_have_the_loss_of_the_parent(tmp_path: Pa
     logged = []
     for strength in (0.0, 0.3):
         trainer = trained(
-            BiDoRATrainer.over(Confident),
+            bilevel(Confident),
             tmp_path / str(strength),
             peft_model(dropout=0.0),
             {"max_steps": 1, "lower_steps": 1},
             train_dataset=data(),
             upper_dataset=data(rows=8, seed=1),
             strength=strength,
+            method=BiDoRA(),
         )
         assert isinstance(trainer.retrainer, Confident)
         logs = [trainer.state.log_history, trainer.retrainer.state.log_history]
@@ -126,14 +125,14 @@ class Optimizing(Confident):
 
 def test_an_optimizer_of_the_parent_s_own_holds_the_levels_variables(tmp_path: Path) -> None:
     ends = [
-        values(trained(kind, tmp_path, peft_model(dropout=0.0), **two).model)
+        values(trained(kind, tmp_path, peft_model(dropout=0.0), method=BiDoRA(), **two).model)
         for two in [{"train_dataset": data(), "upper_dataset": data(rows=8, seed=1)}]
-        for kind in (BiDoRATrainer.over(Confident), BiDoRATrainer.over(Optimizing))
+        for kind in (bilevel(Confident), bilevel(Optimizing))
     ]
     assert not differences(*ends)
     own = type("Own", (Optimizing,), {"rate": 0.1})
     with pytest.raises(ProblemError, match=r"create_optimizer: .* remove tensors of shape"):
-        trained(BiDoRATrainer.over(own), tmp_path, peft_model(), train_dataset=data())
+        trained(bilevel(own), tmp_path, peft_model(), train_dataset=data(), method=BiDoRA())
 
 
 @pytest.mark.parametrize("kind", [BilevelTrainer, bilevel(Confident)])
@@ -144,10 +143,13 @@ def test_a_name_is_no_model_where_the_parent_loads_none(tmp_path: Path, kind: An
 
 
 def test_levels_that_would_not_have_the_loss_of_the_parent_are_refused(tmp_path: Path) -> None:
+    class Own(Problem):
+        pass
+
     kind, model = bilevel(Confident), peft_model(dora=False)
     args = kind.Arguments(str(tmp_path), **SETTINGS)
     with pytest.raises(ProblemError, match="compute_loss: not possible"):
-        kind(model, args=args, lower=Adapter(model), upper=None, train_dataset=data())
+        kind(model, args=args, lower=Own(trainable(model)), train_dataset=data())
 
 
 def test_a_class_with_both_bases_is_a_class_over_one() -> None:

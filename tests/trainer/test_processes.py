@@ -1,4 +1,4 @@
-"""`BiDoRATrainer` in two processes by ``accelerate launch`` (gloo, float64) is that in one process.
+"""BiDoRA in two processes by ``accelerate launch`` (gloo, float64) is that in one process.
 
 Each of the two has half of every micro-batch, and the one twice as many examples a device. The
 processes are started with the configurations that are shipped, for DDP and for FSDP2.

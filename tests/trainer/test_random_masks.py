@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hyperopt_peft import bilevel
-from hyperopt_peft.problems.common import Adapter, TaskLevel
+from hyperopt_peft.problems.common import TaskLevel
 from tests.support.class_weights import rows
 from tests.support.networks import differences
 from tests.support.resume import require_same_end
@@ -83,11 +83,10 @@ def test_one_level_is_the_trainer(tmp_path: Path, kind: str) -> None:
     With several micro-batches Transformers trains the sum of their losses here, see `LossRule`.
     """
     ends, settings = [], {**SETTINGS, "gradient_accumulation_steps": 1}
-    levels = {"lower": lambda made: Adapter(made.model, task_loss=made.task_loss), "upper": None}
-    for parent, more in ((Trainer, {}), (bilevel(Trainer), levels)):
+    for parent in (Trainer, bilevel(Trainer)):
         args = getattr(parent, "Arguments", TrainingArguments)(str(tmp_path), **settings)
         model = speech_model(kind)
-        trainer = parent(model=model, args=args, train_dataset=speech_rows(kind, 16), **more)
+        trainer = parent(model=model, args=args, train_dataset=speech_rows(kind, 16))
         trainer.train()
         losses = [(x["loss"], x["grad_norm"]) for x in logs(trainer)]
         ends.append((values(model), losses, np.random.get_state()[1].tolist()))

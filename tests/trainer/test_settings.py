@@ -87,7 +87,6 @@ OTHER: dict[str, dict[str, Any]] = {
     "upper_weight_decay": {"upper_weight_decay": 0.5},
     "upper_prior": {"upper_prior": 0.5},
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},
-    "xi": {"xi": 0.5},
     "gamma": {"gamma": 0.5},
     "norm_grad": {"norm_grad": "detach"},
     "fast_dora": {"fast_dora": False},
@@ -121,7 +120,7 @@ def refuses_to_resume(folder: Path, name: str, **settings: Any) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "name"),
-    [*(("search", name) for name in OTHER), ("retrain", "xi"), ("retrain", "train_dataset")],
+    [*(("search", name) for name in OTHER), ("retrain", "gamma"), ("retrain", "train_dataset")],
 )
 def test_a_run_of_other_settings_is_not_resumed(
     broken: dict[str, Path], phase: str, name: str
@@ -129,24 +128,12 @@ def test_a_run_of_other_settings_is_not_resumed(
     refuses_to_resume(broken[phase], name, **OTHER[name])
 
 
-RETRAINING = {
-    "retrain_learning_rate": 0.5,
-    "retrain_weight_decay": 0.5,
-    "retrain_epochs": 3.0,
-    "retrain_steps": 4,
-    "retrain_gradient_accumulation_steps": 2,
-}
-
-
-@pytest.mark.parametrize("name", RETRAINING)
-def test_the_retraining_is_what_it_was_begun_as(
-    broken: dict[str, Path], tmp_path: Path, name: str
-) -> None:
+def test_the_retraining_is_what_it_was_begun_as(broken: dict[str, Path], tmp_path: Path) -> None:
     """Before its begin it may change."""
-    settings = {name: RETRAINING[name], "retrain": "warm"}
-    refuses_to_resume(broken["retrain"], name, **settings)
+    settings = {"retrain_arguments": {"learning_rate": 0.5}, "retrain": "warm"}
+    refuses_to_resume(broken["retrain"], "retrain_arguments", **settings)
     resumed = saving(tmp_path, **settings)
-    assert name not in resumed.settings()
+    assert "retrain_arguments" not in resumed.settings()
 
 
 def test_what_takes_effect_at_once_may_change(broken: dict[str, Path], tmp_path: Path) -> None:

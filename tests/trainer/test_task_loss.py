@@ -13,8 +13,7 @@ from packaging.version import Version
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
-from hyperopt_peft import BilevelTrainer, ProblemError
-from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer
+from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError
 from tests.support.class_weights import Plain, Scaled, Weighted, rows
 from tests.support.trainers import arguments, data, peft_model, ragged, trainer, values
 from tests.support.watch import SGD, Watch
@@ -25,7 +24,7 @@ COUNTS_OTHERWISE = pytest.mark.skipif(
 )
 
 
-class Hundredfold(BiDoRATrainer):
+class Hundredfold(BilevelTrainer):
     """A loss of one's own, a hundred times the model's."""
 
     def compute_loss(
@@ -35,12 +34,15 @@ class Hundredfold(BiDoRATrainer):
         return (100 * result[0], result[1]) if return_outputs else 100 * result
 
 
-def trained(make: Any, folder: Path, *, table: Dataset | None = None, **settings: Any) -> Any:
+def trained(
+    method: Any, folder: Path, *, make: Any = BilevelTrainer, table: Any = None, **settings: Any
+) -> Any:
     """A run of three steps in float64, its gradients, and the logs of the search."""
     watch, options = Watch(), settings.pop("options", {})
     run = make(
         peft_model(settings.pop("kind", "classes"), dropout=0.0).double(),
         arguments(folder, **{**SGD, "max_steps": 3, "lower_steps": 1, **settings}),
+        method=method,
         train_dataset=data() if table is None else table,
         eval_dataset=data(rows=6, seed=5),
         callbacks=[watch],
@@ -55,8 +57,8 @@ def test_a_loss_of_one_s_own_is_that_of_both_levels(tmp_path: Path, method: str)
     """Each loss and the upper gradient are a hundred times the model's own, also in a solve."""
     settings = {"hypergradient": method, "learning_rate": 0.0, "upper_learning_rate": 0.0}
     settings["weight_decay"] = 0.0
-    _, plain, logs = trained(BiDoRATrainer, tmp_path / "plain", **settings)
-    run, ours, own = trained(Hundredfold, tmp_path / "own", **settings)
+    _, plain, logs = trained(BiDoRA(), tmp_path / "plain", **settings)
+    run, ours, own = trained(BiDoRA(), tmp_path / "own", make=Hundredfold, **settings)
     for log, other in zip(own, logs, strict=True):
         assert log["loss"] == pytest.approx(100 * other["loss"], rel=1e-5, abs=6e-3)
         assert log["upper_loss"] == pytest.approx(100 * other["upper_loss"], rel=1e-5)
@@ -74,8 +76,9 @@ def test_a_loss_of_one_s_own_is_that_of_both_levels(tmp_path: Path, method: str)
 def test_a_loss_of_one_s_own_is_that_of_the_retraining(tmp_path: Path) -> None:
     settings = {"retrain": "warm", "learning_rate": 0.0, "upper_learning_rate": 0.0}
     last = []
-    for make in (BiDoRATrainer, Hundredfold):
-        run, _, _ = trained(make, tmp_path / make.__name__, logging_steps=1, **settings)
+    for make in (BilevelTrainer, Hundredfold):
+        folder = tmp_path / make.__name__
+        run, _, _ = trained(BiDoRA(), folder, make=make, logging_steps=1, **settings)
         last.append(run.retrainer.state.log_history[0]["loss"])
     assert last[1] == pytest.approx(100 * last[0], rel=1e-5, abs=6e-3)
 
@@ -141,8 +144,8 @@ def test_a_loss_that_counts_labels_is_the_trainers(
     settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     settings |= {"optim": "sgd", "max_grad_norm": 0.0, "label_smoothing_factor": smoothing}
     plain = stock(tmp_path / "plain", table, kind, options=dict(options), **settings)
-    settings |= {"kind": kind, "table": table, "options": options, "fast_dora": False}
-    run, _, logs = trained(AdapterTrainer, tmp_path / "ours", **settings)
+    settings |= {"kind": kind, "table": table, "options": options}
+    run, _, logs = trained(None, tmp_path / "ours", **settings)
     expected = [log["loss"] for log in plain.state.log_history if "loss" in log]
     assert [log["loss"] for log in logs] == pytest.approx(expected, rel=1e-6, abs=1.1e-4)
     for name, value in values(plain.model).items():
@@ -160,12 +163,11 @@ def test_accumulation_is_a_mean_over_labels(
     table, ends = ragged(kind), []
     for size, micro in ((6, 1), (2, 3)):
         run, gradients, logs = trained(
-            BiDoRATrainer,
+            BiDoRA(gamma=0.1),
             tmp_path / str(size),
             kind=kind,
             table=table,
             hypergradient="cg:steps=2,damping=1.0",
-            gamma=0.1,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=micro,
             per_device_upper_batch_size=4,
@@ -188,7 +190,7 @@ def test_a_micro_batch_without_labels_of_a_language_model_counts_nothing(tmp_pat
         "labels", labels, feature=table.features["labels"]
     )
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    _, _, logs = trained(AdapterTrainer, tmp_path, kind="causal", table=table, **settings)
+    _, _, logs = trained(None, tmp_path, kind="causal", table=table, **settings)
     assert all(log["loss"] == log["loss"] for log in logs)
 
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft import BiDoRATrainer, hypergradient
+from hyperopt_peft import BiDoRA, hypergradient
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from tests.support.language import LAYOUTS, language_model, lora, rows
@@ -65,7 +65,7 @@ def first_step(folder: Path, layout: str, estimator: str, **settings: Any) -> tu
     trainer = made(
         folder,
         trl.SFTTrainer,
-        BiDoRATrainer,
+        BiDoRA(),
         layout,
         callbacks=[watch],
         options={

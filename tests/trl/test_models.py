@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
-from hyperopt_peft import BiDoRATrainer
+from hyperopt_peft import BiDoRA
 from tests.support.language import language_model, tokenizer
 from tests.support.networks import differences
 
@@ -42,7 +42,7 @@ def bidora(folder: Path, **options: Any) -> Any:
     return made(
         folder,
         trl.SFTTrainer,
-        BiDoRATrainer,
+        BiDoRA(),
         options=options,
         adapter={"use_dora": True},
         **{"lower_steps": 2, "hypergradient": "direct", "max_steps": 2, **settings},

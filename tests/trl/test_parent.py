@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 
 from hyperopt_peft import (
-    BiDoRATrainer,
+    BiDoRA,
     BilevelTrainer,
     BilevelTrainingArguments,
     ProblemError,
@@ -51,7 +51,9 @@ def same_as_parent(
     ends = []
     for kind in (None, BilevelTrainer):
         options = {"model": language_model(experts=experts)} if experts else {}
-        trainer = made(folder / str(kind), parent, kind, layout, options=options, **settings)
+        trainer = made(
+            folder / type(kind).__name__, parent, kind, layout, options=options, **settings
+        )
         trainer.train()
         ends.append(end(trainer))
     # The lower level's numbers are logged besides the parent's.
@@ -98,7 +100,7 @@ def test_both_levels_train_the_routers_auxiliary_loss(tmp_path: Path, estimator:
         trainer = made(
             tmp_path / str(coefficient),
             SFT,
-            BiDoRATrainer,
+            BiDoRA(),
             options={
                 "model": language_model(experts=4),
                 "train_dataset": rows(count=2),
@@ -146,9 +148,9 @@ def test_what_the_loss_counts_is_what_was_trained(tmp_path: Path, estimator: str
     data = {"train_dataset": rows(count=12), "eval_dataset": rows(count=6, seed=5)}
     upper = {"upper_dataset": rows(count=6, seed=1)}
     logs = []
-    for kind, options, more in ((None, data, {}), (BiDoRATrainer, data | upper, two)):
+    for kind, options, more in ((None, data, {}), (BiDoRA(), data | upper, two)):
         trainer = made(
-            tmp_path / str(kind),
+            tmp_path / type(kind).__name__,
             SFT,
             kind,
             options=options,
@@ -179,7 +181,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool
         return made(
             folder,
             parent,
-            BiDoRATrainer,
+            BiDoRA(),
             callbacks=callbacks,
             options=options,
             adapter={"use_dora": True, "lora_dropout": 0.1},
@@ -192,7 +194,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool
 
 def test_a_class_is_one_object_that_pickles(tmp_path: Path) -> None:
     assert bilevel(SFT) is bilevel(SFT) is BilevelTrainer.over(SFT)
-    for made_class in (bilevel(SFT), SourceTrainer.over(SFT), BiDoRATrainer.over(DPO)):
+    for made_class in (bilevel(SFT), SourceTrainer.over(SFT), bilevel(DPO)):
         assert pickle.loads(pickle.dumps(made_class)) is made_class
         assert pickle.loads(pickle.dumps(made_class.Arguments)) is made_class.Arguments
     args = SourceTrainer.over(SFT).Arguments(str(tmp_path), use_cpu=True, report_to="none")
@@ -236,13 +238,13 @@ def test_bad_input_is_refused_before_any_work(
     tmp_path: Path, settings: Any, options: Any, message: str
 ) -> None:
     with pytest.raises(ProblemError, match=message):
-        made(tmp_path, SFT, BiDoRATrainer, options={"model": "none", **options}, **settings)
+        made(tmp_path, SFT, BiDoRA(), options={"model": "none", **options}, **settings)
 
 
 def test_an_exact_product_of_a_fused_head_is_refused_before_any_step(tmp_path: Path) -> None:
     pytest.importorskip("trl", minversion="1.16")
     settings = {"lower_steps": 3, "hypergradient": "minres", "gradient_checkpointing": False}
-    trainer = made(tmp_path, SFT, BiDoRATrainer, adapter={"use_dora": True}, **settings)
+    trainer = made(tmp_path, SFT, BiDoRA(), adapter={"use_dora": True}, **settings)
     with pytest.raises(ProblemError, match=r"no second derivative.*product=.difference"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -259,18 +261,18 @@ def test_evaluation_data_come_back_as_the_parent_prepares_them(tmp_path: Path) -
     held_out = rows(count=4, seed=7)
     for given in (None, held_out, {"one": held_out, "two": rows(count=6, seed=8)}):
         options = {"eval_dataset": given, "upper_dataset": rows(count=8, seed=1)}
-        trainer = made(tmp_path, SFT, BiDoRATrainer, options=options, adapter={"use_dora": True})
+        trainer = made(tmp_path, SFT, BiDoRA(), options=options, adapter={"use_dora": True})
         assert trainer.upper_dataset.column_names == trainer.train_dataset.column_names
         theirs = made(tmp_path, SFT, options={"eval_dataset": given}).eval_dataset
         assert plain(trainer.eval_dataset) == plain(theirs)
     with pytest.raises(ValueError, match="eval_dataset"):
-        made(tmp_path, SFT, BiDoRATrainer, adapter={"use_dora": True}, eval_strategy="epoch")
+        made(tmp_path, SFT, BiDoRA(), adapter={"use_dora": True}, eval_strategy="epoch")
 
 
 def test_packed_rows_are_refused_where_their_lengths_would_be_removed(tmp_path: Path) -> None:
     """A stock Trainer has no use for the column, and documents would attend to each other."""
     packed = made(tmp_path, SFT, layout="packed").train_dataset
-    args = BiDoRATrainer.Arguments(str(tmp_path), use_cpu=True, report_to="none")
+    args = BilevelTrainer.Arguments(str(tmp_path), use_cpu=True, report_to="none")
     model = get_peft_model(language_model(), lora(use_dora=True))
     with pytest.raises(ProblemError, match=r"seq_lengths.*over\(SFTTrainer\)"):
-        BiDoRATrainer(model, args, train_dataset=packed)
+        BilevelTrainer(model, args, method=BiDoRA(), train_dataset=packed)

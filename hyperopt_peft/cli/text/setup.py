@@ -34,7 +34,8 @@ from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.tasks import TASKS, Task
 from hyperopt_peft.core.labels import row_losses, weighted_mean
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems import AdapterTrainer, BiDoRATrainer, BiDoRATrainingArguments
+from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
+from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
@@ -44,16 +45,39 @@ Method = Literal["bidora", "dora", "lora"]
 
 
 @dataclass
-class MethodArguments(BiDoRATrainingArguments):
+class MethodArguments(BilevelTrainingArguments):
     """The training method, and its settings."""
 
     method: Method = HfArg(
         default="bidora",
         help="bidora, or a baseline that trains all of the adapter on all of the data: dora, lora",
     )
+    hypergradient: str = HfArg(
+        default="direct",
+        help="hypergradient estimator, with options: minres:steps=5,damping=1.0",
+    )
+    lower_steps: int = HfArg(
+        default=4, help="optimizer steps from one update of the magnitudes to the next"
+    )
+    gamma: float = HfArg(
+        default=0.0, help="weight of the Gram regulariser; the published recipes have 1e-5"
+    )
+    norm_grad: Literal["full", "detach"] = HfArg(
+        default="full",
+        help="whether the row norm is in the graph; detach is PEFT's approximation",
+    )
+    fast_dora: bool = HfArg(
+        default=True, help="whether linear layers run the fast forward pass instead of PEFT's"
+    )
     logging_steps: float = HfArg(
         default=0.05, help="steps between two logs; below 1 a share of all steps"
     )
+
+    def make_method(self) -> Any:
+        """The method with the options."""
+        if self.method == "bidora":
+            return BiDoRA(self.gamma, self.norm_grad, self.fast_dora)
+        return LoRA() if self.method == "lora" else DoRA(self.fast_dora)
 
 
 #: The options of the commands that train on files.
@@ -142,10 +166,10 @@ class Setup:
         """The trainer of a new model, by ``args.method``."""
         model = self.model(args.seed, dora=args.method != "lora")
         train, evaluation = self.train, self.evaluation
-        kind: Any = BiDoRATrainer if args.method == "bidora" else AdapterTrainer
+        kind: Any = BilevelTrainer
         if WEIGHTS in train.column_names:
             # The Trainer would remove the weights, which the model does not take.
-            kind = type(f"Weighted{kind.__name__}", (RowWeights, kind), {})
+            kind = RowWeights
             args = changed(args, remove_unused_columns=False)
             names = {*signature(model.get_base_model().forward).parameters, WEIGHTS}
             train, evaluation = (
@@ -154,7 +178,7 @@ class Setup:
             )
         data = {"train_dataset": train, "eval_dataset": evaluation}
         with trainer_errors():
-            return kind(model, args, **data, **self.options(model))
+            return kind(model, args, method=args.make_method(), **data, **self.options(model))
 
 
 @contextmanager

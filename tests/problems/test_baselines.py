@@ -1,18 +1,18 @@
-"""`AdapterTrainer`: any adapter, all examples, in the harness of BiDoRA."""
+"""One level: any adapter, all examples, in the trainer of the methods."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
-from hyperopt_peft import BilevelTrainingArguments, ProblemError
-from hyperopt_peft.problems import AdapterTrainer
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, ProblemError
+from hyperopt_peft.problems import DoRA, LoRA
 from tests.support.trainers import base_model, data, peft_model, values
 
 
-def trainer(folder: Path, model: Any, **options: Any) -> AdapterTrainer:
+def trainer(folder: Path, model: Any, **options: Any) -> BilevelTrainer:
     args = BilevelTrainingArguments(
         str(folder),
         max_steps=30,
@@ -22,7 +22,7 @@ def trainer(folder: Path, model: Any, **options: Any) -> AdapterTrainer:
         use_cpu=True,
         disable_tqdm=True,
     )
-    return AdapterTrainer(model, args, **{"train_dataset": data(), **options})
+    return BilevelTrainer(model, args, **{"train_dataset": data(), **options})
 
 
 def test_an_adapter_that_is_no_lora_is_trained_on_both_data_sets(tmp_path: Path) -> None:
@@ -41,7 +41,8 @@ def test_an_adapter_that_is_no_lora_is_trained_on_both_data_sets(tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": base_model()}, "PeftModel"),
+        ({"model": base_model(), "method": DoRA()}, "PeftModel"),
+        ({"model": peft_model(dora=False), "method": DoRA()}, "magnitude"),
         ({"train_dataset": data(rows=0)}, "train_dataset"),
         ({"upper_dataset": data("tokens", 6)}, "do not join"),
         ({"upper_dataset": [1, 2]}, "do not join"),
@@ -50,3 +51,9 @@ def test_an_adapter_that_is_no_lora_is_trained_on_both_data_sets(tmp_path: Path)
 def test_bad_input_is_named(tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         trainer(tmp_path, **{"model": peft_model(), **options})
+
+
+@pytest.mark.parametrize("method", [LoRA(), DoRA()])
+def test_a_new_adapter_is_the_method_s(method: Any) -> None:
+    config = method.adapter(LoraConfig(use_dora=isinstance(method, LoRA)))
+    assert config.use_dora == isinstance(method, DoRA)

@@ -1,0 +1,70 @@
+"""Baselines: an adapter trained in one level on all rows.
+
+    min over A, B (and m), head   L(A, B, m; D)
+
+LoRA: Hu et al. 2021, arXiv:2106.09685. DoRA: Liu et al. 2024, arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+from hyperopt_peft.trainer.method import Method
+
+
+@dataclass
+class LoRA(Method):
+    """One level over all trainable parameters, on the rows of both levels.
+
+    The batches, logs, checkpoints and resuming are those of the bilevel methods, so that a
+    comparison compares methods. An adapter that the model has already is trained as it is.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
+        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
+        >>> args = BilevelTrainingArguments("outputs", report_to="none", use_cpu=True)
+        >>> trainer = BilevelTrainer(model, args, method=LoRA(), train_dataset=rows)
+        >>> [level.name for level in trainer.levels]
+        ['LoRA.lower_loss']
+    """
+
+    def adapter(self, config: Any) -> Any:
+        """``config`` without magnitudes."""
+        if hasattr(config, "use_dora"):
+            config.use_dora = False
+        return config
+
+
+@dataclass
+class DoRA(Method):
+    """As `LoRA`, with magnitudes; the row norm is outside the graph, as in PEFT.
+
+    Args:
+        fast_dora: whether linear layers run the fast forward pass instead of PEFT's.
+
+    Raises:
+        ProblemError: at the start of a training, a layer of the model has no magnitude.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> DoRA().adapter(LoraConfig()).use_dora
+        True
+    """
+
+    fast_dora: bool = True
+
+    def adapter(self, config: Any) -> Any:
+        """``config`` with magnitudes."""
+        config.use_dora = True
+        return config
+
+    def prepare(self, model: Any) -> None:
+        """Let the layers of ``model`` run the fast forward pass, or PEFT's."""
+        (use_fast_dora if self.fast_dora else set_norm_grad)(model, "detach")
