@@ -157,8 +157,8 @@ def magic(trainer: Any) -> tuple[Tensor, float]:
     from bergson.magic.cli import compute_query_gradients
     from bergson.utils import weighted_causal_lm_ce
 
-    quietly: dict[str, Any] = {"memory_limit": 1.0, "progress": False, "second_derivatives": False}
-    run = setup_from_trainer(trainer, None, None, differentiated=False, **quietly)[0].run
+    quietly: dict[str, Any] = {"memory_limit": 1.0, "progress": False, "twice": False}
+    run = setup_from_trainer(trainer, None, None, differentiated=False, **quietly).run
     set_seed(trainer.args.seed)
     model = trainer.model_init()
     model.set_attn_implementation("eager")  # attention with a second derivative

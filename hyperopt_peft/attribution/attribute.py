@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -104,37 +103,31 @@ def attribute(
     parsed = parse_estimator(estimator or (HEAD_ESTIMATOR if on_head else "unrolled"))
     if on_head and parsed.differentiates_run:
         raise ProblemError("estimator: a head has no steps; choose cg, or leave it out")
-    columns: Mapping[str, Sequence[Any]] = {}
-    if isinstance(training, Problem | Engine):
-        if slices is not None or on_head:
-            raise ProblemError(
-                "slices, model: are of a Trainer; give a level a mapping of functions"
-            )
-    elif row_weights is not None or training_steps is not None:
+    of_levels = isinstance(training, Problem | Engine)
+    if of_levels and (slices is not None or on_head):
+        raise ProblemError("slices, model: are of a Trainer; give a level a mapping of functions")
+    if not of_levels and (row_weights is not None or training_steps is not None):
         raise ProblemError(
             "row_weights, training_steps: a Trainer has rows and steps of its own; leave them out"
         )
-    if on_head:
+    if not on_head and getattr(training, "upper", None) is not None:
+        _check_bilevel(training, parsed.differentiates_run)
+    options: dict[str, Any] = {
+        "differentiated": parsed.differentiates_run,
+        "memory_limit": memory_limit,
+        "progress": progress,
+    }
+    if of_levels:
+        setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
+    elif on_head:
         from hyperopt_peft.attribution.head import setup_from_head
 
-        setup, columns = setup_from_head(training, evaluation, slices, progress=progress)
+        setup = setup_from_head(training, evaluation, slices, progress=progress)
     else:
-        if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
-            _check_bilevel(training, parsed.differentiates_run)
-        options: dict[str, Any] = {
-            "differentiated": parsed.differentiates_run,
-            "memory_limit": memory_limit,
-            "progress": progress,
-        }
-        if isinstance(training, Problem | Engine):
-            setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
-        else:
-            from hyperopt_peft.attribution.trainer import setup_from_trainer
+        from hyperopt_peft.attribution.trainer import setup_from_trainer
 
-            exact = parsed.estimator.requirements.second_derivatives
-            setup, columns = setup_from_trainer(
-                training, evaluation, slices, second_derivatives=exact, **options
-            )
+        exact = parsed.estimator.requirements.second_derivatives
+        setup = setup_from_trainer(training, evaluation, slices, twice=exact, **options)
     by_slice, cost = scores(setup, parsed, progress=progress)
     run = setup.run
     unseen = run.visits == 0
@@ -155,7 +148,7 @@ def attribute(
         run.losses / run.visits,
         setup.evaluation.values(),
         settings,
-        columns,
+        setup.columns,
         _setup=replace(setup, progress=progress),
         _estimator=parsed,
     )

@@ -13,7 +13,7 @@ more features than rows, turns with each row, so that derivatives say little of 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -132,8 +132,8 @@ class HeadTraining(Training):
 
 def setup_from_head(
     trainer: Any, evaluation: Any, slices: str | None, *, progress: bool
-) -> tuple[RetrainingSetup, dict[str, Sequence[Any]]]:
-    """Train a head on the features of ``trainer``'s rows; return its training, Φ and the columns.
+) -> RetrainingSetup:
+    """Train a head on the features of ``trainer``'s rows; return its training and Φ.
 
     The trainer, which may have two levels, gives model, rows and collator. Its model stays as it
     is. All else is as in `attribute`.
@@ -166,10 +166,10 @@ def setup_from_head(
         for name, rows in data.groups.items()
     }
     whole_rows = train.labels.dtype == torch.int64 and len(train.row) == count
-    setup = RetrainingSetup(
+    return RetrainingSetup(
         training,
         Evaluation(training.weights, of_slices),
-        {name: len(rows) / len(data.evaluation_rows) for name, rows in data.groups.items()},
+        data.shares,
         training.level,
         lambda: batch_of(train),
         test=lambda test: partial(
@@ -178,8 +178,8 @@ def setup_from_head(
         enlarged=lambda seed: training.enlarged(above),
         probabilities=lambda rows: on_rows.probabilities([batch_of(train)])[rows],
         labels=train.labels if whole_rows else None,
+        columns=shown_columns(data.train),
     )
-    return setup, shown_columns(data.train)
 
 
 def _require_labels_of_a_head(model: Any, batch: Any) -> None:

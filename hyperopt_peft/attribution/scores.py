@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -96,6 +96,7 @@ class RetrainingSetup:
         probabilities: for a classifier with one class a row, a function from rows to the class
             probabilities.
         labels: likewise, the class of each row, ``(n,)``.
+        columns: of the rows, to show.
         progress: whether retrainings show a progress bar.
     """
 
@@ -108,6 +109,7 @@ class RetrainingSetup:
     enlarged: Callable[[int], AbstractContextManager[None]] | None = None
     probabilities: Callable[[Sequence[int]], Tensor] | None = None
     labels: Tensor | None = None
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     progress: bool = False
 
     def total(self, by_slice: dict[str, Any]) -> Any:

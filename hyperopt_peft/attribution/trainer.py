@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -57,32 +57,26 @@ def setup_from_trainer(
     evaluation: Any,
     slices: str | None,
     *,
-    second_derivatives: bool,
+    twice: bool,
     progress: bool,
     **run: Any,
-) -> tuple[RetrainingSetup, dict[str, Sequence[Any]]]:
-    """Train what ``trainer`` trains, and return its run, Φ and the columns of the rows.
+) -> RetrainingSetup:
+    """Train what ``trainer`` trains, and return its run and Φ.
 
-    ``trainer`` gives model, arguments, training set and collator; ``second_derivatives`` says
-    whether the estimator differentiates gradients of the training loss; ``run`` are arguments of
-    `Run`. All else is as in `attribute`.
+    ``twice`` says whether the estimator differentiates gradients of the training loss; ``run`` are
+    arguments of `Run`. All else is as in `attribute`.
     """
     _check_trainer(trainer)
     data = TrainerData.read(trainer, evaluation, slices)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
     _require_mean_over_labels(trainer, data)
-    if second_derivatives:
+    if twice:
         require_norm_in_graph(trainer.model)
     with TemporaryDirectory(prefix="attribution-") as folder:  # the user's has his checkpoints
-        args = quiet(
-            trainer.args,
-            folder,
-            BilevelTrainingArguments,
-            remove_unused_columns=False,
-            disable_tqdm=not progress,
-        )
-        runner = RecordedTrainer(trainer, args, data, run, twice=second_derivatives)
+        changes = {"remove_unused_columns": False, "disable_tqdm": not progress}
+        args = quiet(trainer.args, folder, BilevelTrainingArguments, **changes)
+        runner = RecordedTrainer(trainer, args, data, run, twice=twice)
         if random_state is not None:
             random_state.restore()
         begin = time.perf_counter()
@@ -90,12 +84,12 @@ def setup_from_trainer(
     assert runner.run is not None
     runner.run.settings["seconds"] = time.perf_counter() - begin
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
-    return _setup(runner, runner.run, data), shown_columns(data.train)
+    return _setup(runner, runner.run, data)
 
 
 def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSetup:
     """``run``, and Φ at its end."""
-    model, size, method = runner.on_rows, len(data.evaluation_rows), method_of(runner)
+    model, method = runner.on_rows, method_of(runner)
     slices = {
         name: model.mean(data.batches(data.evaluation_rows, rows))
         for name, rows in data.groups.items()
@@ -110,13 +104,14 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
     return RetrainingSetup(
         run,
         Evaluation(run.weights, slices),
-        {name: len(rows) / size for name, rows in data.groups.items()},
+        data.shares,
         Accumulated(final),
         everything,
         test=lambda test: partial(model.measured, data.batches(data.test_rows(test))),
         enlarged=partial(_enlarged, run, model, data) if enlarged else None,
         probabilities=lambda rows: model.probabilities(data.batches(data.train_rows, rows)),
         labels=classes_of_rows(data.batches(data.train_rows)),
+        columns=shown_columns(data.train),
     )
 
 

@@ -88,6 +88,11 @@ class TrainerData:
         sets = train, evaluation, train_rows, evaluation_rows, of_levels, of_retraining
         return cls(*sets, groups, collate, trainer)
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each slice in the evaluation rows."""
+        return {name: len(rows) / len(self.evaluation_rows) for name, rows in self.groups.items()}
+
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
         """``rows``, or those ``chosen``, in batches on the model's device, in order."""
         args = self.trainer.args
