@@ -49,7 +49,7 @@ def attribute(
     * ``"minres:damping=0.01"``, ``"cg:…"``, ``"nystrom:…"`` and the other implicit solvers: an
       influence function at the end of the run (Koh & Liang 2017, arXiv:1703.04730), with the
       Hessian of the mean loss over all training rows.
-    * ``"gradient"``: the product of gradients at the end, see `IdentitySolver`.
+    * ``"gradient"``: s_i = −⟨∂Φ/∂w, ∂ℓ_i/∂w⟩/n at the end, by two forward passes over all rows.
 
     With a Trainer, ``model="head"`` gives the scores of another training, in seconds: that of a
     linear head on the features that the Trainer's model, as it is, makes of the rows. The head is

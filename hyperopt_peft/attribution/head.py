@@ -184,11 +184,10 @@ def setup_from_head(
 
 def _require_labels_of_a_head(model: Any, batch: Any) -> None:
     """Raise ProblemError where a label is the next token, or one of another sequence."""
-    labels = batch.get("labels")
+    labels, config = batch.get("labels"), getattr(base_model(model), "config", None)
     of_tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
-    config = getattr(base_model(model), "config", None)
-    text = getattr(config, "is_encoder_decoder", False) or labels_are_shifted(model, batch)
-    if of_tokens and text:
+    encoded = getattr(config, "is_encoder_decoder", False)
+    if of_tokens and (encoded or labels_are_shifted(model, batch)):
         raise ProblemError(
             "model: a head predicts classes, numbers or the tags of tokens, and the labels of "
             f'{type(base_model(model)).__name__} are text; choose model="adapter"'

@@ -70,14 +70,10 @@ def train_levels(
         run = Run([training], weights, steps, **options)
         train = partial(fit, training, steps, progress=progress)
     else:
-        if training.lower_step:
+        if training.lower_step or training.lower_steps == "minimum":
             raise ProblemError(
-                "training: attribute() must see training from its first step; give a new Engine"
-            )
-        if training.lower_steps == "minimum":
-            raise ProblemError(
-                'training: attribute() differentiates the lower steps, and lower_steps="minimum" '
-                "takes none; give a number of steps"
+                "training: attribute() differentiates all steps of a training from its first step; "
+                "give a new Engine, with a number of lower_steps"
             )
         length = training.warmup_steps + (training.lower_steps + 1) * steps
         run = Run([training.lower, training.upper], weights, length, **options)
@@ -124,8 +120,6 @@ def _epoch(level: Problem) -> Sequence[MicroBatch]:
     """One pass over the data of ``level``, each batch with random numbers of its own."""
     data: Any = [None] if level.batches is None else level.batches.data
     with replay(RandomState.capture()):
-        batches = [level.on_device(batch) for batch in data]
-    return [
-        MicroBatch(batch, RandomState.seeded(level.devices, "attribution", number))
-        for number, batch in enumerate(batches)
-    ]
+        batches = enumerate(map(level.on_device, data))
+        seeded = partial(RandomState.seeded, level.devices, "attribution")
+        return [MicroBatch(batch, seeded(number)) for number, batch in batches]

@@ -23,51 +23,41 @@ from hyperopt_peft.utils.models import trainable
 class RecordedTrainer(BilevelTrainer):
     """The training of another trainer, in one phase or two, whose steps are recorded in ``run``.
 
-    The model is the other's, which its method has prepared. The loss of each row has a weight, in
-    what a method takes for the Trainer's loss. Nothing is logged.
+    The model is the other's, which its method has prepared. In what a method takes for the
+    Trainer's loss each row has a weight. Nothing is logged.
 
     Args:
         trainer: the other trainer.
         args: the arguments.
         data: its rows.
-        run: arguments of `Run`.
+        options: arguments of `Run`.
         twice: whether losses are differentiated twice.
-        options: further arguments of `transformers.Trainer`.
     """
 
     run: Run | None = None
 
     def __init__(
-        self, trainer: Any, args: Any, data: TrainerData, run: dict[str, Any], *, twice: bool
+        self, trainer: Any, args: Any, data: TrainerData, options: dict[str, Any], *, twice: bool
     ) -> None:
         self.method = method = method_of(trainer)
-        self.tags, self.rows, self.twice = (*method.tags, ROW), data, twice
+        self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
+        self._rows, self.may_share_rows = data.of_retraining, True  # as the other has checked
         dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
-        dtype = torch.promote_types(dtypes[0], torch.float32) if dtypes else torch.float32
-        self.weights = torch.ones(
-            len(data.train_rows), dtype=dtype, device=args.device, requires_grad=True
-        )
-        self._run_options, self._rows = run, data.of_retraining
-        self.may_share_rows = True  # which the other trainer has checked
+        dtype = torch.promote_types((dtypes or [torch.float32])[0], torch.float32)
+        ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
+        self.weights = ones.requires_grad_()
         # The Trainer makes those of model_init itself.
         given = (None, None) if trainer.model_init else (trainer.optimizer, trainer.lr_scheduler)
-        options = {
+        more = {
             "data_collator": data.collate,
             "optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
             "optimizers": given,
         }
-        self._options = options_of_retraining(options)
-        lower, upper = data.of_levels
-        self._set_up(
-            trainer.model,
-            args,
-            lower=lower_of,
-            upper=None if upper is None else upper_of,
-            train_dataset=lower,
-            upper_dataset=upper,
-            processing_class=trainer.processing_class,
-            **options,
-        )
+        self._options = options_of_retraining(more)
+        more |= zip(("train_dataset", "upper_dataset"), data.of_levels, strict=True)
+        more["processing_class"] = trainer.processing_class
+        upper = None if data.of_levels[1] is None else upper_of
+        self._set_up(trainer.model, args, lower=lower_of, upper=upper, **more)
         if type(method) is Method:
             self.lower.name = "training"
 
@@ -97,7 +87,7 @@ class RecordedTrainer(BilevelTrainer):
             length = self.state.max_steps
             if self.has_second_phase:
                 length += self.args.for_retraining().steps_of(len(self.all_rows()))
-            self.run = Run(levels, self.weights, length, **self._run_options)
+            self.run = Run(levels, self.weights, length, **self.options)
             self._first = 0
             return
         self._first = len(self.run.levels)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.scores import RetrainingSetup, numbers_of
+from hyperopt_peft.utils.tables import aligned
 
 Numbers = Mapping[str, float]
 
@@ -72,10 +73,8 @@ class Removal:
         ]
         if self.with_evaluation is not None:
             rows.append(("as many passes, evaluation rows too", self.with_evaluation))
-        lines = [f"{'training':38}" + "".join(f"{name:>10}" for name in self.plain)]
-        for title, values in rows:
-            lines.append(f"{title:38}" + "".join(f"{value:10.4f}" for value in values.values()))
-        return "\n".join([*lines, self.verdict])
+        cells = [[title, *(f"{x:.4f}" for x in numbers.values())] for title, numbers in rows]
+        return f"{aligned([['training', *self.plain], *cells])}\n{self.verdict}"
 
 
 def remove(

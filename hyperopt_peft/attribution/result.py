@@ -69,14 +69,12 @@ class Attribution:
     ) -> ScoreCheck:
         """How well the scores predict retrainings without random rows; see `ScoreCheck`.
 
-        Costs a training, of ``settings["seconds"]``, for each of ``retrainings``, and with
-        ``perturbation`` another attribution.
-
         Args:
-            retrainings: R, from 5; so few cannot tell, 20 or more can.
+            retrainings: R, from 5; so few cannot tell, 20 or more can. Each costs a training, of
+                ``settings["seconds"]``.
             share: the share of the seen rows that each retraining leaves out.
-            perturbation: how far the rows' weights move for the metasmoothness; None skips it, as
-                do estimators that do not differentiate the run.
+            perturbation: how far the rows' weights move for the metasmoothness, which costs another
+                attribution; None skips it, as do estimators that do not differentiate the run.
             seed: of the random rows and signs.
 
         Raises:
@@ -95,9 +93,8 @@ class Attribution:
     def weights(self) -> Tensor:
         """Row weights ``(n,)`` for another training, of mean 1: lower for a row that hurts more.
 
-        v_i ∝ clip(1 − (s_i − s̄)/σ, 0, 2), with s̄ and σ the mean and the standard deviation of the
-        scores: one step against the gradient among weights of mean 1, bounded. An unseen row has
-        the weight 1 before scaling.
+        v_i ∝ clip(1 − (s_i − s̄)/σ, 0, 2), one step against the gradient; s̄ and σ are the mean and
+        the standard deviation of the scores. An unseen row has the weight 1 before scaling.
         """
         seen = self.scores[~self.scores.isnan()]
         deviation = float(seen.std()) if len(seen) > 1 else 0.0
@@ -108,8 +105,8 @@ class Attribution:
     def without(self, share: float) -> list[int]:
         """The rows to keep, in order: all but the ``share`` that hurts most, of positive score.
 
-        A training on these rows alone has other batches, and so is another run, which the scores
-        predict less well; a weight of 0 for the rows left out keeps the batches.
+        A training on these rows alone has other batches, which a weight of 0 for the rest keeps,
+        and so is another run, which the scores predict less well.
 
         Raises:
             ProblemError: a share that is not between 0 and 1.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,15 +82,22 @@ class Checkpoints:
 
     def get(self, step: int) -> Point:
         """The point that was stored before ``step``."""
-        point: Any = self._points[step]
-        return torch.load(point, weights_only=True) if isinstance(point, Path) else point
+        point: Point | Path = self._points[step]
+        if isinstance(point, Path):
+            point = cast(Point, torch.load(point, weights_only=True))
+        return point
 
 
 @dataclass(frozen=True)
 class ParameterUpdate:
-    """What repeats a level's update: batch, random numbers and optimizer options, without tensors.
+    """What repeats a level's update, without tensors.
 
-    ``read`` says which of the level's variables the loss read, and so the optimizer moved.
+    Attributes:
+        level: the number of the level in the run.
+        batch: the batch.
+        random_state: the generator states before the loss was evaluated.
+        optimizer: the optimizer's options.
+        read: which of the level's variables the loss read, and so the optimizer moved.
     """
 
     level: int
@@ -202,17 +209,15 @@ class Run(Training):
 
     @property
     def devices(self) -> list[torch.device]:
-        """The devices that hold the variables."""
+        """The devices of the variables."""
         return devices_of(*self.levels)
 
     def record(
         self, *updates: ParameterUpdate, assigned: Mapping[int, Tensor] | None = None
     ) -> None:
-        """Record a step, before the optimizers take it.
+        """Record a step of the levels that move, before the optimizers take it.
 
-        Args:
-            updates: see `update`, one for each level that moves.
-            assigned: see `RecordedStep`; the variables have these values already.
+        The variables have the values ``assigned`` already, see `RecordedStep`.
         """
         number = len(self.steps)
         if number % self.checkpoints.every == 0:
@@ -235,11 +240,9 @@ class Run(Training):
         """The update that a level is about to make; the rows of its batch are counted.
 
         Args:
-            level: the number of the level in the run.
-            batch: the batch.
-            random_state: the generator states before the loss was evaluated.
+            level, batch, random_state: see `ParameterUpdate`.
             gradient: one entry for each variable of the level, then that of the row weights.
-            seen: which rows are in the batch, ``(n,)``; by default those of a share in the loss.
+            seen: which rows are in the batch, ``(n,)``; by default those with a share in the loss.
 
         Raises:
             ProblemError: the loss does not read the weights.
@@ -247,8 +250,8 @@ class Run(Training):
         problem, (*of_w, of_v) = self.levels[level], gradient
         if of_v is None:
             raise ProblemError(
-                f"{problem.name}: the loss does not read the row weights; multiply the loss of "
-                "each row in the batch by the row's weight"
+                f"{problem.name}: the loss does not read the row weights; multiply each row's loss "
+                "by its weight"
             )
         share = of_v.detach().to("cpu", torch.float64)
         visited = share != 0 if seen is None else seen.cpu()
@@ -262,9 +265,7 @@ class Run(Training):
     def repeated(self, weights: Tensor, *, keep: bool = False) -> Iterator[Checkpoints]:
         """The run again, with ``weights`` for v: in the body variables and v are those of its end.
 
-        Args:
-            weights: the rows' weights, ``(n,)``.
-            keep: whether the checkpoints that are yielded have the points of the new run.
+        With ``keep`` the checkpoints that are yielded have the points of the new run.
 
         Raises:
             ProblemError: an optimizer's step is not known.
@@ -281,9 +282,8 @@ class Run(Training):
                 point = self.advance(number, point)
             assign_(self.variables, point[0])
             if not all(bool(v.isfinite().all()) for v in self.variables):
-                raise NonFiniteError(
-                    f"{self.levels[0].name}: the run diverges with these row weights"
-                )
+                name = self.levels[0].name
+                raise NonFiniteError(f"{name}: the run diverges with these row weights")
             yield checkpoints
 
     def advance(self, number: int, point: Point) -> Point:
@@ -314,13 +314,11 @@ class Run(Training):
 
         A variable that the loss of the recorded step did not read has no gradient.
         """
-        record = StepRecord(
+        return StepRecord(
             update.batch,
             update.random_state,
             tuple(values[index] for index in self.indices[update.level]),
+            # One along no gradient is a place alone, at which `Sweep` evaluates the loss.
+            tuple(g if read else None for g, read in zip(gradient, update.read, strict=False)),
             optimizer={**update.optimizer, "state": state},
         )
-        if not gradient:
-            return record
-        pairs = zip(gradient, update.read, strict=True)
-        return replace(record, gradient=tuple(g if read else None for g, read in pairs))

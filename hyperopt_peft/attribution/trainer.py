@@ -41,13 +41,8 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 KNOWN_LIBRARIES = ("transformers", "trl", "hyperopt_peft")
 #: Methods of a Trainer that decide what is trained and that the recorded run does not call.
 UNSUPPORTED_OVERRIDES = (
-    "create_optimizer",
-    "create_scheduler",
-    "get_decay_parameter_names",
-    "get_optimizer_cls_and_kwargs",
-    "get_train_dataloader",
-    "_get_train_sampler",
-    "get_batch_samples",
+    *("create_optimizer", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names"),
+    *("create_scheduler", "get_train_dataloader", "_get_train_sampler", "get_batch_samples"),
     "training_step",
 )
 
@@ -123,12 +118,9 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
     """
     rows: Any = ConcatDataset([data.train_rows, data.evaluation_rows])
     generator = torch.Generator().manual_seed(seed)
-    first, every = distributed.rank(), distributed.world_size()
-    order = (
-        row
-        for _ in count()
-        for row in torch.randperm(len(rows), generator=generator).tolist()[first::every]
-    )
+    share = slice(distributed.rank(), None, distributed.world_size())
+    orders = (torch.randperm(len(rows), generator=generator)[share] for _ in count())
+    order = (int(row) for rows_of_epoch in orders for row in rows_of_epoch)
 
     def on_other_rows(step: RecordedStep) -> RecordedStep:
         (update,) = step.updates
@@ -139,8 +131,7 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
         states = [micro.random_state for micro in update.batch]
         return replace(step, updates=(replace(update, batch=model.micro_batches(batches, states)),))
 
-    steps = run.steps
-    run.steps = [on_other_rows(step) for step in steps]
+    steps, run.steps = run.steps, [on_other_rows(step) for step in run.steps]
     try:
         with run.repeated(run.row_weights):
             yield
@@ -171,8 +162,8 @@ def _check_trainer(trainer: Any) -> None:
         if module not in KNOWN_LIBRARIES:
             raise ProblemError(
                 f"training: {type(trainer).__name__} has a {name} of its own, which the recorded "
-                "run would not call; give the arguments or the optimizers of a "
-                "transformers.Trainer, or use attribute with a level of your own"
+                "run would not call; use the arguments or optimizers of a transformers.Trainer, or "
+                "a level of your own"
             )
     refused = {
         "neftune_noise_alpha": "the noise is of the Trainer's own run, and not of its repetitions",
