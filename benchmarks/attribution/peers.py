@@ -131,7 +131,7 @@ class Batches:
     """The batches of a run with a weight for each row, as a data stream of Bergson."""
 
     def __init__(self, run: Run) -> None:
-        self.micro = [step.updates[0].batch for step in run.steps]
+        self.micro = [step[0].batch for step in run.steps]
         self.weights = nn.Parameter(run.row_weights.clone())
         self.device, self.requires_grad = self.weights.device, True
 
@@ -163,7 +163,7 @@ def magic(trainer: Any) -> tuple[Tensor, float]:
     model = trainer.model_init()
     model.set_attn_implementation("eager")  # attention with a second derivative
     model.get_base_model().loss_function = weighted_causal_lm_ce
-    rates = [step.updates[0].optimizer["groups"][0]["lr"] for step in run.steps]
+    rates = [step[0].optimizer["groups"][0]["lr"] for step in run.steps]
     adam = torchopt.adamw(
         lambda count: rates[int(count)],
         eps=trainer.args.adam_epsilon,

@@ -32,8 +32,8 @@ def setup_from_levels(
 
     Arguments and errors are those of `attribute`.
     """
-    leaf = isinstance(weights, Tensor) and weights.dim() == 1 and weights.is_leaf
-    if weights is None or not leaf or not weights.requires_grad or len(weights) == 0:
+    leaf = isinstance(weights, Tensor) and weights.is_leaf and weights.requires_grad
+    if weights is None or not leaf or weights.dim() != 1 or len(weights) == 0:
         raise ProblemError(
             "row_weights: must be a leaf tensor (n,) that requires a gradient, with a weight for "
             "each training row; use torch.ones(n, requires_grad=True)"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.scores import RetrainingSetup, numbers_of
+from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.utils.tables import aligned
 
 Numbers = Mapping[str, float]
@@ -90,7 +90,14 @@ def remove(
 
     ``scores`` and ``losses`` are those of the rows, ``(n,)``, NaN for a row that was never seen.
     """
-    test, count = setup.test(test), len(worst)
+    measure, count = setup.test(test), len(worst)
+
+    @torch.no_grad()
+    def numbers() -> Numbers:
+        result = measure()
+        named = result if isinstance(result, Mapping) else {"loss": result}
+        return {name: float(value) for name, value in named.items()}
+
     highest = torch.nan_to_num(losses, nan=-torch.inf).topk(count).indices.tolist()
     generator = torch.Generator().manual_seed(seed)
     seen = (~scores.isnan()).nonzero().flatten()
@@ -98,10 +105,10 @@ def remove(
     results = []
     for rows in tqdm([[], worst, highest, *random], "removal", disable=not setup.progress):
         with setup.run.without(rows):
-            results.append(numbers_of(test))
+            results.append(numbers())
     with_evaluation = None
     if setup.enlarged is not None:
         with setup.enlarged(seed):
-            with_evaluation = numbers_of(test)
+            with_evaluation = numbers()
     plain, without, highest_loss, *others = results
     return Removal(count, plain, without, highest_loss, others, with_evaluation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -107,21 +107,6 @@ class ParameterUpdate:
     read: tuple[bool, ...]
 
 
-@dataclass(frozen=True)
-class RecordedStep:
-    """The updates of one step, all from the same point.
-
-    ``assigned`` has values that variables, by their index in the run, get before the step.
-    """
-
-    updates: tuple[ParameterUpdate, ...]
-    assigned: Mapping[int, Tensor] = field(default_factory=dict)
-
-    def begin(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``values`` with those that are assigned."""
-        return tuple(self.assigned.get(index, value) for index, value in enumerate(values))
-
-
 class Run(Training):
     """T steps of levels whose losses read a weight for each training row.
 
@@ -159,6 +144,8 @@ class Run(Training):
         self.levels: list[Problem] = []
         #: The indices of each level's variables in ``variables``.
         self.indices: list[list[int]] = []
+        #: The values that variables, by their index, got before each step.
+        self.assigned: list[Mapping[int, Tensor]] = []
         self._optimizers: dict[int, DifferentiableStep] = {}
         for level in levels:
             self.add(level)
@@ -217,7 +204,7 @@ class Run(Training):
     ) -> None:
         """Record a step of the levels that move, before the optimizers take it.
 
-        The variables have the values ``assigned`` already, see `RecordedStep`.
+        ``assigned`` has values that variables, by their index in the run, got before the step.
         """
         number = len(self.steps)
         if number % self.checkpoints.every == 0:
@@ -227,7 +214,8 @@ class Run(Training):
                 for k, level in enumerate(self.levels)
             }
             self.checkpoints.put(number, (copies, states))
-        self.steps.append(RecordedStep(updates, assigned or {}))
+        self.steps.append(updates)
+        self.assigned.append(assigned or {})
 
     def update(
         self,
@@ -286,13 +274,16 @@ class Run(Training):
                 raise NonFiniteError(f"{name}: the run diverges with these row weights")
             yield checkpoints
 
+    def begin(self, number: int, point: Point) -> list[Tensor]:
+        """The values of ``point`` with those that are assigned before the step ``number``."""
+        return [self.assigned[number].get(index, value) for index, value in enumerate(point[0])]
+
     def advance(self, number: int, point: Point) -> Point:
         """The point after the step ``number`` from ``point``; the variables stay at ``point``."""
-        step, states = self.steps[number], dict(point[1])
-        values = step.begin(point[0])
+        values, states = self.begin(number, point), dict(point[1])
         after = list(values)
         assign_(self.variables, values)
-        for update in step.updates:
+        for update in self.steps[number]:
             level = self.levels[update.level]
             with replay(update.random_state):
                 _, _, gradient = level.differentiate(update.batch, level.variables)

@@ -72,14 +72,6 @@ class Evaluation(Problem):
         return {name: sum(float(part()) for part in parts) for name, parts in self.slices.items()}
 
 
-@torch.no_grad()
-def numbers_of(test: Callable[[], Any]) -> dict[str, float]:
-    """What ``test`` measures, a loss or a mapping of numbers."""
-    result = test()
-    named = result if isinstance(result, Mapping) else {"loss": result}
-    return {name: float(value) for name, value in named.items()}
-
-
 @dataclass(frozen=True)
 class RetrainingSetup:
     """A run, Φ, and the loss over all training rows at the run's end.
@@ -105,7 +97,7 @@ class RetrainingSetup:
     shares: dict[str, float]
     final: Problem
     rows: Callable[[], Any]
-    test: Callable[[Any], Callable[[], Any]] = lambda test: test
+    test: Callable[[Any], Callable[[], Any]] = lambda function: function
     enlarged: Callable[[int], AbstractContextManager[None]] | None = None
     probabilities: Callable[[Sequence[int]], Tensor] | None = None
     labels: Tensor | None = None

@@ -21,7 +21,7 @@ from hyperopt_peft.adapters.dora.fast import FastFullNorm
 from hyperopt_peft.adapters.dora.variants import VARIANTS
 from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
 from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
-from hyperopt_peft.attribution.run import RecordedStep, Run
+from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
 from hyperopt_peft.core.labels import TOLERANCE, row_losses, weighted_mean
@@ -122,14 +122,14 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
     orders = (torch.randperm(len(rows), generator=generator)[share] for _ in count())
     order = (int(row) for rows_of_epoch in orders for row in rows_of_epoch)
 
-    def on_other_rows(step: RecordedStep) -> RecordedStep:
-        (update,) = step.updates
+    def on_other_rows(step: tuple[ParameterUpdate]) -> tuple[ParameterUpdate]:
+        (update,) = step
         batches = []
         for micro in update.batch:
             chosen = [{**rows[next(order)], ROW: 0} for _ in micro.batch[ROW]]
             batches.append(send_to_device(data.collate(chosen), data.trainer.args.device))
         states = [micro.random_state for micro in update.batch]
-        return replace(step, updates=(replace(update, batch=model.micro_batches(batches, states)),))
+        return (replace(update, batch=model.micro_batches(batches, states)),)
 
     steps, run.steps = run.steps, [on_other_rows(step) for step in run.steps]
     try:
@@ -140,10 +140,14 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
 
 
 def require_trainer(trainer: Any) -> None:
-    """Raise ProblemError for something else than a `transformers.Trainer`."""
+    """Raise ProblemError for something else than a Trainer, or one with levels of its own."""
+    name = type(trainer).__name__
     if not isinstance(trainer, Trainer):
+        raise ProblemError(f"training: must be a Problem or a transformers.Trainer, got {name}")
+    if getattr(trainer, "method", trainer) is None:
         raise ProblemError(
-            f"training: must be a Problem or a transformers.Trainer, got {type(trainer).__name__}"
+            f"training: {name} has levels whose share of each row is not known; give it a method, "
+            "or an Engine with levels of your own"
         )
 
 

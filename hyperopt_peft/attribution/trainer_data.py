@@ -125,13 +125,8 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
     """The given rows of both levels; prepared in this order; by level; and of the second phase.
 
     Raises:
-        ProblemError: the trainer has no method, or has left rows out.
+        ProblemError: the trainer has left rows out.
     """
-    if trainer.method is None:
-        raise ProblemError(
-            f"training: {type(trainer).__name__} has levels whose share of each row is not known; "
-            "give it a method, or an Engine with levels of your own"
-        )
     args, (lower, upper) = trainer.args, trainer._rows
     if upper is None:
         given, seed = lower, args.seed if args.data_seed is None else args.data_seed

@@ -28,11 +28,12 @@ from tests.support.trainers import data, peft_model
 @pytest.mark.parametrize("memory_limit", [1.0, 8e-6])
 def test_scores_are_slopes_of_the_engines_runs(memory_limit: float) -> None:
     """Momentum, schedules, clipping and dropout at both levels; by `Engine.run` itself."""
-    weights, plain = ones(), engine(ones())
+    weights = ones()
     levels = engine(weights)
     options: Any = {"training_steps": STEPS, "memory_limit": memory_limit, "progress": False}
     result = attribute(levels, weights, evaluation_of(levels), **options)
     assert (setup_of(result).run.checkpoints.every > 1) == (memory_limit < 1)
+    plain = engine(ones())
     plain.run(STEPS)
     for mine, theirs in ((levels.lower, plain.lower), (levels.upper, plain.upper)):
         assert all(map(torch.equal, mine.variables, theirs.variables))
@@ -97,7 +98,8 @@ def trained(folder: Path, method: Method, *, apart: bool = False, **options: Any
     sets = {"train_dataset": data(rows=12), "eval_dataset": data(rows=6, seed=1)}
     if apart:
         sets |= {"train_dataset": data(rows=9), "upper_dataset": data(rows=3, seed=5)}
-    return BilevelTrainer(peft_model(r=2).double(), args, method=method, **sets)
+    model = peft_model(r=2, dora=isinstance(method, BiDoRA | DoRA)).double()
+    return BilevelTrainer(model, args, method=method, **sets)
 
 
 CASES = [

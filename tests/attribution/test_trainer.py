@@ -126,7 +126,7 @@ def test_evaluation_rows_are_trained_on_in_as_many_visits(tmp_path: Path) -> Non
     run = result._setup.run
 
     def micro_batches() -> list[Any]:
-        return [m.batch for step in run.steps for m in step.updates[0].batch]
+        return [m.batch for step in run.steps for m in step[0].batch]
 
     recorded = micro_batches()
     with result._setup.enlarged(0):
