@@ -283,7 +283,7 @@ def ranked(run: Trained) -> Row:
     setting, wrong, labels = run.setting, run.rows.wrong, run.rows.labels
     by_run, gradient = (by_name(setting, name)[0] for name in (WHOLE, "gradient"))
     losses = setting.run.losses / setting.run.visits
-    result = suspects(setting, by_run, losses, 5, 0)
+    result = suspects(setting, 5, 0)
     orders = {
         "library (`suspects`)": -result.confidence,
         "out-of-fold probability": -result.probabilities.gather(1, labels[:, None])[:, 0],

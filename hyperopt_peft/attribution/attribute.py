@@ -128,7 +128,8 @@ def attribute(
 
         exact = parsed.estimator.requirements.second_derivatives
         setup = setup_from_trainer(training, evaluation, slices, twice=exact, **options)
-    by_slice, cost = scores(setup, parsed, progress=progress)
+    setup = replace(setup, progress=progress)
+    by_slice, cost = scores(setup, parsed)
     run = setup.run
     unseen = run.visits == 0
     by_slice = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
@@ -149,7 +150,7 @@ def attribute(
         setup.evaluation.values(),
         settings,
         setup.columns,
-        _setup=replace(setup, progress=progress),
+        _setup=setup,
         _estimator=parsed,
     )
 

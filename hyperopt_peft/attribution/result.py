@@ -148,7 +148,7 @@ class Attribution:
                 or more folds than rows.
             NonFiniteError: a training without a fold diverges.
         """
-        return suspects(self._setup, self.scores, self.losses, folds, seed)
+        return suspects(self._setup, folds, seed)
 
     def ends(self, count: int) -> tuple[list[int], list[int]]:
         """The ``count`` rows that hurt most, and the ``count`` that help most."""

@@ -89,7 +89,7 @@ class RetrainingSetup:
             probabilities.
         labels: likewise, the class of each row, ``(n,)``.
         columns: of the rows, to show.
-        progress: whether retrainings show a progress bar.
+        progress: whether scores and retrainings show a progress bar.
     """
 
     run: Training
@@ -110,11 +110,7 @@ class RetrainingSetup:
 
 
 def scores(
-    setup: RetrainingSetup,
-    estimator: ScoreEstimator,
-    checkpoints: Checkpoints | None = None,
-    *,
-    progress: bool = False,
+    setup: RetrainingSetup, estimator: ScoreEstimator, checkpoints: Checkpoints | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """dΦ/dv of each slice, ``(n,)`` in float64, at the current end of the run; and the cost.
 
@@ -145,7 +141,7 @@ def scores(
                 adjoints.append(oracle.upper_gradient.b.parts)
         sweep = Sweep(run, adjoints, passes, kind.product)
         points = checkpoints or run.checkpoints
-        products = sweep.back(points, last_steps=estimator.last_steps, progress=progress)
+        products = sweep.back(points, last_steps=estimator.last_steps, progress=setup.progress)
     else:
         results = [estimate(oracle, kind) for oracle in oracles]
         products = [result.implicit.flat() for result in results]

@@ -1,4 +1,4 @@
-"""Rows whose labels may be wrong: out-of-fold confidence and training loss, beside the scores."""
+"""Rows whose labels may be wrong, by the predictions of models that did not train on them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ class Suspects:
         confidence: cleanlab's label quality from out-of-fold probabilities (Northcutt et al. 2021,
             arXiv:1911.00068), or the probability of the given label without cleanlab, ``(n,)``;
             NaN for a row without a label.
-        loss: the mean training loss, ``(n,)``.
-        score: the attribution score, which answers another question, ``(n,)``.
         flagged: the rows that cleanlab takes for wrong, most doubtful first; without cleanlab the
             rows whose label is not the most probable class; none where ``kappa`` is `SLIGHT`.
         probabilities: of each class, by the folds that did not train on the row, ``(n, classes)``.
@@ -43,8 +41,6 @@ class Suspects:
     """
 
     confidence: Tensor
-    loss: Tensor
-    score: Tensor
     flagged: list[int]
     probabilities: Tensor
     accuracy: float
@@ -74,12 +70,10 @@ class Suspects:
         return self.verdict
 
 
-def suspects(
-    setup: RetrainingSetup, score: Tensor, loss: Tensor, folds: int, seed: int
-) -> Suspects:
+def suspects(setup: RetrainingSetup, folds: int, seed: int) -> Suspects:
     """Repeat the run without each fold of the rows, and compare its predictions with the labels.
 
-    See `Attribution.suspects`; ``score`` and ``loss`` are those of the rows, ``(n,)``.
+    See `Attribution.suspects`.
     """
     labels = setup.labels
     if labels is None or setup.probabilities is None:
@@ -100,7 +94,7 @@ def suspects(
     accuracy, kappa = accuracy_score(given, predicted), cohen_kappa_score(given, predicted)
     flagged = labelled[doubtful].tolist() if kappa > SLIGHT else []
     method = CLEANLAB if find_spec("cleanlab") else MOST_PROBABLE
-    return Suspects(confidence, loss, score, flagged, probabilities, accuracy, kappa, method)
+    return Suspects(confidence, flagged, probabilities, accuracy, kappa, method)
 
 
 def _doubts(labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,7 @@ def test_a_model_near_chance_flags_no_label(wrong: int, kappa: float) -> None:
         probabilities=lambda rows: torch.stack([1 - of_ones, of_ones], 1)[rows],
         progress=False,
     )
-    found = suspects(setup, labels, labels, folds=5, seed=0)
+    found = suspects(setup, folds=5, seed=0)
     assert found.accuracy == pytest.approx(1 - wrong / 100)
     assert found.kappa == pytest.approx(kappa, abs=0.005)
     assert {*found.flagged} <= {*range(wrong)} and bool(found.flagged) == (kappa > 0.2)
