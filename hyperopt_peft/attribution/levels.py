@@ -17,7 +17,7 @@ from hyperopt_peft.core.problem import LossGradient, Problem
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.engine.fit import fit
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 

@@ -12,9 +12,9 @@ from hyperopt_peft.attribution.rows import ROW, ModelOnRows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.phases import lower_of, options_of_retraining, upper_of
+from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
@@ -77,7 +77,7 @@ class RecordedTrainer(BilevelTrainer):
     def adopt_prepared_parameters(self) -> None:
         """As `BilevelTrainer.adopt_prepared_parameters`; begins the run, or its second phase."""
         super().adopt_prepared_parameters()
-        limits = (self.args.original.max_grad_norm, self.args.upper_max_grad_norm)
+        limits = (self.args.max_grad_norm, self.args.upper_max_grad_norm)
         levels = [
             Accumulated(level, self.optimizer, limit or None)
             for level, limit in zip(self.levels, limits)
@@ -100,8 +100,11 @@ class RecordedTrainer(BilevelTrainer):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As `BilevelTrainer.training_step`; records a complete step, which is about to be made."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.current_step.complete:
+        step = self.current_step
+        if step.complete:
+            step.return_gradients()
             self._record()
+            step.withhold_gradients()
         return loss
 
     def _record(self) -> None:

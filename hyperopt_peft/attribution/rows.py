@@ -20,7 +20,7 @@ from hyperopt_peft.core.labels import (
 )
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.accumulation import MicroBatch
+from hyperopt_peft.trainer.step import MicroBatch
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.random_state import RandomState
 

@@ -15,7 +15,6 @@ from hyperopt_peft.attribution.reverse import Sweep
 from hyperopt_peft.attribution.run import Checkpoints, Run, Training
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.estimate import estimate
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
@@ -143,7 +142,7 @@ def scores(
         points = checkpoints or run.checkpoints
         products = sweep.back(points, last_steps=estimator.last_steps, progress=setup.progress)
     else:
-        results = [estimate(oracle, kind) for oracle in oracles]
+        results = [oracle.estimate(kind) for oracle in oracles]
         products = [result.implicit.flat() for result in results]
     names = setup.evaluation.slices
     by_slice = {k: s.to("cpu", torch.float64) for k, s in zip(names, products, strict=True)}

@@ -26,11 +26,11 @@ from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
 from hyperopt_peft.core.labels import TOLERANCE, row_losses, weighted_mean
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import quiet
+from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import evaluating

@@ -34,20 +34,14 @@ def rows(weight: torch.Tensor, kind: str) -> torch.Tensor:
     return weight.T if kind in ("conv1d_gpt2", "embedding") else weight.flatten(1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_magnitudes_start_as_the_row_norms(kind: str) -> None:
-    layer = adapted_layer(single(kind))
-    w0 = rows(base_layer(kind).weight.double(), kind)
-    assert torch.equal(base_weight(layer), w0)
-    torch.testing.assert_close(direction(layer, "default"), w0, rtol=0, atol=0)
-    torch.testing.assert_close(magnitude(layer, "default"), row_norm(w0))
-
-
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_merges_the_weight_that_the_direction_defines(kind: str, use_rslora: bool) -> None:
-    model = randomise(single(kind, use_rslora=use_rslora))
-    layer = adapted_layer(model)
+    model = single(kind, use_rslora=use_rslora)
+    layer, w0 = adapted_layer(model), rows(base_layer(kind).weight.double(), kind)
+    assert torch.equal(base_weight(layer), w0) and torch.equal(direction(layer, "default"), w0)
+    torch.testing.assert_close(magnitude(layer, "default"), row_norm(w0))
+    randomise(model)
     v, m = direction(layer, "default"), magnitude(layer, "default")
     expected = m[:, None] * v / row_norm(v)[:, None]
     assert expected.shape[0] == {"embedding": 4}.get(kind, 5)
@@ -107,6 +101,12 @@ def ia3() -> Any:
     return get_peft_model(bert(), IA3Config(target_modules=["key"], feedforward_modules=[]))
 
 
+def merged() -> Any:
+    model = dora_bert()
+    model.merge_adapter()
+    return model
+
+
 def quantised() -> Any:
     return adapted_layer(wrap(Single(QuantisedLinear(4, 5))))
 
@@ -142,6 +142,7 @@ def without_a_magnitude() -> Any:
         (lambda: lora_layers(dora_bert(), "other"), r"adapter_name: .*'other'.*default"),
         (lambda: lora_layers(two_active()), r"\['default', 'other'\].*adapter_name"),
         (lambda: lora_layers(ia3()), "adapter 'default'"),
+        (lambda: lora_layers(merged()), r"query: .*merged.*'default'"),
         (lambda: dora_layers(dora_bert(use_dora=False)), r"layer\.0.*query: .*use_dora"),
         (lambda: dora_layers(without_a_magnitude()), r"layer\.1\.attention\.self\.value: "),
         (lambda: require_plain(quantised(), "default"), r"lora\.Linear: .*QuantisedLinear"),
@@ -169,15 +170,6 @@ def without_a_magnitude() -> Any:
 def test_bad_input_is_named(bad: Callable[[], Any], fragment: str) -> None:
     with pytest.raises(ProblemError, match=fragment):
         bad()
-
-
-def test_error_when_merged_until_unmerged() -> None:
-    model = dora_bert()
-    model.merge_adapter()
-    with pytest.raises(ValueError, match=r"query: .*merged.*'default'"):
-        lora_layers(model)
-    model.unmerge_adapter()
-    assert len(lora_layers(model)) == 4
 
 
 def test_gpt2_layers_have_out_by_in_directions() -> None:

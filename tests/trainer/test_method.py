@@ -10,14 +10,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, Method, ProblemError
+from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, Engine, Method
 from tests.support.methods import ARGUMENTS, LayerScales, Plain, Ranks, RowWeights, method_trainer
 from tests.support.resume import require_same_end
 from tests.support.trainers import base_model, data, peft_model, values
 
 
-@pytest.mark.parametrize("retrain", ["none", "warm", "scratch"])
-@pytest.mark.parametrize("kind", [LayerScales, Ranks, RowWeights])
+@pytest.mark.parametrize(
+    ("kind", "retrain"),
+    [(LayerScales, "none"), (LayerScales, "warm"), (Ranks, "none"), (Ranks, "scratch")],
+)
 def test_a_plain_adapter_is_left(tmp_path: Path, kind: Any, retrain: Any) -> None:
     run = method_trainer(tmp_path, method=kind(), retrain=retrain)
     run.train()
@@ -29,12 +31,13 @@ def test_a_plain_adapter_is_left(tmp_path: Path, kind: Any, retrain: Any) -> Non
     assert torch.equal(loaded(**rows).logits, run.model.eval()(**rows).logits)
 
 
-STOPS = [[(4, "search")], [(2, "search"), (4, "retrain")], [(5, "retrain")]]
-
-
-@pytest.mark.parametrize("stops", STOPS, ids=str)
 @pytest.mark.parametrize(
-    ("kind", "retrain"), [(LayerScales, "warm"), (Ranks, "warm"), (RowWeights, "scratch")]
+    ("kind", "retrain", "stops"),
+    [
+        (LayerScales, "warm", [(4, "search")]),
+        (Ranks, "warm", [(5, "retrain")]),
+        (RowWeights, "scratch", [(2, "search"), (4, "retrain")]),
+    ],
 )
 def test_a_run_resumes_in_both_phases(tmp_path: Path, kind: Any, retrain: Any, stops: Any) -> None:
     def make(folder: Path, callbacks: Any = ()) -> Any:
@@ -50,11 +53,7 @@ def test_a_baseline_is_one_level_on_all_rows(tmp_path: Path) -> None:
     assert run.upper is None and len(run.train_dataset) == 30
     run.train()
     args = BilevelTrainingArguments(str(tmp_path), **ARGUMENTS)
-    one = BilevelTrainer(
-        peft_model(dora=False),
-        args,
-        train_dataset=run.train_dataset,
-    )
+    one = BilevelTrainer(peft_model(dora=False), args, train_dataset=run.train_dataset)
     one.train()
     assert run.retrainer is None
     assert all(torch.equal(x, values(one.model)[name]) for name, x in values(run.model).items())
@@ -110,8 +109,6 @@ def test_engine_s_levels_project_too() -> None:
         def after_upper_step(self) -> None:
             self.u.clamp_(min=0.5)
 
-    from hyperopt_peft import Engine
-
     model, method = torch.nn.Linear(1, 1, bias=False), Clipped()
     optimizers = [lambda variables: torch.optim.SGD(variables, lr=0.3)] * 2
     levels = method.levels(model, lambda _: model.weight.square().sum(), optimizers=optimizers)
@@ -140,37 +137,3 @@ def test_weights_of_rows_reach_their_rows_and_evaluation_has_no_tags(
     chosen = {k for k, weight in enumerate(method.logits.tolist()) if weight >= 0}
     assert 0 < len(chosen) < 24 and set(run.retrainer.train_dataset["index"]) == chosen
     assert run.evaluate()["eval_loss"] > 0
-
-
-ARGS = BilevelTrainingArguments
-REFUSED: dict[str, tuple[Any, str]] = {
-    "both": (
-        lambda d: method_trainer(d, method=Plain(), options={"upper": lambda _: None}),
-        "method: ",
-    ),
-    "no upper variable": (
-        lambda d: method_trainer(
-            d, method=type("M", (LayerScales,), {"prepare": Method.prepare})()
-        ),
-        "upper_variables: ",
-    ),
-    "no column": (
-        lambda d: method_trainer(d, method=type("M", (RowWeights,), {"tags": ("source",)})()),
-        "source: ",
-    ),
-    "an unknown argument": (lambda d: ARGS(d, retrain_arguments={"rate": 1}), "'rate'"),
-    "a bad value": (lambda d: ARGS(d, retrain_arguments={"learning_rate": "high"}), "learning_rat"),
-    "a default out of range": (
-        lambda d: ARGS(d, report_to="none").with_defaults({"upper_learning_rate": -1.0}),
-        "upper_learning_rate",
-    ),
-    "gamma": (lambda d: BiDoRA(gamma=-1.0), "gamma"),
-    "no magnitudes": (lambda d: method_trainer(d, method=BiDoRA()), "use_dora"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(tmp_path: Path, name: str) -> None:
-    make, message = REFUSED[name]
-    with pytest.raises(ProblemError, match=message):
-        make(str(tmp_path))
