@@ -1,5 +1,6 @@
 """`attribute` of a Trainer: the run is the Trainer's, and scores are slopes of retraining."""
 
+import copy
 import csv
 import operator
 from contextlib import nullcontext
@@ -240,7 +241,8 @@ def test_model_init_gives_the_trainers_own_run_each_time(tmp_path: Path) -> None
 
     def trainer() -> Trainer:
         def new() -> Any:
-            return get_peft_model(BertForSequenceClassification(CONFIG), adapter).double()
+            model = BertForSequenceClassification(copy.deepcopy(CONFIG))  # which its loss changes
+            return get_peft_model(model, adapter).double()
 
         return Trainer(model_init=new, args=given.args, **sets)
 
