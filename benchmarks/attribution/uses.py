@@ -131,7 +131,7 @@ def measured(job: Task, cell: str, seed: int, count: int) -> Row:
     check = head.check(count, share=SHARE, seed=seed)
     row["check of the head"] = {"lds": check.lds, "slope": check.slope}
     setup: Any = result._setup
-    measure = setup.measure(JUDGES)
+    measure = setup.test(JUDGES)
     removal = result.removal(share, JUDGES, draws=2, seed=seed)
     ways = {
         "plain": removal.plain,
@@ -203,7 +203,7 @@ def orders(runs: Store, cell: str, seed: int, quick: bool) -> None:
     row["weight 0"] = []
     for out in masks:
         with setup.run.without(out):
-            row["weight 0"].append(setup.values()["all"] - results[0].values["all"])
+            row["weight 0"].append(setup.evaluation.values()["all"] - results[0].values["all"])
     row["physical"] = [physical(job, seed, out) - results[0].values["all"] for out in masks]
     runs.save(row)
 

@@ -225,7 +225,7 @@ class Scored:
             check = result.check(command.check, seed=seed)
             by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
             text = "\n".join([f"check: {check}", *by_slice])
-            yield self.write(text, check.advice.partition(";")[0], check=check.record())
+            yield self.write(text, check.verdict.partition(";")[0], check=check.record())
         yield self.write(result.table(SHOWN).partition("\nthese scores are")[0])
         if not command.check:
             yield self._cost("unchecked: --check 20", 20, "and tells whether to rely on the scores")
