@@ -288,30 +288,6 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         again = 0 if self.retrain == "none" else self.for_retraining().steps_of(everything)
         return self.steps_of(lower), again
 
-    def without_limits(self) -> Self:
-        """A copy with which the Trainer's loop neither clips gradients nor deletes checkpoints.
-
-        `BilevelTrainer` does both itself. Written to disk, the copy is the original.
-        """
-        args = copy.copy(self)
-        args.max_grad_norm, args.save_total_limit = 0.0, None
-        args.__dict__["_original"] = self
-        return args
-
-    @property
-    def original(self) -> Self:
-        """The arguments of which these are a copy by `without_limits`; else these."""
-        original: Self = self.__dict__.get("_original", self)
-        return original
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self.original))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `transformers.TrainingArguments.to_dict`, of the original."""
-        values: dict[str, Any] = TrainingArguments.to_dict(self.original)
-        return values
-
     def bilevel_settings(self) -> dict[str, Any]:
         """The fields of this class and its subclasses, without those of `parents`."""
         inherited = {each.name for each in fields(self.parents)}

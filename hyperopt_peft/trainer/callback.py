@@ -69,6 +69,8 @@ class BilevelCallback(TrainerCallback):
                     f"({error}); use an earlier checkpoint"
                 ) from error
             raise
+        finally:
+            self.trainer.args.save_total_limit = self.save_total_limit
 
     def _check(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Raise ProblemError unless the run can resume from the checkpoint ``folder``."""
@@ -119,7 +121,7 @@ class BilevelCallback(TrainerCallback):
             checkpoint.write_manifest(
                 folder, {"settings": self.settings, "skipped": trainer.skipped}
             )
-        self.writing = None
+        self.writing, args.save_total_limit = None, self.save_total_limit
         if args.should_save:
             best = trainer.state.best_model_checkpoint
             checkpoint.rotate(folder.parent, self.save_total_limit, best)
@@ -201,7 +203,12 @@ class BilevelCallback(TrainerCallback):
             self.complete()
             self.signalled = True
 
-    on_pre_optimizer_step = on_step_end = on_epoch_end = _complete_on_signal
+    on_step_end = on_epoch_end = _complete_on_signal
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the step's gradients, after the Trainer has clipped none of them."""
+        self._complete_on_signal(args, state, control)
+        self.trainer.current_step.return_gradients()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin an optimizer step of both levels."""

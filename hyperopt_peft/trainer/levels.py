@@ -137,6 +137,8 @@ class TwoLevelTrainer(TaskLossTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SETTINGS).write_text(json.dumps(self.args.bilevel_settings(), indent=1))
         super().save_model(output_dir, _internal_call)
+        if self._callback.writing is not None:  # until it is complete the Trainer deletes none
+            self.args.save_total_limit = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `transformers.Trainer.create_model_card`, with the bilevel settings."""

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
-from hyperopt_peft.trainer.data import require_apart
+from hyperopt_peft.trainer.data import collating, require_apart
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.tags import INDEX, numbered
-from hyperopt_peft.trainer.upper_batches import UpperBatches
+from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, reshard, sharded_like
+from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.validation import require_settings
 
 #: Files of the search: the lower level's initial values, and both levels' values at its end.
@@ -94,7 +96,7 @@ class PhasesTrainer(TwoLevelTrainer):
         folder = Path(self.args.output_dir or "")
         if not self.has_second_phase:
             point = checkpoint.to_resume(resume_from_checkpoint, folder)
-            output = self.search(point, *args, **kwargs)
+            output = self._train_from(point, *args, **kwargs)
             if self.method is not None and not self._callback.signalled:
                 if self.upper is not None:
                     self._keep_learned(folder)
@@ -115,7 +117,10 @@ class PhasesTrainer(TwoLevelTrainer):
             initial = None
             if self.args.retrain == "scratch":
                 initial = self._initial(resumed=point is not None)
-            output = self.search(point, *args, **kwargs)
+            if hasattr(self.model, "peft_config"):
+                checks.warn_of_short_phase("search", self.args, self.train_dataset)
+                checks.warn_of_short_phase("retraining", arguments, self.all_rows())
+            output = self._train_from(point, *args, **kwargs)
             if self._callback.signalled:  # the search is unfinished
                 return output
             reshard(self.model)
@@ -132,21 +137,12 @@ class PhasesTrainer(TwoLevelTrainer):
         """Whether a training of the lower level alone follows."""
         return self.method is not None and self.upper is not None and self.args.retrain != "none"
 
-    def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
-        """The first phase, from the checkpoint ``point`` with its record, or from the start."""
-        if self.has_second_phase and hasattr(self.model, "peft_config"):
-            checks.warn_of_short_phase("search", self.args, self.train_dataset)
-            again = self.args.for_retraining()
-            checks.warn_of_short_phase("retraining", again, self.all_rows())
-        return self._train_from(point, *args, **kwargs)
-
     def passes_of_an_upper_step(self) -> int:
         """Forward+backward passes over a micro-batch from one upper step of the search to the next.
 
         A hypergradient whose cost is not known counts as two.
         """
-        args, cost = self.args, self.estimator.cost()
-        of_upper = 2 if cost is None else cost.backward_passes
+        args, of_upper = self.args, self.estimator.cost() or 2
         of_lower_batch = args.lower_steps - 1 + of_upper - 1
         pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
         return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
@@ -156,16 +152,12 @@ class PhasesTrainer(TwoLevelTrainer):
     ) -> Any:
         """Train from the checkpoint ``resumed``, with its record; None for a new run."""
         self.skipped = 0
-        args_of_user = self.args
         try:
             with self._callback.run(resumed):
                 distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
                 folder = None if resumed is None else str(resumed[0])
-                # Before the loop, which in older versions reads these arguments once.
-                self.args = args_of_user.without_limits()
                 return super().train(folder, *args, **kwargs)
         finally:
-            self.args = args_of_user
             if self.upper_batches is not None:
                 self.upper_batches.close()
 
@@ -189,6 +181,17 @@ class PhasesTrainer(TwoLevelTrainer):
                 **self._options,
             )
         return trainer
+
+    def _show_rows(self) -> None:
+        """Let the method read the lower level's rows, without columns that are not read."""
+        if self.method is None or type(self.method).read_rows is Method.read_rows:
+            return
+        rows, name = self.train_dataset, "train_dataset"
+        if isinstance(rows, Dataset):
+            rows = rows.select_columns(loader_of(self, rows, name).dataset.column_names)
+        model = None if self.is_fsdp_enabled else self.model  # whose parameters may not be here yet
+        with collating(name), replay(RandomState.capture()), self.compute_loss_context_manager():
+            self.method.read_rows(model, rows, self.data_collator)
 
     def settings(self) -> dict[str, Any]:
         """As `TwoLevelTrainer.settings`, with the method's options and the adapter's."""

@@ -15,7 +15,6 @@ from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.trainer import checks
-from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.data import (
@@ -27,13 +26,13 @@ from hyperopt_peft.trainer.data import (
     with_more,
     without_more,
 )
-from hyperopt_peft.trainer.internals import counters_of, metrics_restored
+from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packed_with
 from hyperopt_peft.trainer.logs import shorten, signal_to_noise, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
 from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.phases import PhasesTrainer
-from hyperopt_peft.trainer.step import OptimizerStep
+from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
 from hyperopt_peft.utils.models import keep_differentiable
@@ -156,14 +155,15 @@ class BilevelTrainer(PhasesTrainer):
         self._callback = BilevelCallback(self)
         # The parent prepares the upper level's data as it prepares evaluation data.
         more = {} if upper_dataset is None else {UPPER: upper_dataset}
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=with_more(evaluation, more, args),
-            callbacks=[self._callback, *(callbacks or ())],
-            **trainer,
-        )
+        with packed_with(self.tags):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=with_more(evaluation, more, args),
+                callbacks=[self._callback, *(callbacks or ())],
+                **trainer,
+            )
         shorten(self)
         checks.check_model(self.model)
         keep_differentiable(self.model)
@@ -174,12 +174,14 @@ class BilevelTrainer(PhasesTrainer):
                 checks.check_labels(self.model, data, trainer)
         if self.method is not None and self.tags:
             keep_tags(self, self.tags, type(self.method).__name__)
+        self._show_rows()
         warn_of_repeated_rows(self.train_dataset, args)
         self.train_dataset = endless(self.train_dataset)
         self._set_loss_rule()
         self.lower = _made(lower, self)
         self.upper = _made(upper, self)
         checks.check_levels(self.levels)
+        checks.check_weighted(self, self.lower)
         if self.upper is not None and args.upper_prior is not None:
             if self.upper.prior is not None:
                 raise ProblemError(
@@ -225,10 +227,10 @@ class BilevelTrainer(PhasesTrainer):
     def begin_step(self) -> None:
         """Begin an optimizer step; the callback calls this before the first micro-batch."""
         self._counters = self.current_flos, self.state.num_input_tokens_seen, counters_of(self)
-        self.current_step.begin(self.current_gradient_accumulation_steps)
         self._set_training_mode(self.model)
         with metrics_restored(self):
-            self.current_step.look_ahead(self.state.global_step + 1)
+            count, number = self.current_gradient_accumulation_steps, self.state.global_step + 1
+            self.current_step.begin(count, number)
 
     def _set_training_mode(self, model: nn.Module) -> None:
         model.train()
@@ -247,7 +249,9 @@ class BilevelTrainer(PhasesTrainer):
         return self._with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one micro-batch; after the last one ``.grad`` is the step's direction.
+        """The loss of one micro-batch; the last one's call computes the step's direction.
+
+        It becomes each ``.grad`` in the event before the optimizer's step.
 
         Raises:
             ProblemError: the trainer is not in ``train()``, whose optimizer a step needs.
@@ -261,17 +265,16 @@ class BilevelTrainer(PhasesTrainer):
             )
         self._set_training_mode(model)
         step = self.current_step
-        with step.observed():
-            loss = step.loss(inputs)
-            self.accelerator.backward(loss)
+        loss = step.evaluate(inputs)
         if step.complete:
             try:
                 with metrics_restored(self):
                     step.set_gradients(self.state.global_step + 1)
+                step.withhold_gradients()
             except NonFiniteError as error:
                 step.clear_gradients()
                 self._skip_or_stop(error)
-        return loss.detach().float() - step.last_prior  # older Trainers sum in its dtype
+        return loss.float() - step.last_prior  # older Trainers sum in its dtype
 
     def _skip_or_stop(self, error: NonFiniteError) -> None:
         """Count the step as skipped, or write a checkpoint of the state before it and raise."""
@@ -319,7 +322,7 @@ class BilevelTrainer(PhasesTrainer):
         """
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
-            limit = self.args.original.max_grad_norm or None
+            limit = self.args.max_grad_norm or None
             lower = Accumulated(self.lower, optimizer, limit)
             upper = Accumulated(self.upper)
             self.bilevel_step = BilevelStep(upper, lower, self.estimator, seed=self.args.seed)
@@ -327,7 +330,7 @@ class BilevelTrainer(PhasesTrainer):
         self.current_step = OptimizerStep(
             self.lower,
             self.bilevel_step,
-            args=self.args.original,
+            args=self.args,
             optimizer=optimizer,
             accelerator=self.accelerator,
             upper_batches=self.upper_batches,

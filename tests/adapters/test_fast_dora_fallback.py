@@ -27,18 +27,12 @@ from tests.support.adapted_models import (
 )
 
 
-def test_a_trained_base_weight_gets_its_gradient() -> None:
-    model, x = randomise(single()), tokens(20)
-    weight = adapted_layer(model).get_base_layer().weight.requires_grad_()
-    gradients = []
-    for prepare in (set_norm_grad, use_fast_dora):
-        prepare(model)
-        gradients.append(torch.autograd.grad(model(x).sin().sum(), weight)[0])
-    torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_a_trained_bias_gets_its_gradient() -> None:
-    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), bias="all")), tokens(20)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_trained_base_weight_or_bias_gets_its_gradient(bias: bool) -> None:
+    options = {"bias": "all"} if bias else {}
+    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), **options)), tokens(20)
+    if not bias:
+        adapted_layer(model).get_base_layer().weight.requires_grad_()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 4
     gradients = []
@@ -48,17 +42,21 @@ def test_a_trained_bias_gets_its_gradient() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-11, atol=1e-11)
 
 
-def test_a_hook_on_the_base_layer_is_honoured() -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_hook_on_the_base_layer_is_honoured(everywhere: bool) -> None:
     model, x = randomise(single()), tokens(3)
-    seen = []
+    base, seen = adapted_layer(model).get_base_layer(), []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def double(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        if module is not base:
+            return None
         seen.append((output, output.clone()))
         return output * 2
 
-    adapted_layer(model).get_base_layer().register_forward_hook(keep)
-    expected = set_norm_grad(model)(x)
-    torch.testing.assert_close(use_fast_dora(model)(x), expected)
+    register = nn.modules.module.register_module_forward_hook
+    with register(double) if everywhere else base.register_forward_hook(double):
+        expected = set_norm_grad(model)(x)
+        torch.testing.assert_close(use_fast_dora(model)(x), expected)
     assert all(torch.equal(output, copied) for output, copied in seen)
 
 
@@ -109,22 +107,10 @@ def test_a_backward_hook_on_the_base_layer_is_honoured() -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_a_global_hook_is_honoured() -> None:
-    model, x = randomise(single()), tokens(3)
-
-    def double(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-        return 2 * output if module is adapted_layer(model).get_base_layer() else None
-
-    with nn.modules.module.register_module_forward_hook(double):
-        expected = set_norm_grad(model)(x)
-        torch.testing.assert_close(use_fast_dora(model)(x), expected)
-
-
 def test_transforms_of_functions() -> None:
     model, x = randomise(single()), tokens(3)[0]
-    b = {"base_model.model.layer.lora_B.default.weight": adapted_layer(model).lora_B.default.weight}
-    (name,) = (n for n, p in model.named_parameters() if p is next(iter(b.values())))
-    assert name in b
+    name = "base_model.model.layer.lora_B.default.weight"
+    b = {name: model.get_parameter(name)}
 
     def outputs(values: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(model, values, (x,))
@@ -215,29 +201,11 @@ def test_the_cache_is_filled_and_emptied_as_by_peft(kind: str) -> None:
         assert not cache
 
 
-@needs_caching
-@torch.no_grad()
-def test_another_forward_pass_starts_without_the_cache_of_the_former() -> None:
-    model, x = randomise(single()).eval(), tokens(3)
-    with helpers.DoraCaching():
-        model(x)
-        set_norm_grad(model, "full")
-        adapted_layer(model).lora_B["default"].weight.mul_(2)
-        expected = model(x)
-        torch.testing.assert_close(set_norm_grad(model, "detach")(x), expected)
-
-
-def two_precisions() -> PeftModel:
+def test_a_base_weight_that_is_wider_than_the_adapter() -> None:
     """W0 in float64 and the adapter in float32."""
-    model = randomise(single())
+    model, reference = randomise(single()), randomise(single())
     for p in (p for n, p in model.named_parameters() if "lora_" in n):
         p.data = p.data.float()
-    return model
-
-
-def test_a_base_weight_that_is_wider_than_the_adapter() -> None:
-    model = two_precisions()
-    reference = randomise(single())
     with torch.no_grad():
         for p, q in zip(reference.parameters(), model.parameters(), strict=True):
             p.copy_(q)

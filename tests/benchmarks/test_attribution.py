@@ -27,14 +27,6 @@ def test_planted_noise_has_its_share_and_its_kind() -> None:
     assert torch.equal(planted(labels, 3, "none", 0.2, torch.Generator()), labels)
 
 
-def test_a_schedule_rises_and_falls() -> None:
-    recipe = Recipe(batch=30, epochs=2, warm_up=0.25)
-    factors = [recipe.factor(step) for step in range(recipe.steps)]
-    assert recipe.steps == 20 and factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert factors[5] == 1.0 and factors[-1] == pytest.approx(1 / 15)
-    assert Recipe().factor(7) == 1.0
-
-
 def test_datainf_is_the_mean_of_the_rows_inverses() -> None:
     """By inverting g gᵀ + λ of each row."""
     torch.manual_seed(0)
@@ -108,6 +100,7 @@ def task() -> trainers.Task:
     return trainers.Task("small", model, lora, rows, 14, recipe)
 
 
+@pytest.mark.slow
 def test_methods_share_the_retrainings_of_a_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,14 +124,6 @@ def test_methods_share_the_retrainings_of_a_check(
     assert whole["trainings"] == pytest.approx(3, abs=0.2)  # one, and two passes a step
     (target,) = tables.targets_of(found)
     assert target.value > 0 and "documents" in target.name
-
-
-def test_a_batch_of_states_has_no_column_of_padding_alone() -> None:
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    states = trainers.States(torch.arange(24.0).view(3, 4, 2), mask, mask - 1)
-    batch = states([{"row": 2}, {"row": 1}])
-    assert batch["inputs_embeds"].tolist() == [[[16, 17], [18, 19]], [[8, 9], [10, 11]]]
-    assert batch["labels"].tolist() == [[0, -1], [0, 0]]
 
 
 def test_development_seeds_have_rows_of_their_own() -> None:

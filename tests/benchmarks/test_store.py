@@ -1,10 +1,13 @@
-"""The store of results, and the pages that are made of it."""
+"""The store of results, the pages that are made of it, and the peak memory of a computation."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import pages
+from benchmarks.memory import peak_memory
 from benchmarks.store import Store
 
 
@@ -36,9 +39,24 @@ def test_an_unfinished_line_is_skipped_and_not_continued(tmp_path: Path) -> None
     assert [row["key"] for row in store.rows] == ["a", "c", "d"]
 
 
-def test_the_page_keeps_what_is_around_the_tables() -> None:
-    begin, end = (mark.format("script") for mark in (pages.BEGIN, pages.END))
-    page = pages.between(f"a\n{begin}\nold\n{end}\nb\n", "new", "script")
-    assert page == f"a\n{begin}\n\nnew\n{end}\nb\n"
+def test_the_page_keeps_what_is_around_the_tables(tmp_path: Path) -> None:
+    page, marks = tmp_path / "page.md", [mark.format("script") for mark in (pages.BEGIN, pages.END)]
+    page.write_text(f"a\n{marks[0]}\nold\n{marks[1]}\nb\n")
+    with pytest.raises(SystemExit, match="is not what the results give"):
+        pages.write(page, {"script": "new"}, check=True)
+    pages.write(page, {"script": "new"}, check=False)
+    assert page.read_text() == f"a\n{marks[0]}\n\nnew\n{marks[1]}\nb\n"
+    pages.write(page, {"script": "new"}, check=True)
     with pytest.raises(SystemExit, match="no place"):
         pages.between("a", "new", "script")
+
+
+@pytest.mark.parametrize(
+    ("run", "megabytes"),
+    [
+        (lambda: [torch.ones(2**20 // 4) for _ in range(3)], 3),
+        (lambda: torch.ones(2**20 // 4).view(2, -1)[0].add_(1), 1),
+    ],
+)
+def test_peak_memory_counts_what_is_held_at_once(run: Any, megabytes: int) -> None:
+    assert peak_memory(run, torch.device("cpu")) / 2**20 == pytest.approx(megabytes, abs=1e-3)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from peft import LoraConfig, get_peft_model, helpers
+from peft import helpers
 from peft.tuners.lora import dora
 from peft.tuners.lora import layer as lora
 from peft.utils import constants
-from torch import Tensor, nn
+from torch import nn
 
 from hyperopt_peft.adapters import peft_internals
 from tests.support.adapted_models import KINDS, Single, adapted_layer, layer_input, single, wrap
@@ -54,25 +54,6 @@ def test_the_methods_of_a_variant(variant: type[peft_internals.LoraVariant]) -> 
         assert names == ["module", "active_adapter", "orig_weight"], name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_calls_forward_of_its_variant(kind: str) -> None:
-    model = single(kind)
-    layer, seen = adapted_layer(model), []
-
-    class Watched(VARIANTS[kind]):  # type: ignore[misc,valid-type]
-        @staticmethod
-        def forward(
-            module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-        ) -> Tensor:
-            seen.append((module, active_adapter, x.shape, result.shape))
-            return result
-
-    layer.lora_variant["default"] = Watched()
-    x = layer_input(kind)
-    y = model(x)
-    assert seen == [(layer, "default", x.shape, y.shape)]
-
-
 def test_parts_of_a_layer() -> None:
     layer = adapted_layer(single())
     for name in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
@@ -94,42 +75,29 @@ def test_embed_and_get_embed_scale_of_an_embedding() -> None:
     assert torch.equal(layer._embed(torch.tensor([6, 2]), table), table[[6, 2]])
 
 
-@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d"])
-def test_conv_fn_of_a_convolution(kind: str) -> None:
-    layer: Any = adapted_layer(single(kind))
-    assert layer.conv_fn is getattr(nn.functional, kind)
-
-
-def test_param_wrapper_is_a_lora_layer() -> None:
+def test_names_and_bases() -> None:
+    for kind in ("conv1d", "conv2d", "conv3d"):
+        assert adapted_layer(single(kind)).conv_fn is getattr(nn.functional, kind)
     assert issubclass(peft_internals.ParamWrapper, lora.LoraLayer)
+    assert set(constants.SEQ_CLS_HEAD_NAMES) == {"score", "classifier"}
 
 
-def test_enable_dora_caching_is_what_dora_caching_sets() -> None:
+def test_dora_caching_sets_enable_dora_caching_and_fills_dora_cache() -> None:
     if not hasattr(helpers, "DoraCaching"):
         assert not hasattr(dora, "ENABLE_DORA_CACHING")
         return
-    layer = adapted_layer(single()).eval()
+    model = single().eval()
+    layer = adapted_layer(model)
     with helpers.DoraCaching():
         assert dora.ENABLE_DORA_CACHING and peft_internals.is_caching(layer)
-        assert not peft_internals.is_caching(layer.train())
-    assert not peft_internals.is_caching(layer.eval())
-
-
-def test_dora_cache_holds_what_dora_caching_keeps() -> None:
-    if not hasattr(helpers, "DoraCaching"):
-        return
-    model = single().eval()
-    with helpers.DoraCaching():
         model(layer_input("linear"))
-    layer = adapted_layer(model)
+    assert not peft_internals.is_caching(layer)
     cache = layer.lora_magnitude_vector["default"]._dora_cache
     assert set(cache) == {"lora-weight-default", "weight-norm-default"}
     peft_internals.clear_dora_cache(layer, "default")
     assert not cache
-
-
-def test_seq_cls_head_names() -> None:
-    assert set(constants.SEQ_CLS_HEAD_NAMES) == {"score", "classifier"}
+    with helpers.DoraCaching():
+        assert not peft_internals.is_caching(layer.train())
 
 
 def test_hf_hook_marks_what_accelerate_has_placed() -> None:
@@ -141,20 +109,7 @@ def test_hf_hook_marks_what_accelerate_has_placed() -> None:
 
 def test_the_name_of_a_parameter() -> None:
     """Heads, magnitudes and factors are found by these in saved adapters and checkpoints."""
-    names = [
-        name for name, p in wrap(Single(nn.Linear(4, 5))).named_parameters() if p.requires_grad
-    ]
-    parts = (
-        "lora_A.default.weight",
-        "lora_B.default.weight",
-        "lora_magnitude_vector.default.weight",
-    )
+    model = wrap(Single(nn.Linear(4, 5)))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parts = [f"lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector")]
     assert names == [f"base_model.model.layer.{part}" for part in parts]
-
-
-def test_a_variant_may_replace_another_after_the_adapter_was_made() -> None:
-    config = LoraConfig(r=2, use_dora=True, target_modules=["layer"])
-    layer = adapted_layer(get_peft_model(Single(nn.Linear(4, 5)), config))
-    peft_internals.set_variant(layer, "default", variant := peft_internals.DoraLinearVariant())
-    assert peft_internals.variant(layer, "default") is variant
-    assert peft_internals.variant(layer, "other") is None

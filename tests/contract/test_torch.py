@@ -14,6 +14,8 @@ from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from hyperopt_peft import ProblemError
+from hyperopt_peft.core.validation import runs_in_half
 from hyperopt_peft.utils import autograd
 
 
@@ -35,11 +37,7 @@ def test_a_module_holds_its_hooks_in_dictionaries() -> None:
         assert len(vars(layer)[name]) == 1 and autograd.has_hooks(layer), name
         handle.remove()
     assert {name for name, _ in handles(layer)} == set(autograd.HOOKS)
-
-
-def test_hooks_of_all_modules() -> None:
-    layer = nn.Linear(2, 2)
-    for name, register in (
+    for name, register in (  # of all modules
         ("_global_forward_hooks", modules.register_module_forward_hook),
         ("_global_backward_hooks", modules.register_module_full_backward_hook),
     ):
@@ -51,34 +49,24 @@ def test_hooks_of_all_modules() -> None:
     handle.remove()
 
 
-def test_functorch_peek_interpreter_stack() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_transforms_forward_mode_and_tracing_need_plain_operations() -> None:
     assert torch._C._functorch.peek_interpreter_stack() is None
-    seen: list[bool] = []
+    x, seen = torch.ones(3), list[bool]()
+    assert not autograd.needs_plain_operations(x)
 
     def f(x: Tensor) -> Tensor:
         seen.append(autograd.needs_plain_operations(x))
         return x.sin().sum()
 
-    x = torch.ones(3)
     for transform in (torch.func.grad, torch.func.vmap, torch.func.jacfwd):
         transform(f)(x)
     assert seen == [True] * 3
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-def test_forward_mode_and_tracing() -> None:
-    x = torch.ones(3)
-    assert not autograd.needs_plain_operations(x)
     with torch.autograd.forward_ad.dual_level():
         assert not autograd.needs_plain_operations(x)
         dual = torch.autograd.forward_ad.make_dual(x, x)
         assert autograd.needs_plain_operations(torch.zeros(2), dual)
-    seen: list[bool] = []
-
-    def f(y: Tensor) -> Tensor:
-        seen.append(autograd.needs_plain_operations(y))
-        return y + 1
-
+    seen.clear()
     torch.jit.trace(f, x)
     assert True in seen  # `trace` also runs the function itself, to compare
 
@@ -107,38 +95,6 @@ def test_will_engine_execute_node() -> None:
     assert Squared.asked == (True, False)
 
 
-def test_input_metadata_has_the_dtypes_of_a_node() -> None:
-    x = torch.ones(2, requires_grad=True)
-    assert autograd.is_half((x.bfloat16() * 2).grad_fn)
-    assert not autograd.is_half((x * 2).grad_fn)
-
-
-def test_forward_cls_of_a_once_differentiable_function() -> None:
-    x = torch.ones(2, requires_grad=True)
-    assert autograd.once_differentiable_functions(Once.apply(x).sum()) == ["Once"]
-    assert not autograd.once_differentiable_functions(Squared.apply(x, x).sum())
-
-
-def test_the_node_of_a_reentrant_checkpoint_is_called_checkpoint_function() -> None:
-    x = torch.ones(2, requires_grad=True)
-    y = checkpoint(torch.sin, x, use_reentrant=True)
-    assert any(map(autograd.is_checkpoint, autograd.graph_nodes([y])))
-
-
-def test_the_words_of_an_in_place_edit_that_autograd_refuses() -> None:
-    leaf = torch.ones(2, requires_grad=True)
-    with pytest.raises(RuntimeError) as refused:
-        leaf.mul_(2)
-    assert autograd.refuses_in_place_edit(refused.value)
-    result = leaf.exp()
-    with torch.no_grad():
-        result.add_(1)  # exp's derivative is its result
-    with pytest.raises(RuntimeError) as refused:
-        result.sum().backward()
-    assert autograd.refuses_in_place_edit(refused.value)
-    assert not autograd.refuses_in_place_edit(RuntimeError("out of memory"))
-
-
 class Once(torch.autograd.Function):
     """2x, marked as differentiable once."""
 
@@ -152,12 +108,18 @@ class Once(torch.autograd.Function):
         return 2 * dy
 
 
-def test_the_node_of_a_derivative_that_raises_has_error_in_its_name() -> None:
+def test_what_the_nodes_of_a_graph_tell() -> None:
     x = torch.ones(2, requires_grad=True)
-    (slope,) = torch.autograd.grad(Once.apply(x.sin()).square().sum(), x, create_graph=True)
-    assert any(map(autograd.raises_when_differentiated, autograd.graph_nodes([slope])))
-    (slope,) = torch.autograd.grad(x.sin().sum(), x, create_graph=True)
-    assert not any(map(autograd.raises_when_differentiated, autograd.graph_nodes([slope])))
+    assert runs_in_half((x.bfloat16() * 2).float().sum(), "level")
+    assert runs_in_half((x * 2).sum(), "level") is False
+    assert autograd.once_differentiable_functions(Once.apply(x).sum()) == ["Once"]
+    assert not autograd.once_differentiable_functions(Squared.apply(x, x).sum())
+    with pytest.raises(ProblemError, match="reentrant"):
+        runs_in_half(checkpoint(torch.sin, x, use_reentrant=True).sum(), "level")
+    for loss, raises in ((Once.apply(x.sin()).square(), True), (x.sin(), False)):
+        (slope,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        found = map(autograd.raises_when_differentiated, autograd.graph_nodes([slope]))
+        assert any(found) == raises
 
 
 def test_the_words_of_a_double_backward_that_is_refused() -> None:

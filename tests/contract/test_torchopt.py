@@ -43,20 +43,3 @@ def test_every_field_that_a_rule_fills_is_held_to_its_name() -> None:
     ours = {"peak"}  # AMSGrad's, which TorchOpt does not have
     known = {field for _, expected in STATES.values() for field in expected}
     assert {field for rule in RULES.values() for field in rule.moments} - ours <= known
-
-
-@pytest.mark.parametrize("name", ["sgd", "rmsprop"])
-def test_the_first_step_adds_to_trace_without_decay_and_later_ones_decay_it(name: str) -> None:
-    """Which is why a rule decays a remembered ``trace`` before its one step."""
-    transformation, _ = STATES[name]
-    gradient = (torch.ones(()),)
-    state: Any = transformation.init(gradient)
-    filled = tuple(
-        part._replace(trace=[torch.tensor(4.0)]) if "trace" in part._fields else part
-        for part in state
-    )
-    step, after = transformation.update(gradient, filled, params=gradient, inplace=False)
-    plain, _ = transformation.update(gradient, state, params=gradient, inplace=False)
-    assert torch.allclose(step[0] - plain[0], torch.tensor(-4.0)), f"torchopt.{name}: trace"
-    following, _ = transformation.update((torch.zeros(()),), after, params=gradient, inplace=False)
-    assert torch.allclose(following[0], step[0] / 2), f"torchopt.{name}: trace"

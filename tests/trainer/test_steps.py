@@ -1,24 +1,146 @@
-"""What a step of `BilevelTrainer` is made of, and what is logged of it."""
+"""What a step of `BilevelTrainer` moves: by hand, over streams, and outside of the model."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.optim import AdamW
 from transformers import TrainerCallback
 
-from hyperopt_peft.adapters import split_parameters
-from tests.support.class_weights import Penalised, Plain, Stream, Weighted, streamed
+from hyperopt_peft import BilevelTrainer
+from tests.support.by_hand import BATCHES, ByHand, f, start, upper_f
+from tests.support.class_weights import Stream, streamed
 from tests.support.networks import differences
-from tests.support.resume import end, saving
-from tests.support.trainers import peft_model, trainer
+from tests.support.quadratic import FunctionLevel
+from tests.support.resume import end
+from tests.support.trainers import arguments
 
 
-def logs(made: Any) -> Any:
-    return [record for record in made.state.log_history if "loss" in record]
+@pytest.mark.parametrize(("lower_steps", "accumulation"), [(1, 1), (2, 2)])
+def test_variables_outside_of_the_model_move_by_their_own_gradients(
+    tmp_path: Path, lower_steps: int, accumulation: int
+) -> None:
+    """f = ½ mean (w − u x)² + ½ (v − u)², F = ½ (w − 1)² + ½ (v − 2)²; only w is the model's."""
+    model = nn.Module()
+    w = model.w = nn.Parameter(torch.tensor(-0.4, dtype=torch.float64))
+    v, u = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.3, 0.5))
+    x = torch.tensor([1.0, 2.0, 4.0, 5.0])
+    lower = FunctionLevel(
+        lambda batch: ((w - u * batch["x"].double()) ** 2).mean() / 2 + (v - u) ** 2 / 2,
+        {"w": w, "v": v},
+        name="lower",
+    )
+    upper = FunctionLevel(lambda _: ((w - 1) ** 2 + (v - 2) ** 2) / 2, {"u": u}, name="upper")
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        lower_steps=lower_steps,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        learning_rate=0.1,
+        upper_learning_rate=0.2,
+        max_grad_norm=0.0,
+        upper_max_grad_norm=0.0,
+        remove_unused_columns=False,
+    )
+    BilevelTrainer(
+        model,
+        lower=lower,
+        upper=upper,
+        args=args,
+        train_dataset=Dataset.from_dict({"x": x.tolist()}),
+        upper_dataset=Dataset.from_dict({"x": [0.0, 3.0]}),
+    ).train()
+
+    w0, v0, u0, mean = -0.4, 0.3, 0.5, float(x.mean())
+    for step in range(1, 5):
+        hypergradient = mean * (w0 - 1) + (v0 - 2)  # −∂²f/∂u∂w · ∂F/∂w
+        w0, v0, old = w0 - 0.1 * (w0 - u0 * mean), v0 - 0.1 * (v0 - u0), u0
+        u0 = old - 0.2 * hypergradient if step % lower_steps == 0 else old
+    assert [float(w), float(v), float(u)] == pytest.approx([w0, v0, u0], abs=1e-6)
+
+
+STEPS, RATES = 5, (0.05, 0.2)
+BELOW = {"lr": RATES[0], "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+ABOVE = {**BELOW, "lr": RATES[1], "weight_decay": 0.0}
+
+
+def trained(
+    folder: Path, method: str, lower_steps: int, accumulation: int, max_grad_norm: float
+) -> list[Tensor]:
+    """w and u after a run, each of whose micro-batches is the same."""
+    w, u = start()
+    model = nn.Module()
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "lower_steps": lower_steps,
+        "hypergradient": method,
+        "optim": "adamw_torch",
+        "adam_beta1": BELOW["betas"][0],
+        "adam_beta2": BELOW["betas"][1],
+        "adam_epsilon": BELOW["eps"],
+        "weight_decay": BELOW["weight_decay"],
+        "upper_weight_decay": 0.0,
+        "lr_scheduler_type": "constant",
+        "learning_rate": RATES[0],
+        "upper_learning_rate": RATES[1],
+        "max_grad_norm": max_grad_norm,
+        "upper_max_grad_norm": 0.0,
+        "remove_unused_columns": False,
+    }
+    BilevelTrainer(
+        model,
+        lower=FunctionLevel(lambda _: f(w, u, BATCHES[0]), w, name="lower"),
+        upper=FunctionLevel(lambda _: upper_f(w, u), u, name="upper"),
+        args=arguments(folder, **settings),
+        train_dataset=Dataset.from_dict({"x": [1.0, 2.0, 3.0, 4.0]}),
+        upper_dataset=Dataset.from_dict({"x": [5.0, 6.0]}),
+    ).train()
+    return [x.detach() for x in (*w, *u)]
+
+
+def by_hand(lower_steps: int, max_grad_norm: float) -> list[Tensor]:
+    """The same run in plain torch: AdamW's step on w as a differentiable function of u."""
+    w, u = start()
+    hand = ByHand(AdamW, [BELOW] * len(w))
+    hand.max_norm = max_grad_norm or None
+    upper = AdamW(u, **ABOVE)
+    for step in range(1, STEPS + 1):
+        hand.forget_the_graph()
+        after = hand.step(w, u, BATCHES[0])
+        if step % lower_steps == 0:  # at w, where the step begins
+            b = torch.autograd.grad(upper_f(w, u), w)
+            implicit = torch.autograd.grad(after, u, b, retain_graph=True)
+            direct = torch.autograd.grad(upper_f(w, u), u, materialize_grads=True)
+            for x, *parts in zip(u, implicit, direct, strict=True):
+                x.grad = sum(parts)
+            upper.step()
+        w = [x.detach().requires_grad_() for x in after]
+    return [x.detach() for x in (*w, *u)]
+
+
+@pytest.mark.parametrize(
+    ("method", "lower_steps", "accumulation", "max_grad_norm"),
+    [("sama:product=exact", 2, 1, 0.5), ("sama", 2, 2, 0.0)],
+)
+def test_a_run_with_sama_is_that_of_plain_torch(
+    tmp_path: Path, method: str, lower_steps: int, accumulation: int, max_grad_norm: float
+) -> None:
+    """The step is the one about to be taken, from the state of the Trainer's own optimizer."""
+    found: Any = trained(tmp_path, method, lower_steps, accumulation, max_grad_norm)
+    tolerance = 1e-7 if method == "sama" else 1e-10
+    for a, b in zip(found, by_hand(lower_steps, max_grad_norm), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert (found[-2] - start()[1][0]).abs().max() > 0.1
 
 
 def test_a_stream_begins_again_within_a_step(tmp_path: Path) -> None:
@@ -48,76 +170,3 @@ def test_a_step_that_a_callback_breaks_off_leaves_nothing_to_the_next(tmp_path: 
     left.train()
     short.train()
     assert not differences(end(left)["values"], end(short)["values"])
-
-
-class Boasts(Plain):
-    """Its numbers have the names of the Trainer's own."""
-
-    def loss(self, batch: Any) -> Any:
-        return {"loss": super().loss(batch), "grad_norm": -1.0, "learning_rate": -1.0}
-
-
-def test_the_trainer_s_own_numbers_keep_their_names(tmp_path: Path) -> None:
-    made = streamed(tmp_path, upper=Boasts)
-    made.train()
-    for record in logs(made):
-        assert record["upper_grad_norm"] >= 0 and record["upper_learning_rate"] > 0
-
-
-def test_a_level_s_numbers_are_means_over_the_steps_as_the_loss_is(tmp_path: Path) -> None:
-    """The last step of an epoch has one micro-batch, the others have two."""
-    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 5, "rows": 31}
-    made = saving(tmp_path, logging_steps=3, gamma=0.1, **settings)
-    made.train()
-    assert len(logs(made)) == 3
-    for record in logs(made):
-        whole = record["lower_task_loss"] + 0.1 * record["lower_gram"]
-        assert record["loss"] == pytest.approx(whole, rel=1e-5)
-
-
-class Fails(Weighted):
-    """Its second loss is NaN; of every second evaluation it tells one number more."""
-
-    calls = 0
-
-    def loss(self, batch: Any) -> Any:
-        self.calls += 1
-        loss = super().loss(batch) * (math.nan if self.calls == 2 else 1.0)
-        return {"loss": loss, "task": loss, **({"odd": 1.0} if self.calls % 2 else {})}
-
-
-def test_a_skipped_step_is_in_no_mean_and_in_no_later_run(tmp_path: Path) -> None:
-    settings = {"hypergradient": "direct", "non_finite": "skip", "logging_steps": 3}
-    made = streamed(tmp_path, lower=Fails, upper=Penalised, **settings)
-    made.train()
-    assert [record["skipped"] for record in logs(made)] == [1, 1, 1]
-    assert all(math.isfinite(record["lower_task"]) for record in logs(made))
-    for record in logs(made)[1:]:  # also beside a number that only some of the steps have
-        assert record["lower_task"] == pytest.approx(record["loss"])
-    made.train()
-    assert not any("skipped" in record for record in logs(made))
-
-
-@pytest.mark.parametrize("number", [float, torch.tensor])
-def test_each_level_s_rate_is_logged_in_whatever_order_the_groups_are(
-    tmp_path: Path, number: Any
-) -> None:
-    model = peft_model()
-    parts = split_parameters(model)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": list(parts.magnitudes.values()), "lr": number(0.5)},
-            {"params": [*parts.directions.values(), *parts.rest.values()], "lr": number(0.25)},
-        ]
-    )
-    made = trainer(
-        tmp_path,
-        model=model,
-        options={"optimizers": (optimizer, None)},
-        lr_scheduler_type="constant",
-        save_strategy="steps",
-        save_steps=2,
-    )
-    made.train()
-    record = [r for r in logs(made) if "upper_learning_rate" in r][-1]
-    assert (record["learning_rate"], record["upper_learning_rate"]) == (0.25, 0.5)

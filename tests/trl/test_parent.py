@@ -17,7 +17,6 @@ from hyperopt_peft import (
     ProblemError,
     bilevel,
 )
-from hyperopt_peft.problems import SourceTrainer
 from hyperopt_peft.trainer.internals import METRICS
 from tests.support.language import language_model, lora, rows
 from tests.support.networks import differences
@@ -45,15 +44,30 @@ def end(trainer: Any) -> dict[str, Any]:
     }
 
 
-def same_as_parent(
-    folder: Path, parent: type, layout: str, *, experts: int = 0, **settings: Any
+SLOW = [(SFT, "text", 1, {}), (SFT, "messages", 7, {}), (SFT, "wrapped", 7, {})]
+SLOW += [(SFT, "completion", 3, {"loss_type": "dft"})]
+SLOW += [(parent, "completion", 3, {}) for parent in (DPO, trl.KTOTrainer, trl.RewardTrainer)]
+SLOW += [(SFT, "completion", 1, {"experts": 4})]
+
+
+@pytest.mark.parametrize(
+    ("parent", "layout", "accumulation", "settings"),
+    [
+        (SFT, "packed", 3, {}),
+        (SFT, "completion", 3, {"experts": 4, "router_aux_loss_coef": 1.0}),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    ],
+)
+def test_one_level_is_the_parent(
+    tmp_path: Path, parent: type, layout: str, accumulation: int, settings: Any
 ) -> None:
-    ends = []
+    """Bit for bit, with TRL's defaults: bf16 and checkpointing; experts have an auxiliary loss."""
+    ends, settings = [], {"gradient_accumulation_steps": accumulation, **settings}
+    experts = settings.pop("experts", 0)
     for kind in (None, BilevelTrainer):
         options = {"model": language_model(experts=experts)} if experts else {}
-        trainer = made(
-            folder / type(kind).__name__, parent, kind, layout, options=options, **settings
-        )
+        folder = tmp_path / str(kind is None)
+        trainer = made(folder, parent, kind, layout, options=options, **settings)
         trainer.train()
         ends.append(end(trainer))
     # The lower level's numbers are logged besides the parent's.
@@ -64,32 +78,7 @@ def same_as_parent(
     assert not differences(*ends)
 
 
-@pytest.mark.parametrize("layout", ["completion", "packed"])
-def test_one_level_over_sft_is_sft(tmp_path: Path, layout: str) -> None:
-    """Bit for bit, with TRL's defaults: bf16 and checkpointing; three micro-batches a step."""
-    same_as_parent(tmp_path, SFT, layout, gradient_accumulation_steps=3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 7])
-@pytest.mark.parametrize("layout", ["text", "messages", "wrapped"])
-def test_one_level_over_sft_is_sft_in_each_layout(
-    tmp_path: Path, layout: str, accumulation: int
-) -> None:
-    same_as_parent(tmp_path, SFT, layout, gradient_accumulation_steps=accumulation)
-
-
-@pytest.mark.parametrize(
-    ("accumulation", "more"), [(1, {}), (3, {"router_aux_loss_coef": 1.0})], ids=str
-)
-def test_one_level_of_experts_is_sft(tmp_path: Path, accumulation: int, more: Any) -> None:
-    """With the router's auxiliary loss, which is in the metrics too."""
-    settings = {"gradient_accumulation_steps": accumulation, **more}
-    same_as_parent(tmp_path, SFT, "completion", experts=4, **settings)
-
-
-@pytest.mark.parametrize("estimator", ["direct", "darts"])
-def test_both_levels_train_the_routers_auxiliary_loss(tmp_path: Path, estimator: str) -> None:
+def test_both_levels_train_the_routers_auxiliary_loss(tmp_path: Path) -> None:
     """F and f are the cross entropy of all labels and the mean of coefficient · auxiliary loss.
 
     Two micro-batches of a row below, three above.
@@ -107,7 +96,7 @@ def test_both_levels_train_the_routers_auxiliary_loss(tmp_path: Path, estimator:
                 "upper_dataset": rows(count=3, seed=1),
             },
             adapter={"use_dora": True, "target_modules": ["q_proj", "o_proj"]},
-            **{"retrain": "none", "lower_steps": 1, "hypergradient": estimator, "max_steps": 1},
+            **{"retrain": "none", "lower_steps": 1, "hypergradient": "darts", "max_steps": 1},
             **{"gradient_accumulation_steps": 2, "router_aux_loss_coef": coefficient, **off},
         )
         data = trainer.train_dataset, trainer.upper_dataset
@@ -127,17 +116,6 @@ def mean_auxiliary_loss(trainer: Any, table: Any) -> float:
     batches = [trainer.data_collator([row]) for row in table]
     losses = [trainer.model(**batch, output_router_logits=True).aux_loss for batch in batches]
     return float(sum(losses)) / len(losses)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parent", [DPO, trl.KTOTrainer, trl.RewardTrainer])
-def test_one_level_over_preferences_is_the_parent(tmp_path: Path, parent: type) -> None:
-    same_as_parent(tmp_path, parent, "completion", gradient_accumulation_steps=3)
-
-
-@pytest.mark.slow
-def test_one_level_with_another_loss_is_the_parent(tmp_path: Path) -> None:
-    same_as_parent(tmp_path, SFT, "completion", gradient_accumulation_steps=3, loss_type="dft")
 
 
 @pytest.mark.parametrize("estimator", ["direct", pytest.param("f2sa", marks=pytest.mark.slow)])
@@ -166,9 +144,7 @@ def test_what_the_loss_counts_is_what_was_trained(tmp_path: Path, estimator: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("parent", "peft"), [(SFT, True), (DPO, True), (DPO, False)], ids=["sft", "dpo", "dpo again"]
-)
+@pytest.mark.parametrize(("parent", "peft"), [(SFT, True), (DPO, False)], ids=["sft", "dpo again"])
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool) -> None:
     """In the search and in the retraining, with TRL's defaults."""
 
@@ -178,15 +154,9 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool
             options["model"] = get_peft_model(language_model(), lora(use_dora=True))
             options["peft_config"] = None
         common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lower_steps": 2}
+        given = {"callbacks": callbacks, "options": options, **common, **settings}
         return made(
-            folder,
-            parent,
-            BiDoRA(),
-            callbacks=callbacks,
-            options=options,
-            adapter={"use_dora": True, "lora_dropout": 0.1},
-            **common,
-            **settings,
+            folder, parent, BiDoRA(), adapter={"use_dora": True, "lora_dropout": 0.1}, **given
         )
 
     require_same_end(tmp_path, (3, "search"), (3, "retrain"), make=make)
@@ -194,10 +164,10 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool
 
 def test_a_class_is_one_object_that_pickles(tmp_path: Path) -> None:
     assert bilevel(SFT) is bilevel(SFT) is BilevelTrainer.over(SFT)
-    for made_class in (bilevel(SFT), SourceTrainer.over(SFT), bilevel(DPO)):
+    for made_class in (bilevel(SFT), bilevel(DPO)):
         assert pickle.loads(pickle.dumps(made_class)) is made_class
         assert pickle.loads(pickle.dumps(made_class.Arguments)) is made_class.Arguments
-    args = SourceTrainer.over(SFT).Arguments(str(tmp_path), use_cpu=True, report_to="none")
+    args = bilevel(SFT).Arguments(str(tmp_path), use_cpu=True, report_to="none")
     assert pickle.loads(pickle.dumps(args)).to_dict() == args.to_dict()
 
 

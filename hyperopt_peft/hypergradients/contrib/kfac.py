@@ -1,0 +1,120 @@
+"""The Kronecker-factored curvature of linear layers, as a preconditioner or alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.hypergradients.contrib.kronecker import Fisher, Samples, empirical_fisher
+from hyperopt_peft.hypergradients.contrib.linear_calls import Layer, linear_calls
+from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.validation import Fraction, NonNegativeInt, PositiveFloat
+from hyperopt_peft.utils.vector import Vector, widened, zeros_like
+
+ONLY_PRECONDITIONER = "the result is the preconditioner's alone"
+
+
+@register("kfac", kind="implicit", tolerance=1e-2)
+@dataclass(frozen=True)
+class KFAC(Solver):
+    """v ≈ (H + damping·I)⁻¹ b by ``steps`` steps of CG, preconditioned by EK-FAC of linear layers.
+
+    For a layer y = xWᵀ with δ = ∂f_i/∂y of row i, where f is a mean over rows, [x 1] with a bias:
+
+        A = mean xxᵀ = Q_A diag(a) Q_Aᵀ        S = mean over rows Σ_t δδᵀ = Q_S diag(s) Q_Sᵀ
+        Λ = mean over rows (Q_Sᵀ (Σ_t δ xᵀ) Q_A)²
+        P⁻¹ R = Q_S [ Q_Sᵀ R Q_A / (Λ + damping) ] Q_Aᵀ
+
+    P is the *empirical* Fisher matrix, of the gradients of the rows that f is given: H near a
+    minimum where f is the mean negative log-likelihood of a model that fits, another matrix
+    elsewhere. Other terms of f, such as a weight decay, are not in P. P only changes the rate of
+    convergence: v, the note and the residual are those of ``cg``. With ``steps=0``, v = P⁻¹b; a
+    factor c of f then divides v by c² in place of c.
+
+    A layer is a call of ``torch.nn.functional.linear`` (so each ``nn.Linear``, LoRA's A and B among
+    them) or of ``x @ V`` whose weight or bias is a lower variable. A row is an entry of the input's
+    first dimension, a token t one of the others. Variables of no layer, or of one without a
+    gradient, have the mean of all Λ for an eigenvalue. A side of more than 2,048 has the identity
+    for a basis. Where f has no linear layer, this is ``cg``.
+
+    ``damping=None`` adds each layer's mean Λ to P, and nothing to H. The cost is one
+    forward+backward pass, and one Hessian-vector product a step. Martens & Grosse 2015,
+    arXiv:1503.05671; EK-FAC: George et al. 2018, arXiv:1806.03884; with tokens and a damping:
+    Grosse et al. 2023, arXiv:2308.03296 §2.3, 3; as a hypergradient: arXiv:2603.29108.
+
+    Raises:
+        ProblemError: the lower level is sharded, or has levels below; ``steps=0`` and f has no
+            linear layer.
+
+    Example:
+        The relative errors of five steps with and without the preconditioner.
+
+        >>> from hyperopt_peft import hypergradient
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
+        >>> upper, lower = diabetes()
+        >>> lower.solve()
+        >>> truth, = hypergradient(upper, lower, "exact")
+        >>> both = [hypergradient(upper, lower, f"{k}:steps=5")[0] for k in ("cg", "kfac")]
+        >>> [round(((x - truth).norm() / truth.norm()).item(), 3) for x in both]
+        [0.049, 0.005]
+    """
+
+    steps: NonNegativeInt = 10
+    damping: PositiveFloat | None = None
+    tolerance: Fraction = 1e-6
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """As `Estimator.check_levels`; the lower level is not sharded, and has none below."""
+        super().check_levels(upper, lower)
+        advice = 'choose another solver, such as "cg", with product="difference"'
+        self.require(
+            not is_sharded(*lower.variables),
+            f"{lower.name} is sharded, and kfac needs a layer's whole weight; {advice}",
+        )
+        lower.require_single(f"kfac supports two levels only; {advice}")
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        inverse = self.inverse(oracle) if oracle.upper_gradient.norm else None
+        return self.solved(oracle, lambda matvec, b, _: (self.solve(matvec, b, inverse), {}))
+
+    def inverse(self, oracle: Oracle) -> Matvec | None:
+        """P⁻¹ of f at the oracle's point; None where f has no linear layer."""
+        blocks = empirical_fisher(
+            layer_samples(oracle),
+            [widened(variable.detach()) for variable in oracle.lower.variables],
+        )
+        self.require(
+            bool(blocks) or self.steps > 0,
+            f"{oracle.lower.name} calls no linear layer whose weight or bias is a lower variable; "
+            'take steps=10, or choose a solver such as "minres"',
+        )
+        return Fisher(blocks, self.damping).inverse if blocks else None
+
+    def solve(self, matvec: Matvec, b: Vector, inverse: Matvec | None = None) -> Solution:
+        """v ≈ (H + damping·I)⁻¹ b, with P⁻¹ by ``inverse``."""
+        if self.steps == 0 and inverse is not None:
+            return Solution(inverse(b), None, 0)
+        limits = self.steps, self.damping or 0.0, self.tolerance, self.rounding(b)
+        solution = conjugate_gradients(matvec, b, *limits, precondition=inverse)
+        if solution.note and solution.residual == 1 and inverse is not None:  # v is 0 still
+            note = f"{solution.note}; {ONLY_PRECONDITIONER}"
+            solution = replace(solution, v=inverse(b), note=note)
+        return solution
+
+
+def layer_samples(oracle: Oracle) -> Samples:
+    """Each layer's inputs and rows' output gradients, by one forward+backward pass of f."""
+    here = zeros_like(oracle.upper_gradient.b)  # before the calls of f are watched
+    with oracle.moved() as gradients, linear_calls(oracle.lower.variables) as calls:
+        gradients("lower", here)
+    samples: dict[Layer, list[tuple[Tensor, Tensor]]] = {}
+    for (layer, rows), (x, delta) in calls.rows().items():
+        samples.setdefault(layer, []).append((x, rows * delta))  # f is a mean over rows
+    return samples

@@ -1,0 +1,247 @@
+"""`f2sa` and `penalty`: closed forms, orders and scales."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hyperopt_peft import (
+    HypergradientWarning,
+    Problem,
+    hypergradient,
+)
+from hyperopt_peft.hypergradients import Estimate, get_estimator
+from hyperopt_peft.hypergradients.contrib import F2SA, penalty
+from hyperopt_peft.hypergradients.estimate import open_oracle
+from hyperopt_peft.problems.textbook import logistic
+from tests.support.newton import minimise
+from tests.support.quadratic import FunctionLevel, Level, Program, flat, program, symmetric
+
+LONG = "inner_steps=200,tolerance=1e-11"
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def displaced(quadratic: Program) -> Program:
+    """With w away from the minimum of f."""
+    with torch.no_grad():
+        for part in quadratic.w:
+            part.add_(torch.linspace(-1, 1, part.numel(), dtype=part.dtype).reshape(part.shape))
+    return quadratic
+
+
+def curved(quadratic: Program, eigenvalues: Tensor, seed: int) -> tuple[Level, Level]:
+    """The program's levels, with another lower Hessian."""
+    h = symmetric(eigenvalues, torch.Generator().manual_seed(seed))
+    w, u = quadratic.w, quadratic.u
+    lower = Level(lambda w, u: w @ h @ w / 2 + w @ quadratic.c_mixed @ u, w, w, u)
+    return quadratic.levels()[0], lower
+
+
+def asked(levels: Any, method: str, state: Any = None) -> tuple[Estimate, int]:
+    """An estimate and the passes that it cost."""
+    oracle = open_oracle(*levels, seed=0)
+    oracle.state = state or {}
+    return oracle.estimate(get_estimator(method)), oracle.passes.gradients
+
+
+def central(p: Program, nu: float) -> Tensor:
+    """[∂/∂u (f + νF)(w_ν) − ∂/∂u (f − νF)(w_−ν)] / 2ν on a quadratic, w at the minimum of f."""
+    w, u = flat(p.w).detach(), flat(p.u).detach()
+    total = torch.zeros_like(u)
+    for side in (nu, -nu):
+        point = w - torch.linalg.solve(p.h + side * p.p_matrix, side * p.b)
+        of_upper = p.r.T @ point + p.q_matrix @ u + p.q
+        total += (p.c_mixed.T @ point + side * of_upper) / (2 * side)
+    return total
+
+
+@pytest.mark.parametrize("nu", [0.05, 0.02])
+@pytest.mark.parametrize("seed", range(3))
+def test_f2sa_is_the_central_difference_of_the_value_functions_gradient(
+    nu: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(F2SA, "_nu", lambda *_: nu)
+    quadratic = program(seed)
+    expected = central(quadratic, nu)
+    actual = flat(hypergradient(*quadratic.levels(), f"f2sa:{LONG}"))
+    assert relative(actual, expected) < 1e-9
+    assert relative(actual, quadratic.direct + quadratic.exact_implicit) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def cancer() -> tuple[Problem, Problem]:
+    """Problem A at the lower optimum for l = −2."""
+    upper, lower = logistic.breast_cancer()
+    minimise(lower)
+    return upper, lower
+
+
+@pytest.mark.parametrize(
+    ("method", "lengths", "order"), [("f2sa", (0.01, 0.005), 2), ("penalty", (1e-3, 5e-4), 1)]
+)
+def test_errors_fall_at_their_order(
+    cancer: tuple[Problem, Problem],
+    method: str,
+    lengths: tuple[float, float],
+    order: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In ν and in 1/γ."""
+    exact, errors = flat(hypergradient(*cancer, "exact")), []
+    for length in lengths:
+        monkeypatch.setattr(F2SA, "_nu", lambda *_, nu=length: nu)
+        monkeypatch.setattr(penalty, "GAMMA", 1 / length)
+        errors.append(relative(flat(hypergradient(*cancer, f"{method}:{LONG}")), exact))
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.03)
+    assert errors[1] > 1e-7  # the inner runs', and rounding, are far below
+
+
+@pytest.mark.parametrize("method", [f"f2sa:{LONG}", f"penalty:{LONG}"])
+@pytest.mark.parametrize("seed", range(3))
+def test_away_from_the_minimum_they_tend_to_the_implicit_formula(method: str, seed: int) -> None:
+    """A minimum of this f is far from w; and on a quadratic the penalty's estimate is exact."""
+    quadratic = displaced(program(seed))
+    actual = flat(hypergradient(*quadratic.levels(), method))
+    assert relative(actual, quadratic.direct + quadratic.exact_implicit) < 1e-7
+
+
+@pytest.mark.parametrize(("method", "passes"), [("f2sa", 150), ("penalty", 75)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_defaults_are_close_at_a_condition_number_of_112(
+    method: str, passes: int, seed: int
+) -> None:
+    """Where 15 steps leave errors of up to a tenth."""
+    shapes = [(20,)]
+    quadratic = program(seed, shapes, shapes)
+    eigenvalues = torch.logspace(0, math.log10(112), 20, dtype=torch.float64)
+    levels = curved(quadratic, eigenvalues, seed)
+    actual, cost = asked(levels, method)
+    assert relative(flat(actual.hypergradient), flat(hypergradient(*levels, "exact"))) < 0.02
+    assert cost < passes
+
+
+@pytest.mark.parametrize("factor", [2.0**-12, 2.0**12])
+def test_scales_of_f_and_of_the_upper_loss_change_nothing(factor: float) -> None:
+    """Bit for bit, since powers of two do not round."""
+    quadratic = displaced(program(0))
+    upper, lower = quadratic.levels()
+    plain = flat(hypergradient(upper, lower, "f2sa"))
+    _, scaled = quadratic.levels(scale=factor)
+    assert torch.equal(flat(hypergradient(upper, scaled, "f2sa")), plain)
+    loud = Level(
+        lambda w, u: factor * quadratic.upper_f(w, u), quadratic.u, quadratic.w, quadratic.u
+    )
+    assert torch.equal(flat(hypergradient(loud, lower, "f2sa")), factor * plain)
+
+
+def test_a_small_gradient_of_a_curved_upper_loss_makes_nu_no_larger(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where w is all but F's minimum, a displacement of fixed length asks for a ν of 1000."""
+    quadratic = program(0)
+    here = flat(quadratic.w).detach() + 1e-7
+    upper = Level(
+        lambda w, u: 50 * (w - here).square().sum(), quadratic.u, quadratic.w, quadratic.u
+    )
+    _, lower = quadratic.levels()
+    exact = flat(hypergradient(upper, lower, "exact"))
+    assert relative(flat(hypergradient(upper, lower, f"f2sa:{LONG}")), exact) < 1e-3
+    monkeypatch.setattr(F2SA, "_nu", lambda *_: 1.0)
+    with pytest.warns(HypergradientWarning, match="f2sa"):
+        far = flat(hypergradient(upper, lower, f"f2sa:{LONG}"))
+    assert relative(far, exact) > 0.1
+
+
+def test_nu_moves_w_by_the_best_length_of_a_central_difference() -> None:
+    """(δ(1 + ‖w‖))^(1/3), where F has no curvature that would ask for less."""
+    quadratic = program(0)
+    here, lengths = flat(quadratic.w).detach().clone(), []
+
+    def f(w: Tensor, u: Tensor) -> Tensor:
+        lengths.append(float((w - here).detach().norm()))
+        return quadratic.f(w, u)
+
+    upper = Level(lambda w, u: w.sum(), quadratic.u, quadratic.w, quadratic.u)
+    lower = Level(f, quadratic.w, quadratic.w, quadratic.u)
+    asked((upper, lower), "f2sa:inner_steps=0")
+    best = (torch.finfo(torch.float64).eps * (1 + float(here.norm()))) ** (1 / 3)
+    assert [x for x in lengths if x] == pytest.approx([best] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("method", "passes"), [("f2sa", 8), ("penalty", 4)])
+def test_runs_start_where_they_ended(method: str, passes: int) -> None:
+    levels = displaced(program(1)).levels()
+    first, cost = asked(levels, f"{method}:tolerance=1e-5")
+    again, warm = asked(levels, f"{method}:tolerance=1e-5", first.state)
+    assert warm == passes < cost and again.steps == 0
+    assert again.residual is not None and again.residual <= 1e-4
+    assert relative(flat(again.hypergradient), flat(first.hypergradient)) < 1e-3
+    cold, _ = asked(levels, f"{method}:inner_steps=0")
+    assert cold.residual is not None and cold.residual > 0.1
+
+
+@pytest.mark.parametrize("method", ["f2sa", "penalty"])
+@pytest.mark.parametrize("sign", [-1, 0])
+def test_without_curvature_there_is_the_direct_term(method: str, sign: int) -> None:
+    quadratic = program(0)
+    upper, _ = quadratic.levels()
+    lower = Level(lambda w, u: sign * w @ w + w @ u, quadratic.w, quadratic.w, quadratic.u)
+    actual, _ = asked((upper, lower), method)
+    assert actual.note == "the curvature of f along ∂F/∂w is not positive"
+    assert (actual.residual, actual.steps) == (1.0, 0)
+    assert torch.equal(flat(actual.hypergradient), flat(actual.direct))
+
+
+@pytest.mark.parametrize("method", ["f2sa", "penalty"])
+@pytest.mark.parametrize("steps", [10, 200])
+def test_runs_end_at_negative_curvature_and_say_so(method: str, steps: int) -> None:
+    """There is no minimum; what is found is the point of least gradient, w at worst."""
+    levels = curved(program(0), torch.linspace(-4, 10, 12, dtype=torch.float64), 1)
+    actual, passes = asked(levels, f"{method}:inner_steps={steps}")
+    assert actual.note == "negative curvature" and passes < 4 + 4 * steps
+    assert actual.residual is not None and actual.residual < 1 and actual.hypergradient.isfinite()
+
+
+@pytest.mark.parametrize("method", [f"f2sa:{LONG}", f"penalty:{LONG}"])
+def test_every_evaluation_sees_the_same_random_numbers(method: str) -> None:
+    """Masks that differed would be divided by ν."""
+    quadratic = program(2)
+
+    def masked(objective: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def drawn(w: Tensor, u: Tensor) -> Tensor:
+            return objective(w * (0.5 + torch.rand(len(w), dtype=w.dtype)), u)
+
+        return drawn
+
+    upper = Level(masked(quadratic.upper_f), quadratic.u, quadratic.w, quadratic.u)
+    lower = Level(masked(quadratic.f), quadratic.w, quadratic.w, quadratic.u)
+    actual, exact = (flat(hypergradient(upper, lower, m, seed=5)) for m in (method, "exact"))
+    assert relative(actual, exact) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["f2sa:tolerance=1e-3", "penalty:tolerance=1e-3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_its_fast_kernel_and_half_precision(method: str, dtype: torch.dtype) -> None:
+    """The reference is a double backward pass in float64 at the same values."""
+    torch.manual_seed(0)
+    start = [torch.randn(1, 2, 3, 4).to(dtype) for _ in range(2)]
+
+    def levels(dtype: torch.dtype) -> tuple[Problem, Problem]:
+        w, u = (x.to(dtype, copy=True).requires_grad_() for x in start)
+
+        def f(_: Any) -> Tensor:
+            return (scaled_dot_product_attention(w, w, w) * u).sum() / 4 + w.square().sum()
+
+        return FunctionLevel(lambda _: (w - 1).square().sum() + u.sum(), [u]), FunctionLevel(f, [w])
+
+    (actual,) = hypergradient(*levels(dtype), method)
+    assert actual.dtype == dtype
+    (exact,) = hypergradient(*levels(torch.float64), "exact")
+    assert relative(actual.double(), exact) < (5e-3 if dtype == torch.float32 else 2e-2)

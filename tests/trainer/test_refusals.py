@@ -1,0 +1,376 @@
+"""What does not fit gets one error that names it, before anything has moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import TrainingArguments
+
+from hyperopt_peft import BiDoRA, BilevelTrainer, Method, NonFiniteError, Problem, ProblemError
+from hyperopt_peft.problems import LayerScales
+from hyperopt_peft.problems.bidora import Direction, Magnitude
+from tests.support.class_weights import Plain, Weighted, pair
+from tests.support.methods import RowWeights, method_trainer
+from tests.support.trainers import arguments, base_model, data, peft_model, trainer
+
+NAN = float("nan")
+# Each argument that an error must name, with values that it refuses.
+ARGUMENTS: dict[str, list[Any]] = {
+    "lower_steps": [0, 1.5, True],
+    "upper_learning_rate": ["1e-3", NAN, -1e-3],
+    "learning_rate": [NAN],
+    "weight_decay": [float("inf")],
+    "max_grad_norm": [-1.0],
+    "per_device_train_batch_size": [0],
+    "gradient_accumulation_steps": [0],
+    "upper_weight_decay": [-1.0],
+    "upper_max_grad_norm": [None],
+    "upper_prior": [-1.0, "1"],
+    "per_device_upper_batch_size": [0],
+    "seed": [-3, 2**32],
+    "data_seed": [-3],
+    "upper_fraction": [0.0, 20],
+    "non_finite": ["ignore"],
+    "hypergradient": [3, "unrolled:steps=2"],
+    "retrain": [True],
+    "num_train_epochs": [0],
+    "retrain_arguments": [
+        {"learning_rate": -1.0},
+        {"learning_rate": "high"},
+        {"num_train_epochs": 0.0},
+        {"rate": 1.0},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in ARGUMENTS.items() for value in values]
+)
+def test_an_argument_out_of_range_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    steps = {"max_steps": -1} if name == "num_train_epochs" else {"lower_steps": 2}
+    with pytest.raises(ProblemError, match=name):
+        arguments(tmp_path, **{**steps, name: value})
+
+
+@pytest.mark.parametrize(
+    "options", [{"gamma": -1e-5}, {"gamma": NAN}, {"norm_grad": "no"}, {"fast_dora": "no"}], ids=str
+)
+def test_an_option_of_the_method_is_named(options: Any) -> None:
+    with pytest.raises(ProblemError, match=next(iter(options))):
+        BiDoRA(**options)
+
+
+def rows(begin: int, end: int) -> Any:
+    return data(rows=60).select(range(begin, end))
+
+
+def labelled(labels: Any, names: str = "abc") -> Any:
+    """Rows with other labels."""
+    table = data(rows=len(labels)).remove_columns("labels")
+    return table.add_column("labels", labels, feature=ClassLabel(names=list(names)))
+
+
+APART = {"train_dataset": rows(0, 30), "upper_dataset": rows(30, 60)}
+FOUR = labelled([row % 4 for row in range(16)], "abcd")
+UNLABELLED = labelled([None, None, *data()["labels"][2:]])
+WORDS = data().remove_columns("labels").add_column("label", ["good", "bad", "fair"] * 8)
+TEXT = data().add_column("text", ["a"] * 24)
+RAGGED = data(seed=4).map(
+    lambda row, index: {"input_ids": row["input_ids"][: 5 + index % 2]}, with_indices=True
+)
+
+
+def rare(times: int) -> Any:
+    """Class 2 in ``times`` of 48 rows only."""
+    return labelled([2] * times + [row % 2 for row in range(48 - times)])
+
+
+def as_tensors(examples: Any) -> Any:
+    return {key: torch.tensor([row[key] for row in examples]) for key in examples[0]}
+
+
+def made(options: Any = None, **settings: Any) -> Any:
+    """Making a trainer of BiDoRA."""
+    return lambda m, f: trainer(f, model=m, options=options, **settings)
+
+
+def trained(options: Any = None, resume: Any = None, **settings: Any) -> Any:
+    """Training it."""
+    return lambda m, f: made(options, **settings)(m, f).train(resume)
+
+
+def groups(model: Any) -> Any:
+    levels = Direction(model), Magnitude(model)
+    return [{"params": level.variables, "lr": 1e-3} for level in levels]
+
+
+def adam(*parts: Any) -> Any:
+    return torch.optim.Adam(parts)
+
+
+def of_levels(options: Any = lambda _: {}, *, settings: Any = None, **level: Any) -> Any:
+    """Making a trainer of the levels of BiDoRA, with ``options`` of the model."""
+
+    def act(model: Any, folder: Path) -> Any:
+        levels = {"lower": Direction(model, **level), "upper": Magnitude(model)}
+        given = {"args": arguments(folder, **(settings or {})), **APART, **options(model)}
+        return BilevelTrainer(model, **{**levels, **given})
+
+    return act
+
+
+class Half(Problem):
+    """Owns what another level owns too."""
+
+
+def layer_wise(model: Any) -> None:
+    """A function that makes an optimizer of a whole model."""
+
+
+def on_two_gpus(model: Any, folder: Path) -> Any:
+    args = arguments(folder)
+    args._n_gpu = 2  # as on a machine with two, without torchrun
+    return of_levels(lambda _: {"args": args})(model, folder)
+
+
+class Quantised(nn.Linear):
+    """What a quantised layer looks like: a forward of its own."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x)
+
+
+class Linear8bitLt(Quantised):
+    """What a layer that rounds its input looks like: known by its name."""
+
+
+def quantised(kind: type[nn.Module]) -> Any:
+    base = base_model()
+    for layer in base.bert.encoder.layer:
+        old = layer.attention.self.query
+        layer.attention.self.query = kind(old.in_features, old.out_features)
+    return get_peft_model(base, LoraConfig(target_modules=["query", "value"], use_dora=True))
+
+
+def over(kind: type[nn.Module], estimator: str) -> Any:
+    return lambda _, f: trainer(f, model=quantised(kind), hypergradient=estimator)
+
+
+def method(kind: type[Method], **attributes: Any) -> Any:
+    return lambda _, f: method_trainer(f, method=type("Own", (kind,), attributes)())
+
+
+class Pulled(Plain):
+    """The upper level with a prior of its own."""
+
+    def __init__(self, model: Any, weight: Any) -> None:
+        super().__init__(model, weight, prior=1.0)
+
+
+SPLIT, TRAIN, UPPER, EVAL = "cannot give 20% of", "train_dataset", "upper_dataset", "eval_dataset"
+LOSS = {"compute_loss_func": lambda *_, **__: 0}
+OWN_CLASS = (torch.optim.SGD, {"beta": 0.9})
+CHECKPOINTED = {"use_reentrant": True}
+REFUSED: list[tuple[str, Any]] = [
+    # Data.
+    ("train_dataset: there is none", made({TRAIN: None})),
+    ("train_dataset has no examples", made({TRAIN: rows(0, 0)})),
+    ("one data set, got a DatasetDict; .*_dataset.", made({TRAIN: DatasetDict(train=data())})),
+    ("must be one data set, got a str", made({TRAIN: "imdb"})),
+    ("only a datasets.Dataset can be split, got list; .*upper", made({TRAIN: list(data())})),
+    ("label.*class_encode_column", made({TRAIN: WORDS})),
+    ("2 of 24 training examples have no label; remove them", made({TRAIN: UNLABELLED})),
+    (f"{SPLIT} 1 training examples", made({TRAIN: rows(0, 1)})),
+    (f"{SPLIT} 48 training .*least populated class", made({TRAIN: rare(1)})),
+    ("class 2 has only 2 examples, .*change upper_fraction", made({TRAIN: rare(2)})),
+    ("no column in common", made({**APART, UPPER: Dataset.from_dict({"text": ["a", "b"]})})),
+    ("30 of 30 .*upper_dataset are in train", made({**APART, UPPER: APART[TRAIN]})),
+    ("eval_dataset is given as the upper level's", made({**APART, EVAL: APART[UPPER]})),
+    ("eval_dataset is given", made({**APART, EVAL: {"a": data(seed=5), "b": APART[UPPER]}})),
+    ("labels.*num_labels=4", made({TRAIN: FOUR})),
+    ("train_dataset: No columns", made({TRAIN: Dataset.from_dict({"text": ["a"] * 10})})),
+    ("dataloader_drop_last", made(per_device_train_batch_size=20, dataloader_drop_last=True)),
+    ("upper_dataset.*Iterable", of_levels(lambda _: {UPPER: data().to_iterable_dataset()})),
+    ("upper_dataset", of_levels(lambda _: {"upper": None})),
+    ("batch of .*'input_ids'.*labels", trained({TRAIN: data().remove_columns("labels")})),
+    ("batch of .*Target 3", trained({TRAIN: FOUR, "data_collator": as_tensors})),
+    ("train_dataset.*DataCollatorWithPadding", trained({TRAIN: RAGGED})),
+    ("upper_dataset.*WithPadding", trained({**APART, UPPER: RAGGED}, lower_steps=1)),
+    (
+        "train_dataset.*columns of text",
+        trained({TRAIN: TEXT, "data_collator": as_tensors}, remove_unused_columns=False),
+    ),
+    # Models.
+    ("peft_model: .*Bert", lambda _, f: trainer(f, model=base_model())),
+    ("query: .*'default'.*use_dora", lambda _, f: trainer(f, model=peft_model(dora=False))),
+    ("hypergradient='cg'.*Quantised", over(Quantised, "cg")),
+    ("'darts' .* choose product=difference", over(Quantised, "darts:product=exact")),
+    ("hypergradient='cg' .* choose direct", over(Linear8bitLt, "cg")),
+    ("Linear8bitLt: .* choose product=exact, direct", over(Linear8bitLt, "darts")),
+    # Settings.
+    (
+        "args must be BilevelTrainingArguments, got TrainingArguments",
+        of_levels(lambda _: {"args": TrainingArguments("nowhere", report_to="none")}),
+    ),
+    ("n_gpu", on_two_gpus),
+    ("auto_find_batch_size", of_levels(settings={"auto_find_batch_size": True})),
+    ("model_init", of_levels(lambda _: {"model_init": peft_model})),
+    ("compute_loss_func", of_levels(lambda _: LOSS)),
+    ("label_smoothing_factor", of_levels(settings={"label_smoothing_factor": 0.1})),
+    ("torch_compile", of_levels(settings={"torch_compile": True})),
+    ("lower_steps", trained(max_steps=3, lower_steps=4)),
+    ("lower_steps", trained(max_steps=-1, num_train_epochs=2, lower_steps=11)),
+    (
+        "use_reentrant",
+        trained(gradient_checkpointing=True, gradient_checkpointing_kwargs=CHECKPOINTED),
+    ),
+    ("no complete checkpoint", trained(resume=True)),
+    ("nowhere", trained(resume="nowhere")),
+    # Levels.
+    ("level must be a Problem, got PeftModel", of_levels(lambda m: {"upper": m})),
+    ("Half: has no variables", of_levels(lambda _: {"upper": Half.__new__(Half)})),
+    ("Direction", of_levels(data=[{}])),
+    ("max_grad_norm", of_levels(max_grad_norm=1.0)),
+    ("Direction.*Half|Half.*Dir", of_levels(lambda m: {"upper": Half(Direction(m).variables[:1])})),
+    ("upper_prior", lambda _, f: pair(f, upper=Pulled, upper_prior=2.0)),
+    ("method: ", lambda m, f: made({"upper": Magnitude(m)})(m, f)),
+    ("upper_variables: ", method(LayerScales, prepare=Method.prepare)),
+    ("source: ", method(RowWeights, tags=("source",))),
+    ("'darts'", lambda _, f: arguments(f, hypergradient="dart")),
+    ("upper_fraction", lambda _, f: arguments(f).with_defaults({"upper_fraction": 2.0})),
+    # Optimizers.
+    ("magnitude.* shape none", of_levels(lambda m: {"optimizers": (adam(groups(m)[0]), None)})),
+    (
+        r"optimizers.*none.*\(7,\)",
+        of_levels(lambda m: {"optimizers": (adam(*groups(m), {"params": [torch.zeros(7)]}), None)}),
+    ),
+    (
+        "optimizers.*group",
+        of_levels(
+            lambda m: {
+                "optimizers": (adam({"params": [x for g in groups(m) for x in g["params"]]}), None)
+            }
+        ),
+    ),
+    (
+        "optimizers.*scheduler",
+        of_levels(
+            lambda m: {
+                "optimizers": (
+                    adam(*groups(m)),
+                    torch.optim.lr_scheduler.ConstantLR(adam(*groups(m))),
+                )
+            }
+        ),
+    ),
+    ("SGD.*beta", made({"optimizer_cls_and_kwargs": OWN_CLASS})),
+    ("AdamW.*1.5", made(adam_beta1=1.5)),
+    ("Adafactor", made(hypergradient="sama", optim="adafactor")),
+    ("Adafactor", made(hypergradient="unrolled:steps=1", optim="adafactor")),
+    ("layer_wise", made({"optimizer_cls_and_kwargs": (layer_wise, {})})),
+    (
+        "SGD takes no groups",
+        made({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"optimizer_dict": {}})}),
+    ),
+]
+
+
+def refuses(error: Any, message: str, model: nn.Module, act: Any) -> None:
+    """``act`` raises ``error`` with ``message``, and ``model`` is what it was."""
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        act()
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:use_fast_dora")
+@pytest.mark.parametrize(("message", "act"), REFUSED)
+def test_it_is_refused_and_nothing_has_moved(message: str, act: Any, tmp_path: Path) -> None:
+    model = peft_model()
+    refuses(ProblemError, message, model, lambda: act(model, tmp_path))
+
+
+class Idle(Plain):
+    """Owns a variable too that no loss reads."""
+
+    def __init__(self, model: Any, weight: Any) -> None:
+        self.model = model
+        Problem.__init__(self, {"weight": weight, "idle": torch.ones(2, requires_grad=True)})
+
+
+class PerExample(Weighted):
+    """Its loss has an entry for each example."""
+
+    def loss(self, batch: Any) -> Any:
+        return self.model(**batch)["logits"].sum(1)
+
+
+class Infinite(Weighted):
+    """The root of 0 has no derivative."""
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch) + (self.variables[0][0, 0] * 0).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("levels", "error", "message"),
+    [
+        ({"upper": Idle}, ProblemError, "Idle.*'idle'"),
+        ({"lower": PerExample}, ProblemError, r"PerExample.*\(8,\)"),
+        ({"lower": Infinite}, NonFiniteError, "step 1 .*gradient.*checkpoint-0"),
+    ],
+)
+def test_losses(levels: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    run, _ = pair(tmp_path, lower_steps=1, **levels)
+    refuses(error, message, run.model, run.train)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_checkpoints_that_nothing_can_be_written_to_are_refused(
+    tmp_path: Path, below: bool
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    folder = file / "below" if below else file
+    with pytest.raises(ProblemError, match=f"output_dir: {file} is no folder to write to"):
+        trainer(folder, save_strategy="steps")
+
+
+def test_a_step_outside_of_training_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    batch = next(iter(run.get_train_dataloader()))
+    for _ in range(2):
+        with pytest.raises(ProblemError, match=r"training_step: .*call train\(\)"):
+            run.training_step(run.model, batch)
+        run.train()
+
+
+def folded(examples: Any) -> Any:
+    batch = as_tensors(examples)
+    return {**batch, "labels": batch["labels"] % 3}
+
+
+@pytest.mark.filterwarnings("ignore:use_fast_dora")
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        # The training set itself, for a measure of the fit; labels that a collator changes.
+        ({TRAIN: (table := data()), EVAL: table}, {}),
+        ({TRAIN: FOUR, "data_collator": folded}, {}),
+        # 24 examples give the lower level 19.
+        ({}, {"per_device_train_batch_size": 19, "dataloader_drop_last": True}),
+        # A base that cannot be read.
+        ({"model": quantised(Quantised)}, {"hypergradient": "cg:product=difference,steps=2"}),
+    ],
+)
+def test_what_is_near_is_not_refused(tmp_path: Path, options: Any, settings: Any) -> None:
+    options = dict(options)
+    run = trainer(tmp_path, model=options.pop("model", None), options=options, **settings)
+    run.train()
+    assert run.state.global_step == 6
