@@ -1,136 +1,123 @@
-"""hyperopt-peft compare: methods with the same data, budget and start, for several seeds."""
+"""hyperopt-peft compare: methods at equal passes on the same test rows."""
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
-from tempfile import mkdtemp
 from typing import Any
 
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments, divided, names_of
-from hyperopt_peft.cli.plan import plan, whole
 from hyperopt_peft.cli.report import Report
-from hyperopt_peft.cli.text.data import cache_folder
-from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, changed, choose, prepare
+from hyperopt_peft.cli.text import models
+from hyperopt_peft.cli.text.setup import SHARED, Setup, choose, prepare
+from hyperopt_peft.comparison import compare_methods
+from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
-from hyperopt_peft.trainer.logs import TIMINGS
-from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.tables import aligned
 
 METHODS = ["lora", "dora", "bidora"]
-#: A run: method, seed, metrics, passes and seconds.
-Run = dict[str, Any]
 
 
 @dataclass
 class CompareArguments(OutputArguments):
-    """The methods and the seeds."""
+    """The methods, the budget and the seeds."""
 
     methods: list[str] = HfArg(
-        default_factory=lambda: list(METHODS), help="each as the option method of train"
+        default_factory=lambda: list(METHODS),
+        help="each as the option method of train; the others are compared with the first",
+    )
+    passes: float = HfArg(
+        default=300.0,
+        help="forward and backward passes over a training batch that each run takes",
     )
     seeds: list[int] = HfArg(
-        default_factory=lambda: [0, 1, 2],
-        help="of the start, the split and the order of examples; each method runs once a seed",
+        default_factory=lambda: list(range(5)),
+        help="of the start, the split and the order of examples, the same for all methods",
     )
-
-    def __post_init__(self) -> None:
-        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
-            raise ProblemError(f"seeds must be in [0, 2³²), got {wrong[0]}")
+    development: list[int] = HfArg(
+        default_factory=lambda: [100, 101, 102],
+        help="seeds of the runs that choose the rates, by rows held out from the training rows",
+    )
+    rates: list[float] = HfArg(
+        default_factory=lambda: list(RATES), help="learning rates that each method may have"
+    )
+    upper_rates: list[float] = HfArg(
+        default_factory=lambda: list(UPPER_RATES), help="upper learning rates, likewise"
+    )
+    jobs: int = HfArg(default=1, help="processes")
+    run: str = HfArg(default="1/1", help="K/N: the K-th of N parts, of a job array, say")
 
 
 TYPES = (CompareArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train every method with every seed, write the table and the runs."""
+    """Parse ``argv``, compare the methods, write the tables, the picture and the runs."""
     of_file, flags = divided("compare", argv)
     names = {**of_file, **flags}.get("methods") or METHODS
     besides = names_of(map(find_method, names))
     chosen = [choose("compare", CompareArguments, argv, name, besides) for name in names]
     command, args = chosen[0].command, chosen[0].args
     command.require_output(args)
-    output, seeds = Path(args.output_dir), list(dict.fromkeys(command.seeds))
+    number, slash, count = command.run.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ProblemError(f"run: must be K/N with 1 ≤ K ≤ N, got {command.run}")
     setup = prepare(chosen[0].model, chosen[0].data, args, *(each.method for each in chosen))
     if setup.evaluation is None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
-    budget = args.steps_of(len(setup.train) + len(setup.upper or ()))
-    for each in chosen:
-        again = {**(each.args.retrain_arguments or {}), "max_steps": budget}
-        each.args = changed(each.args, max_steps=budget, retrain_arguments=again)
-        each.args.output_dir = mkdtemp(dir=cache_folder())  # of runs that leave no files
-    if not distributed.rank():
-        print(f"{budget} steps each; a method with two phases has as many in each", flush=True)
+    if setup.upper is not None:
+        raise ProblemError("upper_file: compare splits the training examples; leave it out")
+    output = Path(args.output_dir)
+    base, _ = setup.base()
+    comparison = compare_methods(
+        {each.name: each.method for each in chosen},
+        Base(setup),
+        models.adapter_config(base, setup.args, setup.task),
+        args,
+        train_dataset=setup.train,
+        test_dataset=setup.evaluation,
+        passes=command.passes,
+        seeds=command.seeds,
+        development=command.development,
+        rates=command.rates,
+        upper_rates=command.upper_rates,
+        metric=setup.task.metric or "loss",
+        folder=output,
+        jobs=command.jobs,
+        part=(int(number), int(count)),
+        trainer=setup.trainer_class(),
+        dry_run=command.dry_run,
+        **setup.options(base),
+    )
     if command.dry_run:
-        trainers = [setup.trainer(each.args, each.method) for each in chosen]
-        works = [whole(t, name, len(seeds)) for t, name in zip(trainers, names)]
-        print(f"examples: {len(setup.train)} training, {len(setup.evaluation)} evaluation")
-        print(plan(works, trainers[0]))
         return
-    output.mkdir(parents=True, exist_ok=True)
-    metric, runs = setup.task.metric, list[Run]()
-    for seed in seeds:
-        for each in chosen:
-            runs.append(train(each, seed, setup))
-            if not distributed.rank():
-                value = runs[-1]["metrics"][metric]
-                print(f"{each.name}, seed {seed}: {metric} {value:.4f}", flush=True)
-                # Written after each run, so that an interruption loses one run only.
-                record = {"metric": metric, "test_rows": len(setup.evaluation), "runs": runs}
-                (output / "comparison.json").write_text(json.dumps(record, indent=1))
-    if not distributed.rank():
-        rows = table(runs, metric)
-        note = f"Means of {len(seeds)} seeds on {len(setup.evaluation)} rows; ± is one standard "
-        note += "error over the seeds, by which differences are paired."
-        page = Report("compare", note, chosen[0].options, tables={"Methods": rows})
-        print(f"\n{aligned(rows)}\n\n{note}\n{page.write(output)} has all of it")
+    comparison.plot(output / "comparison.png")
+    (output / "comparison.tex").write_text(comparison.to_latex())
+    comparison.to_csv(output / "runs.csv")
+    tables = {"Scores": comparison.table(), "Held-out score at every rate": comparison.rates()}
+    tables["Passes"] = comparison.spent()
+    note, *sentences = comparison.heading(), *comparison.sentences()
+    page = Report(
+        "compare",
+        note,
+        chosen[0].options,
+        tables=tables,
+        texts={"Findings": "\n".join(sentences)},
+        pictures={"Differences": "comparison.png"},
+    )
+    print(f"\n{comparison}\n{page.write(output)} has all of it")
 
 
-def train(chosen: Chosen, seed: int, setup: Setup) -> Run:
-    """One run; all methods have the same start for one ``seed``."""
-    args = changed(chosen.args, seed=seed, data_seed=seed)
-    if not args.load_best_model_at_end:
-        args.save_strategy = type(args.save_strategy)("no")
-    trainer = setup.trainer(args, chosen.method)
-    begin = time.perf_counter()
-    trainer.train()
-    seconds, passes = time.perf_counter() - begin, int(whole(trainer, chosen.name).passes)
-    tested = {k: x for k, x in trainer.evaluate().items() if not k.endswith(TIMINGS)}
-    metrics = {k.removeprefix("eval_"): x for k, x in tested.items() if k.startswith("eval_")}
-    run = {"method": chosen.name, "seed": seed, "metrics": metrics}
-    return {**run, "passes": passes, "seconds": seconds}
+@dataclass(frozen=True)
+class Base:
+    """Makes the model without an adapter, in any process."""
 
+    setup: Setup
 
-def mean(values: Sequence[float], sign: str = "") -> str:
-    """The mean over seeds ± its standard error, which one seed does not show.
-
-    Example:
-        >>> mean([1.0, 3.0]), mean([1.0], "+")
-        ('2.0000 ± 1.0000', '+1.0000 ± nan')
-    """
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{fmean(values):{sign}.4f} ± {error:.4f}"
-
-
-def table(runs: Sequence[Run], metric: str) -> list[list[str]]:
-    """Heads, and a row for each method: the ``metric``, the task's others, passes and seconds."""
-    first = runs[0]["method"]
-    base = {run["seed"]: run["metrics"][metric] for run in runs if run["method"] == first}
-    others = [name for name in runs[0]["metrics"] if name != metric]
-    rows = [["method", metric, f"difference to {first}", *others, "passes", "seconds"]]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == method]
-        gaps = [run["metrics"][metric] - base[run["seed"]] for run in own]
-        rows.append([method, mean([run["metrics"][metric] for run in own])])
-        rows[-1] += [mean(gaps, "+") if rows[2:] else "–"]
-        rows[-1] += [f"{fmean(run['metrics'][name] for run in own):.4f}" for name in others]
-        rows[-1] += [str(own[0]["passes"]), f"{fmean(run['seconds'] for run in own):.1f}"]
-    return rows
+    def __call__(self) -> Any:
+        """A new model."""
+        model, _ = self.setup.base()
+        return model

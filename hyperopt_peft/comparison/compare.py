@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from joblib import Parallel, delayed
+from joblib.externals import cloudpickle
 from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
@@ -15,6 +17,7 @@ from hyperopt_peft.comparison.result import ABLATIONS, Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.checks import LEARNS
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
@@ -89,6 +92,7 @@ def compare_methods(
             f"test_dataset: {common} of {len(test_dataset)} rows are training rows; remove them"
         )
     known = {name: _found(method) for name, method in methods.items()}
+    pickled_by_value(known.values())
     task = Task(
         known,
         base_model,
@@ -117,13 +121,19 @@ def compare_methods(
     return Comparison(plan, store, metric, passes)
 
 
+def pickled_by_value(methods: Iterable[Method]) -> None:
+    """Let other processes have classes of files that they cannot import by name."""
+    for module in {sys.modules[type(method).__module__] for method in methods}:
+        if "." not in module.__name__ and module.__name__ != "__main__":
+            for pickler in (cloudpickle, sys.modules.get("cloudpickle")):
+                if pickler is not None:
+                    pickler.register_pickle_by_value(module)
+
+
 def _found(method: Method | str) -> Method:
     if isinstance(method, Method):
         return method
-    from hyperopt_peft.problems import find_method
-
-    made: Method = find_method(method)()
-    return made
+    return find_method(method)()
 
 
 def settings_of(task: Task) -> dict[str, Any]:

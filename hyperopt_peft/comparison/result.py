@@ -144,10 +144,25 @@ class Comparison:
             found += [f"{name}: {each}" for each in {result["layers"] for result in results}]
         return found
 
+    def spent(self) -> list[Row]:
+        """The passes of each method, by what they were for; means over seeds."""
+        rows: list[Row] = []
+        for name, kind in self.plan.candidates():
+            results = [self.store.results[r] for r in self.plan.runs_of(self.store, name, kind)]
+            means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
+            rows = rows or [["method", *means]]
+            rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
+        return rows
+
+    def heading(self) -> str:
+        """What the table shows."""
+        return (
+            f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
+            f"{len(self.plan.seeds)} seeds with 95 % intervals"
+        )
+
     def __str__(self) -> str:
-        heads = f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
-        heads += f"{len(self.plan.seeds)} seeds with 95 % intervals"
-        return "\n".join([heads, "", aligned(self.table()), "", *self.sentences()])
+        return "\n".join([self.heading(), "", aligned(self.table()), "", *self.sentences()])
 
     def plot(self, path: str | Path) -> None:
         """Draw the differences to the first method with their intervals."""

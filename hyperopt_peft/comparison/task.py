@@ -168,6 +168,7 @@ class Task:
             "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
             "passes": counter.rows / price.batch,
             "steps": steps,
+            "spent": price.spent(steps),
             "seconds": time.perf_counter() - begin,
             "memory": peak(),
             "layers": self.layers,

@@ -142,8 +142,8 @@ def load_base(
     return model, sorted({*report["missing_keys"], *mismatched})
 
 
-def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
-    """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
+def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
+    """The LoRA of the options for ``model``, which a method may change."""
     modules = [name for name, _ in model.named_modules() if name]
     endings = {name.rpartition(".")[2] for name in modules}
     for option in ("target_modules", "modules_to_save"):
@@ -160,16 +160,21 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) ->
     width = getattr(model.config.get_text_config(), "hidden_size", args.rank)
     if args.rank > width:
         raise ProblemError(f"rank: must be at most the hidden_size {width}, got {args.rank}")
+    return LoraConfig(
+        task_type=task.peft,
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.dropout,
+        target_modules=targets,
+        exclude_modules=exclude,
+        modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
+    )
+
+
+def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
+    """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
     try:
-        config = LoraConfig(
-            task_type=task.peft,
-            r=args.rank,
-            lora_alpha=args.alpha,
-            lora_dropout=args.dropout,
-            target_modules=targets,
-            exclude_modules=exclude,
-            modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
-        )
-        return get_peft_model(model, method.adapter(config)).train()
+        config = method.adapter(adapter_config(model, args, task))
+        return get_peft_model(model, config).train()
     except (ValueError, TypeError) as error:
         raise ProblemError(f"target_modules, rank: the model cannot be adapted: {error}") from error

@@ -122,16 +122,21 @@ class Setup:
         rows, where = read_files(paths, option), f"the {option.removesuffix('_file')} examples"
         return self.encoder.encode(rows, where)
 
-    def model(self, seed: int, method: Method) -> Any:
-        """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
-        set_seed(seed)
+    def base(self) -> tuple[Any, list[str]]:
+        """A new model without an adapter, and the names of its new weights."""
         args = self.args
         base, new = models.load_base(
             self.task, args.model, self.config, args.dtype, four_bits=args.load_in_4bit
         )
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.encoder.tokenizer.pad_token_id
-        model = models.add_adapter(base, args, self.task, method)
+        return base, new
+
+    def model(self, seed: int, method: Method) -> Any:
+        """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
+        set_seed(seed)
+        base, new = self.base()
+        model = models.add_adapter(base, self.args, self.task, method)
         named = model.get_base_model().named_parameters()
         frozen = {name.replace(".base_layer.", ".") for name, p in named if not p.requires_grad}
         if names := [name for name in new if name in frozen]:
@@ -144,20 +149,29 @@ class Setup:
         """The trainer of a new model by ``method``."""
         model = self.model(args.seed, method)
         data = {"train_dataset": self.train, "upper_dataset": self.upper}
-        options = {"eval_dataset": self.evaluation, "processing_class": self.encoder.tokenizer}
-        kind = sft_trainer() if self.args.task == SFT else BilevelTrainer
-        if self.task.metrics is not None:  # TRL has metrics and a collator of its own
-            options["compute_metrics"] = self.task.metrics
-            options["preprocess_logits_for_metrics"] = self.task.reduce
-            if self.task.peft != "SEQ_CLS":
-                # A model that is given no labels, as for the losses of rows, needs decoder inputs.
-                options["data_collator"] = DataCollatorForSeq2Seq(self.encoder.tokenizer, model)
+        options = self.options(model) | {"eval_dataset": self.evaluation}
+        kind = self.trainer_class()
         try:
             return kind(model, args, method=copy.deepcopy(method), **data, **options)
         except ProblemError:
             raise
         except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
             raise ProblemError(str(error)) from error
+
+    def trainer_class(self) -> Any:
+        """The class of the task's trainer."""
+        return sft_trainer() if self.args.task == SFT else BilevelTrainer
+
+    def options(self, model: Any) -> dict[str, Any]:
+        """The arguments of a trainer of ``model`` that follow from the task."""
+        options: dict[str, Any] = {"processing_class": self.encoder.tokenizer}
+        if self.task.metrics is not None:  # TRL has metrics and a collator of its own
+            options["compute_metrics"] = self.task.metrics
+            options["preprocess_logits_for_metrics"] = self.task.reduce
+            if self.task.peft != "SEQ_CLS":
+                # A model that is given no labels, as for the losses of rows, needs decoder inputs.
+                options["data_collator"] = DataCollatorForSeq2Seq(self.encoder.tokenizer, model)
+        return options
 
 
 def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) -> Setup:
