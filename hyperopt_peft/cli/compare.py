@@ -60,12 +60,14 @@ def run(argv: Sequence[str]) -> None:
     names = {**of_file, **flags}.get("methods") or METHODS
     besides = names_of(map(find_method, names))
     chosen = [choose("compare", CompareArguments, argv, name, besides) for name in names]
-    command, args = chosen[0].command, chosen[0].args
+    plain = choose("compare", CompareArguments, argv, "lora", besides)  # without defaults
+    command, args = plain.command, plain.args
+    args.__dict__["_user_names"] &= {*plain.options}  # a method's defaults are for the others
     command.require_output(args)
     number, slash, count = command.run.partition("/")
     if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise ProblemError(f"run: must be K/N with 1 ≤ K ≤ N, got {command.run}")
-    setup = prepare(chosen[0].model, chosen[0].data, args, *(each.method for each in chosen))
+    setup = prepare(plain.model, plain.data, args, *(each.method for each in chosen))
     if setup.evaluation is None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
     if setup.upper is not None:
@@ -73,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
     output = Path(args.output_dir)
     base, _ = setup.base()
     comparison = compare_methods(
-        {each.name: each.method for each in chosen},
+        {each.name.rpartition(":")[2]: each.method for each in chosen},
         Base(setup),
         models.adapter_config(base, setup.args, setup.task),
         args,
@@ -103,7 +105,7 @@ def run(argv: Sequence[str]) -> None:
     page = Report(
         "compare",
         note,
-        chosen[0].options,
+        plain.options,
         tables=tables,
         texts={"Findings": "\n".join(sentences)},
         pictures={"Differences": "comparison.png"},

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 from joblib import Parallel, delayed
-from joblib.externals import cloudpickle
 from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
@@ -125,9 +125,7 @@ def pickled_by_value(methods: Iterable[Method]) -> None:
     """Let other processes have classes of files that they cannot import by name."""
     for module in {sys.modules[type(method).__module__] for method in methods}:
         if "." not in module.__name__ and module.__name__ != "__main__":
-            for pickler in (cloudpickle, sys.modules.get("cloudpickle")):
-                if pickler is not None:
-                    pickler.register_pickle_by_value(module)
+            cloudpickle.register_pickle_by_value(module)
 
 
 def _found(method: Method | str) -> Method:
@@ -197,7 +195,7 @@ class Work:
             )
 
     def _require_learning(self, name: str, price: Price, rate: float) -> None:
-        steps = min(price.steps(self.task.passes, self.task.args))
+        steps = max(0, min(price.steps(self.task.passes, self.task.args)))
         if steps * rate < LEARNS and "adam" in self.task.args.optim:
             raise ProblemError(
                 f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which hardly "

@@ -1,47 +1,49 @@
-"""``compare``: same data, budget and start; the table is that of the runs."""
+"""``compare``: methods by name or of a file, judged by one command."""
 
 import json
-import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-from hyperopt_peft.cli.compare import table
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
 from hyperopt_peft.problems import DoRA, LoRA
 from tests.support.cli import refused, run, small_run
 
-METHODS = ["lora", "dora", "bidora"]
+SHORT = {
+    "passes": 16,
+    "seeds": [0, 1],
+    "development": [100],
+    "rates": [3e-2],
+    "upper_rates": [1e-2],
+    "max_steps": None,
+    "target_modules": ["query"],
+}
 
 
-def test_the_table_is_that_of_runs_of_one_budget(
+def test_methods_of_files_too_are_judged_at_equal_passes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"target_modules": ["query"], "retrain_arguments": {"max_steps": 3}, "gamma": 0.1}
-    changes["hypergradient"] = "cg:steps=2,damping=1.0"
-    run("compare", **small_run(tmp_path, methods=METHODS, seeds=[0, 1, 0], **changes))
-    folder = tmp_path / "out"
-    record = json.loads((folder / "comparison.json").read_text())
-    assert [(each["method"], each["seed"]) for each in record["runs"]] == [
-        (method, seed) for seed in (0, 1) for method in METHODS
-    ]
-    # Four steps each, and of bidora in each phase. Two upper steps come on top, each with ∂F, two
-    # products and a mixed one.
-    passes = {each["method"]: each["passes"] for each in record["runs"]}
-    assert passes["lora"] == passes["dora"] == 4
-    assert passes[METHODS[2]] >= 4 + 4 + 2 * 4
-    text = capsys.readouterr().out.partition("\nmethod ")[2]
-    assert "2 seeds on 10 rows" in text and record["test_rows"] == 10
-    lines = {line.split("  ")[0]: line for line in text.splitlines()}
-    for method in METHODS:
-        runs = [each for each in record["runs"] if each["method"] == method]
-        for name in ("accuracy", "macro_f1", "loss"):
-            assert f"{statistics.fmean(x['metrics'][name] for x in runs):.4f}" in lines[method]
-    assert "runtime" not in text and "per_second" not in text
-    assert {path.name for path in folder.iterdir()} == {"comparison.json", "report.md"}
+    """One command, and again: the second one has nothing to train."""
+    (tmp_path / "mine.py").write_text(
+        "from hyperopt_peft.problems import BiDoRA\nclass Mine(BiDoRA):\n    pass\n"
+    )
+    methods = ["lora", f"{tmp_path / 'mine.py'}:Mine"]
+    options = small_run(tmp_path, methods=methods, **SHORT)
+    run("compare", **options, dry_run=True)
+    assert "minutes" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    for again in (False, True):
+        run("compare", **options, overwrite_output_dir=again)
+        out = capsys.readouterr().out
+        assert "ties with" in out or "better than" in out or "worse than" in out
+        runs = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+        assert len(runs) == 1 + 1 + 2 + 2 + 3 * 2  # settings, rates, reported ones
+    passes = [json.loads(line)["passes"] for line in runs[1:]]
+    assert all(14 <= each <= 17 for each in passes)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"runs.jsonl", "runs.csv", "report.md", "comparison.png", "comparison.tex"}
 
 
 def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path: Path) -> None:
@@ -61,20 +63,6 @@ def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path
     assert saved[0] == saved[1] and "pooler" in saved[0] and args.modules_to_save == ["pooler"]
 
 
-def test_a_table_by_hand() -> None:
-    numbers = {"a": (1.0, 3.0), "b": (4.0, 6.5)}
-    same = {"passes": 7, "seconds": 2.0}
-    runs = [
-        {"method": name, "seed": seed, "metrics": {"m": value, "loss": 0.5}, **same}
-        for name, values in numbers.items()
-        for seed, value in enumerate(values)
-    ]
-    assert table(runs, "m") == [
-        ["method", "m", "difference to a", "loss", "passes", "seconds"],
-        ["a", "2.0000 ± 1.0000", "–", "0.5000", "7", "2.0"],
-        ["b", "5.2500 ± 1.2500", "+3.2500 ± 0.2500", "0.5000", "7", "2.0"],
-    ]
-
-
 def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "compare", small_run(tmp_path, eval_fraction=0, eval_file=None), "eval_file")
+    refused(capsys, "compare", small_run(tmp_path, run="3/2"), "run: must be K/N")
