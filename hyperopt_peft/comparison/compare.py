@@ -124,7 +124,7 @@ def compare_methods(
 def pickled_by_value(methods: Iterable[Method]) -> None:
     """Let other processes have classes of files that they cannot import by name."""
     for module in {sys.modules[type(method).__module__] for method in methods}:
-        if "." not in module.__name__ and module.__name__ != "__main__":
+        if module.__name__.endswith(".py") or not module.__package__:
             cloudpickle.register_pickle_by_value(module)
 
 

@@ -59,6 +59,8 @@ def lines(folder: Path) -> dict[str, Any]:
     found = {}
     for path in folder.glob("runs*.jsonl"):
         for line in path.read_text().splitlines()[1:]:
+            if line.startswith('{"unfinished'):
+                continue
             entry = json.loads(line)
             names = ("method", "kind", "seed", "rate", "upper_rate", "development")
             found[str([entry[name] for name in names])] = entry["score"], entry["passes"]
@@ -96,10 +98,10 @@ def test_a_product_of_second_derivatives_is_paid_for() -> None:
     for name in ("direct", "cg:steps=2,tolerance=1e-12"):
         method = BiDoRA()
         method.__dict__["defaults"] = {"hypergradient": name}
-        comparison = compared({"LoRA": LoRA(), "BiDoRA": method}, passes=40, rates=(6e-2,))
+        comparison = compared({"LoRA": LoRA(), "BiDoRA": method}, passes=80, rates=(6e-2,))
         (run, _) = comparison.plan.runs_of(comparison.store, "BiDoRA", "method")
         result = comparison.store.results[run]
-        assert 36 <= result["passes"] <= 44  # one upper step has up to six
+        assert 74 <= result["passes"] <= 86  # one upper step has up to six
         steps[name[:2]] = result["steps"][0]
     assert steps["cg"] < 0.6 * steps["di"]
 
