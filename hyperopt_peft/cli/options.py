@@ -53,12 +53,8 @@ class RunArguments:
 
     _argument_group_name = "command"
 
-    dry_run: bool = HfArg(
-        default=False, help="print rows, steps, trainings and minutes; train and write nothing"
-    )
-    plugin: list[str] | None = HfArg(
-        default=None, help="files of Python to import first, which register estimators"
-    )
+    dry_run: bool = HfArg(default=False, help="print the plan and minutes; train nothing")
+    plugin: list[str] | None = HfArg(default=None, help="files to import, which add estimators")
 
 
 @dataclass
@@ -67,27 +63,15 @@ class OutputArguments(RunArguments):
 
     overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
 
-    def require_output(
-        self, args: TrainingArguments, *, resumes: bool = False
-    ) -> str | bool | None:
+    def require_output(self, args: TrainingArguments) -> str | bool | None:
         """The checkpoint to resume, True for the last complete one, or None; nothing is created.
 
-        So a script that is started again and again may always give ``true``. A dry run gets an
-        ``output_dir`` of its own, since a Trainer makes the folder.
-
-        Raises:
-            ProblemError: results cannot be written to ``output_dir``, or would replace others; or
-                a checkpoint is given to a command that cannot resume.
+        A dry run gets an ``output_dir`` of its own, since a Trainer makes the folder.
         """
-        asked = str(args.resume_from_checkpoint)
-        if asked.lower() in ("none", "false"):
-            asked = ""
-        elif not resumes:
-            raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
         if self.dry_run:
             args.output_dir = cache_folder()
             return None
-        folder = Path(args.output_dir or "")
+        folder, asked = Path(args.output_dir or ""), checkpoint_of(args)
         require_writable(folder)
         last = asked.lower() == "true"
         if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:
@@ -106,11 +90,14 @@ class OutputArguments(RunArguments):
         return None if last else asked or None
 
 
+def checkpoint_of(args: TrainingArguments) -> str:
+    """The checkpoint to resume, "" for none."""
+    asked = str(args.resume_from_checkpoint)
+    return "" if asked.lower() in ("none", "false") else asked
+
+
 def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
     """The options of the YAML file, if ``argv`` begins with one, and those of the flags.
-
-    Raises:
-        ProblemError: the file cannot be read, or is no mapping; or a word is before all flags.
 
     Example:
         >>> divided("train", ["--rank=8", "--text-columns", "a", "b"])
@@ -188,14 +175,9 @@ def parse(
         command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options, each with its help.
         argv: a YAML file (optional), then flags. Options of the file that are of other commands,
-            tasks or methods are not read.
+            tasks or methods are not read; such a flag is an error.
         method: a class whose fields are options too, and whose defaults are those of the run.
         besides: further names, which are not read.
-
-    Raises:
-        ProblemError: an unknown option (the message has the nearest one) or a flag of another
-            command, a bad value, or a file that is no mapping of options.
-        SystemExit: help was asked for, and is printed.
     """
     of_file, flags = divided(command, argv)
     parser = _parser(types, method)

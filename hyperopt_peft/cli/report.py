@@ -17,13 +17,10 @@ PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
 
 @dataclass
 class Report:
-    """What a page shows, in this order.
+    """What a page shows.
 
     Attributes:
-        command: the command of ``hyperopt-peft``.
         verdict: the result in a sentence.
-        options: the values of each option, of the file and of the command line.
-        subtitle: the data and the model in a few words.
         tables: rows of cells by title, the heads first.
         pictures: files in the page's folder by caption.
         curves: the logs of the phases by title, of which both levels' losses are drawn.

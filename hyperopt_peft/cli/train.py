@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, evaluate; write adapter, results and report to ``output_dir``."""
     chosen = choose("train", TrainArguments, argv)
     command, args = chosen.command, chosen.args
-    checkpoint = command.require_output(args, resumes=True)
+    checkpoint = command.require_output(args)
     setup = prepare(chosen.model, chosen.data, args, chosen.method)
     trainer = setup.trainer(args, chosen.method)
     works = phases(trainer)
@@ -59,12 +59,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
-    """Write the adapter, the base model's configuration, results and states.
-
-    ``all_results.json`` has the numbers of the search (or of a baseline) under the names of
-    `transformers`, the numbers of the retraining as ``retrain_…``, and the evaluation of the
-    final model as ``eval_…``.
-    """
+    """Write the adapter, the base model's configuration, results and states."""
     save_adapter(trainer)
     results = {"train": _last_metrics(trainer), "eval": evaluation}
     if trainer.retrainer is not None:
