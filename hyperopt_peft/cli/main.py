@@ -89,11 +89,6 @@ class Printable:
 
 def usage() -> str:
     """The commands and their summaries."""
-    lines = [f"  {name:11}{summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: hyperopt-peft COMMAND [config.yaml] [options]\n",
-            *lines,
-            "\nhyperopt-peft COMMAND --help lists the options of one; --version.",
-        ]
-    )
+    commands = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
+    last = "hyperopt-peft COMMAND --help lists the options of one; --version."
+    return f"usage: hyperopt-peft COMMAND [config.yaml] [options]\n\n{commands}\n\n{last}"

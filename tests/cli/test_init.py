@@ -97,7 +97,7 @@ def test_the_file_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_no_file_is_replaced_or_written_nowhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = [write(tmp_path / f"{name}.csv", rows(number=20)) for name in "ab"]
+    files = [write(tmp_path / f"{k}.csv", rows(number=20, seed=k)) for k in (0, 1)]
     config = tmp_path / "config.yaml"
     refused(capsys, "init", {}, "give the file")
     argv = ["init", *files, "--config_file"]

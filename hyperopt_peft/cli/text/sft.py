@@ -31,13 +31,7 @@ def sft_trainer() -> type[BilevelTrainer]:
 
 @dataclass
 class Conversations:
-    """Checks rows, which all have the layout of the first; TRL encodes them.
-
-    Attributes:
-        text_field: the column of plain texts.
-        chat_template: whether there is one, which messages need.
-        columns: those with text, once rows are read.
-    """
+    """Checks rows, which all have the layout of the first; TRL encodes them."""
 
     tokenizer: Any
     text_field: str = "text"
