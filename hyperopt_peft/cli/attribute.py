@@ -212,9 +212,8 @@ class Scored:
     def paragraphs(self, test: Dataset | None, seed: int) -> Iterator[str]:
         """The paragraphs that are printed; all but the first two train again."""
         result, command = self.result, self.command
-        counts = self._counts()
         of_run = {"settings": result.settings, "evaluation_loss": result.values}
-        yield self.write(self._summary(counts), counts, **of_run)
+        yield self.write(*self._summary(), **of_run)
         if command.check:
             yield self._cost("check", command.check, "and another attribution")
             check = result.check(command.check, seed=seed)
@@ -243,13 +242,12 @@ class Scored:
         minutes = trainings * self.result.settings["seconds"] / 60
         return f"{name}: {trainings} trainings, about {minutes:.1f} minutes {more}".rstrip()
 
-    def _counts(self) -> str:
-        hurt, unseen = int((self.result.scores > 0).sum()), self.result.settings["unseen"]
-        text = f"{hurt} of {len(self.result.scores) - unseen} training rows hurt (score > 0)"
-        return text + f"; {unseen} were never trained on: train for longer" * bool(unseen)
-
-    def _summary(self, counts: str) -> str:
-        settings, residuals = self.result.settings, self.result.settings["residuals"].values()
+    def _summary(self) -> tuple[str, str]:
+        """The paragraph on the run, and its line on the rows that hurt."""
+        settings, scores = self.result.settings, self.result.scores
+        hurt, unseen = int((scores > 0).sum()), settings["unseen"]
+        counts = f"{hurt} of {len(scores) - unseen} training rows hurt (score > 0)"
+        counts += f"; {unseen} were never trained on: train for longer" * bool(unseen)
         phi = ", ".join(f"{name} {value:.4f}" for name, value in self.result.values.items())
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
@@ -259,7 +257,7 @@ class Scored:
             f"scores by {settings['estimator']}",
             f"evaluation loss: {phi}",
             counts,
-            *(f"largest relative residual of the solver: {x:.2g}" for x in sorted(residuals)[-1:]),
-            *(f"note: {note}" for note in settings["notes"]),
         ]
-        return "\n".join(lines)
+        if residuals := settings["residuals"].values():
+            lines.append(f"largest relative residual of the solver: {max(residuals):.2g}")
+        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])]), counts

@@ -31,15 +31,7 @@ class Guess(NamedTuple):
 
 
 def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str | None) -> Guess:
-    """The task and the columns of ``rows``; what is given is not guessed.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> tweets = [f"{k} is {'fine' * (k % 2) or 'bad'}" for k in range(10)]
-        >>> rows = Dataset.from_dict({"tweet": tweets, "mood": ["sad", "glad"] * 5})
-        >>> tuple(guess(rows, None, None, None))
-        ('text-classification', ['tweet'], 'mood', '2 classes: sad 5, glad 5')
-    """
+    """The task and the columns of ``rows``; what is given is not guessed."""
     require_columns(rows, [label] if label else [], TRAIN)
     names = rows.column_names
     lists = [name for name in names if not isinstance(rows.features[name], Value | ClassLabel)]

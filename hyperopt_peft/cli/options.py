@@ -97,12 +97,7 @@ def checkpoint_of(args: TrainingArguments) -> str:
 
 
 def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
-    """The options of the YAML file, if ``argv`` begins with one, and those of the flags.
-
-    Example:
-        >>> divided("train", ["--rank=8", "--text-columns", "a", "b"])
-        ({}, {'rank': ['8'], 'text_columns': ['a', 'b']})
-    """
+    """The options of the YAML file, if ``argv`` begins with one, and those of the flags."""
     of_file, flags, values = Options(), Options(), list[str]()
     if argv and not argv[0].startswith("-"):
         of_file, argv = _options_in(Path(argv[0]), command), argv[1:]
@@ -144,12 +139,7 @@ def _words(value: Any) -> list[str]:
 
 
 def flags_of(options: Mapping[str, Sequence[str]]) -> list[str]:
-    """``options`` as flags.
-
-    Example:
-        >>> flags_of({"rank": ["8"], "text_columns": ["a", "b"], "decay": ["-1"], "bf16": []})
-        ['--rank=8', '--text_columns', 'a', 'b', '--decay=-1', '--bf16']
-    """
+    """``options`` as flags."""
     flags: list[str] = []
     for name, values in options.items():
         flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
@@ -184,17 +174,18 @@ def parse(
     if {"help", "help_all"} & {*flags}:
         print(_page(command, parser, everything="help_all" in flags))
         raise SystemExit(0)
-    names = names_of(parser.dataclass_types)
-    for name in flags:
-        if owners := _others(command, name, {*names, *besides}):
+    names, given = names_of(parser.dataclass_types), {**of_file, **flags}
+    read = {k: v for k, v in given.items() if {k, k.removeprefix("no_")} & names}
+    foreign = [name for name in given if name not in read and name not in besides]
+    for name in foreign:
+        owners = _owners(command, name, names)
+        if name in flags:
             raise ProblemError(
                 f"--{name}: an option of {owners}, which this run does not read; leave it out"
             )
-    if foreign := [name for name in of_file if _others(command, name, {*names, *besides})]:
+    if foreign:
         text = f"{', '.join(foreign)}: of other commands, tasks or methods, and not read"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
-    given = {**{k: v for k, v in of_file.items() if k not in flags}, **flags}
-    read = {k: v for k, v in given.items() if {k, k.removeprefix("no_")} & names}
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             flags_of(read), return_remaining_strings=True, look_for_args_file=False
@@ -262,15 +253,9 @@ def _names(owner: str) -> set[str]:
     return names_of(import_module(f"hyperopt_peft.cli.{owner}").TYPES)
 
 
-def _others(command: str, name: str, names: Collection[str]) -> str:
-    """The commands, tasks or methods with the option ``name``; "" where it is one of ``names``.
-
-    Raises:
-        ProblemError: nothing has it.
-    """
+def _owners(command: str, name: str, names: Collection[str]) -> str:
+    """The commands, tasks or methods with the option ``name``, which is none of ``names``."""
     plain = name.removeprefix("no_")
-    if {name, plain} & {*names}:
-        return ""
     if plain in _names(command):
         return "other tasks"
     owners = [owner for owner in (*COMMANDS, *METHODS) if owner != "init"]

@@ -49,18 +49,7 @@ class Report:
         return folder / name
 
     def text(self, pictures: Mapping[str, str]) -> str:
-        """The page.
-
-        Example:
-            >>> tables = {"Results": [["method", "loss"], ["lora", 0.5]]}
-            >>> print(Report("train", "loss 0.5", {"rank": ["8"]}, tables=tables).text({}))
-            # hyperopt-peft train
-            ...
-            | method | loss |
-            | --- | --- |
-            | lora | 0.5 |
-            ...
-        """
+        """The page."""
         again = [f"hyperopt-peft {self.command}"]
         again += [shlex.join([f"--{name}", *words]) for name, words in self.options.items()]
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)

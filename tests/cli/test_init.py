@@ -75,7 +75,7 @@ def test_a_given_task_and_named_classes_of_a_parquet_file() -> None:
     assert guessed(table, task="causal-lm") == ("causal-lm", ["text"], None)
     rows = Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 10})
     found = guess(rows.cast_column("label", ClassLabel(names=["a", "b"])), None, None, None)
-    assert (found.task, found.label) == (CLASSES, "label")
+    assert tuple(found) == (CLASSES, ["text"], "label", "2 classes: 0 10, 1 10")
 
 
 @pytest.mark.parametrize("task", KINDS)

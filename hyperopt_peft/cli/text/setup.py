@@ -131,15 +131,16 @@ class Setup:
                 options["data_collator"] = DataCollatorForSeq2Seq(self.encoder.tokenizer, model)
         try:
             return kind(model, args, method=copy.deepcopy(method), **data, **options)
-        except ProblemError:
-            raise
         except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
             raise ProblemError(str(error)) from error
 
 
 def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) -> Setup:
     """Read and encode the data for the model and for ``methods``, without loading weights."""
-    read = sorted({name for method in methods for name in columns_read(method)})
+    read = list[str]()  # columns of the training rows, beside those of the task
+    for method in methods:
+        own = getattr(method, "column", None)  # of which the method makes its tags
+        read += [name for name in ([own] if own else method.tags) if name not in (INDEX, *read)]
     task, name, of_trl = TASKS[args.task], args.tokenizer or args.model, args.task == SFT
     columns = [] if of_trl else data.columns(args.task)
     rows, upper, evaluation_rows = data.read(read)
@@ -171,14 +172,3 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
         train, evaluation = hold_out(train, data.eval_fraction)
         evaluation = evaluation.remove_columns(read)
     return Setup(args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows)
-
-
-def columns_read(method: Method) -> list[str]:
-    """The columns of the training rows that ``method`` reads, beside those of the task.
-
-    Example:
-        >>> columns_read(Method())
-        []
-    """
-    own: str | None = getattr(method, "column", None)  # of which the method makes its tags
-    return [tag for tag in method.tags if tag != INDEX] if own is None else [own]
