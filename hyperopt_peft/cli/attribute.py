@@ -28,7 +28,7 @@ from hyperopt_peft.cli.text.data import (
     require_columns,
 )
 from hyperopt_peft.cli.text.setup import SHARED, Setup, choose, prepare
-from hyperopt_peft.cli.train import evaluated, save_adapter
+from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
@@ -112,7 +112,7 @@ def run(argv: Sequence[str]) -> None:
     output, first = Path(args.output_dir), not distributed.rank()
     if command.score_model == "adapter":
         save_adapter(trainer)
-        trainer.save_metrics("eval", evaluated(trainer))
+        trainer.save_metrics("eval", trainer.evaluate())
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
     page.pictures = {"Scores of the training rows": "attribution.png"}
     scored = Scored(result, command, page, output if first else None)
@@ -212,7 +212,7 @@ class Scored:
     def paragraphs(self, test: Dataset | None, seed: int) -> Iterator[str]:
         """The paragraphs that are printed; all but the first two train again."""
         result, command = self.result, self.command
-        of_run = {"settings": result.settings, "evaluation_loss": result.values}
+        of_run: dict[str, Any] = {"settings": result.settings, "evaluation_loss": result.values}
         yield self.write(*self._summary(), **of_run)
         if command.check:
             yield self._cost("check", command.check, "and another attribution")

@@ -17,9 +17,9 @@ from hyperopt_peft.cli.plan import plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
+from hyperopt_peft.cli.train import metrics_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
-from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.tables import aligned
@@ -71,8 +71,7 @@ def run(argv: Sequence[str]) -> None:
             begin = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - begin
-            tested = {k: x for k, x in trainer.evaluate().items() if not k.endswith(TIMINGS)}
-            tested = {k.removeprefix("eval_"): x for k, x in tested.items() if k != "epoch"}
+            tested = metrics_of(trainer.evaluate())
             record = {"method": each.name, "seed": seed, "metrics": tested}
             runs.append({**record, "passes": int(work.passes), "seconds": seconds})
             if first:

@@ -23,13 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` (by default the process's own) names; the exit status.
 
     It is 0; 2 after an error of the user's, 130 after Ctrl-C, both with one line on stderr.
-
-    Example:
-        >>> from hyperopt_peft.cli.main import main
-        >>> main(["--help"])
-        usage: hyperopt-peft COMMAND [config.yaml] [options]
-        ...
-        0
     """
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "--version"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import refused, run, small_run
+from tests.support.cli import refused, small_run
 
 COMMANDS = ("train", "attribute", "compare")
 SHORT = {"max_steps": 1, "lower_steps": 1}
@@ -26,11 +26,3 @@ def test_the_results_of_an_earlier_run_stay(
         refused(capsys, command, chosen, str(out), result, "--overwrite_output_dir")
     assert [path.name for path in out.iterdir()] == [result]
     assert (out / result).read_text() == "an earlier run"
-
-
-def test_an_earlier_run_is_replaced_on_demand(tmp_path: Path) -> None:
-    chosen = small_run(tmp_path, method="lora", **SHORT)
-    run("train", **chosen)
-    before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
-    run("train", **{**chosen, "seed": 4, "overwrite_output_dir": True})
-    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() != before

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli import refused, run, small_run, state
+from tests.support.cli import run, small_run, state
 from tests.support.files import save_model
 
 
@@ -55,14 +55,6 @@ def test_steps_are_those_that_are_trained(
     assert state(tmp_path / "out/retrain")["global_step"] == steps(text)[1] == 6
     text = plan(capsys, {**options, "retrain": "none"})
     assert len(steps(text)) == 1 and numbers(text, "examples")[2] == 0
-
-
-def test_too_few_steps_are_refused_as_in_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = small_run(tmp_path, lower_steps=5)
-    for dry in (False, True):
-        refused(capsys, "train", {**options, "dry_run": dry}, "lower_steps: 5 leaves no upper step")
 
 
 def test_new_weights_that_stay_random_are_warned_of(

@@ -58,13 +58,8 @@ def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
     rows = language.rows(layout, 8).to_list()
     if layout == "completion":
         rows[2]["prompt"] = "say a " * 12
-    evaluation = [
-        {**row, "origin": "xy"[k % 2]} for k, row in enumerate(language.rows(layout, 4, 9))
-    ]
-    chosen = options(tmp_path, model)
+    chosen = options(tmp_path, model, layout, assistant_only_loss=layout == "messages")
     write(tmp_path / "train.jsonl", rows)
-    write(tmp_path / "eval.jsonl", evaluation)
-    chosen |= {"slices": "origin", "assistant_only_loss": layout == "messages"}
     run("attribute", **chosen, estimator="gradient")
     with (tmp_path / "out/attribution.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
