@@ -91,15 +91,6 @@ def test_an_upper_step_costs_passes_of_the_upper_loss_alone(tmp_path: Path) -> N
     assert sum(calls) == 4 * 2 + 2
 
 
-def test_half_precision_and_checkpointing(tmp_path: Path) -> None:
-    """As tools for language models train by default: equal bits with and without checkpoints."""
-    runs = [
-        trained(tmp_path, "sama:product=dots", gradient_checkpointing=on, bf16=True)
-        for on in (False, True)
-    ]
-    assert torch.equal(*map(learnt, runs)) and learnt(runs[0]).any()
-
-
 class Poisoned(HeldOut):
     """An upper loss that is not a number in the second upper step, of two pieces each."""
 
@@ -136,16 +127,3 @@ def test_shards_train_as_one_process_does(tmp_path: Path) -> None:
             assert torch.equal(*found)
             tolerance = 0.1 if name == "half" else 1e-5
             assert (found[0] - expected).norm() < tolerance * expected.norm(), (name, key)
-
-
-@pytest.mark.slow
-def test_a_compiled_model_is_trained_alike(tmp_path: Path) -> None:
-    runs = []
-    for compiled in (False, True):
-        model = peft_model("causal", dropout=0.1, dora=False)
-        if compiled:
-            model.compile(backend="aot_eager")
-        options = {"optim": "sgd", "dtype": torch.float64, "upper_learning_rate": 10.0}
-        runs.append(learnt(trained(tmp_path, "darts:product=dots", model=model, **options)))
-    torch.compiler.reset()
-    torch.testing.assert_close(*runs)

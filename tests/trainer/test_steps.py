@@ -111,25 +111,14 @@ def trained(
     """w and u after a run, each of whose micro-batches is the same."""
     w, u = start()
     model = nn.Module()
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4 // accumulation,
-        "gradient_accumulation_steps": accumulation,
-        "lower_steps": lower_steps,
-        "hypergradient": method,
-        "optim": "adamw_torch",
-        "adam_beta1": BELOW["betas"][0],
-        "adam_beta2": BELOW["betas"][1],
-        "adam_epsilon": BELOW["eps"],
-        "weight_decay": BELOW["weight_decay"],
-        "upper_weight_decay": 0.0,
-        "lr_scheduler_type": "constant",
-        "learning_rate": RATES[0],
-        "upper_learning_rate": RATES[1],
-        "max_grad_norm": max_grad_norm,
-        "upper_max_grad_norm": 0.0,
-        "remove_unused_columns": False,
-    }
+    settings = {"max_steps": STEPS, "lower_steps": lower_steps, "hypergradient": method}
+    settings |= {"per_device_train_batch_size": 4 // accumulation, "optim": "adamw_torch"}
+    settings |= {"gradient_accumulation_steps": accumulation, "remove_unused_columns": False}
+    settings |= {"adam_beta1": BELOW["betas"][0], "adam_beta2": BELOW["betas"][1]}
+    settings |= {"adam_epsilon": BELOW["eps"], "weight_decay": BELOW["weight_decay"]}
+    settings |= {"lr_scheduler_type": "constant", "learning_rate": RATES[0]}
+    settings |= {"upper_learning_rate": RATES[1], "upper_max_grad_norm": 0.0}
+    settings |= {"max_grad_norm": max_grad_norm}
     BilevelTrainer(
         model,
         lower=FunctionLevel(lambda _: f(w, u, BATCHES[0]), w, name="lower"),
