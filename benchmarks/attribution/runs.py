@@ -23,7 +23,7 @@ from hyperopt_peft import Problem
 from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.levels import train_levels
 from hyperopt_peft.attribution.scores import RetrainingSetup
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 
 TRAIN, ABOVE, CHUNK, LENGTH = 300, 100, 60, 12

@@ -30,7 +30,7 @@ from benchmarks.estimators.peers import Peer, peers
 from hyperopt_peft import NonFiniteError, Problem, ProblemError
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator
-from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, open_oracle
+from hyperopt_peft.hypergradients.estimate import check_estimator, open_oracle
 from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.utils.distributed import gather
 
@@ -125,7 +125,7 @@ def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> V
         check_estimator(get_estimator(method), *levels)
         oracle = open_oracle(*levels, seed=0)
         oracle.passes = passes or oracle.passes
-        return Vector(gather(x) for x in estimate(oracle, method).hypergradient)
+        return Vector(gather(x) for x in oracle.estimate(get_estimator(method)).hypergradient)
     except (ProblemError, NonFiniteError) as error:
         return refusal(error)
     except (RuntimeError, ArithmeticError, AttributeError, TypeError) as error:

@@ -36,7 +36,7 @@ from benchmarks.memory import peak_memory
 from benchmarks.pages import DOCS, ROOT, between, machine_line
 from hyperopt_peft import Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
-from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.products import Passes
 
 REFERENCE = "minres:steps=200,tolerance=1e-6"
@@ -141,7 +141,7 @@ def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
     parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 100)]
     levels, norm = encoder_problem(steps=5 if quick else 300)
     oracle = open_oracle(*levels)
-    reference = estimate(oracle, "minres:steps=5" if quick else REFERENCE)
+    reference = oracle.estimate(get_estimator("minres:steps=5" if quick else REFERENCE))
     parts.append(encoder(levels, methods, reference.hypergradient))
     parts += [in_one_process(methods), two_processes(methods)]
     rows = []

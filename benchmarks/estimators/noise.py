@@ -36,7 +36,7 @@ from benchmarks.measure import Target, arguments, report
 from hyperopt_peft import Engine, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.hypergradients import get_estimator, registered
-from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, open_oracle
+from hyperopt_peft.hypergradients.estimate import check_estimator, open_oracle
 from hyperopt_peft.hypergradients.oracle import State
 from hyperopt_peft.problems.hypercleaning import CleanImages, WeightedImages, digits
 
@@ -136,7 +136,7 @@ def noise(
         below, above = draws.draw(random)
         oracle = open_oracle(upper, lower, upper_batch=above, lower_batch=below)
         oracle.state = state
-        result = estimate(oracle, method)
+        result = oracle.estimate(get_estimator(method))
         if result.state and not state:
             k -= settle
         state = result.state

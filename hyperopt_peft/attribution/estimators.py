@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.estimator import Cost, Estimator
+from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import get_estimator, with_options
@@ -35,9 +35,9 @@ class IdentitySolver(Solver):
     product: ProductKind = field(default="difference", kw_only=True)
     name = "gradient"
 
-    def cost(self) -> Cost | None:
+    def cost(self) -> int | None:
         """Of one upper step: F, and the difference along ∂F/∂w."""
-        return self.products_cost(0, 3)
+        return self.products_cost(0)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """b itself."""

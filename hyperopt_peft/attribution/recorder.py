@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hyperopt_peft.attribution.rows import INDEX, RowWeighted
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable

@@ -25,8 +25,8 @@ from hyperopt_peft.core.labels import (
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.accumulation import MicroBatch
 from hyperopt_peft.trainer.data import collating
+from hyperopt_peft.trainer.step import MicroBatch
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.models import trainable
 from hyperopt_peft.utils.random_state import RandomState, replay

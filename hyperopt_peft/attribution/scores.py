@@ -17,7 +17,6 @@ from hyperopt_peft.attribution.reverse import Sweep
 from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.training import Training
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.hypergradients.estimate import estimate
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
@@ -112,7 +111,7 @@ def scores(
         options: dict[str, Any] = {"last_steps": estimator.last_steps, "progress": progress}
         products = sweep.back(checkpoints or points, **options)
     else:
-        results = [estimate(oracle, estimator.estimator) for oracle in oracles]
+        results = [oracle.estimate(estimator.estimator) for oracle in oracles]
         products = [result.implicit.flat() for result in results]
         by_name = zip(names, results, strict=True)
         residuals = {k: result.residual for k, result in by_name if result.residual is not None}

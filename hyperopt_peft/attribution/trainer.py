@@ -39,8 +39,8 @@ from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, level_count, shown_columns
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.problems.bidora import BiDoRA
-from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.step import Accumulated
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.precision import require_float32

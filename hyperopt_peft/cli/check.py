@@ -127,8 +127,7 @@ def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
 
 
 def _passes(estimator: Estimator) -> int:
-    cost = estimator.cost()
-    return 2 if cost is None else cost.backward_passes
+    return estimator.cost() or 2
 
 
 def _examine(trainer: BilevelTrainer, command: CheckArguments) -> Report:

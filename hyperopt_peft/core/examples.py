@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,8 +38,6 @@ class WeightedExamples(Problem):
 
     #: The module that ``losses`` calls once, on all rows of a batch.
     model: nn.Module
-    #: Called with each batch and its ``losses``, between ``losses`` and ``weighted``.
-    observer: Callable[[Any, Tensor], None] | None = None
 
     @property
     def examples(self) -> WeightedExamples:
@@ -60,7 +58,4 @@ class WeightedExamples(Problem):
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """``weighted(losses(batch), batch)``."""
-        losses = self.losses(batch)
-        if self.observer is not None:
-            self.observer(batch, losses)
-        return self.weighted(losses, batch)
+        return self.weighted(self.losses(batch), batch)

@@ -78,6 +78,19 @@ class StepRecord:
     optimizer: Mapping[str, Any] | None = None
 
 
+@dataclass
+class Evaluated:
+    """What the first uncompiled evaluation of a loss shows; wrappers of a level share the object.
+
+    Attributes:
+        half: whether the loss runs in half precision; None before that evaluation.
+        unread: the names of the variables that the prior reads and the loss does not.
+    """
+
+    half: bool | None = None
+    unread: frozenset[str] = frozenset()
+
+
 class Problem:
     """One level: minimise ``loss`` over ``variables``.
 
@@ -100,8 +113,8 @@ class Problem:
             metric ``prior`` has the term, and records of training have the loss without it.
         name: the level's name in errors and logs; by default the name of the class.
 
-    `Nested`, a level with levels below, overrides ``levels``, ``second_derivatives``,
-    ``differences``, ``train_below``, ``anchored``, ``gradient_above`` and ``require_single``.
+    `Nested`, a level with levels below, overrides ``levels``, ``differences``, ``next_batch``,
+    ``anchored`` and ``gradient_above``.
 
     Raises:
         ProblemError: as `named_variables`; the optimizer is over other tensors; the prior is
@@ -121,9 +134,6 @@ class Problem:
         >>> w
         tensor([1., 1.], requires_grad=True)
     """
-
-    #: Whether ``loss`` can be differentiated twice, as an exact product does.
-    second_derivatives = True
 
     def __init__(
         self,
@@ -146,10 +156,7 @@ class Problem:
                 f"{self.name}: max_grad_norm must be a positive number, got {max_grad_norm!r}"
             )
         self.max_grad_norm = max_grad_norm
-        #: Whether the loss runs in half precision; None until it is first evaluated uncompiled.
-        self.half: bool | None = None
-        #: The names of the variables that the prior reads and the loss does not, as `half`.
-        self.unread: frozenset[str] = frozenset()
+        self.evaluated = Evaluated()
         if optimizer is not None:
             check_optimizer(optimizer, zip(self.names, self.variables), self.name)
         if scheduler is not None:
@@ -180,8 +187,8 @@ class Problem:
 
     @property
     def devices(self) -> list[torch.device]:
-        """The devices that hold the variables."""
-        return list(dict.fromkeys(variable.device for variable in self.variables))
+        """The devices that hold the variables of this level and of the levels below."""
+        return list(dict.fromkeys(variable.device for variable in variables_of(self)))
 
     def next_batch(self) -> Any:
         """The next batch of the level's data, on the level's device; None without data."""
@@ -223,9 +230,9 @@ class Problem:
                 raise ProblemError(f"{self.name}: {hint}") from error
             raise
         loss, metrics = loss_and_metrics(result, self.name)
-        if self.half is None:
-            self.half = runs_in_half(loss, self.name)
-            self.unread = frozenset() if self.prior is None else self._unread(loss)
+        if self.evaluated.half is None:
+            self.evaluated.half = runs_in_half(loss, self.name)
+            self.evaluated.unread = frozenset() if self.prior is None else self._unread(loss)
         if self.prior is not None:
             prior = prior_value(self.prior, self.variables, self.name)
             loss = loss + prior.to(loss.device)
@@ -347,9 +354,6 @@ class Problem:
         """The depth of finite differences in ``gradient``: 2 for a difference of differences."""
         return 0
 
-    def train_below(self) -> None:
-        """Train the levels below, before a step of this level."""
-
     def anchored(self) -> AbstractContextManager[None]:
         """Within the body, the levels below follow perturbed variables of the levels above."""
         return nullcontext()
@@ -360,8 +364,15 @@ class Problem:
         """The loss on ``batch`` of ``upper``, the level above, and its gradient."""
         return upper.gradient(batch, variables)
 
+    @property
+    def nested(self) -> bool:
+        """Whether there are levels below, so that ``loss`` cannot be differentiated twice."""
+        return len(self.levels) > 1
+
     def require_single(self, reason: str) -> None:
         """Raise ProblemError where there are levels below: ``reason``, and what to do."""
+        if self.nested:
+            raise ProblemError(f"{self.name}: the level is Nested, with levels below: {reason}")
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
         """The optimizer's kind, options and, if asked for, state; see `optimizer_state_copy`."""

@@ -30,7 +30,7 @@ class Level(Protocol):
     variables: tuple[Tensor, ...]
     optimizer: Any
     scheduler: Any
-    unread: frozenset[str]
+    evaluated: Any
 
     @property
     def levels(self) -> Sequence[Any]:
@@ -222,7 +222,7 @@ def require_read(
     variables to check, which no other loss reads; None for all.
     """
     for name, slope in zip(level.names, gradient, strict=True):
-        unread = slope is None or name in level.unread
+        unread = slope is None or name in level.evaluated.unread
         if unread and (besides is None or name in besides):
             raise ProblemError(
                 f"{level.name}: no gradient reaches variable {name!r} at the first step; use the "

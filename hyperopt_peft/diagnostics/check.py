@@ -19,9 +19,9 @@ from hyperopt_peft.diagnostics.derivatives import wrong_derivatives
 from hyperopt_peft.diagnostics.findings import Check, Finding, Severity
 from hyperopt_peft.diagnostics.progress import counted
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
+from hyperopt_peft.hypergradients.estimate import NEXT, check_ownership, open_oracle
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
-from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.autograd import refuses_in_place_edit
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -159,7 +159,7 @@ class _Examination:
         except Exception as error:  # in its own precision the loss has raised none
             self.not_compared = f"{type(error).__name__}: {error}"
         self.findings += wrong
-        exact = oracle.lower.second_derivatives and "error" not in {f.severity for f in wrong}
+        exact = not oracle.lower.nested and "error" not in {f.severity for f in wrong}
         self._second_order("exact" if exact else "difference")
 
     def _add(self, kind: str, severity: Severity, level: Problem, words: str, advice: str) -> None:
@@ -230,7 +230,8 @@ class _Examination:
     def _differs(self, level: Problem, one: LossGradient, other: LossGradient) -> bool:
         """Whether two evaluations differ by more than the rounding of sums in another order."""
         a, b = (Vector.of(e.gradient, self._variables) for e in (one, other))
-        epsilon = torch.finfo(torch.bfloat16).eps if level.half else machine_epsilon(a)
+        half = any(each.evaluated.half for each in level.levels)
+        epsilon = torch.finfo(torch.bfloat16).eps if half else machine_epsilon(a)
         apart = abs(one.loss - other.loss) > 10 * epsilon * abs(one.loss)
         return apart or (a - b).norm() > 10 * epsilon * a.norm()
 
@@ -238,14 +239,15 @@ class _Examination:
         """Add findings on variables without a gradient, and on a missing implicit term."""
         upper, lower = self.oracle.upper, self.oracle.lower
         count = len(upper.variables)
+        by_prior = lower.evaluated.unread
         unread = [
-            (lower, n) for n, g in zip(lower.names, below[count:]) if g is None or n in lower.unread
+            (lower, n) for n, g in zip(lower.names, below[count:]) if g is None or n in by_prior
         ]
         both, options = zip(upper.names, upper.variables, above, below), read_by_options(lower)
         unread += [
             (upper, n)
             for n, x, f, g in both
-            if (f is None or n in upper.unread) and g is None and id(x) not in options
+            if (f is None or n in upper.evaluated.unread) and g is None and id(x) not in options
         ]
         for level, name in unread:
             losses = "the lower loss does not read" if level is lower else "no loss reads"

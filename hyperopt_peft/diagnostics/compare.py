@@ -17,9 +17,9 @@ from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.progress import counted
 from hyperopt_peft.diagnostics.retraining import Coordinates, Retraining
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, estimate, open_oracle
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, open_oracle
+from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator, with_options
 from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.vector import Vector, dot
@@ -245,7 +245,7 @@ class _Truth:
 def _run(oracle: Oracle, estimator: Estimator) -> _Run:
     begin = time.perf_counter()
     check_estimator(estimator, oracle.upper, oracle.lower)
-    result = estimate(oracle, estimator)
+    result = oracle.estimate(estimator)
     for device in {*oracle.upper.devices, *oracle.lower.devices}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -12,11 +12,10 @@ import torch
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
-from hyperopt_peft.hypergradients.estimator import Estimate
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.implicit.solver import Matvec
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.random_state import replay
 from hyperopt_peft.utils.restore import assign_, perturbed
@@ -129,7 +128,7 @@ def spectrum(
     require_count("lanczos_steps", lanczos_steps, least=1)
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     with oracle.open():
-        if lower.second_derivatives:
+        if not lower.nested:
             with suppress(ProblemError):  # f has no second derivative
                 return _ends(oracle, "exact", lanczos_steps, seed)
         return _ends(oracle, "difference", lanczos_steps, seed)

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from hyperopt_peft.core.optimizer import present_options
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.diagnostics.curvature import random_like
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
 from hyperopt_peft.utils.reductions import norm
 from hyperopt_peft.utils.restore import assign_, perturbed

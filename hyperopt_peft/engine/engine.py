@@ -13,8 +13,8 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.engine.step import BilevelStep, LowerStep, require_history
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.estimator import Estimator
-from hyperopt_peft.hypergradients.oracle import check_ownership
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.hypergradients.state import unpacked
 from hyperopt_peft.utils import distributed
@@ -38,8 +38,7 @@ class Engine:
         upper: the level with loss F and variables u.
         lower: the level with loss f and variables w; a `Nested` level in a chain.
         hypergradient: an estimator of dF/du; its name with options (``"cg:steps=20"``); or a
-            solver, any function ``(matvec, b) → v`` with v ≈ [∂²f/∂w²]⁻¹ b (`get_estimator`). With
-            an estimator that has an ``upper_weight``, each lower step takes an upper batch too.
+            solver, any function ``(matvec, b) → v`` with v ≈ [∂²f/∂w²]⁻¹ b (`get_estimator`).
         lower_steps: the number of lower steps before each upper step; or ``"minimum"``, for a small
             level with a deterministic loss and without an optimizer: on each batch L-BFGS takes w
             to a gradient of at most 1e-4 an entry (`lbfgs`).
@@ -109,7 +108,7 @@ class Engine:
         self.estimator = get_estimator(hypergradient)
         if solved:
             _check_solved(lower, self.estimator)
-        self._step = BilevelStep(upper, lower, self.estimator, seed=seed)
+        self._step = BilevelStep(upper, lower, self.estimator, seed=seed, recorded=count)
         require_history(self.estimator, lower_steps=count, recorded=count)
         self.lower_steps, self.warmup_steps, self.seed = lower_steps, warmup_steps, seed
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
@@ -248,7 +247,7 @@ class Engine:
         solved = self.lower_steps == "minimum"
         if solved:
             lbfgs(self.lower, self.lower.peek_batch())
-        self._lower_log = self._step.train_lower(number=self.lower_step, solved=solved)
+        self._lower_log = self._step.train_lower(solved=solved)
 
     def _step_upper(self) -> Record:
         batch = self.upper.next_batch()
@@ -289,7 +288,7 @@ def _check_solved(lower: Problem, estimator: Estimator) -> None:
             f"{lower.name}: {where} does not use the level's optimizer; leave it out, or give a "
             "number of steps"
         )
-    if estimator.requirements.optimizer_state or estimator.requirements.upper_weight:
+    if estimator.requirements.optimizer_state:
         raise ProblemError(
             f"{estimator.name}: it needs steps of the lower optimizer, and {where} takes none; "
             'choose a solver, such as "minres"'

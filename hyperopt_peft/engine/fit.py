@@ -39,7 +39,6 @@ def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str
     with trange(steps, disable=not progress, desc=problem.name) as bar:
         for step in bar:
             try:
-                problem.train_below()
                 evaluation = problem.gradient(problem.next_batch(), problem.variables)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step + 1}: {error}") from error

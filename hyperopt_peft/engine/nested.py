@@ -19,10 +19,10 @@ from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import estimate, like
+from hyperopt_peft.hypergradients.estimate import check_ownership, like
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.solver import Solver
-from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
@@ -44,13 +44,14 @@ class Nested(Problem):
     derivatives of G̃ as differences of this gradient. `gradient_above` is the total derivative of F,
     which may read w too.
 
-    At a perturbed v, w follows w* by Newton steps on f; afterwards w is restored bit for bit:
+    At a perturbed v, w follows w* by a Newton step on f; afterwards w is restored bit for bit:
 
         w ← w − [∂²f/∂w²]⁻¹ (∂f/∂w − g),   g = ∂f/∂w before the perturbation
 
-    Subtracting g treats the current w as w*, though training has not reached the minimum. One
-    Newton step is exact for a quadratic f. For any other f the error of one step is of the order
-    of the finite difference's own error.
+    Subtracting g treats the current w as w*, though training has not reached the minimum. The
+    step is exact for a quadratic f. For any other f its error is of the order of the finite
+    difference's own error. With an estimator that is no solver (darts) w does not move, and ∂²G̃
+    lacks the term of ∂w*/∂v.
 
     ``lower_steps`` steps of ``lower`` precede each step of ``middle``. Derivatives of f use the
     batch and the random numbers of the last lower step; before the first lower step, they use the
@@ -65,8 +66,6 @@ class Nested(Problem):
             default is CG with 20 steps and tolerance 1e-12.
         lower_steps: the number of steps of ``lower`` before each step of ``middle``.
         warmup_steps: the number of additional steps of ``lower`` before the first step.
-        follow: the number of Newton steps. The default is 1 for a solver, and 0 for any other
-            estimator (darts). With 0, w does not move and ∂²G̃ lacks the term of ∂w*/∂v.
 
     Raises:
         ProblemError: two variables share memory; ``middle`` is a `Nested` level; the estimator
@@ -91,8 +90,6 @@ class Nested(Problem):
         2.0
     """
 
-    second_derivatives = False
-
     def __init__(
         self,
         middle: Problem,
@@ -101,35 +98,18 @@ class Nested(Problem):
         *,
         lower_steps: int = 1,
         warmup_steps: int = 0,
-        follow: int | None = None,
     ) -> None:
         check_ownership(middle, lower)
+        vars(self).update(vars(middle))  # variables, data, optimizer and whatever a loss may read
         self.middle, self.lower = middle, lower
-        super().__init__(zip(middle.names, middle.variables, strict=True), name=middle.name)
-        self.batches, self.max_grad_norm = middle.batches, middle.max_grad_norm
-        self.optimizer, self.scheduler = middle.optimizer, middle.scheduler
-        self.prior = middle.prior
         require_count("lower_steps", lower_steps, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
         self.lower_steps, self.warmup_steps = lower_steps, warmup_steps
-        product: ProductKind = "exact" if lower.second_derivatives else "difference"
+        product: ProductKind = "difference" if lower.nested else "exact"
         default = ConjugateGradient(steps=20, tolerance=1e-12, product=product)
         self.estimator = get_estimator(hypergradient or default)
-        self._step = BilevelStep(middle, lower, self.estimator, look_back=False)
-        if self.estimator.requirements.upper_weight:
-            raise ProblemError(
-                f"{self.name}: {self.estimator.name} changes the lower steps, which nested levels "
-                "do not allow; choose cg or minres here"
-            )
-        solves = isinstance(self.estimator, Solver)
-        self.follow = int(solves) if follow is None else follow
-        require_count("follow", self.follow, least=0)
-        if self.follow and not solves:
-            raise ProblemError(
-                f"{self.name}: follow={self.follow} needs a solver, and {self.estimator.name} is "
-                'none; choose one such as "cg", or follow=0'
-            )
-        self._rounds = 0  # calls of `train_below`
+        self._step = BilevelStep(middle, lower, self.estimator)
+        self._rounds = 0  # of steps of the level below
         self._log: dict[str, float] = {}  # of the last lower step
         self._anchor: Vector | None = None  # g within `anchored`
         self._read: dict[Tensor, bool] = {}  # whether the level below reads a variable
@@ -149,31 +129,23 @@ class Nested(Problem):
         exact = self.estimator.requirements.second_derivatives
         return self.lower.differences + (not (exact or isinstance(self.estimator, Direct)))
 
-    @property
-    def devices(self) -> list[torch.device]:
-        """The devices that hold the variables of this level and of the levels below."""
-        return list(dict.fromkeys([*super().devices, *self.lower.devices]))
-
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """G at the current w."""
         return self.middle.loss(batch)
 
-    def step(self, gradient: Sequence[Tensor | None], norm: float | None = None) -> float:
-        """One step of ``middle``'s optimizer and scheduler; see `Problem.step`."""
-        return self.middle.step(gradient, norm)
-
-    def train_below(self) -> None:
-        """Do ``lower_steps`` steps of the level below.
+    def next_batch(self) -> Any:
+        """The next batch of ``middle``, after ``lower_steps`` steps of the level below.
 
         Raises:
             ProblemError: at the first step, no loss reads a variable of the level below.
             NonFiniteError: a loss or a gradient of the level below is NaN or infinite.
         """
         for _ in range(self.lower_steps + (0 if self._rounds else self.warmup_steps)):
-            step = self._step.train_lower(number=self._rounds)
+            step = self._step.train_lower()
         self._rounds += 1
         log = {"loss": step.loss, "grad_norm": step.grad_norm, **step.metrics}
         self._log = {f"below_{key}": value for key, value in log.items()}
+        return super().next_batch()
 
     def differentiate(
         self, batch: Any, variables: Sequence[Tensor]
@@ -194,7 +166,7 @@ class Nested(Problem):
         oracle = self._oracle(upper, batch, variables)
         try:
             with self._following(oracle):
-                result = estimate(oracle, self.estimator)
+                result = oracle.estimate(self.estimator)
                 evaluation = oracle.upper_gradient.evaluation
                 total = like(result.hypergradient, variables)
                 gradient = tuple(
@@ -203,8 +175,6 @@ class Nested(Problem):
                 )
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name} over {self.lower.name}: {error}") from error
-        self.half = bool(self.middle.half or self.lower.half)
-        self.unread = self.middle.unread
         metrics = dict(evaluation.metrics)
         if result.residual is not None:
             metrics["residual"] = result.residual
@@ -217,7 +187,7 @@ class Nested(Problem):
 
         The current point becomes the reference, where g = ∂f/∂w. A nested use has no effect.
         """
-        if self._anchor is not None or not self.follow:
+        if self._anchor is not None or not isinstance(self.estimator, Solver):
             with self.lower.anchored():
                 yield
             return
@@ -229,10 +199,6 @@ class Nested(Problem):
                 yield
         finally:
             self._anchor = None
-
-    def require_single(self, reason: str) -> None:
-        """Raise ProblemError with ``reason``: there are levels below."""
-        raise ProblemError(f"{self.name}: the level is Nested, with levels below: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
         """The states of ``middle`` and of the levels below, and the settings of this level."""
@@ -268,7 +234,7 @@ class Nested(Problem):
         self._step.forget()
 
     def _settings(self) -> dict[str, Any]:
-        settings = {key: getattr(self, key) for key in ("lower_steps", "warmup_steps", "follow")}
+        settings = {key: getattr(self, key) for key in ("lower_steps", "warmup_steps")}
         return {**settings, "hypergradient": repr(self.estimator)}
 
     def _oracle(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Oracle:
@@ -285,21 +251,21 @@ class Nested(Problem):
             random_state = RandomState.seeded(self.devices, "below", *place)
             last = StepRecord(self.lower.peek_batch(), random_state)
         upper_random = RandomState.seeded(self.devices, key, *place)
-        return self._step.oracle(_Reading(level, variables), batch, upper_random, last)
+        oracle = self._step.oracle(_Reading(level, variables), batch, upper_random, last)
+        oracle.history = ()  # no record belongs to a perturbed point
+        return oracle
 
     @contextmanager
     def _following(self, oracle: Oracle) -> Iterator[None]:
-        """Within the body, w has moved by the Newton steps, if this level is `anchored`."""
+        """Within the body, w has moved by the Newton step, if this level is `anchored`."""
         solver, w = self.estimator, self.lower.variables
         if self._anchor is None or not isinstance(solver, Solver):
             yield
             return
         with perturbed(w):
             with oracle.open():
-                for _ in range(self.follow):
-                    residual = oracle.lower_gradient() - self._anchor
-                    if residual.norm() == 0:
-                        break
+                residual = oracle.lower_gradient() - self._anchor
+                if residual.norm() > 0:
                     with oracle.product(solver.product, epsilon=solver.epsilon) as product:
                         newton = solver.solve(product.hessian, residual).v
                     assign_(w, w, newton.parts, -1.0)

@@ -1,6 +1,6 @@
 """One bilevel step, which every driver shares.
 
-    lower step: w ← step(w, ∂f/∂w)          or along ∂(f + upper_weight·F)/∂w
+    lower step: w ← step(w, ∂f/∂w)
     upper step: u ← step(u, dF/du)          dF/du by an estimator
 
 The estimator evaluates f on the batch and the random numbers of the last lower step.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,16 +22,16 @@ from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import check_estimator, estimate, like
-from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.estimate import check_estimator, like
+from hyperopt_peft.hypergradients.estimator import ALL, Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import DIFFERENCE
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import once_differentiable_functions, uncompiled
-from hyperopt_peft.utils.random_state import RandomState, replay
-from hyperopt_peft.utils.restore import TensorPool, preserve_state
+from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.restore import TensorPool
 from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 
 Gradient = tuple[Tensor | None, ...]
@@ -78,8 +78,7 @@ class BilevelStep:
         estimator: the estimator of dF/du.
         seed: the seed of F's random numbers (dropout). They are a function of the seed and the
             step, so that the random numbers of f do not depend on F.
-        look_back: whether the estimator gets records of lower steps. `Nested` takes
-            hypergradients at perturbed points, to which no record belongs.
+        recorded: the largest number of lower steps with a record, see `require_history`.
 
     Raises:
         ProblemError: the estimator cannot be used with these levels.
@@ -92,16 +91,16 @@ class BilevelStep:
         estimator: Estimator,
         *,
         seed: int = 0,
-        look_back: bool = True,
+        recorded: int = 1,
     ) -> None:
         check_estimator(estimator, upper, lower)
         self.upper, self.lower, self.estimator, self.seed = upper, lower, estimator, seed
-        self.look_back = look_back and estimator.requirements.history > 0
         self.requirements = estimator.requirements
         self.devices = devices_of(upper, lower)
         self.state: State = {}  # the estimator's own
         self.signal = SignalToNoise()  # of the hypergradients since it was last read
-        self._records: deque[StepRecord] = deque(maxlen=max(1, self.requirements.history))
+        length = min(recorded, max(1, self.requirements.history))
+        self._records: deque[StepRecord] = deque(maxlen=length)
         self._copies = TensorPool()
         self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
@@ -114,8 +113,8 @@ class BilevelStep:
         u = self.upper.variables if first or self.requirements.lower_gradient else ()
         return (*self.lower.variables, *u)
 
-    def train_lower(self, *, number: int, solved: bool = False) -> LowerStep:
-        """Do lower step ``number``, from 1, on the lower level's next batch.
+    def train_lower(self, *, solved: bool = False) -> LowerStep:
+        """Do a lower step on the lower level's next batch.
 
         Where f is ``solved`` on that batch, the step is recorded and w does not move.
 
@@ -123,20 +122,13 @@ class BilevelStep:
             ProblemError: at the first step, f does not read a lower variable.
             NonFiniteError: a loss or a gradient is NaN or infinite; no variable has moved.
         """
-        self.lower.train_below()
         batch, random_state = self.lower.next_batch(), RandomState.capture(self.devices)
-        with self.observed():
+        with self.observe():
             evaluation = self.lower.gradient(batch, self.variables)
-        gradient = self.record_lower(
-            batch,
-            random_state,
-            evaluation.gradient,
-            number=number,
-            next_upper_batch=self.upper.next_batch,
-        )
+        gradient = self.record_lower(batch, random_state, evaluation.gradient)
         norm = math.hypot(*evaluation.norms[: len(gradient)])
         if not solved:
-            norm = self.lower.step(gradient, None if self.requirements.upper_weight else norm)
+            norm = self.lower.step(gradient, norm)
         loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
         return LowerStep(loss, norm, evaluation.metrics)
 
@@ -150,26 +142,17 @@ class BilevelStep:
             )
 
     def record_lower(
-        self,
-        batch: Any,
-        random_state: RandomState,
-        gradient: Sequence[Tensor | None],
-        *,
-        number: int,
-        next_upper_batch: Callable[[], Any],
+        self, batch: Any, random_state: RandomState, gradient: Sequence[Tensor | None]
     ) -> Gradient:
-        """Record lower step ``number``; returns ∂f/∂w, or ∂(f + upper_weight·F)/∂w.
+        """Record a lower step; returns ∂f/∂w.
 
         Args:
             batch: the batch of f.
             random_state: the generator states before f was evaluated.
             gradient: of f with respect to ``variables``, as these were before the evaluation.
-            number: the number of the lower step, from 1.
-            next_upper_batch: returns the next batch of F; called only with an ``upper_weight``.
 
         Raises:
             ProblemError: at the first step, f does not read a lower variable; or as `Dots.check`.
-            NonFiniteError: F or the gradient of F is NaN or infinite.
         """
         needs, w = self.requirements, self.lower.variables
         of_w, of_u = tuple(gradient[: len(w)]), tuple(gradient[len(w) :])
@@ -178,14 +161,12 @@ class BilevelStep:
             options = read_by_options(self.lower)
             pairs = zip(self.upper.names, self.upper.variables, of_u, strict=True)
             self._unread = {n for n, u, g in pairs if g is None and id(u) not in options}
-        if needs.upper_weight:
-            of_w = self._with_upper_loss(of_w, next_upper_batch(), number)
-        if self._ahead is not None and self._ahead.observed is not None:
-            self._ahead.observed.check(of_w)
+        if self._ahead is not None and self._ahead.dots is not None:
+            self._ahead.dots.check(of_w)
         if len(self._records) == self._records.maxlen:
             self._forget_first()
         record = StepRecord(batch, random_state)
-        if self.look_back:
+        if needs.history:
             # torch's foreach step with Nesterov momentum overwrites the gradient.
             copies = [g if g is None else g.clone() for g in of_w if needs.optimizer_state]
             record = replace(
@@ -218,7 +199,7 @@ class BilevelStep:
             last.batch,
             upper_random=upper_random,
             lower_random=last.random_state,
-            history=list(self._records) if self.look_back else (),
+            history=list(self._records) if self.requirements.history else (),
             copies=self._copies,
             state=self.state,
         )
@@ -226,8 +207,8 @@ class BilevelStep:
     def look_ahead(self, batch: Any, *, number: int) -> None:
         """Differentiate F on ``batch``, before the passes of the lower step at the same point.
 
-        For an estimator with `Requirements.lower_pass`. The lower step's `observed` passes then
-        have what f contributes to `hypergradient`, which is next, with the same arguments.
+        For an estimator with `Requirements.observe`. The lower step's passes in `observe` then have
+        what f contributes to `hypergradient`, which is next, with the same arguments.
 
         Raises:
             NonFiniteError: F or the gradient of F is NaN or infinite.
@@ -236,14 +217,14 @@ class BilevelStep:
         now = StepRecord(None, RandomState.capture(self.devices))
         oracle = self.oracle(self.upper, batch, self._seeded(number), now)
         with oracle.open():
-            oracle.observed = self.estimator.observe(oracle)
+            oracle.dots = self.estimator.observe(oracle)
         self._ahead = oracle
 
-    def observed(self) -> AbstractContextManager[None]:
+    def observe(self) -> AbstractContextManager[None]:
         """Within the body, forward and backward passes of the lower step are observed."""
         if self.requirements.lower_gradient:  # a difference subtracts it from uncompiled gradients
             return uncompiled()
-        dots = None if self._ahead is None else self._ahead.observed
+        dots = None if self._ahead is None else self._ahead.dots
         return nullcontext() if dots is None else dots.observe()
 
     def hypergradient(self, batch: Any, *, number: int) -> UpperStep:
@@ -265,9 +246,10 @@ class BilevelStep:
                 f"{self.lower.name}: no lower step was finite since the last upper step"
             )
         oracle = self.oracle(self.upper, batch, self._seeded(number), self.last)
-        if self._ahead is not None:
-            oracle.take_upper(self._ahead)
-        result = estimate(oracle, self.estimator)
+        if (ahead := self._ahead) is not None:
+            oracle.upper_gradient, oracle.passes = ahead.upper_gradient, ahead.passes
+            oracle.dots = ahead.dots
+        result = oracle.estimate(self.estimator)
         self.state = result.state
         self.signal.add(result.hypergradient)
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
@@ -313,19 +295,6 @@ class BilevelStep:
         self.state = unpacked(state, self.lower.variables)
         self.forget()
 
-    def _with_upper_loss(self, gradient: Gradient, batch: Any, number: int) -> Gradient:
-        """∂(f + upper_weight·F)/∂w from ∂f/∂w, by one forward+backward pass of F."""
-        weight, w = self.requirements.upper_weight, self.lower.variables
-        with (
-            preserve_state((*self.upper.variables, *w), self.devices),
-            replay(self._seeded("lower step", number)),
-        ):
-            above = self.lower.gradient_above(self.upper, batch, w).gradient
-        return tuple(
-            f if g is None else weight * g if f is None else f.add(g, alpha=weight)
-            for f, g in zip(gradient, above, strict=True)
-        )
-
     def _require_read(self, of_u: Sequence[Tensor | None], of_w: Sequence[Tensor | None]) -> None:
         """Raise ProblemError where no loss reads an upper variable; warn where a term is 0."""
         require_read(self.upper, of_u, besides=self._unread)
@@ -365,12 +334,12 @@ def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) ->
 
     Of the ``lower_steps`` before each upper step, the Engine records all, the Trainer the last.
     """
-    needs = estimator.requirements
-    if needs.history <= recorded and not (needs.every_step and needs.history < lower_steps):
-        return
-    which = "every lower step" if needs.every_step else f"the last {needs.history} lower steps"
-    raise ProblemError(
-        f"hypergradient: {estimator.name} needs {which} before each upper step, got "
-        f"{min(needs.history, recorded)} of lower_steps={lower_steps}; use the Engine with "
-        f"lower_steps={needs.history}, or change the options of the estimator"
-    )
+    history = estimator.requirements.history
+    needed = lower_steps if history == ALL else history
+    if needed > recorded:
+        which = "every lower step" if history == ALL else f"the last {history} lower steps"
+        raise ProblemError(
+            f"hypergradient: {estimator.name} needs {which} before each upper step, got "
+            f"{min(needed, recorded)} of lower_steps={lower_steps}; use the Engine with "
+            f"lower_steps={needed}, or change the options of the estimator"
+        )

@@ -117,12 +117,18 @@ class Dots:
             for layer, direction in self.directions.items():
                 tap = partial(self._tap, direction)
                 stack.callback(layer.register_forward_hook(tap, with_kwargs=True).remove)
-            stack.callback(setattr, self.examples, "observer", self.examples.observer)
-            self.examples.observer = self._begin
+            losses = self.examples.losses
+            if "losses" in vars(self.examples):
+                stack.callback(setattr, self.examples, "losses", losses)
+            else:
+                stack.callback(delattr, self.examples, "losses")
+            self.examples.losses = partial(self._begin, losses)  # type: ignore[method-assign]
             yield
 
-    def _begin(self, batch: Any, losses: Tensor) -> None:
-        self._evaluations.append(_Evaluation(batch, losses.detach()))
+    def _begin(self, losses: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        result = losses(batch)
+        self._evaluations.append(_Evaluation(batch, result.detach()))
+        return result
 
     def _tap(
         self,
@@ -286,77 +292,10 @@ def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | Non
                 f"layers, and {name!r} is none; {ADVICE}"
             )
     if has_fused_head(model) and layers.keys() & {*model.get_output_embeddings().modules()}:
-        raise _uncalled(level)
+        raise uncalled(level)
     return layers
 
 
-def _uncalled(level: Problem) -> ProblemError:
+def uncalled(level: Problem) -> ProblemError:
+    """The error for a loss of ``level`` that does not call the model's output layer."""
     return ProblemError(f"{level.name}: dot products: the loss {UNCALLED}; {ADVICE}")
-
-
-def output_layer(level: Problem) -> nn.Module:
-    """The output layer of the model in ``level``.
-
-    Raises:
-        ProblemError: the model has none, or does not call it; or as `weighted_examples`.
-    """
-    model = weighted_examples(level).model
-    if has_fused_head(model):
-        raise _uncalled(level)
-    modules: Iterator[Any] = model.modules()  # a wrapper for processes has no such method
-    owners = (each for each in modules if hasattr(each, "get_output_embeddings"))
-    layer: nn.Module | None = next((each.get_output_embeddings() for each in owners), None)
-    if layer is None:
-        raise ProblemError(
-            f"{level.name}: {type(model).__name__} has no get_output_embeddings(), whose gradient "
-            "the estimator takes; choose darts with product=dots"
-        )
-    return layer
-
-
-@contextmanager
-def output_gradient(level: Problem) -> Iterator[Callable[[], Tensor]]:
-    """A function that returns the gradient of the output layer's weight from passes in the body.
-
-    The gradient is an average over the processes. The layer may be frozen, and a tied weight has
-    no gradient from the input embeddings.
-    """
-    total: list[Tensor] = []
-
-    def add(gradient: Tensor) -> None:
-        total[:] = [sum(total, gradient)]
-
-    def tap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not (torch.is_grad_enabled() and output.requires_grad):
-            return None
-        result: Tensor = _WeightGradient.apply(output, args[0].detach().to(output.dtype), add)
-        return result
-
-    def result() -> Tensor:
-        if not total:
-            raise ProblemError(f"{level.name}: the upper loss {UNCALLED}; {ADVICE}")
-        return distributed.average(total[0])
-
-    handle = output_layer(level).register_forward_hook(tap)
-    try:
-        yield result
-    finally:
-        handle.remove()
-
-
-class _WeightGradient(torch.autograd.Function):
-    """y = xVᵀ, whose backward pass calls ``add`` with ∂/∂V."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, add: Callable[[Tensor], None]) -> Tensor:
-        ctx.add = add
-        ctx.save_for_backward(x)
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        ctx.add(delta.flatten(0, -2).mT @ x.flatten(0, -2))
-        return delta, None, None

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem, devices_of
-from hyperopt_peft.errors import HypergradientWarning, NonFiniteError
-from hyperopt_peft.hypergradients.estimator import Estimate, Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle, check_ownership
+from hyperopt_peft.core.validation import shared_memory
+from hyperopt_peft.errors import HypergradientWarning, ProblemError
+from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.utils.random_state import RandomState
-from hyperopt_peft.utils.reductions import to_floats
-from hyperopt_peft.utils.vector import inner
 
 #: Stands for the next batch of a level's data.
 NEXT: Any = object()
@@ -60,36 +57,30 @@ def open_oracle(
     return Oracle(upper, lower, upper_batch, lower_batch, state("upper"), state("lower"))
 
 
-def estimate(oracle: Oracle, estimator: EstimatorLike) -> Estimate:
-    """The estimate at the oracle's point; all state is restored afterwards.
-
-    Raises:
-        NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
-    """
-    estimator = get_estimator(estimator)
-    try:
-        with oracle.open():
-            result = estimator.estimate(oracle)
-    except NonFiniteError as error:
-        # A loss that is not finite is the cause, and the better message.
-        _require_finite(estimator, oracle.lower, to_floats(oracle.losses))
-        raise NonFiniteError(f"{estimator.name}: {error}") from error
-    vectors = result.hypergradient, result.direct, result.implicit
-    values = to_floats([*oracle.losses, *(inner(x, x) for x in vectors)])
-    _require_finite(estimator, oracle.lower, values[:-3])
-    if not math.isfinite(sum(values[-3:])) and not result.hypergradient.isfinite():
-        raise NonFiniteError(
-            f"{estimator.name}: the hypergradient is not finite (residual {result.residual})"
+def check_ownership(*levels: Problem) -> None:
+    """Raise ProblemError if variables of two levels share memory, or one is not a Problem."""
+    for level in levels:
+        if not isinstance(level, Problem):
+            raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
+        if not hasattr(level, "variables"):
+            raise ProblemError(
+                f"{type(level).__name__}: has no variables; call super().__init__(variables) in "
+                "its __init__"
+            )
+    for level in levels[:-1]:
+        level.require_single(
+            "it must be the lowest one given; write a chain of four as Engine(first, "
+            "Nested(second, Nested(third, fourth)))"
         )
-    norm, direct, implicit = map(math.sqrt, values[-3:])
-    return replace(result, norms=(norm, direct, implicit))
-
-
-def _require_finite(estimator: Estimator, lower: Problem, losses: Sequence[float]) -> None:
-    """Raise NonFiniteError if one of the values ``losses`` of f is NaN or infinite."""
-    for loss in losses:
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"{estimator.name}: {lower.name}: the loss is {loss}")
+    named = [
+        (f"{level.name}'s {name}", variable)
+        for level in (below for each in levels for below in each.levels)
+        for name, variable in zip(level.names, level.variables, strict=True)
+    ]
+    if pair := shared_memory(named):
+        raise ProblemError(
+            f"{pair[0]} and {pair[1]} share memory; give the tensor to one level, or a clone()"
+        )
 
 
 def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> None:
@@ -151,7 +142,7 @@ def hypergradient(
     estimator = get_estimator(estimator)
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     check_estimator(estimator, upper, lower)
-    result = estimate(oracle, estimator)
+    result = oracle.estimate(estimator)
     if result.residual is not None and result.residual > LARGE_RESIDUAL:
         reason = f" ({result.note})" if result.note else ""
         warnings.warn(

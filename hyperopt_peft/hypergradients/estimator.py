@@ -1,10 +1,11 @@
-"""The interface of an estimator: its result, requirements, cost and options."""
+"""The interface of an estimator: its requirements, passes and options."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import ClassVar, get_type_hints
 
@@ -12,52 +13,13 @@ from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
-from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.utils.validation import matches, type_name
-from hyperopt_peft.utils.vector import Vector
 
+#: `Requirements.history` of an estimator that needs a record of every lower step.
+ALL = sys.maxsize
 # Evaluating them takes as long as a small network's pass.
 _hints = cache(partial(get_type_hints, include_extras=True))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A hypergradient dF/du = ``direct`` + ``implicit``, and a report of the computation.
-
-    Attributes:
-        direct: ∂F/∂u, shaped like the upper variables.
-        implicit: the implicit term with its sign, in the same shapes.
-        residual: ‖b − Hv‖/‖b‖ of a solve; None if the estimator does not measure it.
-        steps: the number of steps of the solver.
-        note: a message for the user.
-        state: `Oracle.state` at the next upper step.
-        norms: the 2-norms of dF/du, ``direct`` and ``implicit``; set by `estimate`.
-
-    Example:
-        >>> from torch import ones
-        >>> x = Vector([ones(2)])
-        >>> Estimate(direct=x, implicit=-0.5 * x).hypergradient.parts
-        (tensor([0.5000, 0.5000]),)
-    """
-
-    direct: Vector
-    implicit: Vector
-    residual: float | None = None
-    steps: int | None = None
-    note: str = ""
-    state: State = field(default_factory=dict)
-    norms: tuple[float, float, float] | None = None
-
-    @property
-    def hypergradient(self) -> Vector:
-        """dF/du = direct + implicit, shaped like the upper variables."""
-        return self.direct + self.implicit
-
-    @property
-    def implicit_ratio(self) -> float:
-        """‖implicit‖/‖direct‖; infinite where only ``direct`` is zero."""
-        _, direct, implicit = self.norms or (0.0, self.direct.norm(), self.implicit.norm())
-        return implicit / direct if direct else (float("inf") if implicit else 0.0)
 
 
 @dataclass(frozen=True)
@@ -65,16 +27,14 @@ class Requirements:
     """The data that an estimator requires from training, by `BilevelStep`.
 
     Args:
-        history: the number of last lower steps with a `StepRecord`.
+        history: the number of last lower steps with a `StepRecord`; `ALL` for those since the last
+            upper step.
         optimizer_state: whether a record has the gradient, and the optimizer's state before the
             step.
         lower_gradient: whether a record has ∂f/∂u, of the lower step's own backward pass.
-        upper_weight: lower steps descend f + upper_weight·F, with F on the upper level's next
-            batch.
-        every_step: whether every lower step must have a record.
         second_derivatives: whether f is differentiated twice.
         differences: whether gradients at close points are subtracted.
-        lower_pass: whether `Estimator.observe` takes what f contributes from the lower step's own
+        observe: whether `Estimator.observe` takes what f contributes from the lower step's own
             pass, where the driver can differentiate F at the same point before.
 
     Example:
@@ -86,31 +46,9 @@ class Requirements:
     history: int = 0
     optimizer_state: bool = False
     lower_gradient: bool = False
-    upper_weight: float = 0.0
-    every_step: bool = False
     second_derivatives: bool = False
     differences: bool = False
-    lower_pass: bool = False
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one upper step, with the lower steps that the estimator requires.
-
-    Args:
-        losses: the number of evaluations of F and f.
-        backward_passes: the number of first and second backward passes.
-        vectors: the largest number of vectors shaped like w in memory, beside w and its gradient.
-
-    Example:
-        >>> from hyperopt_peft.hypergradients import get_estimator
-        >>> get_estimator("direct").cost()
-        Cost(losses=2, backward_passes=2, vectors=2)
-    """
-
-    losses: int
-    backward_passes: int
-    vectors: int
+    observe: bool = False
 
 
 class Estimator(ABC):
@@ -155,8 +93,11 @@ class Estimator(ABC):
         """The estimator's requirements of training; none by default."""
         return Requirements()
 
-    def cost(self) -> Cost | None:
-        """The cost of one upper step in training; None if unknown."""
+    def cost(self) -> int | None:
+        """The passes of an upper step with its last lower step; None if unknown.
+
+        First and second backward passes count, each with the forward pass before it.
+        """
         return None
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
@@ -176,7 +117,7 @@ class Estimator(ABC):
     def observe(self, oracle: Oracle) -> Dots | None:
         """What to observe of the lower step's pass, which is next; None for nothing.
 
-        `estimate` then has it as ``oracle.observed``. The oracle has no lower batch yet.
+        `estimate` then has it as ``oracle.dots``. The oracle has no lower batch yet.
         """
         return None
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord, devices_of, variables_of
-from hyperopt_peft.core.validation import NO_WRITES, rewritten, shared_memory, unwritten
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.core.validation import NO_WRITES, rewritten, unwritten
+from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.products import (
     NO_EXACT_PRODUCT,
@@ -31,8 +31,9 @@ from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.models import require_no_rounding
 from hyperopt_peft.utils.precision import autocast_enabled, single_precision
 from hyperopt_peft.utils.random_state import RandomState, replay
+from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.restore import Buffers, TensorPool, assign_, perturbed, preserve_state
-from hyperopt_peft.utils.vector import Vector
+from hyperopt_peft.utils.vector import Vector, inner
 
 #: An estimator's state between two upper steps: vectors shaped like w, and numbers.
 State = Mapping[str, Vector | float]
@@ -53,6 +54,46 @@ class UpperGradient:
     evaluation: LossGradient
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient dF/du = ``direct`` + ``implicit``, and a report of the computation.
+
+    Attributes:
+        direct: ∂F/∂u, shaped like the upper variables.
+        implicit: the implicit term with its sign, in the same shapes.
+        residual: ‖b − Hv‖/‖b‖ of a solve; None if the estimator does not measure it.
+        steps: the number of steps of the solver.
+        note: a message for the user.
+        state: `Oracle.state` at the next upper step.
+        norms: the 2-norms of dF/du, ``direct`` and ``implicit``; set by `estimate`.
+
+    Example:
+        >>> from torch import ones
+        >>> x = Vector([ones(2)])
+        >>> Estimate(direct=x, implicit=-0.5 * x).hypergradient.parts
+        (tensor([0.5000, 0.5000]),)
+    """
+
+    direct: Vector
+    implicit: Vector
+    residual: float | None = None
+    steps: int | None = None
+    note: str = ""
+    state: State = field(default_factory=dict)
+    norms: tuple[float, float, float] | None = None
+
+    @property
+    def hypergradient(self) -> Vector:
+        """dF/du = direct + implicit, shaped like the upper variables."""
+        return self.direct + self.implicit
+
+    @property
+    def implicit_ratio(self) -> float:
+        """‖implicit‖/‖direct‖; infinite where only ``direct`` is zero."""
+        _, direct, implicit = self.norms or (0.0, self.direct.norm(), self.implicit.norm())
+        return implicit / direct if direct else (float("inf") if implicit else 0.0)
+
+
 @dataclass
 class Oracle:
     """First and second derivatives of F and f, for fixed batches and random numbers.
@@ -68,7 +109,7 @@ class Oracle:
         passes: the number of passes so far.
         buffers: the modules' buffers, restored after each evaluation.
         losses: the values of f so far, on their device.
-        observed: the dot products of the lower step's own pass, where it was observed.
+        dots: the dot products of the lower step's own pass, where `Estimator.observe` asked.
 
     Example:
         >>> from hyperopt_peft.hypergradients import open_oracle
@@ -91,7 +132,7 @@ class Oracle:
     passes: Passes = field(default_factory=Passes)
     buffers: Buffers = field(default_factory=Buffers)
     losses: list[Tensor] = field(default_factory=list)
-    observed: Dots | None = None
+    dots: Dots | None = None
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:
@@ -111,17 +152,39 @@ class Oracle:
                 if names := rewritten((self.upper, self.lower), before):
                     raise ProblemError(f"a loss writes to {names[0]}; {NO_WRITES}")
 
+    def estimate(self, estimator: Any) -> Estimate:
+        """The estimate of an `Estimator` at the oracle's point; all state is restored afterwards.
+
+        Raises:
+            NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
+        """
+        name = estimator.name
+        try:
+            with self.open():
+                result: Estimate = estimator.estimate(self)
+        except NonFiniteError as error:
+            # A loss that is not finite is the cause, and the better message.
+            self._require_finite(name, to_floats(self.losses))
+            raise NonFiniteError(f"{name}: {error}") from error
+        vectors = result.hypergradient, result.direct, result.implicit
+        values = to_floats([*self.losses, *(inner(x, x) for x in vectors)])
+        self._require_finite(name, values[:-3])
+        if not math.isfinite(sum(values[-3:])) and not result.hypergradient.isfinite():
+            raise NonFiniteError(
+                f"{name}: the hypergradient is not finite (residual {result.residual})"
+            )
+        norm, direct, implicit = map(math.sqrt, values[-3:])
+        return replace(result, norms=(norm, direct, implicit))
+
+    def _require_finite(self, estimator: str, losses: Sequence[float]) -> None:
+        """Raise NonFiniteError if one of the values ``losses`` of f is NaN or infinite."""
+        for loss in losses:
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"{estimator}: {self.lower.name}: the loss is {loss}")
+
     @cached_property
     def upper_gradient(self) -> UpperGradient:
         """∂F/∂u and ∂F/∂w, by one forward+backward pass."""
-        return self._upper_gradient()
-
-    def take_upper(self, other: Oracle) -> None:
-        """Take ∂F/∂u, ∂F/∂w and the observed pass from ``other``, an oracle of the same point."""
-        self.upper_gradient, self.passes = other.upper_gradient, other.passes
-        self.observed = other.observed
-
-    def _upper_gradient(self) -> UpperGradient:
         self.passes.count(gradients=1)
         u, w = self.upper.variables, self.lower.variables
         with replay(self.upper_random), unwritten(self.upper, self.lower):
@@ -155,7 +218,7 @@ class Oracle:
         """
         objective, u = self._objective(None), self.upper.variables
         w = self.lower.variables
-        half = self._half(objective) or bool(self.upper.half)
+        half = self._half(objective) or bool(self.upper.evaluated.half)
         with ExitStack() as stack:
             stack.enter_context(self._differentiable())
             stack.enter_context(self._single_precision(half))
@@ -167,7 +230,7 @@ class Oracle:
             ) -> tuple[Vector, Vector]:
                 assign_(w, point, offset.parts, 1.0)
                 if level == "upper":
-                    above = self._upper_gradient()
+                    above = replace(self).upper_gradient
                     return above.direct, above.b
                 both = objective.gradient((*u, *w)).parts
                 return Vector(both[: len(u)]), Vector(both[len(u) :])
@@ -251,12 +314,12 @@ class Oracle:
         variables = variables_of(self.upper, self.lower)
         if autocast_enabled() or any(variable.dtype in HALF for variable in variables):
             return True
-        if self.lower.half is None:  # f has never been evaluated
+        if self.lower.evaluated.half is None:  # f has never been evaluated
             # The reducers of DDP and FSDP2 expect a backward pass after a forward pass.
             with objective.evaluation():
                 self.lower.gradient(objective.batch, (*self.upper.variables, *self.lower.variables))
             self.buffers.restore()
-        return bool(self.lower.half)
+        return any(level.evaluated.half for level in self.lower.levels)
 
     def _objective(self, at: StepRecord | None) -> Objective:
         batch = self.lower_batch if at is None else at.batch
@@ -269,30 +332,4 @@ class Oracle:
             self.passes,
             self.buffers,
             self.losses,
-        )
-
-
-def check_ownership(*levels: Problem) -> None:
-    """Raise ProblemError if variables of two levels share memory, or one is not a Problem."""
-    for level in levels:
-        if not isinstance(level, Problem):
-            raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
-        if not hasattr(level, "variables"):
-            raise ProblemError(
-                f"{type(level).__name__}: has no variables; call super().__init__(variables) in "
-                "its __init__"
-            )
-    for level in levels[:-1]:
-        level.require_single(
-            "it must be the lowest one given; write a chain of four as Engine(first, "
-            "Nested(second, Nested(third, fourth)))"
-        )
-    named = [
-        (f"{level.name}'s {name}", variable)
-        for level in (below for each in levels for below in each.levels)
-        for name, variable in zip(level.names, level.variables, strict=True)
-    ]
-    if pair := shared_memory(named):
-        raise ProblemError(
-            f"{pair[0]} and {pair[1]} share memory; give the tensor to one level, or a clone()"
         )

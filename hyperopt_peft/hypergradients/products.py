@@ -1,6 +1,6 @@
 """Second-derivative products of the lower objective f at one point.
 
-    hessian(v) = ∂²f/∂w² v     mixed(v) = ∂²f/∂u∂w v     tangent(v, e) = ∂²f/∂w² v + ∂²f/∂w∂u e
+    hessian(v) = ∂²f/∂w² v     mixed(v) = ∂²f/∂u∂w v     both(v, e)[0] = ∂²f/∂w² v + ∂²f/∂w∂u e
 
 on one batch and one random state. `ExactProduct` differentiates ∂f/∂w; `DifferenceProduct` needs
 first-order passes only.
@@ -130,10 +130,6 @@ class Product(ABC):
         w, u = self.objective.lower.variables, self.objective.upper.variables
         parts = self._along((*w, *u), v, e).parts
         return Vector(parts[: len(w)]), Vector(parts[len(w) :])
-
-    def tangent(self, v: Vector, e: Vector) -> Vector:
-        """∂²f/∂w² v + ∂²f/∂w∂u e, the derivative of ∂f/∂w as w moves along v and u along e."""
-        return self._along(self.objective.lower.variables, v, e)
 
     @abstractmethod
     def lower_gradient(self) -> tuple[Tensor | None, ...]:

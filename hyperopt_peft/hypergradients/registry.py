@@ -126,7 +126,7 @@ def get_estimator(estimator: EstimatorLike) -> Estimator:
         )
     name, _, text = estimator.partition(":")
     if name not in _ENTRIES:
-        raise ProblemError(f"unknown estimator {name!r}{did_you_mean(name, list(_ENTRIES))}")
+        raise ProblemError(f"unknown estimator {name!r}{did_you_mean(name, sorted(_ENTRIES))}")
     return with_options(_ENTRIES[name].estimator, text)
 
 

@@ -19,7 +19,7 @@ from hyperopt_peft.adapters.layers import require_plain
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
-from hyperopt_peft.hypergradients.oracle import check_ownership
+from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.utils import distributed

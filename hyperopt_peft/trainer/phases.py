@@ -94,7 +94,7 @@ class PhasesTrainer(TwoLevelTrainer):
         folder = Path(self.args.output_dir or "")
         if not self.has_second_phase:
             point = checkpoint.to_resume(resume_from_checkpoint, folder)
-            output = self.search(point, *args, **kwargs)
+            output = self._train_from(point, *args, **kwargs)
             if self.method is not None and not self._callback.signalled:
                 if self.upper is not None:
                     self._keep_learned(folder)
@@ -115,7 +115,10 @@ class PhasesTrainer(TwoLevelTrainer):
             initial = None
             if self.args.retrain == "scratch":
                 initial = self._initial(resumed=point is not None)
-            output = self.search(point, *args, **kwargs)
+            if hasattr(self.model, "peft_config"):
+                checks.warn_of_short_phase("search", self.args, self.train_dataset)
+                checks.warn_of_short_phase("retraining", arguments, self.all_rows())
+            output = self._train_from(point, *args, **kwargs)
             if self._callback.signalled:  # the search is unfinished
                 return output
             reshard(self.model)
@@ -132,21 +135,12 @@ class PhasesTrainer(TwoLevelTrainer):
         """Whether a training of the lower level alone follows."""
         return self.method is not None and self.upper is not None and self.args.retrain != "none"
 
-    def search(self, point: Any, *args: Any, **kwargs: Any) -> Any:
-        """The first phase, from the checkpoint ``point`` with its record, or from the start."""
-        if self.has_second_phase and hasattr(self.model, "peft_config"):
-            checks.warn_of_short_phase("search", self.args, self.train_dataset)
-            again = self.args.for_retraining()
-            checks.warn_of_short_phase("retraining", again, self.all_rows())
-        return self._train_from(point, *args, **kwargs)
-
     def passes_of_an_upper_step(self) -> int:
         """Forward+backward passes over a micro-batch from one upper step of the search to the next.
 
         A hypergradient whose cost is not known counts as two.
         """
-        args, cost = self.args, self.estimator.cost()
-        of_upper = 2 if cost is None else cost.backward_passes
+        args, of_upper = self.args, self.estimator.cost() or 2
         of_lower_batch = args.lower_steps - 1 + of_upper - 1
         pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
         return int(of_lower_batch * args.gradient_accumulation_steps + pieces)

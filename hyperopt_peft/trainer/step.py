@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,21 +15,68 @@ from torch import Tensor
 from hyperopt_peft.core.labels import MICRO_BATCHES, WEIGHT
 from hyperopt_peft.core.problem import Problem, devices_of, variables_of
 from hyperopt_peft.core.validation import require_read
-from hyperopt_peft.engine.step import BilevelStep, Gradient, prior_of
+from hyperopt_peft.engine.step import BilevelStep, prior_of
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.trainer.accumulation import MicroBatch
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.logs import StepLog
 from hyperopt_peft.trainer.optimizer import learning_rate
 from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather
-from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: Entries of a micro-batch whose loss has its weight among those of the step.
 COUNTED = {WEIGHT, MICRO_BATCHES}
 #: The logged numbers of an upper step.
 UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of a step's batch, and the random states before its loss is evaluated.
+
+    ``weight`` multiplies the loss; the mean of the weights over the micro-batches of a step, on all
+    processes, is 1.
+    """
+
+    batch: Any
+    random_state: RandomState
+    weight: float = 1.0
+
+
+class Accumulated(Problem):
+    """A level whose batch is a list of `MicroBatch`; its loss is the mean of ``level``'s losses.
+
+        f(w) = 1/n Σ_i weight_i f_i(w)   over n micro-batches
+
+    Variables and prior are the level's. Every evaluation of a micro-batch has the same random
+    numbers, and first-order passes hold one graph at a time. ``optimizer`` may own other tensors
+    too.
+    """
+
+    def __init__(
+        self, level: Problem, optimizer: Any = None, max_grad_norm: float | None = None
+    ) -> None:
+        self.level = level
+        super().__init__(
+            list(zip(level.names, level.variables, strict=True)),
+            max_grad_norm=max_grad_norm,
+            name=level.name,
+        )
+        self.optimizer, self.prior = optimizer, level.prior
+        self.evaluated = level.evaluated
+
+    @property
+    def examples(self) -> Problem | None:
+        """As the level's."""
+        return self.level.examples
+
+    def terms(self, batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """The share of each micro-batch in the mean loss, and its metrics."""
+        for micro in batch:
+            with replay(micro.random_state):
+                ((loss, metrics),) = self.level.terms(micro.batch)
+            yield loss * (micro.weight / len(batch)), metrics
 
 
 @dataclass(eq=False)
@@ -63,10 +110,12 @@ class OptimizerStep:
         self.u = variables_of(*upper)
         self.devices = devices_of(self.lower, *upper)
         self.log = StepLog()
-        self.begin(0)
+        self.begin(0, 0)
 
-    def begin(self, count: int) -> None:
-        """Begin a step of ``count`` micro-batches.
+    def begin(self, count: int, number: int) -> None:
+        """Begin step ``number``, from 1, of ``count`` micro-batches.
+
+        F is differentiated before passes that the estimator observes.
 
         The gradients of the levels' variables are cleared, since a variable need not be a parameter
         of the model, whose gradients the Trainer clears.
@@ -77,27 +126,20 @@ class OptimizerStep:
         self.upper: list[MicroBatch] = []
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
-        self._failure: NonFiniteError | None = None  # of `look_ahead`
+        self._failure: NonFiniteError | None = None  # of F's gradient before the passes
         self._withheld: list[Tensor | None] = []
-        if self.bilevel is not None:
-            self.bilevel.forget()
         self.clear_gradients()
-
-    def look_ahead(self, number: int) -> None:
-        """Differentiate F before the passes of step ``number`` that the estimator observes."""
         bilevel, every = self.bilevel, self.args.lower_steps
-        if bilevel is None or not bilevel.requirements.lower_pass or number % every:
+        if bilevel is None:
             return
-        self.upper = self._upper_batch(number // every - 1)
-        try:
-            with self.autocast():
-                bilevel.look_ahead(self.upper, number=number)
-        except NonFiniteError as error:
-            self._failure = error
-
-    def observed(self) -> AbstractContextManager[None]:
-        """The context of the forward and the backward pass of each micro-batch."""
-        return nullcontext() if self.bilevel is None else self.bilevel.observed()
+        bilevel.forget()
+        if count and bilevel.requirements.observe and number % every == 0:
+            self.upper = self._upper_batch(number // every - 1)
+            try:
+                with self.autocast():
+                    bilevel.look_ahead(self.upper, number=number)
+            except NonFiniteError as error:
+                self._failure = error
 
     @property
     def complete(self) -> bool:
@@ -125,17 +167,20 @@ class OptimizerStep:
         """The lower level's prior in the loss of the last micro-batch."""
         return prior_of(self.lower, self._metrics[-1]) / self.count
 
-    def loss(self, inputs: Any) -> Tensor:
-        """The lower loss of the next micro-batch divided by their number, with its graph."""
-        batch = self._on_device(inputs)
+    def evaluate(self, inputs: Any) -> Tensor:
+        """Differentiate the lower loss of the next micro-batch, divided by their number."""
+        batch, bilevel = self._on_device(inputs), self.bilevel
         self.micro.append(MicroBatch(batch, RandomState.capture(self.devices)))
-        with self.autocast():
-            loss, metrics = self.lower.evaluate(batch)
-        if self.bilevel is not None:
-            self.bilevel.check_graph(loss)
-        self._losses.append(loss.detach() / self.count)
+        with nullcontext() if bilevel is None else bilevel.observe():
+            with self.autocast():
+                loss, metrics = self.lower.evaluate(batch)
+            if bilevel is not None:
+                bilevel.check_graph(loss)
+            loss = loss / self.count
+            self.accelerator.backward(loss)
+        self._losses.append(loss.detach())
         self._metrics.append(metrics)
-        return loss / self.count
+        return loss.detach()
 
     def set_gradients(self, number: int) -> None:
         """Set each ``.grad`` to the clipped direction of step ``number``, from 1; None: no move.
@@ -151,45 +196,30 @@ class OptimizerStep:
         self.lower.require_finite(loss, gradient[: len(w)])
         for variable in u:
             variable.grad = None
-        numbers = {f"lower_{k}": v for k, v in distributed.means(self._metrics).items()}
-        descent = gradient[: len(w)]
-        if self.bilevel is not None:
-            descent = self._upper(self.bilevel, gradient, number, numbers)
-        elif number == 1:
-            require_read(self.lower, descent)
-        norm = self._move(w, descent, self.args.max_grad_norm)
-        self.log.add({**numbers, "lower_grad_norm": norm})
-        self.log.last["grad_norm"] = norm
-        self.log.last["learning_rate"] = learning_rate(self.optimizer, self.lower)
-
-    def _upper(
-        self, bilevel: BilevelStep, gradient: Gradient, number: int, numbers: dict[str, Any]
-    ) -> Gradient:
-        """The lower level's direction; each ``lower_steps``-th step sets the ``.grad`` of u too."""
-        every, shared = self.args.lower_steps, bilevel.requirements.upper_weight > 0
-        bilevel.lower.half = self.lower.half
-        with self.autocast():
-            descent = bilevel.record_lower(
-                list(self.micro),
-                self.micro[0].random_state,
-                gradient,
-                number=number,
-                next_upper_batch=lambda: self._upper_batch(number - 1 + (number - 1) // every),
-            )
-        if number % every == 0:
-            # With an upper weight each lower step has read an upper batch.
-            if not self.upper:
-                self.upper = self._upper_batch((number if shared else 0) + number // every - 1)
+        means = distributed.means(self._metrics)
+        numbers: dict[str, Any] = {f"lower_{key}": value for key, value in means.items()}
+        descent, bilevel, every = gradient[: len(w)], self.bilevel, self.args.lower_steps
+        if bilevel is None:
+            if number == 1:
+                require_read(self.lower, descent)
+        else:
+            with self.autocast():
+                bilevel.record_lower(list(self.micro), self.micro[0].random_state, gradient)
+        if bilevel is not None and number % every == 0:
+            self.upper = self.upper or self._upper_batch(number // every - 1)
             with self.autocast():
                 upper = bilevel.hypergradient(self.upper, number=number)
             numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}
             numbers |= {f"upper_{key}": value for key, value in upper.metrics.items()}
             limit = self.args.upper_max_grad_norm
-            numbers["upper_grad_norm"] = self._move(self.u, upper.hypergradient, limit)
+            numbers["upper_grad_norm"] = self._move(u, upper.hypergradient, limit)
             rate = learning_rate(self.optimizer, bilevel.upper)
             self.log.last["upper_learning_rate"] = rate
             bilevel.forget()
-        return descent
+        norm = self._move(w, descent, self.args.max_grad_norm)
+        self.log.add({**numbers, "lower_grad_norm": norm})
+        self.log.last["grad_norm"] = norm
+        self.log.last["learning_rate"] = learning_rate(self.optimizer, self.lower)
 
     def _move(
         self, variables: Sequence[Tensor], gradient: Sequence[Tensor | None], limit: float

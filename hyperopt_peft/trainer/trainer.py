@@ -15,7 +15,6 @@ from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.trainer import checks
-from hyperopt_peft.trainer.accumulation import Accumulated
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.data import (
@@ -33,7 +32,7 @@ from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
 from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.phases import PhasesTrainer
-from hyperopt_peft.trainer.step import OptimizerStep
+from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
 from hyperopt_peft.utils.models import keep_differentiable
@@ -225,10 +224,10 @@ class BilevelTrainer(PhasesTrainer):
     def begin_step(self) -> None:
         """Begin an optimizer step; the callback calls this before the first micro-batch."""
         self._counters = self.current_flos, self.state.num_input_tokens_seen, counters_of(self)
-        self.current_step.begin(self.current_gradient_accumulation_steps)
         self._set_training_mode(self.model)
         with metrics_restored(self):
-            self.current_step.look_ahead(self.state.global_step + 1)
+            count, number = self.current_gradient_accumulation_steps, self.state.global_step + 1
+            self.current_step.begin(count, number)
 
     def _set_training_mode(self, model: nn.Module) -> None:
         model.train()
@@ -263,9 +262,7 @@ class BilevelTrainer(PhasesTrainer):
             )
         self._set_training_mode(model)
         step = self.current_step
-        with step.observed():
-            loss = step.loss(inputs)
-            self.accelerator.backward(loss)
+        loss = step.evaluate(inputs)
         if step.complete:
             try:
                 with metrics_restored(self):
@@ -274,7 +271,7 @@ class BilevelTrainer(PhasesTrainer):
             except NonFiniteError as error:
                 step.clear_gradients()
                 self._skip_or_stop(error)
-        return loss.detach().float() - step.last_prior  # older Trainers sum in its dtype
+        return loss.float() - step.last_prior  # older Trainers sum in its dtype
 
     def _skip_or_stop(self, error: NonFiniteError) -> None:
         """Count the step as skipped, or write a checkpoint of the state before it and raise."""

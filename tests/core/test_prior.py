@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperopt_peft import Engine, ProblemError, check_problem, hypergradient
 from hyperopt_peft.engine import fit, minimize
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.cases import Case, cases
 from tests.support.chains import chain, nested
@@ -187,7 +187,7 @@ def test_an_upper_variable_that_the_prior_alone_reads_is_named() -> None:
     lower = FunctionLevel(lambda _: (w - u).square().sum(), [w], optimizer=sgd)
     (error,) = (f for f in check_problem(upper, lower, progress=False).findings)
     assert error.kind == "unread variable" and "'unused'" in error.words
-    upper.half = None  # not yet evaluated
+    upper.evaluated.half = None  # not yet evaluated
     with pytest.raises(ProblemError, match="'unused'"):
         Engine(upper, lower, "cg", progress=False).run(1)
 

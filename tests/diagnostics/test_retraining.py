@@ -17,7 +17,8 @@ from hyperopt_peft import (
     hypergradient,
 )
 from hyperopt_peft.diagnostics.retraining import Retraining
-from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients.estimate import open_oracle
+from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.by_hand import OPTIMIZERS
 from tests.support.networks import differences, give_gradients, network_levels, snapshot
@@ -103,7 +104,7 @@ def test_options_of_the_optimizer_may_be_functions_of_u() -> None:
 def test_the_residual_bounds_what_more_steps_would_change(steps: int) -> None:
     quadratic = program(1, **SMALL)
     method = Retraining(steps=steps, directions=3, lr=0.1)
-    result = estimate(open_oracle(*quadratic.levels()), method)
+    result = open_oracle(*quadratic.levels()).estimate(get_estimator(method))
     error = relative(flat(result.hypergradient), quadratic.direct + quadratic.exact_implicit)
     assert result.residual is not None and 0.3 * error < result.residual < 1
 
@@ -114,7 +115,7 @@ def test_the_residual_bounds_the_error_of_a_coarse_epsilon() -> None:
     w = torch.ones((), dtype=torch.float64, requires_grad=True)
     levels = FunctionLevel(lambda _: u**3 + 0 * w, [u]), FunctionLevel(lambda _: (w - u) ** 2, [w])
     method = Retraining(steps=1, epsilon=0.1, lr=0.1)
-    result = estimate(open_oracle(*levels), method)
+    result = open_oracle(*levels).estimate(get_estimator(method))
     assert float(flat(result.hypergradient)) == pytest.approx(3 + 0.1**2)
     assert result.residual == pytest.approx(3 * 0.1**2 / 3.01)
 
@@ -157,9 +158,9 @@ def test_both_sides_see_the_same_masks() -> None:
     """With masks of their own the quotient of two losses would be noise divided by ε."""
     levels = network_levels(dropout=0.5)
     oracle = open_oracle(*levels, seed=3)
-    result = estimate(oracle, Retraining(steps=4, directions=2))
+    result = oracle.estimate(Retraining(steps=4, directions=2))
     assert result.residual is not None and result.residual < 1
-    again = estimate(open_oracle(*levels, seed=3), Retraining(steps=4, directions=2))
+    again = open_oracle(*levels, seed=3).estimate(Retraining(steps=4, directions=2))
     assert torch.equal(flat(result.hypergradient), flat(again.hypergradient))
 
 

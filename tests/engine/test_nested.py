@@ -136,18 +136,10 @@ def logistic() -> tuple[Any, ...]:
     return levels, expected
 
 
-@pytest.mark.parametrize(
-    ("options", "least", "most"),
-    [({}, 0, 1e-7), ({"follow": 2}, 0, 1e-7), ({"follow": 0}, 0.1, 0.5)],
-)
-def test_without_following_the_second_derivatives_are_wrong(
-    options: dict[str, Any], least: float, most: float
-) -> None:
-    """Where no level is quadratic: one Newton step will do, and none is off by a fifth."""
+def test_where_no_level_is_quadratic_one_newton_step_will_do() -> None:
     (top, middle, lower), expected = logistic()
-    level = Nested(middle, lower, **options)
-    (found,) = hypergradient(top, level, "exact:product=difference")
-    assert least <= relative_error(found, expected) < most
+    (found,) = hypergradient(top, Nested(middle, lower), "exact:product=difference")
+    assert relative_error(found, expected) < 1e-7
 
 
 def test_darts_takes_the_identity_for_the_inverse() -> None:
@@ -455,9 +447,6 @@ X, UNROLLED = leaf(), "unrolled:steps=2,product=difference"
         (lambda: pair("cgg"), "'cgg'"),
         (lambda: pair(lower_steps=0), "lower_steps"),
         (lambda: pair(warmup_steps=-1), "warmup_steps"),
-        (lambda: pair(follow=0.5), "follow"),
-        (lambda: pair("darts", follow=1), "darts.*follow"),
-        (lambda: pair("penalty"), "penalty"),
         (lambda: Engine(plain(), pair(), "cg"), 'level: .* cg: .*product="difference"'),
         (lambda: hypergradient(plain(), pair(), "exact"), 'level: .* exact: .*difference"'),
         (lambda: Engine(plain(), pair(), UNROLLED, lower_steps=2), "level: .*unrolled.*steps=1"),

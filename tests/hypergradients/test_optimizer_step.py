@@ -9,7 +9,6 @@ from torch.optim import SGD, Adam, Optimizer
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Estimate, Oracle
-from hyperopt_peft.hypergradients.estimate import estimate
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from tests.support.by_hand import OPTIMIZERS, make_levels, start
 from tests.support.quadratic import FunctionLevel, flat
@@ -23,14 +22,16 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Points:
     """Where each lower step of an Engine's run led, in functional form and in truth."""
     points: Points = []
 
+    plain = Oracle.estimate
+
     def spy(oracle: Oracle, method: Any) -> Estimate:
         functional = DifferentiableStep(oracle.lower, oracle.history[-1].optimizer)
         truths = [step.variables for step in oracle.history[1:]] + [oracle.lower.variables]
         for step, truth in zip(oracle.history, truths, strict=True):
             points.append((flat(functional.advance(step)[0]), flat(truth).detach().clone()))
-        return estimate(oracle, method)
+        return plain(oracle, method)
 
-    monkeypatch.setattr("hyperopt_peft.engine.step.estimate", spy)
+    monkeypatch.setattr(Oracle, "estimate", spy)
     return points
 
 

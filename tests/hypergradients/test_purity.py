@@ -165,8 +165,6 @@ def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case, generators
     Neither the upper level's passes nor its dropout and shuffling may be seen. This is the
     control that exposes an upper level that trains the lower variables.
     """
-    if case.estimator.requirements.upper_weight:
-        pytest.skip("it owns the lower steps too")
     upper, lower = network_levels(upper_lr=0.0, generators=generators)
     torch.manual_seed(4)
     Engine(upper, lower, case.estimator, lower_steps=2, warmup_steps=3, progress=False).run(6)

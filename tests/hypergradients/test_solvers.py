@@ -27,8 +27,9 @@ from hyperopt_peft.hypergradients import (
     Vector,
     registered,
 )
-from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
+from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.implicit import exact
+from hyperopt_peft.hypergradients.registry import get_estimator
 from tests.support.quadratic import FunctionLevel, Level, flat, positive, program, symmetric
 from tests.support.systems import indefinite, residual, system
 
@@ -313,7 +314,7 @@ def test_a_vector_whose_square_is_below_float64_is_zero(solver: Solver) -> None:
 @pytest.mark.parametrize("method", ["cg:steps=1", "f2sa:inner_steps=1"])
 def test_hypergradient_warns_of_a_large_residual(method: str) -> None:
     levels = program(0).levels()
-    residual = estimate(open_oracle(*levels), method).residual
+    residual = open_oracle(*levels).estimate(get_estimator(method)).residual
     assert residual is not None and residual > 0.1
     with pytest.warns(HypergradientWarning, match=f"{method.split(':')[0]}: .*{residual:.3g}") as w:
         hypergradient(*levels, method)

@@ -34,7 +34,7 @@ def cases(*kinds: str) -> Any:
     """
     found = []
     for name, entry in registered().items():
-        if entry.estimator().requirements.lower_pass:
+        if entry.estimator().requirements.observe:
             continue
         options = {field.name for field in dataclasses.fields(entry.estimator)}
         for product in get_args(ProductKind) if "product" in options else (None,):

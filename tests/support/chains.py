@@ -108,5 +108,5 @@ def nested(
     """The top level, and those below it as one; ``lowest`` and ``above`` are their estimators."""
     top, *middle, lower = levels
     for level in reversed(middle):
-        lower = Nested(level, lower, lowest if lower.second_derivatives else above, **options)
+        lower = Nested(level, lower, above if lower.nested else lowest, **options)
     return top, lower

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, require_finite
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
@@ -33,9 +32,9 @@ class ConjugateGradient(Solver):
     damping: NonNegativeFloat = 0.0
     tolerance: Fraction = 1e-6
 
-    def cost(self) -> Cost:
+    def cost(self) -> int:
         """At most ``steps`` products."""
-        return self.products_cost(self.steps, vectors=9)
+        return self.products_cost(self.steps)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,8 @@ from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
 from hyperopt_peft.utils.vector import Vector
 
-
-@runtime_checkable
-class SolverFunction(Protocol):
-    """v ≈ H⁻¹b from ``matvec``, a function v ↦ Hv, and b; all are tensors of shape ``(n,)``."""
-
-    def __call__(self, matvec: Callable[[Tensor], Tensor], b: Tensor, /) -> Tensor:
-        """v ≈ H⁻¹b."""
+#: v ≈ H⁻¹b from ``matvec``, a function v ↦ Hv, and b; all are tensors of shape ``(n,)``.
+SolverFunction = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True, repr=False)

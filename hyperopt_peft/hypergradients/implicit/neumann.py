@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.validation import NonNegativeInt, PositiveFloat
@@ -35,9 +34,9 @@ class Neumann(Solver):
     terms: NonNegativeInt = 20
     step_size: PositiveFloat | None = None
 
-    def cost(self) -> Cost:
+    def cost(self) -> int:
         """``terms`` products, and ten more without a ``step_size``."""
-        return self.products_cost(self.terms + (self.step_size is None) * POWER_STEPS, vectors=6)
+        return self.products_cost(self.terms + (self.step_size is None) * POWER_STEPS)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ H⁻¹ b."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
@@ -52,9 +51,9 @@ class Nystrom(Solver):
     damping: NonNegativeFloat | None = None
     tolerance: Fraction = 1e-6
 
-    def cost(self) -> Cost:
-        """``rank`` products, and at most ``steps``; 2·``rank`` vectors are U and HΩ."""
-        return self.products_cost(self.rank + self.steps, vectors=8 + 2 * self.rank)
+    def cost(self) -> int:
+        """``rank`` products, and at most ``steps``."""
+        return self.products_cost(self.rank + self.steps)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
-from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import PositiveFloat
@@ -71,11 +71,9 @@ class Solver(Estimator):
         exact = self.product == "exact"
         return Requirements(second_derivatives=exact, differences=not exact)
 
-    def products_cost(self, products: int, vectors: int) -> Cost:
-        """The cost of F, f, ``products`` Hessian-vector products and one mixed product."""
-        if self.product == "exact":
-            return Cost(3, 4 + products, vectors)
-        return Cost(4 + 2 * products, 4 + 2 * products, vectors + 2)
+    def products_cost(self, products: int) -> int:
+        """The passes of F, f, ``products`` Hessian-vector products and one mixed product."""
+        return 4 + (1 if self.product == "exact" else 2) * products
 
     def rounding(self, b: Vector) -> float:
         """The relative error of a product: δ, or δ^(2/3) of a difference (`default_epsilon`)."""
@@ -88,18 +86,17 @@ class Solver(Estimator):
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
+        return self.solved(oracle, self.advance)
+
+    def solved(self, oracle: Oracle, advance: Advance) -> Estimate:
+        """The estimate with the solution of ``advance``, a function as `advance`."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
-        advance = self.prepare(oracle)
         with oracle.product(self.product, epsilon=self.epsilon) as product:
             solution, state = advance(product.hessian, b, oracle.state)
             implicit = product.mixed(solution.v).mul_(-1.0)
         return Estimate(direct, implicit, solution.residual, solution.steps, solution.note, state)
-
-    def prepare(self, oracle: Oracle) -> Advance:
-        """``advance``, or another that knows more of the oracle's point than products tell."""
-        return self.advance
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """The solution, and the next ``state``; a subclass may use ``state`` as a warm start."""

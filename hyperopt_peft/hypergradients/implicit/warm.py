@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, cast
 
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.hypergradients.estimator import Cost
 from hyperopt_peft.hypergradients.implicit.solver import (
     Matvec,
     Solution,
@@ -56,11 +55,9 @@ class WarmStart(Solver):
     decay: Annotated[float, Bound("≥", 0), Bound("≤", 1)] = 0.5
     damping: NonNegativeFloat = 0.0
 
-    def cost(self) -> Cost:
+    def cost(self) -> int:
         """``steps`` products, and one for the power iteration, after the first upper step."""
-        return self.products_cost(
-            self.steps + (self.step_size is None), vectors=10 if self.product == "exact" else 8
-        )
+        return self.products_cost(self.steps + (self.step_size is None))
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b, without a warm start."""

@@ -8,8 +8,8 @@ from typing import Literal
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.dots import Dots, linear_layers
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import ProductKind, Scheme
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.validation import NonNegativeFloat, PositiveFloat
@@ -37,7 +37,7 @@ class OneStep(Estimator):
             lower_gradient=self.scheme == "forward" and self.product == "difference",
             second_derivatives=self.product == "exact",
             differences=self.product == "difference",
-            lower_pass=self.product == "dots",
+            observe=self.product == "dots",
         )
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
@@ -59,21 +59,17 @@ class OneStep(Estimator):
         """∂²f/∂u∂w · v at the start of the last lower step; outside training at the current w."""
         at = oracle.history[-1] if oracle.history else None
         if self.product == "dots":
-            dots = oracle.observed or oracle.observe(Dots.of(oracle.lower, v), at)
+            dots = oracle.dots or oracle.observe(Dots.of(oracle.lower, v), at)
             return dots.mixed(oracle.upper.variables)
         with oracle.product(
             self.product, at=at, epsilon=self.epsilon, scheme=self.scheme
         ) as product:
             return product.mixed(v)
 
-    def cost(self) -> Cost:
+    def cost(self) -> int:
         """F, f, and the mixed product; with dots one pass less where f's own pass is observed."""
-        if self.product == "dots":
-            return Cost(3, 3, 5)
-        if self.product == "exact":
-            return Cost(3, 4, 4)
-        passes = 3 if self.scheme == "forward" else 4
-        return Cost(passes, passes, 4)
+        forward = self.product == "difference" and self.scheme == "forward"
+        return 3 if forward or self.product == "dots" else 4
 
 
 @register("darts", kind="identity")

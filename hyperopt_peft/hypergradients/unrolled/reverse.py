@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem, StepRecord
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Estimator, Requirements
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
@@ -65,9 +65,9 @@ class Unrolled(Estimator):
             differences=self.product == "difference",
         )
 
-    def cost(self) -> Cost | None:
-        """F, and for each step f, its graph, and the product with ∂²f/∂(w, u)∂w."""
-        return Cost(1 + 2 * self.steps, 1 + 4 * self.steps, 9 + 2 * self.steps)
+    def cost(self) -> int | None:
+        """F, and for each step f, its graph (twice), and the product with ∂²f/∂(w, u)∂w."""
+        return 1 + 4 * self.steps
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Raise ProblemError for sharded variables, and as `DifferentiableStep`."""
@@ -98,15 +98,16 @@ class Unrolled(Estimator):
 
 
 def last_steps(oracle: Oracle, count: int) -> tuple[DifferentiableStep, Sequence[StepRecord]]:
-    """The lower optimizer's step as a function, and the last ``count`` lower steps, in order.
+    """The lower optimizer's step as a function, and the recorded lower steps, in order.
 
-    Outside training, steps from the current point on the oracle's lower batch are simulated.
+    Outside training, ``count`` steps from the current point on the oracle's lower batch are
+    simulated.
     """
     last = oracle.history[-1].optimizer if oracle.history else None
     state = last or oracle.lower.optimizer_snapshot(with_state=True)
     optimizer = DifferentiableStep(oracle.lower, state)
     if oracle.history:
-        return optimizer, oracle.history[-count:]
+        return optimizer, oracle.history
     steps: list[StepRecord] = []
     point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
     while True:

@@ -22,7 +22,7 @@ from torch import Tensor
 from hyperopt_peft import Engine, check_problem
 from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients import get_estimator, open_oracle
-from hyperopt_peft.hypergradients.estimate import LARGE_RESIDUAL, check_estimator, estimate
+from hyperopt_peft.hypergradients.estimate import LARGE_RESIDUAL, check_estimator
 from tests.support.fuzz.grammar import Form, Levels
 from tests.support.fuzz.reference import (
     Functions,
@@ -163,7 +163,7 @@ class Examination:
         try:
             oracle = open_oracle(upper, lower)
             check_estimator(estimator, upper, lower)
-            result = estimate(oracle, estimator)
+            result = oracle.estimate(estimator)
         finally:
             changed = self._changed(levels, before)
         if changed:

@@ -1,30 +1,23 @@
-"""`f2sa` and `penalty`: closed forms, orders, scales, and what they do in training."""
+"""`f2sa` and `penalty`: closed forms, orders and scales."""
 
 import math
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.optim import SGD
 
 from hyperopt_peft import (
-    Engine,
     HypergradientWarning,
-    NonFiniteError,
     Problem,
     hypergradient,
 )
-from hyperopt_peft.engine.step import BilevelStep
-from hyperopt_peft.hypergradients import F2SA, Estimate, get_estimator
-from hyperopt_peft.hypergradients.estimate import estimate, open_oracle
-from hyperopt_peft.hypergradients.penalty import penalty
+from hyperopt_peft.hypergradients import Estimate, get_estimator
+from hyperopt_peft.hypergradients.contrib import F2SA, penalty
+from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.problems import logistic
-from hyperopt_peft.utils.random_state import RandomState, replay
-from tests.support.networks import network_levels
 from tests.support.newton import minimise
 from tests.support.quadratic import FunctionLevel, Level, Program, flat, program, symmetric
 
@@ -55,7 +48,7 @@ def asked(levels: Any, method: str, state: Any = None) -> tuple[Estimate, int]:
     """An estimate and the passes that it cost."""
     oracle = open_oracle(*levels, seed=0)
     oracle.state = state or {}
-    return estimate(oracle, method), oracle.passes.gradients
+    return oracle.estimate(get_estimator(method)), oracle.passes.gradients
 
 
 def central(p: Program, nu: float) -> Tensor:
@@ -252,104 +245,3 @@ def test_attention_in_its_fast_kernel_and_half_precision(method: str, dtype: tor
     assert actual.dtype == dtype
     (exact,) = hypergradient(*levels(torch.float64), "exact")
     assert relative(actual.double(), exact) < (5e-3 if dtype == torch.float32 else 2e-2)
-
-
-def scalar_levels(curvature: float) -> tuple[FunctionLevel, FunctionLevel]:
-    """f = ½(w − u)² and F = ½(u − 1)² + ½εw² with ε = ``curvature``."""
-    w, u = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
-    upper = FunctionLevel(
-        lambda _: (u - 1) ** 2 / 2 + curvature * w**2 / 2, [u], optimizer=SGD([u], lr=0.3)
-    )
-    return upper, FunctionLevel(lambda _: (w - u) ** 2 / 2, [w], optimizer=SGD([w], lr=0.5))
-
-
-@pytest.mark.parametrize("gamma", [4.0, 8.0, 400.0])
-def test_the_penalty_trains_to_the_optimum_of_the_penalised_problem(
-    gamma: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """min_w F + γf is ½(u − 1)² + ½au², a = εγ/(ε + γ): O(1/γ) from the bilevel 1/(1 + ε)."""
-    monkeypatch.setattr(penalty, "GAMMA", gamma)
-    epsilon = 0.5
-    upper, lower = scalar_levels(epsilon)
-    Engine(upper, lower, "penalty:tolerance=0.0", lower_steps=3, progress=False).run(100)
-    a = epsilon * gamma / (epsilon + gamma)
-    assert upper.variables[0].item() == pytest.approx(1 / (1 + a), abs=1e-9)
-    assert lower.variables[0].item() == pytest.approx(gamma / (gamma + epsilon) / (1 + a), abs=1e-9)
-
-
-@pytest.mark.parametrize("epsilon", [0.5, 0.01])
-def test_without_the_value_function_the_flatness_of_the_upper_loss_is_the_error(
-    epsilon: float,
-) -> None:
-    """u goes to 1, whatever γ is; the optimum is 1/(1 + ε)."""
-    upper, lower = scalar_levels(epsilon)
-    Engine(upper, lower, "penalty:free=True", lower_steps=3, progress=False).run(100)
-    assert upper.variables[0].item() == pytest.approx(1, abs=1e-9)
-
-
-def test_a_lower_step_of_the_engine_descends_f_and_a_share_of_the_upper_loss() -> None:
-    """On the upper level's next batch; what is logged as the lower loss stays f."""
-    w, u = (torch.tensor([x], requires_grad=True) for x in (3.0, 1.0))
-    seen: list[Any] = []
-
-    def above(batch: float) -> Tensor:
-        seen.append(batch)
-        return batch * (w - u).sum()
-
-    upper = FunctionLevel(above, [u], data=[10.0, 11.0, 12.0], optimizer=SGD([u], lr=0.0))
-    lower = FunctionLevel(lambda _: (w * u).square().sum() / 2, [w], optimizer=SGD([w], lr=0.1))
-    (record,) = Engine(upper, lower, "penalty:free=True", lower_steps=2, progress=False).run(1)
-    first = 3.0 - 0.1 * (3.0 + 10 / 100)
-    assert w.item() == pytest.approx(first - 0.1 * (first + 11 / 100))
-    assert seen == [10.0, 11.0, 12.0]
-    assert record["lower_loss"] == pytest.approx(first**2 / 2)
-    assert record["lower_grad_norm"] == pytest.approx(first + 11 / 100)
-
-
-def test_the_share_of_the_upper_loss_leaves_nothing_but_its_gradient(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With a share that rounds to nothing, training is that without it, bit for bit.
-
-    Dropout, BatchNorm's buffers and the order of shuffled data are as if F had not been read.
-    """
-    monkeypatch.setattr(penalty, "GAMMA", 1e300)
-    ends = []
-    for method in ("penalty:free=True", "direct"):
-        upper, lower = network_levels(upper_lr=0.0)
-        torch.manual_seed(4)
-        Engine(upper, lower, method, lower_steps=2, progress=False).run(4)
-        ends.append([*lower.variables, *lower.net.buffers()])
-    assert all(map(torch.equal, *ends))
-
-
-def test_the_share_is_a_function_of_its_own_random_state_and_f_need_not_read_w() -> None:
-    """Where f does not read a variable its gradient is None, and F's share is all there is."""
-    w, v, u = (torch.ones(4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    upper = FunctionLevel(lambda _: (2 * w * torch.rand(4, dtype=w.dtype)).sum(), [u])
-    lower = FunctionLevel(lambda _: v.sum(), [w, v])
-    step = BilevelStep(upper, lower, get_estimator("penalty"), seed=7)
-    here = RandomState.capture()
-
-    def descent(gradient: tuple[Tensor | None, ...], number: int) -> Tensor:
-        actual = step.record_lower(None, here, gradient, number=number, next_upper_batch=Mock())
-        assert actual[0] is not None and torch.equal(actual[1], 3 * v)
-        return actual[0]
-
-    descent((w.detach(), 3 * v.detach(), None), 1)  # at the first step f must read each
-    actual = []
-    for seed, number in ((1, 2), (2, 2), (2, 3)):
-        torch.manual_seed(seed)
-        actual.append(descent((None, 3 * v.detach()), number))
-        with replay(RandomState.seeded(lower.devices, 7, "lower step", number)):
-            assert torch.equal(actual[-1], 0.01 * 2 * torch.rand(4, dtype=w.dtype))
-    assert torch.equal(actual[0], actual[1]) and not torch.equal(actual[0], actual[2])
-
-
-def test_an_upper_loss_that_is_not_finite_stops_the_lower_step() -> None:
-    upper, lower = scalar_levels(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"lower step 1: FunctionLevel: .*loss"):
-        Engine(upper, lower, "penalty", progress=False).run(1)
-    run = Engine(upper, lower, "penalty", lower_steps=2, non_finite="skip", progress=False)
-    run.run(1)
-    assert run.skipped == 3 and lower.variables[0].item() == 0

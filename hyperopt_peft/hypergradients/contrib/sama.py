@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hyperopt_peft.core.problem import Problem, StepRecord
-from hyperopt_peft.hypergradients.estimator import Cost, Estimate, Requirements
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.estimator import Requirements
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.darts import OneStep
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
@@ -53,10 +53,10 @@ class SAMA(OneStep):
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
-        if oracle.observed is not None:
+        if oracle.dots is not None:
             norm = Vector.of(oracle.history[-1].gradient, oracle.lower.variables).norm()
             factor = oracle.lower.clipping(norm)
-            return Estimate(direct, factor * oracle.observed.mixed(oracle.upper.variables))
+            return Estimate(direct, factor * oracle.dots.mixed(oracle.upper.variables))
         optimizer, (step,) = last_steps(oracle, 1)
         along = optimizer.vjp(step, b)[1]
         return Estimate(direct, self.mixed(oracle, along))
@@ -72,7 +72,6 @@ class SAMA(OneStep):
         step = StepRecord(None, RandomState({}), lower.variables, gradient, None, snapshot)
         return optimizer.vjp(step, above.b)[1]
 
-    def cost(self) -> Cost:
+    def cost(self) -> int:
         """As `OneStep`, and a backward pass through the optimizer's step."""
-        cost = super().cost()
-        return replace(cost, backward_passes=cost.backward_passes + 1, vectors=11)
+        return super().cost() + 1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from hyperopt_peft.hypergradients.implicit.linear_calls import Layer, linear_calls
+from hyperopt_peft.hypergradients.contrib.linear_calls import Layer, linear_calls
 
 X, W, C = torch.randn(4, 5, 3), torch.randn(2, 3), torch.randn(2)
 

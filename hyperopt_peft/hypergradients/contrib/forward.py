@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.hypergradients.estimator import Estimate, Requirements
-from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.estimator import ALL, Requirements
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle, State
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled, last_steps
@@ -30,11 +30,11 @@ class Forward(Unrolled):
     product for each unknown, and one backward pass more for exact products. The memory is one
     vector shaped like w for each unknown and moment.
 
-    With ``carry`` the tangents continue over upper steps (real-time recurrent learning), so that
-    the hypergradient is through all lower steps since the warm-up, at constant memory. Each step is
-    differentiated at the value of u at that step. The lower steps of a skipped upper step are
-    omitted. Without ``carry`` the tangents are 0 after each upper step. Franceschi et al. 2017,
-    arXiv:1703.01785, Alg. 2 and §3.3.
+    With ``carry`` every lower step is differentiated, and the tangents continue over upper steps
+    (real-time recurrent learning), so that the hypergradient is through all lower steps since the
+    warm-up, at constant memory. Each step is differentiated at the value of u at that step. The
+    lower steps of a skipped upper step are omitted. Without ``carry`` the tangents are 0 after each
+    upper step. Franceschi et al. 2017, arXiv:1703.01785, Alg. 2 and §3.3.
 
     Raises:
         ProblemError: there are more upper unknowns than ``limit``; or as `Unrolled`.
@@ -57,7 +57,8 @@ class Forward(Unrolled):
     @property
     def requirements(self) -> Requirements:
         """As `Unrolled`; with ``carry`` every lower step."""
-        return replace(super().requirements, every_step=self.carry)
+        needs = super().requirements
+        return replace(needs, history=ALL) if self.carry else needs
 
     def cost(self) -> None:
         """None, since the cost depends on the number of upper unknowns."""
@@ -89,7 +90,7 @@ class Forward(Unrolled):
         for step in steps:
             with oracle.product(self.product, at=step, epsilon=self.epsilon) as product:
                 for j, (z, moments) in enumerate(tangents):
-                    g = product.tangent(z, units[j])
+                    g = product.both(z, units[j])[0]
                     options = [slope[j] for slope in slopes]
                     tangents[j] = optimizer.jvp(step, z, g, moments, options)
         implicit = torch.tensor([dot(z, b) for z, _ in tangents], dtype=torch.float64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hyperopt_peft import Problem
-from hyperopt_peft.trainer.accumulation import Accumulated, MicroBatch
+from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 
 
@@ -69,10 +69,10 @@ def test_it_runs_in_half_precision_where_the_level_does(kind: type[Fit], ask: st
     level = kind()
     level.net.float()
     accumulated = Accumulated(level)
-    assert accumulated.half is None
+    assert accumulated.evaluated.half is None
     options = () if ask == "evaluate" else (accumulated.variables,)
     getattr(accumulated, ask)(micro_batches([x.float() for x in examples(6)]), *options)
-    assert accumulated.half is (kind is Halved)
+    assert accumulated.evaluated.half is (kind is Halved)
 
 
 def test_a_variable_that_one_micro_batch_does_not_read_counts_as_zero_there() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.errors import NonFiniteError
-from hyperopt_peft.hypergradients.implicit.linear_calls import Layer
+from hyperopt_peft.hypergradients.contrib.linear_calls import Layer
 from hyperopt_peft.utils import distributed, reductions
 from hyperopt_peft.utils.vector import Vector
 

@@ -19,11 +19,10 @@ from hyperopt_peft import (
     hypergradient,
 )
 from hyperopt_peft.adapters import use_fast_dora
-from hyperopt_peft.hypergradients import KFAC
+from hyperopt_peft.hypergradients.contrib import KFAC, kronecker
+from hyperopt_peft.hypergradients.contrib.kfac import layer_samples
+from hyperopt_peft.hypergradients.contrib.kronecker import RELATIVE_DAMPING, empirical_fisher
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from hyperopt_peft.hypergradients.implicit import kronecker
-from hyperopt_peft.hypergradients.implicit.kfac import layer_samples
-from hyperopt_peft.hypergradients.implicit.kronecker import RELATIVE_DAMPING, empirical_fisher
 from tests.support.quadratic import FunctionLevel, flat, program
 
 DAMPING = 0.3
@@ -49,8 +48,8 @@ def solution(levels: tuple[Problem, Problem], **options: Any) -> Tensor:
     """What the approximation alone makes of b = ∂F/∂w."""
     oracle = open_oracle(*levels)
     with oracle.open():
-        advance = KFAC(steps=0, **options).prepare(oracle)
-        actual, _ = advance(lambda v: v, oracle.upper_gradient.b, {})
+        solver = KFAC(steps=0, **options)
+        actual = solver.solve(lambda v: v, oracle.upper_gradient.b, solver.inverse(oracle))
     assert actual.residual is None and actual.steps == 0
     return flat(actual.v)
 
@@ -323,8 +322,8 @@ def test_at_negative_curvature_the_factored_matrix_is_inverted_alone() -> None:
     alone = solution(levels)
     oracle = open_oracle(*levels)
     with oracle.open():
-        advance = KFAC(steps=3).prepare(oracle)
-        actual, _ = advance(lambda v: -v, oracle.upper_gradient.b, {})
+        solver = KFAC(steps=3)
+        actual = solver.solve(lambda v: -v, oracle.upper_gradient.b, solver.inverse(oracle))
     torch.testing.assert_close(flat(actual.v), alone)
     assert "negative curvature" in actual.note and actual.residual == 1
 

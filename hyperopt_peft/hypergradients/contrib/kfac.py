@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.hypergradients.contrib.kronecker import Fisher, Samples, empirical_fisher
+from hyperopt_peft.hypergradients.contrib.linear_calls import Layer, linear_calls
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
-from hyperopt_peft.hypergradients.implicit.kronecker import Fisher, Samples, empirical_fisher
-from hyperopt_peft.hypergradients.implicit.linear_calls import Layer, linear_calls
-from hyperopt_peft.hypergradients.implicit.solver import Advance, Matvec, Solution, Solver
-from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.validation import Fraction, NonNegativeInt, PositiveFloat
@@ -79,12 +79,13 @@ class KFAC(Solver):
         )
         lower.require_single(f"kfac supports two levels only; {advice}")
 
-    def solve(self, matvec: Matvec, b: Vector) -> Solution:
-        """v ≈ (H + damping·I)⁻¹ b, with no layers known."""
-        return self._solve(matvec, b)
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        inverse = self.inverse(oracle) if oracle.upper_gradient.norm else None
+        return self.solved(oracle, lambda matvec, b, _: (self.solve(matvec, b, inverse), {}))
 
-    def prepare(self, oracle: Oracle) -> Advance:
-        """The solve with the layers of f at the oracle's point."""
+    def inverse(self, oracle: Oracle) -> Matvec | None:
+        """P⁻¹ of f at the oracle's point; None where f has no linear layer."""
         blocks = empirical_fisher(
             layer_samples(oracle),
             [widened(variable.detach()) for variable in oracle.lower.variables],
@@ -94,23 +95,18 @@ class KFAC(Solver):
             f"{oracle.lower.name} calls no linear layer whose weight or bias is a lower variable; "
             'take steps=10, or choose a solver such as "minres"',
         )
-        inverse = Fisher(blocks, self.damping).inverse if blocks else None
+        return Fisher(blocks, self.damping).inverse if blocks else None
 
-        def advance(matvec: Matvec, b: Vector, _: State) -> tuple[Solution, State]:
-            if self.steps == 0 and inverse is not None:
-                return Solution(inverse(b), None, 0), {}
-            solution = self._solve(matvec, b, inverse)
-            if solution.note and solution.residual == 1 and inverse is not None:  # v is 0 still
-                return replace(
-                    solution, v=inverse(b), note=f"{solution.note}; {ONLY_PRECONDITIONER}"
-                ), {}
-            return solution, {}
-
-        return advance
-
-    def _solve(self, matvec: Matvec, b: Vector, inverse: Matvec | None = None) -> Solution:
+    def solve(self, matvec: Matvec, b: Vector, inverse: Matvec | None = None) -> Solution:
+        """v ≈ (H + damping·I)⁻¹ b, with P⁻¹ by ``inverse``."""
+        if self.steps == 0 and inverse is not None:
+            return Solution(inverse(b), None, 0)
         limits = self.steps, self.damping or 0.0, self.tolerance, self.rounding(b)
-        return conjugate_gradients(matvec, b, *limits, precondition=inverse)
+        solution = conjugate_gradients(matvec, b, *limits, precondition=inverse)
+        if solution.note and solution.residual == 1 and inverse is not None:  # v is 0 still
+            note = f"{solution.note}; {ONLY_PRECONDITIONER}"
+            solution = replace(solution, v=inverse(b), note=note)
+        return solution
 
 
 def layer_samples(oracle: Oracle) -> Samples:

@@ -1,0 +1,9 @@
+"""Estimators that are tested on their own, and found by name like the others."""
+
+from hyperopt_peft.hypergradients.contrib.fastmix import FastMix
+from hyperopt_peft.hypergradients.contrib.forward import Forward
+from hyperopt_peft.hypergradients.contrib.kfac import KFAC
+from hyperopt_peft.hypergradients.contrib.penalty import F2SA, Penalty
+from hyperopt_peft.hypergradients.contrib.sama import SAMA
+
+__all__ = ["F2SA", "KFAC", "SAMA", "FastMix", "Forward", "Penalty"]

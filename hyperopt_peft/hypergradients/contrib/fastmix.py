@@ -1,0 +1,118 @@
+"""One unrolled gradient step of the output layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt_peft.core.labels import has_fused_head
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.dots import ADVICE, UNCALLED, Dots, uncalled, weighted_examples
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
+from hyperopt_peft.hypergradients.registry import register
+from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.autograd import without_autocast
+from hyperopt_peft.utils.validation import NonNegativeFloat
+
+
+@register("fastmix", kind="identity")
+@dataclass(frozen=True)
+class FastMix(Estimator):
+    """dF/du ≈ ∂F/∂u − ξ Σ_g ∂f'_g/∂u ⟨∇_V F, ∇_V ℓ_g⟩, with V the output layer's weight.
+
+    The estimate is that of `DARTS` with ``product="dots"`` for a step of V in place of w; V may
+    be frozen or tied. f'_g = ∂f/∂ℓ_g, which is v_k for the loss of source k. The lower level's
+    model has ``get_output_embeddings()`` and calls this layer, as models of Transformers do; a
+    fused head does not. FastMix, 2026, arXiv:2606.14971.
+
+    Example:
+        >>> from hyperopt_peft.hypergradients import get_estimator
+        >>> get_estimator("fastmix").requirements.observe
+        True
+    """
+
+    xi: NonNegativeFloat = 1.0
+
+    @property
+    def requirements(self) -> Requirements:
+        """The last lower step, and its pass."""
+        return Requirements(history=1, observe=True)
+
+    def check_levels(self, upper: Problem, lower: Problem) -> None:
+        """Raise ProblemError as `Estimator.check_levels` and `output_layer`."""
+        super().check_levels(upper, lower)
+        output_layer(lower)
+
+    def observe(self, oracle: Oracle) -> Dots:
+        """The dot products with ∇_V F."""
+        with output_gradient(oracle.lower) as gradient:
+            oracle.upper_gradient  # noqa: B018
+        return Dots(oracle.lower, {output_layer(oracle.lower): (gradient(), None)})
+
+    def estimate(self, oracle: Oracle) -> Estimate:
+        """dF/du at the oracle's point."""
+        at = oracle.history[-1] if oracle.history else None
+        dots = oracle.dots or oracle.observe(self.observe(oracle), at)
+        mixed = dots.mixed(oracle.upper.variables)
+        return Estimate(oracle.upper_gradient.direct, -self.xi * mixed)
+
+    def cost(self) -> int:
+        """F and f, twice."""
+        return 3
+
+
+def output_layer(level: Problem) -> nn.Module:
+    """The output layer of the model in ``level``.
+
+    Raises:
+        ProblemError: the model has none, or does not call it; or as `weighted_examples`.
+    """
+    model = weighted_examples(level).model
+    if has_fused_head(model):
+        raise uncalled(level)
+    modules: Iterator[Any] = model.modules()  # a wrapper for processes has no such method
+    owners = (each for each in modules if hasattr(each, "get_output_embeddings"))
+    layer: nn.Module | None = next((each.get_output_embeddings() for each in owners), None)
+    if layer is None:
+        raise ProblemError(
+            f"{level.name}: {type(model).__name__} has no get_output_embeddings(), whose gradient "
+            "the estimator takes; choose darts with product=dots"
+        )
+    return layer
+
+
+@contextmanager
+def output_gradient(level: Problem) -> Iterator[Callable[[], Tensor]]:
+    """A function that returns the gradient of the output layer's weight from passes in the body.
+
+    The gradient is an average over the processes. The layer may be frozen, and a tied weight has
+    no gradient from the input embeddings.
+    """
+    total: list[Tensor] = []
+
+    @without_autocast
+    def add(x: Tensor, delta: Tensor) -> None:
+        total[:] = [sum(total, delta.flatten(0, -2).mT @ x.flatten(0, -2))]
+
+    def tap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled() and output.requires_grad:
+            output.register_hook(partial(add, args[0].detach().to(output.dtype)))
+
+    def result() -> Tensor:
+        if not total:
+            raise ProblemError(f"{level.name}: the upper loss {UNCALLED}; {ADVICE}")
+        return distributed.average(total[0])
+
+    handle = output_layer(level).register_forward_hook(tap)
+    try:
+        yield result
+    finally:
+        handle.remove()

@@ -1,1 +1,0 @@
-"""Estimators from first-order passes at minima of penalised objectives."""
