@@ -37,21 +37,11 @@ def trained(
     torch.manual_seed(7)
     dtype = options.pop("dtype", torch.float32)
     module = WEIGHTS[weights]().to(dtype)
-    settings = {
-        "max_steps": 4,
-        "lower_steps": 2,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "upper_learning_rate": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "hypergradient": method,
-    }
+    settings = {"max_steps": 4, "lower_steps": 2, "hypergradient": method, "learning_rate": 1e-2}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings |= {"upper_learning_rate": 0.1, "logging_steps": 1, "save_strategy": "no"}
+    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    settings |= {"remove_unused_columns": False}
     train = data("causal").add_column("source", [row % 2 for row in range(24)])
     trainer = BilevelTrainer(
         model.to(dtype),

@@ -16,17 +16,9 @@ from hyperopt_peft.utils.models import trainable
 from tests.support.networks import differences
 from tests.support.trainers import data, peft_model, values
 
-SETTINGS: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "max_steps": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 3,
-}
+SETTINGS: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+SETTINGS |= {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+SETTINGS |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
 
 #: Before, a Trainer decides by other attributes whether it trains the sum.

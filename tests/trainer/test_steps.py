@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import TrainerCallback
 
-from hyperopt_peft import BilevelTrainer, hypergradient
-from hyperopt_peft.hypergradients.penalty.penalty import GAMMA
+from hyperopt_peft import BilevelTrainer
 from tests.support.by_hand import BATCHES, ByHand, f, start, upper_f
 from tests.support.class_weights import Stream, streamed
 from tests.support.networks import differences
 from tests.support.quadratic import FunctionLevel
 from tests.support.resume import end
-from tests.support.trainers import arguments, peft_model
-from tests.support.watch import batches_of, double, replayed, watched
+from tests.support.trainers import arguments
 
 
 @pytest.mark.parametrize(("lower_steps", "accumulation"), [(1, 1), (2, 2)])
@@ -38,28 +36,14 @@ def test_variables_outside_of_the_model_move_by_their_own_gradients(
         name="lower",
     )
     upper = FunctionLevel(lambda _: ((w - 1) ** 2 + (v - 2) ** 2) / 2, {"u": u}, name="upper")
-    args = arguments(
-        tmp_path,
-        max_steps=4,
-        per_device_train_batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
-        lower_steps=lower_steps,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        learning_rate=0.1,
-        upper_learning_rate=0.2,
-        max_grad_norm=0.0,
-        upper_max_grad_norm=0.0,
-        remove_unused_columns=False,
-    )
-    BilevelTrainer(
-        model,
-        lower=lower,
-        upper=upper,
-        args=args,
-        train_dataset=Dataset.from_dict({"x": x.tolist()}),
-        upper_dataset=Dataset.from_dict({"x": [0.0, 3.0]}),
-    ).train()
+    settings = {"max_steps": 4, "lower_steps": lower_steps, "optim": "sgd", "max_grad_norm": 0.0}
+    settings |= {"per_device_train_batch_size": 4 // accumulation, "upper_max_grad_norm": 0.0}
+    settings |= {"gradient_accumulation_steps": accumulation, "remove_unused_columns": False}
+    settings |= {"learning_rate": 0.1, "upper_learning_rate": 0.2, "lr_scheduler_type": "constant"}
+    rows = {"train_dataset": Dataset.from_dict({"x": x.tolist()})}
+    rows["upper_dataset"] = Dataset.from_dict({"x": [0.0, 3.0]})
+    levels = {"lower": lower, "upper": upper}
+    BilevelTrainer(model, arguments(tmp_path, **settings), **levels, **rows).train()
 
     w0, v0, u0, mean = -0.4, 0.3, 0.5, float(x.mean())
     for step in range(1, 5):
@@ -67,37 +51,6 @@ def test_variables_outside_of_the_model_move_by_their_own_gradients(
         w0, v0, old = w0 - 0.1 * (w0 - u0 * mean), v0 - 0.1 * (v0 - u0), u0
         u0 = old - 0.2 * hypergradient if step % lower_steps == 0 else old
     assert [float(w), float(v), float(u)] == pytest.approx([w0, v0, u0], abs=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
-@pytest.mark.parametrize("micro", [1, 2])
-def test_lower_steps_descend_f_and_a_share_of_the_upper_loss(tmp_path: Path, micro: Any) -> None:
-    """Each on an upper batch of its own, a function of the step; and u moves at the same point."""
-    method = "penalty:inner_steps=3"
-    settings = {"hypergradient": method, "gradient_accumulation_steps": micro, "rows": 30}
-    settings["per_device_upper_batch_size"] = 4
-    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
-    lower_batches = batches_of(run, 6 * micro)
-    run.train()
-    lower, upper, move = replayed(watch)
-    losses = [log["loss"] for log in run.state.log_history if "loss" in log]
-    for step in range(6):
-        move(step)
-        batches = lower_batches[step * micro : (step + 1) * micro]
-        parts = [lower.gradient(batch, lower.variables) for batch in batches]
-        above = upper.gradient(run.upper_batches.batch(step + step // 2), lower.variables)
-        assert losses[step] == pytest.approx(sum(part.loss for part in parts) / micro, abs=1e-4)
-        for k, name in enumerate(lower.names):
-            expected = sum(part.gradient[k] for part in parts) / micro
-            expected = expected + above.gradient[k] / GAMMA
-            torch.testing.assert_close(watch.gradients[step][name], expected, rtol=1e-9, atol=1e-12)
-        if step % 2 == 1 and micro == 1:
-            number = step + 1 + (step + 1) // 2 - 1
-            given = {"upper_batch": run.upper_batches.batch(number), "lower_batch": batches[0]}
-            expected = hypergradient(upper, lower, method, **given)
-            for name, part in zip(upper.names, expected, strict=True):
-                found = watch.gradients[step][name]
-                assert (found - part).norm() <= 1e-3 * part.norm() + 1e-6
 
 
 STEPS, RATES = 5, (0.05, 0.2)
