@@ -140,8 +140,8 @@ def main() -> None:
     seen = ~result.scores.isnan()
     measures = {
         "out-of-fold confidence": -suspects.confidence,
-        "mean training loss": suspects.loss,
-        "score": suspects.score,
+        "mean training loss": result.losses,
+        "score": result.scores,
     }
     areas = {
         name: float(roc_auc_score(wrong[seen], values[seen])) for name, values in measures.items()

@@ -32,9 +32,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
-from hyperopt_peft.problems import Adapter
-from hyperopt_peft.problems.example_weights import HeldOut, example_losses
-from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
+from hyperopt_peft.core.labels import row_losses
+from hyperopt_peft.problems import LoRA, RowWeights, WeightNet
 
 METHODS = ("clean alone", "noisy", "noisy + clean", "reweighted")
 
@@ -76,8 +75,7 @@ class Training(BilevelTrainingArguments):
     warmup_steps: float = HfArg(default=0.1, help="share of the steps in which rates rise")
     save_strategy: str = HfArg(default="no", help="when to write checkpoints")
     report_to: str | None = HfArg(default="none", help="trackers, such as tensorboard")
-    # The model knows no column "index"; the lower level does. All other columns are the model's.
-    remove_unused_columns: bool | None = HfArg(default=False, help="must stay false here")
+    retrain: str = HfArg(default="none", help="a second training, of the best rows")
 
 
 @dataclass
@@ -149,22 +147,14 @@ def main() -> None:
     print(f"{len(noisy)} training labels, {wrong.mean():.0%} of them {kinds[1]}")
 
     def train(method: str) -> Result:
-        model = adapted(arguments, seed)
-        weights = SampleWeights(len(noisy)) if arguments.weights == "samples" else WeightNet()
-        weights.to(training.device)
-        data = {
-            "clean alone": clean,
-            "noisy": noisy,
-            "noisy + clean": concatenate_datasets([noisy, clean]),
-            "reweighted": noisy.add_column("index", range(len(noisy))),
-        }[method]
+        weights = RowWeights() if arguments.weights == "samples" else WeightNet()
         bilevel = method == "reweighted"
+        data = {"clean alone": clean, "noisy + clean": concatenate_datasets([noisy, clean])}
         trainer = BilevelTrainer(
-            model,
-            lower=Weighted(model, weights) if bilevel else Adapter(model),
-            upper=HeldOut(model, weights) if bilevel else None,
-            args=training,
-            train_dataset=data,
+            adapted(arguments, seed),
+            training,
+            method=weights if bilevel else LoRA(),
+            train_dataset=data.get(method, noisy),
             upper_dataset=clean if bilevel else None,
             data_collator=DataCollatorWithPadding(tokenizer),
         )
@@ -172,7 +162,7 @@ def main() -> None:
         predicted = trainer.predict(test).predictions.argmax(-1)
         result = Result(method, float((predicted == np.array(test["labels"][:])).mean()))
         if bilevel:
-            weight = weights_of(trainer, weights, data)
+            weight = weights_of(trainer, noisy)
             result.weight_right, result.weight_wrong = (
                 float(weight[rows].mean()) for rows in (~wrong, wrong)
             )
@@ -196,12 +186,15 @@ def main() -> None:
 
 
 @torch.no_grad()
-def weights_of(trainer: Any, weights: torch.nn.Module, data: Dataset) -> np.ndarray:
+def weights_of(trainer: Any, data: Dataset) -> np.ndarray:
     """The weights of all examples of ``data``, in order."""
+    method = trainer.method
+    if isinstance(method, RowWeights):
+        return method.row_weights().cpu().numpy()
     trainer.model.eval()
     batches = trainer.get_eval_dataloader(data)
-    values = [weights(example_losses(trainer.model, batch), batch) for batch in batches]
-    return torch.cat(values).cpu().numpy()
+    losses = torch.cat([row_losses(trainer.model, batch)[0] for batch in batches])
+    return method.row_weights(losses).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import Engine
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.engine.fit import lbfgs
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights, default_prior
-from hyperopt_peft.problems.example_weights import HeldOut, example_losses
+from hyperopt_peft.problems import TaskLevel
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head import L2, Head, L2Penalty
 
@@ -75,36 +76,47 @@ def joined(parts: list[Batch]) -> Batch:
     return {name: torch.cat([part[name] for part in numbered]) for name in numbered[0]}
 
 
-def start(parts: list[Batch], **options: Any) -> tuple[Head, SourceWeights]:
-    """A head of 0, and the weights of the sources and the trusted rows."""
-    counts = dict(zip([*LABELLERS, "trusted"], (len(part["labels"]) for part in parts)))
-    return Head(parts[0]["features"].shape[1], 3), SourceWeights(counts, **options)
+def head_of(parts: list[Batch]) -> Head:
+    """A head of 0."""
+    return Head(parts[0]["features"].shape[1], 3)
 
 
-def trained(parts: list[Batch], shares: Tensor, near: Head | None = None) -> Head:
-    """The head of least loss by ``shares`` of the sources, with W near that of another head."""
-    head, weights = start(parts, kind="softmax", average="sources")
-    weights.requires_grad_(False).logits.copy_(shares.log())
+def level_of(parts: list[Batch], head: Head, shares: Callable[[], Tensor], **options: Any) -> Any:
+    """The loss Σ_k p_k L_k of ``head``, by the shares p of the sources and the trusted rows."""
+    counts = counts_of(parts)
+    weights = lambda batch: (shares() * counts.sum() / counts)[batch["source"]]  # noqa: E731
+    return WeightedRows(head, weights, tags=["source"], **options)
+
+
+def counts_of(parts: list[Batch]) -> Tensor:
+    """The number of rows of each source."""
+    return torch.tensor([float(len(part["labels"])) for part in parts])
+
+
+def trained(parts: list[Batch], mass: Tensor, near: Head | None = None) -> Head:
+    """The head of least loss by shares as ``mass``, with W near that of another head."""
+    head, shares = head_of(parts), mass / mass.sum()
     center = (near or head).weight.detach().clone()
-    level = Mixture(head, weights, prior=lambda w: L2 / 2 * (w[0] - center).square().sum())
-    lbfgs(level, joined(parts))
+    prior = lambda w: L2 / 2 * (w[0] - center).square().sum()  # noqa: E731
+    lbfgs(level_of(parts, head, lambda: shares, prior=prior), joined(parts))
     return head
 
 
 def learned(parts: list[Batch]) -> Tensor:
-    """The shares that weights learned on the trusted rows give to each source."""
-    head, weights = start(parts)
-    lower = Mixture(head, weights, data=[joined(parts)], prior=L2Penalty(head))
-    prior = default_prior(len(parts), len(parts[-1]["labels"]))
-    optimizer = torch.optim.Adam(weights.parameters(), 0.6)
-    upper = HeldOut(head, weights, data=[parts[-1]], prior=prior, optimizer=optimizer)
+    """The shares that logits learned on the trusted rows give to each source."""
+    head, logits = head_of(parts), torch.zeros(len(parts), requires_grad=True)
+    options = {"data": [joined(parts)], "prior": L2Penalty(head)}
+    lower = level_of(parts, head, lambda: logits.softmax(0), **options)
+    prior = len(parts) / (8 * len(parts[-1]["labels"]))  # as that of `Sources`
+    options = {"optimizer": torch.optim.Adam([logits], 0.6), "prior": prior}
+    upper = TaskLevel(head, [logits], data=[parts[-1]], **options)
     Engine(upper, lower, "cg:steps=30", lower_steps="minimum", progress=False).run(15)
-    return weights.shares().detach()
+    return logits.softmax(0).detach()
 
 
 def plans(parts: list[Batch]) -> dict[str, Callable[[], Head]]:
     """How each plan trains a head, by name."""
-    counts, only = start(parts)[1].counts, torch.eye(len(parts))
+    counts, only = counts_of(parts), torch.eye(len(parts))
     shares = {
         "everything, equal weights": counts,
         "each source alike": torch.ones(len(parts)),
@@ -130,7 +142,7 @@ def main() -> None:
     for k in range(arguments.folds):
         rest, held_out = ({x: v[m] for x, v in trusted.items()} for m in (fold != k, fold == k))
         for name, plan in plans([*sources, rest]).items():
-            each = example_losses(plan(), held_out).detach()
+            each = row_losses(plan(), held_out)[0].detach()
             losses[name] = torch.cat([losses.get(name, each[:0]), each])
     best = min(losses, key=lambda name: float(losses[name].mean()))
     print("| plan | trusted loss | − least, ± standard error | test accuracy |\n|---|---|---|---|")

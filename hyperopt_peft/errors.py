@@ -20,7 +20,7 @@ class NonFiniteError(FloatingPointError):
 
     Example:
         >>> from hyperopt_peft import Engine
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes(log_penalty=1000.0)  # exp(1000) is infinite
         >>> Engine(upper, lower, progress=False).run(1)
         Traceback (most recent call last):

@@ -1,38 +1,77 @@
-"""Bilevel programs: BiDoRA and others, to use or to adapt."""
+"""Bilevel methods, one file each, to use or to adapt."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyperopt_peft.problems.baselines import DoRA, LoRA
+    from hyperopt_peft.problems.autolora import AutoLoRA
+    from hyperopt_peft.problems.baselines import DoRA, GivenWeights, LoRA
     from hyperopt_peft.problems.bidora import BiDoRA
-    from hyperopt_peft.problems.common import Adapter, TaskLevel
-    from hyperopt_peft.problems.data_sources import SourceWeights
+    from hyperopt_peft.problems.bilora import BiLoRA
+    from hyperopt_peft.problems.class_offsets import ClassOffsets
+    from hyperopt_peft.problems.common import TaskLevel
+    from hyperopt_peft.problems.data_plans import Agreement, EqualSources, TrustedRepeated
+    from hyperopt_peft.problems.find import find_method
     from hyperopt_peft.problems.head import Head
-    from hyperopt_peft.problems.source_data import by_column
-    from hyperopt_peft.problems.source_trainer import SourceTrainer
+    from hyperopt_peft.problems.layer_scales import LayerScales
+    from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
+    from hyperopt_peft.problems.sources import Sources
 
 _MODULES = {
-    "Adapter": "common",
+    "Agreement": "data_plans",
+    "AutoLoRA": "autolora",
     "BiDoRA": "bidora",
+    "BiLoRA": "bilora",
+    "ClassOffsets": "class_offsets",
     "DoRA": "baselines",
+    "EqualSources": "data_plans",
+    "GivenWeights": "baselines",
     "Head": "head",
+    "LayerScales": "layer_scales",
     "LoRA": "baselines",
-    "SourceTrainer": "source_trainer",
-    "SourceWeights": "data_sources",
+    "RowWeights": "row_weights",
+    "Sources": "sources",
     "TaskLevel": "common",
-    "by_column": "source_data",
+    "TrustedRepeated": "data_plans",
+    "WeightNet": "row_weights",
+    "find_method": "find",
+}
+#: The methods by the name that `find_method` and ``hyperopt-peft train --method`` take.
+METHODS = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "bidora": "BiDoRA",
+    "bilora": "BiLoRA",
+    "autolora": "AutoLoRA",
+    "layer_scales": "LayerScales",
+    "class_offsets": "ClassOffsets",
+    "row_weights": "RowWeights",
+    "weight_net": "WeightNet",
+    "given_weights": "GivenWeights",
+    "sources": "Sources",
+    "equal_sources": "EqualSources",
+    "agreement": "Agreement",
+    "trusted_repeated": "TrustedRepeated",
 }
 __all__ = [
-    "Adapter",
+    "METHODS",
+    "Agreement",
+    "AutoLoRA",
     "BiDoRA",
+    "BiLoRA",
+    "ClassOffsets",
     "DoRA",
+    "EqualSources",
+    "GivenWeights",
     "Head",
+    "LayerScales",
     "LoRA",
-    "SourceTrainer",
-    "SourceWeights",
+    "RowWeights",
+    "Sources",
     "TaskLevel",
-    "by_column",
+    "TrustedRepeated",
+    "WeightNet",
+    "find_method",
 ]
 
 

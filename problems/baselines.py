@@ -7,10 +7,14 @@ LoRA: Hu et al. 2021, arXiv:2106.09685. DoRA: Liu et al. 2024, arXiv:2402.09353.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.method import Method
 
 
@@ -68,3 +72,40 @@ class DoRA(Method):
     def prepare(self, model: Any) -> None:
         """Let the layers of ``model`` run the fast forward pass, or PEFT's."""
         (use_fast_dora if self.fast_dora else set_norm_grad)(model, "detach")
+
+
+@dataclass
+class GivenWeights(Method):
+    """All rows, each with a weight that is given, such as that which attribution writes.
+
+    The loss is Σ v_i ℓ_i/N over rows with N labels together: a weight of 0 leaves a row out and the
+    batches as they are.
+
+    Raises:
+        ProblemError: a weight is negative or not finite; the rows have no column ``weight``.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> rows = Dataset.from_dict({"x": [1, 2], "weight": [1.0, -1.0]})
+        >>> GivenWeights().rows(rows, None)
+        Traceback (most recent call last):
+        ...
+        hyperopt_peft.errors.ProblemError: row 1 (from 0) of 'weight' is -1.0; give numbers from 0
+    """
+
+    tags = ("weight",)
+
+    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+        """The given ones; a trusted row without a weight has 1."""
+        for row, value in enumerate(train["weight"] if "weight" in train.column_names else ()):
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ProblemError(
+                    f"row {row} (from 0) of 'weight' is {value!r}; give numbers from 0"
+                )
+        if upper is not None and "weight" not in upper.column_names:
+            upper = upper.add_column("weight", [1.0] * len(upper))
+        return train, upper
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
+        """Σ v_i ℓ_i/N over the trainable parameters of ``model``."""
+        return WeightedRows(model, lambda batch: batch["weight"], tags=self.tags)

@@ -16,18 +16,10 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from hyperopt_peft.adapters import (
-    dora_layers,
-    gram_penalty,
-    set_norm_grad,
-    split_parameters,
-    use_fast_dora,
-)
+from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters, use_fast_dora
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.problems.common import TaskLevel, regularised, require_weight
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.utils.distributed import is_sharded
 
 
 @dataclass
@@ -67,8 +59,7 @@ class BiDoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.gamma < float("inf"):
-            raise ProblemError(f"gamma: must be finite and not negative, got {self.gamma}")
+        require_weight("gamma", self.gamma)
 
     @classmethod
     def published(cls, **options: Any) -> Self:
@@ -90,7 +81,6 @@ class BiDoRA(Method):
 
     def prepare(self, model: Any) -> None:
         """Let the layers of ``model`` have the row norm and the forward pass of the options."""
-        dora_layers(model)  # raises where one has no magnitude
         (use_fast_dora if self.fast_dora else set_norm_grad)(model, self.norm_grad)
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:
@@ -110,9 +100,9 @@ class Direction(TaskLevel):
     """Lower level: min over A, B, head of L(A, B, m; D_train) + γ·R.
 
     Args:
-        model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
+        model: a PeftModel with ``use_dora=True``.
         gamma: γ, the weight of the Gram regulariser R.
-        task_loss, level: as in `TaskLevel`.
+        level: arguments of `TaskLevel`.
 
     Raises:
         ProblemError: the model has no DoRA layer; or as `Problem`.
@@ -122,56 +112,26 @@ class Direction(TaskLevel):
         >>> from torch import nn
         >>> config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-        >>> lower = Direction(model, task_loss=lambda x: model(x).square().mean())
-        >>> [tuple(variable.shape) for variable in lower.variables]  # A, B
-        [(2, 4), (3, 2)]
+        >>> [tuple(x.shape) for level in (Direction, Magnitude) for x in level(model).variables]
+        [(2, 4), (3, 2), (3,)]
     """
 
-    def __init__(
-        self, model: Any, *, gamma: float = 0.0, task_loss: TaskLoss | None = None, **level: Any
-    ) -> None:
+    def __init__(self, model: Any, *, gamma: float = 0.0, **level: Any) -> None:
         self.gamma = gamma
         parts = split_parameters(model)
-        owned = [*parts.directions.items(), *parts.rest.items()]
-        super().__init__(model, owned, task_loss=task_loss, **level)
+        super().__init__(model, [*parts.directions.items(), *parts.rest.items()], **level)
 
-    def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
+    def loss(self, batch: Any) -> Any:
         """L(A, B, m) + γ·R; L and R are metrics too."""
-        task = self.task_loss(batch)
-        if self.gamma == 0:
-            return task
-        if is_sharded(*self.variables):
-            raise ProblemError(
-                "gamma reads parameters outside of the model's forward pass, where FSDP2 has "
-                "shards only; set it to 0"
-            )
-        penalty = gram_penalty(self.model)
-        return {"loss": task + self.gamma * penalty, "task_loss": task, "gram": penalty}
+        return regularised(self.task_loss(batch), self.gamma, gram_penalty, self.model)
 
 
 class Magnitude(TaskLevel):
-    """Upper level: min over m of L(A, B, m; D_val).
+    """Upper level: min over m of L(A, B, m; D_val); arguments as for `Direction`.
 
     The weight decay of an optimizer would shrink m towards 0, and with m the pretrained weights; a
     ``prior`` pulls m to its initial value.
-
-    Args:
-        model: a PeftModel with ``use_dora=True`` whose forward returns ``.loss``.
-        task_loss, level: as in `TaskLevel`.
-
-    Raises:
-        ProblemError: the model has no DoRA layer; or as `Problem`.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from torch import nn
-        >>> config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-        >>> upper = Magnitude(model, task_loss=lambda x: model(x).square().mean())
-        >>> [tuple(variable.shape) for variable in upper.variables]
-        [(3,)]
     """
 
-    def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
-        owned = split_parameters(model).magnitudes
-        super().__init__(model, owned, task_loss=task_loss, **level)
+    def __init__(self, model: Any, **level: Any) -> None:
+        super().__init__(model, split_parameters(model).magnitudes, **level)

@@ -7,86 +7,118 @@ The weight of a layer is W' = W0 + s·P Λ Q with a diagonal Λ. R = Σ over lay
 ‖PᵀP − I‖² + ‖QQᵀ − I‖² is 0 where P has orthonormal columns and Q orthonormal rows. D_train and
 D_val are disjoint parts of the training set. Qiang et al. 2024, arXiv:2403.13037, variant with real
 values in Λ.
-
-    model = use_pseudo_svd(get_peft_model(base, LoraConfig(...)))
-    lower, upper = SingularVectors(model, gamma=0.1), SingularValues(model)
-
-`model.save_pretrained` writes a plain LoRA adapter with B = P Λ and A = Q.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from hyperopt_peft.adapters.pseudo_svd import (
-    orthogonality_penalty,
-    pseudo_singular_values,
-)
+from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, remove_gains
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import TaskLevel
-from hyperopt_peft.utils.models import trainable
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.common import regularised, require_weight
+from hyperopt_peft.trainer.method import Method
 
 
-class SingularVectors(TaskLevel):
-    """Lower level: min over P, Q, head of L(P, Q, Λ; D_train) + γ·R(P, Q).
+@dataclass
+class BiLoRA(Method):
+    """Λ above, P, Q and head below; the saved adapter is plain LoRA, B = P Λ and A = Q.
 
-    Args:
-        model: a PeftModel after `hyperopt_peft.adapters.use_pseudo_svd`.
-        gamma: γ, the weight of the orthogonality penalty R.
-        task_loss, level: as in `TaskLevel`.
-
-    Raises:
-        ProblemError: the model has no pseudo singular values; or as `Problem`.
-
-    Example:
-        >>> from hyperopt_peft.adapters import use_pseudo_svd
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from torch import nn
-        >>> config = LoraConfig(r=2, target_modules=["0"])
-        >>> model = use_pseudo_svd(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
-        >>> lower = SingularVectors(model, task_loss=lambda x: model(x).square().mean())
-        >>> [tuple(variable.shape) for variable in lower.variables]  # Q, P
-        [(2, 4), (3, 2)]
-    """
-
-    def __init__(
-        self, model: Any, *, gamma: float = 0.1, task_loss: TaskLoss | None = None, **level: Any
-    ) -> None:
-        self.gamma = gamma
-        owned = trainable(model, without=pseudo_singular_values(model).values())
-        super().__init__(model, owned, task_loss=task_loss, **level)
-
-    def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
-        """L(P, Q, Λ) + γ·R; L and R are metrics too."""
-        task = self.task_loss(batch)
-        if self.gamma == 0:
-            return task
-        penalty = orthogonality_penalty(self.model)
-        return {"loss": task + self.gamma * penalty, "task_loss": task, "orthogonality": penalty}
-
-
-class SingularValues(TaskLevel):
-    """Upper level: min over the diagonals of Λ of L(P, Q, Λ; D_val).
+    A trained adapter starts at the singular value decomposition of B·A, a new one at Λ = 0 with
+    random P: R is at its minimum then, and ∂L/∂Λ is not zero. Without R a solved lower level
+    absorbs every Λ, and the hypergradient is 0. A second phase, of which the paper has none,
+    trains the plain adapter.
 
     Args:
-        model: a PeftModel after `hyperopt_peft.adapters.use_pseudo_svd`.
-        task_loss, level: as in `TaskLevel`.
+        gamma: γ, the weight of R.
 
     Raises:
-        ProblemError: the model has no pseudo singular values; or as `Problem`.
+        ProblemError: γ is negative; later, as `add_gains`, or a rank is above the size of a weight.
 
     Example:
-        >>> from hyperopt_peft.adapters import use_pseudo_svd
+        >>> from functools import partial
         >>> from peft import LoraConfig, get_peft_model
-        >>> from torch import nn
-        >>> config = LoraConfig(r=2, target_modules=["0"])
-        >>> model = use_pseudo_svd(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
-        >>> upper = SingularValues(model, task_loss=lambda x: model(x).square().mean())
-        >>> [tuple(variable.shape) for variable in upper.variables]
-        [(2,)]
+        >>> from hyperopt_peft import Engine
+        >>> config, x = LoraConfig(r=2, target_modules=["0"]), torch.randn(8, 4)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> method, adam = BiLoRA(), partial(torch.optim.Adam, lr=0.1)
+        >>> task = lambda shift: (model(x) - shift).square().mean()
+        >>> levels = method.levels(model, task, data=([1.0], [1.1]), optimizers=[adam] * 2)
+        >>> history = Engine(*levels, "darts", progress=False).run(20)
+        >>> rank = torch.linalg.matrix_rank(method.finish(model).get_submodule(
+        ...     "base_model.model.0").get_delta_weight("default"))
+        >>> int(rank)
+        2
     """
 
-    def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
-        super().__init__(model, pseudo_singular_values(model), task_loss=task_loss, **level)
+    gamma: float = 0.1
+
+    defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "none"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weight("gamma", self.gamma)
+
+    def prepare(self, model: Any) -> None:
+        """Let B be P Λ, with equal outputs."""
+        for each in add_gains(model, _identity, columns=True):
+            values = _decompose(each.name, each.a, each.b)
+            each.gain.u.data.copy_(values.view_as(each.gain.u))
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """The diagonals of Λ."""
+        return gain_variables(model)
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+        """L + γ·R, both metrics too; L alone in the second phase."""
+        gamma = self.gamma if self.gamma and gained_layers(model) else 0
+        return regularised(task_loss(batch), gamma, orthogonality, model)
+
+    def finish(self, model: Any) -> Any:
+        """``model`` with B = P Λ."""
+        remove_gains(model)
+        return model
+
+
+def orthogonality(model: Any) -> Tensor:
+    """R, in float32 or wider, also under autocast."""
+    terms = []
+    for each in gained_layers(model):
+        with torch.autocast(each.a.device.type, enabled=False):
+            terms += [_distance(each.b.T), _distance(each.a)]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def _distance(rows: Tensor) -> Tensor:
+    """‖M Mᵀ − I‖² of M (r, n)."""
+    m = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return (m @ m.T - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().sum()
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values
+
+
+@torch.no_grad()
+def _decompose(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """Change A (r, in) and B (out, r) in place to Q and P; the singular values of B·A, (r,)."""
+    rank, size = len(a), min(len(b), a.shape[1])
+    if rank > size:
+        raise ProblemError(
+            f"{name}: has rank {rank}, its weight only {size}; give it one in rank_pattern"
+        )
+    # On the CPU, because some accelerators have no float64.
+    wide_a, wide_b = (x.to("cpu", torch.float64) for x in (a, b))
+    if new := not b.any():
+        nn.init.orthogonal_(wide_b)
+    left, r_left = torch.linalg.qr(wide_b)
+    right, r_right = torch.linalg.qr(wide_a.T)
+    u, values, vh = torch.linalg.svd(r_left @ r_right.T)
+    a.copy_(vh @ right.T)
+    b.copy_(left @ u)
+    return torch.zeros_like(values) if new else values

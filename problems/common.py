@@ -1,8 +1,8 @@
-"""Levels of programs over a model with an adapter: the loss of a task, and the variables."""
+"""A penalty beside a loss, and a level with the loss of a task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,36 @@ from torch import Tensor
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.core.validation import Variables
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils.models import trainable
+from hyperopt_peft.utils.distributed import is_sharded
+
+
+def require_weight(name: str, value: float) -> None:
+    """Raise ProblemError unless the option ``name``, the weight of a penalty, is one."""
+    if not 0 <= value < float("inf"):
+        raise ProblemError(f"{name}: must be finite and not negative, got {value}")
+
+
+def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
+    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0.
+
+    Raises:
+        ProblemError: FSDP2 has shards only of what the penalty reads.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> regularised(ones(()), 0.5, lambda model: model.weight.sum() * 0 + 4, nn.Linear(1, 1))
+        ... # doctest: +ELLIPSIS
+        {'loss': tensor(3., ...), 'task_loss': tensor(1.), 'penalty': tensor(4., ...)}
+    """
+    if weight == 0:
+        return task
+    if is_sharded(*model.parameters()):
+        raise ProblemError(
+            "penalty: it reads parameters outside of the model's forward pass, where FSDP2 has "
+            "shards only; set its weight to 0"
+        )
+    value = penalty(model)
+    return {"loss": task + weight * value, "task_loss": task, "penalty": value}
 
 
 class TaskLevel(Problem):
@@ -37,35 +66,6 @@ class TaskLevel(Problem):
         self.task_loss = task_loss or (lambda batch: model(**batch).loss)
         super().__init__(variables, **level)
 
-    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
+    def loss(self, batch: Any) -> Any:
         """L."""
         return self.task_loss(batch)
-
-
-class Adapter(TaskLevel):
-    """min over all trainable parameters of L: the training of LoRA or DoRA as one level.
-
-    Args:
-        model: a PeftModel whose forward returns ``.loss``.
-        task_loss, level: as in `TaskLevel`.
-
-    Raises:
-        ProblemError: no parameter of the model is trainable; or as `Problem`.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from torch import nn
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
-        >>> level = Adapter(model, task_loss=lambda x: model(x).square().mean())
-        >>> [tuple(variable.shape) for variable in level.variables]  # A, B
-        [(8, 4), (3, 8)]
-    """
-
-    def __init__(self, model: Any, *, task_loss: TaskLoss | None = None, **level: Any) -> None:
-        trained = trainable(model)
-        if not trained:
-            raise ProblemError(
-                "model: no parameter is trainable; load the adapter with "
-                "PeftModel.from_pretrained(..., is_trainable=True)"
-            )
-        super().__init__(model, trained, task_loss=task_loss, **level)

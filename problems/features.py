@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
@@ -16,10 +15,8 @@ from tqdm import tqdm
 from hyperopt_peft.core.labels import model_reads, rows_of
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.example_weights import COLUMNS, without
-from hyperopt_peft.trainer.data import collating
+from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.utils.models import base_model, evaluating
-from hyperopt_peft.utils.random_state import RandomState, replay
 
 
 @dataclass(frozen=True)
@@ -103,23 +100,24 @@ def features_of(
         >>> features_of(model, rows, default_data_collator).x.shape
         torch.Size([2, 8])
     """
-    device = next(model.parameters()).device
+    batches = batches_of(rows, collate, batch_size, next(model.parameters()).device)
     parts, numbers = [], torch.arange(len(rows)).split(batch_size)
-    with collating("the rows"), replay(RandomState.capture()), evaluating(model), precision():
-        for number in tqdm(numbers, desc="features", disable=not progress):
-            batch = dict(collate([rows[row] for row in number.tolist()]))
+    with evaluating(model), precision():
+        pairs = zip(batches, numbers, strict=True)
+        for batch, number in tqdm(pairs, "features", len(numbers), disable=not progress):
+            batch = dict(batch)
             labels = batch.pop("labels", None)
             if not isinstance(labels, Tensor):
                 raise ProblemError("labels: a head needs a label of each row, or of each token")
-            batch = without(batch, COLUMNS)
+            labels = labels.cpu()
             if labels.dim() != 2 or labels.is_floating_point():
-                x = _means(model, send_to_device(batch, device), len(number))
+                x = _means(model, batch, len(number))
             else:
                 if not (read := labels.ne(IGNORED).any(1)).any():
                     continue
                 batch = {name: rows_of(value, len(read), read) for name, value in batch.items()}
                 labels, number = labels[read], number[read]
-                states = _states(model, send_to_device(batch, device), labels)
+                states = _states(model, batch, labels)
                 row, token = (labels != IGNORED).nonzero(as_tuple=True)
                 x, labels = states[row, token], labels[row, token]
                 number = number[row]

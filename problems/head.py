@@ -3,7 +3,7 @@
     w*(u) = argmin over W, b   f(W, b; u) + ½·λ·‖W‖²,    logits = x·W + b
 
 x are the features of a row, or of a token. f is the loss of any level over the model `Head`, such
-as `Mixture` or `Weighted`. At the minimum the implicit function theorem holds, so that a solver
+as `WeightedRows`. At the minimum the implicit function theorem holds, so that a solver
 with exact products gives the hypergradient to its tolerance.
 """
 
@@ -41,18 +41,19 @@ class Head(nn.Module):
         As the model of an Engine's lower level, here on two sources of which one is wrong:
 
         >>> from hyperopt_peft import Engine
-        >>> from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
-        >>> from hyperopt_peft.problems.example_weights import HeldOut
+        >>> from hyperopt_peft.core.examples import WeightedRows
+        >>> from hyperopt_peft.problems import TaskLevel
         >>> x, labels = torch.tensor([[1.0], [-1.0]]).repeat(2, 1), torch.tensor([0, 1, 1, 0])
         >>> below = {"features": x, "labels": labels, "source": torch.tensor([0, 0, 1, 1])}
         >>> above = {"features": x[:2], "labels": labels[:2]}
-        >>> head, weights = Head(1, 2), SourceWeights({"right": 2, "wrong": 2})
-        >>> sgd = torch.optim.SGD(head.parameters(), lr=1.0)
-        >>> adam = torch.optim.Adam(weights.parameters(), lr=0.5)
-        >>> lower = Mixture(head, weights, prior=L2Penalty(head), data=[below], optimizer=sgd)
-        >>> upper = HeldOut(head, weights, data=[above], optimizer=adam)
+        >>> head, u = Head(1, 2), torch.zeros(2, requires_grad=True)
+        >>> sgd, adam = torch.optim.SGD(head.parameters(), 1.0), torch.optim.Adam([u], 0.5)
+        >>> options = {"tags": ["source"], "prior": L2Penalty(head), "optimizer": sgd}
+        >>> v = lambda batch: 2 * u.softmax(0)[batch["source"]]
+        >>> lower = WeightedRows(head, v, data=[below], **options)
+        >>> upper = TaskLevel(head, [u], data=[above], optimizer=adam)
         >>> _ = Engine(upper, lower, "cg", lower_steps=5, progress=False).run(5)
-        >>> bool(weights.shares()[0] > 0.8)
+        >>> bool(u.softmax(0)[0] > 0.8)
         True
     """
 

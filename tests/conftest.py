@@ -12,8 +12,10 @@ from hypothesis import settings
 # With several processes on few cores, two threads each are many times slower than one.
 torch.set_num_threads(1)
 
-# The same examples in every run: a failure is a failure for everyone.
-settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+# The same examples in every run: a failure is a failure for everyone. With
+# `--hypothesis-profile thorough` there are more of them.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=6)
+settings.register_profile("thorough", settings.get_profile("fixed"), max_examples=60)
 settings.load_profile("fixed")
 
 

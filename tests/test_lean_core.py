@@ -59,5 +59,5 @@ def test_a_program_with_an_engine_loads_no_trainer(estimator: str, unrolls: bool
 
 
 def test_a_program_of_the_library_loads_no_trainer() -> None:
-    modules = loaded("from hyperopt_peft.problems import ridge")
+    modules = loaded("from hyperopt_peft.problems.textbook import ridge")
     assert not modules & {"transformers", "datasets", "peft", "matplotlib"}

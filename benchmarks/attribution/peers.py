@@ -22,11 +22,10 @@ from benchmarks.attribution.runs import CHUNK, RowWeighted
 from benchmarks.attribution.tables import HEAD
 from benchmarks.last_layers import LastLayers
 from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.evaluation import Evaluation
-from hyperopt_peft.attribution.head import HeadTraining, chosen_l2, losses_of_features
-from hyperopt_peft.attribution.rows import INDEX
+from hyperopt_peft.attribution.head import HeadTraining, batch_of, chosen_l2
+from hyperopt_peft.attribution.rows import ROW
 from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.attribution.scores import RetrainingSetup, scores
+from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
 from hyperopt_peft.attribution.trainer import setup_from_trainer
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
@@ -77,8 +76,8 @@ def head(setting: RetrainingSetup) -> Tensor:
     train, above = first.standardized(), above.standardized(first)
     model = Head(x.shape[1], rows.classes, dtype=torch.float64)
     training = HeadTraining(model, train, count, chosen_l2(model, train, count))
-    phi = Evaluation(training.weights, lambda: losses_of_features(model, above)[0].mean())
-    setup = RetrainingSetup(training, phi, {"all": 1.0}, training.level, lambda: train)
+    phi = Evaluation(training.weights, training.level.rows.mean([batch_of(above)]))
+    setup = RetrainingSetup(training, phi, {"all": 1.0}, training.level, lambda: batch_of(train))
     return scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
 
 
@@ -132,7 +131,7 @@ class Batches:
     """The batches of a run with a weight for each row, as a data stream of Bergson."""
 
     def __init__(self, run: Run) -> None:
-        self.micro = [step.updates[0].batch for step in run.steps]
+        self.micro = [step[0].batch for step in run.steps]
         self.weights = nn.Parameter(run.row_weights.clone())
         self.device, self.requires_grad = self.weights.device, True
 
@@ -143,7 +142,7 @@ class Batches:
         (micro,) = self.micro[step]
         names = ("inputs_embeds", "attention_mask", "labels")
         batch = {name: micro.batch[name] for name in names}
-        return {**batch, "example_weight": self.weights[micro.batch[INDEX]]}
+        return {**batch, "example_weight": self.weights[micro.batch[ROW]]}
 
 
 def magic(trainer: Any) -> tuple[Tensor, float]:
@@ -158,13 +157,13 @@ def magic(trainer: Any) -> tuple[Tensor, float]:
     from bergson.magic.cli import compute_query_gradients
     from bergson.utils import weighted_causal_lm_ce
 
-    quietly: dict[str, Any] = {"memory_limit": 1.0, "progress": False, "second_derivatives": False}
-    run = setup_from_trainer(trainer, None, None, differentiated=False, **quietly)[0].run
+    quietly: dict[str, Any] = {"memory_limit": 1.0, "progress": False, "twice": False}
+    run = setup_from_trainer(trainer, None, None, differentiated=False, **quietly).run
     set_seed(trainer.args.seed)
     model = trainer.model_init()
     model.set_attn_implementation("eager")  # attention with a second derivative
     model.get_base_model().loss_function = weighted_causal_lm_ce
-    rates = [step.updates[0].optimizer["groups"][0]["lr"] for step in run.steps]
+    rates = [step[0].optimizer["groups"][0]["lr"] for step in run.steps]
     adam = torchopt.adamw(
         lambda count: rates[int(count)],
         eps=trainer.args.adam_epsilon,

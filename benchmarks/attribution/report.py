@@ -1,4 +1,4 @@
-"""Print the tables of the runs, and write those of `uses` into docs/attribution.md, or check them.
+"""Print the tables of the runs, and write those of `uses` into their pages, or check them.
 
 python benchmarks/attribution report --check
 """
@@ -26,5 +26,6 @@ def main() -> None:
         print(f"\n{pages.machine_line(store.by_key[MEASURED])}")
     tables = uses.tables_of(Store(pages.RESULTS / "attribution_uses.jsonl"))
     show(tables)
-    sections = {name: f"{table(tables[title])}\n" for name, title in uses.OF_PAGE.items()}
-    pages.write(pages.DOCS / "attribution.md", sections, check=options.check)
+    for page, titles in uses.OF_PAGES.items():
+        sections = {name: f"{table(tables[title])}\n" for name, title in titles.items()}
+        pages.write(page, sections, check=options.check)

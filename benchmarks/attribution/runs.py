@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.last_layers import LastLayers, States, encode, movies
 from hyperopt_peft import Problem
-from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.levels import train_levels
-from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 
@@ -202,7 +201,7 @@ def trained(
 
     ``chunk`` rows of Φ are in memory at a time.
     """
-    run = train_levels([lower], lower.weights, [0] * recipe.steps, memory_limit=memory_limit)
+    run = train_levels(lower, lower.weights, recipe.steps, memory_limit=memory_limit)
     rows = lower.rows
     parts = [partial(part_of_mean, lower, index) for index in rows.above.split(chunk)]
 
@@ -238,10 +237,10 @@ def part_of_mean(lower: RowWeighted, index: Tensor) -> Tensor:
 
 def actual(setting: RetrainingSetup, masks: Sequence[Tensor]) -> Tensor:
     """The change of Φ in each retraining without the rows of a mask, ``(R,)``."""
-    before, changes = setting.values()["all"], []
+    before, changes = setting.evaluation.values()["all"], []
     for out in masks:
         with setting.run.without(out):
-            changes.append(setting.values()["all"] - before)
+            changes.append(setting.evaluation.values()["all"] - before)
     return torch.tensor(changes, dtype=torch.float64)
 
 

@@ -150,7 +150,7 @@ def score(runs: Store, row: Row, run: Trained, names: Sequence[str], masks: list
             **cost,
         }
         if name == WHOLE:
-            row["loss"] = setting.values()["all"]
+            row["loss"] = setting.evaluation.values()["all"]
             source = torch.Generator().manual_seed(run.seed)
             row["metasmoothness"] = metasmoothness(
                 setting, parse_estimator(name), values, PERTURBATION, source
@@ -283,7 +283,7 @@ def ranked(run: Trained) -> Row:
     setting, wrong, labels = run.setting, run.rows.wrong, run.rows.labels
     by_run, gradient = (by_name(setting, name)[0] for name in (WHOLE, "gradient"))
     losses = setting.run.losses / setting.run.visits
-    result = suspects(setting, by_run, losses, 5, 0)
+    result = suspects(setting, 5, 0)
     orders = {
         "library (`suspects`)": -result.confidence,
         "out-of-fold probability": -result.probabilities.gather(1, labels[:, None])[:, 0],

@@ -35,7 +35,7 @@ from benchmarks.attribution.tables import SHARE
 from benchmarks.attribution.trainers import States, Task, last_layers
 from benchmarks.last_layers import tokens
 from benchmarks.measure import mean_and_half, show
-from benchmarks.pages import RESULTS
+from benchmarks.pages import DOCS, RESULTS, ROOT
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft import attribute
 from hyperopt_peft.attribution import ScoreCheck
@@ -131,7 +131,7 @@ def measured(job: Task, cell: str, seed: int, count: int) -> Row:
     check = head.check(count, share=SHARE, seed=seed)
     row["check of the head"] = {"lds": check.lds, "slope": check.slope}
     setup: Any = result._setup
-    measure = setup.measure(JUDGES)
+    measure = setup.test(JUDGES)
     removal = result.removal(share, JUDGES, draws=2, seed=seed)
     ways = {
         "plain": removal.plain,
@@ -203,7 +203,7 @@ def orders(runs: Store, cell: str, seed: int, quick: bool) -> None:
     row["weight 0"] = []
     for out in masks:
         with setup.run.without(out):
-            row["weight 0"].append(setup.values()["all"] - results[0].values["all"])
+            row["weight 0"].append(setup.evaluation.values()["all"] - results[0].values["all"])
     row["physical"] = [physical(job, seed, out) - results[0].values["all"] for out in masks]
     runs.save(row)
 
@@ -225,7 +225,7 @@ def gains_table(rows: Sequence[Row], key: str) -> list[Row]:
     ways = [way for row in rows[:1] for way in row[key] if way not in ("plain", REPEATED)]
     ways[1:1] = [REPEATED] * any(REPEATED in row[key] for row in rows)  # below its like
     for way in ways:
-        line: Row = {"way": way}
+        line: Row = {"training": way}
         for cell in cells:
             of_cell = [row[key] for row in rows if row["cell"] == cell]
             gains = [one[way]["accuracy"] - one["plain"]["accuracy"] for one in of_cell]
@@ -274,8 +274,11 @@ def _predicted(row: Row, count: int) -> Tensor:
     return _tensor(row["predicted"][:count]).mean(0) if count else _tensor(row["head"])
 
 
-#: The tables of docs/attribution.md, by the marks of their places.
-OF_PAGE = {"uses": "The adapter on test rows", "orders": "Orders of batches"}
+#: The tables of pages, by the marks of their places.
+OF_PAGES = {
+    DOCS / "attribution.md": {"uses": "The adapter on test rows"},
+    ROOT / "benchmarks/README.md": {"orders": "Orders of batches"},
+}
 
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:

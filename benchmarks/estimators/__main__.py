@@ -12,7 +12,6 @@ run_script(
     {
         "comparison": "all estimators and other libraries on four problems; docs/comparison.md",
         "convergence": "the value function against oracle calls, and its figure",
-        "cost": "an iteration in forward+backward passes of a small MLP",
         "fidelity": "the implicit term under dropout and in bfloat16",
         "noise": "error, bias and spread under minibatches",
     },

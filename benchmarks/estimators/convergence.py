@@ -22,7 +22,7 @@ from benchmarks.measure import Target, arguments, report
 from benchmarks.pages import DOCS
 from hyperopt_peft import Engine, NonFiniteError, ProblemError
 from hyperopt_peft.engine import minimize
-from hyperopt_peft.problems import hypercleaning, logistic
+from hyperopt_peft.problems.textbook import hypercleaning, logistic
 from hyperopt_peft.utils.plots import lines
 from hyperopt_peft.utils.restore import perturbed
 

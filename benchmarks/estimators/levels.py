@@ -17,8 +17,8 @@ from benchmarks.minilm import minilm
 from hyperopt_peft import Problem
 from hyperopt_peft.adapters import split_parameters
 from hyperopt_peft.engine import minimize
-from hyperopt_peft.problems import hypercleaning, logistic, ridge
 from hyperopt_peft.problems.bidora import Direction, Magnitude
+from hyperopt_peft.problems.textbook import hypercleaning, logistic, ridge
 
 Levels = tuple[Problem, Problem]
 

@@ -38,7 +38,7 @@ from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.hypergradients import get_estimator, registered
 from hyperopt_peft.hypergradients.estimate import check_estimator, open_oracle
 from hyperopt_peft.hypergradients.oracle import State
-from hyperopt_peft.problems.hypercleaning import CleanImages, WeightedImages, digits
+from hyperopt_peft.problems.textbook.hypercleaning import CleanImages, WeightedImages, digits
 
 SIZE = 64  # of a batch
 SKIPPED = {"exact"}  # one product for each of 640 unknowns; a long cg is the same solution

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from benchmarks.speed.peers import conjugate_gradients
 from hyperopt_peft import Problem
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.utils.restore import assign_, perturbed
@@ -100,6 +99,26 @@ def independent_difference(upper: Problem, lower: Problem) -> Vector:
             gradient = lower.gradient(lower.peek_batch(), upper.variables).gradient
             sides.append(Vector.of(gradient, upper.variables))
     return direct - (sides[0] - sides[1]) * (length / 0.02)
+
+
+def conjugate_gradients(
+    product: Callable[[Sequence[Tensor]], Sequence[Tensor]], b: Sequence[Tensor], steps: int
+) -> list[Tensor]:
+    """Hestenes and Stiefel's recurrence from zero, with no test of any kind."""
+
+    def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Any:
+        return sum((a * c).sum() for a, c in zip(x, y))
+
+    v, r, p = [torch.zeros_like(x) for x in b], list(b), list(b)
+    rho = dot(r, r)
+    for _ in range(steps):
+        q = product(p)
+        alpha = rho / dot(p, q)
+        v = [x + alpha * y for x, y in zip(v, p)]
+        r = [x - alpha * y for x, y in zip(r, q)]
+        rho, previous = dot(r, r), rho
+        p = [x + rho / previous * y for x, y in zip(r, p)]
+    return v
 
 
 def peers() -> tuple[dict[str, Peer], list[str]]:

@@ -34,8 +34,8 @@ from benchmarks.speed.dora_layer import single_layer
 from benchmarks.speed.language import DOTS, PLAIN, run_seconds
 from benchmarks.speed.timing import UNIT, steps, timed
 from hyperopt_peft import attribute, hypergradient
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
-from hyperopt_peft.problems.example_weights import HeldOut
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.problems import TaskLevel
 
 #: Seconds of all parts, and what a part must have left to begin.
 LIMIT, RESERVE = 540.0, 60.0
@@ -71,11 +71,13 @@ class Machine:
     def slope(self, adapted: Any, estimator: str) -> torch.Tensor:
         """The hypergradient of source weights under autocast, ``(2,)``."""
         source = torch.arange(self.sizes["size"], device=self.device) % 2
-        weights = SourceWeights({"one": 1, "other": 1}).to(self.device)
+        logits = torch.zeros(2, device=self.device, requires_grad=True)
+        weights = lambda batch: 2 * logits.softmax(0)[batch["source"]]  # noqa: E731
         below = {**self.batch(0), "source": source}
         kind = torch.device(self.device).type
         with torch.autocast(kind, torch.bfloat16):
-            upper, lower = HeldOut(adapted, weights), Mixture(adapted, weights)
+            upper = TaskLevel(adapted, [logits])
+            lower = WeightedRows(adapted, weights, tags=["source"])
             parts = hypergradient(
                 upper, lower, estimator, upper_batch=self.batch(1), lower_batch=below
             )

@@ -3,7 +3,7 @@
     python benchmarks/speed language                  # the 100M model; half an hour
     python benchmarks/speed language --shapes 1B
 
-Untrained models of Llama's shapes with LoRA (r = 16, all linear layers), `SourceTrainer` on two
+Untrained models of Llama's shapes with LoRA (r = 16, all linear layers), `Sources` on two
 sources and trusted rows, bf16. *Memory*: 8 × 128 tokens at each level, each program in a
 process of its own, the peak of its resident memory above that of the loaded model, of a run of
 lower steps alone and of a run with upper steps. *Time*: ten lower steps and an upper one, by

@@ -6,13 +6,13 @@ import tempfile
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hyperopt_peft import BilevelTrainingArguments
-from hyperopt_peft.problems import SourceTrainer
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+from hyperopt_peft.problems import EqualSources, Sources
 
 #: Hidden and intermediate size, layers, heads, key-value heads, vocabulary.
 SHAPES = {
@@ -22,7 +22,7 @@ SHAPES = {
     "8B": (4096, 14336, 32, 32, 8, 128256),
     "70B": (8192, 28672, 80, 64, 8, 128256),
 }
-#: Two sources and the trusted rows: `SourceTrainer` needs as many.
+#: Two sources; the trusted rows are one more.
 SOURCES = ("one", "other")
 
 
@@ -106,10 +106,18 @@ def sources(
     length: int,
     device: str = "cpu",
     **more: Any,
-) -> SourceTrainer:
-    """`SourceTrainer` with ``size`` rows a step at each level; the lower one alone without one."""
+) -> BilevelTrainer:
+    """`Sources` with ``size`` rows a step at each level; without an estimator one level alone."""
     search = {"hypergradient": estimator or "direct", "per_device_upper_batch_size": size}
-    args = BilevelTrainingArguments(**options(size, device, **search, **more))
-    data = {name: rows(shape, 4 * size, length, k + 1) for k, name in enumerate(SOURCES)}
-    trusted = rows(shape, size, length) if estimator else None
-    return SourceTrainer(model, args, sources=data, trusted=trusted, data_collator=collated)
+    args = BilevelTrainingArguments(**options(size, device, **search, retrain="none", **more))
+    count = 4 * size
+    parts = [rows(shape, count, length, k + 1) for k in range(len(SOURCES))]
+    named = [x.add_column("source", [name] * count) for x, name in zip(parts, SOURCES)]
+    return BilevelTrainer(
+        model,
+        args,
+        method=Sources() if estimator else EqualSources(),
+        train_dataset=concatenate_datasets(named),
+        upper_dataset=rows(shape, size, length) if estimator else None,
+        data_collator=collated,
+    )

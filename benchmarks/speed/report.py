@@ -1,4 +1,4 @@
-"""Write the tables of steps into benchmarks/README.md and docs/language-models.md, or check them.
+"""Write the tables of steps into benchmarks/README.md, or check them.
 
 python benchmarks/speed report --check
 """
@@ -16,10 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 where they differ")
     options = parser.parse_args()
-    for page, name, files in (
-        (pages.ROOT / "benchmarks/README.md", "speed", ["speed"]),
-        (pages.DOCS / "language-models.md", "cost", ["speed_language", "on_paper"]),
-    ):
+    sections = {}
+    for name, files in (("speed", ["speed"]), ("language", ["speed_language", "on_paper"])):
         results = [json.loads((pages.RESULTS / f"{file}.json").read_text()) for file in files]
         tables = {title: rows for each in results for title, rows in each["tables"].items()}
-        pages.write(page, {name: pages.titled(tables, results[0])}, check=options.check)
+        sections[name] = pages.titled(tables, results[0])
+    pages.write(pages.ROOT / "benchmarks/README.md", sections, check=options.check)

@@ -13,7 +13,7 @@ from benchmarks.store import MEASURED, Store
 from benchmarks.study.plan import DORA, FROZEN, STOPPED, Run, Study
 from hyperopt_peft.utils.plots import lines
 
-PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
+PAGE, FIGURE = pages.RESULTS / "study.md", pages.DOCS / "results.png"
 Row = dict[str, Any]
 Cell = tuple[int, int]
 #: Of a method, the results by task and seed.
@@ -21,7 +21,7 @@ Methods = dict[str, dict[tuple[str, int], Row]]
 
 
 def report(study: Study, store: Store, *, check: bool) -> None:
-    """Write the tables between the marks of docs/results.md, and its figure.
+    """Write the tables between the marks of benchmarks/results/study.md, and the figure of docs.
 
     Raises:
         SystemExit: with ``check``, where the page would change; nothing is written then.

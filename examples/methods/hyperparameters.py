@@ -26,105 +26,83 @@ import math
 import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import Engine, Problem
-from hyperopt_peft.adapters import lora_layers
+from hyperopt_peft import Engine, Method, Problem
+from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, remove_gains
 from hyperopt_peft.engine import fit
+from hyperopt_peft.utils.models import trainable
 
 
-class Scaled(nn.Module):
-    """B ↦ exp(s)·B, with trainable s = 0 (``log_scale``) and d = log ``decay`` (``log_decay``)."""
+@dataclass
+class Hyperparameters(Method):
+    """d, s and log η above, of which ``learn`` names some; the rest stay at their start."""
 
-    def __init__(self, b: Tensor, decay: float) -> None:
-        super().__init__()
-        shape = [1] * b.ndim  # PEFT assumes that a flat parameter of lora_B is a broken B
-        self.log_scale = nn.Parameter(b.new_zeros(shape))
-        self.log_decay = nn.Parameter(b.new_full(shape, math.log(decay)))
+    learn: Collection[str] = ("decay", "scale", "rate")
+    decay: float = 1e-2
+    learning_rate: float = 1e-3
 
-    def forward(self, b: Tensor) -> Tensor:
-        """exp(s)·B."""
-        return self.log_scale.exp() * b
+    def prepare(self, model: Any) -> None:
+        """Let B be exp(s)·B, s = 0, and make d and log η."""
+        layers = add_gains(model, torch.exp, columns=False)
+        like = layers[0].gain.u.detach()
+        self.log_rate = like.new_tensor(math.log(self.learning_rate)).requires_grad_()
+        self.log_decays = {
+            each.name: like.new_tensor(math.log(self.decay)).requires_grad_() for each in layers
+        }
 
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """What is learned, by name; all are logarithms."""
+        named: dict[str, Tensor] = {}
+        if "decay" in self.learn:
+            named |= {f"{name}.decay": d for name, d in self.log_decays.items()}
+        if "scale" in self.learn:
+            named |= gain_variables(model)
+        return named | ({"learning_rate": self.log_rate} if "rate" in self.learn else {})
 
-def add_hyperparameters(model: PeftModel, decay: float = 1e-2) -> PeftModel:
-    """Make exp(s)·B of the B in every layer of the active adapter; PEFT does the rest."""
-    for _, layer in lora_layers(model):
-        b: Any = layer.lora_B[model.active_adapter]
-        parametrize.register_parametrization(b, "weight", Scaled(b.weight, decay))
-    return model
+    def lower(self, model: Any, task_loss: Any) -> Problem:
+        """`Regularised` of ``model``."""
+        return Regularised(self, model, task_loss)
 
-
-def layer_hyperparameters(model: PeftModel) -> dict[str, Scaled]:
-    """The modules with s and d, by the layer's name in the model."""
-    named = model.named_modules()
-    return {n.partition(".lora_B.")[0]: part for n, part in named if isinstance(part, Scaled)}
-
-
-def fold_scales(model: PeftModel) -> PeftModel:
-    """Replace each B by exp(s)·B and remove s and d: a stock adapter."""
-    for _, layer in lora_layers(model):
-        parametrize.remove_parametrizations(layer.lora_B[model.active_adapter], "weight")
-    return model
-
-
-class Hyperparameters(Problem):
-    """Upper level: min over d, s and log η of L; ``learn`` is any of "decay", "scale", "rate"."""
-
-    def __init__(
-        self, model: PeftModel, learn: Collection[str], learning_rate: float, **level: Any
-    ) -> None:
-        self.model, layers = model, layer_hyperparameters(model)
-        kinds = [kind for kind in learn if kind != "rate"]
-        named = {f"{n}.{k}": getattr(x, f"log_{k}") for k in kinds for n, x in layers.items()}
-        self.log_rate: Tensor | None = None
-        if "rate" in learn:
-            like = next(iter(layers.values())).log_scale
-            self.log_rate = like.new_tensor(math.log(learning_rate)).requires_grad_()
-            named["learning_rate"] = self.log_rate
-        super().__init__(named, **level)
-
-    def loss(self, batch: Any) -> Tensor:
-        """L."""
-        loss: Tensor = self.model(**batch).loss
-        return loss
-
-    def values(self) -> dict[str, float]:
-        """The current exp(d_l), exp(s_l) and η, by the names of the variables."""
-        return {n: float(v.detach().exp()) for n, v in zip(self.names, self.variables, strict=True)}
+    def finish(self, model: Any) -> Any:
+        """``model`` with exp(s)·B as B."""
+        remove_gains(model)
+        return model
 
 
 class Regularised(Problem):
     """Lower level: min over A, B, head of L + ½ Σ_l exp(d_l)·‖θ_l‖²; its optimizer has rate η."""
 
-    def __init__(self, model: Any, upper: Hyperparameters, **level: Any) -> None:
-        self.model, self.upper, self.layers = model, upper, layer_hyperparameters(model)
-        learnt = {id(p) for part in self.layers.values() for p in part.parameters()}
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        super().__init__([(n, p) for n, p in named if id(p) not in learnt], **level)
+    def __init__(self, method: Hyperparameters, model: Any, task_loss: Any) -> None:
+        self.method, self.model, self.task_loss = method, model, task_loss
+        gains = gain_variables(model).values()
+        super().__init__(trainable(model, without=[*gains]))
 
     def loss(self, batch: Any) -> dict[str, Tensor]:
         """L + ½ Σ_l exp(d_l)·‖θ_l‖²; L is a metric too."""
-        task = self.model(**batch).loss
-        loss = task
-        for name, variable in zip(self.names, self.variables, strict=True):
-            layer, factor, _ = name.partition(".lora_")
-            if factor:
-                decay = self.layers[layer].log_decay.exp().sum()
-                loss = loss + decay / 2 * variable.square().sum()
+        loss = task = self.task_loss(batch)
+        for each in gained_layers(self.model):
+            decay = self.method.log_decays[each.name].exp()
+            loss = loss + decay / 2 * (each.a.square().sum() + each.b.square().sum())
         return {"loss": loss, "task_loss": task}
 
     def optimizer_options(self) -> dict[str, Tensor]:
         """``{"lr": η}`` if η is learnt."""
-        return {} if self.upper.log_rate is None else {"lr": self.upper.log_rate.exp()}
+        return {"lr": self.method.log_rate.exp()} if "rate" in self.method.learn else {}
+
+
+def values(level: Problem) -> dict[str, float]:
+    """exp of the level's variables, by name."""
+    named = zip(level.names, level.variables, strict=True)
+    return {name: float(x.detach().exp()) for name, x in named}
 
 
 @dataclass
@@ -165,9 +143,7 @@ def main() -> None:
     sizes = arguments.train_size, arguments.test_size, arguments.max_length
     data = load_data(arguments.dataset, arguments.model, *sizes, arguments.seed)
 
-    def levels(
-        rate: float, train: Any, validation: Any
-    ) -> tuple[PeftModel, Hyperparameters, Regularised]:
+    def levels(rate: float, train: Any, validation: Any) -> tuple[PeftModel, Problem, Problem]:
         """A new adapter, the same for every call, and its levels."""
         set_seed(arguments.seed)
         config = LoraConfig(
@@ -178,18 +154,22 @@ def main() -> None:
             target_modules=["query", "value"],
             modules_to_save=["pooler", "classifier"],
         )
-        model = get_peft_model(load_model(arguments.model, data.label_names), config)
-        add_hyperparameters(model, arguments.decay).train()
-        batches = [data.batches(x, arguments.batch_size, shuffle=True) for x in (validation, train)]
-        upper = Hyperparameters(model, arguments.learn, rate, data=batches[0])
-        lower = Regularised(model, upper, data=batches[1], max_grad_norm=1.0)
-        lower.optimizer = torch.optim.AdamW(lower.variables, lr=rate, weight_decay=0.0)
-        upper.optimizer = torch.optim.Adam(upper.variables, lr=arguments.upper_learning_rate)
+        model = get_peft_model(load_model(arguments.model, data.label_names), config).train()
+        upper, lower = Hyperparameters(arguments.learn, arguments.decay, rate).levels(
+            model,
+            data=[data.batches(x, arguments.batch_size, shuffle=True) for x in (validation, train)],
+            optimizers=[
+                partial(torch.optim.Adam, lr=arguments.upper_learning_rate),
+                partial(torch.optim.AdamW, lr=rate, weight_decay=0.0),
+            ],
+        )
+        lower.max_grad_norm = 1.0
         return model, upper, lower
 
     def tested(name: str, model: PeftModel) -> dict[str, Any]:
         """Save the stock adapter, and test it."""
-        fold_scales(model).save_pretrained(Path(arguments.output_dir) / name.replace(" ", "_"))
+        remove_gains(model)
+        model.save_pretrained(Path(arguments.output_dir) / name.replace(" ", "_"))
         labels = torch.tensor(data.test["labels"])
         accuracy = float((logits_of(model, data).argmax(1) == labels).double().mean())
         print(f"| {name} | {accuracy:.4f} |", flush=True)
@@ -200,27 +180,27 @@ def main() -> None:
     searched, upper, lower = levels(start, halves["train"], halves["test"])
     options = {"lower_steps": arguments.lower_steps, "seed": arguments.seed, "progress": False}
     engine = Engine(upper, lower, arguments.hypergradient, **options)
-    path: list[dict[str, float]] = [upper.values()]
-    engine.callbacks.append(lambda *_: path.append(upper.values()))
+    path: list[dict[str, float]] = [values(upper)]
+    engine.callbacks.append(lambda *_: path.append(values(upper)))
     engine.run(steps // arguments.lower_steps)
-    learnt = upper.values()
-    layers = {n: x.state_dict() for n, x in layer_hyperparameters(searched).items()}
+    learnt = values(upper)
     print("\n| learnt | at the start | on the way | at the end |\n| --- | --- | --- | --- |")
     for name in learnt:
         along = (f"{path[i][name]:.2e}" for i in (0, len(path) // 2, -1))
-        print(f"| {name.removeprefix('base_model.model.')} | {' | '.join(along)} |")
+        print(f"| {name} | {' | '.join(along)} |")
 
     print("\n| hyper-parameters | test accuracy |\n| --- | --- |", flush=True)
     rows = [tested("learnt, first training on one half", searched)]
     plans = {
-        "learnt, trained anew": (learnt.get("learning_rate", start), layers),
-        "of the start": (start, {}),
-        "learning rate picked by hand": (arguments.picked_rate, {}),
+        "learnt, trained anew": learnt.get("learning_rate", start),
+        "of the start": start,
+        "learning rate picked by hand": arguments.picked_rate,
     }
-    for name, (rate, states) in plans.items():
-        model, _, lower = levels(rate, data.train, data.train)
-        for layer, state in states.items():
-            layer_hyperparameters(model)[layer].load_state_dict(state)
+    for name, rate in plans.items():
+        model, start_of, lower = levels(rate, data.train, data.train)
+        if name == "learnt, trained anew":
+            for new, old in zip(start_of.variables, upper.variables, strict=True):
+                new.data.copy_(old)
         fit(lower, steps, progress=False)
         rows.append(tested(name, model))
     results = {"arguments": asdict(arguments), "path": path, "results": rows}

@@ -1,13 +1,12 @@
-"""Functions on PEFT models: layers, parameter ownership, DoRA's gradient, penalties, pseudo SVD."""
+"""Functions on PEFT models: layers, parameter ownership, DoRA's gradient, penalties, gains."""
 
 from hyperopt_peft.adapters.dora.fast import use_fast_dora
 from hyperopt_peft.adapters.dora.variants import set_norm_grad
-from hyperopt_peft.adapters.layers import dora_layers, lora_layers
-from hyperopt_peft.adapters.ownership import ParameterSplit, split_parameters
-from hyperopt_peft.adapters.pseudo_svd import (
-    orthogonality_penalty,
-    pseudo_singular_values,
-    use_pseudo_svd,
+from hyperopt_peft.adapters.layers import (
+    ParameterSplit,
+    dora_layers,
+    lora_layers,
+    split_parameters,
 )
 from hyperopt_peft.adapters.regularizers import gram_penalty
 
@@ -16,10 +15,7 @@ __all__ = [
     "dora_layers",
     "gram_penalty",
     "lora_layers",
-    "orthogonality_penalty",
-    "pseudo_singular_values",
     "set_norm_grad",
     "split_parameters",
     "use_fast_dora",
-    "use_pseudo_svd",
 ]

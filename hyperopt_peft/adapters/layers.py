@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers, read as matrices.
+"""PEFT's LoRA layers, read as matrices, and their parameters.
 
 For a frozen weight W0 of shape (out, in), factors B (out, r) and A (r, in) and a scale s:
 
@@ -18,7 +18,7 @@ layer type is laid out so that an entry of m belongs to a row of V:
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hyperopt_peft.adapters import peft_internals
-from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.errors import ProblemError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
@@ -35,40 +35,30 @@ PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 READABLE_LAYERS = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d)
 
 
-def resolve_adapter(peft_model: PeftModel, adapter_name: str | None = None) -> str:
-    """The name of the adapter to work on: ``adapter_name``, or the active one.
+def active_adapter(peft_model: PeftModel) -> str:
+    """The name of the active adapter, on which all functions of this folder work.
 
     Raises:
-        ProblemError: ``peft_model`` is no PeftModel, the adapter is unknown, or none is named and
-            not exactly one is active.
+        ProblemError: ``peft_model`` is no PeftModel, or not exactly one adapter is active.
     """
     if not isinstance(peft_model, PeftModel):
         raise ProblemError(
             f"peft_model: must be a PeftModel, got {type(peft_model).__name__}; wrap the model "
             "with peft.get_peft_model"
         )
-    if adapter_name is None:
-        active: list[str] = list(peft_model.active_adapters)
-        if len(active) != 1:
-            raise ProblemError(
-                f"peft_model: must have one active adapter, has {active}; choose with adapter_name"
-            )
-        return active[0]
-    names = sorted(peft_model.peft_config)
-    if adapter_name not in names:
+    active: list[str] = list(peft_model.active_adapters)
+    if len(active) != 1:
         raise ProblemError(
-            f"adapter_name: the model has no {adapter_name!r}{did_you_mean(adapter_name, names)}"
+            f"peft_model: must have one active adapter, has {active}; choose with set_adapter"
         )
-    return adapter_name
+    return active[0]
 
 
-def lora_layers(
-    peft_model: PeftModel, adapter_name: str | None = None
-) -> list[tuple[str, lora.LoraLayer]]:
-    """The name and module of every LoRA layer of an adapter, in model order.
+def lora_layers(peft_model: PeftModel) -> list[tuple[str, lora.LoraLayer]]:
+    """The name and module of every LoRA layer of the active adapter, in model order.
 
     Raises:
-        ProblemError: as `resolve_adapter`; the adapter has no LoRA layer; or a layer is merged.
+        ProblemError: as `active_adapter`; the adapter has no LoRA layer; or a layer is merged.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -77,7 +67,7 @@ def lora_layers(
         >>> [name for name, _ in lora_layers(model)]
         ['base_model.model.0']
     """
-    adapter = resolve_adapter(peft_model, adapter_name)
+    adapter = active_adapter(peft_model)
     layers = [
         (name, module)
         for name, module in peft_model.named_modules()
@@ -94,9 +84,7 @@ def lora_layers(
     return layers
 
 
-def dora_layers(
-    peft_model: PeftModel, adapter_name: str | None = None
-) -> list[tuple[str, lora.LoraLayer]]:
+def dora_layers(peft_model: PeftModel) -> list[tuple[str, lora.LoraLayer]]:
     """As `lora_layers`, for an adapter with a magnitude in every layer (DoRA).
 
     Raises:
@@ -109,8 +97,7 @@ def dora_layers(
         >>> [name for name, _ in dora_layers(model)]
         ['base_model.model.0']
     """
-    adapter = resolve_adapter(peft_model, adapter_name)
-    layers = lora_layers(peft_model, adapter)
+    adapter, layers = active_adapter(peft_model), lora_layers(peft_model)
     for name, layer in layers:
         if adapter not in layer.lora_magnitude_vector:
             raise ProblemError(
@@ -118,6 +105,54 @@ def dora_layers(
                 "create the adapter with LoraConfig(use_dora=True)"
             )
     return layers
+
+
+class ParameterSplit(NamedTuple):
+    """The trainable parameters of a PeftModel in three groups, each in model order.
+
+    ``magnitudes`` are m of every DoRA layer, ``directions`` the factors A and B, and ``rest`` every
+    other trainable parameter, such as a task head. Names are those of ``named_parameters()``.
+    """
+
+    magnitudes: dict[str, nn.Parameter]
+    directions: dict[str, nn.Parameter]
+    rest: dict[str, nn.Parameter]
+
+
+def split_parameters(peft_model: PeftModel) -> ParameterSplit:
+    """Split the trainable parameters into magnitudes, directions and the rest.
+
+    The split of BiDoRA (arXiv:2410.09758): magnitudes at the upper level, directions and the
+    rest at the lower. Works for every layer type that PEFT has DoRA for.
+
+    Raises:
+        ProblemError: as `dora_layers`; or a magnitude or a direction is frozen.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, use_dora=True, target_modules=["0"])
+        >>> split = split_parameters(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        >>> len(split.magnitudes), len(split.directions), len(split.rest)
+        (1, 2, 0)
+    """
+    adapter, groups = active_adapter(peft_model), {}
+    split = ParameterSplit({}, {}, {})
+    for _, layer in dora_layers(peft_model):
+        for name, parameter in layer.named_parameters():
+            kind, owner, *_ = name.split(".")
+            if kind.startswith("lora_") and owner == adapter:
+                of_norm = kind == "lora_magnitude_vector"
+                groups[id(parameter)] = split.magnitudes if of_norm else split.directions
+    for name, parameter in peft_model.named_parameters():
+        group = groups.get(id(parameter), split.rest)
+        if parameter.requires_grad:
+            group[name] = parameter
+        elif group is not split.rest:
+            raise ProblemError(
+                f"{name}: is frozen; load adapter {adapter!r} with "
+                "PeftModel.from_pretrained(..., is_trainable=True) or activate it with set_adapter"
+            )
+    return split
 
 
 def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = None) -> None:
@@ -225,12 +260,12 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
 
 def is_dora(model: Any) -> bool:
     """Whether the active adapter of a PeftModel has magnitudes."""
-    return bool(getattr(model.peft_config[resolve_adapter(model)], "use_dora", False))
+    return bool(getattr(model.peft_config[active_adapter(model)], "use_dora", False))
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
     """The adapter and its options, in which a checkpoint and the next run must agree."""
-    config = model.peft_config[resolve_adapter(model)]
+    config = model.peft_config[active_adapter(model)]
     names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
     return {
         "adapter": "dora" if is_dora(model) else str(config.peft_type.value).lower(),

@@ -10,27 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora import dora
-from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, ParamWrapper
-from peft.tuners.lora.variants import (
-    DoraConv1dVariant,
-    DoraConv2dVariant,
-    DoraConv3dVariant,
-    DoraEmbeddingVariant,
-    DoraLinearVariant,
-)
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.tuners.lora.layer import Embedding, LoraLayer
+from peft.tuners.lora.layer import LoraVariant as LoraVariant
+from peft.tuners.lora.layer import ParamWrapper as ParamWrapper
+from peft.tuners.lora.variants import DoraConv1dVariant as DoraConv1dVariant
+from peft.tuners.lora.variants import DoraConv2dVariant as DoraConv2dVariant
+from peft.tuners.lora.variants import DoraConv3dVariant as DoraConv3dVariant
+from peft.tuners.lora.variants import DoraEmbeddingVariant as DoraEmbeddingVariant
+from peft.tuners.lora.variants import DoraLinearVariant as DoraLinearVariant
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES as SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
-
-__all__ = [  # of what is imported
-    "SEQ_CLS_HEAD_NAMES",
-    "DoraConv1dVariant",
-    "DoraConv2dVariant",
-    "DoraConv3dVariant",
-    "DoraEmbeddingVariant",
-    "DoraLinearVariant",
-    "LoraVariant",
-    "ParamWrapper",
-]
 
 
 def variant(layer: LoraLayer, adapter_name: str) -> LoraVariant | None:

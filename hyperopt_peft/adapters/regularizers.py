@@ -6,16 +6,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from hyperopt_peft.adapters.layers import direction, lora_layers, require_plain, resolve_adapter
+from hyperopt_peft.adapters.layers import active_adapter, direction, lora_layers, require_plain
 
 
-def gram_penalty(peft_model: PeftModel, adapter_name: str | None = None) -> Tensor:
+def gram_penalty(peft_model: PeftModel) -> Tensor:
     """Mean over the adapted modules of ‖DᵀD − I‖_F, D the column-normalised direction V.
 
     The result is a scalar, twice differentiable in A and B. The paper's code has weight γ = 1e-5.
-
-    Args:
-        adapter_name: the active adapter by default.
 
     Raises:
         ProblemError: as `lora_layers` and `require_plain`.
@@ -27,9 +24,8 @@ def gram_penalty(peft_model: PeftModel, adapter_name: str | None = None) -> Tens
         >>> gram_penalty(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)).shape
         torch.Size([])
     """
-    adapter = resolve_adapter(peft_model, adapter_name)
-    penalties = []
-    for name, layer in lora_layers(peft_model, adapter):
+    adapter, penalties = active_adapter(peft_model), []
+    for name, layer in lora_layers(peft_model):
         require_plain(layer, adapter, name)
         penalties.append(gram(direction(layer, adapter)))
     device = penalties[0].device

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
@@ -49,34 +49,30 @@ def attribute(
     * ``"minres:damping=0.01"``, ``"cg:…"``, ``"nystrom:…"`` and the other implicit solvers: an
       influence function at the end of the run (Koh & Liang 2017, arXiv:1703.04730), with the
       Hessian of the mean loss over all training rows.
-    * ``"gradient"``: the product of gradients at the end, see `IdentitySolver`.
+    * ``"gradient"``: s_i = −⟨∂Φ/∂w, ∂ℓ_i/∂w⟩/n at the end, by two forward passes over all rows.
 
-    Of a Trainer, ``model="head"`` gives the scores of another training, in seconds: that of a
+    With a Trainer, ``model="head"`` gives the scores of another training, in seconds: that of a
     linear head on the features that the Trainer's model, as it is, makes of the rows. The head is
-    at the minimum of a convex loss, so that scores and retrainings are exact to a tolerance: by
-    ``"cg"`` to a relative residual of 1e-6, by default, or another implicit solver. The Trainer
-    trains nothing then.
+    at the minimum of a convex loss, so that an implicit solver's scores are exact to a tolerance.
 
     A bilevel run has rows at both levels, and a score for each, by ``"unrolled"``. Its upper level
-    moves along ∂F/∂u (``hypergradient="direct"``), whose derivative is known; the derivatives of
-    other estimators are not.
+    moves along ∂F/∂u (``hypergradient="direct"``), whose derivative is known.
 
     Args:
         training: a level of one's own with data and optimizer; an `Engine` with two of them; or a
-            `transformers.Trainer` or a `BilevelTrainer` with `BiDoRA` that has not trained yet (or
-            a Trainer with ``model_init``, which begins anew). It is trained. Callbacks are not
-            called, and nothing is evaluated, logged or saved.
+            `transformers.Trainer`, or a `BilevelTrainer` with a `Method`, that has not trained yet
+            (or a Trainer with ``model_init``, which begins anew). It is trained. A Trainer calls
+            no callback, and evaluates, logs and saves nothing.
         row_weights: of levels, v: ones ``(n,)``, a leaf that requires a gradient, which the loss of
             each level reads: 1/B Σ v_i ℓ_i over the rows of a batch. A Trainer needs none.
-        evaluation: of levels, a function that returns Φ, a list of functions whose sum is Φ, or a
-            mapping of these from the names of slices, whose mean is the whole Φ. Of a Trainer, a
+        evaluation: for levels, a function that returns Φ, a list of functions whose sum is Φ, or a
+            mapping of these from the names of slices, whose mean is the whole Φ. For a Trainer, a
             data set; by default its ``eval_dataset``.
         model: what is trained, the Trainer's adapter or a head on its features.
-        estimator: how, as above; by default ``"unrolled"``, and of a head ``"cg"``.
-        training_steps: of a level, the number T of its steps; of an Engine, of upper steps, as in
-            `Engine.run`; of a Trainer, None.
-        slices: of a Trainer, the column of ``evaluation`` that groups its rows: a Φ for each
-            value, all from one run.
+        estimator: how, as above; by default ``"unrolled"``, and for a head ``"cg"``.
+        training_steps: the number T of a level's steps, or an Engine's upper steps.
+        slices: a column of a Trainer's evaluation rows that groups them: a Φ for each value, all
+            from one run.
         memory_limit: the memory in GiB that checkpoints of the run may take; see `Run`.
         progress: whether to show progress bars.
 
@@ -107,40 +103,55 @@ def attribute(
     parsed = parse_estimator(estimator or (HEAD_ESTIMATOR if on_head else "unrolled"))
     if on_head and parsed.differentiates_run:
         raise ProblemError("estimator: a head has no steps; choose cg, or leave it out")
-    columns: Mapping[str, Sequence[Any]] = {}
-    if isinstance(training, Problem | Engine):
-        if slices is not None or on_head:
-            raise ProblemError(
-                "slices, model: are of a Trainer; give a level a mapping of functions"
-            )
-    elif row_weights is not None or training_steps is not None:
+    of_levels = isinstance(training, Problem | Engine)
+    if of_levels and (slices is not None or on_head):
+        raise ProblemError("slices, model: are of a Trainer; give a level a mapping of functions")
+    if not of_levels and (row_weights is not None or training_steps is not None):
         raise ProblemError(
             "row_weights, training_steps: a Trainer has rows and steps of its own; leave them out"
         )
-    if on_head:
+    if not on_head and getattr(training, "upper", None) is not None:
+        _check_bilevel(training, parsed.differentiates_run)
+    options: dict[str, Any] = {
+        "differentiated": parsed.differentiates_run,
+        "memory_limit": memory_limit,
+        "progress": progress,
+    }
+    if of_levels:
+        setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
+    elif on_head:
         from hyperopt_peft.attribution.head import setup_from_head
 
-        setup, columns = setup_from_head(training, evaluation, slices, progress=progress)
+        setup = setup_from_head(training, evaluation, slices, progress=progress)
     else:
-        if isinstance(training, Engine) or getattr(training, "upper", None) is not None:
-            _check_bilevel(training, parsed.differentiates_run)
-        options: dict[str, Any] = {
-            "differentiated": parsed.differentiates_run,
-            "memory_limit": memory_limit,
-            "progress": progress,
-        }
-        if isinstance(training, Problem | Engine):
-            setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
-        else:
-            from hyperopt_peft.attribution.trainer import setup_from_trainer
+        from hyperopt_peft.attribution.trainer import setup_from_trainer
 
-            exact = parsed.estimator.requirements.second_derivatives
-            setup, columns = setup_from_trainer(
-                training, evaluation, slices, second_derivatives=exact, **options
-            )
-    by_slice, cost = scores(setup, parsed, progress=progress)
-    return Attribution.from_scores(
-        replace(setup, progress=progress), parsed, by_slice, {"model": model, **cost}, columns
+        exact = parsed.estimator.requirements.second_derivatives
+        setup = setup_from_trainer(training, evaluation, slices, twice=exact, **options)
+    setup = replace(setup, progress=progress)
+    by_slice, cost = scores(setup, parsed)
+    run = setup.run
+    unseen = run.visits == 0
+    by_slice = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
+    settings = {
+        "estimator": parsed.name,
+        "steps": len(run.steps),
+        "rows": len(run.row_weights),
+        "unseen": int(unseen.sum()),
+        "variables": sum(v.numel() for v in run.variables),
+        **run.settings,
+        "model": model,
+        **cost,
+    }
+    return Attribution(
+        setup.total(by_slice),
+        by_slice,
+        run.losses / run.visits,
+        setup.evaluation.values(),
+        settings,
+        setup.columns,
+        _setup=setup,
+        _estimator=parsed,
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from hyperopt_peft.attribution.estimators import ScoreEstimator
-from hyperopt_peft.attribution.rank_interval import interval
 from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.errors import ProblemError
@@ -65,12 +64,11 @@ class ScoreCheck:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """A 95 % interval of the ``lds`` that R retrainings have on average.
+        """A 95 % interval of the ``lds`` that R retrainings have on average; see `rank_interval`.
 
-        The retrainings vary in it, the run does not: another seed is another run. Below 10
-        retrainings it is exact; see `rank_interval.interval`.
+        The retrainings vary in it, the run does not: another seed is another run.
         """
-        return interval(self.lds, len(self.actual))
+        return rank_interval(self.lds, len(self.actual))
 
     @property
     def slope(self) -> float:
@@ -89,7 +87,7 @@ class ScoreCheck:
         return self.lds >= GOOD and self.interval[0] > POOR
 
     @property
-    def advice(self) -> str:
+    def verdict(self) -> str:
         """What the numbers mean, and what to change."""
         low, high = self.interval
         if self.trustworthy:
@@ -107,14 +105,13 @@ class ScoreCheck:
                 f"{len(self.actual)} retrainings cannot tell whether the scores predict "
                 "retraining; check with 20 or more"
             )
-        rough = self.metasmoothness is not None and self.metasmoothness < GOOD
         remedy = (
             "make the run smoother: warm-up, a lower learning rate, a larger epsilon in Adam, or "
             "larger batches (see docs/attribution.md for what each brings)"
         )
         if self.of_head:
             remedy = "leave fewer rows out at a time (share), or check with more retrainings"
-        elif not rough:
+        elif self.metasmoothness is None or self.metasmoothness >= GOOD:
             remedy = f"use the estimator unrolled, check with more retrainings, or {remedy}"
         if not self.lds >= POOR:
             return f"the scores do not predict retraining: do not act on them; {remedy}"
@@ -122,28 +119,39 @@ class ScoreCheck:
 
     def record(self) -> dict[str, Any]:
         """The numbers of the check, for a file."""
+        names = ("lds", "interval", "slope", "metasmoothness", "share", "trustworthy", "verdict")
         return {
-            "lds": self.lds,
-            "interval": self.interval,
-            "slope": self.slope,
-            "metasmoothness": self.metasmoothness,
-            "share": self.share,
+            **{name: getattr(self, name) for name in names},
             "predicted": self.predicted.tolist(),
             "actual": self.actual.tolist(),
-            "trustworthy": self.trustworthy,
-            "advice": self.advice,
             "by_slice": {name: check.record() for name, check in self.by_slice.items()},
         }
 
     def __str__(self) -> str:
-        low, high = self.interval
-        smooth = self.metasmoothness
+        (low, high), smooth = self.interval, self.metasmoothness
         numbers = f"slope {self.slope:.2f}"
         numbers += "" if smooth is None else f", metasmoothness {smooth:.2f}"
         return (
             f"LDS {self.lds:.2f} [{low:.2f}, {high:.2f}] over {len(self.actual)} retrainings "
-            f"without {self.share:.0%} of the rows, {numbers}: {self.advice}"
+            f"without {self.share:.0%} of the rows, {numbers}: {self.verdict}"
         )
+
+
+def rank_interval(rho: float, count: int) -> tuple[float, float]:
+    """A 95 % interval of the rank correlation ``rho`` of ``count`` pairs, at least 5.
+
+    Fisher's transformation with the variance (1 + ρ²/2)/(n − 3) of Bonett & Wright 2000
+    (doi:10.1007/BF02294183). A perfect order counts as half an exchange of neighbours away from
+    it, ρ = 1 − 6/(n³ − n), so that five pairs in perfect order only say that ρ is above .16.
+
+    Example:
+        >>> [round(end, 2) for end in rank_interval(0.8, 20)]
+        [0.5, 0.93]
+    """
+    limit = 1 - 6 / (count**3 - count)
+    middle = math.atanh(min(max(rho, -limit), limit)) if math.isfinite(rho) else math.nan
+    half = 1.96 * math.sqrt((1 + math.tanh(middle) ** 2 / 2) / (count - 3))
+    return math.tanh(middle - half), math.tanh(middle + half)
 
 
 def check_scores(
@@ -160,8 +168,7 @@ def check_scores(
 
     See `Attribution.check`; ``before`` is Φ at the end of the run.
     """
-    run = setup.run
-    rows = run.visits.nonzero().flatten()
+    run, rows = setup.run, setup.run.visits.nonzero().flatten()
     count = round(share * len(rows))
     if not isinstance(retrainings, int) or retrainings < 5:
         raise ProblemError(f"retrainings: a correlation needs at least 5, got {retrainings}")
@@ -174,20 +181,21 @@ def check_scores(
     for number in trange(retrainings, desc="check", disable=not setup.progress):
         rows_out = rows[torch.randperm(len(rows), generator=generator)[:count]]
         with run.without(rows_out):
-            after = setup.values()
+            after = setup.evaluation.values()
         for name, values in seen.items():
             predicted[name][number] = -(values * run.row_weights.cpu())[rows_out].sum()
             actual[name][number] = after[name] - before[name]
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
         smoothness = metasmoothness(setup, estimator, setup.total(seen), perturbation, generator)
-    options: dict[str, Any] = {"of_head": not isinstance(run, Run)}
-    checks = {
-        name: ScoreCheck(predicted[name], actual[name], smoothness, share, **options)
-        for name in by_slice
+    rest: dict[str, Any] = {
+        "metasmoothness": smoothness,
+        "share": share,
+        "of_head": not isinstance(run, Run),
     }
-    options["by_slice"] = checks if len(checks) > 1 else {}
-    return ScoreCheck(setup.total(predicted), setup.total(actual), smoothness, share, **options)
+    checks = {name: ScoreCheck(predicted[name], actual[name], **rest) for name in by_slice}
+    rest["by_slice"] = checks if len(checks) > 1 else {}
+    return ScoreCheck(setup.total(predicted), setup.total(actual), **rest)
 
 
 def metasmoothness(

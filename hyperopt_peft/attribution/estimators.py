@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
-from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.hypergradients.implicit.solver import Solver
 from hyperopt_peft.hypergradients.registry import get_estimator, with_options
+from hyperopt_peft.hypergradients.unrolled.darts import DARTS
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
-from hyperopt_peft.utils.vector import Vector
 
-#: Of a head at its minimum: conjugate gradients with exact products to a relative residual of 1e-6.
+#: For a head at its minimum: conjugate gradients with exact products, to a residual of 1e-6.
 HEAD_ESTIMATOR = "cg:steps=2000,tolerance=1e-6"
 
 
 @dataclass(frozen=True)
-class IdentitySolver(Solver):
-    """``gradient``: s_i = −⟨∂Φ/∂w, ∂ℓ_i/∂w⟩/n at the end of the run, with the identity for H.
-
-    The products with all rows' gradients are one difference of the rows' losses along ∂Φ/∂w, by
-    two forward passes over the training rows.
-
-    Example:
-        >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
-        >>> upper, lower = diabetes()
-        >>> one = hypergradient(upper, lower, IdentitySolver(product="exact"))[0]
-        >>> one.allclose(hypergradient(upper, lower, "darts:xi=1")[0])
-        True
-    """
-
-    product: ProductKind = field(default="difference", kw_only=True)
-    name = "gradient"
-
-    def cost(self) -> int | None:
-        """Of one upper step: F, and the difference along ∂F/∂w."""
-        return self.products_cost(0)
-
-    def solve(self, matvec: Matvec, b: Vector) -> Solution:
-        """b itself."""
-        return Solution(b)
-
-
-@dataclass(frozen=True)
 class ScoreEstimator:
-    """An estimator, how the user named it, and, of a run's steps, how many last ones.
-
-    ``last_steps`` is None where all steps are differentiated.
-    """
+    """An estimator, its name, and how many last steps it differentiates: None for all."""
 
     estimator: Estimator
     name: str
@@ -73,8 +41,8 @@ def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
     """
     name = estimator if isinstance(estimator, str) else repr(estimator)
     kind, _, options = name.partition(":")
-    if kind == "gradient":
-        return ScoreEstimator(with_options(IdentitySolver, options), name)
+    if kind == "gradient":  # the identity in place of the inverse Hessian, as in one step
+        return ScoreEstimator(with_options(DARTS, options), name)
     parsed = get_estimator(estimator)
     if type(parsed) is Unrolled:
         truncated = parsed.steps > 1 or "steps=" in options

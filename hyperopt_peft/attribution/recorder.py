@@ -1,94 +1,122 @@
-"""Records the steps of a run of a `transformers.Trainer`, with a weight for each row."""
+"""The training of another Trainer again, with a weight for each row and its steps recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from hyperopt_peft.attribution.rows import INDEX, RowWeighted
+from hyperopt_peft.attribution.rows import ROW, ModelOnRows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
+from hyperopt_peft.attribution.trainer_data import TrainerData
+from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.phases import lower_of, options_of_retraining, upper_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
 
 
-class Recorder(TrainerCallback):
-    """Records the steps of a run as the Trainer takes them.
+class RecordedTrainer(BilevelTrainer):
+    """The training of another trainer, in one phase or two, whose steps are recorded in ``run``.
+
+    The model is the other's, which its method has prepared. In what a method takes for the
+    Trainer's loss each row has a weight. Nothing is logged.
 
     Args:
-        rows: the number of training rows.
-        memory_limit, differentiated: see `Run`.
-        twice: whether the losses are differentiated twice.
+        trainer: the other trainer.
+        args: the arguments.
+        data: its rows.
+        options: arguments of `Run`.
+        twice: whether losses are differentiated twice.
     """
 
-    def __init__(
-        self, rows: int, memory_limit: float, *, differentiated: bool, twice: bool
-    ) -> None:
-        self.rows, self.memory_limit = rows, memory_limit
-        self.differentiated, self.twice = differentiated, twice
-        self.runner: Any = None
-        self.run: Run | None = None
+    run: Run | None = None
 
-    def __copy__(self) -> Recorder:
-        """The recorder itself: both phases of a method are one run."""
-        return self
+    def __init__(
+        self, trainer: Any, args: Any, data: TrainerData, options: dict[str, Any], *, twice: bool
+    ) -> None:
+        self.method = method = method_of(trainer)
+        self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
+        self._rows, self.may_share_rows = data.of_retraining, True  # as the other has checked
+        dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
+        dtype = torch.promote_types((dtypes or [torch.float32])[0], torch.float32)
+        ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
+        self.weights = ones.requires_grad_()
+        # The Trainer makes those of model_init itself.
+        given = (None, None) if trainer.model_init else (trainer.optimizer, trainer.lr_scheduler)
+        more = {
+            "data_collator": data.collate,
+            "optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
+            "optimizers": given,
+        }
+        self._options = options_of_retraining(more)
+        more |= zip(("train_dataset", "upper_dataset"), data.of_levels, strict=True)
+        more["processing_class"] = trainer.processing_class
+        upper = None if data.of_levels[1] is None else upper_of
+        self._set_up(trainer.model, args, lower=lower_of, upper=upper, **more)
+        if type(method) is Method:
+            self.lower.name = "training"
+
+    def _set_loss_rule(self) -> None:
+        self.model_accepts_loss_kwargs = False  # the loss here reads no count of labels
+        super()._set_loss_rule()
 
     @property
-    def trainer(self) -> Any:
-        """The trainer of the present phase."""
-        return getattr(self.runner, "retrainer", None) or self.runner
+    def on_rows(self) -> ModelOnRows:
+        """The model's losses in the precision of training."""
+        return ModelOnRows(self.model, self.compute_loss_context_manager, self.tags)
 
-    def level(self, trainer: BilevelTrainer) -> RowWeighted:
-        """The loss of ``trainer`` with a weight for each row, initially 1."""
-        dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
-        dtype = torch.promote_types(dtypes[0], torch.float32) if dtypes else torch.float32
-        device = trainer.args.device
-        self.weights = torch.ones(self.rows, dtype=dtype, device=device, requires_grad=True)
-        return RowWeighted(trainer, self.weights, twice=self.twice)
+    def task_loss(self, batch: Any, *, training: bool = True) -> Tensor:
+        """See `ModelOnRows.weighted`; ``training`` with dropout."""
+        return self.on_rows.weighted(self.weights, batch, training=training, twice=self.twice)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin the run, or its second phase."""
-        trainer, self._assigned = self.trainer, {}
-        limit = args.max_grad_norm or None
-        levels = [Accumulated(trainer.lower, trainer.optimizer, limit)]
-        if trainer.upper is not None:
-            limit = args.upper_max_grad_norm or None
-            levels.append(Accumulated(trainer.upper, trainer.optimizer, limit))
+    def adopt_prepared_parameters(self) -> None:
+        """As `BilevelTrainer.adopt_prepared_parameters`; begins the run, or its second phase."""
+        super().adopt_prepared_parameters()
+        limits = (self.args.max_grad_norm, self.args.upper_max_grad_norm)
+        levels = [
+            Accumulated(level, self.optimizer, limit or None)
+            for level, limit in zip(self.levels, limits)
+        ]
+        self._assigned: dict[int, Tensor] = {}
         if self.run is None:
-            self.first = 0
-            self.run = Run(
-                levels,
-                self.weights,
-                state.max_steps + _steps_of_retraining(trainer, self.rows),
-                memory_limit=self.memory_limit,
-                differentiated=self.differentiated,
-            )
+            length = self.state.max_steps
+            if self.has_second_phase:
+                length += self.args.for_retraining().steps_of(len(self.all_rows()))
+            self.run = Run(levels, self.weights, length, **self.options)
+            self._first = 0
             return
-        self.first = len(self.run.levels)
+        self._first = len(self.run.levels)
         for level in levels:
             self.run.add(level)
-        if self.runner.args.retrain == "scratch":
-            self._assigned = {
-                index: self.run.variables[index].detach().clone()
-                for index in self.run.indices[self.first]
-            }
+        if self.args.retrain == "scratch":
+            indices = self.run.indices[self._first]
+            self._assigned = {k: self.run.variables[k].detach().clone() for k in indices}
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the step that the optimizer is about to take."""
-        run, step, weights = self.run, self.trainer.current_step, self.weights
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As `BilevelTrainer.training_step`; records a complete step, which is about to be made."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        step = self.current_step
+        if step.complete:
+            step.return_gradients()
+            self._record()
+            step.withhold_gradients()
+        return loss
+
+    def _record(self) -> None:
+        run, step, weights = self.run, self.current_step, self.weights
         assert run is not None
         shares = (weights.grad, self._seen(step.micro))
         of_weights, visits = distributed.mean(shares, (weights, weights))
         assert visits is not None
         weights.grad = None
-        gradient = [*(v.grad for v in run.levels[self.first].variables), of_weights]
+        gradient = [*(v.grad for v in run.levels[self._first].variables), of_weights]
         random_state = step.micro[0].random_state
-        updates = [run.update(self.first, list(step.micro), random_state, gradient, visits > 0)]
+        updates = [run.update(self._first, list(step.micro), random_state, gradient, visits > 0)]
         if step.upper:
             updates.append(self._upper_update(run, step.upper))
         run.record(*updates, assigned=self._assigned)
@@ -96,7 +124,7 @@ class Recorder(TrainerCallback):
 
     def _upper_update(self, run: Run, batch: list[MicroBatch]) -> ParameterUpdate:
         """The upper level's: its gradient again, since a hypergradient has no rows' shares."""
-        number, level = self.first + 1, run.levels[self.first + 1]
+        number, level = self._first + 1, run.levels[self._first + 1]
         _, _, gradient = level.differentiate(batch, (*level.variables, self.weights))
         (visits,) = distributed.mean((self._seen(batch),), (self.weights,))
         assert visits is not None
@@ -106,25 +134,19 @@ class Recorder(TrainerCallback):
         """1 for each row of ``batch``, ``(n,)``."""
         seen = torch.zeros_like(self.weights)
         for micro in batch:
-            seen[micro.batch[INDEX]] = 1.0
+            seen[micro.batch[ROW]] = 1.0
         return seen
 
+    def _skip_or_stop(self, error: NonFiniteError) -> Never:
+        step = self.state.global_step + 1
+        raise NonFiniteError(
+            f"step {step}: {error}; lower the learning rate or max_grad_norm"
+        ) from error
 
-class RowWeightedBiDoRA(BilevelTrainer):
-    """`BilevelTrainer` with a weight for each row, at both levels and in both phases."""
-
-    def __init__(self, model: nn.Module, recorder: Recorder, **trainer: Any) -> None:
-        super().__init__(model, **trainer)
-        self.row_weighted = recorder.level(self)
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Σ v_i s_i / Σ c_i, see `RowWeighted`."""
-        return self.row_weighted.loss(inputs)
+    def log(self, *_: Any, **__: Any) -> None:
+        """Log nothing."""
 
 
-def _steps_of_retraining(trainer: Any, rows: int) -> int:
-    """The steps of the second phase of a method, as its Trainer will count them."""
-    if not getattr(trainer, "has_second_phase", False):
-        return 0
-    steps: int = trainer.args.for_retraining().steps_of(rows)
-    return steps
+def method_of(trainer: Any) -> Method:
+    """The method of ``trainer``; a plain one trains as a stock Trainer does."""
+    return getattr(trainer, "method", None) or Method()

@@ -1,4 +1,4 @@
-"""Trainings without the rows that hurt most, judged on test rows, beside the simple ways."""
+"""Retrains without the most harmful rows, and compares with simple alternatives on a test set."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.utils.tables import aligned
 
 Numbers = Mapping[str, float]
 
@@ -43,10 +44,7 @@ class Removal:
 
     @property
     def verdict(self) -> str:
-        """A sentence: whether leaving out by score gained anything on the test rows.
-
-        The accuracy decides where there is one, otherwise the loss.
-        """
+        """Whether leaving out by score gained accuracy, or else loss, on the test rows."""
         name, sign = ("accuracy", 1) if "accuracy" in self.plain else ("loss", -1)
 
         def move(numbers: Numbers) -> float:
@@ -67,15 +65,16 @@ class Removal:
         return text
 
     def __str__(self) -> str:
-        lines = [f"{'training':38}" + "".join(f"{name:>10}" for name in self.plain)]
-        rows = [("on all rows", self.plain), (f"without {self.count} rows by score", self.without)]
-        rows += [(f"without {self.count} of highest loss", self.highest_loss)]
-        rows += [(f"without {self.count} random rows", values) for values in self.random]
+        rows = [
+            ("on all rows", self.plain),
+            (f"without {self.count} rows by score", self.without),
+            (f"without {self.count} of highest loss", self.highest_loss),
+            *((f"without {self.count} random rows", values) for values in self.random),
+        ]
         if self.with_evaluation is not None:
             rows.append(("as many passes, evaluation rows too", self.with_evaluation))
-        for title, values in rows:
-            lines.append(f"{title:38}" + "".join(f"{value:10.4f}" for value in values.values()))
-        return "\n".join([*lines, self.verdict])
+        cells = [[title, *(f"{x:.4f}" for x in numbers.values())] for title, numbers in rows]
+        return f"{aligned([['training', *self.plain], *cells])}\n{self.verdict}"
 
 
 def remove(
@@ -91,22 +90,25 @@ def remove(
 
     ``scores`` and ``losses`` are those of the rows, ``(n,)``, NaN for a row that was never seen.
     """
-    measure = setup.measure(test)
-    loss = torch.nan_to_num(losses, nan=-torch.inf)
-    highest = torch.argsort(loss, descending=True)[: len(worst)].tolist()
+    measure, count = setup.test(test), len(worst)
+
+    @torch.no_grad()
+    def numbers() -> Numbers:
+        result = measure()
+        named = result if isinstance(result, Mapping) else {"loss": result}
+        return {name: float(value) for name, value in named.items()}
+
+    highest = torch.nan_to_num(losses, nan=-torch.inf).topk(count).indices.tolist()
     generator = torch.Generator().manual_seed(seed)
     seen = (~scores.isnan()).nonzero().flatten()
-    random = [
-        seen[torch.randperm(len(seen), generator=generator)[: len(worst)]].tolist()
-        for _ in range(draws)
-    ]
+    random = [seen[torch.randperm(len(seen), generator=generator)[:count]] for _ in range(draws)]
     results = []
     for rows in tqdm([[], worst, highest, *random], "removal", disable=not setup.progress):
         with setup.run.without(rows):
-            results.append(measure())
+            results.append(numbers())
     with_evaluation = None
     if setup.enlarged is not None:
         with setup.enlarged(seed):
-            with_evaluation = measure()
+            with_evaluation = numbers()
     plain, without, highest_loss, *others = results
-    return Removal(len(worst), plain, without, highest_loss, others, with_evaluation)
+    return Removal(count, plain, without, highest_loss, others, with_evaluation)

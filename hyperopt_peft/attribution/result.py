@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.attribution.check import ScoreCheck, check_scores
-from hyperopt_peft.attribution.estimators import ScoreEstimator
 from hyperopt_peft.attribution.removal import Removal, remove
-from hyperopt_peft.attribution.scores import RetrainingSetup
 from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import row_scores
@@ -61,39 +59,6 @@ class Attribution:
     def __post_init__(self) -> None:
         self.numbers = self.numbers or range(len(self.scores))
 
-    @classmethod
-    def from_scores(
-        cls,
-        setup: RetrainingSetup,
-        estimator: ScoreEstimator,
-        by_slice: dict[str, Tensor],
-        cost: Mapping[str, Any],
-        columns: Mapping[str, Sequence[Any]],
-    ) -> Attribution:
-        """The result of ``estimator`` on ``setup``; rows that the run never saw get NaN."""
-        run = setup.run
-        unseen = run.visits == 0
-        scores = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
-        settings = {
-            "estimator": estimator.name,
-            "steps": len(run.steps),
-            "rows": len(run.row_weights),
-            "unseen": int(unseen.sum()),
-            "variables": sum(v.numel() for v in run.variables),
-            **run.settings,
-            **cost,
-        }
-        return cls(
-            setup.total(scores),
-            scores,
-            run.losses / run.visits,
-            setup.values(),
-            settings,
-            columns,
-            _setup=setup,
-            _estimator=estimator,
-        )
-
     def check(
         self,
         retrainings: int = 20,
@@ -104,24 +69,20 @@ class Attribution:
     ) -> ScoreCheck:
         """How well the scores predict retrainings without random rows; see `ScoreCheck`.
 
-        Costs a training, of ``settings["seconds"]``, for each of ``retrainings``, and with
-        ``perturbation`` another attribution.
-
         Args:
-            retrainings: R, from 5; so few cannot tell, 20 or more can.
+            retrainings: R, from 5; so few cannot tell, 20 or more can. Each costs a training, of
+                ``settings["seconds"]``.
             share: the share of the seen rows that each retraining leaves out.
-            perturbation: how far the rows' weights move for the metasmoothness; None skips it, as
-                do estimators that do not differentiate the run.
+            perturbation: how far the rows' weights move for the metasmoothness, which costs another
+                attribution; None skips it, as do estimators that do not differentiate the run.
             seed: of the random rows and signs.
 
         Raises:
             ProblemError: fewer than 5 retrainings, or a share that leaves out no row, or all.
             NonFiniteError: a retraining diverges.
         """
-        options = retrainings, share, perturbation, seed
-        self.checked = check_scores(
-            self._setup, self._estimator, self.by_slice, self.values, *options
-        )
+        how = retrainings, share, perturbation, seed
+        self.checked = check_scores(self._setup, self._estimator, self.by_slice, self.values, *how)
         return self.checked
 
     def ranks(self) -> Tensor:
@@ -132,9 +93,8 @@ class Attribution:
     def weights(self) -> Tensor:
         """Row weights ``(n,)`` for another training, of mean 1: lower for a row that hurts more.
 
-        v_i ∝ clip(1 − (s_i − s̄)/σ, 0, 2), with s̄ and σ the mean and the standard deviation of the
-        scores: one step against the gradient among weights of mean 1, bounded. An unseen row has
-        the weight 1 before scaling.
+        v_i ∝ clip(1 − (s_i − s̄)/σ, 0, 2), one step against the gradient; s̄ and σ are the mean and
+        the standard deviation of the scores. An unseen row has the weight 1 before scaling.
         """
         seen = self.scores[~self.scores.isnan()]
         deviation = float(seen.std()) if len(seen) > 1 else 0.0
@@ -145,8 +105,8 @@ class Attribution:
     def without(self, share: float) -> list[int]:
         """The rows to keep, in order: all but the ``share`` that hurts most, of positive score.
 
-        A training on these rows alone has other batches, and so is another run, which the scores
-        predict less well; a weight of 0 for the rows left out keeps the batches.
+        A training on these rows alone has other batches, which a weight of 0 for the rest keeps,
+        and so is another run, which the scores predict less well.
 
         Raises:
             ProblemError: a share that is not between 0 and 1.
@@ -159,19 +119,19 @@ class Attribution:
 
         Beside it: the plain training, the removal of as many rows of the highest training loss,
         and of as many random rows. Rows are left out by the weight 0, so that all trainings have
-        the order and the random numbers of the run. Of a Trainer also as many passes over the
+        the order and the random numbers of the run. A Trainer also makes as many passes over the
         training and the evaluation rows, in an order of their own, at the same rates.
 
         Args:
             share: the share of the rows to leave out.
-            test: of a level, a function that returns a loss or a mapping of numbers; of a Trainer,
-                a data set that is neither trained nor evaluated on.
+            test: for a level, a function that returns a loss or a mapping of numbers; for a
+                Trainer, a data set that is neither trained nor evaluated on.
             draws: how often random rows are left out.
             seed: of the random rows.
 
         Raises:
-            ProblemError: no test rows, of a Trainer test rows that are training or evaluation rows
-                too, or a share that is not between 0 and 1.
+            ProblemError: no test rows, a Trainer's test rows are training or evaluation rows too,
+                or a share that is not between 0 and 1.
             NonFiniteError: a training diverges.
         """
         worst = self.ends(self._count(share))[0]
@@ -188,7 +148,7 @@ class Attribution:
                 or more folds than rows.
             NonFiniteError: a training without a fold diverges.
         """
-        return suspects(self._setup, self.scores, self.losses, folds, seed)
+        return suspects(self._setup, folds, seed)
 
     def ends(self, count: int) -> tuple[list[int], list[int]]:
         """The ``count`` rows that hurt most, and the ``count`` that help most."""
@@ -208,11 +168,8 @@ class Attribution:
     def to_csv(self, path: str | Path, extra: Mapping[str, Sequence[Any]] | None = None) -> None:
         """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
 
-        A column of the data with one of these names is written as ``data_…``.
-
-        Args:
-            path: the file.
-            extra: more columns, by name.
+        A column of the data with one of these names is written as ``data_…``; ``extra`` has more
+        columns, by name.
 
         Raises:
             ProblemError: the file cannot be written.
@@ -240,14 +197,9 @@ class Attribution:
             raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
 
     def plot(self, path: str | Path | None = None, count: int = 10) -> Any:
-        """A figure with the distribution of the scores and the rows at both ends.
+        """A matplotlib figure: the distribution of the scores, and ``count`` rows at both ends.
 
-        Args:
-            path: the file to write, whose suffix gives the format; None writes none.
-            count: how many rows at each end.
-
-        Returns:
-            The matplotlib figure.
+        It is also written to the file ``path``, whose suffix gives the format.
 
         Raises:
             ProblemError: the file cannot be written.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.checkpoints import Checkpoints, Point
-from hyperopt_peft.attribution.run import RecordedStep, Run
+from hyperopt_peft.attribution.run import Checkpoints, Point, Run
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes, ProductKind
@@ -84,21 +83,22 @@ class Sweep:
             )
             for begin in reversed(range(first // every * every, total, every)):
                 end = min(begin + every, total)
-                points = run.points(begin, end, checkpoints)
-                repeated = run.steps[begin : end - 1]
-                self.passes.gradients += sum(len(step.updates) for step in repeated)
+                points = [checkpoints.get(begin)]
+                for number in range(begin, end - 1):
+                    points.append(run.advance(number, points[-1]))
+                    self.passes.gradients += len(run.steps[number])
                 for number in reversed(range(max(begin, first), end)):
-                    self._pull(run.steps[number], points.pop())
+                    self._pull(number, points.pop())
                     bar.update()
         return self.products
 
-    def _pull(self, step: RecordedStep, point: Point) -> None:
-        """From the adjoints after ``step`` to those before."""
-        values = step.begin(point[0])
+    def _pull(self, number: int, point: Point) -> None:
+        """From the adjoints after the step ``number`` to those before."""
+        values = self.run.begin(number, point)
         assign_(self.run.variables, values)
         before = [list(adjoint) for adjoint in self.adjoints]
         terms: list[list[tuple[int, Tensor]]] = [[] for _ in self.adjoints]
-        for update in step.updates:
+        for update in self.run.steps[number]:
             level = update.level
             owned, others = self.run.indices[level], self.others[level]
             optimizer, state = self.run.optimizer(level), point[1].get(level, {})
@@ -119,6 +119,6 @@ class Sweep:
         for adjoint, level_terms in zip(before, terms, strict=True):
             for index, term in level_terms:
                 adjoint[index] = adjoint[index] + term
-            for index in step.assigned:
+            for index in self.run.assigned[number]:
                 adjoint[index] = torch.zeros_like(adjoint[index])
         self.adjoints = before

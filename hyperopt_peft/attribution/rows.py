@@ -1,21 +1,17 @@
-"""Rows with their numbers, and a model's loss with a weight for each row."""
+"""Rows with their numbers, and a model's losses on batches of them, each with a weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from hyperopt_peft.attribution.run import RecordedStep
 from hyperopt_peft.core.labels import (
-    ITEMS,
-    MICRO_BATCHES,
     WEIGHT,
     label_weights,
     labels_are_shifted,
@@ -23,68 +19,13 @@ from hyperopt_peft.core.labels import (
     weighted_mean,
 )
 from hyperopt_peft.core.logits import IGNORED
-from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.trainer.step import MicroBatch
-from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.utils.models import trainable
-from hyperopt_peft.utils.random_state import RandomState, replay
+from hyperopt_peft.trainer.tags import without
+from hyperopt_peft.utils.random_state import RandomState
 
-INDEX = "index"
-#: Entries of a batch that the model does not read.
-ADDED = (INDEX, WEIGHT, ITEMS, MICRO_BATCHES)
-
-
-class RowWeighted(Problem):
-    """The Trainer's loss with a weight for each row: Σ v_i s_i / Σ c_i over the rows of a batch.
-
-    s_i is the summed loss of row i and c_i the count of its labels, so that at v = 1 it is the mean
-    over all labels, the loss that the Trainer trains.
-
-    Args:
-        trainer: the trainer, with the model.
-        weights: v, ``(n,)``.
-        training: whether dropout is on.
-        twice: whether the loss is differentiated twice.
-
-    Raises:
-        ProblemError: see `row_losses`.
-    """
-
-    def __init__(
-        self, trainer: BilevelTrainer, weights: Tensor, *, training: bool = True, twice: bool
-    ) -> None:
-        self.trainer, self.weights = trainer, weights
-        self.training, self.twice = training, twice
-        super().__init__(trainable(trainer.model), name="training")
-
-    def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Σ v_i s_i / Σ c_i."""
-        sums, counts = losses_of(self.trainer, batch, training=self.training, twice=self.twice)
-        loss = weighted_mean(self.weights[batch[INDEX]], sums, counts)
-        return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
-
-
-def losses_of(
-    trainer: BilevelTrainer,
-    batch: Mapping[str, Any],
-    *,
-    training: bool = False,
-    twice: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`row_losses` of the trainer's model in its precision, ``training`` with dropout.
-
-    Raises:
-        ProblemError: as `row_losses`.
-    """
-    trainer.model.train(training)
-    with trainer.compute_loss_context_manager():
-        return row_losses(trainer.model, _model_inputs(batch), twice=twice)
-
-
-def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in ADDED}
+#: The tag with the number of each row of a batch.
+ROW = "attribution_row"
 
 
 class NumberedRows(Dataset[Any]):
@@ -92,133 +33,113 @@ class NumberedRows(Dataset[Any]):
 
     def __init__(self, data: Any) -> None:
         self.data = data
+        self.column_names = [*getattr(data, "column_names", ()), ROW]
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {**self.data[row], INDEX: row}
-
-
-class NumberedCollator:
-    """A collator that hands the numbers of the rows on, ``(n,)``."""
-
-    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of ``rows``, with their numbers under ``index``.
-
-        Raises:
-            ProblemError: the collator joins rows, as TRL's does with ``padding_free=True``.
-        """
-        index = torch.tensor([row[INDEX] for row in rows])
-        plain = [{name: value for name, value in row.items() if name != INDEX} for row in rows]
-        batch = self.collate(plain)
-        labels = batch.get("labels")
-        if isinstance(labels, Tensor) and len(labels) != len(rows):
-            raise ProblemError(
-                f"data_collator: {len(rows)} rows became {len(labels)}, so that a row has no loss "
-                "of its own; pad them (padding_free=False)"
-            )
-        return {**batch, INDEX: index}
+        return {**self.data[row], ROW: row}
 
 
 class ModelOnRows:
-    """The model on rows, without dropout, a batch at a time."""
+    """The losses and predictions of a model on batches of numbered rows.
 
-    def __init__(self, trainer: BilevelTrainer, collate: Callable[[Sequence[Any]], Any]) -> None:
-        self.trainer, self.collate = trainer, NumberedCollator(collate)
+    Args:
+        model: the model.
+        precision: a context of its passes.
+        tags: entries of a batch that the model does not read, besides `ROW`.
+    """
 
-    def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
-        """The rows, or those ``chosen``, in batches on the model's device, in order."""
-        args = self.trainer.args
-        data: Any = rows if chosen is None else torch.utils.data.Subset(rows, chosen)
-        loader = DataLoader(data, args.per_device_eval_batch_size, collate_fn=self.collate)
-        with replay(RandomState.capture()), collating("the rows"):
-            return [send_to_device(batch, args.device) for batch in loader]
+    def __init__(
+        self,
+        model: Any,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        tags: Sequence[str] = (),
+    ) -> None:
+        self.model, self.precision, self.tags = model, precision, (*tags, ROW)
 
-    def micro_batches(self, rows: NumberedRows) -> list[MicroBatch]:
-        """All rows, as one step's micro-batches, with the weights for a mean over all labels."""
-        batches, state = self.batches(rows), RandomState.capture()
-        pairs = zip(batches, self._label_weights(batches), strict=True)
-        return [MicroBatch({**batch, **weight}, state) for batch, weight in pairs]
+    def losses(
+        self, batch: Mapping[str, Any], *, training: bool = False, twice: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`row_losses` in the model's precision, ``training`` with dropout.
 
-    def _label_weights(self, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
-        shifted = labels_are_shifted(self.trainer.model, _model_inputs(batches[0]))
-        return label_weights(batches, shifted=shifted)
-
-    def on_rows(self, step: RecordedStep, rows: Dataset[Any], order: Iterator[int]) -> RecordedStep:
-        """``step`` with micro-batches of as many ``rows``, the next ones of ``order``.
-
-        Each has the weight of the first training row.
+        Raises:
+            ProblemError: as `row_losses`; or the collator joins rows, as TRL's does with
+                ``padding_free=True``.
         """
-        (update,) = step.updates
-        device, batches = self.trainer.args.device, []
-        for micro in update.batch:
-            chosen: list[Any] = [rows[next(order)] for _ in micro.batch[INDEX]]
-            batch = self.collate([{**row, INDEX: 0} for row in chosen])
-            batches.append(send_to_device(batch, device))
-        weights = self._label_weights(batches)
-        parts = [
-            MicroBatch({**batch, **weight}, micro.random_state)
-            for batch, weight, micro in zip(batches, weights, update.batch, strict=True)
-        ]
-        return RecordedStep((replace(update, batch=parts),), step.assigned)
+        self.model.train(training)
+        with self.precision():
+            sums, counts = row_losses(self.model, without(batch, self.tags), twice=twice)
+        if len(sums) != len(batch[ROW]):
+            raise ProblemError(
+                f"data_collator: {len(batch[ROW])} rows became {len(sums)}, so that a row has no "
+                "loss of its own; pad them (padding_free=False)"
+            )
+        return sums, counts
+
+    def weighted(self, weights: Tensor, batch: Mapping[str, Any], **how: bool) -> Tensor:
+        """Σ v_i s_i / Σ c_i, of v ``(n,)``: at v = 1 the mean over all labels, as a Trainer has it.
+
+        s_i is the summed loss of row i and c_i the count of its labels; ``how`` as for `losses`.
+        """
+        loss = weighted_mean(weights[batch[ROW]], *self.losses(batch, **how))
+        return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
+
+    def micro_batches(
+        self, batches: Sequence[Any], states: Sequence[RandomState]
+    ) -> list[MicroBatch]:
+        """``batches`` as those of one step, with the weights for a mean over all labels."""
+        shifted = labels_are_shifted(self.model, without(batches[0], self.tags))
+        weights = label_weights(batches, shifted=shifted)
+        triples = zip(batches, weights, states, strict=True)
+        return [MicroBatch({**batch, **weight}, state) for batch, weight, state in triples]
 
     @torch.no_grad()
-    def losses(self, rows: NumberedRows, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:
-        """The mean loss over the labels of the rows ``chosen``, a part for each batch."""
-        batches = self.batches(rows, chosen)
-        total = int(sum(losses_of(self.trainer, batch)[1].sum() for batch in batches))
+    def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
+        """The mean loss over the labels of ``batches``, in parts that are summed.
+
+        Raises:
+            ProblemError: there is no label.
+        """
+        total = int(sum(self.losses(batch)[1].sum() for batch in batches))
         if total == 0:
-            raise ProblemError("evaluation: no row has a label; give rows with labels")
-        return [partial(self._part, batch, total) for batch in batches]
+            raise ProblemError("labels: no row has a label that is scored; give rows with labels")
+        return [partial(lambda batch: self.losses(batch)[0].sum() / total, x) for x in batches]
 
-    def _part(self, batch: Mapping[str, Any], total: int) -> Tensor:
-        return losses_of(self.trainer, batch)[0].sum() / total
-
-    def measure(self, rows: NumberedRows) -> Callable[[], Mapping[str, float]]:
-        """A function that measures the mean loss over the labels of ``rows``.
+    @torch.no_grad()
+    def measured(self, batches: Sequence[Any]) -> dict[str, float]:
+        """The mean loss over the labels of ``batches``.
 
         Where each label is the class of its own logits, the accuracy over labels too.
         """
-        batches = self.batches(rows)
-
-        @torch.no_grad()
-        def measured() -> Mapping[str, float]:
-            loss = correct = count = 0.0
-            for batch in batches:
-                sums, counts = losses_of(self.trainer, batch)
-                loss, count = loss + float(sums.sum()), count + float(counts.sum())
-                labels = batch["labels"]
-                inputs = _model_inputs(batch)
-                classes = not labels.is_floating_point()
-                classes = classes and not labels_are_shifted(self.trainer.model, inputs)
-                if classes:
-                    predicted = self._logits(batch).argmax(-1)
-                    correct += float(((predicted == labels) & (labels != IGNORED)).sum())
-            if not count:
-                raise ProblemError("test: no row has a label; give rows with labels")
-            return {"loss": loss / count} | ({"accuracy": correct / count} if classes else {})
-
-        return measured
-
-    def labels(self, rows: NumberedRows) -> Tensor | None:
-        """The class of each row, ``(n,)``, where each has one."""
-        labels = [batch.get("labels") for batch in self.batches(rows)]
-        if any(not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 1 for x in labels):
-            return None
-        return torch.cat(labels).cpu()
+        numbers = {"loss": float(sum(part() for part in self.mean(batches)))}
+        labels = [batch["labels"] for batch in batches]
+        first = without(batches[0], self.tags)
+        if labels[0].is_floating_point() or labels_are_shifted(self.model, first):
+            return numbers
+        right = count = 0
+        for batch, classes in zip(batches, labels, strict=True):
+            scored = classes != IGNORED
+            right += int((self.logits(batch).argmax(-1) == classes)[scored].sum())
+            count += int(scored.sum())
+        return {**numbers, "accuracy": right / count}
 
     @torch.no_grad()
-    def probabilities(self, rows: NumberedRows, chosen: Sequence[int]) -> Tensor:
-        """The class probabilities of the rows ``chosen``, ``(n, classes)``."""
-        of_batches = [self._logits(batch).softmax(-1) for batch in self.batches(rows, chosen)]
-        return torch.cat(of_batches).to("cpu", torch.float64)
+    def probabilities(self, batches: Sequence[Any]) -> Tensor:
+        """The class probabilities of the rows, ``(n, classes)``."""
+        return torch.cat([self.logits(x).softmax(-1) for x in batches]).to("cpu", torch.float64)
 
-    def _logits(self, batch: Mapping[str, Any]) -> Tensor:
-        self.trainer.model.eval()
-        inputs = {name: value for name, value in _model_inputs(batch).items() if name != "labels"}
-        logits: Tensor = self.trainer.model(**inputs).logits
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """The logits of ``batch``."""
+        self.model.eval()
+        logits: Tensor = self.model(**without(batch, (*self.tags, "labels"))).logits
         return logits
+
+
+def classes_of_rows(batches: Sequence[Any]) -> Tensor | None:
+    """The class of each row, ``(n,)``, where each has one."""
+    labels = [batch.get("labels") for batch in batches]
+    if any(not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 1 for x in labels):
+        return None
+    return torch.cat(labels).cpu()

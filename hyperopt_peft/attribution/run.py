@@ -1,17 +1,18 @@
-"""A training run that can be differentiated, and repeated with other row weights."""
+"""A training with a weight for each row, which can be differentiated, and done again."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.checkpoints import Checkpoints, Point
-from hyperopt_peft.attribution.training import Training
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
@@ -21,13 +22,82 @@ from hyperopt_peft.utils.restore import assign_, perturbed, preserve_state
 #: Steps between two checkpoints where not every step is one.
 SEGMENT = 16
 GIB = 2**30
+#: The values of a run's variables, and the state of each level's optimizer by the level's number.
+Point = tuple[tuple[Tensor, ...], Mapping[int, Any]]
+
+
+class Training(ABC):
+    """What scores and their check need of a training: its end, and the end with other weights.
+
+    Attributes:
+        weights: the rows' weights v, ``(n,)``, a leaf that requires a gradient.
+        row_weights: the weights of the training that was done.
+        variables: what is trained.
+        steps: the steps of its optimizers.
+        visits: how many steps saw each row, ``(n,)``.
+        losses: the sum of each row's losses in them, ``(n,)`` in float64.
+        settings: metadata of the training; ``seconds`` is its wall time.
+    """
+
+    def __init__(self, weights: Tensor, variables: Sequence[Tensor] = ()) -> None:
+        self.weights, self.row_weights = weights, weights.detach().clone()
+        self.variables, self.steps = tuple(variables), list[Any]()
+        self.visits = torch.zeros(len(weights), dtype=torch.int64)
+        self.losses = torch.zeros(len(weights), dtype=torch.float64)
+        self.settings = dict[str, Any]()
+
+    @abstractmethod
+    def repeated(self, weights: Tensor) -> AbstractContextManager[Any]:
+        """The training again, with ``weights`` for v: in the body variables and v are its end's.
+
+        Raises:
+            NonFiniteError: the training diverges.
+        """
+
+    def without(self, rows: Sequence[int] | Tensor) -> AbstractContextManager[Any]:
+        """The training again, with the weight 0 for ``rows``; otherwise as `repeated`."""
+        weights = self.row_weights.clone()
+        weights[rows] = 0.0
+        return self.repeated(weights)
+
+
+class Checkpoints:
+    """The variables and the optimizers' states before each ``every``-th step.
+
+    They are in memory where ``every`` is 1, and otherwise in files of a temporary folder, so that
+    the memory of a run does not grow with its length.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._points: dict[int, Any] = {}
+        self._folder = None if every == 1 else TemporaryDirectory(prefix="attribution-")
+
+    def put(self, step: int, point: Point) -> None:
+        """Store ``point``, where variables and optimizers were before ``step``."""
+        self._points[step] = point
+        if self._folder is not None:
+            self._points[step] = Path(self._folder.name) / f"{step}.pt"
+            torch.save(point, self._points[step])
+
+    def get(self, step: int) -> Point:
+        """The point that was stored before ``step``."""
+        point: Point | Path = self._points[step]
+        if isinstance(point, Path):
+            point = cast(Point, torch.load(point, weights_only=True))
+        return point
 
 
 @dataclass(frozen=True)
 class ParameterUpdate:
-    """What repeats a level's update: batch, random numbers and optimizer options, without tensors.
+    """What repeats a level's update, without tensors.
 
-    ``read`` says which of the level's variables the loss read, and so the optimizer moved.
+    Attributes:
+        level: the number of the level in the run.
+        batch: the batch.
+        random_state: the generator states before the loss was evaluated.
+        optimizer: the optimizer's options.
+        read: which of the level's variables the loss read, and so the optimizer moved.
     """
 
     level: int
@@ -35,21 +105,6 @@ class ParameterUpdate:
     random_state: RandomState
     optimizer: Mapping[str, Any]
     read: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class RecordedStep:
-    """The updates of one step, all from the same point.
-
-    ``assigned`` has values that variables, by their index in the run, get before the step.
-    """
-
-    updates: tuple[ParameterUpdate, ...]
-    assigned: Mapping[int, Tensor] = field(default_factory=dict)
-
-    def begin(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``values`` with those that are assigned."""
-        return tuple(self.assigned.get(index, value) for index, value in enumerate(values))
 
 
 class Run(Training):
@@ -68,12 +123,11 @@ class Run(Training):
             derivative costs two passes a step; otherwise every 16th step has a checkpoint, in
             temporary files, and a derivative costs three.
         differentiated: whether the steps are differentiated. Otherwise only the begin has a
-            checkpoint, nothing is required of optimizer and memory, and a run whose optimizer has
-            no known derivative cannot be repeated.
+            checkpoint, and a run whose optimizer has no known derivative cannot be repeated.
 
     Raises:
-        ProblemError: of a run that is differentiated, an optimizer's step has no known derivative,
-            or even 16 steps do not fit.
+        ProblemError: a run is differentiated, and an optimizer's step has no known derivative or
+            even 16 steps do not fit.
     """
 
     def __init__(
@@ -86,14 +140,17 @@ class Run(Training):
         differentiated: bool = True,
     ) -> None:
         super().__init__(weights)
-        self.differentiated, self.length = differentiated, length
+        self.differentiated = differentiated
         self.levels: list[Problem] = []
-        #: Of each level, the indices of its variables in ``variables``.
+        #: The indices of each level's variables in ``variables``.
         self.indices: list[list[int]] = []
-        self._optimizers: list[DifferentiableStep | ProblemError] = []
+        #: The values that variables, by their index, got before each step.
+        self.assigned: list[Mapping[int, Tensor]] = []
+        self._optimizers: dict[int, DifferentiableStep] = {}
         for level in levels:
             self.add(level)
-        self.checkpoints = Checkpoints(self._interval(memory_limit) if differentiated else length)
+        every = self._interval(length, memory_limit) if differentiated else length
+        self.checkpoints = Checkpoints(every)
 
     def add(self, level: Problem) -> None:
         """Add a level, which moves in later steps.
@@ -101,28 +158,23 @@ class Run(Training):
         Raises:
             ProblemError: as `Run`.
         """
-        try:
-            step = DifferentiableStep(level, level.optimizer_snapshot(with_state=False))
-            self._optimizers.append(step)
-        except ProblemError as error:
-            if self.differentiated or level.optimizer is None:
-                raise
-            self._optimizers.append(error)
         index_of = {id(variable): index for index, variable in enumerate(self.variables)}
         new = [variable for variable in level.variables if id(variable) not in index_of]
-        self.variables = (*self.variables, *new)
         index_of |= {id(v): len(index_of) + k for k, v in enumerate(new)}
+        self.variables = (*self.variables, *new)
         self.indices.append([index_of[id(variable)] for variable in level.variables])
         self.levels.append(level)
+        if self.differentiated:
+            self.optimizer(len(self.levels) - 1)
 
-    def _interval(self, limit: float) -> int:
-        """The number of steps between two checkpoints of a run that is differentiated."""
+    def _interval(self, length: int, limit: float) -> int:
+        """The steps between two checkpoints of a run that is differentiated."""
         size = sum(
             (1 + len(self.optimizer(number).moment_names)) * v.numel() * v.element_size() / GIB
             for number, level in enumerate(self.levels)
             for v in level.variables
         )
-        every = 1 if self.length * size <= limit else min(SEGMENT, self.length)
+        every = 1 if length * size <= limit else min(SEGMENT, length)
         if every * size > limit:
             raise ProblemError(
                 f"memory_limit: {every} steps of {self.levels[0].name} take {every * size:.2f} "
@@ -137,35 +189,33 @@ class Run(Training):
         Raises:
             ProblemError: it is not known.
         """
-        step = self._optimizers[level]
-        if isinstance(step, ProblemError):
-            raise ProblemError(f"{step}, or leave out what repeats the run")
-        return step
+        if level not in self._optimizers:
+            snapshot = self.levels[level].optimizer_snapshot(with_state=False)
+            self._optimizers[level] = DifferentiableStep(self.levels[level], snapshot)
+        return self._optimizers[level]
 
     @property
     def devices(self) -> list[torch.device]:
-        """The devices that hold the variables."""
+        """The devices of the variables."""
         return devices_of(*self.levels)
 
     def record(
         self, *updates: ParameterUpdate, assigned: Mapping[int, Tensor] | None = None
     ) -> None:
-        """Record a step, before the optimizers take it.
+        """Record a step of the levels that move, before the optimizers take it.
 
-        Args:
-            updates: see `update`, one for each level that moves.
-            assigned: see `RecordedStep`; the variables have these values already.
+        ``assigned`` has values that variables, by their index in the run, got before the step.
         """
         number = len(self.steps)
-        if self.checkpoints.due(number):
+        if number % self.checkpoints.every == 0:
             copies = tuple(v.detach().clone() for v in self.variables)
-            repeatable = not any(isinstance(step, ProblemError) for step in self._optimizers)
             states = {
-                k: level.optimizer_snapshot(with_state=repeatable)["state"]
+                k: level.optimizer_snapshot(with_state=True)["state"]
                 for k, level in enumerate(self.levels)
             }
             self.checkpoints.put(number, (copies, states))
-        self.steps.append(RecordedStep(updates, assigned or {}))
+        self.steps.append(updates)
+        self.assigned.append(assigned or {})
 
     def update(
         self,
@@ -178,11 +228,9 @@ class Run(Training):
         """The update that a level is about to make; the rows of its batch are counted.
 
         Args:
-            level: the number of the level in the run.
-            batch: the batch.
-            random_state: the generator states before the loss was evaluated.
+            level, batch, random_state: see `ParameterUpdate`.
             gradient: one entry for each variable of the level, then that of the row weights.
-            seen: which rows are in the batch, ``(n,)``; by default those of a share in the loss.
+            seen: which rows are in the batch, ``(n,)``; by default those with a share in the loss.
 
         Raises:
             ProblemError: the loss does not read the weights.
@@ -190,8 +238,8 @@ class Run(Training):
         problem, (*of_w, of_v) = self.levels[level], gradient
         if of_v is None:
             raise ProblemError(
-                f"{problem.name}: the loss does not read the row weights; multiply the loss of "
-                "each row in the batch by the row's weight"
+                f"{problem.name}: the loss does not read the row weights; multiply each row's loss "
+                "by its weight"
             )
         share = of_v.detach().to("cpu", torch.float64)
         visited = share != 0 if seen is None else seen.cpu()
@@ -205,9 +253,7 @@ class Run(Training):
     def repeated(self, weights: Tensor, *, keep: bool = False) -> Iterator[Checkpoints]:
         """The run again, with ``weights`` for v: in the body variables and v are those of its end.
 
-        Args:
-            weights: the rows' weights, ``(n,)``.
-            keep: whether the checkpoints that are yielded have the points of the new run.
+        With ``keep`` the checkpoints that are yielded have the points of the new run.
 
         Raises:
             ProblemError: an optimizer's step is not known.
@@ -219,30 +265,25 @@ class Run(Training):
             assign_((self.weights,), (weights.to(self.weights),))
             point = self.checkpoints.get(0)
             for number in range(len(self.steps)):
-                if keep and checkpoints.due(number):
+                if keep and number % checkpoints.every == 0:
                     checkpoints.put(number, point)
                 point = self.advance(number, point)
             assign_(self.variables, point[0])
             if not all(bool(v.isfinite().all()) for v in self.variables):
-                raise NonFiniteError(
-                    f"{self.levels[0].name}: the run diverges with these row weights"
-                )
+                name = self.levels[0].name
+                raise NonFiniteError(f"{name}: the run diverges with these row weights")
             yield checkpoints
 
-    def points(self, begin: int, end: int, checkpoints: Checkpoints) -> list[Point]:
-        """The points before the steps from ``begin``, a checkpoint, to ``end``."""
-        points = [checkpoints.get(begin)]
-        for number in range(begin, end - 1):
-            points.append(self.advance(number, points[-1]))
-        return points
+    def begin(self, number: int, point: Point) -> list[Tensor]:
+        """The values of ``point`` with those that are assigned before the step ``number``."""
+        return [self.assigned[number].get(index, value) for index, value in enumerate(point[0])]
 
     def advance(self, number: int, point: Point) -> Point:
         """The point after the step ``number`` from ``point``; the variables stay at ``point``."""
-        step, states = self.steps[number], dict(point[1])
-        values = step.begin(point[0])
+        values, states = self.begin(number, point), dict(point[1])
         after = list(values)
         assign_(self.variables, values)
-        for update in step.updates:
+        for update in self.steps[number]:
             level = self.levels[update.level]
             with replay(update.random_state):
                 _, _, gradient = level.differentiate(update.batch, level.variables)
@@ -264,13 +305,11 @@ class Run(Training):
 
         A variable that the loss of the recorded step did not read has no gradient.
         """
-        record = StepRecord(
+        return StepRecord(
             update.batch,
             update.random_state,
             tuple(values[index] for index in self.indices[update.level]),
+            # One along no gradient is a place alone, at which `Sweep` evaluates the loss.
+            tuple(g if read else None for g, read in zip(gradient, update.read, strict=False)),
             optimizer={**update.optimizer, "state": state},
         )
-        if not gradient:
-            return record
-        pairs = zip(gradient, update.read, strict=True)
-        return replace(record, gradient=tuple(g if read else None for g, read in pairs))

@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.checkpoints import Checkpoints
 from hyperopt_peft.attribution.estimators import ScoreEstimator
-from hyperopt_peft.attribution.evaluation import Evaluation
 from hyperopt_peft.attribution.reverse import Sweep
-from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.attribution.training import Training
+from hyperopt_peft.attribution.run import Checkpoints, Run, Training
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.utils.random_state import RandomState
 
+#: Returns a loss, or its share of one that is computed in parts.
+LossPart = Callable[[], Tensor]
+#: Φ; or Φ in parts that are summed.
+Loss = LossPart | Sequence[LossPart]
 
-def measured(test: Any) -> Callable[[], Mapping[str, float]]:
-    """A function that measures what ``test``, a function, returns: a loss or a mapping."""
+
+class Evaluation(Problem):
+    """min over the row weights v of Φ, the loss on the rows that a user cares about.
+
+    A batch is the parts of one slice's Φ, which are summed; one graph is in memory at a time.
+
+    Args:
+        weights: the row weights v, ``(n,)``.
+        slices: by name, the parts of Φ; or of a single Φ, whose name is ``"all"``.
+
+    Raises:
+        ProblemError: there is no slice, or one without parts, or a part is no function.
+
+    Example:
+        >>> v, w = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
+        >>> level = Evaluation(v, lambda: w.square())
+        >>> level.gradient(level.slices["all"], (w,)).gradient
+        (tensor(2.),)
+    """
+
+    def __init__(self, weights: Tensor, slices: Loss | Mapping[str, Loss]) -> None:
+        super().__init__([("weights", weights)], name="evaluation")
+        named: Mapping[str, Any] = slices if isinstance(slices, Mapping) else {"all": slices}
+        self.slices: dict[str, Sequence[LossPart]] = {
+            str(name): list(loss) if isinstance(loss, list | tuple) else [loss]
+            for name, loss in named.items()
+        }
+        functions = [function for loss in self.slices.values() for function in loss]
+        if not functions or not all(map(callable, functions)):
+            raise ProblemError(f"evaluation: give functions that return a loss, got {slices!r}")
+
+    def loss(self, batch: LossPart) -> Tensor:
+        """One part of Φ."""
+        return batch()
+
+    def terms(self, batch: Sequence[LossPart]) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """The parts of Φ, one after the other."""
+        for function in batch:
+            yield from super().terms(function)
 
     @torch.no_grad()
-    def measure() -> Mapping[str, float]:
-        result = test()
-        named = result if isinstance(result, Mapping) else {"loss": result}
-        return {name: float(value) for name, value in named.items()}
-
-    return measure
+    def values(self) -> dict[str, float]:
+        """Φ of each slice at the current point."""
+        return {name: sum(float(part()) for part in parts) for name, parts in self.slices.items()}
 
 
 @dataclass(frozen=True)
@@ -45,13 +81,14 @@ class RetrainingSetup:
         shares: the share of each slice in the whole Φ.
         final: the level with the mean loss over all rows, over the run's variables.
         rows: its batch.
-        measure: from test rows, a function that measures the model on them.
+        test: from test rows, a function that measures the model on them.
         enlarged: the training with the evaluation rows among the training rows, of as many visits,
             in an order of the seed; None where it is not known.
-        probabilities: of a classifier with one class a row, a function from rows to the class
+        probabilities: for a classifier with one class a row, a function from rows to the class
             probabilities.
         labels: likewise, the class of each row, ``(n,)``.
-        progress: whether retrainings show a progress bar.
+        columns: of the rows, to show.
+        progress: whether scores and retrainings show a progress bar.
     """
 
     run: Training
@@ -59,15 +96,12 @@ class RetrainingSetup:
     shares: dict[str, float]
     final: Problem
     rows: Callable[[], Any]
-    measure: Callable[[Any], Callable[[], Mapping[str, float]]] = measured
+    test: Callable[[Any], Callable[[], Any]] = lambda function: function
     enlarged: Callable[[int], AbstractContextManager[None]] | None = None
     probabilities: Callable[[Sequence[int]], Tensor] | None = None
     labels: Tensor | None = None
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     progress: bool = False
-
-    def values(self) -> dict[str, float]:
-        """Φ of each slice at the current point."""
-        return {name: self.evaluation.value(name) for name in self.evaluation.slices}
 
     def total(self, by_slice: dict[str, Any]) -> Any:
         """The sum over the slices by their shares."""
@@ -75,24 +109,20 @@ class RetrainingSetup:
 
 
 def scores(
-    setup: RetrainingSetup,
-    estimator: ScoreEstimator,
-    checkpoints: Checkpoints | None = None,
-    *,
-    progress: bool = False,
+    setup: RetrainingSetup, estimator: ScoreEstimator, checkpoints: Checkpoints | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """dΦ/dv of each slice, ``(n,)`` in float64, at the current end of the run; and the cost.
 
     The cost has the forward+backward passes, ``gradients``, the second backward passes,
-    ``products``, and of a solver the relative ``residuals`` by slice and its ``notes``.
+    ``products``, and for a solver the relative ``residuals`` by slice and its ``notes``.
     ``checkpoints`` are those of a run that led to the current point, by default the recorded one's.
 
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.
     """
-    passes, residuals, notes, run = Passes(), {}, {}, setup.run
-    names, level, rows = list(setup.evaluation.slices), setup.final, None
-    if estimator.differentiates_run:
+    passes, run, level, kind = Passes(), setup.run, setup.final, estimator.estimator
+    results, rows = list[Any](), None
+    if isinstance(kind, Unrolled):
         variables = [(str(number), variable) for number, variable in enumerate(run.variables)]
         level = Problem(variables, name="the run")
     else:
@@ -102,20 +132,23 @@ def scores(
         Oracle(setup.evaluation, level, losses, rows, fixed, fixed, passes=passes)
         for losses in setup.evaluation.slices.values()
     ]
-    if isinstance(estimator.estimator, Unrolled) and isinstance(run, Run):
+    if isinstance(kind, Unrolled):
+        assert isinstance(run, Run)
         adjoints = []
         for oracle in oracles:
             with oracle.open():
                 adjoints.append(oracle.upper_gradient.b.parts)
-        sweep, points = Sweep(run, adjoints, passes, estimator.estimator.product), run.checkpoints
-        options: dict[str, Any] = {"last_steps": estimator.last_steps, "progress": progress}
-        products = sweep.back(checkpoints or points, **options)
+        sweep = Sweep(run, adjoints, passes, kind.product)
+        points = checkpoints or run.checkpoints
+        products = sweep.back(points, last_steps=estimator.last_steps, progress=setup.progress)
     else:
-        results = [oracle.estimate(estimator.estimator) for oracle in oracles]
+        results = [oracle.estimate(kind) for oracle in oracles]
         products = [result.implicit.flat() for result in results]
-        by_name = zip(names, results, strict=True)
-        residuals = {k: result.residual for k, result in by_name if result.residual is not None}
-        notes = dict.fromkeys(result.note for result in results if result.note)
+    names = setup.evaluation.slices
     by_slice = {k: s.to("cpu", torch.float64) for k, s in zip(names, products, strict=True)}
-    cost = {"gradients": passes.gradients, "products": passes.products}
-    return by_slice, {**cost, "residuals": residuals, "notes": list(notes)}
+    return by_slice, {
+        "gradients": passes.gradients,
+        "products": passes.products,
+        "residuals": {k: x.residual for k, x in zip(names, results) if x.residual is not None},
+        "notes": list(dict.fromkeys(result.note for result in results if result.note)),
+    }

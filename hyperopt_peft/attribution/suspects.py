@@ -1,4 +1,4 @@
-"""Rows whose labels may be wrong: out-of-fold confidence and training loss, beside the scores."""
+"""Rows whose labels may be wrong, by the predictions of models that did not train on them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.metrics import accuracy_score, cohen_kappa_score
+from sklearn.model_selection import KFold
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,8 +31,6 @@ class Suspects:
         confidence: cleanlab's label quality from out-of-fold probabilities (Northcutt et al. 2021,
             arXiv:1911.00068), or the probability of the given label without cleanlab, ``(n,)``;
             NaN for a row without a label.
-        loss: the mean training loss, ``(n,)``.
-        score: the attribution score, which answers another question, ``(n,)``.
         flagged: the rows that cleanlab takes for wrong, most doubtful first; without cleanlab the
             rows whose label is not the most probable class; none where ``kappa`` is `SLIGHT`.
         probabilities: of each class, by the folds that did not train on the row, ``(n, classes)``.
@@ -40,8 +41,6 @@ class Suspects:
     """
 
     confidence: Tensor
-    loss: Tensor
-    score: Tensor
     flagged: list[int]
     probabilities: Tensor
     accuracy: float
@@ -50,14 +49,12 @@ class Suspects:
 
     def record(self) -> dict[str, Any]:
         """The numbers of the search, for a file."""
-        return {
-            "accuracy": self.accuracy,
-            "kappa": self.kappa,
-            "flagged": len(self.flagged),
-            "method": self.method,
-        }
+        names = ("accuracy", "kappa", "method", "verdict")
+        return {**{name: getattr(self, name) for name in names}, "flagged": len(self.flagged)}
 
-    def __str__(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """How well the folds predict the labels, and how many may be wrong."""
         text = (
             f"out of fold {self.accuracy:.0%} of the labels are predicted (kappa {self.kappa:.2f})"
         )
@@ -69,42 +66,35 @@ class Suspects:
         text = f"{text}; {len(self.flagged)} labels may be wrong, by {self.method}"
         return text if self.method == CLEANLAB else f"{text}\n{INSTALL}"
 
+    def __str__(self) -> str:
+        return self.verdict
 
-def suspects(
-    setup: RetrainingSetup, score: Tensor, loss: Tensor, folds: int, seed: int
-) -> Suspects:
+
+def suspects(setup: RetrainingSetup, folds: int, seed: int) -> Suspects:
     """Repeat the run without each fold of the rows, and compare its predictions with the labels.
 
-    See `Attribution.suspects`; ``score`` and ``loss`` are those of the rows, ``(n,)``.
+    See `Attribution.suspects`.
     """
     labels = setup.labels
     if labels is None or setup.probabilities is None:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
-    count = len(labels)
-    if not 2 <= folds <= count:
+    if not 2 <= folds <= len(labels):
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    parts, of_parts = order.tensor_split(folds), []
+    splits = KFold(folds, shuffle=True, random_state=seed).split(labels)
+    parts, of_parts = [rows for _, rows in splits], []
     for rows in tqdm(parts, "folds", disable=not setup.progress):
         with setup.run.without(rows):
             of_parts.append(setup.probabilities(rows.tolist()))
-    probabilities = torch.cat(of_parts)[order.argsort()]
+    probabilities = torch.cat(of_parts)[np.concatenate(parts).argsort()]
     labelled = (labels >= 0).nonzero().flatten()
-    confidence = torch.full((count,), torch.nan, dtype=torch.float64)
+    confidence = torch.full((len(labels),), torch.nan, dtype=torch.float64)
     given, of_given = labels[labelled], probabilities[labelled]
     confidence[labelled], doubtful = _doubts(given, of_given)
-    accuracy, kappa = _agreement(given, of_given.argmax(1), probabilities.shape[1])
+    predicted = of_given.argmax(1)
+    accuracy, kappa = accuracy_score(given, predicted), cohen_kappa_score(given, predicted)
     flagged = labelled[doubtful].tolist() if kappa > SLIGHT else []
     method = CLEANLAB if find_spec("cleanlab") else MOST_PROBABLE
-    return Suspects(confidence, loss, score, flagged, probabilities, accuracy, kappa, method)
-
-
-def _agreement(labels: Tensor, predicted: Tensor, classes: int) -> tuple[float, float]:
-    """The share of equal classes, and Cohen's kappa."""
-    accuracy = float((labels == predicted).double().mean())
-    counts = [torch.bincount(x, minlength=classes).double() / len(x) for x in (labels, predicted)]
-    chance = float(counts[0] @ counts[1])
-    return accuracy, (accuracy - chance) / (1 - chance) if chance < 1 else 0.0
+    return Suspects(confidence, flagged, probabilities, accuracy, kappa, method)
 
 
 def _doubts(labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,11 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import check_problem, compare_hypergradients
-from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.plan import Work, seconds_a_pass, table, whole
+from hyperopt_peft.cli.options import RunArguments
+from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.data import cache_folder
-from hyperopt_peft.cli.text.setup import SHARED, changed, prepare
+from hyperopt_peft.cli.text.setup import SHARED, changed, choose, prepare
 from hyperopt_peft.diagnostics import Retraining
 from hyperopt_peft.diagnostics.compare import get_reference
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
@@ -22,7 +22,6 @@ from hyperopt_peft.diagnostics.recommend import recommend
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
-from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
 from hyperopt_peft.utils.validation import require_count
 
@@ -30,12 +29,10 @@ NONE = ["none"]
 
 
 @dataclass
-class CheckArguments:
-    """The point at which the levels are examined, and the estimators."""
+class CheckArguments(RunArguments):
+    """The method, the point at which its levels are examined, and the estimators."""
 
-    _argument_group_name = "command"
-
-    dry_run: bool = HfArg(default=False, help="print passes and minutes; train and write nothing")
+    method: str = HfArg(default="bidora", help="one with two levels; as the option of train")
     search_steps: int = HfArg(default=0, help="lower steps of the search before the check")
     solver_steps: int = HfArg(default=10, help="steps of the solvers that measure the curvature")
     estimators: list[str] | None = HfArg(
@@ -86,29 +83,31 @@ TYPES = (CheckArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.html``."""
-    (command, model_args, data, args), flags = parse("check", TYPES, argv)
+    """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.md``."""
+    chosen = choose("check", CheckArguments, argv)
+    command, args = chosen.command, chosen.args
     if str(args.resume_from_checkpoint).lower() not in ("none", "false"):
         raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
     output = args.output_dir
-    args = changed(args, method="bidora", retrain="none", max_steps=command.search_steps)
+    args = changed(args, retrain="none", max_steps=command.search_steps)
     args.save_strategy, args.output_dir = type(args.save_strategy)("no"), cache_folder()
-    setup = prepare(model_args, data)
-    trainer = setup.trainer(args)
+    setup = prepare(chosen.model, chosen.data, args, chosen.method)
+    trainer = setup.trainer(args, chosen.method)
+    if trainer.upper is None:
+        raise ProblemError(f"method: {chosen.name} has no upper level to check")
     if command.dry_run:
-        works = planned(command, args.learning_rate)
-        if command.search_steps:
-            works.insert(0, whole(setup, trainer, "search"))
-        print(table(works, seconds_a_pass(trainer)))
+        works = [whole(trainer, "search")] * bool(command.search_steps)
+        works += planned(command, args.learning_rate)
+        print(plan(works, trainer))
         return
     if command.search_steps:
         trainer.train()
     trainer.model.train()
     with trainer.compute_loss_context_manager():
         page = _examine(trainer, command)
-    page.flags = flags
-    page.subtitle = f"after {command.search_steps} steps of the search on {model_args.model}"
-    print(f"\n{page.write(output or '.', 'check.html')} has all of it")
+    page.options = chosen.options
+    page.subtitle = f"after {command.search_steps} steps of the search on {chosen.model.model}"
+    print(f"\n{page.write(output or '.')} has all of it")
 
 
 def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
@@ -116,24 +115,22 @@ def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
     solves = 5 + MIN_SAMPLES  # of the curvature at two points, and of the noise
     works = [Work("both levels", solves, 0, _passes(MINRES(steps=command.solver_steps)))]
     estimators = [*map(get_estimator, command.chosen(Spectrum(1.0, 1.0), learning_rate))]
-    if not estimators:
-        return works
-    count, reference = len(estimators), get_reference(command.reference)
-    passes = _passes(reference)
-    if isinstance(reference, Retraining):
-        passes = reference.passes(count + 1 + reference.directions)
-    mean = sum(map(_passes, estimators)) / count
-    return [*works, Work("estimators", count, 0, mean), Work("reference", 1, 0, passes)]
+    if count := len(estimators):
+        reference: Any = get_reference(command.reference)
+        known = isinstance(reference, Retraining)
+        each = reference.passes(count + 1 + reference.directions) if known else _passes(reference)
+        works.append(Work("estimators", count, 0, sum(map(_passes, estimators)) / count))
+        works.append(Work("reference", 1, 0, each))
+    return works
 
 
 def _passes(estimator: Estimator) -> int:
     return estimator.cost() or 2
 
 
-def _examine(trainer: BilevelTrainer, command: CheckArguments) -> Report:
+def _examine(trainer: Any, command: CheckArguments) -> Report:
     """Print the check of the levels on their first batches, then the estimators side by side."""
     upper, lower, args = trainer.upper, trainer.lower, trainer.args
-    assert upper is not None
     shown: dict[str, Any] = {"seed": args.seed, "progress": sys.stderr.isatty()}
     pairs = [_batches(trainer, number) for number in range(MIN_SAMPLES)]
     several: dict[str, Any] = {f"{name}es": [pair[name] for pair in pairs] for name in pairs[0]}
@@ -142,12 +139,11 @@ def _examine(trainer: BilevelTrainer, command: CheckArguments) -> Report:
     print(check, flush=True)
     found = len(check.findings)
     verdict = f"{found} finding{'s' * (found != 1)} at this point" if found else "nothing is amiss"
-    page = Report("check", verdict, (), texts={"Both levels": str(check)})
+    page = Report("check", verdict, {}, texts={"Both levels": str(check)})
     if command.estimators == NONE:
         return page
     measured = check.curvature or spectrum(upper, lower, **pairs[0], seed=args.seed)
-    estimators = command.chosen(measured, args.learning_rate)
-    reference = command.truth(measured)
+    estimators, reference = command.chosen(measured, args.learning_rate), command.truth(measured)
     comparison = compare_hypergradients(
         upper, lower, estimators, reference, repeats=1, **pairs[0], **shown
     )
@@ -158,16 +154,15 @@ def _examine(trainer: BilevelTrainer, command: CheckArguments) -> Report:
     return page
 
 
-def _batches(trainer: BilevelTrainer, number: int) -> dict[str, Any]:
+def _batches(trainer: Any, number: int) -> dict[str, Any]:
     """Batch ``number`` of each level's examples in order, ``upper_batch`` and ``lower_batch``."""
-    args = trainer.args
-
-    def batch(data: Any, size: int) -> Any:
-        rows = range(number * size, number * size + min(size, len(data)))
-        return trainer.data_collator([data[row % len(data)] for row in rows])
-
-    size = args.per_device_train_batch_size
-    return {
-        "upper_batch": batch(trainer.upper_dataset, args.per_device_upper_batch_size or size),
-        "lower_batch": batch(trainer.train_dataset, size),
+    size = trainer.args.per_device_train_batch_size
+    parts = {
+        "upper_batch": (trainer.upper_dataset, trainer.args.per_device_upper_batch_size or size),
+        "lower_batch": (trainer.train_dataset, size),
     }
+    batches = {}
+    for name, (data, size) in parts.items():
+        rows = range(number * size, number * size + min(size, len(data)))
+        batches[name] = trainer.data_collator([data[row % len(data)] for row in rows])
+    return batches

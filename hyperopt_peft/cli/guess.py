@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, Value
 
+from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.errors import ProblemError
 
@@ -21,48 +21,16 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "q
 MOST_CLASSES = 100
 
 
-@dataclass(frozen=True)
-class Guess:
-    """What a table is for: the task, its columns, and the classes with their counts."""
+class Guess(NamedTuple):
+    """What a table is for: the task, its columns, and in words the classes with their counts."""
 
     task: str
-    texts: Sequence[str]
+    texts: list[str]
     label: str | None
-    classes: dict[Any, int]
-
-    @property
-    def summary(self) -> str:
-        """The classes with their counts, the commonest first, or nothing."""
-        most = [f"{name} {count}" for name, count in list(self.classes.items())[:4]]
-        more = ", …" if len(self.classes) > 4 else ""
-        return f"{len(self.classes)} classes: {', '.join(most)}{more}" if self.classes else ""
-
-    def options(self) -> list[tuple[str, Any, str]]:
-        """Name, value and comment of the options of the columns."""
-        if self.task == "sft":
-            plain = [*self.texts] not in (["messages"], ["text"]) and len(self.texts) == 1
-            return [("dataset_text_field", self.texts[0], "the text")] if plain else []
-        texts: tuple[str, Any, str] = ("text_columns", [*self.texts], "one text, or two")
-        label, comment = "label_column", "the classes"
-        if self.task == "regression":
-            comment = "a number to predict"
-        elif self.task == "token-classification":
-            texts, comment = ("tokens_column", self.texts[0], "lists of words"), "lists of tags"
-        elif self.task in ("causal-lm", "seq2seq"):
-            texts = ("text_columns", [*self.texts], "the text, or the prompt")
-            label, comment = "target_column", "the text to produce"
-        return [texts, (label, self.label, comment)]
-
-    def __str__(self) -> str:
-        columns = f"text: {', '.join(self.texts)}"
-        if self.label:
-            columns += f"; label: {self.label}{' with ' * bool(self.classes)}{self.summary}"
-        return f"task: {self.task}; {columns}"
+    classes: str = ""
 
 
-def guess(
-    rows: Dataset, task: str | None, texts: list[str] | None, label: str | None, command: str
-) -> Guess:
+def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str | None) -> Guess:
     """The task and the columns of ``rows``; what is given is not guessed.
 
     Raises:
@@ -72,24 +40,26 @@ def guess(
         >>> from datasets import Dataset
         >>> tweets = [f"{k} is {'fine' * (k % 2) or 'bad'}" for k in range(10)]
         >>> rows = Dataset.from_dict({"tweet": tweets, "mood": ["sad", "glad"] * 5})
-        >>> print(guess(rows, None, None, None, "train"))
-        task: text-classification; text: tweet; label: mood with 2 classes: sad 5, glad 5
+        >>> tuple(guess(rows, None, None, None))
+        ('text-classification', ['tweet'], 'mood', '2 classes: sad 5, glad 5')
     """
     require_columns(rows, [label] if label else [], TRAIN)
     names = rows.column_names
     lists = [name for name in names if not isinstance(rows.features[name], Value | ClassLabel)]
-    task = task or _task_of_layout(names, lists, command)
+    prompts = _first(names, PROMPTS)
+    if task is None and ("messages" in names or prompts or len(lists) > 1):
+        task = "causal-lm" if prompts else "token-classification"
+        task = SFT if "messages" in names else task
     if label in lists and task != "token-classification":
         raise ProblemError(f"label_column: {label} has lists or mappings; name another column")
-    if task == "sft":
+    if task == SFT:
         texts = texts or _first(names, CONVERSATIONS)
     elif task == "token-classification":
         texts = texts or [next((x for x in ("tokens", "words", *lists) if x in names), "tokens")]
         label = label or next((name for name in TAGS if name in lists), None)
     elif task in ("causal-lm", "seq2seq"):
-        pair = _first(names, PROMPTS)
-        if texts is None and pair:
-            texts, label = pair[:1], label or pair[1]
+        if texts is None and prompts:
+            texts, label = prompts[:1], label or prompts[1]
         texts = texts or _texts(rows, label)
     else:
         texts = texts or _first(names, PAIRS) or _texts(rows, label)
@@ -99,30 +69,18 @@ def guess(
         option = "text_columns" if texts is None else "label_column"
         raise ProblemError(f"task {task}: none of {', '.join(names)} fits; give --{option}")
     require_columns(rows, [*texts, *filter(None, [label])], TRAIN)
-    classes: dict[Any, int] = {}
-    if task == "text-classification":
-        classes = dict(Counter(rows[label]).most_common())
-        if rare := [str(name) for name, count in classes.items() if count < 5]:
-            raise ProblemError(
-                f"label_column: {label} has fewer than 5 rows of {', '.join(rare[:5])}, of which "
-                "none can be held out; remove these rows, join classes, or name another column"
-            )
-    return Guess(task, texts, label, classes)
-
-
-def _task_of_layout(names: Collection[str], lists: Sequence[str], command: str) -> str | None:
-    """The task that a table of ``names`` alone tells, or None."""
-    conversations = "messages" in names or {"prompt", "completion"} <= {*names}
-    if conversations and command == "attribute":
-        return "sft"
-    if "messages" in names:
+    if task != "text-classification":
+        return Guess(task, texts, label)
+    counts = Counter[Any](rows[label]).most_common()
+    if rare := [str(name) for name, count in counts if count < 5]:
         raise ProblemError(
-            f"messages: conversations are for attribute, not {command}; give it as --command, or "
-            "texts"
+            f"label_column: {label} has fewer than 5 rows of {', '.join(rare[:5])}, of which "
+            "none can be held out; remove these rows, join classes, or name another column"
         )
-    if _first(names, PROMPTS):
-        return "causal-lm"
-    return "token-classification" if len(lists) > 1 else None
+    most = ", ".join(
+        [*(f"{name} {count}" for name, count in counts[:4]), *["…"] * (len(counts) > 4)]
+    )
+    return Guess(task, texts, label, f"{len(counts)} classes: {most}")
 
 
 def _first(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str] | None:
@@ -151,13 +109,11 @@ def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | N
     """The column to predict; None if there is none and ``task`` does not ask for one."""
     few = min(MOST_CLASSES, max(2, len(rows) // 4))
     rest = [name for name in rows.column_names if name not in besides]
-    numbers = [name for name in rest if rows.features[name].dtype.startswith("float")]
+    kinds = ("float", "int") if task == "regression" else ("float",)
+    numbers = [name for name in rest if rows.features[name].dtype.startswith(kinds)]
     classes = [name for name in rest if 2 <= len({*rows[name]} - {None}) <= few]
-    if task == "regression":
-        numbers += [name for name in rest if rows.features[name].dtype.startswith("int")]
-        classes = []
-    elif task is not None:
-        numbers = []
+    if task is not None:
+        numbers, classes = (numbers, []) if task == "regression" else ([], classes)
     candidates = list(dict.fromkeys([*classes, *numbers]))
     known: dict[str, str] = {name.lower(): name for name in candidates}
     named = [known[name] for name in LABELS if name in known]

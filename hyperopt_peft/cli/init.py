@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.guess import Guess, guess
@@ -26,6 +25,14 @@ MODELS = {
     "sft": "Qwen/Qwen3-0.6B",
 }
 OF_TOKENS = ("causal-lm", "seq2seq", "sft")
+#: The options of texts and label, and what the label is, where it is no class.
+COLUMNS = {
+    "regression": ("text_columns", "label_column", "a number to predict"),
+    "token-classification": ("tokens_column", "label_column", "lists of tags"),
+    "causal-lm": ("text_columns", "target_column", "the text to produce"),
+    "seq2seq": ("text_columns", "target_column", "the text to produce"),
+    "sft": ("dataset_text_field", "label_column", ""),
+}
 #: Steps with which an adapter learns at the rates below, and the epochs after which few rows are
 #: learnt by heart: on 100 tweets the loss of other tweets was 0.80 after 8, and 1.49 after 20.
 BATCH, FEWEST_STEPS, MOST_EPOCHS = 16, 50, 8
@@ -69,74 +76,65 @@ def run(argv: Sequence[str]) -> None:
     if target.exists() and not command.overwrite:
         raise ProblemError(f"{target}: is there already; give --overwrite or another --config_file")
     rows = read_files(files, "file")
-    found = guess(rows, command.task, command.text_columns, command.label_column, command.command)
-    lines = options(command, files, rows, found)
-    names = ", ".join(map(str, rows.column_names))
-    print(f"{', '.join(files)}: {len(rows)} rows; columns {names}")
-    print(f"{found}\nif this is wrong, give --task, --text_columns or --label_column\n")
+    found = guess(rows, command.task, command.text_columns, command.label_column)
+    entries = [_line(*x) for x in options(command, files, len(rows), found) if x[1] is not None]
+    run_it = f"hyperopt-peft {command.command} {target}"
+    head = f"# {found.task} on {', '.join(files)}: {run_it}\n# All options: {run_it} --help\n"
     try:
-        target.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        target.write_text("\n".join([head, *entries, ""]), encoding="utf-8")
     except OSError as error:
         raise ProblemError(f"{target}: cannot be written ({error.strerror})") from error
-    run_it = f"hyperopt-peft {command.command} {target}"
+    names = ", ".join(map(str, rows.column_names))
+    print(f"{', '.join(files)}: {len(rows)} rows; columns {names}\n")
+    print(
+        "\n".join([*entries, "\nif this is wrong, give --task, --text_columns or --label_column"])
+    )
     print(f"{target} is written; next:\n  {run_it} --dry_run\n  {run_it}")
 
 
-def options(command: InitArguments, files: list[str], rows: Dataset, found: Guess) -> list[str]:
-    """The lines of the file: each option with a comment, in an order to read."""
-    number, stem, of_tokens = len(rows), Path(files[0]).stem, found.task in OF_TOKENS
-    on_head = command.command == "attribute" and not of_tokens
+def options(
+    command: InitArguments, files: list[str], number: int, found: Guess
+) -> list[tuple[str, Any, str]]:
+    """Name, value and comment of the options for ``number`` rows, in an order to read."""
+    of_tokens, name = found.task in OF_TOKENS, command.command
     epochs = math.ceil(FEWEST_STEPS * BATCH / (0.6 * number))  # bidora's search has .8² of the rows
-    run_it = f"hyperopt-peft {command.command} {command.config_file}"
-    model = command.model or MODELS.get(found.task, MODELS[""])
-    where = "yours" if command.model else "a first run downloads it; or a folder: ./my-model"
-    entries: list[tuple[str, Any, str]] = [
-        ("model", model, where),
-        ("task", found.task, found.summary),
-        *_data(command, files, rows),
-        *found.options(),
-        ("max_length", 512 if of_tokens else 256, "tokens an example; longer ones are cut"),
-        *_own(command.command, on_head),
-        ("rank", 8, "of the adapter"),
-        ("learning_rate", 5e-4 if of_tokens else 2e-3, "peak, with linear decay"),
-        ("num_train_epochs", min(max(epochs, 3), MOST_EPOCHS), "passes over the training examples"),
-        ("per_device_train_batch_size", BATCH, "examples a step; less if memory is short"),
-        ("seed", 0, "of the start, the split and the order of examples"),
-        ("output_dir", f"outputs/{stem}-{command.command}", "the folder of the results"),
-    ]
-    head = [
-        f"# {found.task} on {', '.join(files)}: {run_it}",
-        f"# All options: hyperopt-peft {command.command} --help",
-        "",
-    ]
-    return head + [_line(*entry) for entry in entries if entry[1] is not None]
-
-
-def _data(command: InitArguments, files: list[str], rows: Dataset) -> list[tuple[str, Any, str]]:
-    """The options of the files."""
-    train = ("train_file", _one(files), f"{len(rows)} rows")
-    if command.eval_file:
-        return [train, ("eval_file", _one(command.eval_file), "never trained on")]
-    return [train, ("eval_fraction", 0.2, "share held out; or eval_file: another.csv")]
-
-
-def _one(files: list[str] | None) -> str | list[str] | None:
-    return files[0] if files and len(files) == 1 else files
-
-
-def _own(command: str, on_head: bool) -> list[tuple[str, Any, str]]:
-    """The options of the command itself."""
-    model, comment = "head" if on_head else "adapter", "head: a linear one, in seconds; or adapter"
-    checks = "retrainings that say whether to rely on the scores"
     own: dict[str, list[tuple[str, Any, str]]] = {
         "train": [("method", "lora", "or dora, or bidora: magnitudes learned on other rows")],
         "compare": [
             ("methods", ["lora", "dora", "bidora"], ""),
             ("seeds", [0, 1, 2], "each method runs once a seed"),
         ],
-        "attribute": [("score_model", model, comment), ("check", 20 if on_head else 0, checks)],
+        "attribute": [
+            ("score_model", "adapter" if of_tokens else "head", "head: a linear one, in seconds"),
+            ("check", 0 if of_tokens else 20, "retrainings that say whether to rely on the scores"),
+        ],
     }
-    return own[command]
+    texts, label, comment = COLUMNS.get(found.task, ("text_columns", "label_column", "the classes"))
+    value = found.texts if texts == "text_columns" else found.texts[0]
+    usual = found.task == "sft" and value in ("messages", "prompt", "text")
+    where = "yours" if command.model else "a first run downloads it; or a folder: ./my-model"
+    held_out = None if command.eval_file else 0.2
+    return [
+        ("model", command.model or MODELS.get(found.task, MODELS[""]), where),
+        ("task", found.task, found.classes),
+        ("train_file", _one(files), f"{number} rows"),
+        ("eval_file", _one(command.eval_file or []), "never trained on"),
+        ("eval_fraction", held_out, "share held out; or eval_file: another.csv"),
+        (texts, None if usual else value, "the input"),
+        (label, found.label, comment),
+        ("max_length", 512 if of_tokens else 256, "tokens an example; longer ones are cut"),
+        *own[name],
+        ("rank", 8, "of the adapter"),
+        ("learning_rate", 5e-4 if of_tokens else 2e-3, "peak, with linear decay"),
+        ("num_train_epochs", min(max(epochs, 3), MOST_EPOCHS), "passes over the training examples"),
+        ("per_device_train_batch_size", BATCH, "examples a step; less if memory is short"),
+        ("seed", 0, "of the start, the split and the order of examples"),
+        ("output_dir", f"outputs/{Path(files[0]).stem}-{name}", "the folder of the results"),
+    ]
+
+
+def _one(files: list[str]) -> str | list[str] | None:
+    return files[0] if len(files) == 1 else files or None
 
 
 def _line(name: str, value: Any, comment: str) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 from hyperopt_peft import __version__
 from hyperopt_peft.cli import COMMANDS
-from hyperopt_peft.cli.listing import page, require_names
 from hyperopt_peft.errors import NonFiniteError, ProblemError, did_you_mean
 from hyperopt_peft.utils.tables import printable
 
@@ -39,11 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise ProblemError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
-        if {"-h", "--help", "--help_all"} & {*options}:
-            print(page(name, everything="--help_all" in options))
-            return 0
-        require_names(name, options)
         _run(name, options)
+        return 0
+    except SystemExit:  # after --help
         return 0
     except (ProblemError, NonFiniteError) as error:
         message, status = " ".join(str(error).split()), 2
@@ -92,9 +89,11 @@ class Printable:
 
 def usage() -> str:
     """The commands and their summaries."""
-    lines = ["usage: hyperopt-peft COMMAND [config.yaml] [options]", ""]
-    width = max(map(len, COMMANDS)) + 2
-    lines += [f"  {name:{width}}{summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:11}{summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
-        [*lines, "", "hyperopt-peft COMMAND --help lists the options of one; --version."]
+        [
+            "usage: hyperopt-peft COMMAND [config.yaml] [options]\n",
+            *lines,
+            "\nhyperopt-peft COMMAND --help lists the options of one; --version.",
+        ]
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
@@ -49,17 +49,15 @@ def run(argv: Sequence[str]) -> None:
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ProblemError(f"output_dir: {output} is not an empty folder; choose another")
-    model = _load(args)
-    tokenizer = _tokenizer(
-        [args.adapter, args.model or model.peft_config["default"].base_model_name_or_path]
-    )
+    model, saved = _load(args), []
+    for name in (args.model or model.peft_config["default"].base_model_name_or_path, args.adapter):
+        with suppress(OSError, ValueError):
+            saved = [AutoTokenizer.from_pretrained(name)]
     merged, difference, largest = merge(model)
     print(f"logits before and after merging: largest difference {difference:.2g} of {largest:.2g}")
-    merged.to(getattr(torch, args.dtype))
-    for saved in (merged, tokenizer):
-        if saved is not None:
-            saved.save_pretrained(output)
-    print(f"the merged model is in {output}{', without a tokenizer' if tokenizer is None else ''}")
+    for part in (merged.to(getattr(torch, args.dtype)), *saved):
+        part.save_pretrained(output)
+    print(f"the merged model is in {output}{'' if saved else ', without a tokenizer'}")
 
 
 def _load(args: MergeArguments) -> Any:
@@ -76,10 +74,9 @@ def _load(args: MergeArguments) -> Any:
     name = args.model or adapter.base_model_name_or_path
     saved = folder / BASE_CONFIG  # written by train, with the labels of a new head
     config = load_config(str(saved if saved.is_dir() else name))
-    if hasattr(config, "quantization_config") and not hasattr(
-        load_config(name), "quantization_config"
-    ):
-        del config.quantization_config  # of load_in_4bit, which would round the merged weights
+    if not hasattr(load_config(name), "quantization_config"):
+        # That of load_in_4bit would round the merged weights.
+        vars(config).pop("quantization_config", None)
     base, new = load_base(task, name, config, "float32")
     trained = tuple(adapter.modules_to_save or [])
     if missing := [x for x in new if not any(part.endswith(trained) for part in x.split("."))]:
@@ -102,8 +99,14 @@ def merge(model: Any) -> tuple[Any, float, float]:
     Raises:
         ProblemError: the difference is more than rounding.
     """
-    batch = _random_batch(model.config)
-    before: Tensor = model(**batch).logits
+    length = min(16, getattr(model.config, "max_position_embeddings", None) or 16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    # A text classifier reads the last token that is not padding.
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
+    before = model(**batch).logits
     merged = model.merge_and_unload()
     difference = float((before - merged(**batch).logits).abs().max())
     largest = float(before.abs().max())
@@ -114,25 +117,3 @@ def merge(model: Any) -> tuple[Any, float, float]:
             f"tolerance {limit:.2g}; nothing was saved, use the adapter without merging"
         )
     return merged, difference, largest
-
-
-def _random_batch(config: Any) -> dict[str, Tensor]:
-    """Two rows of 16 random tokens, the same at every call."""
-    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (2, length), generator=generator)
-    # A text classifier reads the last token that is not padding.
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = ids
-    return batch
-
-
-def _tokenizer(names: Sequence[str]) -> Any:
-    """The first of the saved tokenizers, or None."""
-    for name in names:
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError):
-            continue
-    return None

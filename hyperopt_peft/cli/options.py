@@ -1,53 +1,71 @@
-"""The parser of options, and those of every command that trains.
+"""Options of a YAML file, of flags or of both, and the parser that makes dataclasses of them.
 
-Flags override a YAML file, of which options that other commands have are not read.
+Flags override the file. One file may serve all commands: a mapping under a command's name has
+options of that command alone, and an option of another command is not read.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from argparse import SUPPRESS, Action, HelpFormatter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+import torch
+import yaml
+from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from hyperopt_peft.cli.config import divided, flags_of
-from hyperopt_peft.cli.listing import others
+from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.engine.checkpoint import valid_checkpoints
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.problems import METHODS, find_method
+from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.utils.validation import require_writable
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
+#: The values of each option by its name.
+Options = dict[str, list[str]]
 #: Files and folders in ``output_dir`` that are the results of a run.
 RESULTS = (
     "adapter_config.json",
     "comparison.json",
-    "report.html",
+    "report.md",
     "checkpoint-*",
     "retrain/checkpoint-*",
 )
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ProblemError(message)
+#: The arguments of `transformers.TrainingArguments` in a page of help; ``--help_all`` has the rest.
+COMMON = """output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size seed
+bf16 gradient_accumulation_steps use_cpu logging_steps resume_from_checkpoint report_to"""
+LOGGING_STEPS = 0.05  # a share of all steps
 
 
 @dataclass
-class OutputArguments:
-    """The options of every command that trains into ``output_dir``."""
+class RunArguments:
+    """The options of every command that has a model."""
 
     _argument_group_name = "command"
 
-    overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
     dry_run: bool = HfArg(
         default=False, help="print rows, steps, trainings and minutes; train and write nothing"
     )
+    plugin: list[str] | None = HfArg(
+        default=None, help="files of Python to import first, which register estimators"
+    )
+
+
+@dataclass
+class OutputArguments(RunArguments):
+    """The options of every command that trains into ``output_dir``."""
+
+    overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
 
     def require_output(
         self, args: TrainingArguments, *, resumes: bool = False
@@ -57,12 +75,9 @@ class OutputArguments:
         So a script that is started again and again may always give ``true``. A dry run gets an
         ``output_dir`` of its own, since a Trainer makes the folder.
 
-        Args:
-            args: the settings of the run.
-            resumes: whether the command can resume.
-
         Raises:
-            ProblemError: results cannot be written to ``output_dir``, or would replace others.
+            ProblemError: results cannot be written to ``output_dir``, or would replace others; or
+                a checkpoint is given to a command that cannot resume.
         """
         asked = str(args.resume_from_checkpoint)
         if asked.lower() in ("none", "false"):
@@ -91,53 +106,216 @@ class OutputArguments:
         return None if last else asked or None
 
 
-def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], list[str]]:
-    """One instance of each dataclass in ``types``, and the flags by which they can be had again.
+def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
+    """The options of the YAML file, if ``argv`` begins with one, and those of the flags.
+
+    Raises:
+        ProblemError: the file cannot be read, or is no mapping; or a word is before all flags.
+
+    Example:
+        >>> divided("train", ["--rank=8", "--text-columns", "a", "b"])
+        ({}, {'rank': ['8'], 'text_columns': ['a', 'b']})
+    """
+    of_file, flags, values = Options(), Options(), list[str]()
+    if argv and not argv[0].startswith("-"):
+        of_file, argv = _options_in(Path(argv[0]), command), argv[1:]
+    for word in argv:
+        if word.startswith("--") or word == "-h":
+            name, equals, value = word.lstrip("-").partition("=")
+            name = {"h": "help"}.get(name, name).replace("-", "_")
+            flags.pop(name, None)  # the last one counts, also against --no_name
+            values = flags[name] = [value] if equals else []
+        elif flags:
+            values.append(word)
+        else:
+            raise ProblemError(_unexpected(word))
+    return of_file, flags
+
+
+def _unexpected(word: str) -> str:
+    return f"{word!r}: unexpected argument; give a YAML file first, then --name value"
+
+
+def _options_in(path: Path, command: str) -> Options:
+    """The options in the YAML file ``path`` for ``command``; null leaves one at its default."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ProblemError(f"{path}: there is no such file; write one by init") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProblemError(f"{path}: no readable YAML ({error}); correct the file") from error
+    if not isinstance(options, dict):
+        raise ProblemError(f"{path}: no mapping; write options as `name: value`")
+    sections = {name: options.pop(name) for name in COMMANDS if isinstance(options.get(name), dict)}
+    options |= sections.get(command, {})
+    return {str(k).replace("-", "_"): _words(v) for k, v in options.items() if v is not None}
+
+
+def _words(value: Any) -> list[str]:
+    value = json.dumps(value) if isinstance(value, dict) else value
+    return [*map(str, value)] if isinstance(value, list) else [str(value)]
+
+
+def flags_of(options: Mapping[str, Sequence[str]]) -> list[str]:
+    """``options`` as flags.
+
+    Example:
+        >>> flags_of({"rank": ["8"], "text_columns": ["a", "b"], "decay": ["-1"], "bf16": []})
+        ['--rank=8', '--text_columns', 'a', 'b', '--decay=-1', '--bf16']
+    """
+    flags: list[str] = []
+    for name, values in options.items():
+        flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+    return flags
+
+
+def names_of(kinds: Iterable[Any]) -> set[str]:
+    """The names of the fields of the dataclasses among ``kinds``."""
+    return {x.name for kind in kinds if is_dataclass(kind) for x in fields(kind) if x.init}
+
+
+def parse(
+    command: str,
+    types: Sequence[Any],
+    argv: Sequence[str],
+    *,
+    method: type[Method] | None = None,
+    besides: Collection[str] = (),
+) -> tuple[list[Any], Options]:
+    """One instance of each dataclass in ``types``, then of ``method``, and the given options.
 
     Args:
         command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options, each with its help.
-        argv: a YAML file (optional), then flags. Options of the file that are of other commands or
-            tasks are not read.
+        argv: a YAML file (optional), then flags. Options of the file that are of other commands,
+            tasks or methods are not read.
+        method: a class whose fields are options too, and whose defaults are those of the run.
+        besides: further names, which are not read.
 
     Raises:
         ProblemError: an unknown option (the message has the nearest one) or a flag of another
             command, a bad value, or a file that is no mapping of options.
+        SystemExit: help was asked for, and is printed.
     """
-    options, flags = divided(command, argv)
-    names = {field.name for kind in types for field in fields(kind) if field.init}
-    for flag in flags:
-        name = flag.partition("=")[0].removeprefix("--")
-        if flag.startswith("--") and (owners := others(command, name, names)):
+    of_file, flags = divided(command, argv)
+    parser = _parser(types, method)
+    if {"help", "help_all"} & {*flags}:
+        print(_page(command, parser, everything="help_all" in flags))
+        raise SystemExit(0)
+    names = names_of(parser.dataclass_types)
+    for name in flags:
+        if owners := _others(command, name, {*names, *besides}):
             raise ProblemError(
                 f"--{name}: an option of {owners}, which this run does not read; leave it out"
             )
-    if foreign := [name for name in options if others(command, name, names)]:
-        text = f"{', '.join(foreign)}: of other commands or tasks, and not read"
+    if foreign := [name for name in of_file if _others(command, name, {*names, *besides})]:
+        text = f"{', '.join(foreign)}: of other commands, tasks or methods, and not read"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
-    read = [*flags_of({k: v for k, v in options.items() if k not in foreign}), *flags]
-    parser = _Parser(types, add_help=False, allow_abbrev=False)
+    given = {**{k: v for k, v in of_file.items() if k not in flags}, **flags}
+    read = {k: v for k, v in given.items() if {k, k.removeprefix("no_")} & names}
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
-            [*_defaults_here(names), *read], return_remaining_strings=True, look_for_args_file=False
+            flags_of(read), return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError) as error:  # of argparse and of the dataclasses
         raise ProblemError(str(error)) from error
     if rest:
-        raise ProblemError(
-            f"{rest[0]!r}: unexpected argument; give a YAML file first, then --name value"
-        )
-    return parsed, read
+        raise ProblemError(_unexpected(rest[0]))
+    if method is not None and not is_dataclass(method):
+        parsed.append(method())
+    return parsed, given
 
 
-def _defaults_here(names: Collection[str]) -> list[str]:
-    """Flags of the options ``names`` that suit terminal and device; the user's follow them."""
-    flags = []
-    if "disable_tqdm" in names and not sys.stderr.isatty():  # a log file wants no bars
-        flags.append("--disable_tqdm=true")
-    if "dataloader_pin_memory" in names:
-        import torch
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ProblemError(message)
 
-        if not torch.accelerator.is_available():  # where PyTorch warns of each loader
-            flags.append("--dataloader_pin_memory=false")
-    return flags
+
+class _Format(HelpFormatter):
+    """An option by one name, with its default unless that is nothing."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        values = "" if action.nargs == 0 else self._format_args(action, "VALUE")
+        return f"{action.option_strings[0]} {values}".rstrip()
+
+    def _get_help_string(self, action: Action) -> str | None:
+        shown = action.default not in (None, False, "")
+        return f"{action.help} (%(default)s)" if shown else action.help
+
+
+def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
+    """The parser of ``types`` and of ``method``."""
+    names, kinds = names_of(types), [*types]
+    defaults: dict[str, Any] = {}
+    if "learning_rate" in names:
+        defaults = {"logging_steps": LOGGING_STEPS, "disable_tqdm": not sys.stderr.isatty()}
+        # Without an accelerator PyTorch warns of each loader.
+        defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
+    if method is not None:
+        for name in names_of([method]) & names:
+            raise ProblemError(
+                f"{method.__name__}: its field {name} is an argument of every run; rename it"
+            )
+        for name in {*method.defaults} - names:
+            raise ProblemError(
+                f"{method.__name__}: defaults has {name}, which is no argument; leave it out"
+            )
+        defaults |= method.defaults
+        kinds += [method] if is_dataclass(method) else []
+    options: Any = {"add_help": False, "allow_abbrev": False, "formatter_class": _Format}
+    try:
+        parser = _Parser(kinds, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        name = kinds[-1].__name__
+        raise ProblemError(f"{name}: a field of it cannot be an option: {error}") from error
+    parser.set_defaults(**defaults)
+    return parser
+
+
+@cache
+def _names(owner: str) -> set[str]:
+    """The options of a command, or of a method."""
+    if owner in METHODS:
+        return names_of([find_method(owner)])
+    return names_of(import_module(f"hyperopt_peft.cli.{owner}").TYPES)
+
+
+def _others(command: str, name: str, names: Collection[str]) -> str:
+    """The commands, tasks or methods with the option ``name``; "" where it is one of ``names``.
+
+    Raises:
+        ProblemError: nothing has it.
+    """
+    plain = name.removeprefix("no_")
+    if {name, plain} & {*names}:
+        return ""
+    if plain in _names(command):
+        return "other tasks"
+    owners = [owner for owner in (*COMMANDS, *METHODS) if owner != "init"]
+    if found := [owner for owner in owners if plain in _names(owner)]:
+        return ", ".join(found)
+    near = did_you_mean(name, names)
+    near = near if near.startswith("; did") else "; --help lists the options"
+    raise ProblemError(f"unknown option --{name}{near}")
+
+
+def _page(command: str, parser: _Parser, *, everything: bool) -> str:
+    """The help of ``command``; with ``everything`` all arguments of Transformers too."""
+    hidden = set() if everything else names_of([TrainingArguments]) - {*COMMON.split()}
+    for action in parser._actions:
+        if action.dest in hidden or action.option_strings[0].startswith("--no_"):
+            action.help = SUPPRESS
+        elif not action.help:
+            action.help = _documented(parser.dataclass_types[-1], action.dest)
+    usage = "FILE [FILE ...] [options]" if command == "init" else "[config.yaml] [options]"
+    parser.usage, parser.description = f"hyperopt-peft {command} {usage}", f"{COMMANDS[command]}."
+    if hidden & names_of(parser.dataclass_types):
+        parser.epilog = "--help_all lists the other fields of transformers.TrainingArguments too."
+    return str(parser.format_help())
+
+
+def _documented(kind: type, name: str) -> str:
+    """What the docstring of ``kind`` says of its argument ``name``."""
+    entry = rf"^    {name}: (.*?)(?=\n    \S|\n\n|\Z)"
+    found = re.findall(entry, getdoc(kind) or "", re.DOTALL | re.MULTILINE)
+    return " ".join(found[0].split()).rstrip(".").replace("%", "%%") if found else "of the method"

@@ -1,38 +1,50 @@
-"""hyperopt-peft train: train an adapter with BiDoRA, DoRA or LoRA, evaluate and save it."""
+"""hyperopt-peft train: train an adapter by a method, evaluate and save it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import Trainer
+from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.options import OutputArguments, parse
-from hyperopt_peft.cli.plan import levels, phases, seconds_a_pass, table
+from hyperopt_peft.cli.options import OutputArguments
+from hyperopt_peft.cli.plan import levels, phases, plan
 from hyperopt_peft.cli.report import Report
-from hyperopt_peft.cli.text.setup import SHARED, Setup, prepare
+from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
 
 
-TYPES = (OutputArguments, *SHARED)
+@dataclass
+class TrainArguments(OutputArguments):
+    """The method."""
+
+    method: str = HfArg(
+        default="bidora",
+        help="lora, dora, bidora or another name of hyperopt_peft.problems.METHODS; or "
+        "my_method.py:MyMethod; the fields of its class are options",
+    )
+
+
+TYPES = (TrainArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train, evaluate; write adapter, results and model card to ``output_dir``."""
-    (command, model_args, data, args), flags = parse("train", TYPES, argv)
+    """Parse ``argv``, train, evaluate; write adapter, results and report to ``output_dir``."""
+    chosen = choose("train", TrainArguments, argv)
+    command, args = chosen.command, chosen.args
     checkpoint = command.require_output(args, resumes=True)
-    setup = prepare(model_args, data)
-    trainer = setup.trainer(args)
-    works = phases(setup, trainer)
+    setup = prepare(chosen.model, chosen.data, args, chosen.method)
+    trainer = setup.trainer(args, chosen.method)
+    works = phases(trainer)
     if command.dry_run:
         print(levels(setup, trainer))
-        print(table(works, seconds_a_pass(trainer)))
+        print(plan(works, trainer))
         return
     if trainer.is_world_process_zero():  # the lines of two phases look alike
         print(", then ".join(f"{work.name}: {work.steps} steps" for work in works), flush=True)
@@ -40,8 +52,7 @@ def run(argv: Sequence[str]) -> None:
     evaluation = {} if setup.evaluation is None else evaluated(trainer)
     save(trainer, evaluation)
     if trainer.is_world_process_zero():
-        page = report(trainer, setup, evaluation, flags)
-        page.subtitle = f"{', '.join(data.train_file or [data.dataset])} · {model_args.model}"
+        page = report(trainer, setup, evaluation, chosen)
         print(f"{page.verdict}\nthe adapter is in {args.output_dir}")
         print(f"{page.write(args.output_dir)} has all of it")
     trainer.end_training()
@@ -56,74 +67,65 @@ def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
     """
     save_adapter(trainer)
     results = {"train": _last_metrics(trainer), "eval": evaluation}
-    if (retrainer := getattr(trainer, "retrainer", None)) is not None:
-        again = _last_metrics(retrainer)
+    if trainer.retrainer is not None:
+        again = _last_metrics(trainer.retrainer)
         results["retrain"] = {f"retrain_{k.removeprefix('train_')}": v for k, v in again.items()}
-        retrainer.save_state()
+        trainer.retrainer.save_state()
     for split, values in results.items():
         if values:
             trainer.save_metrics(split, values)
     trainer.save_state()
 
 
-def evaluated(trainer: Trainer) -> dict[str, Any]:
+def evaluated(trainer: BilevelTrainer) -> dict[str, Any]:
     """The numbers of an evaluation, without the time of preparing a model that is prepared."""
     metrics = trainer.evaluate()
     return {name: x for name, x in metrics.items() if not name.endswith("preparation_time")}
 
 
-def report(trainer: Any, setup: Setup, evaluation: dict[str, Any], flags: Sequence[str]) -> Report:
+def report(
+    trainer: BilevelTrainer, setup: Setup, evaluation: dict[str, Any], chosen: Chosen
+) -> Report:
     """The page of a run; its verdict says what a guess would reach."""
     histories = {"Losses": trainer.state.log_history}
-    if (retrainer := getattr(trainer, "retrainer", None)) is not None:
+    if trainer.retrainer is not None:
         # The evaluation of the final model is in the log of the search, which made another one.
         search = trainer.state.log_history[: -1 if evaluation else None]
-        histories = {"Search": search, "Retraining": retrainer.state.log_history}
-    works = phases(setup, trainer)
+        histories = {"Search": search, "Retraining": trainer.retrainer.state.log_history}
+    works = phases(trainer)
     tables: dict[str, list[list[Any]]] = {}
     rows = [[work.name, work.steps, f"{work.passes:.0f}"] for work in works]
     tables["Trainings"] = [["phase", "steps", "passes"], *rows]
-    verdict = f"{trainer.args.method}, {sum(work.steps for work in works)} steps"
+    verdict = f"{chosen.name.rpartition(':')[2]}, {sum(work.steps for work in works)} steps"
     if evaluation and setup.evaluation is not None:
-        numbers = {k.removeprefix("eval_"): v for k, v in evaluation.items() if _tells(k)}
+        shown = {k: x for k, x in evaluation.items() if not k.endswith(TIMINGS)}
+        numbers = {k.removeprefix("eval_"): x for k, x in shown.items() if k.startswith("eval_")}
         tables["Evaluation"] = [[*numbers], [f"{value:.4f}" for value in numbers.values()]]
         metric, size = setup.task.metric, len(setup.evaluation)
         verdict = f"{metric} {numbers[metric]:.4g} on {size} evaluation rows, by {verdict}"
         if metric == "accuracy":
             count = max(Counter[int](setup.evaluation["labels"]).values())
             verdict += f"; always the commonest class has {count / size:.4g}"
-    return Report("train", verdict, flags, curves=histories, tables=tables)
+    shares: dict[str, float] = getattr(trainer.method, "shares", dict)()
+    if shares:
+        tables["Shares of the sources"] = [[*shares], [f"{share:.4f}" for share in shares.values()]]
+        verdict += f"; shares {', '.join(f'{name} {share:.3f}' for name, share in shares.items())}"
+    files = chosen.data.train_file or [chosen.data.dataset]
+    subtitle = f"{', '.join(files)} · {chosen.model.model}"
+    return Report("train", verdict, chosen.options, subtitle, tables, curves=histories)
 
 
-def _tells(name: str) -> bool:
-    return name.startswith("eval_") and not name.endswith(TIMINGS)
-
-
-def save_adapter(trainer: Trainer) -> None:
-    """Write the adapter, the tokenizer, the base model's configuration and a card."""
+def save_adapter(trainer: BilevelTrainer) -> None:
+    """Write the adapter, the tokenizer, a card and the base model's configuration."""
     trainer.save_model()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
-        write_card(trainer)
         # The configuration has the names of the labels. Transformers would load a folder with an
         # adapter and a configuration as a whole model.
-        trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / BASE_CONFIG)
+        trainer.model.config.save_pretrained(Path(trainer.args.output_dir or "") / BASE_CONFIG)
 
 
-def write_card(trainer: Trainer) -> None:
-    """Replace PEFT's card, of 200 empty lines, by one that has what is known."""
-    config = trainer.model.peft_config["default"]
-    method = getattr(trainer.args, "method", "dora" if config.use_dora else "lora")
-    header = {"base_model": config.base_model_name_or_path, "library_name": "peft"}
-    text = f"---\n{yaml.safe_dump(header | {'tags': [method, 'hyperopt-peft']})}---\n\n"
-    text += f"An adapter (rank {config.r}, alpha {config.lora_alpha}) by {method}.\n"
-    if getattr(trainer, "upper", None) is not None:
-        text += "\nMagnitudes are learned by hypergradients on rows of their own:\n\n"
-        settings = trainer.args.bilevel_settings().items()
-        text += "".join(f"- {name}: {x}\n" for name, x in settings if x is not None)
-    Path(trainer.args.output_dir or "", "README.md").write_text(text, encoding="utf-8")
-
-
-def _last_metrics(trainer: BilevelTrainer) -> dict[str, Any]:
+def _last_metrics(trainer: Any) -> dict[str, Any]:
     """The numbers that the Trainer logs at the end of training; none if it has not trained."""
     records = [record for record in trainer.state.log_history if "train_runtime" in record]
     return {key: value for key, value in records[-1].items() if key != "step"} if records else {}

@@ -1,14 +1,18 @@
-"""Levels whose loss weights examples."""
+"""Levels whose loss weights examples; `WeightedRows` weights the loss of rows or labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from hyperopt_peft.core.labels import WEIGHT, label_losses, require_labels
 from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.core.validation import Variables
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.models import trainable
 
 
 class WeightedExamples(Problem):
@@ -59,3 +63,88 @@ class WeightedExamples(Problem):
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """``weighted(losses(batch), batch)``."""
         return self.weighted(self.losses(batch), batch)
+
+
+class WeightedRows(WeightedExamples):
+    """A level with the loss f = 1/C Σ_i v_i ℓ_i over rows, or over labels, i.
+
+    v_i is a weight, ℓ_i the summed loss of row i or the loss of label i, and C the number of labels
+    that are scored. Where all v_i are 1, f is the model's own loss. With the entries of a Trainer
+    (`core.labels`) the mean of f over the micro-batches of a step, also of unequal ones, is that of
+    the step's labels.
+
+    Args:
+        model: the model, as for `label_losses`.
+        weights: v of a batch: ``(n,)`` for rows, or of the shape ``(n, T)`` of ``labels``.
+        variables: the tensors that the level owns; by default the model's trainable parameters.
+        tags: entries of a batch that ``weights`` reads and the model does not.
+        twice: as for `label_losses`.
+        level: arguments of `Problem`: data, optimizer, scheduler, max_grad_norm, name, prior.
+
+    Raises:
+        ProblemError: no parameter is trainable; from ``loss`` the weights have another shape, or as
+            `label_losses`.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = BertForSequenceClassification(tiny).eval()
+        >>> v = torch.ones(9, requires_grad=True)
+        >>> level = WeightedRows(model, lambda batch: v[batch["index"]], tags=["index"])
+        >>> ids, labels = torch.ones(2, 4, dtype=torch.int64), torch.tensor([0, 1])
+        >>> batch = {"input_ids": ids, "labels": labels}
+        >>> f = level.loss({**batch, "index": torch.tensor([4, 7])})["loss"]
+        >>> bool((f - model(**batch).loss).abs() < 1e-6)
+        True
+    """
+
+    #: Further numbers to log, by name.
+    metrics: Callable[[], Mapping[str, Any]] = dict
+
+    def __init__(
+        self,
+        model: Any,
+        weights: Callable[[Any], Tensor],
+        variables: Variables | None = None,
+        *,
+        tags: Sequence[str] = (),
+        twice: bool = False,
+        **level: Any,
+    ) -> None:
+        self.model, self.weights, self.tags, self.twice = model, weights, tags, twice
+        if variables is None and not (variables := trainable(model)):
+            raise ProblemError(
+                "model: no parameter is trainable; load the adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
+        super().__init__(variables, **level)
+
+    def groups(self, batch: Any) -> Tensor:
+        """A number for each row, or label: those that have a weight."""
+        shape = self._shape(batch)
+        return torch.arange(shape.numel(), device=require_labels(batch).device).view(shape)
+
+    def losses(self, batch: Any) -> Tensor:
+        """ℓ_i/C, flat, times a Trainer's weight of the micro-batch."""
+        shape = self._shape(batch)
+        inputs = {name: value for name, value in batch.items() if name not in self.tags}
+        each, scored = label_losses(self.model, inputs, twice=self.twice)
+        each = each if len(shape) > 1 else each.reshape(len(each), -1).sum(1)
+        each = each.flatten() / scored.sum().clamp(min=1)
+        return each * batch[WEIGHT].to(each) if WEIGHT in batch else each
+
+    def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Σ v_i ℓ_i/C; ``task_loss``, where all weights are 1, is a metric."""
+        loss = (self.weights(batch).flatten().to(losses) * losses).sum()
+        return {"loss": loss, "task_loss": losses.detach().sum(), **self.metrics()}
+
+    def _shape(self, batch: Any) -> torch.Size:
+        labels = require_labels(batch)
+        with torch.no_grad():
+            shape = self.weights(batch).shape
+        if shape not in (labels.shape[:1], labels.shape):
+            raise ProblemError(
+                f"{self.name}: weights of the shape {tuple(shape)} are neither of the rows nor of "
+                f"the labels {tuple(labels.shape)} of a batch; return one for each"
+            )
+        return shape

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.utils.autograd import graph_nodes, is_checkpoint, is_compiled, is_half
+from hyperopt_peft.utils.autograd import HALF, graph_nodes
 from hyperopt_peft.utils.distributed import to_local, world_size
 from hyperopt_peft.utils.validation import require_settings
 
@@ -153,12 +153,15 @@ def runs_in_half(loss: Tensor, level: str) -> bool | None:
         ProblemError: reentrant gradient checkpointing hides the graph.
     """
     nodes = list(graph_nodes([loss]))
-    if any(map(is_checkpoint, nodes)):
+    names = " ".join(node.name() for node in nodes)
+    if "CheckpointFunction" in names:
         raise ProblemError(
             f"{level}: reentrant gradient checkpointing hides variables from the "
             'loss; enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
-    return any(map(is_half, nodes)) or (None if any(map(is_compiled, nodes)) else False)
+    outputs = (output for node in nodes for output in getattr(node, "_input_metadata", ()))
+    half = any(output.dtype in HALF for output in outputs)
+    return half or (None if "CompiledFunction" in names else False)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from hyperopt_peft.hypergradients.estimate import NEXT, check_ownership, open_or
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
-from hyperopt_peft.utils.autograd import refuses_in_place_edit
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.signal_to_noise import ADVICE, MIN_SAMPLES, SignalToNoise
@@ -66,7 +65,7 @@ def check_problem(
     `Check.signal_to_noise` is that of a hypergradient from one batch of each level, over several
     pairs of batches and dropout masks (`SignalToNoise`); below 1 it is a warning, since an upper
     step then moves further along the noise. `Check.curvature` has a damping for ``cg``, ``minres``
-    and ``warm`` and a ξ for ``darts``, in the units of this f.
+    and ``warm``, in the units of this f.
 
     The cost is at most 5·``solver_steps`` second-derivative products and some thirty passes, 12 of
     these in float64, which takes a GPU longer and twice the memory of float32, and
@@ -90,7 +89,7 @@ def check_problem(
     Example:
         >>> from hyperopt_peft import check_problem
         >>> from hyperopt_peft.engine import minimize
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> [finding.kind for finding in check_problem(upper, lower, progress=False).findings]
         ['far from stationary']
@@ -130,6 +129,24 @@ def _pairs(oracle: Oracle, *of_levels: Sequence[Any] | None) -> list[tuple[Any, 
     return list(islice(zip(*map(cycle, both)), count if count > 1 else 0))
 
 
+#: The kinds of findings that are warnings; the others are errors.
+WARNINGS = {"no implicit term", "no mixed derivative", "no double backward", "negative curvature"}
+WARNINGS |= {"ill-conditioned", "far from stationary", "noisy hypergradient"}
+#: What to do about a finding where its words do not depend on numbers.
+REMEDIES = {
+    "in-place edit": NO_WRITES,
+    "not reproducible": "draw from the global generators of PyTorch, NumPy or Python, which are "
+    "replayed, and keep nothing from one call to the next",
+    "unread variable": "use it in the loss, or do not give it to the level",
+    "no implicit term": "let it read what the lower level trains; as it is, the hypergradient is "
+    "the direct term",
+    "no mixed derivative": "let them act on the lower loss together with its variables; as it is, "
+    "the hypergradient is the direct term",
+    "far from stationary": "take more lower steps before the first upper step and before each one",
+    "noisy hypergradient": f"try {ADVICE}",
+}
+
+
 @dataclass
 class _Examination:
     """The findings so far; ``start`` holds copies of all variables, the upper ones first."""
@@ -162,7 +179,9 @@ class _Examination:
         exact = not oracle.lower.nested and "error" not in {f.severity for f in wrong}
         self._second_order("exact" if exact else "difference")
 
-    def _add(self, kind: str, severity: Severity, level: Problem, words: str, advice: str) -> None:
+    def _add(self, kind: str, level: Problem, words: str, advice: str = "") -> None:
+        severity: Severity = "warning" if kind in WARNINGS else "error"
+        advice = advice or REMEDIES[kind]
         self.findings.append(Finding(kind, severity, level.name, words, advice))
 
     @property
@@ -178,20 +197,18 @@ class _Examination:
         except NonFiniteError as error:
             words = str(error).removeprefix(f"{level.name}: ")
             advice = "look for a logarithm or a division of zero, or for values that are NaN"
-            self._add("not finite", "error", level, words, advice)
+            self._add("not finite", level, words, advice)
         except ProblemError as error:
             words, _, advice = str(error).removeprefix(f"{level.name}: ").rpartition("; ")
             kind = "in-place edit" if "a loss writes to" in words else "bad loss"
-            self._add(kind, "error", level, words, advice)
+            self._add(kind, level, words, advice)
         except RuntimeError as error:  # an edit that autograd itself refuses
-            if not refuses_in_place_edit(error):
+            if not any(word in str(error) for word in ("in-place", "inplace")):
                 raise
-            words = f"the loss edits a tensor in place: {error}"
-            self._add("in-place edit", "error", level, words, NO_WRITES)
+            self._add("in-place edit", level, f"the loss edits a tensor in place: {error}")
         edited = self._edited()
         if edited and len(self.findings) == before:
-            words = f"the loss writes to {', '.join(edited)}"
-            self._add("in-place edit", "error", level, words, NO_WRITES)
+            self._add("in-place edit", level, f"the loss writes to {', '.join(edited)}")
         if evaluation is None or edited:
             return None
         self._randomness(level, batch, random, evaluation)
@@ -221,11 +238,7 @@ class _Examination:
         """Add a finding if the loss depends on other state than that of the global generators."""
         if self._differs(level, first, self._evaluate(level, batch, random)):
             words = "two evaluations from one random state differ: the loss keeps a state"
-            advice = (
-                "draw from the global generators of PyTorch, NumPy or Python, which are replayed, "
-                "and keep nothing from one call to the next"
-            )
-            self._add("not reproducible", "error", level, words, advice)
+            self._add("not reproducible", level, words)
 
     def _differs(self, level: Problem, one: LossGradient, other: LossGradient) -> bool:
         """Whether two evaluations differ by more than the rounding of sums in another order."""
@@ -251,16 +264,10 @@ class _Examination:
         ]
         for level, name in unread:
             losses = "the lower loss does not read" if level is lower else "no loss reads"
-            words = f"{losses} the variable {name!r}"
-            advice = "use it in the loss, or do not give it to the level"
-            self._add("unread variable", "error", level, words, advice)
+            self._add("unread variable", level, f"{losses} the variable {name!r}")
         if not any(g is not None and g.any() for g in above[count:]):
             words = "∂F/∂w is zero: the upper loss does not depend on the lower variables here"
-            advice = (
-                "let it read what the lower level trains; as it is, the hypergradient is the "
-                "direct term"
-            )
-            self._add("no implicit term", "warning", upper, words, advice)
+            self._add("no implicit term", upper, words)
         if all(g is None for g in below[:count]):
             self._no_mixed()
 
@@ -268,11 +275,7 @@ class _Examination:
         if read_by_options(self.oracle.lower):  # u acts through the optimizer, not through f
             return
         words = "∂²f/∂u∂w is zero here: the upper variables do not move the lower minimum"
-        advice = (
-            "let them act on the lower loss together with its variables; as it is, the "
-            "hypergradient is the direct term"
-        )
-        self._add("no mixed derivative", "warning", self.oracle.lower, words, advice)
+        self._add("no mixed derivative", self.oracle.lower, words)
 
     def _second_order(self, product: ProductKind) -> None:
         lower = self.oracle.lower
@@ -282,36 +285,27 @@ class _Examination:
             )
         except NonFiniteError as error:
             advice = "look for roots, norms and logarithms of zero, whose derivatives are infinite"
-            self._add("not finite", "error", lower, str(error), advice)
+            self._add("not finite", lower, str(error), advice)
             return
         except ProblemError as error:
             words, _, advice = str(error).rpartition("; ")
-            if product == "difference":
-                self._add("bad loss", "error", lower, words, advice)
-            else:
-                self._add("no double backward", "warning", lower, words, advice)
+            exact = product == "exact"
+            self._add("no double backward" if exact else "bad loss", lower, words, advice)
+            if exact:
                 self._second_order("difference")
             return
         kinds = {finding.kind for finding in self.findings}
         if not curvature.implicit and not kinds & {"no mixed derivative", "no implicit term"}:
             self._no_mixed()
-        darts = f"darts:xi={curvature.xi:.2g}" if curvature.xi > 0 else "direct"
+        damping = f"damping={curvature.damping():.2g}"
         if curvature.smallest < -1e-3 * abs(curvature.largest):
             words = f"the lower Hessian has negative curvature, {curvature.smallest:.2g}"
-            advice = (
-                f"this is no minimum: take more lower steps, give cg, minres or warm "
-                f"damping={curvature.damping():.2g}, or use {darts}"
-            )
-            self._add("negative curvature", "warning", lower, words, advice)
-        if curvature.residual > 0.1:
-            words = (
-                f"{self.solver_steps} steps of minres leave a residual of {curvature.residual:.2g}"
-            )
-            advice = (
-                f"give the solver more steps or damping={curvature.damping():.2g}, or "
-                "regularise the lower loss"
-            )
-            self._add("ill-conditioned", "warning", lower, words, advice)
+            more = f"take more lower steps, or give cg, minres or warm {damping}"
+            self._add("negative curvature", lower, words, f"this is no minimum: {more}")
+        if (residual := curvature.residual) > 0.1:
+            words = f"{self.solver_steps} steps of minres leave a residual of {residual:.2g}"
+            advice = f"give the solver more steps or {damping}, or regularise the lower loss"
+            self._add("ill-conditioned", lower, words, advice)
         if curvature.change > 0.1:
             before, after = curvature.losses
             words = (
@@ -319,8 +313,7 @@ class _Examination:
                 f"{before:.4g} to {after:.4g} and changes the hypergradient by "
                 f"{curvature.change:.0%}"
             )
-            advice = "take more lower steps before the first upper step and before each one"
-            self._add("far from stationary", "warning", lower, words, advice)
+            self._add("far from stationary", lower, words)
         self._noise(product, curvature)
 
     def _noise(self, product: ProductKind, curvature: Curvature) -> None:
@@ -342,7 +335,7 @@ class _Examination:
         except NonFiniteError as error:
             words = f"on pair {number + 1} of {len(self.pairs)} of batches: {error}"
             advice = "look for rows with values that are NaN or that overflow"
-            self._add("not finite", "error", self.oracle.upper, words, advice)
+            self._add("not finite", self.oracle.upper, words, advice)
             return
         self.signal_to_noise = ratio = signal.read()
         if ratio is not None and ratio < 1:
@@ -350,4 +343,4 @@ class _Examination:
                 f"the hypergradient is noise: over {len(self.pairs)} pairs of batches its "
                 f"signal-to-noise ratio is {ratio:.2g}"
             )
-            self._add("noisy hypergradient", "warning", self.oracle.upper, words, f"try {ADVICE}")
+            self._add("noisy hypergradient", self.oracle.upper, words)

@@ -145,7 +145,7 @@ def compare_hypergradients(
     Example:
         >>> from hyperopt_peft import compare_hypergradients
         >>> from hyperopt_peft.engine import minimize
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> _ = minimize(lower)
         >>> table = compare_hypergradients(upper, lower, ["darts", "cg"], progress=False)

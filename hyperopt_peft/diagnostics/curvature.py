@@ -73,8 +73,6 @@ class Curvature(Spectrum):
             ‖direct‖ + ‖implicit‖.
         residual: ‖b − Hv‖/‖b‖ of an undamped MINRES solve.
         implicit_ratio: ‖implicit‖/‖direct‖.
-        xi: the least-squares ξ of ``darts``, ⟨d, r⟩/⟨d, d⟩, where d is the implicit term of
-            ``darts`` at ξ = 1, and r that of a solve with H + damping·I.
     """
 
     implicit: bool
@@ -82,16 +80,14 @@ class Curvature(Spectrum):
     change: float
     residual: float
     implicit_ratio: float
-    xi: float
 
     def __str__(self) -> str:
         return (
             f"eigenvalues of the lower Hessian from {self.smallest:.2g} to {self.largest:.2g} at "
             f"least, damping {self.damping():.2g} for a condition number of {CONDITION:g}; "
-            f"residual {self.residual:.1g}; implicit/direct {self.implicit_ratio:.2g}; ξ of "
-            f"darts {self.xi:.2g}; a Newton step of the lower level changes f from "
-            f"{self.losses[0]:.4g} to {self.losses[1]:.4g} and the hypergradient by "
-            f"{self.change:.1%}"
+            f"residual {self.residual:.1g}; implicit/direct {self.implicit_ratio:.2g}; a Newton "
+            f"step of the lower level changes f from {self.losses[0]:.4g} to {self.losses[1]:.4g} "
+            f"and the hypergradient by {self.change:.1%}"
         )
 
 
@@ -120,7 +116,7 @@ def spectrum(
     Example:
         >>> import torch
         >>> from hyperopt_peft.diagnostics import spectrum
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> spectrum(upper, lower).smallest > 0  # ridge regression is strictly convex
         True
@@ -165,7 +161,6 @@ def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: in
     if newton.norm() == 0:  # negative curvature along the gradient itself
         newton = gradient / (max(-ends.smallest, ends.largest) or 1.0)
     here = _hypergradient(oracle, MINRES(steps=steps, product=product))
-    xi = _xi(oracle, product, ends.damping(), steps)
     with perturbed(w) as start, oracle.lower.anchored():
         before = after = _loss(oracle)
         for halvings in range(10):
@@ -188,7 +183,6 @@ def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: in
         moved / size if size else 0.0,
         here.residual or 0.0,
         here.implicit_ratio,
-        xi,
     )
 
 
@@ -227,19 +221,6 @@ def _hypergradient(oracle: Oracle, solver: MINRES) -> Estimate:
     if not result.hypergradient.isfinite():
         raise NonFiniteError("the hypergradient is not finite")
     return result
-
-
-def _xi(oracle: Oracle, product: ProductKind, damping: float, steps: int) -> float:
-    """ξ = ⟨d, r⟩/⟨d, d⟩, see `Curvature`; 0 if d is zero."""
-    b = oracle.upper_gradient.b
-    if b.norm() == 0:
-        return 0.0
-    solver = MINRES(steps=steps, damping=damping, tolerance=1e-2)
-    with oracle.product(product) as second:
-        d = second.mixed(b)
-        r = second.mixed(solver.solve(second.hessian, b).v)
-    square = dot(d, d)
-    return dot(d, r) / square if square else 0.0
 
 
 def _loss(oracle: Oracle) -> float:

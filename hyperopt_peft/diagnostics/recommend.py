@@ -40,7 +40,7 @@ def recommend(comparison: Comparison) -> Recommendation:
         >>> from hyperopt_peft import compare_hypergradients
         >>> from hyperopt_peft.engine import minimize
         >>> from hyperopt_peft.diagnostics import recommend
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> _ = minimize(lower)
         >>> table = compare_hypergradients(upper, lower, ["darts", "cg"], progress=False)

@@ -25,27 +25,12 @@ from hyperopt_peft.utils.vector import Vector, dot, widened
 
 
 @dataclass(frozen=True)
-class Slopes:
-    """⟨dF/du, d⟩ for directions d, ``(K,)``, and two error indicators for each.
-
-    ``of_epsilon`` is the change of the slope when ε is doubled: three times the O(ε²) error of the
-    central difference, or its rounding error. ``of_length`` is the change of the slope from half of
-    the steps to all steps. It indicates, and does not bound, the error of a lower level that is not
-    trained to its minimum; slow convergence can make that error much larger.
-    """
-
-    values: Tensor
-    of_epsilon: Tensor
-    of_length: Tensor
-
-
-@dataclass(frozen=True)
 class Coordinates:
     """dF/du along an orthonormal ``basis`` of m vectors, and along K random directions.
 
     ``slopes`` are ⟨dF/du, q⟩ for each q of ``basis``, then √((n − m)/K)·⟨dF/du, d⟩ for K random d
     orthogonal to the basis, so that ‖slopes‖² is an unbiased estimate of ‖dF/du‖².
-    ``of_epsilon`` and ``of_length`` are relative, see `Slopes`.
+    ``of_epsilon`` and ``of_length`` are relative, see `Retraining.slopes`.
     """
 
     basis: Sequence[Vector]
@@ -95,7 +80,7 @@ class Retraining(Estimator):
     the derivative through K optimizer steps; for large K it tends to the derivative through w*(u).
 
     The implicit term is measured along ``directions`` random orthonormal d, at most n, and is zero
-    along all others; ``residual`` is the larger one of the two relative errors of `Slopes`.
+    along all others; ``residual`` is the larger one of the two relative errors of `slopes`.
     ``epsilon`` is ε, a length in the space of u (`default_epsilon` if None).
 
     The cost is 4·``directions``·(``steps`` + 2) forward+backward passes. All state is restored
@@ -108,7 +93,7 @@ class Retraining(Estimator):
     Example:
         >>> from hyperopt_peft import hypergradient
         >>> from hyperopt_peft.diagnostics import Retraining
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> h, = hypergradient(upper, lower, Retraining(steps=20, lr=0.4, directions=10))
@@ -133,12 +118,11 @@ class Retraining(Estimator):
         """dF/du at the oracle's point."""
         direct = oracle.upper_gradient.direct
         basis = orthonormal(random_directions(direct, self.directions))
-        slopes = self.slopes(oracle, basis)
+        slopes, *errors = self.slopes(oracle, basis)
         implicit = 0.0 * direct
-        for d, slope in zip(basis, slopes.values.tolist(), strict=True):
+        for d, slope in zip(basis, slopes.tolist(), strict=True):
             implicit = implicit + (slope - dot(direct, d)) * d
-        size = float(slopes.values.norm())
-        error = max(float(slopes.of_epsilon.norm()), float(slopes.of_length.norm()))
+        size, error = float(slopes.norm()), max(float(e.norm()) for e in errors)
         return Estimate(direct, implicit, error / size if size else 0.0, self.steps)
 
     def passes(self, directions: int) -> int:
@@ -150,17 +134,23 @@ class Retraining(Estimator):
         unknowns = Vector(oracle.upper.variables)
         basis = orthonormal(vectors)
         rest = orthonormal(random_directions(unknowns, self.directions), basis)
-        slopes = self.slopes(oracle, [*basis, *rest])
+        values, *errors = self.slopes(oracle, [*basis, *rest])
         weight = torch.ones(len(basis) + len(rest), dtype=torch.float64)
         if rest:
             weight[len(basis) :] = ((unknowns.numel() - len(basis)) / len(rest)) ** 0.5
-        values = weight * slopes.values
-        size = float(values.norm()) or math.inf
-        errors = (weight * part for part in (slopes.of_epsilon, slopes.of_length))
-        return Coordinates(basis, Vector([values]), *(float(e.norm()) / size for e in errors))
+        size = float((weight * values).norm()) or math.inf
+        of_epsilon, of_length = (float((weight * e).norm()) / size for e in errors)
+        return Coordinates(basis, Vector([weight * values]), of_epsilon, of_length)
 
-    def slopes(self, oracle: Oracle, directions: Sequence[Vector]) -> Slopes:
-        """⟨dF/du, d⟩ for each d of ``directions``, unit vectors; the oracle is open."""
+    def slopes(self, oracle: Oracle, directions: Sequence[Vector]) -> tuple[Tensor, ...]:
+        """⟨dF/du, d⟩ for K unit vectors d, and two error indicators, each ``(K,)``.
+
+        The first error is the change of the slope when ε is doubled: three times the O(ε²) error of
+        the central difference, or its rounding error. The second is the change from half of the
+        steps to all steps. It indicates, and does not bound, the error of a lower level that is not
+        trained to its minimum; slow convergence can make that error much larger. The oracle is
+        open.
+        """
         self.check_levels(oracle.upper, oracle.lower)
         u, w = oracle.upper.variables, oracle.lower.variables
         of_directions = []
@@ -179,7 +169,7 @@ class Retraining(Estimator):
                     quotients.append((sides[0] - sides[1]) / (2 * length))
                 of_directions.append(torch.stack(quotients))
         (half, full), (_, doubled) = torch.stack(of_directions, -1).unbind()
-        return Slopes(full, (doubled - full).abs(), (full - half).abs())
+        return full, (doubled - full).abs(), (full - half).abs()
 
     def _losses(self, oracle: Oracle, start: Sequence[Tensor]) -> Tensor:
         """F after half of the steps from ``start`` and after all of them, ``(2,)`` in float64."""

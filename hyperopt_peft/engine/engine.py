@@ -71,7 +71,7 @@ class Engine:
             no loss reads a variable.
 
     Example:
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> engine = Engine(upper, lower, "cg", warmup_steps=100, progress=False)
         >>> history = engine.run(20)

@@ -29,7 +29,7 @@ def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str
         NonFiniteError: a loss or a gradient is NaN or infinite; the message names the step.
 
     Example:
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> _, lower = diabetes()
         >>> history = fit(lower, steps=10, progress=False)
         >>> history[-1]["loss"] < history[0]["loss"]
@@ -69,7 +69,7 @@ def lbfgs(
         NonFiniteError: the loss or the gradient is NaN or infinite; the variables have not moved.
 
     Example:
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> _, lower = diabetes()
         >>> evaluations = lbfgs(lower, tolerance=1e-6)
         >>> lower.gradient(None, lower.variables).norms[0] < 1e-5
@@ -125,7 +125,7 @@ def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 100
         NonFiniteError: the loss or the gradient is NaN or infinite.
 
     Example:
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> loss = minimize(lower)
         >>> bool(lower.gradient(None, lower.variables).gradient[0].abs().max() < 1e-6)

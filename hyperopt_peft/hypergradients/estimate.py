@@ -40,7 +40,7 @@ def open_oracle(
         ProblemError: variables of the two levels share memory.
 
     Example:
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> with open_oracle(*diabetes()).open() as oracle:
         ...     oracle.lower_gradient().numel()
         10
@@ -133,7 +133,7 @@ def hypergradient(
             warn, since its log has each step's ``residual``.
 
     Example:
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> [tuple(part.shape) for part in hypergradient(upper, lower, "cg")]

@@ -113,7 +113,7 @@ class Oracle:
 
     Example:
         >>> from hyperopt_peft.hypergradients import open_oracle
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> oracle = open_oracle(*diabetes())
         >>> with oracle.open(), oracle.product("exact") as product:
         ...     product.mixed(oracle.upper_gradient.b).numel()

@@ -108,7 +108,7 @@ class Product(ABC):
 
     Example:
         >>> from hyperopt_peft.hypergradients import open_oracle
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> oracle = open_oracle(*diabetes())
         >>> with oracle.open(), oracle.product("difference") as product:
         ...     product.hessian(oracle.upper_gradient.b).numel()

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from packaging.version import Version
 from torch import nn
@@ -16,15 +18,23 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import require_plain
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.labels import TOLERANCE
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
-from hyperopt_peft.trainer.data import label_column
+from hyperopt_peft.trainer.data import collating, label_column
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.models import base_model, require_no_rounding, rounds_activations
+from hyperopt_peft.utils.models import (
+    base_model,
+    evaluating,
+    require_no_rounding,
+    rounds_activations,
+)
 from hyperopt_peft.utils.precision import require_float32
+from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.validation import require_writable
 
 logger = logging.get_logger(__name__)
@@ -169,6 +179,30 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
         raise ProblemError(
             f"{column}: the data have class {largest}, but the model's num_labels is {classes} "
             f"(classes 0 to {classes - 1}); load the model with num_labels={largest + 1}"
+        )
+
+
+@torch.no_grad()
+def check_weighted(trainer: Any, level: Problem) -> None:
+    """Raise ProblemError if ``level`` weights rows whose mean loss is not the trainer's.
+
+    The first batch decides. Under FSDP2 nothing is checked: parameters may not be here yet.
+    """
+    changed = trainer.compute_loss_func or trainer.label_smoother or trainer.has_own_loss()
+    if not isinstance(level, WeightedRows) or not changed or trainer.is_fsdp_enabled:
+        return
+    rows = trainer.train_dataset
+    with collating("train_dataset"), replay(RandomState.capture()):
+        count = min(trainer.args.per_device_train_batch_size, len(rows))
+        batch = trainer.data_collator([rows[row] for row in range(count)])
+        batch = send_to_device(batch, trainer.args.device)
+        with evaluating(trainer.model), trainer._measuring():
+            mean, loss = float(level.losses(batch).sum()), float(trainer.task_loss(batch))
+    if abs(loss - mean) > TOLERANCE * abs(mean):
+        raise ProblemError(
+            f"{type(trainer).__name__}: the loss of the first batch is {loss:.4g}, and the mean "
+            f"over its labels {mean:.4g}, so that a row has no loss of its own; use a trainer, or "
+            "settings, whose loss is that mean"
         )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+from accelerate.utils import send_to_device
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.random_state import RandomState, replay
 
 logger = logging.getLogger(__name__)
 #: The names under which a trainer prepares the only evaluation data and the upper level's data.
@@ -222,6 +224,27 @@ def collating(name: str) -> Iterator[None]:
             f"the data collator makes no batch of examples of {name} ({error}); use a "
             "data_collator that pads, such as DataCollatorWithPadding, and remove columns of text"
         ) from error
+
+
+def batches_of(
+    rows: Any,
+    collate: Callable[[Sequence[Any]], Any],
+    size: int,
+    device: Any,
+    *,
+    chosen: Sequence[int] | None = None,
+) -> list[Any]:
+    """``rows``, or those ``chosen``, in batches on ``device``, in order; the random state stays.
+
+    Example:
+        >>> import torch
+        >>> batches_of([5, 6, 7], lambda rows: torch.tensor(rows), 2, "cpu")
+        [tensor([5, 6]), tensor([7])]
+    """
+    numbers = range(len(rows)) if chosen is None else chosen
+    parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+    with replay(RandomState.capture()), collating("the rows"):
+        return [send_to_device(collate([rows[k] for k in part]), device) for part in parts]
 
 
 def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bool = False) -> None:

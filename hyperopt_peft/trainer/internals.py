@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 if TYPE_CHECKING:
@@ -26,6 +27,29 @@ def keep_columns(trainer: Trainer, names: Sequence[str]) -> None:
     """Let the trainer hand the columns ``names`` to its collator, besides those of the model."""
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*trainer._signature_columns, *names]
+
+
+@contextmanager
+def packed_with(names: Sequence[str]) -> Iterator[None]:
+    """Let TRL's trainers that are made in the body pack the columns ``names`` beside the tokens.
+
+    TRL selects the columns to pack, whose rows must be lists of one length: here a row's number is
+    repeated for each of its tokens.
+    """
+    select: Any = Dataset.select_columns
+
+    def select_too(rows: Dataset, columns: Any, **options: Any) -> Dataset:
+        kept = [name for name in names if "input_ids" in columns and name in rows.column_names]
+        if kept:
+            rows = rows.map(lambda row: {k: [row[k]] * len(row["input_ids"]) for k in kept})
+        selected: Dataset = select(rows, [*columns, *kept], **options)
+        return selected
+
+    Dataset.select_columns = select_too
+    try:
+        yield
+    finally:
+        Dataset.select_columns = select
 
 
 #: What the ``compute_loss`` of TRL's trainers counts at each call.

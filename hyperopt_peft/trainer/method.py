@@ -26,9 +26,9 @@ class Method:
     ``upper_variables`` and may define the rest. A method that defines neither ``upper_variables``
     nor ``upper`` is a baseline: one level on all rows.
 
-    A `BilevelTrainer` calls in this order: ``adapter``, ``rows``, ``prepare``, the levels, for
-    each upper step ``after_upper_step``, then ``finish``, and for the second phase ``all_rows`` and
-    the lower level again, on the finished model.
+    A `BilevelTrainer` calls in this order: ``adapter``, ``rows``, ``read_rows``, ``prepare``, the
+    levels, for each upper step ``after_upper_step``, then ``finish``, and for the second phase
+    ``all_rows``, ``read_rows`` and the lower level again, on the finished model.
 
     Example:
         >>> from dataclasses import dataclass
@@ -54,6 +54,8 @@ class Method:
         >>> f"{model(x).item():.2f}"  # the decay takes 1.2 to the upper level's 1
         '1.00'
     """
+
+    _argument_group_name = "method"  # in the command line's help
 
     #: Arguments of the training, by name, where the user leaves them out.
     defaults: Mapping[str, Any] = MappingProxyType({})
@@ -88,6 +90,12 @@ class Method:
         if upper is None:
             return train
         return joined(train_dataset=train, upper_dataset=upper)
+
+    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+        """Look at the lower level's rows as the trainer has prepared them, such as to count labels.
+
+        ``collate`` makes a batch of some, with the tags. ``model`` is None under FSDP2.
+        """
 
     def prepare(self, model: Any) -> None:
         """Change ``model`` in place before training, such as by a parametrisation."""

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
-from hyperopt_peft.trainer.data import require_apart
+from hyperopt_peft.trainer.data import collating, require_apart
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.tags import INDEX, numbered
-from hyperopt_peft.trainer.upper_batches import UpperBatches
+from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, reshard, sharded_like
+from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.validation import require_settings
 
 #: Files of the search: the lower level's initial values, and both levels' values at its end.
@@ -179,6 +181,17 @@ class PhasesTrainer(TwoLevelTrainer):
                 **self._options,
             )
         return trainer
+
+    def _show_rows(self) -> None:
+        """Let the method read the lower level's rows, without columns that are not read."""
+        if self.method is None or type(self.method).read_rows is Method.read_rows:
+            return
+        rows, name = self.train_dataset, "train_dataset"
+        if isinstance(rows, Dataset):
+            rows = rows.select_columns(loader_of(self, rows, name).dataset.column_names)
+        model = None if self.is_fsdp_enabled else self.model  # whose parameters may not be here yet
+        with collating(name), replay(RandomState.capture()), self.compute_loss_context_manager():
+            self.method.read_rows(model, rows, self.data_collator)
 
     def settings(self) -> dict[str, Any]:
         """As `TwoLevelTrainer.settings`, with the method's options and the adapter's."""

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from hyperopt_peft.core.labels import labels_are_shifted, require_labels
+from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import keep_columns
 
@@ -42,14 +47,25 @@ def numbered(*tables: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class TagCollator:
-    """Calls ``collate`` on rows without ``tags``, and adds these to its batch, a number a row.
+    """Calls ``collate`` on rows without ``tags``, and adds these to its batch.
 
-    Rows may lack a tag, such as those of an upper level that does not read it.
+    A tag is a number a row, ``(n,)``. Where ``collate`` joins the rows, or a row is packed from
+    several, with a list of a number for each token, it is a number a label, of the shape of
+    ``labels``. Rows may lack a tag, such as those of an upper level that does not read it.
+
+    Raises:
+        ProblemError: rows with numbers of tokens are joined in another way.
 
     Example:
         >>> collator = TagCollator(lambda rows: {"x": torch.tensor([r["x"] for r in rows])}, ["k"])
         >>> collator([{"x": 1.0, "k": 3}, {"x": 2.0, "k": 0}])
         {'x': tensor([1., 2.]), 'k': tensor([3, 0])}
+        >>> def flat(rows):  # one row of all, as padding_free=True makes it
+        ...     ids = torch.tensor([sum((row["input_ids"] for row in rows), [])])
+        ...     return {"input_ids": ids, "labels": ids}
+        >>> rows = [{"input_ids": [5, 6, 7], "k": 1}, {"input_ids": [8], "k": 0}]
+        >>> TagCollator(flat, ["k"])(rows)["k"]
+        tensor([[1, 1, 1, 0]])
     """
 
     collate: Callable[[Sequence[Any]], Any]
@@ -58,8 +74,28 @@ class TagCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """The batch of ``rows``."""
         tags = [tag for tag in self.tags if tag in rows[0]]
-        values = {tag: torch.tensor([row[tag] for row in rows]) for tag in tags}
-        return {**self.collate([without(row, self.tags) for row in rows]), **values}
+        batch = self.collate([without(row, self.tags) for row in rows])
+        return {**batch, **{tag: _values(tag, rows, batch) for tag in tags}}
+
+
+def _values(tag: str, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
+    values, labels = [row[tag] for row in rows], batch.get("labels")
+    of_tokens = isinstance(values[0], list)
+    if not of_tokens and (not isinstance(labels, Tensor) or len(labels) == len(rows)):
+        return torch.tensor(values)
+    if not of_tokens:
+        values = [[row[tag]] * len(row.get("input_ids", ())) for row in rows]
+    if isinstance(labels, Tensor) and len(labels) == 1:
+        values = [[x for each in values for x in each]]
+    shape = tuple(labels.shape) if isinstance(labels, Tensor) else ()
+    if len(shape) != 2 or len(values) != shape[0] or any(len(v) > shape[1] for v in values):
+        raise ProblemError(
+            f"column {tag!r}: the data collator makes labels of shape {shape} of {len(rows)} rows "
+            f"with {sum(map(len, values))} tokens, so that a label has no {tag}; use one that pads "
+            "the rows, or writes them one after another"
+        )
+    # Padding, at the end, is not scored.
+    return torch.tensor([each + each[-1:] * (shape[1] - len(each)) for each in values])
 
 
 def without(entries: Mapping[str, Any], tags: Iterable[str]) -> dict[str, Any]:
@@ -67,17 +103,49 @@ def without(entries: Mapping[str, Any], tags: Iterable[str]) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key not in tags}
 
 
+def label_counts(
+    tag: str, values: int, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]
+) -> Tensor:
+    """How many labels of ``rows`` are scored for each value of ``tag``, ``(values,)``.
+
+    Args:
+        tag: the tag, whose numbers are below ``values``.
+        values: K.
+        model, rows, collate: as for `Method.read_rows`. Without a model the first label of a row
+            counts too, which a causal model does not score.
+    """
+    counts, shifted = torch.zeros(values, dtype=torch.int64), None
+    for batch in DataLoader(rows, 256, collate_fn=collate):
+        labels, value = require_labels(batch), batch[tag]
+        scored = (labels != IGNORED) | labels.is_floating_point()
+        if shifted is None and model is not None:
+            inputs = send_to_device(without(batch, [tag]), next(model.parameters()).device)
+            shifted = labels_are_shifted(model, inputs)
+        if shifted:
+            scored[:, 0] = False
+        if value.dim() < labels.dim():
+            value = value[:, None].expand_as(labels)
+        counts += value[scored].bincount(minlength=values)
+    return counts
+
+
 def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:
     """Let the batches of ``trainer`` have the columns ``tags``.
 
     Raises:
-        ProblemError: the prepared training rows lack one.
+        ProblemError: the prepared training rows lack one, or are packed of cut texts.
     """
     present = getattr(trainer.train_dataset, "column_names", None) or []
     if missing := [tag for tag in tags if tag not in present]:
         raise ProblemError(
             f"{missing[0]}: {method} reads this column, which the training rows lack as they are "
-            "prepared; add it, and do not pack texts"
+            "prepared; add it"
+        )
+    args = trainer.args
+    if getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped":
+        raise ProblemError(
+            f"packing_strategy: in 'wrapped' rows texts read each other, so that none has a "
+            f"{tags[0]} of its own; set 'bfd'"
         )
     keep_columns(trainer, tags)
     trainer.data_collator = TagCollator(trainer.data_collator, tags)

@@ -26,7 +26,7 @@ from hyperopt_peft.trainer.data import (
     with_more,
     without_more,
 )
-from hyperopt_peft.trainer.internals import counters_of, metrics_restored
+from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packed_with
 from hyperopt_peft.trainer.logs import shorten, signal_to_noise, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
@@ -155,14 +155,15 @@ class BilevelTrainer(PhasesTrainer):
         self._callback = BilevelCallback(self)
         # The parent prepares the upper level's data as it prepares evaluation data.
         more = {} if upper_dataset is None else {UPPER: upper_dataset}
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=with_more(evaluation, more, args),
-            callbacks=[self._callback, *(callbacks or ())],
-            **trainer,
-        )
+        with packed_with(self.tags):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=with_more(evaluation, more, args),
+                callbacks=[self._callback, *(callbacks or ())],
+                **trainer,
+            )
         shorten(self)
         checks.check_model(self.model)
         keep_differentiable(self.model)
@@ -173,12 +174,14 @@ class BilevelTrainer(PhasesTrainer):
                 checks.check_labels(self.model, data, trainer)
         if self.method is not None and self.tags:
             keep_tags(self, self.tags, type(self.method).__name__)
+        self._show_rows()
         warn_of_repeated_rows(self.train_dataset, args)
         self.train_dataset = endless(self.train_dataset)
         self._set_loss_rule()
         self.lower = _made(lower, self)
         self.upper = _made(upper, self)
         checks.check_levels(self.levels)
+        checks.check_weighted(self, self.lower)
         if self.upper is not None and args.upper_prior is not None:
             if self.upper.prior is not None:
                 raise ProblemError(

@@ -55,21 +55,6 @@ def once_differentiable_functions(tensor: Tensor) -> list[str]:
     return sorted(function.__name__ for function in functions if marked(function))
 
 
-def refuses_in_place_edit(error: RuntimeError) -> bool:
-    """Whether ``error`` says that a tensor was edited in place which a gradient needs."""
-    return any(word in str(error) for word in ("in-place", "inplace"))
-
-
-def is_checkpoint(node: Any) -> bool:
-    """Whether ``node`` is a reentrant gradient checkpoint, which hides the graph of its body."""
-    return "CheckpointFunction" in node.name()
-
-
-def is_compiled(node: Any) -> bool:
-    """Whether ``node`` is a function of `torch.compile`, which hides the graph of its body."""
-    return "CompiledFunction" in node.name()
-
-
 def raises_when_differentiated(node: Any) -> bool:
     """Whether ``node`` is the derivative of a non-differentiable operation, and only raises."""
     return "Error" in node.name()
@@ -79,11 +64,6 @@ def lacks_second_derivative(error: RuntimeError) -> bool:
     """Whether ``error`` says that an operation has no second derivative."""
     words = ("not implemented", "double", "twice", "support automatic differentiation")
     return any(word in str(error) for word in words)
-
-
-def is_half(node: Any) -> bool:
-    """Whether a result of ``node`` is in bfloat16 or float16."""
-    return any(output.dtype in HALF for output in getattr(node, "_input_metadata", ()))
 
 
 def needed_inputs(node: Any, count: int) -> tuple[bool, ...]:

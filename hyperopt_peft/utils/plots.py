@@ -16,25 +16,13 @@ import numpy as np
 
 from hyperopt_peft.errors import ProblemError
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-)
-COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
-GREY = "#999999"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+BLUE, RED, GREY = COLOURS[0], COLOURS[3], "#999999"
 #: The styles of the first six lines, of the next six, and so on.
 STYLES = ("-", "--", ":")
 #: The entries of a history that `level_curves` draws.
-LOSSES = {
-    "lower_loss": "lower level",
-    "loss": "lower level",
-    "upper_loss": "upper level",
-    "eval_loss": "evaluation",
-}
+LOSSES = {"lower_loss": "lower level", "loss": "lower level"}
+LOSSES |= {"upper_loss": "upper level", "eval_loss": "evaluation"}
 #: Values of a line by its name: x and y.
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -95,15 +83,12 @@ def drawing(
                 raise ProblemError(f"{path}: cannot be written ({reason})") from error
 
 
-def lines(
-    panels: Mapping[str, Lines], path: str | Path | None = None, most: int = 18, **axes: Any
-) -> Any:
+def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: Any) -> Any:
     """A panel for each title in ``panels``, one below another, with the same legend beside them.
 
     Args:
-        panels: by title, the lines by name.
+        panels: by title, the lines by name, 18 names at most.
         path: the file to write.
-        most: the lines with a colour, 18 at most: those whose y changes most; the others are grey.
         axes: properties of all axes, such as ``xlabel``, ``ylabel`` and ``yscale``.
 
     Example:
@@ -112,38 +97,24 @@ def lines(
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
         ['web', 'forum']
     """
-    change: dict[str, float] = {}
-    for named in panels.values():
-        for name, (_, y) in named.items():
-            change[name] = max(change.get(name, 0.0), abs(y[-1] - y[0]))
-    largest = sorted(change, key=lambda name: -change[name])[:most]
-    coloured = [name for name in change if name in largest]
+    names = list(dict.fromkeys(name for named in panels.values() for name in named))
     shown = {}
     height = min(4 * len(panels), 12)
     with drawing(path, 7.5, height, rows=len(panels), squeeze=False) as (figure, grid):
         for panel, (title, named) in zip(grid.flat, panels.items(), strict=True):
             for name, (x, y) in named.items():
-                style: dict[str, Any] = {"color": GREY, "linewidth": 0.7, "zorder": 1}
-                if name in coloured:
-                    group, colour = divmod(coloured.index(name), len(COLOURS))
-                    style = {"color": COLOURS[colour], "linestyle": STYLES[group]}
-                    style |= {"marker": "o", "markersize": 4} if len(x) <= 12 else {}
-                (line,) = panel.plot(x, y, **style)
-                if name in coloured:
-                    shown[name] = line
+                group, colour = divmod(names.index(name), len(COLOURS))
+                style: dict[str, Any] = {"color": COLOURS[colour], "linestyle": STYLES[group]}
+                style |= {"marker": "o", "markersize": 4} if len(x) <= 12 else {}
+                (shown[name],) = panel.plot(x, y, **style)
             panel.set(title=title, **axes)
             if panel.get_xscale() == "linear":
                 panel.locator_params(axis="x", integer=True, nbins=8)
-        some = f"{len(coloured)} of {len(change)}" if len(change) > len(coloured) else None
-        legend(figure, shown, some)
+        lines = [shown[name] for name in names]
+        legend = figure.legend(lines, names, loc="outside right upper")
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a $ in a name is a $
     return figure
-
-
-def legend(figure: Any, shown: Mapping[str, Any], title: str | None = None) -> None:
-    """The names of what is ``shown`` right of all axes; a $ in one is a $."""
-    box = figure.legend(list(shown.values()), list(shown), title=title, loc="outside right upper")
-    for text in box.get_texts():
-        text.set_parse_math(False)
 
 
 def smooth(x: Sequence[float], y: Sequence[float], share: float = 0.1) -> tuple[Any, Any]:
@@ -182,40 +153,6 @@ def level_curves(
             curves[name] = smooth(x, [record[key] for _, record in with_key], share)
     step = "upper step" if any("lower_loss" in record for record in records) else "lower step"
     return lines({"": curves}, path, xlabel=step, ylabel="loss")
-
-
-def points(
-    named: Mapping[str, tuple[float, float]],
-    path: str | Path | None = None,
-    title: str | None = None,
-    **axes: Any,
-) -> Any:
-    """A point for each name: an estimator's cost and error, for instance.
-
-    Args:
-        named: x and y by name.
-        path: the file to write.
-        title: of the legend.
-        axes: properties of the axes, such as ``xlabel`` and ``xscale``.
-
-    Example:
-        >>> figure = points({"direct": (1, 1.0), "cg": (13, 1e-3)}, xlabel="passes", yscale="log")
-        >>> [text.get_text() for text in figure.legends[0].get_texts()]
-        ['direct', 'cg']
-    """
-    with drawing(path, 8, 4) as (figure, panel):
-        shown = {}
-        for number, (name, (x, y)) in enumerate(named.items()):
-            group, colour = divmod(number, len(COLOURS))
-            style = {"color": COLOURS[colour], "marker": "osD^v"[group % 5]}
-            shown[name] = panel.scatter(x, y, s=55, zorder=3, **style)
-        panel.set(**axes)
-        for axis in (panel.xaxis, panel.yaxis):
-            if axis.get_scale() == "log":
-                axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter("")
-        legend(figure, shown, title)
-    return figure
 
 
 def intervals(
@@ -259,9 +196,9 @@ def row_scores(
 ) -> Any:
     """The distribution of the scores of training rows, and the rows that hurt and help most.
 
-    Heavy tails are cut: of the distribution at thrice the size that nine tenths of the scores do
-    not exceed, with the rows beyond in the outermost bars; of the rows at thrice the median size,
-    with the score as a number in the bar.
+    Heavy tails are cut to thrice the size that nine tenths of the scores do not exceed: the
+    outermost bars hold the rows beyond. The scores of the rows have a logarithmic axis beyond
+    their median size.
 
     Args:
         scores: of each row, ``(n,)``; NaN for one that was never seen.
@@ -278,41 +215,27 @@ def row_scores(
     seen, values = scores[~np.isnan(scores)], np.array([scores[row] for row in texts])
     height = 2.5 + 0.24 * max(len(texts), 6)
     with drawing(path, 11, height, columns=2, width_ratios=(1, 1.6)) as (figure, (left, right)):
-        end = _end(seen, 0.9)
-        bins = np.linspace(max(-end, seen.min()), min(end, seen.max()), min(40, 6 + len(seen) // 5))
-        left.hist(np.clip(seen, -end, end), bins=bins, color=GREY)
-        left.axvline(0, color="black", linewidth=0.8)
+        end = 3 * np.quantile(np.abs(seen), 0.9) or 1.0
+        left.hist(seen.clip(-end, end), bins=min(40, 6 + len(seen) // 5), color=GREY)
         beyond = int((np.abs(seen) > end).sum())
         cut = f"\noutermost bars: {beyond} rows beyond" if beyond else ""
         left.set_xlabel(f"score dΦ/dv: helps < 0 < hurts{cut}")
         left.set_ylabel("training rows")
         left.set_title(f"{len(seen)} rows, {100 * (seen > 0).mean():.0f} % of them hurt")
-        end, y_positions, hurting = _end(values, 0.5), range(len(texts)), int((values > 0).sum())
-        colours = [RED if value > 0 else BLUE for value in values]
-        right.barh(y_positions, np.clip(values, -end, end), color=colours)
-        for y, value in enumerate(values):
-            if abs(value) > end:
-                side = "right" if value > 0 else "left"
-                end_of_bar = np.sign(value) * 0.98 * end
-                right.text(end_of_bar, y, f"{value:.2g}", ha=side, va="center", color="white")
-        right.set_yticks(y_positions, list(texts.values()), fontsize=8, parse_math=False)
+        left.locator_params(axis="x", nbins=4)
+        places, hurting = range(len(texts)), int((values > 0).sum())
+        right.barh(places, values, color=[RED if value > 0 else BLUE for value in values])
+        if values.any():
+            right.set_xscale("symlog", linthresh=np.median(np.abs(values[values != 0])))
+        right.set_yticks(places, list(texts.values()), fontsize=8, parse_math=False)
         right.grid(axis="y", visible=False)
         right.invert_yaxis()
-        right.axvline(0, color="black", linewidth=0.8)
         right.set_title(
             f"the {hurting} rows that hurt most, the {len(texts) - hurting} that help most"
         )
         right.set_xlabel("score")
         for panel in (left, right):
-            panel.locator_params(axis="x", nbins=4)
-            panel.xaxis.set_major_formatter("{x:g}")
+            panel.axvline(0, color="black", linewidth=0.8)
+            panel.xaxis.set_major_formatter("{x:.2g}")
         figure.supxlabel(note, fontsize=10)
     return figure
-
-
-def _end(values: np.ndarray[Any, Any], share: float) -> float:
-    """Where an axis ends: at the largest size, or at thrice the quantile ``share`` of the sizes."""
-    if not len(values):
-        return 1.0
-    sizes = np.abs(values)
-    return float(min(sizes.max(), 3 * np.quantile(sizes, share))) or 1.0

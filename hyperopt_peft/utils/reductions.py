@@ -15,9 +15,7 @@ from torch import Tensor
 
 from hyperopt_peft.utils.distributed import ShardLayout, is_sharded, to_local, totals
 
-BLOCK = 2**16  # entries that a CPU widens or multiplies at a time, which stay in its cache
-# Between these, a sum of float32 products has lost nothing to underflow, and has not overflowed.
-SINGLE_RANGE = 1e-20, 1e38
+BLOCK = 2**14  # entries that a CPU widens at a time, which stay in its cache
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
@@ -64,24 +62,14 @@ def summed(scalars: Sequence[Tensor]) -> Tensor:
 def dot_product(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of two tensors, a scalar in float64.
 
-    The sum is in float64; on a CPU, that of two float32 tensors with more than ``BLOCK`` entries is
-    in float32 if it is then in ``SINGLE_RANGE``: .5 to .65 of the time, and at most 1e-7·Σ|aᵢ·bᵢ|
-    off for up to 10 million constants, signs, normal and uniform numbers.
+    On a CPU more than ``BLOCK`` entries are widened a block at a time.
     """
     if b is a:
         return squares([a])[0]
-    on_cpu = a.device.type == "cpu"
     a, b = a.detach().flatten(), b.detach().flatten()
-    if a.dtype == torch.float64 or not on_cpu or len(a) <= BLOCK:
-        return torch.dot(a.double(), b.double())
-    pairs = list(zip(a.split(BLOCK), b.split(BLOCK)))
-    if a.dtype == b.dtype == torch.float32:
-        # sum() adds pairwise. dot() is the BLAS's, which on some processors keeps few running sums.
-        single = torch.stack([(x * y).sum() for x, y in pairs]).double().sum()
-        least, most = SINGLE_RANGE
-        if least < abs(single.item()) < most:  # no wait, since the number is on the CPU
-            return single
-    return torch.stack([torch.dot(x.double(), y.double()) for x, y in pairs]).sum()
+    size = BLOCK if a.is_cpu else max(1, len(a))
+    blocks = zip(a.split(size), b.split(size), strict=True)
+    return torch.stack([torch.dot(x.double(), y.double()) for x, y in blocks]).sum()
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

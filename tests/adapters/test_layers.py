@@ -1,12 +1,13 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from hyperopt_peft.adapters import dora_layers, gram_penalty, lora_layers
+from hyperopt_peft.adapters import dora_layers, gram_penalty, lora_layers, split_parameters
 from hyperopt_peft.adapters.layers import (
     base_weight,
     direction,
@@ -71,13 +72,6 @@ def test_layers_come_in_model_order_with_their_module_names() -> None:
     assert all(model.get_submodule(name) is layer for name, layer in dora_layers(model))
 
 
-def test_an_adapter_can_be_named() -> None:
-    model = dora_bert()
-    model.add_adapter("other", model.peft_config["default"].__class__(target_modules=["key"]))
-    assert len(dora_layers(model, "default")) == 4
-    assert [name.rpartition(".")[2] for name, _ in lora_layers(model, "other")] == ["key", "key"]
-
-
 class QuantisedLinear(nn.Linear):
     """Stands for the many quantised layers that subclass nn.Linear."""
 
@@ -93,7 +87,6 @@ def two_active() -> Any:
     model = single()
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
-    assert len(lora_layers(model, "other")) == 1
     return model
 
 
@@ -139,8 +132,7 @@ def without_a_magnitude() -> Any:
     ("bad", "fragment"),
     [
         (lambda: lora_layers(bert()), r"peft_model: .*BertFor"),
-        (lambda: lora_layers(dora_bert(), "other"), r"adapter_name: .*'other'.*default"),
-        (lambda: lora_layers(two_active()), r"\['default', 'other'\].*adapter_name"),
+        (lambda: lora_layers(two_active()), r"\['default', 'other'\].*set_adapter"),
         (lambda: lora_layers(ia3()), "adapter 'default'"),
         (lambda: lora_layers(merged()), r"query: .*merged.*'default'"),
         (lambda: dora_layers(dora_bert(use_dora=False)), r"layer\.0.*query: .*use_dora"),
@@ -179,3 +171,75 @@ def test_gpt2_layers_have_out_by_in_directions() -> None:
     }
     assert shapes == {"attn.c_attn": (24, 8), "attn.c_proj": (8, 8), "mlp.c_proj": (8, 32)}
     model(token_ids())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_type_has_one_magnitude_and_two_factors(kind: str) -> None:
+    split = split_parameters(single(kind))
+    name = "embedding_" if kind == "embedding" else ""
+    suffix = "" if kind == "embedding" else ".weight"
+    prefix = "base_model.model.layer.lora_"
+    assert list(split.magnitudes) == [f"{prefix}magnitude_vector.default.weight"]
+    assert list(split.directions) == [
+        f"{prefix}{name}A.default{suffix}",
+        f"{prefix}{name}B.default{suffix}",
+    ]
+    assert split.rest == {}
+
+
+def test_the_three_groups_partition_the_trainable_parameters_in_model_order() -> None:
+    model = dora_bert(target_modules=["query", "value", "word_embeddings"])
+    split = split_parameters(model)
+    assert (len(split.magnitudes), len(split.directions)) == (5, 10)
+    assert list(split.rest) == [
+        "base_model.model.classifier.modules_to_save.default.weight",
+        "base_model.model.classifier.modules_to_save.default.bias",
+    ]
+    named = dict(model.named_parameters())
+    merged = split.magnitudes | split.directions | split.rest
+    assert all(named[name] is parameter for name, parameter in merged.items())
+    trainable = [name for name, parameter in named.items() if parameter.requires_grad]
+    assert sorted(merged) == sorted(trainable)
+    order = list(named)
+    for group in (split.magnitudes, split.directions, split.rest):
+        assert list(group) == sorted(group, key=order.index)
+
+
+def test_names_of_users_do_not_matter() -> None:
+    """Trainable modules of the user's that are called as PEFT's parameters belong to the rest."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.lora_A_head = nn.Linear(3, 3, bias=False)
+            self.lora_magnitude_vector_head = nn.Linear(3, 3, bias=False)
+
+    heads = ["lora_A_head", "lora_magnitude_vector_head"]
+    split = split_parameters(wrap(Model(), modules_to_save=heads))
+    assert (len(split.magnitudes), len(split.directions)) == (1, 2)
+    assert list(split.rest) == [
+        f"base_model.model.{head}.modules_to_save.default.weight" for head in heads
+    ]
+
+
+def test_only_the_active_adapter_is_split() -> None:
+    model = dora_bert()
+    model.add_adapter("other", LoraConfig(target_modules=["key"], use_dora=True, r=3))
+    assert all(".default." in name for name in split_parameters(model).magnitudes)
+    model.set_adapter("other")
+    split = split_parameters(model)
+    assert len(split.magnitudes) == 2
+    assert all(".key." in name and ".other." in name for name in split.directions)
+
+
+def test_error_for_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
+    dora_bert().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is_trainable"):
+        split_parameters(PeftModel.from_pretrained(bert(), tmp_path))
+
+    model = PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True)
+    assert len(split_parameters(model).directions) == 8
+    next(iter(split_parameters(model).directions.values())).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"query\.lora_A\.default\.weight: "):
+        split_parameters(model)

@@ -158,10 +158,11 @@ def test_detach_is_peft_again(kind: str) -> None:
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
-def test_only_the_named_adapter_changes() -> None:
+def test_only_the_active_adapter_changes() -> None:
     model = single()
     model.add_adapter("other", model.peft_config["default"])
-    set_norm_grad(model, adapter_name="other")
+    model.set_adapter("other")
+    set_norm_grad(model)
     chosen = adapted_layer(model).lora_variant
     assert type(chosen["default"]) is variants.DoraLinearVariant
     assert type(chosen["other"]) is not variants.DoraLinearVariant

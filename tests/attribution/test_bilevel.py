@@ -1,5 +1,6 @@
 """Scores of rows at both levels of a bilevel run, against retraining in float64."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,20 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft import (
+    BiDoRA,
     BilevelTrainer,
     BilevelTrainingArguments,
+    Method,
     ProblemError,
     attribute,
 )
-from hyperopt_peft.problems import BiDoRA, DoRA
+from hyperopt_peft.problems import DoRA
 from hyperopt_peft.problems.common import TaskLevel
-from tests.support.attributed import differences, setup_of
+from hyperopt_peft.utils.models import trainable
+from tests.support.attributed import error, error_of_slopes, require_equal, setup_of
 from tests.support.attributed_bilevel import ROWS, STEPS, engine, evaluation_of, ones
-from tests.support.trainers import arguments, data, peft_model, values
-
-
-def close(scores: Tensor, truth: Tensor, tolerance: float = 1e-6) -> bool:
-    return float((scores - truth).norm() / truth.norm()) < tolerance
+from tests.support.methods import ARGUMENTS, LayerScales, RowWeights
+from tests.support.trainers import data, peft_model
 
 
 @pytest.mark.parametrize("memory_limit", [1.0, 8e-6])
@@ -29,9 +30,13 @@ def test_scores_are_slopes_of_the_engines_runs(memory_limit: float) -> None:
     """Momentum, schedules, clipping and dropout at both levels; by `Engine.run` itself."""
     weights = ones()
     levels = engine(weights)
-    options = {"training_steps": STEPS, "memory_limit": memory_limit, "progress": False}
-    result = attribute(levels, weights, evaluation_of(levels), **options)  # type: ignore[arg-type]
+    options: Any = {"training_steps": STEPS, "memory_limit": memory_limit, "progress": False}
+    result = attribute(levels, weights, evaluation_of(levels), **options)
     assert (setup_of(result).run.checkpoints.every > 1) == (memory_limit < 1)
+    plain = engine(ones())
+    plain.run(STEPS)
+    for mine, theirs in ((levels.lower, plain.lower), (levels.upper, plain.upper)):
+        assert all(map(torch.equal, mine.variables, theirs.variables))
     slopes = []
     for row in range(ROWS):
         ends = []
@@ -43,17 +48,7 @@ def test_scores_are_slopes_of_the_engines_runs(memory_limit: float) -> None:
             again.run(STEPS)
             ends.append(float(evaluation_of(again)()))
         slopes.append((ends[0] - ends[1]) / 2e-5)
-    assert close(result.scores, torch.tensor(slopes, dtype=torch.float64))
-
-
-def test_the_run_is_the_engines_own() -> None:
-    weights = ones()
-    levels = engine(weights)
-    attribute(levels, weights, evaluation_of(levels), training_steps=STEPS, progress=False)
-    plain = engine(ones())
-    plain.run(STEPS)
-    for mine, theirs in ((levels.lower, plain.lower), (levels.upper, plain.upper)):
-        assert all(map(torch.equal, mine.variables, theirs.variables))
+    assert error(result.scores, torch.tensor(slopes, dtype=torch.float64)) < 1e-6
 
 
 def test_estimators_without_a_known_derivative_are_refused() -> None:
@@ -69,11 +64,24 @@ def test_estimators_without_a_known_derivative_are_refused() -> None:
         attribute(levels, weights, evaluation_of(levels), training_steps=2)
 
 
-def bidora(
-    folder: Path, *, apart: bool = False, gamma: float = 0.0, **options: Any
-) -> BilevelTrainer:
-    """BiDoRA in float64: dropout, accumulation, clipping, warm-up and decay, on 12 rows."""
-    model = peft_model(r=2).double()
+@dataclass
+class Head(Method):
+    """The head above; below a loss by the rows' numbers, and again on some of the rows."""
+
+    tags = ("index",)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        return {name: p for name, p in trainable(model) if "classifier" in name}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return task_loss(batch) * (1 + batch["index"].double().mean() / 12)
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        return train.select(range(0, 12, 2))
+
+
+def trained(folder: Path, method: Method, *, apart: bool = False, **options: Any) -> BilevelTrainer:
+    """In float64: dropout, accumulation, clipping, warm-up and decay, on 12 rows."""
     settings = {
         "hypergradient": "direct",
         "gradient_accumulation_steps": 2,
@@ -86,74 +94,60 @@ def bidora(
         "weight_decay": 0.1,
         "retrain_arguments": {"max_steps": 3},
     }
-    args = arguments(folder, **{**settings, **options})
-    sets = {"train_dataset": data(rows=12)}
+    args = BilevelTrainingArguments(str(folder), **{**ARGUMENTS, **settings, **options})
+    sets = {"train_dataset": data(rows=12), "eval_dataset": data(rows=6, seed=1)}
     if apart:
-        sets = {"train_dataset": data(rows=9), "upper_dataset": data(rows=3, seed=5)}
-    sets["eval_dataset"] = data(rows=6, seed=1)
-    return BilevelTrainer(model, args, method=BiDoRA(gamma), **sets)
+        sets |= {"train_dataset": data(rows=9), "upper_dataset": data(rows=3, seed=5)}
+    model = peft_model(r=2, dora=isinstance(method, BiDoRA | DoRA)).double()
+    return BilevelTrainer(model, args, method=method, **sets)
 
 
-@pytest.mark.parametrize(
-    ("retrain", "apart"), [("none", False), ("warm", True), ("scratch", False)]
-)
-def test_scores_of_bidora_are_slopes_of_retraining(
-    tmp_path: Path, retrain: str, apart: bool
+CASES = [
+    (BiDoRA(gamma=0.1), "none", False),
+    (BiDoRA(gamma=0.1), "warm", True),
+    (BiDoRA(gamma=0.1), "scratch", False),
+    (Head(), "warm", False),
+]
+
+
+@pytest.mark.parametrize(("method", "retrain", "apart"), CASES)
+def test_scores_of_a_method_are_slopes_of_retraining(
+    tmp_path: Path, method: Method, retrain: str, apart: bool
 ) -> None:
-    """Rows of both levels, in the user's order, and both phases."""
-    trainer = bidora(tmp_path, apart=apart, retrain=retrain, gamma=0.1)
-    result = attribute(trainer, progress=False)
-    truth = differences(result)
-    assert close(result.scores, truth)
-    assert result.scores.shape == (12,) and bool((truth != 0).all())
-
-
-@pytest.mark.parametrize("retrain", ["none", "warm", "scratch"])
-def test_the_run_is_bidoras_own(tmp_path: Path, retrain: str) -> None:
-    plain = bidora(tmp_path / "plain", retrain=retrain)
+    """Rows of both levels, in the user's order, and both phases; the run is the trainer's own."""
+    plain = trained(tmp_path / "plain", method, apart=apart, retrain=retrain)
     plain.train()
-    watched = bidora(tmp_path / "watched", retrain=retrain)
-    result = attribute(watched, progress=False)
-    for name, value in values(watched.model).items():
-        assert torch.allclose(value, values(plain.model)[name], rtol=1e-9, atol=1e-12), name
-    run = setup_of(result).run
-    with run.repeated(run.row_weights):
-        assert setup_of(result).values()["all"] == pytest.approx(result.values["all"], rel=1e-9)
+    trainer = trained(tmp_path / "watched", method, apart=apart, retrain=retrain)
+    result = attribute(trainer, progress=False)
+    require_equal(trainer.model, plain.model, 1e-9)
+    assert error_of_slopes(result) < 1e-6
+    assert result.scores.shape == (12,) and bool((result.scores != 0).all())
 
 
-def test_leaving_rows_out_is_training_without_them(tmp_path: Path) -> None:
-    """The scores' sum is the first-order change, whose error falls with the weights' square."""
-    result = attribute(bidora(tmp_path, retrain="warm"), progress=False)
-    setup, direction = setup_of(result), torch.linspace(-1, 1, 12, dtype=torch.float64)
-    errors = []
-    for length in (1e-2, 1e-3):
-        with setup.run.repeated(setup.run.row_weights + length * direction):
-            moved = setup.values()["all"] - result.values["all"]
-        errors.append(abs(moved - length * float(result.scores @ direction)))
-    assert errors[1] < 0.05 * errors[0]
-
-
-def test_a_control_has_one_level(tmp_path: Path) -> None:
-    """Its norm is out of the gradient, as PEFT's is, so that one of LoRA is what has scores."""
-    sets = {"train_dataset": data(), "eval_dataset": data(seed=1)}
-    control = BilevelTrainer(peft_model(), arguments(tmp_path), method=DoRA(), **sets)
-    with pytest.raises(ProblemError, match="use_fast_dora"):
-        attribute(control, progress=False)
-
-
-def test_other_trainers_of_two_levels_are_refused(tmp_path: Path) -> None:
+def with_levels(folder: Path) -> BilevelTrainer:
+    """A trainer of two levels without a method."""
     model = peft_model()
     halves = [list(model.named_parameters())[k::2] for k in range(2)]
     lower, upper = ([(n, p) for n, p in half if p.requires_grad] for half in halves)
-    trainer = BilevelTrainer(
+    return BilevelTrainer(
         model,
         lower=lambda t: TaskLevel(model, lower, task_loss=t.task_loss),
         upper=lambda t: TaskLevel(model, upper, task_loss=t.task_loss),
-        args=BilevelTrainingArguments(
-            str(tmp_path), hypergradient="direct", use_cpu=True, report_to="none"
-        ),
+        args=BilevelTrainingArguments(str(folder), **{**ARGUMENTS, "hypergradient": "direct"}),
         train_dataset=data(rows=24),
         eval_dataset=data(rows=6, seed=1),
     )
-    with pytest.raises(ProblemError, match="an Engine"):
-        attribute(trainer, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (with_levels, "an Engine"),
+        (lambda folder: trained(folder, DoRA()), "use_fast_dora"),  # PEFT's norm
+        (lambda folder: trained(folder, LayerScales()), "LayerScales.finish"),
+        (lambda folder: trained(folder, RowWeights()), "does not read the row weights"),
+    ],
+)
+def test_other_trainers_are_refused(tmp_path: Path, make: Any, named: str) -> None:
+    with pytest.raises(ProblemError, match=named):
+        attribute(make(tmp_path), progress=False)

@@ -8,26 +8,20 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import attribute
-from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.check import check_scores
 from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.evaluation import Evaluation
-from hyperopt_peft.attribution.head import HeadTraining, chosen_l2, losses_of_features
-from hyperopt_peft.attribution.scores import RetrainingSetup, scores
+from hyperopt_peft.attribution.head import HeadTraining, batch_of, chosen_l2
+from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
-from tests.support.attributed import differences
-from tests.support.trainers import data, peft_model, ragged, values
+from tests.support.attributed import error_of_slopes, require_equal
+from tests.support.trainers import data, peft_model, ragged
 
 
 def trainer(folder: Path, kind: str = "classes", **options: Any) -> Trainer:
     args = TrainingArguments(str(folder), report_to="none", use_cpu=True)
     sets = {"train_dataset": data(kind, 14), "eval_dataset": data(kind, 7, seed=1)}
     return Trainer(peft_model(kind, dora=False), args, **sets | options)
-
-
-def on_head(folder: Path, kind: str = "classes", **options: Any) -> Attribution:
-    return attribute(trainer(folder, kind, **options), model="head", progress=False)
 
 
 def features(count: int, seed: int = 0, noise: float = 1.0) -> Features:
@@ -47,9 +41,8 @@ def fitted(rows: Features, l2: float = 0.1) -> HeadTraining:
 def test_scores_are_slopes_of_the_minimum(tmp_path: Path, kind: str) -> None:
     """Of tokens a row has a score, whatever the number of its tags."""
     rows = ragged(kind, 14) if kind == "tokens" else data(kind, 14)
-    result = on_head(tmp_path, kind, train_dataset=rows)
-    truth = differences(result, 1e-2)
-    assert float((result.scores - truth).norm() / truth.norm()) < 1e-3
+    result = attribute(trainer(tmp_path, kind, train_dataset=rows), model="head", progress=False)
+    assert error_of_slopes(result, 1e-2) < 1e-3
     assert result.settings["residuals"]["all"] < 1e-6
     if kind == "soft":  # the binary cross entropy that the model itself has, below that of 1/2
         assert 0.2 < result.values["all"] < 0.8
@@ -57,22 +50,13 @@ def test_scores_are_slopes_of_the_minimum(tmp_path: Path, kind: str) -> None:
 
 def test_scores_predict_other_minima() -> None:
     """LDS from .98, and a slope of about 1, without 5 % of 300 rows."""
-    training, above = fitted(features(300)), features(100, seed=1)
-    head = training.level.head
-
-    def phi() -> torch.Tensor:
-        return losses_of_features(head, above)[0].mean()
-
-    setup = RetrainingSetup(
-        training,
-        Evaluation(training.weights, phi),
-        {"all": 1.0},
-        training.level,
-        lambda: training.features,
-    )
+    training, above = fitted(features(300)), batch_of(features(100, seed=1))
+    phi = Evaluation(training.weights, training.level.rows.mean([above]))
+    rows = batch_of(training.features)
+    setup = RetrainingSetup(training, phi, {"all": 1.0}, training.level, lambda: rows)
     estimator = parse_estimator(HEAD_ESTIMATOR)
     by_slice, _ = scores(setup, estimator)
-    check = check_scores(setup, estimator, by_slice, setup.values(), 20, 0.05, None, 0)
+    check = check_scores(setup, estimator, by_slice, phi.values(), 20, 0.05, None, 0)
     assert check.lds > 0.98 and check.trustworthy and check.of_head
 
 
@@ -109,6 +93,5 @@ def test_the_trainer_and_its_model_stay(tmp_path: Path) -> None:
     result.to_csv(tmp_path / "attribution.csv")
     again = attribute(watched, evaluation=rows, **options)
     assert torch.allclose(again.scores, result.scores)
-    expected = values(unchanged.model)
-    assert all(torch.equal(value, expected[k]) for k, value in values(watched.model).items())
+    require_equal(watched.model, unchanged.model, 0.0)
     assert watched.state.global_step == 0

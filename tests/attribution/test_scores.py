@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperopt_peft import NonFiniteError, Problem, ProblemError, attribute
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
-from tests.support.attributed import ROWS, STEPS, differences, levels, scored, setup_of
+from tests.support.attributed import ROWS, STEPS, error, error_of_slopes, levels, scored, setup_of
 
 OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
@@ -25,10 +25,6 @@ OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-def error(scores: Tensor, truth: Tensor) -> float:
-    return float((scores - truth).norm() / truth.norm())
-
-
 @pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_the_whole_run_is_differentiated(
@@ -36,19 +32,7 @@ def test_the_whole_run_is_differentiated(
 ) -> None:
     """Dropout masks, momentum, a schedule and clipping included."""
     result = scored(levels(optimizer, clip=clip, scheduled=True, **options))
-    assert error(result.scores, differences(result)) < 1e-6
-
-
-def test_a_repetition_is_the_run_itself() -> None:
-    lower, weights, phi = levels(scheduled=True, clip=0.2)
-    result = scored((lower, weights, phi))
-    ends = [v.detach().clone() for v in lower.variables]
-    run = setup_of(result).run
-    with run.repeated(run.row_weights):
-        for variable, end in zip(lower.variables, ends, strict=True):
-            assert torch.allclose(variable, end, rtol=1e-12, atol=1e-14)
-    assert all(map(torch.equal, lower.variables, ends))
-    assert torch.equal(weights, torch.ones_like(weights))
+    assert error_of_slopes(result) < 1e-6
 
 
 def test_checkpoints_change_the_memory_and_nothing_else() -> None:
@@ -67,20 +51,16 @@ def test_passes_are_at_most_four_trainings() -> None:
 def test_slices_are_those_of_one_run() -> None:
     """Each as on its own, and the whole is their mean."""
     lower, weights, first = levels()
-    x = lower.x[:2]  # type: ignore[attr-defined]
-
-    def second() -> Tensor:
-        return lower.net[3](lower.net[1](lower.net[0](x))).square().sum()  # type: ignore[attr-defined]
-
-    result = scored((lower, weights, {"a": first, "b": [second, first]}))  # type: ignore[arg-type]
+    several: Any = {"a": first, "b": [lambda: lower.variables[0].square().sum(), first]}
+    result = scored((lower, weights, several))
     assert error(result.by_slice["a"], scored(levels()).scores) < 1e-12
     assert torch.allclose(result.scores, (result.by_slice["a"] + result.by_slice["b"]) / 2)
-    assert error(result.scores, differences(result)) < 1e-6
+    assert error_of_slopes(result) < 1e-6
 
 
 def test_truncation_and_first_order_products() -> None:
     exact = scored(levels()).scores
-    last = scored(levels(), estimator=f"unrolled:steps={STEPS}").scores
+    last = scored(levels(), estimator=Unrolled(steps=STEPS)).scores
     short = scored(levels(), estimator="unrolled:steps=5").scores
     difference = scored(levels(), estimator="unrolled:product=difference").scores
     assert error(last, exact) < 1e-12
@@ -88,8 +68,9 @@ def test_truncation_and_first_order_products() -> None:
     assert error(difference, exact) < 1e-4
 
 
-def test_an_implicit_method_is_the_influence_function() -> None:
-    """−∂²f/∂v∂w [∂²f/∂w² + damping]⁻¹ ∂Φ/∂w by autograd, for a model without dropout."""
+@pytest.mark.parametrize("estimator", ["minres:steps=50", "cg:steps=50", "gradient"])
+def test_a_method_of_the_end_is_the_influence_function(estimator: str) -> None:
+    """−∂²f/∂v∂w H⁻¹ ∂Φ/∂w with H of the mean loss, and for ``gradient`` the identity."""
     torch.manual_seed(0)
     x, y = torch.randn(ROWS, 3, dtype=torch.float64), torch.randn(ROWS, dtype=torch.float64)
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -100,39 +81,18 @@ def test_an_implicit_method_is_the_influence_function() -> None:
             return (v[rows] * (x[rows] @ w - y[rows]).square()).mean()
 
     lower = Ridge([w], data=list(torch.arange(ROWS).split(4)), optimizer=torch.optim.SGD([w], 0.1))
-    point = torch.ones(3, dtype=torch.float64)
-
-    def evaluation() -> Tensor:
-        return (w @ point - 1).square()
-
-    result = attribute(
-        lower, v, evaluation, training_steps=20, estimator="minres:steps=50", progress=False
-    )
-    end = w.detach()
-    residual = x @ end - y
-    hessian = 2 / ROWS * x.T @ x
-    b = 2 * (end @ point - 1) * point
-    rows = 2 / ROWS * residual[:, None] * x
-    assert error(result.scores, -rows @ torch.linalg.solve(hessian, b)) < 1e-6
-    result = scored((lower, v, evaluation), training_steps=3, estimator="gradient")
-    end = w.detach()
-    rows, b = 2 / ROWS * (x @ end - y)[:, None] * x, 2 * (end @ point - 1) * point
-    assert error(result.scores, -rows @ b) < 1e-6
+    options = {"training_steps": 20, "estimator": estimator}
+    result = scored((lower, v, lambda: (w.sum() - 1).square()), **options)
+    end, hessian = w.detach(), 2 / ROWS * x.T @ x
+    rows, b = 2 / ROWS * (x @ end - y)[:, None] * x, 2 * (end.sum() - 1) * torch.ones_like(end)
+    solution = b if estimator == "gradient" else torch.linalg.solve(hessian, b)
+    assert error(result.scores, -rows @ solution) < 1e-6
 
 
 def test_unseen_rows_have_no_score() -> None:
     result = scored(levels(rows=10))
     assert result.scores[10:].isnan().all() and result.scores[:10].isfinite().all()
     assert result.settings["unseen"] == 2 and (result.ranks()[10:] == 0).all()
-
-
-def test_the_weights_and_the_rows_to_keep_follow_the_scores() -> None:
-    result = scored(levels())
-    weights = result.weights()
-    assert float(weights.mean()) == pytest.approx(1)
-    assert torch.equal(weights.argsort(stable=True)[-1], result.scores.argsort(stable=True)[0])
-    worst = int(result.scores.argmax())
-    assert result.without(1 / ROWS) == [row for row in range(ROWS) if row != worst]
 
 
 def test_a_removal_is_the_training_without_the_rows() -> None:
@@ -177,25 +137,14 @@ def test_a_run_that_diverges_is_named() -> None:
         scored(levels(torch.optim.SGD, lr=1e300))
 
 
-def test_weights_of_scores_that_all_hurt_alike() -> None:
-    """Weights of mean 1 can only move from row to row."""
+def test_weights_and_rows_to_keep_follow_the_scores() -> None:
+    """Weights of mean 1, also of scores that all hurt."""
     scores = torch.tensor([1.0, 1.01, 1.02, torch.nan], dtype=torch.float64)
-    weights = Attribution(scores, {"all": scores}, scores, {}, {}).weights()
-    assert torch.allclose(weights, torch.tensor([2.0, 1.0, 0.0, 1.0], dtype=torch.float64))
+    result = Attribution(scores, {"all": scores}, scores, {}, {})
+    assert torch.allclose(result.weights(), torch.tensor([2.0, 1.0, 0.0, 1.0]).double())
+    assert result.without(0.25) == [0, 1, 3]
     same = torch.ones(3, dtype=torch.float64)
     assert torch.equal(Attribution(same, {"all": same}, same, {}, {}).weights(), same)
-
-
-def test_an_estimator_is_as_its_name() -> None:
-    for name, estimator in (("unrolled", Unrolled()), ("unrolled:steps=5", Unrolled(steps=5))):
-        named, constructed = (scored(levels(), estimator=e) for e in (name, estimator))
-        assert torch.equal(named.scores, constructed.scores)
-        assert named.settings["estimator"] == name
-
-
-def test_a_picture_of_an_unknown_format_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ProblemError, match="unknown: cannot be written"):
-        scored(levels()).plot(tmp_path / "x.unknown")
 
 
 def test_a_column_of_the_data_is_not_overwritten(tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hyperopt_peft import BiDoRA, ProblemError, attribute, bilevel
+from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError, attribute, bilevel
 from hyperopt_peft.attribution import Attribution
-from tests.support.attributed import differences
+from tests.support.attributed import error, error_of_slopes, require_equal, setup_of
 from tests.support.language import LAYOUTS, language_model, lora, quantised, rows, tokenizer
-from tests.support.trainers import values
 
 trl = pytest.importorskip("trl")
 
@@ -68,31 +67,20 @@ def test_scores_are_slopes_of_retraining(tmp_path: Path, monkeypatch: pytest.Mon
     )
     trainer.model.double()
     result = attributed(trainer)
-    truth = differences(result, 1e-5)
-    assert float((result.scores - truth).norm() / truth.norm()) < 1e-6
+    assert error_of_slopes(result) < 1e-6
 
 
 @pytest.mark.parametrize("layout", ["completion", "messages"])
 def test_scores_are_those_of_a_stock_trainer_with_the_same_tokens(
     tmp_path: Path, layout: str
 ) -> None:
-    trainer = sft(tmp_path, layout)
-    data = {
-        name: [trainer.data_collator([row]) for row in getattr(trainer, name)]
-        for name in ("train_dataset", "eval_dataset")
-    }
-    plain = {
-        name: [{key: row[key][0].tolist() for key in ("input_ids", "labels")} for row in of_name]
-        for name, of_name in data.items()
-    }
-    stock = Trainer(
-        sft(tmp_path, layout).model,
-        TrainingArguments(str(tmp_path), **SETTINGS),
-        data_collator=DataCollatorForSeq2Seq(tokenizer()),
-        **plain,
-    )
-    scores = attributed(trainer).scores
-    expected = attributed(stock).scores
+    trainer, plain = sft(tmp_path, layout), {}
+    for name in ("train_dataset", "eval_dataset"):
+        batches = [trainer.data_collator([row]) for row in getattr(trainer, name)]
+        plain[name] = [{k: b[k][0].tolist() for k in ("input_ids", "labels")} for b in batches]
+    model, args = sft(tmp_path, layout).model, TrainingArguments(str(tmp_path), **SETTINGS)
+    stock = Trainer(model, args, data_collator=DataCollatorForSeq2Seq(tokenizer()), **plain)
+    scores, expected = attributed(trainer).scores, attributed(stock).scores
     assert torch.allclose(scores, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
@@ -114,8 +102,7 @@ def test_the_run_is_the_trainers_own(tmp_path: Path) -> None:
     plain.train()
     result = attributed(watched)
     assert result.columns.keys() == {"prompt", "completion"}
-    for name, value in values(watched.model).items():
-        assert torch.allclose(value, values(plain.model)[name], rtol=1e-4, atol=1e-6), name
+    require_equal(watched.model, plain.model, 1e-4)
     shown, again = plain.evaluate(), watched.evaluate()
     assert result.values["all"] == pytest.approx(shown["eval_loss"], rel=1e-4)
     counted = {"eval_loss", "eval_entropy", "eval_mean_token_accuracy"}
@@ -137,42 +124,57 @@ def test_a_base_in_4_bits_has_the_scores_of_its_weights(tmp_path: Path) -> None:
         attributed(sft(tmp_path, model=model)).scores
         for model in (quantised(tmp_path / "model"), quantised(tmp_path / "model").dequantize())
     )
-    assert float((scores - expected).norm() / expected.norm()) < 1e-5
+    assert error(scores, expected) < 1e-5
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"args": {"loss_type": "dft"}}, "a loss of its own"),
     ({"layout": "packed"}, "packing: a pack is one row"),
     ({"args": {"padding_free": True, "max_length": None}}, "padding_free=False"),
+    ({"offloading": True}, "activation_offloading"),
 ]
 
 
 @pytest.mark.parametrize(("options", "fragment"), BAD)
 def test_bad_input_is_named(tmp_path: Path, options: dict[str, Any], fragment: str) -> None:
+    options = dict(options)
+    offloading = options.pop("offloading", False)
+    trainer = sft(tmp_path, **options)
+    trainer.args.activation_offloading = offloading  # without a GPU TRL cannot begin with it
     with pytest.raises(ProblemError, match=fragment):
-        attributed(sft(tmp_path, **options))
-
-
-def test_activation_offloading_is_refused(tmp_path: Path) -> None:
-    trainer = sft(tmp_path)
-    trainer.args.activation_offloading = True  # without a GPU TRL cannot begin with it
-    with pytest.raises(ProblemError, match="activation_offloading"):
         attributed(trainer)
 
 
-def test_two_levels_over_it_are_refused(tmp_path: Path) -> None:
-    kind = bilevel(trl.SFTTrainer)
-    trainer = kind(
-        language_model(),
-        method=BiDoRA(),
-        args=kind.Arguments(str(tmp_path), **SETTINGS),
-        train_dataset=rows(count=10),
-        eval_dataset=rows(count=4, seed=1),
-        processing_class=tokenizer(),
-        peft_config=lora(use_dora=True),
-    )
-    with pytest.raises(ProblemError, match="has levels whose share of each row is not known"):
-        attributed(trainer)
+def test_two_levels_over_it_have_scores(tmp_path: Path) -> None:
+    """Of rows as the trainer has prepared them; the run is its own."""
+    kind = BilevelTrainer.over(trl.SFTTrainer)
+    settings = {
+        **SETTINGS,
+        "retrain_arguments": {"max_steps": 2},
+        "upper_fraction": 0.3,
+        "lower_steps": 2,
+    }
+
+    def trainer(folder: str) -> Any:
+        return kind(
+            language_model(),
+            args=kind.Arguments(str(tmp_path / folder), **settings),
+            method=BiDoRA(),
+            train_dataset=rows(count=10),
+            eval_dataset=rows(count=4, seed=1),
+            processing_class=tokenizer(),
+            peft_config=lora(),
+        )
+
+    plain, watched = trainer("plain"), trainer("watched")
+    plain.train()
+    result = attributed(watched)
+    require_equal(watched.model, plain.model, 1e-4)
+    assert result.columns["prompt"] == rows(count=10)["prompt"][:]
+    direction = 0.03 * result.scores.sign()
+    with setup_of(result).run.repeated(1 + direction):
+        change = setup_of(result).evaluation.values()["all"] - result.values["all"]
+    assert change == pytest.approx(float(direction @ result.scores), rel=0.2)
 
 
 def test_a_loss_of_pairs_is_refused(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def task() -> trainers.Task:
     return trainers.Task("small", model, lora, rows, 14, recipe)
 
 
+@pytest.mark.slow
 def test_methods_share_the_retrainings_of_a_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

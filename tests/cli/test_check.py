@@ -32,8 +32,8 @@ def test_the_levels_are_in_words_and_every_default_estimator_in_the_table(
     chosen = CheckArguments().chosen(Spectrum(1.0, 1.0), 1.0)
     assert [m.partition(":")[0] for m in table(text)] == [m.partition(":")[0] for m in chosen]
     assert "against retraining:steps=2,directions=1,lr=" in text and "ξ =" in text
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.html"]
-    assert "against retraining" in (tmp_path / "out/check.html").read_text()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.md"]
+    assert "against retraining" in (tmp_path / "out/check.md").read_text()
 
 
 def test_defaults_follow_from_the_measured_spectrum() -> None:

@@ -25,7 +25,7 @@ def test_yaml_example_is_planned(
     model = save_model(tmp_path / "model")
     run("train", "config.yaml", "--dry-run", "--use_cpu", model=model)
     printed = capsys.readouterr().out
-    assert "method: bidora\n" in printed
+    assert "method: BiDoRA(" in printed
     assert "estimator: minres:steps=5,damping=0.2" in printed
     # 48 examples after the evaluation's 12: 38 and 10; 5 epochs of 3 batches, and again.
     assert "examples: 38 lower level, 10 upper level, 48 retraining, 12 evaluation" in printed
@@ -48,8 +48,8 @@ def test_yaml_example_of_language_models_is_read(
 
 def test_named_options_and_tasks_exist(capsys: pytest.CaptureFixture[str]) -> None:
     options = {"--help", "--help_all", "--version"}
-    for command in COMMANDS:
-        main([command, "--help"])
+    for argv in [*([command] for command in COMMANDS), ["train", "--method", "sources"]]:
+        main([*argv, "--help"])
         options |= set(re.findall(r"--\w[\w-]*", capsys.readouterr().out))
     assert set(re.findall(r"--\w[\w-]*", TEXT)) <= options
     assert set(re.findall(r"^\| `([\w-]+)`", TEXT, re.MULTILINE)) == set(TASKS)

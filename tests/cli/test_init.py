@@ -9,21 +9,22 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset
 
-from hyperopt_peft.cli.config import divided
+from hyperopt_peft.cli.attribute import TYPES
 from hyperopt_peft.cli.guess import guess
-from hyperopt_peft.cli.listing import names_of
 from hyperopt_peft.cli.main import main
+from hyperopt_peft.cli.options import divided, names_of
 from tests.support.cli import refused, run
 from tests.support.files import KINDS, rows, save_model, write
 
 TEXTS = [f"text number {k}" for k in range(20)]
 CLASSES, AB = "text-classification", ["a", "b"] * 10
+MIXED = {"text": TEXTS, "n": [*range(20)], "meta": [{"a": 1}] * 20, "label": AB}
 
 
-def guessed(table: dict[str, list[Any]], command: str = "train", **given: Any) -> tuple[Any, ...]:
+def guessed(table: dict[str, list[Any]], **given: Any) -> tuple[Any, ...]:
     rest = [given.get(name) for name in ("task", "texts", "label")]
-    found = guess(Dataset.from_dict(table), *rest, command)
-    return found.task, found.texts, found.label
+    found = guess(Dataset.from_dict(table), *rest)
+    return tuple(found[:3])
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,8 @@ def guessed(table: dict[str, list[Any]], command: str = "train", **given: Any) -
             {"tokens": [["a", "b"]] * 9, "ner_tags": [["x", "y"]] * 9},
             ("token-classification", ["tokens"], "ner_tags"),
         ),
+        (MIXED, (CLASSES, ["text"], "label")),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 9}, ("sft", ["messages"], None)),
     ],
 )
 def test_task_and_columns_are_guessed(
@@ -51,42 +54,29 @@ def test_task_and_columns_are_guessed(
     assert guessed(table) == found
 
 
-def test_conversations_and_a_given_task() -> None:
-    chat = {"messages": [[{"role": "user", "content": "hello"}]] * 9}
-    assert guessed(chat, "attribute")[:2] == ("sft", ["messages"])
-    table = {"text": TEXTS, "x": AB, "y": AB}
-    assert guessed(table, task="causal-lm") == ("causal-lm", ["text"], None)
-
-
 @pytest.mark.parametrize(
-    ("table", "words"),
+    ("table", "given", "words"),
     [
-        ({"text": TEXTS, "u": AB, "v": AB[::-1]}, "label_column: could be u or v"),
-        ({"text": TEXTS, "label": ["a"] * 18 + ["b"] * 2}, "fewer than 5 rows of b"),
-        ({"text": [None, *TEXTS[1:]], "label": AB}, "'text' is empty in 1 of 20 rows"),
-        ({"n": [*range(20)], "label": AB}, "text_columns: none of n, label looks like texts"),
-        ({"messages": [[{"role": "user", "content": "a"}]] * 9}, "are for attribute, not train"),
+        ({"text": TEXTS, "u": AB, "v": AB[::-1]}, {}, "label_column: could be u or v"),
+        ({"text": TEXTS, "label": ["a"] * 18 + ["b"] * 2}, {}, "fewer than 5 rows of b"),
+        ({"text": [None, *TEXTS[1:]], "label": AB}, {}, "'text' is empty in 1 of 20 rows"),
+        ({"n": [*range(20)], "label": AB}, {}, "text_columns: none of n, label looks like texts"),
+        (MIXED, {"label": "meta"}, "name another column"),
+        (MIXED, {"label": "lable"}, "no column 'lable'; did you mean 'label'"),
     ],
 )
-def test_what_cannot_be_guessed_or_used_is_named(table: dict[str, list[Any]], words: str) -> None:
+def test_what_cannot_be_guessed_or_used_is_named(
+    table: dict[str, list[Any]], given: dict[str, str], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
-        guessed(table)
+        guessed(table, **given)
 
 
-def test_a_column_of_another_kind_is_named() -> None:
-    table = {"text": TEXTS, "n": [*range(20)], "meta": [{"a": 1}] * 20, "label": AB}
-    assert guessed(table) == (CLASSES, ["text"], "label")
-    with pytest.raises(ValueError, match="name another column"):
-        guessed(table, label="meta")
-    with pytest.raises(ValueError, match="no column 'lable'; did you mean 'label'"):
-        guessed(table, label="lable")
-
-
-def test_named_classes_of_a_parquet_file_are_a_label() -> None:
-    table = Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 10})
-    found = guess(
-        table.cast_column("label", ClassLabel(names=["a", "b"])), None, None, None, "train"
-    )
+def test_a_given_task_and_named_classes_of_a_parquet_file() -> None:
+    table = {"text": TEXTS, "x": AB, "y": AB}
+    assert guessed(table, task="causal-lm") == ("causal-lm", ["text"], None)
+    rows = Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 10})
+    found = guess(rows.cast_column("label", ClassLabel(names=["a", "b"])), None, None, None)
     assert (found.task, found.label) == (CLASSES, "label")
 
 
@@ -96,16 +86,14 @@ def test_the_file_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     data = write(tmp_path / "data.jsonl", rows(task, number=60))
     model = save_model(tmp_path / "model", task)
-    chosen = {"label_column": "target"} if task == "seq2seq" else {}
-    chosen = {"task": task} if task in ("causal-lm", "regression") else chosen
-    if task == "seq2seq":
-        chosen["task"] = task
+    chosen = {"task": task} if task in ("causal-lm", "regression", "seq2seq") else {}
+    chosen |= {"label_column": "target"} if task == "seq2seq" else {}
     run("init", data, model=model, **chosen)
     changes = {"use_cpu": True, "max_length": 16, "target_modules": "all-linear"}
     run("train", "config.yaml", "--dry_run", **changes)
     assert not Path("outputs").exists()
     run("init", data, "--command", "attribute", model=model, overwrite=True, **chosen)
-    assert {*divided("attribute", ["config.yaml"])[0]} <= names_of("attribute")
+    assert {*divided("attribute", ["config.yaml"])[0]} <= names_of(TYPES)
 
 
 def test_no_file_is_replaced_or_written_nowhere(

@@ -25,16 +25,14 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
 
 
-def test_usage_help_version_and_unknown_names_load_no_library() -> None:
+def test_usage_and_version_load_no_library() -> None:
     program = (
         "import sys, hyperopt_peft; from hyperopt_peft.cli.main import main\n"
-        "main(['--help']); main(['train', '--help']); main(['train', '--lerning_rate', '1'])\n"
-        "main(['--version']); print(hyperopt_peft.__version__)\n"
+        "main(['--help']); main(['--version']); print(hyperopt_peft.__version__)\n"
         "assert not {'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "did you mean 'learning_rate'?" in done.stderr
     *_, line, last = done.stdout.splitlines()
     assert last == version("hyperopt-peft") == hyperopt_peft.__version__
     assert line == f"hyperopt-peft {last}"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.cli import refused, run, small_run, state
+from tests.support.files import save_model
 
 
 def plan(capsys: pytest.CaptureFixture[str], options: dict[str, Any]) -> str:
@@ -31,8 +32,7 @@ def test_who_owns_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     text = plan(capsys, small_run(tmp_path, target_modules=["query", "value"]))
     # Magnitudes and directions of four 8 × 8 layers of rank 2, and a head of 3 × 8 and 3.
     assert numbers(text, "parameters") == [4 * 8, 4 * 2 * 16 + 27]
-    assert "\nlabels: a, b, c\n" in text
-    assert not (tmp_path / "out").exists()
+    assert "\nlabels: a, b, c\n" in text and not (tmp_path / "out").exists()
     text = plan(capsys, small_run(tmp_path, method="lora", target_modules=["query"]))
     assert numbers(text, "parameters") == [2 * 2 * 16 + 27]
     assert numbers(text, "examples") == [24, 10] and steps(text) == [4]
@@ -41,23 +41,16 @@ def test_who_owns_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_steps_are_those_that_are_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    epochs = {
-        "max_steps": -1,
-        "num_train_epochs": 1.5,
-        "retrain_arguments": {"num_train_epochs": 2},
-        "lower_steps": 3,
-    }
-    options = small_run(tmp_path, gradient_accumulation_steps=2, **epochs)
+    epochs = {"max_steps": -1, "num_train_epochs": 1.5, "lower_steps": 3}
+    again = {"retrain_arguments": {"num_train_epochs": 2}, "gradient_accumulation_steps": 2}
+    options = small_run(tmp_path, **epochs, **again)
     text = plan(capsys, options)
-    search, again = steps(text)
-    assert numbers(text, "examples") == [19, 5, 24, 10]
-    assert search == math.ceil(1.5 * math.ceil(math.ceil(19 / 4) / 2)) == 5
-    assert "for 1 updates" in text
+    assert numbers(text, "examples") == [19, 5, 24, 10] and "for 1 updates" in text
     run("train", **options)
     trained = state(tmp_path / "out")
-    assert trained["global_step"] == search
+    assert trained["global_step"] == steps(text)[0] == math.ceil(1.5 * math.ceil(19 / 8)) == 5
     assert sum("upper_loss" in record for record in trained["log_history"]) == 1
-    assert state(tmp_path / "out/retrain")["global_step"] == again == 6
+    assert state(tmp_path / "out/retrain")["global_step"] == steps(text)[1] == 6
     text = plan(capsys, {**options, "retrain": "none"})
     assert len(steps(text)) == 1 and numbers(text, "examples")[2] == 0
 
@@ -74,11 +67,8 @@ def test_new_weights_that_stay_random_are_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     # A token classifier has no pooler; the text classifier that is made of it has a new one.
-    options = {**small_run(tmp_path, "token-classification"), "task": "text-classification"}
-    again = small_run(tmp_path / "other")
-    options |= {name: again[name] for name in ("train_file", "eval_file")}
-    options.pop("label_column")
-    options["target_modules"] = ["query"]
+    model = save_model(tmp_path / "tokens", "token-classification")
+    options = small_run(tmp_path, model=model, target_modules=["query"])
     plan(capsys, {**options, "modules_to_save": ["pooler"]})
     assert "bert.pooler" not in caplog.text
     plan(capsys, options)

@@ -11,9 +11,10 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, ReadInstruction, Value
 from safetensors.torch import load_file
 
-from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.train import TYPES
+from hyperopt_peft.cli.text.setup import choose
+from hyperopt_peft.cli.train import TrainArguments
 from hyperopt_peft.hypergradients import DARTS
+from hyperopt_peft.problems import BiDoRA
 from tests.support.cli import run
 from tests.support.files import WORDS, save_model
 
@@ -65,7 +66,8 @@ def task_of(recipe: str) -> str:
 
 @pytest.mark.parametrize("recipe", sorted({*PUBLISHED, *(x.stem for x in FOLDER.glob("*.yaml"))}))
 def test_numbers_are_the_published_ones_and_data_those_of_the_hub(recipe: str) -> None:
-    (_, model, data, args), _ = parse("train", TYPES, [f"{FOLDER}/{recipe}.yaml"])
+    chosen = choose("train", TrainArguments, [f"{FOLDER}/{recipe}.yaml"])
+    model, data, args = chosen.model, chosen.data, chosen.args
     rate, decay, upper_decay, steps, again = PUBLISHED[recipe]
     assert (args.learning_rate, args.upper_learning_rate) == (rate, rate)
     assert (args.weight_decay, args.upper_weight_decay) == (decay, upper_decay)
@@ -77,7 +79,7 @@ def test_numbers_are_the_published_ones_and_data_those_of_the_hub(recipe: str) -
     # Common to all.
     estimator = args.estimator()
     assert isinstance(estimator, DARTS) and estimator.xi == 1
-    assert (args.method, args.gamma, args.lower_steps) == ("bidora", 1e-5, 1)
+    assert (chosen.method, args.lower_steps) == (BiDoRA(gamma=1e-5), 1)
     assert (args.upper_fraction, args.upper_prior) == (0.2, None)
     assert args.per_device_train_batch_size == (64 if recipe == "roberta-large-qnli" else 32)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.98, 1e-6)
@@ -132,7 +134,7 @@ def test_a_few_steps_are_trained(
         printed := capsys.readouterr().out
     )
     assert classes is None or f"labels: {', '.join(classes)}\n" in printed
-    shorter = {"retrain_arguments": json.dumps({"max_steps": 2})} if again else {}
+    shorter = {"retrain_arguments": {"max_steps": 2}} if again else {}
     run("train", file, **options, max_steps=3, **shorter)
     results = json.loads((tmp_path / "out/all_results.json").read_text())
     assert ("retrain_loss" in results) == bool(again)

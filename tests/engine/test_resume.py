@@ -13,17 +13,17 @@ from torch.optim.lr_scheduler import OneCycleLR
 from hyperopt_peft import Engine, Nested, ProblemError
 from tests.support.networks import adam_levels, differences, draw_from_all, seed_all
 
-STEPS = 8
+STEPS = 7
 WARM = ("warm", "f2sa:inner_steps=2", "penalty:inner_steps=2")  # with a state between two steps
 TWO = ["darts", "darts:scheme=forward", "cg", "unrolled:steps=2", "sama", *WARM]
-THREE = ["darts:scheme=forward", "cg:product=difference,steps=3", "unrolled:product=difference"]
+THREE = ["darts:scheme=forward", "unrolled:product=difference"]
 #: Estimator, levels, whether loaders have generators of their own, and the steps before the stop:
 #: at the start, within the epochs of the levels, and at an end.
 CASES = [
     *((method, 2, False, 4) for method in TWO),
     *(("darts", 2, generators, stop) for generators, stop in ((True, 0), (False, 3), (True, 6))),
-    *((method, 3, False, 4) for method in THREE),
     ("darts", 3, True, 3),
+    *(pytest.param(method, 3, False, 4, marks=pytest.mark.slow) for method in THREE),
 ]
 
 
@@ -65,12 +65,11 @@ def test_a_resumed_run_is_bit_identical(
         assert not differences(everything(resumed), everything(unbroken))
 
 
-@pytest.mark.parametrize("levels", [2, 3])
-def test_a_resumed_run_replays_the_numbers_of_all_generators(levels: int, tmp_path: Path) -> None:
+def test_a_resumed_run_replays_the_numbers_of_all_generators(tmp_path: Path) -> None:
     """Those of losses that draw from NumPy and Python too."""
 
     def drawing(seed: int) -> Engine:
-        run = engine(levels=levels)
+        run = engine(levels=3)
         draw_from_all(*run.upper.levels, *run.lower.levels)
         seed_all(seed)
         return run
@@ -139,23 +138,18 @@ def other_scheduler(state: dict[str, Any]) -> None:
 
 #: A change of the state, and the error.
 CHANGES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
-    *((drop(name), name) for name in ("settings", "step", "lower_step", "skipped", "upper")),
-    *((drop(name), name) for name in ("lower", "random", "history", "estimator", "callbacks")),
-    (put(None, "estimator"), "estimator"),
+    *((drop(name), name) for name in ("settings", "lower", "random", "estimator", "callbacks")),
+    (dict.clear, "'lower'"),
     (put({"v": [torch.ones(3)]}, "estimator"), "v"),
-    (put({"v": "x"}, "estimator"), "v"),
-    *((drop("lower", name), name) for name in ("variables", "optimizer", "scheduler", "batches")),
+    *((drop("lower", name), name) for name in ("variables", "optimizer", "batches")),
     (put({}, "lower", "extra"), "extra"),
     (put(None, "lower"), "NoneType"),
     (drop("lower", "variables", "head.bias"), "head.bias"),
-    (put(torch.ones(3), "lower", "variables", "new"), "new"),
     (put(torch.ones(2), "lower", "variables", "head.bias"), "head.bias"),
     (two_groups, "parameter groups"),
     (other_optimizer, "Adam"),
     (other_scheduler, "LambdaLR"),
     (put(3, "settings", "lower_steps"), "lower_steps: .* 3.* 2"),
-    (put(3, "settings", "warmup_steps"), "warmup_steps"),
-    (put(3, "settings", "seed"), "seed: .* 3.* 0"),
     (put("CG()", "settings", "hypergradient"), r"hypergradient: .*CG.*xi=1.0"),
 ]
 OF_THREE = [
@@ -184,22 +178,3 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes(
     with pytest.raises(ProblemError, match=message):
         second.load_state_dict(state)
     assert not differences(everything(second), before)
-
-
-@pytest.mark.parametrize("state", [None, {"step": 1}])
-def test_what_is_no_state_is_refused(state: Any) -> None:
-    with pytest.raises(ProblemError, match="'lower'"):
-        engine().load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: engine().lower.state_dict(), "Engine"),
-        (lambda: engine(lower_steps=3).state_dict(), "lower_steps: .* 3,.* 2"),
-    ],
-)
-def test_a_file_of_something_else_is_refused(make: Any, message: str, tmp_path: Path) -> None:
-    torch.save(make(), tmp_path / "engine.pt")
-    with pytest.raises(ProblemError, match=message):
-        engine().load(tmp_path / "engine.pt")

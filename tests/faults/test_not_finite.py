@@ -58,10 +58,10 @@ FAULTS = {
     ("fault", "micro", "step", "rows"),
     [
         ("lower loss", 1, 1, 24),
-        ("lower gradient", 2, 8, 24),
+        pytest.param("lower gradient", 2, 8, 24, marks=pytest.mark.slow),
         ("upper gradient", 1, 6, 25),
-        ("curvature", 2, 8, 24),
-        ("lower loss", 1, 5, 25),
+        pytest.param("curvature", 2, 8, 24, marks=pytest.mark.slow),
+        pytest.param("lower loss", 1, 5, 25, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_not_finite_stops_with_a_checkpoint_of_the_step_before(

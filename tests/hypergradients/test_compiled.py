@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Using .torch.compile.module", "ignore:.* the relative residual is"
 )
 
-METHODS = ("direct", "darts", "darts:scheme=forward", "minres:steps=3", "unrolled", "kfac", "f2sa")
+METHODS = ("direct", "darts", "minres:steps=3", "unrolled", "f2sa")
 Way = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 
 

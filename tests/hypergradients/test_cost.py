@@ -15,7 +15,6 @@ from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.core.examples import WeightedExamples
 from hyperopt_peft.hypergradients import get_estimator, registered
 from hyperopt_peft.utils import reductions
-from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 from tests.support.quadratic import FunctionLevel, program
 
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
@@ -185,13 +184,3 @@ def test_all_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.ones(())
         values = float(x), x.item(), bool(x), x.tolist(), reductions.to_floats([x, 2 * x])
     assert sum(counts.values()) == len(values)
-
-
-def test_the_signal_to_noise_ratio_is_read_once_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    signal, vectors = SignalToNoise(), torch.randn(3, 4)
-    with counted(monkeypatch, *EACH_READ) as counts:
-        for row in vectors:
-            signal.add([row])
-        assert not counts
-        signal.read()
-    assert sum(counts.values()) == 1

@@ -11,33 +11,25 @@ from torch.nn.functional import cross_entropy, linear
 from torch.optim import SGD, AdamW
 
 from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
+from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.examples import WeightedExamples
 from hyperopt_peft.hypergradients import open_oracle
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
-from hyperopt_peft.problems.example_weights import HeldOut
-from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
+from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.utils.models import trainable
 from tests.support import dots_in_processes, two_processes
-from tests.support.weighted_levels import Layers, sequences
+from tests.support.weighted_levels import Layers, sequences, weighted
 
 ROWS = 12
-KINDS: dict[str, Callable[[], tuple[type, nn.Module]]] = {
-    "sources": lambda: (Mixture, SourceWeights({"a": 4, "b": 5, "c": 3})),
-    "examples": lambda: (Weighted, SampleWeights(ROWS)),
-    "net": lambda: (Weighted, WeightNet(4)),
-    "detached net": lambda: (Weighted, WeightNet(4, detach=True)),
-}
+#: By what weights are, the number of logits or hidden units.
+KINDS = {"source": 3, "index": ROWS, "net": 4}
 
 
-def levels(kind: str = "sources", dropout: float = 0.0, **options: Any) -> tuple[Any, Any]:
+def levels(kind: str = "source", dropout: float = 0.0, **options: Any) -> tuple[Any, Any]:
     """Both levels, each with a batch, equal at every call."""
-    model = Layers(dropout)
-    make, weights = KINDS[kind]()
-    weights.double()
-    for parameter in weights.parameters():
-        nn.init.normal_(parameter)
-    upper = HeldOut(model, weights, data=[sequences(5, seed=2)])
-    lower = make(model, weights, data=[sequences(ROWS, seed=1)], **options)
+    upper, lower = weighted(kind, Layers(dropout), KINDS[kind], **options)
+    upper.batches = DataStream([sequences(5, seed=2)], "upper")
+    lower.batches = DataStream([sequences(ROWS, seed=1)], "lower")
     lower.optimizer = AdamW(lower.variables, lr=0.1, eps=1e-3)
     lower.max_grad_norm = 0.1
     return upper, lower
@@ -72,7 +64,7 @@ def test_checkpointing_changes_no_bit(method: str) -> None:
 def test_in_training_they_are_taken_where_the_last_lower_step_began() -> None:
     moved = []
     for product in ("exact", "dots"):
-        upper, lower = levels("examples", dropout=0.3)
+        upper, lower = levels("index", dropout=0.3)
         upper.optimizer = SGD(upper.variables, lr=1.0)
         torch.manual_seed(5)
         engine = Engine(upper, lower, f"sama:product={product}", lower_steps=2, progress=False)
@@ -152,7 +144,8 @@ def test_fastmix_aligns_gradients_of_the_frozen_output_layer(tied: bool) -> None
         inner.weight = head.weight
         model.drop = nn.Sequential(nn.Linear(6, 5), inner, nn.Linear(3, 6)).double()
     head.requires_grad_(False)
-    lower = Mixture(model, lower.weights, data=[sequences(ROWS, seed=1)])
+    variables = trainable(model)
+    lower.names, lower.variables = zip(*variables)
     slope = gradient((upper, lower), "fastmix:xi=0.5")
 
     def of_head(loss: Callable[[], Tensor]) -> Tensor:
@@ -166,9 +159,9 @@ def test_fastmix_aligns_gradients_of_the_frozen_output_layer(tied: bool) -> None
     (target,), (mixture,) = upper.batches.data, lower.batches.data
     goal = of_head(lambda: upper.loss(target))
     aligned = torch.stack(
-        [(goal * of_head(lambda k=k: lower.losses(mixture)[k])).sum() / ROWS for k in range(3)]
+        [(goal * of_head(lambda k=k: lower.losses(mixture)[k])).sum() for k in range(ROWS)]
     )
-    (expected,) = torch.autograd.grad(lower.weights(), logits, -0.5 * aligned)
+    (expected,) = torch.autograd.grad(lower.weights(mixture), logits, -0.5 * aligned)
     torch.testing.assert_close(slope, expected, rtol=1e-11, atol=0)
 
 
@@ -287,7 +280,7 @@ REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
 def test_where_they_would_be_wrong_they_are_refused(
     method: str, spoil: Callable[[Any], None], message: str
 ) -> None:
-    upper, lower = levels("examples" if spoil is misshapen else "sources")
+    upper, lower = levels("index" if spoil is misshapen else "source")
     spoil(lower)
     with pytest.raises(ProblemError, match=message):
         hypergradient(upper, lower, method)
@@ -297,7 +290,7 @@ def test_where_they_would_be_wrong_they_are_refused(
 def test_a_level_must_weight_examples(method: str) -> None:
     upper, lower = levels()
     with pytest.raises(ProblemError, match="WeightedExamples"):
-        hypergradient(upper, HeldOut(None, lower.model), method)
+        hypergradient(upper, TaskLevel(lower.model, lower.model.parameters()), method)
 
 
 def test_a_prior_is_no_part_of_the_dot_products() -> None:

@@ -13,9 +13,8 @@ from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
 from hyperopt_peft.hypergradients import get_estimator
 from hyperopt_peft.hypergradients.estimate import check_estimator
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
-from hyperopt_peft.problems.example_weights import HeldOut
 from tests.support.language import language_model, lora, quantised
+from tests.support.weighted_levels import weighted
 
 EMBEDDED = {"target_modules": ["embed_tokens", "q_proj"]}
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -39,11 +38,10 @@ def slope(model: nn.Module, method: str, dtype: torch.dtype = torch.float64) -> 
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     batch["attention_mask"][::2, 5:] = 0
     batch["labels"] = ids.where(batch["attention_mask"] > 0, -100)
-    weights = SourceWeights({"a": 2, "b": 2, "c": 2}).to(dtype)
+    torch.manual_seed(0)
     model.train()
     return hypergradient(
-        HeldOut(model, weights),
-        Mixture(model, weights),
+        *weighted("source", model, 3, dtype),
         method,
         upper_batch={name: column[6:] for name, column in batch.items()},
         lower_batch={name: c[:6] for name, c in batch.items()} | {"source": torch.arange(6) % 3},
@@ -100,8 +98,8 @@ def test_a_fused_head_that_is_not_called_is_refused_before_any_step(
     utils = pytest.importorskip("trl.trainer.utils")
     if not hasattr(utils, "add_fused_lm_head"):
         pytest.skip("this TRL has no fused head")
-    model, weights = adapted(**ADAPTERS[adapter]), SourceWeights({"a": 2, "b": 2})
-    levels = HeldOut(model, weights), Mixture(model, weights)
+    model = adapted(**ADAPTERS[adapter])
+    levels = weighted("source", model, 2)
     check_estimator(get_estimator(method), *levels)
     utils.add_fused_lm_head(model.get_base_model())
     with pytest.raises(ProblemError, match="output layer, as with a fused head"):

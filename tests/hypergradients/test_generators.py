@@ -9,13 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt_peft import Engine, Problem, hypergradient
-from hyperopt_peft.engine import fit
+from hyperopt_peft import Problem, hypergradient
 from tests.support.cases import Case, cases
 from tests.support.networks import (
     differences,
-    draw_from_all,
-    network_levels,
     seed_all,
 )
 from tests.support.quadratic import FunctionLevel
@@ -26,7 +23,6 @@ Draw = Callable[[], Tensor]
 GENERATORS = pytest.mark.parametrize(
     "draw",
     [
-        pytest.param(lambda: torch.from_numpy(np.random.rand(4)), id="NumPy"),
         pytest.param(lambda: torch.from_numpy(np.random.normal(size=4)) ** 2, id="NumPy, normal"),
         pytest.param(lambda: torch.tensor([random.random() for _ in range(4)]), id="Python"),
     ],
@@ -99,19 +95,3 @@ def test_the_generators_are_bit_identical_after_an_exception(case: Case, last: b
     with pytest.raises(Interruption):
         hypergradient(*levels, case.estimator)
     assert not differences(before, generators())
-
-
-@pytest.mark.parametrize("method", ["direct", "darts", "cg:steps=2", "unrolled:steps=2"])
-def test_the_upper_level_leaks_nothing_into_the_lower_one(method: str) -> None:
-    """With a rate of 0 above, training and the streams are those of the lower level alone."""
-    ends = []
-    for bilevel in (True, False):
-        upper, lower = network_levels(upper_lr=0.0)
-        draw_from_all(upper, lower)
-        seed_all(4)
-        if bilevel:
-            Engine(upper, lower, method, lower_steps=2, warmup_steps=3, progress=False).run(3)
-        else:
-            fit(lower, 9, progress=False)
-        ends.append([generators(), [w.detach() for w in lower.variables]])
-    assert not differences(*ends)

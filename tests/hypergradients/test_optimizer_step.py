@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Optimizer
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Estimate, Oracle
@@ -25,6 +25,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Points:
     plain = Oracle.estimate
 
     def spy(oracle: Oracle, method: Any) -> Estimate:
+        if not oracle.history:  # outside training
+            return plain(oracle, method)
         functional = DifferentiableStep(oracle.lower, oracle.history[-1].optimizer)
         truths = [step.variables for step in oracle.history[1:]] + [oracle.lower.variables]
         for step, truth in zip(oracle.history, truths, strict=True):
@@ -48,9 +50,8 @@ def test_the_function_replays_the_real_optimizer(optimizer: str, replayed: Point
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("grouped", [False, True])
 def test_variables_that_a_batch_does_not_read_are_left_alone(
-    optimizer: str, grouped: bool, replayed: Points
+    optimizer: str, replayed: Points
 ) -> None:
     """The real optimizer passes over them: it neither decays them nor moves them on."""
     kind, options = OPTIMIZERS[optimizer]
@@ -61,7 +62,7 @@ def test_variables_that_a_batch_does_not_read_are_left_alone(
         return first + (w[1] * u[1]).square() if reads_both else first
 
     upper = FunctionLevel(lambda _: w[0].sum() * w[1], u, optimizer=SGD(u, lr=0.0))
-    made = kind([{"params": [x]} for x in w] if grouped else w, **options)
+    made = kind([{"params": [x]} for x in w], **options)
     lower = FunctionLevel(loss, w, data=[True, False], optimizer=made)
     Engine(upper, lower, "unrolled:steps=2", lower_steps=2, progress=False).run(1)
     for actual, truth in replayed:
@@ -69,8 +70,10 @@ def test_variables_that_a_batch_does_not_read_are_left_alone(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-@pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2", "sama:product=exact"])
+@pytest.mark.parametrize(
+    ("method", "max_grad_norm"),
+    [("unrolled:steps=2", 1.0), ("forward:steps=2", None), ("sama:product=exact", 1.0)],
+)
 def test_a_gradient_that_is_exactly_zero_gives_no_nan(
     kind: type[Optimizer], max_grad_norm: float | None, method: str
 ) -> None:
@@ -130,17 +133,6 @@ def test_a_gradient_just_below_the_limit_is_clipped_alike(limit: float, replayed
     torch.testing.assert_close(w.detach(), (x - 0.5 * x.grad).detach(), rtol=1e-14, atol=0)
 
 
-def test_the_first_step_of_adam_at_a_zero_gradient_has_slope_one_over_eps() -> None:
-    """The first update is −lr·g/(|g| + eps)."""
-    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    u = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = Adam([w], lr=0.1, eps=1e-3)
-    lower = FunctionLevel(lambda _: (w - u).square().sum() / 2, [w], optimizer=optimizer)
-    upper = FunctionLevel(lambda _: -w.sum(), [u])
-    (h,) = hypergradient(upper, lower, "unrolled:steps=1")
-    torch.testing.assert_close(h, torch.full_like(h, -0.1 / 1e-3), rtol=1e-9, atol=0)
-
-
 @pytest.mark.parametrize(
     ("make", "message"), [(lambda w: None, "optimizer"), (torch.optim.NAdam, "NAdam")]
 )
@@ -152,7 +144,7 @@ def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, m
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["sama", "unrolled:steps=3", "forward:steps=3"])
+@pytest.mark.parametrize("method", ["sama", "forward:steps=3"])
 def test_differences_agree_with_double_backward(optimizer: str, method: str) -> None:
     kind, options = OPTIMIZERS[optimizer]
     w, u = start()

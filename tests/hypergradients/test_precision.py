@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from hyperopt_peft.hypergradients.products import Scheme, default_epsilon
+from hyperopt_peft.hypergradients.products import Scheme
 from hyperopt_peft.utils.precision import SinglePrecision
 from tests.support.minilm import cosine, levels, minilm
 from tests.support.networks import differences
@@ -49,7 +49,13 @@ def half_and_single(way: str) -> tuple[PeftModel, bool, PeftModel]:
     return model, autocast, reference
 
 
-@pytest.mark.parametrize(("way", "method"), [*zip(HALF, METHODS)])
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [
+        pytest.param(way, method, marks=[pytest.mark.slow] * (way == "base in bfloat16"))
+        for way, method in zip(HALF, METHODS)
+    ],
+)
 def test_half_precision_models_have_the_hypergradient_of_single_precision(
     way: str, method: str
 ) -> None:
@@ -72,8 +78,13 @@ def test_half_precision_models_have_the_hypergradient_of_single_precision(
     )
 
 
-@pytest.mark.parametrize("way", ["all in bfloat16", "autocast"])
-@pytest.mark.parametrize("scheme", ["forward", "central"])
+@pytest.mark.parametrize(
+    ("way", "scheme"),
+    [
+        ("autocast", "forward"),
+        pytest.param("all in bfloat16", "central", marks=pytest.mark.slow),
+    ],
+)
 def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, scheme: str) -> None:
     """The lower step's own ∂f/∂u, of eight bits, is no term of a quotient with a small step."""
     model, autocast, reference = half_and_single(way)
@@ -91,19 +102,6 @@ def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, sch
         Engine(upper, lower, method, progress=False).run(1)
         actual.append(taken[0])
     assert cosine(*actual) >= 0.999
-
-
-def test_a_hundred_hypergradients_move_no_weight() -> None:
-    """Adding and subtracting a perturbation would walk away by rounding."""
-    torch.manual_seed(0)
-    w = nn.Parameter(torch.randn(50).bfloat16())
-    u = nn.Parameter(torch.randn(50).bfloat16())
-    upper = FunctionLevel(lambda _: w.square().sum(), [u])
-    lower = FunctionLevel(lambda _: ((w - u) ** 4).sum(), [w])
-    before = w.detach().clone()
-    for _ in range(100):
-        hypergradient(upper, lower, "darts")
-    assert torch.equal(w, before)
 
 
 X, Y = (torch.randn(64, n, generator=torch.Generator().manual_seed(n)) for n in (32, 8))
@@ -133,21 +131,17 @@ def two_layers(autocast: tuple[bool, bool], *, modules: bool) -> tuple[Problem, 
 
 
 @pytest.mark.parametrize("modules", [False, True])
-@pytest.mark.parametrize("autocast", [(True, True), (False, True)])
+@pytest.mark.parametrize("autocast", [(True, True), (False, True), "around"])
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_is_seen_wherever_the_lower_loss_uses_it(
-    modules: bool, autocast: tuple[bool, bool], method: str
+    modules: bool, autocast: Any, method: str
 ) -> None:
     exact = hypergradient(*two_layers((False, False), modules=modules), "darts:product=exact")
-    actual = hypergradient(*two_layers(autocast, modules=modules), method)
-    assert cosine(actual, exact) >= 0.999
-
-
-@pytest.mark.parametrize("method", METHODS[:2])
-def test_autocast_around_levels_that_were_first_evaluated_without_is_seen(method: str) -> None:
-    levels = two_layers((False, False), modules=True)
-    exact = hypergradient(*levels, "darts:product=exact")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    around = autocast == "around"
+    levels = two_layers((False, False) if around else autocast, modules=modules)
+    if around:
+        levels[1].evaluate(None)  # first without
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
         assert cosine(hypergradient(*levels, method), exact) >= 0.999
 
 
@@ -184,13 +178,6 @@ def test_a_difference_is_along_a_direction_of_any_length(length: float, scheme: 
     with oracle.open(), oracle.product("difference", epsilon=1.0, scheme=scheme) as product:
         actual = product.hessian(v)
     torch.testing.assert_close(actual.flat() / v.flat(), diagonal, rtol=1e-4, atol=0)
-
-
-def test_the_radius_follows_the_coarsest_part() -> None:
-    wide, narrow = torch.ones(3, dtype=torch.float64), torch.ones(3)
-    assert float(default_epsilon([wide, narrow])) == pytest.approx(
-        (torch.finfo(torch.float32).eps * (1 + 6**0.5)) ** (1 / 3)
-    )
 
 
 @pytest.mark.parametrize("method", ["darts", "darts:scheme=forward", "forward:product=difference"])
@@ -231,42 +218,35 @@ def test_solvers_run_in_single_precision_on_half_precision_variables(
     assert (flat(actual) - expected).norm() / expected.norm() < 2 * torch.finfo(dtype).eps
 
 
-def assign(x: Tensor) -> None:
-    x[0] = 5
-
-
-def add(x: Tensor) -> None:
-    x += 1
+BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    "change", [assign, add, lambda x: x.mul_(3), lambda x: torch.add(x, 2, out=x)]
+    "make",
+    [
+        lambda x: x.bfloat16(),
+        lambda x: x.to(dtype=BF16),
+        lambda x: x.type(BF16),
+        lambda x: torch.zeros(2, dtype=BF16),
+        lambda x: torch.softmax(x, 0, dtype=BF16),
+    ],
+)
+def test_nothing_becomes_half_precision(make: Callable[..., Tensor]) -> None:
+    assert make(torch.ones(2)).dtype is BF16
+    with SinglePrecision():
+        assert make(torch.ones(2)).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.__setitem__(0, 5), lambda x: x.mul_(3), lambda x: torch.add(x, 2, out=x)]
 )
 def test_operations_in_place_reach_the_tensor_itself(change: Callable[[Tensor], object]) -> None:
     """A half-precision mask or cache that a loss writes to is not a widened copy."""
-    actual, expected = torch.ones(3).bfloat16(), torch.ones(3).bfloat16()
+    actual, expected = torch.ones(3, dtype=BF16), torch.ones(3, dtype=BF16)
     change(expected)
     with SinglePrecision():
         change(actual)
     assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x, dtype: x.bfloat16() if dtype is torch.bfloat16 else x.half(),
-        lambda x, dtype: x.to(dtype),
-        lambda x, dtype: x.to(dtype=dtype),
-        lambda x, dtype: x.type(dtype),
-        lambda x, dtype: torch.zeros(2, dtype=dtype),
-        lambda x, dtype: torch.softmax(x, 0, dtype=dtype),
-    ],
-)
-def test_nothing_becomes_half_precision(make: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    assert make(torch.ones(2), dtype).dtype is dtype
-    with SinglePrecision():
-        assert make(torch.ones(2), dtype).dtype is torch.float32
 
 
 class Recorded(torch.autograd.Function):
@@ -310,12 +290,9 @@ ONES, EYE = torch.ones(3), torch.eye(3)
 grad = torch.autograd.grad
 ENGINE: list[Callable[[Tensor, Tensor, Tensor], Any]] = [
     backward(lambda s, p, z: z.backward()),
-    backward(lambda s, p, z: z.backward(inputs=A)),
     backward(lambda s, p, z: p.backward(2 * ONES, inputs=[s, B])),
     backward(lambda s, p, z: torch.autograd.backward([p, z], [ONES, None])),
-    lambda s, p, z: grad(z, [A, s]),
     lambda s, p, z: grad((p, z), A, (ONES, None)),
-    lambda s, p, z: grad(z, (A, B), allow_unused=True),
     lambda s, p, z: grad(z, (A, B), materialize_grads=True),
     lambda s, p, z: grad(p, B, EYE, is_grads_batched=True),
     lambda s, p, z: grad(grad(z, A, create_graph=True)[0].sum(), A),

@@ -93,8 +93,8 @@ def test_everything_is_bit_identical_after_an_exception_in_any_evaluation(
     hypergradient(*levels, case.estimator)
     total = evaluations()
     assert total >= 1
-    # Solvers repeat themselves: their first evaluations, some between, and the last.
-    for k in sorted({1, 2, 3, 4, total // 2, total - 1, total} & set(range(1, total + 1))):
+    # Solvers repeat themselves: their first evaluations, one between, and the last.
+    for k in sorted({1, 2, total // 2, total} & set(range(1, total + 1))):
         levels = trained_levels()
         give_gradients(levels[0].net)
         before = snapshot(*levels)
@@ -120,11 +120,9 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(
     ("method", "double_backward"),
     [
-        ("darts", "darts:product=exact"),
         ("darts:scheme=forward", "darts:product=exact"),
         ("cg:product=difference", "cg"),
         ("unrolled:steps=3,product=difference", "unrolled:steps=3"),
-        ("forward:steps=3", "unrolled:steps=3"),
         ("forward:steps=3,product=difference", "unrolled:steps=3"),
     ],
 )
@@ -158,19 +156,18 @@ def test_random_numbers_of_an_estimator_are_its_own() -> None:
 
 
 @cases()
-@pytest.mark.parametrize("generators", [False, True])
-def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case, generators: bool) -> None:
+def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case) -> None:
     """With an upper learning rate of 0, training is that of the lower level alone, bit for bit.
 
     Neither the upper level's passes nor its dropout and shuffling may be seen. This is the
     control that exposes an upper level that trains the lower variables.
     """
-    upper, lower = network_levels(upper_lr=0.0, generators=generators)
+    upper, lower = network_levels(upper_lr=0.0)
     torch.manual_seed(4)
-    Engine(upper, lower, case.estimator, lower_steps=2, warmup_steps=3, progress=False).run(6)
-    _, alone = network_levels(generators=generators)
+    Engine(upper, lower, case.estimator, lower_steps=2, warmup_steps=3, progress=False).run(4)
+    _, alone = network_levels()
     torch.manual_seed(4)
-    fit(alone, 15, progress=False)
+    fit(alone, 11, progress=False)
     assert not differences(lower.variables, alone.variables)
     assert not differences(*(dict(level.net.named_buffers()) for level in (lower, alone)))
 
@@ -242,8 +239,15 @@ def renorm(tensor: Tensor) -> Tensor:
 
 
 @cases()
-@pytest.mark.parametrize("write", [clamp, clamp_data, add_after_use, renorm])
-@pytest.mark.parametrize(("writer", "of"), [("upper", "w"), ("lower", "w"), ("lower", "u")])
+@pytest.mark.parametrize(
+    ("write", "writer", "of"),
+    [
+        (clamp, "lower", "u"),
+        (clamp_data, "lower", "w"),
+        (add_after_use, "upper", "w"),
+        (renorm, "lower", "w"),
+    ],
+)
 def test_a_loss_that_writes_to_a_variable_is_refused(
     case: Case, write: Callable[[Tensor], Tensor], writer: str, of: str
 ) -> None:
@@ -268,15 +272,6 @@ def test_a_loss_that_writes_to_a_variable_is_refused(
         with pytest.raises(ProblemError, match=rf"a loss writes to \w+'s {of}"):
             hypergradient(upper, lower, case.estimator)
     assert torch.equal(u, torch.ones(2, 2)) and torch.equal(w, u)
-
-
-def test_a_loss_that_writes_to_its_variable_may_train_until_the_first_hypergradient() -> None:
-    u, w = (torch.ones(2, requires_grad=True) for _ in range(2))
-    lower = FunctionLevel(lambda _: (clamp(w) - u).square().sum(), [w], optimizer=SGD([w], lr=0.1))
-    fit(lower, 2, progress=False)
-    upper = FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1))
-    with pytest.raises(ProblemError, match="a loss writes to"):
-        Engine(upper, lower, "darts", progress=False).run(1)
 
 
 @cases()

@@ -75,7 +75,6 @@ MISTAKES = {
     "neuman:terms=3": "'neuman'.*'neumann'",
     "xyzzy": "'xyzzy'.*cg, darts, direct",
     "cg:step=4": "cg: .*'step'.*'steps'",
-    "direct:steps=4": "direct: .*'steps'",
     "cg:steps=4,steps=5": "cg: .*'steps'",
     "cg:40": "cg: .*'40'",
     "cg:steps=0": "cg: steps .* 0",
@@ -83,12 +82,8 @@ MISTAKES = {
     "cg:steps=True": "cg: steps .*True",
     "cg:damping=high": "cg: damping .*'high'",
     "cg:product=finite": "cg: product .*'exact' or 'difference'.*'finite'",
-    "cg:epsilon=0": "cg: epsilon ",
     "minres:tolerance=1": "minres: tolerance .* 1",
-    "nystrom:rank=0": "nystrom: rank .* 0",
-    "kfac:damping=0": "kfac: damping .* 0",
     "warm:decay=1.5": "warm: decay .*1.5",
-    "warm:step_size=0": "warm: step_size .* 0",
     "darts:xi=rl": "darts: xi .*'lr'.*'rl'",
     "darts:scheme=3": "darts: scheme .*'central'.*'forward'",
     "sama:epsilon=0": "sama: epsilon ",
@@ -119,26 +114,6 @@ def test_mistakes_in_a_class_are_named(construct: Callable[[], object], message:
     with pytest.raises(ProblemError, match=message):
         construct()
     assert registered() == before
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        "darts:xi=0,epsilon=1e-9",
-        "cg:steps=1,damping=0,tolerance=0,epsilon=1e-9",
-        "minres:steps=1,damping=0,tolerance=0",
-        "neumann:terms=0,step_size=1e-9",
-        "nystrom:rank=1,steps=0,damping=0,tolerance=0",
-        "kfac:steps=0,damping=1e-9,tolerance=0",
-        "warm:steps=1,step_size=1e-9,decay=0,damping=0",
-        "warm:decay=1",
-        "unrolled:steps=1,epsilon=1e-9",
-        "forward:limit=1",
-        "f2sa:inner_steps=0,tolerance=0",
-    ],
-)
-def test_options_may_be_as_small_as_they_can(method: str) -> None:
-    get_estimator(method)
 
 
 @pytest.mark.parametrize("name", registered())

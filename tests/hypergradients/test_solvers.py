@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hyperopt_peft import (
     Engine,
     HypergradientWarning,
-    NonFiniteError,
     ProblemError,
     Solver,
     hypergradient,
@@ -33,7 +32,6 @@ from hyperopt_peft.hypergradients.registry import get_estimator
 from tests.support.quadratic import FunctionLevel, Level, flat, positive, program, symmetric
 from tests.support.systems import indefinite, residual, system
 
-EXAMPLES = settings(max_examples=25)
 SOLVERS = {
     name: entry.estimator()
     for name, entry in registered().items()
@@ -54,17 +52,7 @@ def krylov(h: Tensor, b: Tensor, steps: int) -> Tensor:
     return torch.stack(basis, 1)
 
 
-def test_minres_passes_over_a_step_without_curvature() -> None:
-    """bᵀHb is 0 here: the first Krylov space holds nothing, the second the solution."""
-    h = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
-    b = Vector([torch.tensor([1.0, 0.0], dtype=torch.float64)])
-    first, second = (MINRES(steps=k).solve(lambda v: Vector([h @ v.parts[0]]), b) for k in (1, 2))
-    assert first.v.norm() == 0 and first.residual == 1
-    torch.testing.assert_close(second.v.flat(), torch.tensor([0.0, 1.0], dtype=torch.float64))
-
-
 @given(steps=st.integers(1, 9), seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_minres_has_the_least_residual_of_its_krylov_space(steps: int, seed: int) -> None:
     h = indefinite(9, seed)
     matvec, vector, b = system(h, seed)
@@ -82,7 +70,6 @@ def galerkin(h: Tensor, b: Tensor, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("condition", [10.0, 1000.0])
 @given(steps=st.integers(1, 6), seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_conjugate_gradients_return_their_last_iterate_on_positive_systems(
     condition: float, steps: int, seed: int
 ) -> None:
@@ -103,7 +90,7 @@ def test_minres_stops_where_the_hessian_is_singular() -> None:
     assert solution.residual == pytest.approx(0.5**0.5)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_minres_reports_the_residual_of_its_solution_of_a_singular_system(seed: int) -> None:
     """In float32 150 steps are many more than the 20 of the Krylov space, and rounding piles up."""
     torch.manual_seed(seed)
@@ -117,7 +104,6 @@ def test_minres_reports_the_residual_of_its_solution_of_a_singular_system(seed: 
 
 
 @given(seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_conjugate_gradients_stop_at_negative_curvature_and_say_so(seed: int) -> None:
     """They return the iterate of least residual from before the step that met it."""
     eigenvalues = torch.linspace(1, 10, 9, dtype=torch.float64)
@@ -130,15 +116,6 @@ def test_conjugate_gradients_stop_at_negative_curvature_and_say_so(seed: int) ->
     best = min(iterates, key=lambda v: float((b - h @ v).norm()))
     torch.testing.assert_close(flat(solution.v), best, rtol=1e-7, atol=1e-7)
     assert solution.residual == pytest.approx(residual(h, solution.v, b), abs=1e-10)
-
-
-def test_negative_curvature_at_once_leaves_the_direct_term() -> None:
-    quadratic = program(0)
-    upper, _ = quadratic.levels()
-    lower = Level(lambda w, u: -w @ w + w @ u, quadratic.w, quadratic.w, quadratic.u)
-    with pytest.warns(HypergradientWarning, match="cg: .*negative curvature"):
-        actual = flat(hypergradient(upper, lower, "cg"))
-    torch.testing.assert_close(actual, quadratic.direct)
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
@@ -154,7 +131,7 @@ def test_a_lower_loss_of_constant_slope_leaves_the_direct_term(method: str, prod
 
 
 @each_solver
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_reported_residual_is_that_of_the_solution(solver: Solver, seed: int) -> None:
     h = positive(15, torch.Generator().manual_seed(seed))
     matvec, vector, b = system(h, seed)
@@ -165,8 +142,7 @@ def test_the_reported_residual_is_that_of_the_solution(solver: Solver, seed: int
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS.values(), Neumann(terms=1)])
-@pytest.mark.parametrize("of_h", [-250, 0, 250])
-@pytest.mark.parametrize("of_b", [-250, 0, 250])
+@pytest.mark.parametrize(("of_h", "of_b"), [(-250, 250), (250, 250), (0, -250)])
 def test_no_system_is_too_large_or_too_small(solver: Solver, of_h: int, of_b: int) -> None:
     """A power of two changes no digit of H or b, so none of v where no size is a fixed number."""
     h = positive(7, torch.Generator().manual_seed(0))
@@ -200,7 +176,6 @@ def test_krylov_solvers_stop_at_their_tolerance(kind: Callable[..., Solver]) -> 
 
 
 @given(terms=st.integers(0, 8), eta=st.floats(0.01, 0.15), seed=st.integers(0, 10**6))
-@EXAMPLES
 def test_neumann_sums_its_series(terms: int, eta: float, seed: int) -> None:
     h = positive(6, torch.Generator().manual_seed(seed))
     matvec, vector, b = system(h, seed)
@@ -223,12 +198,6 @@ def test_neumann_finds_a_step_that_converges(scale: float) -> None:
     matvec, vector, b = system(h)
     solution = Neumann(terms=400).solve(matvec, vector)
     torch.testing.assert_close(flat(solution.v), torch.linalg.solve(h, b), rtol=1e-9, atol=1e-9)
-
-
-def test_a_divergence_to_infinity_is_an_error_that_names_the_estimator() -> None:
-    upper, lower = program(0).levels()
-    with pytest.raises(NonFiniteError, match="neumann"):
-        hypergradient(upper, lower, "neumann:step_size=1e9,terms=200")
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
@@ -287,8 +256,9 @@ def regression(dtype: torch.dtype, size: int, scale: float) -> tuple[FunctionLev
 
 
 @each_solver
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e10])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1e-30), (torch.float32, 1.0), (torch.float64, 1e10)]
+)
 def test_steps_beyond_the_solution_change_nothing(
     solver: Solver, dtype: torch.dtype, scale: float
 ) -> None:
@@ -303,12 +273,6 @@ def test_steps_beyond_the_solution_change_nothing(
         if many:
             torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
         assert actual.isfinite().all()
-
-
-@each_solver
-def test_a_vector_whose_square_is_below_float64_is_zero(solver: Solver) -> None:
-    upper, lower = regression(torch.float64, 3, 1e-200)
-    assert torch.equal(*(flat(hypergradient(upper, lower, m)) for m in (solver, "direct")))
 
 
 @pytest.mark.parametrize("method", ["cg:steps=1", "f2sa:inner_steps=1"])

@@ -10,11 +10,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hyperopt_peft import NonFiniteError, hypergradient
 from hyperopt_peft.core.logits import MULTI_LABEL
+from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.common import TaskLevel
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
-from hyperopt_peft.problems.example_weights import HeldOut
 from hyperopt_peft.problems.head import Head, L2Penalty, problem_type_of
+from tests.support.weighted_levels import weighted
 
 L2 = 0.3
 
@@ -123,10 +123,10 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
 def levels(labels: Tensor, outputs: int) -> tuple[Any, Any, Any, Any]:
     """Three sources of 8 rows, at weights that differ, and held-out rows."""
     head = Head(3, outputs, dtype=torch.float64)
-    weights = SourceWeights({"a": 8, "b": 8, "c": 8}).double()
-    weights.logits.data = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
-    lower = Mixture(head, weights, prior=L2Penalty(head, L2))
-    upper = HeldOut(head, weights, prior=0.1)
+    upper, lower = weighted("source", head, 3, prior=L2Penalty(head, L2))
+    (logits,) = upper.variables
+    logits.data = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
+    upper.prior = GaussianPrior(0.1, [logits])
     below = {"features": random(24, 3), "labels": labels[:24]}
     below["source"] = torch.arange(24) // 8
     return upper, lower, {"features": random(9, 3, seed=1), "labels": labels[24:]}, below
@@ -138,7 +138,7 @@ def test_the_hypergradient_of_a_ridge_is_that_of_its_closed_form() -> None:
     batches = {"upper_batch": above, "lower_batch": below}
     (slope,) = hypergradient(upper, lower, "cg:steps=50,tolerance=1e-12", **batches)
     weights = upper.variables[0].detach().clone().requires_grad_()
-    v = 3 * weights.sigmoid() / weights.sigmoid().sum()  # of equally many rows
+    v = 3 * weights.softmax(0)  # of equally many rows
     w = ridge(below["features"], below["labels"], v[below["source"]])
     loss = mse_loss(above["features"] @ w[:-1] + w[-1], above["labels"])
     prior = 0.1 / 2 * (weights - upper.prior.start[0]).square().mean()

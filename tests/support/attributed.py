@@ -10,6 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from hyperopt_peft import Problem, attribute
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.scores import RetrainingSetup
+from tests.support.trainers import values
 
 ROWS, STEPS = 12, 30
 Levels = tuple[Problem, Tensor, Callable[[], Tensor]]
@@ -76,9 +77,26 @@ def differences(result: Attribution, epsilon: float = 1e-5) -> Tensor:
             weights = setup.run.row_weights.clone()
             weights[row] += side
             with setup.run.repeated(weights):
-                values.append(setup.total(setup.values()))
+                values.append(setup.total(setup.evaluation.values()))
         slopes.append((values[0] - values[1]) / (2 * epsilon))
     return torch.tensor(slopes, dtype=torch.float64)
+
+
+def error(scores: Tensor, truth: Tensor) -> float:
+    return float((scores - truth).norm() / truth.norm())
+
+
+def error_of_slopes(result: Attribution, epsilon: float = 1e-5) -> float:
+    """The relative error of the scores against `differences`."""
+    return error(result.scores, differences(result, epsilon))
+
+
+def require_equal(model: nn.Module, other: nn.Module, rounding: float) -> None:
+    """The trained values of two models are equal, up to rounding."""
+    expected = values(other)
+    for name, value in values(model).items():
+        truth = expected[name]
+        assert float((value - truth).norm()) <= rounding * float(truth.norm()), name
 
 
 def scored_levels() -> Attribution:

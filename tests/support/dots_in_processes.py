@@ -13,11 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, hypergradient
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
-from hyperopt_peft.problems.example_weights import HeldOut
+from hyperopt_peft.problems.sources import Sources
 from hyperopt_peft.utils.distributed import gather
 from tests.support import trainers, two_processes
-from tests.support.weighted_levels import Layers, sequences
+from tests.support.weighted_levels import Layers, sequences, weighted
 
 METHODS = ["darts:product=dots", "sama:product=dots", "fastmix"]
 RUNS = {"float": {}, "fastmix": {"hypergradient": "fastmix"}, "half": {"bf16": True}}
@@ -26,8 +25,6 @@ RUNS = {"float": {}, "fastmix": {"hypergradient": "fastmix"}, "half": {"bf16": T
 def estimates(kind: str, count: int = 1, rank: int = 0) -> dict[str, Any]:
     """Each method's hypergradient, where each process has its share of both batches."""
     model = Layers()
-    weights = SourceWeights({"a": 4, "b": 5, "c": 3}).double()
-    torch.nn.init.normal_(weights.logits)
     called: Any = model
     if kind == "ddp":
         called = DistributedDataParallel(model)
@@ -36,7 +33,7 @@ def estimates(kind: str, count: int = 1, rank: int = 0) -> dict[str, Any]:
         options = {"mp_policy": half} if kind == "fsdp-half" else {}
         for module in (model.second, model):
             fully_shard(module, **options)
-    upper, lower = HeldOut(called, weights), Mixture(called, weights)
+    upper, lower = weighted("source", called, 3)
     lower.optimizer = torch.optim.AdamW(lower.variables, lr=0.1, eps=1e-3)
     batches = [
         {name: column.chunk(count)[rank] for name, column in sequences(rows, seed).items()}
@@ -57,21 +54,20 @@ def train(folder: Path, batch: int, **options: Any) -> dict[str, Any]:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     settings = {"max_steps": 4, "lower_steps": 2, "per_device_train_batch_size": batch}
     settings |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
-    settings |= {"upper_learning_rate": 0.1, "report_to": "none", "remove_unused_columns": False}
+    settings |= {"upper_learning_rate": 0.1, "report_to": "none", "retrain": "none"}
     settings |= {"use_cpu": True, "disable_tqdm": True, "hypergradient": "darts:product=dots"}
     model = trainers.peft_model("causal", dropout=0.0, dora=False).double()
-    weights = SourceWeights({"a": 12, "b": 12}).double()
+    method = Sources()
     trainer = BilevelTrainer(
         model,
-        lower=Mixture(model, weights),
-        upper=HeldOut(model, weights),
-        args=BilevelTrainingArguments(str(folder), **{**settings, **options}),
+        BilevelTrainingArguments(str(folder), **{**settings, **options}),
+        method=method,
         train_dataset=trainers.data("causal").add_column("source", [k % 2 for k in range(24)]),
         upper_dataset=trainers.data("causal", 8, seed=5),
     )
     trainer.train()
     values = {name: gather(value) for name, value in trainers.values(trainer.model).items()}
-    return {"logits": weights.logits.detach(), **values}
+    return {"logits": method.logits.detach(), **values}
 
 
 def work(folder: Path) -> dict[str, Any]:

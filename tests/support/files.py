@@ -93,7 +93,8 @@ def flags(**options: Any) -> Any:
     result = []
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]
-        result += [f"--{name}", *map(str, values)]
+        words = [json.dumps(x) if isinstance(x, dict) else str(x) for x in values]
+        result += [f"--{name}", *words]
     return result
 
 

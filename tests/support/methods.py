@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PrinterCallback
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method
-from hyperopt_peft.adapters import lora_layers
 from hyperopt_peft.core.labels import row_losses
 from tests.support.trainers import data, peft_model
 
@@ -34,60 +29,6 @@ ARGUMENTS = {
     "disable_tqdm": True,
     "seed": 3,
 }
-
-
-class Scale(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(1, 1))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.log_scale.exp() * weight
-
-
-@dataclass
-class LayerScales(Method):
-    """A scale of each layer's update, folded into B."""
-
-    limit: float | None = None
-
-    def prepare(self, model: Any) -> None:
-        self.scales = []
-        for _, layer in lora_layers(model):
-            self.scales.append(Scale())
-            b = layer.lora_B[model.active_adapter]
-            parametrize.register_parametrization(b, "weight", self.scales[-1])
-
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
-        return {n: p for n, p in model.named_parameters() if n.endswith(".log_scale")}
-
-    def after_upper_step(self) -> None:
-        for scale in self.scales if self.limit is not None else ():
-            scale.log_scale.clamp_(-self.limit, self.limit)
-
-    def finish(self, model: Any) -> Any:
-        for _, layer in lora_layers(model):
-            parametrize.remove_parametrizations(layer.lora_B[model.active_adapter], "weight")
-        return model
-
-
-@dataclass
-class Ranks(LayerScales):
-    """A new adapter, of rank 1 where the scale is below 1 or the searched B small."""
-
-    def prepare(self, model: Any) -> None:
-        self.fresh = deepcopy(model)
-        super().prepare(model)
-
-    def finish(self, model: Any) -> Any:
-        config = deepcopy(model.peft_config[model.active_adapter])
-        config.rank_pattern = {}
-        for (name, layer), scale in zip(lora_layers(model), self.scales):
-            size = layer.lora_B[model.active_adapter].weight.abs().mean()
-            small = scale.log_scale < 0 or size < 0.05
-            name = re.escape(name.removeprefix("base_model.model."))
-            config.rank_pattern[f"^{name}"] = 1 if small else 3
-        return get_peft_model(self.fresh.unload(), config)
 
 
 @dataclass
@@ -112,10 +53,6 @@ class RowWeights(Method):
         return train.select([k for k, w in zip(train["index"], self.logits) if w >= 0])
 
 
-class Plain(Method):
-    """A baseline."""
-
-
 def method_trainer(
     folder: Path,
     callbacks: Sequence[Any] = (),
@@ -124,11 +61,12 @@ def method_trainer(
     kind: Any = BilevelTrainer,
     task: str = "classes",
     options: Any = None,
+    model: Any = None,
     **settings: Any,
 ) -> Any:
     args = BilevelTrainingArguments(str(folder), **{**ARGUMENTS, **settings})
     options = {"train_dataset": data(task), **(options or {})}
-    model = peft_model(task, dora=False)
+    model = model or peft_model(task, dora=False)
     made = kind(model, args, method=method, callbacks=list(callbacks), **options)
     made.remove_callback(PrinterCallback)
     return made

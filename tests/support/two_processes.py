@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def run(launcher: Any, script: str, folder: Path, *arguments: Any) -> list[Any]:
+def run(launcher: Any, script: str | Path, folder: Path, *arguments: Any) -> list[Any]:
     """What each of two processes wrote to ``folder``, by rank."""
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}

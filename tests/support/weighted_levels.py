@@ -9,6 +9,38 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.problems.row_weights import WeightNet
+from hyperopt_peft.trainer.tags import without
+
+TAGS = ("source", "index")
+
+
+def weighted(
+    kind: str, model: Any, count: int, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[TaskLevel, WeightedRows]:
+    """Levels over ``model``: drawn logits of ``count`` sources or rows above, or a net of losses.
+
+    ``kind`` is "source", "index" or "net"; ``options`` are of the lower level.
+    """
+    if kind == "net":
+        method = WeightNet(count)
+        method.prepare(model)
+        method.net.to(dtype)
+        variables: Any = method.upper_variables(model)
+        for parameter in variables.values():
+            nn.init.normal_(parameter)
+        lower: Any = method.lower(model, lambda _: torch.zeros(()))
+        lower.tags = TAGS
+    else:
+        logits = torch.randn(count, dtype=dtype, requires_grad=True)
+        variables = {"logits": logits}
+        weights = lambda batch: count * logits.softmax(0)[batch[kind]]  # noqa: E731
+        lower = WeightedRows(model, weights, tags=TAGS, **options)
+    loss = lambda batch: model(**without(batch, TAGS)).loss  # noqa: E731
+    return TaskLevel(model, variables, task_loss=loss, name="Upper"), lower
+
 
 class Linear(nn.Module):
     """A classifier of three classes with the interface of a Transformers model."""

@@ -12,8 +12,10 @@ from peft import PeftModel
 from hyperopt_peft.adapters import split_parameters
 from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
 
+SLOW = [pytest.param(k, "bidora", marks=pytest.mark.slow) for k in TASKS if k != "classes"]
 
-@pytest.mark.parametrize(("kind", "method"), [*((k, "bidora") for k in TASKS), ("causal", "lora")])
+
+@pytest.mark.parametrize(("kind", "method"), [("classes", "bidora"), ("causal", "lora"), *SLOW])
 def test_every_task_and_method(tmp_path: Path, kind: Any, method: Any) -> None:
     """The loss on the training data falls, and stock PEFT loads what was saved."""
     run = trainer(

@@ -10,47 +10,43 @@ from packaging.version import Version
 from torch import Tensor
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, NonFiniteError
-from hyperopt_peft.problems.data_sources import Mixture, SourceWeights
-from hyperopt_peft.problems.example_weights import HeldOut
-from hyperopt_peft.problems.reweighting import SampleWeights, Weighted, WeightNet
+from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
+from hyperopt_peft.problems.sources import Sources
 from hyperopt_peft.trainer.checks import FSDP2_SINCE
 from tests.support import dots_in_processes, two_processes
 from tests.support.trainers import data, peft_model
 
 WEIGHTS: dict[str, Any] = {
-    "sources": lambda: SourceWeights({"a": 12, "b": 12}),
-    "examples": lambda: SampleWeights(24),
+    "sources": Sources,
+    "rows": lambda: RowWeights(keep=None),
     "net": lambda: WeightNet(5),
 }
 
 
 def trained(
     folder: Path,
-    method: str,
+    product: str,
     *,
-    weights: str = "sources",
-    upper: type[HeldOut] = HeldOut,
+    method: Any = Sources,
     **options: Any,
 ) -> Any:
     """A trainer after a run over a causal model, with Adam above."""
     model = options.pop("model", None) or peft_model("causal", dropout=0.1, dora=False)
     torch.manual_seed(7)
     dtype = options.pop("dtype", torch.float32)
-    module = WEIGHTS[weights]().to(dtype)
-    settings = {"max_steps": 4, "lower_steps": 2, "hypergradient": method, "learning_rate": 1e-2}
+    settings = {"max_steps": 4, "lower_steps": 2, "hypergradient": product, "learning_rate": 1e-2}
     settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     settings |= {"upper_learning_rate": 0.1, "logging_steps": 1, "save_strategy": "no"}
-    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    settings |= {"remove_unused_columns": False}
+    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "retrain": "none"}
     train = data("causal").add_column("source", [row % 2 for row in range(24)])
     trainer = BilevelTrainer(
         model.to(dtype),
-        lower=(Mixture if weights == "sources" else Weighted)(model, module),
-        upper=upper(model, module),
-        args=BilevelTrainingArguments(str(folder), **{**settings, **options}),
-        train_dataset=train.add_column("index", list(range(24))),
+        BilevelTrainingArguments(str(folder), **{**settings, **options}),
+        method=method(),
+        train_dataset=train,
         upper_dataset=data("causal", 8, seed=5),
     )
+    trainer.start = learnt(trainer)
     trainer.train()
     return trainer
 
@@ -62,41 +58,42 @@ def learnt(trainer: Any) -> Tensor:
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_training_is_that_of_the_exact_product(weights: str, tmp_path: Path) -> None:
     """With dropout, accumulation and checkpointing. Llama takes its norms in float32."""
-    options = {"gradient_checkpointing": True, "weights": weights, "optim": "sgd"}
+    options = {"gradient_checkpointing": True, "method": WEIGHTS[weights], "optim": "sgd"}
     options |= {"dtype": torch.float64, "upper_learning_rate": 10.0}
     exact, dots = (
         trained(tmp_path, f"darts:product={product}", **options) for product in ("exact", "dots")
     )
-    torch.manual_seed(7)
-    start = torch.cat([x.detach().flatten() for x in WEIGHTS[weights]().double().parameters()])
     torch.testing.assert_close(learnt(dots), learnt(exact), rtol=1e-4, atol=1e-6)
-    assert (learnt(dots) - start).abs().max() > 1e-3
+    assert (learnt(dots) - dots.start).abs().max() > 1e-3
 
 
 def test_an_upper_step_costs_passes_of_the_upper_loss_alone(tmp_path: Path) -> None:
-    """4 steps of 2 micro-batches, and 2 upper steps on one batch each."""
+    """4 steps of 2 micro-batches, and 2 upper steps on one batch each.
+
+    Three evaluations before the first step tell whether the Trainer's loss reads a count.
+    """
     model, calls = peft_model("causal", dropout=0.1, dora=False), []
     model.register_forward_hook(lambda *_: calls.append(model.training))
     trained(tmp_path, "darts:product=dots", model=model, per_device_upper_batch_size=8)
-    assert sum(calls) == 4 * 2 + 2
+    assert sum(calls) == 3 + 4 * 2 + 2
 
 
-class Poisoned(HeldOut):
+class Poisoned(Sources):
     """An upper loss that is not a number in the second upper step, of two pieces each."""
 
     count = 0
 
-    def loss(self, batch: Any) -> Tensor:
+    def upper_loss(self, model: Any, batch: Any, task_loss: Any) -> Tensor:
         self.count += 1
-        return super().loss(batch) * (torch.nan if self.count == 3 else 1)
+        return task_loss(batch) * (torch.nan if self.count == 3 else 1)
 
 
 def test_an_upper_loss_that_is_not_finite_skips_the_step(tmp_path: Path) -> None:
     """Though F is differentiated before the step's own passes, whose batches are used up."""
-    trainer = trained(tmp_path, "darts:product=dots", upper=Poisoned, non_finite="skip")
+    trainer = trained(tmp_path, "darts:product=dots", method=Poisoned, non_finite="skip")
     assert trainer.skipped == 1 and not any(m._forward_hooks for m in trainer.model.modules())
     with pytest.raises(NonFiniteError, match=r"step 4.*loss is nan"):
-        trained(tmp_path, "darts:product=dots", upper=Poisoned)
+        trained(tmp_path, "darts:product=dots", method=Poisoned)
 
 
 @pytest.mark.slow

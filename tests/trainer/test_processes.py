@@ -25,9 +25,9 @@ CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 ROUNDING = {"darts": 1e-6, "minres": 1e-9, "penalty": 1e-8, "retrain": 1e-6}
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
 KINDS = {"ddp": "two_cpu_processes.yaml", "fsdp": "fsdp2.yaml"}
-EITHER = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
-RUNS = [pytest.param("ddp", name) for name in in_processes.RUNS]
-RUNS += [pytest.param("fsdp", name, marks=pytest.mark.slow) for name in in_processes.SHARDED]
+RUNS = [("ddp", name) for name in in_processes.RUNS]
+RUNS += [("fsdp", name) for name in in_processes.SHARDED]
+pytestmark = pytest.mark.slow  # processes of their own; tests/engine has two of an Engine
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_what_is_saved_is_a_plain_adapter(two: Any, folders: Any, kind: Any, nam
     assert same(models.values(loaded), trained)
 
 
-@pytest.mark.parametrize("kind", EITHER)
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_resume_from_a_checkpoint_that_is_written_once(
     two: Any, folders: Any, kind: Any
 ) -> None:
@@ -116,7 +116,7 @@ def test_two_processes_resume_from_a_checkpoint_that_is_written_once(
     assert not [f for f in files if f.endswith(".part")]
 
 
-@pytest.mark.parametrize("kind", EITHER)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_on_one_process_stops_both(two: Any, folders: Any, kind: Any) -> None:
     """After the state before the step was written."""
     for result in two[kind]:
@@ -126,7 +126,6 @@ def test_a_nan_on_one_process_stops_both(two: Any, folders: Any, kind: Any) -> N
     assert (folders[kind] / "stopped" / "checkpoint-3" / "bilevel.json").is_file()
 
 
-@pytest.mark.slow
 def test_what_shards_cannot_do_is_refused(two: Any) -> None:
     """Before anything is trained."""
     for result in two["fsdp"]:

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, Method, Problem, ProblemError
+from hyperopt_peft.problems import LayerScales
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from tests.support.class_weights import Plain, pair
-from tests.support.methods import LayerScales, RowWeights, method_trainer
+from tests.support.methods import RowWeights, method_trainer
 from tests.support.trainers import arguments, base_model, data, peft_model, trainer
 
 NAN = float("nan")

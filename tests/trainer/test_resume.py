@@ -89,7 +89,13 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+FAST = {"plain", "micro-batches, a last step of one, metrics of a level", "a stream"}
+FAST |= {"the upper level's data at every step, evaluation", "retraining from scratch"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
+)
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, name: str) -> None:
     """Twice N steps are N steps, a stop, and N more."""
     settings = {"stops": [(4,), (8,)], **RUNS[name]}

@@ -17,7 +17,6 @@ from hyperopt_peft import (
     ProblemError,
     bilevel,
 )
-from hyperopt_peft.problems import SourceTrainer
 from hyperopt_peft.trainer.internals import METRICS
 from tests.support.language import language_model, lora, rows
 from tests.support.networks import differences
@@ -165,10 +164,10 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool
 
 def test_a_class_is_one_object_that_pickles(tmp_path: Path) -> None:
     assert bilevel(SFT) is bilevel(SFT) is BilevelTrainer.over(SFT)
-    for made_class in (bilevel(SFT), SourceTrainer.over(SFT), bilevel(DPO)):
+    for made_class in (bilevel(SFT), bilevel(DPO)):
         assert pickle.loads(pickle.dumps(made_class)) is made_class
         assert pickle.loads(pickle.dumps(made_class.Arguments)) is made_class.Arguments
-    args = SourceTrainer.over(SFT).Arguments(str(tmp_path), use_cpu=True, report_to="none")
+    args = bilevel(SFT).Arguments(str(tmp_path), use_cpu=True, report_to="none")
     assert pickle.loads(pickle.dumps(args)).to_dict() == args.to_dict()
 
 

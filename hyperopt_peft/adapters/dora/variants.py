@@ -13,6 +13,7 @@ initialisation, saving and merging stay PEFT's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.layers import (
+    active_adapter,
     base_weight,
     direction,
     dora_layers,
     magnitude,
     require_plain,
-    resolve_adapter,
     row_norm,
 )
 from hyperopt_peft.errors import ProblemError
@@ -35,16 +36,11 @@ from hyperopt_peft.errors import ProblemError
 NormGrad = Literal["full", "detach"]
 
 
-def set_norm_grad(
-    peft_model: PeftModel, norm_grad: NormGrad = "full", adapter_name: str | None = None
-) -> PeftModel:
-    """Choose whether the DoRA layers of an adapter differentiate through the row norm.
+def set_norm_grad(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftModel:
+    """Choose whether the DoRA layers of the active adapter differentiate through the row norm.
 
     Outputs are the same either way; gradients of A and B differ. ``"full"`` supports double
     backward; ``"detach"`` restores PEFT's own forward pass.
-
-    Args:
-        adapter_name: the active adapter by default.
 
     Returns:
         ``peft_model`` itself.
@@ -61,9 +57,7 @@ def set_norm_grad(
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
         >>> model = set_norm_grad(model, "full")
     """
-    require_norm_grad(norm_grad)
-    adapter = resolve_adapter(peft_model, adapter_name)
-    layers = dora_layers(peft_model, adapter)
+    adapter, layers = active_adapter(peft_model), dora_layers(peft_model)
     if norm_grad == "full":
         for name, layer in layers:
             require_plain(layer, adapter, name)
@@ -74,14 +68,10 @@ def set_norm_grad(
     return peft_model
 
 
-def require_norm_grad(norm_grad: str) -> None:
-    """Raise ProblemError unless ``norm_grad`` is one of the two."""
-    if norm_grad not in ("full", "detach"):
-        raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
-
-
 def variant_of(layer: lora.LoraLayer, norm_grad: NormGrad) -> peft_internals.LoraVariant | None:
     """The variant for ``layer``; None for a layer type of PEFT's that is not in `VARIANTS`."""
+    if norm_grad not in ("full", "detach"):
+        raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
     for kind, (detached, full) in VARIANTS.items():
         if isinstance(layer, kind):
             return full() if norm_grad == "full" else detached()
@@ -150,36 +140,18 @@ class FullNormLinear(peft_internals.DoraLinearVariant):
     forward = staticmethod(adapted)
 
 
-class FullNormEmbedding(peft_internals.DoraEmbeddingVariant):
-    """DoRA on an embedding, with the row norm in the graph."""
-
-    forward = staticmethod(adapted_embedding)
-
-
-class FullNormConv1d(peft_internals.DoraConv1dVariant):
-    """DoRA on a 1-d convolution, with the row norm in the graph."""
-
-    forward = staticmethod(adapted)
-
-
-class FullNormConv2d(peft_internals.DoraConv2dVariant):
-    """DoRA on a 2-d convolution, with the row norm in the graph."""
-
-    forward = staticmethod(adapted)
-
-
-class FullNormConv3d(peft_internals.DoraConv3dVariant):
-    """DoRA on a 3-d convolution, with the row norm in the graph."""
-
-    forward = staticmethod(adapted)
-
-
 Variant = type[peft_internals.LoraVariant]
+
+
+def _pair(plain: Variant, forward: Callable[..., Tensor] = adapted) -> tuple[Variant, Variant]:
+    return plain, type(f"FullNorm{plain.__name__}", (plain,), {"forward": staticmethod(forward)})
+
+
 # For each type of layer: PEFT's variant, and the one with the row norm in the graph.
 VARIANTS: dict[type[lora.LoraLayer], tuple[Variant, Variant]] = {
     lora.Linear: (peft_internals.DoraLinearVariant, FullNormLinear),
-    lora.Embedding: (peft_internals.DoraEmbeddingVariant, FullNormEmbedding),
-    lora.Conv1d: (peft_internals.DoraConv1dVariant, FullNormConv1d),
-    lora.Conv2d: (peft_internals.DoraConv2dVariant, FullNormConv2d),
-    lora.Conv3d: (peft_internals.DoraConv3dVariant, FullNormConv3d),
+    lora.Embedding: _pair(peft_internals.DoraEmbeddingVariant, adapted_embedding),
+    lora.Conv1d: _pair(peft_internals.DoraConv1dVariant),
+    lora.Conv2d: _pair(peft_internals.DoraConv2dVariant),
+    lora.Conv3d: _pair(peft_internals.DoraConv3dVariant),
 }

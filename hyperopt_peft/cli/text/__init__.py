@@ -5,3 +5,4 @@ from typing import Literal
 TaskName = Literal[
     "text-classification", "regression", "token-classification", "causal-lm", "seq2seq", "sft"
 ]
+SFT = "sft"  # by TRL

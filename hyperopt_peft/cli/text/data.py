@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import math
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +22,10 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-TRAIN, EVALUATION = "the training examples", "the evaluation examples"
+TRAIN, UPPER = "the training examples", "the upper level's examples"
+EVALUATION = "the evaluation examples"
+#: The column with the file of a row.
+SOURCE = "source"
 
 
 @dataclass
@@ -38,6 +40,10 @@ class ExampleData:
     dataset: str | None = HfArg(default=None, help="of the hub or a folder, in place of train_file")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
+    upper_file: list[str] | None = HfArg(
+        default=None,
+        help="files of the upper level alone; if not given upper_fraction of the training examples",
+    )
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
     eval_fraction: float = HfArg(
@@ -52,15 +58,20 @@ class ExampleData:
         if self.eval_split and (self.eval_file or not self.dataset):
             raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
 
-    def read(self) -> tuple[Dataset, Dataset | None]:
-        """The training examples, and the evaluation examples unless these are to be held out."""
-        if self.train_file:
-            train = read_files(self.train_file, "train_file")
-        else:
+    def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
+        """The examples for training, the upper level and evaluation; None where not given.
+
+        Those for training have the column `SOURCE` if it is one of ``columns`` and the
+        files are several.
+        """
+        upper = read_files(self.upper_file, "upper_file") if self.upper_file else None
+        if not self.train_file:
             train = self._read_split("train_split")
+        else:
+            train = read_files(self.train_file, "train_file", by_source=SOURCE in columns)
         if self.eval_file:
-            return train, read_files(self.eval_file, "eval_file")
-        return train, self._read_split("eval_split") if self.eval_split else None
+            return train, upper, read_files(self.eval_file, "eval_file")
+        return train, upper, self._read_split("eval_split") if self.eval_split else None
 
     def _read_split(self, option: str) -> Dataset:
         split = getattr(self, option)
@@ -87,11 +98,6 @@ class DataArguments(ExampleData):
         help="the column with the text to produce, for seq2seq; for causal-lm the answer, and the "
         "prompt is then left out of the loss",
     )
-    weight_column: str | None = HfArg(
-        default=None,
-        help="the column with the weight of each training example's loss, such as that which "
-        "attribute writes; not of evaluation examples",
-    )
     max_length: int = HfArg(default=128, help="tokens an example; longer ones are cut")
 
     def columns(self, task: str) -> list[str]:
@@ -112,14 +118,21 @@ class DataArguments(ExampleData):
         return columns
 
 
-def read_files(paths: Sequence[str], option: str) -> Dataset:
+def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) -> Dataset:
     """The rows of all ``paths``, in order; ``option`` has the paths, and is named in errors.
+
+    Args:
+        paths: the files.
+        option: their option.
+        by_source: whether several files without a column `SOURCE` get one, of the files' names.
 
     Raises:
         ProblemError: a file that is missing, empty, damaged or of an unknown format, or columns
             that differ.
     """
     tables = [_read_file(Path(path), option) for path in paths]
+    if by_source and len(paths) > 1 and SOURCE not in tables[0].column_names:
+        tables = [rows.add_column(SOURCE, [x] * len(rows)) for x, rows in zip(paths, tables)]
     try:
         return concatenate_datasets(tables)
     except ValueError as error:
@@ -190,17 +203,6 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
                 f"row {data[column][:].index(None)} (from 0); fill the cells, remove the "
                 "rows, or put texts with line breaks into quotes"
             )
-
-
-def weights_of(train: Dataset, column: str) -> list[float]:
-    """The weights in ``column``, finite numbers from 0."""
-    require_columns(train, [column], TRAIN)
-    for row, value in enumerate(train[column]):
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ProblemError(
-                f"weight_column: row {row} (from 0) of {column!r} is {value!r}; give numbers from 0"
-            )
-    return [float(value) for value in train[column]]
 
 
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from datasets import ClassLabel, Dataset, Value
-from transformers.utils import logging
 
 from hyperopt_peft.cli.text.data import DataArguments, cache_folder, require_columns
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
-logger = logging.get_logger(__name__)
 #: Some rows, as the values of each column.
 Batch = Mapping[str, list[Any]]
 
@@ -53,18 +50,17 @@ class Encoder:
         if self.names:
             data = _named(data, self.args.label_column)
         encode = {
-            "text-classification": self._labelled,
-            "regression": self._labelled,
             "token-classification": self._tags,
             "causal-lm": self._language,
             "seq2seq": self._pairs,
-        }[self.task]
+        }.get(self.task, self._labelled)
 
         def encoded(batch: Batch, indices: list[int]) -> Batch:
             rows = (dict(zip(batch, row)) for row in zip(*batch.values()))
             check_each(self._check, rows, indices, where)
             result = encode(batch)
-            check_each(self._check_labels, result["labels"], indices, where)
+            if self.task == "causal-lm":
+                check_each(_check_labels, result["labels"], indices, where)
             return result
 
         rows = data.map(
@@ -105,10 +101,6 @@ class Encoder:
                 f"{did_you_mean(unknown[0], self.names)}; remove its rows, or add training "
                 "examples of it"
             )
-
-    def _check_labels(self, labels: Any) -> None:
-        if self.task == "causal-lm" and all(label == IGNORED for label in labels[1:]):
-            raise ProblemError("there is no token to predict; remove it")
 
     def _tokens(self, *texts: Any, **options: Any) -> Any:
         return self.tokenizer(*texts, truncation=True, max_length=self.args.max_length, **options)
@@ -158,6 +150,11 @@ class Encoder:
         return {**self._tokens(sources), "labels": targets["input_ids"]}
 
 
+def _check_labels(labels: list[int]) -> None:
+    if all(label == IGNORED for label in labels[1:]):
+        raise ProblemError("there is no token to predict; remove it")
+
+
 def _number(label: Any) -> float:
     """NaN for no number; one entry that is none makes a column of a file one of text."""
     try:
@@ -179,12 +176,10 @@ def check_each(
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:
     """The classes in ``column``, of examples or of lists of tags, sorted as numbers or as words."""
-    feature = data.features[column]
-    inner = getattr(feature, "feature", feature)
+    (inner, lists), values = _inner(data, column), data[column][:]
     if isinstance(inner, ClassLabel):
         return tuple(inner.names)
-    values = data[column][:]
-    if inner is not feature:
+    if lists:
         values = [tag for tags in values for tag in tags]
     kinds = {type(value) for value in values}
     if len(kinds) > 1 or not kinds <= {str, int, bool}:
@@ -195,24 +190,24 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
     names = tuple(str(value) for value in sorted(set(values)))
     if len(names) < 2 or not all(map(str.strip, names)):
         raise ProblemError(f"column {column!r} has one class, or a blank one; correct its rows")
-    single = [value for value, count in Counter(values).items() if count == 1]
-    if single and inner is feature and len(values) > 5 * len(names):
-        label = str(single[0])
-        near = did_you_mean(label, [name for name in names if name != label])
-        row = values.index(single[0])
-        logger.warning(f"row {row} (from 0) alone has the label {label!r}{near}")
     return names
+
+
+def _inner(data: Dataset, column: str) -> tuple[Any, bool]:
+    """The type of the classes in ``column``, and whether they are in lists."""
+    feature = data.features[column]
+    return getattr(feature, "feature", feature), hasattr(feature, "feature")
 
 
 def _named(data: Dataset, column: str) -> Dataset:
     """``data`` with the name of each class, whatever the stored type."""
-    feature = data.features[column]
-    inner = getattr(feature, "feature", feature)
+    inner, _ = _inner(data, column)
 
-    def name(value: Any) -> str:
+    def name(value: Any) -> Any:
+        if isinstance(value, list):
+            return [*map(name, value)]
         # Unlabelled examples in data sets of the hub have the class -1.
         return inner.int2str(value) if isinstance(inner, ClassLabel) and value >= 0 else str(value)
 
-    tags = inner is not feature
-    names = [[name(tag) for tag in row] if tags else name(row) for row in data[column]]
+    names = [*map(name, data[column])]
     return data.remove_columns(column).add_column(column, names)

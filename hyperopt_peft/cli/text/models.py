@@ -19,6 +19,7 @@ from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
 from hyperopt_peft.cli.text import TaskName
 from hyperopt_peft.cli.text.tasks import Task
 from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.trainer.method import Method
 
 ALL_LINEAR = "all-linear"
 Dtype = Literal["float32", "bfloat16", "auto"]
@@ -31,7 +32,7 @@ class ModelArguments:
     _argument_group_name = "model and adapter"
 
     model: str = HfArg(help="the base model: a local folder or a hub name")
-    task: TaskName = HfArg(help="the task to learn; sft, by TRL, is of attribute")
+    task: TaskName = HfArg(help="the task to learn; sft trains with TRL")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
     dtype: Dtype = HfArg(default="float32", help="of the base model; auto: as it was saved")
     load_in_4bit: bool = HfArg(
@@ -114,19 +115,20 @@ def load_base(
     task: Task, name: str, config: Any, dtype: Dtype, *, four_bits: bool = False
 ) -> tuple[Any, list[str]]:
     """The base model, and the names of its new weights, which depend on the current seed."""
+    nf4: dict[str, Any] = {}
+    if four_bits:
+        bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        nf4["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **bits)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on a new head has forty lines
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     try:
         model, report = task.model.from_pretrained(
             name,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            quantization_config=(
-                BitsAndBytesConfig(load_in_4bit=True, **nf4) if four_bits else None
-            ),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **nf4,
         )
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, error) from error
@@ -140,8 +142,8 @@ def load_base(
     return model, sorted({*report["missing_keys"], *mismatched})
 
 
-def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> Any:
-    """``model`` in train mode with a new adapter, whose A depends on the current seed."""
+def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
+    """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
     modules = [name for name, _ in model.named_modules() if name]
     endings = {name.rpartition(".")[2] for name in modules}
     for option in ("target_modules", "modules_to_save"):
@@ -167,8 +169,7 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, *, dora: bool) -> 
             target_modules=targets,
             exclude_modules=exclude,
             modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
-            use_dora=dora,
         )
-        return get_peft_model(model, config).train()
+        return get_peft_model(model, method.adapter(config)).train()
     except (ValueError, TypeError) as error:
         raise ProblemError(f"target_modules, rank: the model cannot be adapted: {error}") from error

@@ -1,104 +1,97 @@
-"""The model, the data and the trainer of the commands that train."""
+"""The options, the data, the model and the trainer of the commands that train."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    set_seed,
-)
-from transformers.hf_argparser import HfArg
+from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
-from hyperopt_peft.cli.text import models
+from hyperopt_peft.cli.options import Options, divided, parse
+from hyperopt_peft.cli.text import SFT, models
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
     TRAIN,
+    UPPER,
     DataArguments,
+    ExampleData,
     hold_out,
     read_files,
     require_columns,
-    weights_of,
 )
 from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
+from hyperopt_peft.cli.text.sft import Conversations, sft_trainer
 from hyperopt_peft.cli.text.tasks import TASKS, Task
-from hyperopt_peft.core.labels import row_losses, weighted_mean
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
+from hyperopt_peft.problems.find import find_method, import_file
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import shared
+from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 logger = logging.get_logger(__name__)
-WEIGHTS = "row_weight"
-Method = Literal["bidora", "dora", "lora"]
+#: The options of the commands that train on files.
+SHARED = (ModelArguments, DataArguments, BilevelTrainingArguments)
 
 
 @dataclass
-class MethodArguments(BilevelTrainingArguments):
-    """The training method, and its settings."""
+class Chosen:
+    """The options of a run.
 
-    method: Method = HfArg(
-        default="bidora",
-        help="bidora, or a baseline that trains all of the adapter on all of the data: dora, lora",
-    )
-    hypergradient: str = HfArg(
-        default="direct",
-        help="hypergradient estimator, with options: minres:steps=5,damping=1.0",
-    )
-    lower_steps: int = HfArg(
-        default=4, help="optimizer steps from one update of the magnitudes to the next"
-    )
-    gamma: float = HfArg(
-        default=0.0, help="weight of the Gram regulariser; the published recipes have 1e-5"
-    )
-    norm_grad: Literal["full", "detach"] = HfArg(
-        default="full",
-        help="whether the row norm is in the graph; detach is PEFT's approximation",
-    )
-    fast_dora: bool = HfArg(
-        default=True, help="whether linear layers run the fast forward pass instead of PEFT's"
-    )
-    logging_steps: float = HfArg(
-        default=0.05, help="steps between two logs; below 1 a share of all steps"
-    )
-
-    def make_method(self) -> Any:
-        """The method with the options."""
-        if self.method == "bidora":
-            return BiDoRA(self.gamma, self.norm_grad, self.fast_dora)
-        return LoRA() if self.method == "lora" else DoRA(self.fast_dora)
-
-
-#: The options of the commands that train on files.
-SHARED = (ModelArguments, DataArguments, MethodArguments)
-
-
-class RowWeights(BilevelTrainer):
-    """Trains Σ v_i s_i / Σ c_i: the summed loss s_i of row i times the row's weight, by labels c_i.
-
-    A batch without weights, of an evaluation, has the loss of the model.
-
-    Raises:
-        ProblemError: the model's own loss is no mean over labels that can be split by rows.
+    Attributes:
+        name: that of the method, as it was given.
+        command: those of the command itself.
+        model, data, args: those of the model, the data and the training.
+        method: the method, with its own.
+        options: all of them, as they were given.
     """
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The weighted loss; all rows of a step have weights, or none."""
-        weights = inputs.pop(WEIGHTS, None)
-        if weights is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        return weighted_mean(weights, *row_losses(model, inputs))
+    name: str
+    command: Any
+    model: ModelArguments
+    data: Any
+    args: Any
+    method: Method
+    options: Options
+
+
+def choose(
+    name: str,
+    kind: Any,
+    argv: Sequence[str],
+    method: str | None = None,
+    besides: Collection[str] = (),
+) -> Chosen:
+    """The options of the command ``name`` in ``argv``.
+
+    Args:
+        name: the command.
+        kind: the dataclass of its own options.
+        argv: a YAML file (optional), then flags.
+        method: the method, instead of the option ``method``.
+        besides: names of options that are not read.
+
+    Raises:
+        ProblemError: as `parse`, `find_method` and `import_file`.
+    """
+    of_file, flags = divided(name, argv)
+    given = {**of_file, **flags}
+    for file in given.get("plugin", ()):  # before the name of an estimator is read
+        import_file(file, "plugin")
+    method = method or (given.get("method") or [kind.__dataclass_fields__["method"].default])[-1]
+    types: tuple[Any, ...] = SHARED
+    if given.get("task") == [SFT]:
+        types = (ModelArguments, ExampleData, sft_trainer().Arguments)
+    found = find_method(method)
+    parsed, options = parse(name, (kind, *types), argv, method=found, besides=besides)
+    command, model, data, args, made = parsed
+    return Chosen(method, command, model, data, args, made, options)
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ class Setup:
         task: the task.
         config: the base model's configuration, with the head of the task.
         encoder: encodes further examples; has the tokenizer.
-        train, evaluation: the encoded examples, of both levels and held out from them, or None.
+        train, upper, evaluation: the encoded examples; None where there are none.
         rows, evaluation_rows: as they were read, before a part of ``rows`` is held out.
     """
 
@@ -119,6 +112,7 @@ class Setup:
     config: Any
     encoder: Any
     train: Dataset
+    upper: Dataset | None
     evaluation: Dataset | None
     rows: Dataset
     evaluation_rows: Dataset | None
@@ -128,7 +122,7 @@ class Setup:
         rows, where = read_files(paths, option), f"the {option.removesuffix('_file')} examples"
         return self.encoder.encode(rows, where)
 
-    def model(self, seed: int, *, dora: bool) -> Any:
+    def model(self, seed: int, method: Method) -> Any:
         """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
         set_seed(seed)
         args = self.args
@@ -137,7 +131,7 @@ class Setup:
         )
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.encoder.tokenizer.pad_token_id
-        model = models.add_adapter(base, args, self.task, dora=dora)
+        model = models.add_adapter(base, args, self.task, method)
         named = model.get_base_model().named_parameters()
         frozen = {name.replace(".base_layer.", ".") for name, p in named if not p.requires_grad}
         if names := [name for name in new if name in frozen]:
@@ -146,84 +140,81 @@ class Setup:
             )
         return model
 
-    def options(self, model: Any) -> dict[str, Any]:
-        """The arguments of any trainer of ``model`` that follow from the task."""
-        tokenizer = self.encoder.tokenizer
-        if self.task.peft == "SEQ_CLS":
-            collator: Any = DataCollatorWithPadding(tokenizer)
-        elif self.task.peft == "TOKEN_CLS":
-            collator = DataCollatorForTokenClassification(tokenizer)
-        else:  # a model that is given no labels, as for the losses of rows, needs decoder inputs
-            collator = DataCollatorForSeq2Seq(tokenizer, model)
-        return {
-            "processing_class": tokenizer,
-            "data_collator": collator,
-            "compute_metrics": self.task.metrics,
-            "preprocess_logits_for_metrics": self.task.reduce,
-        }
-
-    def trainer(self, args: MethodArguments) -> Any:
-        """The trainer of a new model, by ``args.method``."""
-        model = self.model(args.seed, dora=args.method != "lora")
-        train, evaluation = self.train, self.evaluation
-        kind: Any = BilevelTrainer
-        if WEIGHTS in train.column_names:
-            # The Trainer would remove the weights, which the model does not take.
-            kind = RowWeights
-            args = changed(args, remove_unused_columns=False)
-            names = {*signature(model.get_base_model().forward).parameters, WEIGHTS}
-            train, evaluation = (
-                rows and rows.select_columns([x for x in rows.column_names if x in names])
-                for rows in (train, evaluation)
-            )
-        data = {"train_dataset": train, "eval_dataset": evaluation}
-        with trainer_errors():
-            return kind(model, args, method=args.make_method(), **data, **self.options(model))
+    def trainer(self, args: Any, method: Method) -> BilevelTrainer:
+        """The trainer of a new model by ``method``."""
+        model = self.model(args.seed, method)
+        data = {"train_dataset": self.train, "upper_dataset": self.upper}
+        options = {"eval_dataset": self.evaluation, "processing_class": self.encoder.tokenizer}
+        kind = sft_trainer() if self.args.task == SFT else BilevelTrainer
+        if self.task.metrics is not None:  # TRL has metrics and a collator of its own
+            options["compute_metrics"] = self.task.metrics
+            options["preprocess_logits_for_metrics"] = self.task.reduce
+            if self.task.peft != "SEQ_CLS":
+                # A model that is given no labels, as for the losses of rows, needs decoder inputs.
+                options["data_collator"] = DataCollatorForSeq2Seq(self.encoder.tokenizer, model)
+        try:
+            return kind(model, args, method=copy.deepcopy(method), **data, **options)
+        except ProblemError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
+            raise ProblemError(str(error)) from error
 
 
-@contextmanager
-def trainer_errors() -> Iterator[None]:
-    """Turn a Trainer's errors, such as a logger that is not installed, into a ProblemError."""
-    try:
-        yield
-    except ProblemError:
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ProblemError(str(error)) from error
-
-
-def prepare(args: ModelArguments, data: DataArguments) -> Setup:
+def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) -> Setup:
     """Read and encode the data for the model, without loading weights.
+
+    Args:
+        args: the options of the model.
+        data: those of the examples.
+        training: those of the training.
+        methods: what is trained on the data.
 
     Raises:
         ProblemError: invalid data, or a model that cannot be loaded.
     """
-    if args.task not in TASKS:
-        raise ProblemError(f"task: {args.task} is of attribute; use causal-lm")
-    task, columns = TASKS[args.task], data.columns(args.task)
-    rows, evaluation_rows = data.read()
+    read = sorted({name for method in methods for name in columns_read(method)})
+    task, name, of_trl = TASKS[args.task], args.tokenizer or args.model, args.task == SFT
+    columns = [] if of_trl else data.columns(args.task)
+    rows, upper, evaluation_rows = data.read(read)
     require_columns(rows, columns, TRAIN)  # before the classes are read
     names = class_names(rows, data.label_column) if task.classes else ()
     config = models.labelled(models.load_config(args.model), args.task, names)
-    name = args.tokenizer or args.model
-    tokenizer = models.load_tokenizer(name, config, data.max_length, args.task)
-    encoder = Encoder(args.task, data, tokenizer, names)
+    length = (training.max_length or 2) if of_trl else data.max_length
+    tokenizer = models.load_tokenizer(name, config, length, args.task)
+    encoder: Any
+    if of_trl:
+        template = bool(tokenizer.chat_template or training.chat_template_path)
+        encoder = Conversations(tokenizer, training.dataset_text_field, template)
+    else:
+        encoder = Encoder(args.task, data, tokenizer, names)
     train, evaluation = encoder.encode(rows, TRAIN), None
-    if data.weight_column:
-        train = train.add_column(WEIGHTS, weights_of(rows, data.weight_column))
+    for column in read:
+        require_columns(rows, [column], TRAIN)
+        train = train.add_column(column, rows[column][:])
+    if upper is not None:
+        upper = encoder.encode(upper, UPPER)
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
-        warn_of_shared(evaluation, "evaluation examples", train, "training examples")
+        if common := shared(evaluation, train):
+            logger.warning(
+                f"{common} of {len(evaluation)} evaluation examples are training examples too, "
+                "so that the metrics are too good; remove them"
+            )
     elif data.eval_fraction:
         train, evaluation = hold_out(train, data.eval_fraction)
-    return Setup(args, task, config, encoder, train, evaluation, rows, evaluation_rows)
+        evaluation = evaluation.remove_columns(read)
+    return Setup(args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows)
 
 
-def warn_of_shared(data: Dataset, what: str, other: Dataset, where: str) -> None:
-    """Warn of examples that a model is evaluated on and has been trained on."""
-    if common := shared(data, other):
-        advice = "so that the metrics are too good; remove them"
-        logger.warning(f"{common} of {len(data)} {what} are {where} too, {advice}")
+def columns_read(method: Method) -> list[str]:
+    """The columns of the training rows that ``method`` reads, beside those of the task.
+
+    Example:
+        >>> columns_read(Method())
+        []
+    """
+    own: str | None = getattr(method, "column", None)  # of which the method makes its tags
+    return [tag for tag in method.tags if tag != INDEX] if own is None else [own]
 
 
 def changed(args: Any, **values: Any) -> Any:

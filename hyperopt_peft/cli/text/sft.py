@@ -8,69 +8,25 @@ from typing import Any
 
 from datasets import Dataset
 
-from hyperopt_peft.cli.text.data import EVALUATION, TRAIN, ExampleData, require_columns
+from hyperopt_peft.cli.text.data import require_columns
 from hyperopt_peft.cli.text.encode import check_each
-from hyperopt_peft.cli.text.models import ModelArguments, load_config, load_tokenizer
-from hyperopt_peft.cli.text.setup import Setup, trainer_errors, warn_of_shared
-from hyperopt_peft.cli.text.tasks import TASKS
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
 
-SFT = "sft"
 #: Columns that a chat template may read beside the messages.
 OF_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
-def require_trl() -> Any:
-    """The module ``trl``; a ProblemError where TRL is not installed."""
+def sft_trainer() -> type[BilevelTrainer]:
+    """`BilevelTrainer` over TRL's SFTTrainer; a ProblemError where TRL is not installed."""
     try:
-        import trl
+        from trl import SFTTrainer
     except ImportError as error:
         raise ProblemError(
             f"task sft: trains with TRL, which cannot be imported ({error}); run pip install "
             "'hyperopt-peft[trl]'"
         ) from error
-    return trl
-
-
-@dataclass(frozen=True)
-class SFTSetup(Setup):
-    """The texts, and the construction of models for TRL's SFTTrainer."""
-
-    def options(self, model: Any) -> dict[str, Any]:
-        """The arguments of any trainer of ``model``: TRL has a collator and metrics of its own."""
-        return {"processing_class": self.encoder.tokenizer}
-
-    def trainer(self, args: Any) -> Any:
-        """An SFTTrainer of a new model, by the ``SFTConfig`` ``args``."""
-        model = self.model(args.seed, dora=False)
-        data = {"train_dataset": self.train, "eval_dataset": self.evaluation}
-        with trainer_errors():
-            return require_trl().SFTTrainer(model, args, **data, **self.options(model))
-
-
-def prepare(args: ModelArguments, data: ExampleData, training: Any) -> SFTSetup:
-    """Read and check the texts, without loading weights.
-
-    Args:
-        args: the options of the model.
-        data: training and evaluation examples.
-        training: an ``SFTConfig``.
-
-    Raises:
-        ProblemError: invalid data, or a model that cannot be loaded.
-    """
-    config, name = load_config(args.model), args.tokenizer or args.model
-    tokenizer = load_tokenizer(name, config, training.max_length or 2, SFT)
-    template = bool(tokenizer.chat_template or training.chat_template_path)
-    encoder = Conversations(tokenizer, training.dataset_text_field, template)
-    evaluation = None
-    rows, evaluation_rows = data.read()
-    train = encoder.encode(rows, TRAIN)
-    if evaluation_rows is not None:
-        evaluation = encoder.encode(evaluation_rows, EVALUATION)
-        warn_of_shared(evaluation, "evaluation examples", train, "training examples")
-    task = TASKS["causal-lm"]
-    return SFTSetup(args, task, config, encoder, train, evaluation, rows, evaluation_rows)
+    return bilevel(SFTTrainer)
 
 
 @dataclass
@@ -116,26 +72,25 @@ class Conversations:
         if len({type(value) for value in values}) > 1:
             raise ProblemError(f"{values[0]!r} and {values[1]!r}: give two texts, or two lists")
         for column, value in zip(self.columns, values, strict=True):
+            wrong = ""
             if not isinstance(value, str) or column == "messages":
-                self._check_messages(column, value)
+                wrong = self._wrong(value)
             elif not value.strip():
-                raise ProblemError(f"{column!r} has {value!r}; fill it or remove the row")
+                wrong = f"{value!r}; fill it or remove the row"
+            if wrong:
+                raise ProblemError(f"{column!r} has {wrong}")
 
-    def _check_messages(self, column: str, messages: Any) -> None:
-        wrong = ""
+    def _wrong(self, messages: Any) -> str:
+        """What is wrong with ``messages``, or nothing."""
         if not self.chat_template:
-            wrong = (
-                "messages, and the tokenizer no chat template; give chat_template_path, or texts"
-            )
-        elif not isinstance(messages, list) or not messages:
-            wrong = f"{messages!r}, not a list of messages"
-        for message in () if wrong else messages:
+            return "messages, and the tokenizer no chat template; give chat_template_path, or texts"
+        if not isinstance(messages, list) or not messages:
+            return f"{messages!r}, not a list of messages"
+        for message in messages:
             role = message.get("role") if isinstance(message, Mapping) else None
             if not role:
-                wrong = f"{message!r}, without a role; give each message a 'role' and a 'content'"
-            elif role == "assistant" and not (
-                message.get("tool_calls") or str(message.get("content") or "").strip()
-            ):
-                wrong = "an empty message of the assistant; fill it or remove the row"
-        if wrong:
-            raise ProblemError(f"{column!r} has {wrong}")
+                return f"{message!r}, without a role; give each message a 'role' and a 'content'"
+            said = message.get("tool_calls") or str(message.get("content") or "").strip()
+            if role == "assistant" and not said:
+                return "an empty message of the assistant; fill it or remove the row"
+        return ""

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.core.logits import IGNORED
 
 
@@ -28,17 +29,17 @@ class Task:
 
     Attributes:
         model, peft: the Auto class of the models, and the name of the task in PEFT.
+        metric: the number by which methods are compared.
         reduce: maps the logits and labels of a batch to the predictions for ``metrics``.
-        metrics: maps all predictions and labels to named numbers.
-        metric: the one of them by which methods are compared.
+        metrics: maps all predictions and labels to named numbers; None for those of TRL.
         classes: whether labels are classes, of examples or of tokens.
     """
 
     model: Any
     peft: str
-    reduce: Callable[[Any, Tensor], Tensor]
-    metrics: Callable[[Any], dict[str, float]]
     metric: str
+    reduce: Callable[[Any, Tensor], Tensor] | None = None
+    metrics: Callable[[Any], dict[str, float]] | None = None
     classes: bool = False
 
 
@@ -104,11 +105,10 @@ CAUSAL = AutoModelForCausalLM, "CAUSAL_LM"
 PAIRS = AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"
 
 TASKS: dict[str, Task] = {
-    "text-classification": Task(
-        *SEQUENCES, argmax, classification_metrics, "accuracy", classes=True
-    ),
-    "regression": Task(*SEQUENCES, prediction, regression_metrics, "mse"),
-    "token-classification": Task(*TOKENS, argmax, classification_metrics, "macro_f1", classes=True),
-    "causal-lm": Task(*CAUSAL, next_token_losses, language_metrics, "perplexity"),
-    "seq2seq": Task(*PAIRS, token_losses, language_metrics, "perplexity"),
+    "text-classification": Task(*SEQUENCES, "accuracy", argmax, classification_metrics, True),
+    "regression": Task(*SEQUENCES, "mse", prediction, regression_metrics),
+    "token-classification": Task(*TOKENS, "macro_f1", argmax, classification_metrics, True),
+    "causal-lm": Task(*CAUSAL, "perplexity", next_token_losses, language_metrics),
+    "seq2seq": Task(*PAIRS, "perplexity", token_losses, language_metrics),
+    SFT: Task(*CAUSAL, "loss"),
 }

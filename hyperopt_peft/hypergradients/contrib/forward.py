@@ -43,7 +43,7 @@ class Forward(Unrolled):
         Forward and reverse mode have equal results.
 
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> forward, = hypergradient(upper, lower, "forward:steps=3")
         >>> reverse, = hypergradient(upper, lower, "unrolled:steps=3")

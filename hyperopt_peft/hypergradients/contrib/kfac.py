@@ -56,7 +56,7 @@ class KFAC(Solver):
         The relative errors of five steps with and without the preconditioner.
 
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> truth, = hypergradient(upper, lower, "exact")

@@ -151,7 +151,7 @@ class Penalty(InnerRuns):
         The relative error to the implicit formula is below 1 %.
 
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> h, = hypergradient(upper, lower, "penalty")
@@ -205,7 +205,7 @@ class F2SA(InnerRuns):
         The relative error to the implicit formula is below 1 %.
 
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> h, = hypergradient(upper, lower, "f2sa")

@@ -31,7 +31,7 @@ class FunctionSolver(Solver):
 
     Example:
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> half, = hypergradient(upper, lower, lambda matvec, b: 0.5 * b)
         >>> half.allclose(hypergradient(upper, lower, "darts:xi=0.5")[0])

@@ -52,7 +52,7 @@ class Solver(Estimator):
 
     Example:
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> class Half(Solver):
         ...     def solve(self, matvec, b):
         ...         return Solution(0.5 * b)

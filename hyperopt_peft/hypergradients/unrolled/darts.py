@@ -91,7 +91,7 @@ class DARTS(OneStep):
         The learning rate of the lower level is 0.4, and ∂F/∂u is zero.
 
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> one, = hypergradient(upper, lower, "darts")

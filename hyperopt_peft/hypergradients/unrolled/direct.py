@@ -22,7 +22,7 @@ class Direct(Estimator):
         The validation loss does not read the penalties, so ∂F/∂u is zero.
 
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> hypergradient(upper, lower, "direct")[0].any().item()
         False

@@ -42,7 +42,7 @@ class Unrolled(Estimator):
         The relative errors of 1, 5 and 50 steps at the minimum of f.
 
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.ridge import diabetes
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()
         >>> truth, = hypergradient(upper, lower, "exact")

@@ -17,7 +17,7 @@ from hyperopt_peft import (
 from hyperopt_peft.hypergradients import Estimate, get_estimator
 from hyperopt_peft.hypergradients.contrib import F2SA, penalty
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from hyperopt_peft.problems import logistic
+from hyperopt_peft.problems.textbook import logistic
 from tests.support.newton import minimise
 from tests.support.quadratic import FunctionLevel, Level, Program, flat, program, symmetric
 

@@ -1,0 +1,41 @@
+"""The arguments of a training that leaves no trace."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+#: Arguments with which a Trainer evaluates, logs, reports and saves nothing.
+QUIET = {
+    "eval_on_start": False,
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "logging_first_step": False,
+    "logging_strategy": "no",
+    "push_to_hub": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+
+
+def quiet(args: Any, folder: str, kind: Any = None, **changes: Any) -> Any:
+    """The arguments of the same training, which evaluates, logs, reports and saves nothing.
+
+    Args:
+        args: the arguments of a Trainer, which stay.
+        folder: the ``output_dir``, in which a Trainer may make folders.
+        kind: the class of the copy, by default that of ``args``; other arguments are left out.
+        changes: further arguments that differ.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> args = TrainingArguments("outputs", learning_rate=0.1, save_steps=5, use_cpu=True)
+        >>> copy = quiet(args, "scratch", max_steps=3)
+        >>> copy.learning_rate, copy.max_steps, copy.save_strategy.value, args.save_strategy.value
+        (0.1, 3, 'no', 'steps')
+    """
+    kind = kind or type(args)
+    names = {each.name for each in fields(kind)}
+    given = {each.name: getattr(args, each.name) for each in fields(args) if each.init}
+    given = {name: value for name, value in given.items() if name in names}
+    return kind(**{**given, **QUIET, "output_dir": folder, **changes})

@@ -1,0 +1,120 @@
+"""AutoLoRA: a rank for each layer, from weights of its rank-1 terms learned on validation data.
+
+    upper: min over α          L(A*, B*, α; D_val)
+    lower: A*, B*(α) = argmin over A, B, head   L(A, B, α; D_train) + decay·½(‖A‖² + ‖B‖²)
+
+The update of a layer is ΔW = s·Σ_j p_j·B_:j A_j: with p = r·softmax(α), which is LoRA at α = 0.
+Terms with p_j under a threshold are removed, and the adapter with the remaining ranks is trained on
+all data. Zhang et al. 2024, arXiv:2403.09113, which has no decay.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+
+from hyperopt_peft.adapters.gains import (
+    add_gains,
+    gain_variables,
+    gained_layers,
+    remove_gains,
+    set_layers,
+    squares,
+)
+from hyperopt_peft.adapters.layers import factors, lora_layers
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.problems.common import regularised, require_weight
+from hyperopt_peft.trainer.method import Method
+
+#: Equal weights are kept, whatever their rounding.
+ROUNDING = 1e-6
+
+
+@dataclass
+class AutoLoRA(Method):
+    """Weights of rank-1 terms above, A, B and head below; then an adapter of the selected ranks.
+
+    **Without decay the hypergradient of a solved lower level is 0**: A and B absorb every p > 0, so
+    that α moves only because the lower level is not at its minimum. With decay a term of small p
+    needs large factors, whose decay is costly.
+
+    The second phase is from scratch by default, as published. With ``retrain="warm"`` or
+    ``"none"`` the remaining terms keep what the search has learned.
+
+    Args:
+        threshold: the least p of a term that remains; a layer's largest always does.
+        decay: of A and B at the lower level.
+
+    Raises:
+        ProblemError: the decay is negative; later, as `add_gains`.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> config = LoraConfig(r=4, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
+        >>> method = AutoLoRA()
+        >>> method.prepare(model)
+        >>> for alpha in method.upper_variables(model).values():
+        ...     alpha.data.copy_(torch.tensor([[0.0, 2.0, 2.0, -1.0]]))
+        tensor([[ 0.,  2.,  2., -1.]])
+        >>> plain = method.finish(model)
+        >>> method.ranks
+        {'0': 2}
+    """
+
+    threshold: float = 1.0
+    decay: float = 0.0
+
+    defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "scratch"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weight("decay", self.decay)
+
+    def prepare(self, model: Any) -> None:
+        """Let B be B·diag(p)."""
+        add_gains(model, _weights, columns=True)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """α of every layer."""
+        return gain_variables(model)
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+        """L + decay·½(‖A‖² + ‖B‖²), both metrics too; L alone in the second phase."""
+        decay = self.decay if self.decay and gained_layers(model) else 0
+        return regularised(task_loss(batch), decay, squares, model)
+
+    @torch.no_grad()
+    def finish(self, model: Any) -> Any:
+        """A model with a new adapter of the terms that remain; ``ranks`` has their numbers."""
+        adapter, kept, terms = model.active_adapter, {}, {}
+        config = deepcopy(model.peft_config[adapter])
+        for each in gained_layers(model):
+            p = each.gain.values()
+            kept[each.name] = p >= min(self.threshold, float(p.max())) - ROUNDING
+        remove_gains(model)
+        #: The rank of each layer, by its name in the base model.
+        self.ranks = {name: int(keep.sum()) for name, keep in kept.items()}
+        scales = {}
+        for name, (path, layer) in zip(kept, lora_layers(model), strict=True):
+            a, b = factors(layer, adapter)
+            terms[path] = a[kept[name]], b[:, kept[name]]
+            scales[name] = self.ranks[name], layer.scaling[adapter]
+        set_layers(config, scales)
+        config.init_lora_weights = True
+        plain = get_peft_model(model.unload(), config, adapter_name=adapter)
+        for path, layer in lora_layers(plain):
+            for new, old in zip(factors(layer, adapter), terms[path], strict=True):
+                new.copy_(old)
+        return plain
+
+
+def _weights(alpha: Tensor) -> Tensor:
+    """p = r·softmax(α); their mean is 1."""
+    return alpha.shape[1] * alpha.softmax(1)

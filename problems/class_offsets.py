@@ -1,0 +1,88 @@
+"""Class offsets: what a training adds to each class's logit, learned on validation data.
+
+    upper: min over l, Δ       CE(z; D_val), each class counted alike
+    lower: w*(l, Δ) = argmin over w             CE(2σ(Δ)⊙z + l; D_train)
+
+z are the logits of the model w. A frequent class gets a larger offset in training, so that the
+model itself need not prefer it: l = log π, with the classes' shares π in D_train, is Bayes-optimal
+for balanced accuracy. Li et al. 2021, arXiv:2201.01212 (AutoBalance), which has σ(Δ) and starts at
+Δ = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hyperopt_peft.core.labels import ENTRIES, WEIGHT, require_labels
+from hyperopt_peft.core.logits import IGNORED
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.trainer.method import Method
+
+
+@dataclass
+class ClassOffsets(Method):
+    """Offsets of the classes above, all of the adapter below; then these alone, on all rows.
+
+    The upper loss counts the classes of a *batch* alike: let ``per_device_upper_batch_size`` be
+    many times their number. The saved model has plain logits; ``offsets`` and ``factors`` stay
+    with the method, and ``compute_loss`` of a Trainer is not called.
+
+    Args:
+        factor: whether a factor 2σ(Δ) of each class's logit is learned too.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model, method = BertForSequenceClassification(tiny).eval(), ClassOffsets(factor=True)
+        >>> method.prepare(model)
+        >>> {name: x.shape for name, x in method.upper_variables(model).items()}
+        {'offsets': torch.Size([2]), 'factors': torch.Size([2])}
+        >>> batch = {"input_ids": torch.ones(3, 4).long(), "labels": torch.tensor([0, 0, 1])}
+        >>> torch.allclose(method.lower_loss(model, batch, None), model(**batch).loss)  # at first
+        True
+    """
+
+    factor: bool = False
+
+    # The paper has Neumann steps of size 1, which diverge where a curvature is above 2.
+    defaults = MappingProxyType({"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4})
+
+    def prepare(self, model: Any) -> None:
+        """Make l and Δ, 0."""
+        like = next(model.parameters())
+        kind = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+        #: l and Δ, ``(classes,)``.
+        self.offsets, self.factors = (
+            torch.zeros(model.config.num_labels, **kind, requires_grad=True) for _ in range(2)
+        )
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """l, and Δ where it is learned."""
+        return {"offsets": self.offsets, **({"factors": self.factors} if self.factor else {})}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+        """The cross entropy of 2σ(Δ)⊙z + l."""
+        logits, labels = _logits(model, batch)
+        logits = 2 * self.factors.sigmoid() * logits + self.offsets
+        weight: Tensor | float = batch.get(WEIGHT, 1.0)
+        return cross_entropy(logits, labels) * weight
+
+    def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+        """The cross entropy of z, each class of the batch counted alike."""
+        logits, labels = _logits(model, batch)
+        counts = labels[labels != IGNORED].bincount(minlength=logits.shape[-1])
+        return cross_entropy(logits, labels, 1 / counts.clamp(min=1).to(logits.dtype))
+
+
+def _logits(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """The logits of each label, (n, classes), in float32 or wider, and the labels, (n,)."""
+    labels = require_labels(batch)
+    inputs = {name: x for name, x in batch.items() if name not in ("labels", *ENTRIES)}
+    logits = model(**inputs).logits.flatten(0, -2)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()

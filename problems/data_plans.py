@@ -1,0 +1,166 @@
+"""Simple ways to train on sources and a few trusted rows: methods without an upper level.
+
+    min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
+
+`LoRA` trains on all rows alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, Value, concatenate_datasets
+from torch import Tensor
+
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.features import features_of
+from hyperopt_peft.problems.head import Head, L2Penalty
+from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.tags import label_counts, without
+
+SOURCE, TRUSTED = "source", "trusted"
+
+
+@dataclass
+class EqualSources(Method):
+    """Each source has the same share p_k = 1/K; the rows of ``upper_dataset`` are one source more.
+
+    Args:
+        column: the column of the training rows that names the source of each.
+
+    Raises:
+        ProblemError: the rows lack the column, or have one source alone.
+
+    Example:
+        >>> rows = Dataset.from_dict({"x": [1, 2, 3], "source": ["web", "books", "web"]})
+        >>> EqualSources().rows(rows, None)[0]["source"][:]
+        [0, 1, 0]
+    """
+
+    column: str = SOURCE
+
+    tags = (SOURCE,)
+
+    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+        """All rows, with the number of their source; and the trusted ones."""
+        columns = getattr(train, "column_names", None) or ()
+        values = [str(x) for x in train[self.column]] if self.column in columns else []
+        self.names = list(dict.fromkeys(values))
+        if len(self.names) < 2 or TRUSTED in self.names:
+            raise ProblemError(
+                f"column {self.column!r}: must name two or more sources in the training rows, and "
+                f"none {TRUSTED!r}, got {self.names}"
+            )
+        train = self._numbered(train, [self.names.index(value) for value in values])
+        if upper is None:
+            return train, None
+        upper = self._numbered(upper, [len(self.names)] * len(upper))
+        self.names.append(TRUSTED)
+        return joined(train_dataset=train, upper_dataset=upper), upper
+
+    def _numbered(self, rows: Dataset, numbers: list[int]) -> Dataset:
+        rows = rows.remove_columns([x for x in {self.column, SOURCE} if x in rows.column_names])
+        return rows.add_column(SOURCE, numbers, feature=Value("int64"))
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """Those of the lower level, which include the trusted ones."""
+        return train
+
+    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+        """Count the labels n_k of each source."""
+        self.counts = label_counts(SOURCE, len(self.names), model, rows, collate)
+
+    def p(self) -> Tensor:
+        """The share of each source in the training loss, ``(K,)``; their sum is 1."""
+        return torch.full((len(self.names),), 1 / len(self.names))
+
+    def shares(self) -> dict[str, float]:
+        """As `p`, by the names of the sources."""
+        return dict(zip(self.names, self.p().tolist(), strict=True))
+
+    def weights(self, batch: Any) -> Tensor:
+        """v of each row or label of a batch, of the shape of its ``source``."""
+        p = self.p().to(batch[SOURCE].device)
+        counts = self.counts.to(p)
+        return (p * counts.sum() / counts.clamp(min=1))[batch[SOURCE]]
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
+        """Σ_k p_k L_k over the trainable parameters of ``model``."""
+        return WeightedRows(model, self.weights, tags=self.tags)
+
+
+@dataclass
+class Agreement(EqualSources):
+    """A row of source k has the weight q_k, the source's agreement with a model of trusted rows.
+
+    The model is a linear head on frozen features, fitted to the trusted rows, and q_k the share of
+    the source's labels that it predicts, with one right and C − 1 wrong ones more for C classes. A
+    trusted row has the weight 1.
+
+    Args:
+        column: as for `EqualSources`.
+        log_odds: whether the weight is log(q_k/(1 − q_k)·(C − 1)), as in naive Bayes, by the
+            largest; a source below 0 is left out.
+
+    Raises:
+        ProblemError: a row has no class, or there are no trusted rows; as `EqualSources`.
+
+    Example:
+        >>> Agreement(log_odds=True)
+        Agreement(column='source', log_odds=True)
+    """
+
+    log_odds: bool = False
+
+    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+        """Fit the head to the trusted rows, and count what it predicts of the others."""
+        super().read_rows(model, rows, collate)
+        source = torch.tensor(rows[SOURCE][:])
+        made = features_of(model, rows, lambda chosen: without(collate(chosen), self.tags))
+        if self.names[-1] != TRUSTED or made.labels.shape != source.shape:
+            raise ProblemError("upper_dataset: Agreement needs trusted rows, and a class a row")
+        made, classes = made.standardized(), max(2, 1 + int(made.labels.max()))
+        head, size = Head(made.x.shape[1], classes), len(self.names)
+        level = WeightedRows(head, lambda batch: torch.ones(len(batch["labels"])))
+        level.prior = L2Penalty(head)
+        lbfgs(level, made.select((source == size - 1).nonzero()[:, 0]).batch())
+        right = head(made.x).logits.argmax(1) == made.labels
+        numbers = source.bincount(minlength=size) + classes
+        q = ((source[right].bincount(minlength=size) + 1) / numbers)[:-1]
+        if self.log_odds:
+            q = (q / (1 - q) * (classes - 1)).log().clamp(min=0)
+            q = q / q.max().clamp(min=1e-6)
+        self.agreement = torch.cat([q, torch.ones(1)])
+
+    def p(self) -> Tensor:
+        """The share of each source, ``(K,)``: its weight times its labels, by their sum."""
+        mass = self.agreement * self.counts
+        return mass / mass.sum()
+
+
+@dataclass
+class TrustedRepeated(Method):
+    """All rows alike, with the rows of ``upper_dataset`` repeated.
+
+    Args:
+        times: how often; the published tables have 10, 30 and 100.
+
+    Example:
+        >>> train, trusted = Dataset.from_dict({"x": [1, 2]}), Dataset.from_dict({"x": [7]})
+        >>> TrustedRepeated(times=3).all_rows(train, trusted)["x"][:]
+        [1, 2, 7, 7, 7]
+    """
+
+    times: int = 10
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """The training rows, and the trusted ones ``times`` times."""
+        more = concatenate_datasets([upper] * self.times)
+        return joined(train_dataset=train, upper_dataset=more)

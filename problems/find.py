@@ -1,0 +1,65 @@
+"""Methods by name, as the command line and comparisons have them."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from hyperopt_peft import problems
+from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.problems import METHODS
+from hyperopt_peft.trainer.method import Method
+
+
+def find_method(spec: str) -> type[Method]:
+    """The class of the method ``spec``: a name of `METHODS`, or ``path/to/file.py:Class``.
+
+    Raises:
+        ProblemError: an unknown name; a file that cannot be imported, or without that class; or a
+            class that is no `Method`.
+
+    Example:
+        >>> find_method("bidora")(gamma=1e-5)
+        BiDoRA(gamma=1e-05, norm_grad='full', fast_dora=True)
+        >>> find_method("bidorra")
+        Traceback (most recent call last):
+        ...
+        hyperopt_peft.errors.ProblemError: method: unknown 'bidorra'; did you mean 'bidora'?
+    """
+    path, colon, name = spec.rpartition(":")
+    if not colon:
+        if spec not in METHODS:
+            raise ProblemError(f"method: unknown {spec!r}{did_you_mean(spec, METHODS)}")
+        found: type[Method] = getattr(problems, METHODS[spec])
+        return found
+    made = getattr(import_file(path, "method"), name, None)
+    if not (isinstance(made, type) and issubclass(made, Method)):
+        raise ProblemError(f"method: {path} has no class {name} that is a hyperopt_peft.Method")
+    return made
+
+
+def import_file(path: str, option: str) -> ModuleType:
+    """The module in the file ``path``, imported once; ``option`` is named in errors.
+
+    Raises:
+        ProblemError: there is no such file, or its import fails.
+    """
+    file = Path(path).resolve()
+    if file.suffix != ".py" or not file.is_file():
+        raise ProblemError(f"{option}: {path} is no file of Python; give path/to/file.py")
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(file):
+            return module
+    name = file.stem if file.stem not in sys.modules else str(file)
+    spec = spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)  # where a dataclass looks its types up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        kind = type(error).__name__
+        raise ProblemError(f"{option}: {path} cannot be imported: {kind}: {error}") from error
+    return module

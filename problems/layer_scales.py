@@ -1,0 +1,92 @@
+"""Layer scales: a factor of each layer's update, learned on validation data.
+
+    upper: min over u          L(A*, B*, u; D_val)
+    lower: A*, B*(u) = argmin over A, B, head   L(A, B, u; D_train) + decay·½(‖A‖² + ‖B‖²)
+
+The update of layer l is ΔW_l = e^(u_l)·s_l·B_l A_l. A scale near 0 removes a layer's adapter. Tian,
+Liu and Sun 2025 (MetaPEFT), arXiv:2603.01759, for LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.adapters.gains import (
+    add_gains,
+    gain_variables,
+    gained_layers,
+    remove_gains,
+    set_layers,
+    squares,
+)
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.problems.common import regularised, require_weight
+from hyperopt_peft.trainer.method import Method
+
+
+@dataclass
+class LayerScales(Method):
+    """Scales above, A, B and head below; the saved adapter has them in its ``alpha_pattern``.
+
+    **Without decay the hypergradient of a solved lower level is 0**: B absorbs every scale, so that
+    `direct`, the published estimator, learns which layers train too fast or too slowly. A scale
+    has no gradient where B = 0, as in a new adapter.
+
+    Args:
+        decay: of A and B at the lower level.
+
+    Raises:
+        ProblemError: the decay is negative; later, as `add_gains`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, lora_alpha=2, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
+        >>> method = LayerScales()
+        >>> method.prepare(model)
+        >>> for u in method.upper_variables(model).values():
+        ...     u.data.fill_(0.5).log_()
+        tensor([[-0.6931]])
+        >>> method.finish(model).peft_config["default"].alpha_pattern
+        {'^0': 1.0}
+    """
+
+    decay: float = 0.0
+
+    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 5})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weight("decay", self.decay)
+
+    def prepare(self, model: Any) -> None:
+        """Let B be e^u·B."""
+        add_gains(model, torch.exp, columns=False)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """u of every layer."""
+        return gain_variables(model)
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+        """L + decay·½(‖A‖² + ‖B‖²), both metrics too; L alone in the second phase."""
+        decay = self.decay if self.decay and gained_layers(model) else 0
+        return regularised(task_loss(batch), decay, squares, model)
+
+    def finish(self, model: Any) -> Any:
+        """``model`` with e^u in the scale s of every layer; ``scales`` has the factors."""
+        adapter, gained = model.active_adapter, gained_layers(model)
+        #: e^u of each layer, by its name in the base model.
+        self.scales = {each.name: each.gain.values().item() for each in gained}
+        remove_gains(model, fold=False)
+        layers = {}
+        for name, layer in ((each.name, each.layer) for each in gained):
+            layers[name] = layer.r[adapter], layer.scaling[adapter] * self.scales[name]
+        computed = set_layers(model.peft_config[adapter], layers)
+        for each in gained:
+            each.layer.scaling[adapter] = computed[each.name]
+        return model

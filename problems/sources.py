@@ -1,0 +1,100 @@
+"""Weights of data sources, learned on trusted rows.
+
+    upper: min over u   L(w*(u); trusted rows) + ½·τ·mean‖u‖²
+    lower: w*(u) = argmin over the adapter w   Σ_k p_k L_k(w),   p = softmax(u)
+
+L_k is the mean loss of source k over its labels. The trusted rows are the last source. Label i of
+source k(i) thus has the weight v_k = p_k·N/n_k in the mean over all N labels, of which source k has
+n_k: the mean weight is 1, so that the weights cannot act as a learning rate. Pan et al. 2025
+(ScaleBiO), arXiv:2406.19976; DreamPRM (arXiv:2505.20241) and FastMix (arXiv:2606.14971) learn the
+same weights with other estimators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.prior import GaussianPrior
+from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.problems.data_plans import EqualSources
+from hyperopt_peft.trainer.data import require_examples
+
+
+@dataclass
+class Sources(EqualSources):
+    """A share of each source, learned on the trusted rows; then these shares, fixed.
+
+    A step needs about ten rows of each source: see ``gradient_accumulation_steps``.
+
+    Args:
+        column: as for `EqualSources`.
+        prior: τ. By default K/(8n) for n trusted rows: exp(−n·(F + prior)), with F their mean loss,
+            is then a posterior whose prior has the variance 8 a logit.
+
+    Raises:
+        ProblemError: there are no trusted rows; as `EqualSources`; the trainer's loss is no mean
+            over labels.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
+        >>> rows = {"input_ids": [[1, 2], [3, 4]], "labels": [0, 1], "source": ["web", "books"]}
+        >>> trusted = {"input_ids": [[5, 6]], "labels": [0]}
+        >>> args = BilevelTrainingArguments("outputs", report_to="none", use_cpu=True)
+        >>> data = {"train_dataset": Dataset.from_dict(rows)}
+        >>> data["upper_dataset"] = Dataset.from_dict(trusted)
+        >>> trainer = BilevelTrainer(model, args, method=Sources(), **data)
+        >>> trainer.method.shares()
+        {'web': 0.33..., 'books': 0.33..., 'trusted': 0.33...}
+    """
+
+    prior: float | None = None
+
+    defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
+
+    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+        """As `EqualSources.rows`."""
+        require_examples("upper_dataset", upper)
+        self.trusted = len(upper)
+        return super().rows(train, upper)
+
+    def prepare(self, model: Any) -> None:
+        """Begin with equal shares."""
+        device = next(model.parameters()).device
+        self.logits = torch.zeros(len(self.names), device=device, requires_grad=True)
+
+    def p(self) -> Tensor:
+        """softmax(u), ``(K,)``."""
+        return self.logits.softmax(0)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """u, a logit a source."""
+        return {"logits": self.logits}
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
+        """As `EqualSources.lower`; the shares are logged."""
+        level = super().lower(model, task_loss)
+        level.metrics = lambda: {f"share_{k}": p for k, p in zip(self.names, self.p().detach())}
+        return level
+
+    def upper(self, model: Any, task_loss: TaskLoss) -> Problem:
+        """The mean loss of the trusted rows, and the prior."""
+        level = super().upper(model, task_loss)
+        default = len(self.names) / (8 * self.trusted)
+        level.prior = GaussianPrior(default if self.prior is None else self.prior, level.variables)
+        return level
+
+    def finish(self, model: Any) -> Any:
+        """``model``; the shares stay as they are."""
+        self.logits.requires_grad_(False)
+        return model

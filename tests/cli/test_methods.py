@@ -1,0 +1,196 @@
+"""``--method``: every name trains, a class of a file too, and what cannot be one is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig
+
+from hyperopt_peft.cli.main import main
+from hyperopt_peft.problems import METHODS
+from tests.support.cli import refused, run, small_run
+from tests.support.files import rows, write
+
+MINE = '''
+from __future__ import annotations
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from hyperopt_peft import Estimator, Method, register
+from hyperopt_peft.problems.baselines import LoRA
+
+@dataclass
+class Mine(Method):
+    """Learns the bias of the head.
+
+    Args:
+        weight: of the squares of the weights.
+    """
+
+    weight: float = 0.1
+    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1})
+
+    def upper_variables(self, model):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        return {n: p for n, p in named if "classifier" in n and "bias" in n}
+
+    def lower_loss(self, model, batch, task_loss):
+        return task_loss(batch) + self.weight * sum(p.square().sum() for p in model.parameters())
+
+class Plain(LoRA):
+    """A baseline without options."""
+
+@dataclass
+class Clash(LoRA):
+    learning_rate: float = 1.0
+
+@dataclass
+class Unknown(LoRA):
+    defaults = {"lerning_rate": 1.0}
+
+@dataclass
+class Odd(LoRA):
+    either: int | float = 1
+
+class Other:
+    pass
+'''
+PLUGIN = """
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
+from hyperopt_peft import register
+
+@register("mine", kind="direct")
+class Mine(Direct):
+    pass
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_name_trains(tmp_path: Path, name: str) -> None:
+    trusted = write(tmp_path / "trusted.jsonl", rows(number=8, seed=5))
+    data = [{**row, "source": "ab"[k % 2], "weight": 1.0} for k, row in enumerate(rows())]
+    changes: dict[str, Any] = {"train_file": write(tmp_path / "all.jsonl", data)}
+    run("train", **small_run(tmp_path, method=name, upper_file=trusted, **changes))
+    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    assert results["train_loss"] > 0 and results["eval_accuracy"] >= 0
+    assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
+
+
+@pytest.mark.parametrize("by", ["files", "column"])
+def test_sources_are_files_or_a_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    parts = [
+        write(tmp_path / f"{name}.csv", rows(number=12, seed=k)) for k, name in enumerate("ab")
+    ]
+    data = [{**row, "origin": "xyz"[k % 3]} for k, row in enumerate(rows())]
+    changes: dict[str, Any] = {"train_file": parts, "eval_file": None, "eval_fraction": 0.2}
+    if by == "column":
+        changes = {"train_file": write(tmp_path / "all.csv", data), "column": "origin"}
+    trusted = write(tmp_path / "trusted.csv", rows(number=8, seed=5))
+    run("train", **small_run(tmp_path, method="sources", upper_file=trusted, **changes))
+    names = parts if by == "files" else ["x", "y", "z"]
+    shares = re.findall(r"(\S+) (0\.\d+)", capsys.readouterr().out.partition("; shares ")[2])
+    assert {name for name, _ in shares} == {*names, "trusted"}
+    assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=2e-3)
+
+
+def test_given_weights_are_those_of_attribution(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 1 they change nothing, of 0 they leave rows out."""
+    losses = {}
+    for weights in ([1.0] * 24, [1.0, 0.0] * 12, [-1.0] * 24):
+        data = [{**row, "weight": weight} for row, weight in zip(rows(), weights)]
+        options = small_run(tmp_path, method="given_weights", train_file=None, max_steps=2)
+        options |= {"train_file": write(tmp_path / "w.csv", data), "overwrite_output_dir": True}
+        if weights[0] < 0:
+            refused(capsys, "train", options, r"row 0 \(from 0\) of 'weight' is -1")
+            continue
+        run("train", **options)
+        results = json.loads((tmp_path / "out/all_results.json").read_text())
+        losses[weights[1]] = results["eval_loss"]
+    run("train", **{**options, "method": "lora"})
+    plain = json.loads((tmp_path / "out/all_results.json").read_text())["eval_loss"]
+    assert losses[1.0] == pytest.approx(plain, rel=1e-4) != pytest.approx(losses[0.0], rel=1e-4)
+
+
+def test_a_class_of_a_file_with_its_options(
+    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of YAML too; its defaults are those of the run, which the user overrides."""
+    method = f"{file}:Mine"
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"weight": 0.5, "gamma": 3}))
+    options = small_run(tmp_path, method=method, lower_steps=None)
+    run("train", str(config), "--dry_run", **options)
+    printed = capsys.readouterr()
+    assert "method: Mine(weight=0.5)" in printed.out and "direct, for 4 updates" in printed.out
+    assert "gamma: of other commands, tasks or methods" in printed.err
+    run("train", **options, weight="1e-3", hypergradient="cg:steps=2")
+    settings = json.loads((tmp_path / "out/bilevel_settings.json").read_text())
+    assert settings["hypergradient"] == "cg:steps=2"
+    assert "--weight 1e-3" in (tmp_path / "out/report.md").read_text()
+    assert main(["train", "--method", method, "--help"]) == 0
+    assert "of the squares of the weights" in capsys.readouterr().out
+    run("train", **{**options, "method": f"{file}:Plain", "overwrite_output_dir": True})
+    run("check", **options, estimators="none", solver_steps=2)
+    del options["method"]
+    options |= {"methods": ["lora", method], "weight": 2, "seeds": 0, "output_dir": tmp_path / "2"}
+    run("compare", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Clash", "Clash: its field learning_rate is an argument of every run; rename it"),
+        ("Unknown", "Unknown: defaults has lerning_rate, which is no argument"),
+        ("Odd", "Odd: a field of it cannot be an option"),
+        ("Other", "mine.py has no class Other that is a hyperopt_peft.Method"),
+        ("Nothing", "mine.py has no class Nothing"),
+    ],
+)
+def test_a_class_that_is_no_method_of_the_command_line(
+    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    refused(capsys, "train", small_run(tmp_path, method=f"{file}:{name}"), words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "bidorra"}, "method: unknown 'bidorra'; did you mean 'bidora'"),
+        ({"method": "none.py:Mine"}, "method: none.py is no file of Python"),
+        ({"method": "lora", "gamma": 1}, "--gamma: an option of bidora.*leave it out"),
+        ({"gamma": -1}, "gamma: must be finite and not negative"),
+        ({"plugin": "none.py"}, "plugin: none.py is no file of Python"),
+        ({"hypergradient": "mine2"}, "unknown estimator 'mine2'"),
+    ],
+)
+def test_bad_methods_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    refused(capsys, "train", small_run(tmp_path, **changes), words)
+
+
+def test_a_file_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_module")
+    changes = {"method": f"{tmp_path}/broken.py:Mine"}
+    refused(capsys, "train", small_run(tmp_path, **changes), "broken.py cannot be imported: Mod")
+
+
+def test_a_plugin_registers_an_estimator_first(tmp_path: Path) -> None:
+    path = tmp_path / "estimators.py"
+    path.write_text(PLUGIN)
+    run("train", **small_run(tmp_path, plugin=path, hypergradient="mine", retrain="none"))
+    run("check", **small_run(tmp_path, plugin=path, dry_run=True, estimators="mine"))

@@ -1,0 +1,328 @@
+"""Every method: its hypergradient, a special case, and a plain adapter at the end."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from hyperopt_peft import (
+    BiDoRA,
+    Engine,
+    Method,
+    ProblemError,
+    compare_hypergradients,
+    hypergradient,
+)
+from hyperopt_peft.adapters import dora_layers, gram_penalty, lora_layers
+from hyperopt_peft.adapters.layers import magnitude
+from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.problems.autolora import AutoLoRA
+from hyperopt_peft.problems.bidora import Direction
+from hyperopt_peft.problems.bilora import BiLoRA, orthogonality
+from hyperopt_peft.problems.class_offsets import ClassOffsets
+from hyperopt_peft.problems.layer_scales import LayerScales
+from tests.support.adapted_models import adapted_layer, layer_input, randomise, single, wrap
+from tests.support.methods import method_trainer
+from tests.support.trainers import base_model, data, peft_model
+
+METHODS: dict[str, Method] = {
+    "bidora": BiDoRA(gamma=0.1),
+    "bilora": BiLoRA(gamma=0.3),
+    "autolora": AutoLoRA(decay=0.1),
+    "layer_scales": LayerScales(decay=0.1),
+    "class_offsets": ClassOffsets(factor=True),
+}
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def model_of(name: str, **options: Any) -> Any:
+    return peft_model(dora=name == "bidora", **options)
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+@torch.no_grad()
+def assign(level: Any, values: Tensor) -> None:
+    parts = values.split([x.numel() for x in level.variables])
+    for variable, part in zip(level.variables, parts, strict=True):
+        variable.copy_(part.view_as(variable))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_hypergradient_is_the_central_difference_through_the_lower_steps(name: str) -> None:
+    """Of F after three steps of gradient descent, in a random direction of the upper variables."""
+    model = model_of(name, dropout=0.0).double()
+    rows = [data(rows=9, seed=seed).with_format("torch")[:] for seed in (1, 2)]
+    ascent = partial(torch.optim.SGD, lr=1.0)
+    batches = ([rows[0]], [rows[1]])
+    upper, lower = METHODS[name].levels(model, data=batches, optimizers=[ascent, SGD])
+    start, u = flat(lower.variables), flat(upper.variables)
+    u += 0.1 * torch.randn_like(u)
+    towards = torch.randn_like(u)
+
+    def after_steps(shift: float) -> float:
+        assign(lower, start)
+        assign(upper, u + shift * towards)
+        for _ in range(3):
+            gradient = lower.gradient(rows[1], lower.variables).gradient
+            assign(lower, flat(lower.variables) - 0.1 * flat(gradient))
+        return float(upper.evaluate(rows[0])[0])
+
+    numeric = (after_steps(1e-4) - after_steps(-1e-4)) / 2e-4
+    assign(lower, start)
+    assign(upper, u)
+    Engine(upper, lower, "unrolled:steps=3", lower_steps=3, progress=False).run(1)
+    moved = u - flat(upper.variables)
+    assert float(moved @ towards) == pytest.approx(numeric, rel=1e-4)
+
+
+@pytest.mark.parametrize("retrain", ["none", "warm", "scratch"])
+@pytest.mark.parametrize("name", METHODS)
+def test_stock_peft_loads_the_adapter(tmp_path: Path, name: str, retrain: str) -> None:
+    settings = {"retrain": retrain, "hypergradient": "darts"}
+    run = method_trainer(tmp_path, method=METHODS[name], model=model_of(name), **settings)
+    before = flat(run.upper.variables)
+    run.train()
+    assert (flat(run.upper.variables) != before).all()
+    assert not any("parametrizations" in name for name, _ in run.model.named_parameters())
+    run.save_model()
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    rows = {"input_ids": torch.tensor(data()["input_ids"][:4])}
+    expected = run.model.eval()(**rows).logits.detach()
+    # BiDoRA's layers compute by other operations.
+    torch.testing.assert_close(loaded(**rows).logits.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def regression(method: Method) -> Any:
+    """Both levels of one adapted linear layer, in float64; the lower one is at a minimum."""
+    model = randomise(single(use_dora=False))
+    x = layer_input("linear")
+    targets = torch.randn(2, 2, 3, 5, dtype=x.dtype)
+    task = lambda row: mse_loss(model(x), targets[row])  # noqa: E731
+    upper, lower = method.levels(model, task, data=([0], [1]), optimizers=[SGD, SGD])
+    with torch.no_grad():
+        for u in upper.variables:
+            u += torch.linspace(0.1, 0.4, u.numel(), dtype=u.dtype).view_as(u)
+    solve(lower)
+    return upper, lower
+
+
+def solve(lower: Any) -> None:
+    """L-BFGS, then Newton's method in the directions that the loss depends on."""
+    lbfgs(lower, 1, tolerance=1e-8, max_steps=5000)
+    for _ in range(3):
+        graph = torch.autograd.grad(lower.evaluate(1)[0], lower.variables, create_graph=True)
+        slope = torch.cat([part.flatten() for part in graph])
+        rows = [torch.autograd.grad(x, lower.variables, retain_graph=True) for x in slope]
+        hessian = torch.stack([flat(row) for row in rows])
+        step = torch.linalg.pinv(hessian, rtol=1e-7, hermitian=True) @ slope.detach()
+        assign(lower, flat(lower.variables) - step)
+
+
+@pytest.mark.parametrize("method", [AutoLoRA(), LayerScales(), BiLoRA(gamma=0)], ids=repr)
+def test_a_solved_level_without_a_penalty_absorbs_the_upper_variables(method: Method) -> None:
+    upper, lower = regression(method)
+    direct = flat(hypergradient(upper, lower, "direct")).norm()
+    exact = flat(hypergradient(upper, lower, "minres:steps=100,damping=0,tolerance=1e-10")).norm()
+    assert exact < 1e-5 * direct
+
+
+@pytest.mark.parametrize(
+    "method", [AutoLoRA(decay=0.05), LayerScales(decay=0.05), BiLoRA(gamma=0.1)], ids=repr
+)
+def test_a_penalty_gives_the_hypergradient_of_solved_levels(method: Method) -> None:
+    upper, lower = regression(method)
+    estimator = "minres:steps=200,damping=0,tolerance=1e-10"
+    gradient, u = flat(hypergradient(upper, lower, estimator)), flat(upper.variables)
+    towards = torch.linspace(-1, 2, len(u), dtype=u.dtype)
+    values = []
+    for shift in (1e-4, -1e-4):
+        assign(upper, u + shift * towards)
+        solve(lower)
+        values.append(float(upper.evaluate(0)[0]))
+    assert float(gradient @ towards) == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-4)
+    assert gradient.norm() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d_gpt2", "conv1d", "conv2d", "conv3d"])
+@pytest.mark.parametrize("new", [True, False])
+def test_bilora_is_the_singular_value_decomposition(kind: str, new: bool) -> None:
+    model, x, method = single(kind, use_dora=False), layer_input(kind), BiLoRA()
+    if not new:
+        randomise(model)
+    layer = adapted_layer(model)
+    a, b = (m["default"].weight.detach().flatten(1) for m in (layer.lora_A, layer.lora_B))
+    expected, singular = model(x), torch.linalg.svdvals(b @ a)[:2]
+    method.prepare(model)
+    torch.testing.assert_close(model(x), expected)
+    (values,) = method.upper_variables(model).values()
+    torch.testing.assert_close(values.detach().flatten(), singular)
+    assert float(orthogonality(model)) < 1e-25
+    model(x).sin().sum().backward()
+    assert (values.grad != 0).all()  # also where Λ = 0
+    randomise(model)
+    p, q = layer.lora_B["default"].parametrizations.weight.original, layer.lora_A["default"].weight
+    p, q, diagonal = p.flatten(1), q.flatten(1), torch.diag(values.flatten())
+    one = torch.eye(2, dtype=p.dtype)
+    penalty = (p.T @ p - one).norm() ** 2 + (q @ q.T - one).norm() ** 2
+    torch.testing.assert_close(orthogonality(model), penalty)
+    found = method.lower_loss(model, None, lambda _: torch.zeros(()))
+    torch.testing.assert_close(found["loss"], 0.1 * penalty, check_dtype=False)
+    update = (3 / 2 * p @ diagonal @ q).detach()
+    method.finish(model)
+    after = layer.get_delta_weight("default")
+    torch.testing.assert_close(after.T if kind == "conv1d_gpt2" else after.flatten(1), update)
+
+
+def test_bilora_s_penalty_is_in_float32() -> None:
+    model = randomise(peft_model(dora=False)).bfloat16()
+    BiLoRA().prepare(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = orthogonality(model)
+    torch.testing.assert_close(narrow, orthogonality(model.double()).float(), rtol=1e-5, atol=0)
+
+
+def test_autolora_selects_ranks_and_keeps_what_remains() -> None:
+    """p = (1.5, .5, 1.5, .5) and (.5, .5, 2.5, .5); equal weights all remain."""
+    targets = ["layer.0", "layer.1"]
+    model = nn.Module()
+    model.layer = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)).double()
+    model = randomise(wrap(model, use_dora=False, r=4, target_modules=targets, use_rslora=True))
+    method = AutoLoRA()
+    method.prepare(model)
+    for alpha, p in zip(method.upper_variables(model).values(), ([3, 1, 3, 1], [1, 1, 5, 1])):
+        alpha.data = torch.tensor([p], dtype=alpha.dtype).log()
+    expected = []
+    for (_, layer), kept in zip(lora_layers(model), ([0, 2], [2])):
+        b, a = layer.lora_B.default.weight, layer.lora_A.default.weight
+        expected.append(layer.scaling["default"] * (b[:, kept] @ a[kept]))
+    plain = method.finish(model)
+    assert method.ranks == {"layer.0": 2, "layer.1": 1}
+    for (_, layer), update in zip(lora_layers(plain), expected, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), update)
+    method.prepare(plain)
+    method.finish(plain)
+    assert method.ranks == {"layer.0": 2, "layer.1": 1}
+
+
+def test_autolora_with_decay_finds_a_planted_rank() -> None:
+    torch.manual_seed(0)
+    true, x = torch.randn(8, 1).double() @ torch.randn(1, 8).double(), torch.randn(2, 60, 8)
+    x = x.double()
+    y = x @ true.T + torch.randn_like(x) / 2
+    layers = nn.ModuleDict({"layer": nn.Linear(8, 8, bias=False)}).double()
+    model = wrap(layers, r=4, use_dora=False)
+    layer = adapted_layer(model)
+    layer.get_base_layer().weight.data.zero_()
+    method, adam = AutoLoRA(decay=0.1), partial(torch.optim.Adam, lr=0.05)
+    task = lambda row: mse_loss(layer(x[row]), y[row])  # noqa: E731
+    levels = method.levels(model, task, data=([0], [1]), optimizers=[adam, adam])
+    Engine(*levels, "darts:xi=lr", lower_steps=2, progress=False).run(100)
+    method.finish(model)
+    assert method.ranks == {"layer": 1}
+
+
+def test_layer_scales_have_the_derivative_of_their_b() -> None:
+    """∂F/∂u = ⟨∂F/∂B, B⟩; 0 where B = 0."""
+    model, method, x = randomise(single(use_dora=False)), LayerScales(), layer_input("linear")
+    method.prepare(model)
+    (u,), b = method.upper_variables(model).values(), adapted_layer(model).lora_B["default"]
+    b = b.parametrizations.weight.original
+    of_u, of_b = torch.autograd.grad(model(x).sin().sum(), (u, b))
+    torch.testing.assert_close(of_u.sum(), (of_b * b).sum())
+
+
+def test_class_offsets_undo_the_imbalance() -> None:
+    """Two Gaussian classes 9:1: the offsets of solved levels are log priors and a constant."""
+    torch.manual_seed(0)
+
+    def rows(*counts: int) -> Any:
+        labels = torch.arange(2).repeat_interleave(torch.tensor(counts))
+        x = torch.randn(len(labels), 1).double() + 2 * labels[:, None]
+        return {"x": torch.cat([x, torch.ones_like(x)], 1), "labels": labels}
+
+    w = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+
+    class Linear(nn.Module):
+        config = SimpleNamespace(num_labels=2)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = w
+
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=x @ self.w)
+
+    model, method, train, held_out = Linear(), ClassOffsets(), rows(1800, 200), rows(900, 100)
+    adam = partial(torch.optim.Adam, lr=0.1)
+    options = {"data": ([held_out], [train]), "optimizers": [adam, SGD]}
+    upper, lower = method.levels(model, **options)
+    weights = torch.tensor([1.0, 9.0], dtype=torch.float64)
+    by_hand = cross_entropy(model(held_out["x"]).logits, held_out["labels"], weights)
+    torch.testing.assert_close(upper.evaluate(held_out)[0], by_hand)
+    for _ in range(60):
+        lbfgs(lower, train, tolerance=1e-8)
+        upper.step(hypergradient(upper, lower, "minres:steps=10,damping=1e-6"))
+    gap = float(method.offsets[0] - method.offsets[1])
+    assert gap == pytest.approx(torch.tensor(9.0).log().item(), abs=0.4)
+
+
+def bidora(**options: Any) -> Any:
+    """Both levels in float64, with a batch each."""
+    rows = [data(rows=9, seed=seed).with_format("torch")[:] for seed in (1, 2)]
+    batches, model = ([rows[0]], [rows[1]]), peft_model(dropout=0.0).double()
+    return BiDoRA(**options).levels(model, data=batches, optimizers=[SGD, SGD])
+
+
+def test_bidora_s_levels_share_out_the_trainable_parameters() -> None:
+    upper, lower = bidora(gamma=0.3)
+    model = lower.model
+    expected = [magnitude(layer, "default") for _, layer in dora_layers(model)]
+    assert [x.data_ptr() for x in upper.variables] == [x.data_ptr() for x in expected]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {*upper.names} | {*lower.names} == trained
+    loss, metrics = lower.evaluate(lower.peek_batch())
+    task, penalty = upper.evaluate(lower.peek_batch())[0], gram_penalty(model)
+    torch.testing.assert_close(loss, task + 0.3 * penalty)
+    assert metrics == pytest.approx({"task_loss": task.item(), "penalty": penalty.item()})
+
+
+@pytest.mark.parametrize("norm_grad", ["full", "detach"])
+def test_a_norm_in_the_graph_alone_makes_both_products_agree(norm_grad: Any) -> None:
+    levels = bidora(norm_grad=norm_grad)
+    (row,) = compare_hypergradients(*levels, ["darts"], "darts:product=exact", repeats=1).rows
+    assert row.relative_error < 1e-6 if norm_grad == "full" else row.relative_error > 1e-2
+
+
+def twice() -> Any:
+    model = peft_model(dora=False)
+    AutoLoRA().prepare(model)
+    LayerScales().prepare(model)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no adapter": (lambda: BiLoRA().prepare(base_model()), "peft_model: "),
+    "no levels": (lambda: Direction(base_model()), "peft_model: "),
+    "magnitudes": (lambda: BiLoRA().prepare(peft_model()), "DoraLinearVariant.*use_dora"),
+    "embedding": (lambda: LayerScales().prepare(single("embedding", use_dora=False)), "Embedding"),
+    "rank": (lambda: BiLoRA().prepare(single(use_dora=False, r=5)), "rank 5"),
+    "twice": (twice, "has a gain already"),
+    "gamma": (lambda: BiLoRA(gamma=-1), "gamma"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(ProblemError, match=message):
+        make()

@@ -1,0 +1,97 @@
+"""`RowWeights` and `WeightNet`: their hypergradient, wrong labels, and what trains afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from hyperopt_peft import Engine, ProblemError, hypergradient
+from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.problems import RowWeights, WeightNet
+from tests.support.methods import method_trainer
+from tests.support.trainers import data
+from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
+
+METHODS = {"rows": lambda: RowWeights(keep=None), "net": lambda: WeightNet(5)}
+
+
+def levels(kind: str, count: int = 30) -> tuple[Any, ...]:
+    """The method, its levels over a linear classifier, clean rows, and rows with wrong labels."""
+    torch.manual_seed(4)
+    model, method = Linear(), METHODS[kind]()
+    noisy, clean = rows(count, seed=1, noise=0.4)[0], rows(100, seed=2)[0]
+    noisy["index"] = torch.arange(count)
+    if kind == "rows":
+        method.rows([None] * count, [None])
+    method.prepare(model)
+    for x in method.upper_variables(model).values():
+        x.data = x.data.double()
+    upper = method.upper(model, lambda batch: model(**batch).loss)
+    lower = regularised(method.lower(model, lambda batch: model(**batch).loss))
+    lower.tags = ["index"]
+    return method, upper, lower, clean, noisy
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_hypergradient_is_the_slope_of_the_value(kind: str) -> None:
+    _, upper, lower, clean, noisy = levels(kind)
+    for variable in upper.variables:
+        torch.nn.init.normal_(variable, std=0.5)
+    value(upper, lower, clean, noisy)
+    slopes = hypergradient(upper, lower, "exact", upper_batch=clean, lower_batch=noisy)
+    for variable, slope in zip(upper.variables, slopes, strict=True):
+        flat, slope = variable.view(-1), slope.view(-1)
+        for entry in slope.abs().topk(min(3, len(slope))).indices.tolist():
+            expected = central_difference(flat, entry, lambda: value(upper, lower, clean, noisy))
+            assert float(slope[entry]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_wrong_labels_lose(kind: str) -> None:
+    method, upper, lower, clean, noisy = levels(kind, 60)
+    wrong = noisy["labels"] != rows(60, seed=1)[0]["labels"]
+    for level, batch in ((upper, clean), (lower, noisy)):
+        level.batches = DataStream([batch], level.name)
+    upper.optimizer = torch.optim.Adam(upper.variables, lr=0.1)
+    lower.optimizer = torch.optim.SGD(lower.variables, lr=1.0)
+    Engine(upper, lower, "minres", lower_steps=10, progress=False).run(30)
+    with torch.no_grad():
+        if kind == "rows":
+            weights = method.row_weights()
+        else:
+            logits = lower.model(noisy["x"]).logits
+            each = cross_entropy(logits, noisy["labels"], reduction="none")
+            weights = method.row_weights(each)
+    assert wrong.sum() > 10 and weights[~wrong].mean() > weights[wrong].mean() + 0.2
+
+
+@pytest.mark.parametrize("keep", [0.25, None])
+def test_the_second_phase_has_the_best_rows_or_the_weights(tmp_path: Path, keep: Any) -> None:
+    trusted = {"upper_dataset": data(rows=5, seed=1)}
+    method = RowWeights(keep=keep)
+    run = method_trainer(tmp_path, method=method, options=trusted, retrain="warm")
+    run.train()
+    assert method.logits.count_nonzero() and (method.row_weights() - 1).abs().max() < 1
+    numbers, size = run.retrainer.train_dataset["index"][:], 24 if keep is None else 6
+    assert len(numbers) == size + 5 and numbers[size:] == [*range(24, 29)]
+    best = set(method.logits.topk(size).indices.tolist())
+    assert set(numbers[:size]) == best and (hasattr(run.retrainer.lower, "weights")) == (size > 6)
+    if keep is None:
+        batch = {"index": torch.tensor([3, 28, 24])}
+        expected = torch.stack([method.row_weights()[3], torch.tensor(1.0), torch.tensor(1.0)])
+        assert torch.equal(method.weights(batch), expected)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a share": (lambda d: RowWeights(keep=1.5), "keep"),
+    "no trusted rows": (lambda d: method_trainer(d, method=RowWeights()), "upper_dataset"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path: Path, name: str) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(ProblemError, match=message):
+        make(str(tmp_path))
