@@ -20,7 +20,7 @@ from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import features_of
-from hyperopt_peft.problems.head import Head, L2Penalty
+from hyperopt_peft.problems.head import Head, l2_penalty
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.tags import label_counts, without
@@ -129,7 +129,7 @@ class Agreement(EqualSources):
         made, classes = made.standardized(), max(2, 1 + int(made.labels.max()))
         head, size = Head(made.x.shape[1], classes), len(self.names)
         level = WeightedRows(head, lambda batch: torch.ones(len(batch["labels"])))
-        level.prior = L2Penalty(head)
+        level.prior = l2_penalty()
         lbfgs(level, made.select((source == size - 1).nonzero()[:, 0]).batch())
         right = head(made.x).logits.argmax(1) == made.labels
         numbers = source.bincount(minlength=size) + classes

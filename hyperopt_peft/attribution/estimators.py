@@ -34,10 +34,6 @@ def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
 
     Raises:
         ProblemError: an unknown name or option, or an estimator that gives no score a row.
-
-    Example:
-        >>> parse_estimator("unrolled").last_steps, parse_estimator("unrolled:steps=1").last_steps
-        (None, 1)
     """
     name = estimator if isinstance(estimator, str) else repr(estimator)
     kind, _, options = name.partition(":")

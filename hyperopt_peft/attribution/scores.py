@@ -37,12 +37,6 @@ class Evaluation(Problem):
 
     Raises:
         ProblemError: there is no slice, or one without parts, or a part is no function.
-
-    Example:
-        >>> v, w = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
-        >>> level = Evaluation(v, lambda: w.square())
-        >>> level.gradient(level.slices["all"], (w,)).gradient
-        (tensor(2.),)
     """
 
     def __init__(self, weights: Tensor, slices: Loss | Mapping[str, Loss]) -> None:
@@ -88,7 +82,6 @@ class RetrainingSetup:
             probabilities.
         labels: likewise, the class of each row, ``(n,)``.
         columns: of the rows, to show.
-        progress: whether scores and retrainings show a progress bar.
     """
 
     run: Training

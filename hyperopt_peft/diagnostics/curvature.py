@@ -30,13 +30,6 @@ class Spectrum:
     """Lanczos estimates of the smallest and the largest eigenvalue of the lower Hessian H.
 
     Both lie within the spectrum of H.
-
-    Example:
-        >>> from hyperopt_peft.diagnostics.curvature import Spectrum
-        >>> round(Spectrum(-0.11, 0.43).damping(), 3)
-        0.17
-        >>> Spectrum(-0.11, 0.43).dominated_by(1.0)
-        True
     """
 
     smallest: float
@@ -114,8 +107,6 @@ def spectrum(
         NonFiniteError: f or a product is NaN or infinite.
 
     Example:
-        >>> import torch
-        >>> from hyperopt_peft.diagnostics import spectrum
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> spectrum(upper, lower).smallest > 0  # ridge regression is strictly convex

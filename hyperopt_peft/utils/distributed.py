@@ -63,10 +63,6 @@ def mean(
     Args:
         parts: the tensors of this process.
         like: tensors with the shapes and dtypes of ``parts``; required if a part is None.
-
-    Example:
-        >>> mean([torch.ones(2), None])  # in a run of one process
-        (tensor([1., 1.]), None)
     """
     processes = world_size()
     parts = [x.to_dense() if x is not None and x.is_sparse else x for x in parts]
