@@ -30,11 +30,7 @@ class ScoreEstimator:
 
 
 def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
-    """The estimator that ``estimator`` names.
-
-    Raises:
-        ProblemError: an unknown name or option, or an estimator that gives no score a row.
-    """
+    """The estimator that ``estimator`` names."""
     name = estimator if isinstance(estimator, str) else repr(estimator)
     kind, _, options = name.partition(":")
     if kind == "gradient":  # the identity in place of the inverse Hessian, as in one step

@@ -70,11 +70,7 @@ class ModelOnRows:
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
-        """The mean loss over the labels of ``batches``, in parts that are summed.
-
-        Raises:
-            ProblemError: there is no label.
-        """
+        """The mean loss over the labels of ``batches``, in parts that are summed."""
         total = int(sum(self.losses(batch)[1].sum() for batch in batches))
         if total == 0:
             raise ProblemError("labels: no row has a label that is scored; give rows with labels")

@@ -212,13 +212,8 @@ class Run(Training):
     ) -> ParameterUpdate:
         """The update that a level is about to make; the rows of its batch are counted.
 
-        Args:
-            level, batch, random_state: see `ParameterUpdate`.
-            gradient: one entry for each variable of the level, then that of the row weights.
-            seen: which rows are in the batch, ``(n,)``; by default those with a share in the loss.
-
-        Raises:
-            ProblemError: the loss does not read the weights.
+        ``gradient`` has one entry for each variable of the level, then that of the row weights.
+        ``seen`` says which rows are in the batch, ``(n,)``; by default those with a share in it.
         """
         problem, (*of_w, of_v) = self.levels[level], gradient
         if of_v is None:

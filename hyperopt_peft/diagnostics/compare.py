@@ -198,11 +198,7 @@ def _label(estimator: EstimatorLike) -> str:
 
 
 def get_reference(reference: EstimatorLike) -> Estimator:
-    """The estimator, or the `Retraining`, named by ``reference``.
-
-    Raises:
-        ProblemError: the name or an option is unknown, or a value is invalid.
-    """
+    """The estimator, or the `Retraining`, named by ``reference``."""
     if isinstance(reference, str) and reference.partition(":")[0] == Retraining.name:
         return with_options(Retraining, reference.partition(":")[2])
     return get_estimator(reference)

@@ -82,7 +82,6 @@ def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: A
 
     Args:
         panels: by title, the lines by name, 18 names at most.
-        path: the file to write.
         axes: properties of all axes, such as ``xlabel``, ``ylabel`` and ``yscale``.
     """
     names = list(dict.fromkeys(name for named in panels.values() for name in named))
@@ -118,7 +117,6 @@ def level_curves(
 
     Args:
         history: ``Engine.history``, or ``trainer.state.log_history``.
-        path: the file to write.
         share: the share of a curve over which it is smoothed.
 
     Example:
@@ -147,7 +145,6 @@ def intervals(
 
     Args:
         panels: by measure, (value, lower end, upper end) by name; all have the same names.
-        path: the file to write.
         zero: the measures with a line at 0, such as paired differences.
     """
     names = list(next(iter(panels.values())))
@@ -181,7 +178,6 @@ def row_scores(
         scores: of each row, ``(n,)``; NaN for one that was never seen.
         texts: of the rows to draw, from the one that hurts most to the one that helps most.
         note: a line below, on how far the scores can be trusted.
-        path: the file to write.
     """
     seen, values = scores[~np.isnan(scores)], np.array([scores[row] for row in texts])
     height = 2.5 + 0.24 * max(len(texts), 6)

@@ -28,11 +28,7 @@ class RandomState:
 
     @classmethod
     def capture(cls, devices: Iterable[torch.device] = ()) -> RandomState:
-        """The current states of the generators of Python, NumPy, the CPU and ``devices``.
-
-        Raises:
-            ProblemError: NumPy's global generator was replaced by one of another kind.
-        """
+        """The current states of the generators of Python, NumPy, the CPU and ``devices``."""
         memory = _twister().memory.raw
         numpy = {**np.random.get_state(legacy=False), "state": memory}
         states = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}

@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def level(head: Head) -> TaskLevel:
-    return TaskLevel(head, head.named_parameters(), prior=l2_penalty())
+    return TaskLevel(head, head.named_parameters(), prior=l2_penalty(L2))
 
 
 def ridge(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
 def levels(labels: Tensor, outputs: int) -> tuple[Any, Any, Any, Any]:
     """Three sources of 8 rows, at weights that differ, and held-out rows."""
     head = Head(3, outputs, dtype=torch.float64)
-    upper, lower = weighted("source", head, 3, prior=l2_penalty())
+    upper, lower = weighted("source", head, 3, prior=l2_penalty(L2))
     (logits,) = upper.variables
     logits.data = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
     upper.prior = GaussianPrior(0.1, [logits])
