@@ -124,7 +124,7 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
         (update,) = step
         batches = []
         for micro in update.batch:
-            chosen = [{**rows[next(order)], ROW: 0} for _ in micro.batch[ROW]]
+            chosen = [{**rows[next(order)], ROW: 0} for _ in micro.batch[ROW].unique()]
             batches.append(send_to_device(data.collate(chosen), data.trainer.args.device))
         states = [micro.random_state for micro in update.batch]
         return (replace(update, batch=model.micro_batches(batches, states)),)
