@@ -4,18 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyperopt_peft.problems.autolora import AutoLoRA
-    from hyperopt_peft.problems.baselines import DoRA, GivenWeights, LoRA
-    from hyperopt_peft.problems.bidora import BiDoRA
-    from hyperopt_peft.problems.bilora import BiLoRA
-    from hyperopt_peft.problems.class_offsets import ClassOffsets
-    from hyperopt_peft.problems.common import TaskLevel
-    from hyperopt_peft.problems.data_plans import Agreement, EqualSources, TrustedRepeated
-    from hyperopt_peft.problems.find import find_method
-    from hyperopt_peft.problems.head import Head
-    from hyperopt_peft.problems.layer_scales import LayerScales
-    from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
-    from hyperopt_peft.problems.sources import Sources
+    from hyperopt_peft.problems.autolora import AutoLoRA as AutoLoRA
+    from hyperopt_peft.problems.baselines import DoRA as DoRA
+    from hyperopt_peft.problems.baselines import GivenWeights as GivenWeights
+    from hyperopt_peft.problems.baselines import LoRA as LoRA
+    from hyperopt_peft.problems.baselines import TrustedRepeated as TrustedRepeated
+    from hyperopt_peft.problems.bidora import BiDoRA as BiDoRA
+    from hyperopt_peft.problems.bilora import BiLoRA as BiLoRA
+    from hyperopt_peft.problems.class_offsets import ClassOffsets as ClassOffsets
+    from hyperopt_peft.problems.common import TaskLevel as TaskLevel
+    from hyperopt_peft.problems.data_plans import Agreement as Agreement
+    from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
+    from hyperopt_peft.problems.find import find_method as find_method
+    from hyperopt_peft.problems.head import Head as Head
+    from hyperopt_peft.problems.layer_scales import LayerScales as LayerScales
+    from hyperopt_peft.problems.row_weights import RowWeights as RowWeights
+    from hyperopt_peft.problems.row_weights import WeightNet as WeightNet
+    from hyperopt_peft.problems.sources import Sources as Sources
 
 _MODULES = {
     "Agreement": "data_plans",
@@ -32,7 +37,7 @@ _MODULES = {
     "RowWeights": "row_weights",
     "Sources": "sources",
     "TaskLevel": "common",
-    "TrustedRepeated": "data_plans",
+    "TrustedRepeated": "baselines",
     "WeightNet": "row_weights",
     "find_method": "find",
 }
@@ -53,26 +58,7 @@ METHODS = {
     "agreement": "Agreement",
     "trusted_repeated": "TrustedRepeated",
 }
-__all__ = [
-    "METHODS",
-    "Agreement",
-    "AutoLoRA",
-    "BiDoRA",
-    "BiLoRA",
-    "ClassOffsets",
-    "DoRA",
-    "EqualSources",
-    "GivenWeights",
-    "Head",
-    "LayerScales",
-    "LoRA",
-    "RowWeights",
-    "Sources",
-    "TaskLevel",
-    "TrustedRepeated",
-    "WeightNet",
-    "find_method",
-]
+__all__ = ["METHODS", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

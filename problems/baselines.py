@@ -11,10 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import concatenate_datasets
+
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.method import Method
 
 
@@ -72,6 +75,25 @@ class DoRA(Method):
     def prepare(self, model: Any) -> None:
         """Let the layers of ``model`` run the fast forward pass, or PEFT's."""
         (use_fast_dora if self.fast_dora else set_norm_grad)(model, "detach")
+
+
+@dataclass
+class TrustedRepeated(Method):
+    """All rows alike, with the rows of ``upper_dataset`` repeated ``times`` times.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> train, trusted = Dataset.from_dict({"x": [1, 2]}), Dataset.from_dict({"x": [7]})
+        >>> TrustedRepeated(times=3).all_rows(train, trusted)["x"][:]
+        [1, 2, 7, 7, 7]
+    """
+
+    times: int = 10
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """The training rows, and the trusted ones ``times`` times."""
+        more = concatenate_datasets([upper] * self.times)
+        return joined(train_dataset=train, upper_dataset=more)
 
 
 @dataclass

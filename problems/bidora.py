@@ -99,21 +99,7 @@ class BiDoRA(Method):
 class Direction(TaskLevel):
     """Lower level: min over A, B, head of L(A, B, m; D_train) + γ·R.
 
-    Args:
-        model: a PeftModel with ``use_dora=True``.
-        gamma: γ, the weight of the Gram regulariser R.
-        level: arguments of `TaskLevel`.
-
-    Raises:
-        ProblemError: the model has no DoRA layer; or as `Problem`.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from torch import nn
-        >>> config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-        >>> [tuple(x.shape) for level in (Direction, Magnitude) for x in level(model).variables]
-        [(2, 4), (3, 2), (3,)]
+    ``model`` is a PeftModel with ``use_dora=True``; further arguments are those of `TaskLevel`.
     """
 
     def __init__(self, model: Any, *, gamma: float = 0.0, **level: Any) -> None:

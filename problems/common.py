@@ -20,17 +20,7 @@ def require_weight(name: str, value: float) -> None:
 
 
 def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
-    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0.
-
-    Raises:
-        ProblemError: FSDP2 has shards only of what the penalty reads.
-
-    Example:
-        >>> from torch import nn, ones
-        >>> regularised(ones(()), 0.5, lambda model: model.weight.sum() * 0 + 4, nn.Linear(1, 1))
-        ... # doctest: +ELLIPSIS
-        {'loss': tensor(3., ...), 'task_loss': tensor(1.), 'penalty': tensor(4., ...)}
-    """
+    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0."""
     if weight == 0:
         return task
     if is_sharded(*model.parameters()):
@@ -43,13 +33,9 @@ def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], mode
 
 
 class TaskLevel(Problem):
-    """A level with the loss L of a task; subclasses define the variables and may add terms.
+    """A level with the loss of a task: ``task_loss(batch)``, by default ``model(**batch).loss``.
 
-    Args:
-        model: a model whose forward returns ``.loss``, such as one of Transformers.
-        variables: the tensors that the level owns.
-        task_loss: L as a function of the batch; by default ``model(**batch).loss``.
-        level: arguments of `Problem`: data, optimizer, scheduler, max_grad_norm, name.
+    Further arguments are those of `Problem`.
 
     Example:
         >>> from torch import nn, ones
@@ -67,5 +53,5 @@ class TaskLevel(Problem):
         super().__init__(variables, **level)
 
     def loss(self, batch: Any) -> Any:
-        """L."""
+        """The task's loss."""
         return self.task_loss(batch)

@@ -33,7 +33,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import Head, L2Penalty, problem_type_of
+from hyperopt_peft.problems.head import Head, l2_penalty, problem_type_of
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.restore import perturbed
@@ -51,7 +51,7 @@ class HeadLevel(Problem):
 
     def __init__(self, head: Head, weights: Tensor, l2: float) -> None:
         self.rows, self.weights = ModelOnRows(head), weights
-        super().__init__(head.named_parameters(), prior=L2Penalty(head, l2), name="head")
+        super().__init__(head.named_parameters(), prior=l2_penalty(l2), name="head")
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The weighted mean over the labels of ``batch``."""

@@ -45,10 +45,6 @@ class TwoLevelTrainer(TaskLossTrainer):
     _replicated: list[dict[str, Any]]
     _callback: BilevelCallback
 
-    def make_estimator(self) -> Estimator:
-        """The estimator that the arguments name."""
-        return self.args.estimator()
-
     @property
     def levels(self) -> list[Problem]:
         """The lower level, and the upper one where there is one."""
@@ -85,11 +81,7 @@ class TwoLevelTrainer(TaskLossTrainer):
         return {name: data_fingerprint(rows) for name, rows in data.items()}
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """The optimizer ``args.optim`` over both levels, with groups of their own.
-
-        Raises:
-            ProblemError: the parent's ``create_optimizer`` made one of other groups or tensors.
-        """
+        """The optimizer ``args.optim`` over both levels, with groups of their own."""
         if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
             reshard(self.model)
         if self.optimizer is None:

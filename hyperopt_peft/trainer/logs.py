@@ -54,14 +54,7 @@ def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dic
 
 
 def line_of(state: Any, logs: Mapping[str, Any]) -> str:
-    """A short line of ``logs`` at the step of the Trainer's ``state``.
-
-    Example:
-        >>> from transformers import TrainerState
-        >>> logs = {"loss": 0.83214, "grad_norm": 1.2, "lower_share_web": 0.5, "epoch": 2.0}
-        >>> line_of(TrainerState(global_step=20, max_steps=50), logs)
-        'step 20/50  loss 0.8321  grad_norm 1.2'
-    """
+    """A short line of ``logs``: "step 20/50  loss 0.8321  grad_norm 1.2"."""
     names = [name for name in (*PRINTED, *PRINTED_AT_END) if name in logs]
     names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
     numbers = [

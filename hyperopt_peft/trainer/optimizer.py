@@ -16,11 +16,7 @@ from hyperopt_peft.errors import ProblemError
 def new_optimizer(
     kind_and_options: tuple[Any, Mapping[str, Any]], groups: Sequence[dict[str, Any]]
 ) -> Any:
-    """The optimizer of a class with options over ``groups`` of parameters.
-
-    Raises:
-        ProblemError: the optimizer takes no groups of parameters, or refuses the options.
-    """
+    """The optimizer of a class with options over ``groups`` of parameters."""
     kind, options = kind_and_options
     name = getattr(kind, "__name__", kind)
     takes_groups = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)

@@ -17,7 +17,6 @@ from torch import Tensor
 from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.data import collating, require_apart
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
@@ -83,9 +82,8 @@ class PhasesTrainer(TwoLevelTrainer):
         """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
 
         With a method the search and the second phase are run, and the last phase's result is
-        returned; the last checkpoint of either phase counts. With ``enable_jit_checkpoint`` a
-        SIGTERM ends either phase. A resumed run is bit for bit the run without interruption, with
-        the exceptions in docs/distributed.md.
+        returned; the last checkpoint of either phase counts. A resumed run is bit for bit the run
+        without interruption, with the exceptions in docs/distributed.md.
 
         Raises:
             ProblemError: no complete checkpoint, a damaged one, or one of other settings or data;
@@ -117,9 +115,6 @@ class PhasesTrainer(TwoLevelTrainer):
             initial = None
             if self.args.retrain == "scratch":
                 initial = self._initial(resumed=point is not None)
-            if hasattr(self.model, "peft_config"):
-                checks.warn_of_short_phase("search", self.args, self.train_dataset)
-                checks.warn_of_short_phase("retraining", arguments, self.all_rows())
             output = self._train_from(point, *args, **kwargs)
             if self._callback.signalled:  # the search is unfinished
                 return output

@@ -13,7 +13,7 @@ from hyperopt_peft.core.logits import MULTI_LABEL
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.common import TaskLevel
-from hyperopt_peft.problems.head import Head, L2Penalty, problem_type_of
+from hyperopt_peft.problems.head import Head, l2_penalty, problem_type_of
 from tests.support.weighted_levels import weighted
 
 L2 = 0.3
@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def level(head: Head) -> TaskLevel:
-    return TaskLevel(head, head.named_parameters(), prior=L2Penalty(head, L2))
+    return TaskLevel(head, head.named_parameters(), prior=l2_penalty(L2))
 
 
 def ridge(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
 def levels(labels: Tensor, outputs: int) -> tuple[Any, Any, Any, Any]:
     """Three sources of 8 rows, at weights that differ, and held-out rows."""
     head = Head(3, outputs, dtype=torch.float64)
-    upper, lower = weighted("source", head, 3, prior=L2Penalty(head, L2))
+    upper, lower = weighted("source", head, 3, prior=l2_penalty(L2))
     (logits,) = upper.variables
     logits.data = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
     upper.prior = GaussianPrior(0.1, [logits])

@@ -67,24 +67,3 @@ def test_retraining_has_its_own_length_rate_and_decay(tmp_path: Path) -> None:
     assert run.retrainer.state.log_history[0]["learning_rate"] == 5e-4
     assert run.retrainer.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert (run.args.learning_rate, run.args.weight_decay) == (1e-2, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("rate", "steps", "again", "short"),
-    [
-        (1e-3, 99, 100, ["search: 99 steps"]),
-        (2e-3, 50, 49, ["retraining: 49 steps"]),
-        (0.0, 7, 7, []),  # a control
-    ],
-)
-def test_a_phase_too_short_to_learn_is_named_with_the_steps_it_needs(
-    tmp_path: Path, caplog: Any, rate: float, steps: int, again: int, short: list[str]
-) -> None:
-    sizes = {"max_steps": steps, "retrain_arguments": {"max_steps": again}, "retrain": "warm"}
-    run = trainer(tmp_path, learning_rate=rate, **sizes)
-    run.create_optimizer = lambda *_: 1 / 0  # before any work
-    with pytest.raises(ZeroDivisionError):
-        run.train()
-    messages = [r.message for r in caplog.records if "hardly train" in r.message]
-    assert [message.partition(" at a")[0] for message in messages] == short
-    assert all(f"give it {0.1 / rate:.0f} steps" in message for message in messages)

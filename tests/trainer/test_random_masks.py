@@ -76,7 +76,7 @@ def logs(trainer: Any) -> list[dict[str, float]]:
 def test_one_level_is_the_trainer(tmp_path: Path) -> None:
     """Bit for bit: what is measured of the loss draws no number.
 
-    With several micro-batches Transformers trains the sum of their losses here, see `LossRule`.
+    With several micro-batches Transformers trains the sum of their losses here.
     """
     ends, settings = [], {**SETTINGS, "gradient_accumulation_steps": 1}
     for parent in (Trainer, bilevel(Trainer)):
