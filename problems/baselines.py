@@ -29,17 +29,9 @@ class LoRA(Method):
     comparison compares methods. An adapter that the model has already is trained as it is.
 
     Example:
-        >>> from datasets import Dataset
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
-        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
-        >>> args = BilevelTrainingArguments("outputs", report_to="none", use_cpu=True)
-        >>> trainer = BilevelTrainer(model, args, method=LoRA(), train_dataset=rows)
-        >>> [level.name for level in trainer.levels]
-        ['LoRA.lower_loss']
+        >>> from peft import LoraConfig
+        >>> LoRA().adapter(LoraConfig(use_dora=True)).use_dora
+        False
     """
 
     def adapter(self, config: Any) -> Any:

@@ -34,11 +34,7 @@ class Head(nn.Module):
         dtype: of W and b, that of the features.
 
     Example:
-        >>> head = Head(3, 2)
-        >>> head(torch.ones(4, 3), torch.tensor([0, 1, 0, 1])).loss
-        tensor(0.6931, grad_fn=...)
-
-        As the model of an Engine's lower level, here on two sources of which one is wrong:
+        The model of an Engine's lower level, here on two sources of which one is wrong:
 
         >>> from hyperopt_peft import Engine
         >>> from hyperopt_peft.core.examples import WeightedRows

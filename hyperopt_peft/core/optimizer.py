@@ -93,11 +93,7 @@ def optimizer_state_copy(
 ) -> dict[str, Any]:
     """Copies of the options and the state of ``optimizer`` for ``variables``.
 
-    Args:
-        optimizer: a ``torch.optim.Optimizer``, or accelerate's wrapper around one.
-        variables: the tensors whose options and state are copied.
-        with_state: whether to copy the state; otherwise ``"state"`` is empty.
-        options: values that replace the options of each parameter group.
+    ``options`` replace those of each parameter group.
 
     Returns:
         ``"kind"``, the optimizer's class; ``"groups"``, the options of each parameter group with

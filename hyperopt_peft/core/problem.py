@@ -178,7 +178,7 @@ class Problem:
     @property
     def devices(self) -> list[torch.device]:
         """The devices that hold the variables of this level and of the levels below."""
-        return list(dict.fromkeys(variable.device for variable in variables_of(self)))
+        return devices_of(self)
 
     def next_batch(self) -> Any:
         """The next batch of the level's data, on the level's device; None without data."""
@@ -407,4 +407,4 @@ def variables_of(*levels: Problem) -> tuple[Tensor, ...]:
 
 def devices_of(*levels: Problem) -> list[torch.device]:
     """The devices of the variables of ``levels``, each once."""
-    return list(dict.fromkeys(device for level in levels for device in level.devices))
+    return list(dict.fromkeys(variable.device for variable in variables_of(*levels)))

@@ -22,7 +22,6 @@ from hyperopt_peft.trainer.optimizer import (
     new_optimizer,
     parameter_groups,
     params_of,
-    undecayed,
 )
 from hyperopt_peft.trainer.task_loss import TaskLossTrainer
 from hyperopt_peft.utils import distributed
@@ -116,7 +115,9 @@ class TwoLevelTrainer(TaskLossTrainer):
         return given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
 
     def _new_optimizer(self) -> Any:
-        plain = undecayed(self.model, self.get_decay_parameter_names(self.model))
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        decayed = {id(named[name]) for name in self.get_decay_parameter_names(self.model)}
+        plain = {id(parameter) for parameter in named.values()} - decayed
         groups = parameter_groups(self.lower, self.upper, self.args, plain)
         return new_optimizer(self._optimizer_kind(), groups)
 

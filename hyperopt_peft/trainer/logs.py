@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 
 #: The numbers of a printed line; all others are in the Trainer's state.
 PRINTED = ("loss", "upper_loss", "grad_norm", "upper_grad_norm", "learning_rate")
@@ -37,12 +35,6 @@ class StepLog:
         last = {key: float(value) for key, value in self.last.items() if value is not None}
         self._values, self.last = {}, {}
         return distributed.averages(means), last
-
-
-def signal_to_noise(signal: SignalToNoise) -> dict[str, float]:
-    """``upper_snr`` of the upper steps since the last log; nothing before two of them."""
-    ratio = signal.read()
-    return {} if ratio is None or ratio == math.inf else {"upper_snr": ratio}
 
 
 def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dict[str, float]:

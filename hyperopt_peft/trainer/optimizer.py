@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.core.validation import check_optimizer
@@ -50,12 +50,6 @@ def parameter_groups(
         options = {"lr": args.upper_learning_rate, "weight_decay": args.upper_weight_decay}
         groups.append({"params": list(upper.variables), **options})
     return [group for group in groups if group["params"]]
-
-
-def undecayed(model: nn.Module, decayed: Iterable[str]) -> set[int]:
-    """The ids of the parameters of ``model`` without those with a name in ``decayed``."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    return {id(p) for p in named.values()} - {id(named[name]) for name in decayed}
 
 
 def params_of(optimizer: Any) -> list[Tensor]:

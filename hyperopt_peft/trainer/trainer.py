@@ -27,7 +27,7 @@ from hyperopt_peft.trainer.data import (
     without_upper,
 )
 from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packed_with
-from hyperopt_peft.trainer.logs import shorten, signal_to_noise, upper_gap
+from hyperopt_peft.trainer.logs import shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
 from hyperopt_peft.trainer.over import loads_names
@@ -51,12 +51,8 @@ class BilevelTrainer(PhasesTrainer):
 
     Training uses the losses of the levels, evaluation the loss of the model. A level that is a
     function of the trainer can read ``trainer.task_loss``, the loss that the Trainer itself would
-    train. Other losses are averaged over the micro-batches of a step.
-
-    N processes train as one process with the whole batch: with DDP for every estimator, with
-    accelerate's FSDP2 for estimators with first-order products, those with differences in float32.
-    Under FSDP2 a loss must read its variables through the model. docs/training-reference.md lists
-    the logged numbers.
+    train. Other losses are averaged over the micro-batches of a step. docs/training-reference.md
+    lists the logged numbers and the refusals, docs/distributed.md says what several processes do.
 
     Args:
         model: the model that the Trainer saves, evaluates and moves to its device. A trainer `over`
@@ -76,8 +72,7 @@ class BilevelTrainer(PhasesTrainer):
     Raises:
         ProblemError: levels that share a tensor or have data or an optimizer, data sets that
             overlap, an optimizer that does not hold exactly the levels' variables, or a setting
-            that would make hypergradients wrong or that the levels would ignore
-            (docs/training-reference.md lists these).
+            that would make hypergradients wrong or that the levels would ignore.
 
     Example:
         >>> import torch
@@ -214,11 +209,7 @@ class BilevelTrainer(PhasesTrainer):
             )
 
     def adopt_prepared_parameters(self) -> None:
-        """Replace the levels' variables by the optimizer's.
-
-        The callback calls this after the Trainer has prepared model and optimizer: FSDP2 replaces
-        the parameters, also in the optimizer, by shards.
-        """
+        """Replace the levels' variables by the optimizer's, which FSDP2 has made shards."""
         prepared = dict(zip(map(id, self._unprepared), params_of(self.optimizer), strict=True))
         for level in self.levels:
             level.variables = tuple(prepared[id(variable)] for variable in level.variables)
@@ -289,8 +280,9 @@ class BilevelTrainer(PhasesTrainer):
             logs |= {key: value for key, value in means.items() if key not in logs} | last
             if self.skipped:
                 logs["skipped"] = self.skipped
-            if self.bilevel_step is not None:
-                logs |= signal_to_noise(self.bilevel_step.signal)
+            ratio = None if self.bilevel_step is None else self.bilevel_step.signal.read()
+            if ratio is not None and ratio != float("inf"):
+                logs["upper_snr"] = ratio
         if self.is_in_train and self.trainer_loss:
             logs |= upper_gap(logs, self.state.log_history)
         super().log(logs, start_time)

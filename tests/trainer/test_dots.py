@@ -14,7 +14,7 @@ from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
 from hyperopt_peft.problems.sources import Sources
 from hyperopt_peft.trainer.checks import FSDP2_SINCE
 from tests.support import dots_in_processes, two_processes
-from tests.support.trainers import data, peft_model
+from tests.support.trainers import QUIET, data, peft_model
 
 WEIGHTS: dict[str, Any] = {
     "sources": Sources,
@@ -41,11 +41,7 @@ def trained(
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
         "upper_learning_rate": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **QUIET,
         "hypergradient": product,
         "retrain": "none",
     }
@@ -134,16 +130,3 @@ def test_shards_train_as_one_process_does(tmp_path: Path) -> None:
             assert torch.equal(*found)
             tolerance = 0.1 if name == "half" else 1e-5
             assert (found[0] - expected).norm() < tolerance * expected.norm(), (name, key)
-
-
-@pytest.mark.slow
-def test_a_compiled_model_is_trained_alike(tmp_path: Path) -> None:
-    runs = []
-    for compiled in (False, True):
-        model = peft_model("causal", dropout=0.1, dora=False)
-        if compiled:
-            model.compile(backend="aot_eager")
-        options = {"optim": "sgd", "dtype": torch.float64, "upper_learning_rate": 10.0}
-        runs.append(learnt(trained(tmp_path, "darts:product=dots", model=model, **options)))
-    torch.compiler.reset()
-    torch.testing.assert_close(*runs)

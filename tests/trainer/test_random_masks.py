@@ -18,16 +18,12 @@ from tests.support.class_weights import rows
 from tests.support.networks import differences
 from tests.support.resume import require_same_end
 from tests.support.speech import speech_model, speech_rows
-from tests.support.trainers import values
+from tests.support.trainers import QUIET, values
 
 SETTINGS: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
+    **QUIET,
     "max_steps": 4,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 3,
     "lr_scheduler_type": "constant",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -120,17 +119,6 @@ def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
     ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 3
-
-
-def test_without_bars_there_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Neither of a data set: the rows are a selection, and are divided."""
-    datasets.enable_progress_bars()
-    try:
-        rows = {"train_dataset": data(rows=24).shuffle(seed=0)}
-        trainer(tmp_path, options=rows, disable_tqdm=True, max_steps=2)
-    finally:
-        datasets.disable_progress_bars()
-    assert "examples/s" not in capfd.readouterr().err
 
 
 def test_each_level_is_clipped_apart(tmp_path: Path) -> None:
