@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters, use_fast_dora
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import TaskLevel, regularised, require_weight
+from hyperopt_peft.core.task_level import TaskLevel
+from hyperopt_peft.problems.common import regularised, require_weight
 from hyperopt_peft.trainer.method import Method
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head import Head, l2_penalty
 from hyperopt_peft.trainer.data import joined

@@ -11,8 +11,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from hyperopt_peft import hypergradient
 from hyperopt_peft.core.logits import MULTI_LABEL
 from hyperopt_peft.core.prior import GaussianPrior
+from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.engine.fit import lbfgs
-from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.problems.head import Head, l2_penalty, problem_type_of
 from tests.support.weighted_levels import weighted
 

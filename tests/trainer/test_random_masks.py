@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hyperopt_peft import bilevel
-from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.core.task_level import TaskLevel
 from tests.support.class_weights import rows
 from tests.support.networks import differences
 from tests.support.resume import require_same_end

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import split_parameters
 from tests.support.class_weights import pair
-from tests.support.trainers import data, peft_model, trainer, values
+from tests.support.trainers import QUIET, data, peft_model, trainer, values
 from tests.support.watch import SGD, batches_of, double, replayed, watched
 
 
@@ -90,6 +90,7 @@ def test_dropout_masks_are_those_of_the_lower_step(tmp_path: Path) -> None:
 def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
     """Same batches, masks, schedule, clipping and logs, bit by bit."""
     settings = {
+        **QUIET,
         "max_steps": 7,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
@@ -97,10 +98,6 @@ def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
         "weight_decay": 0.1,
         "warmup_steps": 2,
         "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "seed": 3,
     }
     args = TrainingArguments(str(tmp_path / "plain"), **settings)
