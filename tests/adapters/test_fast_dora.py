@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.lora import variants
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call
 
 from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.dora.fast import FastDora, FastFullNorm
@@ -69,45 +66,6 @@ def test_any_input_shape(shape: tuple[int, ...], bias: bool) -> None:
     expected = model(x).view(*shape[:-1], 5)  # PEFT adds an axis to a single vector
     torch.testing.assert_close(use_fast_dora(model)(x), expected, rtol=1e-12, atol=1e-12)
     assert use_fast_dora(model)(x.mT.contiguous().mT if x.dim() > 1 else x).shape == expected.shape
-
-
-def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The output as a function of A, B, m, the base layer's bias and x."""
-    trained = dict(adapter_parameters(model))
-    bias = "base_model.model.layer.base_layer.bias"
-    trained[bias] = dict(model.named_parameters())[bias].requires_grad_()
-    leaves = [p.detach().clone().requires_grad_() for p in (*trained.values(), x)]
-
-    def function(*values: Tensor) -> Tensor:
-        torch.manual_seed(0)
-        return functional_call(model, dict(zip(trained, values, strict=False)), (values[-1],))
-
-    return function, tuple(leaves)
-
-
-@pytest.mark.parametrize(
-    ("kind", "count", "dropout", "crossing"),
-    [
-        ("linear", 2, 0.0, True),
-        ("linear", 7, 0.0, True),
-        ("linear", 2, 0.3, True),
-        ("linear", 7, 0.3, False),
-        ("conv1d_gpt2", 2, 0.0, False),
-        ("conv1d_gpt2", 2, 0.3, False),
-    ],
-)
-def test_first_and_second_derivatives(
-    kind: str, count: int, dropout: float, crossing: bool
-) -> None:
-    model = use_fast_dora(randomise(single(kind, lora_dropout=dropout))).train()
-    if crossing:
-        with torch.no_grad():
-            adapted_layer(model).lora_magnitude_vector["default"].weight[:3].copy_(
-                torch.tensor([0.0, 1e-9, -0.4])
-            )
-    function, inputs = as_function(model, tokens(count))
-    assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs)
 
 
 @settings(max_examples=40, deadline=None)

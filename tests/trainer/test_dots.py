@@ -34,17 +34,9 @@ def trained(
     model = options.pop("model", None) or peft_model("causal", dropout=0.1, dora=False)
     torch.manual_seed(7)
     dtype = options.pop("dtype", torch.float32)
-    settings = {
-        "max_steps": 4,
-        "lower_steps": 2,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "upper_learning_rate": 0.1,
-        **QUIET,
-        "hypergradient": product,
-        "retrain": "none",
-    }
+    settings = {"max_steps": 4, "lower_steps": 2, "hypergradient": product, "learning_rate": 1e-2}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings |= {"upper_learning_rate": 0.1, "retrain": "none", **QUIET}
     train = data("causal").add_column("source", [row % 2 for row in range(24)])
     trainer = BilevelTrainer(
         model.to(dtype),
@@ -83,15 +75,6 @@ def test_an_upper_step_costs_passes_of_the_upper_loss_alone(tmp_path: Path) -> N
     model.register_forward_hook(lambda *_: calls.append(model.training))
     trained(tmp_path, "darts:product=dots", model=model, per_device_upper_batch_size=8)
     assert sum(calls) == 3 + 4 * 2 + 2
-
-
-def test_half_precision_and_checkpointing(tmp_path: Path) -> None:
-    """As tools for language models train by default: equal bits with and without checkpoints."""
-    runs = [
-        trained(tmp_path, "sama:product=dots", gradient_checkpointing=on, bf16=True)
-        for on in (False, True)
-    ]
-    assert torch.equal(*map(learnt, runs)) and learnt(runs[0]).any()
 
 
 class Poisoned(Sources):
