@@ -16,7 +16,6 @@ from hyperopt_peft.core.labels import (
     label_weights,
     labels_are_shifted,
     row_losses,
-    weighted_mean,
 )
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
@@ -83,7 +82,8 @@ class ModelOnRows:
 
         s_i is the summed loss of row i and c_i the count of its labels; ``how`` as for `losses`.
         """
-        loss = weighted_mean(weights[batch[ROW]], *self.losses(batch, **how))
+        sums, counts = self.losses(batch, **how)
+        loss = (weights[batch[ROW]].to(sums) * sums).sum() / counts.sum().clamp(min=1)
         return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
 
     def micro_batches(

@@ -24,7 +24,7 @@ from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
-from hyperopt_peft.core.labels import TOLERANCE, row_losses, weighted_mean
+from hyperopt_peft.core.labels import TOLERANCE, row_losses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.internals import metrics_restored
@@ -198,7 +198,7 @@ def _require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
             trainer.compute_loss_context_manager(),
         ):
             sums, counts = row_losses(trainer.model, batch)
-            mean = weighted_mean(torch.ones_like(sums), sums, counts)
+            mean = sums.sum() / counts.sum().clamp(min=1)
             loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
         if not counts.any() or (loss - mean).abs() <= TOLERANCE * mean.abs():
             return

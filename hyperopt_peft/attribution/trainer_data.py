@@ -23,7 +23,6 @@ from hyperopt_peft.trainer.data import (
 )
 from hyperopt_peft.trainer.tags import TagCollator
 from hyperopt_peft.trainer.upper_batches import loader_of
-from hyperopt_peft.utils.groups import group_rows
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +81,9 @@ class TrainerData:
                 raise ProblemError(
                     f"slices: the evaluation rows have no column {slices!r}, only {columns}"
                 )
-            groups = group_rows(evaluation[slices])
+            groups = {}
+            for row, value in enumerate(evaluation[slices]):
+                groups.setdefault(str(value), []).append(row)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
         collate = TagCollator(loader.collate_fn, (*getattr(trainer, "tags", ()), ROW))
         sets = train, evaluation, train_rows, evaluation_rows, of_levels, of_retraining

@@ -148,11 +148,6 @@ def has_fused_head(model: Any) -> bool:
     return False
 
 
-def weighted_mean(weights: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """Σ v_i s_i / Σ c_i, of `row_losses`: the loss of the model where each weight is 1."""
-    return (weights.to(sums) * sums).sum() / counts.sum().clamp(min=1)
-
-
 def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
     """The number of labels of ``batch`` that are scored; None without labels."""
     if not isinstance(batch, Mapping):

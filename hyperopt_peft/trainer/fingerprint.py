@@ -49,7 +49,7 @@ def data_fingerprint(data: Any) -> str | int | None:
 def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
     """The identity of process 0's weights of ``model`` that no level owns.
 
-    That are names, shapes, dtypes and at most `FINGERPRINT_ENTRIES` entries of each, so that the
+    It is of names, shapes, dtypes and at most `FINGERPRINT_ENTRIES` entries of each, so that the
     cost of a large model is one small copy from the device a tensor.
     """
     owned = {id(variable) for level in levels for variable in level.variables}
