@@ -70,9 +70,9 @@ class ModelOnRows:
         self.model.train(training)
         with self.precision():
             sums, counts = row_losses(self.model, without(batch, self.tags), twice=twice)
-        if len(sums) != len(batch[ROW]):
+        if sums.shape != batch[ROW].shape:
             raise ProblemError(
-                f"data_collator: {len(batch[ROW])} rows became {len(sums)}, so that a row has no "
+                f"data_collator: {len(batch[ROW].unique())} rows became {len(sums)}, so that a row has no "
                 "loss of its own; pad them (padding_free=False)"
             )
         return sums, counts

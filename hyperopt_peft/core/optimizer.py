@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,11 @@ from torch import Tensor
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import graph_leaves
 
-if TYPE_CHECKING:
-    from hyperopt_peft.core.problem import Problem
-
 #: The optimizer options that can be functions of upper variables.
 DIFFERENTIABLE = ("lr", "weight_decay")
 
 
-def options_by_group(level: Problem) -> list[dict[str, Tensor]]:
+def options_by_group(level: Any) -> list[dict[str, Tensor]]:
     """``level.optimizer_options()``, one mapping for each parameter group of the optimizer.
 
     The values are scalar tensors with their autograd graphs.
@@ -40,7 +37,7 @@ def options_by_group(level: Problem) -> list[dict[str, Tensor]]:
     return [{name: _number(level, name, value) for name, value in o.items()} for o in options]
 
 
-def present_options(level: Problem) -> list[dict[str, float]]:
+def present_options(level: Any) -> list[dict[str, float]]:
     """The current values of `options_by_group`, as numbers."""
     return [
         {name: float(value.detach()) for name, value in options.items()}
@@ -48,7 +45,7 @@ def present_options(level: Problem) -> list[dict[str, float]]:
     ]
 
 
-def write_options(level: Problem) -> None:
+def write_options(level: Any) -> None:
     """Write the current values of ``level.optimizer_options()`` into the optimizer's groups."""
     options = present_options(level)
     if options and level.optimizer is not None:
@@ -56,13 +53,13 @@ def write_options(level: Problem) -> None:
             group.update(values)
 
 
-def read_by_options(level: Problem) -> set[int]:
+def read_by_options(level: Any) -> set[int]:
     """The ids of the leaf tensors that the options of ``level`` are functions of."""
     values = [value for group in options_by_group(level) for value in group.values()]
     return {id(leaf) for value in values if value.requires_grad for leaf in graph_leaves(value)}
 
 
-def _number(level: Problem, name: str, value: Tensor | float) -> Tensor:
+def _number(level: Any, name: str, value: Tensor | float) -> Tensor:
     if name not in DIFFERENTIABLE:
         raise ProblemError(
             f"{level.name}: optimizer_options has {name!r}; only "

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import HALF, graph_nodes
 from hyperopt_peft.utils.distributed import to_local, world_size
 from hyperopt_peft.utils.validation import require_settings
-
-if TYPE_CHECKING:
-    from hyperopt_peft.core.problem import Problem
 
 NO_WRITES = "compute a new tensor, or write after the optimizer's step"
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
@@ -151,7 +148,7 @@ def runs_in_half(loss: Tensor, level: str) -> bool | None:
 
 
 @contextmanager
-def unwritten(*levels: Problem) -> Iterator[None]:
+def unwritten(*levels: Any) -> Iterator[None]:
     """Within the body, an evaluation of a loss, no variable of ``levels`` may be written to.
 
     Versions are compared, and a write through ``.data`` is not seen. A level with levels below
@@ -179,7 +176,7 @@ def unwritten(*levels: Problem) -> Iterator[None]:
                 raise ProblemError(f"a loss writes to {level}'s {name}; {NO_WRITES}")
 
 
-def rewritten(levels: Sequence[Problem], before: Sequence[Tensor]) -> list[str]:
+def rewritten(levels: Sequence[Any], before: Sequence[Tensor]) -> list[str]:
     """The variables of ``levels`` that have not the values ``before``, by name."""
     owned = [
         (f"{level.name}'s {n}", x) for level in levels for n, x in zip(level.names, level.variables)
@@ -203,7 +200,7 @@ def missing_input_hint(batch: Any, error: Exception) -> str:
 
 
 def require_read(
-    level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
+    level: Any, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
 ) -> None:
     """Raise ProblemError where an entry of ``gradient``, one for each variable, is None.
 
@@ -226,7 +223,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_level_state(level: Problem, state: Any, stateful: Mapping[str, Any]) -> None:
+def check_level_state(level: Any, state: Any, stateful: Mapping[str, Any]) -> None:
     """Raise ProblemError where ``state`` does not fit ``level`` with the objects ``stateful``."""
     expected = {"variables", *stateful}
     if not isinstance(state, Mapping) or set(state) != expected:
