@@ -72,8 +72,8 @@ class ModelOnRows:
             sums, counts = row_losses(self.model, without(batch, self.tags), twice=twice)
         if sums.shape != batch[ROW].shape:
             raise ProblemError(
-                f"data_collator: {len(batch[ROW].unique())} rows became {len(sums)}, so that a row has no "
-                "loss of its own; pad them (padding_free=False)"
+                f"data_collator: {len(batch[ROW].unique())} rows became {len(sums)}, so that a row "
+                "has no loss of its own; pad them (padding_free=False)"
             )
         return sums, counts
 
