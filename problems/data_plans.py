@@ -1,8 +1,6 @@
 """Simple ways to train on sources and a few trusted rows: methods without an upper level.
 
-    min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
-
-`LoRA` trains on all rows alike.
+min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset, Value
 from torch import Tensor
 
 from hyperopt_peft.core.examples import WeightedRows
@@ -105,12 +103,11 @@ class Agreement(EqualSources):
     trusted row has the weight 1.
 
     Args:
-        column: as for `EqualSources`.
         log_odds: whether the weight is log(q_k/(1 − q_k)·(C − 1)), as in naive Bayes, by the
             largest; a source below 0 is left out.
 
     Raises:
-        ProblemError: a row has no class, or there are no trusted rows; as `EqualSources`.
+        ProblemError: a row has no class, or there are no trusted rows.
 
     Example:
         >>> Agreement(log_odds=True)
@@ -143,24 +140,3 @@ class Agreement(EqualSources):
         """The share of each source, ``(K,)``: its weight times its labels, by their sum."""
         mass = self.agreement * self.counts
         return mass / mass.sum()
-
-
-@dataclass
-class TrustedRepeated(Method):
-    """All rows alike, with the rows of ``upper_dataset`` repeated.
-
-    Args:
-        times: how often; the published tables have 10, 30 and 100.
-
-    Example:
-        >>> train, trusted = Dataset.from_dict({"x": [1, 2]}), Dataset.from_dict({"x": [7]})
-        >>> TrustedRepeated(times=3).all_rows(train, trusted)["x"][:]
-        [1, 2, 7, 7, 7]
-    """
-
-    times: int = 10
-
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        """The training rows, and the trusted ones ``times`` times."""
-        more = concatenate_datasets([upper] * self.times)
-        return joined(train_dataset=train, upper_dataset=more)

@@ -21,22 +21,13 @@ from hyperopt_peft.utils.models import base_model, evaluating
 
 @dataclass(frozen=True)
 class Features:
-    """The rows of a head: x, their labels, and where each comes from.
+    """The rows of a head: x, their labels, and where each comes from."""
 
-    Attributes:
-        x: the features, ``(m, d)`` in float32 on the CPU; m is the number of rows, or of tokens
-            with a label.
-        labels: a class ``(m,)``, or numbers ``(m,)`` or ``(m, C)``.
-        row: the number of the data's row that each is of, ``(m,)``.
-
-    Example:
-        >>> features = Features(torch.ones(3, 2), torch.tensor([0, 1, 0]), torch.arange(3))
-        >>> len(features.select(torch.tensor([0, 2])).x)
-        2
-    """
-
+    #: ``(m, d)`` in float32 on the CPU; m is the number of rows, or of tokens with a label.
     x: Tensor
+    #: A class ``(m,)``, or numbers ``(m,)`` or ``(m, C)``.
     labels: Tensor
+    #: The number of the data's row that each is of, ``(m,)``.
     row: Tensor
 
     @classmethod
@@ -90,15 +81,6 @@ def features_of(
     Raises:
         ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
             neither of a row nor of a token.
-
-    Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from transformers import default_data_collator
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = BertForSequenceClassification(tiny)
-        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
-        >>> features_of(model, rows, default_data_collator).x.shape
-        torch.Size([2, 8])
     """
     batches = batches_of(rows, collate, batch_size, next(model.parameters()).device)
     parts, numbers = [], torch.arange(len(rows)).split(batch_size)

@@ -34,11 +34,7 @@ class Head(nn.Module):
         dtype: of W and b, that of the features.
 
     Example:
-        >>> head = Head(3, 2)
-        >>> head(torch.ones(4, 3), torch.tensor([0, 1, 0, 1])).loss
-        tensor(0.6931, grad_fn=...)
-
-        As the model of an Engine's lower level, here on two sources of which one is wrong:
+        The model of an Engine's lower level, here on two sources of which one is wrong:
 
         >>> from hyperopt_peft import Engine
         >>> from hyperopt_peft.core.examples import WeightedRows
@@ -80,13 +76,7 @@ class Head(nn.Module):
 
 
 def problem_type_of(config: Any, labels: Tensor) -> str | None:
-    """The ``problem_type`` of a model's ``config``; unset, what Transformers takes for ``labels``.
-
-    Example:
-        >>> from transformers import BertConfig
-        >>> problem_type_of(BertConfig(num_labels=3), torch.tensor([[0.2, 0.8, 0.0]]))
-        'multi_label_classification'
-    """
+    """The ``problem_type`` of ``config``; unset, what Transformers takes ``labels`` for."""
     kind: str | None = getattr(config, "problem_type", None)
     several = labels.is_floating_point() and labels.dim() > 1 and labels.shape[1] > 1
     return MULTI_LABEL if kind is None and several else kind

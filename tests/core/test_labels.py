@@ -21,8 +21,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from hyperopt_peft import ProblemError
@@ -35,6 +33,7 @@ from hyperopt_peft.core.labels import (
 from hyperopt_peft.core.logits import losses_of_logits
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.language import language_model
+from tests.support.trainers import base_model
 
 SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WIDE = SMALL | {"intermediate_size": 16, "num_key_value_heads": 2}
@@ -65,20 +64,7 @@ MODELS: dict[str, tuple[Any, bool]] = {
     "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**WIDE)), True),
     "Gemma-3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**WIDE, head_dim=8)), True),
     "BERT masked": (lambda: BertForMaskedLM(BertConfig(**SMALL, intermediate_size=16)), False),
-    "T5": (
-        lambda: T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=20,
-                d_model=16,
-                d_kv=8,
-                d_ff=16,
-                num_layers=1,
-                num_heads=2,
-                decoder_start_token_id=0,
-            )
-        ),
-        False,
-    ),
+    "T5": (lambda: base_model("seq2seq"), False),
     "remote causal": (RemoteCausal, True),
     "remote masked": (lambda: RemoteCausal(shift=0), False),
 }

@@ -13,9 +13,9 @@ from torch.optim import SGD, AdamW
 from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
 from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.hypergradients import open_oracle
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.utils.models import trainable
 from tests.support import dots_in_processes, two_processes
 from tests.support.weighted_levels import Layers, sequences, weighted
