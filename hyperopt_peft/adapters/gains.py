@@ -63,13 +63,6 @@ def add_gains(
     Raises:
         ProblemError: as `lora_layers`; or a layer is no plain LoRA on a linear layer or a
             convolution, or has a gain already. Nothing has changed.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> config = LoraConfig(r=2, target_modules=["0"])
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-        >>> [layer.gain.values() for layer in add_gains(model, torch.exp, columns=True)]
-        [tensor([1., 1.])]
     """
     adapter, layers = active_adapter(peft_model), lora_layers(peft_model)
     for name, layer in layers:

@@ -67,13 +67,6 @@ def lbfgs(
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the variables have not moved.
-
-    Example:
-        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
-        >>> _, lower = diabetes()
-        >>> evaluations = lbfgs(lower, tolerance=1e-6)
-        >>> lower.gradient(None, lower.variables).norms[0] < 1e-5
-        True
     """
     optimizer = torch.optim.LBFGS(
         problem.variables,

@@ -2,19 +2,15 @@
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call
 
 from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.dora.fast import FastDora, FastFullNorm
@@ -22,6 +18,7 @@ from tests.support.adapted_models import (
     Single,
     adapted_layer,
     adapter_parameters,
+    as_function,
     assert_same,
     base_layer,
     bert,
@@ -71,20 +68,6 @@ def test_any_input_shape(shape: tuple[int, ...], bias: bool) -> None:
     assert use_fast_dora(model)(x.mT.contiguous().mT if x.dim() > 1 else x).shape == expected.shape
 
 
-def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The output as a function of A, B, m, the base layer's bias and x."""
-    trained = dict(adapter_parameters(model))
-    bias = "base_model.model.layer.base_layer.bias"
-    trained[bias] = dict(model.named_parameters())[bias].requires_grad_()
-    leaves = [p.detach().clone().requires_grad_() for p in (*trained.values(), x)]
-
-    def function(*values: Tensor) -> Tensor:
-        torch.manual_seed(0)
-        return functional_call(model, dict(zip(trained, values, strict=False)), (values[-1],))
-
-    return function, tuple(leaves)
-
-
 @pytest.mark.parametrize(
     ("kind", "count", "dropout", "crossing"),
     [
@@ -105,27 +88,10 @@ def test_first_and_second_derivatives(
             adapted_layer(model).lora_magnitude_vector["default"].weight[:3].copy_(
                 torch.tensor([0.0, 1e-9, -0.4])
             )
+    adapted_layer(model).get_base_layer().bias.requires_grad_()
     function, inputs = as_function(model, tokens(count))
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    shape=st.tuples(*(st.integers(1, 6),) * 4),
-    scale=st.floats(0.1, 10),
-    seed=st.integers(0, 1000),
-)
-def test_any_size(shape: tuple[int, int, int, int], scale: float, seed: int) -> None:
-    rank, columns, rows, count = shape
-    torch.manual_seed(seed)
-    model = wrap(Single(nn.Linear(columns, rows).double()), r=rank, lora_alpha=scale)
-    x = torch.randn(count, columns, dtype=torch.float64)
-    expected = output_and_gradients(set_norm_grad(randomise(model, seed)), x)
-    actual = output_and_gradients(use_fast_dora(model), x)
-    for name, tensor in expected.items():
-        size = max(float(e.norm()) for e in expected.values())
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-11 * size)
 
 
 @pytest.mark.parametrize("left", [1.0, 1e-2, 1e-6])

@@ -1,15 +1,12 @@
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
-from peft import PeftModel
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call
 
 from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.layers import direction, row_norm
@@ -18,21 +15,13 @@ from tests.support.adapted_models import (
     Single,
     adapted_layer,
     adapter_parameters,
+    as_function,
     layer_input,
+    output_and_gradients,
     randomise,
     single,
     wrap,
 )
-
-
-def gradients(model: PeftModel, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of a loss with a different weight for every output."""
-    output = model(x)
-    output = output if isinstance(output, Tensor) else output.logits
-    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
-    names, parameters = zip(*adapter_parameters(model), strict=True)
-    loss = (weights * output.sin()).sum()
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -100,21 +89,6 @@ def test_gradients_have_their_closed_forms(norm_grad: str) -> None:
     torch.testing.assert_close(a.grad, s * b.T @ grad_v)
 
 
-def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The output as a function of (A, B, m) and, where it is continuous, of x."""
-    names, parameters = zip(*adapter_parameters(model), strict=True)
-    leaves = [p.detach().clone().requires_grad_() for p in parameters]
-    if x.is_floating_point():
-        leaves.append(x.clone().requires_grad_())
-
-    def function(*values: Tensor) -> Tensor:
-        argument = values[-1] if x.is_floating_point() else x
-        torch.manual_seed(0)
-        return functional_call(model, dict(zip(names, values, strict=False)), (argument,))
-
-    return function, tuple(leaves)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_and_second_derivatives(kind: str) -> None:
     model = set_norm_grad(randomise(single(kind, lora_dropout=0.3))).train()
@@ -127,16 +101,16 @@ def test_first_and_second_derivatives(kind: str) -> None:
 def test_detach_is_peft_again(kind: str) -> None:
     model, x = randomise(single(kind)), layer_input(kind)
     original = type(adapted_layer(model).lora_variant["default"])
-    expected = gradients(model, x)
+    expected = output_and_gradients(model, x)
 
     assert set_norm_grad(model, "full") is model
     assert type(adapted_layer(model).lora_variant["default"]) is not original
-    full = gradients(model, x)
+    full = output_and_gradients(model, x)
     assert any(not torch.allclose(full[name], expected[name]) for name in expected)
 
     set_norm_grad(model, "detach")
     assert type(adapted_layer(model).lora_variant["default"]) is original
-    again = gradients(model, x)
+    again = output_and_gradients(model, x)
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
@@ -151,8 +125,7 @@ def test_only_the_active_adapter_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "use"),
-    [*((kind, set_norm_grad) for kind in KINDS), ("linear", use_fast_dora)],
+    ("kind", "use"), [*((kind, set_norm_grad) for kind in KINDS), ("linear", use_fast_dora)]
 )
 def test_merging_and_unmerging_stay_exact(kind: str, use: Any) -> None:
     model, x = use(randomise(single(kind))), layer_input(kind)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperopt_peft import Engine, Problem, hypergradient
 from hyperopt_peft.engine import fit
-from hyperopt_peft.problems.textbook import hypercleaning, logistic, ridge
+from hyperopt_peft.problems.textbook import hypercleaning, logistic
 from tests.support.newton import minimise
 from tests.support.quadratic import flat
 
@@ -81,16 +81,6 @@ def test_exact_is_the_slope_of_the_value_function_of_hypercleaning(
     coordinates = [*h.abs().topk(2).indices.tolist(), 0, 799]
     slopes = central_difference(upper, lambda: minimise(lower, hessian), coordinates)
     torch.testing.assert_close(h[coordinates], slopes, rtol=1e-6, atol=1e-10)
-
-
-def test_exact_is_the_slope_of_the_value_function_of_the_ridge_regression() -> None:
-    upper, lower = ridge.diabetes()
-    lower.solve()
-    assert upper.evaluate(None)[0].item() == pytest.approx(0.246694, abs=5e-7)
-    (h,) = hypergradient(upper, lower, "exact")
-    assert h.norm().item() == pytest.approx(0.003416, abs=5e-7)
-    slopes = central_difference(upper, lower.solve, list(range(len(h))))
-    torch.testing.assert_close(h, slopes, rtol=0, atol=1e-8 * float(h.norm()))
 
 
 @pytest.mark.parametrize(

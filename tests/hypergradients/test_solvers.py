@@ -10,13 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hyperopt_peft import (
-    Engine,
-    HypergradientWarning,
-    ProblemError,
-    Solver,
-    hypergradient,
-)
+from hyperopt_peft import Engine, HypergradientWarning, ProblemError, Solver, hypergradient
 from hyperopt_peft.hypergradients import (
     MINRES,
     ConjugateGradient,
@@ -189,15 +183,6 @@ def test_neumann_sums_its_series(terms: int, eta: float, seed: int) -> None:
 def test_neumann_says_where_its_series_diverges() -> None:
     matvec, vector, _ = system(positive(6, torch.Generator().manual_seed(0)))
     assert "diverges" in Neumann(step_size=1.0).solve(matvec, vector).note
-
-
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_neumann_finds_a_step_that_converges(scale: float) -> None:
-    """A step of 1 diverges as soon as an eigenvalue exceeds 2."""
-    h = scale * positive(8, torch.Generator().manual_seed(0))
-    matvec, vector, b = system(h)
-    solution = Neumann(terms=400).solve(matvec, vector)
-    torch.testing.assert_close(flat(solution.v), torch.linalg.solve(h, b), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")

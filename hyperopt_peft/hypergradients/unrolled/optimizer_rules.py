@@ -12,7 +12,7 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 Options = Mapping[str, Any]
-Moments = Mapping[str, Sequence[Tensor]]
+Moments = Mapping[str, Tensor]
 # A second moment is 0 if every gradient was 0 (lora_A's at B = 0), where the square root has no
 # derivative. This addition, far below eps², gives it one.
 TINY = 1e-36
@@ -25,13 +25,6 @@ class Rule:
     ``make`` returns TorchOpt's transformation for the options of a parameter group, with learning
     rate 1 and no decay, which TorchOpt accepts as floats only. ``moments`` maps the fields of
     TorchOpt's state to torch's names.
-
-    Example:
-        >>> import torch
-        >>> options = {"momentum": 0.5, "dampening": 0.0, "nesterov": False}
-        >>> g, buffer = torch.tensor([1.0]), torch.tensor([2.0])
-        >>> RULES[torch.optim.SGD].update(options, [g], {"momentum_buffer": [buffer]}, 0, [False])
-        ((tensor([-2.]),), {'momentum_buffer': [tensor([2.])]})
     """
 
     make: Callable[[Options], GradientTransformation]
@@ -44,44 +37,39 @@ class Rule:
         return [name for field, name in self.moments.items() if field in fields]
 
     def update(
-        self,
-        options: Options,
-        gradient: Sequence[Tensor],
-        moments: Moments,
-        count: int,
-        fresh: Sequence[bool],
-    ) -> tuple[Sequence[Tensor], dict[str, Sequence[Tensor]]]:
-        """Δ and the moments after one step.
+        self, options: Options, g: Tensor, moments: Moments, count: int, fresh: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Δ of one variable and its moments after one step.
 
         Args:
             options: the options of the parameter group.
-            gradient: g of each variable.
-            moments: the moments before the step, by torch's names, for each variable.
+            g: the variable's gradient.
+            moments: the moments before the step, by torch's names.
             count: the number of earlier steps.
-            fresh: for each variable, whether it has no optimizer state yet.
+            fresh: whether the variable has no optimizer state yet.
         """
         damped, momentum = options.get("dampening", 0.0), options.get("momentum", 0.0)
-        if momentum and damped:  # a new buffer is the gradient itself
-            gradient = [g if new else (1 - damped) * g for g, new in zip(gradient, fresh)]
+        if momentum and damped and not fresh:  # a new buffer is the gradient itself
+            g = (1 - damped) * g
         before: dict[str, Any] = {
             field: moments[name] for field, name in self.moments.items() if name in moments
         }
         for field in {"nu", "sum_of_squares", "peak"} & set(before):
-            before[field] = [moment + TINY for moment in before[field]]
+            before[field] = before[field] + TINY
         if "trace" in before:  # TorchOpt's first call does not multiply the trace by the momentum
-            before["trace"] = [momentum * moment for moment in before["trace"]]
-        counts = [torch.tensor(count, dtype=torch.float64) for _ in gradient]
-        before |= {"count": counts, "t": count + 1}
-        transformation, params = self.make(options), tuple(gradient)
-        state: Any = transformation.init(params)
+            before["trace"] = momentum * before["trace"]
+        before["count"] = torch.tensor(count, dtype=torch.float64)
+        before = {field: [value] for field, value in before.items()} | {"t": count + 1}
+        transformation = self.make(options)
+        state: Any = transformation.init((g,))
         state = tuple(
             part._replace(**{field: before[field] for field in part._fields if field in before})
             for part in state
         )
         updates: Any
-        updates, state = transformation.update(params, state, params=params, inplace=False)
+        updates, state = transformation.update((g,), state, params=(g,), inplace=False)
         after = {field: getattr(part, field) for part in state for field in part._fields}
-        return updates, {self.moments[f]: after[f] for f in self.moments if f in after}
+        return updates[0], {self.moments[f]: after[f][0] for f in self.moments if f in after}
 
 
 class _AMSGradState(NamedTuple):
