@@ -123,14 +123,6 @@ def set_layers(config: Any, layers: Mapping[str, tuple[int, float]]) -> dict[str
 
     Returns:
         Each s as PEFT computes it of the config.
-
-    Example:
-        >>> from peft import LoraConfig
-        >>> config = LoraConfig(r=8)
-        >>> set_layers(config, {"encoder.query": (2, 0.5)})
-        {'encoder.query': 0.5}
-        >>> config.rank_pattern, config.alpha_pattern
-        ({'^encoder\\\\.query': 2}, {'^encoder\\\\.query': 1.0})
     """
     # PEFT matches a key, a regular expression, with the end of a name.
     keys = {name: f"^{re.escape(name)}" for name in layers}

@@ -31,11 +31,9 @@ class KFAC(Solver):
         Λ = mean over rows (Q_Sᵀ (Σ_t δ xᵀ) Q_A)²
         P⁻¹ R = Q_S [ Q_Sᵀ R Q_A / (Λ + damping) ] Q_Aᵀ
 
-    P is the *empirical* Fisher matrix, of the gradients of the rows that f is given: H near a
-    minimum where f is the mean negative log-likelihood of a model that fits, another matrix
-    elsewhere. Other terms of f, such as a weight decay, are not in P. P only changes the rate of
-    convergence: v, the note and the residual are those of ``cg``. With ``steps=0``, v = P⁻¹b; a
-    factor c of f then divides v by c² in place of c.
+    P is the *empirical* Fisher matrix of f's rows, without terms such as a weight decay. P only
+    changes the rate of convergence: v, the note and the residual are those of ``cg``. With
+    ``steps=0``, v = P⁻¹b; a factor c of f then divides v by c² in place of c.
 
     A layer is a call of ``torch.nn.functional.linear`` (so each ``nn.Linear``, LoRA's A and B among
     them) or of ``x @ V`` whose weight or bias is a lower variable. A row is an entry of the input's

@@ -175,11 +175,9 @@ class F2SA(InnerRuns):
 
     In these formulas f is f − ⟨∂f/∂w(w), ·⟩, whose minimum is the current w. So the estimate tends
     to the implicit formula at w, as that of a solver, though w is not the minimum of f on a batch.
-    If ∂f/∂w = 0, the estimate is that of the papers.
 
     ν is such that w moves by `default_epsilon`, or less, so that the relative change of ∂F/∂w is at
-    most δ^(1/3), δ the machine epsilon. So the estimate is equivariant to factors of f and F. Each
-    point of an `InnerRuns` costs a pass of f and one of F. Kwon et al. 2023, arXiv:2301.10945
+    most δ^(1/3), δ the machine epsilon. Each point costs a pass of f and one of F. Kwon et al. 2023, arXiv:2301.10945
     (one-sided); Chen et al. 2025, arXiv:2509.02937 (F2SA-2).
 
     Example:

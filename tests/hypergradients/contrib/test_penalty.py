@@ -1,6 +1,5 @@
 """`f2sa` and `penalty`: closed forms, orders and scales."""
 
-import math
 from typing import Any
 
 import pytest
@@ -45,30 +44,6 @@ def asked(levels: Any, method: str, state: Any = None) -> tuple[Estimate, int]:
     return oracle.estimate(get_estimator(method)), oracle.passes.gradients
 
 
-def central(p: Program, nu: float) -> Tensor:
-    """[∂/∂u (f + νF)(w_ν) − ∂/∂u (f − νF)(w_−ν)] / 2ν on a quadratic, w at the minimum of f."""
-    w, u = flat(p.w).detach(), flat(p.u).detach()
-    total = torch.zeros_like(u)
-    for side in (nu, -nu):
-        point = w - torch.linalg.solve(p.h + side * p.p_matrix, side * p.b)
-        of_upper = p.r.T @ point + p.q_matrix @ u + p.q
-        total += (p.c_mixed.T @ point + side * of_upper) / (2 * side)
-    return total
-
-
-@pytest.mark.parametrize("nu", [0.05, 0.02])
-@pytest.mark.parametrize("seed", range(3))
-def test_f2sa_is_the_central_difference_of_the_value_functions_gradient(
-    nu: float, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(F2SA, "_nu", lambda *_: nu)
-    quadratic = program(seed)
-    expected = central(quadratic, nu)
-    actual = flat(hypergradient(*quadratic.levels(), f"f2sa:{LONG}"))
-    assert relative(actual, expected) < 1e-9
-    assert relative(actual, quadratic.direct + quadratic.exact_implicit) > 1e-4
-
-
 @pytest.fixture(scope="module")
 def cancer() -> tuple[Problem, Problem]:
     """Problem A at the lower optimum for l = −2."""
@@ -104,21 +79,6 @@ def test_away_from_the_minimum_they_tend_to_the_implicit_formula(method: str, se
     quadratic = displaced(program(seed))
     actual = flat(hypergradient(*quadratic.levels(), method))
     assert relative(actual, quadratic.direct + quadratic.exact_implicit) < 1e-7
-
-
-@pytest.mark.parametrize(("method", "passes"), [("f2sa", 150), ("penalty", 75)])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_defaults_are_close_at_a_condition_number_of_112(
-    method: str, passes: int, seed: int
-) -> None:
-    """Where 15 steps leave errors of up to a tenth."""
-    shapes = [(20,)]
-    quadratic = program(seed, shapes, shapes)
-    eigenvalues = torch.logspace(0, math.log10(112), 20, dtype=torch.float64)
-    levels = curved(quadratic, eigenvalues, seed)
-    actual, cost = asked(levels, method)
-    assert relative(flat(actual.hypergradient), flat(hypergradient(*levels, "exact"))) < 0.02
-    assert cost < passes
 
 
 @pytest.mark.parametrize("factor", [2.0**-12, 2.0**12])
