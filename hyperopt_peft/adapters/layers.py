@@ -112,6 +112,10 @@ class ParameterSplit(NamedTuple):
 
     ``magnitudes`` are m of every DoRA layer, ``directions`` the factors A and B, and ``rest`` every
     other trainable parameter, such as a task head. Names are those of ``named_parameters()``.
+
+    Example:
+        >>> ParameterSplit({}, {}, {})._fields
+        ('magnitudes', 'directions', 'rest')
     """
 
     magnitudes: dict[str, nn.Parameter]

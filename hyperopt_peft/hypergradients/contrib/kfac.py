@@ -10,7 +10,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.contrib.kronecker import Fisher, Samples, empirical_fisher
 from hyperopt_peft.hypergradients.contrib.linear_calls import Layer, linear_calls
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.solver import Advance, Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.distributed import is_sharded
@@ -53,7 +53,7 @@ class KFAC(Solver):
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
         >>> get_estimator("kfac:steps=5")
-        KFAC(steps=5, damping=None, tolerance=1e-06, product='exact', epsilon=None)
+        KFAC(product='exact', epsilon=None, steps=5, damping=None, tolerance=1e-06)
     """
 
     steps: NonNegativeInt = 10
@@ -70,10 +70,10 @@ class KFAC(Solver):
         )
         lower.require_single(f"kfac supports two levels only; {advice}")
 
-    def estimate(self, oracle: Oracle) -> Estimate:
+    def estimate(self, oracle: Oracle, advance: Advance | None = None) -> Estimate:
         """dF/du at the oracle's point."""
         inverse = self.inverse(oracle) if oracle.upper_gradient.norm else None
-        return self.solved(oracle, lambda matvec, b, _: (self.solve(matvec, b, inverse), {}))
+        return super().estimate(oracle, lambda matvec, b, _: (self.solve(matvec, b, inverse), {}))
 
     def inverse(self, oracle: Oracle) -> Matvec | None:
         """P⁻¹ of f at the oracle's point; None where f has no linear layer."""

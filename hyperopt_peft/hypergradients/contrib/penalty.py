@@ -177,8 +177,8 @@ class F2SA(InnerRuns):
     to the implicit formula at w, as that of a solver, though w is not the minimum of f on a batch.
 
     ν is such that w moves by `default_epsilon`, or less, so that the relative change of ∂F/∂w is at
-    most δ^(1/3), δ the machine epsilon. Each point costs a pass of f and one of F. Kwon et al. 2023, arXiv:2301.10945
-    (one-sided); Chen et al. 2025, arXiv:2509.02937 (F2SA-2).
+    most δ^(1/3), δ the machine epsilon. Each point costs a pass of f and one of F. Kwon et al.
+    2023, arXiv:2301.10945 (one-sided); Chen et al. 2025, arXiv:2509.02937 (F2SA-2).
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator

@@ -171,7 +171,8 @@ class DifferentiableStep:
                     continue
                 w, g = point[i], -gradient[i] if group["maximize"] else gradient[i]
                 # An option that is a tensor moves to each variable's device.
-                lr, decay = (_like(group[name], w) for name in DIFFERENTIABLE)
+                both = (group[name] for name in DIFFERENTIABLE)
+                lr, decay = (o.to(w) if isinstance(o, Tensor) else o for o in both)
                 if self._decoupled or group.get("decoupled_weight_decay"):
                     w = w - lr * (decay * w)
                 elif isinstance(decay, Tensor) or decay:
@@ -227,10 +228,6 @@ def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
     for x, part in zip(to_local(full), parts, strict=True):
         x.copy_(part)
     return Vector(full)
-
-
-def _like(option: Tensor | float, variable: Tensor) -> Tensor | float:
-    return option.to(variable) if isinstance(option, Tensor) else option
 
 
 def _tangent(dual: Tensor) -> Tensor:
