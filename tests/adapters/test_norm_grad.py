@@ -1,12 +1,15 @@
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
+from peft import PeftModel
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
 
 from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
 from hyperopt_peft.adapters.layers import direction, row_norm
@@ -15,11 +18,11 @@ from tests.support.adapted_models import (
     Single,
     adapted_layer,
     adapter_parameters,
-    as_function,
     layer_input,
     output_and_gradients,
     randomise,
     single,
+    tokens,
     wrap,
 )
 
@@ -89,10 +92,42 @@ def test_gradients_have_their_closed_forms(norm_grad: str) -> None:
     torch.testing.assert_close(a.grad, s * b.T @ grad_v)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_first_and_second_derivatives(kind: str) -> None:
-    model = set_norm_grad(randomise(single(kind, lora_dropout=0.3))).train()
-    function, inputs = as_function(model, layer_input(kind)[:1])
+def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """The output as a function of (A, B, m), a bias, and, where it is continuous, of x."""
+    trained = dict(adapter_parameters(model))
+    trained |= {n: p.requires_grad_() for n, p in model.named_parameters() if n.endswith("bias")}
+    leaves = [p.detach().clone().requires_grad_() for p in trained.values()]
+    if x.is_floating_point():
+        leaves.append(x.clone().requires_grad_())
+
+    def function(*values: Tensor) -> Tensor:
+        argument = values[-1] if x.is_floating_point() else x
+        torch.manual_seed(0)
+        return functional_call(model, dict(zip(trained, values, strict=False)), (argument,))
+
+    return function, tuple(leaves)
+
+
+@pytest.mark.parametrize(
+    ("use", "kind", "x", "dropout", "crossing"),
+    [
+        *((set_norm_grad, kind, layer_input(kind)[:1], 0.3, False) for kind in KINDS),
+        (use_fast_dora, "linear", tokens(2), 0.3, True),
+        (use_fast_dora, "linear", tokens(7), 0.0, True),
+        (use_fast_dora, "conv1d_gpt2", tokens(2), 0.3, False),
+    ],
+)
+def test_first_and_second_derivatives(
+    use: Any, kind: str, x: Tensor, dropout: float, crossing: bool
+) -> None:
+    """Also of magnitudes that cross zero."""
+    model = use(randomise(single(kind, lora_dropout=dropout))).train()
+    if crossing:
+        with torch.no_grad():
+            adapted_layer(model).lora_magnitude_vector["default"].weight[:3].copy_(
+                torch.tensor([0.0, 1e-9, -0.4])
+            )
+    function, inputs = as_function(model, x)
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
 
@@ -125,7 +160,8 @@ def test_only_the_active_adapter_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "use"), [*((kind, set_norm_grad) for kind in KINDS), ("linear", use_fast_dora)]
+    ("kind", "use"),
+    [*((kind, set_norm_grad) for kind in KINDS), ("linear", use_fast_dora)],
 )
 def test_merging_and_unmerging_stay_exact(kind: str, use: Any) -> None:
     model, x = use(randomise(single(kind))), layer_input(kind)

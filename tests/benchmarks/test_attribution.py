@@ -48,46 +48,6 @@ def test_retrainings_are_those_of_the_check() -> None:
     assert smooth > 0.95
 
 
-def test_tables_and_targets() -> None:
-    """Of made-up runs: exact scores on one task, reversed ones of another method."""
-    truth = [0.1, -0.2, 0.3, 0.05, -0.1, 0.2, 0.4]
-    rows = [
-        {
-            "part": "methods",
-            "task": task,
-            "seed": 0,
-            "setting": "smooth",
-            "actual": truth,
-            "metasmoothness": 0.9,
-            "seconds of a retraining": 2.0,
-            "methods": {
-                "unrolled": {"predicted": truth, "seconds": 5.0, "trainings": 2.0},
-                "peer": {"predicted": [-x for x in truth], "seconds": 1.0},
-            },
-        }
-        for task in tables.TASKS
-    ]
-    rows.append(
-        {
-            "part": "cost",
-            "setting": "rough",
-            "rounds": [{"plain": 1.0, "whole": x, "trainings": 3.0} for x in (3.0, 5.0, 4.0)],
-        }
-    )
-    runs = Store(None)
-    for row in rows:
-        runs.save({"key": str(len(runs.rows)), **row})
-    found = tables.tables_of(runs)
-    whole, peer = found["Smooth setting"]
-    assert whole["tweets: LDS"] == pytest.approx(1) and whole["movies: slope"] == pytest.approx(1)
-    assert peer["tweets: LDS"] == pytest.approx(-1) and peer["trainings"] is None
-    assert whole["time"] == 2.5 and whole["seeds"] == 1
-    targets = {target.name: target for target in tables.targets_of(found)}
-    assert all(target.record()["met"] for target in targets.values())
-    assert targets["LDS of the whole run − best other method, smooth setting, movies"].value == 2
-    assert targets["attribution ÷ training, time, rough"].value == 4.0
-
-
 def task() -> trainers.Task:
     """Two layers of a small language model on random states of eight tokens."""
     torch.manual_seed(0)

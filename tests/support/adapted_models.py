@@ -4,14 +4,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -151,20 +150,6 @@ def output_and_gradients(model: PeftModel, x: Tensor, autocast: bool = False) ->
     (weights * y.sin()).sum().backward()
     found = {name: p.grad.clone() for name, p in adapter_parameters(model) if p.grad is not None}
     return {"output": y.detach()} | found | ({"input": x.grad} if x.requires_grad else {})
-
-
-def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The output as a function of all that is trained and, where it is continuous, of x."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    continuous = [x] if x.is_floating_point() else []
-    leaves = [p.detach().clone().requires_grad_() for p in (*trained.values(), *continuous)]
-
-    def function(*values: Tensor) -> Tensor:
-        torch.manual_seed(0)
-        argument = values[-1] if continuous else x
-        return functional_call(model, dict(zip(trained, values, strict=False)), (argument,))
-
-    return function, tuple(leaves)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

@@ -64,15 +64,19 @@ def make(
     """
     settings = {**OPTIONS, "per_device_train_batch_size": batch, **options}
     settings["per_device_upper_batch_size"] = batch if sized else None
-    if "ACCELERATE_USE_FSDP" in os.environ:
-        # accelerate shards over GPUs only; it does not look at what they are.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = models.peft_model(dropout=0.0).double()
     if dist.is_initialized() and dist.get_rank() == 1:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(parameter.requires_grad)
     options = {"eval_dataset": models.data(rows=8, seed=5)}
+
+    def before() -> None:
+        if "ACCELERATE_USE_FSDP" in os.environ:
+            # accelerate shards over GPUs only; it does not look at what they are.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    settings["before"] = before
     settings |= {"model": model, "rows": rows, "options": options, "method": method}
     return models.trainer(folder, **settings)
 

@@ -163,14 +163,20 @@ def trainer(
     model: nn.Module | None = None,
     options: Any = None,
     method: str = "bidora",
+    before: Any = lambda: None,
     **settings: Any,
 ) -> Any:
-    """A trainer of the task; ``settings`` are the arguments' or the method's."""
+    """A trainer of the task; ``settings`` are the arguments' or the method's.
+
+    ``before`` is called once the arguments are made, which reset the state of accelerate.
+    """
     model = model or peft_model(kind, dropout, dora=method != "lora")
     chosen = {"bidora": BiDoRA, "dora": DoRA, "lora": LoRA}[method]
     own = {x.name: settings.pop(x.name) for x in fields(chosen) if x.name in settings}
     given = {"train_dataset": data(kind, rows), "method": chosen(**own), **(options or {})}
-    return BilevelTrainer(model, arguments(folder, **settings), **given)
+    args = arguments(folder, **settings)
+    before()
+    return BilevelTrainer(model, args, **given)
 
 
 def values(model: nn.Module) -> dict[str, Any]:

@@ -16,17 +16,9 @@ from hyperopt_peft.utils.models import trainable
 from tests.support.networks import differences
 from tests.support.trainers import data, peft_model, values
 
-SETTINGS: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "max_steps": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 3,
-}
+SETTINGS: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+SETTINGS |= {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+SETTINGS |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
 
 #: Before, a Trainer decides by other attributes whether it trains the sum.
@@ -77,25 +69,6 @@ def test_one_level_over_a_loss_of_one_s_own_is_that_trainer(
         losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
         ends.append((values(model), losses))
     assert not differences(*ends)
-
-
-def test_both_levels_and_the_retraining_have_the_loss_of_the_parent(tmp_path: Path) -> None:
-    logged = []
-    for strength in (0.0, 0.3):
-        trainer = trained(
-            bilevel(Confident),
-            tmp_path / str(strength),
-            peft_model(dropout=0.0),
-            {"max_steps": 1, "lower_steps": 1},
-            train_dataset=data(),
-            upper_dataset=data(rows=8, seed=1),
-            strength=strength,
-            method=BiDoRA(),
-        )
-        assert isinstance(trainer.retrainer, Confident)
-        logs = [trainer.state.log_history, trainer.retrainer.state.log_history]
-        logged.append([logs[0][0]["loss"], logs[0][0]["upper_loss"], logs[1][0]["loss"]])
-    assert all(other < plain for plain, other in zip(*logged, strict=True))
 
 
 def test_what_a_step_would_skip_is_refused() -> None:

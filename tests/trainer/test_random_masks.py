@@ -20,19 +20,10 @@ from tests.support.resume import require_same_end
 from tests.support.speech import speech_model, speech_rows
 from tests.support.trainers import values
 
-SETTINGS: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "max_steps": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 3,
-    "lr_scheduler_type": "constant",
-    "seed": 3,
-}
+SETTINGS: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+SETTINGS |= {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+SETTINGS |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "seed": 3}
+SETTINGS |= {"lr_scheduler_type": "constant"}
 
 
 class MeanOfRows(Trainer):

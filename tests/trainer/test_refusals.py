@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainingArguments
 
-from hyperopt_peft import BiDoRA, BilevelTrainer, Method, NonFiniteError, Problem, ProblemError
+from hyperopt_peft import BiDoRA, BilevelTrainer, Method, Problem, ProblemError
 from hyperopt_peft.problems import LayerScales
 from hyperopt_peft.problems.bidora import Direction, Magnitude
-from tests.support.class_weights import Plain, Weighted, pair
+from tests.support.class_weights import Plain, pair
 from tests.support.methods import RowWeights, method_trainer
 from tests.support.trainers import arguments, base_model, data, peft_model, trainer
 
@@ -107,7 +107,7 @@ def trained(options: Any = None, resume: Any = None, **settings: Any) -> Any:
 
 def groups(model: Any) -> Any:
     levels = Direction(model), Magnitude(model)
-    return [{"params": level.variables, "lr": 1e-3} for level in levels]
+    return [{"params": level.variables} for level in levels]
 
 
 def adam(*parts: Any) -> Any:
@@ -125,6 +125,11 @@ def of_levels(options: Any = lambda _: {}, *, settings: Any = None, **level: Any
     return act
 
 
+def with_optimizer(make: Any, schedule: Any = lambda _: None) -> Any:
+    """Making a trainer with an optimizer, of the groups of both levels, and a scheduler."""
+    return of_levels(lambda m: {"optimizers": (make(groups(m)), schedule(groups(m)))})
+
+
 class Half(Problem):
     """Owns what another level owns too."""
 
@@ -137,6 +142,11 @@ def on_two_gpus(model: Any, folder: Path) -> Any:
     args = arguments(folder)
     args._n_gpu = 2  # as on a machine with two, without torchrun
     return of_levels(lambda _: {"args": args})(model, folder)
+
+
+def below_a_file(model: Any, folder: Path) -> Any:
+    (folder / "file").touch()
+    return trainer(folder / "file" / "below", model=model, save_strategy="steps")
 
 
 class Quantised(nn.Linear):
@@ -166,6 +176,14 @@ def method(kind: type[Method], **attributes: Any) -> Any:
     return lambda _, f: method_trainer(f, method=type("Own", (kind,), attributes)())
 
 
+class Idle(Plain):
+    """Owns a variable too that no loss reads."""
+
+    def __init__(self, model: Any, weight: Any) -> None:
+        self.model = model
+        Problem.__init__(self, {"weight": weight, "idle": torch.ones(2, requires_grad=True)})
+
+
 class Pulled(Plain):
     """The upper level with a prior of its own."""
 
@@ -175,6 +193,7 @@ class Pulled(Plain):
 
 SPLIT, TRAIN, UPPER, EVAL = "cannot give 20% of", "train_dataset", "upper_dataset", "eval_dataset"
 LOSS = {"compute_loss_func": lambda *_, **__: 0}
+SEVEN = [torch.zeros(7)]
 OWN_CLASS = (torch.optim.SGD, {"beta": 0.9})
 CHECKPOINTED = {"use_reentrant": True}
 REFUSED: list[tuple[str, Any]] = [
@@ -230,6 +249,7 @@ REFUSED: list[tuple[str, Any]] = [
         "use_reentrant",
         trained(gradient_checkpointing=True, gradient_checkpointing_kwargs=CHECKPOINTED),
     ),
+    ("output_dir: .* is no folder to write to", below_a_file),
     ("no complete checkpoint", trained(resume=True)),
     ("nowhere", trained(resume="nowhere")),
     # Levels.
@@ -238,6 +258,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("Direction", of_levels(data=[{}])),
     ("max_grad_norm", of_levels(max_grad_norm=1.0)),
     ("Direction.*Half|Half.*Dir", of_levels(lambda m: {"upper": Half(Direction(m).variables[:1])})),
+    ("Idle.*'idle'", lambda _, f: pair(f, upper=Idle, lower_steps=1)[0].train()),
     ("upper_prior", lambda _, f: pair(f, upper=Pulled, upper_prior=2.0)),
     ("method: ", lambda m, f: made({"upper": Magnitude(m)})(m, f)),
     ("upper_variables: ", method(LayerScales, prepare=Method.prepare)),
@@ -245,29 +266,15 @@ REFUSED: list[tuple[str, Any]] = [
     ("'darts'", lambda _, f: arguments(f, hypergradient="dart")),
     ("upper_fraction", lambda _, f: arguments(f).with_defaults({"upper_fraction": 2.0})),
     # Optimizers.
-    ("magnitude.* shape none", of_levels(lambda m: {"optimizers": (adam(groups(m)[0]), None)})),
-    (
-        r"optimizers.*none.*\(7,\)",
-        of_levels(lambda m: {"optimizers": (adam(*groups(m), {"params": [torch.zeros(7)]}), None)}),
-    ),
+    ("magnitude.* shape none", with_optimizer(lambda g: adam(g[0]))),
+    (r"optimizers.*none.*\(7,\)", with_optimizer(lambda g: adam(*g, {"params": SEVEN}))),
     (
         "optimizers.*group",
-        of_levels(
-            lambda m: {
-                "optimizers": (adam({"params": [x for g in groups(m) for x in g["params"]]}), None)
-            }
-        ),
+        with_optimizer(lambda g: adam({"params": g[0]["params"] + g[1]["params"]})),
     ),
     (
         "optimizers.*scheduler",
-        of_levels(
-            lambda m: {
-                "optimizers": (
-                    adam(*groups(m)),
-                    torch.optim.lr_scheduler.ConstantLR(adam(*groups(m))),
-                )
-            }
-        ),
+        with_optimizer(lambda g: adam(*g), lambda g: torch.optim.lr_scheduler.ConstantLR(adam(*g))),
     ),
     ("SGD.*beta", made({"optimizer_cls_and_kwargs": OWN_CLASS})),
     ("AdamW.*1.5", made(adam_beta1=1.5)),
@@ -281,65 +288,14 @@ REFUSED: list[tuple[str, Any]] = [
 ]
 
 
-def refuses(error: Any, message: str, model: nn.Module, act: Any) -> None:
-    """``act`` raises ``error`` with ``message``, and ``model`` is what it was."""
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    with pytest.raises(error, match=message):
-        act()
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-
-
 @pytest.mark.filterwarnings("ignore:use_fast_dora")
 @pytest.mark.parametrize(("message", "act"), REFUSED)
 def test_it_is_refused_and_nothing_has_moved(message: str, act: Any, tmp_path: Path) -> None:
     model = peft_model()
-    refuses(ProblemError, message, model, lambda: act(model, tmp_path))
-
-
-class Idle(Plain):
-    """Owns a variable too that no loss reads."""
-
-    def __init__(self, model: Any, weight: Any) -> None:
-        self.model = model
-        Problem.__init__(self, {"weight": weight, "idle": torch.ones(2, requires_grad=True)})
-
-
-class PerExample(Weighted):
-    """Its loss has an entry for each example."""
-
-    def loss(self, batch: Any) -> Any:
-        return self.model(**batch)["logits"].sum(1)
-
-
-class Infinite(Weighted):
-    """The root of 0 has no derivative."""
-
-    def loss(self, batch: Any) -> Any:
-        return super().loss(batch) + (self.variables[0][0, 0] * 0).sqrt()
-
-
-@pytest.mark.parametrize(
-    ("levels", "error", "message"),
-    [
-        ({"upper": Idle}, ProblemError, "Idle.*'idle'"),
-        ({"lower": PerExample}, ProblemError, r"PerExample.*\(8,\)"),
-        ({"lower": Infinite}, NonFiniteError, "step 1 .*gradient.*checkpoint-0"),
-    ],
-)
-def test_losses(levels: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
-    run, _ = pair(tmp_path, lower_steps=1, **levels)
-    refuses(error, message, run.model, run.train)
-
-
-@pytest.mark.parametrize("below", [False, True])
-def test_checkpoints_that_nothing_can_be_written_to_are_refused(
-    tmp_path: Path, below: bool
-) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    folder = file / "below" if below else file
-    with pytest.raises(ProblemError, match=f"output_dir: {file} is no folder to write to"):
-        trainer(folder, save_strategy="steps")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ProblemError, match=message):
+        act(model, tmp_path)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_a_step_outside_of_training_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "lower_steps": 3,
     },
     "a vector kept between upper steps": {"hypergradient": "warm:damping=1.0", "lower_steps": 2},
-    "the upper level's data at every step, evaluation": {
+    "an estimator with a state, evaluation": {
         "hypergradient": "penalty:inner_steps=2",
         "gradient_accumulation_steps": 2,
         "options": {"eval_dataset": data(rows=9, seed=5)},

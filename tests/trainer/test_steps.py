@@ -36,28 +36,14 @@ def test_variables_outside_of_the_model_move_by_their_own_gradients(
         name="lower",
     )
     upper = FunctionLevel(lambda _: ((w - 1) ** 2 + (v - 2) ** 2) / 2, {"u": u}, name="upper")
-    args = arguments(
-        tmp_path,
-        max_steps=4,
-        per_device_train_batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
-        lower_steps=lower_steps,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        learning_rate=0.1,
-        upper_learning_rate=0.2,
-        max_grad_norm=0.0,
-        upper_max_grad_norm=0.0,
-        remove_unused_columns=False,
-    )
-    BilevelTrainer(
-        model,
-        lower=lower,
-        upper=upper,
-        args=args,
-        train_dataset=Dataset.from_dict({"x": x.tolist()}),
-        upper_dataset=Dataset.from_dict({"x": [0.0, 3.0]}),
-    ).train()
+    settings = {"max_steps": 4, "lower_steps": lower_steps, "optim": "sgd", "max_grad_norm": 0.0}
+    settings |= {"per_device_train_batch_size": 4 // accumulation, "upper_max_grad_norm": 0.0}
+    settings |= {"gradient_accumulation_steps": accumulation, "remove_unused_columns": False}
+    settings |= {"learning_rate": 0.1, "upper_learning_rate": 0.2, "lr_scheduler_type": "constant"}
+    rows = {"train_dataset": Dataset.from_dict({"x": x.tolist()})}
+    rows["upper_dataset"] = Dataset.from_dict({"x": [0.0, 3.0]})
+    levels = {"lower": lower, "upper": upper}
+    BilevelTrainer(model, arguments(tmp_path, **settings), **levels, **rows).train()
 
     w0, v0, u0, mean = -0.4, 0.3, 0.5, float(x.mean())
     for step in range(1, 5):
@@ -78,25 +64,14 @@ def trained(
     """w and u after a run, each of whose micro-batches is the same."""
     w, u = start()
     model = nn.Module()
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4 // accumulation,
-        "gradient_accumulation_steps": accumulation,
-        "lower_steps": lower_steps,
-        "hypergradient": method,
-        "optim": "adamw_torch",
-        "adam_beta1": BELOW["betas"][0],
-        "adam_beta2": BELOW["betas"][1],
-        "adam_epsilon": BELOW["eps"],
-        "weight_decay": BELOW["weight_decay"],
-        "upper_weight_decay": 0.0,
-        "lr_scheduler_type": "constant",
-        "learning_rate": RATES[0],
-        "upper_learning_rate": RATES[1],
-        "max_grad_norm": max_grad_norm,
-        "upper_max_grad_norm": 0.0,
-        "remove_unused_columns": False,
-    }
+    settings = {"max_steps": STEPS, "lower_steps": lower_steps, "hypergradient": method}
+    settings |= {"per_device_train_batch_size": 4 // accumulation, "optim": "adamw_torch"}
+    settings |= {"gradient_accumulation_steps": accumulation, "remove_unused_columns": False}
+    settings |= {"adam_beta1": BELOW["betas"][0], "adam_beta2": BELOW["betas"][1]}
+    settings |= {"adam_epsilon": BELOW["eps"], "weight_decay": BELOW["weight_decay"]}
+    settings |= {"lr_scheduler_type": "constant", "learning_rate": RATES[0]}
+    settings |= {"upper_learning_rate": RATES[1], "upper_max_grad_norm": 0.0}
+    settings |= {"max_grad_norm": max_grad_norm}
     BilevelTrainer(
         model,
         lower=FunctionLevel(lambda _: f(w, u, BATCHES[0]), w, name="lower"),

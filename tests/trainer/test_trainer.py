@@ -90,20 +90,10 @@ def test_dropout_masks_are_those_of_the_lower_step(tmp_path: Path) -> None:
 
 def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
     """Same batches, masks, schedule, clipping and logs, bit by bit."""
-    settings = {
-        "max_steps": 7,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "warmup_steps": 2,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
+    settings = {"max_steps": 7, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    settings |= {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "warmup_steps": 2}
+    settings |= {"logging_steps": 2, "save_strategy": "no", "report_to": "none", "seed": 3}
+    settings |= {"use_cpu": True, "disable_tqdm": True}
     args = TrainingArguments(str(tmp_path / "plain"), **settings)
     plain = Trainer(peft_model(), args, train_dataset=data())
     # The model's loss takes no num_items_in_batch into account where every micro-batch is full.
